@@ -1,0 +1,2410 @@
+#!/usr/bin/env python3
+"""llm_proxy: one file that lets many people share an LLM endpoint fairly, and never loses a token of what it streams.
+
+    BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py    # then point any OpenAI client at http://HOST:8899/v1
+    python llm_proxy.py --demo                                   # no endpoint at hand? this brings its own
+
+It needs Python 3.9 or newer and nothing else. `--help` lists every setting. One call, from its first byte to its last:
+
+    caller ──> Handler ──> Proxy.serve ── identify ── admit ── route ── forward ── settle ──> one Entry in the log
+               strict       (the story     who is     is there   where    to the      what it
+               HTTP         of this file)  asking?    room?      to?      upstream    cost
+    caller <── Relay <──────────────────────────────────────────────── upstream       chunk by chunk, unchanged
+
+The words used here, one meaning each:
+
+    Call      one request, understood: which endpoint and model, streamed or not, its payload
+    Caller    who asks: a key or an address
+    Dialect   the only place that knows an API's wire names: paths, prompt text, limit replies, errors
+    Hold      tokens set aside for one call; ends exactly one way: settled or given back
+    Upstream  where calls go: its address, its key, its spare connections
+    Answer    what came back: status, headers, a body that is still arriving
+    Usage     what a call uses: for now an estimate of its prompt and its output
+    Refusal   why not: raised at any depth, rendered in one place, in the caller's dialect
+    Reply     the way back to the caller: begin, write, end, refuse
+    Entry     what is written down of a call: filled on the way, recorded once, whatever the ending
+
+Contents, in reading order; a section uses only what stands above it:
+
+    Config      every setting, its default, its check, its line of help
+    Refusals    every way to say no
+    Callers     credentials -> Caller
+    Limits      buckets and holds
+    Usage       what a call will cost
+    Dialects    the wire names of the OpenAI API
+    Wire        strict HTTP/1.1: heads, framing, connections, waiting for two sockets at once
+    Relay       one thread that carries every running answer body
+    Upstreams   connections to the endpoint, and answers
+    Books       entries and the access log
+    Proxy       serve: the life of one call; build: the parts list
+    Pages       health and models
+    Handler     HTTP on the caller's side
+    Server      threads, caps, draining
+    Demo        a small endpoint to try things on
+    Commands    the command line
+"""
+import argparse
+import collections
+import errno
+import functools
+import hashlib
+import hmac
+import http.client
+import http.server
+import json
+import math
+import os
+import re
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import threading
+import time
+import traceback
+import types
+import uuid
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+VERSION = "0.1.0"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: one table of settings feeds the values, the checks, --help and the test that README names every one.
+# It knows nothing of what the settings are used for, and it is the only place that reads their text.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Setting(NamedTuple):
+    """One row of SETTINGS. `read` turns text into a value; its ValueError says what would be right ("must be ...")."""
+    name: str
+    default: Optional[str]
+    read: Callable[[str], Any]
+    sentence: str
+    secret: bool = False
+
+
+class Endpoint(NamedTuple):
+    """A base URL, taken apart. `path` has no trailing slash and may be empty."""
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def origin(self) -> str:
+        host = "[%s]" % self.host if ":" in self.host else self.host
+        usual = {"http": 80, "https": 443}[self.scheme] == self.port
+        return "%s://%s%s" % (self.scheme, host, "" if usual else ":%d" % self.port)
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number; int() alone would also take '+5', '1_0' and ' 5 '."""
+    def read(text):
+        if re.fullmatch("[0-9]{1,15}", text) and least <= int(text) <= most:
+            return int(text)
+        raise ValueError("must be between %d and %d" % (least, most))
+    return read
+
+
+def seconds(least: float, most: float) -> Callable[[str], float]:
+    def read(text):
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) and least <= float(text) <= most:
+            return float(text)
+        raise ValueError("must be a number of seconds between %g and %g" % (least, most))
+    return read
+
+
+def choice(*words: str) -> Callable[[str], str]:
+    def read(text):
+        if text in words:
+            return text
+        raise ValueError("must be " + " or ".join(words))
+    return read
+
+
+def line(text: str) -> str:
+    if text.isprintable():
+        return text
+    raise ValueError("must be one line of printable text")
+
+
+def credential(text: str) -> str:
+    if re.fullmatch("[!-~]+", text):
+        return text
+    raise ValueError("must be visible ASCII without spaces")
+
+
+def endpoint(text: str) -> Endpoint:
+    match = re.fullmatch(r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?((?:/[A-Za-z0-9._~%@:+-]*)*)", text)
+    if match and 0 < int(match[3] or 1) < 65536:
+        port = int(match[3] or {"http": 80, "https": 443}[match[1]])
+        return Endpoint(match[1], match[2].strip("[]"), port, match[4].rstrip("/"))
+    raise ValueError("must be http://HOST[:PORT][/PATH] or https://..., without user, query or fragment")
+
+
+def proxy_keys(text: str) -> Dict[str, Optional[str]]:
+    """'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}. What stands before the first '=' is a name if it can be one."""
+    keys = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$))?([!-~]+)", part.strip())
+        if not match:
+            raise ValueError("must be keys or name=key, separated by commas, none of them empty")
+        if match[2] in keys:
+            raise ValueError("must not name the same key twice")
+        keys[match[2]] = match[1]
+    return keys
+
+
+def origins(text: str) -> Tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if found in (("*",), ("off",)) or all(re.fullmatch("[a-z][a-z0-9+.-]*://[!-+.-~]+", origin) for origin in found):
+        return () if found == ("off",) else found
+    raise ValueError("must be *, off, or origins such as https://chat.example.org separated by commas")
+
+
+def affinity(text: str) -> Optional[int]:
+    """-> a CPU number, -1 for 'auto', None for 'off'."""
+    if text in ("auto", "off"):
+        return -1 if text == "auto" else None
+    if re.fullmatch("[0-9]{1,4}", text):
+        return int(text)
+    raise ValueError("must be auto, off or the number of a CPU")
+
+
+SETTINGS = {
+    "Where calls go": (
+        Setting("BASE_API_URL", None, endpoint, "the endpoint; its path replaces a leading /v1 of the call's"),
+        Setting("BASE_API_KEY", None, credential, "the endpoint's key, sent as a bearer token; callers never see it", secret=True),
+        Setting("BASE_MODEL", None, line, "replaces the model every call asks for"),
+        Setting("OPEN_TIMEOUT", "10", seconds(0.1, 3600), "seconds to connect to the endpoint"),
+        Setting("READ_TIMEOUT", "600", seconds(0.1, 86400), "seconds to wait for its first byte, and between bytes"),
+    ),
+    "Where callers come in": (
+        Setting("HOST", "0.0.0.0", line, "address to listen on"),
+        Setting("PORT", "8899", whole(1, 65535), "port to listen on"),
+        Setting("PROXY_API_KEYS", None, proxy_keys, "keys that may call, as key or name=key, by commas; unset: anyone", secret=True),
+        Setting("MAX_BODY_BYTES", "33554432", whole(1, 1 << 40), "largest body of a metered call"),
+        Setting("MAX_CONNECTIONS", "1024", whole(1, 65535), "callers' connections at once; beyond: 503"),
+        Setting("DRAIN_SECONDS", "30", seconds(0, 86400), "on a signal to stop, how long running calls may go on"),
+        Setting("CORS_ORIGINS", "*", origins, "web pages that may call: *, origins by commas, or off"),
+    ),
+    "What a caller may use": (
+        Setting("MAX_TOKENS", "10", whole(1, 10 ** 12), "what a caller's bucket holds; it starts full"),
+        Setting("REFILL_TOKENS", "2", whole(1, 10 ** 12), "what it gains every interval"),
+        Setting("REFILL_INTERVAL_SECONDS", "300", whole(1, 10 ** 9), "the interval"),
+        Setting("TOKEN_COST_MODE", "request", choice("request", "estimate"), "a call costs a fixed number, or its estimated tokens"),
+        Setting("REQUEST_TOKEN_COST", "1", whole(1, 10 ** 12), "the fixed number, for TOKEN_COST_MODE=request"),
+        Setting("RESPONSE_TOKEN_RESERVE", "256", whole(0, 10 ** 12), "expected output of a call that names no maximum, for estimate"),
+        Setting("LIMIT_MESSAGE", "limit reached, wait {wait}", line, "what a limited caller's assistant says"),
+    ),
+    "How it runs": (
+        Setting("LOG_FORMAT", "text", choice("text", "json"), "one line per call on stderr, for people or for programs"),
+        Setting("CPU_AFFINITY", "auto", affinity, "CPU to run on: threads under one lock are fastest on one CPU; auto, off or a number"),
+    ),
+}
+
+HOW_TO_START = "BASE_API_URL is not set. Start like this:  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)"
+
+
+class Config(types.SimpleNamespace):
+    """The values of SETTINGS, by lower-case name; unset ones without a default are None."""
+
+    def warnings(self) -> List[str]:
+        found = []
+        if not self.proxy_api_keys:
+            found.append("callers are not checked: whoever reaches this port can call, and every invented key has a bucket"
+                         " of its own (PROXY_API_KEYS is unset)")
+        if self.token_cost_mode == "estimate" and self.response_token_reserve > self.max_tokens:
+            found.append("RESPONSE_TOKEN_RESERVE %d is above MAX_TOKENS %d: a call that names no max_tokens can never be let in"
+                         % (self.response_token_reserve, self.max_tokens))
+        return found
+
+
+class ConfigFaults(Exception):
+    """Everything that is wrong with the settings, one line each."""
+
+
+def read_dotenv(text: str) -> Tuple[Dict[str, str], List[str]]:
+    """NAME=value lines; `export `, quotes and # comments are understood. -> (values, faults)"""
+    values, faults = {}, []
+    for number, row in enumerate(text.splitlines(), 1):
+        row = row.strip()
+        if not row or row.startswith("#"):
+            continue
+        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))(?:\s+#.*)?""", row)
+        if match:
+            values[match[1]] = next(value for value in match.groups()[1:] + ("",) if value is not None)
+        else:
+            faults.append(".env line %d is not NAME=value" % number)
+    return values, faults
+
+
+def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
+    """The environment wins over `.env`; an empty value counts as unset. Raises ConfigFaults with all faults at once."""
+    written, faults = read_dotenv(dotenv)
+    values = {}
+    for setting in (setting for group in SETTINGS.values() for setting in group):
+        text = (environ.get(setting.name) or "").strip() or written.get(setting.name, "").strip() or setting.default
+        try:
+            values[setting.name.lower()] = None if text is None else setting.read(text)
+        except ValueError as fault:
+            faults.append("%s %s (got %s)" % (setting.name, fault, "a value not shown here" if setting.secret else repr(text)))
+    if "base_api_url" in values and values["base_api_url"] is None:
+        faults.append(HOW_TO_START)
+    if faults:
+        raise ConfigFaults("\n".join(faults))
+    return Config(**values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals: every way to say no. A Refusal is raised at any depth, so no step can forget to stop, and it is rendered in
+# one place. Its class tells status, kind and the outcome that is logged; its sentence is constant. No wire bodies here.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Refusal(Exception):
+    """`fields` are extra header fields of the answer; `closing` ends the connection, because its framing is lost."""
+    status, kind, outcome, code, closing = 400, "invalid_request_error", "refused", None, False
+    sentence = "The request was refused"
+
+    def __init__(self, sentence: Optional[str] = None, **fields: Any):
+        super().__init__(sentence or self.sentence)
+        self.fields = {name.replace("_", "-"): value for name, value in fields.items()}
+
+
+class BadRequest(Refusal):
+    """What came is no HTTP, or no call that could be understood."""
+
+
+class Malformed(BadRequest):
+    """Bytes that are not HTTP/1.1 as RFC 9112 has it, from either side; whose fault it is, the reader of them decides."""
+    sentence, closing = "The request is not valid HTTP/1.1", True
+
+    def __init__(self, sentence=None, status=400):
+        super().__init__(sentence)
+        self.status = status
+
+
+class BrokenBody(BadRequest):
+    sentence, closing = "The request body is not framed as its head says", True
+
+
+class Unsupported(Refusal):
+    status = 415
+    sentence = "The body of a metered call must be sent without a Content-Encoding"
+
+
+class Unexpected(Refusal):
+    status = 417
+    sentence = "The only expectation understood is 100-continue"
+
+
+class Unauthorized(Refusal):
+    status, kind, code = 401, "authentication_error", "invalid_api_key"
+    sentence = "Missing or invalid proxy API key"
+
+    def __init__(self):
+        super().__init__(WWW_Authenticate="Bearer")
+
+
+class TooSlow(Refusal):
+    status, kind, closing = 408, "timeout_error", True
+    sentence = "The request did not arrive in time"
+
+
+class TooLarge(Refusal):
+    status = 413
+    sentence = "The request body is larger than this proxy accepts"
+
+
+class Overloaded(Refusal):
+    status, kind, closing = 503, "server_error", True
+    sentence = "The proxy is busy, try again in a moment"
+
+
+class InternalError(Refusal):
+    status, kind, outcome, closing = 500, "server_error", "internal_error", True
+    sentence = "The proxy failed to handle this request"
+
+
+class UpstreamFailed(Refusal):
+    status, kind, outcome = 502, "upstream_error", "upstream_failed"
+    sentence = "The upstream could not be reached or did not answer properly"
+
+
+class UpstreamTimeout(Refusal):
+    status, kind, outcome = 504, "timeout_error", "upstream_failed"
+    sentence = "The upstream did not answer in time"
+
+
+class LimitReached(Refusal):
+    """The bucket is short. `wait` is in seconds; None means that the call costs more than the bucket ever holds."""
+    status, kind, outcome, code = 429, "rate_limit_error", "limited", "rate_limit_exceeded"
+
+    def __init__(self, sentence: str, wait: Optional[float], quota: "Quota"):
+        super().__init__(sentence)
+        self.wait, self.quota = wait, quota
+        if wait is not None:
+            self.fields["Retry-After"] = math.ceil(wait)
+
+
+class CallerGone(Exception):
+    """The caller hung up: nobody is left to answer."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Callers: the one place that decides who is calling. Keys are known by digest and compared in constant time; nobody
+# above or below sees a raw key. It does not know what a caller may use.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CREDENTIAL_FIELDS = ("authorization", "x-api-key")
+
+
+class Caller(NamedTuple):
+    """`key` finds the caller's bucket: ('key', SHA-256 of the credential) or ('address', IP). A bearer that spells an IP
+    is therefore not that IP. `label` is for logs: a name, key:1a2b3c4d or the address."""
+    key: Tuple[str, Any]
+    label: str
+
+
+def credentials(fields: Dict[str, str]) -> set:
+    """Every credential a call shows, wherever it shows it."""
+    scheme, _, token = fields.get("authorization", "").partition(" ")
+    found = {token.strip() if scheme.lower() == "bearer" else "", fields.get("x-api-key", "")}
+    return found - {""}
+
+
+class Callers:
+    def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes):
+        """`keys`: {key: its name or None}, or None where anyone may call. `label_secret` keys the digests shown in logs."""
+        self.names = None if keys is None else {self.digest(key): name for key, name in keys.items()}
+        self.label_secret = label_secret
+
+    @staticmethod
+    def digest(key: str) -> bytes:
+        return hashlib.sha256(key.encode("latin-1")).digest()
+
+    def identify(self, fields: Dict[str, str], address: str) -> Caller:
+        """Raises Unauthorized where keys are asked for and none fits, BadRequest for two different credentials."""
+        shown = credentials(fields)
+        if len(shown) > 1:
+            raise BadRequest("The request carries two different credentials")
+        digest = self.digest(shown.pop()) if shown else None
+        if self.names is not None:
+            # All are compared, always, so that the time taken tells nothing about how close a guess was.
+            known = [hmac.compare_digest(digest or b"", one) for one in self.names]
+            if not any(known):
+                raise Unauthorized()
+        if digest is None:
+            return Caller(("address", address), address)
+        name = self.names and self.names[digest]
+        return Caller(("key", digest), name or "key:" + hashlib.blake2b(digest, digest_size=4, key=self.label_secret).hexdigest())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Limits: a bucket holds at most `capacity` tokens, gains `refill` every whole `interval` seconds and starts full. Taking
+# is all or nothing and atomic. It knows neither HTTP nor what a token stands for.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Quota(NamedTuple):
+    """One bucket as seen at one moment; times in whole seconds. `reset_seconds` is the time to the next refill, 0 when full."""
+    limit: int
+    remaining: int
+    refill_tokens: int
+    refill_seconds: int
+    reset_seconds: int
+
+
+class Hold:
+    """Tokens set aside for one call. Ends once: settled, or given back, which is also what leaving the with-block does."""
+    __slots__ = ("buckets", "key", "amount", "quota", "ended")
+
+    def __init__(self, buckets: Optional["Buckets"], key: Any, amount: int, quota: Optional[Quota]):
+        self.buckets, self.key, self.amount, self.quota, self.ended = buckets, key, amount, quota, False
+
+    def settle(self, amount: Optional[int] = None) -> None:
+        """The call cost `amount` tokens (what was held, if not told): the rest goes back, a shortfall becomes a debt."""
+        if self.ended:
+            return
+        self.ended, held = True, self.amount
+        if amount is not None and amount != held:
+            self.amount, self.quota = amount, self.buckets.put(self.key, held - amount)
+
+    def give_back(self) -> None:
+        self.settle(0)
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.give_back()
+
+
+class Buckets:
+    """Every caller's bucket. A full one says nothing that an absent one would not, so the table keeps few of them."""
+
+    def __init__(self, capacity: int, refill: int, interval: int, clock: Any, room: int = 10_000):
+        self.capacity, self.refill, self.interval, self.clock, self.room = capacity, refill, interval, clock, room
+        self.levels: "collections.OrderedDict[Any, Tuple[int, float]]" = collections.OrderedDict()  # least recently used first
+        self.lock = threading.Lock()
+
+    def now(self, record: Optional[Tuple[int, float]], now: float) -> Tuple[int, float]:
+        """-> (level, time of the last refill) at `now`. The time moves by whole intervals, so nothing drifts; it starts
+        when the bucket stops being full, which makes a full bucket and no bucket the same thing."""
+        if record is None or record[0] >= self.capacity:
+            return self.capacity, now
+        level, stamp = record
+        steps = int((now - stamp) // self.interval)
+        if steps <= 0:
+            return record
+        level += steps * self.refill
+        return (level, stamp + steps * self.interval) if level < self.capacity else (self.capacity, now)
+
+    def take(self, key: Any, cost: int) -> Tuple[bool, float, Quota]:
+        """-> (taken, seconds until `cost` could be had, the bucket afterwards)."""
+        with self.lock:
+            now = self.clock.monotonic()
+            level, stamp = self.now(self.levels.get(key), now)
+            if level >= cost:
+                level -= cost
+                self.levels[key] = level, stamp
+                self.levels.move_to_end(key)
+                self.make_room(now)
+                return True, 0, self.quota(level, stamp, now)
+        missing = math.ceil((cost - level) / self.refill)
+        return False, stamp + missing * self.interval - now, self.quota(level, stamp, now)
+
+    def put(self, key: Any, amount: int) -> Quota:
+        """Give `amount` back, or, when negative, take it without asking."""
+        with self.lock:
+            now = self.clock.monotonic()
+            level, stamp = self.now(self.levels.get(key), now)
+            level = min(self.capacity, level + amount)
+            self.levels[key] = level, stamp
+            return self.quota(level, stamp, now)
+
+    def peek(self, key: Any) -> Quota:
+        """The bucket as it is; looking makes none."""
+        with self.lock:
+            now = self.clock.monotonic()
+            return self.quota(*self.now(self.levels.get(key), now), now)
+
+    def wait(self, key: Any, cost: int) -> int:
+        """Whole seconds until `cost` could be had; 0 when it can be had now."""
+        with self.lock:
+            now = self.clock.monotonic()
+            level, stamp = self.now(self.levels.get(key), now)
+        return math.ceil(stamp + math.ceil((cost - level) / self.refill) * self.interval - now) if level < cost else 0
+
+    def quota(self, level: int, stamp: float, now: float) -> Quota:
+        reset = 0 if level >= self.capacity else math.ceil(stamp + self.interval - now)
+        return Quota(self.capacity, max(0, level), self.refill, self.interval, reset)
+
+    def make_room(self, now: float) -> None:
+        """Drop old buckets that are full by now: two for each one that is added, so this never takes long. Beyond `room`
+        the least recently used goes even when it is not full, which errs in its caller's favour."""
+        for _ in range(2):
+            key, record = next(iter(self.levels.items()))
+            if self.now(record, now)[0] < self.capacity and len(self.levels) <= self.room:
+                break
+            del self.levels[key]
+
+
+def spell_wait(wait: float) -> str:
+    """300 -> '5 min', 61 -> '2 min', 12 -> '12s'."""
+    return "%ds" % math.ceil(wait) if wait < 60 else "%d min" % math.ceil(wait / 60)
+
+
+class Limits:
+    def __init__(self, buckets: Buckets, message: str):
+        self.buckets, self.message = buckets, message
+
+    def admit(self, caller: Caller, cost: int) -> Hold:
+        """Set `cost` tokens aside, or raise LimitReached. A cost of 0 is free: it touches no bucket."""
+        if cost == 0:
+            return Hold(None, None, 0, None)
+        taken, wait, quota = self.buckets.take(caller.key, cost)
+        if taken:
+            return Hold(self.buckets, caller.key, cost, quota)
+        if cost > quota.limit:
+            raise LimitReached("this call would cost %d tokens, and the limit is %d: ask for less" % (cost, quota.limit), None, quota)
+        raise LimitReached(self.message.replace("{wait}", spell_wait(wait)), wait, quota)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Usage: what a call will cost, told from its payload. It knows no wire names and no sockets.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHARACTERS_PER_TOKEN = 4
+
+
+def text_length(payload: Any, but: str) -> int:
+    """Characters of every string value anywhere in `payload`, joined by spaces, without the top-level key `but`."""
+    characters, strings, todo = 0, 0, [value for key, value in payload.items() if key != but]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            characters += len(value)
+            strings += 1
+        elif isinstance(value, dict):
+            todo.extend(value.values())
+        elif isinstance(value, list):
+            todo.extend(value)
+    return characters + max(0, strings - 1)
+
+
+class Prices:
+    """What a call costs in tokens, by TOKEN_COST_MODE."""
+
+    def __init__(self, mode: str, request_cost: int, reserve: int):
+        self.estimating, self.request_cost, self.reserve = mode == "estimate", request_cost, reserve
+
+    def before(self, call: "Call") -> int:
+        """What to hold: in estimate mode the prompt and the output it may have, else a fixed number."""
+        if not self.estimating:
+            return self.request_cost
+        output = call.output_limit()
+        return max(1, self.prompt(call) + (self.reserve if output is None else output))
+
+    def prompt(self, call: "Call") -> int:
+        return -(-call.prompt_length() // CHARACTERS_PER_TOKEN)
+
+    def after(self, call: "Call", held: int, ending: str, sent: int) -> int:
+        """What it cost. Cut short after `sent` bytes of its answer: the prompt and what was sent, at most what was held."""
+        if ending == "internal_error":
+            return 0
+        if ending == "ok" or not self.estimating:
+            return held
+        return min(held, max(1, self.prompt(call) + -(-sent // CHARACTERS_PER_TOKEN)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dialects: the only place that knows an API's wire names: which paths are metered, where the prompt stands, what a limit
+# reply, an error and a list of models look like. It knows no sockets and no buckets.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_JSON_DEPTH = 128            # CPython 3.13's parser overruns a thread's stack long before it raises RecursionError
+MAX_JSON_CONTAINERS = 500_000   # a body of nothing but brackets takes 40 times its size in memory
+JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+JSON_BRACKET = re.compile(rb"[\[\]{}]")
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
+ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
+
+
+def too_deep(body: bytes) -> bool:
+    opened = body.count(b"[") + body.count(b"{")
+    if opened <= MAX_JSON_DEPTH:
+        return False
+    if opened > MAX_JSON_CONTAINERS:
+        return True
+    depth = 0
+    for bracket in JSON_BRACKET.finditer(JSON_STRING.sub(b"", body)):
+        depth += 1 if bracket[0] in b"[{" else -1
+        if depth > MAX_JSON_DEPTH:
+            return True
+    return False
+
+
+def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """Two parsers may disagree on which of two equal keys counts, so neither does."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number is out of range")
+    return number
+
+
+def no_constant(text: str) -> None:
+    raise ValueError("%s is not JSON" % text)
+
+
+def parse_json(body: bytes) -> Dict[str, Any]:
+    """A JSON object in UTF-8, as RFC 8259 has it; BadRequest for anything else that json.loads would take or choke on."""
+    if too_deep(body):
+        raise BadRequest("The request body is nested too deeply")
+    try:
+        payload = json.loads(body.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=no_constant)
+    except (ValueError, RecursionError):
+        raise BadRequest("The request body is not valid JSON") from None
+    if not isinstance(payload, dict):
+        raise BadRequest("The request body must be a JSON object")
+    return payload
+
+
+def fold_path(path: str) -> List[str]:
+    """The segments of a path as the most forgiving upstream might read them: escapes decoded, again and again, back
+    slashes turned, parameters, empty and dot segments dropped, lower case."""
+    for _ in range(4):
+        path, before = ESCAPE.sub(lambda match: chr(int(match[0][1:], 16)), path), path
+        if path == before:
+            break
+    segments = [segment.partition(";")[0] for segment in path.replace("\\", "/").lower().split("/")]
+    return [segment for segment in segments if segment not in ("", ".")]
+
+
+class Call:
+    """One request, understood. `endpoint` is None where nothing is metered; then there is no payload either."""
+    __slots__ = ("endpoint", "path", "payload", "body", "model", "stream")
+
+    def __init__(self, endpoint: Optional[str], path: str):
+        self.endpoint, self.path = endpoint, path
+        self.payload: Dict[str, Any] = {}
+        self.body: Optional[bytes] = None
+        self.model: Optional[str] = None
+        self.stream = False
+
+    def prompt_length(self) -> int:
+        return text_length(self.payload, but="model")
+
+    def output_limit(self) -> Optional[int]:
+        """The most output tokens the call asks for, None where it does not say; null counts as unsaid, as at OpenAI."""
+        for name in ("max_completion_tokens", "max_tokens"):
+            limit = self.payload.get(name)
+            if limit is not None:
+                if type(limit) is not int or limit < 0:
+                    raise BadRequest("%s must be an integer of at least 0" % name)
+                return limit
+        return None
+
+
+class OpenAI:
+    """The OpenAI API: chat completions and completions are metered (https://platform.openai.com/docs/api-reference)."""
+
+    def __init__(self, model: Optional[str]):
+        """`model` replaces the one that calls ask for."""
+        self.model = model
+
+    def endpoint(self, method: str, path: str) -> Tuple[Optional[str], str]:
+        """-> ('chat' | 'completions' | None, the path to use). A POST that any upstream could take for a metered endpoint
+        is that endpoint, under its plain name; what cannot be named plainly is refused."""
+        if PLAIN_PATH.fullmatch(path):
+            if not path.lower().endswith("/completions"):
+                return None, path
+            segments = path.lower().split("/")[1:]
+        else:
+            segments = fold_path(path)
+            if ".." in segments or any(" " > letter or letter == "\x7f" for segment in segments for letter in segment):
+                raise BadRequest("The path must not contain dot segments or control characters")
+        if method != "POST" or segments[-1:] != ["completions"]:
+            return None, path
+        chat = segments[-2:-1] == ["chat"]
+        plain = path if path.endswith("/chat/completions" if chat else "/completions") else "/" + "/".join(segments)
+        if not PLAIN_PATH.fullmatch(plain):
+            raise BadRequest("The path must be spelled plainly")
+        return ("chat" if chat else "completions"), plain
+
+    def read(self, method: str, path: str, body: Callable[[], bytes]) -> Call:
+        """Understand a request; `body` is only called, and the payload only parsed, where the call is metered."""
+        call = Call(*self.endpoint(method, path))
+        if call.endpoint:
+            call.body = body()
+            call.payload = payload = parse_json(call.body)
+            call.stream = payload.get("stream") is True
+            asked = payload.get("model")
+            call.model = asked if isinstance(asked, str) else None
+            if self.model is not None and asked != self.model:
+                call.body = json.dumps({**payload, "model": self.model}, separators=(",", ":")).encode()
+        return call
+
+    @staticmethod
+    def error(refusal: Refusal) -> bytes:
+        return json.dumps({"error": {"message": str(refusal), "type": refusal.kind, "param": None, "code": refusal.code}}).encode()
+
+    @staticmethod
+    def models(names: List[str]) -> bytes:
+        rows = [{"id": name, "object": "model", "created": 0, "owned_by": "llm-proxy"} for name in names]
+        return json.dumps({"object": "list", "data": rows}).encode()
+
+    def limit_reply(self, call: Call, text: str, created: int) -> bytes:
+        """A whole answer in which the assistant says `text`: JSON, or an event stream when one was asked for."""
+        chat, payload = call.endpoint == "chat", call.payload
+        usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        common = {"id": ("chatcmpl-limit-" if chat else "cmpl-limit-") + uuid.uuid4().hex[:12], "created": created,
+                  "object": "chat.completion" if chat else "text_completion", "model": call.model or self.model or ""}
+        message = {"role": "assistant", "content": text}
+        if isinstance(payload.get("response_format"), dict) and payload["response_format"].get("type") in ("json_schema", "json_object"):
+            message["refusal"] = text  # tells SDKs that parse the content not to: this is no such JSON
+        if not call.stream:
+            choice = {"message": message} if chat else {"text": text}
+            return json.dumps({**common, "usage": usage, "choices": [
+                {"index": index, **choice, "logprobs": None, "finish_reason": "stop"} for index in self.choices(payload)]}).encode()
+        if chat:
+            common["object"] = "chat.completion.chunk"
+            steps = [({"delta": {"role": "assistant", "content": ""}}, None), ({"delta": {**message}}, None), ({"delta": {}}, "stop")]
+            del steps[1][0]["delta"]["role"]
+        else:
+            steps = [({"text": text}, None), ({"text": ""}, "stop")]
+        chunks = [{**common, "choices": [{"index": index, **step, "logprobs": None, "finish_reason": reason}]}
+                  for step, reason in steps for index in self.choices(payload)]
+        options = payload.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage") is True:
+            chunks = [{**chunk, "usage": None} for chunk in chunks] + [{**common, "choices": [], "usage": usage}]
+        events = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
+        return "".join("data: %s\n\n" % event for event in events).encode()
+
+    @staticmethod
+    def choices(payload: Dict[str, Any]) -> range:
+        """As many as were asked for, for clients that count on it."""
+        count, prompt = payload.get("n"), payload.get("prompt")
+        prompts = len(prompt) if isinstance(prompt, list) and all(isinstance(one, (str, list)) for one in prompt) else 1
+        return range(max(1, min(128, (count if type(count) is int else 1) * prompts)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wire: HTTP/1.1 in bytes, strict, one parser for both sides (RFC 9110, RFC 9112). Heads are matched whole or not at all;
+# bodies are followed through their framing. It does not know what an LLM is.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_HEAD = 65536        # bytes of one head
+MAX_FIELDS = 100        # fields of one head
+MAX_AHEAD = 65536       # bytes a caller may send ahead while its answer is running
+MAX_CHUNK_LINE = 1024   # bytes of a chunk's size and extensions
+MAX_TRAILERS = 8192     # bytes of fields after the last chunk; they are read and dropped
+BLOCK = 65536           # bytes to read at once
+
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(r"([A-Z][A-Z_-]{0,31}) ([!-~]+) HTTP/1\.([01])")
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+FIELD_LINES = re.compile(r"(?:%s:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
+BARE_LINE_END = re.compile(rb"(?:[^\r]|^)\n|\r[^\n]")
+HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+DIGITS = re.compile("[0-9]{1,15}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f])[ \t]*(?:;[\t -~\x80-\xff]*)?)?\r?")
+TRAILERS = re.compile(rb"(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % TOKEN.encode())
+LAST_CHUNK = b"0\r\n\r\n"
+
+HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade"))
+SINGLE = frozenset((      # a second one would leave the choice to whoever reads it next
+    "host", "content-length", "transfer-encoding", "authorization", "x-api-key", "expect"))
+
+READ, WRITE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+if hasattr(select, "poll"):
+    def ready(wait: float, *wanted: Tuple[int, int]) -> List[int]:
+        """For each (descriptor, READ | WRITE | 0) the events it is ready for, after at most `wait` seconds. Errors and
+        hang-ups show as further bits, asked for or not."""
+        poller = select.poll()
+        for descriptor, events in wanted:
+            poller.register(descriptor, events)
+        found = dict(poller.poll(max(0, int(wait * 1000) + 1)))
+        return [found.get(descriptor, 0) for descriptor, _ in wanted]
+else:
+    def ready(wait: float, *wanted: Tuple[int, int]) -> List[int]:
+        """As above, where there is only select()."""
+        reading, writing, failed = select.select(
+            [descriptor for descriptor, events in wanted if events & READ],
+            [descriptor for descriptor, events in wanted if events & WRITE],
+            [descriptor for descriptor, _ in wanted], max(0, wait))
+        return [(READ if descriptor in reading or descriptor in failed else 0) | (WRITE if descriptor in writing else 0)
+                for descriptor, _ in wanted]
+
+
+class Connection:
+    """A socket that never blocks, and the bytes read from it that nobody has used yet."""
+    __slots__ = ("sock", "descriptor", "ahead", "encrypted")
+
+    def __init__(self, sock: socket.socket):
+        sock.setblocking(False)
+        self.sock, self.descriptor, self.ahead = sock, sock.fileno(), b""
+        self.encrypted = isinstance(sock, ssl.SSLSocket)
+
+    def receive(self) -> bytes:
+        """What has arrived, b"" at the end. Raises one of WOULD_BLOCK when nothing has."""
+        data = self.sock.recv(BLOCK)
+        while self.encrypted and data and self.sock.pending():  # decrypted bytes in wait make no descriptor ready
+            data += self.sock.recv(BLOCK)
+        return data
+
+    def fill(self) -> bool:
+        """Read what has arrived into `ahead`; False at the end of the stream."""
+        try:
+            data = self.receive()
+        except WOULD_BLOCK:
+            return True
+        self.ahead += data
+        return bool(data)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Head:
+    """A start line and header fields. `fields`: lower-case name -> value, repeated ones joined by ", " (RFC 9110 5.3);
+    `lines`: (lower-case name, the line as it came), for passing on."""
+    __slots__ = ("start", "fields", "lines")
+
+    def __init__(self, data: bytes):
+        """`data` runs from the start line through the blank line. Raises Malformed."""
+        self.start, _, block = data[:-2].decode("latin-1").partition("\r\n")
+        if not FIELD_LINES.fullmatch(block):
+            raise Malformed()
+        self.lines: List[Tuple[str, str]] = []
+        self.fields: Dict[str, str] = {}
+        for row in block.split("\r\n")[:-1]:
+            name, _, value = row.partition(":")
+            name, value = name.lower(), value.strip(" \t")
+            self.lines.append((name, row))
+            if name in self.fields:
+                if name in SINGLE:
+                    raise Malformed()
+                value = "%s, %s" % (self.fields[name], value)
+            self.fields[name] = value
+        if len(self.lines) > MAX_FIELDS:
+            raise Malformed("The request has too many header fields", 431)
+
+    def connection_options(self) -> List[str]:
+        return [option.strip(" \t").lower() for option in self.fields["connection"].split(",")] if "connection" in self.fields else []
+
+    def end_to_end(self, without: frozenset) -> List[str]:
+        """The lines to pass on: not those of this connection, nor those it names as such, nor `without`."""
+        named = self.connection_options()
+        return [row for name, row in self.lines if name not in HOP_BY_HOP and name not in without and name not in named]
+
+    def content_length(self) -> Optional[int]:
+        length = self.fields.get("content-length")
+        if length is None:
+            return None
+        if not DIGITS.fullmatch(length):
+            raise Malformed()
+        return int(length)
+
+
+def read_head(connection: Connection, wait: Callable[[], None]) -> Optional[bytes]:
+    """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `wait` returns when
+    there is more to read. What can no longer become a head is Malformed at once."""
+    checked = 0  # bytes of whole lines that were looked at
+    while True:
+        ahead = connection.ahead
+        end = ahead.find(b"\r\n\r\n", max(0, checked - 2)) + 4
+        if 4 <= end <= MAX_HEAD:
+            connection.ahead = ahead[end:]
+            return ahead[:end]
+        if len(ahead) > MAX_HEAD:
+            raise Malformed("The request head is too large", 431 if b"\r\n" in ahead[:MAX_HEAD] else 414)
+        if BARE_LINE_END.search(ahead, max(0, checked - 1)):
+            raise Malformed()
+        lines = ahead[checked:ahead.rfind(b"\r\n") + 2]
+        if lines:
+            if not FIELD_LINES.fullmatch((lines if checked else lines.partition(b"\r\n")[2]).decode("latin-1")):
+                raise Malformed()
+            checked += len(lines)
+        wait()
+        if not connection.fill():
+            if connection.ahead:
+                raise Malformed()
+            return None
+
+
+class Request:
+    """A request head that every RFC 9112 reader would read the same way. `path` and `query` come from its target; `length`
+    is None for a chunked body."""
+    __slots__ = ("head", "method", "path", "query", "version", "length", "closing")
+
+    def __init__(self, data: bytes):
+        self.head = head = Head(data)
+        match = REQUEST_LINE.fullmatch(head.start)
+        if not match:
+            raise Malformed(status=self.odd_start(head.start))
+        self.method, target, self.version = match[1], match[2], int(match[3])
+        host = head.fields.get("host")
+        if (host is None and self.version) or not HOST.fullmatch(host or ""):
+            raise Malformed()
+        self.path, _, self.query = self.origin_form(target, host).partition("?")
+        self.length = self.body_length()
+        self.closing = not self.version or "close" in head.connection_options()
+
+    @staticmethod
+    def odd_start(start: str) -> int:
+        return 505 if re.fullmatch(r"[A-Z]+ [!-~]+ HTTP/[0-9]\.[0-9]", start) else 400
+
+    def origin_form(self, target: str, host: Optional[str]) -> str:
+        """RFC 9112 3.2. The absolute form is taken when it names the Host; nothing in it ever chooses where a call goes."""
+        if target[0] != "/":
+            match = re.fullmatch(r"https?://([^/?#@]+)((?:[/?][!-~]*)?)", target, re.IGNORECASE)
+            if match and match[1].lower() == (host or "").lower():
+                target = match[2] if match[2][:1] == "/" else "/" + match[2]
+            elif target != "*" or self.method != "OPTIONS":
+                raise Malformed(status=501 if self.method == "CONNECT" else 400)
+        if "#" in target:
+            raise Malformed()
+        return target
+
+    def body_length(self) -> Optional[int]:
+        """RFC 9112 6.3: both kinds of framing, or a coding that is not exactly chunked, would be a door for smuggling."""
+        coding = self.head.fields.get("transfer-encoding")
+        length = self.head.content_length()
+        if coding is None:
+            return length or 0
+        if length is not None or not self.version:
+            raise Malformed()
+        if coding.lower() != "chunked":
+            raise Malformed("Only the chunked transfer coding is understood", 501)
+        return None
+
+
+class Sized:
+    """Framing by Content-Length. `feed` -> (what can be passed on as it is, the payload in it)."""
+    __slots__ = ("left", "ended", "excess")
+
+    def __init__(self, length: int):
+        self.left, self.ended, self.excess = length, length == 0, b""
+
+    def feed(self, data: bytes) -> Tuple[bytes, bytes]:
+        if len(data) > self.left:
+            data, self.excess = data[:self.left], data[self.left:]
+        self.left -= len(data)
+        self.ended = not self.left
+        return data, data
+
+    def end_of_stream(self) -> bool:
+        """The sender closed; -> whether the body is whole."""
+        return self.ended
+
+
+class UntilClose(Sized):
+    """Framing by the end of the connection: every end looks like the right one."""
+    __slots__ = ()
+
+    def __init__(self):
+        super().__init__(1 << 62)
+
+    def end_of_stream(self) -> bool:
+        self.ended = True
+        return True
+
+
+class Chunked:
+    """Framing by chunks (RFC 9112 7.1). What `feed` passes on ends at the last byte that was checked, so nothing malformed
+    ever goes through; trailers are dropped, and the last chunk is passed on only when the sender's has come."""
+    __slots__ = ("left", "ended", "excess", "held")
+
+    def __init__(self):
+        self.left, self.ended, self.excess, self.held = 0, False, b"", b""
+
+    def feed(self, data: bytes) -> Tuple[bytes, bytes]:
+        if self.held:
+            data, self.held = self.held + data, b""
+        position, size, payload, left = 0, len(data), b"", self.left
+        while position < size:
+            if not left:  # at a chunk's size line
+                match = CHUNK_LINE.match(data, position)
+                if not match:
+                    if size - position > MAX_CHUNK_LINE or not CHUNK_LINE_START.fullmatch(data, position):
+                        raise Malformed()
+                    break
+                left = int(match[1], 16)
+                if not left:
+                    return self.last(data, position, match.end(), payload)
+                position, left = match.end(), left + 2
+            if size - position >= left:  # the chunk is here, with the line end behind it
+                end = position + left
+                if data[end - 2:end] != b"\r\n":
+                    raise Malformed()
+                payload = payload + data[position:end - 2] if payload else data[position:end - 2]
+                position, left = end, 0
+            else:
+                end = min(size, position + left - 2)
+                payload = payload + data[position:end] if payload else data[position:end]
+                left -= end - position
+                position = end
+                if left == 2 and position < size and data[position] != 13:
+                    raise Malformed()
+                break
+        self.left, self.held = left, data[position:]
+        return (data[:position] if self.held else data), payload
+
+    def last(self, data: bytes, position: int, end: int, payload: bytes) -> Tuple[bytes, bytes]:
+        self.left = 0
+        match = TRAILERS.match(data, end)
+        if match:
+            self.ended, self.excess = True, data[match.end():]
+            return data[:position] + LAST_CHUNK, payload
+        if len(data) - end > MAX_TRAILERS or BARE_LINE_END.search(data, end - 1):
+            raise Malformed()
+        self.held = data[position:]
+        return data[:position], payload
+
+    def end_of_stream(self) -> bool:
+        return self.ended
+
+
+def chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+
+
+class Passage:
+    """The body of an answer on its way to the caller: `feed` turns what came into what goes out. Chunked stays chunked,
+    byte for byte, and sized stays sized; `style` says otherwise where the two sides' framing differs."""
+    __slots__ = ("framing", "style", "passed")
+    AS_IS, PLAIN, CHUNKED = range(3)
+
+    def __init__(self, framing: Any, style: int = AS_IS):
+        self.framing, self.style, self.passed = framing, style, 0
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises Malformed as soon as the framing is broken."""
+        same, payload = self.framing.feed(data)
+        self.passed += len(payload)
+        if self.style == self.AS_IS:
+            return same
+        return payload if self.style == self.PLAIN else chunk(payload) + (LAST_CHUNK if self.framing.ended else b"")
+
+    def end_of_stream(self) -> Tuple[bool, bytes]:
+        """The upstream closed; -> (whether that is a proper end, what is left to send)."""
+        whole_body = self.framing.end_of_stream()
+        return whole_body, LAST_CHUNK if whole_body and self.style == self.CHUNKED else b""
+
+
+class Watch:
+    """A caller under observation: every wait of its call goes through here, so that its leaving is noticed in each.
+    A caller that only closed its sending side looks the same as one that left; it is given HALF_CLOSE_SECONDS more."""
+    HALF_CLOSE_SECONDS = 0.5
+
+    def __init__(self, caller: Connection, clock: Any):
+        self.caller, self.clock = caller, clock
+        self.left: Optional[float] = None  # when the end of what it sends was seen
+
+    def wait(self, connection: Connection, events: int, deadline: float) -> int:
+        """Wait until `connection` is ready; -> for what. Raises TimeoutError at `deadline`, CallerGone when it left."""
+        while True:
+            until = deadline if self.left is None else min(deadline, self.left + self.HALF_CLOSE_SECONDS)
+            listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
+            found, seen = ready(until - self.clock.monotonic(), (connection.descriptor, events), (self.caller.descriptor, READ if listening else 0))
+            if found:
+                return found
+            if seen:
+                self.look(listening)
+            elif self.clock.monotonic() >= until:
+                if self.left is not None:
+                    raise CallerGone()
+                raise TimeoutError()
+
+    def look(self, listening: bool) -> None:
+        """The caller stirred: it sent more, closed its side, or is gone."""
+        if not listening:
+            raise CallerGone()
+        try:
+            if not self.caller.fill():
+                self.left = self.clock.monotonic()
+        except OSError:
+            raise CallerGone() from None
+
+    def pause(self, done: threading.Event, deadline: float) -> bool:
+        """Wait for something that has no descriptor, looking at the caller 20 times a second; -> whether it is done."""
+        while not done.wait(0.05):
+            now = self.clock.monotonic()
+            if self.left is None and len(self.caller.ahead) < MAX_AHEAD and ready(-1, (self.caller.descriptor, READ))[0]:
+                self.look(True)
+            if self.left is not None and now > self.left + self.HALF_CLOSE_SECONDS:
+                raise CallerGone()
+            if now >= deadline:
+                return False
+        return True
+
+    def send(self, connection: Connection, data: bytes, seconds_without_progress: float) -> bool:
+        """Send all of `data`; -> False if the peer spoke first and does not read on. Raises OSError, TimeoutError, CallerGone."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[connection.sock.send(view):]
+            except WOULD_BLOCK:
+                found = self.wait(connection, READ | WRITE, self.clock.monotonic() + seconds_without_progress)
+                if not found & WRITE and (not connection.fill() or connection.ahead):
+                    return False
+        return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Relay: one thread carries every running answer body from upstream to caller. A thread per stream would pay a wake-up and
+# a fight for the interpreter lock on every event. A request's thread hands over its two sockets and sleeps until the
+# body has ended. It knows framing, deadlines, slow readers and hang-ups; it knows no heads, no LLMs and no buckets.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Flow:
+    """One body on its way. `ending` is one of ok, upstream_cut, caller_gone, internal_error once `done` is set."""
+    SLOW_READER_SECONDS = 60
+
+    __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "heard", "left", "unsent", "watching", "ending", "done")
+
+    def __init__(self, relay: "Relay", upstream: Connection, caller: Connection, passage: Passage, read_timeout: float):
+        self.relay, self.upstream, self.caller, self.passage, self.read_timeout = relay, upstream, caller, passage, read_timeout
+        self.heard = relay.now                # when the upstream last sent, or a slow caller last took, something
+        self.left: Optional[float] = None     # when the caller closed its sending side
+        self.unsent = b""                     # read from upstream, not yet taken by the caller; while there is any, no more is read
+        self.watching: Dict[int, int] = {}    # descriptor -> events, as registered
+        self.ending: Optional[str] = None
+        self.done = threading.Event()
+
+    def start(self) -> None:
+        self.heard = self.relay.now
+        self.watch()
+
+    def watch(self) -> None:
+        """Register each side for what is wanted of it now: a caller that does not take what came stops its own upstream."""
+        listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
+        for connection, events, act in (
+                (self.upstream, 0 if self.unsent or self.ending else selectors.EVENT_READ, self.from_upstream),
+                (self.caller, (selectors.EVENT_READ if listening else 0) | (selectors.EVENT_WRITE if self.unsent else 0), self.at_caller)):
+            before = self.watching.get(connection.descriptor, 0)
+            if events == before:
+                continue
+            self.watching[connection.descriptor] = events
+            if not before:
+                self.relay.selector.register(connection.descriptor, events, act)
+            elif events:
+                self.relay.selector.modify(connection.descriptor, events, act)
+            else:
+                self.relay.selector.unregister(connection.descriptor)
+
+    def from_upstream(self, _: int) -> None:
+        """The hot path: one read, one look at the framing, one write."""
+        if not self.watching:
+            return  # ended by the other socket's event of the same round
+        try:
+            data = self.upstream.receive()
+        except WOULD_BLOCK:
+            return
+        except OSError:
+            return self.end("upstream_cut")
+        self.heard = self.relay.now
+        if data:
+            try:
+                out = self.passage.feed(data)
+            except Malformed:
+                return self.end("upstream_cut")
+            if self.passage.framing.ended:
+                self.ending = "ok"
+        else:
+            whole_body, out = self.passage.end_of_stream()
+            self.ending = "ok" if whole_body else "upstream_cut"
+        if out:
+            self.send(out)
+        elif self.ending:
+            self.end(self.ending)
+
+    def send(self, data: bytes) -> None:
+        try:
+            sent = self.caller.sock.send(data)
+        except WOULD_BLOCK:
+            sent = 0
+        except OSError:
+            return self.end("caller_gone")
+        if sent == len(data):
+            if self.ending:
+                return self.end(self.ending)
+            if not self.unsent:
+                return
+        if sent:
+            self.heard = self.relay.now
+        self.unsent = data[sent:]
+        self.watch()
+
+    def at_caller(self, events: int) -> None:
+        """The caller can take more, or stirred: it sent its next request ahead, closed its side, or is gone."""
+        if not self.watching:
+            return
+        if events & selectors.EVENT_READ:
+            try:
+                if not self.caller.fill():
+                    self.left = self.relay.now
+            except OSError:
+                return self.end("caller_gone")
+            self.watch()
+        if events & selectors.EVENT_WRITE and self.unsent:
+            self.send(self.unsent)
+
+    def check(self, now: float) -> None:
+        """The deadlines, looked at a few times a second."""
+        if self.left is not None and now >= self.left + Watch.HALF_CLOSE_SECONDS:
+            self.end("caller_gone")
+        elif self.unsent and now >= self.heard + self.SLOW_READER_SECONDS:
+            self.end("caller_gone")
+        elif not self.unsent and now >= self.heard + self.read_timeout:
+            self.end("upstream_cut")
+
+    def end(self, ending: str) -> None:
+        self.unsent, self.ending = b"", ending
+        for descriptor, events in self.watching.items():
+            if events:
+                self.relay.selector.unregister(descriptor)
+        self.watching.clear()
+        self.relay.flows.discard(self)
+        self.done.set()
+
+
+class Relay:
+    TICK = 0.2  # seconds between two looks at the deadlines
+
+    def __init__(self, clock: Any, report: Callable[[], None]):
+        """`report` is called inside an except block, for a bug of ours that ends one flow."""
+        self.clock, self.report, self.now = clock, report, clock.monotonic()
+        self.selector = selectors.DefaultSelector()
+        self.flows: set = set()
+        self.arrivals: "collections.deque[Callable[[], None]]" = collections.deque()
+        self.bell, self.ear = socket.socketpair()
+        self.bell.setblocking(False)
+        self.ear.setblocking(False)
+        self.selector.register(self.ear, selectors.EVENT_READ, self.hear)
+        self.thread = threading.Thread(target=self.run, name="relay", daemon=True)
+        self.thread.start()
+
+    def carry(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float) -> str:
+        """Carry a body to its end; -> how it ended. Called from the request's thread, which sleeps meanwhile."""
+        if passage.framing.ended:
+            return "ok"  # it came whole with its head
+        flow = Flow(self, upstream, caller, passage, read_timeout)
+        self.post(functools.partial(self.begin, flow))
+        flow.done.wait()
+        return flow.ending
+
+    def post(self, act: Callable[[], None]) -> None:
+        self.arrivals.append(act)
+        try:
+            self.bell.send(b"!")
+        except OSError:
+            pass  # the bell's buffer is full: it is ringing anyway
+
+    def hear(self, _: int) -> None:
+        self.ear.recv(4096)
+        while self.arrivals:
+            self.arrivals.popleft()()
+
+    def begin(self, flow: Flow) -> None:
+        self.flows.add(flow)
+        self.guard(flow, flow.start)
+
+    def cut_all(self) -> None:
+        """End every flow now, without a proper end."""
+        self.post(lambda: [flow.end("upstream_cut") for flow in list(self.flows)])
+
+    def guard(self, flow: Flow, act: Callable[..., None], *arguments: Any) -> None:
+        """A bug met by one flow ends that flow, not the thread."""
+        try:
+            act(*arguments)
+        except Exception:
+            self.report()
+            flow.end("internal_error")
+
+    def run(self) -> None:
+        due = self.now + self.TICK
+        while True:
+            found = self.selector.select(due - self.now if self.flows else None)
+            self.now = now = self.clock.monotonic()
+            for key, events in found:
+                try:
+                    key.data(events)
+                except Exception:
+                    self.report()
+                    flow = getattr(key.data, "__self__", None)
+                    if isinstance(flow, Flow):
+                        flow.end("internal_error")
+            if now >= due:
+                due = now + self.TICK
+                for flow in list(self.flows):
+                    self.guard(flow, flow.check, now)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Upstreams: the one place that opens sockets, and only to the configured address: no header, path or body of a caller can
+# change host, port or scheme. http.client opens and owns connections; answers are read by Wire. It knows no callers
+# (but for watching one while it waits) and no buckets.
+# ----------------------------------------------------------------------------------------------------------------------
+
+NEVER_UPSTREAM = frozenset(CREDENTIAL_FIELDS + (   # the caller's secrets, what we write ourselves, and what would name it
+    "cookie", "host", "content-length", "expect", "x-http-method-override", "forwarded", "via", "x-forwarded-for",
+    "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip"))
+REWRITTEN_FOR_CALLS = NEVER_UPSTREAM | {"content-type", "accept-encoding"}
+MAX_INTERIM = 16        # 1xx answers before the real one
+
+
+class Answer:
+    """An upstream's answer: a checked head, and a body that is still arriving. As a with-block it keeps the connection for
+    the next call if, and only if, the answer came whole and nothing came after it."""
+    __slots__ = ("upstream", "link", "head", "status", "reason", "framing", "reusable")
+
+    def __init__(self, upstream: "Upstream", link: "Link", data: bytes, method: str, whole_request: bool):
+        self.upstream, self.link, self.head = upstream, link, Head(data)
+        match = STATUS_LINE.fullmatch(self.head.start)
+        if not match:
+            raise Malformed()
+        self.status, self.reason = int(match[2]), match[3] or ""
+        self.framing = self.read_framing(method, match[1] == "1")
+        self.reusable = whole_request and match[1] == "1" and "close" not in self.head.connection_options()
+
+    def read_framing(self, method: str, chunking: bool) -> Any:
+        """RFC 9112 6.3. An ambiguous length is Malformed, as it is for nginx."""
+        coding, length = self.head.fields.get("transfer-encoding"), self.head.content_length()
+        if coding is not None and (length is not None or coding.lower() != "chunked" or not chunking):
+            raise Malformed()
+        if method == "HEAD" or self.status < 200 or self.status in (204, 304):
+            return Sized(0)
+        if coding is not None:
+            return Chunked()
+        return UntilClose() if length is None else Sized(length)
+
+    @property
+    def streamed(self) -> bool:
+        return self.head.fields.get("content-type", "").startswith("text/event-stream")
+
+    def __enter__(self) -> "Answer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        framing = self.framing
+        if self.reusable and framing.ended and not framing.excess and not self.link.wire.ahead:
+            self.upstream.keep(self.link, self.streamed)
+        else:
+            self.link.close()
+
+
+class Link(NamedTuple):
+    """An open connection to an upstream: http.client's, which owns the socket, and ours, which reads and writes it."""
+    owner: http.client.HTTPConnection
+    wire: Connection
+
+    def close(self) -> None:
+        self.owner.close()
+
+
+class Upstream:
+    SPARE_SECONDS = 3          # below the 5 s after which uvicorn, Node and llama.cpp close an idle connection
+    SETTLING_SECONDS = 0.05    # llama.cpp closes after a stream although it promised to keep the connection
+
+    def __init__(self, endpoint: Endpoint, key: Optional[str], open_timeout: float, read_timeout: float, clock: Any):
+        self.endpoint, self.open_timeout, self.read_timeout, self.clock = endpoint, open_timeout, read_timeout, clock
+        self.spares: "collections.deque[Tuple[float, Link]]" = collections.deque()  # (usable from, link), oldest left
+        self.tls = ssl.create_default_context() if endpoint.scheme == "https" else None
+        self.own_lines = "Host: %s\r\n" % endpoint.origin.partition("://")[2]
+        if key:
+            self.own_lines += "Authorization: Bearer %s\r\n" % key
+
+    def target(self, path: str, query: str = "") -> str:
+        """A base with a path replaces a leading /v1 of the call; a bare host gets the call's path as it is."""
+        if self.endpoint.path and (path == "/v1" or path.startswith("/v1/")):
+            path = path[3:]
+        return (self.endpoint.path + path or "/") + ("?" + query if query else "")
+
+    def forward(self, method: str, target: str, lines: List[str], body: Any, watch: Watch) -> Answer:
+        """Send one request and wait for the head of its answer. `body` is bytes, or a RequestBody to relay in blocks.
+        Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
+        link = self.connect(watch)
+        try:
+            return self.exchange(link, method, target, lines, body, watch)
+        except BaseException as failure:
+            link.close()
+            if isinstance(failure, TimeoutError):
+                raise UpstreamTimeout() from None
+            if isinstance(failure, (OSError, Malformed)):
+                raise UpstreamFailed() from None
+            raise
+
+    def exchange(self, link: Link, method: str, target: str, lines: List[str], body: Any, watch: Watch) -> Answer:
+        wire = link.wire
+        head = "%s %s HTTP/1.1\r\n%s%s" % (method, target, self.own_lines, "".join([row + "\r\n" for row in lines]))
+        try:
+            if isinstance(body, bytes):
+                framing = "Content-Length: %d\r\n\r\n" % len(body) if body or method in ("POST", "PUT", "PATCH") else "\r\n"
+                whole_request = watch.send(wire, (head + framing).encode("latin-1") + body, self.read_timeout)
+            else:
+                whole_request = self.upload(wire, head, body, watch)
+        except (BrokenPipeError, ConnectionResetError):
+            whole_request = False  # it may have answered before it stopped reading (RFC 9112 9.5)
+        deadline = self.clock.monotonic() + self.read_timeout
+        for _ in range(MAX_INTERIM):
+            data = read_head(wire, functools.partial(watch.wait, wire, READ, deadline))
+            if data is None:
+                break
+            answer = Answer(self, link, data, method, whole_request)
+            if answer.status >= 200:
+                return answer
+            if answer.status == 101:
+                break  # nobody asked for it: upgrades are not passed on
+        raise UpstreamFailed()
+
+    def upload(self, wire: Connection, head: str, body: "RequestBody", watch: Watch) -> bool:
+        """Relay a body of any size in blocks; -> False if the upstream answered before it was all sent."""
+        framing = "Transfer-Encoding: chunked\r\n\r\n" if body.length is None else "Content-Length: %d\r\n\r\n" % body.length
+        if not watch.send(wire, (head + framing).encode("latin-1"), self.read_timeout):
+            return False
+        for block in body.blocks(wire):
+            if not watch.send(wire, chunk(block) if body.length is None else block, self.read_timeout):
+                return False
+        return body.ended and (body.length is not None or watch.send(wire, LAST_CHUNK, self.read_timeout))
+
+    def fetch(self, path: str, watch: Watch, most: int = 1 << 22) -> Tuple[int, bytes]:
+        """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
+        with self.forward("GET", self.target(path), ["Accept: application/json", "Accept-Encoding: identity"], b"", watch) as answer:
+            wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
+            deadline = self.clock.monotonic() + self.read_timeout
+            try:
+                while len(body) <= most:
+                    body, wire.ahead = body + passage.feed(wire.ahead), b""
+                    if passage.framing.ended:
+                        return answer.status, body
+                    watch.wait(wire, READ, deadline)
+                    if not wire.fill() and passage.end_of_stream()[0]:
+                        return answer.status, body
+            except TimeoutError:
+                raise UpstreamTimeout() from None
+            except (OSError, Malformed):
+                pass
+            raise UpstreamFailed()
+
+    def connect(self, watch: Watch) -> Link:
+        """A spare connection that is still silent, or a new one."""
+        now = self.clock.monotonic()
+        while self.spares:
+            try:
+                usable, link = self.spares.pop()
+            except IndexError:
+                break  # another thread was faster
+            if usable > now:
+                self.spares.append((usable, link))
+                break
+            if now - usable < self.SPARE_SECONDS and self.silent(link):
+                return link
+            link.close()
+        return self.open(watch)
+
+    @staticmethod
+    def silent(link: Link) -> bool:
+        """Whether nothing came on an idle connection: neither its end, nor bytes that the next caller would take for its answer."""
+        try:
+            link.wire.receive()
+        except WOULD_BLOCK:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def open(self, watch: Watch) -> Link:
+        """Connect in a thread of its own: name look-ups and handshakes know neither our deadline nor the caller's leaving."""
+        host, port = self.endpoint.host, self.endpoint.port
+        owner = (http.client.HTTPSConnection(host, port, timeout=self.open_timeout, context=self.tls) if self.tls
+                 else http.client.HTTPConnection(host, port, timeout=self.open_timeout))
+        done, abandoned, failures = threading.Event(), threading.Event(), []
+
+        def run():
+            try:
+                owner.connect()
+            except Exception as failure:
+                failures.append(failure)
+            done.set()
+            if abandoned.is_set():
+                owner.close()
+
+        threading.Thread(target=run, name="connect", daemon=True).start()
+        try:
+            if not watch.pause(done, self.clock.monotonic() + self.open_timeout):
+                raise UpstreamTimeout()
+        except BaseException:
+            abandoned.set()
+            if done.is_set():
+                owner.close()
+            raise
+        if failures:
+            owner.close()
+            raise (UpstreamTimeout if isinstance(failures[0], TimeoutError) else UpstreamFailed)()
+        return Link(owner, Connection(owner.sock))
+
+    def keep(self, link: Link, settling: bool) -> None:
+        self.spares.append((self.clock.monotonic() + (self.SETTLING_SECONDS if settling else 0), link))
+
+    def close_stale(self, everything: bool = False) -> None:
+        """Close spare connections that are too old to be used again; called once in a while."""
+        oldest = self.clock.monotonic() - self.SPARE_SECONDS
+        while self.spares and (everything or self.spares[0][0] < oldest):
+            try:
+                self.spares.popleft()[1].close()
+            except IndexError:
+                break
+
+    def location(self, value: str) -> str:
+        """A redirect to the endpoint itself, as callers know it: its address is not theirs to learn."""
+        if not value.startswith(self.endpoint.origin + "/"):
+            return value
+        path = value[len(self.endpoint.origin):]
+        base = self.endpoint.path
+        return "/v1" + path[len(base):] if base and (path + "/").startswith(base + "/") else path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Books: what is written down of every call. Entries are filled on the way and recorded once; lines are formatted and
+# written by a thread of their own, so that a log nobody reads never blocks a call. It knows no sockets.
+# ----------------------------------------------------------------------------------------------------------------------
+
+ESCAPED_IN_LOG = re.compile(r"[^!-\[\]-~]")  # all but visible ASCII; the backslash too, as it escapes the others
+
+
+class Entry:
+    """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall` is the end in unix
+    nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok, limited, refused, upstream_status,
+    upstream_failed, upstream_cut, caller_gone, internal_error."""
+    __slots__ = ("identity", "started", "first_byte", "ended", "wall", "caller", "method", "path", "status", "outcome", "call",
+                 "hold", "passed")
+
+    def __init__(self, started: float):
+        self.started, self.first_byte, self.ended, self.wall = started, None, started, 0
+        self.identity = self.caller = self.method = self.path = self.call = self.hold = None
+        self.status, self.outcome, self.passed = 0, "ok", 0
+
+    def as_dict(self) -> Dict[str, Any]:
+        """Cost and remaining are None where no bucket was touched."""
+        call, hold = self.call, self.hold
+        quota = hold and hold.quota
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.wall // 10 ** 9)) + ".%03dZ" % (self.wall // 10 ** 6 % 1000)
+        return {"time": moment, "id": self.identity, "caller": self.caller, "method": self.method, "path": self.path,
+                "model": call and call.model, "status": self.status, "outcome": self.outcome, "stream": bool(call and call.stream),
+                "first_ms": None if self.first_byte is None else round((self.first_byte - self.started) * 1000, 1),
+                "ms": round((self.ended - self.started) * 1000, 1), "cost": quota and hold.amount, "remaining": quota and quota.remaining, "bytes": self.passed}
+
+    def as_text(self) -> str:
+        """One line of printable ASCII, whatever the caller sent."""
+        row = self.as_dict()
+        words = [row["time"], row["caller"], row["method"], row["path"], row["model"], row["status"] or None, row["outcome"],
+                 "stream" if row["stream"] else None]
+        words = ["-" if word is None else ESCAPED_IN_LOG.sub(lambda match: "\\x%02x" % ord(match[0]), str(word)[:200]) or "-" for word in words]
+        return "%s first=%sms all=%sms cost=%s left=%s bytes=%d id=%s" % (
+            " ".join(words), "-" if row["first_ms"] is None else row["first_ms"], row["ms"],
+            *("-" if row[name] is None else row[name] for name in ("cost", "remaining")), row["bytes"], row["id"])
+
+
+class Log:
+    """Lines on stderr, written by one thread from a bounded queue; what does not fit is dropped and counted."""
+    ROOM = 10_000
+
+    def __init__(self, stream: Any, as_json: bool):
+        """`stream` is a raw binary one: no lock of it can be held by a blocked writer when the process ends."""
+        self.stream, self.as_json = stream, as_json
+        self.queue: "collections.deque[Any]" = collections.deque()
+        self.dropped, self.stopping, self.work = 0, False, threading.Event()
+        self.thread = threading.Thread(target=self.run, name="log", daemon=True)
+        self.thread.start()
+
+    def record(self, entry: Any) -> None:
+        """Take an Entry, or a ready line; never waits."""
+        if len(self.queue) >= self.ROOM:
+            self.dropped += 1
+            return
+        self.queue.append(entry)
+        if not self.work.is_set():
+            self.work.set()
+
+    def report(self) -> None:
+        """A bug of ours, called inside an except block: its traceback, once."""
+        self.record(traceback.format_exc().rstrip())
+
+    def run(self) -> None:
+        while not (self.stopping and not self.queue):
+            self.work.wait()
+            self.work.clear()
+            lines = [self.spell(self.queue.popleft()) for _ in range(len(self.queue))]
+            if self.dropped:
+                dropped, self.dropped = self.dropped, 0
+                lines.append("%d log lines were dropped: nobody read them in time" % dropped)
+            data = memoryview("".join(row + "\n" for row in lines).encode("ascii", "backslashreplace"))
+            try:
+                while data:
+                    data = data[self.stream.write(data):]
+            except (OSError, ValueError):
+                pass  # a closed or full log is no reason to stop serving
+            if not self.stopping:
+                time.sleep(0.05)  # batches cost less than lines
+
+    def spell(self, entry: Any) -> str:
+        if isinstance(entry, str):
+            return entry
+        return json.dumps(entry.as_dict()) if self.as_json else entry.as_text()
+
+    def close(self, wait: float) -> None:
+        self.stopping = True
+        self.work.set()
+        self.thread.join(wait)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Proxy: `serve` is the life of one call; `build` is the parts list, the only place where constructors meet. It does not
+# know http.server.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Proxy:
+    def __init__(self, config: Config, clock: Any, callers: Callers, limits: Limits, prices: Prices, dialect: OpenAI,
+                 upstream: Upstream, relay: Relay, log: Log):
+        self.config, self.clock, self.callers, self.limits, self.prices, self.dialect = config, clock, callers, limits, prices, dialect
+        self.upstream, self.relay, self.log = upstream, relay, log
+
+    def serve(self, request: Request, reply: Any, entry: Entry) -> None:
+        """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what they hold."""
+        caller = self.callers.identify(request.head.fields, reply.address)                          # identify
+        entry.caller = caller.label
+        call = reply.call = entry.call = self.dialect.read(request.method, request.path, reply.body.whole)
+        with self.limits.admit(caller, self.prices.before(call) if call.endpoint else 0) as hold:   # admit
+            entry.hold = hold
+            upstream = self.route(call)                                                             # route
+            try:
+                with upstream.forward(request.method, upstream.target(call.path, request.query),    # forward
+                                      self.lines_up(request, call), self.body_up(call, reply), reply.watch) as answer:
+                    if answer.status >= 400:
+                        hold.give_back()
+                        entry.outcome = "upstream_status"
+                    passage = reply.begin(answer)
+                    ending = self.relay.carry(answer.link.wire, reply.caller, passage, upstream.read_timeout)
+                    entry.passed = passage.passed
+            except CallerGone:
+                hold.settle(self.prices.after(call, hold.amount, "caller_gone", 0))
+                raise
+            hold.settle(self.prices.after(call, hold.amount, ending, passage.passed))               # settle
+            if ending != "ok":
+                entry.outcome = ending
+                reply.cut()
+
+    def route(self, call: Call) -> Upstream:
+        return self.upstream
+
+    @staticmethod
+    def lines_up(request: Request, call: Call) -> List[str]:
+        """The header lines that go upstream beside its own. A metered answer must stay readable, so it is asked for plain."""
+        if not call.endpoint:
+            return request.head.end_to_end(NEVER_UPSTREAM)
+        return request.head.end_to_end(REWRITTEN_FOR_CALLS) + ["Content-Type: application/json", "Accept-Encoding: identity"]
+
+    @staticmethod
+    def body_up(call: Call, reply: Any) -> Any:
+        return call.body if call.endpoint else b"" if reply.body.ended else reply.body
+
+
+def build(config: Config, stream: Any, clock: Any = time) -> Proxy:
+    """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has."""
+    log = Log(stream, config.log_format == "json")
+    buckets = Buckets(config.max_tokens, config.refill_tokens, config.refill_interval_seconds, clock)
+    return Proxy(
+        config, clock, Callers(config.proxy_api_keys, os.urandom(32)), Limits(buckets, config.limit_message),
+        Prices(config.token_cost_mode, config.request_token_cost, config.response_token_reserve), OpenAI(config.base_model),
+        Upstream(config.base_api_url, config.base_api_key, config.open_timeout, config.read_timeout, clock),
+        Relay(clock, log.report), log)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pages: what a person, a browser or a monitor asks us and not the upstream. They charge nothing and name no address.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Page(NamedTuple):
+    status: int
+    body: bytes = b""
+    lines: Tuple[str, ...] = ()
+
+
+class Pages:
+    CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+
+    def __init__(self, proxy: Proxy):
+        self.proxy = proxy
+
+    def find(self, request: Request) -> Optional[Callable[[Request, str], Page]]:
+        """-> the page that answers this request, None where it is the upstream's."""
+        if request.method == "OPTIONS":
+            return self.preflight
+        if request.method in ("GET", "HEAD"):
+            if request.path == "/health":
+                return self.health
+            if request.path in ("/v1/models", "/models") and self.proxy.config.base_model:
+                return self.models
+        return None
+
+    def preflight(self, request: Request, address: str) -> Page:
+        asked = request.head.fields.get("access-control-request-headers", "Authorization, Content-Type")
+        return Page(204, lines=("Access-Control-Allow-Methods: " + self.CORS_METHODS, "Access-Control-Allow-Headers: " + asked,
+                                "Access-Control-Max-Age: 86400") if self.proxy.config.cors_origins else ())
+
+    def health(self, request: Request, address: str) -> Page:
+        """Open to all; whoever shows no valid credential is told the quota of the address."""
+        proxy = self.proxy
+        try:
+            caller = proxy.callers.identify(request.head.fields, address)
+        except Refusal:
+            caller = Caller(("address", address), address)
+        buckets = proxy.limits.buckets
+        quota = buckets.peek(caller.key)
+        return Page(200, json.dumps({
+            "ok": True, "version": VERSION, "model": proxy.config.base_model,
+            "quota": {"limit": quota.limit, "remaining": quota.remaining, "refill_tokens": quota.refill_tokens,
+                      "refill_interval_seconds": quota.refill_seconds,
+                      "wait_seconds": buckets.wait(caller.key, min(quota.limit, proxy.config.request_token_cost))}}).encode())
+
+    def models(self, request: Request, address: str) -> Page:
+        self.proxy.callers.identify(request.head.fields, address)
+        return Page(200, self.proxy.dialect.models([self.proxy.config.base_model]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Handler: HTTP on the caller's side: one thread per connection, one request after another. It knows neither tokens nor
+# prices.
+# ----------------------------------------------------------------------------------------------------------------------
+
+RATE_FIELDS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
+               "X-RateLimit-Reset-Seconds")  # in the order of Quota
+RATE_LINES = "\r\n".join(name + ": %d" for name in RATE_FIELDS)
+REPLACED = frozenset(  # fields of an answer that we write ourselves
+    ["content-length", "location", "x-request-id", "x-upstream-request-start", "x-upstream-request-stop"] +
+    [name.lower() for name in RATE_FIELDS])
+CORS_FIELDS = frozenset("access-control-" + name for name in (
+    "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age", "allow-private-network"))
+REASONS = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
+
+
+class RequestBody:
+    """What a caller sends after its head, read in blocks or whole. It has FREE_SECONDS, and more only for what really
+    arrives: a trickle does not keep it open. 100 Continue is sent when, and only if, somebody wants to read."""
+    FREE_SECONDS, BYTES_PER_SECOND = 60, 16384
+
+    def __init__(self, caller: Connection, request: Request, most: int, clock: Any):
+        self.caller, self.most, self.clock = caller, most, clock
+        self.length = request.length
+        self.framing = Chunked() if self.length is None else Sized(self.length)
+        self.coded = request.head.fields.get("content-encoding", "identity").lower() != "identity"
+        expected = request.head.fields.get("expect", "").lower()
+        if expected not in ("", "100-continue"):
+            raise Unexpected()
+        self.awaited = bool(expected) and request.version == 1
+        self.started, self.taken = clock.monotonic(), 0
+
+    @property
+    def ended(self) -> bool:
+        return self.framing.ended
+
+    def read(self, upstream: Optional[Connection] = None) -> Optional[bytes]:
+        """-> the next bytes; None if `upstream` speaks first. Raises BrokenBody, TooSlow, CallerGone."""
+        while True:
+            if self.caller.ahead:
+                data, self.caller.ahead = self.caller.ahead, b""
+                try:
+                    _, payload = self.framing.feed(data)
+                except Malformed:
+                    raise BrokenBody() from None
+                if self.framing.ended:
+                    self.caller.ahead = self.framing.excess
+                self.taken += len(payload)
+                if payload or self.framing.ended:
+                    return payload
+            if not self.wait(upstream):
+                return None
+
+    def wait(self, upstream: Optional[Connection]) -> bool:
+        try:
+            if self.awaited:
+                self.awaited = False
+                self.caller.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            left = self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND - self.clock.monotonic()
+            wanted = [(self.caller.descriptor, READ)] + ([(upstream.descriptor, READ)] if upstream else [])
+            found = ready(left, *wanted)
+            if not any(found) and left <= 0:
+                raise TooSlow()
+            if found[0] and not self.caller.fill():
+                raise CallerGone()
+        except OSError:
+            raise CallerGone() from None
+        return not (upstream and found[1] and (not upstream.fill() or upstream.ahead))
+
+    def blocks(self, upstream: Connection) -> Any:
+        while not self.ended:
+            block = self.read(upstream)
+            if block is None:
+                return
+            yield block
+
+    def whole(self) -> bytes:
+        """The body of a metered call, at most `most` bytes."""
+        if self.coded:
+            raise Unsupported()
+        if self.length is not None and self.length > self.most:
+            raise TooLarge()
+        blocks = []
+        while not self.ended:
+            blocks.append(self.read())
+            if self.taken > self.most:
+                raise TooLarge()
+        return b"".join(blocks)
+
+    def skip(self) -> bool:
+        """Whether nothing of the body is left, after taking what is here already."""
+        try:
+            while not self.ended and self.caller.ahead and not self.awaited:
+                self.read()
+        except (Refusal, CallerGone):
+            pass
+        return self.ended
+
+
+class Reply:
+    """The way back to one caller: begin an answer that came from upstream, or send one of ours; `closing` says that the
+    connection cannot carry another request."""
+    SLOW_READER_SECONDS = 60
+
+    def __init__(self, caller: Connection, address: str, proxy: Proxy, entry: Entry):
+        self.caller, self.address, self.proxy, self.entry = caller, address, proxy, entry
+        self.watch = Watch(caller, proxy.clock)
+        self.request: Optional[Request] = None
+        self.body: Optional[RequestBody] = None
+        self.call: Optional[Call] = None
+        self.begun = self.closing = self.unframed = False
+        self.started = proxy.clock.time_ns()
+
+    def receive(self, request: Request) -> None:
+        """Take the head of the request that is to be answered."""
+        self.request, self.closing = request, request.closing
+        shown = request.head.fields.get("x-request-id", "")
+        self.entry.identity = shown if re.fullmatch("[!-~]{1,128}", shown) else None
+        self.entry.method, self.entry.path = request.method, request.path
+        self.body = RequestBody(self.caller, request, self.proxy.config.max_body_bytes, self.proxy.clock)
+
+    # -- what comes from upstream
+
+    def begin(self, answer: Answer) -> Passage:
+        """Send the head of an answer, together with what has come of its body; -> the rest of the way."""
+        head, framing = answer.head, answer.framing
+        lines = head.end_to_end(REPLACED | CORS_FIELDS if self.proxy.config.cors_origins else REPLACED)
+        style = Passage.AS_IS
+        if isinstance(framing, (Chunked, UntilClose)):
+            if self.request.version == 0:
+                style, self.closing, self.unframed = Passage.PLAIN, True, True  # HTTP/1.0 knows no chunks: closing ends the body
+            else:
+                style = Passage.AS_IS if isinstance(framing, Chunked) else Passage.CHUNKED
+                lines.append("Transfer-Encoding: chunked")
+        elif "content-length" in head.fields and answer.status != 204:
+            lines.append("Content-Length: " + head.fields["content-length"])
+        passage = Passage(framing, style)
+        ahead, answer.link.wire.ahead = answer.link.wire.ahead, b""
+        try:
+            first = passage.feed(ahead)
+        except Malformed:
+            raise UpstreamFailed() from None
+        if "location" in head.fields:
+            lines.append("Location: " + answer.upstream.location(head.fields["location"]))
+        if "x-request-id" in head.fields:
+            lines.append("X-Upstream-Request-ID: " + head.fields["x-request-id"])
+        lines.append("X-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d" % (self.started, self.proxy.clock.time_ns()))
+        self.entry.first_byte = self.proxy.clock.monotonic()
+        self.write(self.head(answer.status, answer.reason, lines) + first)
+        return passage
+
+    def cut(self) -> None:
+        """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too few bytes, or, where only
+        closing ends the body, a reset."""
+        self.closing = True
+        if self.unframed:
+            self.caller.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    # -- what comes from us
+
+    def send(self, status: int, body: bytes, lines: Tuple[str, ...] = (), content_type: str = "application/json") -> None:
+        if status != 204:
+            lines += ("Content-Type: " + content_type, "Content-Length: %d" % len(body))
+        with_body = self.request is None or self.request.method != "HEAD"
+        self.entry.passed = len(body) if with_body else 0
+        self.write(self.head(status, REASONS.get(status, "Error"), lines) + (body if with_body else b""))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Say no: a limited call gets an assistant that says so, everybody else an error."""
+        self.entry.outcome = refusal.outcome
+        if self.begun:
+            return self.cut()
+        self.closing = self.closing or refusal.closing
+        dialect, call = self.proxy.dialect, self.call
+        lines = tuple("%s: %s" % field for field in refusal.fields.items())
+        if isinstance(refusal, LimitReached):
+            self.entry.hold = Hold(None, None, 0, refusal.quota)
+            kind = "text/event-stream" if call.stream else "application/json"
+            reply = dialect.limit_reply(call, str(refusal), self.started // 10 ** 9)
+            return self.send(200, reply, lines + (("Cache-Control: no-cache",) if call.stream else ()), kind)
+        self.send(refusal.status, dialect.error(refusal), lines)
+
+    # -- both
+
+    def head(self, status: int, reason: str, lines: Any) -> bytes:
+        self.begun = True
+        entry, request = self.entry, self.request
+        entry.status = status
+        if self.body is None or not self.body.skip():
+            self.closing = True  # what is left of the body would be taken for the next request
+        rows = ["HTTP/1.1 %d %s" % (status, reason), *lines]
+        if entry.identity is None:
+            entry.identity = str(uuid.uuid4())
+        rows.append("X-Request-ID: " + entry.identity)
+        if entry.hold and entry.hold.quota:
+            rows.append(RATE_LINES % entry.hold.quota)
+        rows += self.cors(request)
+        rows.append("Connection: close\r\n\r\n" if self.closing else "\r\n")
+        return "\r\n".join(rows).encode("latin-1")
+
+    def cors(self, request: Optional[Request]) -> Tuple[str, ...]:
+        allowed = self.proxy.config.cors_origins
+        if allowed == ("*",):
+            return ("Access-Control-Allow-Origin: *", "Access-Control-Expose-Headers: *")
+        origin = request and request.head.fields.get("origin")
+        if origin in allowed:
+            return ("Access-Control-Allow-Origin: " + origin, "Access-Control-Expose-Headers: *", "Vary: Origin")
+        return ("Vary: Origin",) if allowed else ()
+
+    def write(self, data: bytes) -> None:
+        """Send all of `data`, however slowly it is taken. Raises CallerGone."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.caller.sock.send(view):]
+            except WOULD_BLOCK:
+                if not ready(self.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE))[0]:
+                    raise CallerGone() from None
+            except OSError:
+                raise CallerGone() from None
+
+
+class Handler(socketserver.BaseRequestHandler):
+    HEAD_SECONDS = 15        # from a head's first byte to its last; also for the first byte of a connection
+    IDLE_SECONDS = 75        # between two requests
+    LINGER_SECONDS = 5       # without a byte, after an answer that came before the request was whole
+    LINGER_TOTAL_SECONDS = 30
+    MAX_LINGER_BYTES = 64 << 20
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.caller, self.clock = Connection(self.request), self.server.proxy.clock
+        self.served, self.begun = False, None
+
+    def handle(self) -> None:
+        try:
+            while self.exchange():
+                self.served = True
+        except OSError:
+            pass  # the caller reset the connection between two requests
+
+    def exchange(self) -> bool:
+        """One request and its answer; -> whether there can be another."""
+        proxy = self.server.proxy
+        entry = Entry(self.clock.monotonic())
+        reply = Reply(self.caller, self.client_address[0], proxy, entry)
+        try:
+            self.begun = None
+            data = read_head(self.caller, self.wait)
+            if data is None:
+                return False
+            entry.started = self.clock.monotonic()
+            reply.receive(Request(data))
+            reply.closing = reply.closing or self.server.draining
+            page = self.server.pages.find(reply.request)
+            if page:
+                reply.send(*page(reply.request, reply.address))
+            else:
+                proxy.serve(reply.request, reply, entry)
+        except QuietEnd:
+            return False
+        except Exception as reason:
+            self.refuse(reply, reason)
+        entry.ended, entry.wall = self.clock.monotonic(), self.clock.time_ns()
+        entry.caller = entry.caller or reply.address
+        proxy.log.record(entry)
+        return not reply.closing
+
+    def refuse(self, reply: Reply, reason: Exception) -> None:
+        """Turn what was raised into an answer, if there is anybody to take it."""
+        try:
+            if isinstance(reason, CallerGone):
+                raise reason
+            if not isinstance(reason, Refusal):
+                self.server.proxy.log.report()
+                reason = InternalError()
+            reply.refuse(reason)
+        except CallerGone:
+            reply.entry.outcome, reply.closing = "caller_gone", True
+
+    def wait(self) -> None:
+        """For read_head: return when there is more to read, within the deadline that holds now."""
+        now = self.clock.monotonic()
+        if self.caller.ahead:
+            self.begun = self.begun or now
+            if not ready(self.begun + self.HEAD_SECONDS - now, (self.caller.descriptor, READ))[0]:
+                raise TooSlow()
+            return
+        self.server.idle.add(self.request)
+        try:
+            if self.server.draining or not ready(self.IDLE_SECONDS if self.served else self.HEAD_SECONDS,
+                                                 (self.caller.descriptor, READ))[0] or self.server.draining:
+                raise QuietEnd()
+        finally:
+            self.server.idle.discard(self.request)
+
+    def finish(self) -> None:
+        """Close, but not on unread bytes: the reset this would send could erase our last answer (RFC 9112 9.6)."""
+        try:
+            self.request.shutdown(socket.SHUT_WR)
+            now = self.clock.monotonic()
+            end, taken = now + self.LINGER_TOTAL_SECONDS, 0
+            while now < end and taken < self.MAX_LINGER_BYTES and not self.server.draining:
+                if not ready(min(self.LINGER_SECONDS, end - now), (self.caller.descriptor, READ))[0]:
+                    break
+                data = self.caller.receive()
+                if not data:
+                    break
+                taken, now = taken + len(data), self.clock.monotonic()
+        except (OSError, ValueError):
+            pass
+
+
+class QuietEnd(Exception):
+    """An idle connection is closed without a word."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Server: threads, caps, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock guards the set
+# of open connections; the Relay's flows belong to its thread alone; queues and events guard themselves. No lock is held
+# while another is taken, or while anything waits.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+    allow_reuse_address = os.name == "posix"   # elsewhere it would let two servers share a port
+    allow_reuse_port = False
+    TURNED_AWAY = 128                          # refused connections that are kept a moment, so that their answer can be read
+    OVERLOAD = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+    def __init__(self, proxy: Proxy, host: str, port: int, most: int):
+        self.proxy, self.pages, self.most = proxy, Pages(proxy), most
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.lock = threading.Condition()
+        self.open: set = set()       # every caller's socket
+        self.idle: set = set()       # those between two requests
+        self.draining = False
+        self.turned_away: "collections.deque[Tuple[float, socket.socket]]" = collections.deque()
+        self.swept = proxy.clock.monotonic()
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as failure:
+            if failure.errno in self.OVERLOAD:
+                time.sleep(0.1)  # accept would fail again at once, and again: a busy loop
+            raise
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        with self.lock:
+            full = len(self.open) >= self.most
+            if not full:
+                self.open.add(request)
+        if full:
+            return self.turn_away(request)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # can't start new thread
+            with self.lock:
+                self.open.discard(request)
+            self.turn_away(request)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        with self.lock:
+            self.open.discard(request)
+            if not self.open:
+                self.lock.notify_all()
+        self.close_request(request)
+
+    def turn_away(self, request: socket.socket) -> None:
+        """Answer 503 without a thread, and close a moment later: closing at once would reset the connection."""
+        refusal = Overloaded()
+        body = self.proxy.dialect.error(refusal)
+        head = "HTTP/1.1 503 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+        try:
+            request.setblocking(False)
+            request.send((head % (REASONS[503], len(body))).encode() + body)
+            request.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        self.turned_away.append((self.proxy.clock.monotonic(), request))
+        if len(self.turned_away) > self.TURNED_AWAY:
+            self.dismiss(self.turned_away.popleft()[1])
+
+    def dismiss(self, request: socket.socket) -> None:
+        try:
+            request.recv(BLOCK)
+        except OSError:
+            pass
+        self.close_request(request)
+
+    def service_actions(self) -> None:
+        """Called between two connections, and ten times a second."""
+        now = self.proxy.clock.monotonic()
+        while self.turned_away and self.turned_away[0][0] < now - 1:
+            self.dismiss(self.turned_away.popleft()[1])
+        if now > self.swept + 1:
+            self.swept = now
+            self.proxy.upstream.close_stale()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.proxy.log.report()
+
+    def drain(self, wait: float) -> int:
+        """Stop accepting, close what is idle, let running calls finish for `wait` seconds, then cut them; -> how many were cut."""
+        self.draining = True
+        self.shutdown()
+        self.server_close()
+        end = self.proxy.clock.monotonic() + wait
+        with self.lock:
+            for request in list(self.idle):
+                try:
+                    request.shutdown(socket.SHUT_RD)  # wakes its thread
+                except OSError:
+                    pass
+            while self.open and self.proxy.clock.monotonic() < end:
+                self.lock.wait(end - self.proxy.clock.monotonic())
+            left = len(self.open)
+        if left:
+            self.proxy.relay.cut_all()
+            with self.lock:
+                for request in list(self.open):
+                    try:
+                        request.shutdown(socket.SHUT_RDWR)
+                    except OSError:
+                        pass
+                self.lock.wait_for(lambda: not self.open, 1)
+        return left
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Demo: a small endpoint on loopback, for the first minute without a model. It stands in for a real one and is no part of
+# the proxy.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    MODEL, WORD_SECONDS = "demo", 0.05
+    TEXT = "This is the built-in demo endpoint of llm_proxy. It answers every call with these words, one after another."
+
+    def do_GET(self) -> None:
+        self.answer({"object": "list", "data": [{"id": self.MODEL, "object": "model", "created": 0, "owned_by": "demo"}]})
+
+    def do_POST(self) -> None:
+        call = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        chat = "messages" in call
+        words = [word + " " for word in self.TEXT.split()]
+        usage = {"prompt_tokens": len(json.dumps(call)) // 4, "completion_tokens": len(words)}
+        usage["total_tokens"] = sum(usage.values())
+        frame = {"id": "demo-1", "object": "chat.completion" if chat else "text_completion", "created": int(time.time()), "model": self.MODEL}
+        if not call.get("stream"):
+            said = {"message": {"role": "assistant", "content": self.TEXT}} if chat else {"text": self.TEXT}
+            return self.answer({**frame, "choices": [{"index": 0, **said, "finish_reason": "stop"}], "usage": usage})
+        frame["object"] += ".chunk" if chat else ""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for word in words + [None]:
+            said = {"delta": {"content": word} if word else {}} if chat else {"text": word or ""}
+            self.event(json.dumps({**frame, "choices": [{"index": 0, **said, "finish_reason": None if word else "stop"}]}))
+            time.sleep(self.WORD_SECONDS)
+        if (call.get("stream_options") or {}).get("include_usage"):
+            self.event(json.dumps({**frame, "choices": [], "usage": usage}))
+        self.event("[DONE]")
+        self.wfile.write(LAST_CHUNK)
+
+    def event(self, data: str) -> None:
+        self.wfile.write(chunk(b"data: %b\n\n" % data.encode()))
+
+    def answer(self, value: Dict[str, Any]) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class DemoServer(http.server.ThreadingHTTPServer):
+    """Answers to loopback only, on a port the system picks."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), DemoHandler)
+        threading.Thread(target=self.serve_forever, name="demo", daemon=True).start()
+
+    def server_bind(self) -> None:
+        Server.server_bind(self)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # the proxy hung up, as it should when its caller does
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands: the command line. `main` comes last.
+# ----------------------------------------------------------------------------------------------------------------------
+
+def describe(config: Config) -> List[str]:
+    """What the proxy is about to do, in a few lines without secrets."""
+    if config.token_cost_mode == "estimate":
+        cost = "its estimated tokens, %d for an answer without a maximum" % config.response_token_reserve
+    else:
+        cost = "%d" % config.request_token_cost
+    return ["upstream %s%s, key %s, model %s" % (
+                config.base_api_url.origin, config.base_api_url.path, "set" if config.base_api_key else "not set",
+                config.base_model or "as asked for"),
+            "each caller's bucket holds %d tokens and gains %d every %d s; a call costs %s" % (
+                config.max_tokens, config.refill_tokens, config.refill_interval_seconds, cost)]
+
+
+def settings_help() -> str:
+    rows = ["settings, from the environment or from .env in the working directory:"]
+    for group, settings in SETTINGS.items():
+        rows += ["", group + ":"]
+        for setting in settings:
+            rows.append("  %-24s %s%s" % (setting.name, setting.sentence, "" if setting.default is None else " [%s]" % setting.default))
+    return "\n".join(rows)
+
+
+def check(config: Config, stream: Any) -> int:
+    """Print what would be used, ask the upstream for its models; -> exit code."""
+    for setting in (setting for group in SETTINGS.values() for setting in group):
+        value = getattr(config, setting.name.lower())
+        if isinstance(value, Endpoint):
+            value = value.origin + value.path
+        stream.write("%-24s %s\n" % (setting.name, "not set" if value is None else "set, not shown" if setting.secret else value))
+    for warning in config.warnings():
+        stream.write("warning: %s\n" % warning)
+    upstream = Upstream(config.base_api_url, config.base_api_key, config.open_timeout, min(10, config.read_timeout), time)
+    nobody, other_end = socket.socketpair()  # a caller who never leaves
+    with nobody, other_end:
+        try:
+            status, body = upstream.fetch("/v1/models", Watch(Connection(nobody), time))
+        except Refusal as refusal:
+            stream.write("models: %s\n" % refusal)
+            return 1
+    try:
+        names = [str(row["id"]) for row in json.loads(body)["data"]]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        stream.write("models: the upstream answered %d, and no list of models\n" % status)
+        return 1
+    stream.write("models: %s\n" % ", ".join(names))
+    return 0
+
+
+def take_one_cpu(wanted: Optional[int], port: int) -> None:
+    """Stay on one CPU. Threads that share an interpreter lock gain nothing from a second one and lose much by passing the lock
+    from CPU to CPU: measured, two to three times the calls per second. The port picks the CPU, so that two proxies differ."""
+    if wanted is None or not hasattr(os, "sched_setaffinity") or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {allowed[port % len(allowed)] if wanted < 0 else wanted})
+
+
+def raise_descriptor_limit() -> None:
+    """A call needs two descriptors, and the usual soft limit is 1024."""
+    if os.name == "posix":
+        import resource
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            pass  # macOS has a lower limit of its own
+
+
+def run(config: Config, log_stream: Any) -> int:
+    """Serve until a signal says stop; -> exit code."""
+    try:
+        take_one_cpu(config.cpu_affinity, config.port)
+    except OSError:
+        log_stream.write(b"CPU_AFFINITY must be a CPU this process may use (got '%d')\n" % config.cpu_affinity)
+        return 2
+    raise_descriptor_limit()
+    threading.stack_size(512 * 1024)  # a thread per connection: 8 MiB each is more than strict systems lend
+    proxy = build(config, log_stream)
+    try:
+        server = Server(proxy, config.host, config.port, config.max_connections)
+    except OSError as failure:
+        proxy.log.record("cannot listen on %s port %d: %s" % (config.host, config.port, failure.strerror or failure))
+        proxy.log.close(1)
+        return 1
+    stop, stopper = socket.socketpair()
+    stopper.setblocking(False)
+    signal.set_wakeup_fd(stopper.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_once(server))
+    proxy.log.record("llm_proxy %s listens on http://%s:%d" % (VERSION, "[%s]" % config.host if ":" in config.host else config.host, config.port))
+    for row in describe(config) + ["warning: " + warning for warning in config.warnings()]:
+        proxy.log.record(row)
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    stop.recv(1)
+    proxy.log.record("stopping: running calls have %g s" % config.drain_seconds)
+    cut = server.drain(config.drain_seconds)
+    proxy.log.record("stopped, %d calls cut" % cut if cut else "stopped")
+    proxy.log.close(2)
+    return 0
+
+
+def stop_once(server: Server) -> Callable[[int, Any], None]:
+    """The first signal wakes `run` by way of the wake-up descriptor; the second ends the process at once."""
+    seen: List[int] = []
+
+    def handle(number, _):
+        if seen:
+            os._exit(1)
+        seen.append(number)
+    return handle
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="llm_proxy.py", epilog=settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Let many people share an LLM endpoint fairly.  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py")
+    parser.add_argument("--version", action="version", version="llm_proxy " + VERSION)
+    parser.add_argument("--check", action="store_true", help="print what would be used, ask the endpoint for its models, and exit")
+    parser.add_argument("--demo", action="store_true", help="run in front of a small built-in endpoint")
+    options = parser.parse_args(arguments)
+    environ = dict(os.environ)
+    if options.demo:
+        demo = DemoServer()
+        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % demo.server_port
+    try:
+        with open(".env", encoding="utf-8") as file:
+            dotenv = file.read()
+    except FileNotFoundError:
+        dotenv = ""
+    except (OSError, ValueError) as failure:
+        print(".env cannot be read: %s" % failure, file=sys.stderr)
+        return 2
+    try:
+        config = read_config(environ, dotenv)
+    except ConfigFaults as faults:
+        print(faults, file=sys.stderr)
+        return 2
+    if options.check:
+        return check(config, sys.stdout)
+    if options.demo:
+        print(DEMO_HINT % {"port": config.port, "tokens": config.max_tokens // config.request_token_cost + 1}, file=sys.stderr)
+    return run(config, open(2, "wb", buffering=0, closefd=False))
+
+
+DEMO_HINT = """Try this, %(tokens)d times:
+  curl -N http://127.0.0.1:%(port)d/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"model":"demo","messages":[{"role":"user","content":"hello"}],"stream":true}'"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
