@@ -45,6 +45,7 @@ Contents, in reading order; a section uses only what stands above it:
 """
 import argparse
 import collections
+import ctypes
 import errno
 import functools
 import hashlib
@@ -54,6 +55,7 @@ import http.server
 import json
 import math
 import os
+import random
 import re
 import select
 import selectors
@@ -67,7 +69,6 @@ import threading
 import time
 import traceback
 import types
-import uuid
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 VERSION = "0.1.0"
@@ -363,11 +364,18 @@ class CallerGone(Exception):
 CREDENTIAL_FIELDS = ("authorization", "x-api-key")
 
 
-class Caller(NamedTuple):
+class Caller:
     """`key` finds the caller's bucket: ('key', SHA-256 of the credential) or ('address', IP). A bearer that spells an IP
-    is therefore not that IP. `label` is for logs: a name, key:1a2b3c4d or the address."""
-    key: Tuple[str, Any]
-    label: str
+    is therefore not that IP."""
+    __slots__ = ("key", "name", "secret")
+
+    def __init__(self, key: Tuple[str, Any], name: Optional[str], secret: bytes = b""):
+        self.key, self.name, self.secret = key, name, secret
+
+    @property
+    def label(self) -> str:
+        """For logs: a name, the address, or key:1a2b3c4d, a digest of the key under `secret`."""
+        return self.name or "key:" + hashlib.blake2b(self.key[1], digest_size=4, key=self.secret).hexdigest()
 
 
 def credentials(fields: Dict[str, str]) -> set:
@@ -400,8 +408,7 @@ class Callers:
                 raise Unauthorized()
         if digest is None:
             return Caller(("address", address), address)
-        name = self.names and self.names[digest]
-        return Caller(("key", digest), name or "key:" + hashlib.blake2b(digest, digest_size=4, key=self.label_secret).hexdigest())
+        return Caller(("key", digest), self.names and self.names[digest], self.label_secret)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -470,9 +477,12 @@ class Buckets:
             level, stamp = self.now(self.levels.get(key), now)
             if level >= cost:
                 level -= cost
+                known = key in self.levels
                 self.levels[key] = level, stamp
-                self.levels.move_to_end(key)
-                self.make_room(now)
+                if known:
+                    self.levels.move_to_end(key)
+                else:
+                    self.make_room(now)
                 return True, 0, self.quota(level, stamp, now)
         missing = math.ceil((cost - level) / self.refill)
         return False, stamp + missing * self.interval - now, self.quota(level, stamp, now)
@@ -627,12 +637,15 @@ def no_constant(text: str) -> None:
     raise ValueError("%s is not JSON" % text)
 
 
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=no_constant)
+
+
 def parse_json(body: bytes) -> Dict[str, Any]:
     """A JSON object in UTF-8, as RFC 8259 has it; BadRequest for anything else that json.loads would take or choke on."""
     if too_deep(body):
         raise BadRequest("The request body is nested too deeply")
     try:
-        payload = json.loads(body.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=no_constant)
+        payload = STRICT_JSON.decode(body.decode())
     except (ValueError, RecursionError):
         raise BadRequest("The request body is not valid JSON") from None
     if not isinstance(payload, dict):
@@ -678,6 +691,7 @@ class Call:
 
 class OpenAI:
     """The OpenAI API: chat completions and completions are metered (https://platform.openai.com/docs/api-reference)."""
+    METERED = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 
     def __init__(self, model: Optional[str]):
         """`model` replaces the one that calls ask for."""
@@ -686,6 +700,8 @@ class OpenAI:
     def endpoint(self, method: str, path: str) -> Tuple[Optional[str], str]:
         """-> ('chat' | 'completions' | None, the path to use). A POST that any upstream could take for a metered endpoint
         is that endpoint, under its plain name; what cannot be named plainly is refused."""
+        if method == "POST" and path in self.METERED:
+            return self.METERED[path], path
         if PLAIN_PATH.fullmatch(path):
             if not path.lower().endswith("/completions"):
                 return None, path
@@ -728,7 +744,7 @@ class OpenAI:
         """A whole answer in which the assistant says `text`: JSON, or an event stream when one was asked for."""
         chat, payload = call.endpoint == "chat", call.payload
         usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-        common = {"id": ("chatcmpl-limit-" if chat else "cmpl-limit-") + uuid.uuid4().hex[:12], "created": created,
+        common = {"id": ("chatcmpl-limit-" if chat else "cmpl-limit-") + "%012x" % random.getrandbits(48), "created": created,
                   "object": "chat.completion" if chat else "text_completion", "model": call.model or self.model or ""}
         message = {"role": "assistant", "content": text}
         if isinstance(payload.get("response_format"), dict) and payload["response_format"].get("type") in ("json_schema", "json_object"):
@@ -769,7 +785,7 @@ MAX_FIELDS = 100        # fields of one head
 MAX_AHEAD = 65536       # bytes a caller may send ahead while its answer is running
 MAX_CHUNK_LINE = 1024   # bytes of a chunk's size and extensions
 MAX_TRAILERS = 8192     # bytes of fields after the last chunk; they are read and dropped
-BLOCK = 65536           # bytes to read at once
+BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(r"([A-Z][A-Z_-]{0,31}) ([!-~]+) HTTP/1\.([01])")
@@ -778,13 +794,14 @@ FIELD_LINES = re.compile(r"(?:%s:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
 BARE_LINE_END = re.compile(rb"(?:[^\r]|^)\n|\r[^\n]")
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 DIGITS = re.compile("[0-9]{1,15}")
+LENGTH_LINE = re.compile(rb"\r\nContent-Length: ([0-9]{1,15})(?=\r\n)", re.IGNORECASE)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f])[ \t]*(?:;[\t -~\x80-\xff]*)?)?\r?")
 TRAILERS = re.compile(rb"(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % TOKEN.encode())
 LAST_CHUNK = b"0\r\n\r\n"
 
 HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "close", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade"))
 SINGLE = frozenset((      # a second one would leave the choice to whoever reads it next
     "host", "content-length", "transfer-encoding", "authorization", "x-api-key", "expect"))
@@ -794,23 +811,23 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 if hasattr(select, "poll"):
-    def ready(wait: float, *wanted: Tuple[int, int]) -> List[int]:
-        """For each (descriptor, READ | WRITE | 0) the events it is ready for, after at most `wait` seconds. Errors and
-        hang-ups show as further bits, asked for or not."""
+    def ready(wait: float, *wanted: Tuple[int, int]) -> Dict[int, int]:
+        """Wait for at most `wait` seconds until one of (descriptor, READ | WRITE | 0) is ready; -> {descriptor: for what}.
+        Errors and hang-ups show as further bits, asked for or not."""
         poller = select.poll()
         for descriptor, events in wanted:
             poller.register(descriptor, events)
-        found = dict(poller.poll(max(0, int(wait * 1000) + 1)))
-        return [found.get(descriptor, 0) for descriptor, _ in wanted]
+        return dict(poller.poll(int(wait * 1000) + 1 if wait > 0 else 0))
 else:
-    def ready(wait: float, *wanted: Tuple[int, int]) -> List[int]:
+    def ready(wait: float, *wanted: Tuple[int, int]) -> Dict[int, int]:
         """As above, where there is only select()."""
         reading, writing, failed = select.select(
             [descriptor for descriptor, events in wanted if events & READ],
             [descriptor for descriptor, events in wanted if events & WRITE],
             [descriptor for descriptor, _ in wanted], max(0, wait))
-        return [(READ if descriptor in reading or descriptor in failed else 0) | (WRITE if descriptor in writing else 0)
-                for descriptor, _ in wanted]
+        found = {descriptor: (READ if descriptor in reading or descriptor in failed else 0) | (WRITE if descriptor in writing else 0)
+                 for descriptor, _ in wanted}
+        return {descriptor: events for descriptor, events in found.items() if events}
 
 
 class Connection:
@@ -843,39 +860,50 @@ class Connection:
 
 
 class Head:
-    """A start line and header fields. `fields`: lower-case name -> value, repeated ones joined by ", " (RFC 9110 5.3);
-    `lines`: (lower-case name, the line as it came), for passing on."""
-    __slots__ = ("start", "fields", "lines")
+    """A start line and header fields. `rows`: lower-case name -> the line as it came, ready to be passed on; lines of the same
+    name are joined by their line end. `options` are those of Connection."""
+    __slots__ = ("start", "rows", "options")
 
     def __init__(self, data: bytes):
         """`data` runs from the start line through the blank line. Raises Malformed."""
         self.start, _, block = data[:-2].decode("latin-1").partition("\r\n")
         if not FIELD_LINES.fullmatch(block):
             raise Malformed()
-        self.lines: List[Tuple[str, str]] = []
-        self.fields: Dict[str, str] = {}
-        for row in block.split("\r\n")[:-1]:
-            name, _, value = row.partition(":")
-            name, value = name.lower(), value.strip(" \t")
-            self.lines.append((name, row))
-            if name in self.fields:
+        lines = block.split("\r\n")
+        lines.pop()
+        self.rows = {row[:row.index(":")].lower(): row for row in lines}
+        if len(self.rows) < len(lines):
+            self.rows = self.joined(lines)
+        if len(lines) > MAX_FIELDS:
+            raise Malformed("The request has too many header fields", 431)
+        self.options = ()
+        if "connection" in self.rows:
+            self.options = [option.strip(" \t") for option in self.get("connection").lower().split(",")]
+
+    @staticmethod
+    def joined(lines: List[str]) -> Dict[str, str]:
+        rows: Dict[str, str] = {}
+        for row in lines:
+            name = row[:row.index(":")].lower()
+            if name in rows:
                 if name in SINGLE:
                     raise Malformed()
-                value = "%s, %s" % (self.fields[name], value)
-            self.fields[name] = value
-        if len(self.lines) > MAX_FIELDS:
-            raise Malformed("The request has too many header fields", 431)
+                row = rows[name] + "\r\n" + row
+            rows[name] = row
+        return rows
 
-    def connection_options(self) -> List[str]:
-        return [option.strip(" \t").lower() for option in self.fields["connection"].split(",")] if "connection" in self.fields else []
+    def get(self, name: str, default: Optional[str] = None) -> Optional[str]:
+        """The value of a field; repeated ones are joined by ", " (RFC 9110 5.3)."""
+        rows = self.rows.get(name)
+        return default if rows is None else ", ".join([row.partition(":")[2].strip(" \t") for row in rows.split("\r\n")])
 
     def end_to_end(self, without: frozenset) -> List[str]:
         """The lines to pass on: not those of this connection, nor those it names as such, nor `without`."""
-        named = self.connection_options()
-        return [row for name, row in self.lines if name not in HOP_BY_HOP and name not in without and name not in named]
+        dropped = without if HOP_BY_HOP.issuperset(self.options) else without.union(self.options)
+        return [row for name, row in self.rows.items() if name not in dropped]
 
     def content_length(self) -> Optional[int]:
-        length = self.fields.get("content-length")
+        length = self.get("content-length")
         if length is None:
             return None
         if not DIGITS.fullmatch(length):
@@ -888,6 +916,10 @@ def read_head(connection: Connection, wait: Callable[[], None]) -> Optional[byte
     there is more to read. What can no longer become a head is Malformed at once."""
     checked = 0  # bytes of whole lines that were looked at
     while True:
+        if not connection.ahead:
+            wait()
+            if not connection.fill():
+                return None
         ahead = connection.ahead
         end = ahead.find(b"\r\n\r\n", max(0, checked - 2)) + 4
         if 4 <= end <= MAX_HEAD:
@@ -904,28 +936,41 @@ def read_head(connection: Connection, wait: Callable[[], None]) -> Optional[byte
             checked += len(lines)
         wait()
         if not connection.fill():
-            if connection.ahead:
-                raise Malformed()
-            return None
+            raise Malformed()
 
 
 class Request:
     """A request head that every RFC 9112 reader would read the same way. `path` and `query` come from its target; `length`
-    is None for a chunked body."""
-    __slots__ = ("head", "method", "path", "query", "version", "length", "closing")
+    is None for a chunked body. `passed_on` is room for what others derive from the head alone."""
+    __slots__ = ("head", "method", "path", "query", "version", "length", "closing", "shape", "passed_on")
 
     def __init__(self, data: bytes):
+        self.shape, self.passed_on = None, {}
         self.head = head = Head(data)
         match = REQUEST_LINE.fullmatch(head.start)
         if not match:
             raise Malformed(status=self.odd_start(head.start))
         self.method, target, self.version = match[1], match[2], int(match[3])
-        host = head.fields.get("host")
+        host = head.get("host")
         if (host is None and self.version) or not HOST.fullmatch(host or ""):
             raise Malformed()
-        self.path, _, self.query = self.origin_form(target, host).partition("?")
+        if target[0] != "/" or "#" in target:
+            target = self.origin_form(target, host)
+        self.path, _, self.query = target.partition("?")
         self.length = self.body_length()
-        self.closing = not self.version or "close" in head.connection_options()
+        self.closing = not self.version or "close" in head.options
+
+    @classmethod
+    def read(cls, data: bytes, last: Optional["Request"]) -> "Request":
+        """A caller that keeps its connection sends the same head again, but for its length; then `last` serves again."""
+        match = LENGTH_LINE.search(data)
+        shape = data[:match.start()] + data[match.end():] if match else data
+        if last is None or last.shape != shape:
+            last = cls(data)
+            last.shape = shape
+        elif match:
+            last.length = int(match[1])
+        return last
 
     @staticmethod
     def odd_start(start: str) -> int:
@@ -933,19 +978,18 @@ class Request:
 
     def origin_form(self, target: str, host: Optional[str]) -> str:
         """RFC 9112 3.2. The absolute form is taken when it names the Host; nothing in it ever chooses where a call goes."""
-        if target[0] != "/":
-            match = re.fullmatch(r"https?://([^/?#@]+)((?:[/?][!-~]*)?)", target, re.IGNORECASE)
-            if match and match[1].lower() == (host or "").lower():
-                target = match[2] if match[2][:1] == "/" else "/" + match[2]
-            elif target != "*" or self.method != "OPTIONS":
-                raise Malformed(status=501 if self.method == "CONNECT" else 400)
+        match = re.fullmatch(r"https?://([^/?#@]+)((?:[/?][!-~]*)?)", target, re.IGNORECASE)
         if "#" in target:
             raise Malformed()
-        return target
+        if match and match[1].lower() == (host or "").lower():
+            return match[2] if match[2][:1] == "/" else "/" + match[2]
+        if target == "*" and self.method == "OPTIONS":
+            return target
+        raise Malformed(status=501 if self.method == "CONNECT" else 400)
 
     def body_length(self) -> Optional[int]:
         """RFC 9112 6.3: both kinds of framing, or a coding that is not exactly chunked, would be a door for smuggling."""
-        coding = self.head.fields.get("transfer-encoding")
+        coding = self.head.get("transfer-encoding")
         length = self.head.content_length()
         if coding is None:
             return length or 0
@@ -1083,10 +1127,10 @@ class Watch:
         while True:
             until = deadline if self.left is None else min(deadline, self.left + self.HALF_CLOSE_SECONDS)
             listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
-            found, seen = ready(until - self.clock.monotonic(), (connection.descriptor, events), (self.caller.descriptor, READ if listening else 0))
+            found = ready(until - self.clock.monotonic(), (connection.descriptor, events), (self.caller.descriptor, READ if listening else 0))
+            if connection.descriptor in found:
+                return found[connection.descriptor]
             if found:
-                return found
-            if seen:
                 self.look(listening)
             elif self.clock.monotonic() >= until:
                 if self.left is not None:
@@ -1107,7 +1151,7 @@ class Watch:
         """Wait for something that has no descriptor, looking at the caller 20 times a second; -> whether it is done."""
         while not done.wait(0.05):
             now = self.clock.monotonic()
-            if self.left is None and len(self.caller.ahead) < MAX_AHEAD and ready(-1, (self.caller.descriptor, READ))[0]:
+            if self.left is None and len(self.caller.ahead) < MAX_AHEAD and ready(0, (self.caller.descriptor, READ)):
                 self.look(True)
             if self.left is not None and now > self.left + self.HALF_CLOSE_SECONDS:
                 raise CallerGone()
@@ -1117,10 +1161,10 @@ class Watch:
 
     def send(self, connection: Connection, data: bytes, seconds_without_progress: float) -> bool:
         """Send all of `data`; -> False if the peer spoke first and does not read on. Raises OSError, TimeoutError, CallerGone."""
-        view = memoryview(data)
-        while view:
+        left = memoryview(data)
+        while left:
             try:
-                view = view[connection.sock.send(view):]
+                left = left[connection.sock.send(left):]
             except WOULD_BLOCK:
                 found = self.wait(connection, READ | WRITE, self.clock.monotonic() + seconds_without_progress)
                 if not found & WRITE and (not connection.fill() or connection.ahead):
@@ -1324,7 +1368,7 @@ class Relay:
 # (but for watching one while it waits) and no buckets.
 # ----------------------------------------------------------------------------------------------------------------------
 
-NEVER_UPSTREAM = frozenset(CREDENTIAL_FIELDS + (   # the caller's secrets, what we write ourselves, and what would name it
+NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (   # the caller's secrets, what we write ourselves, and what would name it
     "cookie", "host", "content-length", "expect", "x-http-method-override", "forwarded", "via", "x-forwarded-for",
     "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip"))
 REWRITTEN_FOR_CALLS = NEVER_UPSTREAM | {"content-type", "accept-encoding"}
@@ -1343,11 +1387,11 @@ class Answer:
             raise Malformed()
         self.status, self.reason = int(match[2]), match[3] or ""
         self.framing = self.read_framing(method, match[1] == "1")
-        self.reusable = whole_request and match[1] == "1" and "close" not in self.head.connection_options()
+        self.reusable = whole_request and match[1] == "1" and "close" not in self.head.options
 
     def read_framing(self, method: str, chunking: bool) -> Any:
         """RFC 9112 6.3. An ambiguous length is Malformed, as it is for nginx."""
-        coding, length = self.head.fields.get("transfer-encoding"), self.head.content_length()
+        coding, length = self.head.get("transfer-encoding"), self.head.content_length()
         if coding is not None and (length is not None or coding.lower() != "chunked" or not chunking):
             raise Malformed()
         if method == "HEAD" or self.status < 200 or self.status in (204, 304):
@@ -1358,7 +1402,7 @@ class Answer:
 
     @property
     def streamed(self) -> bool:
-        return self.head.fields.get("content-type", "").startswith("text/event-stream")
+        return self.head.get("content-type", "").startswith("text/event-stream")
 
     def __enter__(self) -> "Answer":
         return self
@@ -1398,7 +1442,7 @@ class Upstream:
             path = path[3:]
         return (self.endpoint.path + path or "/") + ("?" + query if query else "")
 
-    def forward(self, method: str, target: str, lines: List[str], body: Any, watch: Watch) -> Answer:
+    def forward(self, method: str, target: str, lines: str, body: Any, watch: Watch) -> Answer:
         """Send one request and wait for the head of its answer. `body` is bytes, or a RequestBody to relay in blocks.
         Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
         link = self.connect(watch)
@@ -1412,9 +1456,9 @@ class Upstream:
                 raise UpstreamFailed() from None
             raise
 
-    def exchange(self, link: Link, method: str, target: str, lines: List[str], body: Any, watch: Watch) -> Answer:
+    def exchange(self, link: Link, method: str, target: str, lines: str, body: Any, watch: Watch) -> Answer:
         wire = link.wire
-        head = "%s %s HTTP/1.1\r\n%s%s" % (method, target, self.own_lines, "".join([row + "\r\n" for row in lines]))
+        head = "%s %s HTTP/1.1\r\n%s%s" % (method, target, self.own_lines, lines)
         try:
             if isinstance(body, bytes):
                 framing = "Content-Length: %d\r\n\r\n" % len(body) if body or method in ("POST", "PUT", "PATCH") else "\r\n"
@@ -1447,7 +1491,7 @@ class Upstream:
 
     def fetch(self, path: str, watch: Watch, most: int = 1 << 22) -> Tuple[int, bytes]:
         """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
-        with self.forward("GET", self.target(path), ["Accept: application/json", "Accept-Encoding: identity"], b"", watch) as answer:
+        with self.forward("GET", self.target(path), "Accept: application/json\r\nAccept-Encoding: identity\r\n", b"", watch) as answer:
             wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
             deadline = self.clock.monotonic() + self.read_timeout
             try:
@@ -1483,13 +1527,12 @@ class Upstream:
     @staticmethod
     def silent(link: Link) -> bool:
         """Whether nothing came on an idle connection: neither its end, nor bytes that the next caller would take for its answer."""
-        try:
-            link.wire.receive()
-        except WOULD_BLOCK:
+        if not ready(0, (link.wire.descriptor, READ)):
             return True
+        try:
+            return link.wire.fill() and not link.wire.ahead  # a TLS record that carries no data is silence, too
         except OSError:
-            pass
-        return False
+            return False
 
     def open(self, watch: Watch) -> Link:
         """Connect in a thread of its own: name look-ups and handshakes know neither our deadline nor the caller's leaving."""
@@ -1547,40 +1590,49 @@ class Upstream:
 # written by a thread of their own, so that a log nobody reads never blocks a call. It knows no sockets.
 # ----------------------------------------------------------------------------------------------------------------------
 
-ESCAPED_IN_LOG = re.compile(r"[^!-\[\]-~]")  # all but visible ASCII; the backslash too, as it escapes the others
+def new_identity() -> str:
+    """A random UUID (RFC 9562 5.4); it is no secret, so no system call is spent on it."""
+    digits = "%032x" % random.getrandbits(128)
+    return "%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
+
+
+PLAIN_WORD = re.compile(r"[!-\[\]-~]{1,80}")
 
 
 class Entry:
     """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall` is the end in unix
     nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok, limited, refused, upstream_status,
     upstream_failed, upstream_cut, caller_gone, internal_error."""
-    __slots__ = ("identity", "started", "first_byte", "ended", "wall", "caller", "method", "path", "status", "outcome", "call",
-                 "hold", "passed")
+    __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path", "status",
+                 "outcome", "call", "hold", "passed")
 
-    def __init__(self, started: float):
-        self.started, self.first_byte, self.ended, self.wall = started, None, started, 0
-        self.identity = self.caller = self.method = self.path = self.call = self.hold = None
+    def __init__(self, address: str):
+        self.address = address
+        self.identity = self.caller = self.method = self.path = self.call = self.hold = self.first_byte = None
         self.status, self.outcome, self.passed = 0, "ok", 0
 
-    def as_dict(self) -> Dict[str, Any]:
-        """Cost and remaining are None where no bucket was touched."""
+    def as_dict(self, moment: str) -> Dict[str, Any]:
+        """`moment` is the end of the call, as text. Cost and remaining are None where no bucket was touched."""
         call, hold = self.call, self.hold
         quota = hold and hold.quota
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.wall // 10 ** 9)) + ".%03dZ" % (self.wall // 10 ** 6 % 1000)
-        return {"time": moment, "id": self.identity, "caller": self.caller, "method": self.method, "path": self.path,
-                "model": call and call.model, "status": self.status, "outcome": self.outcome, "stream": bool(call and call.stream),
-                "first_ms": None if self.first_byte is None else round((self.first_byte - self.started) * 1000, 1),
-                "ms": round((self.ended - self.started) * 1000, 1), "cost": quota and hold.amount, "remaining": quota and quota.remaining, "bytes": self.passed}
+        return {
+            "time": moment, "id": self.identity, "caller": self.caller.label if self.caller else self.address,
+            "method": self.method, "path": self.path, "model": call and call.model, "status": self.status,
+            "outcome": self.outcome, "stream": bool(call and call.stream),
+            "first_ms": self.first_byte and round((self.first_byte - self.started) * 1000, 1),
+            "ms": round((self.ended - self.started) * 1000, 1), "cost": quota and hold.amount,
+            "remaining": quota and quota.remaining, "bytes": self.passed}
 
-    def as_text(self) -> str:
+    def as_text(self, moment: str) -> str:
         """One line of printable ASCII, whatever the caller sent."""
-        row = self.as_dict()
-        words = [row["time"], row["caller"], row["method"], row["path"], row["model"], row["status"] or None, row["outcome"],
-                 "stream" if row["stream"] else None]
-        words = ["-" if word is None else ESCAPED_IN_LOG.sub(lambda match: "\\x%02x" % ord(match[0]), str(word)[:200]) or "-" for word in words]
-        return "%s first=%sms all=%sms cost=%s left=%s bytes=%d id=%s" % (
-            " ".join(words), "-" if row["first_ms"] is None else row["first_ms"], row["ms"],
-            *("-" if row[name] is None else row[name] for name in ("cost", "remaining")), row["bytes"], row["id"])
+        call, hold = self.call, self.hold
+        quota, model = hold and hold.quota, call and call.model
+        return "%s %s %s %s %s %d %s %s first=%sms all=%.1fms cost=%s left=%s bytes=%d id=%s" % (
+            moment, self.caller.label if self.caller else self.address, self.method or "-", self.path or "-",
+            "-" if not model else model if PLAIN_WORD.fullmatch(model) else ascii(model[:80]).replace(" ", "\\x20"),
+            self.status, self.outcome, "stream" if call and call.stream else "-",
+            "-" if self.first_byte is None else "%.1f" % ((self.first_byte - self.started) * 1000),
+            (self.ended - self.started) * 1000, hold.amount if quota else "-", quota.remaining if quota else "-", self.passed, self.identity)
 
 
 class Log:
@@ -1590,33 +1642,43 @@ class Log:
     def __init__(self, stream: Any, as_json: bool):
         """`stream` is a raw binary one: no lock of it can be held by a blocked writer when the process ends."""
         self.stream, self.as_json = stream, as_json
-        self.queue: "collections.deque[Any]" = collections.deque()
+        self.queue: "collections.deque[str]" = collections.deque()
         self.dropped, self.stopping, self.work = 0, False, threading.Event()
+        self.second, self.moment = 0, ""
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
-    def record(self, entry: Any) -> None:
-        """Take an Entry, or a ready line; never waits."""
+    def record(self, entry: Entry) -> None:
+        """One line for one request. It is spelled here: a thread that spells many would hold up every call meanwhile."""
+        second, rest = divmod(entry.wall, 10 ** 9)
+        if second != self.second:
+            self.moment = time.strftime("%Y-%m-%dT%H:%M:%S.%%03dZ", time.gmtime(second))
+            self.second = second
+        moment = self.moment % (rest // 10 ** 6)
+        self.say(json.dumps(entry.as_dict(moment)) if self.as_json else entry.as_text(moment))
+
+    def say(self, row: str) -> None:
+        """Queue one line; never waits."""
         if len(self.queue) >= self.ROOM:
             self.dropped += 1
             return
-        self.queue.append(entry)
+        self.queue.append(row)
         if not self.work.is_set():
             self.work.set()
 
     def report(self) -> None:
         """A bug of ours, called inside an except block: its traceback, once."""
-        self.record(traceback.format_exc().rstrip())
+        self.say(traceback.format_exc().rstrip())
 
     def run(self) -> None:
         while not (self.stopping and not self.queue):
             self.work.wait()
             self.work.clear()
-            lines = [self.spell(self.queue.popleft()) for _ in range(len(self.queue))]
+            rows = [self.queue.popleft() for _ in range(len(self.queue))]
             if self.dropped:
                 dropped, self.dropped = self.dropped, 0
-                lines.append("%d log lines were dropped: nobody read them in time" % dropped)
-            data = memoryview("".join(row + "\n" for row in lines).encode("ascii", "backslashreplace"))
+                rows.append("%d log lines were dropped: nobody read them in time" % dropped)
+            data = memoryview("\n".join(rows + [""]).encode("ascii", "backslashreplace"))
             try:
                 while data:
                     data = data[self.stream.write(data):]
@@ -1624,11 +1686,6 @@ class Log:
                 pass  # a closed or full log is no reason to stop serving
             if not self.stopping:
                 time.sleep(0.05)  # batches cost less than lines
-
-    def spell(self, entry: Any) -> str:
-        if isinstance(entry, str):
-            return entry
-        return json.dumps(entry.as_dict()) if self.as_json else entry.as_text()
 
     def close(self, wait: float) -> None:
         self.stopping = True
@@ -1649,8 +1706,7 @@ class Proxy:
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> None:
         """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what they hold."""
-        caller = self.callers.identify(request.head.fields, reply.address)                          # identify
-        entry.caller = caller.label
+        caller = entry.caller = self.callers.identify(request.head, entry.address)                          # identify
         call = reply.call = entry.call = self.dialect.read(request.method, request.path, reply.body.whole)
         with self.limits.admit(caller, self.prices.before(call) if call.endpoint else 0) as hold:   # admit
             entry.hold = hold
@@ -1676,11 +1732,15 @@ class Proxy:
         return self.upstream
 
     @staticmethod
-    def lines_up(request: Request, call: Call) -> List[str]:
+    def lines_up(request: Request, call: Call) -> str:
         """The header lines that go upstream beside its own. A metered answer must stay readable, so it is asked for plain."""
-        if not call.endpoint:
-            return request.head.end_to_end(NEVER_UPSTREAM)
-        return request.head.end_to_end(REWRITTEN_FOR_CALLS) + ["Content-Type: application/json", "Accept-Encoding: identity"]
+        metered = call.endpoint is not None
+        if metered not in request.passed_on:
+            rows = request.head.end_to_end(REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM)
+            if metered:
+                rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
+            request.passed_on[metered] = "".join([row + "\r\n" for row in rows])
+        return request.passed_on[metered]
 
     @staticmethod
     def body_up(call: Call, reply: Any) -> Any:
@@ -1726,7 +1786,7 @@ class Pages:
         return None
 
     def preflight(self, request: Request, address: str) -> Page:
-        asked = request.head.fields.get("access-control-request-headers", "Authorization, Content-Type")
+        asked = request.head.get("access-control-request-headers", "Authorization, Content-Type")
         return Page(204, lines=("Access-Control-Allow-Methods: " + self.CORS_METHODS, "Access-Control-Allow-Headers: " + asked,
                                 "Access-Control-Max-Age: 86400") if self.proxy.config.cors_origins else ())
 
@@ -1734,7 +1794,7 @@ class Pages:
         """Open to all; whoever shows no valid credential is told the quota of the address."""
         proxy = self.proxy
         try:
-            caller = proxy.callers.identify(request.head.fields, address)
+            caller = proxy.callers.identify(request.head, address)
         except Refusal:
             caller = Caller(("address", address), address)
         buckets = proxy.limits.buckets
@@ -1746,7 +1806,7 @@ class Pages:
                       "wait_seconds": buckets.wait(caller.key, min(quota.limit, proxy.config.request_token_cost))}}).encode())
 
     def models(self, request: Request, address: str) -> Page:
-        self.proxy.callers.identify(request.head.fields, address)
+        self.proxy.callers.identify(request.head, address)
         return Page(200, self.proxy.dialect.models([self.proxy.config.base_model]))
 
 
@@ -1758,7 +1818,7 @@ class Pages:
 RATE_FIELDS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
                "X-RateLimit-Reset-Seconds")  # in the order of Quota
 RATE_LINES = "\r\n".join(name + ": %d" for name in RATE_FIELDS)
-REPLACED = frozenset(  # fields of an answer that we write ourselves
+REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "x-request-id", "x-upstream-request-start", "x-upstream-request-stop"] +
     [name.lower() for name in RATE_FIELDS])
 CORS_FIELDS = frozenset("access-control-" + name for name in (
@@ -1775,11 +1835,10 @@ class RequestBody:
         self.caller, self.most, self.clock = caller, most, clock
         self.length = request.length
         self.framing = Chunked() if self.length is None else Sized(self.length)
-        self.coded = request.head.fields.get("content-encoding", "identity").lower() != "identity"
-        expected = request.head.fields.get("expect", "").lower()
-        if expected not in ("", "100-continue"):
+        self.coded = "content-encoding" in request.head.rows
+        self.awaited = "expect" in request.head.rows and request.version == 1
+        if self.awaited and request.head.get("expect").lower() != "100-continue":
             raise Unexpected()
-        self.awaited = bool(expected) and request.version == 1
         self.started, self.taken = clock.monotonic(), 0
 
     @property
@@ -1811,13 +1870,13 @@ class RequestBody:
             left = self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND - self.clock.monotonic()
             wanted = [(self.caller.descriptor, READ)] + ([(upstream.descriptor, READ)] if upstream else [])
             found = ready(left, *wanted)
-            if not any(found) and left <= 0:
+            if not found and left <= 0:
                 raise TooSlow()
-            if found[0] and not self.caller.fill():
+            if self.caller.descriptor in found and not self.caller.fill():
                 raise CallerGone()
         except OSError:
             raise CallerGone() from None
-        return not (upstream and found[1] and (not upstream.fill() or upstream.ahead))
+        return not (upstream and upstream.descriptor in found and (not upstream.fill() or upstream.ahead))
 
     def blocks(self, upstream: Connection) -> Any:
         while not self.ended:
@@ -1832,7 +1891,11 @@ class RequestBody:
             raise Unsupported()
         if self.length is not None and self.length > self.most:
             raise TooLarge()
-        blocks = []
+        blocks, ahead = [], self.caller.ahead
+        if self.length is not None and self.length <= len(ahead):  # it came with its head
+            self.framing.left, self.framing.ended = 0, True
+            self.caller.ahead = ahead[self.length:]
+            return ahead[:self.length]
         while not self.ended:
             blocks.append(self.read())
             if self.taken > self.most:
@@ -1854,9 +1917,8 @@ class Reply:
     connection cannot carry another request."""
     SLOW_READER_SECONDS = 60
 
-    def __init__(self, caller: Connection, address: str, proxy: Proxy, entry: Entry):
-        self.caller, self.address, self.proxy, self.entry = caller, address, proxy, entry
-        self.watch = Watch(caller, proxy.clock)
+    def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, entry: Entry):
+        self.caller, self.watch, self.proxy, self.entry = caller, watch, proxy, entry
         self.request: Optional[Request] = None
         self.body: Optional[RequestBody] = None
         self.call: Optional[Call] = None
@@ -1866,8 +1928,9 @@ class Reply:
     def receive(self, request: Request) -> None:
         """Take the head of the request that is to be answered."""
         self.request, self.closing = request, request.closing
-        shown = request.head.fields.get("x-request-id", "")
-        self.entry.identity = shown if re.fullmatch("[!-~]{1,128}", shown) else None
+        if "x-request-id" in request.head.rows:
+            shown = request.head.get("x-request-id")
+            self.entry.identity = shown if re.fullmatch("[!-~]{1,128}", shown) else None
         self.entry.method, self.entry.path = request.method, request.path
         self.body = RequestBody(self.caller, request, self.proxy.config.max_body_bytes, self.proxy.clock)
 
@@ -1884,18 +1947,18 @@ class Reply:
             else:
                 style = Passage.AS_IS if isinstance(framing, Chunked) else Passage.CHUNKED
                 lines.append("Transfer-Encoding: chunked")
-        elif "content-length" in head.fields and answer.status != 204:
-            lines.append("Content-Length: " + head.fields["content-length"])
+        elif "content-length" in head.rows and answer.status != 204:
+            lines.append("Content-Length: " + head.get("content-length"))
         passage = Passage(framing, style)
         ahead, answer.link.wire.ahead = answer.link.wire.ahead, b""
         try:
             first = passage.feed(ahead)
         except Malformed:
             raise UpstreamFailed() from None
-        if "location" in head.fields:
-            lines.append("Location: " + answer.upstream.location(head.fields["location"]))
-        if "x-request-id" in head.fields:
-            lines.append("X-Upstream-Request-ID: " + head.fields["x-request-id"])
+        if "location" in head.rows:
+            lines.append("Location: " + answer.upstream.location(head.get("location")))
+        if "x-request-id" in head.rows:
+            lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
         lines.append("X-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d" % (self.started, self.proxy.clock.time_ns()))
         self.entry.first_byte = self.proxy.clock.monotonic()
         self.write(self.head(answer.status, answer.reason, lines) + first)
@@ -1942,22 +2005,23 @@ class Reply:
             self.closing = True  # what is left of the body would be taken for the next request
         rows = ["HTTP/1.1 %d %s" % (status, reason), *lines]
         if entry.identity is None:
-            entry.identity = str(uuid.uuid4())
+            entry.identity = new_identity()
         rows.append("X-Request-ID: " + entry.identity)
         if entry.hold and entry.hold.quota:
             rows.append(RATE_LINES % entry.hold.quota)
-        rows += self.cors(request)
+        if self.proxy.config.cors_origins:
+            rows.append(self.cors(request))
         rows.append("Connection: close\r\n\r\n" if self.closing else "\r\n")
         return "\r\n".join(rows).encode("latin-1")
 
-    def cors(self, request: Optional[Request]) -> Tuple[str, ...]:
+    def cors(self, request: Optional[Request]) -> str:
         allowed = self.proxy.config.cors_origins
         if allowed == ("*",):
-            return ("Access-Control-Allow-Origin: *", "Access-Control-Expose-Headers: *")
-        origin = request and request.head.fields.get("origin")
+            return "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *"
+        origin = request and request.head.get("origin")
         if origin in allowed:
-            return ("Access-Control-Allow-Origin: " + origin, "Access-Control-Expose-Headers: *", "Vary: Origin")
-        return ("Vary: Origin",) if allowed else ()
+            return "Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\nVary: Origin" % origin
+        return "Vary: Origin"
 
     def write(self, data: bytes) -> None:
         """Send all of `data`, however slowly it is taken. Raises CallerGone."""
@@ -1966,7 +2030,7 @@ class Reply:
             try:
                 view = view[self.caller.sock.send(view):]
             except WOULD_BLOCK:
-                if not ready(self.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE))[0]:
+                if not ready(self.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE)):
                     raise CallerGone() from None
             except OSError:
                 raise CallerGone() from None
@@ -1982,7 +2046,8 @@ class Handler(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.caller, self.clock = Connection(self.request), self.server.proxy.clock
-        self.served, self.begun = False, None
+        self.watch = Watch(self.caller, self.clock)
+        self.served, self.begun, self.last = False, None, None
 
     def handle(self) -> None:
         try:
@@ -1994,19 +2059,20 @@ class Handler(socketserver.BaseRequestHandler):
     def exchange(self) -> bool:
         """One request and its answer; -> whether there can be another."""
         proxy = self.server.proxy
-        entry = Entry(self.clock.monotonic())
-        reply = Reply(self.caller, self.client_address[0], proxy, entry)
+        entry = Entry(self.client_address[0])
+        reply = Reply(self.caller, self.watch, proxy, entry)
         try:
             self.begun = None
             data = read_head(self.caller, self.wait)
             if data is None:
                 return False
             entry.started = self.clock.monotonic()
-            reply.receive(Request(data))
+            self.last = request = Request.read(data, self.last)
+            reply.receive(request)
             reply.closing = reply.closing or self.server.draining
             page = self.server.pages.find(reply.request)
             if page:
-                reply.send(*page(reply.request, reply.address))
+                reply.send(*page(reply.request, entry.address))
             else:
                 proxy.serve(reply.request, reply, entry)
         except QuietEnd:
@@ -2014,7 +2080,6 @@ class Handler(socketserver.BaseRequestHandler):
         except Exception as reason:
             self.refuse(reply, reason)
         entry.ended, entry.wall = self.clock.monotonic(), self.clock.time_ns()
-        entry.caller = entry.caller or reply.address
         proxy.log.record(entry)
         return not reply.closing
 
@@ -2035,13 +2100,13 @@ class Handler(socketserver.BaseRequestHandler):
         now = self.clock.monotonic()
         if self.caller.ahead:
             self.begun = self.begun or now
-            if not ready(self.begun + self.HEAD_SECONDS - now, (self.caller.descriptor, READ))[0]:
+            if not ready(self.begun + self.HEAD_SECONDS - now, (self.caller.descriptor, READ)):
                 raise TooSlow()
             return
         self.server.idle.add(self.request)
         try:
-            if self.server.draining or not ready(self.IDLE_SECONDS if self.served else self.HEAD_SECONDS,
-                                                 (self.caller.descriptor, READ))[0] or self.server.draining:
+            wait = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
+            if self.server.draining or not ready(wait, (self.caller.descriptor, READ)) or self.server.draining:
                 raise QuietEnd()
         finally:
             self.server.idle.discard(self.request)
@@ -2053,7 +2118,7 @@ class Handler(socketserver.BaseRequestHandler):
             now = self.clock.monotonic()
             end, taken = now + self.LINGER_TOTAL_SECONDS, 0
             while now < end and taken < self.MAX_LINGER_BYTES and not self.server.draining:
-                if not ready(min(self.LINGER_SECONDS, end - now), (self.caller.descriptor, READ))[0]:
+                if not ready(min(self.LINGER_SECONDS, end - now), (self.caller.descriptor, READ)):
                     break
                 data = self.caller.receive()
                 if not data:
@@ -2307,11 +2372,21 @@ def check(config: Config, stream: Any) -> int:
 
 def take_one_cpu(wanted: Optional[int], port: int) -> None:
     """Stay on one CPU. Threads that share an interpreter lock gain nothing from a second one and lose much by passing the lock
-    from CPU to CPU: measured, two to three times the calls per second. The port picks the CPU, so that two proxies differ."""
-    if wanted is None or not hasattr(os, "sched_setaffinity") or not getattr(sys, "_is_gil_enabled", lambda: True)():
+    from CPU to CPU: measured, two to three times the calls per second. The port picks the CPU, so that two proxies differ.
+    Raises OSError for a CPU that is not there."""
+    if wanted is None or not sys.platform.startswith("linux") or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return
-    allowed = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {allowed[port % len(allowed)] if wanted < 0 else wanted})
+    libc = ctypes.CDLL(None, use_errno=True)  # PyPy has no os.sched_setaffinity
+    allowed = (ctypes.c_uint8 * 128)()
+    if libc.sched_getaffinity(0, len(allowed), allowed) < 0:
+        return
+    cpus = [cpu for cpu in range(8 * len(allowed)) if allowed[cpu // 8] >> cpu % 8 & 1]
+    cpu = cpus[port % len(cpus)] if wanted < 0 else wanted
+    only = (ctypes.c_uint8 * 128)()
+    if cpu in cpus:
+        only[cpu // 8] = 1 << cpu % 8
+    if libc.sched_setaffinity(0, len(only), only) < 0 and wanted >= 0:
+        raise OSError(ctypes.get_errno(), "no such CPU")
 
 
 def raise_descriptor_limit() -> None:
@@ -2338,7 +2413,7 @@ def run(config: Config, log_stream: Any) -> int:
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
     except OSError as failure:
-        proxy.log.record("cannot listen on %s port %d: %s" % (config.host, config.port, failure.strerror or failure))
+        proxy.log.say("cannot listen on %s port %d: %s" % (config.host, config.port, failure.strerror or failure))
         proxy.log.close(1)
         return 1
     stop, stopper = socket.socketpair()
@@ -2346,14 +2421,14 @@ def run(config: Config, log_stream: Any) -> int:
     signal.set_wakeup_fd(stopper.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_once(server))
-    proxy.log.record("llm_proxy %s listens on http://%s:%d" % (VERSION, "[%s]" % config.host if ":" in config.host else config.host, config.port))
+    proxy.log.say("llm_proxy %s listens on http://%s:%d" % (VERSION, "[%s]" % config.host if ":" in config.host else config.host, config.port))
     for row in describe(config) + ["warning: " + warning for warning in config.warnings()]:
-        proxy.log.record(row)
+        proxy.log.say(row)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     stop.recv(1)
-    proxy.log.record("stopping: running calls have %g s" % config.drain_seconds)
+    proxy.log.say("stopping: running calls have %g s" % config.drain_seconds)
     cut = server.drain(config.drain_seconds)
-    proxy.log.record("stopped, %d calls cut" % cut if cut else "stopped")
+    proxy.log.say("stopped, %d calls cut" % cut if cut else "stopped")
     proxy.log.close(2)
     return 0
 
