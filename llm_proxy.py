@@ -43,6 +43,7 @@ Contents, in reading order; a section uses only what stands above it:
     Demo        a small endpoint to try things on
     Commands    the command line
 """
+import _thread
 import argparse
 import collections
 import ctypes
@@ -289,6 +290,11 @@ class Malformed(BadRequest):
         self.status = status
 
 
+class TooLargeHead(Malformed):
+    def __init__(self, status):
+        super().__init__("The request head is too large", status)
+
+
 class BrokenBody(BadRequest):
     sentence, closing = "The request body is not framed as its head says", True
 
@@ -374,20 +380,13 @@ class Caller:
 
     @property
     def label(self) -> str:
-        """For logs: a name, the address, or key:1a2b3c4d, a digest of the key under `secret`."""
-        return self.name or "key:" + hashlib.blake2b(self.key[1], digest_size=4, key=self.secret).hexdigest()
-
-
-def credentials(fields: Dict[str, str]) -> set:
-    """Every credential a call shows, wherever it shows it."""
-    scheme, _, token = fields.get("authorization", "").partition(" ")
-    found = {token.strip() if scheme.lower() == "bearer" else "", fields.get("x-api-key", "")}
-    return found - {""}
+        """For logs: a name, the address, or key:1a2b3c4d, a digest that nobody without `secret` can test guesses against."""
+        return self.name or "key:%08x" % (hash(self.secret + self.key[1]) & 0xffffffff)
 
 
 class Callers:
     def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes):
-        """`keys`: {key: its name or None}, or None where anyone may call. `label_secret` keys the digests shown in logs."""
+        """`keys`: {key: its name or None}, or None where anyone may call."""
         self.names = None if keys is None else {self.digest(key): name for key, name in keys.items()}
         self.label_secret = label_secret
 
@@ -395,20 +394,25 @@ class Callers:
     def digest(key: str) -> bytes:
         return hashlib.sha256(key.encode("latin-1")).digest()
 
-    def identify(self, fields: Dict[str, str], address: str) -> Caller:
-        """Raises Unauthorized where keys are asked for and none fits, BadRequest for two different credentials."""
-        shown = credentials(fields)
-        if len(shown) > 1:
+    @classmethod
+    def credential(cls, head: Any) -> Optional[bytes]:
+        """-> the digest of the credential a head shows, in whichever field; None without one. `head` is a mapping of fields."""
+        scheme, _, token = head.get("authorization", "").partition(" ")
+        bearer, other = token.strip() if scheme.lower() == "bearer" else "", head.get("x-api-key", "")
+        if bearer and other and bearer != other:
             raise BadRequest("The request carries two different credentials")
-        digest = self.digest(shown.pop()) if shown else None
+        return cls.digest(bearer or other) if bearer or other else None
+
+    def identify(self, credential: Optional[bytes], address: str) -> Caller:
+        """Raises Unauthorized where keys are asked for and `credential` is none of them."""
         if self.names is not None:
             # All are compared, always, so that the time taken tells nothing about how close a guess was.
-            known = [hmac.compare_digest(digest or b"", one) for one in self.names]
+            known = [hmac.compare_digest(credential or b"", one) for one in self.names]
             if not any(known):
                 raise Unauthorized()
-        if digest is None:
+        if credential is None:
             return Caller(("address", address), address)
-        return Caller(("key", digest), self.names and self.names[digest], self.label_secret)
+        return Caller(("key", credential), self.names and self.names[credential], self.label_secret)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -781,6 +785,7 @@ class OpenAI:
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_HEAD = 65536        # bytes of one head
+MAX_LINE = 8192         # bytes of one line of it
 MAX_FIELDS = 100        # fields of one head
 MAX_AHEAD = 65536       # bytes a caller may send ahead while its answer is running
 MAX_CHUNK_LINE = 1024   # bytes of a chunk's size and extensions
@@ -794,7 +799,6 @@ FIELD_LINES = re.compile(r"(?:%s:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
 BARE_LINE_END = re.compile(rb"(?:[^\r]|^)\n|\r[^\n]")
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 DIGITS = re.compile("[0-9]{1,15}")
-LENGTH_LINE = re.compile(rb"\r\nContent-Length: ([0-9]{1,15})(?=\r\n)", re.IGNORECASE)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f])[ \t]*(?:;[\t -~\x80-\xff]*)?)?\r?")
 TRAILERS = re.compile(rb"(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % TOKEN.encode())
@@ -871,11 +875,13 @@ class Head:
             raise Malformed()
         lines = block.split("\r\n")
         lines.pop()
+        if len(data) > MAX_LINE and max(map(len, [self.start] + lines)) > MAX_LINE:
+            raise TooLargeHead(414 if len(self.start) > MAX_LINE else 431)
         self.rows = {row[:row.index(":")].lower(): row for row in lines}
         if len(self.rows) < len(lines):
             self.rows = self.joined(lines)
         if len(lines) > MAX_FIELDS:
-            raise Malformed("The request has too many header fields", 431)
+            raise TooLargeHead(431)
         self.options = ()
         if "connection" in self.rows:
             self.options = [option.strip(" \t") for option in self.get("connection").lower().split(",")]
@@ -895,45 +901,56 @@ class Head:
     def get(self, name: str, default: Optional[str] = None) -> Optional[str]:
         """The value of a field; repeated ones are joined by ", " (RFC 9110 5.3)."""
         rows = self.rows.get(name)
-        return default if rows is None else ", ".join([row.partition(":")[2].strip(" \t") for row in rows.split("\r\n")])
+        if rows is None:
+            return default
+        if "\r\n" in rows:
+            return ", ".join([row.partition(":")[2].strip(" \t") for row in rows.split("\r\n")])
+        return rows.partition(":")[2].strip(" \t")
 
     def end_to_end(self, without: frozenset) -> List[str]:
         """The lines to pass on: not those of this connection, nor those it names as such, nor `without`."""
         dropped = without if HOP_BY_HOP.issuperset(self.options) else without.union(self.options)
         return [row for name, row in self.rows.items() if name not in dropped]
 
-    def content_length(self) -> Optional[int]:
-        length = self.get("content-length")
-        if length is None:
-            return None
-        if not DIGITS.fullmatch(length):
+    @staticmethod
+    def length(text: str) -> int:
+        """1*DIGIT (RFC 9110 8.6), and no more of them than make sense."""
+        if not DIGITS.fullmatch(text):
             raise Malformed()
-        return int(length)
+        return int(text)
+
+    def content_length(self) -> Optional[int]:
+        return self.length(self.get("content-length")) if "content-length" in self.rows else None
 
 
-def read_head(connection: Connection, wait: Callable[[], None]) -> Optional[bytes]:
+def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) -> Optional[bytes]:
     """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `wait` returns when
-    there is more to read. What can no longer become a head is Malformed at once."""
+    there is more to read. What can no longer become a head that begins with `start_line` is Malformed at once."""
+    if not connection.ahead:
+        wait()
+        if not connection.fill():
+            return None
     checked = 0  # bytes of whole lines that were looked at
     while True:
-        if not connection.ahead:
-            wait()
-            if not connection.fill():
-                return None
         ahead = connection.ahead
         end = ahead.find(b"\r\n\r\n", max(0, checked - 2)) + 4
         if 4 <= end <= MAX_HEAD:
             connection.ahead = ahead[end:]
             return ahead[:end]
-        if len(ahead) > MAX_HEAD:
-            raise Malformed("The request head is too large", 431 if b"\r\n" in ahead[:MAX_HEAD] else 414)
+        if len(ahead) > MAX_HEAD or (not checked and ahead.find(b"\r\n", 0, MAX_LINE + 2) < 0 and len(ahead) > MAX_LINE):
+            raise TooLargeHead(431 if checked else 414)
         if BARE_LINE_END.search(ahead, max(0, checked - 1)):
             raise Malformed()
-        lines = ahead[checked:ahead.rfind(b"\r\n") + 2]
-        if lines:
-            if not FIELD_LINES.fullmatch((lines if checked else lines.partition(b"\r\n")[2]).decode("latin-1")):
+        end = ahead.rfind(b"\r\n") + 2
+        lines = ahead[checked:end].decode("latin-1") if end > checked + 1 else ""
+        if lines and not checked:
+            start, _, lines = lines.partition("\r\n")
+            if not start_line.fullmatch(start):
                 raise Malformed()
-            checked += len(lines)
+            checked = len(start) + 2
+        if not FIELD_LINES.fullmatch(lines):
+            raise Malformed()
+        checked += len(lines)
         wait()
         if not connection.fill():
             raise Malformed()
@@ -941,11 +958,11 @@ def read_head(connection: Connection, wait: Callable[[], None]) -> Optional[byte
 
 class Request:
     """A request head that every RFC 9112 reader would read the same way. `path` and `query` come from its target; `length`
-    is None for a chunked body. `passed_on` is room for what others derive from the head alone."""
-    __slots__ = ("head", "method", "path", "query", "version", "length", "closing", "shape", "passed_on")
+    is None for a chunked body. `derived` is room for what others derive from the head alone."""
+    __slots__ = ("head", "method", "path", "query", "version", "length", "closing", "shape", "derived")
 
     def __init__(self, data: bytes):
-        self.shape, self.passed_on = None, {}
+        self.shape, self.derived = None, {}
         self.head = head = Head(data)
         match = REQUEST_LINE.fullmatch(head.start)
         if not match:
@@ -963,13 +980,14 @@ class Request:
     @classmethod
     def read(cls, data: bytes, last: Optional["Request"]) -> "Request":
         """A caller that keeps its connection sends the same head again, but for its length; then `last` serves again."""
-        match = LENGTH_LINE.search(data)
-        shape = data[:match.start()] + data[match.end():] if match else data
+        start = data.find(b"\r\nContent-Length: ")
+        end = data.find(b"\r\n", start + 2) if start >= 0 else 0
+        shape = data[:start] + data[end:] if end else data
         if last is None or last.shape != shape:
             last = cls(data)
             last.shape = shape
-        elif match:
-            last.length = int(match[1])
+        elif end:
+            last.length = Head.length(data[start + 18:end].decode("latin-1"))
         return last
 
     @staticmethod
@@ -1174,24 +1192,25 @@ class Watch:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Relay: one thread carries every running answer body from upstream to caller. A thread per stream would pay a wake-up and
-# a fight for the interpreter lock on every event. A request's thread hands over its two sockets and sleeps until the
-# body has ended. It knows framing, deadlines, slow readers and hang-ups; it knows no heads, no LLMs and no buckets.
+# a fight for the interpreter lock on every event. A request's thread hands over its two sockets and ends; another one
+# goes on when the body has ended. It knows framing, deadlines, slow readers and hang-ups; no heads, LLMs or buckets.
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Flow:
-    """One body on its way. `ending` is one of ok, upstream_cut, caller_gone, internal_error once `done` is set."""
+    """One body on its way. When it has ended, `then` is called with how: ok, upstream_cut, caller_gone or internal_error."""
     SLOW_READER_SECONDS = 60
 
-    __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "heard", "left", "unsent", "watching", "ending", "done")
+    __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "heard", "left", "unsent", "watching", "ending", "then")
 
-    def __init__(self, relay: "Relay", upstream: Connection, caller: Connection, passage: Passage, read_timeout: float):
-        self.relay, self.upstream, self.caller, self.passage, self.read_timeout = relay, upstream, caller, passage, read_timeout
-        self.heard = relay.now                # when the upstream last sent, or a slow caller last took, something
+    def __init__(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float):
+        self.upstream, self.caller, self.passage, self.read_timeout = upstream, caller, passage, read_timeout
+        self.relay: Optional["Relay"] = None
+        self.then: Callable[[str], None] = id
+        self.heard = 0.0                      # when the upstream last sent, or a slow caller last took, something
         self.left: Optional[float] = None     # when the caller closed its sending side
         self.unsent = b""                     # read from upstream, not yet taken by the caller; while there is any, no more is read
         self.watching: Dict[int, int] = {}    # descriptor -> events, as registered
         self.ending: Optional[str] = None
-        self.done = threading.Event()
 
     def start(self) -> None:
         self.heard = self.relay.now
@@ -1287,7 +1306,7 @@ class Flow:
                 self.relay.selector.unregister(descriptor)
         self.watching.clear()
         self.relay.flows.discard(self)
-        self.done.set()
+        self.then(ending)
 
 
 class Relay:
@@ -1306,14 +1325,10 @@ class Relay:
         self.thread = threading.Thread(target=self.run, name="relay", daemon=True)
         self.thread.start()
 
-    def carry(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float) -> str:
-        """Carry a body to its end; -> how it ended. Called from the request's thread, which sleeps meanwhile."""
-        if passage.framing.ended:
-            return "ok"  # it came whole with its head
-        flow = Flow(self, upstream, caller, passage, read_timeout)
+    def carry(self, flow: Flow, then: Callable[[str], None]) -> None:
+        """Carry a body to its end, and call `then` in the relay's thread, which must not wait there."""
+        flow.relay, flow.then = self, then
         self.post(functools.partial(self.begin, flow))
-        flow.done.wait()
-        return flow.ending
 
     def post(self, act: Callable[[], None]) -> None:
         self.arrivals.append(act)
@@ -1469,7 +1484,7 @@ class Upstream:
             whole_request = False  # it may have answered before it stopped reading (RFC 9112 9.5)
         deadline = self.clock.monotonic() + self.read_timeout
         for _ in range(MAX_INTERIM):
-            data = read_head(wire, functools.partial(watch.wait, wire, READ, deadline))
+            data = read_head(wire, STATUS_LINE, functools.partial(watch.wait, wire, READ, deadline))
             if data is None:
                 break
             answer = Answer(self, link, data, method, whole_request)
@@ -1550,7 +1565,10 @@ class Upstream:
             if abandoned.is_set():
                 owner.close()
 
-        threading.Thread(target=run, name="connect", daemon=True).start()
+        try:
+            _thread.start_new_thread(run, ())
+        except RuntimeError:  # can't start new thread
+            raise Overloaded() from None
         try:
             if not watch.pause(done, self.clock.monotonic() + self.open_timeout):
                 raise UpstreamTimeout()
@@ -1608,8 +1626,14 @@ class Entry:
 
     def __init__(self, address: str):
         self.address = address
-        self.identity = self.caller = self.method = self.path = self.call = self.hold = self.first_byte = None
+        self.identity = self.caller = self.method = self.path = self.call = self.hold = self.first_byte = self.started = None
         self.status, self.outcome, self.passed = 0, "ok", 0
+
+    def close(self, clock: Any) -> "Entry":
+        self.ended, self.wall = clock.monotonic(), clock.time_ns()
+        if self.started is None:
+            self.started = self.ended  # it had no head to start with
+        return self
 
     def as_dict(self, moment: str) -> Dict[str, Any]:
         """`moment` is the end of the call, as text. Cost and remaining are None where no bucket was touched."""
@@ -1619,19 +1643,19 @@ class Entry:
             "time": moment, "id": self.identity, "caller": self.caller.label if self.caller else self.address,
             "method": self.method, "path": self.path, "model": call and call.model, "status": self.status,
             "outcome": self.outcome, "stream": bool(call and call.stream),
-            "first_ms": self.first_byte and round((self.first_byte - self.started) * 1000, 1),
-            "ms": round((self.ended - self.started) * 1000, 1), "cost": quota and hold.amount,
+            "first_ms": self.first_byte and int((self.first_byte - self.started) * 1000),
+            "ms": int((self.ended - self.started) * 1000), "cost": quota and hold.amount,
             "remaining": quota and quota.remaining, "bytes": self.passed}
 
     def as_text(self, moment: str) -> str:
         """One line of printable ASCII, whatever the caller sent."""
         call, hold = self.call, self.hold
         quota, model = hold and hold.quota, call and call.model
-        return "%s %s %s %s %s %d %s %s first=%sms all=%.1fms cost=%s left=%s bytes=%d id=%s" % (
+        return "%s %s %s %s %s %d %s %s first=%s all=%dms cost=%s left=%s bytes=%d id=%s" % (
             moment, self.caller.label if self.caller else self.address, self.method or "-", self.path or "-",
             "-" if not model else model if PLAIN_WORD.fullmatch(model) else ascii(model[:80]).replace(" ", "\\x20"),
             self.status, self.outcome, "stream" if call and call.stream else "-",
-            "-" if self.first_byte is None else "%.1f" % ((self.first_byte - self.started) * 1000),
+            "-" if self.first_byte is None else "%dms" % ((self.first_byte - self.started) * 1000),
             (self.ended - self.started) * 1000, hold.amount if quota else "-", quota.remaining if quota else "-", self.passed, self.identity)
 
 
@@ -1704,9 +1728,10 @@ class Proxy:
         self.config, self.clock, self.callers, self.limits, self.prices, self.dialect = config, clock, callers, limits, prices, dialect
         self.upstream, self.relay, self.log = upstream, relay, log
 
-    def serve(self, request: Request, reply: Any, entry: Entry) -> None:
-        """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what they hold."""
-        caller = entry.caller = self.callers.identify(request.head, entry.address)                          # identify
+    def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
+        """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what they hold. Where the
+        rest of a body must still be carried, it yields a Flow and is sent back how that ended: no thread waits meanwhile."""
+        caller = entry.caller = self.callers.identify(self.credential(request), entry.address)      # identify
         call = reply.call = entry.call = self.dialect.read(request.method, request.path, reply.body.whole)
         with self.limits.admit(caller, self.prices.before(call) if call.endpoint else 0) as hold:   # admit
             entry.hold = hold
@@ -1718,7 +1743,9 @@ class Proxy:
                         hold.give_back()
                         entry.outcome = "upstream_status"
                     passage = reply.begin(answer)
-                    ending = self.relay.carry(answer.link.wire, reply.caller, passage, upstream.read_timeout)
+                    ending = "ok"
+                    if not passage.framing.ended:
+                        ending = yield Flow(answer.link.wire, reply.caller, passage, upstream.read_timeout)
                     entry.passed = passage.passed
             except CallerGone:
                 hold.settle(self.prices.after(call, hold.amount, "caller_gone", 0))
@@ -1731,16 +1758,21 @@ class Proxy:
     def route(self, call: Call) -> Upstream:
         return self.upstream
 
+    def credential(self, request: Request) -> Optional[bytes]:
+        if "credential" not in request.derived:
+            request.derived["credential"] = self.callers.credential(request.head)
+        return request.derived["credential"]
+
     @staticmethod
     def lines_up(request: Request, call: Call) -> str:
         """The header lines that go upstream beside its own. A metered answer must stay readable, so it is asked for plain."""
         metered = call.endpoint is not None
-        if metered not in request.passed_on:
+        if metered not in request.derived:
             rows = request.head.end_to_end(REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM)
             if metered:
                 rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
-            request.passed_on[metered] = "".join([row + "\r\n" for row in rows])
-        return request.passed_on[metered]
+            request.derived[metered] = "".join([row + "\r\n" for row in rows])
+        return request.derived[metered]
 
     @staticmethod
     def body_up(call: Call, reply: Any) -> Any:
@@ -1794,7 +1826,7 @@ class Pages:
         """Open to all; whoever shows no valid credential is told the quota of the address."""
         proxy = self.proxy
         try:
-            caller = proxy.callers.identify(request.head, address)
+            caller = proxy.callers.identify(proxy.credential(request), address)
         except Refusal:
             caller = Caller(("address", address), address)
         buckets = proxy.limits.buckets
@@ -1806,7 +1838,7 @@ class Pages:
                       "wait_seconds": buckets.wait(caller.key, min(quota.limit, proxy.config.request_token_cost))}}).encode())
 
     def models(self, request: Request, address: str) -> Page:
-        self.proxy.callers.identify(request.head, address)
+        self.proxy.callers.identify(self.proxy.credential(request), address)
         return Page(200, self.proxy.dialect.models([self.proxy.config.base_model]))
 
 
@@ -1821,7 +1853,7 @@ RATE_LINES = "\r\n".join(name + ": %d" for name in RATE_FIELDS)
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "x-request-id", "x-upstream-request-start", "x-upstream-request-stop"] +
     [name.lower() for name in RATE_FIELDS])
-CORS_FIELDS = frozenset("access-control-" + name for name in (
+REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age", "allow-private-network"))
 REASONS = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 
@@ -1922,7 +1954,7 @@ class Reply:
         self.request: Optional[Request] = None
         self.body: Optional[RequestBody] = None
         self.call: Optional[Call] = None
-        self.begun = self.closing = self.unframed = False
+        self.begun = self.closing = self.unframed = self.reset = False
         self.started = proxy.clock.time_ns()
 
     def receive(self, request: Request) -> None:
@@ -1939,7 +1971,7 @@ class Reply:
     def begin(self, answer: Answer) -> Passage:
         """Send the head of an answer, together with what has come of its body; -> the rest of the way."""
         head, framing = answer.head, answer.framing
-        lines = head.end_to_end(REPLACED | CORS_FIELDS if self.proxy.config.cors_origins else REPLACED)
+        lines = head.end_to_end(REPLACED_WITH_CORS if self.proxy.config.cors_origins else REPLACED)
         style = Passage.AS_IS
         if isinstance(framing, (Chunked, UntilClose)):
             if self.request.version == 0:
@@ -1948,7 +1980,7 @@ class Reply:
                 style = Passage.AS_IS if isinstance(framing, Chunked) else Passage.CHUNKED
                 lines.append("Transfer-Encoding: chunked")
         elif "content-length" in head.rows and answer.status != 204:
-            lines.append("Content-Length: " + head.get("content-length"))
+            lines.append(head.rows["content-length"])
         passage = Passage(framing, style)
         ahead, answer.link.wire.ahead = answer.link.wire.ahead, b""
         try:
@@ -1969,6 +2001,7 @@ class Reply:
         closing ends the body, a reset."""
         self.closing = True
         if self.unframed:
+            self.reset = True
             self.caller.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     # -- what comes from us
@@ -2036,52 +2069,66 @@ class Reply:
                 raise CallerGone() from None
 
 
-class Handler(socketserver.BaseRequestHandler):
+class QuietEnd(Exception):
+    """An idle connection is closed without a word."""
+
+
+class Handler:
+    """One caller's connection. Its requests run in a thread, one after another; while the Relay carries a body there is none."""
     HEAD_SECONDS = 15        # from a head's first byte to its last; also for the first byte of a connection
     IDLE_SECONDS = 75        # between two requests
     LINGER_SECONDS = 5       # without a byte, after an answer that came before the request was whole
     LINGER_TOTAL_SECONDS = 30
     MAX_LINGER_BYTES = 64 << 20
 
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.caller, self.clock = Connection(self.request), self.server.proxy.clock
+    def __init__(self, request: socket.socket, client_address: Any, server: "Server"):
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request, self.address, self.server, self.clock = request, client_address[0], server, server.proxy.clock
+        self.caller = Connection(request)
         self.watch = Watch(self.caller, self.clock)
         self.served, self.begun, self.last = False, None, None
+        self.reply: Optional[Reply] = None
+        self.life: Any = None               # the exchange that is running
+        self.ending: Optional[str] = None   # of the Flow that it yielded
 
-    def handle(self) -> None:
+    def run(self) -> Optional[Flow]:
+        """Serve until the connection is over (-> None), or until a body is to be carried; then call again with `ending` set."""
+        while True:
+            if self.life is None:
+                self.reply = Reply(self.caller, self.watch, self.server.proxy, Entry(self.address))
+                self.life = self.exchange(self.reply)
+            reply, ending, self.ending = self.reply, self.ending, None
+            try:
+                return self.life.send(ending)
+            except StopIteration:
+                pass
+            except QuietEnd:
+                return None
+            except Exception as reason:
+                self.refuse(reply, reason)
+            self.life, self.served = None, True
+            self.server.proxy.log.record(reply.entry.close(self.clock))
+            if reply.closing:
+                return None
+
+    def exchange(self, reply: Reply) -> Any:
+        """One request and its answer; yields as Proxy.serve does."""
+        self.begun = self.watch.left = None
         try:
-            while self.exchange():
-                self.served = True
+            data = read_head(self.caller, REQUEST_LINE, self.wait)
         except OSError:
-            pass  # the caller reset the connection between two requests
-
-    def exchange(self) -> bool:
-        """One request and its answer; -> whether there can be another."""
-        proxy = self.server.proxy
-        entry = Entry(self.client_address[0])
-        reply = Reply(self.caller, self.watch, proxy, entry)
-        try:
-            self.begun = None
-            data = read_head(self.caller, self.wait)
-            if data is None:
-                return False
-            entry.started = self.clock.monotonic()
-            self.last = request = Request.read(data, self.last)
-            reply.receive(request)
-            reply.closing = reply.closing or self.server.draining
-            page = self.server.pages.find(reply.request)
-            if page:
-                reply.send(*page(reply.request, entry.address))
-            else:
-                proxy.serve(reply.request, reply, entry)
-        except QuietEnd:
-            return False
-        except Exception as reason:
-            self.refuse(reply, reason)
-        entry.ended, entry.wall = self.clock.monotonic(), self.clock.time_ns()
-        proxy.log.record(entry)
-        return not reply.closing
+            raise QuietEnd() from None  # reset between two requests
+        if data is None:
+            raise QuietEnd()
+        reply.entry.started = self.clock.monotonic()
+        self.last = request = Request.read(data, self.last)
+        reply.receive(request)
+        reply.closing = reply.closing or self.server.draining
+        page = self.server.pages.find(request)
+        if page:
+            reply.send(*page(request, self.address))
+        else:
+            yield from self.server.proxy.serve(request, reply, reply.entry)
 
     def refuse(self, reply: Reply, reason: Exception) -> None:
         """Turn what was raised into an answer, if there is anybody to take it."""
@@ -2112,7 +2159,11 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.idle.discard(self.request)
 
     def finish(self) -> None:
-        """Close, but not on unread bytes: the reset this would send could erase our last answer (RFC 9112 9.6)."""
+        """Before closing, read on where the caller may still be sending: closing on unread bytes sends a reset, and that could
+        erase our last answer (RFC 9112 9.6)."""
+        reply = self.reply
+        if not reply.begun or reply.reset or (reply.body and reply.body.ended and not self.caller.ahead):
+            return
         try:
             self.request.shutdown(socket.SHUT_WR)
             now = self.clock.monotonic()
@@ -2126,10 +2177,6 @@ class Handler(socketserver.BaseRequestHandler):
                 taken, now = taken + len(data), self.clock.monotonic()
         except (OSError, ValueError):
             pass
-
-
-class QuietEnd(Exception):
-    """An idle connection is closed without a word."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2155,6 +2202,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.draining = False
         self.turned_away: "collections.deque[Tuple[float, socket.socket]]" = collections.deque()
         self.swept = proxy.clock.monotonic()
+        self.unstarted: "collections.deque[Handler]" = collections.deque()
         super().__init__((host, port), Handler)
 
     def server_bind(self) -> None:
@@ -2178,11 +2226,36 @@ class Server(http.server.ThreadingHTTPServer):
         if full:
             return self.turn_away(request)
         try:
-            super().process_request(request, client_address)
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError:  # can't start new thread
             with self.lock:
                 self.open.discard(request)
             self.turn_away(request)
+
+    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
+        try:
+            self.converse(self.RequestHandlerClass(request, client_address, self))
+        except OSError:
+            self.shutdown_request(request)  # gone before it began
+
+    def converse(self, handler: Handler) -> None:
+        """Run a connection in this thread, until it is over or the Relay has work for it."""
+        try:
+            flow = handler.run()
+            if flow:
+                return self.proxy.relay.carry(flow, functools.partial(self.resume, handler))
+            handler.finish()
+        except Exception:
+            self.proxy.log.report()
+        self.shutdown_request(handler.request)
+
+    def resume(self, handler: Handler, ending: str) -> None:
+        """A body has ended: go on in a thread of its own."""
+        handler.ending = ending
+        try:
+            _thread.start_new_thread(self.converse, (handler,))  # threading.Thread would make the Relay wait for its start
+        except RuntimeError:  # can't start new thread: service_actions tries again
+            self.unstarted.append(handler)
 
     def shutdown_request(self, request: socket.socket) -> None:
         with self.lock:
@@ -2218,6 +2291,9 @@ class Server(http.server.ThreadingHTTPServer):
         now = self.proxy.clock.monotonic()
         while self.turned_away and self.turned_away[0][0] < now - 1:
             self.dismiss(self.turned_away.popleft()[1])
+        for _ in range(len(self.unstarted)):
+            handler = self.unstarted.popleft()
+            self.resume(handler, handler.ending)
         if now > self.swept + 1:
             self.swept = now
             self.proxy.upstream.close_stale()
@@ -2243,6 +2319,7 @@ class Server(http.server.ThreadingHTTPServer):
         if left:
             self.proxy.relay.cut_all()
             with self.lock:
+                self.lock.wait_for(lambda: not self.open, 0.5)
                 for request in list(self.open):
                     try:
                         request.shutdown(socket.SHUT_RDWR)
@@ -2258,7 +2335,7 @@ class Server(http.server.ThreadingHTTPServer):
 # ----------------------------------------------------------------------------------------------------------------------
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     MODEL, WORD_SECONDS = "demo", 0.05
     TEXT = "This is the built-in demo endpoint of llm_proxy. It answers every call with these words, one after another."
 
