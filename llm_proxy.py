@@ -152,9 +152,9 @@ def proxy_keys(text: str) -> Dict[str, Optional[str]]:
     """'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}. What stands before the first '=' is a name if it can be one."""
     keys = {}
     for part in text.split(","):
-        match = re.fullmatch(r"(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$))?([!-~]+)", part.strip())
-        if not match:
-            raise ValueError("must be keys or name=key, separated by commas, none of them empty")
+        match = re.fullmatch(r"(?:([A-Za-z0-9_.@-]{1,64})=)?(?!=*$)([!-~]+)", part.strip())
+        if not match or (match[1] is None and "=" in match[2]):
+            raise ValueError("must be keys or name=key, separated by commas, none empty; a key with = in it needs a name")
         if match[2] in keys:
             raise ValueError("must not name the same key twice")
         keys[match[2]] = match[1]
@@ -181,7 +181,7 @@ SETTINGS = {
     "Where calls go": (
         Setting("BASE_API_URL", None, endpoint, "the endpoint; its path replaces a leading /v1 of the call's"),
         Setting("BASE_API_KEY", None, credential, "the endpoint's key, sent as a bearer token; callers never see it", secret=True),
-        Setting("BASE_MODEL", None, line, "replaces the model every call asks for"),
+        Setting("BASE_MODEL", None, line, "replaces the model that metered calls ask for"),
         Setting("OPEN_TIMEOUT", "10", seconds(0.1, 3600), "seconds to connect to the endpoint"),
         Setting("READ_TIMEOUT", "600", seconds(0.1, 86400), "seconds to wait for its first byte, and between bytes"),
     ),
@@ -209,20 +209,30 @@ SETTINGS = {
     ),
 }
 
+
+
+def every_setting() -> List[Setting]:
+    return [setting for group in SETTINGS.values() for setting in group]
+
+
 HOW_TO_START = "BASE_API_URL is not set. Start like this:  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)"
 
 
 class Config(types.SimpleNamespace):
-    """The values of SETTINGS, by lower-case name; unset ones without a default are None."""
+    """The values of SETTINGS, by lower-case name; unset ones without a default are None. `texts`: name -> as it was set;
+    `unknown`: names in .env that are no settings."""
 
     def warnings(self) -> List[str]:
-        found = []
+        found = ["%s in .env is not a setting" % name for name in self.unknown]
         if not self.proxy_api_keys:
             found.append("callers are not checked: whoever reaches this port can call, and every invented key has a bucket"
                          " of its own (PROXY_API_KEYS is unset)")
         if self.token_cost_mode == "estimate" and self.response_token_reserve > self.max_tokens:
             found.append("RESPONSE_TOKEN_RESERVE %d is above MAX_TOKENS %d: a call that names no max_tokens can never be let in"
                          % (self.response_token_reserve, self.max_tokens))
+        if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
+            found.append("REQUEST_TOKEN_COST %d is above MAX_TOKENS %d: no call can ever be let in"
+                         % (self.request_token_cost, self.max_tokens))
         return found
 
 
@@ -248,9 +258,10 @@ def read_dotenv(text: str) -> Tuple[Dict[str, str], List[str]]:
 def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     """The environment wins over `.env`; an empty value counts as unset. Raises ConfigFaults with all faults at once."""
     written, faults = read_dotenv(dotenv)
-    values = {}
-    for setting in (setting for group in SETTINGS.values() for setting in group):
+    values, texts = {}, {}
+    for setting in every_setting():
         text = (environ.get(setting.name) or "").strip() or written.get(setting.name, "").strip() or setting.default
+        texts[setting.name] = text
         try:
             values[setting.name.lower()] = None if text is None else setting.read(text)
         except ValueError as fault:
@@ -259,7 +270,7 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
         faults.append(HOW_TO_START)
     if faults:
         raise ConfigFaults("\n".join(faults))
-    return Config(**values)
+    return Config(texts=texts, unknown=[name for name in written if name not in texts], **values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,6 +282,7 @@ class Refusal(Exception):
     """`fields` are extra header fields of the answer; `closing` ends the connection, because its framing is lost."""
     status, kind, outcome, code, closing = 400, "invalid_request_error", "refused", None, False
     sentence = "The request was refused"
+    cause: Optional[str] = None  # for the operator's eyes only
 
     def __init__(self, sentence: Optional[str] = None, **fields: Any):
         super().__init__(sentence or self.sentence)
@@ -338,12 +350,23 @@ class InternalError(Refusal):
 
 
 class UpstreamFailed(Refusal):
+    """`failure` is what happened: it goes to the log, in a few words, and never to a caller."""
     status, kind, outcome = 502, "upstream_error", "upstream_failed"
     sentence = "The upstream could not be reached or did not answer properly"
 
+    def __init__(self, failure: Any):
+        super().__init__()
+        self.cause = failure if isinstance(failure, str) else CAUSES.get(type(failure)) or "connection failed"
+
+
+CAUSES = {
+    ConnectionRefusedError: "connection refused", ConnectionResetError: "connection reset", BrokenPipeError: "connection reset",
+    socket.gaierror: "name not found", ssl.SSLCertVerificationError: "certificate not trusted", ssl.SSLError: "TLS failed",
+    Malformed: "answer is not HTTP"}
+
 
 class UpstreamTimeout(Refusal):
-    status, kind, outcome = 504, "timeout_error", "upstream_failed"
+    status, kind, outcome, cause = 504, "timeout_error", "upstream_failed", "timed out"
     sentence = "The upstream did not answer in time"
 
 
@@ -1197,7 +1220,8 @@ class Watch:
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Flow:
-    """One body on its way. When it has ended, `then` is called with how: ok, upstream_cut, caller_gone or internal_error."""
+    """One body on its way. When it has ended, `then` is called with how: ok, upstream_cut, caller_gone, stopped
+    (by us, to end) or internal_error."""
     SLOW_READER_SECONDS = 60
 
     __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "heard", "left", "unsent", "watching", "ending", "then")
@@ -1348,7 +1372,7 @@ class Relay:
 
     def cut_all(self) -> None:
         """End every flow now, without a proper end."""
-        self.post(lambda: [flow.end("upstream_cut") for flow in list(self.flows)])
+        self.post(lambda: [flow.end("stopped") for flow in list(self.flows)])
 
     def guard(self, flow: Flow, act: Callable[..., None], *arguments: Any) -> None:
         """A bug met by one flow ends that flow, not the thread."""
@@ -1468,7 +1492,7 @@ class Upstream:
             if isinstance(failure, TimeoutError):
                 raise UpstreamTimeout() from None
             if isinstance(failure, (OSError, Malformed)):
-                raise UpstreamFailed() from None
+                raise UpstreamFailed(failure) from None
             raise
 
     def exchange(self, link: Link, method: str, target: str, lines: str, body: Any, watch: Watch) -> Answer:
@@ -1492,7 +1516,7 @@ class Upstream:
                 return answer
             if answer.status == 101:
                 break  # nobody asked for it: upgrades are not passed on
-        raise UpstreamFailed()
+        raise UpstreamFailed("closed without an answer" if data is None else "no final answer")
 
     def upload(self, wire: Connection, head: str, body: "RequestBody", watch: Watch) -> bool:
         """Relay a body of any size in blocks; -> False if the upstream answered before it was all sent."""
@@ -1515,13 +1539,15 @@ class Upstream:
                     if passage.framing.ended:
                         return answer.status, body
                     watch.wait(wire, READ, deadline)
-                    if not wire.fill() and passage.end_of_stream()[0]:
-                        return answer.status, body
+                    if not wire.fill():
+                        if passage.end_of_stream()[0]:
+                            return answer.status, body
+                        break
             except TimeoutError:
                 raise UpstreamTimeout() from None
-            except (OSError, Malformed):
-                pass
-            raise UpstreamFailed()
+            except (OSError, Malformed) as failure:
+                raise UpstreamFailed(failure) from None
+            raise UpstreamFailed("answer was cut or too long")
 
     def connect(self, watch: Watch) -> Link:
         """A spare connection that is still silent, or a new one."""
@@ -1579,7 +1605,7 @@ class Upstream:
             raise
         if failures:
             owner.close()
-            raise (UpstreamTimeout if isinstance(failures[0], TimeoutError) else UpstreamFailed)()
+            raise UpstreamTimeout() if isinstance(failures[0], TimeoutError) else UpstreamFailed(failures[0])
         return Link(owner, Connection(owner.sock))
 
     def keep(self, link: Link, settling: bool) -> None:
@@ -1620,13 +1646,14 @@ PLAIN_WORD = re.compile(r"[!-\[\]-~]{1,80}")
 class Entry:
     """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall` is the end in unix
     nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok, limited, refused, upstream_status,
-    upstream_failed, upstream_cut, caller_gone, internal_error."""
+    upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path", "status",
-                 "outcome", "call", "hold", "passed")
+                 "outcome", "cause", "call", "hold", "passed")
 
     def __init__(self, address: str):
         self.address = address
-        self.identity = self.caller = self.method = self.path = self.call = self.hold = self.first_byte = self.started = None
+        self.identity = self.caller = self.method = self.path = self.call = self.hold = None
+        self.first_byte = self.started = self.cause = None
         self.status, self.outcome, self.passed = 0, "ok", 0
 
     def close(self, clock: Any) -> "Entry":
@@ -1642,7 +1669,7 @@ class Entry:
         return {
             "time": moment, "id": self.identity, "caller": self.caller.label if self.caller else self.address,
             "method": self.method, "path": self.path, "model": call and call.model, "status": self.status,
-            "outcome": self.outcome, "stream": bool(call and call.stream),
+            "outcome": self.outcome, "cause": self.cause, "stream": bool(call and call.stream),
             "first_ms": self.first_byte and int((self.first_byte - self.started) * 1000),
             "ms": int((self.ended - self.started) * 1000), "cost": quota and hold.amount,
             "remaining": quota and quota.remaining, "bytes": self.passed}
@@ -1651,12 +1678,13 @@ class Entry:
         """One line of printable ASCII, whatever the caller sent."""
         call, hold = self.call, self.hold
         quota, model = hold and hold.quota, call and call.model
-        return "%s %s %s %s %s %d %s %s first=%s all=%dms cost=%s left=%s bytes=%d id=%s" % (
+        return "%s %s %s %s %s %d %s %s first=%s all=%dms cost=%s left=%s bytes=%d id=%s%s" % (
             moment, self.caller.label if self.caller else self.address, self.method or "-", self.path or "-",
             "-" if not model else model if PLAIN_WORD.fullmatch(model) else ascii(model[:80]).replace(" ", "\\x20"),
             self.status, self.outcome, "stream" if call and call.stream else "-",
             "-" if self.first_byte is None else "%dms" % ((self.first_byte - self.started) * 1000),
-            (self.ended - self.started) * 1000, hold.amount if quota else "-", quota.remaining if quota else "-", self.passed, self.identity)
+            (self.ended - self.started) * 1000, hold.amount if quota else "-", quota.remaining if quota else "-", self.passed, self.identity or "-",
+            " cause=%s" % self.cause.replace(" ", "_") if self.cause else "")
 
 
 class Log:
@@ -1683,6 +1711,8 @@ class Log:
 
     def say(self, row: str) -> None:
         """Queue one line; never waits."""
+        if self.as_json and row[:1] != "{":
+            row = json.dumps({"message": row})
         if len(self.queue) >= self.ROOM:
             self.dropped += 1
             return
@@ -1701,7 +1731,7 @@ class Log:
             rows = [self.queue.popleft() for _ in range(len(self.queue))]
             if self.dropped:
                 dropped, self.dropped = self.dropped, 0
-                rows.append("%d log lines were dropped: nobody read them in time" % dropped)
+                rows.append(('{"message": "%d log lines dropped"}' if self.as_json else "%d log lines dropped") % dropped)
             data = memoryview("\n".join(rows + [""]).encode("ascii", "backslashreplace"))
             try:
                 while data:
@@ -1731,7 +1761,7 @@ class Proxy:
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
         """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what they hold. Where the
         rest of a body must still be carried, it yields a Flow and is sent back how that ended: no thread waits meanwhile."""
-        caller = entry.caller = self.callers.identify(self.credential(request), entry.address)      # identify
+        caller = entry.caller = self.identify(request, entry.address)                               # identify
         call = reply.call = entry.call = self.dialect.read(request.method, request.path, reply.body.whole)
         with self.limits.admit(caller, self.prices.before(call) if call.endpoint else 0) as hold:   # admit
             entry.hold = hold
@@ -1758,10 +1788,10 @@ class Proxy:
     def route(self, call: Call) -> Upstream:
         return self.upstream
 
-    def credential(self, request: Request) -> Optional[bytes]:
+    def identify(self, request: Request, address: str) -> Caller:
         if "credential" not in request.derived:
             request.derived["credential"] = self.callers.credential(request.head)
-        return request.derived["credential"]
+        return self.callers.identify(request.derived["credential"], address)
 
     @staticmethod
     def lines_up(request: Request, call: Call) -> str:
@@ -1806,7 +1836,7 @@ class Pages:
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
 
-    def find(self, request: Request) -> Optional[Callable[[Request, str], Page]]:
+    def find(self, request: Request) -> Optional[Callable[[Request, Entry], Page]]:
         """-> the page that answers this request, None where it is the upstream's."""
         if request.method == "OPTIONS":
             return self.preflight
@@ -1817,28 +1847,28 @@ class Pages:
                 return self.models
         return None
 
-    def preflight(self, request: Request, address: str) -> Page:
+    def preflight(self, request: Request, entry: Entry) -> Page:
         asked = request.head.get("access-control-request-headers", "Authorization, Content-Type")
         return Page(204, lines=("Access-Control-Allow-Methods: " + self.CORS_METHODS, "Access-Control-Allow-Headers: " + asked,
                                 "Access-Control-Max-Age: 86400") if self.proxy.config.cors_origins else ())
 
-    def health(self, request: Request, address: str) -> Page:
+    def health(self, request: Request, entry: Entry) -> Page:
         """Open to all; whoever shows no valid credential is told the quota of the address."""
         proxy = self.proxy
         try:
-            caller = proxy.callers.identify(proxy.credential(request), address)
+            entry.caller = proxy.identify(request, entry.address)
         except Refusal:
-            caller = Caller(("address", address), address)
-        buckets = proxy.limits.buckets
-        quota = buckets.peek(caller.key)
+            entry.caller = Caller(("address", entry.address), entry.address)
+        key, buckets = entry.caller.key, proxy.limits.buckets
+        quota = buckets.peek(key)
         return Page(200, json.dumps({
             "ok": True, "version": VERSION, "model": proxy.config.base_model,
             "quota": {"limit": quota.limit, "remaining": quota.remaining, "refill_tokens": quota.refill_tokens,
                       "refill_interval_seconds": quota.refill_seconds,
-                      "wait_seconds": buckets.wait(caller.key, min(quota.limit, proxy.config.request_token_cost))}}).encode())
+                      "wait_seconds": buckets.wait(key, min(quota.limit, proxy.config.request_token_cost))}}).encode())
 
-    def models(self, request: Request, address: str) -> Page:
-        self.proxy.callers.identify(self.proxy.credential(request), address)
+    def models(self, request: Request, entry: Entry) -> Page:
+        entry.caller = self.proxy.identify(request, entry.address)
         return Page(200, self.proxy.dialect.models([self.proxy.config.base_model]))
 
 
@@ -1985,8 +2015,8 @@ class Reply:
         ahead, answer.link.wire.ahead = answer.link.wire.ahead, b""
         try:
             first = passage.feed(ahead)
-        except Malformed:
-            raise UpstreamFailed() from None
+        except Malformed as failure:
+            raise UpstreamFailed(failure) from None
         if "location" in head.rows:
             lines.append("Location: " + answer.upstream.location(head.get("location")))
         if "x-request-id" in head.rows:
@@ -2015,7 +2045,7 @@ class Reply:
 
     def refuse(self, refusal: Refusal) -> None:
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
-        self.entry.outcome = refusal.outcome
+        self.entry.outcome, self.entry.cause = refusal.outcome, refusal.cause
         if self.begun:
             return self.cut()
         self.closing = self.closing or refusal.closing
@@ -2126,7 +2156,7 @@ class Handler:
         reply.closing = reply.closing or self.server.draining
         page = self.server.pages.find(request)
         if page:
-            reply.send(*page(request, self.address))
+            reply.send(*page(request, reply.entry))
         else:
             yield from self.server.proxy.serve(request, reply, reply.entry)
 
@@ -2340,6 +2370,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     TEXT = "This is the built-in demo endpoint of llm_proxy. It answers every call with these words, one after another."
 
     def do_GET(self) -> None:
+        if self.path != "/v1/models":
+            return self.send_error(404)
         self.answer({"object": "list", "data": [{"id": self.MODEL, "object": "model", "created": 0, "owned_by": "demo"}]})
 
     def do_POST(self) -> None:
@@ -2357,10 +2389,11 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for word in words + [None]:
-            said = {"delta": {"content": word} if word else {}} if chat else {"text": word or ""}
-            self.event(json.dumps({**frame, "choices": [{"index": 0, **said, "finish_reason": None if word else "stop"}]}))
-            time.sleep(self.WORD_SECONDS)
+        for word in ([""] if chat else []) + words + [None]:
+            delta = {} if word is None else {"content": word} if word else {"role": "assistant", "content": ""}
+            said = {"delta": delta} if chat else {"text": word or ""}
+            self.event(json.dumps({**frame, "choices": [{"index": 0, **said, "finish_reason": "stop" if word is None else None}]}))
+            time.sleep(self.WORD_SECONDS if word else 0)
         if (call.get("stream_options") or {}).get("include_usage"):
             self.event(json.dumps({**frame, "choices": [], "usage": usage}))
         self.event("[DONE]")
@@ -2423,11 +2456,9 @@ def settings_help() -> str:
 
 def check(config: Config, stream: Any) -> int:
     """Print what would be used, ask the upstream for its models; -> exit code."""
-    for setting in (setting for group in SETTINGS.values() for setting in group):
-        value = getattr(config, setting.name.lower())
-        if isinstance(value, Endpoint):
-            value = value.origin + value.path
-        stream.write("%-24s %s\n" % (setting.name, "not set" if value is None else "set, not shown" if setting.secret else value))
+    for setting in every_setting():
+        text = config.texts[setting.name]
+        stream.write("%-24s %s\n" % (setting.name, "not set" if text is None else "set, not shown" if setting.secret else text))
     for warning in config.warnings():
         stream.write("warning: %s\n" % warning)
     upstream = Upstream(config.base_api_url, config.base_api_key, config.open_timeout, min(10, config.read_timeout), time)
@@ -2436,7 +2467,7 @@ def check(config: Config, stream: Any) -> int:
         try:
             status, body = upstream.fetch("/v1/models", Watch(Connection(nobody), time))
         except Refusal as refusal:
-            stream.write("models: %s\n" % refusal)
+            stream.write("models: %s (%s)\n" % (refusal, refusal.cause))
             return 1
     try:
         names = [str(row["id"]) for row in json.loads(body)["data"]]
@@ -2477,7 +2508,12 @@ def raise_descriptor_limit() -> None:
             pass  # macOS has a lower limit of its own
 
 
-def run(config: Config, log_stream: Any) -> int:
+DEMO_HINT = """try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked for):
+  curl -N http://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"stream":true}'"""
+
+
+def run(config: Config, log_stream: Any, hint: str) -> int:
     """Serve until a signal says stop; -> exit code."""
     try:
         take_one_cpu(config.cpu_affinity, config.port)
@@ -2490,7 +2526,8 @@ def run(config: Config, log_stream: Any) -> int:
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
     except OSError as failure:
-        proxy.log.say("cannot listen on %s port %d: %s" % (config.host, config.port, failure.strerror or failure))
+        proxy.log.say("cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
+            config.host, config.port, failure.strerror or failure))
         proxy.log.close(1)
         return 1
     stop, stopper = socket.socketpair()
@@ -2499,7 +2536,7 @@ def run(config: Config, log_stream: Any) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_once(server))
     proxy.log.say("llm_proxy %s listens on http://%s:%d" % (VERSION, "[%s]" % config.host if ":" in config.host else config.host, config.port))
-    for row in describe(config) + ["warning: " + warning for warning in config.warnings()]:
+    for row in describe(config) + ["warning: " + warning for warning in config.warnings()] + ([hint] if hint else []):
         proxy.log.say(row)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     stop.recv(1)
@@ -2548,14 +2585,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     if options.check:
         return check(config, sys.stdout)
-    if options.demo:
-        print(DEMO_HINT % {"port": config.port, "tokens": config.max_tokens // config.request_token_cost + 1}, file=sys.stderr)
-    return run(config, open(2, "wb", buffering=0, closefd=False))
-
-
-DEMO_HINT = """Try this, %(tokens)d times:
-  curl -N http://127.0.0.1:%(port)d/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{"model":"demo","messages":[{"role":"user","content":"hello"}],"stream":true}'"""
+    return run(config, open(2, "wb", buffering=0, closefd=False), DEMO_HINT % config.port if options.demo else "")
 
 
 if __name__ == "__main__":
