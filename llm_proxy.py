@@ -623,26 +623,27 @@ class Prices:
 # reply, an error and a list of models look like. It knows no sockets and no buckets.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_JSON_DEPTH = 128            # CPython 3.13's parser overruns a thread's stack long before it raises RecursionError
-MAX_JSON_CONTAINERS = 500_000   # a body of nothing but brackets takes 40 times its size in memory
-JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-JSON_BRACKET = re.compile(rb"[\[\]{}]")
+MAX_JSON_DEPTH = 128        # CPython 3.13's parser overruns a thread's stack long before it raises RecursionError
+MAX_JSON_PARTS = 1_000_000  # strings, objects and arrays: a body of nothing else takes 40 times its size in memory
+NO_BRACKETS, SQUARE = bytes(set(range(256)) - set(b"[]{}")), bytes.maketrans(b"{}", b"[]")
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
 
 
 def too_deep(body: bytes) -> bool:
+    """Whether JSON is nested beyond MAX_JSON_DEPTH, or not even balanced; each step is one linear pass, whatever the body."""
     opened = body.count(b"[") + body.count(b"{")
     if opened <= MAX_JSON_DEPTH:
         return False
-    if opened > MAX_JSON_CONTAINERS:
+    if opened + body.count(b'"') // 2 > MAX_JSON_PARTS:
         return True
-    depth = 0
-    for bracket in JSON_BRACKET.finditer(JSON_STRING.sub(b"", body)):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > MAX_JSON_DEPTH:
-            return True
-    return False
+    outside_strings = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    brackets = outside_strings.translate(SQUARE, NO_BRACKETS)
+    if 2 * brackets.count(b"[") != len(brackets):
+        return True
+    for _ in range(MAX_JSON_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+    return bool(brackets)
 
 
 def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -670,7 +671,7 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, par
 def parse_json(body: bytes) -> Dict[str, Any]:
     """A JSON object in UTF-8, as RFC 8259 has it; BadRequest for anything else that json.loads would take or choke on."""
     if too_deep(body):
-        raise BadRequest("The request body is nested too deeply")
+        raise BadRequest("The request body is nested too deeply, or not valid JSON")
     try:
         payload = STRICT_JSON.decode(body.decode())
     except (ValueError, RecursionError):
@@ -1324,13 +1325,16 @@ class Flow:
             self.end("upstream_cut")
 
     def end(self, ending: str) -> None:
-        self.unsent, self.ending = b"", ending
-        for descriptor, events in self.watching.items():
-            if events:
-                self.relay.selector.unregister(descriptor)
-        self.watching.clear()
+        """Let go of both sockets and tell `then`, once."""
+        watching, then = self.watching, self.then
+        self.unsent, self.ending, self.watching, self.then = b"", ending, {}, id
         self.relay.flows.discard(self)
-        self.then(ending)
+        try:
+            for descriptor, events in watching.items():
+                if events:
+                    self.relay.selector.unregister(descriptor)
+        finally:
+            then(ending)
 
 
 class Relay:
@@ -1605,7 +1609,7 @@ class Upstream:
             raise
         if failures:
             owner.close()
-            raise UpstreamTimeout() if isinstance(failures[0], TimeoutError) else UpstreamFailed(failures[0])
+            raise UpstreamTimeout() if isinstance(failures[0], (TimeoutError, socket.timeout)) else UpstreamFailed(failures[0])
         return Link(owner, Connection(owner.sock))
 
     def keep(self, link: Link, settling: bool) -> None:
