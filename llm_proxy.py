@@ -75,10 +75,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 VERSION = "0.1.0"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Config: one table of settings feeds the values, the checks, --help and the test that README names every one.
 # It knows nothing of what the settings are used for, and it is the only place that reads their text.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Setting(NamedTuple):
     """One row of SETTINGS. `read` turns text into a value; its ValueError says what would be right ("must be ...")."""
@@ -273,10 +273,10 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     return Config(texts=texts, unknown=[name for name in written if name not in texts], **values)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Refusals: every way to say no. A Refusal is raised at any depth, so no step can forget to stop, and it is rendered in
 # one place. Its class tells status, kind and the outcome that is logged; its sentence is constant. No wire bodies here.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Refusal(Exception):
     """`fields` are extra header fields of the answer; `closing` ends the connection, because its framing is lost."""
@@ -385,10 +385,10 @@ class CallerGone(Exception):
     """The caller hung up: nobody is left to answer."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Callers: the one place that decides who is calling. Keys are known by digest and compared in constant time; nobody
 # above or below sees a raw key. It does not know what a caller may use.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CREDENTIAL_FIELDS = ("authorization", "x-api-key")
 
@@ -438,10 +438,10 @@ class Callers:
         return Caller(("key", credential), self.names and self.names[credential], self.label_secret)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Limits: a bucket holds at most `capacity` tokens, gains `refill` every whole `interval` seconds and starts full. Taking
 # is all or nothing and atomic. It knows neither HTTP nor what a token stands for.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Quota(NamedTuple):
     """One bucket as seen at one moment; times in whole seconds. `reset_seconds` is the time to the next refill, 0 when full."""
@@ -571,9 +571,9 @@ class Limits:
         raise LimitReached(self.message.replace("{wait}", spell_wait(wait)), wait, quota)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Usage: what a call will cost, told from its payload. It knows no wire names and no sockets.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -618,10 +618,10 @@ class Prices:
         return min(held, max(1, self.prompt(call) + -(-sent // CHARACTERS_PER_TOKEN)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Dialects: the only place that knows an API's wire names: which paths are metered, where the prompt stands, what a limit
 # reply, an error and a list of models look like. It knows no sockets and no buckets.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MAX_JSON_DEPTH = 128        # CPython 3.13's parser overruns a thread's stack long before it raises RecursionError
 MAX_JSON_PARTS = 1_000_000  # strings, objects and arrays: a body of nothing else takes 40 times its size in memory
@@ -803,10 +803,10 @@ class OpenAI:
         return range(max(1, min(128, (count if type(count) is int else 1) * prompts)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Wire: HTTP/1.1 in bytes, strict, one parser for both sides (RFC 9110, RFC 9112). Heads are matched whole or not at all;
 # bodies are followed through their framing. It does not know what an LLM is.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MAX_HEAD = 65536        # bytes of one head
 MAX_LINE = 8192         # bytes of one line of it
@@ -825,7 +825,8 @@ HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]
 DIGITS = re.compile("[0-9]{1,15}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f])[ \t]*(?:;[\t -~\x80-\xff]*)?)?\r?")
-TRAILERS = re.compile(rb"(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % TOKEN.encode())
+TRAILER_LINES = re.compile(FIELD_LINES.pattern.encode("latin-1"))
+TRAILERS = re.compile(TRAILER_LINES.pattern + rb"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 
 HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
@@ -1003,10 +1004,11 @@ class Request:
 
     @classmethod
     def read(cls, data: bytes, last: Optional["Request"]) -> "Request":
-        """A caller that keeps its connection sends the same head again, but for its length; then `last` serves again."""
+        """A caller that keeps its connection sends the same head again, but for its length; then `last` serves again. Both
+        must have the length in the same place: one more beside another framing would be a door for smuggling."""
         start = data.find(b"\r\nContent-Length: ")
         end = data.find(b"\r\n", start + 2) if start >= 0 else 0
-        shape = data[:start] + data[end:] if end else data
+        shape = (data[:start], data[end:]) if end else (data, None)
         if last is None or last.shape != shape:
             last = cls(data)
             last.shape = shape
@@ -1119,7 +1121,8 @@ class Chunked:
         if match:
             self.ended, self.excess = True, data[match.end():]
             return data[:position] + LAST_CHUNK, payload
-        if len(data) - end > MAX_TRAILERS or BARE_LINE_END.search(data, end - 1):
+        lines = max(end, data.rfind(b"\r\n") + 2)
+        if len(data) - end > MAX_TRAILERS or not TRAILER_LINES.fullmatch(data, end, lines) or BARE_LINE_END.search(data, lines - 1):
             raise Malformed()
         self.held = data[position:]
         return data[:position], payload
@@ -1214,11 +1217,11 @@ class Watch:
         return True
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Relay: one thread carries every running answer body from upstream to caller. A thread per stream would pay a wake-up and
 # a fight for the interpreter lock on every event. A request's thread hands over its two sockets and ends; another one
 # goes on when the body has ended. It knows framing, deadlines, slow readers and hang-ups; no heads, LLMs or buckets.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Flow:
     """One body on its way. When it has ended, `then` is called with how: ok, upstream_cut, caller_gone, stopped
@@ -1405,11 +1408,11 @@ class Relay:
                     self.guard(flow, flow.check, now)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Upstreams: the one place that opens sockets, and only to the configured address: no header, path or body of a caller can
 # change host, port or scheme. http.client opens and owns connections; answers are read by Wire. It knows no callers
 # (but for watching one while it waits) and no buckets.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (   # the caller's secrets, what we write ourselves, and what would name it
     "cookie", "host", "content-length", "expect", "x-http-method-override", "forwarded", "via", "x-forwarded-for",
@@ -1633,10 +1636,10 @@ class Upstream:
         return "/v1" + path[len(base):] if base and (path + "/").startswith(base + "/") else path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Books: what is written down of every call. Entries are filled on the way and recorded once; lines are formatted and
 # written by a thread of their own, so that a log nobody reads never blocks a call. It knows no sockets.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def new_identity() -> str:
     """A random UUID (RFC 9562 5.4); it is no secret, so no system call is spent on it."""
@@ -1751,10 +1754,10 @@ class Log:
         self.thread.join(wait)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Proxy: `serve` is the life of one call; `build` is the parts list, the only place where constructors meet. It does not
 # know http.server.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Proxy:
     def __init__(self, config: Config, clock: Any, callers: Callers, limits: Limits, prices: Prices, dialect: OpenAI,
@@ -1824,9 +1827,9 @@ def build(config: Config, stream: Any, clock: Any = time) -> Proxy:
         Relay(clock, log.report), log)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pages: what a person, a browser or a monitor asks us and not the upstream. They charge nothing and name no address.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Page(NamedTuple):
     status: int
@@ -1876,10 +1879,10 @@ class Pages:
         return Page(200, self.proxy.dialect.models([self.proxy.config.base_model]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Handler: HTTP on the caller's side: one thread per connection, one request after another. It knows neither tokens nor
 # prices.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 RATE_FIELDS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
                "X-RateLimit-Reset-Seconds")  # in the order of Quota
@@ -1914,19 +1917,23 @@ class RequestBody:
     def read(self, upstream: Optional[Connection] = None) -> Optional[bytes]:
         """-> the next bytes; None if `upstream` speaks first. Raises BrokenBody, TooSlow, CallerGone."""
         while True:
-            if self.caller.ahead:
-                data, self.caller.ahead = self.caller.ahead, b""
-                try:
-                    _, payload = self.framing.feed(data)
-                except Malformed:
-                    raise BrokenBody() from None
-                if self.framing.ended:
-                    self.caller.ahead = self.framing.excess
-                self.taken += len(payload)
-                if payload or self.framing.ended:
-                    return payload
+            payload = self.take() if self.caller.ahead else b""
+            if payload or self.framing.ended:
+                return payload
             if not self.wait(upstream):
                 return None
+
+    def take(self) -> bytes:
+        """Unwrap what has come already."""
+        data, self.caller.ahead = self.caller.ahead, b""
+        try:
+            _, payload = self.framing.feed(data)
+        except Malformed:
+            raise BrokenBody() from None
+        if self.framing.ended:
+            self.caller.ahead = self.framing.excess
+        self.taken += len(payload)
+        return payload
 
     def wait(self, upstream: Optional[Connection]) -> bool:
         try:
@@ -1969,12 +1976,12 @@ class RequestBody:
         return b"".join(blocks)
 
     def skip(self) -> bool:
-        """Whether nothing of the body is left, after taking what is here already."""
-        try:
-            while not self.ended and self.caller.ahead and not self.awaited:
-                self.read()
-        except (Refusal, CallerGone):
-            pass
+        """Whether nothing of the body is left, after dropping what has come already."""
+        if not self.ended and self.caller.ahead and not self.awaited:
+            try:
+                self.take()
+            except BrokenBody:
+                pass
         return self.ended
 
 
@@ -2175,6 +2182,7 @@ class Handler:
             reply.refuse(reason)
         except CallerGone:
             reply.entry.outcome, reply.closing = "caller_gone", True
+            reply.entry.status = reply.entry.status or 499  # nothing was sent; nginx's number for it
 
     def wait(self) -> None:
         """For read_head: return when there is more to read, within the deadline that holds now."""
@@ -2213,11 +2221,11 @@ class Handler:
             pass
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Server: threads, caps, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock guards the set
 # of open connections; the Relay's flows belong to its thread alone; queues and events guard themselves. No lock is held
 # while another is taken, or while anything waits.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
@@ -2363,10 +2371,10 @@ class Server(http.server.ThreadingHTTPServer):
         return left
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Demo: a small endpoint on loopback, for the first minute without a model. It stands in for a real one and is no part of
 # the proxy.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
@@ -2432,9 +2440,9 @@ class DemoServer(http.server.ThreadingHTTPServer):
         pass  # the proxy hung up, as it should when its caller does
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Commands: the command line. `main` comes last.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def describe(config: Config) -> List[str]:
     """What the proxy is about to do, in a few lines without secrets."""

@@ -1,0 +1,238 @@
+#!/bin/sh
+# Checks a proxy from outside: one line per check, then `ok`; a clear line and a non-zero exit code at the first failure.
+#
+#   ./smoke.sh              starts `llm_proxy.py --demo` on a free port of loopback, checks it, and stops it
+#   ./smoke.sh URL [KEY]    checks a running proxy, say http://127.0.0.1:8899; KEY may also stand in API_KEY
+#
+# On a running proxy this makes real calls, 22 at most: they count against the bucket of KEY, or of this address.
+# MODEL names the model to ask for (the first that /v1/models lists); PYTHON the interpreter (python3).
+# It needs sh, curl and python3.
+set -eu
+
+python=${PYTHON:-python3}
+url=${1:-} key=${2:-${API_KEY:-}}
+url=${url%/} url=${url%/v1}
+most_calls=20
+demo=
+NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
+export NO_PROXY
+unset no_proxy
+here=$(cd -- "$(dirname -- "$0")" && pwd)
+
+say() { printf '%s\n' "$*"; }
+fail() { say "FAILED: $*" >&2; exit 1; }
+
+for tool in curl "$python"; do
+    command -v "$tool" >/dev/null || fail "$tool is not installed"
+done
+
+dir=$(mktemp -d)
+finish() {
+    code=$?
+    trap - EXIT
+    if [ -n "$demo" ]; then
+        kill "$demo" 2>/dev/null || :
+        wait "$demo" 2>/dev/null || :
+        [ $code != 1 ] || sed 's/^/proxy: /' "$dir/log" >&2
+    fi
+    rm -rf "$dir"
+    exit $code
+}
+trap finish EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# request CREDENTIAL PATH [BODY]: leaves status, head and body in $dir.
+request() {
+    credential=$1 path=$2
+    shift 2
+    if [ $# -gt 0 ]; then
+        printf %s "$1" >"$dir/sent"
+        set -- -H 'Content-Type: application/json' --data-binary "@$dir/sent"
+    fi
+    [ -z "$credential" ] || set -- "$@" -H "Authorization: Bearer $credential"
+    curl -q -sS -N --max-time 120 -D "$dir/head" -o "$dir/body" -w '%{http_code}' "$@" "$url$path" >"$dir/status" 2>"$dir/error" ||
+        fail "$path: $(cat "$dir/error")"
+}
+
+# judge WHAT: looks at the last answer, prints what it found; exit code 0 as it should be, 1 wrong, 3 limited, 4 key asked for.
+cat >"$dir/judge.py" <<'PYTHON'
+import json, sys
+
+def read(name):
+    with open(sys.argv[2] + "/" + name, encoding="utf-8", newline="") as file:
+        return file.read()
+
+def head(name):
+    lines = [line.partition(":") for line in read("head").splitlines()]
+    return ([value.strip() for key, _, value in lines if key.lower() == name.lower()] or [""])[-1]
+
+def need(truth, what):
+    if not truth:
+        print("%s (status %d: %s)" % (what, status, body[:300].strip()))
+        sys.exit(1)
+
+def events():
+    need(head("content-type").startswith("text/event-stream"), "no event stream")
+    found = [event[5:].strip() for event in body.replace("\r\n", "\n").split("\n\n") if event.startswith("data:")]
+    need(found[-1:] == ["[DONE]"], "the stream does not end with [DONE]")
+    return [json.loads(event) for event in found[:-1]]
+
+def streamed(chunks):
+    need(chunks and all(chunk["object"] == "chat.completion.chunk" for chunk in chunks), "no chat.completion.chunk")
+    need(any(choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]), "no finish_reason")
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+def answer():
+    need(head("x-ratelimit-remaining"), "no X-RateLimit-Remaining")
+    message = json.loads(body)["choices"][0]["message"]
+    need(message["role"] == "assistant", "no assistant")
+    return "%d characters" % len(message.get("content") or "")
+
+def stream():
+    chunks = events()
+    return "%d events, %d characters" % (len(chunks), len(streamed(chunks)))
+
+def limit():
+    need(limited, "not limited")
+    need(head("x-ratelimit-remaining"), "no X-RateLimit-Remaining")
+    choice = json.loads(body)["choices"][0]
+    need(choice["finish_reason"] == "stop" and choice["message"]["content"], "no message")
+    return choice["message"]["content"]
+
+def limit_stream():
+    need(limited, "not limited")
+    return streamed(events()) + ", streamed"
+
+def unauthorized():
+    need(status == 401, "a call without a valid key is let in")
+    need(json.loads(body)["error"]["code"] == "invalid_api_key", "no invalid_api_key")
+    return "invalid_api_key"
+
+def health():
+    need(status == 200 and json.loads(body)["ok"] is True, "not ok")
+    quota = json.loads(body)["quota"]
+    return "%d of %d tokens left" % (quota["remaining"], quota["limit"])
+
+def remaining():
+    return json.loads(body)["quota"]["remaining"]
+
+def models():
+    names = [row["id"] for row in json.loads(body)["data"]]
+    need(names, "an empty list")
+    return ", ".join(names[:5]) + (" ..." if names[5:] else "")
+
+def first_model():
+    return json.dumps(json.loads(body)["data"][0]["id"])
+
+what, status, body = sys.argv[1], int(read("status")), read("body")
+limited = status == 200 and ('"chatcmpl-limit-' in body)
+if status == 401 and "proxy API key" in body and what != "unauthorized":
+    print("the proxy asks for a key: give it as second argument or in API_KEY")
+    sys.exit(4)
+if limited and what in ("answer", "stream"):
+    sys.exit(3)
+try:
+    if what not in ("unauthorized", "health"):
+        need(status == 200, "no answer")
+    print(globals()[what]())
+except (ValueError, LookupError, TypeError, AttributeError) as fault:
+    need(False, "not what it should be: %r" % fault)
+PYTHON
+judge() { "$python" "$dir/judge.py" "$1" "$dir"; }
+
+# check NAME WHAT: one line, or the end.
+check() {
+    found=$(judge "$2") || fail "$1: $found"
+    say "$1: $found"
+}
+
+# check_call NAME WHAT BODY: as above; a caller who has nothing left is no failure of a running proxy.
+check_call() {
+    request "$key" /v1/chat/completions "$3"
+    code=0
+    found=$(judge "$2") || code=$?
+    case $code in
+        0) say "$1: $found" ;;
+        3) [ -z "$demo" ] || fail "$1: limited too early"; say "$1: skipped, this caller's limit is reached already" ;;
+        *) fail "$1: $found" ;;
+    esac
+}
+
+# look: how much this caller has left, into $left.
+look() {
+    request "$key" /health
+    left=$(judge remaining)
+}
+
+if [ -z "$url" ]; then
+    port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    url=http://127.0.0.1:$port key=smoke-key
+    # An environment of its own, in a directory without .env: settings that stand elsewhere do not reach it.
+    interpreter=$("$python" -c 'import sys; print(sys.executable)')
+    cd "$dir"
+    env -i PATH="$PATH" HOST=127.0.0.1 PORT="$port" MAX_TOKENS=4 PROXY_API_KEYS="smoke=$key" \
+        "$interpreter" "$here/llm_proxy.py" --demo >"$dir/log" 2>&1 &
+    demo=$!
+    tries=0
+    until curl -q -s -o "$dir/body" "$url/health"; do
+        kill -0 "$demo" 2>/dev/null || fail "llm_proxy.py --demo did not start"
+        tries=$((tries + 1))
+        [ $tries -lt 100 ] || fail "llm_proxy.py --demo is not ready after 10 s"
+        sleep 0.1 2>/dev/null || sleep 1
+    done
+fi
+
+request "$key" /health
+check health health
+request "$key" /v1/models
+check models models
+model=$(judge first_model)
+[ -z "${MODEL:-}" ] || model=$("$python" -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$MODEL")
+
+request "" /v1/models
+code=0
+found=$(judge models) || code=$?
+if [ $code = 4 ] || [ -n "$demo" ]; then
+    check "401 without a key" unauthorized
+    request "$key-but-wrong" /v1/models
+    check "401 with a wrong key" unauthorized
+else
+    say "401: skipped, this proxy asks for no key"
+fi
+
+call='{"model":'$model',"messages":[{"role":"user","content":"Say hello."}],"max_tokens":16'
+look
+before=$left
+check_call answer answer "$call}"
+look
+cost=$((before - left))
+check_call stream stream "$call,\"stream\":true}"
+
+look
+if [ "$cost" -gt 0 ] && [ "$left" -ge $((most_calls * cost)) ]; then
+    say "limit reply: skipped, $left tokens are left and a call costs $cost: more than $most_calls calls to go"
+    say ok
+    exit
+fi
+calls=0
+while :; do
+    request "$key" /v1/chat/completions "$call}"
+    code=0
+    found=$(judge answer) || code=$?
+    [ $code = 0 ] || break
+    calls=$((calls + 1))
+    if [ $calls -ge $most_calls ]; then
+        say "limit reply: skipped, not reached after $calls more calls"
+        say ok
+        exit
+    fi
+done
+[ $code = 3 ] || fail "limit reply: $found"
+check "limit reply" limit
+if [ -n "$demo" ]; then
+    request "$key" /v1/chat/completions "$call,\"stream\":true}"
+    check "limit reply" limit_stream
+fi
+say ok

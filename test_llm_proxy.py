@@ -1,0 +1,2847 @@
+"""Tests of llm_proxy.py, in the order of its sections.
+
+    python -m unittest                      # all of them, well under a minute
+    python -m unittest -k limit_reply       # those that are named so
+
+Most go through real sockets on loopback: a Client that takes nothing for granted, the proxy, and a Stub in the place of
+the endpoint, whose every byte the test decides. Nobody sleeps for a refill: the clock is an argument. What happens in
+another thread is waited for with `wait_for`; its bound only tells "never" from "not yet".
+"""
+import ast
+import contextlib
+import dis
+import errno
+import fractions
+import gc
+import hashlib
+import itertools
+import json
+import math
+import os
+import queue
+import random
+import re
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from unittest import mock
+
+import llm_proxy
+from llm_proxy import SETTINGS, Buckets, ConfigFaults, Limits, LimitReached, Malformed, build, parse_json, read_config
+
+FILE = os.path.abspath(llm_proxy.__file__)
+FOLDER = os.path.dirname(FILE)
+PATIENCE = 10  # seconds after which what has not happened never will
+CHAT = "/v1/chat/completions"
+ALL_SETTINGS = [setting for group in SETTINGS.values() for setting in group]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Doubles: the clock, the log's stream, the caller, the endpoint
+# ----------------------------------------------------------------------------------------------------------------------
+
+def wait_for(condition, what="the condition"):
+    """-> the first true value of `condition()`."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > end:
+            raise AssertionError("%s was not met within %d s" % (what, PATIENCE))
+        time.sleep(0.002)
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def monotonic(self):
+        return self.now
+
+    def time_ns(self):
+        return 1700000000 * 10 ** 9 + int(self.now * 10 ** 9)
+
+
+class Lines:
+    """The raw binary stream that the log writes to; keeps what was written."""
+
+    def __init__(self):
+        self.data = b""
+
+    def write(self, data):
+        self.data += bytes(data)
+        return len(data)
+
+    def text(self):
+        return self.data.decode("ascii")
+
+    def entries(self):
+        """The access lines of LOG_FORMAT=json, but for those of /health, which tests ask in between."""
+        rows = [json.loads(row) for row in self.text().splitlines(True) if row.endswith("\n")]
+        return [row for row in rows if "outcome" in row and row["path"] != "/health"]
+
+
+class Cut(Exception):
+    """A connection ended where it must not: 'closed' by a FIN or 'reset' by a RST."""
+
+
+class Reader:
+    """HTTP/1.1 from a socket, strictly. Used by both doubles, so neither accepts what the other may not send."""
+
+    def __init__(self, sock):
+        self.sock, self.data = sock, bytearray()
+
+    def more(self):
+        try:
+            data = self.sock.recv(65536)
+        except ConnectionError:
+            raise Cut("reset") from None
+        if not data:
+            raise Cut("closed")
+        self.data += data
+
+    def until(self, mark):
+        while mark not in self.data:
+            self.more()
+        end = self.data.index(mark) + len(mark)
+        taken = bytes(self.data[:end])
+        del self.data[:end]
+        return taken
+
+    def head(self):
+        """-> (the bytes as they came, the start line, [(lower-case name, value)])"""
+        head = self.until(b"\r\n\r\n")
+        start, *rows = head[:-4].decode("latin-1").split("\r\n")
+        fields = []
+        for row in rows:
+            name, colon, value = row.partition(":")
+            assert colon and re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name), "not a header field: %r" % row
+            fields.append((name.lower(), value.strip(" \t")))
+        return head, start, fields
+
+    def body(self, fields, at_the_end_of_stream=False):
+        """-> the payload in pieces, as they come. Raises Cut where it is not whole."""
+        lengths = [value for name, value in fields if name == "content-length"]
+        codings = [value for name, value in fields if name == "transfer-encoding"]
+        assert len(lengths) + len(codings) < 2, "ambiguous framing: %r" % fields
+        if lengths:
+            assert re.fullmatch("[0-9]+", lengths[0]), lengths
+            return self.sized(int(lengths[0]))
+        if codings:
+            assert codings == ["chunked"], codings
+            return self.chunked()
+        return self.to_the_end() if at_the_end_of_stream else iter(())
+
+    def sized(self, left):
+        while left:
+            if not self.data:
+                self.more()
+            piece = bytes(self.data[:left])
+            del self.data[:len(piece)]
+            left -= len(piece)
+            yield piece
+
+    def chunked(self):
+        while True:
+            line = self.until(b"\r\n")
+            assert re.fullmatch(rb"[0-9A-Fa-f]+(;[^\r\n]*)?\r\n", line), "not a chunk's size: %r" % line
+            size = int(line.partition(b";")[0], 16)
+            yield from self.sized(size)
+            assert self.until(b"\r\n") == b"\r\n", "something stands between two chunks"
+            if not size:
+                return
+
+    def to_the_end(self):
+        while True:
+            if self.data:
+                yield bytes(self.data)
+                self.data.clear()
+            try:
+                self.more()
+            except Cut as cut:
+                if str(cut) == "closed":
+                    return
+                raise
+
+
+class Answered:
+    """What a Client got: status, fields, body, and whether the body came to its proper end."""
+
+    def __init__(self, start, fields):
+        self.status, self.fields, self.body, self.whole, self.cut = int(start.split(" ")[1]), fields, b"", False, None
+        assert re.fullmatch(r"HTTP/1\.1 [1-5][0-9][0-9] .*", start), start
+
+    def get(self, name):
+        found = [value for key, value in self.fields if key == name.lower()]
+        return ", ".join(found) if found else None
+
+    def json(self):
+        return json.loads(self.body.decode())
+
+    def error(self):
+        """The four members of an OpenAI error, or an AssertionError."""
+        error = self.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}, error
+        return error
+
+
+class Client:
+    """A caller that sends exactly the bytes it is told to."""
+
+    def __init__(self, address, receive_buffer=None):
+        self.sock = socket.socket()
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(address)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.reader, self.pieces = Reader(self.sock), iter(())
+
+    def send(self, data):
+        self.sock.sendall(data)
+        return self
+
+    def head(self, method="POST"):
+        """Read an answer's head; its body is read by `expect` and `rest`."""
+        _, start, fields = self.reader.head()
+        answered = self.answered = Answered(start, fields)
+        bodiless = method == "HEAD" or answered.status < 200 or answered.status in (204, 304)
+        self.pieces = iter(()) if bodiless else self.reader.body(fields, at_the_end_of_stream=True)
+        return answered
+
+    def expect(self, payload):
+        """Read as much payload as `payload` is long; it must be the same."""
+        found = b""
+        while len(found) < len(payload):
+            found += next(self.pieces)
+        assert found == payload, "%r is not %r" % (found, payload)
+        self.answered.body += found
+
+    def rest(self):
+        """Read the body to its end, or to its cut."""
+        found = [self.answered.body]
+        try:
+            found.extend(self.pieces)
+            self.answered.whole = True
+        except Cut as cut:
+            self.answered.cut = str(cut)
+        self.answered.body = b"".join(found)
+        return self.answered
+
+    def read(self, method="POST"):
+        self.head(method)
+        return self.rest()
+
+    def ending(self):
+        """Wait for the end of the connection: 'closed' or 'reset'. Nothing may come before it."""
+        try:
+            self.reader.more()
+        except Cut as cut:
+            return str(cut)
+        raise AssertionError("unexpected bytes: %r" % bytes(self.reader.data))
+
+    def close(self):
+        self.sock.close()
+
+    def reset(self):
+        """Hang up with a RST."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass
+        self.sock.close()
+
+
+class Asked:
+    """One request as the Stub got it, and the way to answer it."""
+
+    def __init__(self, sock, reader):
+        self.sock, self.reader = sock, reader
+        self.head, start, self.fields = reader.head()
+        self.method, self.target, _ = start.split(" ")
+        self.body, self.size, self.digest = b"", 0, None
+        self.over, self.kept = threading.Event(), True
+
+    def read_body(self):
+        """Read the body: as a whole where it is small, as size and SHA-256 always."""
+        digest = hashlib.sha256()
+        for piece in self.reader.body(self.fields):
+            digest.update(piece)
+            self.size += len(piece)
+            self.body = self.body + piece if self.size < 100000 else b""
+        self.digest = digest.hexdigest()
+
+    def get(self, name):
+        found = [value for key, value in self.fields if key == name]
+        return ", ".join(found) if found else None
+
+    def json(self):
+        return json.loads(self.body.decode())
+
+    def send(self, data):
+        self.sock.sendall(data)
+
+    def finish(self):
+        """The answer is complete; the connection waits for its next request."""
+        self.over.set()
+
+    def close(self):
+        self.kept = False
+        self.sock.shutdown(socket.SHUT_RDWR)
+        self.over.set()
+
+    def reset(self):
+        self.kept = False
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+        self.over.set()
+
+    def wait_for_hang_up(self):
+        """Fails unless the proxy closes this connection."""
+        try:
+            while self.sock.recv(65536):
+                pass
+        except ConnectionError:
+            pass
+
+
+class Stub:
+    """The endpoint, played by a test: it counts connections, keeps requests, and answers with whatever bytes it is told.
+
+    `answer` is called with each Asked, in the thread of its connection. Where it is None, the test takes the Asked from
+    `next()` and answers in its own time, byte by byte if it likes. `reads`: whether bodies are read before that."""
+
+    def __init__(self, answer=None, reads=True):
+        self.answer, self.reads = answer, reads
+        self.requests, self.connections, self.waiting = [], 0, queue.Queue()
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.listener.getsockname()[1]
+        self.sockets, self.threads = [], []
+        self.thread = threading.Thread(target=self.accept, daemon=True)
+        self.thread.start()
+
+    def accept(self):
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            sock.settimeout(PATIENCE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sockets.append(sock)
+            self.threads.append(threading.Thread(target=self.converse, args=(sock,), daemon=True))
+            self.threads[-1].start()
+
+    def converse(self, sock):
+        reader, asked = Reader(sock), None
+        try:
+            while asked is None or asked.kept:
+                asked = Asked(sock, reader)
+                if self.reads:
+                    asked.read_body()
+                self.requests.append(asked)
+                if self.answer:
+                    self.answer(asked)
+                else:
+                    self.waiting.put(asked)
+                    asked.over.wait(PATIENCE)
+        except (Cut, OSError):
+            pass
+        finally:
+            sock.close()
+
+    def next(self):
+        return self.waiting.get(timeout=PATIENCE)
+
+    @property
+    def calls(self):
+        return len(self.requests)
+
+    def refuse_connections(self):
+        for act in (lambda: self.listener.shutdown(socket.SHUT_RDWR), self.listener.close):
+            try:
+                act()
+            except OSError:
+                pass
+        self.thread.join(PATIENCE)
+
+    def close(self):
+        self.refuse_connections()
+        for asked in self.requests:
+            asked.over.set()
+        for sock in self.sockets:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        for thread in self.threads:
+            thread.join(PATIENCE)
+
+
+def request(method="POST", path=CHAT, body=b"", *fields, key=None, host="proxy.test", version="1.1"):
+    """A well-formed request. `fields` are whole lines, such as 'X-Name: value'."""
+    rows = ["%s %s HTTP/%s" % (method, path, version), "Host: " + host, *fields]
+    if key:
+        rows.append("Authorization: Bearer " + key)
+    if body or method == "POST":
+        rows.append("Content-Length: %d" % len(body))
+    return "\r\n".join(rows + ["", ""]).encode("latin-1") + body
+
+
+def chat(**payload):
+    """The body of a small chat call; its prompt has 10 characters, spaces between strings included: 'user hello'."""
+    return json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}], **payload}).encode()
+
+
+def call(key=None, *fields, **payload):
+    return request("POST", CHAT, chat(**payload), *fields, key=key)
+
+
+def answer(body=b'{"said": "hi"}', status="200 OK", *fields):
+    """A well-formed answer, by Content-Length."""
+    rows = ["HTTP/1.1 " + status, "Content-Length: %d" % len(body), *fields]
+    if not any(row.startswith("Content-Type") for row in fields):
+        rows.append("Content-Type: application/json")
+    return "\r\n".join(rows + ["", ""]).encode("latin-1") + body
+
+
+def says(*arguments):
+    """A Stub's `answer` that always gives this answer."""
+    return lambda asked: asked.send(answer(*arguments))
+
+
+def sends(data, close=True):
+    """A Stub's `answer` that sends these bytes."""
+    def act(asked):
+        asked.send(data)
+        if close:
+            asked.close()
+    return act
+
+
+def chunk(payload):
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def event(number):
+    return b'data: {"choices": [{"delta": {"content": "word %d"}}]}\n\n' % number
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+LAST = b"0\r\n\r\n"
+
+
+class ProxyCase(unittest.TestCase):
+    """`start` runs a proxy of this test's own, between a Stub and the Clients; all of it is gone when the test ends."""
+
+    def start(self, answer=says(), clock=time, base="", reads=True, **settings):
+        """`settings` are those of llm_proxy; buckets are large, and the log is JSON, unless they say otherwise."""
+        self.stub = stub = Stub(answer, reads)
+        self.addCleanup(stub.close)
+        environ = {"BASE_API_URL": "http://127.0.0.1:%d%s" % (stub.port, base), "LOG_FORMAT": "json", "MAX_TOKENS": "1000"}
+        config = read_config({**environ, **{name: str(value) for name, value in settings.items()}})
+        self.lines, self.tracebacks = Lines(), 0
+        self.proxy = proxy = build(config, self.lines, clock)
+        self.server = server = llm_proxy.Server(proxy, "127.0.0.1", 0, config.max_connections)
+        self.address = server.server_address[:2]
+        accepting = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        accepting.start()
+        self.addCleanup(self.stop, proxy, server, accepting, self.lines)
+
+    def stop(self, proxy, server, accepting, lines):
+        server.drain(0)
+        accepting.join(PATIENCE)
+        wait_for(lambda: not server.open and not proxy.relay.flows, "the end of every connection")
+        proxy.upstream.close_stale(everything=True)
+        relay = proxy.relay  # it is made to run as long as the process does; here it must not
+        relay.post(sys.exit)
+        relay.thread.join(PATIENCE)
+        for part in (relay.selector, relay.bell, relay.ear):
+            part.close()
+        proxy.log.close(PATIENCE)
+        self.assertEqual(lines.data.count(b"Traceback"), self.tracebacks, lines.text())
+
+    def connect(self, **options):
+        client = Client(self.address, **options)
+        self.addCleanup(client.reset)
+        return client
+
+    def ask(self, data, method=None):
+        """Send one request on a connection of its own; -> the Answered."""
+        client = self.connect()
+        answered = client.send(data).read(method or data.split(b" ", 1)[0].decode("latin-1"))
+        client.close()
+        return answered
+
+    def entry(self, number=0):
+        """What the log says of the call with this number."""
+        return wait_for(lambda: self.lines.entries()[number:number + 1], "an access line")[0]
+
+    def left(self, key=None):
+        """What is left in a caller's bucket, as /health tells it."""
+        return self.ask(request("GET", "/health", key=key)).json()["quota"]["remaining"]
+
+    def assert_ending(self, outcome, left, number=0, key=None):
+        """How the call with this number ended, in the log and in the bucket. The log comes last, so it is awaited."""
+        self.assertEqual((self.entry(number)["outcome"], self.left(key)), (outcome, left))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The file itself
+# ----------------------------------------------------------------------------------------------------------------------
+
+def source():
+    with open(FILE, encoding="utf-8") as file:
+        return file.read()
+
+
+def banners(text):
+    """-> [(line number, section)]"""
+    return [(number, match[1]) for number, match in (
+        (number, re.match(r"# (\w+): ", row)) for number, row in enumerate(text.splitlines(), 1)) if match
+        and text.splitlines()[number - 2].startswith("# ---")]
+
+
+class FileTest(unittest.TestCase):
+    def test_the_table_of_contents_names_every_section_in_order(self):
+        text = source()
+        contents = ast.get_docstring(ast.parse(text)).partition("Contents")[2]
+        listed = re.findall(r"^ {4}(\w+) {2,}\S", contents, re.MULTILINE)
+        self.assertGreater(len(listed), 10)
+        self.assertEqual(listed, [name for _, name in banners(text)])
+
+    def test_a_section_uses_only_what_stands_above_it(self):
+        """Global names are looked up in the compiled code of each statement, so locals and string annotations don't count."""
+        text = source()
+        starts = banners(text)
+        statements = [(sum(line <= statement.lineno for line, _ in starts), statement) for statement in ast.parse(text).body]
+        homes = {}
+        for section, statement in statements:
+            for name in self.defined(statement):
+                homes.setdefault(name, section)
+        for section, statement in statements:
+            module = ast.Module([statement], [])
+            for name in self.globals_in(compile(module, FILE, "exec", dont_inherit=True)):
+                with self.subTest(section=starts[section - 1][1] if section else "front", name=name):
+                    self.assertLessEqual(homes.get(name, 0), section, "it is defined further down")
+
+    @staticmethod
+    def defined(statement):
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            return [statement.name]
+        return [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+
+    def globals_in(self, code):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+                yield instruction.argval
+        for constant in code.co_consts:
+            if hasattr(constant, "co_code"):
+                yield from self.globals_in(constant)
+
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows the names of its modules")
+    def test_nothing_is_imported_but_the_standard_library(self):
+        for file in (FILE, __file__):
+            with open(file, encoding="utf-8") as opened:
+                tree = ast.parse(opened.read())
+            for node in ast.walk(tree):
+                names = [name.name for name in node.names] if isinstance(node, ast.Import) else \
+                    [node.module] if isinstance(node, ast.ImportFrom) else []
+                for name in names:
+                    with self.subTest(file=os.path.basename(file), module=name):
+                        self.assertIn(name.partition(".")[0], sys.stdlib_module_names | {"llm_proxy"})
+
+    def test_no_module_state_is_changed_by_a_global_statement(self):
+        found = [node.lineno for node in ast.walk(ast.parse(source())) if isinstance(node, ast.Global)]
+        self.assertEqual(found, [])
+
+    def test_no_function_is_longer_than_60_lines(self):
+        for node in ast.walk(ast.parse(source())):
+            if isinstance(node, ast.FunctionDef):
+                with self.subTest(function=node.name):
+                    self.assertLessEqual(node.end_lineno - node.lineno + 1, 60)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+# ----------------------------------------------------------------------------------------------------------------------
+
+class ConfigTest(unittest.TestCase):
+    HERE = {"BASE_API_URL": "http://127.0.0.1:8000/v1"}
+
+    def faults(self, dotenv="", **environ):
+        with self.assertRaises(ConfigFaults) as caught:
+            read_config(environ, dotenv)
+        return str(caught.exception).splitlines()
+
+    def test_all_faults_are_told_at_once_with_the_value_and_what_would_be_right(self):
+        self.assertEqual(self.faults(PORT="99999", MAX_TOKENS="+5", LOG_FORMAT="xml", READ_TIMEOUT="soon", **self.HERE), [
+            "READ_TIMEOUT must be a number of seconds between 0.1 and 86400 (got 'soon')",
+            "PORT must be between 1 and 65535 (got '99999')",
+            "MAX_TOKENS must be between 1 and 1000000000000 (got '+5')",
+            "LOG_FORMAT must be text or json (got 'xml')"])
+
+    def test_values_that_int_or_a_url_parser_would_take_are_faults(self):
+        table = {
+            "PORT": ("0", "65536", "-1", "8_8", "0x10", "²", "8899.0", "1e3"),
+            "MAX_TOKENS": ("0", "1_0", "٣", "10000000000000"),
+            "READ_TIMEOUT": ("0", "-1", "inf", "nan", "1e3"),
+            "TOKEN_COST_MODE": ("REQUEST", "tokens"),
+            "BASE_API_KEY": ("two words", "schlüssel"),
+            "CORS_ORIGINS": ("chat.example.org", "*,https://a.example", ","),
+            "LIMIT_MESSAGE": ("two\nlines",),
+            "CPU_AFFINITY": ("none", "-1"),
+            "PROXY_API_KEYS": ("a,,b", "alice=", "a b", "same,same", "x=same,y=same", "c2VjcmV0==", "sk/1=x"),
+            "BASE_API_URL": ("localhost:8000", "ftp://host", "http://", "http://user:pw@host", "http://host?a=b", "http://host#x",
+                             "http://host:0", "http://host:65536", "http://host:", "http://ho st", "http://host/a b",
+                             "http://host\r\nX: y"),
+        }
+        for name, values in table.items():
+            for value in values:
+                with self.subTest(name=name, value=value):
+                    faults = self.faults(**{**self.HERE, name: value})
+                    self.assertEqual([fault.split(" ")[0] for fault in faults], [name])
+
+    def test_a_fault_in_a_secret_does_not_show_it(self):
+        for name in ("BASE_API_KEY", "PROXY_API_KEYS"):
+            with self.subTest(name=name):
+                fault, = self.faults(**{**self.HERE, name: "hush hush,, hush"})
+                self.assertNotIn("hush", fault)
+                self.assertTrue(fault.startswith(name + " must "), fault)
+
+    def test_an_empty_value_counts_as_unset(self):
+        config = read_config({**self.HERE, "PORT": "", "BASE_MODEL": "  ", "PROXY_API_KEYS": ""})
+        self.assertEqual((config.port, config.base_model, config.proxy_api_keys), (8899, None, None))
+
+    def test_the_defaults_are_the_documented_ones(self):
+        config = read_config(self.HERE)
+        documented = dict(
+            host="0.0.0.0", port=8899, max_tokens=10, refill_tokens=2, refill_interval_seconds=300, request_token_cost=1,
+            token_cost_mode="request", response_token_reserve=256, limit_message="limit reached, wait {wait}", open_timeout=10,
+            read_timeout=600, max_body_bytes=32 << 20, cors_origins=("*",), log_format="text", drain_seconds=30,
+            max_connections=1024, base_api_key=None, base_model=None, proxy_api_keys=None)
+        self.assertEqual({name: getattr(config, name) for name in documented}, documented)
+
+    def test_the_environment_wins_over_dotenv(self):
+        dotenv = "PORT=7000\nMAX_TOKENS=3\nBASE_API_URL=http://from.dotenv\n"
+        config = read_config({"PORT": "8000", "MAX_TOKENS": ""}, dotenv)
+        self.assertEqual((config.port, config.max_tokens, config.base_api_url.host), (8000, 3, "from.dotenv"))
+
+    def test_dotenv_understands_export_quotes_and_comments(self):
+        values, faults = llm_proxy.read_dotenv("\n".join([
+            "# a comment", "", "A=1", "export B=2", "C = 'single # quoted'", 'D="double"  # comment', "E=", "F=x#y # z", "G=a=b"]))
+        self.assertEqual(values, {"A": "1", "B": "2", "C": "single # quoted", "D": "double", "E": "", "F": "x#y", "G": "a=b"})
+        self.assertEqual(faults, [])
+
+    def test_a_bad_line_of_dotenv_is_told_by_its_number_only(self):
+        fault, = self.faults("BASE_API_URL=http://host\n\nBASE_API_KEY sk-secret\n")
+        self.assertEqual(fault, ".env line 3 is not NAME=value")
+
+    def test_a_missing_endpoint_says_how_to_start(self):
+        fault, = self.faults()
+        self.assertIn("BASE_API_URL=http://", fault)
+        self.assertIn("python llm_proxy.py", fault)
+        self.assertIn("--demo", fault)
+
+    def test_names_of_keys_are_split_off_at_the_first_equals_sign(self):
+        table = {
+            "sk-1": {"sk-1": None}, "alice=sk-1, sk-2": {"sk-1": "alice", "sk-2": None}, "a=b=c": {"b=c": "a"},
+            "bob@x.org=c2VjcmV0==": {"c2VjcmV0==": "bob@x.org"}}
+        for text, keys in table.items():
+            with self.subTest(text=text):
+                self.assertEqual(read_config({**self.HERE, "PROXY_API_KEYS": text}).proxy_api_keys, keys)
+
+    def test_there_is_one_warning_where_callers_are_not_checked_and_none_where_they_are(self):
+        warning, = read_config(self.HERE).warnings()
+        self.assertIn("PROXY_API_KEYS", warning)
+        self.assertEqual(read_config({**self.HERE, "PROXY_API_KEYS": "sk-1"}).warnings(), [])
+
+    def test_a_reserve_that_no_bucket_can_hold_is_warned_of(self):
+        keyed = {**self.HERE, "PROXY_API_KEYS": "sk-1", "TOKEN_COST_MODE": "estimate"}
+        warning, = read_config(keyed).warnings()
+        self.assertIn("RESPONSE_TOKEN_RESERVE 256", warning)
+        self.assertIn("MAX_TOKENS 10", warning)
+        self.assertEqual(read_config({**keyed, "MAX_TOKENS": "256"}).warnings(), [])
+
+    def test_a_price_that_no_bucket_can_hold_is_warned_of(self):
+        warning, = read_config({**self.HERE, "PROXY_API_KEYS": "sk-1", "REQUEST_TOKEN_COST": "11"}).warnings()
+        self.assertIn("REQUEST_TOKEN_COST 11", warning)
+
+    def test_a_name_in_dotenv_that_is_no_setting_is_warned_of(self):
+        warning, = read_config({**self.HERE, "PROXY_API_KEYS": "sk-1"}, "MAX_TOKEN=3\nPORT=8000").warnings()
+        self.assertIn("MAX_TOKEN ", warning)
+
+    def test_readme_names_every_setting_and_its_default(self):
+        with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
+            rows = file.read().splitlines()
+        for setting in ALL_SETTINGS:
+            with self.subTest(name=setting.name):
+                rows_of_it = [row for row in rows if re.search(r"\b%s\b" % setting.name, row) and (setting.default or "") in row]
+                self.assertTrue(rows_of_it, "no row names it together with its default %s" % setting.default)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ----------------------------------------------------------------------------------------------------------------------
+
+class RefusalsTest(unittest.TestCase):
+    def test_every_refusal_has_a_status_and_one_of_the_documented_types(self):
+        kinds = {"invalid_request_error", "authentication_error", "upstream_error", "timeout_error", "rate_limit_error", "server_error"}
+        todo, found = [llm_proxy.Refusal], 0
+        while todo:
+            refusal = todo.pop()
+            todo.extend(refusal.__subclasses__())
+            found += 1
+            with self.subTest(refusal=refusal.__name__):
+                self.assertIn(refusal.kind, kinds)
+                self.assertTrue(400 <= refusal.status < 600)
+        self.assertGreater(found, 10)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Callers
+# ----------------------------------------------------------------------------------------------------------------------
+
+class CallersTest(ProxyCase):
+    def test_a_bearer_token_and_an_api_key_header_of_the_same_text_share_a_bucket(self):
+        self.start(MAX_TOKENS=3)
+        for fields in (["Authorization: Bearer k"], ["X-Api-Key: k"], ["authorization: bearer k", "x-api-key: k"]):
+            self.assertEqual(self.ask(call(None, *fields)).body, b'{"said": "hi"}')
+        self.assertEqual(self.left("k"), 0)
+        self.assertEqual(self.left("another"), 3)
+
+    def test_two_different_credentials_are_refused(self):
+        self.start()
+        answered = self.ask(call(None, "Authorization: Bearer a", "X-Api-Key: b"))
+        self.assertEqual((answered.status, answered.error()["type"]), (400, "invalid_request_error"))
+        self.assertEqual(self.stub.calls, 0)
+        self.assertEqual(self.entry()["outcome"], "refused")
+
+    def test_without_a_credential_the_address_is_the_caller(self):
+        self.start(MAX_TOKENS=5)
+        self.ask(call())
+        self.assertEqual((self.left(), self.left("k")), (4, 5))
+        self.assertEqual(self.entry()["caller"], "127.0.0.1")
+
+    def test_a_bearer_that_spells_an_address_is_not_that_address(self):
+        self.start(MAX_TOKENS=5)
+        self.ask(call("127.0.0.1"))
+        self.assertEqual((self.left(), self.left("127.0.0.1")), (5, 4))
+
+    def test_an_unknown_key_is_refused_on_every_path_but_health_and_preflights(self):
+        self.start(PROXY_API_KEYS="alice=sk-1", BASE_MODEL="m")
+        table = [("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("HEAD", "/v1/models"), ("POST", "/v1/files"),
+                 ("GET", "/"), ("DELETE", "/v1/files/1"), ("GET", "//health"), ("GET", "/health/"), ("POST", "/health")]
+        for (method, path), key in itertools.product(table, (None, "sk-2", "sk-1x", "alice", "alice=sk-1", "127.0.0.1")):
+            with self.subTest(method=method, path=path, key=key):
+                answered = self.ask(request(method, path, chat() if method == "POST" else b"", key=key))
+                self.assertEqual((answered.status, answered.get("www-authenticate")), (401, "Bearer"))
+                if method != "HEAD":
+                    error = answered.error()
+                    self.assertEqual((error["type"], error["code"]), ("authentication_error", "invalid_api_key"))
+        for method, path, status in (("GET", "/health", 200), ("HEAD", "/health", 200), ("OPTIONS", CHAT, 204)):
+            with self.subTest(method=method, path=path):
+                self.assertEqual(self.ask(request(method, path)).status, status)
+        self.assertEqual(self.stub.calls, 0)
+
+    def test_a_known_key_is_let_in(self):
+        self.start(PROXY_API_KEYS="alice=sk-1,sk-2")
+        for key in ("sk-1", "sk-2"):
+            self.assertEqual(self.ask(call(key)).status, 200)
+
+    def test_a_key_outside_ascii_is_unknown_and_no_error(self):
+        self.start(PROXY_API_KEYS="alice=sk-1")
+        for field in ("Authorization: Bearer \xff\xe9", "X-Api-Key: \xff", "Authorization: B\xe4r sk-1", "Authorization:", "X-Api-Key:"):
+            with self.subTest(field=field):
+                self.assertEqual(self.ask(call(None, field)).status, 401)
+
+    def test_the_log_shows_a_name_or_a_digest_but_never_a_key(self):
+        self.start(PROXY_API_KEYS="alice=sk-alice-secret,sk-nameless-secret")
+        for number, key in enumerate(("sk-alice-secret", "sk-nameless-secret", "sk-wrong-secret")):
+            self.ask(call(key))
+            self.entry(number)
+        callers = [entry["caller"] for entry in self.lines.entries()]
+        self.assertEqual((callers[0], callers[2]), ("alice", "127.0.0.1"))
+        self.assertRegex(callers[1], "^key:[0-9a-f]{8}$")
+        self.assertNotIn("secret", self.lines.text())
+
+    def test_two_proxies_show_the_same_key_under_different_digests(self):
+        """So that a digest from a log cannot be looked up in a table."""
+        labels = set()
+        for _ in range(2):
+            self.start()
+            self.ask(call("k"))
+            self.ask(call("k"))
+            self.assertEqual(self.entry(0)["caller"], self.entry(1)["caller"])
+            labels.add(self.entry()["caller"])
+        self.assertEqual(len(labels), 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Limits
+# ----------------------------------------------------------------------------------------------------------------------
+
+class ModelBucket:
+    """The rule written down a second time, tick by tick and in fractions: what Buckets is compared with."""
+
+    def __init__(self, capacity, refill, interval):
+        self.capacity, self.refill, self.interval = capacity, refill, interval
+        self.level, self.tick = capacity, None
+
+    def advance(self, now):
+        while self.tick is not None and self.tick <= now:
+            self.level = min(self.capacity, self.level + self.refill)
+            self.tick = None if self.level == self.capacity else self.tick + self.interval
+
+    def add(self, now, amount):
+        self.level = min(self.capacity, self.level + amount)
+        if self.level == self.capacity:
+            self.tick = None
+        elif self.tick is None:
+            self.tick = now + self.interval
+
+
+class LimitsTest(unittest.TestCase):
+    def buckets(self, capacity=10, refill=2, interval=300, **options):
+        self.clock = Clock()
+        return Buckets(capacity, refill, interval, self.clock, **options)
+
+    def test_a_bucket_starts_full_and_is_empty_after_its_capacity(self):
+        buckets = self.buckets()
+        self.assertEqual([buckets.take("a", 1)[0] for _ in range(12)], [True] * 10 + [False] * 2)
+        self.assertEqual(buckets.peek("a")[:2], (10, 0))
+
+    def test_it_gains_by_whole_intervals_from_the_moment_it_stopped_being_full(self):
+        buckets = self.buckets()
+        buckets.take("a", 10)
+        for seconds, remaining, reset in ((0, 0, 300), (299, 0, 1), (1, 2, 300), (299.5, 2, 1), (0.5, 4, 300), (900, 10, 0), (9999, 10, 0)):
+            self.clock.now += seconds
+            with self.subTest(now=self.clock.now):
+                quota = buckets.peek("a")
+                self.assertEqual((quota.remaining, quota.reset_seconds), (remaining, reset))
+
+    def test_any_schedule_gives_what_the_exact_model_gives(self):
+        choose = random.Random(20)
+        for capacity, refill, interval in ((10, 2, 300), (7, 3, 1), (100, 7, 60), (1, 1, 5), (5, 100, 10)):
+            buckets, model = self.buckets(capacity, refill, interval), ModelBucket(capacity, refill, interval)
+            self.clock.now = fractions.Fraction(1, 3)
+            for step in range(500):
+                self.clock.now += fractions.Fraction(choose.randrange(interval * 20), choose.choice((7, 10, 40)))
+                model.advance(self.clock.now)
+                cost = choose.randint(1, capacity)
+                taken, _, quota = buckets.take("a", cost)
+                self.assertEqual(taken, model.level >= cost, step)
+                if taken:
+                    model.add(self.clock.now, -cost)
+                    if choose.random() < 0.3:
+                        back = choose.randint(-3, cost)
+                        quota = buckets.put("a", back)
+                        model.add(self.clock.now, back)
+                self.assertEqual(quota.remaining, max(0, model.level), step)
+
+    def test_the_wait_that_is_told_is_enough_and_no_moment_less_is(self):
+        for cost in (1, 2, 3, 10):
+            buckets = self.buckets()
+            buckets.take("a", 9)
+            self.clock.now += 130
+            buckets.take("a", 1)
+            _, wait, _ = buckets.take("a", cost)
+            self.assertEqual(buckets.wait("a", cost), wait)
+            self.clock.now += wait - 0.5
+            self.assertFalse(buckets.take("a", cost)[0])
+            self.clock.now += 0.5
+            self.assertTrue(buckets.take("a", cost)[0])
+
+    def test_a_shortage_takes_nothing(self):
+        buckets = self.buckets()
+        buckets.take("a", 8)
+        self.assertFalse(buckets.take("a", 3)[0])
+        self.assertTrue(buckets.take("a", 2)[0])
+
+    def test_threads_at_a_bucket_with_room_for_some_get_exactly_so_many(self):
+        buckets, taken, gate = self.buckets(capacity=50), [], threading.Barrier(200)
+
+        def run():
+            gate.wait(PATIENCE)
+            taken.append(buckets.take("a", 1)[0])
+        threads = [threading.Thread(target=run) for _ in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual((len(taken), sum(taken)), (200, 50))
+
+    def admit(self, cost, caller="a", message="limit reached, wait {wait}"):
+        return Limits(self.shared, message).admit(llm_proxy.Caller(("address", caller), caller), cost)
+
+    def test_a_hold_ends_once(self):
+        self.shared = buckets = self.buckets()
+        hold = self.admit(5)
+        hold.settle(3)
+        hold.settle(1)
+        hold.give_back()
+        self.assertEqual(buckets.peek(("address", "a")).remaining, 7)
+
+    def test_a_hold_that_nobody_settled_is_given_back(self):
+        self.shared = buckets = self.buckets()
+        with self.assertRaises(ZeroDivisionError), self.admit(5):
+            self.assertEqual(buckets.peek(("address", "a")).remaining, 5)
+            1 / 0
+        self.assertEqual(buckets.peek(("address", "a")).remaining, 10)
+
+    def test_a_call_that_cost_more_than_it_held_leaves_a_debt_that_is_waited_for(self):
+        self.shared = buckets = self.buckets()
+        with self.admit(10) as hold:
+            hold.settle(13)
+        self.assertEqual(buckets.peek(("address", "a")).remaining, 0)
+        self.assertEqual(buckets.wait(("address", "a"), 1), 600)
+
+    def test_giving_back_never_overfills(self):
+        self.shared = buckets = self.buckets()
+        with self.admit(5):
+            self.clock.now += 3000
+        self.assertEqual(buckets.peek(("address", "a")).remaining, 10)
+
+    def test_a_cost_above_the_capacity_is_told_as_such_and_never_as_a_wait(self):
+        self.shared = self.buckets()
+        with self.assertRaises(LimitReached) as caught:
+            self.admit(11)
+        self.assertRegex(str(caught.exception), "11.*10")
+        self.assertNotIn("wait", str(caught.exception))
+        self.assertIsNone(caught.exception.wait)
+        self.assertNotIn("Retry-After", caught.exception.fields)
+
+    def test_a_limit_tells_the_wait_in_the_words_of_the_operator(self):
+        self.shared = self.buckets()
+        self.admit(10)
+        with self.assertRaises(LimitReached) as caught:
+            self.admit(1, message="{wait}, {please}: 100%")
+        self.assertEqual((str(caught.exception), caught.exception.fields), ("5 min, {please}: 100%", {"Retry-After": 300}))
+
+    def test_waits_are_spelled_in_seconds_below_a_minute_and_in_minutes_rounded_up_above(self):
+        for seconds, text in ((0.2, "1s"), (12, "12s"), (59, "59s"), (60, "1 min"), (61, "2 min"), (300, "5 min"), (300.1, "6 min")):
+            with self.subTest(seconds=seconds):
+                self.assertEqual(llm_proxy.spell_wait(seconds), text)
+
+    def test_a_hundred_thousand_keys_fit_into_a_bounded_table(self):
+        buckets = self.buckets()
+        for number in range(100000):
+            buckets.take(number, 1)
+        self.assertLessEqual(len(buckets.levels), 10000)
+        self.assertEqual(buckets.peek(99999).remaining, 9)
+
+    def test_the_least_recently_used_bucket_goes_first(self):
+        buckets = self.buckets(room=3)
+        for key in "abcabda":
+            buckets.take(key, 1)
+        self.assertEqual({key: buckets.peek(key).remaining for key in "abcd"}, {"a": 7, "b": 8, "c": 10, "d": 9})
+
+    def test_buckets_that_are_full_by_now_are_dropped(self):
+        buckets = self.buckets()
+        for number in range(100):
+            buckets.take(number, 1)
+        self.clock.now += 300
+        for number in range(100, 160):
+            buckets.take(number, 1)
+        self.assertEqual(set(buckets.levels), set(range(100, 160)))
+
+    def test_looking_at_a_bucket_makes_none(self):
+        buckets = self.buckets()
+        self.assertEqual((buckets.peek("a").remaining, buckets.wait("a", 1)), (10, 0))
+        self.assertEqual(len(buckets.levels), 0)
+
+
+class LimitsOverHttpTest(ProxyCase):
+    def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
+        self.start(MAX_TOKENS=50)
+        answers, gate = [], threading.Barrier(200)
+
+        def run():
+            client = Client(self.address)
+            gate.wait(PATIENCE)
+            answers.append(client.send(call("k")).read().body)
+            client.close()
+        threads = [threading.Thread(target=run) for _ in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(self.stub.calls, 50)
+        self.assertEqual((len(answers), sum(b"limit reached" in body for body in answers)), (200, 150))
+
+    def test_a_refill_lets_the_next_calls_in(self):
+        clock = Clock()
+        self.start(clock=clock, MAX_TOKENS=2, REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
+        for seconds, calls in ((0, 1), (0, 2), (0, 2), (59, 2), (1, 3), (0, 3), (600, 4), (0, 5), (0, 5)):
+            clock.now += seconds
+            self.ask(call())
+            self.assertEqual(self.stub.calls, calls)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Usage
+# ----------------------------------------------------------------------------------------------------------------------
+
+class UsageTest(ProxyCase):
+    def test_the_length_of_a_payload_is_that_of_its_strings_joined_by_spaces_without_the_model(self):
+        table = [
+            ({}, 0), ({"model": "long-name"}, 0), ({"a": "abc"}, 3), ({"a": "abc", "b": "de"}, 6), ({"a": ""}, 0), ({"a": ["", ""]}, 1),
+            ({"a": 1, "b": None, "c": True, "d": 1.5}, 0), ({"model": "x", "a": {"model": "abc"}}, 3),
+            ({"messages": [{"role": "user", "content": "hello"}]}, 10), ({"a": ["x", ["y", {"z": "w"}]]}, 5), ({"a": "äöü€"}, 4)]
+        for payload, length in table:
+            with self.subTest(payload=payload):
+                self.assertEqual(llm_proxy.text_length(payload, but="model"), length)
+
+    def test_a_fixed_price_is_the_same_for_every_call(self):
+        self.start(REQUEST_TOKEN_COST=7)
+        self.ask(call(messages="x" * 1000, max_tokens=5))
+        self.assertEqual(self.left(), 993)
+
+    def test_an_estimate_is_the_prompt_and_the_output_it_may_have(self):
+        self.start(MAX_TOKENS=100000, TOKEN_COST_MODE="estimate")
+        table = [  # 'user hello' has 10 characters, which are 3 tokens
+            ({}, 259), ({"max_tokens": 7}, 10), ({"max_completion_tokens": 5, "max_tokens": 7}, 8), ({"max_tokens": 0}, 3),
+            ({"max_completion_tokens": 0, "max_tokens": 7}, 3), ({"max_tokens": None}, 259),
+            ({"max_completion_tokens": None, "max_tokens": 7}, 10), ({"messages": "x" * 8, "max_tokens": 1}, 3),
+            ({"messages": "x" * 9, "max_tokens": 1}, 4), ({"messages": [], "max_tokens": 0}, 1)]
+        for number, (payload, cost) in enumerate(table):
+            with self.subTest(payload=payload):
+                self.assertEqual(self.ask(call(str(number), **payload)).status, 200)
+                self.assertEqual(100000 - self.left(str(number)), cost)
+
+    def test_a_maximum_that_is_no_whole_number_is_refused(self):
+        for mode in ("estimate",):
+            self.start(TOKEN_COST_MODE=mode)
+            for name, value in itertools.product(("max_tokens", "max_completion_tokens"), (True, False, -1, "5", 1.5, 5.0, [], {}, "")):
+                with self.subTest(name=name, value=value):
+                    answered = self.ask(call(**{name: value}))
+                    self.assertEqual((answered.status, answered.error()["type"]), (400, "invalid_request_error"))
+                    self.assertIn(name, answered.error()["message"])
+            self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+    def test_a_maximum_beyond_every_bucket_is_told_as_such(self):
+        self.start(TOKEN_COST_MODE="estimate")
+        answered = self.ask(call(max_tokens=10 ** 30))
+        said = answered.json()["choices"][0]["message"]["content"]
+        self.assertIn("the limit is 1000", said)
+        self.assertNotIn("wait", said)
+        self.assertIsNone(answered.get("retry-after"))
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dialects
+# ----------------------------------------------------------------------------------------------------------------------
+
+class JsonTest(ProxyCase):
+    def test_plain_objects_are_read(self):
+        for text in ('{}', ' {"a": [1, -2.5e3, true, null, "\\u00e4"]} ', '{"a": {"a": 1}, "b": {"a": 1}}', '{"a": "[[[{{{"}'):
+            with self.subTest(text=text):
+                self.assertEqual(parse_json(text.encode()), json.loads(text))
+
+    def test_what_json_loads_would_take_or_choke_on_is_refused(self):
+        table = {
+            "nothing": b"", "white space": b"  ", "an array": b"[]", "a string": b'"x"', "a number": b"1", "null": b"null",
+            "NaN": b'{"a": NaN}', "Infinity": b'{"a": Infinity}', "-Infinity": b'{"a": -Infinity}', "1e999": b'{"a": 1e999}',
+            "a key twice": b'{"a": 1, "a": 2}', "a key twice, deep": b'{"x": [{"a": 1, "\\u0061": 2}]}',
+            "UTF-16": '{"a": 1}'.encode("utf-16"), "UTF-16 without a mark": '{"a": 1}'.encode("utf-16-le"),
+            "a byte order mark": b'\xef\xbb\xbf{"a": 1}', "latin-1": b'{"a": "\xe4"}', "two values": b'{} {}', "a comma too many": b'{"a": 1,}',
+            "a control character": b'{"a": "\n"}', "single quotes": b"{'a': 1}", "a comment": b'{} // x', "cut short": b'{"a": "x',
+            "arrays 129 deep": b'{"a": ' + b"[" * 128 + b"]" * 128 + b"}", "arrays 100000 deep": b'{"a": ' + b"[" * 100000 + b"]" * 100000 + b"}",
+            "objects 100000 deep": b'{"a":' * 100000 + b"1" + b"}" * 100000, "only opened": b"[" * 1000000,
+            "deep behind a quote": b'{"a": "\\"", "b": ' + b"[" * 200 + b"]" * 200 + b"}"}
+        for name, body in table.items():
+            with self.subTest(name):
+                with self.assertRaises(llm_proxy.BadRequest):
+                    parse_json(body)
+
+    def test_brackets_in_strings_do_not_make_a_body_deep(self):
+        self.assertEqual(parse_json(b'{"a": "%s\\"["}' % (b"[" * 1000))["a"], "[" * 1000 + '"[')
+
+    def test_an_integer_of_5000_digits_is_no_crash(self):
+        """Newer Pythons refuse to read it, older ones read it; both are fine."""
+        self.start(TOKEN_COST_MODE="estimate")
+        for name in ("max_tokens", "seed"):
+            answered = self.ask(request("POST", CHAT, b'{"%s": %s}' % (name.encode(), b"9" * 5000)))
+            self.assertIn(answered.status, (200, 400))
+
+    def test_a_bad_body_is_a_400_in_the_shape_of_openai_and_costs_nothing(self):
+        self.start()
+        for body in (b"", b"[]", b"{", b'{"a": ' + b"[" * 50000 + b"]" * 50000 + b"}", b'{"a": NaN}', b"\xff"):
+            with self.subTest(body=body[:20]):
+                answered = self.ask(request("POST", CHAT, body))
+                self.assertEqual((answered.status, answered.error()["type"]), (400, "invalid_request_error"))
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+    def test_half_of_a_surrogate_pair_is_no_crash(self):
+        self.start(MAX_TOKENS=1, LOG_FORMAT="text", BASE_MODEL="m")
+        for _ in range(2):
+            answered = self.ask(request("POST", CHAT, b'{"model": "\\ud800", "messages": [{"content": "\\udfff"}]}'))
+            self.assertEqual(answered.status, 200)
+
+
+class PathsTest(ProxyCase):
+    SAME_ENDPOINT = [
+        CHAT, CHAT + "?x=1", CHAT + "/", CHAT + "//", CHAT + "/?x", CHAT + "/.", CHAT + "/./", "//v1/chat/completions", "///v1/chat/completions",
+        "/v1//chat/completions", "/v1/chat//completions", "/./v1/chat/completions", "/v1/./chat/./completions", "/v1/chat/%63ompletions",
+        "/v1/%63hat/completions", "/%76%31/%63%68%61%74/completions", "/v1/chat/%2563ompletions", "/v1/chat/%252563ompletions",
+        "/v1%2fchat%2fcompletions", "/v1%2Fchat/completions", "/v1/chat%252Fcompletions", "/%2fv1/chat/completions",
+        CHAT + "%2f", CHAT + "%2F%2F", CHAT + "/%2e", CHAT + "/%2E/", "/v1/%2e/chat/completions", "/V1/CHAT/COMPLETIONS",
+        "/v1/Chat/Completions", "/v1/chat/COMPLETION%53", CHAT + ";x", CHAT + ";x=1", CHAT + "/;x", CHAT + "%3bx=1",
+        "/v1;a/chat;b/completions;c", "/v1\\chat\\completions", "/v1/chat%5ccompletions", "\\v1/chat/completions", CHAT + "\\", CHAT + "%5C",
+        "/v1/x/../chat/completions", "/v1/chat/x/../completions", "/v1/%2e%2e/v1/chat/completions", "/v1/.%2E/v1/chat/completions",
+        "/v1/x/%252e%252e/chat/completions", "/v1/x/..;/chat/completions", "/v1/x/..\\chat/completions", CHAT + "/x/..",
+        CHAT + "%00", CHAT + "%0a", CHAT + "%0d%0aX:%20y", CHAT + "%09", "/%00" + CHAT,
+        "/chat/completions", "/chat//completions/", "/openai/v1/chat/completions", "/any/prefix/v1/chat/completions",
+        "/v1/engines/davinci/completions", "/v1/completions", "/v1/completions/", "/v1//completions", "/v1/Completions", "/v1/%63ompletions",
+        "/completions", "http://proxy.test" + CHAT, "HTTP://PROXY.test/v1//chat/completions", "https://proxy.test/v1/completions/",
+        "http://other.test" + CHAT, "v1/chat/completions", "*", CHAT + "#x", CHAT + "%23", CHAT + "%3f"]
+
+    def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
+        """Each is limited (200, as an assistant) or refused (400); '%3f' and '%23' name other paths, and must say so upstream."""
+        self.start(MAX_TOKENS=1)
+        self.ask(call())
+        for path in self.SAME_ENDPOINT:
+            with self.subTest(path=path):
+                answered = self.ask(request("POST", path, chat(prompt="x")))
+                if self.stub.calls > 1:
+                    self.assertIn(self.stub.requests.pop().target.lower()[-3:], ("%3f", "%23"))
+                else:
+                    self.assertIn(answered.status, (200, 400))
+                    self.assertIn("limit reached" if answered.status == 200 else '"error"', answered.body.decode())
+
+    def test_a_spelled_out_path_goes_upstream_under_its_plain_name(self):
+        self.start()
+        for path, plain in (
+                (CHAT + "?x=1", CHAT + "?x=1"), ("/v1//chat/./completions/", CHAT), ("/V1/Chat/%43ompletions", CHAT),
+                ("/v1%2fcompletions;x", "/v1/completions"), ("/pre/v1/chat/completions", "/pre/v1/chat/completions"),
+                ("http://proxy.test" + CHAT, CHAT), ("/chat/completions", "/chat/completions")):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask(request("POST", path, chat())).status, 200)
+                self.assertEqual(self.stub.requests[-1].target, plain)
+        self.assertEqual(self.left(), 1000 - 7)
+
+    def test_other_methods_and_paths_are_forwarded_as_they_are_and_unmetered(self):
+        self.start(MAX_TOKENS=1)
+        self.ask(call())
+        for method, path in (
+                ("GET", CHAT), ("DELETE", CHAT + "/x"), ("POST", "/v1/embeddings"), ("POST", "/v1/chat/completions/x/cancel"), ("PUT", CHAT),
+                ("PATCH", "/a/b?c=/v1/chat/completions"), ("POST", "/v1/files/a%20b?x=%2f"), ("POST", "/v1//audio/./x"), ("GET", "/"),
+                ("POST", "/v1/xcompletions"), ("HEAD", "/v1/files"), ("GET", "/v1/models"), ("QUERY", "/v1/x"), ("GET", "/x?a=b?c")):
+            with self.subTest(method=method, path=path):
+                self.assertEqual(self.ask(request(method, path, b"" if method in ("GET", "HEAD") else b"not json")).status, 200)
+                asked = self.stub.requests[-1]
+                self.assertEqual((asked.method, asked.target), (method, path))
+
+    def test_the_method_cannot_be_overridden_further_on(self):
+        self.start(MAX_TOKENS=1)
+        self.ask(request("GET", CHAT, b"", "X-HTTP-Method-Override: POST"))
+        self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
+        self.assertEqual(self.ask(request("post", CHAT, chat())).status, 400)
+        self.assertEqual(self.stub.calls, 1)
+
+
+class LimitReplyTest(ProxyCase):
+    """The assistant that says 'limit reached', in its four shapes."""
+
+    def limited(self, path=CHAT, **payload):
+        """A call at an empty bucket; -> (Answered, its payload or its events)"""
+        self.start(clock=Clock(), MAX_TOKENS=1)
+        self.ask(call())
+        answered = self.ask(request("POST", path, json.dumps({"model": "asked-for", **payload}).encode()))
+        self.assertEqual((answered.status, answered.whole, self.stub.calls), (200, True, 1))
+        if not payload.get("stream"):
+            return answered, answered.json()
+        events = answered.body.decode().split("\n\n")
+        self.assertEqual(events.pop(), "")
+        self.assertEqual(events.pop(), "data: [DONE]")
+        self.assertTrue(all(event.startswith("data: {") and "\n" not in event for event in events), events)
+        return answered, [json.loads(event[6:]) for event in events]
+
+    ZERO = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+    def test_chat_as_json(self):
+        answered, payload = self.limited(messages=[])
+        self.assertEqual(answered.get("content-type"), "application/json")
+        self.assertTrue(payload.pop("id").startswith("chatcmpl-"))
+        self.assertEqual(payload, {"object": "chat.completion", "created": 1700001000, "model": "asked-for", "usage": self.ZERO, "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "limit reached, wait 5 min"}, "logprobs": None, "finish_reason": "stop"}]})
+
+    def test_completions_as_json(self):
+        _, payload = self.limited("/v1/completions", prompt="x")
+        self.assertTrue(payload.pop("id").startswith("cmpl-"))
+        self.assertEqual(payload, {
+            "object": "text_completion", "created": 1700001000, "model": "asked-for", "usage": self.ZERO,
+            "choices": [{"index": 0, "text": "limit reached, wait 5 min", "logprobs": None, "finish_reason": "stop"}]})
+
+    def test_chat_as_a_stream(self):
+        answered, chunks = self.limited(messages=[], stream=True)
+        self.assertEqual(answered.get("content-type"), "text/event-stream")
+        self.assertEqual({(chunk["object"], chunk["model"], chunk["id"]) for chunk in chunks},
+                         {("chat.completion.chunk", "asked-for", chunks[0]["id"])})
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        self.assertEqual(deltas[0]["role"], "assistant")
+        self.assertEqual("".join(delta.get("content") or "" for delta in deltas), "limit reached, wait 5 min")
+        self.assertEqual([chunk["choices"][0]["finish_reason"] for chunk in chunks], [None] * (len(chunks) - 1) + ["stop"])
+        self.assertTrue(all("usage" not in chunk for chunk in chunks))
+
+    def test_completions_as_a_stream(self):
+        _, chunks = self.limited("/v1/completions", prompt="x", stream=True)
+        self.assertEqual({chunk["object"] for chunk in chunks}, {"text_completion"})
+        self.assertEqual("".join(chunk["choices"][0]["text"] for chunk in chunks), "limit reached, wait 5 min")
+        self.assertEqual(chunks[-1]["choices"][0]["finish_reason"], "stop")
+
+    def test_a_stream_tells_its_usage_where_that_was_asked_for(self):
+        for path in (CHAT, "/v1/completions"):
+            _, chunks = self.limited(path, stream=True, stream_options={"include_usage": True})
+            self.assertEqual((chunks[-1]["choices"], chunks[-1]["usage"]), ([], self.ZERO))
+            self.assertTrue(all(chunk["usage"] is None for chunk in chunks[:-1]))
+
+    def test_as_many_choices_are_given_as_were_asked_for(self):
+        _, payload = self.limited(n=3)
+        self.assertEqual([choice["index"] for choice in payload["choices"]], [0, 1, 2])
+        _, chunks = self.limited(n=2, stream=True)
+        self.assertEqual({choice["index"] for chunk in chunks for choice in chunk["choices"]}, {0, 1})
+        _, payload = self.limited("/v1/completions", prompt=["a", "b"], n=2)
+        self.assertEqual(len(payload["choices"]), 4)
+
+    def test_odd_options_do_not_break_it(self):
+        for odd in ({"n": 0}, {"n": -5}, {"n": True}, {"n": "3"}, {"n": None}, {"n": 10 ** 9}, {"stream_options": []}, {"response_format": 1},
+                    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, {"stream": "yes"}):
+            with self.subTest(odd=odd):
+                _, payload = self.limited(**{**odd, "stream": False})
+                self.assertEqual(payload["choices"][0]["message"]["content"], "limit reached, wait 5 min")
+                self.assertLessEqual(len(payload["choices"]), 128)
+
+    def test_where_json_was_asked_for_the_message_says_that_it_is_a_refusal(self):
+        """SDKs that parse the content stop there."""
+        _, payload = self.limited(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {}}})
+        self.assertEqual(payload["choices"][0]["message"]["refusal"], "limit reached, wait 5 min")
+
+    def test_it_tells_the_wait_and_the_bucket_in_its_header(self):
+        answered, _ = self.limited()
+        names = ("retry-after", "x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-refill-tokens", "x-ratelimit-refill-seconds",
+                 "x-ratelimit-reset-seconds")
+        self.assertEqual([answered.get(name) for name in names], ["300", "1", "0", "2", "300", "300"])
+
+    def test_a_message_of_the_operator_is_sent_whatever_it_contains(self):
+        message = 'dis "donc" – {wait} \\ 100% {x}'
+        self.start(MAX_TOKENS=1, LIMIT_MESSAGE=message, REFILL_INTERVAL_SECONDS=7)
+        self.ask(call())
+        self.assertEqual(self.ask(call()).json()["choices"][0]["message"]["content"], message.replace("{wait}", "7s"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wire
+# ----------------------------------------------------------------------------------------------------------------------
+
+class HeadTest(ProxyCase):
+    def head(self, *rows, start="POST /v1/embeddings HTTP/1.1", body=b""):
+        return "\r\n".join([start, *rows, "", ""]).encode("latin-1") + body
+
+    def test_well_formed_heads_are_taken(self):
+        self.start()
+        host, length = "Host: x", "Content-Length: 0"
+        table = {
+            "the usual": self.head(host, length),
+            "no white space": self.head("Host:x", "Content-Length:0"),
+            "tabs around values": self.head("Host:\t x \t", length),
+            "any case": self.head("hOST: x", "CONTENT-length: 0"),
+            "an empty value": self.head(host, length, "X-Empty:"),
+            "bytes beyond ASCII": self.head(host, length, "X-Name: \xe4\xff"),
+            "every token character": self.head(host, length, "!#$%&'*+-.^_`|~09AZaz: x"),
+            "leading zeros": self.head(host, "Content-Length: 0002", body=b"{}"),
+            "100 fields": self.head(host, length, *["X-%d: x" % number for number in range(98)]),
+            "a long value": self.head(host, length, "X-Long: " + "x" * 8000),
+            "a long head": self.head(host, length, *["X-Long-%d: %s" % (number, "x" * 8000) for number in range(7)]),
+            "a long target": self.head(host, length, start="POST /v1/%s HTTP/1.1" % ("x" * 8000)),
+            "a port": self.head("Host: x.example:8899", length),
+            "IPv6": self.head("Host: [::1]:8899", length),
+            "an empty host": self.head("Host:", length),
+            "fields twice": self.head(host, length, "Accept: a", "Accept: b"),
+            "absolute form": self.head("Host: x:1", length, start="POST http://x:1/v1/embeddings HTTP/1.1"),
+            "HTTP/1.0": self.head(host, length, start="POST /v1/embeddings HTTP/1.0"),
+            "HTTP/1.0 without Host": self.head(length, start="POST /v1/embeddings HTTP/1.0"),
+            "chunked": self.head(host, "Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n"),
+            "Chunked": self.head(host, "transfer-encoding: CHUNKED", body=b"2\r\n{}\r\n0\r\n\r\n"),
+            "options of the whole server": self.head(host, start="OPTIONS * HTTP/1.1")}
+        for name, data in table.items():
+            with self.subTest(name):
+                self.assertLess(self.ask(data).status, 300)
+
+    def test_everything_else_is_refused_and_ends_the_connection(self):
+        self.start()
+        host, length, chunked = "Host: x", "Content-Length: 0", "Transfer-Encoding: chunked"
+        lengths = ("+5", "-1", "-0", "1_0", "0x10", "5,5", "5, 5", "", "²", "5 5", "5;", "5.0", "1" * 27, "\x0b5")
+        table = [("Content-Length: %r" % value, 400, self.head(host, "Content-Length: " + value, body=b"hello")) for value in lengths]
+        table += [(name, status, data) for name, (status, data) in {
+            "a bare LF behind the start line": (400, b"POST /v1/x HTTP/1.1\nHost: x\r\nContent-Length: 0\r\n\r\n"),
+            "bare LFs only": (400, b"GET / HTTP/1.1\nHost: x\n\n"),
+            "a bare LF in a value": (400, self.head(host, length, "X-A: b\nX-C: d")),
+            "a bare CR in a value": (400, self.head(host, length, "X-A: b\rX-C: d")),
+            "a folded line": (400, self.head(host, length, "X-A: b", " folded")),
+            "a first line that is folded": (400, self.head(" " + host, length)),
+            "a space before the colon": (400, self.head(host, "Content-Length : 0")),
+            "a tab before the colon": (400, self.head("Host\t: x", length)),
+            "no colon": (400, self.head(host, length, "X-A")),
+            "no name": (400, self.head(host, length, ": x")),
+            "a name that is no token": (400, self.head(host, length, "X(A): x")),
+            "a name beyond ASCII": (400, self.head(host, length, "X-\xe4: x")),
+            "NUL": (400, self.head(host, length, "X-A: b\x00c")),
+            "a control character": (400, self.head(host, length, "X-A: b\x1bc")),
+            "DEL": (400, self.head(host, length, "X-A: b\x7fc")),
+            "two Hosts": (400, self.head(host, host, length)),
+            "two Hosts that differ in case": (400, self.head("host: a", "HOST: b", length)),
+            "no Host": (400, self.head(length)),
+            "a Host with a path": (400, self.head("Host: x/y", length)),
+            "a Host with a user": (400, self.head("Host: a@x", length)),
+            "a list of Hosts": (400, self.head("Host: a b", length)),
+            "two equal lengths": (400, self.head(host, "Content-Length: 5", "Content-Length: 5", body=b"hello")),
+            "two different lengths": (400, self.head(host, "Content-Length: 5", "content-length: 6", body=b"hello!")),
+            "a length and chunks": (400, self.head(host, "Content-Length: 5", chunked, body=b"0\r\n\r\n")),
+            "chunks and a length": (400, self.head(host, chunked, "Content-Length: 5", body=b"0\r\n\r\n")),
+            "another coding": (501, self.head(host, "Transfer-Encoding: gzip")),
+            "another coding before chunked": (501, self.head(host, "Transfer-Encoding: gzip, chunked")),
+            "chunked twice": (400, self.head(host, chunked, chunked, body=LAST)),
+            "chunked, with a control character": (400, self.head(host, "Transfer-Encoding: \x0bchunked", body=LAST)),
+            "a coding that only looks like chunked": (501, self.head(host, "Transfer-Encoding: xchunked", body=LAST)),
+            "an empty coding": (501, self.head(host, "Transfer-Encoding:")),
+            "chunks in HTTP/1.0": (400, self.head(host, chunked, start="POST /v1/x HTTP/1.0", body=LAST)),
+            "a credential twice": (400, self.head(host, length, "Authorization: Bearer a", "Authorization: Bearer b")),
+            "HTTP/2.0": (505, self.head(host, start="GET / HTTP/2.0")),
+            "HTTP/1.2": (505, self.head(host, start="GET / HTTP/1.2")),
+            "no version": (400, self.head(host, start="GET /")),
+            "a small version": (400, self.head(host, start="GET / http/1.1")),
+            "two spaces": (400, self.head(host, start="GET  / HTTP/1.1")),
+            "a tab between": (400, self.head(host, start="GET\t/ HTTP/1.1")),
+            "a space at the end": (400, self.head(host, start="GET / HTTP/1.1 ")),
+            "a space in the target": (400, self.head(host, start="GET /a b HTTP/1.1")),
+            "a target beyond ASCII": (400, self.head(host, start="GET /\xe4 HTTP/1.1")),
+            "a control character in the target": (400, self.head(host, start="GET /\x01 HTTP/1.1")),
+            "a fragment": (400, self.head(host, start="GET /#x HTTP/1.1")),
+            "no slash": (400, self.head(host, start="GET x HTTP/1.1")),
+            "absolute form for another host": (400, self.head(host, start="GET http://y/ HTTP/1.1")),
+            "absolute form with a user": (400, self.head(host, start="GET http://a@x/ HTTP/1.1")),
+            "CONNECT": (501, self.head(host, start="CONNECT x:443 HTTP/1.1")),
+            "a star": (400, self.head(host, start="GET * HTTP/1.1")),
+            "a small method": (400, self.head(host, start="get / HTTP/1.1")),
+            "101 fields": (431, self.head(host, length, *["X-%d: x" % number for number in range(99)])),
+            "a head of 70 KB": (431, self.head(host, length, *["X-%d: %s" % (number, "x" * 1000) for number in range(70)])),
+            "a line of 10 KB": (431, self.head(host, length, "X-A: " + "x" * 10000)),
+            "a line of 70 KB": (431, self.head(host, length, "X-A: " + "x" * 70000)),
+            "a target of 10 KB": (414, self.head(host, start="GET /%s HTTP/1.1" % ("x" * 10000))),
+            "a target of 70 KB": (414, self.head(host, start="GET /%s HTTP/1.1" % ("x" * 70000))),
+            "TLS": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
+            "nothing but a line end and LF": (400, b"\r\n\n"),
+        }.items()]
+        for name, status, data in table:
+            with self.subTest(name):
+                client = self.connect().send(data)
+                answered = client.read("GET")
+                self.assertEqual((answered.status, answered.error()["type"]), (status, "invalid_request_error"))
+                self.assertEqual(answered.get("connection"), "close")
+                self.assertEqual(client.ending(), "closed")
+        self.assertEqual(self.stub.calls, 0)
+        wait_for(lambda: len(self.lines.entries()) == len(table), "a line for each")
+        self.assertEqual({entry["outcome"] for entry in self.lines.entries()}, {"refused"})
+
+    def test_a_line_that_cannot_be_right_is_refused_before_the_head_is_complete(self):
+        self.start()
+        for start in (b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n", b"GET / HTTP/1.1\r\nHost: x\nX: y", b"GET / HTTP/1.1\nHost: x",
+                      b"GET / HTTP/1.1\r\n folded: x\r\n", b"GET / HTTP/1.1\r\nHost: x\rX", b"GET / HTTP/1.1\r\nX-A : x\r\nX"):
+            with self.subTest(start=start):
+                self.assertEqual(self.connect().send(start).read().status, 400)
+
+    def test_a_request_may_come_one_byte_at_a_time(self):
+        self.start()
+        client = self.connect()
+        for byte in call("k"):
+            client.send(bytes([byte]))
+        self.assertEqual(client.read().status, 200)
+        self.assertEqual(self.stub.requests[0].body, chat())
+
+    def test_a_head_may_come_in_any_three_pieces(self):
+        """Each piece is sent when the one before it was read: `idle` and `begun` of the connection's thread tell."""
+        self.start()
+        head = b"GET /v1/x HTTP/1.1\r\nHost: x\r\nX-A: b\r\n\r\n"
+        for first, second in itertools.combinations(range(1, len(head)), 2):
+            if (first * 7 + second) % 13:
+                continue  # a thirteenth of all
+            with self.subTest(first=first, second=second):
+                reads, receive = [], llm_proxy.Connection.receive
+
+                def spy(connection):
+                    data = receive(connection)
+                    reads.append(data)
+                    return data
+                with mock.patch.object(llm_proxy.Connection, "receive", spy):
+                    client = self.connect()
+                    for end, piece in enumerate((head[:first], head[first:second]), 1):
+                        client.send(piece)
+                        wait_for(lambda: piece in reads, "the reading of the piece")
+                    self.assertEqual(client.send(head[second:]).read("GET").status, 200)
+                client.close()
+
+    def test_a_caller_who_leaves_within_a_head_is_no_error_of_ours(self):
+        self.start()
+        for hang_up in (Client.close, Client.reset):
+            hang_up(self.connect().send(b"POST /v1/x HTTP/1.1\r\nHost:"))
+        self.assertEqual(self.ask(call()).status, 200)
+
+    def test_a_caller_who_resets_an_idle_connection_is_no_error_of_ours(self):
+        self.start()
+        client = self.connect()
+        client.send(call()).read()
+        client.reset()
+        wait_for(lambda: not self.server.open, "the end of the connection")
+
+    def test_ten_requests_in_one_segment_are_answered_in_order(self):
+        self.start(lambda asked: asked.send(answer(asked.body)))
+        client = self.connect()
+        client.send(b"".join(call(seed=number) if number % 2 else request("POST", "/v1/embeddings", chat(seed=number)) for number in range(10)))
+        self.assertEqual([client.read().json()["seed"] for _ in range(10)], list(range(10)))
+
+
+class RepeatedHeadTest(ProxyCase):
+    """Nothing that was learned from one head of a connection may be used for the next one, however alike they are."""
+
+    HEAD = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n%s\r\n"
+
+    def second(self, first, second):
+        """Two requests on one connection; -> (status of the second answer, bodies that went upstream)"""
+        self.start()
+        client = self.connect().send(first)
+        self.assertEqual(client.read().status, 200)
+        status = client.send(second).read().status
+        return status, [asked.body for asked in self.stub.requests]
+
+    def head(self, *rows):
+        return (self.HEAD % "".join(row + "\r\n" for row in rows)).encode()
+
+    def test_the_length_of_the_first_is_not_that_of_the_second(self):
+        found = self.second(self.head("Content-Length: 5") + b"hello", self.head("Content-Length: 2") + b"ho")
+        self.assertEqual(found, (200, [b"hello", b"ho"]))
+
+    def test_a_second_one_without_a_length_has_no_body(self):
+        found = self.second(self.head("Content-Length: 5") + b"hello", self.head())
+        self.assertEqual(found, (200, [b"hello", b""]))
+
+    def test_a_length_beside_the_one_that_was_there_is_refused(self):
+        found = self.second(self.head("Content-Length:5") + b"hello", self.head("Content-Length: 2", "Content-Length:5") + b"hello")
+        self.assertEqual(found, (400, [b"hello"]))
+
+    def test_a_length_beside_chunks_that_were_there_is_refused(self):
+        chunks = b"5\r\nhello\r\n0\r\n\r\n"
+        found = self.second(self.head("Transfer-Encoding: chunked") + chunks,
+                            self.head("Transfer-Encoding: chunked", "Content-Length: 2") + chunks)
+        self.assertEqual(found, (400, [b"hello"]))
+
+    def test_another_length_that_is_wrong_is_refused(self):
+        found = self.second(self.head("Content-Length: 5") + b"hello", self.head("Content-Length: +5") + b"hello")
+        self.assertEqual(found, (400, [b"hello"]))
+
+    def test_another_key_is_another_caller(self):
+        self.start()
+        client = self.connect()
+        for key in ("a", "b", "b"):
+            client.send(call(key)).read()
+        self.assertEqual((self.left("a"), self.left("b")), (999, 998))
+
+
+class ChunkedTest(unittest.TestCase):
+    BODY = b"5;name=value\r\nhello\r\n0006 ; x=\"y\"\r\n world\r\nA\r\n0123456789\r\n0\r\nX-Trailer: x\r\n\r\n"
+    PASSED = BODY.replace(b"X-Trailer: x\r\n", b"")
+
+    @staticmethod
+    def feed(*pieces):
+        """-> (framing, what was passed on, the payload); what comes after the end is `excess`."""
+        framing, passed, payload = llm_proxy.Chunked(), b"", b""
+        for piece in pieces:
+            if framing.ended:
+                framing.excess += piece
+                continue
+            same, part = framing.feed(piece)
+            passed, payload = passed + same, payload + part
+        return framing, passed, payload
+
+    def test_every_split_of_a_body_gives_the_same_payload_and_no_trailers(self):
+        data = self.BODY + b"NEXT"
+        for first in range(len(data)):
+            for second in range(first, len(data), 5):
+                framing, passed, payload = self.feed(data[:first], data[first:second], data[second:])
+                found = (framing.ended, framing.end_of_stream(), framing.excess, passed, payload)
+                self.assertEqual(found, (True, True, b"NEXT", self.PASSED, b"hello world0123456789"), (first, second))
+
+    def test_a_body_may_come_byte_by_byte(self):
+        _, passed, payload = self.feed(*(bytes([byte]) for byte in self.BODY))
+        self.assertEqual((passed, payload), (self.PASSED, b"hello world0123456789"))
+
+    def test_a_body_that_stops_anywhere_has_not_ended(self):
+        for size in range(len(self.BODY)):
+            framing, passed, _ = self.feed(self.BODY[:size])
+            self.assertEqual((framing.ended, framing.end_of_stream()), (False, False), size)
+            self.assertFalse(passed.endswith(LAST), "the last chunk was passed on before it had come")
+
+    def test_broken_chunks_are_malformed_however_they_come(self):
+        table = {
+            "no size": b"\r\nhello\r\n", "a bare LF": b"5\nhello\r\n", "a sign": b"+5\r\nhello\r\n", "a minus": b"-5\r\nhello\r\n",
+            "0x": b"0x5\r\nhello\r\n", "an underscore": b"0_5\r\nhello\r\n", "no hex": b"g\r\n", "a space before": b" 5\r\nhello\r\n",
+            "a space behind": b"5 \r\nhello\r\n", "17 digits": b"00000000000000005\r\nhello\r\n", "a comma": b"5,5\r\nhello\r\n",
+            "a control character in an extension": b"5;a\x00\r\nhello\r\n", "a bare CR in an extension": b"5;a\rb\r\nhello\r\n",
+            "a bare LF in an extension": b"5;a\nb\r\nhello\r\n", "a size that ends in CR": b"5\rhello\r\n",
+            "an endless extension": b"5;" + b"x" * 2000,
+            "too short": b"6\r\nhello\r\n0\r\n\r\n", "too long": b"4\r\nhello\r\n0\r\n\r\n", "no line end": b"5\r\nhello0\r\n\r\n",
+            "LF behind a chunk": b"5\r\nhello\n0\r\n\r\n", "CR behind a chunk": b"5\r\nhello\r0\r\n\r\n", "a wrong byte": b"5\r\nhelloX\r\n",
+            "a bare LF behind the last": b"0\n\n", "a bare LF at the very end": b"0\r\n\n", "a bare LF in a trailer": b"0\r\nX: y\n\r\n",
+            "a trailer without a colon": b"0\r\nno colon\r\n\r\n", "a folded trailer": b"0\r\nX: y\r\n z\r\n\r\n",
+            "a trailer with a space before its colon": b"0\r\nX : y\r\n\r\n", "NUL in a trailer": b"0\r\nX: \x00\r\n\r\n",
+            "endless trailers": b"0\r\n" + b"X: y\r\n" * 2000}
+        for name, data in table.items():
+            step = 1 if len(data) < 100 else 97
+            for pieces in ((data,), [data[at:at + step] for at in range(0, len(data), step)]):
+                with self.subTest(name, pieces=len(pieces)):
+                    with self.assertRaises(Malformed):
+                        self.feed(*pieces)
+
+    def test_a_sized_body_ends_at_its_size(self):
+        framing = llm_proxy.Sized(5)
+        self.assertEqual((framing.feed(b"hel"), framing.ended, framing.end_of_stream()), ((b"hel", b"hel"), False, False))
+        self.assertEqual((framing.feed(b"loNEXT"), framing.ended, framing.excess), ((b"lo", b"lo"), True, b"NEXT"))
+        self.assertTrue(llm_proxy.Sized(0).ended)
+
+    def test_a_body_until_the_close_ends_with_it(self):
+        framing = llm_proxy.UntilClose()
+        self.assertEqual((framing.feed(b"hello"), framing.ended), ((b"hello", b"hello"), False))
+        self.assertTrue(framing.end_of_stream())
+
+
+class PassageTest(unittest.TestCase):
+    CHUNKS = b"5\r\nhello\r\n1;x\r\n!\r\n0\r\n\r\n"
+
+    def test_framing_is_kept_dropped_or_made_as_the_two_sides_need_it(self):
+        passage, chunked, sized, close = llm_proxy.Passage, llm_proxy.Chunked, lambda: llm_proxy.Sized(6), llm_proxy.UntilClose
+        table = [(chunked(), passage.AS_IS, self.CHUNKS, self.CHUNKS), (chunked(), passage.PLAIN, self.CHUNKS, b"hello!"),
+                 (sized(), passage.AS_IS, b"hello!", b"hello!"), (close(), passage.AS_IS, b"hello!", b"hello!"),
+                 (close(), passage.CHUNKED, b"hello!", b"6\r\nhello!\r\n0\r\n\r\n")]
+        for framing, style, data, out in table:
+            with self.subTest(framing=type(framing).__name__, style=style):
+                one = passage(framing, style)
+                found = one.feed(data)
+                if not framing.ended:
+                    whole, rest = one.end_of_stream()
+                    self.assertTrue(whole)
+                    found += rest
+                self.assertEqual((found, one.passed), (out, 6))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Relay
+# ----------------------------------------------------------------------------------------------------------------------
+
+class StreamTest(ProxyCase):
+    def begin(self, head=STREAM, client=None, **payload):
+        """Start a call whose answer the test sends itself; -> (Client that has read the head, Asked)"""
+        client = client or self.connect()
+        client.send(call(stream=True, **payload))
+        asked = self.stub.next()
+        asked.send(head)
+        client.head()
+        return client, asked
+
+    def test_every_event_reaches_the_caller_before_the_next_one_is_sent(self):
+        self.start(None)
+        client, asked = self.begin()
+        for number in range(20):
+            asked.send(chunk(event(number)))
+            client.expect(event(number))
+        asked.send(LAST)
+        asked.finish()
+        self.assertEqual((client.rest().whole, client.answered.get("content-type")), (True, "text/event-stream"))
+        self.assertEqual(self.entry()["bytes"], sum(len(event(number)) for number in range(20)))
+        self.assertTrue(self.entry()["stream"])
+
+    def test_the_bytes_of_a_stream_pass_unchanged_chunk_by_chunk(self):
+        self.start(None)
+        client, asked = self.begin()
+        body = b"2;x=y\r\n: \r\n" + chunk(event(1) + event(2)) + chunk(event(3)[:7]) + chunk(event(3)[7:]) + chunk(b"data: [DONE]\n\n") + LAST
+        for byte in body:
+            asked.send(bytes([byte]))
+        self.assertEqual(client.reader.until(b"\r\n0\r\n\r\n"), body)
+
+    def test_text_that_looks_like_the_end_of_a_stream_does_not_end_it(self):
+        self.start(None)
+        client, asked = self.begin()
+        for payload in (b"data: [DONE]\n\n", b"0\r\n\r\n", b'data: {"text": " [DONE]"}\n\n'):
+            asked.send(chunk(payload))
+            client.expect(payload)
+        asked.send(LAST)
+        self.assertTrue(client.rest().whole)
+
+    def test_answers_of_every_framing_reach_callers_of_both_versions(self):
+        self.start()
+        payload = b"".join(map(event, range(50)))
+        table = {
+            "sized": sends(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(payload), payload), close=False),
+            "chunked": sends(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(payload) + LAST, close=False),
+            "until close": sends(b"HTTP/1.1 200 OK\r\n\r\n" + payload),
+            "HTTP/1.0": sends(b"HTTP/1.0 200 OK\r\n\r\n" + payload),
+            "HTTP/1.0, sized": sends(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(payload), payload))}
+        for (name, act), version in itertools.product(table.items(), ("1.1", "1.0")):
+            with self.subTest(name, version=version):
+                self.stub.answer = act
+                client = self.connect().send(request("POST", CHAT, chat(), version=version))
+                answered = client.read()
+                self.assertEqual((answered.status, answered.whole, answered.body == payload), (200, True, True))
+                if version == "1.0":
+                    self.assertIsNone(answered.get("transfer-encoding"))
+                    self.assertEqual(client.ending(), "closed")
+                else:
+                    self.assertEqual(client.send(call()).read().body, payload)  # the connection carries another call
+
+    def test_answers_without_a_body_end_with_their_head(self):
+        self.start()
+        for method, head, length in (
+                ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", "1000"), ("HEAD", b"HTTP/1.1 200 OK\r\n\r\n", None),
+                ("HEAD", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", None), ("POST", b"HTTP/1.1 204 No Content\r\n\r\n", None),
+                ("GET", b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n", None), ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", "9"),
+                ("POST", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "0")):
+            with self.subTest(method=method, head=head):
+                self.stub.answer = sends(head, close=False)
+                client = self.connect()
+                for _ in range(2):
+                    answered = client.send(request(method, "/v1/x")).read(method)
+                    self.assertEqual((answered.body, answered.whole), (b"", True))
+                    self.assertEqual((answered.get("content-length"), answered.get("transfer-encoding")), (length, None))
+
+    def test_trailers_are_dropped(self):
+        self.start(sends(STREAM + chunk(b"x") + b"0\r\nX-Trailer: y\r\nSet-Cookie: z\r\n\r\n", close=False))
+        client = self.connect().send(call())
+        client.head()
+        self.assertEqual(client.reader.until(b"0\r\n\r\n"), chunk(b"x") + LAST)
+        self.assertEqual(client.send(call()).read().body, b"x")
+
+    def test_a_caller_may_send_its_next_request_while_a_stream_is_running(self):
+        self.start(None)
+        client, asked = self.begin()
+        asked.send(chunk(b"one"))
+        client.expect(b"one")
+        client.send(call(seed=2))
+        asked.send(chunk(b"two"))
+        client.expect(b"two")
+        self.assertEqual(self.stub.calls, 1)
+        asked.send(LAST)
+        asked.finish()
+        self.assertEqual(client.rest().body, b"onetwo")
+        second = self.stub.next()
+        self.assertEqual(second.json()["seed"], 2)
+        second.send(answer(b"three"))
+        self.assertEqual(client.read().body, b"three")
+
+    def test_a_caller_who_does_not_read_stops_its_own_upstream_and_nobody_elses(self):
+        """What is on its way is bounded by socket buffers; a proxy that took all would soon have the 96 MB."""
+        self.start(None)
+        slow, flooding = self.begin(client=self.connect(receive_buffer=65536))
+        sent, block = [0], chunk(b"x" * 65536)
+
+        def flood():
+            try:
+                for _ in range(1536):
+                    flooding.send(block)
+                    sent[0] += len(block)
+            except OSError:
+                pass
+        flooder = threading.Thread(target=flood, daemon=True)
+        flooder.start()
+        quick, asked = self.begin()
+        seen = [-1] * 10
+        while len(set(seen)) > 1:  # until nothing moved for a while, or all was taken
+            seen = seen[1:] + [sent[0]]
+            asked.send(chunk(event(1)))
+            quick.expect(event(1))
+            time.sleep(0.02)
+        self.assertLess(sent[0], 64 << 20)
+        slow.reset()
+        flooding.sock.settimeout(PATIENCE)
+        flooder.join(PATIENCE)
+        self.assertFalse(flooder.is_alive(), "the upstream of a caller who left was not closed")
+
+    def test_a_large_download_passes_whole(self):
+        block = bytes(range(256)) * 256
+
+        def large(asked):
+            asked.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(block) * 320))
+            for _ in range(320):
+                asked.send(block)
+        self.start(large)
+        client = self.connect().send(request("GET", "/v1/files/1/content"))
+        client.head("GET")
+        digest, size = hashlib.sha256(), 0
+        for piece in client.pieces:
+            digest.update(piece)
+            size += len(piece)
+        self.assertEqual((size, digest.hexdigest()), (20 << 20, hashlib.sha256(block * 320).hexdigest()))
+
+    def test_many_streams_run_at_once(self):
+        self.start(None, MAX_TOKENS=100)
+        streams = [self.begin() for _ in range(40)]
+        for number in range(5):
+            for _, asked in streams:
+                asked.send(chunk(event(number)))
+            for client, _ in streams:
+                client.expect(event(number))
+        for client, asked in streams:
+            asked.send(LAST)
+            self.assertTrue(client.rest().whole)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Upstreams
+# ----------------------------------------------------------------------------------------------------------------------
+
+class UpstreamsTest(ProxyCase):
+    def test_two_calls_in_a_row_share_an_upstream_connection(self):
+        self.start()
+        client = self.connect()
+        for _ in range(3):
+            self.assertTrue(client.send(call()).read().whole)
+        self.ask(call())
+        self.assertEqual((self.stub.calls, self.stub.connections), (4, 1))
+
+    def test_a_connection_is_used_again_after_a_stream_has_settled(self):
+        """Some upstreams close after a stream although they promised not to: so it has to settle first."""
+        self.start(sends(STREAM + chunk(b"x") + LAST, close=False))
+        self.ask(call())
+        settled = time.monotonic() + 0.1
+        wait_for(lambda: time.monotonic() > settled)
+        self.ask(call())
+        self.assertEqual((self.stub.calls, self.stub.connections), (2, 1))
+
+    def test_a_connection_is_not_used_again_after_anything_odd(self):
+        table = {
+            "extra bytes": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}X",
+            "an answer nobody asked for": answer(b"{}") + answer(b"poison"),
+            "extra bytes behind chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\nHTTP/1.1 200",
+            "Connection: close": answer(b"{}", "200 OK", "Connection: close"),
+            "Connection: Close among others": answer(b"{}", "200 OK", "Connection: x, Close"),
+            "HTTP/1.0": answer(b"{}").replace(b"HTTP/1.1", b"HTTP/1.0"),
+            "a body where none may be": b"HTTP/1.1 204 No Content\r\n\r\n{}"}
+        for name, data in table.items():
+            with self.subTest(name):
+                self.start(sends(data, close=False))
+                for _ in range(2):
+                    self.assertIn(self.ask(call()).body, (b"{}", b""))
+                self.assertEqual((self.stub.calls, self.stub.connections), (2, 2))
+
+    def test_a_connection_that_was_closed_or_spoke_while_idle_is_not_used_again(self):
+        for late in (b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"):
+            with self.subTest(late=late):
+                self.start(None)
+                client = self.connect().send(call())
+                asked = self.stub.next()
+                asked.send(answer())
+                client.read()
+                self.entry()
+                asked.send(late)
+                if not late:
+                    asked.close()
+                client.send(call())
+                self.stub.next().send(answer(b"second"))
+                self.assertEqual(client.read().body, b"second")
+                self.assertEqual(self.stub.connections, 2)
+
+    def test_an_answer_that_is_not_proper_http_is_a_502_that_names_no_address_and_costs_nothing(self):
+        table = {
+            "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+            "two equal lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}",
+            "a list of lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\n{}",
+            "a length with a sign": b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\n{}",
+            "a length and chunks": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+            "another coding": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n{}",
+            "another coding before chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+            "chunks in HTTP/1.0": b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            "another protocol": b"ICY 200 OK\r\n\r\n", "another version": b"HTTP/2 200 OK\r\n\r\n", "no version": b"200 OK\r\n\r\n",
+            "a short status": b"HTTP/1.1 20 OK\r\n\r\n", "a long status": b"HTTP/1.1 2000 OK\r\n\r\n", "no status": b"HTTP/1.1 OK\r\n\r\n",
+            "status 099": b"HTTP/1.1 099 OK\r\n\r\n", "a space too many": b"HTTP/1.1  200 OK\r\n\r\n",
+            "HTTP/0.9": b"<html>It works!</html>", "empty lines": b"\r\n\r\n", "SSH": b"SSH-2.0-OpenSSH_9.2\r\n",
+            "a bare CR": b"HTTP/1.1 200 OK\r\nX-A: b\rX-C: d\r\nContent-Length: 2\r\n\r\n{}",
+            "bare LFs": b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}", "NUL": b"HTTP/1.1 200 OK\r\nX: \x00\r\nContent-Length: 2\r\n\r\n{}",
+            "a folded line": b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\nContent-Length: 2\r\n\r\n{}",
+            "a space before the colon": b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\n{}",
+            "a header of 70 KB": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70000 + b"\r\nContent-Length: 2\r\n\r\n{}",
+            "101 fields": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 101 + b"\r\n",
+            "half a head": b"HTTP/1.1 200 OK\r\nContent-Le", "nothing": b"", "an interim answer alone": b"HTTP/1.1 100 Continue\r\n\r\n",
+            "an upgrade": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+            "interim answers without end": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 20 + answer(),
+            "a broken first chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nXYZ\r\n"}
+        self.start()
+        for name, data in table.items():
+            with self.subTest(name):
+                self.stub.answer = sends(data)
+                answered = self.ask(call())
+                self.assertEqual((answered.status, answered.error()["type"]), (502, "upstream_error"))
+                self.assertNotIn("127.0.0.1", str(answered.fields) + answered.body.decode())
+                self.assertNotIn(str(self.stub.port), answered.body.decode())
+                self.assertEqual(self.left(), 1000)
+        self.entry(len(table) - 1)
+        self.assertEqual({entry["outcome"] for entry in self.lines.entries()}, {"upstream_failed"})
+        self.assertTrue(all(entry["cause"] for entry in self.lines.entries()))
+
+    def test_interim_answers_are_skipped(self):
+        hints = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+        for data in (hints + answer(), hints * 5 + answer(), b"HTTP/1.1 100 Continue\r\n\r\n" + answer()):
+            self.start(sends(data, close=False))
+            client = self.connect()
+            for _ in range(2):
+                self.assertEqual(client.send(call()).read().body, b'{"said": "hi"}')
+
+    def test_what_a_caller_sends_about_itself_and_its_connection_does_not_go_upstream(self):
+        self.start(BASE_API_KEY="sk-upstream")
+        never = ["Authorization: Bearer sk-caller", "X-Api-Key: sk-caller", "Cookie: session=hush", "X-Forwarded-For: 10.1.2.3", "Forwarded: for=10.1.2.3",
+                 "X-Real-IP: 10.1.2.3", "Via: 1.1 me", "X-Forwarded-Host: x", "X-Forwarded-Proto: https", "Proxy-Authorization: Basic x",
+                 "Connection: keep-alive, X-Private", "X-Private: hush", "Keep-Alive: timeout=5", "TE: trailers", "Trailer: X", "Upgrade: h2c",
+                 "Proxy-Connection: keep-alive"]
+        always = ["Accept: text/event-stream", "User-Agent: test/1", "OpenAI-Beta: x", "X-Twice: a", "X-Twice: b", "X-Empty:", "Accept-Language: \xe4"]
+        for path in (CHAT, "/v1/embeddings"):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask(request("POST", path, chat(), *never, *always)).status, 200)
+                asked = self.stub.requests[-1]
+                for row in always:
+                    name, _, value = row.partition(":")
+                    self.assertIn((name.lower(), value.strip()), asked.fields)
+                self.assertEqual(asked.get("authorization"), "Bearer sk-upstream")
+                self.assertEqual(asked.get("host"), "127.0.0.1:%d" % self.stub.port)
+                for row in never:
+                    if not row.startswith("Authorization"):
+                        self.assertIsNone(asked.get(row.partition(":")[0].lower()), row)
+                for hidden in (b"sk-caller", b"hush", b"10.1.2.3", b"proxy.test"):
+                    self.assertNotIn(hidden, asked.head)
+
+    def test_without_a_key_of_our_own_no_credential_goes_upstream(self):
+        self.start()
+        self.ask(call("sk-caller"))
+        self.assertIsNone(self.stub.requests[0].get("authorization"))
+
+    def test_the_encoding_of_a_metered_answer_stays_readable_and_others_are_the_callers_choice(self):
+        self.start()
+        for path, coding in ((CHAT, "identity"), ("/v1/embeddings", "gzip")):
+            self.ask(request("POST", path, chat(), "Accept-Encoding: gzip"))
+            self.assertEqual(self.stub.requests[-1].get("accept-encoding"), coding)
+
+    def test_nothing_in_a_request_chooses_where_it_goes(self):
+        self.start(base="/v1")
+        other = Stub(says())
+        self.addCleanup(other.close)
+        there = "127.0.0.1:%d" % other.port
+        for data in (request("POST", CHAT, chat(), host=there), request("GET", "http://%s/v1/x" % there, host=there),
+                     request("GET", "//%s/x" % there), request("GET", "/@%s/x" % there), request("GET", "/..//%s" % there),
+                     request("POST", CHAT, chat(base_url="http://" + there), "X-Forwarded-Host: " + there)):
+            self.ask(data)
+        self.assertEqual(other.connections, 0)
+
+    def test_a_base_with_a_path_replaces_a_leading_v1_and_a_bare_one_does_not(self):
+        table = {
+            "": {"/v1/models?x=1": "/v1/models?x=1", "/x": "/x", "/": "/", "/v1": "/v1"},
+            "/": {"/v1/models": "/v1/models"},
+            "/v1": {"/v1/models": "/v1/models", "/models": "/v1/models", "/v1": "/v1", "/v1/": "/v1/", "/v10/x": "/v1/v10/x"},
+            "/api/openai/": {"/v1/models?a=b&c": "/api/openai/models?a=b&c", "/x/v1/y": "/api/openai/x/v1/y", "/": "/api/openai/"}}
+        for base, targets in table.items():
+            self.start(base=base)
+            for path, target in targets.items():
+                with self.subTest(base=base, path=path):
+                    self.ask(request("GET", path))
+                    self.assertEqual(self.stub.requests[-1].target, target)
+
+    def test_a_base_model_replaces_the_callers_and_nothing_else(self):
+        self.start(BASE_MODEL="gemma4")
+        sent = {"messages": [{"role": "user", "content": "model ä \u2028"}], "temperature": 0.1, "x": [1, 10 ** 20, None]}
+        for model in ({"model": "anything"}, {"model": None}, {"model": ["x"]}, {}):
+            with self.subTest(model=model):
+                self.ask(request("POST", CHAT, json.dumps({**model, **sent}).encode()))
+                self.assertEqual(self.stub.requests[-1].json(), {"model": "gemma4", **sent})
+
+    def test_without_a_base_model_a_body_passes_byte_for_byte(self):
+        self.start()
+        body = b' {"model":"m",  "messages":[{"content":"\\u00e4 \xc3\xa4"}],"n":1.0} \r\n'
+        self.ask(request("POST", CHAT, body))
+        self.assertEqual(self.stub.requests[0].body, body)
+
+    def test_what_an_upstream_says_about_its_connection_and_its_address_is_not_passed_on(self):
+        self.start()
+        origin = "http://127.0.0.1:%d" % self.stub.port
+        self.stub.answer = says(
+            b"{}", "201 Made", "Connection: keep-alive, X-Private", "X-Private: hush", "Keep-Alive: timeout=5", "Trailer: X",
+            "Proxy-Authenticate: Basic", "Upgrade: h2c", "Location: %s/v1/files/1?x" % origin, "Access-Control-Allow-Origin: https://only.example",
+            "Access-Control-Allow-Credentials: true", "X-RateLimit-Limit: 5", "X-Request-ID: theirs", "X-Other: passed", "Set-Cookie: a=1",
+            "Set-Cookie: b=2", "ETag: \"x\"", "Server: theirs/1", "Date: then")
+        answered = self.ask(call())
+        self.assertEqual((answered.status, answered.body), (201, b"{}"))
+        for name in ("x-private", "keep-alive", "trailer", "proxy-authenticate", "upgrade", "access-control-allow-credentials", "connection"):
+            self.assertIsNone(answered.get(name), name)
+        expected = {"location": "/v1/files/1?x", "access-control-allow-origin": "*", "x-ratelimit-limit": "1000", "x-other": "passed",
+                    "set-cookie": "a=1, b=2", "etag": '"x"', "server": "theirs/1", "date": "then", "x-upstream-request-id": "theirs"}
+        self.assertEqual({name: answered.get(name) for name in expected}, expected)
+
+    def test_a_redirect_is_told_as_callers_know_the_endpoint(self):
+        for base, path, told in (("", "/x", "/x"), ("/v1", "/v1/x", "/v1/x"), ("/api/v2", "/api/v2/x", "/v1/x"), ("/api", "/apix", "/apix"),
+                                 ("/api", "/api", "/v1")):
+            with self.subTest(base=base, path=path):
+                self.start(base=base)
+                self.stub.answer = says(b"", "307 Temporary Redirect", "Location: http://127.0.0.1:%d%s" % (self.stub.port, path))
+                answered = self.ask(request("GET", "/v1/y"))
+                self.assertEqual((answered.status, answered.get("location")), (307, told))
+        self.stub.answer = says(b"", "302 Found", "Location: https://elsewhere.example/x")
+        self.assertEqual(self.ask(request("GET", "/v1/y")).get("location"), "https://elsewhere.example/x")
+
+    def test_upstream_times_are_told_in_unix_nanoseconds(self):
+        self.start()
+        before = time.time_ns()
+        answered = self.ask(call())
+        start, stop = (int(answered.get("x-upstream-request-" + name)) for name in ("start", "stop"))
+        self.assertTrue(before <= start <= stop <= time.time_ns())
+
+
+class UploadTest(ProxyCase):
+    BLOCK = bytes(range(256)) * 256
+    MULTIPART = "Content-Type: multipart/form-data; boundary=x"
+
+    def upload(self, client, chunked, blocks=80):
+        """Send a 5 MB upload; -> the SHA-256 of what was sent."""
+        rows = ("Transfer-Encoding: chunked" if chunked else "Content-Length: %d" % (len(self.BLOCK) * blocks), self.MULTIPART)
+        client.send(request("PUT", "/v1/audio/transcriptions", b"", *rows).replace(b"PUT", b"POST", 1))
+        digest = hashlib.sha256()
+        for _ in range(blocks):
+            client.send(chunk(self.BLOCK) if chunked else self.BLOCK)
+            digest.update(self.BLOCK)
+        if chunked:
+            client.send(LAST)
+        return digest.hexdigest()
+
+    def test_an_upload_of_any_framing_and_size_arrives_whole_and_unmetered(self):
+        self.start(lambda asked: asked.send(answer(asked.digest.encode())), MAX_TOKENS=1, MAX_BODY_BYTES=1000, TOKEN_COST_MODE="estimate")
+        client = self.connect()
+        for chunked in (False, True, False):
+            with self.subTest(chunked=chunked):
+                digest = self.upload(client, chunked)
+                self.assertEqual(client.read().body.decode(), digest)
+                asked = self.stub.requests[-1]
+                self.assertEqual(asked.get("content-type"), "multipart/form-data; boundary=x")
+                self.assertEqual((asked.get("content-length") is None, asked.size), (chunked, 5 << 20))
+        self.assertEqual(self.left(), 1)
+
+    def test_an_upload_is_passed_on_while_it_comes(self):
+        self.start(None, reads=False)
+        client = self.connect().send(request("POST", "/v1/files", b"", "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b""))
+        asked = self.stub.next()
+        pieces = asked.reader.body(asked.fields)
+        for piece in (b"one", b"two"):
+            client.send(chunk(piece))
+            self.assertEqual(next(pieces), piece)
+        client.send(LAST)
+        self.assertEqual(list(pieces), [])
+        asked.send(answer())
+        self.assertEqual(client.read().status, 200)
+
+    def test_an_upstream_that_says_no_during_an_upload_is_heard(self):
+        def refuse(asked):
+            asked.reader.more()
+            asked.send(answer(b'{"error": "too large"}', "413 Too Large", "Connection: close"))
+            asked.sock.shutdown(socket.SHUT_WR)
+            try:
+                while asked.sock.recv(65536):
+                    pass
+            except OSError:
+                pass
+        self.start(refuse, reads=False)
+        for chunked in (False, True):
+            with self.subTest(chunked=chunked):
+                client = self.connect()
+                try:
+                    self.upload(client, chunked, blocks=400)
+                except OSError:
+                    pass  # we were hung up on while sending, which is fine as long as the answer can be read
+                answered = client.read()
+                self.assertEqual((answered.status, answered.body), (413, b'{"error": "too large"}'))
+
+    def test_broken_chunks_of_an_upload_end_it_on_both_sides(self):
+        self.start(None, reads=False)
+        client = self.connect().send(request("POST", "/v1/files", b"", "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b""))
+        asked = self.stub.next()
+        client.send(b"3\r\nabcX")
+        answered = client.read()
+        self.assertEqual((answered.status, answered.error()["type"]), (400, "invalid_request_error"))
+        asked.wait_for_hang_up()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Books
+# ----------------------------------------------------------------------------------------------------------------------
+
+class BooksTest(ProxyCase):
+    def test_a_json_line_tells_who_what_how_long_and_how_much(self):
+        self.start(PROXY_API_KEYS="alice=sk-1", MAX_TOKENS=5)
+        answered = self.ask(request("POST", CHAT + "?secret=hush", chat(), key="sk-1"))
+        entry = self.entry()
+        self.assertRegex(entry.pop("time"), r"^20[0-9]{2}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{3}Z$")
+        first, whole = entry.pop("first_ms"), entry.pop("ms")
+        self.assertTrue(0 <= first <= whole < PATIENCE * 1000)
+        self.assertEqual(entry, {
+            "id": answered.get("x-request-id"), "caller": "alice", "method": "POST", "path": CHAT, "model": "m", "status": 200, "outcome": "ok",
+            "cause": None, "stream": False, "cost": 1, "remaining": 4, "bytes": 14})
+
+    def test_a_text_line_tells_the_same(self):
+        self.start(PROXY_API_KEYS="alice=sk-1", MAX_TOKENS=5, LOG_FORMAT="text")
+        answered = self.ask(request("POST", CHAT + "?secret=hush", chat(stream=True), key="sk-1"))
+        row = wait_for(self.lines.text)
+        self.assertRegex(row, r"^20\S+Z alice POST /v1/chat/completions m 200 ok stream first=[0-9.]+ms all=[0-9.]+ms cost=1 left=4"
+                              r" bytes=14 id=%s\n$" % answered.get("x-request-id"))
+
+    def test_there_is_one_line_for_every_call_whatever_its_ending(self):
+        self.start(MAX_TOKENS=1)
+        client = self.connect()
+        for data in (call(), call(), request("GET", "/v1/models"), request("POST", CHAT, b"{"), request("OPTIONS", CHAT), b"nonsense\r\n\r\n"):
+            client.send(data).read(data.split(b" ")[0].decode())
+        rows = wait_for(lambda: self.lines.entries()[5:] and self.lines.entries())
+        self.assertEqual([(row["status"], row["outcome"]) for row in rows], [
+            (200, "ok"), (200, "limited"), (200, "ok"), (400, "refused"), (204, "ok"), (400, "refused")])
+        self.assertEqual(len(self.lines.text().splitlines()), 6)
+
+    def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
+        models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"', "x" * 5000, "", "-", "\u2028", "\x7f\x9b")
+        for log_format in ("text", "json"):
+            self.start(LOG_FORMAT=log_format)
+            for model in models:
+                self.ask(call(model=model))
+            wait_for(lambda: self.lines.data.count(b"id") >= len(models) and self.lines.data.endswith(b"\n"))
+            rows = self.lines.text().split("\n")
+            self.assertEqual(len(rows), len(models) + 1)
+            for model, row in zip(models, rows):
+                with self.subTest(log_format=log_format, model=model[:20]):
+                    self.assertTrue(row.isascii() and row.isprintable(), row)
+                    if log_format == "text":
+                        self.assertEqual(len(row.split(" ")), 14, row)
+                        self.assertLess(len(row), 1000)
+                    else:
+                        self.assertEqual(json.loads(row)["model"], model)
+
+    def test_a_log_that_nobody_reads_drops_lines_and_counts_them_but_blocks_no_call(self):
+        self.start()
+        log, gate, blocked = self.proxy.log, threading.Event(), threading.Event()
+        self.addCleanup(gate.set)
+        write = self.lines.write
+
+        def stuck(data):
+            blocked.set()
+            gate.wait(PATIENCE)
+            return write(data)
+        self.lines.write, log.ROOM = stuck, 10
+        client = self.connect()
+        client.send(call()).read()
+        self.assertTrue(blocked.wait(PATIENCE))
+        for _ in range(25):
+            self.assertEqual(client.send(call()).read().status, 200)
+        gate.set()
+        wait_for(lambda: "15 log lines dropped" in self.lines.text(), "the count")
+        self.assertEqual(len(self.lines.entries()), 11)
+
+    def test_a_log_that_takes_little_at_a_time_or_fails_is_no_reason_to_stop(self):
+        self.start()
+        write = self.lines.write
+        self.lines.write = lambda data: write(data[:7])
+        self.ask(call())
+        self.assertEqual(self.entry()["status"], 200)
+
+        def fail(_):
+            failures.append(1)
+            raise OSError(errno.ENOSPC, "no space left")
+        failures, self.lines.write = [], fail
+        self.assertEqual(self.ask(call()).status, 200)
+        wait_for(lambda: failures)
+        self.lines.write = write
+        self.ask(call())
+        self.assertEqual(self.entry(1)["status"], 200)
+
+    def test_an_identity_of_a_call_is_a_random_uuid(self):
+        found = {llm_proxy.new_identity() for _ in range(100)}
+        self.assertEqual(len(found), 100)
+        for identity in found:
+            self.assertRegex(identity, "^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Proxy: how calls end (the table of DESIGN.md, section 5), and what the bucket, the caller and the log are told
+# ----------------------------------------------------------------------------------------------------------------------
+
+class EndingsTest(ProxyCase):
+    def test_an_answered_call_costs_its_fixed_price(self):
+        self.start(MAX_TOKENS=10)
+        self.assertEqual(self.ask(call()).get("x-ratelimit-remaining"), "9")
+        self.assert_ending("ok", left=9)
+
+    def test_an_answered_call_costs_its_estimate(self):
+        self.start(TOKEN_COST_MODE="estimate")
+        self.assertEqual(self.ask(call(max_tokens=7)).get("x-ratelimit-remaining"), "990")
+        self.assert_ending("ok", left=990)
+        self.assertEqual((self.entry()["cost"], self.entry()["remaining"]), (10, 990))
+
+    def test_every_metered_answer_tells_the_bucket(self):
+        self.start(sends(STREAM + chunk(event(1)) + LAST, close=False), clock=Clock(), MAX_TOKENS=10)
+        answered = self.ask(call(stream=True))
+        names = ("limit", "remaining", "refill-tokens", "refill-seconds", "reset-seconds")
+        self.assertEqual([answered.get("x-ratelimit-" + name) for name in names], ["10", "9", "2", "300", "300"])
+        self.assertIsNone(self.ask(request("GET", "/v1/x")).get("x-ratelimit-limit"))
+
+    def test_an_error_of_the_upstream_passes_untouched_and_costs_nothing(self):
+        self.start(MAX_TOKENS=10)
+        for number, (status, body, kind) in enumerate([
+                ("400 Bad Request", b'{"error": {"message": "no"}}', "application/json"), ("429 Too Many Requests", b"slow down", "text/plain"),
+                ("500 Internal Server Error", b"Internal Server Error", "text/plain; charset=utf-8"), ("599 Odd", b"", "text/html")]):
+            with self.subTest(status=status):
+                self.stub.answer = says(body, status, "Content-Type: " + kind, "Retry-After: 7")
+                answered = self.ask(call())
+                self.assertEqual((answered.status, answered.body), (int(status[:3]), body))
+                self.assertEqual((answered.get("content-type"), answered.get("retry-after")), (kind, "7"))
+                self.assertEqual(answered.get("x-ratelimit-remaining"), "10")
+                self.assert_ending("upstream_status", left=10, number=number)
+
+    def test_an_unknown_key_leaves_the_bucket_alone(self):
+        self.start(PROXY_API_KEYS="sk-1")
+        self.assertEqual(self.ask(call("sk-2")).status, 401)
+        self.assert_ending("refused", left=1000)
+
+    def test_a_limited_call_leaves_the_bucket_alone(self):
+        self.start(MAX_TOKENS=10, REQUEST_TOKEN_COST=7)
+        self.ask(call())
+        answered = self.ask(call())
+        self.assertIn(b"limit reached", answered.body)
+        self.assertEqual((answered.get("x-ratelimit-remaining"), self.stub.calls), ("3", 1))
+        self.assert_ending("limited", left=3, number=1)
+        self.assertEqual((self.entry(1)["cost"], self.entry(1)["remaining"]), (0, 3))
+
+    def test_an_upstream_that_refuses_connections_is_a_502_and_costs_nothing(self):
+        self.start()
+        self.stub.refuse_connections()
+        answered = self.ask(call())
+        self.assertEqual((answered.status, answered.error()["type"]), (502, "upstream_error"))
+        self.assertNotIn(b"127.0.0.1", answered.body)
+        self.assert_ending("upstream_failed", left=1000)
+        self.assertEqual(self.entry()["cause"], "connection refused")
+
+    def test_a_silent_upstream_is_a_504_at_the_read_timeout_and_costs_nothing(self):
+        self.start(None, READ_TIMEOUT="0.3")
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        answered = client.read()
+        self.assertEqual((answered.status, answered.error()["type"]), (504, "timeout_error"))
+        asked.wait_for_hang_up()
+        self.assert_ending("upstream_failed", left=1000)
+        self.assertGreaterEqual(self.entry()["ms"], 290)
+
+    def test_the_read_timeout_runs_between_bytes_of_a_stream_and_not_over_all_of_it(self):
+        clock = Clock()
+        self.start(None, clock=clock, READ_TIMEOUT=100)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        asked.send(STREAM)
+        client.head()
+        for _ in range(5):
+            clock.now += 70
+            asked.send(chunk(event(1)))
+            client.expect(event(1))
+        clock.now += 101
+        self.assertEqual(client.rest().whole, False)
+        asked.wait_for_hang_up()
+        self.assert_ending("upstream_cut", left=999)
+
+    HEADS = {"chunked": (STREAM, chunk), "sized": (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", bytes)}
+    UNTIL_CLOSE = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", bytes)
+
+    def test_what_came_before_an_upstream_was_cut_is_delivered_and_the_caller_sees_the_cut(self):
+        """Charged is the prompt, 3 tokens, and a token for every 4 bytes that were seen."""
+        table = [(name, hang_up, *row) for name, row in self.HEADS.items() for hang_up in (Asked.close, Asked.reset)]
+        table.append(("until close", Asked.reset, *self.UNTIL_CLOSE))
+        self.start(None, TOKEN_COST_MODE="estimate")
+        for number, ((name, hang_up, head, frame), version) in enumerate(itertools.product(table, ("1.1", "1.0"))):
+            with self.subTest(name, hang_up=hang_up.__name__, version=version):
+                key, body = "key-%d" % number, chat(stream=True, max_tokens=50)
+                client = self.connect().send(request("POST", CHAT, body, key=key, version=version))
+                asked = self.stub.next()
+                asked.send(head + frame(event(1)))
+                client.head()
+                client.expect(event(1))
+                hang_up(asked)
+                answered = client.rest()
+                self.assertEqual((answered.whole, answered.body), (False, event(1)))
+                self.assert_ending("upstream_cut", 1000 - 3 - math.ceil(len(event(1)) / 4), number, key)
+
+    def test_an_upstream_that_breaks_its_own_framing_is_a_cut(self):
+        self.start(None)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        asked.send(STREAM + chunk(event(1)))
+        client.head()
+        client.expect(event(1))
+        asked.send(b"XYZ\r\n" + event(2))
+        answered = client.rest()
+        self.assertEqual((answered.whole, answered.body), (False, event(1)))
+        asked.wait_for_hang_up()
+        self.assert_ending("upstream_cut", left=999)
+
+    def test_a_caller_who_hangs_up_before_the_first_byte_closes_the_upstream(self):
+        """Charged is the prompt."""
+        self.start(None, TOKEN_COST_MODE="estimate")
+        for number, (hang_up, stream) in enumerate(itertools.product((Client.close, Client.reset), (True, False))):
+            with self.subTest(hang_up=hang_up.__name__, stream=stream):
+                client = self.connect().send(call("key-%d" % number, stream=stream))
+                asked = self.stub.next()
+                hang_up(client)
+                asked.wait_for_hang_up()
+                self.assert_ending("caller_gone", 1000 - 3, number, "key-%d" % number)
+
+    def test_a_caller_who_hangs_up_in_the_middle_of_an_answer_closes_the_upstream(self):
+        """Charged is the prompt and what was sent."""
+        self.start(None, TOKEN_COST_MODE="estimate")
+        for number, (hang_up, (head, frame)) in enumerate(itertools.product((Client.close, Client.reset), self.HEADS.values())):
+            with self.subTest(hang_up=hang_up.__name__, head=head):
+                client = self.connect().send(call("key-%d" % number, max_tokens=50))
+                asked = self.stub.next()
+                asked.send(head + frame(event(1)))
+                client.head()
+                client.expect(event(1))
+                hang_up(client)
+                asked.wait_for_hang_up()
+                self.assert_ending("caller_gone", 1000 - 3 - math.ceil(len(event(1)) / 4), number, "key-%d" % number)
+
+    def test_a_caller_who_hangs_up_while_its_answer_keeps_coming_closes_the_upstream(self):
+        self.start(None)
+        for number, hang_up in enumerate((Client.close, Client.reset)):
+            with self.subTest(hang_up=hang_up.__name__):
+                client = self.connect().send(call())
+                asked = self.stub.next()
+                asked.send(STREAM)
+                client.head()
+                hang_up(client)
+                with self.assertRaises(OSError):
+                    end = time.monotonic() + PATIENCE
+                    while time.monotonic() < end:
+                        asked.send(chunk(event(1)))
+                        time.sleep(0.005)
+                self.assert_ending("caller_gone", left=1000 - (number + 1), number=number)
+
+    def test_a_caller_who_hangs_up_during_its_upload_closes_the_upstream(self):
+        self.start(None, reads=False)
+        for hang_up in (Client.close, Client.reset):
+            with self.subTest(hang_up=hang_up.__name__):
+                client = self.connect().send(request("POST", "/v1/files", b"", "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b""))
+                asked = self.stub.next()
+                client.send(chunk(b"x"))
+                self.assertEqual(next(asked.reader.body(asked.fields)), b"x")
+                hang_up(client)
+                asked.wait_for_hang_up()
+        self.assertEqual({self.entry(number)["outcome"] for number in (0, 1)}, {"caller_gone"})
+
+    def test_a_caller_who_only_closed_its_sending_side_still_gets_a_prompt_answer(self):
+        self.start()
+        client = self.connect().send(call())
+        client.sock.shutdown(socket.SHUT_WR)
+        answered = client.read()
+        self.assertEqual((answered.status, answered.whole), (200, True))
+        self.assert_ending("ok", left=999)
+
+    def test_a_bug_of_ours_is_a_500_with_one_traceback_in_the_log_and_costs_nothing(self):
+        self.start()
+        with mock.patch.object(self.proxy, "route", side_effect=ZeroDivisionError("a bug")):
+            answered = self.ask(call())
+        self.tracebacks = 1
+        self.assertEqual((answered.status, answered.error()["type"]), (500, "server_error"))
+        self.assertNotIn(b"bug", answered.body)
+        self.assert_ending("internal_error", left=1000)
+        wait_for(lambda: "ZeroDivisionError: a bug" in self.lines.text())
+        self.assertEqual(self.ask(call()).status, 200)
+
+    def test_a_bug_of_ours_in_the_middle_of_an_answer_is_a_cut_and_costs_nothing(self):
+        self.start(None)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        asked.send(STREAM + chunk(event(1)))
+        client.head()
+        client.expect(event(1))
+        with mock.patch.object(llm_proxy.Chunked, "feed", side_effect=ZeroDivisionError("a bug")):
+            asked.send(chunk(event(2)))
+            self.assertFalse(client.rest().whole)
+        self.tracebacks = 1
+        asked.wait_for_hang_up()
+        self.assert_ending("internal_error", left=1000)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd") and sys.implementation.name == "cpython", "counts open descriptors")
+    def test_no_ending_leaves_a_descriptor_or_a_thread_behind(self):
+        self.start()
+        self.ask(call())
+
+        def settled():
+            self.proxy.upstream.close_stale(everything=True)
+            gc.collect()
+            return len(os.listdir("/proc/self/fd")), threading.active_count()
+        wait_for(lambda: not self.server.open)
+        before = wait_for(lambda: settled() == settled() and settled())
+        for act in (says(), says(b"no", "500 No"), sends(b""), sends(b"nonsense\r\n\r\n"), sends(STREAM + chunk(b"x")),
+                    sends(STREAM + b"X"), sends(answer() + b"more", close=False)):
+            self.stub.answer = act
+            for _ in range(5):
+                self.ask(call())
+                self.connect().send(call()).reset()
+        self.stub.refuse_connections()
+        self.ask(call())
+        wait_for(lambda: settled()[0] <= before[0] and settled()[1] <= before[1], "the return to %d descriptors and %d threads" % before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pages
+# ----------------------------------------------------------------------------------------------------------------------
+
+class PagesTest(ProxyCase):
+    def test_health_tells_the_version_the_model_and_the_callers_quota_and_names_no_upstream(self):
+        clock = Clock()
+        self.start(clock=clock, MAX_TOKENS=10, REQUEST_TOKEN_COST=3, BASE_MODEL="gemma4")
+        for _ in range(3):
+            self.ask(call("k"))
+        clock.now += 100
+        answered = self.ask(request("GET", "/health", key="k"))
+        self.assertEqual(answered.json(), {"ok": True, "version": llm_proxy.VERSION, "model": "gemma4", "quota": {
+            "limit": 10, "remaining": 1, "refill_tokens": 2, "refill_interval_seconds": 300, "wait_seconds": 200}})
+        self.assertNotIn("127.0.0.1", str(answered.fields) + answered.body.decode())
+
+    def test_health_charges_nothing_and_makes_no_bucket(self):
+        self.start(MAX_TOKENS=10)
+        for number in range(20):
+            self.assertEqual(self.left("key-%d" % number), 10)
+        self.assertEqual((len(self.proxy.limits.buckets.levels), self.stub.calls), (0, 0))
+
+    def test_models_are_the_base_model_alone_where_there_is_one_and_the_upstreams_list_otherwise(self):
+        self.start(BASE_MODEL="gemma4")
+        for path in ("/v1/models", "/models"):
+            listed = self.ask(request("GET", path)).json()
+            self.assertEqual((listed["object"], [row["id"] for row in listed["data"]]), ("list", ["gemma4"]))
+        self.assertEqual(self.stub.calls, 0)
+        self.start(says(b'{"object": "list", "data": [{"id": "theirs"}]}'))
+        self.assertEqual(self.ask(request("GET", "/v1/models")).json()["data"][0]["id"], "theirs")
+
+    def test_head_of_a_page_is_its_head(self):
+        self.start(BASE_MODEL="m")
+        client = self.connect()
+        for path in ("/health", "/v1/models"):
+            full, head = (client.send(request(method, path)).read(method) for method in ("GET", "HEAD"))
+            self.assertEqual((head.status, head.get("content-length"), head.body), (200, str(len(full.body)), b""))
+
+    def test_a_preflight_is_a_204_that_allows_what_was_asked_for(self):
+        self.start(PROXY_API_KEYS="sk-1")
+        answered = self.ask(request("OPTIONS", CHAT, b"", "Origin: https://chat.example", "Access-Control-Request-Headers: x-a, authorization"))
+        self.assertEqual((answered.status, answered.get("content-length")), (204, None))
+        self.assertEqual(answered.get("access-control-allow-origin"), "*")
+        self.assertEqual(answered.get("access-control-allow-headers"), "x-a, authorization")
+        self.assertIn("POST", answered.get("access-control-allow-methods"))
+        self.assertEqual(self.stub.calls, 0)
+
+    def test_every_answer_tells_browsers_who_may_read_it(self):
+        one, other = "https://one.example", "https://other.example"
+        table = {"*": {one: "*", None: "*"}, one + ", " + other: {one: one, other: other, "https://evil.example": None, None: None},
+                 "off": {one: None}}
+        for setting, answers in table.items():
+            self.start(CORS_ORIGINS=setting)
+            for (origin, allowed), data in itertools.product(answers.items(), (call(), request("GET", "/health"), request("POST", CHAT, b"{"))):
+                with self.subTest(setting=setting, origin=origin):
+                    field = b"Origin: %b\r\n" % origin.encode() if origin else b""
+                    answered = self.ask(data.replace(b"\r\n", b"\r\n" + field, 1))
+                    self.assertEqual(answered.get("access-control-allow-origin"), allowed)
+                    if setting.startswith("https"):
+                        self.assertIn("Origin", answered.get("vary"))
+
+    def test_a_request_id_is_a_uuid_unless_the_caller_sent_one_which_alone_goes_upstream(self):
+        self.start()
+        for data in (call(), request("GET", "/health"), b"nonsense\r\n\r\n"):
+            self.assertRegex(self.ask(data, "GET").get("x-request-id"), "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+        self.assertIsNone(self.stub.requests[0].get("x-request-id"))
+        self.assertEqual(self.ask(call(None, "X-Request-ID: mine-1")).get("x-request-id"), "mine-1")
+        self.assertEqual(self.stub.requests[1].get("x-request-id"), "mine-1")
+        for odd in ("two words", "x" * 200, "\xe4", ""):
+            self.assertRegex(self.ask(call(None, "X-Request-ID: " + odd)).get("x-request-id"), "^[0-9a-f-]{36}$")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Handler
+# ----------------------------------------------------------------------------------------------------------------------
+
+class HandlerTest(ProxyCase):
+    EXPECTING = "Expect: 100-continue"
+
+    def test_a_connection_carries_one_request_after_another(self):
+        self.start()
+        client = self.connect()
+        for data in (call(), request("GET", "/health"), request("POST", CHAT, b"{"), request("HEAD", "/v1/x"), call(stream=True)):
+            answered = client.send(data).read(data.split(b" ")[0].decode())
+            self.assertIsNone(answered.get("connection"))
+
+    def test_a_caller_who_says_close_is_told_so_and_closed(self):
+        self.start()
+        for data in (call(None, "Connection: close"), call(None, "connection: x, CLOSE"), request("GET", "/health", b"", version="1.0")):
+            client = self.connect().send(data)
+            self.assertEqual(client.read("GET").get("connection"), "close")
+            self.assertEqual(client.ending(), "closed")
+
+    def test_a_continue_comes_once_and_only_when_the_body_is_wanted(self):
+        self.start()
+        for path in (CHAT, "/v1/embeddings"):
+            with self.subTest(path=path):
+                body = chat()
+                client = self.connect().send(request("POST", path, body, self.EXPECTING)[:-len(body)])
+                self.assertEqual(client.read().status, 100)
+                client.send(body[:10])
+                client.send(body[10:])
+                self.assertEqual(client.read().status, 200)
+                self.assertEqual(client.send(call()).read().status, 200)
+                self.assertIsNone(self.stub.requests[-1].get("expect"))
+
+    def test_no_continue_comes_where_the_answer_is_no(self):
+        self.start(PROXY_API_KEYS="sk-1", MAX_BODY_BYTES=1000)
+        for key, length, status in (("sk-2", 5, 401), (None, 5, 401), ("sk-1", 1001, 413), ("sk-1", 10 ** 14, 413)):
+            with self.subTest(key=key, length=length):
+                client = self.connect().send(request("PUT", CHAT, b"", self.EXPECTING, "Content-Length: %d" % length, key=key).replace(b"PUT", b"POST", 1))
+                self.assertEqual(client.read().status, status)
+                self.assertEqual(client.ending(), "closed")
+
+    def test_a_body_that_comes_without_waiting_for_the_continue_is_taken(self):
+        self.start()
+        client = self.connect().send(call(None, self.EXPECTING))
+        answered = client.read()
+        if answered.status == 100:
+            answered = client.read()
+        self.assertEqual(answered.status, 200)
+
+    def test_any_other_expectation_is_a_417(self):
+        self.start()
+        self.assertEqual(self.ask(call(None, "Expect: 200-ok")).status, 417)
+        self.assertEqual(self.stub.calls, 0)
+
+    def test_a_metered_body_in_a_coding_is_refused(self):
+        self.start()
+        self.assertEqual(self.ask(call(None, "Content-Encoding: gzip")).status, 415)
+        self.assertEqual(self.ask(request("POST", "/v1/files", b"x", "Content-Encoding: gzip")).status, 200)
+        self.assertEqual(self.stub.requests[0].get("content-encoding"), "gzip")
+
+    def test_a_metered_body_that_is_too_large_is_a_413_in_both_framings(self):
+        self.start(MAX_BODY_BYTES=1000)
+        fits = chat()[:-1] + b" " * (1000 - len(chat())) + b"}"
+        self.assertEqual(self.ask(request("POST", CHAT, fits)).status, 200)
+        self.assertEqual(self.ask(request("POST", CHAT, fits + b" ")).status, 413)
+        chunks = request("PUT", CHAT, b"", "Transfer-Encoding: chunked").replace(b"PUT", b"POST", 1)
+        self.assertEqual(self.ask(chunks + chunk(fits) + LAST).status, 200)
+        self.assertEqual(self.ask(chunks + chunk(fits) + chunk(b" ") + LAST).status, 413)
+        self.assertEqual(self.stub.calls, 2)
+
+    def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
+        self.start()
+        client = self.connect()
+        chunks = b"".join(chunk(bytes([byte])) for byte in chat()) + LAST
+        for head, body in ((request("POST", CHAT, chat())[:-len(chat())], chat()),
+                           (request("PUT", CHAT, b"", "Transfer-Encoding: chunked").replace(b"PUT", b"POST", 1), chunks)):
+            client.send(head)
+            for byte in body:
+                client.send(bytes([byte]))
+            self.assertEqual(client.read().status, 200)
+            self.assertEqual(self.stub.requests[-1].body, chat())
+
+    def test_an_early_answer_can_be_read_every_time(self):
+        """3 MB of the body are still on their way when the 401 is sent; a careless close would reset the connection."""
+        self.start(PROXY_API_KEYS="sk-1")
+        data = request("POST", CHAT, b"x" * 3000000, key="sk-2")
+        for number in range(20):
+            client = self.connect()
+            sender = threading.Thread(target=self.quietly, args=(client.send, data))
+            sender.start()
+            answered = client.read()
+            self.assertEqual((answered.status, answered.whole, answered.get("connection")), (401, True, "close"), number)
+            sender.join(PATIENCE)
+            client.close()
+
+    @staticmethod
+    def quietly(act, *arguments):
+        try:
+            act(*arguments)
+        except OSError:
+            pass
+
+    def test_a_refused_body_that_came_whole_does_not_end_the_connection(self):
+        self.start(PROXY_API_KEYS="sk-1")
+        client = self.connect()
+        chunks = request("PUT", CHAT, b"", "Transfer-Encoding: chunked").replace(b"PUT", b"POST", 1) + chunk(chat()) + LAST
+        for data in (call("sk-2"), chunks):
+            self.assertEqual(client.send(data).read().status, 401)
+        self.assertEqual(client.send(call("sk-1")).read().status, 200)
+
+    def test_a_refusal_does_not_wait_for_the_rest_of_a_chunk(self):
+        self.start(PROXY_API_KEYS="sk-1")
+        chunks = request("PUT", CHAT, b"", "Transfer-Encoding: chunked").replace(b"PUT", b"POST", 1)
+        for start in (b"", b"5", b"5\r\nhel", b"5\r\nhello\r\n", b"5\r\nhello\r\n0\r\n"):
+            with self.subTest(start=start):
+                self.assertEqual(self.connect().send(chunks + start).read().status, 401)
+
+    def test_broken_chunks_of_a_metered_call_are_a_400_that_ends_the_connection(self):
+        self.start()
+        chunks = request("PUT", CHAT, b"", "Transfer-Encoding: chunked").replace(b"PUT", b"POST", 1)
+        for body in (b"5\nhello", b"+5\r\nhello\r\n", b"5\r\nhelloX\r\n", b"0\r\nX y\r\n\r\n"):
+            with self.subTest(body=body):
+                client = self.connect().send(chunks + body)
+                self.assertEqual(client.read().status, 400)
+                self.assertEqual(client.ending(), "closed")
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+    def test_a_caller_who_leaves_before_its_body_is_complete_is_charged_nothing(self):
+        self.start()
+        for hang_up in (Client.close, Client.reset):
+            hang_up(self.connect().send(call()[:-5]))
+        for number in (0, 1):
+            self.assert_ending("caller_gone", left=1000, number=number)
+        self.assertEqual(self.stub.calls, 0)
+
+    def test_a_head_that_does_not_come_in_time_is_a_408(self):
+        self.start()
+        with mock.patch.object(llm_proxy.Handler, "HEAD_SECONDS", 0.2):
+            client = self.connect().send(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+            self.assertEqual((client.read().status, client.ending()), (408, "closed"))
+
+    def test_a_body_that_does_not_come_in_time_is_a_408(self):
+        self.start()
+        with mock.patch.object(llm_proxy.RequestBody, "FREE_SECONDS", 0.2):
+            client = self.connect().send(call()[:-1])
+            self.assertEqual((client.read().status, client.ending()), (408, "closed"))
+
+    def test_an_idle_connection_is_closed_without_a_word(self):
+        self.start()
+        with mock.patch.object(llm_proxy.Handler, "IDLE_SECONDS", 0.1):
+            client = self.connect()
+            client.send(call()).read()
+            self.assertEqual(client.ending(), "closed")
+
+    def test_errors_do_not_tell_who_we_are(self):
+        self.start()
+        answered = self.ask(b"nonsense\r\n\r\n", "GET")
+        self.assertIsNone(answered.get("server"))
+        self.assertNotIn("python", (str(answered.fields) + answered.body.decode()).lower())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Server
+# ----------------------------------------------------------------------------------------------------------------------
+
+class ServerTest(ProxyCase):
+    def assert_turned_away(self, client):
+        answered = client.read()
+        self.assertEqual((answered.status, answered.error()["type"], answered.whole), (503, "server_error", True))
+        self.assertEqual(client.ending(), "closed")
+
+    def test_connections_beyond_the_cap_get_a_503_and_room_is_made_again(self):
+        self.start(MAX_CONNECTIONS=2)
+        first, second = self.connect(), self.connect()
+        for client in (first, second):
+            self.assertEqual(client.send(call()).read().status, 200)
+        self.assert_turned_away(self.connect().send(call()))
+        self.assertEqual(self.stub.calls, 2)
+        self.assertEqual(second.send(call()).read().status, 200)
+        first.close()
+        wait_for(lambda: len(self.server.open) < 2)
+        self.assertEqual(self.ask(call()).status, 200)
+
+    def test_where_no_thread_can_be_started_a_caller_gets_a_503_and_nothing_is_left_behind(self):
+        self.start()
+        with self.no_threads():
+            self.assert_turned_away(self.connect().send(call()))
+        self.assertEqual(len(self.server.open), 0)
+        self.assertEqual(self.ask(call()).status, 200)
+
+    def test_where_no_thread_can_be_started_a_connection_goes_on_when_one_can(self):
+        self.start(None)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        asked.send(STREAM)
+        client.head()
+        with self.no_threads():
+            asked.send(chunk(event(1)) + LAST)
+            asked.finish()
+            self.assertTrue(client.rest().whole)
+            client.send(request("GET", "/health"))
+        self.assertEqual(client.read().status, 200)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def no_threads():
+        failure = RuntimeError("can't start new thread")
+        with mock.patch("_thread.start_new_thread", side_effect=failure):
+            with mock.patch.object(threading.Thread, "start", side_effect=failure):
+                yield
+
+    def test_where_no_descriptor_is_left_accepting_is_no_busy_loop(self):
+        self.start()
+        attempts = []
+
+        def fail(_):
+            attempts.append(time.monotonic())
+            raise OSError(errno.EMFILE, "too many open files")
+        with mock.patch.object(socketserver.TCPServer, "get_request", fail):
+            client = self.connect().send(call())
+            wait_for(lambda: len(attempts) >= 3)
+        self.assertGreater(attempts[2] - attempts[0], 0.1)
+        self.assertEqual(client.read().status, 200)
+
+    def test_draining_closes_idle_connections_and_lets_a_running_stream_finish(self):
+        self.start(None)
+        idle, fresh, running = self.connect(), self.connect(), self.connect()
+        idle.send(request("GET", "/health")).read()
+        running.send(call())
+        asked = self.stub.next()
+        asked.send(STREAM + chunk(event(1)))
+        running.head()
+        running.expect(event(1))
+        wait_for(lambda: len(self.server.open) == 3)
+        cut = []
+        drainer = threading.Thread(target=lambda: cut.append(self.server.drain(PATIENCE)))
+        drainer.start()
+        self.assertEqual((idle.ending(), fresh.ending()), ("closed", "closed"))
+        with self.assertRaises(OSError):
+            Client(self.address)
+        asked.send(chunk(event(2)) + LAST)
+        answered = running.rest()
+        self.assertEqual((answered.whole, answered.body), (True, event(1) + event(2)))
+        self.assertEqual(running.ending(), "closed")
+        drainer.join(PATIENCE)
+        self.assertEqual(cut, [0])
+
+    def test_what_still_runs_when_the_time_is_up_is_cut(self):
+        self.start(None)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        asked.send(STREAM + chunk(event(1)))
+        client.head()
+        client.expect(event(1))
+        self.assertEqual(self.server.drain(0.05), 1)
+        self.assertFalse(client.rest().whole)
+        asked.wait_for_hang_up()
+        self.assertEqual(self.entry()["outcome"], "stopped")
+
+    def test_a_burst_of_connections_is_taken(self):
+        self.start()
+        clients = [self.connect() for _ in range(100)]
+        for client in clients:
+            client.send(request("GET", "/health"))
+        self.assertEqual({client.read().status for client in clients}, {200})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands, with the demo: the file as people start it
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Process:
+    """`python -I -S llm_proxy.py` as a process of its own, with no environment but the settings."""
+
+    def __init__(self, *arguments, cwd="/", **settings):
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", FILE, *arguments], env={name: str(value) for name, value in settings.items()}, cwd=cwd,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        self.rows = []
+        self.reader = threading.Thread(target=lambda: self.rows.extend(iter(self.process.stderr.readline, "")), daemon=True)
+        self.reader.start()
+
+    def said(self, text):
+        return any(text in row for row in self.rows)
+
+    def wait(self):
+        """-> exit code"""
+        code = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return code
+
+    def finish(self):
+        """-> (exit code, standard output, standard error) of one that ends by itself"""
+        out = self.process.stdout.read()
+        return self.wait(), out, "".join(self.rows)
+
+    def close(self):
+        self.process.kill()
+        self.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+class CommandsTest(unittest.TestCase):
+    def stub(self, *arguments):
+        stub = Stub(*arguments)
+        self.addCleanup(stub.close)
+        return stub
+
+    def command(self, *arguments, **settings):
+        process = Process(*arguments, **settings)
+        self.addCleanup(process.close)
+        return process
+
+    def serve(self, *arguments, cwd="/", **settings):
+        """Start a proxy on a free port. Another process may take the port in between; then another port is tried."""
+        for _ in range(5):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            process = self.command(*arguments, cwd=cwd, HOST="127.0.0.1", PORT=port, **settings)
+            wait_for(lambda: process.said("listens on") or process.process.poll() is not None, "the start")
+            if process.process.poll() is None:
+                break
+        process.address = ("127.0.0.1", port)
+        return process
+
+    def connect(self, process):
+        client = Client(process.address)
+        self.addCleanup(client.reset)
+        return client
+
+    def test_help_names_every_setting_with_its_default_in_brackets(self):
+        code, out, err = self.command("--help").finish()
+        self.assertEqual((code, err), (0, ""))
+        for setting in ALL_SETTINGS:
+            with self.subTest(name=setting.name):
+                row, = re.findall(r"^ +%s +(\S.*)$" % setting.name, out, re.MULTILINE)
+                if setting.default is not None:
+                    self.assertTrue(row.endswith(" [%s]" % setting.default), row)
+        for group in SETTINGS:
+            self.assertIn("\n%s:\n" % group, out)
+        for option in ("--version", "--check", "--demo"):
+            self.assertIn(option, out)
+
+    def test_version_is_told(self):
+        self.assertEqual(self.command("--version").finish(), (0, "llm_proxy %s\n" % llm_proxy.VERSION, ""))
+
+    def test_faults_are_told_one_a_line_and_end_with_2(self):
+        code, out, err = self.command(PORT="99999", MAX_TOKENS="x").finish()
+        self.assertEqual((code, out, len(err.splitlines())), (2, "", 3))
+        self.assertIn("PORT must be between 1 and 65535 (got '99999')\n", err)
+        self.assertIn("BASE_API_URL=http://", err)
+
+    def test_dotenv_is_read_from_the_working_directory(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, ".env"), "w", encoding="utf-8") as file:
+                file.write("PORT=0\nBASE_API_URL=http://127.0.0.1:1\nnonsense\n")
+            code, _, err = self.command(cwd=folder, PORT="99999").finish()
+        self.assertEqual((code, len(err.splitlines())), (2, 2))
+        self.assertIn("(got '99999')", err)
+        self.assertIn(".env line 3", err)
+
+    def test_check_prints_what_would_be_used_without_secrets_and_asks_for_the_models(self):
+        stub = self.stub(says(b'{"object": "list", "data": [{"id": "one"}, {"id": "two"}]}'))
+        code, out, err = self.command("--check", BASE_API_URL="http://127.0.0.1:%d/v1" % stub.port, BASE_API_KEY="sk-hush",
+                                      PROXY_API_KEYS="alice=sk-hush-2").finish()
+        self.assertEqual((code, err), (0, ""))
+        self.assertIn("models: one, two\n", out)
+        self.assertNotIn("hush", out)
+        for setting in ALL_SETTINGS:
+            self.assertRegex(out, r"(?m)^%s +\S" % setting.name)
+        self.assertEqual((stub.requests[0].target, stub.requests[0].get("authorization")), ("/v1/models", "Bearer sk-hush"))
+
+    def test_check_fails_where_there_is_no_upstream_or_no_list(self):
+        stub = self.stub(says(b'{"error": "no"}', "401 No"))
+        self.assertEqual(self.command("--check", BASE_API_URL="http://127.0.0.1:%d" % stub.port).finish()[0], 1)
+        stub.close()
+        code, out, err = self.command("--check", BASE_API_URL="http://127.0.0.1:%d" % stub.port).finish()
+        self.assertEqual((code, err), (1, ""))
+        self.assertNotIn("Traceback", out)
+
+    def test_it_starts_without_a_home_in_a_directory_it_cannot_write_to(self):
+        began = time.monotonic()
+        process = self.serve(cwd="/proc" if os.path.isdir("/proc") else "/", BASE_API_URL="http://127.0.0.1:1/v1", BASE_API_KEY="sk-hush")
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual(self.connect(process).send(request("GET", "/health")).read("GET").json()["ok"], True)
+        wait_for(lambda: process.said("warning"))
+        self.assertIn("llm_proxy %s listens on http://127.0.0.1:%d\n" % (llm_proxy.VERSION, process.address[1]), process.rows)
+        self.assertEqual(sum("warning: callers are not checked" in row for row in process.rows), 1)
+        self.assertTrue(process.said("http://127.0.0.1:1/v1") and process.said("holds 10 tokens"))
+        self.assertFalse(process.said("hush"))
+
+    def test_a_second_start_on_the_same_port_says_so_in_one_line(self):
+        first = self.serve(BASE_API_URL="http://127.0.0.1:1")
+        code, out, err = self.command(HOST="127.0.0.1", PORT=first.address[1], BASE_API_URL="http://127.0.0.1:1").finish()
+        self.assertEqual((code, out, len(err.splitlines())), (1, "", 1), err)
+        self.assertIn("cannot listen on 127.0.0.1 port %d" % first.address[1], err)
+
+    def stream(self, process, stub):
+        client = self.connect(process).send(call(stream=True))
+        asked = stub.next()
+        asked.send(STREAM + chunk(event(1)))
+        client.head()
+        client.expect(event(1))
+        return client, asked
+
+    def test_a_signal_lets_a_running_stream_finish_and_then_ends_with_0(self):
+        stub = self.stub(None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number=number):
+                process = self.serve(BASE_API_URL="http://127.0.0.1:%d" % stub.port)
+                client, asked = self.stream(process, stub)
+                process.process.send_signal(number)
+                wait_for(lambda: process.said("stopping"))
+                wait_for(lambda: self.refused(process.address), "the end of listening")
+                asked.send(chunk(event(2)) + LAST)
+                answered = client.rest()
+                self.assertEqual((answered.whole, answered.body), (True, event(1) + event(2)))
+                self.assertEqual(process.wait(), 0)
+                self.assertFalse(process.said("Traceback"))
+
+    @staticmethod
+    def refused(address):
+        try:
+            Client(address).close()
+        except OSError:
+            return True
+        return False
+
+    def test_a_second_signal_ends_it_at_once(self):
+        stub = self.stub(None)
+        process = self.serve(BASE_API_URL="http://127.0.0.1:%d" % stub.port)
+        client, _ = self.stream(process, stub)
+        process.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: process.said("stopping"))
+        process.process.send_signal(signal.SIGTERM)
+        self.assertNotEqual(process.wait(), 0)
+        self.assertFalse(client.rest().whole)
+
+    def test_what_runs_longer_than_the_drain_time_is_cut(self):
+        stub = self.stub(None)
+        process = self.serve(BASE_API_URL="http://127.0.0.1:%d" % stub.port, DRAIN_SECONDS="0.1")
+        client, _ = self.stream(process, stub)
+        process.process.send_signal(signal.SIGTERM)
+        self.assertFalse(client.rest().whole)
+        self.assertEqual(process.wait(), 0)
+        self.assertTrue(process.said("1 calls cut"))
+
+    def test_the_demo_shows_a_stream_and_then_the_limit_reply(self):
+        process = self.serve("--demo", MAX_TOKENS=3)
+        wait_for(lambda: process.said("curl -N http://127.0.0.1:%d/v1/chat/completions" % process.address[1]))
+        client = self.connect(process)
+        self.assertEqual(client.send(request("GET", "/v1/models")).read("GET").json()["data"][0]["id"], "demo")
+        said = client.send(call()).read().json()["choices"][0]["message"]["content"]
+        said_by_completions = client.send(request("POST", "/v1/completions", b'{"prompt": "x"}')).read().json()["choices"][0]["text"]
+        self.assertEqual(said, said_by_completions)
+        answered = client.send(call(stream=True, stream_options={"include_usage": True})).read()
+        events = answered.body.decode().split("\n\n")
+        self.assertEqual((answered.whole, events[-2:]), (True, ["data: [DONE]", ""]))
+        chunks = [json.loads(event[6:]) for event in events[:-2]]
+        self.assertEqual("".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]).strip(), said)
+        self.assertGreater(chunks[-1]["usage"]["completion_tokens"], 0)
+        self.assertIn("limit reached", client.send(call()).read().json()["choices"][0]["message"]["content"])
+
+
+if __name__ == "__main__":
+    unittest.main()
