@@ -81,7 +81,8 @@ VERSION = "0.1.0"
 # ------------------------------------------------------------------------------------------------------------
 
 class Setting(NamedTuple):
-    """One row of SETTINGS. `read` turns text into a value; its ValueError says what would be right ("must be ...")."""
+    """One row of SETTINGS. `read` turns text into a value; its ValueError says what would be right ("must be
+    ...")."""
     name: str
     default: Optional[str]
     read: Callable[[str], Any]
@@ -149,7 +150,8 @@ def endpoint(text: str) -> Endpoint:
 
 
 def proxy_keys(text: str) -> Dict[str, Optional[str]]:
-    """'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}. What stands before the first '=' is a name if it can be one."""
+    """'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}. What stands before the first '=' is a name if it
+    can be one."""
     keys = {}
     for part in text.split(","):
         match = re.fullmatch(r"(?:([A-Za-z0-9_.@-]{1,64})=)?(?!=*$)([!-~]+)", part.strip())
@@ -219,8 +221,8 @@ HOW_TO_START = "BASE_API_URL is not set. Start like this:  BASE_API_URL=http://1
 
 
 class Config(types.SimpleNamespace):
-    """The values of SETTINGS, by lower-case name; unset ones without a default are None. `texts`: name -> as it was set;
-    `unknown`: names in .env that are no settings."""
+    """The values of SETTINGS, by lower-case name; unset ones without a default are None. `texts`: name -> as
+    it was set; `unknown`: names in .env that are no settings."""
 
     def warnings(self) -> List[str]:
         found = ["%s in .env is not a setting" % name for name in self.unknown]
@@ -256,7 +258,8 @@ def read_dotenv(text: str) -> Tuple[Dict[str, str], List[str]]:
 
 
 def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
-    """The environment wins over `.env`; an empty value counts as unset. Raises ConfigFaults with all faults at once."""
+    """The environment wins over `.env`; an empty value counts as unset. Raises ConfigFaults with all faults
+    at once."""
     written, faults = read_dotenv(dotenv)
     values, texts = {}, {}
     for setting in every_setting():
@@ -274,12 +277,14 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Refusals: every way to say no. A Refusal is raised at any depth, so no step can forget to stop, and it is rendered in
-# one place. Its class tells status, kind and the outcome that is logged; its sentence is constant. No wire bodies here.
+# Refusals: every way to say no. A Refusal is raised at any depth, so no step can forget to stop, and it is
+# rendered in one place. Its class tells status, kind and the outcome that is logged; its sentence is
+# constant. No wire bodies here.
 # ------------------------------------------------------------------------------------------------------------
 
 class Refusal(Exception):
-    """`fields` are extra header fields of the answer; `closing` ends the connection, because its framing is lost."""
+    """`fields` are extra header fields of the answer; `closing` ends the connection, because its framing is
+    lost."""
     status, kind, outcome, code, closing = 400, "invalid_request_error", "refused", None, False
     sentence = "The request was refused"
     cause: Optional[str] = None  # for the operator's eyes only
@@ -294,7 +299,8 @@ class BadRequest(Refusal):
 
 
 class Malformed(BadRequest):
-    """Bytes that are not HTTP/1.1 as RFC 9112 has it, from either side; whose fault it is, the reader of them decides."""
+    """Bytes that are not HTTP/1.1 as RFC 9112 has it, from either side; whose fault it is, the reader of them
+    decides."""
     sentence, closing = "The request is not valid HTTP/1.1", True
 
     def __init__(self, sentence=None, status=400):
@@ -371,7 +377,8 @@ class UpstreamTimeout(Refusal):
 
 
 class LimitReached(Refusal):
-    """The bucket is short. `wait` is in seconds; None means that the call costs more than the bucket ever holds."""
+    """The bucket is short. `wait` is in seconds; None means that the call costs more than the bucket ever
+    holds."""
     status, kind, outcome, code = 429, "rate_limit_error", "limited", "rate_limit_exceeded"
 
     def __init__(self, sentence: str, wait: Optional[float], quota: "Quota"):
@@ -386,16 +393,16 @@ class CallerGone(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Callers: the one place that decides who is calling. Keys are known by digest and compared in constant time; nobody
-# above or below sees a raw key. It does not know what a caller may use.
+# Callers: the one place that decides who is calling. Keys are known by digest and compared in constant time;
+# nobody above or below sees a raw key. It does not know what a caller may use.
 # ------------------------------------------------------------------------------------------------------------
 
 CREDENTIAL_FIELDS = ("authorization", "x-api-key")
 
 
 class Caller:
-    """`key` finds the caller's bucket: ('key', SHA-256 of the credential) or ('address', IP). A bearer that spells an IP
-    is therefore not that IP."""
+    """`key` finds the caller's bucket: ('key', SHA-256 of the credential) or ('address', IP). A bearer that
+    spells an IP is therefore not that IP."""
     __slots__ = ("key", "name", "secret")
 
     def __init__(self, key: Tuple[str, Any], name: Optional[str], secret: bytes = b""):
@@ -403,7 +410,8 @@ class Caller:
 
     @property
     def label(self) -> str:
-        """For logs: a name, the address, or key:1a2b3c4d, a digest that nobody without `secret` can test guesses against."""
+        """For logs: a name, the address, or key:1a2b3c4d, a digest that nobody without `secret` can test
+        guesses against."""
         return self.name or "key:%08x" % (hash(self.secret + self.key[1]) & 0xffffffff)
 
 
@@ -419,7 +427,8 @@ class Callers:
 
     @classmethod
     def credential(cls, head: Any) -> Optional[bytes]:
-        """-> the digest of the credential a head shows, in whichever field; None without one. `head` is a mapping of fields."""
+        """-> the digest of the credential a head shows, in whichever field; None without one. `head` is a
+        mapping of fields."""
         scheme, _, token = head.get("authorization", "").partition(" ")
         bearer, other = token.strip() if scheme.lower() == "bearer" else "", head.get("x-api-key", "")
         if bearer and other and bearer != other:
@@ -439,12 +448,13 @@ class Callers:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Limits: a bucket holds at most `capacity` tokens, gains `refill` every whole `interval` seconds and starts full. Taking
-# is all or nothing and atomic. It knows neither HTTP nor what a token stands for.
+# Limits: a bucket holds at most `capacity` tokens, gains `refill` every whole `interval` seconds and starts
+# full. Taking is all or nothing and atomic. It knows neither HTTP nor what a token stands for.
 # ------------------------------------------------------------------------------------------------------------
 
 class Quota(NamedTuple):
-    """One bucket as seen at one moment; times in whole seconds. `reset_seconds` is the time to the next refill, 0 when full."""
+    """One bucket as seen at one moment; times in whole seconds. `reset_seconds` is the time to the next
+    refill, 0 when full."""
     limit: int
     remaining: int
     refill_tokens: int
@@ -453,14 +463,16 @@ class Quota(NamedTuple):
 
 
 class Hold:
-    """Tokens set aside for one call. Ends once: settled, or given back, which is also what leaving the with-block does."""
+    """Tokens set aside for one call. Ends once: settled, or given back, which is also what leaving the
+    with-block does."""
     __slots__ = ("buckets", "key", "amount", "quota", "ended")
 
     def __init__(self, buckets: Optional["Buckets"], key: Any, amount: int, quota: Optional[Quota]):
         self.buckets, self.key, self.amount, self.quota, self.ended = buckets, key, amount, quota, False
 
     def settle(self, amount: Optional[int] = None) -> None:
-        """The call cost `amount` tokens (what was held, if not told): the rest goes back, a shortfall becomes a debt."""
+        """The call cost `amount` tokens (what was held, if not told): the rest goes back, a shortfall becomes
+        a debt."""
         if self.ended:
             return
         self.ended, held = True, self.amount
@@ -478,7 +490,8 @@ class Hold:
 
 
 class Buckets:
-    """Every caller's bucket. A full one says nothing that an absent one would not, so the table keeps few of them."""
+    """Every caller's bucket. A full one says nothing that an absent one would not, so the table keeps few of
+    them."""
 
     def __init__(self, capacity: int, refill: int, interval: int, clock: Any, room: int = 10_000):
         self.capacity, self.refill, self.interval, self.clock, self.room = capacity, refill, interval, clock, room
@@ -486,8 +499,8 @@ class Buckets:
         self.lock = threading.Lock()
 
     def now(self, record: Optional[Tuple[int, float]], now: float) -> Tuple[int, float]:
-        """-> (level, time of the last refill) at `now`. The time moves by whole intervals, so nothing drifts; it starts
-        when the bucket stops being full, which makes a full bucket and no bucket the same thing."""
+        """-> (level, time of the last refill) at `now`. The time moves by whole intervals, so nothing drifts;
+        it starts when the bucket stops being full, which makes a full bucket and no bucket the same thing."""
         if record is None or record[0] >= self.capacity:
             return self.capacity, now
         level, stamp = record
@@ -541,8 +554,9 @@ class Buckets:
         return Quota(self.capacity, max(0, level), self.refill, self.interval, reset)
 
     def make_room(self, now: float) -> None:
-        """Drop old buckets that are full by now: two for each one that is added, so this never takes long. Beyond `room`
-        the least recently used goes even when it is not full, which errs in its caller's favour."""
+        """Drop old buckets that are full by now: two for each one that is added, so this never takes long.
+        Beyond `room` the least recently used goes even when it is not full, which errs in its caller's
+        favour."""
         for _ in range(2):
             key, record = next(iter(self.levels.items()))
             if self.now(record, now)[0] < self.capacity and len(self.levels) <= self.room:
@@ -579,7 +593,8 @@ CHARACTERS_PER_TOKEN = 4
 
 
 def text_length(payload: Any, but: str) -> int:
-    """Characters of every string value anywhere in `payload`, joined by spaces, without the top-level key `but`."""
+    """Characters of every string value anywhere in `payload`, joined by spaces, without the top-level key
+    `but`."""
     characters, strings, todo = 0, 0, [value for key, value in payload.items() if key != but]
     while todo:
         value = todo.pop()
@@ -610,7 +625,8 @@ class Prices:
         return -(-call.prompt_length() // CHARACTERS_PER_TOKEN)
 
     def after(self, call: "Call", held: int, ending: str, sent: int) -> int:
-        """What it cost. Cut short after `sent` bytes of its answer: the prompt and what was sent, at most what was held."""
+        """What it cost. Cut short after `sent` bytes of its answer: the prompt and what was sent, at most
+        what was held."""
         if ending == "internal_error":
             return 0
         if ending == "ok" or not self.estimating:
@@ -619,8 +635,8 @@ class Prices:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Dialects: the only place that knows an API's wire names: which paths are metered, where the prompt stands, what a limit
-# reply, an error and a list of models look like. It knows no sockets and no buckets.
+# Dialects: the only place that knows an API's wire names: which paths are metered, where the prompt stands,
+# what a limit reply, an error and a list of models look like. It knows no sockets and no buckets.
 # ------------------------------------------------------------------------------------------------------------
 
 MAX_JSON_DEPTH = 128        # CPython 3.13's parser overruns a thread's stack long before it raises RecursionError
@@ -631,7 +647,8 @@ ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
 
 
 def too_deep(body: bytes) -> bool:
-    """Whether JSON is nested beyond MAX_JSON_DEPTH, or not even balanced; each step is one linear pass, whatever the body."""
+    """Whether JSON is nested beyond MAX_JSON_DEPTH, or not even balanced; each step is one linear pass,
+    whatever the body."""
     opened = body.count(b"[") + body.count(b"{")
     if opened <= MAX_JSON_DEPTH:
         return False
@@ -669,7 +686,8 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, par
 
 
 def parse_json(body: bytes) -> Dict[str, Any]:
-    """A JSON object in UTF-8, as RFC 8259 has it; BadRequest for anything else that json.loads would take or choke on."""
+    """A JSON object in UTF-8, as RFC 8259 has it; BadRequest for anything else that json.loads would take or
+    choke on."""
     if too_deep(body):
         raise BadRequest("The request body is nested too deeply, or not valid JSON")
     try:
@@ -682,8 +700,8 @@ def parse_json(body: bytes) -> Dict[str, Any]:
 
 
 def fold_path(path: str) -> List[str]:
-    """The segments of a path as the most forgiving upstream might read them: escapes decoded, again and again, back
-    slashes turned, parameters, empty and dot segments dropped, lower case."""
+    """The segments of a path as the most forgiving upstream might read them: escapes decoded, again and
+    again, back slashes turned, parameters, empty and dot segments dropped, lower case."""
     for _ in range(4):
         path, before = ESCAPE.sub(lambda match: chr(int(match[0][1:], 16)), path), path
         if path == before:
@@ -693,7 +711,8 @@ def fold_path(path: str) -> List[str]:
 
 
 class Call:
-    """One request, understood. `endpoint` is None where nothing is metered; then there is no payload either."""
+    """One request, understood. `endpoint` is None where nothing is metered; then there is no payload
+    either."""
     __slots__ = ("endpoint", "path", "payload", "body", "model", "stream")
 
     def __init__(self, endpoint: Optional[str], path: str):
@@ -707,7 +726,8 @@ class Call:
         return text_length(self.payload, but="model")
 
     def output_limit(self) -> Optional[int]:
-        """The most output tokens the call asks for, None where it does not say; null counts as unsaid, as at OpenAI."""
+        """The most output tokens the call asks for, None where it does not say; null counts as unsaid, as at
+        OpenAI."""
         for name in ("max_completion_tokens", "max_tokens"):
             limit = self.payload.get(name)
             if limit is not None:
@@ -718,7 +738,8 @@ class Call:
 
 
 class OpenAI:
-    """The OpenAI API: chat completions and completions are metered (https://platform.openai.com/docs/api-reference)."""
+    """The OpenAI API: chat completions and completions are metered
+    (https://platform.openai.com/docs/api-reference)."""
     METERED = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 
     def __init__(self, model: Optional[str]):
@@ -726,8 +747,8 @@ class OpenAI:
         self.model = model
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[str], str]:
-        """-> ('chat' | 'completions' | None, the path to use). A POST that any upstream could take for a metered endpoint
-        is that endpoint, under its plain name; what cannot be named plainly is refused."""
+        """-> ('chat' | 'completions' | None, the path to use). A POST that any upstream could take for a
+        metered endpoint is that endpoint, under its plain name; what cannot be named plainly is refused."""
         if method == "POST" and path in self.METERED:
             return self.METERED[path], path
         if PLAIN_PATH.fullmatch(path):
@@ -747,7 +768,8 @@ class OpenAI:
         return ("chat" if chat else "completions"), plain
 
     def read(self, method: str, path: str, body: Callable[[], bytes]) -> Call:
-        """Understand a request; `body` is only called, and the payload only parsed, where the call is metered."""
+        """Understand a request; `body` is only called, and the payload only parsed, where the call is
+        metered."""
         call = Call(*self.endpoint(method, path))
         if call.endpoint:
             call.body = body()
@@ -769,7 +791,8 @@ class OpenAI:
         return json.dumps({"object": "list", "data": rows}).encode()
 
     def limit_reply(self, call: Call, text: str, created: int) -> bytes:
-        """A whole answer in which the assistant says `text`: JSON, or an event stream when one was asked for."""
+        """A whole answer in which the assistant says `text`: JSON, or an event stream when one was asked
+        for."""
         chat, payload = call.endpoint == "chat", call.payload
         usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         common = {"id": ("chatcmpl-limit-" if chat else "cmpl-limit-") + "%012x" % random.getrandbits(48), "created": created,
@@ -804,8 +827,8 @@ class OpenAI:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Wire: HTTP/1.1 in bytes, strict, one parser for both sides (RFC 9110, RFC 9112). Heads are matched whole or not at all;
-# bodies are followed through their framing. It does not know what an LLM is.
+# Wire: HTTP/1.1 in bytes, strict, one parser for both sides (RFC 9110, RFC 9112). Heads are matched whole or
+# not at all; bodies are followed through their framing. It does not know what an LLM is.
 # ------------------------------------------------------------------------------------------------------------
 
 MAX_HEAD = 65536        # bytes of one head
@@ -841,8 +864,8 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 if hasattr(select, "poll"):
     def ready(wait: float, *wanted: Tuple[int, int]) -> Dict[int, int]:
-        """Wait for at most `wait` seconds until one of (descriptor, READ | WRITE | 0) is ready; -> {descriptor: for what}.
-        Errors and hang-ups show as further bits, asked for or not."""
+        """Wait for at most `wait` seconds until one of (descriptor, READ | WRITE | 0) is ready; ->
+        {descriptor: for what}. Errors and hang-ups show as further bits, asked for or not."""
         poller = select.poll()
         for descriptor, events in wanted:
             poller.register(descriptor, events)
@@ -889,8 +912,8 @@ class Connection:
 
 
 class Head:
-    """A start line and header fields. `rows`: lower-case name -> the line as it came, ready to be passed on; lines of the same
-    name are joined by their line end. `options` are those of Connection."""
+    """A start line and header fields. `rows`: lower-case name -> the line as it came, ready to be passed on;
+    lines of the same name are joined by their line end. `options` are those of Connection."""
     __slots__ = ("start", "rows", "options")
 
     def __init__(self, data: bytes):
@@ -949,8 +972,9 @@ class Head:
 
 
 def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) -> Optional[bytes]:
-    """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `wait` returns when
-    there is more to read. What can no longer become a head that begins with `start_line` is Malformed at once."""
+    """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `wait`
+    returns when there is more to read. What can no longer become a head that begins with `start_line` is
+    Malformed at once."""
     if not connection.ahead:
         wait()
         if not connection.fill():
@@ -982,8 +1006,9 @@ def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) 
 
 
 class Request:
-    """A request head that every RFC 9112 reader would read the same way. `path` and `query` come from its target; `length`
-    is None for a chunked body. `derived` is room for what others derive from the head alone."""
+    """A request head that every RFC 9112 reader would read the same way. `path` and `query` come from its
+    target; `length` is None for a chunked body. `derived` is room for what others derive from the head
+    alone."""
     __slots__ = ("head", "method", "path", "query", "version", "length", "closing", "shape", "derived")
 
     def __init__(self, data: bytes):
@@ -1004,8 +1029,9 @@ class Request:
 
     @classmethod
     def read(cls, data: bytes, last: Optional["Request"]) -> "Request":
-        """A caller that keeps its connection sends the same head again, but for its length; then `last` serves again. Both
-        must have the length in the same place: one more beside another framing would be a door for smuggling."""
+        """A caller that keeps its connection sends the same head again, but for its length; then `last`
+        serves again. Both must have the length in the same place: one more beside another framing would be a
+        door for smuggling."""
         start = data.find(b"\r\nContent-Length: ")
         end = data.find(b"\r\n", start + 2) if start >= 0 else 0
         shape = (data[:start], data[end:]) if end else (data, None)
@@ -1021,7 +1047,8 @@ class Request:
         return 505 if re.fullmatch(r"[A-Z]+ [!-~]+ HTTP/[0-9]\.[0-9]", start) else 400
 
     def origin_form(self, target: str, host: Optional[str]) -> str:
-        """RFC 9112 3.2. The absolute form is taken when it names the Host; nothing in it ever chooses where a call goes."""
+        """RFC 9112 3.2. The absolute form is taken when it names the Host; nothing in it ever chooses where a
+        call goes."""
         match = re.fullmatch(r"https?://([^/?#@]+)((?:[/?][!-~]*)?)", target, re.IGNORECASE)
         if "#" in target:
             raise Malformed()
@@ -1032,7 +1059,8 @@ class Request:
         raise Malformed(status=501 if self.method == "CONNECT" else 400)
 
     def body_length(self) -> Optional[int]:
-        """RFC 9112 6.3: both kinds of framing, or a coding that is not exactly chunked, would be a door for smuggling."""
+        """RFC 9112 6.3: both kinds of framing, or a coding that is not exactly chunked, would be a door for
+        smuggling."""
         coding = self.head.get("transfer-encoding")
         length = self.head.content_length()
         if coding is None:
@@ -1076,8 +1104,9 @@ class UntilClose(Sized):
 
 
 class Chunked:
-    """Framing by chunks (RFC 9112 7.1). What `feed` passes on ends at the last byte that was checked, so nothing malformed
-    ever goes through; trailers are dropped, and the last chunk is passed on only when the sender's has come."""
+    """Framing by chunks (RFC 9112 7.1). What `feed` passes on ends at the last byte that was checked, so
+    nothing malformed ever goes through; trailers are dropped, and the last chunk is passed on only when the
+    sender's has come."""
     __slots__ = ("left", "ended", "excess", "held")
 
     def __init__(self):
@@ -1136,8 +1165,9 @@ def chunk(payload: bytes) -> bytes:
 
 
 class Passage:
-    """The body of an answer on its way to the caller: `feed` turns what came into what goes out. Chunked stays chunked,
-    byte for byte, and sized stays sized; `style` says otherwise where the two sides' framing differs."""
+    """The body of an answer on its way to the caller: `feed` turns what came into what goes out. Chunked
+    stays chunked, byte for byte, and sized stays sized; `style` says otherwise where the two sides' framing
+    differs."""
     __slots__ = ("framing", "style", "passed")
     AS_IS, PLAIN, CHUNKED = range(3)
 
@@ -1159,8 +1189,9 @@ class Passage:
 
 
 class Watch:
-    """A caller under observation: every wait of its call goes through here, so that its leaving is noticed in each.
-    A caller that only closed its sending side looks the same as one that left; it is given HALF_CLOSE_SECONDS more."""
+    """A caller under observation: every wait of its call goes through here, so that its leaving is noticed in
+    each. A caller that only closed its sending side looks the same as one that left; it is given
+    HALF_CLOSE_SECONDS more."""
     HALF_CLOSE_SECONDS = 0.5
 
     def __init__(self, caller: Connection, clock: Any):
@@ -1168,7 +1199,8 @@ class Watch:
         self.left: Optional[float] = None  # when the end of what it sends was seen
 
     def wait(self, connection: Connection, events: int, deadline: float) -> int:
-        """Wait until `connection` is ready; -> for what. Raises TimeoutError at `deadline`, CallerGone when it left."""
+        """Wait until `connection` is ready; -> for what. Raises TimeoutError at `deadline`, CallerGone when
+        it left."""
         while True:
             until = deadline if self.left is None else min(deadline, self.left + self.HALF_CLOSE_SECONDS)
             listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
@@ -1193,7 +1225,8 @@ class Watch:
             raise CallerGone() from None
 
     def pause(self, done: threading.Event, deadline: float) -> bool:
-        """Wait for something that has no descriptor, looking at the caller 20 times a second; -> whether it is done."""
+        """Wait for something that has no descriptor, looking at the caller 20 times a second; -> whether it
+        is done."""
         while not done.wait(0.05):
             now = self.clock.monotonic()
             if self.left is None and len(self.caller.ahead) < MAX_AHEAD and ready(0, (self.caller.descriptor, READ)):
@@ -1205,7 +1238,8 @@ class Watch:
         return True
 
     def send(self, connection: Connection, data: bytes, seconds_without_progress: float) -> bool:
-        """Send all of `data`; -> False if the peer spoke first and does not read on. Raises OSError, TimeoutError, CallerGone."""
+        """Send all of `data`; -> False if the peer spoke first and does not read on. Raises OSError,
+        TimeoutError, CallerGone."""
         left = memoryview(data)
         while left:
             try:
@@ -1218,14 +1252,15 @@ class Watch:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Relay: one thread carries every running answer body from upstream to caller. A thread per stream would pay a wake-up and
-# a fight for the interpreter lock on every event. A request's thread hands over its two sockets and ends; another one
-# goes on when the body has ended. It knows framing, deadlines, slow readers and hang-ups; no heads, LLMs or buckets.
+# Relay: one thread carries every running answer body from upstream to caller. A thread per stream would pay a
+# wake-up and a fight for the interpreter lock on every event. A request's thread hands over its two sockets
+# and ends; another one goes on when the body has ended. It knows framing, deadlines, slow readers and
+# hang-ups; no heads, LLMs or buckets.
 # ------------------------------------------------------------------------------------------------------------
 
 class Flow:
-    """One body on its way. When it has ended, `then` is called with how: ok, upstream_cut, caller_gone, stopped
-    (by us, to end) or internal_error."""
+    """One body on its way. When it has ended, `then` is called with how: ok, upstream_cut, caller_gone,
+    stopped (by us, to end) or internal_error."""
     SLOW_READER_SECONDS = 60
 
     __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "heard", "left", "unsent", "watching", "ending", "then")
@@ -1245,7 +1280,8 @@ class Flow:
         self.watch()
 
     def watch(self) -> None:
-        """Register each side for what is wanted of it now: a caller that does not take what came stops its own upstream."""
+        """Register each side for what is wanted of it now: a caller that does not take what came stops its
+        own upstream."""
         listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
         for connection, events, act in (
                 (self.upstream, 0 if self.unsent or self.ending else selectors.EVENT_READ, self.from_upstream),
@@ -1305,7 +1341,8 @@ class Flow:
         self.watch()
 
     def at_caller(self, events: int) -> None:
-        """The caller can take more, or stirred: it sent its next request ahead, closed its side, or is gone."""
+        """The caller can take more, or stirred: it sent its next request ahead, closed its side, or is
+        gone."""
         if not self.watching:
             return
         if events & selectors.EVENT_READ:
@@ -1409,9 +1446,9 @@ class Relay:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Upstreams: the one place that opens sockets, and only to the configured address: no header, path or body of a caller can
-# change host, port or scheme. http.client opens and owns connections; answers are read by Wire. It knows no callers
-# (but for watching one while it waits) and no buckets.
+# Upstreams: the one place that opens sockets, and only to the configured address: no header, path or body of
+# a caller can change host, port or scheme. http.client opens and owns connections; answers are read by Wire.
+# It knows no callers (but for watching one while it waits) and no buckets.
 # ------------------------------------------------------------------------------------------------------------
 
 NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (   # the caller's secrets, what we write ourselves, and what would name it
@@ -1422,8 +1459,8 @@ MAX_INTERIM = 16        # 1xx answers before the real one
 
 
 class Answer:
-    """An upstream's answer: a checked head, and a body that is still arriving. As a with-block it keeps the connection for
-    the next call if, and only if, the answer came whole and nothing came after it."""
+    """An upstream's answer: a checked head, and a body that is still arriving. As a with-block it keeps the
+    connection for the next call if, and only if, the answer came whole and nothing came after it."""
     __slots__ = ("upstream", "link", "head", "status", "reason", "framing", "reusable")
 
     def __init__(self, upstream: "Upstream", link: "Link", data: bytes, method: str, whole_request: bool):
@@ -1462,7 +1499,8 @@ class Answer:
 
 
 class Link(NamedTuple):
-    """An open connection to an upstream: http.client's, which owns the socket, and ours, which reads and writes it."""
+    """An open connection to an upstream: http.client's, which owns the socket, and ours, which reads and
+    writes it."""
     owner: http.client.HTTPConnection
     wire: Connection
 
@@ -1483,14 +1521,15 @@ class Upstream:
             self.own_lines += "Authorization: Bearer %s\r\n" % key
 
     def target(self, path: str, query: str = "") -> str:
-        """A base with a path replaces a leading /v1 of the call; a bare host gets the call's path as it is."""
+        """A base with a path replaces a leading /v1 of the call; a bare host gets the call's path as it
+        is."""
         if self.endpoint.path and (path == "/v1" or path.startswith("/v1/")):
             path = path[3:]
         return (self.endpoint.path + path or "/") + ("?" + query if query else "")
 
     def forward(self, method: str, target: str, lines: str, body: Any, watch: Watch) -> Answer:
-        """Send one request and wait for the head of its answer. `body` is bytes, or a RequestBody to relay in blocks.
-        Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
+        """Send one request and wait for the head of its answer. `body` is bytes, or a RequestBody to relay in
+        blocks. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
         link = self.connect(watch)
         try:
             return self.exchange(link, method, target, lines, body, watch)
@@ -1536,7 +1575,8 @@ class Upstream:
         return body.ended and (body.length is not None or watch.send(wire, LAST_CHUNK, self.read_timeout))
 
     def fetch(self, path: str, watch: Watch, most: int = 1 << 22) -> Tuple[int, bytes]:
-        """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
+        """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout,
+        CallerGone."""
         with self.forward("GET", self.target(path), "Accept: application/json\r\nAccept-Encoding: identity\r\n", b"", watch) as answer:
             wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
             deadline = self.clock.monotonic() + self.read_timeout
@@ -1574,7 +1614,8 @@ class Upstream:
 
     @staticmethod
     def silent(link: Link) -> bool:
-        """Whether nothing came on an idle connection: neither its end, nor bytes that the next caller would take for its answer."""
+        """Whether nothing came on an idle connection: neither its end, nor bytes that the next caller would
+        take for its answer."""
         if not ready(0, (link.wire.descriptor, READ)):
             return True
         try:
@@ -1583,7 +1624,8 @@ class Upstream:
             return False
 
     def open(self, watch: Watch) -> Link:
-        """Connect in a thread of its own: name look-ups and handshakes know neither our deadline nor the caller's leaving."""
+        """Connect in a thread of its own: name look-ups and handshakes know neither our deadline nor the
+        caller's leaving."""
         host, port = self.endpoint.host, self.endpoint.port
         owner = (http.client.HTTPSConnection(host, port, timeout=self.open_timeout, context=self.tls) if self.tls
                  else http.client.HTTPConnection(host, port, timeout=self.open_timeout))
@@ -1637,8 +1679,9 @@ class Upstream:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Books: what is written down of every call. Entries are filled on the way and recorded once; lines are formatted and
-# written by a thread of their own, so that a log nobody reads never blocks a call. It knows no sockets.
+# Books: what is written down of every call. Entries are filled on the way and recorded once; lines are
+# formatted and written by a thread of their own, so that a log nobody reads never blocks a call. It knows no
+# sockets.
 # ------------------------------------------------------------------------------------------------------------
 
 def new_identity() -> str:
@@ -1651,9 +1694,9 @@ PLAIN_WORD = re.compile(r"[!-\[\]-~]{1,80}")
 
 
 class Entry:
-    """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall` is the end in unix
-    nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok, limited, refused, upstream_status,
-    upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
+    """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall`
+    is the end in unix nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok,
+    limited, refused, upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path", "status",
                  "outcome", "cause", "call", "hold", "passed")
 
@@ -1670,7 +1713,8 @@ class Entry:
         return self
 
     def as_dict(self, moment: str) -> Dict[str, Any]:
-        """`moment` is the end of the call, as text. Cost and remaining are None where no bucket was touched."""
+        """`moment` is the end of the call, as text. Cost and remaining are None where no bucket was
+        touched."""
         call, hold = self.call, self.hold
         quota = hold and hold.quota
         return {
@@ -1695,11 +1739,13 @@ class Entry:
 
 
 class Log:
-    """Lines on stderr, written by one thread from a bounded queue; what does not fit is dropped and counted."""
+    """Lines on stderr, written by one thread from a bounded queue; what does not fit is dropped and
+    counted."""
     ROOM = 10_000
 
     def __init__(self, stream: Any, as_json: bool):
-        """`stream` is a raw binary one: no lock of it can be held by a blocked writer when the process ends."""
+        """`stream` is a raw binary one: no lock of it can be held by a blocked writer when the process
+        ends."""
         self.stream, self.as_json = stream, as_json
         self.queue: "collections.deque[str]" = collections.deque()
         self.dropped, self.stopping, self.work = 0, False, threading.Event()
@@ -1708,7 +1754,8 @@ class Log:
         self.thread.start()
 
     def record(self, entry: Entry) -> None:
-        """One line for one request. It is spelled here: a thread that spells many would hold up every call meanwhile."""
+        """One line for one request. It is spelled here: a thread that spells many would hold up every call
+        meanwhile."""
         second, rest = divmod(entry.wall, 10 ** 9)
         if second != self.second:
             self.moment = time.strftime("%Y-%m-%dT%H:%M:%S.%%03dZ", time.gmtime(second))
@@ -1755,8 +1802,8 @@ class Log:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Proxy: `serve` is the life of one call; `build` is the parts list, the only place where constructors meet. It does not
-# know http.server.
+# Proxy: `serve` is the life of one call; `build` is the parts list, the only place where constructors meet.
+# It does not know http.server.
 # ------------------------------------------------------------------------------------------------------------
 
 class Proxy:
@@ -1766,8 +1813,9 @@ class Proxy:
         self.upstream, self.relay, self.log = upstream, relay, log
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
-        """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what they hold. Where the
-        rest of a body must still be carried, it yields a Flow and is sent back how that ended: no thread waits meanwhile."""
+        """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what
+        they hold. Where the rest of a body must still be carried, it yields a Flow and is sent back how that
+        ended: no thread waits meanwhile."""
         caller = entry.caller = self.identify(request, entry.address)                               # identify
         call = reply.call = entry.call = self.dialect.read(request.method, request.path, reply.body.whole)
         with self.limits.admit(caller, self.prices.before(call) if call.endpoint else 0) as hold:   # admit
@@ -1802,7 +1850,8 @@ class Proxy:
 
     @staticmethod
     def lines_up(request: Request, call: Call) -> str:
-        """The header lines that go upstream beside its own. A metered answer must stay readable, so it is asked for plain."""
+        """The header lines that go upstream beside its own. A metered answer must stay readable, so it is
+        asked for plain."""
         metered = call.endpoint is not None
         if metered not in request.derived:
             rows = request.head.end_to_end(REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM)
@@ -1828,7 +1877,8 @@ def build(config: Config, stream: Any, clock: Any = time) -> Proxy:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pages: what a person, a browser or a monitor asks us and not the upstream. They charge nothing and name no address.
+# Pages: what a person, a browser or a monitor asks us and not the upstream. They charge nothing and name no
+# address.
 # ------------------------------------------------------------------------------------------------------------
 
 class Page(NamedTuple):
@@ -1880,8 +1930,8 @@ class Pages:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Handler: HTTP on the caller's side: one thread per connection, one request after another. It knows neither tokens nor
-# prices.
+# Handler: HTTP on the caller's side: one thread per connection, one request after another. It knows neither
+# tokens nor prices.
 # ------------------------------------------------------------------------------------------------------------
 
 RATE_FIELDS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
@@ -1896,8 +1946,9 @@ REASONS = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequest
 
 
 class RequestBody:
-    """What a caller sends after its head, read in blocks or whole. It has FREE_SECONDS, and more only for what really
-    arrives: a trickle does not keep it open. 100 Continue is sent when, and only if, somebody wants to read."""
+    """What a caller sends after its head, read in blocks or whole. It has FREE_SECONDS, and more only for
+    what really arrives: a trickle does not keep it open. 100 Continue is sent when, and only if, somebody
+    wants to read."""
     FREE_SECONDS, BYTES_PER_SECOND = 60, 16384
 
     def __init__(self, caller: Connection, request: Request, most: int, clock: Any):
@@ -1986,8 +2037,8 @@ class RequestBody:
 
 
 class Reply:
-    """The way back to one caller: begin an answer that came from upstream, or send one of ours; `closing` says that the
-    connection cannot carry another request."""
+    """The way back to one caller: begin an answer that came from upstream, or send one of ours; `closing`
+    says that the connection cannot carry another request."""
     SLOW_READER_SECONDS = 60
 
     def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, entry: Entry):
@@ -2038,8 +2089,8 @@ class Reply:
         return passage
 
     def cut(self) -> None:
-        """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too few bytes, or, where only
-        closing ends the body, a reset."""
+        """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too few bytes,
+        or, where only closing ends the body, a reset."""
         self.closing = True
         if self.unframed:
             self.reset = True
@@ -2115,7 +2166,8 @@ class QuietEnd(Exception):
 
 
 class Handler:
-    """One caller's connection. Its requests run in a thread, one after another; while the Relay carries a body there is none."""
+    """One caller's connection. Its requests run in a thread, one after another; while the Relay carries a
+    body there is none."""
     HEAD_SECONDS = 15        # from a head's first byte to its last; also for the first byte of a connection
     IDLE_SECONDS = 75        # between two requests
     LINGER_SECONDS = 5       # without a byte, after an answer that came before the request was whole
@@ -2133,7 +2185,8 @@ class Handler:
         self.ending: Optional[str] = None   # of the Flow that it yielded
 
     def run(self) -> Optional[Flow]:
-        """Serve until the connection is over (-> None), or until a body is to be carried; then call again with `ending` set."""
+        """Serve until the connection is over (-> None), or until a body is to be carried; then call again
+        with `ending` set."""
         while True:
             if self.life is None:
                 self.reply = Reply(self.caller, self.watch, self.server.proxy, Entry(self.address))
@@ -2201,8 +2254,8 @@ class Handler:
             self.server.idle.discard(self.request)
 
     def finish(self) -> None:
-        """Before closing, read on where the caller may still be sending: closing on unread bytes sends a reset, and that could
-        erase our last answer (RFC 9112 9.6)."""
+        """Before closing, read on where the caller may still be sending: closing on unread bytes sends a
+        reset, and that could erase our last answer (RFC 9112 9.6)."""
         reply = self.reply
         if not reply.begun or reply.reset or (reply.body and reply.body.ended and not self.caller.ahead):
             return
@@ -2222,9 +2275,9 @@ class Handler:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Server: threads, caps, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock guards the set
-# of open connections; the Relay's flows belong to its thread alone; queues and events guard themselves. No lock is held
-# while another is taken, or while anything waits.
+# Server: threads, caps, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock
+# guards the set of open connections; the Relay's flows belong to its thread alone; queues and events guard
+# themselves. No lock is held while another is taken, or while anything waits.
 # ------------------------------------------------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2307,7 +2360,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.close_request(request)
 
     def turn_away(self, request: socket.socket) -> None:
-        """Answer 503 without a thread, and close a moment later: closing at once would reset the connection."""
+        """Answer 503 without a thread, and close a moment later: closing at once would reset the
+        connection."""
         refusal = Overloaded()
         body = self.proxy.dialect.error(refusal)
         head = "HTTP/1.1 503 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
@@ -2344,7 +2398,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.proxy.log.report()
 
     def drain(self, wait: float) -> int:
-        """Stop accepting, close what is idle, let running calls finish for `wait` seconds, then cut them; -> how many were cut."""
+        """Stop accepting, close what is idle, let running calls finish for `wait` seconds, then cut them; ->
+        how many were cut."""
         self.draining = True
         self.shutdown()
         self.server_close()
@@ -2372,8 +2427,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Demo: a small endpoint on loopback, for the first minute without a model. It stands in for a real one and is no part of
-# the proxy.
+# Demo: a small endpoint on loopback, for the first minute without a model. It stands in for a real one and is
+# no part of the proxy.
 # ------------------------------------------------------------------------------------------------------------
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -2491,9 +2546,9 @@ def check(config: Config, stream: Any) -> int:
 
 
 def take_one_cpu(wanted: Optional[int], port: int) -> None:
-    """Stay on one CPU. Threads that share an interpreter lock gain nothing from a second one and lose much by passing the lock
-    from CPU to CPU: measured, two to three times the calls per second. The port picks the CPU, so that two proxies differ.
-    Raises OSError for a CPU that is not there."""
+    """Stay on one CPU. Threads that share an interpreter lock gain nothing from a second one and lose much by
+    passing the lock from CPU to CPU: measured, two to three times the calls per second. The port picks the
+    CPU, so that two proxies differ. Raises OSError for a CPU that is not there."""
     if wanted is None or not sys.platform.startswith("linux") or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return
     libc = ctypes.CDLL(None, use_errno=True)  # PyPy has no os.sched_setaffinity
