@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""llm_proxy: one file that lets many people share an LLM endpoint fairly, and never loses a token of what it streams.
+"""llm_proxy: one file that lets many people share an LLM endpoint fairly, and loses no token it streams.
 
-    BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py    # then point any OpenAI client at http://HOST:8899/v1
-    python llm_proxy.py --demo                                   # no endpoint at hand? this brings its own
+    BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  # point OpenAI clients at http://HOST:8899/v1
+    python llm_proxy.py --demo                                 # no endpoint at hand? this brings its own
 
-It needs Python 3.9 or newer and nothing else. `--help` lists every setting. One call, from its first byte to its last:
+It needs Python 3.9 or newer and nothing else. `--help` lists every setting.
 
-    caller ──> Handler ──> Proxy.serve ── identify ── admit ── route ── forward ── settle ──> one Entry in the log
-               strict       (the story     who is     is there   where    to the      what it
-               HTTP         of this file)  asking?    room?      to?      upstream    cost
-    caller <── Relay <──────────────────────────────────────────────── upstream       chunk by chunk, unchanged
+One call, from its first byte to its last:
+
+    caller ──> Handler ──> Proxy.serve ── identify ── admit ── route ── forward ── settle ──> one Entry
+               strict      (the story     who is      any      where    to the     what it    in the log
+               HTTP        of this file)  asking?     room?    to?      upstream   cost
+    caller <── Relay <───────────────────────────────────────────────── upstream   chunk by chunk, unchanged
 
 The words used here, one meaning each:
 
@@ -142,7 +144,9 @@ def credential(text: str) -> str:
 
 
 def endpoint(text: str) -> Endpoint:
-    match = re.fullmatch(r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?((?:/[A-Za-z0-9._~%@:+-]*)*)", text)
+    match = re.fullmatch(
+        r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
+        r"((?:/[A-Za-z0-9._~%@:+-]*)*)", text)
     if match and 0 < int(match[3] or 1) < 65536:
         port = int(match[3] or {"http": 80, "https": 443}[match[1]])
         return Endpoint(match[1], match[2].strip("[]"), port, match[4].rstrip("/"))
@@ -156,7 +160,8 @@ def proxy_keys(text: str) -> Dict[str, Optional[str]]:
     for part in text.split(","):
         match = re.fullmatch(r"(?:([A-Za-z0-9_.@-]{1,64})=)?(?!=*$)([!-~]+)", part.strip())
         if not match or (match[1] is None and "=" in match[2]):
-            raise ValueError("must be keys or name=key, separated by commas, none empty; a key with = in it needs a name")
+            raise ValueError("must be keys or name=key, separated by commas, none empty;"
+                             " a key with = in it needs a name")
         if match[2] in keys:
             raise ValueError("must not name the same key twice")
         keys[match[2]] = match[1]
@@ -165,7 +170,8 @@ def proxy_keys(text: str) -> Dict[str, Optional[str]]:
 
 def origins(text: str) -> Tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(","))
-    if found in (("*",), ("off",)) or all(re.fullmatch("[a-z][a-z0-9+.-]*://[!-+.-~]+", origin) for origin in found):
+    if found in (("*",), ("off",)) or all(
+            re.fullmatch("[a-z][a-z0-9+.-]*://[!-+.-~]+", origin) for origin in found):
         return () if found == ("off",) else found
     raise ValueError("must be *, off, or origins such as https://chat.example.org separated by commas")
 
@@ -181,43 +187,54 @@ def affinity(text: str) -> Optional[int]:
 
 SETTINGS = {
     "Where calls go": (
-        Setting("BASE_API_URL", None, endpoint, "the endpoint; its path replaces a leading /v1 of the call's"),
-        Setting("BASE_API_KEY", None, credential, "the endpoint's key, sent as a bearer token; callers never see it", secret=True),
+        Setting("BASE_API_URL", None, endpoint,
+                "the endpoint; its path replaces a leading /v1 of the call's"),
+        Setting("BASE_API_KEY", None, credential,
+                "the endpoint's key, sent as a bearer token; callers never see it", secret=True),
         Setting("BASE_MODEL", None, line, "replaces the model that metered calls ask for"),
         Setting("OPEN_TIMEOUT", "10", seconds(0.1, 3600), "seconds to connect to the endpoint"),
-        Setting("READ_TIMEOUT", "600", seconds(0.1, 86400), "seconds to wait for its first byte, and between bytes"),
+        Setting("READ_TIMEOUT", "600", seconds(0.1, 86400),
+                "seconds to wait for its first byte, and between bytes"),
     ),
     "Where callers come in": (
         Setting("HOST", "0.0.0.0", line, "address to listen on"),
         Setting("PORT", "8899", whole(1, 65535), "port to listen on"),
-        Setting("PROXY_API_KEYS", None, proxy_keys, "keys that may call, as key or name=key, by commas; unset: anyone", secret=True),
+        Setting("PROXY_API_KEYS", None, proxy_keys,
+                "keys that may call, as key or name=key, by commas; unset: anyone", secret=True),
         Setting("MAX_BODY_BYTES", "33554432", whole(1, 1 << 40), "largest body of a metered call"),
         Setting("MAX_CONNECTIONS", "1024", whole(1, 65535), "callers' connections at once; beyond: 503"),
-        Setting("DRAIN_SECONDS", "30", seconds(0, 86400), "on a signal to stop, how long running calls may go on"),
+        Setting("DRAIN_SECONDS", "30", seconds(0, 86400),
+                "on a signal to stop, how long running calls may go on"),
         Setting("CORS_ORIGINS", "*", origins, "web pages that may call: *, origins by commas, or off"),
     ),
     "What a caller may use": (
         Setting("MAX_TOKENS", "10", whole(1, 10 ** 12), "what a caller's bucket holds; it starts full"),
         Setting("REFILL_TOKENS", "2", whole(1, 10 ** 12), "what it gains every interval"),
         Setting("REFILL_INTERVAL_SECONDS", "300", whole(1, 10 ** 9), "the interval"),
-        Setting("TOKEN_COST_MODE", "request", choice("request", "estimate"), "a call costs a fixed number, or its estimated tokens"),
-        Setting("REQUEST_TOKEN_COST", "1", whole(1, 10 ** 12), "the fixed number, for TOKEN_COST_MODE=request"),
-        Setting("RESPONSE_TOKEN_RESERVE", "256", whole(0, 10 ** 12), "expected output of a call that names no maximum, for estimate"),
-        Setting("LIMIT_MESSAGE", "limit reached, wait {wait}", line, "what a limited caller's assistant says"),
+        Setting("TOKEN_COST_MODE", "request", choice("request", "estimate"),
+                "a call costs a fixed number, or its estimated tokens"),
+        Setting("REQUEST_TOKEN_COST", "1", whole(1, 10 ** 12),
+                "the fixed number, for TOKEN_COST_MODE=request"),
+        Setting("RESPONSE_TOKEN_RESERVE", "256", whole(0, 10 ** 12),
+                "expected output of a call that names no maximum, for estimate"),
+        Setting("LIMIT_MESSAGE", "limit reached, wait {wait}", line,
+                "what a limited caller's assistant says"),
     ),
     "How it runs": (
-        Setting("LOG_FORMAT", "text", choice("text", "json"), "one line per call on stderr, for people or for programs"),
-        Setting("CPU_AFFINITY", "auto", affinity, "CPU to run on: threads under one lock are fastest on one CPU; auto, off or a number"),
+        Setting("LOG_FORMAT", "text", choice("text", "json"),
+                "one line per call on stderr, for people or for programs"),
+        Setting("CPU_AFFINITY", "auto", affinity,
+                "CPU to run on: threads under one lock are fastest on one CPU; auto, off or a number"),
     ),
 }
-
 
 
 def every_setting() -> List[Setting]:
     return [setting for group in SETTINGS.values() for setting in group]
 
 
-HOW_TO_START = "BASE_API_URL is not set. Start like this:  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)"
+HOW_TO_START = ("BASE_API_URL is not set. Start like this:"
+                "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
 
 
 class Config(types.SimpleNamespace):
@@ -227,10 +244,11 @@ class Config(types.SimpleNamespace):
     def warnings(self) -> List[str]:
         found = ["%s in .env is not a setting" % name for name in self.unknown]
         if not self.proxy_api_keys:
-            found.append("callers are not checked: whoever reaches this port can call, and every invented key has a bucket"
-                         " of its own (PROXY_API_KEYS is unset)")
+            found.append("callers are not checked: whoever reaches this port can call, and every invented key"
+                         " has a bucket of its own (PROXY_API_KEYS is unset)")
         if self.token_cost_mode == "estimate" and self.response_token_reserve > self.max_tokens:
-            found.append("RESPONSE_TOKEN_RESERVE %d is above MAX_TOKENS %d: a call that names no max_tokens can never be let in"
+            found.append("RESPONSE_TOKEN_RESERVE %d is above MAX_TOKENS %d:"
+                         " a call that names no max_tokens can never be let in"
                          % (self.response_token_reserve, self.max_tokens))
         if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
             found.append("REQUEST_TOKEN_COST %d is above MAX_TOKENS %d: no call can ever be let in"
@@ -249,7 +267,9 @@ def read_dotenv(text: str) -> Tuple[Dict[str, str], List[str]]:
         row = row.strip()
         if not row or row.startswith("#"):
             continue
-        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))(?:\s+#.*)?""", row)
+        match = re.fullmatch(
+            r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*"""
+            r"""(?:"([^"]*)"|'([^']*)'|(.*?))(?:\s+#.*)?""", row)
         if match:
             values[match[1]] = next(value for value in match.groups()[1:] + ("",) if value is not None)
         else:
@@ -263,12 +283,14 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     written, faults = read_dotenv(dotenv)
     values, texts = {}, {}
     for setting in every_setting():
-        text = (environ.get(setting.name) or "").strip() or written.get(setting.name, "").strip() or setting.default
+        text = ((environ.get(setting.name) or "").strip() or written.get(setting.name, "").strip()
+                or setting.default)
         texts[setting.name] = text
         try:
             values[setting.name.lower()] = None if text is None else setting.read(text)
         except ValueError as fault:
-            faults.append("%s %s (got %s)" % (setting.name, fault, "a value not shown here" if setting.secret else repr(text)))
+            faults.append("%s %s (got %s)" % (
+                setting.name, fault, "a value not shown here" if setting.secret else repr(text)))
     if "base_api_url" in values and values["base_api_url"] is None:
         faults.append(HOW_TO_START)
     if faults:
@@ -366,8 +388,12 @@ class UpstreamFailed(Refusal):
 
 
 CAUSES = {
-    ConnectionRefusedError: "connection refused", ConnectionResetError: "connection reset", BrokenPipeError: "connection reset",
-    socket.gaierror: "name not found", ssl.SSLCertVerificationError: "certificate not trusted", ssl.SSLError: "TLS failed",
+    ConnectionRefusedError: "connection refused",
+    ConnectionResetError: "connection reset",
+    BrokenPipeError: "connection reset",
+    socket.gaierror: "name not found",
+    ssl.SSLCertVerificationError: "certificate not trusted",
+    ssl.SSLError: "TLS failed",
     Malformed: "answer is not HTTP"}
 
 
@@ -494,8 +520,10 @@ class Buckets:
     them."""
 
     def __init__(self, capacity: int, refill: int, interval: int, clock: Any, room: int = 10_000):
-        self.capacity, self.refill, self.interval, self.clock, self.room = capacity, refill, interval, clock, room
-        self.levels: "collections.OrderedDict[Any, Tuple[int, float]]" = collections.OrderedDict()  # least recently used first
+        self.capacity, self.refill, self.interval = capacity, refill, interval
+        self.clock, self.room = clock, room
+        # least recently used first
+        self.levels: "collections.OrderedDict[Any, Tuple[int, float]]" = collections.OrderedDict()
         self.lock = threading.Lock()
 
     def now(self, record: Optional[Tuple[int, float]], now: float) -> Tuple[int, float]:
@@ -547,7 +575,9 @@ class Buckets:
         with self.lock:
             now = self.clock.monotonic()
             level, stamp = self.now(self.levels.get(key), now)
-        return math.ceil(stamp + math.ceil((cost - level) / self.refill) * self.interval - now) if level < cost else 0
+        if level >= cost:
+            return 0
+        return math.ceil(stamp + math.ceil((cost - level) / self.refill) * self.interval - now)
 
     def quota(self, level: int, stamp: float, now: float) -> Quota:
         reset = 0 if level >= self.capacity else math.ceil(stamp + self.interval - now)
@@ -581,7 +611,8 @@ class Limits:
         if taken:
             return Hold(self.buckets, caller.key, cost, quota)
         if cost > quota.limit:
-            raise LimitReached("this call would cost %d tokens, and the limit is %d: ask for less" % (cost, quota.limit), None, quota)
+            raise LimitReached("this call would cost %d tokens, and the limit is %d: ask for less"
+                               % (cost, quota.limit), None, quota)
         raise LimitReached(self.message.replace("{wait}", spell_wait(wait)), wait, quota)
 
 
@@ -639,8 +670,10 @@ class Prices:
 # what a limit reply, an error and a list of models look like. It knows no sockets and no buckets.
 # ------------------------------------------------------------------------------------------------------------
 
-MAX_JSON_DEPTH = 128        # CPython 3.13's parser overruns a thread's stack long before it raises RecursionError
-MAX_JSON_PARTS = 1_000_000  # strings, objects and arrays: a body of nothing else takes 40 times its size in memory
+# CPython 3.13's parser overruns a thread's stack long before it raises RecursionError
+MAX_JSON_DEPTH = 128
+# strings, objects and arrays: a body of nothing else takes 40 times its size in memory
+MAX_JSON_PARTS = 1_000_000
 NO_BRACKETS, SQUARE = bytes(set(range(256)) - set(b"[]{}")), bytes.maketrans(b"{}", b"[]")
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
@@ -757,12 +790,14 @@ class OpenAI:
             segments = path.lower().split("/")[1:]
         else:
             segments = fold_path(path)
-            if ".." in segments or any(" " > letter or letter == "\x7f" for segment in segments for letter in segment):
+            if ".." in segments or any(
+                    " " > letter or letter == "\x7f" for segment in segments for letter in segment):
                 raise BadRequest("The path must not contain dot segments or control characters")
         if method != "POST" or segments[-1:] != ["completions"]:
             return None, path
         chat = segments[-2:-1] == ["chat"]
-        plain = path if path.endswith("/chat/completions" if chat else "/completions") else "/" + "/".join(segments)
+        plain = (path if path.endswith("/chat/completions" if chat else "/completions")
+                 else "/" + "/".join(segments))
         if not PLAIN_PATH.fullmatch(plain):
             raise BadRequest("The path must be spelled plainly")
         return ("chat" if chat else "completions"), plain
@@ -783,7 +818,8 @@ class OpenAI:
 
     @staticmethod
     def error(refusal: Refusal) -> bytes:
-        return json.dumps({"error": {"message": str(refusal), "type": refusal.kind, "param": None, "code": refusal.code}}).encode()
+        return json.dumps({"error": {
+            "message": str(refusal), "type": refusal.kind, "param": None, "code": refusal.code}}).encode()
 
     @staticmethod
     def models(names: List[str]) -> bytes:
@@ -795,18 +831,23 @@ class OpenAI:
         for."""
         chat, payload = call.endpoint == "chat", call.payload
         usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-        common = {"id": ("chatcmpl-limit-" if chat else "cmpl-limit-") + "%012x" % random.getrandbits(48), "created": created,
-                  "object": "chat.completion" if chat else "text_completion", "model": call.model or self.model or ""}
+        common = {"id": ("chatcmpl-limit-" if chat else "cmpl-limit-") + "%012x" % random.getrandbits(48),
+                  "created": created, "object": "chat.completion" if chat else "text_completion",
+                  "model": call.model or self.model or ""}
         message = {"role": "assistant", "content": text}
-        if isinstance(payload.get("response_format"), dict) and payload["response_format"].get("type") in ("json_schema", "json_object"):
+        shape = payload.get("response_format")
+        if isinstance(shape, dict) and shape.get("type") in ("json_schema", "json_object"):
             message["refusal"] = text  # tells SDKs that parse the content not to: this is no such JSON
         if not call.stream:
             choice = {"message": message} if chat else {"text": text}
             return json.dumps({**common, "usage": usage, "choices": [
-                {"index": index, **choice, "logprobs": None, "finish_reason": "stop"} for index in self.choices(payload)]}).encode()
+                {"index": index, **choice, "logprobs": None, "finish_reason": "stop"}
+                for index in self.choices(payload)]}).encode()
         if chat:
             common["object"] = "chat.completion.chunk"
-            steps = [({"delta": {"role": "assistant", "content": ""}}, None), ({"delta": {**message}}, None), ({"delta": {}}, "stop")]
+            steps = [({"delta": {"role": "assistant", "content": ""}}, None),
+                     ({"delta": {**message}}, None),
+                     ({"delta": {}}, "stop")]
             del steps[1][0]["delta"]["role"]
         else:
             steps = [({"text": text}, None), ({"text": ""}, "stop")]
@@ -814,7 +855,8 @@ class OpenAI:
                   for step, reason in steps for index in self.choices(payload)]
         options = payload.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage") is True:
-            chunks = [{**chunk, "usage": None} for chunk in chunks] + [{**common, "choices": [], "usage": usage}]
+            chunks = ([{**chunk, "usage": None} for chunk in chunks]
+                      + [{**common, "choices": [], "usage": usage}])
         events = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
         return "".join("data: %s\n\n" % event for event in events).encode()
 
@@ -822,7 +864,8 @@ class OpenAI:
     def choices(payload: Dict[str, Any]) -> range:
         """As many as were asked for, for clients that count on it."""
         count, prompt = payload.get("n"), payload.get("prompt")
-        prompts = len(prompt) if isinstance(prompt, list) and all(isinstance(one, (str, list)) for one in prompt) else 1
+        prompts = len(prompt) if isinstance(prompt, list) and all(
+            isinstance(one, (str, list)) for one in prompt) else 1
         return range(max(1, min(128, (count if type(count) is int else 1) * prompts)))
 
 
@@ -853,8 +896,8 @@ TRAILERS = re.compile(TRAILER_LINES.pattern + rb"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 
 HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
-    "close", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade"))
+    "close", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
+    "te", "trailer", "transfer-encoding", "upgrade"))
 SINGLE = frozenset((      # a second one would leave the choice to whoever reads it next
     "host", "content-length", "transfer-encoding", "authorization", "x-api-key", "expect"))
 
@@ -877,8 +920,10 @@ else:
             [descriptor for descriptor, events in wanted if events & READ],
             [descriptor for descriptor, events in wanted if events & WRITE],
             [descriptor for descriptor, _ in wanted], max(0, wait))
-        found = {descriptor: (READ if descriptor in reading or descriptor in failed else 0) | (WRITE if descriptor in writing else 0)
-                 for descriptor, _ in wanted}
+        found = {
+            descriptor: (READ if descriptor in reading or descriptor in failed else 0)
+            | (WRITE if descriptor in writing else 0)
+            for descriptor, _ in wanted}
         return {descriptor: events for descriptor, events in found.items() if events}
 
 
@@ -894,7 +939,8 @@ class Connection:
     def receive(self) -> bytes:
         """What has arrived, b"" at the end. Raises one of WOULD_BLOCK when nothing has."""
         data = self.sock.recv(BLOCK)
-        while self.encrypted and data and self.sock.pending():  # decrypted bytes in wait make no descriptor ready
+        # decrypted bytes in wait make no descriptor ready
+        while self.encrypted and data and self.sock.pending():
             data += self.sock.recv(BLOCK)
         return data
 
@@ -986,7 +1032,8 @@ def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) 
         if 4 <= end <= MAX_HEAD:
             connection.ahead = ahead[end:]
             return ahead[:end]
-        if len(ahead) > MAX_HEAD or (not checked and ahead.find(b"\r\n", 0, MAX_LINE + 2) < 0 and len(ahead) > MAX_LINE):
+        if len(ahead) > MAX_HEAD or (
+                not checked and ahead.find(b"\r\n", 0, MAX_LINE + 2) < 0 and len(ahead) > MAX_LINE):
             raise TooLargeHead(431 if checked else 414)
         if BARE_LINE_END.search(ahead, max(0, checked - 1)):
             raise Malformed()
@@ -1151,7 +1198,8 @@ class Chunked:
             self.ended, self.excess = True, data[match.end():]
             return data[:position] + LAST_CHUNK, payload
         lines = max(end, data.rfind(b"\r\n") + 2)
-        if len(data) - end > MAX_TRAILERS or not TRAILER_LINES.fullmatch(data, end, lines) or BARE_LINE_END.search(data, lines - 1):
+        if (len(data) - end > MAX_TRAILERS or not TRAILER_LINES.fullmatch(data, end, lines)
+                or BARE_LINE_END.search(data, lines - 1)):
             raise Malformed()
         self.held = data[position:]
         return data[:position], payload
@@ -1180,7 +1228,8 @@ class Passage:
         self.passed += len(payload)
         if self.style == self.AS_IS:
             return same
-        return payload if self.style == self.PLAIN else chunk(payload) + (LAST_CHUNK if self.framing.ended else b"")
+        return (payload if self.style == self.PLAIN
+                else chunk(payload) + (LAST_CHUNK if self.framing.ended else b""))
 
     def end_of_stream(self) -> Tuple[bool, bytes]:
         """The upstream closed; -> (whether that is a proper end, what is left to send)."""
@@ -1204,7 +1253,8 @@ class Watch:
         while True:
             until = deadline if self.left is None else min(deadline, self.left + self.HALF_CLOSE_SECONDS)
             listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
-            found = ready(until - self.clock.monotonic(), (connection.descriptor, events), (self.caller.descriptor, READ if listening else 0))
+            found = ready(until - self.clock.monotonic(), (connection.descriptor, events),
+                          (self.caller.descriptor, READ if listening else 0))
             if connection.descriptor in found:
                 return found[connection.descriptor]
             if found:
@@ -1229,7 +1279,8 @@ class Watch:
         is done."""
         while not done.wait(0.05):
             now = self.clock.monotonic()
-            if self.left is None and len(self.caller.ahead) < MAX_AHEAD and ready(0, (self.caller.descriptor, READ)):
+            if (self.left is None and len(self.caller.ahead) < MAX_AHEAD
+                    and ready(0, (self.caller.descriptor, READ))):
                 self.look(True)
             if self.left is not None and now > self.left + self.HALF_CLOSE_SECONDS:
                 raise CallerGone()
@@ -1263,16 +1314,21 @@ class Flow:
     stopped (by us, to end) or internal_error."""
     SLOW_READER_SECONDS = 60
 
-    __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "heard", "left", "unsent", "watching", "ending", "then")
+    __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "heard", "left", "unsent",
+                 "watching", "ending", "then")
 
     def __init__(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float):
         self.upstream, self.caller, self.passage, self.read_timeout = upstream, caller, passage, read_timeout
         self.relay: Optional["Relay"] = None
         self.then: Callable[[str], None] = id
-        self.heard = 0.0                      # when the upstream last sent, or a slow caller last took, something
-        self.left: Optional[float] = None     # when the caller closed its sending side
-        self.unsent = b""                     # read from upstream, not yet taken by the caller; while there is any, no more is read
-        self.watching: Dict[int, int] = {}    # descriptor -> events, as registered
+        # when the upstream last sent, or a slow caller last took, something
+        self.heard = 0.0
+        # when the caller closed its sending side
+        self.left: Optional[float] = None
+        # read from upstream, not yet taken by the caller; while there is any, no more is read
+        self.unsent = b""
+        # descriptor -> events, as registered
+        self.watching: Dict[int, int] = {}
         self.ending: Optional[str] = None
 
     def start(self) -> None:
@@ -1284,8 +1340,12 @@ class Flow:
         own upstream."""
         listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
         for connection, events, act in (
-                (self.upstream, 0 if self.unsent or self.ending else selectors.EVENT_READ, self.from_upstream),
-                (self.caller, (selectors.EVENT_READ if listening else 0) | (selectors.EVENT_WRITE if self.unsent else 0), self.at_caller)):
+                (self.upstream,
+                 0 if self.unsent or self.ending else selectors.EVENT_READ,
+                 self.from_upstream),
+                (self.caller,
+                 (selectors.EVENT_READ if listening else 0) | (selectors.EVENT_WRITE if self.unsent else 0),
+                 self.at_caller)):
             before = self.watching.get(connection.descriptor, 0)
             if events == before:
                 continue
@@ -1451,9 +1511,10 @@ class Relay:
 # It knows no callers (but for watching one while it waits) and no buckets.
 # ------------------------------------------------------------------------------------------------------------
 
-NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (   # the caller's secrets, what we write ourselves, and what would name it
-    "cookie", "host", "content-length", "expect", "x-http-method-override", "forwarded", "via", "x-forwarded-for",
-    "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip"))
+# the caller's secrets, what we write ourselves, and what would name it
+NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
+    "cookie", "host", "content-length", "expect", "x-http-method-override", "forwarded", "via",
+    "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip"))
 REWRITTEN_FOR_CALLS = NEVER_UPSTREAM | {"content-type", "accept-encoding"}
 MAX_INTERIM = 16        # 1xx answers before the real one
 
@@ -1509,12 +1570,15 @@ class Link(NamedTuple):
 
 
 class Upstream:
-    SPARE_SECONDS = 3          # below the 5 s after which uvicorn, Node and llama.cpp close an idle connection
-    SETTLING_SECONDS = 0.05    # llama.cpp closes after a stream although it promised to keep the connection
+    SPARE_SECONDS = 3        # below the 5 s after which uvicorn, Node and llama.cpp close an idle connection
+    SETTLING_SECONDS = 0.05  # llama.cpp closes after a stream although it promised to keep the connection
 
-    def __init__(self, endpoint: Endpoint, key: Optional[str], open_timeout: float, read_timeout: float, clock: Any):
-        self.endpoint, self.open_timeout, self.read_timeout, self.clock = endpoint, open_timeout, read_timeout, clock
-        self.spares: "collections.deque[Tuple[float, Link]]" = collections.deque()  # (usable from, link), oldest left
+    def __init__(self, endpoint: Endpoint, key: Optional[str], open_timeout: float, read_timeout: float,
+                 clock: Any):
+        self.endpoint, self.clock = endpoint, clock
+        self.open_timeout, self.read_timeout = open_timeout, read_timeout
+        # (usable from, link), oldest left
+        self.spares: "collections.deque[Tuple[float, Link]]" = collections.deque()
         self.tls = ssl.create_default_context() if endpoint.scheme == "https" else None
         self.own_lines = "Host: %s\r\n" % endpoint.origin.partition("://")[2]
         if key:
@@ -1546,7 +1610,8 @@ class Upstream:
         head = "%s %s HTTP/1.1\r\n%s%s" % (method, target, self.own_lines, lines)
         try:
             if isinstance(body, bytes):
-                framing = "Content-Length: %d\r\n\r\n" % len(body) if body or method in ("POST", "PUT", "PATCH") else "\r\n"
+                framing = ("Content-Length: %d\r\n\r\n" % len(body)
+                           if body or method in ("POST", "PUT", "PATCH") else "\r\n")
                 whole_request = watch.send(wire, (head + framing).encode("latin-1") + body, self.read_timeout)
             else:
                 whole_request = self.upload(wire, head, body, watch)
@@ -1566,7 +1631,8 @@ class Upstream:
 
     def upload(self, wire: Connection, head: str, body: "RequestBody", watch: Watch) -> bool:
         """Relay a body of any size in blocks; -> False if the upstream answered before it was all sent."""
-        framing = "Transfer-Encoding: chunked\r\n\r\n" if body.length is None else "Content-Length: %d\r\n\r\n" % body.length
+        framing = ("Transfer-Encoding: chunked\r\n\r\n" if body.length is None
+                   else "Content-Length: %d\r\n\r\n" % body.length)
         if not watch.send(wire, (head + framing).encode("latin-1"), self.read_timeout):
             return False
         for block in body.blocks(wire):
@@ -1577,7 +1643,8 @@ class Upstream:
     def fetch(self, path: str, watch: Watch, most: int = 1 << 22) -> Tuple[int, bytes]:
         """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout,
         CallerGone."""
-        with self.forward("GET", self.target(path), "Accept: application/json\r\nAccept-Encoding: identity\r\n", b"", watch) as answer:
+        with self.forward("GET", self.target(path),
+                          "Accept: application/json\r\nAccept-Encoding: identity\r\n", b"", watch) as answer:
             wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
             deadline = self.clock.monotonic() + self.read_timeout
             try:
@@ -1619,7 +1686,8 @@ class Upstream:
         if not ready(0, (link.wire.descriptor, READ)):
             return True
         try:
-            return link.wire.fill() and not link.wire.ahead  # a TLS record that carries no data is silence, too
+            # a TLS record that carries no data is silence, too
+            return link.wire.fill() and not link.wire.ahead
         except OSError:
             return False
 
@@ -1627,8 +1695,9 @@ class Upstream:
         """Connect in a thread of its own: name look-ups and handshakes know neither our deadline nor the
         caller's leaving."""
         host, port = self.endpoint.host, self.endpoint.port
-        owner = (http.client.HTTPSConnection(host, port, timeout=self.open_timeout, context=self.tls) if self.tls
-                 else http.client.HTTPConnection(host, port, timeout=self.open_timeout))
+        owner = (
+            http.client.HTTPSConnection(host, port, timeout=self.open_timeout, context=self.tls) if self.tls
+            else http.client.HTTPConnection(host, port, timeout=self.open_timeout))
         done, abandoned, failures = threading.Event(), threading.Event(), []
 
         def run():
@@ -1654,7 +1723,8 @@ class Upstream:
             raise
         if failures:
             owner.close()
-            raise UpstreamTimeout() if isinstance(failures[0], (TimeoutError, socket.timeout)) else UpstreamFailed(failures[0])
+            raise (UpstreamTimeout() if isinstance(failures[0], (TimeoutError, socket.timeout))
+                   else UpstreamFailed(failures[0]))
         return Link(owner, Connection(owner.sock))
 
     def keep(self, link: Link, settling: bool) -> None:
@@ -1697,8 +1767,8 @@ class Entry:
     """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall`
     is the end in unix nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok,
     limited, refused, upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
-    __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path", "status",
-                 "outcome", "cause", "call", "hold", "passed")
+    __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path",
+                 "status", "outcome", "cause", "call", "hold", "passed")
 
     def __init__(self, address: str):
         self.address = address
@@ -1731,10 +1801,12 @@ class Entry:
         quota, model = hold and hold.quota, call and call.model
         return "%s %s %s %s %s %d %s %s first=%s all=%dms cost=%s left=%s bytes=%d id=%s%s" % (
             moment, self.caller.label if self.caller else self.address, self.method or "-", self.path or "-",
-            "-" if not model else model if PLAIN_WORD.fullmatch(model) else ascii(model[:80]).replace(" ", "\\x20"),
+            ("-" if not model else model if PLAIN_WORD.fullmatch(model)
+             else ascii(model[:80]).replace(" ", "\\x20")),
             self.status, self.outcome, "stream" if call and call.stream else "-",
             "-" if self.first_byte is None else "%dms" % ((self.first_byte - self.started) * 1000),
-            (self.ended - self.started) * 1000, hold.amount if quota else "-", quota.remaining if quota else "-", self.passed, self.identity or "-",
+            (self.ended - self.started) * 1000, hold.amount if quota else "-",
+            quota.remaining if quota else "-", self.passed, self.identity or "-",
             " cause=%s" % self.cause.replace(" ", "_") if self.cause else "")
 
 
@@ -1785,7 +1857,8 @@ class Log:
             rows = [self.queue.popleft() for _ in range(len(self.queue))]
             if self.dropped:
                 dropped, self.dropped = self.dropped, 0
-                rows.append(('{"message": "%d log lines dropped"}' if self.as_json else "%d log lines dropped") % dropped)
+                rows.append(('{"message": "%d log lines dropped"}' if self.as_json
+                             else "%d log lines dropped") % dropped)
             data = memoryview("\n".join(rows + [""]).encode("ascii", "backslashreplace"))
             try:
                 while data:
@@ -1807,10 +1880,10 @@ class Log:
 # ------------------------------------------------------------------------------------------------------------
 
 class Proxy:
-    def __init__(self, config: Config, clock: Any, callers: Callers, limits: Limits, prices: Prices, dialect: OpenAI,
-                 upstream: Upstream, relay: Relay, log: Log):
-        self.config, self.clock, self.callers, self.limits, self.prices, self.dialect = config, clock, callers, limits, prices, dialect
-        self.upstream, self.relay, self.log = upstream, relay, log
+    def __init__(self, config: Config, clock: Any, callers: Callers, limits: Limits, prices: Prices,
+                 dialect: OpenAI, upstream: Upstream, relay: Relay, log: Log):
+        self.config, self.clock, self.callers, self.limits = config, clock, callers, limits
+        self.prices, self.dialect, self.upstream, self.relay, self.log = prices, dialect, upstream, relay, log
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
         """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what
@@ -1823,7 +1896,8 @@ class Proxy:
             upstream = self.route(call)                                                             # route
             try:
                 with upstream.forward(request.method, upstream.target(call.path, request.query),    # forward
-                                      self.lines_up(request, call), self.body_up(call, reply), reply.watch) as answer:
+                                      self.lines_up(request, call), self.body_up(call, reply),
+                                      reply.watch) as answer:
                     if answer.status >= 400:
                         hold.give_back()
                         entry.outcome = "upstream_status"
@@ -1871,7 +1945,8 @@ def build(config: Config, stream: Any, clock: Any = time) -> Proxy:
     buckets = Buckets(config.max_tokens, config.refill_tokens, config.refill_interval_seconds, clock)
     return Proxy(
         config, clock, Callers(config.proxy_api_keys, os.urandom(32)), Limits(buckets, config.limit_message),
-        Prices(config.token_cost_mode, config.request_token_cost, config.response_token_reserve), OpenAI(config.base_model),
+        Prices(config.token_cost_mode, config.request_token_cost, config.response_token_reserve),
+        OpenAI(config.base_model),
         Upstream(config.base_api_url, config.base_api_key, config.open_timeout, config.read_timeout, clock),
         Relay(clock, log.report), log)
 
@@ -1906,8 +1981,10 @@ class Pages:
 
     def preflight(self, request: Request, entry: Entry) -> Page:
         asked = request.head.get("access-control-request-headers", "Authorization, Content-Type")
-        return Page(204, lines=("Access-Control-Allow-Methods: " + self.CORS_METHODS, "Access-Control-Allow-Headers: " + asked,
-                                "Access-Control-Max-Age: 86400") if self.proxy.config.cors_origins else ())
+        return Page(204, lines=(
+            "Access-Control-Allow-Methods: " + self.CORS_METHODS,
+            "Access-Control-Allow-Headers: " + asked,
+            "Access-Control-Max-Age: 86400") if self.proxy.config.cors_origins else ())
 
     def health(self, request: Request, entry: Entry) -> Page:
         """Open to all; whoever shows no valid credential is told the quota of the address."""
@@ -1920,9 +1997,11 @@ class Pages:
         quota = buckets.peek(key)
         return Page(200, json.dumps({
             "ok": True, "version": VERSION, "model": proxy.config.base_model,
-            "quota": {"limit": quota.limit, "remaining": quota.remaining, "refill_tokens": quota.refill_tokens,
-                      "refill_interval_seconds": quota.refill_seconds,
-                      "wait_seconds": buckets.wait(key, min(quota.limit, proxy.config.request_token_cost))}}).encode())
+            "quota": {
+                "limit": quota.limit, "remaining": quota.remaining,
+                "refill_tokens": quota.refill_tokens, "refill_interval_seconds": quota.refill_seconds,
+                "wait_seconds": buckets.wait(key, min(quota.limit, proxy.config.request_token_cost))},
+        }).encode())
 
     def models(self, request: Request, entry: Entry) -> Page:
         entry.caller = self.proxy.identify(request, entry.address)
@@ -1934,14 +2013,16 @@ class Pages:
 # tokens nor prices.
 # ------------------------------------------------------------------------------------------------------------
 
-RATE_FIELDS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
-               "X-RateLimit-Reset-Seconds")  # in the order of Quota
+RATE_FIELDS = (  # in the order of Quota
+    "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
+    "X-RateLimit-Reset-Seconds")
 RATE_LINES = "\r\n".join(name + ": %d" for name in RATE_FIELDS)
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "x-request-id", "x-upstream-request-start", "x-upstream-request-stop"] +
     [name.lower() for name in RATE_FIELDS])
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
-    "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age", "allow-private-network"))
+    "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age",
+    "allow-private-network"))
 REASONS = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 
 
@@ -1991,7 +2072,8 @@ class RequestBody:
             if self.awaited:
                 self.awaited = False
                 self.caller.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            left = self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND - self.clock.monotonic()
+            left = (self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND
+                    - self.clock.monotonic())
             wanted = [(self.caller.descriptor, READ)] + ([(upstream.descriptor, READ)] if upstream else [])
             found = ready(left, *wanted)
             if not found and left <= 0:
@@ -2067,7 +2149,8 @@ class Reply:
         style = Passage.AS_IS
         if isinstance(framing, (Chunked, UntilClose)):
             if self.request.version == 0:
-                style, self.closing, self.unframed = Passage.PLAIN, True, True  # HTTP/1.0 knows no chunks: closing ends the body
+                # HTTP/1.0 knows no chunks: closing ends the body
+                style, self.closing, self.unframed = Passage.PLAIN, True, True
             else:
                 style = Passage.AS_IS if isinstance(framing, Chunked) else Passage.CHUNKED
                 lines.append("Transfer-Encoding: chunked")
@@ -2083,7 +2166,8 @@ class Reply:
             lines.append("Location: " + answer.upstream.location(head.get("location")))
         if "x-request-id" in head.rows:
             lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
-        lines.append("X-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d" % (self.started, self.proxy.clock.time_ns()))
+        lines.append("X-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d"
+                     % (self.started, self.proxy.clock.time_ns()))
         self.entry.first_byte = self.proxy.clock.monotonic()
         self.write(self.head(answer.status, answer.reason, lines) + first)
         return passage
@@ -2098,7 +2182,8 @@ class Reply:
 
     # -- what comes from us
 
-    def send(self, status: int, body: bytes, lines: Tuple[str, ...] = (), content_type: str = "application/json") -> None:
+    def send(self, status: int, body: bytes, lines: Tuple[str, ...] = (),
+             content_type: str = "application/json") -> None:
         if status != 204:
             lines += ("Content-Type: " + content_type, "Content-Length: %d" % len(body))
         with_body = self.request is None or self.request.method != "HEAD"
@@ -2145,7 +2230,8 @@ class Reply:
             return "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *"
         origin = request and request.head.get("origin")
         if origin in allowed:
-            return "Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\nVary: Origin" % origin
+            return ("Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\nVary: Origin"
+                    % origin)
         return "Vary: Origin"
 
     def write(self, data: bytes) -> None:
@@ -2176,7 +2262,8 @@ class Handler:
 
     def __init__(self, request: socket.socket, client_address: Any, server: "Server"):
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request, self.address, self.server, self.clock = request, client_address[0], server, server.proxy.clock
+        self.request, self.address = request, client_address[0]
+        self.server, self.clock = server, server.proxy.clock
         self.caller = Connection(request)
         self.watch = Watch(self.caller, self.clock)
         self.served, self.begun, self.last = False, None, None
@@ -2248,7 +2335,8 @@ class Handler:
         self.server.idle.add(self.request)
         try:
             wait = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-            if self.server.draining or not ready(wait, (self.caller.descriptor, READ)) or self.server.draining:
+            if (self.server.draining or not ready(wait, (self.caller.descriptor, READ))
+                    or self.server.draining):
                 raise QuietEnd()
         finally:
             self.server.idle.discard(self.request)
@@ -2283,9 +2371,9 @@ class Handler:
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"   # elsewhere it would let two servers share a port
+    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
     allow_reuse_port = False
-    TURNED_AWAY = 128                          # refused connections that are kept a moment, so that their answer can be read
+    TURNED_AWAY = 128  # refused connections that are kept a moment, so that their answer can be read
     OVERLOAD = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
     def __init__(self, proxy: Proxy, host: str, port: int, most: int):
@@ -2348,7 +2436,8 @@ class Server(http.server.ThreadingHTTPServer):
         """A body has ended: go on in a thread of its own."""
         handler.ending = ending
         try:
-            _thread.start_new_thread(self.converse, (handler,))  # threading.Thread would make the Relay wait for its start
+            # threading.Thread would make the Relay wait for its start
+            _thread.start_new_thread(self.converse, (handler,))
         except RuntimeError:  # can't start new thread: service_actions tries again
             self.unstarted.append(handler)
 
@@ -2364,7 +2453,8 @@ class Server(http.server.ThreadingHTTPServer):
         connection."""
         refusal = Overloaded()
         body = self.proxy.dialect.error(refusal)
-        head = "HTTP/1.1 503 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+        head = ("HTTP/1.1 503 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+                "Retry-After: 1\r\nConnection: close\r\n\r\n")
         try:
             request.setblocking(False)
             request.send((head % (REASONS[503], len(body))).encode() + body)
@@ -2434,12 +2524,14 @@ class Server(http.server.ThreadingHTTPServer):
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     MODEL, WORD_SECONDS = "demo", 0.05
-    TEXT = "This is the built-in demo endpoint of llm_proxy. It answers every call with these words, one after another."
+    TEXT = ("This is the built-in demo endpoint of llm_proxy."
+            " It answers every call with these words, one after another.")
 
     def do_GET(self) -> None:
         if self.path != "/v1/models":
             return self.send_error(404)
-        self.answer({"object": "list", "data": [{"id": self.MODEL, "object": "model", "created": 0, "owned_by": "demo"}]})
+        self.answer({"object": "list", "data": [
+            {"id": self.MODEL, "object": "model", "created": 0, "owned_by": "demo"}]})
 
     def do_POST(self) -> None:
         call = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
@@ -2447,19 +2539,23 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         words = [word + " " for word in self.TEXT.split()]
         usage = {"prompt_tokens": len(json.dumps(call)) // 4, "completion_tokens": len(words)}
         usage["total_tokens"] = sum(usage.values())
-        frame = {"id": "demo-1", "object": "chat.completion" if chat else "text_completion", "created": int(time.time()), "model": self.MODEL}
+        frame = {"id": "demo-1", "object": "chat.completion" if chat else "text_completion",
+                 "created": int(time.time()), "model": self.MODEL}
         if not call.get("stream"):
             said = {"message": {"role": "assistant", "content": self.TEXT}} if chat else {"text": self.TEXT}
-            return self.answer({**frame, "choices": [{"index": 0, **said, "finish_reason": "stop"}], "usage": usage})
+            return self.answer({
+                **frame, "choices": [{"index": 0, **said, "finish_reason": "stop"}], "usage": usage})
         frame["object"] += ".chunk" if chat else ""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for word in ([""] if chat else []) + words + [None]:
-            delta = {} if word is None else {"content": word} if word else {"role": "assistant", "content": ""}
+            delta = ({} if word is None else {"content": word} if word
+                     else {"role": "assistant", "content": ""})
             said = {"delta": delta} if chat else {"text": word or ""}
-            self.event(json.dumps({**frame, "choices": [{"index": 0, **said, "finish_reason": "stop" if word is None else None}]}))
+            self.event(json.dumps({**frame, "choices": [
+                {"index": 0, **said, "finish_reason": "stop" if word is None else None}]}))
             time.sleep(self.WORD_SECONDS if word else 0)
         if (call.get("stream_options") or {}).get("include_usage"):
             self.event(json.dumps({**frame, "choices": [], "usage": usage}))
@@ -2506,8 +2602,8 @@ def describe(config: Config) -> List[str]:
     else:
         cost = "%d" % config.request_token_cost
     return ["upstream %s%s, key %s, model %s" % (
-                config.base_api_url.origin, config.base_api_url.path, "set" if config.base_api_key else "not set",
-                config.base_model or "as asked for"),
+                config.base_api_url.origin, config.base_api_url.path,
+                "set" if config.base_api_key else "not set", config.base_model or "as asked for"),
             "each caller's bucket holds %d tokens and gains %d every %d s; a call costs %s" % (
                 config.max_tokens, config.refill_tokens, config.refill_interval_seconds, cost)]
 
@@ -2517,7 +2613,8 @@ def settings_help() -> str:
     for group, settings in SETTINGS.items():
         rows += ["", group + ":"]
         for setting in settings:
-            rows.append("  %-24s %s%s" % (setting.name, setting.sentence, "" if setting.default is None else " [%s]" % setting.default))
+            rows.append("  %-24s %s%s" % (
+                setting.name, setting.sentence, "" if setting.default is None else " [%s]" % setting.default))
     return "\n".join(rows)
 
 
@@ -2525,10 +2622,12 @@ def check(config: Config, stream: Any) -> int:
     """Print what would be used, ask the upstream for its models; -> exit code."""
     for setting in every_setting():
         text = config.texts[setting.name]
-        stream.write("%-24s %s\n" % (setting.name, "not set" if text is None else "set, not shown" if setting.secret else text))
+        stream.write("%-24s %s\n" % (
+            setting.name, "not set" if text is None else "set, not shown" if setting.secret else text))
     for warning in config.warnings():
         stream.write("warning: %s\n" % warning)
-    upstream = Upstream(config.base_api_url, config.base_api_key, config.open_timeout, min(10, config.read_timeout), time)
+    upstream = Upstream(config.base_api_url, config.base_api_key, config.open_timeout,
+                        min(10, config.read_timeout), time)
     nobody, other_end = socket.socketpair()  # a caller who never leaves
     with nobody, other_end:
         try:
@@ -2549,7 +2648,8 @@ def take_one_cpu(wanted: Optional[int], port: int) -> None:
     """Stay on one CPU. Threads that share an interpreter lock gain nothing from a second one and lose much by
     passing the lock from CPU to CPU: measured, two to three times the calls per second. The port picks the
     CPU, so that two proxies differ. Raises OSError for a CPU that is not there."""
-    if wanted is None or not sys.platform.startswith("linux") or not getattr(sys, "_is_gil_enabled", lambda: True)():
+    if (wanted is None or not sys.platform.startswith("linux")
+            or not getattr(sys, "_is_gil_enabled", lambda: True)()):
         return
     libc = ctypes.CDLL(None, use_errno=True)  # PyPy has no os.sched_setaffinity
     allowed = (ctypes.c_uint8 * 128)()
@@ -2575,7 +2675,8 @@ def raise_descriptor_limit() -> None:
             pass  # macOS has a lower limit of its own
 
 
-DEMO_HINT = """try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked for):
+DEMO_HINT = """\
+try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked for):
   curl -N http://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"stream":true}'"""
 
@@ -2585,7 +2686,8 @@ def run(config: Config, log_stream: Any, hint: str) -> int:
     try:
         take_one_cpu(config.cpu_affinity, config.port)
     except OSError:
-        log_stream.write(b"CPU_AFFINITY must be a CPU this process may use (got '%d')\n" % config.cpu_affinity)
+        log_stream.write(b"CPU_AFFINITY must be a CPU this process may use (got '%d')\n"
+                         % config.cpu_affinity)
         return 2
     raise_descriptor_limit()
     threading.stack_size(512 * 1024)  # a thread per connection: 8 MiB each is more than strict systems lend
@@ -2602,8 +2704,10 @@ def run(config: Config, log_stream: Any, hint: str) -> int:
     signal.set_wakeup_fd(stopper.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_once(server))
-    proxy.log.say("llm_proxy %s listens on http://%s:%d" % (VERSION, "[%s]" % config.host if ":" in config.host else config.host, config.port))
-    for row in describe(config) + ["warning: " + warning for warning in config.warnings()] + ([hint] if hint else []):
+    proxy.log.say("llm_proxy %s listens on http://%s:%d" % (
+        VERSION, "[%s]" % config.host if ":" in config.host else config.host, config.port))
+    for row in (describe(config) + ["warning: " + warning for warning in config.warnings()]
+                + ([hint] if hint else [])):
         proxy.log.say(row)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     stop.recv(1)
@@ -2628,9 +2732,11 @@ def stop_once(server: Server) -> Callable[[int, Any], None]:
 def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Let many people share an LLM endpoint fairly.  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py")
+        description="Let many people share an LLM endpoint fairly."
+                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py")
     parser.add_argument("--version", action="version", version="llm_proxy " + VERSION)
-    parser.add_argument("--check", action="store_true", help="print what would be used, ask the endpoint for its models, and exit")
+    parser.add_argument("--check", action="store_true",
+                        help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument("--demo", action="store_true", help="run in front of a small built-in endpoint")
     options = parser.parse_args(arguments)
     environ = dict(os.environ)
@@ -2652,7 +2758,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     if options.check:
         return check(config, sys.stdout)
-    return run(config, open(2, "wb", buffering=0, closefd=False), DEMO_HINT % config.port if options.demo else "")
+    return run(config, open(2, "wb", buffering=0, closefd=False),
+               DEMO_HINT % config.port if options.demo else "")
 
 
 if __name__ == "__main__":
