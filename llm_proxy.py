@@ -596,7 +596,8 @@ class Buckets:
 
 def spell_wait(wait: float) -> str:
     """300 -> '5 min', 61 -> '2 min', 12 -> '12s'."""
-    return "%ds" % math.ceil(wait) if wait < 60 else "%d min" % math.ceil(wait / 60)
+    whole_seconds = math.ceil(wait)
+    return "%ds" % whole_seconds if whole_seconds < 60 else "%d min" % math.ceil(wait / 60)
 
 
 class Limits:
@@ -672,7 +673,7 @@ class Prices:
 
 # CPython 3.13's parser overruns a thread's stack long before it raises RecursionError
 MAX_JSON_DEPTH = 128
-# strings, objects and arrays: a body of nothing else takes 40 times its size in memory
+# values: a body of nothing but short ones takes 40 times its size in memory
 MAX_JSON_PARTS = 1_000_000
 NO_BRACKETS, SQUARE = bytes(set(range(256)) - set(b"[]{}")), bytes.maketrans(b"{}", b"[]")
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
@@ -680,13 +681,13 @@ ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
 
 
 def too_deep(body: bytes) -> bool:
-    """Whether JSON is nested beyond MAX_JSON_DEPTH, or not even balanced; each step is one linear pass,
-    whatever the body."""
+    """Whether JSON is nested beyond MAX_JSON_DEPTH, not even balanced, or of too many parts;
+    each step is one linear pass, whatever the body."""
     opened = body.count(b"[") + body.count(b"{")
+    if len(body) > MAX_JSON_PARTS and opened + body.count(b",") + body.count(b'"') // 2 > MAX_JSON_PARTS:
+        return True
     if opened <= MAX_JSON_DEPTH:
         return False
-    if opened + body.count(b'"') // 2 > MAX_JSON_PARTS:
-        return True
     outside_strings = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
     brackets = outside_strings.translate(SQUARE, NO_BRACKETS)
     if 2 * brackets.count(b"[") != len(brackets):
@@ -735,11 +736,12 @@ def parse_json(body: bytes) -> Dict[str, Any]:
 def fold_path(path: str) -> List[str]:
     """The segments of a path as the most forgiving upstream might read them: escapes decoded, again and
     again, back slashes turned, parameters, empty and dot segments dropped, lower case."""
-    for _ in range(4):
+    for _ in range(8):
         path, before = ESCAPE.sub(lambda match: chr(int(match[0][1:], 16)), path), path
         if path == before:
             break
-    segments = [segment.partition(";")[0] for segment in path.replace("\\", "/").lower().split("/")]
+    path = path.partition("?")[0].partition("#")[0].replace("\\", "/").lower()
+    segments = [segment.partition(";")[0].strip() for segment in path.split("/")]
     return [segment for segment in segments if segment not in ("", ".")]
 
 
@@ -774,6 +776,9 @@ class OpenAI:
     """The OpenAI API: chat completions and completions are metered
     (https://platform.openai.com/docs/api-reference)."""
     METERED = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+    # An upstream in Go would take "MODEL" for "model", and we would have read another one.
+    READ_KEYS = frozenset(("model", "stream", "max_tokens", "max_completion_tokens"))
+    MAX_MODEL = 256
 
     def __init__(self, model: Optional[str]):
         """`model` replaces the one that calls ask for."""
@@ -809,9 +814,15 @@ class OpenAI:
         if call.endpoint:
             call.body = body()
             call.payload = payload = parse_json(call.body)
+            for key in payload:
+                if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
+                    raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
             call.stream = payload.get("stream") is True
             asked = payload.get("model")
-            call.model = asked if isinstance(asked, str) else None
+            if isinstance(asked, str):
+                if len(asked) > self.MAX_MODEL:
+                    raise BadRequest("The name of the model is too long")
+                call.model = asked
             if self.model is not None and asked != self.model:
                 call.body = json.dumps({**payload, "model": self.model}, separators=(",", ":")).encode()
         return call
@@ -929,11 +940,12 @@ else:
 
 class Connection:
     """A socket that never blocks, and the bytes read from it that nobody has used yet."""
-    __slots__ = ("sock", "descriptor", "ahead", "encrypted")
+    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "dropping")
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
         self.sock, self.descriptor, self.ahead = sock, sock.fileno(), b""
+        self.dropping = False  # nobody will ever use what comes: the rest of a refused body
         self.encrypted = isinstance(sock, ssl.SSLSocket)
 
     def receive(self) -> bytes:
@@ -950,7 +962,7 @@ class Connection:
             data = self.receive()
         except WOULD_BLOCK:
             return True
-        self.ahead += data
+        self.ahead = b"" if self.dropping else self.ahead + data
         return bool(data)
 
     def close(self) -> None:
@@ -1025,20 +1037,20 @@ def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) 
         wait()
         if not connection.fill():
             return None
-    checked = 0  # bytes of whole lines that were looked at
+    checked = scanned = 0  # bytes of whole lines that were judged; bytes that were looked at
     while True:
         ahead = connection.ahead
         end = ahead.find(b"\r\n\r\n", max(0, checked - 2)) + 4
         if 4 <= end <= MAX_HEAD:
             connection.ahead = ahead[end:]
             return ahead[:end]
-        if len(ahead) > MAX_HEAD or (
-                not checked and ahead.find(b"\r\n", 0, MAX_LINE + 2) < 0 and len(ahead) > MAX_LINE):
+        line_end = ahead.find(b"\r\n", max(checked, scanned - 1))
+        if len(ahead) > MAX_HEAD or (line_end < 0 and len(ahead) - checked > MAX_LINE):
             raise TooLargeHead(431 if checked else 414)
-        if BARE_LINE_END.search(ahead, max(0, checked - 1)):
+        if BARE_LINE_END.search(ahead, max(0, scanned - 1)):
             raise Malformed()
-        end = ahead.rfind(b"\r\n") + 2
-        lines = ahead[checked:end].decode("latin-1") if end > checked + 1 else ""
+        scanned = len(ahead)
+        lines = ahead[checked:ahead.rfind(b"\r\n") + 2].decode("latin-1") if line_end >= 0 else ""
         if lines and not checked:
             start, _, lines = lines.partition("\r\n")
             if not start_line.fullmatch(start):
@@ -1246,6 +1258,7 @@ class Watch:
     def __init__(self, caller: Connection, clock: Any):
         self.caller, self.clock = caller, clock
         self.left: Optional[float] = None  # when the end of what it sends was seen
+        self.body: Any = None              # of its request; until that has ended, what comes belongs to it
 
     def wait(self, connection: Connection, events: int, deadline: float) -> int:
         """Wait until `connection` is ready; -> for what. Raises TimeoutError at `deadline`, CallerGone when
@@ -1273,6 +1286,8 @@ class Watch:
                 self.left = self.clock.monotonic()
         except OSError:
             raise CallerGone() from None
+        if len(self.caller.ahead) >= MAX_AHEAD and (self.body is None or self.body.ended):
+            raise CallerGone()  # so much ahead of its answer would hide its leaving
 
     def pause(self, done: threading.Event, deadline: float) -> bool:
         """Wait for something that has no descriptor, looking at the caller 20 times a second; -> whether it
@@ -1338,7 +1353,7 @@ class Flow:
     def watch(self) -> None:
         """Register each side for what is wanted of it now: a caller that does not take what came stops its
         own upstream."""
-        listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
+        listening = self.left is None
         for connection, events, act in (
                 (self.upstream,
                  0 if self.unsent or self.ending else selectors.EVENT_READ,
@@ -1349,13 +1364,13 @@ class Flow:
             before = self.watching.get(connection.descriptor, 0)
             if events == before:
                 continue
-            self.watching[connection.descriptor] = events
             if not before:
                 self.relay.selector.register(connection.descriptor, events, act)
             elif events:
                 self.relay.selector.modify(connection.descriptor, events, act)
             else:
                 self.relay.selector.unregister(connection.descriptor)
+            self.watching[connection.descriptor] = events
 
     def from_upstream(self, _: int) -> None:
         """The hot path: one read, one look at the framing, one write."""
@@ -1411,6 +1426,8 @@ class Flow:
                     self.left = self.relay.now
             except OSError:
                 return self.end("caller_gone")
+            if len(self.caller.ahead) >= MAX_AHEAD:
+                return self.end("caller_gone")  # so much ahead of its answer would hide its leaving
             self.watch()
         if events & selectors.EVENT_WRITE and self.unsent:
             self.send(self.unsent)
@@ -1513,8 +1530,9 @@ class Relay:
 
 # the caller's secrets, what we write ourselves, and what would name it
 NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
-    "cookie", "host", "content-length", "expect", "x-http-method-override", "forwarded", "via",
-    "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip"))
+    "api-key", "x-goog-api-key", "cookie", "cookie2", "host", "content-length", "expect", "x-http-method",
+    "x-http-method-override", "x-method-override", "forwarded", "via", "x-forwarded-for", "x-forwarded-host",
+    "x-forwarded-proto", "x-forwarded-port", "x-real-ip", "true-client-ip", "cf-connecting-ip"))
 REWRITTEN_FOR_CALLS = NEVER_UPSTREAM | {"content-type", "accept-encoding"}
 MAX_INTERIM = 16        # 1xx answers before the real one
 
@@ -1531,7 +1549,8 @@ class Answer:
             raise Malformed()
         self.status, self.reason = int(match[2]), match[3] or ""
         self.framing = self.read_framing(method, match[1] == "1")
-        self.reusable = whole_request and match[1] == "1" and "close" not in self.head.options
+        self.reusable = (whole_request and match[1] == "1" and "close" not in self.head.options
+                         and not isinstance(self.framing, UntilClose))
 
     def read_framing(self, method: str, chunking: bool) -> Any:
         """RFC 9112 6.3. An ambiguous length is Malformed, as it is for nginx."""
@@ -1633,12 +1652,15 @@ class Upstream:
         """Relay a body of any size in blocks; -> False if the upstream answered before it was all sent."""
         framing = ("Transfer-Encoding: chunked\r\n\r\n" if body.length is None
                    else "Content-Length: %d\r\n\r\n" % body.length)
-        if not watch.send(wire, (head + framing).encode("latin-1"), self.read_timeout):
-            return False
+        watch.send(wire, (head + framing).encode("latin-1"), self.read_timeout)
         for block in body.blocks(wire):
             if not watch.send(wire, chunk(block) if body.length is None else block, self.read_timeout):
-                return False
-        return body.ended and (body.length is not None or watch.send(wire, LAST_CHUNK, self.read_timeout))
+                break
+        else:
+            if body.ended:
+                return body.length is not None or watch.send(wire, LAST_CHUNK, self.read_timeout)
+        watch.caller.dropping = True
+        return False
 
     def fetch(self, path: str, watch: Watch, most: int = 1 << 22) -> Tuple[int, bytes]:
         """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout,
@@ -1733,17 +1755,20 @@ class Upstream:
     def close_stale(self, everything: bool = False) -> None:
         """Close spare connections that are too old to be used again; called once in a while."""
         oldest = self.clock.monotonic() - self.SPARE_SECONDS
-        while self.spares and (everything or self.spares[0][0] < oldest):
+        while True:
             try:
-                self.spares.popleft()[1].close()
+                usable, link = self.spares.popleft()
             except IndexError:
-                break
+                return
+            if usable >= oldest and not everything:
+                return self.spares.appendleft((usable, link))
+            link.close()
 
     def location(self, value: str) -> str:
         """A redirect to the endpoint itself, as callers know it: its address is not theirs to learn."""
-        if not value.startswith(self.endpoint.origin + "/"):
+        if not (value + "/").startswith(self.endpoint.origin + "/"):
             return value
-        path = value[len(self.endpoint.origin):]
+        path = value[len(self.endpoint.origin):] or "/"
         base = self.endpoint.path
         return "/v1" + path[len(base):] if base and (path + "/").startswith(base + "/") else path
 
@@ -1753,6 +1778,9 @@ class Upstream:
 # formatted and written by a thread of their own, so that a log nobody reads never blocks a call. It knows no
 # sockets.
 # ------------------------------------------------------------------------------------------------------------
+
+IDENTITY = re.compile("[!-~]{1,128}")  # of a request, where the caller names it
+
 
 def new_identity() -> str:
     """A random UUID (RFC 9562 5.4); it is no secret, so no system call is spent on it."""
@@ -1789,7 +1817,8 @@ class Entry:
         quota = hold and hold.quota
         return {
             "time": moment, "id": self.identity, "caller": self.caller.label if self.caller else self.address,
-            "method": self.method, "path": self.path, "model": call and call.model, "status": self.status,
+            "method": self.method, "path": self.path and self.path[:200], "status": self.status,
+            "model": call and call.model and call.model[:80],
             "outcome": self.outcome, "cause": self.cause, "stream": bool(call and call.stream),
             "first_ms": self.first_byte and int((self.first_byte - self.started) * 1000),
             "ms": int((self.ended - self.started) * 1000), "cost": quota and hold.amount,
@@ -1800,7 +1829,8 @@ class Entry:
         call, hold = self.call, self.hold
         quota, model = hold and hold.quota, call and call.model
         return "%s %s %s %s %s %d %s %s first=%s all=%dms cost=%s left=%s bytes=%d id=%s%s" % (
-            moment, self.caller.label if self.caller else self.address, self.method or "-", self.path or "-",
+            moment, self.caller.label if self.caller else self.address, self.method or "-",
+            self.path[:200] if self.path else "-",
             ("-" if not model else model if PLAIN_WORD.fullmatch(model)
              else ascii(model[:80]).replace(" ", "\\x20")),
             self.status, self.outcome, "stream" if call and call.stream else "-",
@@ -1862,7 +1892,12 @@ class Log:
             data = memoryview("\n".join(rows + [""]).encode("ascii", "backslashreplace"))
             try:
                 while data:
-                    data = data[self.stream.write(data):]
+                    written = self.stream.write(data)
+                    if written is None:  # a pipe that does not block, and is full
+                        if self.stopping:
+                            break
+                        time.sleep(0.05)
+                    data = data[written or 0:]
             except (OSError, ValueError):
                 pass  # a closed or full log is no reason to stop serving
             if not self.stopping:
@@ -1928,7 +1963,12 @@ class Proxy:
         asked for plain."""
         metered = call.endpoint is not None
         if metered not in request.derived:
-            rows = request.head.end_to_end(REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM)
+            dropped = REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM
+            if not IDENTITY.fullmatch(request.head.get("x-request-id", "")):
+                dropped = dropped | {"x-request-id"}
+            # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
+            dropped = dropped.union([name for name in request.head.rows if "_" in name])
+            rows = request.head.end_to_end(dropped)
             if metered:
                 rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
             request.derived[metered] = "".join([row + "\r\n" for row in rows])
@@ -2018,7 +2058,8 @@ RATE_FIELDS = (  # in the order of Quota
     "X-RateLimit-Reset-Seconds")
 RATE_LINES = "\r\n".join(name + ": %d" for name in RATE_FIELDS)
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
-    ["content-length", "location", "x-request-id", "x-upstream-request-start", "x-upstream-request-stop"] +
+    ["content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
+     "x-upstream-request-stop"] +
     [name.lower() for name in RATE_FIELDS])
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age",
@@ -2136,9 +2177,10 @@ class Reply:
         self.request, self.closing = request, request.closing
         if "x-request-id" in request.head.rows:
             shown = request.head.get("x-request-id")
-            self.entry.identity = shown if re.fullmatch("[!-~]{1,128}", shown) else None
+            self.entry.identity = shown if IDENTITY.fullmatch(shown) else None
         self.entry.method, self.entry.path = request.method, request.path
-        self.body = RequestBody(self.caller, request, self.proxy.config.max_body_bytes, self.proxy.clock)
+        self.body = self.watch.body = RequestBody(
+            self.caller, request, self.proxy.config.max_body_bytes, self.proxy.clock)
 
     # -- what comes from upstream
 
@@ -2162,8 +2204,9 @@ class Reply:
             first = passage.feed(ahead)
         except Malformed as failure:
             raise UpstreamFailed(failure) from None
-        if "location" in head.rows:
-            lines.append("Location: " + answer.upstream.location(head.get("location")))
+        for name in ("location", "content-location"):
+            if name in head.rows:
+                lines.append("%s: %s" % (name.title(), answer.upstream.location(head.get(name))))
         if "x-request-id" in head.rows:
             lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
         lines.append("X-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d"
@@ -2212,7 +2255,8 @@ class Reply:
         entry, request = self.entry, self.request
         entry.status = status
         if self.body is None or not self.body.skip():
-            self.closing = True  # what is left of the body would be taken for the next request
+            # What is left of the body would be taken for the next request.
+            self.closing = self.caller.dropping = True
         rows = ["HTTP/1.1 %d %s" % (status, reason), *lines]
         if entry.identity is None:
             entry.identity = new_identity()
@@ -2325,28 +2369,32 @@ class Handler:
             reply.entry.status = reply.entry.status or 499  # nothing was sent; nginx's number for it
 
     def wait(self) -> None:
-        """For read_head: return when there is more to read, within the deadline that holds now."""
+        """For read_head: return when there is more to read, within the deadline that holds now. Until its head
+        is whole a request is no call yet, and does not hold up the end of the server."""
         now = self.clock.monotonic()
         if self.caller.ahead:
             self.begun = self.begun or now
-            if not ready(self.begun + self.HEAD_SECONDS - now, (self.caller.descriptor, READ)):
-                raise TooSlow()
-            return
+            left = self.begun + self.HEAD_SECONDS - now
+        else:
+            left = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
         self.server.idle.add(self.request)
         try:
-            wait = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-            if (self.server.draining or not ready(wait, (self.caller.descriptor, READ))
-                    or self.server.draining):
-                raise QuietEnd()
+            found = not self.server.draining and ready(left, (self.caller.descriptor, READ))
         finally:
             self.server.idle.discard(self.request)
+        if self.server.draining or not (found or self.caller.ahead):
+            raise QuietEnd()
+        if not found:
+            raise TooSlow()
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Before closing, read on where the caller may still be sending: closing on unread bytes sends a
-        reset, and that could erase our last answer (RFC 9112 9.6)."""
+        reset, and that could erase our last answer (RFC 9112 9.6). -> whether it can be closed at once."""
         reply = self.reply
-        if not reply.begun or reply.reset or (reply.body and reply.body.ended and not self.caller.ahead):
-            return
+        if not reply.begun or reply.reset:
+            return True
+        if reply.body and reply.body.ended:
+            return False
         try:
             self.request.shutdown(socket.SHUT_WR)
             now = self.clock.monotonic()
@@ -2360,6 +2408,7 @@ class Handler:
                 taken, now = taken + len(data), self.clock.monotonic()
         except (OSError, ValueError):
             pass
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2427,7 +2476,8 @@ class Server(http.server.ThreadingHTTPServer):
             flow = handler.run()
             if flow:
                 return self.proxy.relay.carry(flow, functools.partial(self.resume, handler))
-            handler.finish()
+            if not handler.finish():
+                return self.dismiss_later(handler.request)
         except Exception:
             self.proxy.log.report()
         self.shutdown_request(handler.request)
@@ -2442,15 +2492,17 @@ class Server(http.server.ThreadingHTTPServer):
             self.unstarted.append(handler)
 
     def shutdown_request(self, request: socket.socket) -> None:
+        self.forget(request)
+        self.close_request(request)
+
+    def forget(self, request: socket.socket) -> None:
         with self.lock:
             self.open.discard(request)
             if not self.open:
                 self.lock.notify_all()
-        self.close_request(request)
 
     def turn_away(self, request: socket.socket) -> None:
-        """Answer 503 without a thread, and close a moment later: closing at once would reset the
-        connection."""
+        """Answer 503 without a thread."""
         refusal = Overloaded()
         body = self.proxy.dialect.error(refusal)
         head = ("HTTP/1.1 503 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
@@ -2458,6 +2510,15 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             request.setblocking(False)
             request.send((head % (REASONS[503], len(body))).encode() + body)
+        except OSError:
+            pass
+        self.dismiss_later(request)
+
+    def dismiss_later(self, request: socket.socket) -> None:
+        """Close a connection a moment after its last answer, when that has been read: closing on bytes that
+        came meanwhile would reset it."""
+        self.forget(request)
+        try:
             request.shutdown(socket.SHUT_WR)
         except OSError:
             pass
@@ -2473,8 +2534,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.close_request(request)
 
     def service_actions(self) -> None:
-        """Called between two connections, and ten times a second."""
-        now = self.proxy.clock.monotonic()
+        """Called between two connections, and ten times a second, in the thread that accepts: a bug here must
+        not end it."""
+        try:
+            self.sweep(self.proxy.clock.monotonic())
+        except Exception:
+            self.proxy.log.report()
+
+    def sweep(self, now: float) -> None:
         while self.turned_away and self.turned_away[0][0] < now - 1:
             self.dismiss(self.turned_away.popleft()[1])
         for _ in range(len(self.unstarted)):
@@ -2513,6 +2580,9 @@ class Server(http.server.ThreadingHTTPServer):
                     except OSError:
                         pass
                 self.lock.wait_for(lambda: not self.open, 1)
+        self.proxy.upstream.close_stale(everything=True)
+        while self.turned_away:
+            self.dismiss(self.turned_away.popleft()[1])
         return left
 
 
@@ -2758,8 +2828,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     if options.check:
         return check(config, sys.stdout)
-    return run(config, open(2, "wb", buffering=0, closefd=False),
-               DEMO_HINT % config.port if options.demo else "")
+    try:
+        log_stream = open(2, "wb", buffering=0, closefd=False)
+    except OSError:
+        log_stream = open(os.devnull, "wb", buffering=0)  # started with stderr closed
+    return run(config, log_stream, DEMO_HINT % config.port if options.demo else "")
 
 
 if __name__ == "__main__":
