@@ -1589,6 +1589,7 @@ class Link(NamedTuple):
 
 
 class Upstream:
+    NEAR_SECONDS = 0.05        # how long a connection to an address may take in the caller's own thread
     SPARE_SECONDS = 3        # below the 5 s after which uvicorn, Node and llama.cpp close an idle connection
     SETTLING_SECONDS = 0.05  # llama.cpp closes after a stream although it promised to keep the connection
 
@@ -1599,6 +1600,8 @@ class Upstream:
         # (usable from, link), oldest left
         self.spares: "collections.deque[Tuple[float, Link]]" = collections.deque()
         self.tls = ssl.create_default_context() if endpoint.scheme == "https" else None
+        # An address needs no look-up: it is there at once, or the patient way finds out.
+        self.near = self.tls is None and re.fullmatch(r"[0-9.]+|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*", endpoint.host)
         self.own_lines = "Host: %s\r\n" % endpoint.origin.partition("://")[2]
         if key:
             self.own_lines += "Authorization: Bearer %s\r\n" % key
@@ -1686,19 +1689,21 @@ class Upstream:
             raise UpstreamFailed("answer was cut or too long")
 
     def connect(self, watch: Watch) -> Link:
-        """A spare connection that is still silent, or a new one."""
-        now = self.clock.monotonic()
-        while self.spares:
-            try:
+        """A spare connection that is still silent, the newest first, or a new one."""
+        now, settling = self.clock.monotonic(), []
+        try:
+            while len(settling) < 16:
                 usable, link = self.spares.pop()
-            except IndexError:
-                break  # another thread was faster
-            if usable > now:
-                self.spares.append((usable, link))
-                break
-            if now - usable < self.SPARE_SECONDS and self.silent(link):
-                return link
-            link.close()
+                if usable > now:
+                    settling.append((usable, link))
+                elif now - usable < self.SPARE_SECONDS and self.silent(link):
+                    return link
+                else:
+                    link.close()
+        except IndexError:
+            pass  # none is left
+        finally:
+            self.spares.extend(reversed(settling))
         return self.open(watch)
 
     @staticmethod
@@ -1714,12 +1719,22 @@ class Upstream:
             return False
 
     def open(self, watch: Watch) -> Link:
-        """Connect in a thread of its own: name look-ups and handshakes know neither our deadline nor the
-        caller's leaving."""
+        """Connect: at once where that can be, else in a thread of its own, because name look-ups and handshakes
+        know neither our deadline nor the caller's leaving."""
         host, port = self.endpoint.host, self.endpoint.port
         owner = (
             http.client.HTTPSConnection(host, port, timeout=self.open_timeout, context=self.tls) if self.tls
             else http.client.HTTPConnection(host, port, timeout=self.open_timeout))
+        if self.near:
+            try:
+                owner.timeout = self.NEAR_SECONDS
+                owner.connect()
+                return Link(owner, Connection(owner.sock))
+            except (TimeoutError, socket.timeout):
+                owner.timeout = self.open_timeout
+            except OSError as failure:
+                owner.close()
+                raise UpstreamFailed(failure) from None
         done, abandoned, failures = threading.Event(), threading.Event(), []
 
         def run():
@@ -2458,7 +2473,9 @@ class Server(http.server.ThreadingHTTPServer):
         if full:
             return self.turn_away(request)
         try:
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+            # Thread.start returns when the thread runs: in a burst of callers that leaves the Relay its share.
+            threading.Thread(target=self.process_request_thread, args=(request, client_address),
+                             daemon=True).start()
         except RuntimeError:  # can't start new thread
             with self.lock:
                 self.open.discard(request)
