@@ -1015,7 +1015,7 @@ class Head:
 
     def end_to_end(self, without: frozenset) -> List[str]:
         """The lines to pass on: not those of this connection, nor those it names as such, nor `without`."""
-        dropped = without if HOP_BY_HOP.issuperset(self.options) else without.union(self.options)
+        dropped = without.union(self.options) if self.options and self.options != ["keep-alive"] else without
         return [row for name, row in self.rows.items() if name not in dropped]
 
     @staticmethod
@@ -2071,6 +2071,7 @@ class Pages:
 RATE_FIELDS = (  # in the order of Quota
     "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
     "X-RateLimit-Reset-Seconds")
+ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *"
 RATE_LINES = "\r\n".join(name + ": %d" for name in RATE_FIELDS)
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
@@ -2278,15 +2279,15 @@ class Reply:
         rows.append("X-Request-ID: " + entry.identity)
         if entry.hold and entry.hold.quota:
             rows.append(RATE_LINES % entry.hold.quota)
-        if self.proxy.config.cors_origins:
+        if self.proxy.config.cors_origins == ("*",):
+            rows.append(ANY_ORIGIN)
+        elif self.proxy.config.cors_origins:
             rows.append(self.cors(request))
         rows.append("Connection: close\r\n\r\n" if self.closing else "\r\n")
         return "\r\n".join(rows).encode("latin-1")
 
     def cors(self, request: Optional[Request]) -> str:
         allowed = self.proxy.config.cors_origins
-        if allowed == ("*",):
-            return "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *"
         origin = request and request.head.get("origin")
         if origin in allowed:
             return ("Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\nVary: Origin"
