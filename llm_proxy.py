@@ -2178,7 +2178,6 @@ class RequestBody:
 class Reply:
     """The way back to one caller: begin an answer that came from upstream, or send one of ours; `closing`
     says that the connection cannot carry another request."""
-    SLOW_READER_SECONDS = 60
 
     def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, entry: Entry):
         self.caller, self.watch, self.proxy, self.entry = caller, watch, proxy, entry
@@ -2301,7 +2300,7 @@ class Reply:
             try:
                 view = view[self.caller.sock.send(view):]
             except WOULD_BLOCK:
-                if not ready(self.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE)):
+                if not ready(Flow.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE)):
                     raise CallerGone() from None
             except OSError:
                 raise CallerGone() from None
