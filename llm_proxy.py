@@ -726,7 +726,10 @@ def parse_json(body: bytes) -> Dict[str, Any]:
     if too_deep(body):
         raise BadRequest("The request body is nested too deeply, or not valid JSON")
     try:
-        payload = STRICT_JSON.decode(body.decode())
+        text = body.decode().strip(" \t\r\n")
+        payload, end = STRICT_JSON.raw_decode(text)
+        if end < len(text):
+            raise ValueError("something follows")
     except (ValueError, RecursionError):
         raise BadRequest("The request body is not valid JSON") from None
     if not isinstance(payload, dict):
@@ -971,11 +974,13 @@ class Connection:
 
 class Head:
     """A start line and header fields. `rows`: lower-case name -> the line as it came, ready to be passed on;
-    lines of the same name are joined by their line end. `options` are those of Connection."""
-    __slots__ = ("start", "rows", "options")
+    lines of the same name are joined by their line end. `options` are those of Connection. `derived` is room
+    for what others derive from the head alone."""
+    __slots__ = ("start", "rows", "options", "shape", "derived")
 
     def __init__(self, data: bytes):
         """`data` runs from the start line through the blank line. Raises Malformed."""
+        self.shape, self.derived = None, {}
         self.start, _, block = data[:-2].decode("latin-1").partition("\r\n")
         if not FIELD_LINES.fullmatch(block):
             raise Malformed()
@@ -1029,6 +1034,21 @@ class Head:
         return self.length(self.get("content-length")) if "content-length" in self.rows else None
 
 
+def shape_and_length(data: bytes) -> Tuple[Tuple[bytes, bytes], Optional[int]]:
+    """What stands around the length in a head, and the length. Either side sends the same head again and
+    again, but for that: a shape that was checked once need not be checked again. The length stands in the same
+    place then; one more beside another framing would be a door for smuggling."""
+    start = data.find(b"\r\nContent-Length: ")
+    if start < 0:
+        start = data.find(b"\r\ncontent-length: ")
+    if start > 0:
+        end = data.find(b"\r\n", start + 18)
+        length = data[start + 18:end]
+        if length.isdigit() and len(length) < 16:
+            return (data[:start], data[end:]), int(length)
+    return (data, b""), None
+
+
 def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) -> Optional[bytes]:
     """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `wait`
     returns when there is more to read. What can no longer become a head that begins with `start_line` is
@@ -1066,12 +1086,10 @@ def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) 
 
 class Request:
     """A request head that every RFC 9112 reader would read the same way. `path` and `query` come from its
-    target; `length` is None for a chunked body. `derived` is room for what others derive from the head
-    alone."""
-    __slots__ = ("head", "method", "path", "query", "version", "length", "closing", "shape", "derived")
+    target; `length` is None for a chunked body."""
+    __slots__ = ("head", "method", "path", "query", "version", "length", "closing")
 
     def __init__(self, data: bytes):
-        self.shape, self.derived = None, {}
         self.head = head = Head(data)
         match = REQUEST_LINE.fullmatch(head.start)
         if not match:
@@ -1088,17 +1106,13 @@ class Request:
 
     @classmethod
     def read(cls, data: bytes, last: Optional["Request"]) -> "Request":
-        """A caller that keeps its connection sends the same head again, but for its length; then `last`
-        serves again. Both must have the length in the same place: one more beside another framing would be a
-        door for smuggling."""
-        start = data.find(b"\r\nContent-Length: ")
-        end = data.find(b"\r\n", start + 2) if start >= 0 else 0
-        shape = (data[:start], data[end:]) if end else (data, None)
-        if last is None or last.shape != shape:
+        """`last` again, where `data` differs from it in nothing but the length."""
+        shape, length = shape_and_length(data)
+        if last is None or last.head.shape != shape:
             last = cls(data)
-            last.shape = shape
-        elif end:
-            last.length = Head.length(data[start + 18:end].decode("latin-1"))
+            last.head.shape = shape
+        elif length is not None:
+            last.length = length
         return last
 
     @staticmethod
@@ -1537,35 +1551,51 @@ REWRITTEN_FOR_CALLS = NEVER_UPSTREAM | {"content-type", "accept-encoding"}
 MAX_INTERIM = 16        # 1xx answers before the real one
 
 
-class Answer:
-    """An upstream's answer: a checked head, and a body that is still arriving. As a with-block it keeps the
-    connection for the next call if, and only if, the answer came whole and nothing came after it."""
-    __slots__ = ("upstream", "link", "head", "status", "reason", "framing", "reusable")
+class AnswerHead(Head):
+    """The head of an answer, checked; `lasting` says that the connection can carry another one, `streamed`
+    that an event stream follows."""
+    __slots__ = ("status", "reason", "chunked", "lasting", "streamed")
 
-    def __init__(self, upstream: "Upstream", link: "Link", data: bytes, method: str, whole_request: bool):
-        self.upstream, self.link, self.head = upstream, link, Head(data)
-        match = STATUS_LINE.fullmatch(self.head.start)
+    def __init__(self, data: bytes):
+        super().__init__(data)
+        match = STATUS_LINE.fullmatch(self.start)
         if not match:
             raise Malformed()
         self.status, self.reason = int(match[2]), match[3] or ""
-        self.framing = self.read_framing(method, match[1] == "1")
-        self.reusable = (whole_request and match[1] == "1" and "close" not in self.head.options
-                         and not isinstance(self.framing, UntilClose))
-
-    def read_framing(self, method: str, chunking: bool) -> Any:
-        """RFC 9112 6.3. An ambiguous length is Malformed, as it is for nginx."""
-        coding, length = self.head.get("transfer-encoding"), self.head.content_length()
-        if coding is not None and (length is not None or coding.lower() != "chunked" or not chunking):
+        coding = self.get("transfer-encoding")
+        self.chunked = coding is not None
+        # RFC 9112 6.3. An ambiguous length is Malformed, as it is for nginx.
+        if self.chunked and ("content-length" in self.rows or coding.lower() != "chunked" or match[1] == "0"):
             raise Malformed()
-        if method == "HEAD" or self.status < 200 or self.status in (204, 304):
-            return Sized(0)
-        if coding is not None:
-            return Chunked()
-        return UntilClose() if length is None else Sized(length)
+        self.lasting = match[1] == "1" and "close" not in self.options
+        self.streamed = self.get("content-type", "").startswith("text/event-stream")
 
-    @property
-    def streamed(self) -> bool:
-        return self.head.get("content-type", "").startswith("text/event-stream")
+    @classmethod
+    def read(cls, data: bytes, last: Optional["AnswerHead"]) -> Tuple["AnswerHead", Optional[int]]:
+        """-> `last` again, where `data` differs from it in nothing but the length; and the length."""
+        shape, length = shape_and_length(data)
+        if last is None or last.shape != shape:
+            last = cls(data)
+            last.shape, length = shape, last.content_length()
+        return last, length
+
+
+class Answer:
+    """An upstream's answer: a checked head, and a body that is still arriving. As a with-block it keeps the
+    connection for the next call if, and only if, the answer came whole and nothing came after it."""
+    __slots__ = ("upstream", "link", "head", "status", "length", "framing", "reusable")
+
+    def __init__(self, upstream: "Upstream", link: "Link", head: AnswerHead, length: Optional[int],
+                 method: str, whole_request: bool):
+        self.upstream, self.link, self.head, self.length = upstream, link, head, length
+        self.status = status = head.status
+        if method == "HEAD" or status < 200 or status in (204, 304):
+            self.framing = Sized(0)
+        elif length is not None:
+            self.framing = Sized(length)
+        else:
+            self.framing = Chunked() if head.chunked else UntilClose()
+        self.reusable = whole_request and head.lasting and not isinstance(self.framing, UntilClose)
 
     def __enter__(self) -> "Answer":
         return self
@@ -1573,7 +1603,7 @@ class Answer:
     def __exit__(self, *_: Any) -> None:
         framing = self.framing
         if self.reusable and framing.ended and not framing.excess and not self.link.wire.ahead:
-            self.upstream.keep(self.link, self.streamed)
+            self.upstream.keep(self.link, self.head.streamed)
         else:
             self.link.close()
 
@@ -1599,6 +1629,7 @@ class Upstream:
         self.open_timeout, self.read_timeout = open_timeout, read_timeout
         # (usable from, link), oldest left
         self.spares: "collections.deque[Tuple[float, Link]]" = collections.deque()
+        self.last: Optional[AnswerHead] = None
         self.tls = ssl.create_default_context() if endpoint.scheme == "https" else None
         # An address needs no look-up: it is there at once, or the patient way finds out.
         self.near = self.tls is None and re.fullmatch(r"[0-9.]+|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*", endpoint.host)
@@ -1644,9 +1675,10 @@ class Upstream:
             data = read_head(wire, STATUS_LINE, functools.partial(watch.wait, wire, READ, deadline))
             if data is None:
                 break
-            answer = Answer(self, link, data, method, whole_request)
+            answer, length = AnswerHead.read(data, self.last)
+            self.last = answer
             if answer.status >= 200:
-                return answer
+                return Answer(self, link, answer, length, method, whole_request)
             if answer.status == 101:
                 break  # nobody asked for it: upgrades are not passed on
         raise UpstreamFailed("closed without an answer" if data is None else "no final answer")
@@ -1968,16 +2000,16 @@ class Proxy:
         return self.upstream
 
     def identify(self, request: Request, address: str) -> Caller:
-        if "credential" not in request.derived:
-            request.derived["credential"] = self.callers.credential(request.head)
-        return self.callers.identify(request.derived["credential"], address)
+        if "credential" not in request.head.derived:
+            request.head.derived["credential"] = self.callers.credential(request.head)
+        return self.callers.identify(request.head.derived["credential"], address)
 
     @staticmethod
     def lines_up(request: Request, call: Call) -> str:
         """The header lines that go upstream beside its own. A metered answer must stay readable, so it is
         asked for plain."""
         metered = call.endpoint is not None
-        if metered not in request.derived:
+        if metered not in request.head.derived:
             dropped = REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM
             if not IDENTITY.fullmatch(request.head.get("x-request-id", "")):
                 dropped = dropped | {"x-request-id"}
@@ -1986,8 +2018,8 @@ class Proxy:
             rows = request.head.end_to_end(dropped)
             if metered:
                 rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
-            request.derived[metered] = "".join([row + "\r\n" for row in rows])
-        return request.derived[metered]
+            request.head.derived[metered] = "".join([row + "\r\n" for row in rows])
+        return request.head.derived[metered]
 
     @staticmethod
     def body_up(call: Call, reply: Any) -> Any:
@@ -2071,8 +2103,8 @@ class Pages:
 RATE_FIELDS = (  # in the order of Quota
     "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
     "X-RateLimit-Reset-Seconds")
-ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *"
-RATE_LINES = "\r\n".join(name + ": %d" for name in RATE_FIELDS)
+ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n"
+RATE_LINES = "".join(name + ": %d\r\n" for name in RATE_FIELDS)
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
      "x-upstream-request-stop"] +
@@ -2201,34 +2233,41 @@ class Reply:
 
     def begin(self, answer: Answer) -> Passage:
         """Send the head of an answer, together with what has come of its body; -> the rest of the way."""
-        head, framing = answer.head, answer.framing
-        lines = head.end_to_end(REPLACED_WITH_CORS if self.proxy.config.cors_origins else REPLACED)
-        style = Passage.AS_IS
+        framing, style, lines = answer.framing, Passage.AS_IS, self.lines_down(answer)
         if isinstance(framing, (Chunked, UntilClose)):
             if self.request.version == 0:
                 # HTTP/1.0 knows no chunks: closing ends the body
                 style, self.closing, self.unframed = Passage.PLAIN, True, True
             else:
                 style = Passage.AS_IS if isinstance(framing, Chunked) else Passage.CHUNKED
-                lines.append("Transfer-Encoding: chunked")
-        elif "content-length" in head.rows and answer.status != 204:
-            lines.append(head.rows["content-length"])
+                lines += "Transfer-Encoding: chunked\r\n"
+        elif answer.length is not None and answer.status != 204:
+            lines += "Content-Length: %d\r\n" % answer.length
         passage = Passage(framing, style)
         ahead, answer.link.wire.ahead = answer.link.wire.ahead, b""
         try:
             first = passage.feed(ahead)
         except Malformed as failure:
             raise UpstreamFailed(failure) from None
-        for name in ("location", "content-location"):
-            if name in head.rows:
-                lines.append("%s: %s" % (name.title(), answer.upstream.location(head.get(name))))
-        if "x-request-id" in head.rows:
-            lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
-        lines.append(f"X-Upstream-Request-Start: {self.started}\r\n"
-                     f"X-Upstream-Request-Stop: {self.proxy.clock.time_ns()}")
-        self.entry.first_byte = self.proxy.clock.monotonic()
-        self.write(self.head(answer.status, answer.reason, lines) + first)
+        clock = self.proxy.clock
+        lines += "X-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d\r\n" % (
+            self.started, clock.time_ns())
+        self.entry.first_byte = clock.monotonic()
+        self.write(self.head(answer.status, answer.head.reason, lines) + first)
         return passage
+
+    def lines_down(self, answer: Answer) -> str:
+        """The header lines of an answer that are passed on as they came, or nearly."""
+        head = answer.head
+        if "down" not in head.derived:
+            rows = head.end_to_end(REPLACED_WITH_CORS if self.proxy.config.cors_origins else REPLACED)
+            for name in ("location", "content-location"):
+                if name in head.rows:
+                    rows.append("%s: %s" % (name.title(), answer.upstream.location(head.get(name))))
+            if "x-request-id" in head.rows:
+                rows.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
+            head.derived["down"] = "".join([row + "\r\n" for row in rows])
+        return head.derived["down"]
 
     def cut(self) -> None:
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too few bytes,
@@ -2246,7 +2285,8 @@ class Reply:
             lines += ("Content-Type: " + content_type, "Content-Length: %d" % len(body))
         with_body = self.request is None or self.request.method != "HEAD"
         self.entry.passed = len(body) if with_body else 0
-        self.write(self.head(status, REASONS.get(status, "Error"), lines) + (body if with_body else b""))
+        head = self.head(status, REASONS.get(status, "Error"), "".join([row + "\r\n" for row in lines]))
+        self.write(head + (body if with_body else b""))
 
     def refuse(self, refusal: Refusal) -> None:
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
@@ -2265,33 +2305,29 @@ class Reply:
 
     # -- both
 
-    def head(self, status: int, reason: str, lines: Any) -> bytes:
+    def head(self, status: int, reason: str, lines: str) -> bytes:
+        """`lines` are header lines, each with its line end."""
         self.begun = True
-        entry, request = self.entry, self.request
+        entry, hold, origins = self.entry, self.entry.hold, self.proxy.config.cors_origins
         entry.status = status
+        if entry.identity is None:
+            entry.identity = new_identity()
         if self.body is None or not self.body.skip():
             # What is left of the body would be taken for the next request.
             self.closing = self.caller.dropping = True
-        rows = ["HTTP/1.1 %d %s" % (status, reason), *lines]
-        if entry.identity is None:
-            entry.identity = new_identity()
-        rows.append("X-Request-ID: " + entry.identity)
-        if entry.hold and entry.hold.quota:
-            rows.append(RATE_LINES % entry.hold.quota)
-        if self.proxy.config.cors_origins == ("*",):
-            rows.append(ANY_ORIGIN)
-        elif self.proxy.config.cors_origins:
-            rows.append(self.cors(request))
-        rows.append("Connection: close\r\n\r\n" if self.closing else "\r\n")
-        return "\r\n".join(rows).encode("latin-1")
+        return "".join((
+            f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.identity}\r\n",
+            RATE_LINES % hold.quota if hold and hold.quota else "",
+            ANY_ORIGIN if origins == ("*",) else self.cors(self.request) if origins else "",
+            "Connection: close\r\n\r\n" if self.closing else "\r\n")).encode("latin-1")
 
     def cors(self, request: Optional[Request]) -> str:
         allowed = self.proxy.config.cors_origins
         origin = request and request.head.get("origin")
         if origin in allowed:
-            return ("Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\nVary: Origin"
+            return ("Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\nVary: Origin\r\n"
                     % origin)
-        return "Vary: Origin"
+        return "Vary: Origin\r\n"
 
     def write(self, data: bytes) -> None:
         """Send all of `data`, however slowly it is taken. Raises CallerGone."""
