@@ -48,14 +48,20 @@ Contents, in reading order; a section uses only what stands above it:
 import _thread
 import argparse
 import collections
+import contextlib
+import copy
+import csv
 import ctypes
+import decimal
 import errno
+import fnmatch
 import functools
 import gc
 import hashlib
 import hmac
 import http.client
 import http.server
+import itertools
 import json
 import math
 import os
@@ -66,6 +72,7 @@ import selectors
 import signal
 import socket
 import socketserver
+import sqlite3
 import ssl
 import struct
 import sys
@@ -73,6 +80,7 @@ import threading
 import time
 import traceback
 import types
+import urllib.parse
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 VERSION = "0.1.0"
@@ -186,6 +194,114 @@ def affinity(text: str) -> Optional[int]:
     raise ValueError("must be auto, off or the number of a CPU")
 
 
+PICODOLLARS = 10 ** 12  # money is counted in whole ones: a price of $0.000001 per million tokens is one a token
+UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "estimate")
+DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800, "month": 2592000,
+             "s": 1, "m": 60, "h": 3600, "d": 86400}
+SCOPE = re.compile(r"each|all|address|(?:key|model):[^\s,]{1,200}")
+
+
+class Rule(NamedTuple):
+    """One limit, as a kind of bucket: it holds `capacity`, gains `refill` every `interval` seconds; the
+    capacity is None where the rule says `unlimited`. `scopes` are (kind, glob) pairs, `unit` is an index into
+    UNITS, and `rate` is what the rule allows in which time, for people. Rules of one `family` are
+    alternatives."""
+    text: str
+    scopes: Tuple[Tuple[str, str], ...]
+    unit: int
+    capacity: Optional[int]
+    refill: int
+    interval: float
+    rate: Tuple[int, int]
+    family: Tuple[Any, ...] = ()
+
+
+def rules(text: str) -> List[Rule]:
+    """'SCOPE AMOUNT UNIT per DURATION [burst N]', by semicolons or lines."""
+    found = [rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
+    texts = [one.text for one in found]
+    if not found:
+        raise ValueError("must hold at least one rule such as 'each 60 requests per minute'")
+    if len(set(texts)) < len(texts):
+        raise ValueError("must not hold the same rule twice")
+    return found
+
+
+def rule(text: str) -> Rule:
+    def fault(word, right):
+        return ValueError("must be rules such as 'each 60 requests per minute'; in '%s' %s should be %s"
+                          % (text, "the word '%s'" % word if word else "the end", right))
+
+    words = text.split(" ") + [""] * 7
+    scopes = tuple(tuple((part + ":").split(":")[:2]) for part in words[0].split(","))
+    kinds = ["caller" if kind in ("each", "key") else kind for kind, _ in scopes]
+    for part in words[0].split(","):
+        if not SCOPE.fullmatch(part):
+            raise fault(part, "each, all, address, key:GLOB or model:GLOB")
+    if len(set(kinds)) < len(kinds) or ("all" in kinds and set(kinds) - {"all", "model"}):
+        raise fault(words[0], "scopes that can be joined")
+    if words[2] not in UNITS[:5]:
+        raise fault(words[2], "requests, tokens, input_tokens, output_tokens or usd")
+    scale, shape = (PICODOLLARS, r"[0-9]{1,6}(\.[0-9]{1,6})?") if words[2] == "usd" else (1, "[0-9]{1,12}")
+    if words[5] not in ("", "burst") or any(words[7:]):
+        raise fault(words[5] if words[5] != "burst" else words[7], "burst N or the end")
+    amounts = []
+    for word in [words[1]] + ([words[6]] if words[5] else []):
+        good = re.fullmatch(shape, word) and decimal.Decimal(word) > 0
+        if not good and (word != "unlimited" or amounts):
+            raise fault(word, "an amount above 0" + ("" if amounts else ", or unlimited"))
+        amounts.append(int(decimal.Decimal(word) * scale) if good else None)
+    if words[3] != "per":
+        raise fault(words[3], "per")
+    length = re.fullmatch("(second|minute|hour|day|week|month)|([1-9][0-9]{0,5})([smhd])", words[4])
+    if not length:
+        raise fault(words[4], "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d")
+    seconds_long = DURATIONS[length[1] or length[3]] * int(length[2] or 1)
+    family = (tuple(sorted(kinds)), words[2], seconds_long)
+    return Rule(text, scopes, UNITS.index(words[2]), amounts[-1] if amounts[0] else None, 1,
+                seconds_long / (amounts[0] or 1), (amounts[0] or 0, seconds_long), family)
+
+
+class Price(NamedTuple):
+    """Picodollars a token. `cache_read` and `cache_write` are for the parts of the input that a cache gave or
+    took."""
+    input: int
+    output: int
+    cache_read: int
+    cache_write: int
+
+
+def price(cost: Any) -> Price:
+    """{input, output, cache_read, cache_write}, each in USD per million tokens; a cached token costs what
+    another one does where nothing else is said."""
+    values = [cost.get(name, cost.get("input")) for name in ("input", "output", "cache_read", "cache_write")]
+    if "output" not in cost:
+        values[1] = 0
+    if not all(isinstance(value, (int, decimal.Decimal)) and 0 <= value < 10 ** 6 for value in values):
+        raise ValueError("not a price")
+    return Price(*[int((value * 10 ** 6).quantize(1) if isinstance(value, decimal.Decimal) else value * 10 ** 6)
+                   for value in values])
+
+
+def price_file(path: str) -> Dict[str, Price]:
+    """models.dev's api.json, {provider: {models: {id: {cost: {...}}}}}, or {model glob: {input, output, ...}};
+    -> {glob: Price}."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            table = json.load(file, parse_float=decimal.Decimal)
+        if any("models" in row for row in table.values()):
+            table = {name: model["cost"] for row in table.values() for name, model in row["models"].items()
+                     if "cost" in model}
+        return {name: price(cost) for name, cost in table.items()}
+    except OSError as failure:
+        raise ValueError("must be a file that can be read: %s" % failure.strerror) from None
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        raise ValueError("must be a JSON file of prices, as models.dev has it or as {model: {input, output}}"
+                         ) from None
+
+
+DEFAULT_DATABASE = "llm_proxy.db"
+
 SETTINGS = {
     "Where calls go": (
         Setting("BASE_API_URL", None, endpoint,
@@ -212,14 +328,25 @@ SETTINGS = {
         Setting("MAX_TOKENS", "10", whole(1, 10 ** 12), "what a caller's bucket holds; it starts full"),
         Setting("REFILL_TOKENS", "2", whole(1, 10 ** 12), "what it gains every interval"),
         Setting("REFILL_INTERVAL_SECONDS", "300", whole(1, 10 ** 9), "the interval"),
-        Setting("TOKEN_COST_MODE", "request", choice("request", "estimate"),
-                "a call costs a fixed number, or its estimated tokens"),
+        Setting("TOKEN_COST_MODE", "request", choice("request", "estimate", "usage"),
+                "a call costs a fixed number, its estimated tokens, or those it really used"),
         Setting("REQUEST_TOKEN_COST", "1", whole(1, 10 ** 12),
                 "the fixed number, for TOKEN_COST_MODE=request"),
         Setting("RESPONSE_TOKEN_RESERVE", "256", whole(0, 10 ** 12),
-                "expected output of a call that names no maximum, for estimate"),
+                "expected output of a call that names no maximum"),
+        Setting("IMAGE_TOKENS", "1000", whole(0, 10 ** 9), "what an image in a prompt is estimated at"),
+        Setting("LIMITS", None, rules,
+                "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N]; ..."),
         Setting("LIMIT_MESSAGE", "limit reached, wait {wait}", line,
-                "what a limited caller's assistant says"),
+                "what a limited caller's assistant says; also {rule}, {limit}, {unit}"),
+        Setting("LIMIT_REPLY", "assistant", choice("assistant", "error", "auto"),
+                "an assistant says so, or error 429; auto: error for programs, the assistant for people"),
+        Setting("PRICES", None, price_file, "JSON file of prices, in USD per million tokens"),
+    ),
+    "What is remembered": (
+        Setting("DATABASE", DEFAULT_DATABASE, line, "SQLite file of calls and buckets, or off"),
+        Setting("LEDGER_DAYS", "90", whole(1, 36500), "days that a call stays in it"),
+        Setting("USAGE_LOG", None, line, "file for the same entries as JSON lines, or - for stdout"),
     ),
     "How it runs": (
         Setting("LOG_FORMAT", "text", choice("text", "json"),
@@ -247,7 +374,9 @@ class Config(types.SimpleNamespace):
         if not self.proxy_api_keys:
             found.append("callers are not checked: whoever reaches this port can call, and every invented key"
                          " has a bucket of its own (PROXY_API_KEYS is unset)")
-        if self.token_cost_mode == "estimate" and self.response_token_reserve > self.max_tokens:
+        if self.limits:
+            return found
+        if self.token_cost_mode != "request" and self.response_token_reserve > self.max_tokens:
             found.append("RESPONSE_TOKEN_RESERVE %d is above MAX_TOKENS %d:"
                          " a call that names no max_tokens can never be let in"
                          % (self.response_token_reserve, self.max_tokens))
@@ -269,8 +398,8 @@ def read_dotenv(text: str) -> Tuple[Dict[str, str], List[str]]:
         if not row or row.startswith("#"):
             continue
         match = re.fullmatch(
-            r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*"""
-            r"""(?:"([^"]*)"|'([^']*)'|(.*?))(?:\s+#.*)?""", row)
+            r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*="""
+            r"""(?:\s*"([^"]*)"|\s*'([^']*)'|(.*?))(?:\s+#.*)?""", row)
         if match:
             values[match[1]] = next(value for value in match.groups()[1:] + ("",) if value is not None)
         else:
@@ -291,7 +420,8 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
             values[setting.name.lower()] = None if text is None else setting.read(text)
         except ValueError as fault:
             faults.append("%s %s (got %s)" % (
-                setting.name, fault, "a value not shown here" if setting.secret else repr(text)))
+                setting.name, fault,
+                "a value not shown here" if setting.secret or "@" in text else repr(text)))
     if "base_api_url" in values and values["base_api_url"] is None:
         faults.append(HOW_TO_START)
     if faults:
@@ -348,6 +478,11 @@ class Unsupported(Refusal):
 class Unexpected(Refusal):
     status = 417
     sentence = "The only expectation understood is 100-continue"
+
+
+class NotAllowed(Refusal):
+    status = 405
+    sentence = "The method is not passed on"
 
 
 class Unauthorized(Refusal):
@@ -408,9 +543,11 @@ class LimitReached(Refusal):
     holds."""
     status, kind, outcome, code = 429, "rate_limit_error", "limited", "rate_limit_exceeded"
 
-    def __init__(self, sentence: str, wait: Optional[float], quota: "Quota"):
+    def __init__(self, sentence: str, wait: Optional[float], tightest: Any):
         super().__init__(sentence)
-        self.wait, self.quota = wait, quota
+        take = tightest[0]
+        self.wait, self.cause = wait, take.rule.text
+        self.tightest = (take._replace(cost=0),) + tightest[1:]  # as in a Hold
         if wait is not None:
             self.fields["Retry-After"] = math.ceil(wait)
 
@@ -424,7 +561,16 @@ class CallerGone(Exception):
 # nobody above or below sees a raw key. It does not know what a caller may use.
 # ------------------------------------------------------------------------------------------------------------
 
-CREDENTIAL_FIELDS = ("authorization", "x-api-key")
+CREDENTIAL_FIELDS = ("authorization", "x-api-key", "x-goog-api-key")
+
+
+def split_query(query: str) -> Tuple[List[str], str]:
+    """-> the keys in a query, as Google's clients may send them, and the query without them."""
+    if "=" not in query:
+        return [], query
+    parts = [(part, *(urllib.parse.unquote_plus(text, "latin-1") for text in part.partition("=")[::2])) for part in query.split("&")]
+    return ([value for _, name, value in parts if name.strip().lower() == "key"],
+            "&".join([part for part, name, _ in parts if name.strip().lower() != "key"]))
 
 
 class Caller:
@@ -453,14 +599,16 @@ class Callers:
         return hashlib.sha256(key.encode("latin-1")).digest()
 
     @classmethod
-    def credential(cls, head: Any) -> Optional[bytes]:
-        """-> the digest of the credential a head shows, in whichever field; None without one. `head` is a
-        mapping of fields."""
+    def credential(cls, head: Any, query: str) -> Optional[bytes]:
+        """-> the digest of the credential that a request shows, in whichever field or as ?key=; None without one.
+        `head` is a mapping of fields."""
         scheme, _, token = head.get("authorization", "").partition(" ")
-        bearer, other = token.strip() if scheme.lower() == "bearer" else "", head.get("x-api-key", "")
-        if bearer and other and bearer != other:
+        shown = [token.strip() if scheme.lower() == "bearer" else ""]
+        shown += [head.get(name, "") for name in CREDENTIAL_FIELDS[1:]] + split_query(query)[0]
+        different = set(filter(None, shown))
+        if len(different) > 1:
             raise BadRequest("The request carries two different credentials")
-        return cls.digest(bearer or other) if bearer or other else None
+        return cls.digest(different.pop()) if different else None
 
     def identify(self, credential: Optional[bytes], address: str) -> Caller:
         """Raises Unauthorized where keys are asked for and `credential` is none of them."""
@@ -480,109 +628,173 @@ class Callers:
 # ------------------------------------------------------------------------------------------------------------
 
 class Quota(NamedTuple):
-    """One bucket as seen at one moment; times in whole seconds. `reset_seconds` is the time to the next
-    refill, 0 when full."""
-    limit: int
-    remaining: int
-    refill_tokens: int
+    """One bucket as seen at one moment; amounts in the rule's unit, times in whole seconds. `reset_seconds` is
+    the time to the next refill, 0 when full."""
+    limit: Any
+    remaining: Any
+    refill_tokens: Any
     refill_seconds: int
     reset_seconds: int
 
 
+FREE = (0,) * len(UNITS)
+
+
+class Take(NamedTuple):
+    """What one call wants of one bucket."""
+    rule: Rule
+    key: Tuple[Any, ...]
+    cost: int
+
+
 class Hold:
-    """Tokens set aside for one call. Ends once: settled, or given back, which is also what leaving the
-    with-block does."""
-    __slots__ = ("buckets", "key", "amount", "quota", "ended")
+    """Amounts set aside for one call in all its buckets. Ends once: settled, or given back, which is also what
+    leaving the with-block does. `tightest` is the emptiest bucket as it was last seen: (what is taken of it,
+    level, time of its last refill, time of looking)."""
+    __slots__ = ("buckets", "takes", "costs", "held", "tightest", "ended")
 
-    def __init__(self, buckets: Optional["Buckets"], key: Any, amount: int, quota: Optional[Quota]):
-        self.buckets, self.key, self.amount, self.quota, self.ended = buckets, key, amount, quota, False
+    def __init__(self, buckets: Optional["Buckets"] = None, takes: Any = (), costs: Tuple[int, ...] = FREE,
+                 tightest: Any = None):
+        self.buckets, self.takes, self.costs, self.tightest, self.ended = buckets, takes, costs, tightest, False
+        self.held = tightest[0].cost if tightest else 0
 
-    def settle(self, amount: Optional[int] = None) -> None:
-        """The call cost `amount` tokens (what was held, if not told): the rest goes back, a shortfall becomes
-        a debt."""
-        if self.ended:
-            return
-        self.ended, held = True, self.amount
-        if amount is not None and amount != held:
-            self.amount, self.quota = amount, self.buckets.put(self.key, held - amount)
+    def settle(self, costs: Tuple[int, ...]) -> None:
+        """The call cost `costs`, by unit: the rest goes back, a shortfall becomes a debt."""
+        if not self.ended:
+            self.ended = True
+            for take in self.takes:
+                if costs[take.rule.unit] != take.cost:
+                    self.takes, self.tightest = self.buckets.settle(self.takes, costs)
+                    break
 
     def give_back(self) -> None:
-        self.settle(0)
+        self.settle(FREE)
+
+    @property
+    def amount(self) -> int:
+        """What is taken of the tightest bucket."""
+        return self.tightest[0].cost if self.tightest else 0
+
+    @property
+    def remaining(self) -> Any:
+        if self.tightest:
+            take, level, _, _ = self.tightest
+            return spell_usd(max(0, level)) if UNITS[take.rule.unit] == "usd" else max(0, level)
+        return None
+
+    @property
+    def quota(self) -> Optional[Quota]:
+        return self.tightest and quota_of(self.tightest[0].rule, *self.tightest[1:])
+
+    def charges(self) -> str:
+        """What every bucket was charged, for the books."""
+        return ";".join([f"{take.key[0]}={take.cost}" for take in self.takes if take.cost])
 
     def __enter__(self) -> "Hold":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.give_back()
+        if not self.ended:
+            self.give_back()
+
+
+def quota_of(rule: Rule, level: int, stamp: float, now: float) -> Quota:
+    reset = 0 if level >= rule.capacity else max(0, math.ceil(stamp + rule.interval - now))
+    amount, length = rule.rate
+    if UNITS[rule.unit] == "usd":  # in dollars, for people and for headers
+        return Quota(spell_usd(rule.capacity), spell_usd(max(0, level)), spell_usd(amount), length, reset)
+    return Quota(rule.capacity, max(0, level), amount, length, reset)
 
 
 class Buckets:
-    """Every caller's bucket. A full one says nothing that an absent one would not, so the table keeps few of
-    them."""
+    """Every bucket of every rule. A full one says nothing that an absent one would not, so the table keeps few
+    of them."""
 
-    def __init__(self, capacity: int, refill: int, interval: int, clock: Any, room: int = 10_000):
-        self.capacity, self.refill, self.interval = capacity, refill, interval
+    def __init__(self, clock: Any, room: int = 10_000):
         self.clock, self.room = clock, room
-        # least recently used first
-        self.levels: "collections.OrderedDict[Any, Tuple[int, float]]" = collections.OrderedDict()
+        # key -> (level, time of the last refill, rule); least recently used first
+        self.levels: "collections.OrderedDict[Any, Tuple[int, float, Rule]]" = collections.OrderedDict()
         self.lock = threading.Lock()
 
-    def now(self, record: Optional[Tuple[int, float]], now: float) -> Tuple[int, float]:
+    @staticmethod
+    def now(rule: Rule, record: Optional[Tuple[int, float, Rule]], now: float) -> Tuple[int, float]:
         """-> (level, time of the last refill) at `now`. The time moves by whole intervals, so nothing drifts;
         it starts when the bucket stops being full, which makes a full bucket and no bucket the same thing."""
-        if record is None or record[0] >= self.capacity:
-            return self.capacity, now
-        level, stamp = record
-        steps = int((now - stamp) // self.interval)
-        if steps <= 0:
-            return record
-        level += steps * self.refill
-        return (level, stamp + steps * self.interval) if level < self.capacity else (self.capacity, now)
+        if record is None or record[0] >= rule.capacity:
+            return rule.capacity, now
+        level, stamp, _ = record
+        steps = int((now - stamp) / rule.interval + 1e-7)  # 0.9 / 0.3 must be 3
+        if steps > 0:
+            level += steps * rule.refill
+            if level >= rule.capacity:
+                return rule.capacity, now
+            stamp += steps * rule.interval
+        return level, stamp
 
-    def take(self, key: Any, cost: int) -> Tuple[bool, float, Quota]:
-        """-> (taken, seconds until `cost` could be had, the bucket afterwards)."""
+    def take(self, takes: List[Take]) -> Tuple[List[Tuple[float, Take]], Any]:
+        """All or nothing. -> ((seconds until it could be had, what) where it is short, the tightest bucket
+        afterwards)."""
+        short, found = [], []
+        with self.lock:
+            now, levels = self.clock.monotonic(), self.levels
+            for take in takes:
+                rule, key, cost = take
+                record = levels.get(key)
+                level, stamp = self.now(rule, record, now)
+                if level < cost:
+                    short.append((self.missing(rule, level, stamp, cost) - now, take))
+                found.append((take, level - cost, stamp, now))
+            if not short:
+                for take, level, stamp, _ in found:
+                    key = take.key
+                    if key in levels:
+                        levels[key] = level, stamp, take.rule
+                        levels.move_to_end(key)
+                    else:
+                        levels[key] = level, stamp, take.rule
+                        self.make_room(now)
+                return short, found[0] if len(found) == 1 else self.tightest(found)
+        _, worst = max(short, key=lambda pair: pair[0])
+        return short, next((take, level + take.cost, stamp, now)
+                           for take, level, stamp, now in found if take is worst)
+
+    def settle(self, takes: List[Take], costs: Tuple[int, ...]) -> Tuple[List[Take], Any]:
+        """Charge `costs` instead of what was taken; -> what was charged, and the tightest bucket."""
+        found = []
+        with self.lock:
+            now, levels = self.clock.monotonic(), self.levels
+            for rule, key, held in takes:
+                cost = costs[rule.unit]
+                level, stamp = self.now(rule, levels.get(key), now)
+                if cost != held:
+                    level = min(rule.capacity, level + held - cost)
+                    levels[key] = level, stamp, rule
+                found.append((Take(rule, key, cost), level, stamp, now))
+        return [take for take, _, _, _ in found], found[0] if len(found) == 1 else self.tightest(found)
+
+    @staticmethod
+    def tightest(found: List[Any]) -> Any:
+        """The bucket that is emptiest, as a share of what it holds."""
+        return min(found, key=lambda one: one[1] / one[0].rule.capacity)
+
+    def peek(self, takes: List[Take]) -> Tuple[Quota, int]:
+        """The tightest bucket as it is, and the whole seconds until all costs could be had; looking makes
+        none."""
+        found, wait = [], 0.0
         with self.lock:
             now = self.clock.monotonic()
-            level, stamp = self.now(self.levels.get(key), now)
-            if level >= cost:
-                level -= cost
-                known = key in self.levels
-                self.levels[key] = level, stamp
-                if known:
-                    self.levels.move_to_end(key)
-                else:
-                    self.make_room(now)
-                return True, 0, self.quota(level, stamp, now)
-        missing = math.ceil((cost - level) / self.refill)
-        return False, stamp + missing * self.interval - now, self.quota(level, stamp, now)
+            for take in takes:
+                level, stamp = self.now(take.rule, self.levels.get(take.key), now)
+                found.append((take, level, stamp, now))
+                if level < take.cost:
+                    wait = max(wait, self.missing(take.rule, level, stamp, take.cost) - now)
+        take, *rest = self.tightest(found)
+        return quota_of(take.rule, *rest), math.ceil(wait)
 
-    def put(self, key: Any, amount: int) -> Quota:
-        """Give `amount` back, or, when negative, take it without asking."""
-        with self.lock:
-            now = self.clock.monotonic()
-            level, stamp = self.now(self.levels.get(key), now)
-            level = min(self.capacity, level + amount)
-            self.levels[key] = level, stamp
-            return self.quota(level, stamp, now)
-
-    def peek(self, key: Any) -> Quota:
-        """The bucket as it is; looking makes none."""
-        with self.lock:
-            now = self.clock.monotonic()
-            return self.quota(*self.now(self.levels.get(key), now), now)
-
-    def wait(self, key: Any, cost: int) -> int:
-        """Whole seconds until `cost` could be had; 0 when it can be had now."""
-        with self.lock:
-            now = self.clock.monotonic()
-            level, stamp = self.now(self.levels.get(key), now)
-        if level >= cost:
-            return 0
-        return math.ceil(stamp + math.ceil((cost - level) / self.refill) * self.interval - now)
-
-    def quota(self, level: int, stamp: float, now: float) -> Quota:
-        reset = 0 if level >= self.capacity else math.ceil(stamp + self.interval - now)
-        return Quota(self.capacity, max(0, level), self.refill, self.interval, reset)
+    @staticmethod
+    def missing(rule: Rule, level: int, stamp: float, cost: int) -> float:
+        """When `cost` can be had."""
+        return stamp + -(-(cost - level) // rule.refill) * rule.interval
 
     def make_room(self, now: float) -> None:
         """Drop old buckets that are full by now: two for each one that is added, so this never takes long.
@@ -590,9 +802,31 @@ class Buckets:
         favour."""
         for _ in range(2):
             key, record = next(iter(self.levels.items()))
-            if self.now(record, now)[0] < self.capacity and len(self.levels) <= self.room:
+            rule = record[2]
+            if self.now(rule, record, now)[0] < rule.capacity and len(self.levels) <= self.room:
                 break
             del self.levels[key]
+
+    def snapshot(self, wall: float) -> Dict[Any, Tuple[int, float]]:
+        """-> {key: (level, wall-clock time of the last refill)} of the buckets that are not full."""
+        with self.lock:
+            now = self.clock.monotonic()
+            return {key: (record[0], stamp + wall - now) for key, record in self.levels.items()
+                    for level, stamp in [self.now(record[2], record, now)] if level < record[2].capacity}
+
+    def restore(self, rule: Rule, key: Any, level: int, since: float) -> None:
+        """A bucket as it was `since` seconds ago."""
+        self.levels[key] = level, self.clock.monotonic() - max(0, since), rule
+
+
+def spell_usd(picodollars: int) -> str:
+    """12_500_000 -> '0.0000125'."""
+    text = "%d.%012d" % divmod(picodollars, PICODOLLARS) if picodollars else "0."
+    return text.rstrip("0").rstrip(".")
+
+
+def spell_amount(rule: Rule, amount: int) -> str:
+    return spell_usd(amount) if UNITS[rule.unit] == "usd" else str(amount)
 
 
 def spell_wait(wait: float) -> str:
@@ -602,69 +836,211 @@ def spell_wait(wait: float) -> str:
 
 
 class Limits:
-    def __init__(self, buckets: Buckets, message: str):
-        self.buckets, self.message = buckets, message
+    """Which rules a call must pass. Of each family the first that matches counts, so that the special may stand
+    before the general."""
+    MOST_KNOWN = 4_000
 
-    def admit(self, caller: Caller, cost: int) -> Hold:
-        """Set `cost` tokens aside, or raise LimitReached. A cost of 0 is free: it touches no bucket."""
-        if cost == 0:
-            return Hold(None, None, 0, None)
-        taken, wait, quota = self.buckets.take(caller.key, cost)
-        if taken:
-            return Hold(self.buckets, caller.key, cost, quota)
-        if cost > quota.limit:
-            raise LimitReached("this call would cost %d tokens, and the limit is %d: ask for less"
-                               % (cost, quota.limit), None, quota)
-        raise LimitReached(self.message.replace("{wait}", spell_wait(wait)), wait, quota)
+    def __init__(self, rules: List[Rule], buckets: Buckets, message: str):
+        self.rules, self.buckets, self.message = rules, buckets, message
+        kinds = {kind for rule in rules for kind, _ in rule.scopes}
+        self.by_address, self.by_model = "address" in kinds, "model" in kinds
+        # (caller, address, model) -> [(rule, key of its bucket)]
+        self.known: Dict[Any, List[Tuple[Rule, Tuple[Any, ...]]]] = {}
+
+    def units(self) -> set:
+        return {UNITS[rule.unit] for rule in self.rules}
+
+    def matching(self, caller: Caller, address: str, model: Optional[str]) -> List[Tuple[Rule, Tuple[Any, ...]]]:
+        asked = (caller.key, caller.name, address if self.by_address else None, model if self.by_model else None)
+        found = self.known.get(asked)
+        if found is None:
+            families: Dict[Any, Tuple[Rule, Tuple[Any, ...]]] = {}
+            for rule in self.rules:
+                if all(self.speaks_of(kind, glob, caller, model) for kind, glob in rule.scopes):
+                    kinds = [kind for kind, _ in rule.scopes]
+                    whose = ((caller.key,) if "each" in kinds or "key" in kinds else ()) + (
+                        (("address", address),) if "address" in kinds else ())
+                    families.setdefault(rule.family, (rule, (rule.text,) + whose))
+            found = [pair for pair in families.values() if pair[0].capacity is not None]
+            if len(self.known) >= self.MOST_KNOWN:
+                self.known.clear()
+            self.known[asked] = found
+        return found
+
+    @staticmethod
+    def speaks_of(kind: str, glob: str, caller: Caller, model: Optional[str]) -> bool:
+        if kind == "key":
+            return caller.key[0] == "key" and fnmatch.fnmatchcase(caller.name or "", glob)
+        if kind == "model":  # "GPT-4" must not pass where an upstream takes it for "gpt-4"
+            return fnmatch.fnmatchcase((model or "").casefold(), glob.casefold())
+        return True
+
+    def admit(self, caller: Caller, address: str, model: Optional[str], costs: Tuple[int, ...]) -> Hold:
+        """Set what the call costs aside, by every rule that counts, or raise LimitReached. A cost of 0 everywhere
+        is free: it touches no bucket."""
+        takes = [Take(rule, key, costs[rule.unit]) for rule, key in self.matching(caller, address, model)]
+        if not takes or costs is FREE:
+            return Hold(costs=costs)
+        short, tightest = self.buckets.take(takes)
+        if not short:
+            return Hold(self.buckets, takes, costs, tightest)
+        for _, (rule, _, cost) in short:
+            if cost > rule.capacity:
+                unit = rule.text.split(" ")[2].replace("_", " ")
+                raise LimitReached("this call would cost %s %s, and the limit is %s: ask for less" % (
+                    spell_amount(rule, cost), unit, spell_amount(rule, rule.capacity)), None, tightest)
+        wait, (rule, _, _) = max(short, key=lambda pair: pair[0])
+        text = self.message
+        for word, value in (("{wait}", spell_wait(wait)), ("{rule}", rule.text),
+                            ("{limit}", spell_amount(rule, rule.rate[0])), ("{unit}", rule.text.split(" ")[2])):
+            text = text.replace(word, value)
+        raise LimitReached(text, wait, tightest)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Usage: what a call will cost, told from its payload. It knows no wire names and no sockets.
+# Usage: what a call will use, told from its payload, what it used, and what that costs. It knows no wire names
+# and no sockets.
 # ------------------------------------------------------------------------------------------------------------
 
 CHARACTERS_PER_TOKEN = 4
 
 
-def text_length(payload: Any, but: str) -> int:
-    """Characters of every string value anywhere in `payload`, joined by spaces, without the top-level key
-    `but`."""
-    characters, strings, todo = 0, 0, [value for key, value in payload.items() if key != but]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, str):
-            characters += len(value)
-            strings += 1
-        elif isinstance(value, dict):
-            todo.extend(value.values())
-        elif isinstance(value, list):
-            todo.extend(value)
-    return characters + max(0, strings - 1)
+def text_length(payload: Any, but: str, is_media: Callable[[Dict[str, Any]], bool]) -> Tuple[int, int]:
+    """-> characters of every string value anywhere in `payload`, joined by spaces, without the top-level key
+    `but`; and how many parts `is_media`, which are counted instead of looked into."""
+    texts, media, todo = [], 0, [value for key, value in payload.items() if key != but]
+    for value in todo:  # which grows meanwhile
+        kind = type(value)
+        if kind is str:
+            texts.append(value)
+        elif kind is list:
+            todo += value
+        elif kind is dict:
+            if is_media(value):
+                media += 1
+            else:
+                todo += value.values()
+    return sum(map(len, texts)) + max(0, len(texts) - 1), media
+
+
+class Usage(NamedTuple):
+    """Tokens of one call. `input` counts all of the prompt; `cached` and `cache_write` are the parts of it that
+    a cache gave or took. `output` counts all that was generated; `reasoning` is the part of it that was not
+    shown. `estimated`: nobody told, so it was guessed from the text."""
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+    estimated: bool = False
+
+
+# USD per million tokens: input, output, read from cache, written to cache. List prices as their makers had them
+# on 2025-11-30, for text and for short prompts where they differ.
+USUAL_PRICES = """
+gpt-5.1 1.25 10 .125; gpt-5 1.25 10 .125; gpt-5-mini .25 2 .025; gpt-5-nano .05 .4 .005; gpt-4.1 2 8 .5
+gpt-4.1-mini .4 1.6 .1; gpt-4.1-nano .1 .4 .025; gpt-4o 2.5 10 1.25; gpt-4o-mini .15 .6 .075; o3 2 8 .5
+o4-mini 1.1 4.4 .275; o3-mini 1.1 4.4 .55; text-embedding-3-small .02 0; text-embedding-3-large .13 0
+claude-opus-4-5 5 25 .5 6.25; claude-opus-4-1 15 75 1.5 18.75; claude-opus-4 15 75 1.5 18.75
+claude-sonnet-4-5 3 15 .3 3.75; claude-sonnet-4 3 15 .3 3.75; claude-haiku-4-5 1 5 .1 1.25
+claude-3-5-haiku .8 4 .08 1; claude-3-haiku .25 1.25 .03 .3
+gemini-2.5-pro 1.25 10 .125; gemini-2.5-flash .3 2.5 .03; gemini-2.5-flash-lite .1 .4 .01
+gemini-2.0-flash .1 .4 .025; deepseek-chat .28 .42 .028; deepseek-reasoner .28 .42 .028
+mistral-large 2 6; mistral-small .1 .3; grok-4 3 15 .75; grok-3 3 15 .75; grok-3-mini .3 .5 .075"""
+DATED = re.compile(r"(?:-\d{4}-\d\d-\d\d|-\d{8}|-latest|@.*|:.*)$")
+MOST_COST = PICODOLLARS * 10 ** 6  # of one call; whoever tells more is wrong
+KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
+
+
+def usual_prices() -> Dict[str, Price]:
+    names = ("input", "output", "cache_read", "cache_write")
+    rows = [row.split() for row in re.split("[;\n]", USUAL_PRICES) if row.strip()]
+    return {row[0]: price(dict(zip(names, map(decimal.Decimal, row[1:])))) for row in rows}
 
 
 class Prices:
-    """What a call costs in tokens, by TOKEN_COST_MODE."""
+    """What models cost, and therefore calls. The operator's own prices go before the usual ones; a model that
+    has none costs nothing, and is said to be unpriced."""
 
-    def __init__(self, mode: str, request_cost: int, reserve: int):
-        self.estimating, self.request_cost, self.reserve = mode == "estimate", request_cost, reserve
+    def __init__(self, own: Optional[Dict[str, Price]]):
+        self.own, self.usual = own or {}, usual_prices()
+        self.known: Dict[str, Optional[Price]] = {}
 
-    def before(self, call: "Call") -> int:
-        """What to hold: in estimate mode the prompt and the output it may have, else a fixed number."""
-        if not self.estimating:
-            return self.request_cost
+    def find(self, model: str) -> Optional[Price]:
+        if model not in self.known:
+            if len(self.known) >= KNOWN_MODELS:
+                self.known.clear()
+            found = self.own.get(model)
+            if found is None:
+                found = next((self.own[glob] for glob in self.own if fnmatch.fnmatchcase(model, glob)), None)
+            if found is None:
+                found = self.usual.get(DATED.sub("", model.rpartition("/")[2]))
+            self.known[model] = found
+        return self.known[model]
+
+    def cost(self, usage: Usage, model: str) -> Tuple[int, bool]:
+        """-> picodollars, exactly; and whether the model has a price."""
+        found = self.find(model)
+        if found is None:
+            return 0, False
+        plain = max(0, usage.input - usage.cached - usage.cache_write)
+        return min(MOST_COST, plain * found.input + usage.cached * found.cache_read
+                   + usage.cache_write * found.cache_write + usage.output * found.output), True
+
+
+class Meter:
+    """What calls cost, by unit: guessed before, known after. A guess counts characters; how many of them make a
+    token is learned, model by model, from calls that told their usage."""
+
+    def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int, units: set):
+        """`units` are those that rules count in: what none asks for is spared."""
+        self.prices, self.request_cost, self.reserve = prices, request_cost, reserve
+        self.media_tokens = media_tokens
+        self.ratios: Dict[str, float] = {}
+        self.plain = (request_cost,) + FREE[1:]
+        self.guessing, self.counting = units != {"requests"}, bool(units - {"requests", "estimate"})
+
+    def before(self, call: "Call") -> Tuple[int, ...]:
+        """What to hold for a call, by unit."""
+        if not self.guessing:
+            return self.plain
         output = call.output_limit()
-        return max(1, self.prompt(call) + (self.reserve if output is None else output))
+        prompt = self.prompt(call, CHARACTERS_PER_TOKEN)
+        output = self.reserve if output is None else output
+        return self.costs(Usage(prompt, output), call.served, max(1, prompt + output))
 
-    def prompt(self, call: "Call") -> int:
-        return -(-call.prompt_length() // CHARACTERS_PER_TOKEN)
+    def prompt(self, call: "Call", ratio: float) -> int:
+        characters, media = call.prompt_length()
+        return math.ceil(characters / ratio) + media * self.media_tokens
 
-    def after(self, call: "Call", held: int, ending: str, sent: int) -> int:
-        """What it cost. Cut short after `sent` bytes of its answer: the prompt and what was sent, at most
-        what was held."""
-        if ending == "internal_error":
-            return 0
-        if ending == "ok" or not self.estimating:
-            return held
-        return min(held, max(1, self.prompt(call) + -(-sent // CHARACTERS_PER_TOKEN)))
+    def costs(self, usage: Usage, model: str, estimate: int) -> Tuple[int, ...]:
+        picodollars, _ = self.prices.cost(usage, model)
+        return (self.request_cost, usage.input + usage.output, usage.input, usage.output, picodollars, estimate)
+
+    def after(self, call: "Call", heard: Optional["Listener"]) -> Usage:
+        """What the call used: as it was told, else guessed from its prompt and the text that came. An answer that
+        was cut may have told its input alone."""
+        told, final = heard.told() if heard else (None, False)
+        if not final:
+            ratio = self.ratios.get(call.served, CHARACTERS_PER_TOKEN)
+            output = math.ceil(heard.spoken() / ratio) if heard else 0
+            if told is None:
+                return Usage(self.prompt(call, ratio), output, estimated=True)
+            return told._replace(output=max(told.output, output), estimated=True)
+        if told.output >= 16 and (call.served not in self.ratios or random.random() < 0.05):
+            self.learn(call.served, call, told, heard.spoken())
+        return told
+
+    def learn(self, model: str, call: "Call", told: Usage, spoken: int) -> None:
+        characters, media = call.prompt_length()
+        tokens = told.input + told.output - told.reasoning
+        if media or not spoken or not tokens:
+            return
+        ratio = min(16.0, max(0.5, (characters + spoken) / tokens))
+        if len(self.ratios) >= KNOWN_MODELS:
+            self.ratios.clear()
+        before = self.ratios.get(model)
+        self.ratios[model] = ratio if before is None else before + (ratio - before) / 8
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -717,6 +1093,7 @@ def no_constant(text: str) -> None:
     raise ValueError("%s is not JSON" % text)
 
 
+PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=no_constant)
 
 
@@ -750,89 +1127,144 @@ def fold_path(path: str) -> List[str]:
 
 
 class Call:
-    """One request, understood. `endpoint` is None where nothing is metered; then there is no payload
-    either."""
-    __slots__ = ("endpoint", "path", "payload", "body", "model", "stream")
+    """One request, understood. `endpoint` is None where nothing is metered; then there is no payload either.
+    `served` is the model that is asked for upstream; `added` says that we asked for usage there, and the caller
+    did not."""
+    __slots__ = ("dialect", "endpoint", "path", "query", "payload", "body", "model", "served", "stream", "added")
 
-    def __init__(self, endpoint: Optional[str], path: str):
-        self.endpoint, self.path = endpoint, path
+    def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str):
+        self.dialect, self.endpoint, self.path, self.query = dialect, endpoint, path, query
         self.payload: Dict[str, Any] = {}
         self.body: Optional[bytes] = None
         self.model: Optional[str] = None
-        self.stream = False
+        self.served = ""
+        self.stream = self.added = False
 
-    def prompt_length(self) -> int:
-        return text_length(self.payload, but="model")
+    def prompt_length(self) -> Tuple[int, int]:
+        """-> characters of the prompt, and how many images and the like are in it."""
+        return text_length(self.payload, "model", is_media)
 
     def output_limit(self) -> Optional[int]:
         """The most output tokens the call asks for, None where it does not say; null counts as unsaid, as at
         OpenAI."""
-        for name in ("max_completion_tokens", "max_tokens"):
-            limit = self.payload.get(name)
+        for name in self.dialect.OUTPUT_LIMITS:
+            holder, _, key = name.rpartition(".")
+            limit = (self.payload.get(holder) if holder else self.payload) or {}
+            limit = limit.get(key) if isinstance(limit, dict) else None
             if limit is not None:
                 if type(limit) is not int or limit < 0:
-                    raise BadRequest("%s must be an integer of at least 0" % name)
+                    raise BadRequest("%s must be an integer of at least 0" % key)
                 return limit
         return None
 
-
-class OpenAI:
-    """The OpenAI API: chat completions and completions are metered
-    (https://platform.openai.com/docs/api-reference)."""
-    METERED = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
-    # An upstream in Go would take "MODEL" for "model", and we would have read another one.
-    READ_KEYS = frozenset(("model", "stream", "max_tokens", "max_completion_tokens"))
-    MAX_MODEL = 256
-
-    def __init__(self, model: Optional[str]):
-        """`model` replaces the one that calls ask for."""
-        self.model = model
-
-    def endpoint(self, method: str, path: str) -> Tuple[Optional[str], str]:
-        """-> ('chat' | 'completions' | None, the path to use). A POST that any upstream could take for a
-        metered endpoint is that endpoint, under its plain name; what cannot be named plainly is refused."""
-        if method == "POST" and path in self.METERED:
-            return self.METERED[path], path
-        if PLAIN_PATH.fullmatch(path):
-            if not path.lower().endswith("/completions"):
-                return None, path
-            segments = path.lower().split("/")[1:]
+    def add_usage(self) -> None:
+        """Ask for the usage of a stream, unless the caller said whether it wants it."""
+        options = self.payload.get("stream_options")
+        if options is None and "stream_options" not in self.payload:
+            # spliced in: nothing of what the caller wrote changes
+            self.body = b'{"stream_options":{"include_usage":true},' + self.body.lstrip()[1:]
+        elif isinstance(options, dict) and "include_usage" not in options:
+            self.body = compact({**json.loads(self.body),
+                                 "stream_options": {**options, "include_usage": True}})
         else:
-            segments = fold_path(path)
-            if ".." in segments or any(
-                    " " > letter or letter == "\x7f" for segment in segments for letter in segment):
-                raise BadRequest("The path must not contain dot segments or control characters")
-        if method != "POST" or segments[-1:] != ["completions"]:
-            return None, path
-        chat = segments[-2:-1] == ["chat"]
-        plain = (path if path.endswith("/chat/completions" if chat else "/completions")
-                 else "/" + "/".join(segments))
-        if not PLAIN_PATH.fullmatch(plain):
-            raise BadRequest("The path must be spelled plainly")
-        return ("chat" if chat else "completions"), plain
+            return
+        self.added = True
 
-    def read(self, method: str, path: str, body: Callable[[], bytes]) -> Call:
-        """Understand a request; `body` is only called, and the payload only parsed, where the call is
-        metered."""
-        call = Call(*self.endpoint(method, path))
-        if call.endpoint:
-            call.body = body()
-            call.payload = payload = parse_json(call.body)
-            for key in payload:
-                if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
-                    raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
-            call.stream = payload.get("stream") is True
-            asked = payload.get("model")
-            if isinstance(asked, str):
-                if len(asked) > self.MAX_MODEL:
-                    raise BadRequest("The name of the model is too long")
-                call.model = asked
-            if self.model is not None and asked != self.model:
-                call.body = json.dumps({**payload, "model": self.model}, separators=(",", ":")).encode()
-        return call
+    def asked_for_usage(self) -> bool:
+        options = self.payload.get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
 
-    @staticmethod
-    def error(refusal: Refusal) -> bytes:
+
+MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
+    "image_url", "input_image", "image", "input_audio", "file", "input_file", "document", "video_url",
+    "audio_url"))
+MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+
+
+def is_media(part: Dict[str, Any]) -> bool:
+    kind = part.get("type")
+    return (isinstance(kind, str) and kind in MEDIA_TYPES) or not MEDIA_KEYS.isdisjoint(part)
+
+
+def compact(payload: Any) -> bytes:
+    return json.dumps(payload, separators=(",", ":")).encode()
+
+
+def number(counts: Any, *names: str) -> Optional[int]:
+    """The first of these counts that is there and can be one."""
+    if type(counts) is dict:
+        for name in names:
+            value = counts.get(name)
+            if type(value) is int and 0 <= value < 1 << 40:
+                return value
+    return None
+
+
+def event_stream(events: List[Any], named: bool = False) -> bytes:
+    """Server-sent events; `named` ones say their type in a line of its own."""
+    return "".join([
+        ("event: %s\n" % event["type"] if named else "")
+        + "data: %s\n\n" % (event if isinstance(event, str) else json.dumps(event)) for event in events]).encode()
+
+
+def random_name(prefix: str) -> str:
+    return "%s%024x" % (prefix, random.getrandbits(96))
+
+
+class Dialect:
+    """What the dialects have in common. Each knows its API's wire names; nobody else does."""
+    name = ""
+    OUTPUT_LIMITS: Tuple[str, ...] = ()
+    CREDENTIAL = "Authorization: Bearer %s\r\n"  # how this API is shown a key
+    SPOKEN = frozenset(("content", "reasoning_content", "reasoning", "refusal", "arguments", "text", "delta"))
+
+    def error(self, refusal: Refusal, status: int) -> bytes:
+        raise NotImplementedError
+
+    def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
+        """A whole answer in which the assistant says `text`: JSON, or an event stream when one was asked for;
+        None where no assistant can speak."""
+        raise NotImplementedError
+
+    def limit_type(self, call: Call) -> str:
+        return "text/event-stream" if call.stream else "application/json"
+
+    def counts(self, payload: Dict[str, Any]) -> Tuple[Any, bool]:
+        """-> what an answer or an event says of usage, in the API's own names, if anything; and whether nothing
+        more will come."""
+        return payload.get("usage"), True
+
+    def usage(self, counts: Dict[str, Any]) -> Optional[Usage]:
+        """None where `counts` says nothing."""
+        raise NotImplementedError
+
+    def spoken(self, payload: Any) -> int:
+        """Characters that the model said in an answer or an event. Events that only repeat what others brought
+        count nothing."""
+        kind = payload.get("type") if isinstance(payload, dict) else None
+        if isinstance(kind, str) and kind.startswith(("response.", "content_block_start")) and (
+                not kind.endswith(".delta")):
+            return 0
+        characters, todo = 0, [payload]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, list):
+                todo += value
+            elif isinstance(value, dict):
+                for name, part in value.items():
+                    if isinstance(part, str):
+                        characters += len(part) if name in self.SPOKEN else 0
+                    else:
+                        todo.append(part)
+        return characters
+
+
+class OpenAI(Dialect):
+    """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
+    name = "openai"
+    OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+
+    def error(self, refusal, status):
         return json.dumps({"error": {
             "message": str(refusal), "type": refusal.kind, "param": None, "code": refusal.code}}).encode()
 
@@ -841,14 +1273,36 @@ class OpenAI:
         rows = [{"id": name, "object": "model", "created": 0, "owned_by": "llm-proxy"} for name in names]
         return json.dumps({"object": "list", "data": rows}).encode()
 
-    def limit_reply(self, call: Call, text: str, created: int) -> bytes:
-        """A whole answer in which the assistant says `text`: JSON, or an event stream when one was asked
-        for."""
+    def counts(self, payload):
+        response = payload.get("response")  # in the last event of the responses API
+        return (response if isinstance(response, dict) else payload).get("usage"), True
+
+    def usage(self, counts):
+        prompt, total = number(counts, "prompt_tokens", "input_tokens"), number(counts, "total_tokens")
+        output = number(counts, "completion_tokens", "output_tokens") or 0
+        if prompt is None:
+            if total is None:
+                return None
+            prompt = max(0, total - output)
+        if total is not None and total > prompt + output:
+            output = total - prompt  # some count reasoning in the total alone
+        if len(counts) <= 3:
+            return Usage(prompt, output)
+        taken = counts.get("prompt_tokens_details") or counts.get("input_tokens_details")
+        given = counts.get("completion_tokens_details") or counts.get("output_tokens_details")
+        cached = number(taken, "cached_tokens") or number(counts, "prompt_cache_hit_tokens") or 0
+        return Usage(prompt, output, min(cached, prompt), 0, min(number(given, "reasoning_tokens") or 0, output))
+
+    def limit_reply(self, call, text, created):
+        if call.endpoint == "responses":
+            return self.response(call, text, created)
+        if call.endpoint not in ("chat", "completions"):
+            return None
         chat, payload = call.endpoint == "chat", call.payload
         usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-        common = {"id": ("chatcmpl-limit-" if chat else "cmpl-limit-") + "%012x" % random.getrandbits(48),
+        common = {"id": random_name("chatcmpl-limit-" if chat else "cmpl-limit-"),
                   "created": created, "object": "chat.completion" if chat else "text_completion",
-                  "model": call.model or self.model or ""}
+                  "model": call.model or call.served}
         message = {"role": "assistant", "content": text}
         shape = payload.get("response_format")
         if isinstance(shape, dict) and shape.get("type") in ("json_schema", "json_object"):
@@ -868,12 +1322,10 @@ class OpenAI:
             steps = [({"text": text}, None), ({"text": ""}, "stop")]
         chunks = [{**common, "choices": [{"index": index, **step, "logprobs": None, "finish_reason": reason}]}
                   for step, reason in steps for index in self.choices(payload)]
-        options = payload.get("stream_options")
-        if isinstance(options, dict) and options.get("include_usage") is True:
+        if call.asked_for_usage():
             chunks = ([{**chunk, "usage": None} for chunk in chunks]
                       + [{**common, "choices": [], "usage": usage}])
-        events = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
-        return "".join("data: %s\n\n" % event for event in events).encode()
+        return event_stream(chunks + ["[DONE]"])
 
     @staticmethod
     def choices(payload: Dict[str, Any]) -> range:
@@ -882,6 +1334,367 @@ class OpenAI:
         prompts = len(prompt) if isinstance(prompt, list) and all(
             isinstance(one, (str, list)) for one in prompt) else 1
         return range(max(1, min(128, (count if type(count) is int else 1) * prompts)))
+
+    @staticmethod
+    def response(call: Call, text: str, created: int) -> bytes:
+        """The responses API's limit reply; streamed, with all the events of a real one."""
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        item = {"type": "message", "id": random_name("msg_limit_"), "role": "assistant", "status": "completed",
+                "content": [part]}
+        whole_response = {
+            "id": random_name("resp_limit_"), "object": "response", "created_at": created, "status": "completed",
+            "model": call.model or call.served, "output": [item], "error": None, "incomplete_details": None,
+            "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
+            "tool_choice": "auto", "tools": [], "top_p": None, "previous_response_id": None,
+            "usage": {"input_tokens": 0, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 0,
+                      "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 0}}
+        if not call.stream:
+            return json.dumps(whole_response).encode()
+        begun = {**whole_response, "status": "in_progress", "output": [], "usage": None}
+        place = {"output_index": 0, "item_id": item["id"], "content_index": 0}
+        said = {**place, "logprobs": []}
+        events = [
+            ("created", {"response": begun}), ("in_progress", {"response": begun}),
+            ("output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
+            ("content_part.added", {**place, "part": {**part, "text": ""}}),
+            ("output_text.delta", {**said, "delta": text}), ("output_text.done", {**said, "text": text}),
+            ("content_part.done", {**place, "part": part}),
+            ("output_item.done", {"output_index": 0, "item": item}), ("completed", {"response": whole_response})]
+        return event_stream([{"type": "response." + kind, "sequence_number": index, **event}
+                             for index, (kind, event) in enumerate(events)], named=True)
+
+
+class Anthropic(Dialect):
+    """The Anthropic messages API (https://docs.anthropic.com/en/api/messages)."""
+    name = "anthropic"
+    OUTPUT_LIMITS = ("max_tokens",)
+    CREDENTIAL = "x-api-key: %s\r\n"
+    SPOKEN = frozenset(("text", "thinking", "partial_json"))
+    ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+              413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+
+    def error(self, refusal, status):
+        kind = self.ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
+        return json.dumps({"type": "error", "error": {"type": kind, "message": str(refusal)}}).encode()
+
+    def counts(self, payload):
+        """message_start tells the input; the last message_delta, which is cumulative, the rest."""
+        message = payload.get("message")
+        if payload.get("type") == "message_start" and isinstance(message, dict):
+            return message.get("usage"), False
+        return payload.get("usage"), True
+
+    def usage(self, counts):
+        plain, output = number(counts, "input_tokens"), number(counts, "output_tokens")
+        if plain is None and output is None:
+            return None
+        read = number(counts, "cache_read_input_tokens") or 0
+        written = number(counts, "cache_creation_input_tokens") or 0
+        return Usage((plain or 0) + read + written, output or 0, read, written)
+
+    def limit_reply(self, call, text, created):
+        message = {
+            "id": random_name("msg_limit_"), "type": "message", "role": "assistant",
+            "model": call.model or call.served, "content": [{"type": "text", "text": text}],
+            "stop_reason": "end_turn", "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0}}
+        if not call.stream:
+            return json.dumps(message).encode()
+        return event_stream([
+            {"type": "message_start", "message": {**message, "content": [], "stop_reason": None}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}},
+            {"type": "content_block_stop", "index": 0},
+            {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+             "usage": {"output_tokens": 0}},
+            {"type": "message_stop"}], named=True)
+
+
+class Gemini(Dialect):
+    """The Gemini API (https://ai.google.dev/api/generate-content). The model stands in the path, and so does
+    whether to stream; a stream without ?alt=sse is a JSON array."""
+    name = "gemini"
+    OUTPUT_LIMITS = ("generationConfig.maxOutputTokens", "generationConfig.max_output_tokens",
+                     "generation_config.maxOutputTokens", "generation_config.max_output_tokens")
+    CREDENTIAL = "x-goog-api-key: %s\r\n"
+    SPOKEN = frozenset(("text",))
+    ERRORS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
+              429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
+    METHODS = {"generateContent": False, "streamGenerateContent": True}
+
+    def error(self, refusal, status):
+        kind = self.ERRORS.get(status, "INVALID_ARGUMENT" if status < 500 else "UNAVAILABLE")
+        return json.dumps({"error": {"code": status, "message": str(refusal), "status": kind}}).encode()
+
+    def counts(self, payload):
+        """Every event tells what was used so far; the one that says why it ended tells it all."""
+        candidates = payload.get("candidates") or [{}]
+        return payload.get("usageMetadata"), any(
+            "finishReason" in one for one in candidates if isinstance(one, dict))
+
+    def usage(self, counts):
+        prompt = number(counts, "promptTokenCount")
+        if prompt is None:
+            return None
+        prompt += number(counts, "toolUsePromptTokenCount") or 0
+        thoughts = number(counts, "thoughtsTokenCount") or 0
+        return Usage(prompt, (number(counts, "candidatesTokenCount") or 0) + thoughts,
+                     min(prompt, number(counts, "cachedContentTokenCount") or 0), 0, thoughts)
+
+    def limit_reply(self, call, text, created):
+        answer = {
+            "candidates": [{"content": {"parts": [{"text": text}], "role": "model"}, "finishReason": "STOP",
+                            "index": 0}],
+            "usageMetadata": {"promptTokenCount": 0, "candidatesTokenCount": 0, "totalTokenCount": 0},
+            "modelVersion": call.model or call.served, "responseId": random_name("limit-")}
+        if self.limit_type(call) == "text/event-stream":
+            return event_stream([answer])
+        return json.dumps([answer] if call.stream else answer).encode()
+
+    def limit_type(self, call):
+        events = call.stream and "alt=sse" in call.query.lower().split("&")
+        return "text/event-stream" if events else "application/json"
+
+
+class Dialects:
+    """Finds the dialect, and the endpoint, of a request, and reads it. What any upstream could take for a metered
+    endpoint is that endpoint, under its plain name; what cannot be named plainly is refused."""
+    # An upstream in Go would take "MODEL" for "model", and we would have read another one.
+    READ_KEYS = frozenset(("model", "stream", "stream_options", "max_tokens", "max_completion_tokens",
+                           "max_output_tokens"))
+    MAX_MODEL = 256
+    METERED = {"/v1/chat/completions": "chat", "/v1/completions": "completions", "/v1/responses": "responses",
+               "/v1/messages": "messages", "/v1/embeddings": "other"}
+    LAST = {"completions": "completions", "responses": "responses", "messages": "messages", "embeddings": "other",
+            "rerank": "other", "generations": "other"}
+
+    def __init__(self, model: Optional[str]):
+        """`model` replaces the one that calls ask for."""
+        self.model = model
+        self.openai, self.anthropic, self.gemini = OpenAI(), Anthropic(), Gemini()
+
+    def guess(self, request: Any) -> Dialect:
+        """For an error that comes before the request is understood."""
+        if request is not None:
+            rows, path = request.head.rows, request.path.lower()
+            if "anthropic-version" in rows or path.rstrip("/").endswith("/messages"):
+                return self.anthropic
+            if path.startswith("/v1beta/") or path.endswith(("generatecontent", ":counttokens")):
+                return self.gemini
+        return self.openai
+
+    def endpoint(self, method: str, path: str) -> Tuple[Optional[str], str]:
+        """-> (which endpoint, None for one that is not metered; the path to use)."""
+        if method == "POST" and path in self.METERED:
+            return self.METERED[path], path
+        if PLAIN_PATH.fullmatch(path):
+            segments = path.lower().split("/")[1:]
+        else:
+            segments = fold_path(path)
+            if ".." in segments or any(
+                    " " > letter or letter == "\x7f" for segment in segments for letter in segment):
+                raise BadRequest("The path must not contain dot segments or control characters")
+        last = segments[-1] if segments and method == "POST" else ""
+        if ":" in last and last.rpartition(":")[2] in ("generatecontent", "streamgeneratecontent"):
+            if not PLAIN_PATH.fullmatch(path) or path.rpartition(":")[2] not in Gemini.METHODS:
+                raise BadRequest("The path must be spelled plainly")
+            return "generate", path
+        endpoint = self.LAST.get(last)
+        if not endpoint or (endpoint == "messages" and segments[-3:-2] == ["threads"]):
+            return None, path
+        tail = "/chat/completions" if segments[-2:] == ["chat", "completions"] else "/" + last
+        plain = path if path.endswith(tail) else "/" + "/".join(segments)
+        if not PLAIN_PATH.fullmatch(plain):
+            raise BadRequest("The path must be spelled plainly")
+        return ("chat" if tail == "/chat/completions" else endpoint), plain
+
+    def read(self, request: Any, body: Callable[[], bytes]) -> Call:
+        """Understand a request; `body` is only called, and the payload only parsed, where the call is metered."""
+        endpoint, path = self.endpoint(request.method, request.path)
+        query = split_query(request.query)[1] if request.query else ""
+        if endpoint is None:
+            return Call(self.guess(request), None, path, query)
+        call = Call({"messages": self.anthropic, "generate": self.gemini}.get(endpoint, self.openai),
+                    endpoint, path, query)
+        call.body = body()
+        call.payload = payload = parse_json(call.body)
+        for key in payload:
+            if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
+                raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
+        if endpoint == "generate":
+            return self.read_path(call)
+        call.stream = payload.get("stream") is True
+        asked = payload.get("model")
+        if isinstance(asked, str):
+            if len(asked) > self.MAX_MODEL:
+                raise BadRequest("The name of the model is too long")
+            call.model = call.served = asked
+        if self.model is not None and asked != self.model:
+            call.served = self.model
+            call.body = compact({**payload, "model": self.model})
+        return call
+
+    def read_path(self, call: Call) -> Call:
+        """Gemini's way: .../models/MODEL:METHOD."""
+        before, _, last = call.path.rpartition("/")
+        call.model, _, method = last.rpartition(":")
+        if len(call.model) > self.MAX_MODEL:
+            raise BadRequest("The name of the model is too long")
+        call.stream, call.served = Gemini.METHODS[method], self.model or call.model
+        if self.model is not None:
+            call.path = "%s/%s:%s" % (before, urllib.parse.quote(self.model, safe=""), method)
+        return call
+
+
+USAGE_KEY = re.compile(rb'"usage(?:Metadata)?"\s*:\s*\{')
+NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+EVENT_END = re.compile(rb"\r?\n\r?\n")
+
+
+class Listener:
+    """Hears a copy of an answer on its way past, and understands it when it has ended. Whole JSON is kept up to
+    MAX_JSON, then its end alone; events are kept up to MAX_EVENTS, then taken in. `hiding` keeps the one event
+    from the caller that it did not ask for."""
+    MAX_JSON, JSON_END, MAX_EVENTS, MAX_HELD = 1 << 20, 8192, 65536, 16384
+
+    def __init__(self, call: Call, streamed: bool, readable: bool):
+        self.dialect, self.streamed, self.readable = call.dialect, streamed, readable
+        self.wordless = call.endpoint == "other"
+        self.hiding = streamed and call.added
+        self.pieces: List[bytes] = []
+        self.size = self.characters = 0
+        self.counts: Dict[str, Any] = {}
+        self.final = False
+        self.held = b""
+
+    def feed(self, payload: bytes) -> bytes:
+        """-> what of it goes on to the caller."""
+        self.pieces.append(payload)
+        self.size += len(payload)
+        if self.size > self.MAX_EVENTS and (self.streamed or self.size > self.MAX_JSON):
+            self.digest()
+        return self.hide(payload) if self.hiding else payload
+
+    def rest(self) -> bytes:
+        """What is still held back at the end."""
+        held, self.held = self.held, b""
+        return held
+
+    def hide(self, payload: bytes) -> bytes:
+        """An event is held back until its end is here: nobody could have used it before."""
+        data = self.held + payload if self.held else payload
+        if data.endswith(b"\n\n") and not NO_CHOICES.search(data):
+            self.held = b""
+            return data
+        end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\r\n\r\n") + 4)
+        end = 0 if end < 4 else end
+        self.held = data[end:]
+        if len(self.held) > self.MAX_HELD:
+            end, self.held = len(data), b""
+        passing, start = [], 0
+        for match in EVENT_END.finditer(data, 0, end):
+            event = data[start:match.end()]
+            if not (NO_CHOICES.search(event) and USAGE_KEY.search(event) and self.is_ours(event)):
+                passing.append(event)
+            start = match.end()
+        return b"".join(passing) + data[start:end]
+
+    @staticmethod
+    def is_ours(event: bytes) -> bool:
+        found = parse_event(event)
+        return found.get("choices") == [] and isinstance(found.get("usage"), dict)
+
+    def digest(self) -> None:
+        """Take in what was kept, all but an event that is not whole, or the end of a large JSON body."""
+        data = b"".join(self.pieces)
+        if self.streamed:
+            end = data.rfind(b"\n") + 1
+            self.take_in(data[:end])
+            self.characters += self.count(data[:end])
+            data = data[end:] if len(data) - end < self.MAX_EVENTS else b""
+        else:
+            self.characters += len(data) - self.JSON_END
+            data = data[-self.JSON_END:]
+        self.pieces, self.size = [data], len(data)
+
+    def take_in(self, data: bytes) -> None:
+        """Find the events that tell usage: the first and the last, for those that tell it in parts or more than
+        once."""
+        found = [match.start() for match in USAGE_KEY.finditer(data)]
+        for start in found[:1] + found[1:][-1:]:
+            end = data.find(b"\n", start)
+            self.note(parse_event(data[data.rfind(b"\n", 0, start) + 1:end if end >= 0 else len(data)]))
+
+    def note(self, payload: Dict[str, Any]) -> None:
+        counts, final = self.dialect.counts(payload)
+        if isinstance(counts, dict):
+            self.counts.update({name: value for name, value in counts.items() if value is not None})
+            self.final = final
+
+    def told(self) -> Tuple[Optional[Usage], bool]:
+        """-> the usage that was told, if it was; and whether nothing is missing from it."""
+        if self.readable:
+            data = b"".join(self.pieces)
+            self.pieces = [data]
+            if self.streamed:
+                self.take_in(data)
+            else:
+                self.note(usage_of_json(data))
+        usage = self.dialect.usage(self.counts) if self.counts else None
+        return usage, self.final and usage is not None
+
+    def spoken(self) -> int:
+        """Characters of text that passed."""
+        data = b"".join(self.pieces)
+        self.pieces, self.size = [], 0
+        if self.wordless:
+            return 0
+        self.characters += self.count(data) if self.readable else len(data)
+        return self.characters
+
+    def count(self, data: bytes) -> int:
+        if self.streamed:
+            return sum([self.dialect.spoken(parse_event(line)) for line in data.split(b"\n")
+                        if line[:5] == b"data:"])
+        try:
+            return self.dialect.spoken(json.loads(data))
+        except (ValueError, RecursionError):
+            return len(data)
+
+
+def parse_event(event: bytes) -> Dict[str, Any]:
+    """The JSON object in an event's data line; {} where there is none."""
+    start = event.find(b"data:")
+    line_end = event.find(b"\n", start)
+    try:
+        found = json.loads(event[start + 5:line_end if line_end >= 0 else len(event)])
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def usage_of_json(data: bytes) -> Dict[str, Any]:
+    """The answer, or as much of it as tells its usage. An object that ends where the answer ends, but for its
+    last brace, is one of the answer's own values, so most need not be parsed whole."""
+    found = None
+    for found in USAGE_KEY.finditer(data):
+        pass
+    if found is None:
+        return {}
+    try:
+        text = data[found.start():].decode().rstrip()
+        value, end = PLAIN_JSON.raw_decode(text, found.end() - found.start() - 1)
+    except (ValueError, RecursionError):
+        return {}
+    told = {text[1:text.index('"', 1)]: value}
+    if text[end:].strip() == "}":
+        return told
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        return told  # only its end was kept, or it was cut
+    if isinstance(answer, list) and answer:  # Gemini's stream
+        answer = answer[-1]
+    return answer if isinstance(answer, dict) else {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -967,6 +1780,11 @@ class Connection:
             return True
         self.ahead = b"" if self.dropping else self.ahead + data
         return bool(data)
+
+    def take(self) -> bytes:
+        """What was read ahead."""
+        ahead, self.ahead = self.ahead, b""
+        return ahead
 
     def close(self) -> None:
         self.sock.close()
@@ -1241,26 +2059,35 @@ def chunk(payload: bytes) -> bytes:
 class Passage:
     """The body of an answer on its way to the caller: `feed` turns what came into what goes out. Chunked
     stays chunked, byte for byte, and sized stays sized; `style` says otherwise where the two sides' framing
-    differs."""
-    __slots__ = ("framing", "style", "passed")
+    differs. A `listener` is fed the payload, and says what of it goes on where the style is not AS_IS."""
+    __slots__ = ("framing", "style", "listener", "passed")
     AS_IS, PLAIN, CHUNKED = range(3)
 
-    def __init__(self, framing: Any, style: int = AS_IS):
-        self.framing, self.style, self.passed = framing, style, 0
+    def __init__(self, framing: Any, style: int = AS_IS, listener: Any = None):
+        self.framing, self.style, self.listener, self.passed = framing, style, listener, 0
 
     def feed(self, data: bytes) -> bytes:
         """Raises Malformed as soon as the framing is broken."""
         same, payload = self.framing.feed(data)
-        self.passed += len(payload)
+        if self.listener and payload:
+            payload = self.listener.feed(payload)
         if self.style == self.AS_IS:
+            self.passed += len(payload)
             return same
-        return (payload if self.style == self.PLAIN
-                else chunk(payload) + (LAST_CHUNK if self.framing.ended else b""))
+        ended = self.framing.ended
+        if ended and self.listener:
+            payload += self.listener.rest()
+        self.passed += len(payload)
+        return payload if self.style == self.PLAIN else chunk(payload) + (LAST_CHUNK if ended else b"")
 
-    def end_of_stream(self) -> Tuple[bool, bytes]:
+    def end_of_stream(self, reset: bool = False) -> Tuple[bool, bytes]:
         """The upstream closed; -> (whether that is a proper end, what is left to send)."""
-        whole_body = self.framing.end_of_stream()
-        return whole_body, LAST_CHUNK if whole_body and self.style == self.CHUNKED else b""
+        whole_body = not reset and self.framing.end_of_stream()
+        rest = self.listener.rest() if self.listener else b""
+        self.passed += len(rest)
+        if self.style == self.CHUNKED:
+            rest = chunk(rest) + (LAST_CHUNK if whole_body else b"")
+        return whole_body, rest
 
 
 class Watch:
@@ -1395,7 +2222,7 @@ class Flow:
         except WOULD_BLOCK:
             return
         except OSError:
-            return self.end("upstream_cut")
+            data = None  # a reset
         self.heard = self.relay.now
         if data:
             try:
@@ -1405,7 +2232,7 @@ class Flow:
             if self.passage.framing.ended:
                 self.ending = "ok"
         else:
-            whole_body, out = self.passage.end_of_stream()
+            whole_body, out = self.passage.end_of_stream(reset=data is None)
             self.ending = "ok" if whole_body else "upstream_cut"
         if out:
             self.send(out)
@@ -1547,6 +2374,7 @@ NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
     "api-key", "x-goog-api-key", "cookie", "cookie2", "host", "content-length", "expect", "x-http-method",
     "x-http-method-override", "x-method-override", "forwarded", "via", "x-forwarded-for", "x-forwarded-host",
     "x-forwarded-proto", "x-forwarded-port", "x-real-ip", "true-client-ip", "cf-connecting-ip"))
+IDENTIFYING = "x-openwebui-"  # and what begins like this: who the caller's user is
 REWRITTEN_FOR_CALLS = NEVER_UPSTREAM | {"content-type", "accept-encoding"}
 MAX_INTERIM = 16        # 1xx answers before the real one
 
@@ -1576,8 +2404,8 @@ class AnswerHead(Head):
         shape, length = shape_and_length(data)
         if last is None or last.shape != shape:
             last = cls(data)
-            last.shape, length = shape, last.content_length()
-        return last, length
+            last.shape = shape
+        return last, last.content_length() if length is None else length
 
 
 class Answer:
@@ -1633,9 +2461,8 @@ class Upstream:
         self.tls = ssl.create_default_context() if endpoint.scheme == "https" else None
         # An address needs no look-up: it is there at once, or the patient way finds out.
         self.near = self.tls is None and re.fullmatch(r"[0-9.]+|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*", endpoint.host)
-        self.own_lines = "Host: %s\r\n" % endpoint.origin.partition("://")[2]
-        if key:
-            self.own_lines += "Authorization: Bearer %s\r\n" % key
+        self.key, self.host_line = key, "Host: %s\r\n" % endpoint.origin.partition("://")[2]
+        self.without_options: set = set()  # models for which stream_options are an error here
 
     def target(self, path: str, query: str = "") -> str:
         """A base with a path replaces a leading /v1 of the call; a bare host gets the call's path as it
@@ -1644,9 +2471,12 @@ class Upstream:
             path = path[3:]
         return (self.endpoint.path + path or "/") + ("?" + query if query else "")
 
+    def own_lines(self, credential: str = "Authorization: Bearer %s\r\n") -> str:
+        return self.host_line + (credential % self.key if self.key else "")
+
     def forward(self, method: str, target: str, lines: str, body: Any, watch: Watch) -> Answer:
-        """Send one request and wait for the head of its answer. `body` is bytes, or a RequestBody to relay in
-        blocks. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
+        """Send one request and wait for the head of its answer. `lines` are all of its header lines but for the
+        body's; `body` is bytes, or a RequestBody to relay in blocks. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
         link = self.connect(watch)
         try:
             return self.exchange(link, method, target, lines, body, watch)
@@ -1660,7 +2490,7 @@ class Upstream:
 
     def exchange(self, link: Link, method: str, target: str, lines: str, body: Any, watch: Watch) -> Answer:
         wire = link.wire
-        head = "%s %s HTTP/1.1\r\n%s%s" % (method, target, self.own_lines, lines)
+        head = "%s %s HTTP/1.1\r\n%s" % (method, target, lines)
         try:
             if isinstance(body, bytes):
                 framing = ("Content-Length: %d\r\n\r\n" % len(body)
@@ -1700,8 +2530,8 @@ class Upstream:
     def fetch(self, path: str, watch: Watch, most: int = 1 << 22) -> Tuple[int, bytes]:
         """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout,
         CallerGone."""
-        with self.forward("GET", self.target(path),
-                          "Accept: application/json\r\nAccept-Encoding: identity\r\n", b"", watch) as answer:
+        lines = self.own_lines() + "Accept: application/json\r\nAccept-Encoding: identity\r\n"
+        with self.forward("GET", self.target(path), lines, b"", watch) as answer:
             wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
             deadline = self.clock.monotonic() + self.read_timeout
             try:
@@ -1719,6 +2549,21 @@ class Upstream:
             except (OSError, Malformed) as failure:
                 raise UpstreamFailed(failure) from None
             raise UpstreamFailed("answer was cut or too long")
+
+    def mentions(self, answer: Answer, words: bytes, watch: Watch, most: int = 65536) -> bool:
+        """Whether the body of an answer speaks of `words`. It is read, and stays to be passed on."""
+        wire, deadline = answer.link.wire, self.clock.monotonic() + min(5, self.read_timeout)
+        while True:
+            try:
+                framing = copy.copy(answer.framing)
+                _, payload = framing.feed(wire.ahead)
+                if words in payload or framing.ended or len(wire.ahead) > most:
+                    return words in payload
+                watch.wait(wire, READ, deadline)
+                if not wire.fill():
+                    return False
+            except (Malformed, OSError):  # TimeoutError is one, too
+                return False
 
     def connect(self, watch: Watch) -> Link:
         """A spare connection that is still silent, the newest first, or a new one."""
@@ -1831,8 +2676,9 @@ IDENTITY = re.compile("[!-~]{1,128}")  # of a request, where the caller names it
 
 def new_identity() -> str:
     """A random UUID (RFC 9562 5.4); it is no secret, so no system call is spent on it."""
-    digits = "%032x" % random.getrandbits(128)
-    return "%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
+    bits = random.getrandbits(124)
+    return "%08x-%04x-4%03x-a%03x-%012x" % (bits >> 92, bits >> 76 & 0xffff, bits >> 64 & 0xfff, bits >> 52 & 0xfff,
+                                            bits & 0xffffffffffff)
 
 
 PLAIN_WORD = re.compile(r"[!-\[\]-~]{1,80}")
@@ -1843,13 +2689,14 @@ class Entry:
     is the end in unix nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok,
     limited, refused, upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path",
-                 "status", "outcome", "cause", "call", "hold", "passed")
+                 "status", "outcome", "cause", "call", "hold", "passed", "listener", "usage", "picodollars",
+                 "priced")
 
     def __init__(self, address: str):
         self.address = address
         self.identity = self.caller = self.method = self.path = self.call = self.hold = None
-        self.first_byte = self.started = self.cause = None
-        self.status, self.outcome, self.passed = 0, "ok", 0
+        self.first_byte = self.started = self.cause = self.listener = self.usage = self.priced = None
+        self.status, self.outcome, self.passed, self.picodollars = 0, "ok", 0, 0
 
     def close(self, clock: Any) -> "Entry":
         self.ended, self.wall = clock.monotonic(), clock.time_ns()
@@ -1857,34 +2704,65 @@ class Entry:
             self.started = self.ended  # it had no head to start with
         return self
 
+    def as_row(self) -> Tuple[Any, ...]:
+        """In the order of COLUMNS. Of a call that reached no answer there is no usage."""
+        call, hold, first = self.call, self.hold, self.first_byte
+        usage = self.usage or NO_USAGE
+        return (self.identity, self.wall / 1e9, self.caller.label if self.caller else self.address, self.address,
+                self.method, self.path[:200], call and call.dialect.name, call and clean(call.model),
+                call and clean(call.served), "base" if call else None, self.status, self.outcome, self.cause,
+                bool(call and call.stream), usage.input, usage.cached, usage.cache_write, usage.output,
+                usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
+                self.priced is False, hold and hold.held, hold and hold.charges(),
+                first and int((first - self.started) * 1000), int((self.ended - self.started) * 1000),
+                self.passed)
+
     def as_dict(self, moment: str) -> Dict[str, Any]:
-        """`moment` is the end of the call, as text. Cost and remaining are None where no bucket was
-        touched."""
-        call, hold = self.call, self.hold
-        quota = hold and hold.quota
+        """`moment` is the end of the call, as text. Cost and remaining are None where no bucket was touched."""
+        call, hold, usage = self.call, self.hold, self.usage
+        held = hold and hold.tightest
         return {
             "time": moment, "id": self.identity, "caller": self.caller.label if self.caller else self.address,
             "method": self.method, "path": self.path and self.path[:200], "status": self.status,
             "model": call and call.model and call.model[:80],
             "outcome": self.outcome, "cause": self.cause, "stream": bool(call and call.stream),
             "first_ms": self.first_byte and int((self.first_byte - self.started) * 1000),
-            "ms": int((self.ended - self.started) * 1000), "cost": quota and hold.amount,
-            "remaining": quota and quota.remaining, "bytes": self.passed}
+            "ms": int((self.ended - self.started) * 1000), "cost": held and hold.amount,
+            "remaining": held and hold.remaining, "input": usage and usage.input,
+            "output": usage and usage.output, "estimated": usage and usage.estimated,
+            "usd": spell_usd(self.picodollars) if self.priced else None, "bytes": self.passed}
 
     def as_text(self, moment: str) -> str:
-        """One line of printable ASCII, whatever the caller sent."""
-        call, hold = self.call, self.hold
-        quota, model = hold and hold.quota, call and call.model
+        """One line of printable ASCII, whatever the caller sent; a ~ marks what was estimated."""
+        call, hold, usage = self.call, self.hold, self.usage
+        held, model = hold and hold.tightest, call and call.model
         if model and not PLAIN_WORD.fullmatch(model):
             model = ascii(model[:80]).replace(" ", "\\x20")
         first = "-" if self.first_byte is None else f"{int((self.first_byte - self.started) * 1000)}ms"
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
+        guess = "~" if usage and usage.estimated else ""
+        tokens = f" in={guess}{usage.input} out={guess}{usage.output}" if usage else ""
+        usd = " usd=" + spell_usd(self.picodollars) if self.priced else ""
         return (
             f"{moment} {self.caller.label if self.caller else self.address} {self.method or '-'} "
             f"{self.path[:200] if self.path else '-'} {model or '-'} {self.status} {self.outcome} "
             f"{'stream' if call and call.stream else '-'} first={first} "
-            f"all={int((self.ended - self.started) * 1000)}ms cost={hold.amount if quota else '-'} "
-            f"left={quota.remaining if quota else '-'} bytes={self.passed} id={self.identity or '-'}{cause}")
+            f"all={int((self.ended - self.started) * 1000)}ms cost={hold.amount if held else '-'} "
+            f"left={hold.remaining if held else '-'}{tokens}{usd} bytes={self.passed} "
+            f"id={self.identity or '-'}{cause}")
+
+
+NO_USAGE = Usage()
+
+
+def clean(text: Optional[str]) -> Optional[str]:
+    """Text that any file can hold: JSON may spell half a character."""
+    return text if text is None or text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def moment_of(wall: int) -> str:
+    """Unix nanoseconds as UTC, to the millisecond."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall // 10 ** 9)) + ".%03dZ" % (wall // 10 ** 6 % 1000)
 
 
 class Log:
@@ -1956,86 +2834,386 @@ class Log:
         self.thread.join(wait)
 
 
+COLUMNS = (
+    ("id", "TEXT"), ("time", "REAL"), ("caller", "TEXT"), ("address", "TEXT"), ("method", "TEXT"),
+    ("path", "TEXT"), ("dialect", "TEXT"), ("model", "TEXT"), ("served", "TEXT"), ("upstream", "TEXT"),
+    ("status", "INTEGER"), ("outcome", "TEXT"), ("cause", "TEXT"), ("stream", "INTEGER"), ("input", "INTEGER"),
+    ("cached", "INTEGER"), ("cache_write", "INTEGER"), ("output", "INTEGER"), ("reasoning", "INTEGER"),
+    ("estimated", "INTEGER"), ("usd", "REAL"), ("picodollars", "INTEGER"), ("unpriced", "INTEGER"),
+    ("held", "INTEGER"), ("charges", "TEXT"), ("first_ms", "INTEGER"), ("ms", "INTEGER"), ("bytes", "INTEGER"))
+
+
+class DatabaseFault(Exception):
+    """Why a file cannot be the database: it is something else."""
+
+
+class Unwritable(DatabaseFault):
+    """It, or its folder, cannot be read or written."""
+
+
+class Database:
+    """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never written to."""
+    APPLICATION = 0x6C6C6D70  # "llmp", where SQLite keeps the name of a file's maker (fileformat2, 1.3)
+    SMALL = 1 << 24           # bytes that are checked in no time
+    SCHEMA = """CREATE TABLE calls (%s);
+        CREATE INDEX calls_time ON calls (time);
+        CREATE TABLE buckets (rule TEXT, subject TEXT, level INTEGER, since REAL, PRIMARY KEY (rule, subject));
+        """ % ", ".join(map(" ".join, COLUMNS))
+
+    def __init__(self, path: str, reading: bool = False):
+        """Raises DatabaseFault; FileNotFoundError where there is nothing to read."""
+        self.path = path
+        try:
+            new = not self.is_ours(path)
+            if new and reading:
+                raise FileNotFoundError(path)
+            if not new:
+                self.check(path)
+            if reading:
+                self.connection = self.connect(path, "ro")
+                return
+            self.connection = self.connect(path, "rwc")
+            if new:
+                self.connection.execute("PRAGMA application_id = %d" % self.APPLICATION)
+                self.connection.executescript("BEGIN; %s COMMIT" % self.SCHEMA)
+            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute("PRAGMA synchronous = NORMAL")
+            self.connection.execute("BEGIN IMMEDIATE")
+            self.connection.execute("ROLLBACK")
+        except FileNotFoundError:
+            raise
+        except (OSError, sqlite3.Error) as failure:
+            raise Unwritable("DATABASE must be a file that can be written, or off (got '%s': %s)" % (
+                path, getattr(failure, "strerror", None) or failure)) from None
+
+    @staticmethod
+    def connect(path: str, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect("file:%s?mode=%s" % (urllib.parse.quote(os.path.abspath(path)), mode), uri=True,
+                               timeout=5, isolation_level=None, check_same_thread=False)
+
+    def is_ours(self, path: str) -> bool:
+        """False where there is no file yet."""
+        try:
+            with open(path, "rb") as file:
+                head = file.read(100)
+        except FileNotFoundError:
+            return False
+        if head and (head[:16] != b"SQLite format 3\0" or head[68:72] != self.APPLICATION.to_bytes(4, "big")):
+            raise DatabaseFault("%s is not a database of llm_proxy; it was left as it is" % path)
+        return bool(head)
+
+    def check(self, path: str) -> None:
+        with contextlib.closing(self.connect(path, "ro")) as connection:
+            try:
+                columns = [row[1] for row in connection.execute("PRAGMA table_info(calls)")]
+                sound = columns == [name for name, _ in COLUMNS]
+                connection.execute("SELECT rule, subject, level, since FROM buckets").fetchall()
+                if sound and os.path.getsize(path) < self.SMALL:
+                    sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+            except sqlite3.DatabaseError:
+                sound = False
+        if not sound:
+            raise DatabaseFault("%s is damaged, or of another version; it was left as it is" % path)
+
+    def add(self, rows: List[Tuple[Any, ...]]) -> None:
+        self.connection.executemany("INSERT INTO calls VALUES (%s)" % ",".join("?" * len(COLUMNS)), rows)
+
+    def save(self, changed: Dict[Any, Tuple[int, float]], gone: List[Any]) -> None:
+        self.connection.executemany("DELETE FROM buckets WHERE rule = ? AND subject = ?", map(self.spell, gone))
+        self.connection.executemany(
+            "INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)",
+            [self.spell(key) + (max(-1 << 62, level), since) for key, (level, since) in changed.items()])
+
+    @staticmethod
+    def spell(key: Tuple[Any, ...]) -> Tuple[str, str]:
+        return key[0], " ".join("%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in key[1:])
+
+    def levels(self) -> List[Tuple[Tuple[Any, ...], int, float]]:
+        """-> (key, level, wall-clock time of the last refill), as they were saved."""
+        found = []
+        for rule_text, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
+            parts = [part.partition("=")[::2] for part in subject.split(" ") if part]
+            whose = tuple((kind, bytes.fromhex(name) if kind == "key" else name) for kind, name in parts)
+            found.append(((rule_text,) + whose, level, since))
+        return found
+
+    def forget(self, before: float, most: int) -> int:
+        """Remove up to `most` calls that are older than `before`; -> how many there were."""
+        return self.connection.execute("DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ?"
+                                       " LIMIT ?)", (before, most)).rowcount
+
+
+class Ledger:
+    """One row per call and the levels of buckets, written by one thread in batches from a bounded queue."""
+    ROOM, PATIENCE = 10_000, 0.05
+    BATCH_SECONDS, SAVE_SECONDS, FORGET_SECONDS = 0.25, 3, 600
+
+    def __init__(self, database: Optional[Database], usage_log: Any, limits: Limits, clock: Any, days: int,
+                 log: Log):
+        self.database, self.usage_log, self.limits, self.clock = database, usage_log, limits, clock
+        self.days, self.log = days, log
+        self.queue: "collections.deque[Any]" = collections.deque()
+        self.dropped, self.failed, self.stop = 0, 0.0, threading.Event()
+        self.saved: Dict[Any, Tuple[int, float]] = {}
+        if database:
+            self.restore()
+        self.saving = self.forgetting = clock.monotonic()
+        self.thread = threading.Thread(target=self.run, name="ledger", daemon=True)
+
+    def restore(self) -> None:
+        """Levels as they were, with the refill of the time in between; those of rules that are no more are
+        forgotten."""
+        by_text = {rule.text: rule for rule in self.limits.rules}
+        now = self.clock.time_ns() / 1e9
+        for key, level, since in self.database.levels():
+            self.saved[key] = level, since
+            if key[0] in by_text and by_text[key[0]].capacity is not None:
+                self.limits.buckets.restore(by_text[key[0]], key, level, now - since)
+
+    def record(self, entry: Entry) -> None:
+        """Queue one entry. A full queue waits a moment, then drops."""
+        row = (entry.as_row() if self.database else None,
+               json.dumps(entry.as_dict(moment_of(entry.wall))) if self.usage_log else None)
+        if len(self.queue) >= self.ROOM:
+            end = time.monotonic() + self.PATIENCE
+            while len(self.queue) >= self.ROOM and time.monotonic() < end:
+                time.sleep(0.005)
+            if len(self.queue) >= self.ROOM:
+                self.dropped += 1
+                return
+        self.queue.append(row)
+
+    def run(self) -> None:
+        while not self.stop.wait(self.BATCH_SECONDS):
+            self.turn()
+        self.saving = 0
+        self.turn()
+        if self.database:
+            self.database.connection.close()
+
+    def turn(self) -> None:
+        """Write what is there. What cannot be written stays in the queue, until that is full."""
+        now = self.clock.monotonic()
+        batch = list(itertools.islice(self.queue, self.ROOM))
+        try:
+            if self.database:
+                self.write([row for row, _ in batch], now)
+        except sqlite3.Error as failure:
+            if now > self.failed + 60 or not self.failed:
+                self.failed = now
+                self.log.say("the database cannot be written: %s" % failure)
+            return
+        except Exception:
+            self.log.report()  # and go on without these
+        if self.usage_log and batch:
+            try:
+                self.usage_log.write(("\n".join([text for _, text in batch]) + "\n").encode())
+                self.usage_log.flush()
+            except (OSError, ValueError):
+                self.dropped += len(batch)
+        for _ in batch:
+            self.queue.popleft()
+
+    def write(self, rows: List[Tuple[Any, ...]], now: float) -> None:
+        saving, forgetting = now >= self.saving, now >= self.forgetting
+        if not (rows or saving or forgetting):
+            return
+        database, wall = self.database, self.clock.time_ns() / 1e9
+        if saving:
+            self.saving = now + self.SAVE_SECONDS
+            levels = self.limits.buckets.snapshot(wall)
+            changed = {key: value for key, value in levels.items()
+                       if key not in self.saved or self.saved[key][0] != value[0]
+                       or abs(self.saved[key][1] - value[1]) > 0.01}
+            gone = [key for key in self.saved if key not in levels]
+            if not (rows or changed or gone or forgetting):
+                return
+        database.connection.execute("BEGIN IMMEDIATE")
+        try:
+            database.add(rows)
+            if saving:
+                database.save(changed, gone)
+            if forgetting and database.forget(wall - self.days * 86400, 1000) < 1000:
+                self.forgetting = now + self.FORGET_SECONDS
+        except BaseException:
+            database.connection.execute("ROLLBACK")
+            raise
+        database.connection.execute("COMMIT")
+        if saving:
+            self.saved = levels
+
+    def close(self, wait: float) -> None:
+        self.stop.set()
+        if self.thread.ident:
+            self.thread.join(wait)
+
+
+def open_usage_log(path: Optional[str]) -> Any:
+    """Raises OSError."""
+    return None if path is None else open(1, "ab", closefd=False) if path == "-" else open(path, "ab")
+
+
+class Books:
+    """The log and the ledger."""
+
+    def __init__(self, log: Log, ledger: Optional[Ledger]):
+        self.log, self.ledger = log, ledger
+
+    def open(self) -> None:
+        """To be called when it is sure that this process will serve: two must not write the same levels."""
+        if self.ledger:
+            self.ledger.thread.start()
+
+    def record(self, entry: Entry) -> None:
+        self.log.record(entry)
+        # a page is no call, and neither is what had no head
+        if self.ledger and entry.method and (entry.call or entry.outcome != "ok"):
+            self.ledger.record(entry)
+
+    def close(self, wait: float) -> None:
+        if self.ledger:
+            self.ledger.close(wait)
+        self.log.close(wait)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Proxy: `serve` is the life of one call; `build` is the parts list, the only place where constructors meet.
 # It does not know http.server.
 # ------------------------------------------------------------------------------------------------------------
 
 class Proxy:
-    def __init__(self, config: Config, clock: Any, callers: Callers, limits: Limits, prices: Prices,
-                 dialect: OpenAI, upstream: Upstream, relay: Relay, log: Log):
+    def __init__(self, config: Config, clock: Any, callers: Callers, limits: Limits, prices: Prices, meter: Meter,
+                 dialects: Dialects, upstream: Upstream, relay: Relay, books: Books):
         self.config, self.clock, self.callers, self.limits = config, clock, callers, limits
-        self.prices, self.dialect, self.upstream, self.relay, self.log = prices, dialect, upstream, relay, log
+        self.prices, self.meter, self.dialects, self.upstream = prices, meter, dialects, upstream
+        self.relay, self.books = relay, books
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
         """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what
         they hold. Where the rest of a body must still be carried, it yields a Flow and is sent back how that
         ended: no thread waits meanwhile."""
         caller = entry.caller = self.identify(request, entry.address)                               # identify
-        call = reply.call = entry.call = self.dialect.read(request.method, request.path, reply.body.whole)
-        with self.limits.admit(caller, self.prices.before(call) if call.endpoint else 0) as hold:   # admit
+        call = reply.call = entry.call = self.dialects.read(request, reply.body.whole)
+        with self.admit(caller, entry.address, call) as hold:                                       # admit
             entry.hold = hold
             upstream = self.route(call)                                                             # route
             try:
-                with upstream.forward(request.method, upstream.target(call.path, request.query),    # forward
-                                      self.lines_up(request, call), self.body_up(call, reply),
-                                      reply.watch) as answer:
+                with self.forward(upstream, request, call, reply) as answer:                        # forward
+                    passage = reply.receive(answer)
                     if answer.status >= 400:
                         hold.give_back()
                         entry.outcome = "upstream_status"
-                    passage = reply.begin(answer)
+                    elif passage.framing.ended:
+                        self.settle(entry, "ok")
+                    reply.begin(answer, passage)
                     ending = "ok"
                     if not passage.framing.ended:
                         ending = yield Flow(answer.link.wire, reply.caller, passage, upstream.read_timeout)
                     entry.passed = passage.passed
             except CallerGone:
-                hold.settle(self.prices.after(call, hold.amount, "caller_gone", 0))
+                self.settle(entry, "caller_gone")
                 raise
-            hold.settle(self.prices.after(call, hold.amount, ending, passage.passed))               # settle
+            self.settle(entry, ending)                                                              # settle
             if ending != "ok":
                 entry.outcome = ending
                 reply.cut()
 
+    def identify(self, request: Request, address: str) -> Caller:
+        derived = request.head.derived
+        if "credential" not in derived:
+            derived["credential"] = self.callers.credential(request.head, request.query)
+        return self.callers.identify(derived["credential"], address)
+
+    def admit(self, caller: Caller, address: str, call: Call) -> Hold:
+        costs = FREE if call.endpoint is None else self.meter.before(call)
+        return self.limits.admit(caller, address, call.served, costs)
+
     def route(self, call: Call) -> Upstream:
         return self.upstream
 
-    def identify(self, request: Request, address: str) -> Caller:
-        if "credential" not in request.head.derived:
-            request.head.derived["credential"] = self.callers.credential(request.head)
-        return self.callers.identify(request.head.derived["credential"], address)
+    def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
+        """A stream tells its usage only when asked; an upstream that takes the question for an error is not asked
+        again."""
+        body, target = self.body_up(call, reply), upstream.target(call.path, call.query)
+        lines = self.lines_up(request, call, upstream)
+        if call.stream and self.meter.counting and call.endpoint in ("chat", "completions") and (
+                call.served not in upstream.without_options):
+            call.add_usage()
+        answer = upstream.forward(request.method, target, lines, call.body if call.added else body, reply.watch)
+        if call.added and answer.status == 400:
+            with contextlib.ExitStack() as stack:
+                stack.push(answer)
+                if not upstream.mentions(answer, b"stream_options", reply.watch):
+                    stack.pop_all()
+                    return answer
+            if len(upstream.without_options) < KNOWN_MODELS:
+                upstream.without_options.add(call.served)
+            call.added = False
+            return upstream.forward(request.method, target, lines, body, reply.watch)
+        return answer
+
+    def settle(self, entry: Entry, ending: str) -> None:
+        """Charge what the call used, and write that down. The second time, it does nothing."""
+        call, hold = entry.call, entry.hold
+        if call.endpoint is None or hold.ended:
+            return
+        if ending == "internal_error":
+            return hold.give_back()
+        usage = entry.usage = self.meter.after(call, entry.listener)
+        entry.picodollars, entry.priced = self.prices.cost(usage, call.served)
+        estimate = hold.costs[-1]
+        if ending != "ok":
+            estimate = min(estimate, max(1, usage.input + usage.output))
+        hold.settle((hold.costs[0], usage.input + usage.output, usage.input, usage.output, entry.picodollars,
+                     estimate))
 
     @staticmethod
-    def lines_up(request: Request, call: Call) -> str:
-        """The header lines that go upstream beside its own. A metered answer must stay readable, so it is
-        asked for plain."""
-        metered = call.endpoint is not None
-        if metered not in request.head.derived:
+    def lines_up(request: Request, call: Call, upstream: Upstream) -> str:
+        """The header lines that go upstream. A metered answer must stay readable, so it is asked for plain."""
+        derived, metered = request.head.derived, call.endpoint is not None
+        if (metered, upstream) not in derived:
             dropped = REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM
             if not IDENTITY.fullmatch(request.head.get("x-request-id", "")):
                 dropped = dropped | {"x-request-id"}
             # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
-            dropped = dropped.union([name for name in request.head.rows if "_" in name])
+            dropped = dropped.union([name for name in request.head.rows
+                                     if "_" in name or name.startswith(IDENTIFYING)])
             rows = request.head.end_to_end(dropped)
             if metered:
                 rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
-            request.head.derived[metered] = "".join([row + "\r\n" for row in rows])
-        return request.head.derived[metered]
+            derived[metered, upstream] = (upstream.own_lines(call.dialect.CREDENTIAL)
+                                          + "".join([row + "\r\n" for row in rows]))
+        return derived[metered, upstream]
 
     @staticmethod
     def body_up(call: Call, reply: Any) -> Any:
         return call.body if call.endpoint else b"" if reply.body.ended else reply.body
 
 
-def build(config: Config, stream: Any, clock: Any = time) -> Proxy:
-    """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has."""
+def default_rule(config: Config) -> Rule:
+    """The plain settings, as a rule: whole intervals, several tokens each."""
+    unit = {"request": "requests", "estimate": "estimate", "usage": "tokens"}[config.token_cost_mode]
+    text = "each %d tokens per %ds burst %d" % (
+        config.refill_tokens, config.refill_interval_seconds, config.max_tokens)
+    return Rule(text, (("each", ""),), UNITS.index(unit), config.max_tokens, config.refill_tokens,
+                config.refill_interval_seconds, (config.refill_tokens, config.refill_interval_seconds))
+
+
+def build(config: Config, stream: Any, clock: Any = time, database: Any = None) -> Proxy:
+    """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has; `database` is an
+    open Database, or None to keep everything in memory."""
     log = Log(stream, config.log_format == "json")
-    buckets = Buckets(config.max_tokens, config.refill_tokens, config.refill_interval_seconds, clock)
+    limits = Limits(config.limits or [default_rule(config)], Buckets(clock), config.limit_message)
+    prices = Prices(config.prices)
+    meter = Meter(prices, 1 if config.limits else config.request_token_cost, config.response_token_reserve,
+                  config.image_tokens, limits.units())
+    usage_log = open_usage_log(config.usage_log)
+    ledger = Ledger(database, usage_log, limits, clock, config.ledger_days, log) if database or usage_log else None
     return Proxy(
-        config, clock, Callers(config.proxy_api_keys, os.urandom(32)), Limits(buckets, config.limit_message),
-        Prices(config.token_cost_mode, config.request_token_cost, config.response_token_reserve),
-        OpenAI(config.base_model),
+        config, clock, Callers(config.proxy_api_keys, os.urandom(32)), limits, prices, meter,
+        Dialects(config.base_model),
         Upstream(config.base_api_url, config.base_api_key, config.open_timeout, config.read_timeout, clock),
-        Relay(clock, log.report), log)
+        Relay(clock, log.report), Books(log, ledger))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2080,19 +3258,22 @@ class Pages:
             entry.caller = proxy.identify(request, entry.address)
         except Refusal:
             entry.caller = Caller(("address", entry.address), entry.address)
-        key, buckets = entry.caller.key, proxy.limits.buckets
-        quota = buckets.peek(key)
-        return Page(200, json.dumps({
-            "ok": True, "version": VERSION, "model": proxy.config.base_model,
-            "quota": {
-                "limit": quota.limit, "remaining": quota.remaining,
-                "refill_tokens": quota.refill_tokens, "refill_interval_seconds": quota.refill_seconds,
-                "wait_seconds": buckets.wait(key, min(quota.limit, proxy.config.request_token_cost))},
-        }).encode())
+        limits, books, config = proxy.limits, proxy.books, proxy.config
+        takes = [Take(rule, key, min(rule.capacity, config.request_token_cost) if not config.limits else 1)
+                 for rule, key in limits.matching(entry.caller, entry.address, config.base_model)]
+        told = {"ok": True, "version": VERSION, "model": config.base_model}
+        if takes:
+            quota, wait = limits.buckets.peek(takes)
+            told["quota"] = {
+                "limit": quota.limit, "remaining": quota.remaining, "refill_tokens": quota.refill_tokens,
+                "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}
+        if books.ledger:
+            told["ledger"] = {"queued": len(books.ledger.queue), "dropped": books.ledger.dropped}
+        return Page(200, json.dumps(told).encode())
 
     def models(self, request: Request, entry: Entry) -> Page:
         entry.caller = self.proxy.identify(request, entry.address)
-        return Page(200, self.proxy.dialect.models([self.proxy.config.base_model]))
+        return Page(200, self.proxy.dialects.openai.models([self.proxy.config.base_model]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2104,11 +3285,13 @@ RATE_FIELDS = (  # in the order of Quota
     "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens", "X-RateLimit-Refill-Seconds",
     "X-RateLimit-Reset-Seconds")
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n"
-RATE_LINES = "".join(name + ": %d\r\n" for name in RATE_FIELDS)
+RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
+USAGE_FIELDS = ("X-LLM-Input-Tokens", "X-LLM-Output-Tokens", "X-LLM-Cost-USD")
+USAGE_LINES = "".join(name + ": %s\r\n" for name in USAGE_FIELDS)
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
-     "x-upstream-request-stop"] +
-    [name.lower() for name in RATE_FIELDS])
+     "x-upstream-request-stop", "x-llm-estimated"] +
+    [name.lower() for name in RATE_FIELDS + USAGE_FIELDS])
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age",
     "allow-private-network"))
@@ -2210,6 +3393,7 @@ class RequestBody:
 class Reply:
     """The way back to one caller: begin an answer that came from upstream, or send one of ours; `closing`
     says that the connection cannot carry another request."""
+    WHOLE_SECONDS, MAX_WHOLE = 10, 1 << 20
 
     def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, entry: Entry):
         self.caller, self.watch, self.proxy, self.entry = caller, watch, proxy, entry
@@ -2219,7 +3403,7 @@ class Reply:
         self.begun = self.closing = self.unframed = self.reset = False
         self.started = proxy.clock.time_ns()
 
-    def receive(self, request: Request) -> None:
+    def take(self, request: Request) -> None:
         """Take the head of the request that is to be answered."""
         self.request, self.closing = request, request.closing
         if "x-request-id" in request.head.rows:
@@ -2231,30 +3415,58 @@ class Reply:
 
     # -- what comes from upstream
 
-    def begin(self, answer: Answer) -> Passage:
-        """Send the head of an answer, together with what has come of its body; -> the rest of the way."""
-        framing, style, lines = answer.framing, Passage.AS_IS, self.lines_down(answer)
-        if isinstance(framing, (Chunked, UntilClose)):
+    def receive(self, answer: Answer) -> Passage:
+        """Take in what has come of a body; -> the way it will go. A metered answer that is no stream is waited
+        for, so that its head can say what it cost, unless it is large or takes its time."""
+        call, head, framing = self.call, answer.head, answer.framing
+        listener = self.entry.listener = None if call.endpoint is None or answer.status >= 400 else Listener(
+            call, head.streamed, head.get("content-encoding", "identity") == "identity")
+        style, self.framing_line = Passage.AS_IS, ""
+        hiding = listener is not None and listener.hiding
+        if hiding or isinstance(framing, (Chunked, UntilClose)):
             if self.request.version == 0:
                 # HTTP/1.0 knows no chunks: closing ends the body
                 style, self.closing, self.unframed = Passage.PLAIN, True, True
             else:
-                style = Passage.AS_IS if isinstance(framing, Chunked) else Passage.CHUNKED
-                lines += "Transfer-Encoding: chunked\r\n"
+                style = Passage.AS_IS if isinstance(framing, Chunked) and not hiding else Passage.CHUNKED
+                self.framing_line = "Transfer-Encoding: chunked\r\n"
         elif answer.length is not None and answer.status != 204:
-            lines += "Content-Length: %d\r\n" % answer.length
-        passage = Passage(framing, style)
-        ahead, answer.link.wire.ahead = answer.link.wire.ahead, b""
+            self.framing_line = "Content-Length: %d\r\n" % answer.length
+        passage = Passage(framing, style, listener)
         try:
-            first = passage.feed(ahead)
-        except Malformed as failure:
+            self.first = passage.feed(answer.link.wire.take())
+            if listener and not call.stream and not head.streamed and not framing.ended:
+                self.await_rest(answer, passage)
+        except (Malformed, OSError) as failure:
             raise UpstreamFailed(failure) from None
-        clock = self.proxy.clock
-        lines += "X-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d\r\n" % (
-            self.started, clock.time_ns())
-        self.entry.first_byte = clock.monotonic()
-        self.write(self.head(answer.status, answer.head.reason, lines) + first)
         return passage
+
+    def await_rest(self, answer: Answer, passage: Passage) -> None:
+        wire, clock = answer.link.wire, self.proxy.clock
+        deadline = clock.monotonic() + min(self.WHOLE_SECONDS, answer.upstream.read_timeout)
+        while not passage.framing.ended and len(self.first) < self.MAX_WHOLE:
+            try:
+                self.watch.wait(wire, READ, deadline)
+            except TimeoutError:
+                return
+            if wire.fill():
+                self.first += passage.feed(wire.take())
+                continue
+            whole_body, rest = passage.end_of_stream()
+            if not whole_body:
+                raise UpstreamFailed("closed in the middle of its answer")
+            self.first += rest
+
+    def begin(self, answer: Answer, passage: Passage) -> None:
+        """Send the head of an answer, together with what has come of its body."""
+        clock, entry, usage = self.proxy.clock, self.entry, self.entry.usage
+        lines = "%s%sX-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d\r\n" % (
+            self.lines_down(answer), self.framing_line, self.started, clock.time_ns())
+        if usage and not self.call.stream:
+            lines += USAGE_LINES % (usage.input, usage.output, spell_usd(entry.picodollars)) + (
+                "X-LLM-Estimated: true\r\n" if usage.estimated else "")
+        entry.first_byte = clock.monotonic()
+        self.write(self.head(answer.status, answer.head.reason, lines) + self.first)
 
     def lines_down(self, answer: Answer) -> str:
         """The header lines of an answer that are passed on as they came, or nearly."""
@@ -2294,14 +3506,28 @@ class Reply:
         if self.begun:
             return self.cut()
         self.closing = self.closing or refusal.closing
-        dialect, call = self.proxy.dialect, self.call
-        lines = tuple("%s: %s" % field for field in refusal.fields.items())
+        call, fields = self.call, dict(refusal.fields)
+        dialect = call.dialect if call else self.proxy.dialects.guess(self.request)
+        reply = None
         if isinstance(refusal, LimitReached):
-            self.entry.hold = Hold(None, None, 0, refusal.quota)
-            kind = "text/event-stream" if call.stream else "application/json"
-            reply = dialect.limit_reply(call, str(refusal), self.started // 10 ** 9)
-            return self.send(200, reply, lines + (("Cache-Control: no-cache",) if call.stream else ()), kind)
-        self.send(refusal.status, dialect.error(refusal), lines)
+            self.entry.hold = Hold(tightest=refusal.tightest)
+            if not self.for_programs():
+                reply = dialect.limit_reply(call, str(refusal), self.started // 10 ** 9)
+            elif refusal.wait is None or refusal.wait > 60:
+                fields["x-should-retry"] = "false"  # SDKs would ask three times
+        if reply is not None and dialect.limit_type(call) == "text/event-stream":
+            fields["Cache-Control"] = "no-cache"
+        lines = tuple("%s: %s" % field for field in fields.items())
+        if reply is not None:
+            return self.send(200, reply, lines, dialect.limit_type(call))
+        self.send(refusal.status, dialect.error(refusal, refusal.status), lines)
+
+    def for_programs(self) -> bool:
+        """Whether a limited caller is told by an error: LIMIT_REPLY."""
+        asked, rows = self.proxy.config.limit_reply, self.request.head.rows
+        people = "mozilla/" in rows.get("user-agent", "").lower() or any(
+            name.startswith(IDENTIFYING) for name in rows)
+        return asked == "error" or (asked == "auto" and not people)
 
     # -- both
 
@@ -2317,7 +3543,7 @@ class Reply:
             self.closing = self.caller.dropping = True
         return "".join((
             f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.identity}\r\n",
-            RATE_LINES % hold.quota if hold and hold.quota else "",
+            RATE_LINES % hold.quota if hold and hold.tightest else "",
             ANY_ORIGIN if origins == ("*",) else self.cors(self.request) if origins else "",
             "Connection: close\r\n\r\n" if self.closing else "\r\n")).encode("latin-1")
 
@@ -2383,7 +3609,7 @@ class Handler:
             except Exception as reason:
                 self.refuse(reply, reason)
             self.life, self.served = None, True
-            self.server.proxy.log.record(reply.entry.close(self.clock))
+            self.server.proxy.books.record(reply.entry.close(self.clock))
             if reply.closing:
                 return None
 
@@ -2398,8 +3624,10 @@ class Handler:
             raise QuietEnd()
         reply.entry.started = self.clock.monotonic()
         self.last = request = Request.read(data, self.last)
-        reply.receive(request)
+        reply.take(request)
         reply.closing = reply.closing or self.server.draining
+        if request.method in ("TRACE", "TRACK", "CONNECT"):
+            raise NotAllowed()  # an upstream that echoes what it got would show its key
         page = self.server.pages.find(request)
         if page:
             reply.send(*page(request, reply.entry))
@@ -2412,7 +3640,7 @@ class Handler:
             if isinstance(reason, CallerGone):
                 raise reason
             if not isinstance(reason, Refusal):
-                self.server.proxy.log.report()
+                self.server.proxy.books.log.report()
                 reason = InternalError()
             reply.refuse(reason)
         except CallerGone:
@@ -2487,6 +3715,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.swept = proxy.clock.monotonic()
         self.unstarted: "collections.deque[Handler]" = collections.deque()
         super().__init__((host, port), Handler)
+        proxy.books.open()
 
     def server_bind(self) -> None:
         """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
@@ -2532,7 +3761,7 @@ class Server(http.server.ThreadingHTTPServer):
             if not handler.finish():
                 return self.dismiss_later(handler.request)
         except Exception:
-            self.proxy.log.report()
+            self.proxy.books.log.report()
         self.shutdown_request(handler.request)
 
     def resume(self, handler: Handler, ending: str) -> None:
@@ -2557,7 +3786,7 @@ class Server(http.server.ThreadingHTTPServer):
     def turn_away(self, request: socket.socket) -> None:
         """Answer 503 without a thread."""
         refusal = Overloaded()
-        body = self.proxy.dialect.error(refusal)
+        body = self.proxy.dialects.openai.error(refusal, refusal.status)
         head = ("HTTP/1.1 503 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
                 "Retry-After: 1\r\nConnection: close\r\n\r\n")
         try:
@@ -2592,7 +3821,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.sweep(self.proxy.clock.monotonic())
         except Exception:
-            self.proxy.log.report()
+            self.proxy.books.log.report()
 
     def sweep(self, now: float) -> None:
         while self.turned_away and self.turned_away[0][0] < now - 1:
@@ -2605,7 +3834,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.proxy.upstream.close_stale()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        self.proxy.log.report()
+        self.proxy.books.log.report()
 
     def drain(self, wait: float) -> int:
         """Stop accepting, close what is idle, let running calls finish for `wait` seconds, then cut them; ->
@@ -2720,13 +3949,13 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 def describe(config: Config) -> List[str]:
     """What the proxy is about to do, in a few lines without secrets."""
-    if config.token_cost_mode == "estimate":
-        cost = "its estimated tokens, %d for an answer without a maximum" % config.response_token_reserve
-    else:
-        cost = "%d" % config.request_token_cost
+    cost = {"request": "%d" % config.request_token_cost,
+            "estimate": "its estimated tokens, %d for an answer without a maximum" % config.response_token_reserve,
+            "usage": "the tokens it used"}[config.token_cost_mode]
     return ["upstream %s%s, key %s, model %s" % (
                 config.base_api_url.origin, config.base_api_url.path,
                 "set" if config.base_api_key else "not set", config.base_model or "as asked for"),
+            "limits " + "; ".join(rule.text for rule in config.limits) if config.limits else
             "each caller's bucket holds %d tokens and gains %d every %d s; a call costs %s" % (
                 config.max_tokens, config.refill_tokens, config.refill_interval_seconds, cost)]
 
@@ -2763,7 +3992,7 @@ def check(config: Config, stream: Any) -> int:
     except (ValueError, LookupError, TypeError, RecursionError):
         stream.write("models: the upstream answered %d, and no list of models\n" % status)
         return 1
-    stream.write("models: %s\n" % ", ".join(names))
+    stream.write("models: %s\n" % ", ".join(map(clean, names)))
     return 0
 
 
@@ -2817,6 +4046,19 @@ try this until the limit is reached (add -H 'Authorization: Bearer KEY' where ke
     -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"stream":true}'"""
 
 
+def open_database(config: Config) -> Tuple[Optional[Database], List[str]]:
+    """-> the database, and what is to be said. Where only the default one cannot be written, nothing is
+    remembered."""
+    if config.database == "off":
+        return None, []
+    try:
+        return Database(config.database), []
+    except Unwritable as fault:
+        if config.texts["DATABASE"] != DEFAULT_DATABASE:
+            raise
+        return None, ["warning: calls and buckets are kept in memory only: %s" % fault]
+
+
 def run(config: Config, log_stream: Any, hint: str) -> int:
     """Serve until a signal says stop; -> exit code."""
     try:
@@ -2827,30 +4069,35 @@ def run(config: Config, log_stream: Any, hint: str) -> int:
         return 2
     raise_descriptor_limit()
     threading.stack_size(512 * 1024)  # a thread per connection: 8 MiB each is more than strict systems lend
-    proxy = build(config, log_stream)
+    try:
+        database, remarks = open_database(config)
+        proxy = build(config, log_stream, database=database)
+    except (DatabaseFault, OSError) as fault:
+        log_stream.write(("%s\n" % fault).encode("ascii", "backslashreplace"))
+        return 2
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
     except OSError as failure:
-        proxy.log.say("cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
+        proxy.books.log.say("cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
             config.host, config.port, failure.strerror or failure))
-        proxy.log.close(1)
+        proxy.books.log.close(1)
         return 1
     stop, stopper = socket.socketpair()
     stopper.setblocking(False)
     signal.set_wakeup_fd(stopper.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_once(server))
-    proxy.log.say("llm_proxy %s listens on http://%s:%d" % (
+    proxy.books.log.say("llm_proxy %s listens on http://%s:%d" % (
         VERSION, "[%s]" % config.host if ":" in config.host else config.host, config.port))
-    for row in (describe(config) + ["warning: " + warning for warning in config.warnings()]
+    for row in (describe(config) + remarks + ["warning: " + warning for warning in config.warnings()]
                 + ([hint] if hint else [])):
-        proxy.log.say(row)
+        proxy.books.log.say(row)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     stop.recv(1)
-    proxy.log.say("stopping: running calls have %g s" % config.drain_seconds)
+    proxy.books.log.say("stopping: running calls have %g s" % config.drain_seconds)
     cut = server.drain(config.drain_seconds)
-    proxy.log.say("stopped, %d calls cut" % cut if cut else "stopped")
-    proxy.log.close(2)
+    proxy.books.log.say("stopped, %d calls cut" % cut if cut else "stopped")
+    proxy.books.close(5)
     return 0
 
 
@@ -2865,7 +4112,49 @@ def stop_once(server: Server) -> Callable[[int, Any], None]:
     return handle
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+USAGE_OF = {"caller": "caller", "model": "coalesce(served, model, '-')", "upstream": "coalesce(upstream, '-')",
+            "outcome": "outcome", "day": "date(time, 'unixepoch')"}
+SUMS = ("calls", "input", "cached", "output", "reasoning", "estimated", "unpriced", "usd")
+
+
+def usage(options: argparse.Namespace, path: str, stream: Any) -> int:
+    """Print who used what, from the ledger; -> exit code."""
+    since = 0.0
+    if options.since:
+        number, unit = options.since[:-1], options.since[-1:]
+        if not re.fullmatch("[0-9]{1,6}", number) or unit not in DURATIONS:
+            print("--since must be such as 30m, 12h or 7d (got %r)" % options.since, file=sys.stderr)
+            return 2
+        since = time.time() - int(number) * DURATIONS[unit]
+    try:
+        database = Database(path, reading=True)
+    except FileNotFoundError:
+        print("no calls are recorded in %s (DATABASE)" % path, file=sys.stderr)
+        return 1
+    except DatabaseFault as fault:
+        print(fault, file=sys.stderr)
+        return 2
+    with contextlib.closing(database.connection) as connection:
+        found = connection.execute(
+            "SELECT %s, count(*), sum(input), sum(cached), sum(output), sum(reasoning), sum(estimated), sum(unpriced),"
+            " sum(picodollars) FROM calls WHERE time >= ? GROUP BY 1 ORDER BY 9 DESC, 2 DESC, 1"
+            % USAGE_OF[options.by], (since,)).fetchall()
+    rows = [dict(zip((options.by,) + SUMS, row[:-1] + (spell_usd(row[-1]),))) for row in found]
+    if options.json:
+        print(json.dumps(rows, indent=2), file=stream)
+        return 0
+    lines = [(options.by,) + SUMS] + [tuple(str(value) for value in row.values()) for row in rows]
+    if options.csv:
+        csv.writer(stream, lineterminator="\n").writerows(lines)
+        return 0
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for row in lines:
+        print("  ".join([ascii(row[0])[1:-1].ljust(widths[0])]
+                        + [text.rjust(width) for text, width in zip(row[1:], widths[1:])]), file=stream)
+    return 0
+
+
+def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Let many people share an LLM endpoint fairly."
@@ -2874,21 +4163,38 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--check", action="store_true",
                         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument("--demo", action="store_true", help="run in front of a small built-in endpoint")
-    options = parser.parse_args(arguments)
-    if arguments is None and not options.check:
+    commands = parser.add_subparsers(dest="command", metavar="usage")
+    report = commands.add_parser("usage", help="print who used what, from DATABASE; see usage --help")
+    report.add_argument("--by", choices=list(USAGE_OF), default="caller")
+    report.add_argument("--since", metavar="7d", help="only the last minutes (30m), hours (12h) or days (7d)")
+    report.add_argument("--json", action="store_true")
+    report.add_argument("--csv", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    options = parse_arguments(arguments)
+    if arguments is None and not options.check and not options.command:
         relax_garbage_collection()
-    environ = dict(os.environ)
-    if options.demo:
-        demo = DemoServer()
-        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % demo.server_port
     try:
-        with open(".env", encoding="utf-8") as file:
+        log_stream = open(2, "wb", buffering=0, closefd=False)
+    except OSError:
+        log_stream = open(os.devnull, "wb", buffering=0)  # started with stderr closed
+    environ = dict(os.environ)
+    try:
+        with open(".env", encoding="utf-8-sig") as file:
             dotenv = file.read()
     except FileNotFoundError:
         dotenv = ""
     except (OSError, ValueError) as failure:
         print(".env cannot be read: %s" % failure, file=sys.stderr)
         return 2
+    if options.command:
+        path = environ.get("DATABASE") or read_dotenv(dotenv)[0].get("DATABASE") or DEFAULT_DATABASE
+        return usage(options, path, sys.stdout)
+    if options.demo:
+        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
+        environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
     try:
         config = read_config(environ, dotenv)
     except ConfigFaults as faults:
@@ -2896,10 +4202,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     if options.check:
         return check(config, sys.stdout)
-    try:
-        log_stream = open(2, "wb", buffering=0, closefd=False)
-    except OSError:
-        log_stream = open(os.devnull, "wb", buffering=0)  # started with stderr closed
     return run(config, log_stream, DEMO_HINT % config.port if options.demo else "")
 
 

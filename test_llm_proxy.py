@@ -35,7 +35,7 @@ import unittest
 from unittest import mock
 
 import llm_proxy
-from llm_proxy import (SETTINGS, Buckets, ConfigFaults, Limits, LimitReached, Malformed, build, parse_json,
+from llm_proxy import (SETTINGS, UNITS, Buckets, ConfigFaults, Limits, LimitReached, Malformed, build, parse_json,
                        read_config)
 
 FILE = os.path.abspath(llm_proxy.__file__)
@@ -480,7 +480,7 @@ class ProxyCase(unittest.TestCase):
         relay.thread.join(PATIENCE)
         for part in (relay.selector, relay.bell, relay.ear):
             part.close()
-        proxy.log.close(PATIENCE)
+        proxy.books.close(PATIENCE)
         self.assertEqual(lines.data.count(b"Traceback"), self.tracebacks, lines.text())
 
     def connect(self, **options):
@@ -854,25 +854,50 @@ class ModelBucket:
             self.tick = now + self.interval
 
 
+def costs(amount):
+    """The same in every unit."""
+    return (amount,) * len(UNITS)
+
+
 class LimitsTest(unittest.TestCase):
     def buckets(self, capacity=10, refill=2, interval=300, **options):
         self.clock = Clock()
-        return Buckets(capacity, refill, interval, self.clock, **options)
+        self.rule = llm_proxy.Rule("each N tokens", (("each", ""),), UNITS.index("tokens"), capacity, refill, interval,
+                                   (refill, interval))
+        return Buckets(self.clock, **options)
+
+    def want(self, key, cost):
+        return [llm_proxy.Take(self.rule, ("each N tokens", key), cost)]
+
+    def take(self, buckets, key, cost):
+        """-> (taken, seconds to wait, the bucket afterwards)"""
+        short, tightest = buckets.take(self.want(key, cost))
+        return not short, short[0][0] if short else 0, self.quota(tightest)
+
+    @staticmethod
+    def quota(tightest):
+        return llm_proxy.quota_of(tightest[0].rule, *tightest[1:])
+
+    def peek(self, buckets, key):
+        return buckets.peek(self.want(key, 0))[0]
+
+    def wait(self, buckets, key, cost):
+        return buckets.peek(self.want(key, cost))[1]
 
     def test_a_bucket_starts_full_and_is_empty_after_its_capacity(self):
         buckets = self.buckets()
-        self.assertEqual([buckets.take("a", 1)[0] for _ in range(12)], [True] * 10 + [False] * 2)
-        self.assertEqual(buckets.peek("a")[:2], (10, 0))
+        self.assertEqual([self.take(buckets, "a", 1)[0] for _ in range(12)], [True] * 10 + [False] * 2)
+        self.assertEqual(self.peek(buckets, "a")[:2], (10, 0))
 
     def test_it_gains_by_whole_intervals_from_the_moment_it_stopped_being_full(self):
         buckets = self.buckets()
-        buckets.take("a", 10)
+        self.take(buckets, "a", 10)
         table = ((0, 0, 300), (299.875, 0, 1), (0.125, 2, 300), (299.5, 2, 1), (0.5, 4, 300), (900, 10, 0),
                  (9999, 10, 0))
         for seconds, remaining, reset in table:
             self.clock.now += seconds
             with self.subTest(now=self.clock.now):
-                quota = buckets.peek("a")
+                quota = self.peek(buckets, "a")
                 self.assertEqual((quota.remaining, quota.reset_seconds), (remaining, reset))
 
     def test_any_schedule_gives_what_the_exact_model_gives(self):
@@ -885,41 +910,41 @@ class LimitsTest(unittest.TestCase):
                                                      choose.choice((7, 10, 40)))
                 model.advance(self.clock.now)
                 cost = choose.randint(1, capacity)
-                taken, _, quota = buckets.take("a", cost)
+                taken, _, quota = self.take(buckets, "a", cost)
                 self.assertEqual(taken, model.level >= cost, step)
                 if taken:
                     model.add(self.clock.now, -cost)
                     if choose.random() < 0.3:
                         back = choose.randint(-3, cost)
-                        quota = buckets.put("a", back)
+                        quota = self.quota(buckets.settle(self.want("a", cost), costs(cost - back))[1])
                         model.add(self.clock.now, back)
                 self.assertEqual(quota.remaining, max(0, model.level), step)
 
     def test_the_wait_that_is_told_is_enough_and_no_moment_less_is(self):
         for cost in (1, 2, 3, 10):
             buckets = self.buckets()
-            buckets.take("a", 9)
+            self.take(buckets, "a", 9)
             self.clock.now += 130
-            buckets.take("a", 1)
-            _, wait, _ = buckets.take("a", cost)
-            self.assertEqual(buckets.wait("a", cost), wait)
+            self.take(buckets, "a", 1)
+            _, wait, _ = self.take(buckets, "a", cost)
+            self.assertEqual(self.wait(buckets, "a", cost), wait)
             self.clock.now += wait - 0.5
-            self.assertFalse(buckets.take("a", cost)[0])
+            self.assertFalse(self.take(buckets, "a", cost)[0])
             self.clock.now += 0.5
-            self.assertTrue(buckets.take("a", cost)[0])
+            self.assertTrue(self.take(buckets, "a", cost)[0])
 
     def test_a_shortage_takes_nothing(self):
         buckets = self.buckets()
-        buckets.take("a", 8)
-        self.assertFalse(buckets.take("a", 3)[0])
-        self.assertTrue(buckets.take("a", 2)[0])
+        self.take(buckets, "a", 8)
+        self.assertFalse(self.take(buckets, "a", 3)[0])
+        self.assertTrue(self.take(buckets, "a", 2)[0])
 
     def test_threads_at_a_bucket_with_room_for_some_get_exactly_so_many(self):
         buckets, taken, gate = self.buckets(capacity=50), [], threading.Barrier(200)
 
         def run():
             gate.wait(PATIENCE)
-            taken.append(buckets.take("a", 1)[0])
+            taken.append(self.take(buckets, "a", 1)[0])
         threads = [threading.Thread(target=run) for _ in range(200)]
         for thread in threads:
             thread.start()
@@ -928,35 +953,36 @@ class LimitsTest(unittest.TestCase):
         self.assertEqual((len(taken), sum(taken)), (200, 50))
 
     def admit(self, cost, caller="a", message="limit reached, wait {wait}"):
-        return Limits(self.shared, message).admit(llm_proxy.Caller(("address", caller), caller), cost)
+        limits = Limits([self.rule], self.shared, message)
+        return limits.admit(llm_proxy.Caller(("address", caller), caller), caller, "", costs(cost))
 
     def test_a_hold_ends_once(self):
         self.shared = buckets = self.buckets()
         hold = self.admit(5)
-        hold.settle(3)
-        hold.settle(1)
+        hold.settle(costs(3))
+        hold.settle(costs(1))
         hold.give_back()
-        self.assertEqual(buckets.peek(("address", "a")).remaining, 7)
+        self.assertEqual(self.peek(buckets, ("address", "a")).remaining, 7)
 
     def test_a_hold_that_nobody_settled_is_given_back(self):
         self.shared = buckets = self.buckets()
         with self.assertRaises(ZeroDivisionError), self.admit(5):
-            self.assertEqual(buckets.peek(("address", "a")).remaining, 5)
+            self.assertEqual(self.peek(buckets, ("address", "a")).remaining, 5)
             1 / 0
-        self.assertEqual(buckets.peek(("address", "a")).remaining, 10)
+        self.assertEqual(self.peek(buckets, ("address", "a")).remaining, 10)
 
     def test_a_call_that_cost_more_than_it_held_leaves_a_debt_that_is_waited_for(self):
         self.shared = buckets = self.buckets()
         with self.admit(10) as hold:
-            hold.settle(13)
-        self.assertEqual(buckets.peek(("address", "a")).remaining, 0)
-        self.assertEqual(buckets.wait(("address", "a"), 1), 600)
+            hold.settle(costs(13))
+        self.assertEqual(self.peek(buckets, ("address", "a")).remaining, 0)
+        self.assertEqual(self.wait(buckets, ("address", "a"), 1), 600)
 
     def test_giving_back_never_overfills(self):
         self.shared = buckets = self.buckets()
         with self.admit(5):
             self.clock.now += 3000
-        self.assertEqual(buckets.peek(("address", "a")).remaining, 10)
+        self.assertEqual(self.peek(buckets, ("address", "a")).remaining, 10)
 
     def test_a_cost_above_the_capacity_is_told_as_such_and_never_as_a_wait(self):
         self.shared = self.buckets()
@@ -984,28 +1010,28 @@ class LimitsTest(unittest.TestCase):
     def test_a_hundred_thousand_keys_fit_into_a_bounded_table(self):
         buckets = self.buckets()
         for number in range(100000):
-            buckets.take(number, 1)
+            self.take(buckets, number, 1)
         self.assertLessEqual(len(buckets.levels), 10000)
-        self.assertEqual(buckets.peek(99999).remaining, 9)
+        self.assertEqual(self.peek(buckets, 99999).remaining, 9)
 
     def test_the_least_recently_used_bucket_goes_first(self):
         buckets = self.buckets(room=3)
         for key in "abcabda":
-            buckets.take(key, 1)
-        self.assertEqual([buckets.peek(key).remaining for key in "abcd"], [7, 8, 10, 9])
+            self.take(buckets, key, 1)
+        self.assertEqual([self.peek(buckets, key).remaining for key in "abcd"], [7, 8, 10, 9])
 
     def test_buckets_that_are_full_by_now_are_dropped(self):
         buckets = self.buckets()
         for number in range(100):
-            buckets.take(number, 1)
+            self.take(buckets, number, 1)
         self.clock.now += 300
         for number in range(100, 160):
-            buckets.take(number, 1)
-        self.assertEqual(set(buckets.levels), set(range(100, 160)))
+            self.take(buckets, number, 1)
+        self.assertEqual({key for _, key in buckets.levels}, set(range(100, 160)))
 
     def test_looking_at_a_bucket_makes_none(self):
         buckets = self.buckets()
-        self.assertEqual((buckets.peek("a").remaining, buckets.wait("a", 1)), (10, 0))
+        self.assertEqual((self.peek(buckets, "a").remaining, self.wait(buckets, "a", 1)), (10, 0))
         self.assertEqual(len(buckets.levels), 0)
 
 
@@ -1050,7 +1076,7 @@ class UsageTest(ProxyCase):
             ({"a": "äöü€"}, 4)]
         for payload, length in table:
             with self.subTest(payload=payload):
-                self.assertEqual(llm_proxy.text_length(payload, but="model"), length)
+                self.assertEqual(llm_proxy.text_length(payload, "model", llm_proxy.is_media), (length, 0))
 
     def test_a_fixed_price_is_the_same_for_every_call(self):
         self.start(REQUEST_TOKEN_COST=7)
@@ -1210,7 +1236,7 @@ class PathsTest(ProxyCase):
         self.start(MAX_TOKENS=1)
         self.ask(call())
         for method, path in (
-                ("GET", CHAT), ("DELETE", CHAT + "/x"), ("POST", "/v1/embeddings"),
+                ("GET", CHAT), ("DELETE", CHAT + "/x"), ("POST", "/v1/files"),
                 ("POST", "/v1/chat/completions/x/cancel"), ("PUT", CHAT),
                 ("PATCH", "/a/b?c=/v1/chat/completions"), ("POST", "/v1/files/a%20b?x=%2f"),
                 ("POST", "/v1//audio/./x"), ("GET", "/"), ("POST", "/v1/xcompletions"), ("HEAD", "/v1/files"),
@@ -1335,7 +1361,7 @@ class LimitReplyTest(ProxyCase):
 # ------------------------------------------------------------------------------------------------------------
 
 class HeadTest(ProxyCase):
-    def head(self, *rows, start="POST /v1/embeddings HTTP/1.1", body=b""):
+    def head(self, *rows, start="POST /v1/files HTTP/1.1", body=b""):
         return "\r\n".join([start, *rows, "", ""]).encode("latin-1") + body
 
     def test_well_formed_heads_are_taken(self):
@@ -1358,9 +1384,9 @@ class HeadTest(ProxyCase):
             "IPv6": self.head("Host: [::1]:8899", length),
             "an empty host": self.head("Host:", length),
             "fields twice": self.head(host, length, "Accept: a", "Accept: b"),
-            "absolute form": self.head("Host: x:1", length, start="POST http://x:1/v1/embeddings HTTP/1.1"),
-            "HTTP/1.0": self.head(host, length, start="POST /v1/embeddings HTTP/1.0"),
-            "HTTP/1.0 without Host": self.head(length, start="POST /v1/embeddings HTTP/1.0"),
+            "absolute form": self.head("Host: x:1", length, start="POST http://x:1/v1/files HTTP/1.1"),
+            "HTTP/1.0": self.head(host, length, start="POST /v1/files HTTP/1.0"),
+            "HTTP/1.0 without Host": self.head(length, start="POST /v1/files HTTP/1.0"),
             "chunked": self.head(host, "Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n"),
             "Chunked": self.head(host, "transfer-encoding: CHUNKED", body=b"2\r\n{}\r\n0\r\n\r\n"),
             "options of the whole server": self.head(host, start="OPTIONS * HTTP/1.1")}
@@ -1496,7 +1522,7 @@ class HeadTest(ProxyCase):
     def test_ten_requests_in_one_segment_are_answered_in_order(self):
         self.start(lambda asked: asked.send(answer(asked.body)))
         client = self.connect()
-        paths = (CHAT, "/v1/embeddings")
+        paths = (CHAT, "/v1/files")
         client.send(b"".join(request("POST", paths[number % 2], chat(seed=number)) for number in range(10)))
         self.assertEqual([client.read().json()["seed"] for _ in range(10)], list(range(10)))
 
@@ -1504,7 +1530,7 @@ class HeadTest(ProxyCase):
 class RepeatedHeadTest(ProxyCase):
     """Nothing learned from one head of a connection may be used for the next, however alike they are."""
 
-    HEAD = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n%s\r\n"
+    HEAD = "POST /v1/files HTTP/1.1\r\nHost: x\r\n%s\r\n"
 
     def second(self, first, second):
         """Two requests on one connection; -> (status of the second answer, bodies that went upstream)"""
@@ -1952,7 +1978,7 @@ class UpstreamsTest(ProxyCase):
                  "TE: trailers", "Trailer: X", "Upgrade: h2c", "Proxy-Connection: keep-alive"]
         always = ["Accept: text/event-stream", "User-Agent: test/1", "OpenAI-Beta: x", "X-Twice: a",
                   "X-Twice: b", "X-Empty:", "Accept-Language: \xe4"]
-        for path in (CHAT, "/v1/embeddings"):
+        for path in (CHAT, "/v1/files"):
             with self.subTest(path=path):
                 self.assertEqual(self.ask(request("POST", path, chat(), *never, *always)).status, 200)
                 asked = self.stub.requests[-1]
@@ -1974,7 +2000,7 @@ class UpstreamsTest(ProxyCase):
 
     def test_the_encoding_of_a_metered_answer_stays_readable_and_others_are_the_callers_choice(self):
         self.start()
-        for path, coding in ((CHAT, "identity"), ("/v1/embeddings", "gzip")):
+        for path, coding in ((CHAT, "identity"), ("/v1/files", "gzip")):
             self.ask(request("POST", path, chat(), "Accept-Encoding: gzip"))
             self.assertEqual(self.stub.requests[-1].get("accept-encoding"), coding)
 
@@ -2150,14 +2176,14 @@ class BooksTest(ProxyCase):
         self.assertEqual(entry, {
             "id": answered.get("x-request-id"), "caller": "alice", "method": "POST", "path": CHAT,
             "model": "m", "status": 200, "outcome": "ok", "cause": None, "stream": False, "cost": 1,
-            "remaining": 4, "bytes": 14})
+            "remaining": 4, "input": 3, "output": 0, "estimated": True, "usd": None, "bytes": 14})
 
     def test_a_text_line_tells_the_same(self):
         self.start(PROXY_API_KEYS="alice=sk-1", MAX_TOKENS=5, LOG_FORMAT="text")
         answered = self.ask(request("POST", CHAT + "?secret=hush", chat(stream=True), key="sk-1"))
         row = wait_for(self.lines.text)
         self.assertRegex(row, r"^20\S+Z alice POST /v1/chat/completions m 200 ok stream first=[0-9.]+ms"
-                              r" all=[0-9.]+ms cost=1 left=4 bytes=14 id=\S+\n$")
+                              r" all=[0-9.]+ms cost=1 left=4 in=~3 out=~0 bytes=14 id=\S+\n$")
         self.assertIn(" id=%s\n" % answered.get("x-request-id"), row)
 
     def test_there_is_one_line_for_every_call_whatever_its_ending(self):
@@ -2186,14 +2212,14 @@ class BooksTest(ProxyCase):
                 with self.subTest(log_format=log_format, model=model[:20]):
                     self.assertTrue(row.isascii() and row.isprintable(), row)
                     if log_format == "text":
-                        self.assertEqual(len(row.split(" ")), 14, row)
+                        self.assertEqual(len(row.split(" ")), 16, row)
                         self.assertLess(len(row), 1000)
                     else:
                         self.assertEqual(json.loads(row)["model"], model[:80])
 
     def test_a_log_that_nobody_reads_drops_lines_and_counts_them_but_blocks_no_call(self):
         self.start()
-        log, gate, blocked = self.proxy.log, threading.Event(), threading.Event()
+        log, gate, blocked = self.proxy.books.log, threading.Event(), threading.Event()
         self.addCleanup(gate.set)
         write = self.lines.write
 
@@ -2329,7 +2355,7 @@ class EndingsTest(ProxyCase):
     UNTIL_CLOSE = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", bytes)
 
     def test_what_came_before_an_upstream_was_cut_is_delivered_and_the_caller_sees_the_cut(self):
-        """Charged is the prompt, 3 tokens, and a token for every 4 bytes that were seen."""
+        """Charged is the prompt, 3 tokens, and the 6 characters that the model said, 2 tokens."""
         table = [(name, hang_up, *row)
                  for name, row in self.HEADS.items() for hang_up in (Asked.close, Asked.reset)]
         table.append(("until close", Asked.reset, *self.UNTIL_CLOSE))
@@ -2346,7 +2372,8 @@ class EndingsTest(ProxyCase):
                 hang_up(asked)
                 answered = client.rest()
                 self.assertEqual((answered.whole, answered.body), (False, event(1)))
-                self.assert_ending("upstream_cut", 1000 - 3 - math.ceil(len(event(1)) / 4), number, key)
+                spoken = math.ceil(6 / 4) if b"event-stream" in head else math.ceil(len(event(1)) / 4)
+                self.assert_ending("upstream_cut", 1000 - 3 - spoken, number, key)
 
     def test_an_upstream_that_breaks_its_own_framing_is_a_cut(self):
         self.start(None)
@@ -2379,15 +2406,28 @@ class EndingsTest(ProxyCase):
         table = itertools.product((Client.close, Client.reset), self.HEADS.values())
         for number, (hang_up, (head, frame)) in enumerate(table):
             with self.subTest(hang_up=hang_up.__name__, head=head):
-                client = self.connect().send(call("key-%d" % number, max_tokens=50))
+                client = self.connect().send(call("key-%d" % number, max_tokens=50, stream=True))
                 asked = self.stub.next()
                 asked.send(head + frame(event(1)))
                 client.head()
                 client.expect(event(1))
                 hang_up(client)
                 asked.wait_for_hang_up()
-                left = 1000 - 3 - math.ceil(len(event(1)) / 4)
-                self.assert_ending("caller_gone", left, number, "key-%d" % number)
+                spoken = math.ceil(6 / 4) if b"event-stream" in head else math.ceil(len(event(1)) / 4)
+                self.assert_ending("caller_gone", 1000 - 3 - spoken, number, "key-%d" % number)
+
+    def test_a_caller_who_hangs_up_while_its_whole_answer_is_awaited_closes_the_upstream(self):
+        self.start(None, TOKEN_COST_MODE="estimate")
+        for number, hang_up in enumerate((Client.close, Client.reset)):
+            with self.subTest(hang_up=hang_up.__name__):
+                client = self.connect().send(call("key-%d" % number, max_tokens=50))
+                asked = self.stub.next()
+                asked.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{12345")
+                wait_for(lambda: self.proxy.upstream.last is not None)
+                hang_up(client)
+                asked.wait_for_hang_up()
+                self.assert_ending("caller_gone", 1000 - 3 - 2, number, "key-%d" % number)
+                self.proxy.upstream.last = None
 
     def test_a_caller_who_hangs_up_while_its_answer_keeps_coming_closes_the_upstream(self):
         self.start(None)
@@ -2580,7 +2620,7 @@ class HandlerTest(ProxyCase):
 
     def test_a_continue_comes_once_and_only_when_the_body_is_wanted(self):
         self.start()
-        for path in (CHAT, "/v1/embeddings"):
+        for path in (CHAT, "/v1/files"):
             with self.subTest(path=path):
                 body = chat()
                 client = self.connect().send(request("POST", path, body, self.EXPECTING)[:-len(body)])
