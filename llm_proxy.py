@@ -576,16 +576,13 @@ def split_query(query: str) -> Tuple[List[str], str]:
 class Caller:
     """`key` finds the caller's bucket: ('key', SHA-256 of the credential) or ('address', IP). A bearer that
     spells an IP is therefore not that IP."""
-    __slots__ = ("key", "name", "secret")
+    __slots__ = ("key", "name", "label")
 
     def __init__(self, key: Tuple[str, Any], name: Optional[str], secret: bytes = b""):
-        self.key, self.name, self.secret = key, name, secret
-
-    @property
-    def label(self) -> str:
-        """For logs: a name, the address, or key:1a2b3c4d, a digest that nobody without `secret` can test
-        guesses against."""
-        return self.name or "key:%08x" % (hash(self.secret + self.key[1]) & 0xffffffff)
+        self.key, self.name = key, name
+        # For logs: a name, the address, or key:1a2b3c4d, a digest that nobody without `secret` can test guesses
+        # against.
+        self.label = name or "key:%08x" % (hash(secret + key[1]) & 0xffffffff)
 
 
 class Callers:
@@ -753,7 +750,7 @@ class Buckets:
                     else:
                         levels[key] = level, stamp, take.rule
                         self.make_room(now)
-                return short, found[0] if len(found) == 1 else self.tightest(found)
+                return short, self.tightest(found)
         _, worst = max(short, key=lambda pair: pair[0])
         return short, next((take, level + take.cost, stamp, now)
                            for take, level, stamp, now in found if take is worst)
@@ -770,12 +767,12 @@ class Buckets:
                     level = min(rule.capacity, level + held - cost)
                     levels[key] = level, stamp, rule
                 found.append((Take(rule, key, cost), level, stamp, now))
-        return [take for take, _, _, _ in found], found[0] if len(found) == 1 else self.tightest(found)
+        return [one[0] for one in found], self.tightest(found)
 
     @staticmethod
     def tightest(found: List[Any]) -> Any:
         """The bucket that is emptiest, as a share of what it holds."""
-        return min(found, key=lambda one: one[1] / one[0].rule.capacity)
+        return found[0] if len(found) == 1 else min(found, key=lambda one: one[1] / one[0].rule.capacity)
 
     def peek(self, takes: List[Take]) -> Tuple[Quota, int]:
         """The tightest bucket as it is, and the whole seconds until all costs could be had; looking makes
@@ -821,7 +818,9 @@ class Buckets:
 
 def spell_usd(picodollars: int) -> str:
     """12_500_000 -> '0.0000125'."""
-    text = "%d.%012d" % divmod(picodollars, PICODOLLARS) if picodollars else "0."
+    if not picodollars:
+        return "0"
+    text = "%d.%012d" % divmod(picodollars, PICODOLLARS)
     return text.rstrip("0").rstrip(".")
 
 
@@ -1147,10 +1146,13 @@ class Call:
     def output_limit(self) -> Optional[int]:
         """The most output tokens the call asks for, None where it does not say; null counts as unsaid, as at
         OpenAI."""
-        for name in self.dialect.OUTPUT_LIMITS:
-            holder, _, key = name.rpartition(".")
-            limit = (self.payload.get(holder) if holder else self.payload) or {}
-            limit = limit.get(key) if isinstance(limit, dict) else None
+        holder = self.payload
+        if self.dialect.LIMIT_HOLDERS:
+            holder = next((holder[name] for name in self.dialect.LIMIT_HOLDERS if holder.get(name)), {})
+            if not isinstance(holder, dict):
+                raise BadRequest("%s must be an object" % self.dialect.LIMIT_HOLDERS[0])
+        for key in self.dialect.OUTPUT_LIMITS:
+            limit = holder.get(key)
             if limit is not None:
                 if type(limit) is not int or limit < 0:
                     raise BadRequest("%s must be an integer of at least 0" % key)
@@ -1214,7 +1216,8 @@ def random_name(prefix: str) -> str:
 class Dialect:
     """What the dialects have in common. Each knows its API's wire names; nobody else does."""
     name = ""
-    OUTPUT_LIMITS: Tuple[str, ...] = ()
+    OUTPUT_LIMITS: Tuple[str, ...] = ()  # the keys of the most output tokens, the first that is set counts,
+    LIMIT_HOLDERS: Tuple[str, ...] = ()  # in one of these objects, or in the payload itself
     CREDENTIAL = "Authorization: Bearer %s\r\n"  # how this API is shown a key
     SPOKEN = frozenset(("content", "reasoning_content", "reasoning", "refusal", "arguments", "text", "delta"))
 
@@ -1278,13 +1281,15 @@ class OpenAI(Dialect):
         return (response if isinstance(response, dict) else payload).get("usage"), True
 
     def usage(self, counts):
-        prompt, total = number(counts, "prompt_tokens", "input_tokens"), number(counts, "total_tokens")
+        prompt, total = number(counts, "prompt_tokens"), number(counts, "total_tokens")
+        if prompt is None:
+            prompt = number(counts, "input_tokens")
+            if prompt is None and total is None:
+                return None
         output = number(counts, "completion_tokens", "output_tokens") or 0
         if prompt is None:
-            if total is None:
-                return None
             prompt = max(0, total - output)
-        if total is not None and total > prompt + output:
+        elif total is not None and total > prompt + output:
             output = total - prompt  # some count reasoning in the total alone
         if len(counts) <= 3:
             return Usage(prompt, output)
@@ -1413,8 +1418,8 @@ class Gemini(Dialect):
     """The Gemini API (https://ai.google.dev/api/generate-content). The model stands in the path, and so does
     whether to stream; a stream without ?alt=sse is a JSON array."""
     name = "gemini"
-    OUTPUT_LIMITS = ("generationConfig.maxOutputTokens", "generationConfig.max_output_tokens",
-                     "generation_config.maxOutputTokens", "generation_config.max_output_tokens")
+    OUTPUT_LIMITS = ("maxOutputTokens", "max_output_tokens")
+    LIMIT_HOLDERS = ("generationConfig", "generation_config")
     CREDENTIAL = "x-goog-api-key: %s\r\n"
     SPOKEN = frozenset(("text",))
     ERRORS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
@@ -1545,7 +1550,7 @@ class Dialects:
         return call
 
 
-USAGE_KEY = re.compile(rb'"usage(?:Metadata)?"\s*:\s*\{')
+USAGE_KEY = re.compile(rb'"(usage(?:Metadata)?)"\s*:\s*\{')
 NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 EVENT_END = re.compile(rb"\r?\n\r?\n")
 
@@ -1626,14 +1631,15 @@ class Listener:
 
     def note(self, payload: Dict[str, Any]) -> None:
         counts, final = self.dialect.counts(payload)
-        if isinstance(counts, dict):
-            self.counts.update({name: value for name, value in counts.items() if value is not None})
-            self.final = final
+        if type(counts) is dict:
+            if self.counts:  # what is told later adds to what was told before
+                counts = {**self.counts, **{name: value for name, value in counts.items() if value is not None}}
+            self.counts, self.final = counts, final
 
     def told(self) -> Tuple[Optional[Usage], bool]:
         """-> the usage that was told, if it was; and whether nothing is missing from it."""
         if self.readable:
-            data = b"".join(self.pieces)
+            data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
             self.pieces = [data]
             if self.streamed:
                 self.take_in(data)
@@ -1675,18 +1681,20 @@ def parse_event(event: bytes) -> Dict[str, Any]:
 def usage_of_json(data: bytes) -> Dict[str, Any]:
     """The answer, or as much of it as tells its usage. An object that ends where the answer ends, but for its
     last brace, is one of the answer's own values, so most need not be parsed whole."""
-    found = None
-    for found in USAGE_KEY.finditer(data):
-        pass
-    if found is None:
-        return {}
+    start = data.rfind(b'"usage')
+    match = USAGE_KEY.match(data, start) if start >= 0 else None
+    while match is None:
+        if start < 0:
+            return {}
+        start = data.rfind(b'"usage', 0, start)
+        match = USAGE_KEY.match(data, start) if start >= 0 else None
     try:
-        text = data[found.start():].decode().rstrip()
-        value, end = PLAIN_JSON.raw_decode(text, found.end() - found.start() - 1)
-    except (ValueError, RecursionError):
+        text = data[match.end() - 1:].decode()
+        counts, end = PLAIN_JSON.scan_once(text, 0)
+    except (ValueError, StopIteration, RecursionError):
         return {}
-    told = {text[1:text.index('"', 1)]: value}
-    if text[end:].strip() == "}":
+    told = {match[1].decode(): counts}
+    if text.endswith("}", end) and (len(text) == end + 1 or not text[end:-1].strip()):
         return told
     try:
         answer = json.loads(data)
@@ -1740,6 +1748,12 @@ if hasattr(select, "poll"):
         for descriptor, events in wanted:
             poller.register(descriptor, events)
         return dict(poller.poll(int(wait * 1000) + 1 if wait > 0 else 0))
+
+    def reader(descriptor: int) -> Callable[[int], Any]:
+        """-> a function that waits for so many milliseconds until there is something to read."""
+        poller = select.poll()
+        poller.register(descriptor, READ)
+        return poller.poll
 else:
     def ready(wait: float, *wanted: Tuple[int, int]) -> Dict[int, int]:
         """As above, where there is only select()."""
@@ -1753,16 +1767,26 @@ else:
             for descriptor, _ in wanted}
         return {descriptor: events for descriptor, events in found.items() if events}
 
+    def reader(descriptor: int) -> Callable[[int], Any]:
+        return lambda milliseconds: ready(milliseconds / 1000, (descriptor, READ))
+
 
 class Connection:
     """A socket that never blocks, and the bytes read from it that nobody has used yet."""
-    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "dropping")
+    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "dropping", "poll")
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
+        self.poll: Any = None
         self.sock, self.descriptor, self.ahead = sock, sock.fileno(), b""
         self.dropping = False  # nobody will ever use what comes: the rest of a refused body
         self.encrypted = isinstance(sock, ssl.SSLSocket)
+
+    def readable(self, wait: float) -> bool:
+        """Wait for at most `wait` seconds for something to read, an end or an error."""
+        if self.poll is None:
+            self.poll = reader(self.descriptor)
+        return bool(self.poll(int(wait * 1000) + 1 if wait > 0 else 0))
 
     def receive(self) -> bytes:
         """What has arrived, b"" at the end. Raises one of WOULD_BLOCK when nothing has."""
@@ -1798,7 +1822,7 @@ class Head:
 
     def __init__(self, data: bytes):
         """`data` runs from the start line through the blank line. Raises Malformed."""
-        self.shape, self.derived = None, {}
+        self.shape, self.derived = shape(data), {}
         self.start, _, block = data[:-2].decode("latin-1").partition("\r\n")
         if not FIELD_LINES.fullmatch(block):
             raise Malformed()
@@ -1852,19 +1876,28 @@ class Head:
         return self.length(self.get("content-length")) if "content-length" in self.rows else None
 
 
-def shape_and_length(data: bytes) -> Tuple[Tuple[bytes, bytes], Optional[int]]:
-    """What stands around the length in a head, and the length. Either side sends the same head again and
-    again, but for that: a shape that was checked once need not be checked again. The length stands in the same
-    place then; one more beside another framing would be a door for smuggling."""
-    start = data.find(b"\r\nContent-Length: ")
-    if start < 0:
-        start = data.find(b"\r\ncontent-length: ")
-    if start > 0:
-        end = data.find(b"\r\n", start + 18)
-        length = data[start + 18:end]
-        if length.isdigit() and len(length) < 16:
-            return (data[:start], data[end:]), int(length)
-    return (data, b""), None
+def length_like(last: Optional[Head], data: bytes) -> Optional[int]:
+    """The length in `data`, where that differs from the head `last` in nothing else; -1 where neither has one,
+    None where they differ. Either side sends the same head again and again, but for that: what was checked once
+    need not be checked again. The length stands in the same place; one more beside another framing would be a door
+    for smuggling."""
+    if last is not None:
+        before, behind = last.shape
+        if not behind:
+            return -1 if data == before else None
+        if data.startswith(before) and data.endswith(behind):
+            length = data[len(before):-len(behind)]
+            if length.isdigit() and len(length) < 16:
+                return int(length)
+    return None
+
+
+def shape(data: bytes) -> Tuple[bytes, bytes]:
+    """What stands before and behind the length, for length_like; all, and nothing, where it is not spelled as
+    usual."""
+    start = max(data.find(b"\r\nContent-Length: "), data.find(b"\r\ncontent-length: ")) + 18
+    end = data.find(b"\r\n", start)
+    return (data[:start], data[end:]) if start > 18 and data[start:end].isdigit() else (data, b"")
 
 
 def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) -> Optional[bytes]:
@@ -1925,11 +1958,10 @@ class Request:
     @classmethod
     def read(cls, data: bytes, last: Optional["Request"]) -> "Request":
         """`last` again, where `data` differs from it in nothing but the length."""
-        shape, length = shape_and_length(data)
-        if last is None or last.head.shape != shape:
+        length = length_like(last and last.head, data)
+        if length is None:
             last = cls(data)
-            last.head.shape = shape
-        elif length is not None:
+        elif length >= 0:
             last.length = length
         return last
 
@@ -2136,7 +2168,7 @@ class Watch:
         while not done.wait(0.05):
             now = self.clock.monotonic()
             if (self.left is None and len(self.caller.ahead) < MAX_AHEAD
-                    and ready(0, (self.caller.descriptor, READ))):
+                    and self.caller.readable(0)):
                 self.look(True)
             if self.left is not None and now > self.left + self.HALF_CLOSE_SECONDS:
                 raise CallerGone()
@@ -2401,11 +2433,10 @@ class AnswerHead(Head):
     @classmethod
     def read(cls, data: bytes, last: Optional["AnswerHead"]) -> Tuple["AnswerHead", Optional[int]]:
         """-> `last` again, where `data` differs from it in nothing but the length; and the length."""
-        shape, length = shape_and_length(data)
-        if last is None or last.shape != shape:
+        length = length_like(last, data)
+        if length is None:
             last = cls(data)
-            last.shape = shape
-        return last, last.content_length() if length is None else length
+        return last, length if length is not None and length >= 0 else last.content_length()
 
 
 class Answer:
@@ -2474,12 +2505,12 @@ class Upstream:
     def own_lines(self, credential: str = "Authorization: Bearer %s\r\n") -> str:
         return self.host_line + (credential % self.key if self.key else "")
 
-    def forward(self, method: str, target: str, lines: str, body: Any, watch: Watch) -> Answer:
-        """Send one request and wait for the head of its answer. `lines` are all of its header lines but for the
-        body's; `body` is bytes, or a RequestBody to relay in blocks. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
+    def forward(self, method: str, head: str, body: Any, watch: Watch) -> Answer:
+        """Send one request and wait for the head of its answer. `head` is the request's, but for the lines that
+        frame its body; `body` is bytes, or a RequestBody to relay in blocks. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
         link = self.connect(watch)
         try:
-            return self.exchange(link, method, target, lines, body, watch)
+            return self.exchange(link, method, head, body, watch)
         except BaseException as failure:
             link.close()
             if isinstance(failure, TimeoutError):
@@ -2488,9 +2519,8 @@ class Upstream:
                 raise UpstreamFailed(failure) from None
             raise
 
-    def exchange(self, link: Link, method: str, target: str, lines: str, body: Any, watch: Watch) -> Answer:
+    def exchange(self, link: Link, method: str, head: str, body: Any, watch: Watch) -> Answer:
         wire = link.wire
-        head = "%s %s HTTP/1.1\r\n%s" % (method, target, lines)
         try:
             if isinstance(body, bytes):
                 framing = ("Content-Length: %d\r\n\r\n" % len(body)
@@ -2530,8 +2560,9 @@ class Upstream:
     def fetch(self, path: str, watch: Watch, most: int = 1 << 22) -> Tuple[int, bytes]:
         """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout,
         CallerGone."""
-        lines = self.own_lines() + "Accept: application/json\r\nAccept-Encoding: identity\r\n"
-        with self.forward("GET", self.target(path), lines, b"", watch) as answer:
+        head = "GET %s HTTP/1.1\r\n%sAccept: application/json\r\nAccept-Encoding: identity\r\n" % (
+            self.target(path), self.own_lines())
+        with self.forward("GET", head, b"", watch) as answer:
             wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
             deadline = self.clock.monotonic() + self.read_timeout
             try:
@@ -2587,7 +2618,7 @@ class Upstream:
     def silent(link: Link) -> bool:
         """Whether nothing came on an idle connection: neither its end, nor bytes that the next caller would
         take for its answer."""
-        if not ready(0, (link.wire.descriptor, READ)):
+        if not link.wire.readable(0):
             return True
         try:
             # a TLS record that carries no data is silence, too
@@ -3119,10 +3150,12 @@ class Proxy:
                 reply.cut()
 
     def identify(self, request: Request, address: str) -> Caller:
+        """Who asks, decided once for each head that a connection repeats."""
         derived = request.head.derived
-        if "credential" not in derived:
-            derived["credential"] = self.callers.credential(request.head, request.query)
-        return self.callers.identify(derived["credential"], address)
+        if "caller" not in derived:
+            credential = self.callers.credential(request.head, request.query)
+            derived["caller"] = self.callers.identify(credential, address)
+        return derived["caller"]
 
     def admit(self, caller: Caller, address: str, call: Call) -> Hold:
         costs = FREE if call.endpoint is None else self.meter.before(call)
@@ -3134,12 +3167,11 @@ class Proxy:
     def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
         """A stream tells its usage only when asked; an upstream that takes the question for an error is not asked
         again."""
-        body, target = self.body_up(call, reply), upstream.target(call.path, call.query)
-        lines = self.lines_up(request, call, upstream)
+        head, body = self.head_up(request, call, upstream), self.body_up(call, reply)
         if call.stream and self.meter.counting and call.endpoint in ("chat", "completions") and (
                 call.served not in upstream.without_options):
             call.add_usage()
-        answer = upstream.forward(request.method, target, lines, call.body if call.added else body, reply.watch)
+        answer = upstream.forward(request.method, head, call.body if call.added else body, reply.watch)
         if call.added and answer.status == 400:
             with contextlib.ExitStack() as stack:
                 stack.push(answer)
@@ -3149,7 +3181,7 @@ class Proxy:
             if len(upstream.without_options) < KNOWN_MODELS:
                 upstream.without_options.add(call.served)
             call.added = False
-            return upstream.forward(request.method, target, lines, body, reply.watch)
+            return upstream.forward(request.method, head, body, reply.watch)
         return answer
 
     def settle(self, entry: Entry, ending: str) -> None:
@@ -3168,10 +3200,11 @@ class Proxy:
                      estimate))
 
     @staticmethod
-    def lines_up(request: Request, call: Call, upstream: Upstream) -> str:
-        """The header lines that go upstream. A metered answer must stay readable, so it is asked for plain."""
+    def head_up(request: Request, call: Call, upstream: Upstream) -> str:
+        """What goes upstream before the body, but for its framing. A metered answer must stay readable, so it is
+        asked for plain."""
         derived, metered = request.head.derived, call.endpoint is not None
-        if (metered, upstream) not in derived:
+        if upstream not in derived:
             dropped = REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM
             if not IDENTITY.fullmatch(request.head.get("x-request-id", "")):
                 dropped = dropped | {"x-request-id"}
@@ -3181,9 +3214,10 @@ class Proxy:
             rows = request.head.end_to_end(dropped)
             if metered:
                 rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
-            derived[metered, upstream] = (upstream.own_lines(call.dialect.CREDENTIAL)
-                                          + "".join([row + "\r\n" for row in rows]))
-        return derived[metered, upstream]
+            start = "%s %s HTTP/1.1\r\n" % (request.method, upstream.target(call.path, call.query))
+            derived[upstream] = start + upstream.own_lines(call.dialect.CREDENTIAL) + "".join(
+                [row + "\r\n" for row in rows])
+        return derived[upstream]
 
     @staticmethod
     def body_up(call: Call, reply: Any) -> Any:
@@ -3286,12 +3320,11 @@ RATE_FIELDS = (  # in the order of Quota
     "X-RateLimit-Reset-Seconds")
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n"
 RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
-USAGE_FIELDS = ("X-LLM-Input-Tokens", "X-LLM-Output-Tokens", "X-LLM-Cost-USD")
-USAGE_LINES = "".join(name + ": %s\r\n" for name in USAGE_FIELDS)
+CRLF = "\r\n"
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
-     "x-upstream-request-stop", "x-llm-estimated"] +
-    [name.lower() for name in RATE_FIELDS + USAGE_FIELDS])
+     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd", "x-llm-estimated"] +
+    [name.lower() for name in RATE_FIELDS])
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age",
     "allow-private-network"))
@@ -3460,11 +3493,12 @@ class Reply:
     def begin(self, answer: Answer, passage: Passage) -> None:
         """Send the head of an answer, together with what has come of its body."""
         clock, entry, usage = self.proxy.clock, self.entry, self.entry.usage
-        lines = "%s%sX-Upstream-Request-Start: %d\r\nX-Upstream-Request-Stop: %d\r\n" % (
-            self.lines_down(answer), self.framing_line, self.started, clock.time_ns())
+        lines = (f"{self.lines_down(answer)}{self.framing_line}X-Upstream-Request-Start: {self.started}\r\n"
+                 f"X-Upstream-Request-Stop: {clock.time_ns()}\r\n")
         if usage and not self.call.stream:
-            lines += USAGE_LINES % (usage.input, usage.output, spell_usd(entry.picodollars)) + (
-                "X-LLM-Estimated: true\r\n" if usage.estimated else "")
+            lines += (f"X-LLM-Input-Tokens: {usage.input}\r\nX-LLM-Output-Tokens: {usage.output}\r\n"
+                      f"X-LLM-Cost-USD: {spell_usd(entry.picodollars)}\r\n"
+                      f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
         entry.first_byte = clock.monotonic()
         self.write(self.head(answer.status, answer.head.reason, lines) + self.first)
 
@@ -3658,7 +3692,7 @@ class Handler:
             left = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
         self.server.idle.add(self.request)
         try:
-            found = not self.server.draining and ready(left, (self.caller.descriptor, READ))
+            found = not self.server.draining and self.caller.readable(left)
         finally:
             self.server.idle.discard(self.request)
         if self.server.draining or not (found or self.caller.ahead):
@@ -3679,7 +3713,7 @@ class Handler:
             now = self.clock.monotonic()
             end, taken = now + self.LINGER_TOTAL_SECONDS, 0
             while now < end and taken < self.MAX_LINGER_BYTES and not self.server.draining:
-                if not ready(min(self.LINGER_SECONDS, end - now), (self.caller.descriptor, READ)):
+                if not self.caller.readable(min(self.LINGER_SECONDS, end - now)):
                     break
                 data = self.caller.receive()
                 if not data:

@@ -2878,7 +2878,8 @@ class Process:
     def __init__(self, *arguments, cwd="/", **settings):
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", FILE, *arguments],
-            env={name: str(value) for name, value in settings.items()}, cwd=cwd, stdin=subprocess.DEVNULL,
+            env={name: str(value) for name, value in {"DATABASE": "off", **settings}.items()}, cwd=cwd,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         self.rows = []
         self.reader = threading.Thread(target=lambda: self.rows.extend(iter(self.process.stderr.readline,
