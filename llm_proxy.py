@@ -258,8 +258,10 @@ def rule(text: str) -> Rule:
         raise fault(words[4], "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d")
     seconds_long = DURATIONS[length[1] or length[3]] * int(length[2] or 1)
     family = (tuple(sorted(kinds)), words[2], seconds_long)
-    return Rule(text, scopes, UNITS.index(words[2]), amounts[-1] if amounts[0] else None, 1,
-                seconds_long / (amounts[0] or 1), (amounts[0] or 0, seconds_long), family)
+    amount = amounts[0] or 1
+    refill = max(1, amount // (seconds_long * 1000))  # a step of a millisecond or more: clocks are no finer
+    return Rule(text, scopes, UNITS.index(words[2]), amounts[-1] if amounts[0] else None, refill,
+                seconds_long * refill / amount, (amounts[0] or 0, seconds_long), family)
 
 
 class Price(NamedTuple):
@@ -720,7 +722,7 @@ class Buckets:
         if record is None or record[0] >= rule.capacity:
             return rule.capacity, now
         level, stamp, _ = record
-        steps = int((now - stamp) / rule.interval + 1e-7)  # 0.9 / 0.3 must be 3
+        steps = int((now - stamp + 1e-6) / rule.interval)  # a microsecond for what floats lose
         if steps > 0:
             level += steps * rule.refill
             if level >= rule.capacity:
@@ -1481,7 +1483,8 @@ class Dialects:
         """For an error that comes before the request is understood."""
         if request is not None:
             rows, path = request.head.rows, request.path.lower()
-            if "anthropic-version" in rows or path.rstrip("/").endswith("/messages"):
+            before, messages, _ = path.partition("/messages")
+            if "anthropic-version" in rows or (messages and "/threads" not in before):
                 return self.anthropic
             if path.startswith("/v1beta/") or path.endswith(("generatecontent", ":counttokens")):
                 return self.gemini

@@ -728,6 +728,79 @@ class ConfigTest(unittest.TestCase):
 # Refusals
 # ------------------------------------------------------------------------------------------------------------
 
+class RulesTest(unittest.TestCase):
+    def fault(self, text):
+        with self.assertRaises(ConfigFaults) as caught:
+            read_config({"BASE_API_URL": "http://h", "LIMITS": text})
+        return str(caught.exception)
+
+    def test_a_rule_is_a_bucket(self):
+        table = [  # text, unit, capacity, seconds to gain one
+            ("each 60 requests per minute", "requests", 60, 1), ("each 100000 tokens per day", "tokens", 100000, .864),
+            ("all 200 requests per minute burst 50", "requests", 50, .3),
+            ("address 7 input_tokens per 7d", "input_tokens", 7, 86400),
+            ("model:gpt-4* 30 output_tokens per 30s", "output_tokens", 30, 1),
+            ("key:alice 0.5 usd per hour burst 2", "usd", 2 * 10 ** 12, 3600 / (5 * 10 ** 11)),
+            ("key:a*,model:gpt-4 1 requests per month", "requests", 1, 30 * 86400),
+            ("each unlimited tokens per week", "tokens", None, None)]
+        for text, unit, capacity, interval in table:
+            with self.subTest(text):
+                rule = llm_proxy.rule(text)
+                self.assertEqual((rule.text, UNITS[rule.unit], rule.capacity), (text, unit, capacity))
+                if capacity:
+                    self.assertAlmostEqual(rule.interval / rule.refill / interval, 1)
+
+    def test_rules_are_separated_by_semicolons_or_lines(self):
+        found = llm_proxy.rules(" each  60 requests per minute;\n\nall 1 usd per day ; ")
+        self.assertEqual([rule.text for rule in found], ["each 60 requests per minute", "all 1 usd per day"])
+
+    def test_a_faulty_rule_is_named_with_the_word_that_is_wrong(self):
+        table = [
+            ("each 60 request per minute", "'request'"), ("every 1 requests per day", "'every'"),
+            ("each x requests per day", "'x'"), ("each 0 requests per day", "'0'"),
+            ("each 1.5 requests per day", "'1.5'"), ("each -1 requests per day", "'-1'"),
+            ("each 1 requests a day", "'a'"), ("each 1 requests per fortnight", "'fortnight'"),
+            ("each 1 requests per 0s", "'0s'"), ("each 1 requests per day burst", "the end"),
+            ("each 1 requests per day burst many", "'many'"), ("each 1 requests per day now", "'now'"),
+            ("each 1 requests per day burst 2 3", "'3'"), ("each 1 requests per day burst unlimited", "'unlimited'"),
+            ("key: 1 requests per day", "'key:'"), ("each,key:a 1 requests per day", "'each,key:a'"),
+            ("all,address 1 requests per day", "'all,address'"), ("each", "the end"),
+            ("each 1 usd per day burst 0.0000001", "'0.0000001'")]
+        for text, word in table:
+            with self.subTest(text):
+                told = self.fault("all 1 requests per day; " + text)
+                self.assertTrue(told.startswith("LIMITS must be rules such as"), told)
+                self.assertIn("in '%s' " % text, told)
+                self.assertIn(word, told)
+
+    def test_no_rule_at_all_and_the_same_rule_twice_are_faults(self):
+        self.assertIn("at least one rule", self.fault(" ; "))
+        self.assertIn("twice", self.fault("all 1 usd per day;all  1 usd per day"))
+
+
+class PriceFileTest(unittest.TestCase):
+    def read(self, text):
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            file.write(text)
+            file.flush()
+            return llm_proxy.price_file(file.name)
+
+    def test_both_shapes_are_read_exactly(self):
+        costs = '{"input": 0.15, "output": 0.6, "cache_read": 0.075, "cache_write": 0.1875}'
+        for text in ('{"openai": {"id": "openai", "models": {"a": {"id": "a", "cost": %s}, "free": {}}}}' % costs,
+                     '{"a": %s}' % costs):
+            self.assertEqual(self.read(text), {"a": (150000, 600000, 75000, 187500)})
+        self.assertEqual(self.read('{"b*": {"input": 3}}'), {"b*": (3000000, 0, 3000000, 3000000)})
+
+    def test_what_is_no_file_of_prices_is_a_fault(self):
+        for text in ("", "[]", "{", "3", '{"a": 1}', '{"a": {"input": "1"}}', '{"a": {"output": 1}}', '{"a": {"input": -1}}',
+                     '{"a": {"input": NaN}}', '{"a": {"models": 3}}', '{"a": {"models": {"m": {"cost": 1}}}}', "[" * 100000):
+            with self.subTest(text=text[:40]), self.assertRaisesRegex(ValueError, "^must be a JSON file of prices"):
+                self.read(text)
+        with self.assertRaisesRegex(ValueError, "^must be a file that can be read"):
+            llm_proxy.price_file("/nonexistent/prices.json")
+
+
 class RefusalsTest(unittest.TestCase):
     def test_every_refusal_has_a_status_and_one_of_the_documented_types(self):
         kinds = {"invalid_request_error", "authentication_error", "upstream_error", "timeout_error",
@@ -1035,6 +1108,117 @@ class LimitsTest(unittest.TestCase):
         self.assertEqual(len(buckets.levels), 0)
 
 
+class RulesTogetherTest(unittest.TestCase):
+    def limits(self, text, **options):
+        self.clock = Clock()
+        return Limits(llm_proxy.rules(text), Buckets(self.clock, **options), "{wait} {rule} {limit} {unit}")
+
+    @staticmethod
+    def caller(name="alice"):
+        return llm_proxy.Caller(("key", b"digest of " + name.encode()), name)
+
+    def levels(self, limits):
+        return {key[0]: record[0] for key, record in limits.buckets.levels.items()}
+
+    def test_the_first_rule_of_a_family_that_matches_counts(self):
+        text = ("key:alice unlimited requests per minute; key:b* 5 requests per 60s; each 2 requests per minute;"
+                "each 9 tokens per minute; each 100 requests per day; model:gpt-4* 3 requests per minute;"
+                "model:* 4 requests per minute; all 7 requests per minute; key:alice,model:o* 1 requests per hour")
+        table = [
+            ("alice", "gpt-4o", {"each 9 tokens per minute", "each 100 requests per day",
+                                 "model:gpt-4* 3 requests per minute", "all 7 requests per minute"}),
+            ("bob", "GPT-4", {"key:b* 5 requests per 60s", "each 9 tokens per minute", "each 100 requests per day",
+                              "model:gpt-4* 3 requests per minute", "all 7 requests per minute"}),
+            ("carl", "", {"each 2 requests per minute", "each 9 tokens per minute", "each 100 requests per day",
+                          "model:* 4 requests per minute", "all 7 requests per minute"}),
+            ("alice", "o3", {"each 9 tokens per minute", "each 100 requests per day", "model:* 4 requests per minute",
+                             "all 7 requests per minute", "key:alice,model:o* 1 requests per hour"})]
+        limits = self.limits(text)
+        for name, model, texts in table * 2:
+            with self.subTest(name=name, model=model):
+                found = limits.matching(self.caller(name), "10.0.0.1", model)
+                self.assertEqual({rule.text for rule, _ in found}, texts)
+
+    def test_an_address_is_no_key_whatever_it_spells(self):
+        limits = self.limits("key:* 1 requests per day")
+        self.assertEqual(limits.matching(llm_proxy.Caller(("address", "10.0.0.1"), "10.0.0.1"), "10.0.0.1", ""), [])
+
+    def test_buckets_are_shared_by_those_whom_their_scope_names(self):
+        limits = self.limits("each 9 requests per day; address 9 requests per day; all 9 requests per day;"
+                             "model:a* 9 requests per day; each,address 9 requests per day")
+        for name, address, model in (("a", "1", "ab"), ("b", "1", "ac"), ("a", "2", "b")):
+            limits.admit(self.caller(name), address, model, costs(1))
+        left = sorted((key[0].split(" ")[0], record[0]) for key, record in limits.buckets.levels.items())
+        self.assertEqual(left, [("address", 7), ("address", 8), ("all", 6), ("each", 7), ("each", 8),
+                                ("each,address", 8), ("each,address", 8), ("each,address", 8), ("model:a*", 7)])
+
+    def test_a_call_refused_by_one_rule_leaves_every_other_bucket_untouched(self):
+        limits = self.limits("each 5 requests per day; all 2 requests per hour; each 100 tokens per day")
+        for _ in range(2):
+            limits.admit(self.caller(), "1", "", (1, 10) + costs(0)[2:])
+        before = self.levels(limits)
+        for _ in range(5):
+            with self.assertRaises(LimitReached):
+                limits.admit(self.caller(), "1", "", (1, 10) + costs(0)[2:])
+        self.assertEqual(self.levels(limits), before)
+
+    def test_the_longest_wait_is_told_with_its_rule(self):
+        limits = self.limits("each 1 requests per minute; all 1 requests per hour; address 1 requests per second")
+        limits.admit(self.caller(), "1", "", costs(1))
+        with self.assertRaises(LimitReached) as caught:
+            limits.admit(self.caller(), "1", "", costs(1))
+        self.assertEqual(str(caught.exception), "60 min all 1 requests per hour 1 requests")
+        self.assertEqual(caught.exception.fields, {"Retry-After": 3600})
+
+    def test_two_hundred_threads_at_three_rules_are_let_in_exactly(self):
+        limits, gate, held = self.limits("each 70 requests per day; all 50 requests per day; each 90 tokens per day"
+                                         ), threading.Barrier(200), []
+
+        def run():
+            gate.wait(PATIENCE)
+            try:
+                held.append(limits.admit(self.caller(), "1", "", (1, 1) + costs(0)[2:]))
+            except LimitReached:
+                pass
+        threads = [threading.Thread(target=run) for _ in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(len(held), 50)
+        self.assertEqual(set(self.levels(limits).values()), {20, 0, 40})
+        for hold in held:
+            hold.give_back()
+        self.assertEqual(set(self.levels(limits).values()), {70, 50, 90})
+
+    def test_the_tightest_bucket_is_the_one_that_is_shown(self):
+        limits = self.limits("each 100 requests per day; all 2.5 usd per day; each 50 tokens per day")
+        hold = limits.admit(self.caller(), "1", "", (1, 5, 0, 0, 10 ** 11, 0))
+        self.assertEqual(hold.quota, (50, 45, 50, 86400, 1728))
+        hold.settle((1, 5, 0, 0, 2 * 10 ** 12, 0))
+        self.assertEqual(hold.quota, ("2.5", "0.5", "2.5", 86400, 1))
+        self.assertEqual(hold.charges(), "each 100 requests per day=1;all 2.5 usd per day=2000000000000;"
+                                         "each 50 tokens per day=5")
+
+    def test_no_wait_is_a_moment_too_short_or_too_long(self):
+        choose = random.Random(3)
+        for text in ("each 200 requests per minute", "each 7 requests per hour", "each 1000000 tokens per day",
+                     "each 0.3 usd per day", "each 10 requests per second"):
+            limits = self.limits(text)
+            rule, = limits.rules
+            for _ in range(200):
+                self.clock.now += choose.random() * rule.interval * 3
+                cost = choose.randint(1, rule.capacity)
+                try:
+                    limits.admit(self.caller(), "1", "", costs(cost))
+                except LimitReached as refusal:
+                    self.clock.now += refusal.wait - rule.interval / 2
+                    with self.assertRaises(LimitReached):
+                        limits.admit(self.caller(), "1", "", costs(cost))
+                    self.clock.now += rule.interval / 2
+                    limits.admit(self.caller(), "1", "", costs(cost))
+
+
 class LimitsOverHttpTest(ProxyCase):
     def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
         self.start(MAX_TOKENS=50)
@@ -1078,6 +1262,20 @@ class UsageTest(ProxyCase):
             with self.subTest(payload=payload):
                 self.assertEqual(llm_proxy.text_length(payload, "model", llm_proxy.is_media), (length, 0))
 
+    def test_images_and_the_like_count_a_fixed_number_and_never_their_length(self):
+        data = "x" * 100000
+        table = [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + data}},
+            {"type": "input_image", "image_url": data}, {"type": "image", "source": {"type": "base64", "data": data}},
+            {"inlineData": {"mimeType": "image/png", "data": data}}, {"inline_data": {"data": data}},
+            {"type": "input_audio", "input_audio": {"data": data}}, {"type": "document", "source": {"data": data}}]
+        self.start(MAX_TOKENS=100000, TOKEN_COST_MODE="estimate", IMAGE_TOKENS=500)
+        for number, part in enumerate(table):
+            with self.subTest(part=str(part)[:40]):
+                messages = [{"role": "user", "content": [{"type": "text", "text": "12345"}, part]}]
+                self.ask(call(str(number), messages=messages, max_tokens=1))  # 'user text 12345'
+                self.assertEqual(100000 - self.left(str(number)), 500 + 4 + 1)
+
     def test_a_fixed_price_is_the_same_for_every_call(self):
         self.start(REQUEST_TOKEN_COST=7)
         self.ask(call(messages="x" * 1000, max_tokens=5))
@@ -1114,6 +1312,40 @@ class UsageTest(ProxyCase):
         self.assertNotIn("wait", said)
         self.assertIsNone(answered.get("retry-after"))
         self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+
+class PricesTest(unittest.TestCase):
+    def test_a_cost_is_exact_and_cached_tokens_have_their_own_price(self):
+        prices = llm_proxy.Prices({"m": llm_proxy.price({"input": 3, "output": 15, "cache_read": 0.3 and 1, "cache_write": 4})})
+        used = llm_proxy.Usage(input=1000, output=10, cached=300, cache_write=200, reasoning=5)
+        self.assertEqual(prices.cost(used, "m"), ((500 * 3 + 10 * 15 + 300 * 1 + 200 * 4) * 10 ** 6, True))
+
+    def test_a_thousandth_of_a_cent_is_not_lost(self):
+        prices = llm_proxy.Prices(None)
+        cost, _ = prices.cost(llm_proxy.Usage(1, 1), "gpt-4o-mini")
+        self.assertEqual((cost, llm_proxy.spell_usd(cost * 3)), (750000, "0.00000225"))
+
+    def test_dated_and_prefixed_names_are_the_same_model_and_others_are_unpriced(self):
+        prices = llm_proxy.Prices(None)
+        for name, same in (("gpt-4o-2024-08-06", "gpt-4o"), ("openai/gpt-4o", "gpt-4o"),
+                           ("claude-sonnet-4-5-20250929", "claude-sonnet-4-5"),
+                           ("anthropic/claude-sonnet-4:beta", "claude-sonnet-4"), ("mistral-small-latest", "mistral-small")):
+            with self.subTest(name):
+                self.assertIsNotNone(prices.find(name))
+                self.assertEqual(prices.find(name), prices.find(same))
+        for name in ("", "gemma4", "gpt-4o-audio-preview", "gpt-5-pro", "x" * 300):
+            self.assertEqual(prices.cost(llm_proxy.Usage(10, 10), name), (0, False))
+
+    def test_the_operators_prices_go_before_the_usual_ones_and_may_be_globs(self):
+        own = {"gpt-*": llm_proxy.price({"input": 1, "output": 1}), "gpt-4o": llm_proxy.price({"input": 7, "output": 7})}
+        prices = llm_proxy.Prices(own)
+        self.assertEqual([prices.find(name).input for name in ("gpt-4o", "gpt-4o-mini")], [7000000, 1000000])
+
+    def test_invented_models_do_not_fill_the_memory(self):
+        prices = llm_proxy.Prices(None)
+        for number in range(5000):
+            prices.find("model-%d" % number)
+        self.assertLessEqual(len(prices.known), llm_proxy.KNOWN_MODELS)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1254,6 +1486,313 @@ class PathsTest(ProxyCase):
         self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
         self.assertEqual(self.ask(request("post", CHAT, chat())).status, 400)
         self.assertEqual(self.stub.calls, 1)
+
+
+USAGE_TABLE = [  # dialect, what is told, (input, output, cached, cache_write, reasoning)
+    ("openai", {"prompt_tokens": 12, "completion_tokens": 2, "total_tokens": 14}, (12, 2, 0, 0, 0)),
+    ("openai", {"prompt_tokens": 12, "completion_tokens": 9, "total_tokens": 21,
+                "prompt_tokens_details": {"cached_tokens": 8}, "completion_tokens_details": {"reasoning_tokens": 5}},
+     (12, 9, 8, 0, 5)),
+    ("openai", {"input_tokens": 12, "input_tokens_details": {"cached_tokens": 8}, "output_tokens": 9,
+                "output_tokens_details": {"reasoning_tokens": 5}, "total_tokens": 21}, (12, 9, 8, 0, 5)),
+    ("openai", {"prompt_tokens": 7, "total_tokens": 7}, (7, 0, 0, 0, 0)),
+    ("openai", {"total_tokens": 7}, (7, 0, 0, 0, 0)),
+    ("openai", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 40}, (10, 30, 0, 0, 0)),
+    ("openai", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12, "prompt_cache_hit_tokens": 4,
+                "prompt_tokens_details": None}, (10, 2, 4, 0, 0)),
+    ("openai", {"prompt_tokens": -1, "completion_tokens": "2"}, None), ("openai", {"prompt_tokens": True}, None),
+    ("openai", {"prompt_tokens": 1e300}, None), ("openai", {}, None),
+    ("anthropic", {"input_tokens": 10, "output_tokens": 5}, (10, 5, 0, 0, 0)),
+    ("anthropic", {"input_tokens": 10, "cache_read_input_tokens": 100, "cache_creation_input_tokens": 20,
+                   "output_tokens": 5}, (130, 5, 100, 20, 0)),
+    ("gemini", {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 15}, (10, 5, 0, 0, 0)),
+    ("gemini", {"promptTokenCount": 10, "candidatesTokenCount": 5, "thoughtsTokenCount": 7,
+                "cachedContentTokenCount": 4, "toolUsePromptTokenCount": 3, "totalTokenCount": 25}, (13, 12, 4, 0, 7)),
+    ("gemini", {"candidatesTokenCount": 5}, None)]
+
+
+def events(*payloads, end="\n\n"):
+    return b"".join([b"data: " + (json.dumps(one) if one != "[DONE]" else one).encode() + end.encode()
+                     for one in payloads])
+
+
+def delta(text, **more):
+    return {"id": "c", "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}], **more}
+
+
+TOLD = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
+LAST_DELTA = {"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+USAGE_EVENT = {"id": "c", "choices": [], "usage": TOLD}
+ANTHROPIC_EVENTS = [
+    {"type": "message_start", "message": {"id": "m", "usage": {"input_tokens": 20, "cache_read_input_tokens": 5,
+                                                               "output_tokens": 1}}},
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hello you"}},
+    {"type": "message_delta", "delta": {"stop_reason": None}, "usage": {"output_tokens": 3}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 7}},
+    {"type": "message_stop"}]
+RESPONSE_EVENTS = [
+    {"type": "response.created", "response": {"id": "r", "usage": None, "tools": [{"usage": {"input_tokens": 1}}]}},
+    {"type": "response.output_text.delta", "delta": "hello you"},
+    {"type": "response.output_text.done", "text": "hello you"},
+    {"type": "response.completed", "response": {"id": "r", "output": [{"content": [{"text": "hello you"}]}],
+                                                "usage": {"input_tokens": 25, "output_tokens": 7, "total_tokens": 32}}}]
+GEMINI_EVENTS = [
+    {"candidates": [{"content": {"parts": [{"text": "hello"}]}}],
+     "usageMetadata": {"promptTokenCount": 25, "candidatesTokenCount": 1}},
+    {"candidates": [{"content": {"parts": [{"text": " you"}]}, "finishReason": "STOP"}],
+     "usageMetadata": {"promptTokenCount": 25, "candidatesTokenCount": 7}}]
+
+
+class ListenerTest(unittest.TestCase):
+    """What is heard of an answer, in whatever pieces it comes."""
+
+    def listener(self, endpoint="chat", dialect=None, streamed=True, added=False, readable=True):
+        call = llm_proxy.Call(dialect or llm_proxy.OpenAI(), endpoint, CHAT, "")
+        call.added = added
+        return llm_proxy.Listener(call, streamed, readable)
+
+    def hear(self, listener, data, step=None):
+        """-> what went on."""
+        pieces = [data[at:at + step] for at in range(0, len(data), step)] if step else [data]
+        return b"".join([listener.feed(piece) for piece in pieces]) + listener.rest()
+
+    def test_usage_is_read_in_every_dialect(self):
+        dialects = {one.name: one for one in (llm_proxy.OpenAI(), llm_proxy.Anthropic(), llm_proxy.Gemini())}
+        for name, told, expected in USAGE_TABLE:
+            with self.subTest(name=name, told=told):
+                found = dialects[name].usage(told)
+                self.assertEqual(found and found[:5], expected)
+
+    def test_the_usage_of_a_stream_is_what_its_events_say_in_the_end(self):
+        table = [
+            ("chat", llm_proxy.OpenAI(), [delta("hello you"), LAST_DELTA, USAGE_EVENT, "[DONE]"], (20, 4), 9),
+            ("chat", llm_proxy.OpenAI(), [delta("hello you", usage=None), {**LAST_DELTA, "usage": TOLD}, "[DONE]"], (20, 4), 9),
+            ("responses", llm_proxy.OpenAI(), RESPONSE_EVENTS, (25, 7), 9),
+            ("messages", llm_proxy.Anthropic(), ANTHROPIC_EVENTS, (25, 7), 9),
+            ("generate", llm_proxy.Gemini(), GEMINI_EVENTS, (25, 7), 9)]
+        for (endpoint, dialect, told, expected, spoken), end in itertools.product(table, ("\n\n", "\r\n\r\n")):
+            data = b": ping" + end.encode() + events(*told, end=end)
+            for step in (None, 1, 7, 64):
+                with self.subTest(endpoint=endpoint, end=end, step=step, told=str(told)[:30]):
+                    listener = self.listener(endpoint, dialect)
+                    self.assertEqual(self.hear(listener, data, step), data)
+                    used, final = listener.told()
+                    self.assertEqual((used[:2], final, listener.spoken()), (expected, True, spoken))
+
+    def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
+        table = [("chat", llm_proxy.OpenAI(), [delta("hello"), delta(" you")], None),
+                 ("messages", llm_proxy.Anthropic(), ANTHROPIC_EVENTS[:3], (25, 1)),
+                 ("responses", llm_proxy.OpenAI(), RESPONSE_EVENTS[:2], None),
+                 ("generate", llm_proxy.Gemini(), GEMINI_EVENTS[:1], (25, 1))]
+        for endpoint, dialect, told, expected in table:
+            with self.subTest(endpoint):
+                listener = self.listener(endpoint, dialect)
+                self.hear(listener, events(*told) + b'data: {"choi')
+                used, final = listener.told()
+                self.assertEqual((used and used[:2], final), (expected, False))
+                self.assertEqual(listener.spoken(), 5 if endpoint == "generate" else 9)
+
+    def test_the_usage_of_json_is_that_of_the_answer_and_no_other(self):
+        planted = {"usage": {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}}
+        said = {"choices": [{"message": {"content": json.dumps(planted)}}]}
+        table = [{**said, "usage": TOLD}, {"usage": TOLD, **said}, {**said, "usage": TOLD, "metadata": planted},
+                 {"usage": TOLD, "tools": [planted]}, {**said, "usage": TOLD, "timings": {"n": 1}}]
+        for told in table:
+            for text in (json.dumps(told), json.dumps(told, indent=2) + "\n", json.dumps(told, separators=(",", ":"))):
+                with self.subTest(text=text[:60]):
+                    listener = self.listener(streamed=False)
+                    self.hear(listener, text.encode(), 50)
+                    self.assertEqual(listener.told(), (llm_proxy.Usage(20, 4), True))
+
+    def test_a_stream_of_gemini_as_a_json_array_is_heard(self):
+        data = json.dumps(GEMINI_EVENTS).encode()
+        listener = self.listener("generate", llm_proxy.Gemini(), streamed=False)
+        self.assertEqual(self.hear(listener, data, 30), data)
+        self.assertEqual(listener.told()[0][:2], (25, 7))
+        self.assertEqual(listener.spoken(), 9)
+
+    def test_large_answers_are_not_kept_and_tell_their_usage_all_the_same(self):
+        big = b'{"data": ["%b"], "usage": %b}' % (b"x" * (3 << 20), json.dumps(TOLD).encode())
+        listener = self.listener("other", streamed=False)
+        self.hear(listener, big, 65536)
+        self.assertLess(sum(map(len, listener.pieces)), 2 << 20)
+        self.assertEqual(listener.told()[0][:2], (20, 4))
+        long = events(*[delta("word ")] * 5000, USAGE_EVENT, "[DONE]")
+        listener = self.listener()
+        self.assertEqual(self.hear(listener, long, 1000), long)
+        self.assertLess(sum(map(len, listener.pieces)), 1 << 17)
+        self.assertEqual((listener.told()[0][:2], listener.spoken()), ((20, 4), 25000))
+
+    def test_only_the_event_that_was_not_asked_for_is_kept_from_the_caller(self):
+        azure = {"choices": [], "prompt_filter_results": []}
+        kept = [azure, delta("a", usage=None), delta('"choices":[]'), LAST_DELTA]
+        for end in ("\n\n", "\r\n\r\n"):
+            data = events(*kept, USAGE_EVENT, "[DONE]", end=end)
+            shown = events(*kept, "[DONE]", end=end)
+            for step in (None, *range(1, 40), 200):
+                with self.subTest(end=end, step=step):
+                    listener = self.listener(added=True)
+                    self.assertEqual(self.hear(listener, data, step), shown)
+                    self.assertEqual(listener.told(), (llm_proxy.Usage(20, 4), True))
+
+    def test_an_event_that_is_whole_is_never_held_back(self):
+        listener = self.listener(added=True)
+        self.assertEqual(listener.feed(events(delta("a"))), events(delta("a")))
+        self.assertEqual(listener.feed(b": ping\n\n"), b": ping\n\n")
+        self.assertEqual(listener.feed(events(delta("b")) + b"data: {"), events(delta("b")))
+        self.assertEqual(listener.rest(), b"data: {")
+
+
+class DialectsTest(ProxyCase):
+    def ask_at(self, path, body, *fields, key="k"):
+        return self.ask(request("POST", path, json.dumps(body).encode(), *fields, key=key))
+
+    def test_errors_come_in_the_shape_of_the_dialect(self):
+        self.start(PROXY_API_KEYS="sk-1")
+        table = [("/v1/messages", lambda told: (told["type"], told["error"]["type"]), ("error", "authentication_error")),
+                 ("/v1beta/models/m:generateContent", lambda told: (told["error"]["code"], told["error"]["status"]),
+                  (401, "UNAUTHENTICATED")),
+                 ("/v1/responses", lambda told: (told["error"]["type"], told["error"]["code"]),
+                  ("authentication_error", "invalid_api_key"))]
+        for path, find, expected in table:
+            with self.subTest(path):
+                answered = self.ask_at(path, {}, key="wrong")
+                self.assertEqual((answered.status, find(answered.json())), (401, expected))
+
+    def test_every_kind_of_credential_is_the_same_caller_and_none_goes_upstream(self):
+        self.start(MAX_TOKENS=10)
+        shows = [("", "Authorization: Bearer sk-1"), ("", "x-api-key: sk-1"), ("", "x-goog-api-key: sk-1"),
+                 ("?key=sk-1", "X-A: b"), ("?a=b&key=sk%2D1&c=d", "X-A: b"), ("?k%65y=sk-1", "x-api-key: sk-1")]
+        for number, (query, field) in enumerate(shows):
+            with self.subTest(query=query, field=field):
+                answered = self.ask_at(CHAT + query, {"model": "m"}, field, key=None)
+                self.assertEqual(answered.get("x-ratelimit-remaining"), str(9 - number))
+                asked = self.stub.requests[-1]
+                self.assertNotIn(b"sk-1", asked.head)
+                self.assertNotIn("key", asked.target)
+        self.assertEqual(self.stub.requests[4].target, CHAT + "?a=b&c=d")
+        self.assertNotIn("sk-1", self.lines.text())
+        self.assertEqual(self.ask_at(CHAT + "?key=sk-2", {}, key="sk-1").status, 400)
+
+    def test_our_own_key_is_shown_as_each_api_wants_it(self):
+        self.start(BASE_API_KEY="sk-up")
+        for path, name, value in ((CHAT, "authorization", "Bearer sk-up"), ("/v1/messages", "x-api-key", "sk-up"),
+                                  ("/v1/messages/count_tokens", "x-api-key", "sk-up"),
+                                  ("/v1beta/models/m:generateContent", "x-goog-api-key", "sk-up")):
+            self.ask_at(path, {})
+            shown = {key: shown for key, shown in self.stub.requests[-1].fields
+                     if key in ("authorization", "x-api-key", "x-goog-api-key")}
+            self.assertEqual(shown, {name: value}, path)
+
+    def test_every_api_is_metered_in_whatever_spelling_and_counting_tokens_is_not(self):
+        self.start(MAX_TOKENS=1)
+        metered = ["/v1/responses", "//v1/responses/", "/v1/embeddings", "/v1/%65mbeddings", "/v1/messages", "/v1/Messages",
+                   "/messages", "/x/v1/messages", "/v1beta/models/m:generateContent", "/v1/models/m:streamGenerateContent",
+                   "/v1beta/tunedModels/m:generateContent", "/v1/rerank", "/v1/images/generations"]
+        for path in metered:
+            with self.subTest(path):
+                self.ask_at(path, {"model": "m"}, key=path)
+                calls = self.stub.calls
+                self.ask_at(path, {"model": "m"}, key=path)
+                self.assertEqual(self.stub.calls, calls)
+        for path in ("/v1beta/models/m%3AgenerateContent", "/v1beta/models/m:generatecontent", "/v1beta//models/m:generateContent"):
+            self.assertEqual(self.ask_at(path, {}).status, 400, path)
+        for path in ("/v1/messages/count_tokens", "/v1beta/models/m:countTokens", "/v1/threads/t/messages",
+                     "/v1/responses/r/cancel"):
+            for _ in range(3):
+                self.assertIsNone(self.ask_at(path, {}, key=path).get("x-ratelimit-limit"), path)
+
+    def test_the_model_is_replaced_wherever_it_stands(self):
+        self.start(BASE_MODEL="real")
+        for path in ("/v1/responses", "/v1/messages", "/v1/embeddings"):
+            self.ask_at(path, {"model": "asked"})
+            self.assertEqual(self.stub.requests[-1].json()["model"], "real")
+        self.ask_at("/v1beta/models/asked:streamGenerateContent?alt=sse", {})
+        self.assertEqual(self.stub.requests[-1].target, "/v1beta/models/real:streamGenerateContent?alt=sse")
+
+    def test_estimates_know_each_api_s_maximum(self):
+        self.start(MAX_TOKENS=100000, TOKEN_COST_MODE="estimate")
+        table = [("/v1/responses", {"input": "x" * 40, "max_output_tokens": 100}, 110),
+                 ("/v1/messages", {"messages": "x" * 40, "max_tokens": 100}, 110),
+                 ("/v1beta/models/m:generateContent", {"contents": "x" * 40, "generationConfig": {"maxOutputTokens": 100}}, 110),
+                 ("/v1beta/models/m:generateContent", {"contents": "x" * 40, "generation_config": {"max_output_tokens": 5}}, 15),
+                 ("/v1beta/models/m:generateContent", {"contents": "x" * 40}, 266)]
+        for number, (path, body, cost) in enumerate(table):
+            with self.subTest(path=path, body=str(body)[-40:]):
+                self.assertEqual(self.ask_at(path, body, key=str(number)).status, 200)
+                self.assertEqual(100000 - self.left(str(number)), cost)
+        self.assertEqual(self.ask_at("/v1beta/models/m:generateContent", {"generationConfig": 3}).status, 400)
+
+    def limited(self, path, body, *fields):
+        self.ask_at(path, body, *fields)
+        return self.ask_at(path, body, *fields)
+
+    def test_the_limit_reply_of_each_api(self):
+        table = [
+            ("/v1/responses", {"model": "asked"}, lambda told: (told["object"], told["status"], told["model"],
+                                                               told["output"][0]["content"][0]["text"])),
+            ("/v1/messages", {"model": "asked"}, lambda told: (told["type"], told["stop_reason"], told["model"],
+                                                              told["content"][0]["text"])),
+            ("/v1beta/models/asked:generateContent", {}, lambda told: (
+                len(told["candidates"]), told["candidates"][0]["finishReason"], told["modelVersion"],
+                told["candidates"][0]["content"]["parts"][0]["text"]))]
+        self.start(MAX_TOKENS=1)
+        for (path, body, find), expected in zip(table, (("response", "completed"), ("message", "end_turn"), (1, "STOP"))):
+            with self.subTest(path):
+                self.stub.requests.clear()
+                answered = self.ask_at(path, body, key=path) and self.ask_at(path, body, key=path)
+                self.assertEqual((answered.status, self.stub.calls), (200, 1))
+                self.assertEqual(find(answered.json()), (*expected, "asked", "limit reached, wait 5 min"))
+
+    def test_the_streamed_limit_reply_of_each_api(self):
+        table = [
+            ("/v1/responses", {"stream": True}, ["response.created", "response.in_progress", "response.output_item.added",
+             "response.content_part.added", "response.output_text.delta", "response.output_text.done",
+             "response.content_part.done", "response.output_item.done", "response.completed"]),
+            ("/v1/messages", {"stream": True}, ["message_start", "content_block_start", "content_block_delta",
+             "content_block_stop", "message_delta", "message_stop"])]
+        self.start(MAX_TOKENS=1)
+        for path, body, kinds in table:
+            with self.subTest(path):
+                answered = self.ask_at(path, body, key=path) and self.ask_at(path, body, key=path)
+                self.assertEqual(answered.get("content-type"), "text/event-stream")
+                blocks = [block.split(b"\n") for block in answered.body.split(b"\n\n")[:-1]]
+                told = [json.loads(data[len(b"data: "):]) for _, data in blocks]
+                self.assertEqual([one["type"] for one in told], kinds)
+                self.assertEqual([name for name, _ in blocks], [b"event: " + kind.encode() for kind in kinds])
+                self.assertIn("limit reached, wait 5 min", json.dumps(told))
+        path = "/v1beta/models/m:streamGenerateContent"
+        for query, kind in (("?alt=sse", "text/event-stream"), ("", "application/json")):
+            answered = self.ask_at(path + query, {}, key=query) and self.ask_at(path + query, {}, key=query)
+            self.assertEqual(answered.get("content-type"), kind)
+            told = json.loads(answered.body[6:]) if query else answered.json()[0]
+            self.assertEqual(told["candidates"][0]["finishReason"], "STOP")
+
+    def test_where_no_assistant_can_speak_the_limit_is_an_error(self):
+        self.start(MAX_TOKENS=1)
+        answered = self.limited("/v1/embeddings", {"input": "x"})
+        self.assertEqual((answered.status, answered.get("retry-after"), answered.error()["type"]),
+                         (429, "300", "rate_limit_error"))
+
+    def test_programs_may_be_told_by_an_error(self):
+        browser, webui = "User-Agent: Mozilla/5.0 (X11)", "X-OpenWebUI-User-Id: 7"
+        table = [("assistant", (), 200), ("error", (), 429), ("error", (browser,), 429), ("auto", (), 429),
+                 ("auto", ("User-Agent: OpenAI/Python 1.0",), 429), ("auto", (browser,), 200), ("auto", (webui,), 200)]
+        for mode, fields, status in table:
+            with self.subTest(mode=mode, fields=fields):
+                self.start(MAX_TOKENS=1, LIMIT_REPLY=mode)
+                answered = self.limited(CHAT, {"model": "m", "stream": True}, *fields)
+                self.assertEqual((answered.status, answered.get("retry-after")), (status, "300"))
+                self.assertEqual(answered.get("x-should-retry"), "false" if status == 429 else None)
+        self.start(MAX_TOKENS=1, LIMIT_REPLY="error", REFILL_INTERVAL_SECONDS=60)
+        answered = self.limited("/v1/messages", {})
+        self.assertEqual((answered.get("x-should-retry"), answered.json()["error"]["type"]), (None, "rate_limit_error"))
+
+    def test_who_the_callers_user_is_does_not_go_upstream(self):
+        self.start()
+        self.ask(call("k", "X-OpenWebUI-User-Email: a@example.org"))
+        self.assertNotIn(b"example.org", self.stub.requests[-1].head)
 
 
 class LimitReplyTest(ProxyCase):
