@@ -3080,6 +3080,8 @@ class Ledger:
         self.stop.set()
         if self.thread.ident:
             self.thread.join(wait)
+        if self.usage_log:
+            self.usage_log.close()
 
 
 def open_usage_log(path: Optional[str]) -> Any:

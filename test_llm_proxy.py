@@ -9,6 +9,7 @@ argument. What happens in another thread is waited for with `wait_for`; its boun
 "not yet".
 """
 import ast
+import collections
 import contextlib
 import dis
 import errno
@@ -25,6 +26,7 @@ import re
 import signal
 import socket
 import socketserver
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -460,10 +462,11 @@ class ProxyCase(unittest.TestCase):
         self.stub = stub = Stub(answer, reads)
         self.addCleanup(stub.close)
         settings = {"BASE_API_URL": "http://127.0.0.1:%d%s" % (stub.port, base), "LOG_FORMAT": "json",
-                    "MAX_TOKENS": 1000, **settings}
+                    "MAX_TOKENS": 1000, "DATABASE": "off", **settings}
         config = read_config({name: str(value) for name, value in settings.items()})
         self.lines, self.tracebacks = Lines(), 0
-        self.proxy = proxy = build(config, self.lines, clock)
+        database = None if config.database == "off" else llm_proxy.Database(config.database)
+        self.proxy = proxy = build(config, self.lines, clock, database)
         self.server = server = llm_proxy.Server(proxy, "127.0.0.1", 0, config.max_connections)
         self.address = server.server_address[:2]
         accepting = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -2114,6 +2117,35 @@ class RepeatedHeadTest(ProxyCase):
         self.assertEqual((self.left("a"), self.left("b")), (999, 998))
 
 
+class EchoTest(ProxyCase):
+    def test_methods_that_make_an_upstream_echo_what_it_got_are_not_passed_on(self):
+        self.start(BASE_API_KEY="sk-up")
+        for method in ("TRACE", "TRACK", "CONNECT"):
+            answered = self.ask(request(method, "/v1/x"))
+            self.assertEqual((answered.status, answered.error()["type"]), (405, "invalid_request_error"))
+        self.assertEqual(self.stub.calls, 0)
+
+
+class RepeatedAnswerTest(ProxyCase):
+    def test_a_length_in_an_unusual_spelling_is_a_length_the_second_time_too(self):
+        for spelling in ("Content-length: 2", "CONTENT-LENGTH: 2", "Content-Length:2", "Content-Length:  2", "Content-Length: 2 ",
+                         "content-length: 2", "Content-Length: 02"):
+            with self.subTest(spelling):
+                data = ("HTTP/1.1 200 OK\r\n%s\r\n\r\n{}" % spelling).encode()
+                self.start(sends(data, close=False))
+                client = self.connect()
+                for _ in range(3):
+                    answered = client.send(request("GET", "/v1/files")).read("GET")
+                    self.assertEqual((answered.get("content-length"), answered.body), ("2", b"{}"))
+                self.assertEqual(self.stub.connections, 1)
+
+    def test_the_length_of_one_answer_is_not_that_of_the_next(self):
+        self.start(lambda asked: asked.send(answer(b"x" * int(asked.target[4:]))))
+        client = self.connect()
+        for length in (1, 10, 9, 100, 0, 99):
+            self.assertEqual(client.send(request("GET", "/v1/%d" % length)).read("GET").body, b"x" * length)
+
+
 class ChunkedTest(unittest.TestCase):
     BODY = (b"5;name=value\r\nhello\r\n0006 ; x=\"y\"\r\n world\r\nA\r\n0123456789\r\n"
             b"0\r\nX-Trailer: x\r\n\r\n")
@@ -2704,6 +2736,152 @@ class UploadTest(ProxyCase):
 # Books
 # ------------------------------------------------------------------------------------------------------------
 
+class SettlingTest(ProxyCase):
+    """What was held becomes what was used. The estimate of these calls is 3 for the prompt, and their maximum."""
+    JSON = {"choices": [{"message": {"content": "x" * 40}}]}
+
+    def start(self, answer=says(), **settings):
+        super().start(answer, **{"TOKEN_COST_MODE": "usage", **settings})
+
+    def test_a_surplus_is_given_back_and_a_shortfall_is_a_debt(self):
+        table = [(TOLD, 24), ({"prompt_tokens": 1, "completion_tokens": 1}, 2),
+                 ({"prompt_tokens": 900, "completion_tokens": 600}, 1500)]
+        for told, cost in table:
+            with self.subTest(told=told):
+                self.start(says(json.dumps({**self.JSON, "usage": told}).encode()))
+                answered = self.ask(call(max_tokens=50))
+                self.assertEqual(answered.get("x-ratelimit-remaining"), str(max(0, 1000 - cost)))
+                record, = self.proxy.limits.buckets.levels.values()
+                self.assertEqual(record[0], 1000 - cost)
+                self.assertEqual((self.entry()["cost"], self.entry()["estimated"]), (cost, False))
+
+    def test_a_debt_is_waited_for(self):
+        self.start(says(json.dumps({"usage": {"prompt_tokens": 1009, "completion_tokens": 1}}).encode()), REFILL_TOKENS=1,
+                   REFILL_INTERVAL_SECONDS=60)
+        self.ask(call(max_tokens=1))
+        said = self.ask(call(max_tokens=1)).json()["choices"][0]["message"]["content"]
+        self.assertEqual(said, "limit reached, wait 14 min")  # 10 of debt and 4 of estimate
+
+    def test_an_answer_that_tells_nothing_is_charged_by_its_text_and_marked(self):
+        self.start(says(json.dumps(self.JSON).encode()))
+        answered = self.ask(call(max_tokens=50))
+        self.assertEqual([answered.get("x-llm-" + name) for name in ("input-tokens", "output-tokens", "estimated")],
+                         ["3", "10", "true"])
+        self.assertEqual((self.entry()["cost"], self.entry()["estimated"]), (13, True))
+
+    def test_how_many_characters_make_a_token_is_learned_by_model(self):
+        told = {"prompt_tokens": 5, "completion_tokens": 20}  # 10 and 40 characters: 2 a token
+        self.start(says(json.dumps({**self.JSON, "usage": told}).encode()))
+        self.ask(call(model="learned"))
+        self.stub.answer = says(json.dumps(self.JSON).encode())
+        for model, used in (("learned", (5, 20)), ("other", (3, 10))):
+            answered = self.ask(call(model=model))
+            self.assertEqual([int(answered.get("x-llm-%s-tokens" % name)) for name in ("input", "output")], [*used])
+
+    def test_a_stream_is_asked_for_its_usage_and_the_caller_does_not_see_it(self):
+        shown = events(delta("hello"), LAST_DELTA, "[DONE]")
+        whole = events(delta("hello"), LAST_DELTA, USAGE_EVENT, "[DONE]")
+        table = [(None, True, shown), ({"other": 1}, True, shown), ({"include_usage": True}, True, whole),
+                 ({"include_usage": False}, False, whole)]
+        for options, asked, seen in table:
+            with self.subTest(options=options):
+                self.start(sends(STREAM + chunk(whole) + LAST, close=False))
+                answered = self.ask(call(stream=True, **({"stream_options": options} if options else {})))
+                self.assertEqual((answered.whole, answered.body), (True, seen))
+                self.assertEqual(self.stub.requests[-1].json()["stream_options"], {**(options or {}), "include_usage": asked})
+                self.assertEqual((self.entry()["cost"], self.left()), (24, 976))
+
+    def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
+        self.start(sends(STREAM + LAST, close=False))
+        body = b' {"stream":true, "temperature":1.0,"seed":1e2,"messages":[],"x":"\\u00e4" }'
+        self.ask(request("POST", CHAT, body))
+        self.assertEqual(self.stub.requests[-1].body, b'{"stream_options":{"include_usage":true},' + body[2:])
+
+    def test_no_question_is_asked_where_no_rule_needs_the_answer_or_the_api_knows_none(self):
+        for settings, path in (({"TOKEN_COST_MODE": "request"}, CHAT), ({"TOKEN_COST_MODE": "estimate"}, CHAT),
+                               ({"LIMITS": "each 5 requests per day"}, CHAT), ({}, "/v1/responses"), ({}, "/v1/messages")):
+            with self.subTest(settings=settings, path=path):
+                self.start(sends(STREAM + LAST, close=False), **settings)
+                self.ask(request("POST", path, chat(stream=True)))
+                self.assertNotIn("stream_options", self.stub.requests[-1].json())
+
+    def test_an_upstream_that_takes_the_question_for_an_error_is_asked_once_more_without_it_and_remembered(self):
+        def strict(asked):
+            if "stream_options" in asked.json():
+                return asked.send(answer(b'{"error": "unknown field stream_options"}', "400 Bad Request"))
+            asked.send(STREAM + chunk(events(delta("hello"), "[DONE]")) + LAST)
+        self.start(strict)
+        for number, calls in enumerate((2, 3)):
+            answered = self.ask(call(stream=True))
+            self.assertEqual((answered.status, answered.body), (200, events(delta("hello"), "[DONE]")))
+            self.assertEqual(self.stub.calls, calls)
+            self.assertEqual((self.entry(number)["cost"], self.entry(number)["estimated"]), (3 + 2, True))
+
+    def test_another_400_is_passed_on_whole(self):
+        self.start(says(b'{"error": "too long"}', "400 Bad Request"))
+        answered = self.ask(call(stream=True))
+        self.assertEqual((answered.status, answered.body, self.stub.calls), (400, b'{"error": "too long"}', 1))
+        self.assert_ending("upstream_status", 1000)
+
+    def test_an_event_with_a_length_around_it_is_hidden_too(self):
+        whole = events(delta("hello"), LAST_DELTA, USAGE_EVENT, "[DONE]")
+        for version in ("1.1", "1.0"):
+            self.start(says(whole, "200 OK", "Content-Type: text/event-stream"))
+            answered = self.ask(request("POST", CHAT, chat(stream=True), version=version))
+            self.assertEqual((answered.whole, answered.body), (True, events(delta("hello"), LAST_DELTA, "[DONE]")))
+            self.assertIsNone(answered.get("content-length"))
+
+    def test_a_json_answer_in_pieces_tells_its_cost_in_its_head(self):
+        for framing, pieces in (("sized", None), (CHUNKED, None)):
+            self.start(None)
+            client = self.connect().send(call())
+            asked, body = self.stub.next(), json.dumps({**self.JSON, "usage": TOLD}).encode()
+            if framing == "sized":
+                data = answer(body)
+            else:
+                data = (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+                        + chunk(body[:9]) + chunk(body[9:]) + LAST)
+            for at in range(0, len(data), 40):
+                asked.send(data[at:at + 40])
+            asked.finish()
+            answered = client.read()
+            self.assertEqual((answered.body, answered.get("x-llm-output-tokens")), (body, "4"))
+
+    def test_a_json_answer_that_is_cut_is_a_502_and_costs_nothing(self):
+        for data in (answer(b"x" * 50)[:-10], b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"):
+            self.start(sends(data))
+            self.assertEqual(self.ask(call()).status, 502)
+            self.assert_ending("upstream_failed", 1000)
+
+    def test_a_json_answer_that_takes_its_time_is_passed_on_as_it_comes(self):
+        self.start(None)
+        with mock.patch.object(llm_proxy.Reply, "WHOLE_SECONDS", 0.01):
+            client = self.connect().send(call(max_tokens=1))
+            asked = self.stub.next()
+            body = json.dumps({**self.JSON, "usage": TOLD}).encode()
+            asked.send(answer(body)[:-10])
+            self.assertIsNone(client.head().get("x-llm-input-tokens"))
+            asked.send(body[-10:])
+            self.assertEqual(client.rest().body, body)
+            asked.finish()
+        self.assert_ending("ok", 1000 - 24)
+
+    def test_an_answer_that_is_packed_although_nobody_asked_is_guessed_at(self):
+        self.start(says(b"\x1f\x8b" + b"x" * 38, "200 OK", "Content-Encoding: gzip"))
+        self.ask(call(max_tokens=5))
+        self.assertEqual((self.entry()["input"], self.entry()["output"], self.entry()["estimated"]), (3, 10, True))
+
+    def test_money_is_counted_in_millionths_of_millionths(self):
+        self.start(says(json.dumps({"usage": {"prompt_tokens": 3, "completion_tokens": 1}}).encode()),
+                   LIMITS="each 0.000002 usd per day", RESPONSE_TOKEN_RESERVE=1)
+        answered = self.ask(call(model="gpt-4o-mini"))
+        self.assertEqual(answered.get("x-llm-cost-usd"), "0.00000105")
+        self.assertEqual([answered.get("x-ratelimit-" + name) for name in ("limit", "remaining")], ["0.000002", "0.00000095"])
+        said = self.ask(call(model="gpt-4o-mini")).json()["choices"][0]["message"]["content"]
+        self.assertIn("limit reached, wait", said)
+        self.assertEqual(self.ask(call(model="free")).status, 200)
+
+
 class BooksTest(ProxyCase):
     def test_a_json_line_tells_who_what_how_long_and_how_much(self):
         self.start(PROXY_API_KEYS="alice=sk-1", MAX_TOKENS=5)
@@ -2804,6 +2982,265 @@ class BooksTest(ProxyCase):
 # ------------------------------------------------------------------------------------------------------------
 # Proxy: how calls end, and what the bucket, the caller and the log are told then
 # ------------------------------------------------------------------------------------------------------------
+
+class LedgerCase(ProxyCase):
+    def path(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        return os.path.join(folder.name, "llm_proxy.db")
+
+    @staticmethod
+    def rows(path):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute("SELECT * FROM calls ORDER BY rowid")]
+
+    def row(self, path, number=0):
+        return wait_for(lambda: self.rows(path)[number:number + 1], "a row in the ledger")[0]
+
+
+class LedgerTest(LedgerCase):
+    def test_one_row_tells_all_of_a_call(self):
+        path = self.path()
+        told = {"prompt_tokens": 1000, "completion_tokens": 20, "total_tokens": 1020,
+                "prompt_tokens_details": {"cached_tokens": 600}, "completion_tokens_details": {"reasoning_tokens": 5}}
+        self.start(says(json.dumps({"usage": told}).encode()), DATABASE=path, BASE_MODEL="gpt-4o-mini",
+                   PROXY_API_KEYS="alice=sk-1", LIMITS="each 100000 tokens per day; all 3 usd per day", IMAGE_TOKENS=7)
+        answered = self.ask(request("POST", CHAT + "?a=b", chat(max_tokens=50), key="sk-1"))
+        row = self.row(path)
+        picodollars = (400 * 150000 + 600 * 75000 + 20 * 600000)
+        self.assertAlmostEqual(row.pop("time"), time.time(), delta=PATIENCE)
+        self.assertTrue(0 <= row.pop("first_ms") <= row.pop("ms") < PATIENCE * 1000)
+        self.assertEqual(row, {
+            "id": answered.get("x-request-id"), "caller": "alice", "address": "127.0.0.1", "method": "POST", "path": CHAT,
+            "dialect": "openai", "model": "m", "served": "gpt-4o-mini", "upstream": "base", "status": 200, "outcome": "ok",
+            "cause": None, "stream": 0, "input": 1000, "cached": 600, "cache_write": 0, "output": 20, "reasoning": 5,
+            "estimated": 0, "usd": picodollars / 1e12, "picodollars": picodollars, "unpriced": 0, "held": 53,
+            "charges": "each 100000 tokens per day=1020;all 3 usd per day=%d" % picodollars,
+            "bytes": len(answered.body)})
+        self.assertEqual([answered.get("x-llm-" + name) for name in ("input-tokens", "output-tokens", "cost-usd",
+                                                                    "estimated")], ["1000", "20", "0.000117", None])
+        self.assertEqual(answered.get("x-ratelimit-limit"), "100000")
+
+    def test_a_row_for_every_ending_and_none_for_pages(self):
+        path = self.path()
+        self.start(None, DATABASE=path, MAX_TOKENS=1, PROXY_API_KEYS="sk-1")
+        self.stub.answer = says(b"no", "503 Busy")
+        for data in (call("sk-1"), request("GET", "/health"), request("OPTIONS", CHAT), call("wrong"), b"nonsense\r\n\r\n"):
+            self.ask(data, "GET")
+        self.stub.answer = says(json.dumps({"usage": TOLD}).encode())
+        for data in (call("sk-1"), call("sk-1"), request("GET", "/v1/files", key="sk-1")):
+            self.ask(data)
+        self.row(path, 4)
+        self.assertEqual([(row["status"], row["outcome"], row["input"], row["charges"]) for row in self.rows(path)], [
+            (503, "upstream_status", 0, ""), (401, "refused", 0, None),
+            (200, "ok", 20, "each 2 tokens per 300s burst 1=1"), (200, "limited", 0, ""), (200, "ok", 0, "")])
+
+    def test_models_that_no_file_could_hold_are_written_all_the_same(self):
+        path = self.path()
+        self.start(DATABASE=path)
+        models = ["\ud800", "a\x00b", "\U0001f600", "'; DROP TABLE calls; --"]
+        for model in models:
+            self.assertEqual(self.ask(call(model=model)).status, 200)
+        self.row(path, 3)
+        self.assertEqual([row["model"] for row in self.rows(path)], ["\\ud800", *models[1:]])
+
+    def test_buckets_survive_a_restart_with_the_refill_of_the_time_in_between(self):
+        path, clock = self.path(), Clock()
+        rules = "each 10 requests per 100s; all 100 tokens per day"
+        told = json.dumps({"usage": {"prompt_tokens": 140, "completion_tokens": 10}}).encode()
+        self.start(says(told), clock=clock, DATABASE=path, LIMITS=rules)
+        for _ in range(3):
+            self.ask(call("k", max_tokens=1)) if self.stub.calls == 0 else None
+        self.proxy.books.close(PATIENCE)
+        later = Clock(0.0)  # another boot: the monotonic clock begins again
+        later.time_ns = lambda: clock.time_ns() + 5 * 10 ** 9
+        self.start(says(told), clock=later, DATABASE=path, LIMITS=rules + "; address 5 requests per day")
+        levels = {key[0]: self.proxy.limits.buckets.now(record[2], record, 0.0)[0]
+                  for key, record in self.proxy.limits.buckets.levels.items()}
+        self.assertEqual(levels["all 100 tokens per day"], -50)
+        self.assertEqual(levels["each 10 requests per 100s"], 9)
+        later.now += 5  # the tenth second
+        self.assertEqual(self.ask(request("GET", "/health", key="k")).json()["quota"]["remaining"], 0)
+        record = next(record for key, record in self.proxy.limits.buckets.levels.items() if key[0].startswith("each 10"))
+        self.assertEqual(self.proxy.limits.buckets.now(record[2], record, later.now)[0], 10)
+
+    def test_old_calls_are_removed_in_the_background(self):
+        path = self.path()
+        database = llm_proxy.Database(path)
+        old = ("old", time.time() - 8 * 86400) + (None,) * (len(llm_proxy.COLUMNS) - 2)
+        database.add([old] * 2500 + [("new", time.time() - 6 * 86400) + old[2:]])
+        database.connection.close()
+        self.start(DATABASE=path, LEDGER_DAYS=7)
+        wait_for(lambda: [row["id"] for row in self.rows(path)] == ["new"], "the removal")
+
+    def test_a_full_queue_waits_a_moment_then_drops_and_counts(self):
+        path = self.path()
+        self.start(DATABASE=path)
+        ledger, gate, blocked = self.proxy.books.ledger, threading.Event(), threading.Event()
+        self.addCleanup(gate.set)
+        ledger.ROOM = 3
+        with mock.patch.object(ledger, "turn", lambda: (blocked.set(), gate.wait(PATIENCE))):
+            self.assertTrue(blocked.wait(PATIENCE))
+            client = self.connect()
+            for _ in range(6):
+                self.assertEqual(client.send(call()).read().status, 200)
+            wait_for(lambda: ledger.dropped == 3)
+            self.assertEqual(self.ask(request("GET", "/health")).json()["ledger"], {"queued": 3, "dropped": 3})
+        gate.set()
+        self.row(path, 2)
+
+    def test_what_cannot_be_written_is_told_once_and_tried_again(self):
+        path = self.path()
+        self.start(DATABASE=path)
+        ledger = self.proxy.books.ledger
+        with mock.patch.object(ledger.database, "add", side_effect=sqlite3.OperationalError("disk I/O error")):
+            self.ask(call())
+            wait_for(lambda: "the database cannot be written: disk I/O error" in self.lines.text())
+        self.assertEqual(self.row(path)["status"], 200)
+        self.assertEqual(self.lines.text().count("cannot be written"), 1)
+
+    def test_the_same_entries_go_to_a_file_of_json_lines(self):
+        path = self.path() + ".jsonl"
+        self.start(says(json.dumps({"usage": TOLD}).encode()), USAGE_LOG=path)
+        answered = self.ask(call())
+
+        def read():
+            with open(path, encoding="utf-8") as file:
+                return [json.loads(row) for row in file]
+        row, = wait_for(read)
+        self.assertEqual((row["id"], row["input"], row["output"], row["estimated"]), (answered.get("x-request-id"), 20, 4, False))
+
+    def test_a_foreign_or_damaged_file_is_left_as_it_is(self):
+        path = self.path()
+        llm_proxy.Database(path).connection.close()
+        with open(path, "rb") as file:
+            sound = file.read()
+        with contextlib.closing(sqlite3.connect(path + "2")) as other:
+            other.execute("CREATE TABLE calls (a)")
+        with open(path + "2", "rb") as file:
+            foreign = file.read()
+        for name, data in (("text", b"hello"), ("foreign", foreign), ("cut", sound[:len(sound) // 2]),
+                           ("pages overwritten", sound[:4096] + b"x" * (len(sound) - 4096))):
+            with self.subTest(name):
+                with open(path, "wb") as file:
+                    file.write(data)
+                for suffix in ("-wal", "-shm"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(path + suffix)
+                with self.assertRaisesRegex(llm_proxy.DatabaseFault, "left as it is$"):
+                    llm_proxy.Database(path)
+                with open(path, "rb") as file:
+                    self.assertEqual(file.read(), data)
+
+
+class BalanceTest(LedgerCase):
+    """The books balance: what is gone from every bucket is what the ledger says was charged to it."""
+    RULES = ("each 1000000 requests per day; each 1000000000 tokens per day; key:k1 900000 output_tokens per hour;"
+             "all 5000 usd per month; address 1000000000 input_tokens per week; model:gpt-4o* 500000 requests per hour")
+    PATHS = (CHAT, "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/messages",
+             "/v1beta/models/gemini-2.5-pro:generateContent", "/v1beta/models/gemini-2.5-pro:streamGenerateContent?alt=sse")
+    KINDS = ("ok",) * 6 + ("untold", "error", "cut", "reset", "garbage", "gone", "gone early")
+
+    def answer(self, asked):
+        body = asked.json()
+        kind, number = body["kind"], body["number"]
+        if kind == "error":
+            return asked.send(answer(b'{"usage": {"prompt_tokens": 5, "completion_tokens": 5}}', "%d No" % (400 + number % 200)))
+        if kind == "garbage":
+            asked.send(b"HTTP/9 what\r\n\r\n")
+            return asked.close()
+        if kind == "gone early":
+            return asked.wait_for_hang_up()
+        path = asked.target.partition("?")[0]
+        if path == "/v1/messages":
+            told = ANTHROPIC_EVENTS
+            whole = {"content": [{"text": "x" * number}], "usage": {"input_tokens": number, "output_tokens": 3}}
+        elif path == "/v1/responses":
+            told, whole = RESPONSE_EVENTS, {"usage": {"input_tokens": number, "output_tokens": 9}}
+        elif "models" in path:
+            told, whole = GEMINI_EVENTS, {"usageMetadata": {"promptTokenCount": number, "candidatesTokenCount": 4}}
+        else:
+            told = [delta("word " * (number % 30)), LAST_DELTA] + ([USAGE_EVENT] if (
+                body.get("stream_options") or {}).get("include_usage") else []) + ["[DONE]"]
+            whole = {"choices": [{"message": {"content": "y" * number}}], "usage": {
+                "prompt_tokens": number, "completion_tokens": number % 50, "prompt_tokens_details": {"cached_tokens": number // 2}}}
+        if not (body.get("stream") or "stream" in path):
+            if kind == "untold":
+                whole = {"choices": [{"message": {"content": "y" * number}}]}
+            if kind in ("ok", "untold"):
+                return asked.send(answer(json.dumps(whole).encode()))
+            asked.send(answer(json.dumps(whole).encode())[:-4])
+            return asked.wait_for_hang_up() if kind == "gone" else asked.reset() if kind == "reset" else asked.close()
+        if kind == "untold":
+            told = [one for one in told if "usage" not in json.dumps(one)]
+        pieces = events(*told)
+        if kind in ("ok", "untold"):
+            return asked.send(STREAM + b"".join(chunk(pieces[at:at + 90]) for at in range(0, len(pieces), 90)) + LAST)
+        asked.send(STREAM + chunk(pieces[:len(pieces) * 2 // 3]))
+        return asked.wait_for_hang_up() if kind == "gone" else asked.reset() if kind == "reset" else asked.close()
+
+    def converse(self, seed, count):
+        choose = random.Random(seed)
+        client = None
+        for number in range(count):
+            path, kind = choose.choice(self.PATHS), choose.choice(self.KINDS)
+            body = {"model": choose.choice(("gpt-4o", "gpt-4o-mini", "claude-sonnet-4", "gemma4")), "kind": kind,
+                    "number": choose.randrange(1, 400), "stream": choose.random() < 0.6, "max_tokens": choose.randrange(50),
+                    "input": "words " * choose.randrange(20)}
+            if choose.random() < 0.2:
+                body["stream_options"] = {"include_usage": choose.random() < 0.5}
+            client = client or self.connect()
+            client.send(request("POST", path, json.dumps(body).encode(), key="sk-%d" % choose.randrange(5)))
+            if kind.startswith("gone"):
+                if kind == "gone" and "stream" in path + str(body["stream"] and "stream"):
+                    client.head()
+                (client.reset if number % 2 else client.close)()
+                client = None
+                continue
+            answered = client.read()
+            if not answered.whole or answered.get("connection") == "close":
+                client.close()
+                client = None
+        if client:
+            client.close()
+
+    def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
+        path, threads, each = self.path(), 50, 40
+        keys = ",".join("k%d=sk-%d" % (number, number) for number in range(5))
+        self.start(self.answer, DATABASE=path, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text")
+        buckets = self.proxy.limits.buckets
+        buckets.clock = Clock()  # nothing is refilled meanwhile
+        running = [threading.Thread(target=self.converse, args=(seed, each)) for seed in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join(60)
+        wait_for(lambda: not self.server.open, "the end of every call")
+        self.proxy.books.close(PATIENCE)
+        rows = self.rows(path)
+        self.assertEqual(len(rows), threads * each)
+        self.assertEqual({"ok", "upstream_status", "upstream_failed", "upstream_cut", "caller_gone"},
+                         {row["outcome"] for row in rows})
+        charged = collections.Counter()
+        for row in rows:
+            for text, amount in (part.rsplit("=", 1) for part in (row["charges"] or "").split(";") if part):
+                whose = (row["caller"] if text.startswith(("each", "key")) else
+                         row["address"] if text.startswith("address") else None)
+                charged[text, whose] += int(amount)
+            if row["outcome"] in ("upstream_status", "upstream_failed"):
+                self.assertEqual((row["charges"], row["input"]), ("", 0))
+        names = {llm_proxy.Callers.digest("sk-%d" % number): "k%d" % number for number in range(5)}
+        missing = collections.Counter()
+        for key, (level, _, rule) in buckets.levels.items():
+            whose = names[key[1][1]] if key[0].startswith(("each", "key")) else key[1][1] if len(key) > 1 else None
+            missing[key[0], whose] = rule.capacity - level
+        self.assertEqual(+charged, +missing)
+        self.assertEqual(len(missing), 5 + 5 + 1 + 1 + 1 + 1)
+        tokens = sum(row["input"] + row["output"] for row in rows)
+        self.assertEqual(tokens, sum(amount for (text, _), amount in charged.items() if " tokens " in text))
+        self.assertEqual(sum(row["picodollars"] for row in rows), charged["all 5000 usd per month", None])
+
 
 class EndingsTest(ProxyCase):
     def test_an_answered_call_costs_its_fixed_price(self):
@@ -3486,6 +3923,89 @@ class CommandsTest(unittest.TestCase):
             self.assertIn("\n%s:\n" % group, out)
         for option in ("--version", "--check", "--demo"):
             self.assertIn(option, out)
+
+    def ledger(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        return os.path.join(folder.name, "books.db")
+
+    @staticmethod
+    def level(path):
+        database = llm_proxy.Database(path, reading=True)
+        with contextlib.closing(database.connection):
+            return database.levels()[0][1]
+
+    def test_usage_prints_who_used_what(self):
+        path, now = self.ledger(), time.time()
+        database = llm_proxy.Database(path)
+        names = [name for name, _ in llm_proxy.COLUMNS]
+
+        def row(**values):
+            return tuple({"time": now, "input": 10, "cached": 1, "output": 2, "reasoning": 0, "estimated": 0, "unpriced": 0,
+                          "picodollars": 0, "outcome": "ok", **values}.get(name) for name in names)
+        database.add([row(caller="alice", served="m1", picodollars=5 * 10 ** 11), row(caller="alice", served="m2", estimated=1),
+                      row(caller="bob", served="m1", upstream="base", unpriced=1),
+                      row(caller="bob", outcome="refused", time=now - 3 * 86400)])
+        database.connection.close()
+        head = "calls,input,cached,output,reasoning,estimated,unpriced,usd"
+        table = [
+            (("--csv",), "caller,%s\nalice,2,20,2,4,0,1,0,0.5\nbob,2,20,2,4,0,0,1,0\n" % head),
+            (("--csv", "--by", "model", "--since", "2d"), "model,%s\nm1,2,20,2,4,0,0,1,0.5\nm2,1,10,1,2,0,1,0,0\n" % head),
+            (("--csv", "--by", "outcome"), "outcome,%s\nok,3,30,3,6,0,1,1,0.5\nrefused,1,10,1,2,0,0,0,0\n" % head),
+            (("--csv", "--by", "upstream"), "upstream,%s\n-,3,30,3,6,0,1,0,0.5\nbase,1,10,1,2,0,0,1,0\n" % head)]
+        for arguments, text in table:
+            with self.subTest(arguments=arguments):
+                self.assertEqual(self.command("usage", *arguments, DATABASE=path).finish(), (0, text, ""))
+        code, out, _ = self.command("usage", "--json", DATABASE=path).finish()
+        self.assertEqual(json.loads(out)[0], {"caller": "alice", "calls": 2, "input": 20, "cached": 2, "output": 4,
+                                              "reasoning": 0, "estimated": 1, "unpriced": 0, "usd": "0.5"})
+        code, out, _ = self.command("usage", "--by", "day", DATABASE=path).finish()
+        self.assertEqual((code, len(out.splitlines())), (0, 3))
+        self.assertRegex(out, r"^day +calls +input.*\n20\d\d-\d\d-\d\d +3 +30 ")
+
+    def test_usage_says_what_is_wrong(self):
+        path = self.ledger()
+        code, out, err = self.command("usage", DATABASE=path).finish()
+        self.assertEqual((code, out, err), (1, "", "no calls are recorded in %s (DATABASE)\n" % path))
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("hello")
+        code, out, err = self.command("usage", DATABASE=path).finish()
+        self.assertEqual((code, out, len(err.splitlines())), (2, "", 1))
+        self.assertEqual(self.command("usage", "--since", "soon", DATABASE=path).finish()[0], 2)
+
+    def test_a_file_that_is_no_database_of_ours_ends_with_2_and_one_line(self):
+        path = self.ledger()
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("hello")
+        code, out, err = self.command(BASE_API_URL="http://127.0.0.1:1", DATABASE=path).finish()
+        self.assertEqual((code, err), (2, "%s is not a database of llm_proxy; it was left as it is\n" % path))
+        code, out, err = self.command(BASE_API_URL="http://127.0.0.1:1", DATABASE="/nonexistent/x.db").finish()
+        self.assertEqual((code, len(err.splitlines())), (2, 1))
+        self.assertIn("DATABASE must be a file that can be written, or off (got '/nonexistent/x.db'", err)
+
+    def test_where_the_usual_database_cannot_be_written_it_goes_on_without(self):
+        process = self.serve(BASE_API_URL="http://127.0.0.1:1", DATABASE="", cwd="/proc")
+        wait_for(lambda: process.said("warning: calls and buckets are kept in memory only"))
+        client = self.connect(process)
+        self.assertTrue(client.send(request("GET", "/health")).read("GET").json()["ok"])
+
+    def test_a_signal_to_stop_loses_no_call_and_no_level_and_a_kill_at_most_the_last_second(self):
+        path, stub = self.ledger(), self.stub(says(json.dumps({"usage": TOLD}).encode()))
+        settings = {"BASE_API_URL": "http://127.0.0.1:%d" % stub.port, "DATABASE": path, "TOKEN_COST_MODE": "usage",
+                    "MAX_TOKENS": 1000}
+        for number, stop in enumerate((signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)):
+            process = self.serve(**settings)
+            client = self.connect(process)
+            for count in range(10):
+                answered = client.send(call("k", max_tokens=1)).read()
+                self.assertEqual(answered.get("x-ratelimit-remaining"), str(1000 - 24 * (10 * number + count + 1)))
+            if stop == signal.SIGKILL:
+                wait_for(lambda: LedgerCase.rows(path)[19:], "the rows of the last second")
+                wait_for(lambda: self.level(path) == 1000 - 24 * 20, "the level")
+            client.close()
+            process.process.send_signal(stop)
+            process.wait()
+            self.assertEqual(len(LedgerCase.rows(path)), 10 * (number + 1))
 
     def test_version_is_told(self):
         self.assertEqual(self.command("--version").finish(), (0, "llm_proxy %s\n" % llm_proxy.VERSION, ""))
