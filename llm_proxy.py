@@ -18,10 +18,10 @@ The words used here, one meaning each:
     Call      one request, understood: which endpoint and model, streamed or not, its payload
     Caller    who asks: a key or an address
     Dialect   the only place that knows an API's wire names: paths, prompt text, limit replies, errors
-    Hold      tokens set aside for one call; ends exactly one way: settled or given back
+    Hold      tokens set aside for one call over all its buckets; ends exactly one way: settled or given back
     Upstream  where calls go: its address, its key, its spare connections
     Answer    what came back: status, headers, a body that is still arriving
-    Usage     what a call uses: for now an estimate of its prompt and its output
+    Usage     what a call used: input, cached, output, reasoning tokens; `estimated` when nobody told us
     Refusal   why not: raised at any depth, rendered in one place, in the caller's dialect
     Reply     the way back to the caller: begin, write, end, refuse
     Entry     what is written down of a call: filled on the way, recorded once, whatever the ending
@@ -31,13 +31,13 @@ Contents, in reading order; a section uses only what stands above it:
     Config      every setting, its default, its check, its line of help
     Refusals    every way to say no
     Callers     credentials -> Caller
-    Limits      buckets and holds
-    Usage       what a call will cost
-    Dialects    the wire names of the OpenAI API
+    Limits      rules, buckets and holds
+    Usage       tokens, prices, the estimate before and the cost after
+    Dialects    the wire names of every API, limit replies, what answers tell of usage
     Wire        strict HTTP/1.1: heads, framing, connections, waiting for two sockets at once
     Relay       one thread that carries every running answer body
     Upstreams   connections to the endpoint, and answers
-    Books       entries and the access log
+    Books       entries, the access log and the ledger
     Proxy       serve: the life of one call; build: the parts list
     Pages       health and models
     Handler     HTTP on the caller's side
