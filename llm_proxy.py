@@ -285,6 +285,9 @@ def price(cost: Any) -> Price:
                    for value in values])
 
 
+MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai")
+
+
 def price_file(path: str) -> Dict[str, Price]:
     """models.dev's api.json, {provider: {models: {id: {cost: {...}}}}}, or {model glob: {input, output, ...}};
     -> {glob: Price}."""
@@ -292,8 +295,12 @@ def price_file(path: str) -> Dict[str, Price]:
         with open(path, encoding="utf-8") as file:
             table = json.load(file, parse_float=decimal.Decimal)
         if any("models" in row for row in table.values()):
-            table = {name: model["cost"] for row in table.values() for name, model in row["models"].items()
-                     if "cost" in model}
+            makers = sorted(table, key=lambda provider: provider not in MAKERS)
+            rows = [(name, model["cost"]) for provider in makers for name, model in table[provider]["models"].items()
+                    if "cost" in model]
+            # many sell a model under the same name, some for nothing: its maker's price counts, else the first
+            table = dict(reversed([row for row in rows if any(price(row[1]))] or rows))
+            table = {**dict(rows), **table}
         return {name: price(cost) for name, cost in table.items()}
     except OSError as failure:
         raise ValueError("must be a file that can be read: %s" % failure.strerror) from None
@@ -570,7 +577,8 @@ def split_query(query: str) -> Tuple[List[str], str]:
     """-> the keys in a query, as Google's clients may send them, and the query without them."""
     if "=" not in query:
         return [], query
-    parts = [(part, *(urllib.parse.unquote_plus(text, "latin-1") for text in part.partition("=")[::2])) for part in query.split("&")]
+    parts = [(part, *(urllib.parse.unquote_plus(text, "latin-1") for text in part.partition("=")[::2]))
+             for part in query.split("&")]
     return ([value for _, name, value in parts if name.strip().lower() == "key"],
             "&".join([part for part, name, _ in parts if name.strip().lower() != "key"]))
 
@@ -799,7 +807,7 @@ class Buckets:
         """Drop old buckets that are full by now: two for each one that is added, so this never takes long.
         Beyond `room` the least recently used goes even when it is not full, which errs in its caller's
         favour."""
-        for _ in range(2):
+        for _ in range(min(2, len(self.levels))):
             key, record = next(iter(self.levels.items()))
             rule = record[2]
             if self.now(rule, record, now)[0] < rule.capacity and len(self.levels) <= self.room:
@@ -949,6 +957,7 @@ gemini-2.5-pro 1.25 10 .125; gemini-2.5-flash .3 2.5 .03; gemini-2.5-flash-lite 
 gemini-2.0-flash .1 .4 .025; deepseek-chat .28 .42 .028; deepseek-reasoner .28 .42 .028
 mistral-large 2 6; mistral-small .1 .3; grok-4 3 15 .75; grok-3 3 15 .75; grok-3-mini .3 .5 .075"""
 DATED = re.compile(r"(?:-\d{4}-\d\d-\d\d|-\d{8}|-latest|@.*|:.*)$")
+MOST_TOKENS = 1 << 40  # of one call; whoever tells or asks for more is wrong
 MOST_COST = PICODOLLARS * 10 ** 6  # of one call; whoever tells more is wrong
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
@@ -964,11 +973,13 @@ class Prices:
     has none costs nothing, and is said to be unpriced."""
 
     def __init__(self, own: Optional[Dict[str, Price]]):
-        self.own, self.usual = own or {}, usual_prices()
+        self.own = {glob.casefold(): found for glob, found in (own or {}).items()}
+        self.usual = usual_prices()
         self.known: Dict[str, Optional[Price]] = {}
 
     def find(self, model: str) -> Optional[Price]:
         if model not in self.known:
+            asked, model = model, model.casefold()  # an upstream may not mind the case, and would not be paid
             if len(self.known) >= KNOWN_MODELS:
                 self.known.clear()
             found = self.own.get(model)
@@ -976,7 +987,8 @@ class Prices:
                 found = next((self.own[glob] for glob in self.own if fnmatch.fnmatchcase(model, glob)), None)
             if found is None:
                 found = self.usual.get(DATED.sub("", model.rpartition("/")[2]))
-            self.known[model] = found
+            self.known[asked] = found
+            return found
         return self.known[model]
 
     def cost(self, usage: Usage, model: str) -> Tuple[int, bool]:
@@ -1007,7 +1019,7 @@ class Meter:
             return self.plain
         output = call.output_limit()
         prompt = self.prompt(call, CHARACTERS_PER_TOKEN)
-        output = self.reserve if output is None else output
+        output = self.reserve if output is None else min(output, MOST_TOKENS)
         return self.costs(Usage(prompt, output), call.served, max(1, prompt + output))
 
     def prompt(self, call: "Call", ratio: float) -> int:
@@ -1018,10 +1030,10 @@ class Meter:
         picodollars, _ = self.prices.cost(usage, model)
         return (self.request_cost, usage.input + usage.output, usage.input, usage.output, picodollars, estimate)
 
-    def after(self, call: "Call", heard: Optional["Listener"]) -> Usage:
+    def after(self, call: "Call", heard: Optional["Listener"], whole: bool) -> Usage:
         """What the call used: as it was told, else guessed from its prompt and the text that came. An answer that
-        was cut may have told its input alone."""
-        told, final = heard.told() if heard else (None, False)
+        is not `whole` may have told its input alone."""
+        told, final = heard.told(whole) if heard else (None, False)
         if not final:
             ratio = self.ratios.get(call.served, CHARACTERS_PER_TOKEN)
             output = math.ceil(heard.spoken() / ratio) if heard else 0
@@ -1029,15 +1041,14 @@ class Meter:
                 return Usage(self.prompt(call, ratio), output, estimated=True)
             return told._replace(output=max(told.output, output), estimated=True)
         if told.output >= 16 and (call.served not in self.ratios or random.random() < 0.05):
-            self.learn(call.served, call, told, heard.spoken())
+            self.learn(call.served, told, heard.spoken())
         return told
 
-    def learn(self, model: str, call: "Call", told: Usage, spoken: int) -> None:
-        characters, media = call.prompt_length()
-        tokens = told.input + told.output - told.reasoning
-        if media or not spoken or not tokens:
+    def learn(self, model: str, told: Usage, spoken: int) -> None:
+        tokens = told.output - told.reasoning
+        if not spoken or tokens < 16:
             return
-        ratio = min(16.0, max(0.5, (characters + spoken) / tokens))
+        ratio = min(8.0, max(1.0, spoken / tokens))
         if len(self.ratios) >= KNOWN_MODELS:
             self.ratios.clear()
         before = self.ratios.get(model)
@@ -1122,7 +1133,10 @@ def fold_path(path: str) -> List[str]:
         path, before = ESCAPE.sub(lambda match: chr(int(match[0][1:], 16)), path), path
         if path == before:
             break
-    path = path.partition("?")[0].partition("#")[0].replace("\\", "/").lower()
+    path = path.replace("\\", "/").lower()
+    if any(re.split("[;?#]", segment)[0].strip() == ".." for segment in path.split("/")):
+        raise BadRequest("The path must not contain dot segments")
+    path = path.partition("?")[0].partition("#")[0]
     segments = [segment.partition(";")[0].strip() for segment in path.split("/")]
     return [segment for segment in segments if segment not in ("", ".")]
 
@@ -1199,7 +1213,7 @@ def number(counts: Any, *names: str) -> Optional[int]:
     if type(counts) is dict:
         for name in names:
             value = counts.get(name)
-            if type(value) is int and 0 <= value < 1 << 40:
+            if type(value) is int and 0 <= value < MOST_TOKENS:
                 return value
     return None
 
@@ -1434,8 +1448,8 @@ class Gemini(Dialect):
 
     def counts(self, payload):
         """Every event tells what was used so far; the one that says why it ended tells it all."""
-        candidates = payload.get("candidates") or [{}]
-        return payload.get("usageMetadata"), any(
+        candidates = payload.get("candidates")
+        return payload.get("usageMetadata"), isinstance(candidates, list) and any(
             "finishReason" in one for one in candidates if isinstance(one, dict))
 
     def usage(self, counts):
@@ -1498,15 +1512,14 @@ class Dialects:
             segments = path.lower().split("/")[1:]
         else:
             segments = fold_path(path)
-            if ".." in segments or any(
-                    " " > letter or letter == "\x7f" for segment in segments for letter in segment):
-                raise BadRequest("The path must not contain dot segments or control characters")
+            if any(" " > letter or letter == "\x7f" for segment in segments for letter in segment):
+                raise BadRequest("The path must not contain control characters")
         last = segments[-1] if segments and method == "POST" else ""
         if ":" in last and last.rpartition(":")[2] in ("generatecontent", "streamgeneratecontent"):
             if not PLAIN_PATH.fullmatch(path) or path.rpartition(":")[2] not in Gemini.METHODS:
                 raise BadRequest("The path must be spelled plainly")
             return "generate", path
-        endpoint = self.LAST.get(last)
+        endpoint = "other" if segments[-2:] == ["responses", "compact"] else self.LAST.get(last)
         if not endpoint or (endpoint == "messages" and segments[-3:-2] == ["threads"]):
             return None, path
         tail = "/chat/completions" if segments[-2:] == ["chat", "completions"] else "/" + last
@@ -1570,6 +1583,7 @@ class Listener:
         self.hiding = streamed and call.added
         self.pieces: List[bytes] = []
         self.size = self.characters = 0
+        self.room, self.dropped = self.MAX_EVENTS if streamed else self.MAX_JSON, False
         self.counts: Dict[str, Any] = {}
         self.final = False
         self.held = b""
@@ -1578,14 +1592,14 @@ class Listener:
         """-> what of it goes on to the caller."""
         self.pieces.append(payload)
         self.size += len(payload)
-        if self.size > self.MAX_EVENTS and (self.streamed or self.size > self.MAX_JSON):
+        if self.size > self.room:
             self.digest()
         return self.hide(payload) if self.hiding else payload
 
     def rest(self) -> bytes:
         """What is still held back at the end."""
         held, self.held = self.held, b""
-        return held
+        return b"" if held and self.is_ours(held) else held  # its last line end may be missing
 
     def hide(self, payload: bytes) -> bytes:
         """An event is held back until its end is here: nobody could have used it before."""
@@ -1618,11 +1632,12 @@ class Listener:
             end = data.rfind(b"\n") + 1
             self.take_in(data[:end])
             self.characters += self.count(data[:end])
-            data = data[end:] if len(data) - end < self.MAX_EVENTS else b""
-        else:
-            self.characters += len(data) - self.JSON_END
-            data = data[-self.JSON_END:]
+            data = data[end:]
+        if len(data) > self.MAX_JSON:  # what is so large is no text: pictures
+            data, self.dropped = data[-self.JSON_END:], True
         self.pieces, self.size = [data], len(data)
+        if self.streamed:
+            self.room = self.MAX_EVENTS + 2 * len(data)
 
     def take_in(self, data: bytes) -> None:
         """Find the events that tell usage: the first and the last, for those that tell it in parts or more than
@@ -1630,7 +1645,8 @@ class Listener:
         found = [match.start() for match in USAGE_KEY.finditer(data)]
         for start in found[:1] + found[1:][-1:]:
             end = data.find(b"\n", start)
-            self.note(parse_event(data[data.rfind(b"\n", 0, start) + 1:end if end >= 0 else len(data)]))
+            line = data[data.rfind(b"\n", 0, start) + 1:end if end >= 0 else len(data)]
+            self.note(parse_event(line) or usage_of_json(line))
 
     def note(self, payload: Dict[str, Any]) -> None:
         counts, final = self.dialect.counts(payload)
@@ -1639,9 +1655,10 @@ class Listener:
                 counts = {**self.counts, **{name: value for name, value in counts.items() if value is not None}}
             self.counts, self.final = counts, final
 
-    def told(self) -> Tuple[Optional[Usage], bool]:
-        """-> the usage that was told, if it was; and whether nothing is missing from it."""
-        if self.readable:
+    def told(self, whole: bool) -> Tuple[Optional[Usage], bool]:
+        """-> the usage that was told, if it was; and whether nothing is missing from it. What an answer that is not
+        `whole` tells is believed of events alone: in JSON it could be anybody's."""
+        if self.readable and (whole or self.streamed):
             data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
             self.pieces = [data]
             if self.streamed:
@@ -1649,7 +1666,7 @@ class Listener:
             else:
                 self.note(usage_of_json(data))
         usage = self.dialect.usage(self.counts) if self.counts else None
-        return usage, self.final and usage is not None
+        return usage, usage is not None and (whole or self.final)
 
     def spoken(self) -> int:
         """Characters of text that passed."""
@@ -1657,7 +1674,7 @@ class Listener:
         self.pieces, self.size = [], 0
         if self.wordless:
             return 0
-        self.characters += self.count(data) if self.readable else len(data)
+        self.characters += 0 if self.dropped else self.count(data) if self.readable else len(data)
         return self.characters
 
     def count(self, data: bytes) -> int:
@@ -2889,9 +2906,9 @@ class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never written to."""
     APPLICATION = 0x6C6C6D70  # "llmp", where SQLite keeps the name of a file's maker (fileformat2, 1.3)
     SMALL = 1 << 24           # bytes that are checked in no time
-    SCHEMA = """CREATE TABLE calls (%s);
-        CREATE INDEX calls_time ON calls (time);
-        CREATE TABLE buckets (rule TEXT, subject TEXT, level INTEGER, since REAL, PRIMARY KEY (rule, subject));
+    SCHEMA = """CREATE TABLE IF NOT EXISTS calls (%s);
+        CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
+        CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL, PRIMARY KEY (rule, subject));
         """ % ", ".join(map(" ".join, COLUMNS))
 
     def __init__(self, path: str, reading: bool = False):
@@ -2908,9 +2925,9 @@ class Database:
                 return
             self.connection = self.connect(path, "rwc")
             if new:
-                self.connection.execute("PRAGMA application_id = %d" % self.APPLICATION)
-                self.connection.executescript("BEGIN; %s COMMIT" % self.SCHEMA)
-            self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.executescript("BEGIN IMMEDIATE; PRAGMA application_id = %d; %s COMMIT"
+                                              % (self.APPLICATION, self.SCHEMA))
+            self.connection.execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps it open else
             self.connection.execute("PRAGMA synchronous = NORMAL")
             self.connection.execute("BEGIN IMMEDIATE")
             self.connection.execute("ROLLBACK")
@@ -2922,8 +2939,12 @@ class Database:
 
     @staticmethod
     def connect(path: str, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect("file:%s?mode=%s" % (urllib.parse.quote(os.path.abspath(path)), mode), uri=True,
-                               timeout=5, isolation_level=None, check_same_thread=False)
+        if mode == "ro" and not os.path.exists(path + "-wal"):
+            mode = "ro&immutable=1"  # nobody writes it now, and we may be allowed to read it alone
+        connection = sqlite3.connect("file:%s?mode=%s" % (urllib.parse.quote(os.path.abspath(path)), mode), uri=True,
+                                     timeout=5, isolation_level=None, check_same_thread=False)
+        connection.text_factory = lambda text: text.decode("utf-8", "replace")
+        return connection
 
     def is_ours(self, path: str) -> bool:
         """False where there is no file yet."""
@@ -2944,7 +2965,9 @@ class Database:
                 connection.execute("SELECT rule, subject, level, since FROM buckets").fetchall()
                 if sound and os.path.getsize(path) < self.SMALL:
                     sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-            except sqlite3.DatabaseError:
+            except sqlite3.DatabaseError as failure:
+                if "unable to open" in str(failure) or "locked" in str(failure):
+                    raise
                 sound = False
         if not sound:
             raise DatabaseFault("%s is damaged, or of another version; it was left as it is" % path)
@@ -2966,9 +2989,12 @@ class Database:
         """-> (key, level, wall-clock time of the last refill), as they were saved."""
         found = []
         for rule_text, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
-            parts = [part.partition("=")[::2] for part in subject.split(" ") if part]
-            whose = tuple((kind, bytes.fromhex(name) if kind == "key" else name) for kind, name in parts)
-            found.append(((rule_text,) + whose, level, since))
+            try:
+                parts = [part.partition("=")[::2] for part in subject.split(" ") if part]
+                whose = tuple((kind, bytes.fromhex(name) if kind == "key" else name) for kind, name in parts)
+                found.append(((rule_text,) + whose, int(level), float(since)))
+            except (ValueError, TypeError, AttributeError):
+                pass  # written by somebody else: as good as a full bucket
         return found
 
     def forget(self, before: float, most: int) -> int:
@@ -3069,10 +3095,11 @@ class Ledger:
                 database.save(changed, gone)
             if forgetting and database.forget(wall - self.days * 86400, 1000) < 1000:
                 self.forgetting = now + self.FORGET_SECONDS
+            database.connection.execute("COMMIT")
         except BaseException:
-            database.connection.execute("ROLLBACK")
+            if database.connection.in_transaction:
+                database.connection.execute("ROLLBACK")
             raise
-        database.connection.execute("COMMIT")
         if saving:
             self.saved = levels
 
@@ -3183,10 +3210,10 @@ class Proxy:
                 if not upstream.mentions(answer, b"stream_options", reply.watch):
                     stack.pop_all()
                     return answer
-            if len(upstream.without_options) < KNOWN_MODELS:
-                upstream.without_options.add(call.served)
             call.added = False
-            return upstream.forward(request.method, head, body, reply.watch)
+            answer = upstream.forward(request.method, head, body, reply.watch)
+            if answer.status < 400 and len(upstream.without_options) < KNOWN_MODELS:
+                upstream.without_options.add(call.served)  # else the fault was another one
         return answer
 
     def settle(self, entry: Entry, ending: str) -> None:
@@ -3196,7 +3223,7 @@ class Proxy:
             return
         if ending == "internal_error":
             return hold.give_back()
-        usage = entry.usage = self.meter.after(call, entry.listener)
+        usage = entry.usage = self.meter.after(call, entry.listener, ending == "ok")
         entry.picodollars, entry.priced = self.prices.cost(usage, call.served)
         estimate = hold.costs[-1]
         if ending != "ok":
@@ -3460,7 +3487,7 @@ class Reply:
         listener = self.entry.listener = None if call.endpoint is None or answer.status >= 400 else Listener(
             call, head.streamed, head.get("content-encoding", "identity") == "identity")
         style, self.framing_line = Passage.AS_IS, ""
-        hiding = listener is not None and listener.hiding
+        hiding = listener is not None and listener.hiding and not framing.ended
         if hiding or isinstance(framing, (Chunked, UntilClose)):
             if self.request.version == 0:
                 # HTTP/1.0 knows no chunks: closing ends the body
@@ -3683,7 +3710,8 @@ class Handler:
                 reason = InternalError()
             reply.refuse(reason)
         except CallerGone:
-            reply.entry.outcome, reply.closing = "caller_gone", True
+            reply.entry.outcome = "stopped" if self.server.cutting else "caller_gone"
+            reply.closing = True
             reply.entry.status = reply.entry.status or 499  # nothing was sent; nginx's number for it
 
     def wait(self) -> None:
@@ -3749,7 +3777,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.lock = threading.Condition()
         self.open: set = set()       # every caller's socket
         self.idle: set = set()       # those between two requests
-        self.draining = False
+        self.draining = self.cutting = False
         self.turned_away: "collections.deque[Tuple[float, socket.socket]]" = collections.deque()
         self.swept = proxy.clock.monotonic()
         self.unstarted: "collections.deque[Handler]" = collections.deque()
@@ -3892,6 +3920,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.lock.wait(end - self.proxy.clock.monotonic())
             left = len(self.open)
         if left:
+            self.cutting = True
             self.proxy.relay.cut_all()
             with self.lock:
                 self.lock.wait_for(lambda: not self.open, 0.5)
@@ -4175,10 +4204,11 @@ def usage(options: argparse.Namespace, path: str, stream: Any) -> int:
         return 2
     with contextlib.closing(database.connection) as connection:
         found = connection.execute(
-            "SELECT %s, count(*), sum(input), sum(cached), sum(output), sum(reasoning), sum(estimated), sum(unpriced),"
-            " sum(picodollars) FROM calls WHERE time >= ? GROUP BY 1 ORDER BY 9 DESC, 2 DESC, 1"
+            "SELECT %s, count(*), sum(input), sum(cached), sum(output), sum(reasoning), sum(estimated),"
+            " sum(unpriced), sum(picodollars / 1000000), sum(picodollars %% 1000000)"
+            " FROM calls WHERE time >= ? GROUP BY 1 ORDER BY 9 DESC, 10 DESC, 2 DESC, 1"
             % USAGE_OF[options.by], (since,)).fetchall()
-    rows = [dict(zip((options.by,) + SUMS, row[:-1] + (spell_usd(row[-1]),))) for row in found]
+    rows = [dict(zip((options.by,) + SUMS, row[:-2] + (spell_usd(row[-2] * 1000000 + row[-1]),))) for row in found]
     if options.json:
         print(json.dumps(rows, indent=2), file=stream)
         return 0
@@ -4230,6 +4260,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     if options.command:
         path = environ.get("DATABASE") or read_dotenv(dotenv)[0].get("DATABASE") or DEFAULT_DATABASE
+        sys.stdout.reconfigure(errors="backslashreplace")
         return usage(options, path, sys.stdout)
     if options.demo:
         environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port

@@ -1580,7 +1580,7 @@ class ListenerTest(unittest.TestCase):
                 with self.subTest(endpoint=endpoint, end=end, step=step, told=str(told)[:30]):
                     listener = self.listener(endpoint, dialect)
                     self.assertEqual(self.hear(listener, data, step), data)
-                    used, final = listener.told()
+                    used, final = listener.told(True)
                     self.assertEqual((used[:2], final, listener.spoken()), (expected, True, spoken))
 
     def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
@@ -1592,7 +1592,7 @@ class ListenerTest(unittest.TestCase):
             with self.subTest(endpoint):
                 listener = self.listener(endpoint, dialect)
                 self.hear(listener, events(*told) + b'data: {"choi')
-                used, final = listener.told()
+                used, final = listener.told(False)
                 self.assertEqual((used and used[:2], final), (expected, False))
                 self.assertEqual(listener.spoken(), 5 if endpoint == "generate" else 9)
 
@@ -1606,13 +1606,13 @@ class ListenerTest(unittest.TestCase):
                 with self.subTest(text=text[:60]):
                     listener = self.listener(streamed=False)
                     self.hear(listener, text.encode(), 50)
-                    self.assertEqual(listener.told(), (llm_proxy.Usage(20, 4), True))
+                    self.assertEqual(listener.told(True), (llm_proxy.Usage(20, 4), True))
 
     def test_a_stream_of_gemini_as_a_json_array_is_heard(self):
         data = json.dumps(GEMINI_EVENTS).encode()
         listener = self.listener("generate", llm_proxy.Gemini(), streamed=False)
         self.assertEqual(self.hear(listener, data, 30), data)
-        self.assertEqual(listener.told()[0][:2], (25, 7))
+        self.assertEqual(listener.told(True)[0][:2], (25, 7))
         self.assertEqual(listener.spoken(), 9)
 
     def test_large_answers_are_not_kept_and_tell_their_usage_all_the_same(self):
@@ -1620,12 +1620,12 @@ class ListenerTest(unittest.TestCase):
         listener = self.listener("other", streamed=False)
         self.hear(listener, big, 65536)
         self.assertLess(sum(map(len, listener.pieces)), 2 << 20)
-        self.assertEqual(listener.told()[0][:2], (20, 4))
+        self.assertEqual(listener.told(True)[0][:2], (20, 4))
         long = events(*[delta("word ")] * 5000, USAGE_EVENT, "[DONE]")
         listener = self.listener()
         self.assertEqual(self.hear(listener, long, 1000), long)
         self.assertLess(sum(map(len, listener.pieces)), 1 << 17)
-        self.assertEqual((listener.told()[0][:2], listener.spoken()), ((20, 4), 25000))
+        self.assertEqual((listener.told(True)[0][:2], listener.spoken()), ((20, 4), 25000))
 
     def test_only_the_event_that_was_not_asked_for_is_kept_from_the_caller(self):
         azure = {"choices": [], "prompt_filter_results": []}
@@ -1637,7 +1637,7 @@ class ListenerTest(unittest.TestCase):
                 with self.subTest(end=end, step=step):
                     listener = self.listener(added=True)
                     self.assertEqual(self.hear(listener, data, step), shown)
-                    self.assertEqual(listener.told(), (llm_proxy.Usage(20, 4), True))
+                    self.assertEqual(listener.told(True), (llm_proxy.Usage(20, 4), True))
 
     def test_an_event_that_is_whole_is_never_held_back(self):
         listener = self.listener(added=True)
