@@ -1278,6 +1278,9 @@ class Dialect:
         return characters
 
 
+STRUCTURED = ("json_schema", "json_object")  # answers that clients parse; a limit reply is none, and says so
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
@@ -1312,7 +1315,9 @@ class OpenAI(Dialect):
         taken = counts.get("prompt_tokens_details") or counts.get("input_tokens_details")
         given = counts.get("completion_tokens_details") or counts.get("output_tokens_details")
         cached = number(taken, "cached_tokens") or number(counts, "prompt_cache_hit_tokens") or 0
-        return Usage(prompt, output, min(cached, prompt), 0, min(number(given, "reasoning_tokens") or 0, output))
+        cached = min(cached, prompt)
+        written = min(number(taken, "cache_write_tokens") or 0, prompt - cached)
+        return Usage(prompt, output, cached, written, min(number(given, "reasoning_tokens") or 0, output))
 
     def limit_reply(self, call, text, created):
         if call.endpoint == "responses":
@@ -1326,7 +1331,7 @@ class OpenAI(Dialect):
                   "model": call.model or call.served}
         message = {"role": "assistant", "content": text}
         shape = payload.get("response_format")
-        if isinstance(shape, dict) and shape.get("type") in ("json_schema", "json_object"):
+        if isinstance(shape, dict) and shape.get("type") in STRUCTURED:
             message["refusal"] = text  # tells SDKs that parse the content not to: this is no such JSON
         if not call.stream:
             choice = {"message": message} if chat else {"text": text}
@@ -1359,7 +1364,13 @@ class OpenAI(Dialect):
     @staticmethod
     def response(call: Call, text: str, created: int) -> bytes:
         """The responses API's limit reply; streamed, with all the events of a real one."""
-        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        options = call.payload.get("text")
+        shape = options.get("format") if isinstance(options, dict) else None
+        if isinstance(shape, dict) and shape.get("type") in STRUCTURED:
+            part, kind, key, more = {"type": "refusal", "refusal": text}, "refusal", "refusal", {}
+        else:
+            part, kind, key, more = ({"type": "output_text", "text": text, "annotations": [], "logprobs": []},
+                                     "output_text", "text", {"logprobs": []})
         item = {"type": "message", "id": random_name("msg_limit_"), "role": "assistant", "status": "completed",
                 "content": [part]}
         whole_response = {
@@ -1367,22 +1378,22 @@ class OpenAI(Dialect):
             "model": call.model or call.served, "output": [item], "error": None, "incomplete_details": None,
             "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
             "tool_choice": "auto", "tools": [], "top_p": None, "previous_response_id": None,
-            "usage": {"input_tokens": 0, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 0,
+            "usage": {"input_tokens": 0, "output_tokens": 0,
+                      "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                       "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 0}}
         if not call.stream:
             return json.dumps(whole_response).encode()
         begun = {**whole_response, "status": "in_progress", "output": [], "usage": None}
         place = {"output_index": 0, "item_id": item["id"], "content_index": 0}
-        said = {**place, "logprobs": []}
         events = [
             ("created", {"response": begun}), ("in_progress", {"response": begun}),
             ("output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
-            ("content_part.added", {**place, "part": {**part, "text": ""}}),
-            ("output_text.delta", {**said, "delta": text}), ("output_text.done", {**said, "text": text}),
+            ("content_part.added", {**place, "part": {**part, key: ""}}),
+            (kind + ".delta", {**place, **more, "delta": text}), (kind + ".done", {**place, **more, key: text}),
             ("content_part.done", {**place, "part": part}),
             ("output_item.done", {"output_index": 0, "item": item}), ("completed", {"response": whole_response})]
-        return event_stream([{"type": "response." + kind, "sequence_number": index, **event}
-                             for index, (kind, event) in enumerate(events)], named=True)
+        return event_stream([{"type": "response." + name, "sequence_number": index, **event}
+                             for index, (name, event) in enumerate(events)], named=True)
 
 
 class Anthropic(Dialect):
@@ -1411,9 +1422,13 @@ class Anthropic(Dialect):
             return None
         read = number(counts, "cache_read_input_tokens") or 0
         written = number(counts, "cache_creation_input_tokens") or 0
-        return Usage((plain or 0) + read + written, output or 0, read, written)
+        thinking = number(counts.get("output_tokens_details"), "thinking_tokens") or 0
+        return Usage((plain or 0) + read + written, output or 0, read, written, min(thinking, output or 0))
 
     def limit_reply(self, call, text, created):
+        options = call.payload.get("output_config")
+        if call.payload.get("output_format") or (isinstance(options, dict) and options.get("format")):
+            return None  # the client would parse it, and there is no other way to say no
         message = {
             "id": random_name("msg_limit_"), "type": "message", "role": "assistant",
             "model": call.model or call.served, "content": [{"type": "text", "text": text}],
@@ -1440,7 +1455,8 @@ class Gemini(Dialect):
     SPOKEN = frozenset(("text",))
     ERRORS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
               429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
-    METHODS = {"generateContent": False, "streamGenerateContent": True}
+    METHODS = {"generateContent": False, "streamGenerateContent": True, "embedContent": False,
+               "batchEmbedContents": False}  # -> whether it streams
 
     def error(self, refusal, status):
         kind = self.ERRORS.get(status, "INVALID_ARGUMENT" if status < 500 else "UNAVAILABLE")
@@ -1462,6 +1478,8 @@ class Gemini(Dialect):
                      min(prompt, number(counts, "cachedContentTokenCount") or 0), 0, thoughts)
 
     def limit_reply(self, call, text, created):
+        if call.endpoint != "generate":
+            return None
         answer = {
             "candidates": [{"content": {"parts": [{"text": text}], "role": "model"}, "finishReason": "STOP",
                             "index": 0}],
@@ -1488,6 +1506,8 @@ class Dialects:
     LAST = {"completions": "completions", "responses": "responses", "messages": "messages", "embeddings": "other",
             "rerank": "other", "generations": "other"}
 
+    GEMINI_METHODS = {method.lower() for method in Gemini.METHODS}
+
     def __init__(self, model: Optional[str]):
         """`model` replaces the one that calls ask for."""
         self.model = model
@@ -1500,7 +1520,8 @@ class Dialects:
             before, messages, _ = path.partition("/messages")
             if "anthropic-version" in rows or (messages and "/threads" not in before):
                 return self.anthropic
-            if path.startswith("/v1beta/") or path.endswith(("generatecontent", ":counttokens")):
+            google = "x-goog-api-key" in rows and "authorization" not in rows
+            if google or path.startswith("/v1beta/") or path.rpartition(":")[2] in self.GEMINI_METHODS:
                 return self.gemini
         return self.openai
 
@@ -1515,10 +1536,10 @@ class Dialects:
             if any(" " > letter or letter == "\x7f" for segment in segments for letter in segment):
                 raise BadRequest("The path must not contain control characters")
         last = segments[-1] if segments and method == "POST" else ""
-        if ":" in last and last.rpartition(":")[2] in ("generatecontent", "streamgeneratecontent"):
+        if ":" in last and last.rpartition(":")[2] in self.GEMINI_METHODS:
             if not PLAIN_PATH.fullmatch(path) or path.rpartition(":")[2] not in Gemini.METHODS:
                 raise BadRequest("The path must be spelled plainly")
-            return "generate", path
+            return ("embed" if "embed" in last.rpartition(":")[2] else "generate"), path
         endpoint = "other" if segments[-2:] == ["responses", "compact"] else self.LAST.get(last)
         if not endpoint or (endpoint == "messages" and segments[-3:-2] == ["threads"]):
             return None, path
@@ -1534,14 +1555,14 @@ class Dialects:
         query = split_query(request.query)[1] if request.query else ""
         if endpoint is None:
             return Call(self.guess(request), None, path, query)
-        call = Call({"messages": self.anthropic, "generate": self.gemini}.get(endpoint, self.openai),
-                    endpoint, path, query)
+        call = Call(self.anthropic if endpoint == "messages" else
+                    self.gemini if endpoint in ("generate", "embed") else self.openai, endpoint, path, query)
         call.body = body()
         call.payload = payload = parse_json(call.body)
         for key in payload:
             if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
                 raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
-        if endpoint == "generate":
+        if call.dialect is self.gemini:
             return self.read_path(call)
         call.stream = payload.get("stream") is True
         asked = payload.get("model")
@@ -1579,7 +1600,7 @@ class Listener:
 
     def __init__(self, call: Call, streamed: bool, readable: bool):
         self.dialect, self.streamed, self.readable = call.dialect, streamed, readable
-        self.wordless = call.endpoint == "other"
+        self.wordless = call.endpoint in ("other", "embed")  # numbers and pictures are no text
         self.hiding = streamed and call.added
         self.pieces: List[bytes] = []
         self.size = self.characters = 0
@@ -3579,7 +3600,7 @@ class Reply:
             self.entry.hold = Hold(tightest=refusal.tightest)
             if not self.for_programs():
                 reply = dialect.limit_reply(call, str(refusal), self.started // 10 ** 9)
-            elif refusal.wait is None or refusal.wait > 60:
+            if reply is None and (refusal.wait is None or refusal.wait > 60):
                 fields["x-should-retry"] = "false"  # SDKs would ask three times
         if reply is not None and dialect.limit_type(call) == "text/event-stream":
             fields["Cache-Control"] = "no-cache"

@@ -795,6 +795,13 @@ class PriceFileTest(unittest.TestCase):
             self.assertEqual(self.read(text), {"a": (150000, 600000, 75000, 187500)})
         self.assertEqual(self.read('{"b*": {"input": 3}}'), {"b*": (3000000, 0, 3000000, 3000000)})
 
+    def test_of_a_model_that_many_sell_the_makers_price_counts(self):
+        table = {"reseller": {"models": {"a": {"cost": {"input": 9, "output": 9}}, "b": {"cost": {"input": 0, "output": 0}}}},
+                 "openai": {"models": {"a": {"cost": {"input": 2, "output": 8}}}},
+                 "other": {"models": {"a": {"cost": {"input": 0, "output": 0}}, "b": {"cost": {"input": 1, "output": 1}}}}}
+        found = self.read(json.dumps(table))
+        self.assertEqual([found[name].input for name in "ab"], [2000000, 1000000])
+
     def test_what_is_no_file_of_prices_is_a_fault(self):
         for text in ("", "[]", "{", "3", '{"a": 1}', '{"a": {"input": "1"}}', '{"a": {"output": 1}}', '{"a": {"input": -1}}',
                      '{"a": {"input": NaN}}', '{"a": {"models": 3}}', '{"a": {"models": {"m": {"cost": 1}}}}', "[" * 100000):
@@ -1194,6 +1201,12 @@ class RulesTogetherTest(unittest.TestCase):
             hold.give_back()
         self.assertEqual(set(self.levels(limits).values()), {70, 50, 90})
 
+    def test_a_cost_of_nothing_is_taken_from_an_empty_table(self):
+        limits = self.limits("all 5 usd per day")
+        for _ in range(3):
+            with limits.admit(self.caller(), "1", "", (1,) + costs(0)[1:]) as hold:
+                hold.settle((1,) + costs(0)[1:])
+
     def test_the_tightest_bucket_is_the_one_that_is_shown(self):
         limits = self.limits("each 100 requests per day; all 2.5 usd per day; each 50 tokens per day")
         hold = limits.admit(self.caller(), "1", "", (1, 5, 0, 0, 10 ** 11, 0))
@@ -1433,7 +1446,8 @@ class PathsTest(ProxyCase):
         "/v1/chat/COMPLETION%53", CHAT + ";x", CHAT + ";x=1", CHAT + "/;x", CHAT + "%3bx=1",
         "/v1;a/chat;b/completions;c", "/v1\\chat\\completions", "/v1/chat%5ccompletions",
         "\\v1/chat/completions", CHAT + "\\", CHAT + "%5C", "/v1/x/../chat/completions",
-        "/v1/chat/x/../completions", "/v1/%2e%2e/v1/chat/completions", "/v1/.%2E/v1/chat/completions",
+        "/v1/chat/x/../completions", "/v1/x%3F/../chat/completions", "/v1/x%23/../../admin",
+        "/v1/%2e%2e/v1/chat/completions", "/v1/.%2E/v1/chat/completions",
         "/v1/x/%252e%252e/chat/completions", "/v1/x/..;/chat/completions", "/v1/x/..\\chat/completions",
         CHAT + "/x/..", CHAT + "%00", CHAT + "%0a", CHAT + "%0d%0aX:%20y", CHAT + "%09", "/%00" + CHAT,
         "/chat/completions", "/chat//completions/", "/openai/v1/chat/completions",
@@ -1505,7 +1519,10 @@ USAGE_TABLE = [  # dialect, what is told, (input, output, cached, cache_write, r
                 "prompt_tokens_details": None}, (10, 2, 4, 0, 0)),
     ("openai", {"prompt_tokens": -1, "completion_tokens": "2"}, None), ("openai", {"prompt_tokens": True}, None),
     ("openai", {"prompt_tokens": 1e300}, None), ("openai", {}, None),
+    ("openai", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12,
+                "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 5}}, (10, 2, 4, 5, 0)),
     ("anthropic", {"input_tokens": 10, "output_tokens": 5}, (10, 5, 0, 0, 0)),
+    ("anthropic", {"input_tokens": 1, "output_tokens": 5, "output_tokens_details": {"thinking_tokens": 3}}, (1, 5, 0, 0, 3)),
     ("anthropic", {"input_tokens": 10, "cache_read_input_tokens": 100, "cache_creation_input_tokens": 20,
                    "output_tokens": 5}, (130, 5, 100, 20, 0)),
     ("gemini", {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 15}, (10, 5, 0, 0, 0)),
@@ -1626,6 +1643,28 @@ class ListenerTest(unittest.TestCase):
         self.assertEqual(self.hear(listener, long, 1000), long)
         self.assertLess(sum(map(len, listener.pieces)), 1 << 17)
         self.assertEqual((listener.told(True)[0][:2], listener.spoken()), ((20, 4), 25000))
+
+    def test_a_line_longer_than_what_is_kept_tells_its_usage(self):
+        for size in (100000, 3 << 20):
+            with self.subTest(size=size):
+                told = {"type": "response.completed", "response": {"instructions": "x" * size, "usage": TOLD}}
+                listener = self.listener("responses")
+                self.hear(listener, events(delta("hello"), told), 16384)
+                self.assertEqual(listener.told(True)[0][:2], (20, 4))
+                self.assertLess(sum(map(len, listener.pieces)), 5 << 20)
+
+    def test_pictures_in_an_answer_are_not_counted_as_text(self):
+        picture = {"candidates": [{"content": {"parts": [{"inlineData": {"data": "x" * (3 << 20)}}]}, "finishReason": "STOP"}],
+                   "usageMetadata": {"promptTokenCount": 20, "candidatesTokenCount": 4}}
+        for told, streamed in ((json.dumps(picture).encode(), False), (events(picture), True)):
+            listener = self.listener("generate", llm_proxy.Gemini(), streamed)
+            self.hear(listener, told, 65536)
+            self.assertEqual((listener.told(True), listener.spoken()), ((llm_proxy.Usage(20, 4), True), 0))
+
+    def test_what_json_tells_that_was_cut_is_not_believed(self):
+        listener = self.listener("responses", streamed=False)
+        self.hear(listener, b'{"tools": [{"usage": {"input_tokens": 0, "output_tokens": 0}}], "usa')
+        self.assertEqual(listener.told(False), (None, False))
 
     def test_only_the_event_that_was_not_asked_for_is_kept_from_the_caller(self):
         azure = {"choices": [], "prompt_filter_results": []}
@@ -1777,6 +1816,31 @@ class DialectsTest(ProxyCase):
         answered = self.limited("/v1/embeddings", {"input": "x"})
         self.assertEqual((answered.status, answered.get("retry-after"), answered.error()["type"]),
                          (429, "300", "rate_limit_error"))
+
+    def test_who_parses_the_answer_as_json_is_refused_in_a_way_that_parsers_understand(self):
+        self.start(MAX_TOKENS=1)
+        shape = {"format": {"type": "json_schema", "name": "x", "schema": {}}}
+        told = self.limited("/v1/responses", {"text": shape}).json()
+        self.assertEqual(told["output"][0]["content"], [{"type": "refusal", "refusal": "limit reached, wait 5 min"}])
+        streamed = self.ask_at("/v1/responses", {"text": shape, "stream": True}).body
+        self.assertIn(b"event: response.refusal.delta\n", streamed)
+        self.assertNotIn(b"output_text", streamed)
+        for body in ({"output_config": {"format": {"type": "json_schema"}}}, {"output_format": {"type": "json_schema"}}):
+            answered = self.ask_at("/v1/messages", body)
+            self.assertEqual((answered.status, answered.get("x-should-retry")), (429, "false"))
+
+    def test_gemini_embeddings_are_metered_and_limited_by_an_error(self):
+        self.start(MAX_TOKENS=1)
+        for method in ("embedContent", "batchEmbedContents"):
+            self.ask_at("/v1beta/models/m:" + method, {"content": {"parts": [{"text": "x" * 40}]}}, key=method)
+            self.assertEqual(self.entry(0)["input"], 10)
+            answered = self.ask_at("/v1beta/models/m:" + method, {}, key=method)
+            self.assertEqual((answered.status, answered.json()["error"]["status"]), (429, "RESOURCE_EXHAUSTED"))
+
+    def test_googles_clients_are_known_by_their_header_under_any_path(self):
+        self.start(BASE_API_KEY="sk-up")
+        self.ask(request("GET", "/v1/models", b"", "x-goog-api-key: k"))
+        self.assertEqual(self.stub.requests[-1].get("x-goog-api-key"), "sk-up")
 
     def test_programs_may_be_told_by_an_error(self):
         browser, webui = "User-Agent: Mozilla/5.0 (X11)", "X-OpenWebUI-User-Id: 7"
@@ -2816,6 +2880,16 @@ class SettlingTest(ProxyCase):
             self.assertEqual((answered.status, answered.body), (200, events(delta("hello"), "[DONE]")))
             self.assertEqual(self.stub.calls, calls)
             self.assertEqual((self.entry(number)["cost"], self.entry(number)["estimated"]), (3 + 2, True))
+
+    def test_a_fault_of_another_kind_that_mentions_the_question_is_not_remembered(self):
+        self.start(says(b'{"error": "stream_options and more"}', "400 Bad Request"))
+        self.assertEqual(self.ask(call(stream=True)).status, 400)
+        self.assertEqual((self.stub.calls, self.proxy.upstream.without_options), (2, set()))
+
+    def test_a_maximum_beyond_all_numbers_is_no_crash(self):
+        self.start(LIMITS="each 100 tokens per day; all 1 usd per day")
+        for limit in (10 ** 30, 10 ** 400):
+            self.assertIn(b"the limit is 100", self.ask(call(max_tokens=limit, model="gpt-4o")).body)
 
     def test_another_400_is_passed_on_whole(self):
         self.start(says(b'{"error": "too long"}', "400 Bad Request"))
