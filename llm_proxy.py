@@ -1300,18 +1300,18 @@ class OpenAI(Dialect):
         return (response if isinstance(response, dict) else payload).get("usage"), True
 
     def usage(self, counts):
-        prompt, total = number(counts, "prompt_tokens"), number(counts, "total_tokens")
-        if prompt is None:
-            prompt = number(counts, "input_tokens")
-            if prompt is None and total is None:
-                return None
+        prompt, output, total = map(counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
+        if (len(counts) == 3 and type(prompt) is type(output) is type(total) is int
+                and 0 <= prompt and 0 <= output and prompt + output == total < MOST_TOKENS):
+            return Usage(prompt, output)  # what most servers tell
+        prompt, total = number(counts, "prompt_tokens", "input_tokens"), number(counts, "total_tokens")
         output = number(counts, "completion_tokens", "output_tokens") or 0
         if prompt is None:
+            if total is None:
+                return None
             prompt = max(0, total - output)
         elif total is not None and total > prompt + output:
             output = total - prompt  # some count reasoning in the total alone
-        if len(counts) <= 3:
-            return Usage(prompt, output)
         taken = counts.get("prompt_tokens_details") or counts.get("input_tokens_details")
         given = counts.get("completion_tokens_details") or counts.get("output_tokens_details")
         cached = number(taken, "cached_tokens") or number(counts, "prompt_cache_hit_tokens") or 0
@@ -1559,8 +1559,8 @@ class Dialects:
                     self.gemini if endpoint in ("generate", "embed") else self.openai, endpoint, path, query)
         call.body = body()
         call.payload = payload = parse_json(call.body)
-        for key in payload:
-            if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
+        for key in payload.keys() - self.READ_KEYS:
+            if key.casefold() in self.READ_KEYS:
                 raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
         if call.dialect is self.gemini:
             return self.read_path(call)
@@ -1723,12 +1723,12 @@ def usage_of_json(data: bytes) -> Dict[str, Any]:
     """The answer, or as much of it as tells its usage. An object that ends where the answer ends, but for its
     last brace, is one of the answer's own values, so most need not be parsed whole."""
     start = data.rfind(b'"usage')
-    match = USAGE_KEY.match(data, start) if start >= 0 else None
-    while match is None:
-        if start < 0:
-            return {}
+    match = USAGE_KEY.match(data, max(start, 0))
+    while not match and start >= 0:
         start = data.rfind(b'"usage', 0, start)
-        match = USAGE_KEY.match(data, start) if start >= 0 else None
+        match = USAGE_KEY.match(data, max(start, 0))
+    if not match:
+        return {}
     try:
         text = data[match.end() - 1:].decode()
         counts, end = PLAIN_JSON.scan_once(text, 0)
