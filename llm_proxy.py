@@ -1606,8 +1606,8 @@ class Listener:
         self.size = self.characters = 0
         self.room, self.dropped = self.MAX_EVENTS if streamed else self.MAX_JSON, False
         self.counts: Dict[str, Any] = {}
-        self.final = False
-        self.held = b""
+        self.final, self.held = False, b""
+        self.density: Optional[float] = None  # characters of text per byte of events
 
     def feed(self, payload: bytes) -> bytes:
         """-> what of it goes on to the caller."""
@@ -1652,7 +1652,9 @@ class Listener:
         if self.streamed:
             end = data.rfind(b"\n") + 1
             self.take_in(data[:end])
-            self.characters += self.count(data[:end])
+            if self.density is None:  # the rest of a long stream will be like its beginning
+                self.density = self.count(data[:end]) / end if end else None
+            self.characters += int(end * (self.density or 0))
             data = data[end:]
         if len(data) > self.MAX_JSON:  # what is so large is no text: pictures
             data, self.dropped = data[-self.JSON_END:], True
