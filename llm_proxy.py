@@ -701,8 +701,7 @@ class Hold:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if not self.ended:
-            self.give_back()
+        self.give_back()
 
 
 def quota_of(rule: Rule, level: int, stamp: float, now: float) -> Quota:
@@ -753,12 +752,11 @@ class Buckets:
                 found.append((take, level - cost, stamp, now))
             if not short:
                 for take, level, stamp, _ in found:
-                    key = take.key
-                    if key in levels:
-                        levels[key] = level, stamp, take.rule
-                        levels.move_to_end(key)
+                    known = take.key in levels
+                    levels[take.key] = level, stamp, take.rule
+                    if known:
+                        levels.move_to_end(take.key)
                     else:
-                        levels[key] = level, stamp, take.rule
                         self.make_room(now)
                 return short, self.tightest(found)
         _, worst = max(short, key=lambda pair: pair[0])
@@ -973,23 +971,22 @@ class Prices:
     has none costs nothing, and is said to be unpriced."""
 
     def __init__(self, own: Optional[Dict[str, Price]]):
-        self.own = {glob.casefold(): found for glob, found in (own or {}).items()}
+        self.own = {name.casefold(): found for name, found in (own or {}).items()}
+        self.globs = [(re.compile(fnmatch.translate(glob)), found) for glob, found in self.own.items()
+                      if re.search(r"[*?[]", glob)]
         self.usual = usual_prices()
         self.known: Dict[str, Optional[Price]] = {}
 
     def find(self, model: str) -> Optional[Price]:
-        if model not in self.known:
-            asked, model = model, model.casefold()  # an upstream may not mind the case, and would not be paid
+        found = self.known.get(model, self)
+        if found is self:
+            name = model.casefold()  # an upstream may not mind the case, and would not be paid
+            found = self.own.get(name) or next((found for glob, found in self.globs if glob.match(name)), None)
+            found = found or self.usual.get(DATED.sub("", name.rpartition("/")[2]))
             if len(self.known) >= KNOWN_MODELS:
                 self.known.clear()
-            found = self.own.get(model)
-            if found is None:
-                found = next((self.own[glob] for glob in self.own if fnmatch.fnmatchcase(model, glob)), None)
-            if found is None:
-                found = self.usual.get(DATED.sub("", model.rpartition("/")[2]))
-            self.known[asked] = found
-            return found
-        return self.known[model]
+            self.known[model] = found
+        return found
 
     def cost(self, usage: Usage, model: str) -> Tuple[int, bool]:
         """-> picodollars, exactly; and whether the model has a price."""
@@ -1156,8 +1153,15 @@ class Call:
         self.stream = self.added = False
 
     def prompt_length(self) -> Tuple[int, int]:
-        """-> characters of the prompt, and how many images and the like are in it."""
-        return text_length(self.payload, "model", is_media)
+        """-> characters of the prompt, and how many images and the like are in it. Where it is spelled in token
+        ids, each stands for CHARACTERS_PER_TOKEN."""
+        characters, media = text_length(self.payload, "model", is_media)
+        for name in ("prompt", "input"):
+            value = self.payload.get(name)
+            if type(value) is list and value and type(value[0]) in (int, list):
+                ids = [one for part in value for one in (part if type(part) is list else (part,))]
+                characters += CHARACTERS_PER_TOKEN * sum([type(one) is int for one in ids])
+        return characters, media
 
     def output_limit(self) -> Optional[int]:
         """The most output tokens the call asks for, None where it does not say; null counts as unsaid, as at
@@ -1167,7 +1171,7 @@ class Call:
             holder = next((holder[name] for name in self.dialect.LIMIT_HOLDERS if holder.get(name)), {})
             if not isinstance(holder, dict):
                 raise BadRequest("%s must be an object" % self.dialect.LIMIT_HOLDERS[0])
-        for key in self.dialect.OUTPUT_LIMITS:
+        for key in self.dialect.OUTPUT_LIMITS.get(self.endpoint, ()):
             limit = holder.get(key)
             if limit is not None:
                 if type(limit) is not int or limit < 0:
@@ -1201,7 +1205,8 @@ MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
 
 def is_media(part: Dict[str, Any]) -> bool:
     kind = part.get("type")
-    return (isinstance(kind, str) and kind in MEDIA_TYPES) or not MEDIA_KEYS.isdisjoint(part)
+    return (isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part) or (
+        not MEDIA_KEYS.isdisjoint(part))
 
 
 def compact(payload: Any) -> bytes:
@@ -1232,8 +1237,10 @@ def random_name(prefix: str) -> str:
 class Dialect:
     """What the dialects have in common. Each knows its API's wire names; nobody else does."""
     name = ""
-    OUTPUT_LIMITS: Tuple[str, ...] = ()  # the keys of the most output tokens, the first that is set counts,
-    LIMIT_HOLDERS: Tuple[str, ...] = ()  # in one of these objects, or in the payload itself
+    # the keys of the most output tokens by endpoint; the first that is set counts,
+    OUTPUT_LIMITS: Dict[str, Tuple[str, ...]] = {}
+    # in one of these objects, or in the payload itself
+    LIMIT_HOLDERS: Tuple[str, ...] = ()
     CREDENTIAL = "Authorization: Bearer %s\r\n"  # how this API is shown a key
     SPOKEN = frozenset(("content", "reasoning_content", "reasoning", "refusal", "arguments", "text", "delta"))
 
@@ -1284,7 +1291,8 @@ STRUCTURED = ("json_schema", "json_object")  # answers that clients parse; a lim
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
-    OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    OUTPUT_LIMITS = {"chat": ("max_completion_tokens", "max_tokens"), "completions": ("max_tokens",),
+                     "responses": ("max_output_tokens",)}
 
     def error(self, refusal, status):
         return json.dumps({"error": {
@@ -1399,7 +1407,7 @@ class OpenAI(Dialect):
 class Anthropic(Dialect):
     """The Anthropic messages API (https://docs.anthropic.com/en/api/messages)."""
     name = "anthropic"
-    OUTPUT_LIMITS = ("max_tokens",)
+    OUTPUT_LIMITS = {"messages": ("max_tokens",)}
     CREDENTIAL = "x-api-key: %s\r\n"
     SPOKEN = frozenset(("text", "thinking", "partial_json"))
     ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -1449,7 +1457,7 @@ class Gemini(Dialect):
     """The Gemini API (https://ai.google.dev/api/generate-content). The model stands in the path, and so does
     whether to stream; a stream without ?alt=sse is a JSON array."""
     name = "gemini"
-    OUTPUT_LIMITS = ("maxOutputTokens", "max_output_tokens")
+    OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
     LIMIT_HOLDERS = ("generationConfig", "generation_config")
     CREDENTIAL = "x-goog-api-key: %s\r\n"
     SPOKEN = frozenset(("text",))
@@ -1705,9 +1713,16 @@ class Listener:
             return sum([self.dialect.spoken(parse_event(line)) for line in data.split(b"\n")
                         if line[:5] == b"data:"])
         try:
-            return self.dialect.spoken(json.loads(data))
+            return self.dialect.spoken(parse_answer(data))
         except (ValueError, RecursionError):
             return len(data)
+
+
+def parse_answer(data: bytes) -> Any:
+    """JSON from upstream. Raises ValueError; a parser that recurses must not end the process."""
+    if too_deep(data):
+        raise ValueError("nested too deeply")
+    return json.loads(data)
 
 
 def parse_event(event: bytes) -> Dict[str, Any]:
@@ -1715,7 +1730,7 @@ def parse_event(event: bytes) -> Dict[str, Any]:
     start = event.find(b"data:")
     line_end = event.find(b"\n", start)
     try:
-        found = json.loads(event[start + 5:line_end if line_end >= 0 else len(event)])
+        found = parse_answer(event[start + 5:line_end if line_end >= 0 else len(event)])
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -1732,7 +1747,10 @@ def usage_of_json(data: bytes) -> Dict[str, Any]:
     if not match:
         return {}
     try:
-        text = data[match.end() - 1:].decode()
+        tail = data[match.end() - 1:]
+        if tail.count(b"{") + tail.count(b"[") > MAX_JSON_DEPTH:
+            return {}
+        text = tail.decode()
         counts, end = PLAIN_JSON.scan_once(text, 0)
     except (ValueError, StopIteration, RecursionError):
         return {}
@@ -1740,7 +1758,7 @@ def usage_of_json(data: bytes) -> Dict[str, Any]:
     if text.endswith("}", end) and (len(text) == end + 1 or not text[end:-1].strip()):
         return told
     try:
-        answer = json.loads(data)
+        answer = parse_answer(data)
     except (ValueError, RecursionError):
         return told  # only its end was kept, or it was cut
     if isinstance(answer, list) and answer:  # Gemini's stream
@@ -2834,11 +2852,6 @@ def clean(text: Optional[str]) -> Optional[str]:
     return text if text is None or text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def moment_of(wall: int) -> str:
-    """Unix nanoseconds as UTC, to the millisecond."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall // 10 ** 9)) + ".%03dZ" % (wall // 10 ** 6 % 1000)
-
-
 class Log:
     """Lines on stderr, written by one thread from a bounded queue; what does not fit is dropped and
     counted."""
@@ -2946,6 +2959,7 @@ class Database:
             if reading:
                 self.connection = self.connect(path, "ro")
                 return
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it tells who called what
             self.connection = self.connect(path, "rwc")
             if new:
                 self.connection.executescript("BEGIN IMMEDIATE; PRAGMA application_id = %d; %s COMMIT"
@@ -2954,9 +2968,9 @@ class Database:
             self.connection.execute("PRAGMA synchronous = NORMAL")
             self.connection.execute("BEGIN IMMEDIATE")
             self.connection.execute("ROLLBACK")
-        except FileNotFoundError:
-            raise
         except (OSError, sqlite3.Error) as failure:
+            if reading and isinstance(failure, FileNotFoundError):
+                raise
             raise Unwritable("DATABASE must be a file that can be written, or off (got '%s': %s)" % (
                 path, getattr(failure, "strerror", None) or failure)) from None
 
@@ -3031,15 +3045,12 @@ class Ledger:
     ROOM, PATIENCE = 10_000, 0.05
     BATCH_SECONDS, SAVE_SECONDS, FORGET_SECONDS = 0.25, 3, 600
 
-    def __init__(self, database: Optional[Database], usage_log: Any, limits: Limits, clock: Any, days: int,
-                 log: Log):
-        self.database, self.usage_log, self.limits, self.clock = database, usage_log, limits, clock
-        self.days, self.log = days, log
+    def __init__(self, database: Database, limits: Limits, clock: Any, days: int, log: Log):
+        self.database, self.limits, self.clock, self.days, self.log = database, limits, clock, days, log
         self.queue: "collections.deque[Any]" = collections.deque()
         self.dropped, self.failed, self.stop = 0, 0.0, threading.Event()
         self.saved: Dict[Any, Tuple[int, float]] = {}
-        if database:
-            self.restore()
+        self.restore()
         self.saving = self.forgetting = clock.monotonic()
         self.thread = threading.Thread(target=self.run, name="ledger", daemon=True)
 
@@ -3053,10 +3064,8 @@ class Ledger:
             if key[0] in by_text and by_text[key[0]].capacity is not None:
                 self.limits.buckets.restore(by_text[key[0]], key, level, now - since)
 
-    def record(self, entry: Entry) -> None:
-        """Queue one entry. A full queue waits a moment, then drops."""
-        row = (entry.as_row() if self.database else None,
-               json.dumps(entry.as_dict(moment_of(entry.wall))) if self.usage_log else None)
+    def record(self, row: Tuple[Any, ...]) -> None:
+        """Queue one row. A full queue waits a moment, then drops."""
         if len(self.queue) >= self.ROOM:
             end = time.monotonic() + self.PATIENCE
             while len(self.queue) >= self.ROOM and time.monotonic() < end:
@@ -3071,16 +3080,14 @@ class Ledger:
             self.turn()
         self.saving = 0
         self.turn()
-        if self.database:
-            self.database.connection.close()
+        self.database.connection.close()
 
     def turn(self) -> None:
         """Write what is there. What cannot be written stays in the queue, until that is full."""
         now = self.clock.monotonic()
         batch = list(itertools.islice(self.queue, self.ROOM))
         try:
-            if self.database:
-                self.write([row for row, _ in batch], now)
+            self.write(batch, now)
         except sqlite3.Error as failure:
             if now > self.failed + 60 or not self.failed:
                 self.failed = now
@@ -3088,12 +3095,6 @@ class Ledger:
             return
         except Exception:
             self.log.report()  # and go on without these
-        if self.usage_log and batch:
-            try:
-                self.usage_log.write(("\n".join([text for _, text in batch]) + "\n").encode())
-                self.usage_log.flush()
-            except (OSError, ValueError):
-                self.dropped += len(batch)
         for _ in batch:
             self.queue.popleft()
 
@@ -3130,20 +3131,19 @@ class Ledger:
         self.stop.set()
         if self.thread.ident:
             self.thread.join(wait)
-        if self.usage_log:
-            self.usage_log.close()
 
 
-def open_usage_log(path: Optional[str]) -> Any:
+def open_usage_log(path: str) -> Log:
     """Raises OSError."""
-    return None if path is None else open(1, "ab", closefd=False) if path == "-" else open(path, "ab")
+    return Log(open(1 if path == "-" else path, "ab", buffering=0, closefd=path != "-"), as_json=True)
 
 
 class Books:
-    """The log and the ledger."""
+    """The log, the ledger, and the file of JSON lines; each has a thread of its own, so that none waits for
+    another."""
 
-    def __init__(self, log: Log, ledger: Optional[Ledger]):
-        self.log, self.ledger = log, ledger
+    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
+        self.log, self.ledger, self.usage_log = log, ledger, usage_log
 
     def open(self) -> None:
         """To be called when it is sure that this process will serve: two must not write the same levels."""
@@ -3153,13 +3153,17 @@ class Books:
     def record(self, entry: Entry) -> None:
         self.log.record(entry)
         # a page is no call, and neither is what had no head
-        if self.ledger and entry.method and (entry.call or entry.outcome != "ok"):
-            self.ledger.record(entry)
+        if (self.ledger or self.usage_log) and entry.method and (entry.call or entry.outcome != "ok"):
+            row = entry.as_row()
+            if self.ledger:
+                self.ledger.record(row)
+            if self.usage_log:
+                self.usage_log.say(json.dumps(dict(zip([name for name, _ in COLUMNS], row))))
 
     def close(self, wait: float) -> None:
-        if self.ledger:
-            self.ledger.close(wait)
-        self.log.close(wait)
+        for part in (self.ledger, self.usage_log, self.log):
+            if part:
+                part.close(wait)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3227,7 +3231,7 @@ class Proxy:
                 call.served not in upstream.without_options):
             call.add_usage()
         answer = upstream.forward(request.method, head, call.body if call.added else body, reply.watch)
-        if call.added and answer.status == 400:
+        if call.added and answer.status in (400, 422):
             with contextlib.ExitStack() as stack:
                 stack.push(answer)
                 if not upstream.mentions(answer, b"stream_options", reply.watch):
@@ -3296,13 +3300,13 @@ def build(config: Config, stream: Any, clock: Any = time, database: Any = None) 
     prices = Prices(config.prices)
     meter = Meter(prices, 1 if config.limits else config.request_token_cost, config.response_token_reserve,
                   config.image_tokens, limits.units())
-    usage_log = open_usage_log(config.usage_log)
-    ledger = Ledger(database, usage_log, limits, clock, config.ledger_days, log) if database or usage_log else None
+    ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
+    usage_log = open_usage_log(config.usage_log) if config.usage_log else None
     return Proxy(
         config, clock, Callers(config.proxy_api_keys, os.urandom(32)), limits, prices, meter,
         Dialects(config.base_model),
         Upstream(config.base_api_url, config.base_api_key, config.open_timeout, config.read_timeout, clock),
-        Relay(clock, log.report), Books(log, ledger))
+        Relay(clock, log.report), Books(log, ledger, usage_log))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3489,10 +3493,11 @@ class Reply:
         self.body: Optional[RequestBody] = None
         self.call: Optional[Call] = None
         self.begun = self.closing = self.unframed = self.reset = False
-        self.started = proxy.clock.time_ns()
+        self.started = 0  # unix nanoseconds, when the request's head was there
 
     def take(self, request: Request) -> None:
         """Take the head of the request that is to be answered."""
+        self.started = self.proxy.clock.time_ns()
         self.request, self.closing = request, request.closing
         if "x-request-id" in request.head.rows:
             shown = request.head.get("x-request-id")

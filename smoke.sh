@@ -112,11 +112,13 @@ def unauthorized():
 
 def health():
     need(status == 200 and json.loads(body)["ok"] is True, "not ok")
-    quota = json.loads(body)["quota"]
-    return "%d of %d tokens left" % (quota["remaining"], quota["limit"])
+    quota = json.loads(body).get("quota")
+    if not quota:
+        return "no rule counts for this caller"
+    return "%s of %s left" % (quota["remaining"], quota["limit"])
 
 def remaining():
-    return json.loads(body)["quota"]["remaining"]
+    return int(float(json.loads(body).get("quota", {}).get("remaining", 1000)))
 
 def models():
     names = [row["id"] for row in json.loads(body)["data"]]

@@ -1296,6 +1296,18 @@ class UsageTest(ProxyCase):
                 self.ask(call(str(number), messages=messages, max_tokens=1))  # 'user text 12345'
                 self.assertEqual(100000 - self.left(str(number)), 500 + 4 + 1)
 
+    def test_an_estimate_cannot_be_talked_down(self):
+        self.start(MAX_TOKENS=100000, TOKEN_COST_MODE="estimate")
+        table = [("/v1/completions", {"prompt": "x" * 40, "max_tokens": 4000, "max_completion_tokens": 0}, 4010),
+                 ("/v1/responses", {"input": "x" * 40, "max_output_tokens": 4000, "max_tokens": 0}, 4010),
+                 ("/v1/completions", {"prompt": list(range(2000)), "max_tokens": 1}, 2001),
+                 ("/v1/completions", {"prompt": [[1, 2, 3]] * 10, "max_tokens": 1}, 31),
+                 (CHAT, {"messages": [{"role": "user", "type": "file", "content": "x" * 39990}], "max_tokens": 1}, 10001)]
+        for number, (path, body, cost) in enumerate(table):
+            with self.subTest(path=path, body=str(body)[-60:]):
+                self.ask(request("POST", path, json.dumps(body).encode(), key=str(number)))
+                self.assertEqual(100000 - self.left(str(number)), cost)
+
     def test_a_fixed_price_is_the_same_for_every_call(self):
         self.start(REQUEST_TOKEN_COST=7)
         self.ask(call(messages="x" * 1000, max_tokens=5))
@@ -1665,6 +1677,15 @@ class ListenerTest(unittest.TestCase):
             listener = self.listener("generate", llm_proxy.Gemini(), streamed)
             self.hear(listener, told, 65536)
             self.assertEqual((listener.told(True), listener.spoken()), ((llm_proxy.Usage(20, 4), True), 0))
+
+    def test_an_answer_nested_too_deeply_for_a_parser_is_no_crash(self):
+        for data in (b'{"usage": ' + b"[" * 100000 + b"]" * 100000 + b"}", b"[" * 100000, b'{"usage": {"a": ' + b"[" * 100000,
+                     b'{"a": ' + b"[" * 100000 + b"]" * 100000 + b', "usage": {"prompt_tokens": 1}, "x": 1}'):
+            for streamed in (True, False):
+                listener = self.listener(streamed=streamed, added=streamed)
+                self.hear(listener, b"data: " + data + b"\n\n" if streamed else data)
+                listener.told(True)
+                listener.spoken()
 
     def test_what_json_tells_that_was_cut_is_not_believed(self):
         listener = self.listener("responses", streamed=False)
@@ -2875,9 +2896,11 @@ class SettlingTest(ProxyCase):
                 self.assertNotIn("stream_options", self.stub.requests[-1].json())
 
     def test_an_upstream_that_takes_the_question_for_an_error_is_asked_once_more_without_it_and_remembered(self):
+        statuses = iter(("400 Bad Request", "422 No"))
+
         def strict(asked):
             if "stream_options" in asked.json():
-                return asked.send(answer(b'{"error": "unknown field stream_options"}', "400 Bad Request"))
+                return asked.send(answer(b'{"error": "unknown field stream_options"}', next(statuses)))
             asked.send(STREAM + chunk(events(delta("hello"), "[DONE]")) + LAST)
         self.start(strict)
         for number, calls in enumerate((2, 3)):
@@ -3189,6 +3212,22 @@ class LedgerTest(LedgerCase):
                 return [json.loads(row) for row in file]
         row, = wait_for(read)
         self.assertEqual((row["id"], row["input"], row["output"], row["estimated"]), (answered.get("x-request-id"), 20, 4, False))
+
+    def test_a_file_of_json_lines_that_nobody_reads_holds_up_neither_the_ledger_nor_the_end(self):
+        path, (reading, writing) = self.path(), os.pipe()
+        self.addCleanup(os.close, reading)
+        os.set_blocking(writing, False)
+        os.close(os.dup(writing))
+        stuck = llm_proxy.Log(open(writing, "wb", buffering=0), as_json=True)
+        self.start(DATABASE=path)
+        self.proxy.books.usage_log = stuck
+        for _ in range(10):
+            stuck.say("x" * 60000)
+        self.ask(call())
+        self.assertEqual(self.row(path)["status"], 200)
+        stuck.close(0.2)
+        stuck.stream.close()
+        self.proxy.books.usage_log = None
 
     def test_a_foreign_or_damaged_file_is_left_as_it_is(self):
         path = self.path()
