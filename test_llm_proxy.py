@@ -1661,6 +1661,17 @@ class ListenerTest(unittest.TestCase):
         self.assertEqual(listener.told(True)[0][:2], (20, 4))
         self.assertAlmostEqual(listener.spoken(), 25000, delta=100)
 
+    def test_what_is_said_in_chunks_is_counted_as_a_parser_would(self):
+        said = ["hello", "", "\n\t\"\\", "ä€\U0001f600", '"content": "x"', "\x7f", "a" * 1000]
+        chunks = [delta(text) for text in said] + [
+            {"choices": [{"text": "more", "delta": {"content": None, "role": "assistant"}}]},
+            {"choices": [{"delta": {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": "b"}'}}],
+                                    "reasoning_content": "why"}}]}]
+        dialect = llm_proxy.OpenAI()
+        for ascii_only in (True, False):
+            data = b"".join([b"data: " + json.dumps(one, ensure_ascii=ascii_only).encode() + b"\n\n" for one in chunks])
+            self.assertEqual(llm_proxy.spoken_in_chunks(data), sum(map(dialect.spoken, chunks)))
+
     def test_a_line_longer_than_what_is_kept_tells_its_usage(self):
         for size in (100000, 3 << 20):
             with self.subTest(size=size):
