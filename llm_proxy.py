@@ -2962,6 +2962,7 @@ class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never written to."""
     APPLICATION = 0x6C6C6D70  # "llmp", where SQLite keeps the name of a file's maker (fileformat2, 1.3)
     SMALL = 1 << 24           # bytes that are checked in no time
+    ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
     SCHEMA = """CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL, PRIMARY KEY (rule, subject));
@@ -3030,7 +3031,12 @@ class Database:
             raise DatabaseFault("%s is damaged, or of another version; it was left as it is" % path)
 
     def add(self, rows: List[Tuple[Any, ...]]) -> None:
-        self.connection.executemany("INSERT INTO calls VALUES (%s)" % ",".join("?" * len(COLUMNS)), rows)
+        """Many by one statement: after each, this thread must wait for its turn again."""
+        row = "(%s)" % ",".join("?" * len(COLUMNS))
+        while rows:
+            some, rows = rows[:self.ROWS], rows[self.ROWS:]
+            self.connection.execute("INSERT INTO calls VALUES " + ",".join([row] * len(some)),
+                                    list(itertools.chain.from_iterable(some)))
 
     def save(self, changed: Dict[Any, Tuple[int, float]], gone: List[Any]) -> None:
         self.connection.executemany("DELETE FROM buckets WHERE rule = ? AND subject = ?", map(self.spell, gone))
