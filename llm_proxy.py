@@ -942,9 +942,12 @@ class Usage(NamedTuple):
     estimated: bool = False
 
 
-# USD per million tokens: input, output, read from cache, written to cache. List prices as their makers had them
-# on 2025-11-30, for text and for short prompts where they differ.
+# USD per million tokens: input, output, read from cache, written to cache. List prices as published for text and
+# short prompts, collected on 2026-11-20; of older models, as they were last listed.
 USUAL_PRICES = """
+gpt-5.5 5 30 .5; gpt-5.4 2.5 15 .25; gpt-5.4-mini .75 4.5 .075; gpt-5.4-nano .2 1.25 .02
+claude-opus-5-5 4 20 .2 5; claude-opus-5 5 25 .5 6.25; claude-opus-4-7 5 25 .5 6.25; claude-opus-4-6 5 25 .5 6.25
+claude-sonnet-5-5 2 10 .1 2.5; claude-sonnet-5 2 10 .2 2.5; claude-haiku-5-5 .1 .5 .01 .125
 gpt-5.1 1.25 10 .125; gpt-5 1.25 10 .125; gpt-5-mini .25 2 .025; gpt-5-nano .05 .4 .005; gpt-4.1 2 8 .5
 gpt-4.1-mini .4 1.6 .1; gpt-4.1-nano .1 .4 .025; gpt-4o 2.5 10 1.25; gpt-4o-mini .15 .6 .075; o3 2 8 .5
 o4-mini 1.1 4.4 .275; o3-mini 1.1 4.4 .55; text-embedding-3-small .02 0; text-embedding-3-large .13 0
