@@ -955,8 +955,7 @@ claude-opus-4-5 5 25 .5 6.25; claude-opus-4-1 15 75 1.5 18.75; claude-opus-4 15 
 claude-sonnet-4-5 3 15 .3 3.75; claude-sonnet-4 3 15 .3 3.75; claude-haiku-4-5 1 5 .1 1.25
 claude-3-5-haiku .8 4 .08 1; claude-3-haiku .25 1.25 .03 .3
 gemini-2.5-pro 1.25 10 .125; gemini-2.5-flash .3 2.5 .03; gemini-2.5-flash-lite .1 .4 .01
-gemini-2.0-flash .1 .4 .025; deepseek-chat .28 .42 .028; deepseek-reasoner .28 .42 .028
-mistral-large 2 6; mistral-small .1 .3; grok-4 3 15 .75; grok-3 3 15 .75; grok-3-mini .3 .5 .075"""
+gemini-2.0-flash .1 .4 .025; deepseek-chat .28 .42 .028; deepseek-reasoner .28 .42 .028"""
 DATED = re.compile(r"(?:-\d{4}-\d\d-\d\d|-\d{8}|-latest|@.*|:.*)$")
 MOST_TOKENS = 1 << 40  # of one call; whoever tells or asks for more is wrong
 MOST_COST = PICODOLLARS * 10 ** 6  # of one call; whoever tells more is wrong

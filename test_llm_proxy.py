@@ -1361,7 +1361,7 @@ class PricesTest(unittest.TestCase):
         prices = llm_proxy.Prices(None)
         for name, same in (("gpt-4o-2024-08-06", "gpt-4o"), ("openai/gpt-4o", "gpt-4o"),
                            ("claude-sonnet-4-5-20250929", "claude-sonnet-4-5"),
-                           ("anthropic/claude-sonnet-4:beta", "claude-sonnet-4"), ("mistral-small-latest", "mistral-small")):
+                           ("anthropic/claude-sonnet-4:beta", "claude-sonnet-4"), ("claude-3-5-haiku-latest", "claude-3-5-haiku")):
             with self.subTest(name):
                 self.assertIsNotNone(prices.find(name))
                 self.assertEqual(prices.find(name), prices.find(same))
