@@ -644,6 +644,19 @@ class Quota(NamedTuple):
     reset_seconds: int
 
 
+def spell_usd(picodollars: int) -> str:
+    """12_500_000 -> '0.0000125'."""
+    if not picodollars:
+        return "0"
+    text = "%d.%012d" % divmod(picodollars, PICODOLLARS)
+    return text.rstrip("0").rstrip(".")
+
+
+def shown(rule: Rule, amount: int) -> Any:
+    """An amount as people and headers are told it: in dollars where the rule counts money."""
+    return spell_usd(amount) if UNITS[rule.unit] == "usd" else amount
+
+
 FREE = (0,) * len(UNITS)
 
 
@@ -686,7 +699,7 @@ class Hold:
     def remaining(self) -> Any:
         if self.tightest:
             take, level, _, _ = self.tightest
-            return spell_usd(max(0, level)) if UNITS[take.rule.unit] == "usd" else max(0, level)
+            return shown(take.rule, max(0, level))
         return None
 
     @property
@@ -707,9 +720,7 @@ class Hold:
 def quota_of(rule: Rule, level: int, stamp: float, now: float) -> Quota:
     reset = 0 if level >= rule.capacity else max(0, math.ceil(stamp + rule.interval - now))
     amount, length = rule.rate
-    if UNITS[rule.unit] == "usd":  # in dollars, for people and for headers
-        return Quota(spell_usd(rule.capacity), spell_usd(max(0, level)), spell_usd(amount), length, reset)
-    return Quota(rule.capacity, max(0, level), amount, length, reset)
+    return Quota(shown(rule, rule.capacity), shown(rule, max(0, level)), shown(rule, amount), length, reset)
 
 
 class Buckets:
@@ -824,18 +835,6 @@ class Buckets:
         self.levels[key] = level, self.clock.monotonic() - max(0, since), rule
 
 
-def spell_usd(picodollars: int) -> str:
-    """12_500_000 -> '0.0000125'."""
-    if not picodollars:
-        return "0"
-    text = "%d.%012d" % divmod(picodollars, PICODOLLARS)
-    return text.rstrip("0").rstrip(".")
-
-
-def spell_amount(rule: Rule, amount: int) -> str:
-    return spell_usd(amount) if UNITS[rule.unit] == "usd" else str(amount)
-
-
 def spell_wait(wait: float) -> str:
     """300 -> '5 min', 61 -> '2 min', 12 -> '12s'."""
     whole_seconds = math.ceil(wait)
@@ -895,11 +894,11 @@ class Limits:
             if cost > rule.capacity:
                 unit = rule.text.split(" ")[2].replace("_", " ")
                 raise LimitReached("this call would cost %s %s, and the limit is %s: ask for less" % (
-                    spell_amount(rule, cost), unit, spell_amount(rule, rule.capacity)), None, tightest)
+                    shown(rule, cost), unit, shown(rule, rule.capacity)), None, tightest)
         wait, (rule, _, _) = max(short, key=lambda pair: pair[0])
         text = self.message
         for word, value in (("{wait}", spell_wait(wait)), ("{rule}", rule.text),
-                            ("{limit}", spell_amount(rule, rule.rate[0])), ("{unit}", rule.text.split(" ")[2])):
+                            ("{limit}", str(shown(rule, rule.rate[0]))), ("{unit}", rule.text.split(" ")[2])):
             text = text.replace(word, value)
         raise LimitReached(text, wait, tightest)
 
@@ -1019,14 +1018,15 @@ class Meter:
         output = call.output_limit()
         prompt = self.prompt(call, CHARACTERS_PER_TOKEN)
         output = self.reserve if output is None else min(output, MOST_TOKENS)
-        return self.costs(Usage(prompt, output), call.served, max(1, prompt + output))
+        used = Usage(prompt, output)
+        return self.costs(used, self.prices.cost(used, call.served)[0], max(1, prompt + output))
 
     def prompt(self, call: "Call", ratio: float) -> int:
         characters, media = call.prompt_length()
         return math.ceil(characters / ratio) + media * self.media_tokens
 
-    def costs(self, usage: Usage, model: str, estimate: int) -> Tuple[int, ...]:
-        picodollars, _ = self.prices.cost(usage, model)
+    def costs(self, usage: Usage, picodollars: int, estimate: int) -> Tuple[int, ...]:
+        """In the order of UNITS."""
         return (self.request_cost, usage.input + usage.output, usage.input, usage.output, picodollars, estimate)
 
     def after(self, call: "Call", heard: Optional["Listener"], whole: bool) -> Usage:
@@ -1260,7 +1260,7 @@ class Dialect:
     def counts(self, payload: Dict[str, Any]) -> Tuple[Any, bool]:
         """-> what an answer or an event says of usage, in the API's own names, if anything; and whether nothing
         more will come."""
-        return payload.get("usage"), True
+        raise NotImplementedError
 
     def usage(self, counts: Dict[str, Any]) -> Optional[Usage]:
         """None where `counts` says nothing."""
@@ -1524,7 +1524,7 @@ class Dialects:
         self.openai, self.anthropic, self.gemini = OpenAI(), Anthropic(), Gemini()
 
     def guess(self, request: Any) -> Dialect:
-        """For an error that comes before the request is understood."""
+        """For what is not metered: the shape of errors, and the header of our key."""
         if request is not None:
             rows, path = request.head.rows, request.path.lower()
             before, messages, _ = path.partition("/messages")
@@ -1761,13 +1761,12 @@ def parse_event(event: bytes) -> Dict[str, Any]:
 def usage_of_json(data: bytes) -> Dict[str, Any]:
     """The answer, or as much of it as tells its usage. An object that ends where the answer ends, but for its
     last brace, is one of the answer's own values, so most need not be parsed whole."""
-    start = data.rfind(b'"usage')
-    match = USAGE_KEY.match(data, max(start, 0))
-    while not match and start >= 0:
+    start, match = len(data), None
+    while not match:
         start = data.rfind(b'"usage', 0, start)
-        match = USAGE_KEY.match(data, max(start, 0))
-    if not match:
-        return {}
+        if start < 0:
+            return {}
+        match = USAGE_KEY.match(data, start)
     try:
         tail = data[match.end() - 1:]
         if tail.count(b"{") + tail.count(b"[") > MAX_JSON_DEPTH:
@@ -3283,8 +3282,7 @@ class Proxy:
         estimate = hold.costs[-1]
         if ending != "ok":
             estimate = min(estimate, max(1, usage.input + usage.output))
-        hold.settle((hold.costs[0], usage.input + usage.output, usage.input, usage.output, entry.picodollars,
-                     estimate))
+        hold.settle(self.meter.costs(usage, entry.picodollars, estimate))
 
     @staticmethod
     def head_up(request: Request, call: Call, upstream: Upstream) -> str:
