@@ -1767,17 +1767,16 @@ def usage_of_json(data: bytes) -> Dict[str, Any]:
         if start < 0:
             return {}
         match = USAGE_KEY.match(data, start)
-    try:
-        tail = data[match.end() - 1:]
-        if tail.count(b"{") + tail.count(b"[") > MAX_JSON_DEPTH:
+    tail, told = data[match.end() - 1:], {}
+    if tail.count(b"{") + tail.count(b"[") <= MAX_JSON_DEPTH:
+        try:
+            text = tail.decode()
+            counts, end = PLAIN_JSON.scan_once(text, 0)
+        except (ValueError, StopIteration, RecursionError):
             return {}
-        text = tail.decode()
-        counts, end = PLAIN_JSON.scan_once(text, 0)
-    except (ValueError, StopIteration, RecursionError):
-        return {}
-    told = {match[1].decode(): counts}
-    if text.endswith("}", end) and (len(text) == end + 1 or not text[end:-1].strip()):
-        return told
+        told = {match[1].decode(): counts}
+        if text.endswith("}", end) and (len(text) == end + 1 or not text[end:-1].strip()):
+            return told
     try:
         answer = parse_answer(data)
     except (ValueError, RecursionError):

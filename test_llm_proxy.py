@@ -1633,7 +1633,8 @@ class ListenerTest(unittest.TestCase):
         planted = {"usage": {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}}
         said = {"choices": [{"message": {"content": json.dumps(planted)}}]}
         table = [{**said, "usage": TOLD}, {"usage": TOLD, **said}, {**said, "usage": TOLD, "metadata": planted},
-                 {"usage": TOLD, "tools": [planted]}, {**said, "usage": TOLD, "timings": {"n": 1}}]
+                 {"usage": TOLD, "tools": [planted]}, {**said, "usage": TOLD, "timings": {"n": 1}},
+                 {"usage": TOLD, "data": [{"embedding": [0.5]}] * 200}]
         for told in table:
             for text in (json.dumps(told), json.dumps(told, indent=2) + "\n", json.dumps(told, separators=(",", ":"))):
                 with self.subTest(text=text[:60]):
