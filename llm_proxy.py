@@ -1819,6 +1819,9 @@ SINGLE = frozenset((      # a second one would leave the choice to whoever reads
 
 READ, WRITE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+# Linux tells of hang-ups without being read from, and bounds a read's time by itself (socket(7), epoll_ctl(2)).
+PATIENT = hasattr(select, "epoll") and hasattr(socket, "MSG_DONTWAIT") and struct.calcsize("l") == 8
+HANGUP = getattr(select, "EPOLLRDHUP", 0)
 
 
 if hasattr(select, "poll"):
@@ -1853,15 +1856,18 @@ else:
 
 
 class Connection:
-    """A socket that never blocks, and the bytes read from it that nobody has used yet."""
-    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "dropping", "poll")
+    """A socket, and the bytes read from it that nobody has used yet. Nothing but `listen` and `readable` ever
+    blocks."""
+    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "patient", "flags", "seconds", "dropping", "poll")
 
     def __init__(self, sock: socket.socket):
-        sock.setblocking(False)
         self.poll: Any = None
         self.sock, self.descriptor, self.ahead = sock, sock.fileno(), b""
         self.dropping = False  # nobody will ever use what comes: the rest of a refused body
         self.encrypted = isinstance(sock, ssl.SSLSocket)
+        self.patient = PATIENT and not self.encrypted  # can wait and read in one system call
+        self.flags, self.seconds = socket.MSG_DONTWAIT if self.patient else 0, None
+        sock.setblocking(self.patient)
 
     def readable(self, wait: float) -> bool:
         """Wait for at most `wait` seconds for something to read, an end or an error."""
@@ -1869,9 +1875,26 @@ class Connection:
             self.poll = reader(self.descriptor)
         return bool(self.poll(int(wait * 1000) + 1 if wait > 0 else 0))
 
+    def listen(self, seconds: float, most: int = BLOCK) -> bool:
+        """Wait for the next bytes and read them into `ahead`, which is empty; False at the end of the stream.
+        Raises TimeoutError after `seconds`."""
+        if not self.patient:
+            if not self.readable(seconds):
+                raise TimeoutError()
+            return self.fill()
+        if seconds != self.seconds:
+            self.seconds = seconds
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack(
+                "ll", int(seconds), int(seconds % 1 * 1e6)))
+        try:
+            self.ahead = self.sock.recv(most)
+        except BlockingIOError:
+            raise TimeoutError() from None
+        return bool(self.ahead)
+
     def receive(self) -> bytes:
         """What has arrived, b"" at the end. Raises one of WOULD_BLOCK when nothing has."""
-        data = self.sock.recv(BLOCK)
+        data = self.sock.recv(BLOCK, self.flags)
         # decrypted bytes in wait make no descriptor ready
         while self.encrypted and data and self.sock.pending():
             data += self.sock.recv(BLOCK)
@@ -1981,14 +2004,12 @@ def shape(data: bytes) -> Tuple[bytes, bytes]:
     return (data[:start], data[end:]) if start > 18 and data[start:end].isdigit() else (data, b"")
 
 
-def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) -> Optional[bytes]:
-    """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `wait`
-    returns when there is more to read. What can no longer become a head that begins with `start_line` is
-    Malformed at once."""
-    if not connection.ahead:
-        wait()
-        if not connection.fill():
-            return None
+def read_head(connection: Connection, start_line: Any, more: Callable[[], bool]) -> Optional[bytes]:
+    """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `more` reads
+    on, and is False at the end. What can no longer become a head that begins with `start_line` is Malformed at
+    once."""
+    if not connection.ahead and not more():
+        return None
     checked = scanned = 0  # bytes of whole lines that were judged; bytes that were looked at
     while True:
         ahead = connection.ahead
@@ -2011,8 +2032,7 @@ def read_head(connection: Connection, start_line: Any, wait: Callable[[], Any]) 
         if not FIELD_LINES.fullmatch(lines):
             raise Malformed()
         checked += len(lines)
-        wait()
-        if not connection.fill():
+        if not more():
             raise Malformed()
 
 
@@ -2213,6 +2233,43 @@ class Watch:
         self.caller, self.clock = caller, clock
         self.left: Optional[float] = None  # when the end of what it sends was seen
         self.body: Any = None              # of its request; until that has ended, what comes belongs to it
+        self.relay: Any = None             # which sees the caller leave while a thread listens elsewhere
+        self.listening: Optional[Connection] = None
+        self.gone = False
+
+    def renew(self) -> None:
+        """Another request is awaited: what is half closed has its moment again."""
+        if self.left is not None:
+            self.left = None
+            if self.relay:
+                self.relay.look_after(self)
+
+    def listen(self, connection: Connection, seconds: float) -> None:
+        """Read the first bytes of an answer into `connection.ahead`, by one system call where the Relay looks
+        after the caller meanwhile; else leave it to `more`. Raises as `wait` does."""
+        if self.relay is None or not connection.patient:
+            return
+        self.listening = connection
+        try:
+            if not self.gone:
+                connection.listen(seconds)
+        finally:
+            self.listening = None
+        if self.gone:  # looked at last: `leave` may have come in between
+            raise CallerGone()
+
+    def leave(self) -> None:
+        """The Relay saw that the caller left."""
+        self.gone = True
+        connection = self.listening
+        if connection:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)  # wakes its reader
+
+    def more(self, connection: Connection, deadline: float) -> bool:
+        """For read_head."""
+        self.wait(connection, READ, deadline)
+        return connection.fill()
 
     def wait(self, connection: Connection, events: int, deadline: float) -> int:
         """Wait until `connection` is ready; -> for what. Raises TimeoutError at `deadline`, CallerGone when
@@ -2263,7 +2320,7 @@ class Watch:
         left = memoryview(data)
         while left:
             try:
-                left = left[connection.sock.send(left):]
+                left = left[connection.sock.send(left, connection.flags):]
             except WOULD_BLOCK:
                 found = self.wait(connection, READ | WRITE, self.clock.monotonic() + seconds_without_progress)
                 if not found & WRITE and (not connection.fill() or connection.ahead):
@@ -2274,7 +2331,8 @@ class Watch:
 # ------------------------------------------------------------------------------------------------------------
 # Relay: one thread carries every running answer body from upstream to caller. A thread per stream would pay a
 # wake-up and a fight for the interpreter lock on every event. A request's thread hands over its two sockets
-# and ends; another one goes on when the body has ended. It knows framing, deadlines, slow readers and
+# and ends; another one goes on when the body has ended. Where the system tells of hang-ups, it also sees those
+# callers leave whose threads wait for an answer's first byte. It knows framing, deadlines, slow readers and
 # hang-ups; no heads, LLMs or buckets.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -2354,7 +2412,7 @@ class Flow:
 
     def send(self, data: bytes) -> None:
         try:
-            sent = self.caller.sock.send(data)
+            sent = self.caller.sock.send(data, self.caller.flags)
         except WOULD_BLOCK:
             sent = 0
         except OSError:
@@ -2421,6 +2479,11 @@ class Relay:
         self.bell.setblocking(False)
         self.ear.setblocking(False)
         self.selector.register(self.ear, selectors.EVENT_READ, self.hear)
+        self.watches: Dict[int, Watch] = {}  # by the caller's descriptor
+        self.leaving: "collections.deque[Tuple[float, Watch]]" = collections.deque()
+        self.hangups = select.epoll() if PATIENT else None
+        if self.hangups:
+            self.selector.register(self.hangups, selectors.EVENT_READ, self.notice)
         self.thread = threading.Thread(target=self.run, name="relay", daemon=True)
         self.thread.start()
 
@@ -2441,6 +2504,36 @@ class Relay:
         while self.arrivals:
             self.arrivals.popleft()()
 
+    def look_after(self, watch: Watch) -> None:
+        """From now on, notice when a caller leaves: at once where its connection broke, a moment later where only
+        its sending side is closed."""
+        if self.hangups:
+            watch.relay, descriptor = self, watch.caller.descriptor
+            known = self.watches.get(descriptor) is watch
+            self.watches[descriptor] = watch
+            (self.hangups.modify if known else self.hangups.register)(descriptor, HANGUP | select.EPOLLET)
+
+    def forget(self, descriptor: int) -> None:
+        """To be called before it is closed."""
+        self.watches.pop(descriptor, None)
+
+    def notice(self, _: int) -> None:
+        for descriptor, _ in self.hangups.poll(0):
+            watch = self.watches.get(descriptor)
+            # looked at again: it may have been closed meanwhile, and its number be another's
+            found = ready(0, (descriptor, HANGUP)).get(descriptor, 0) if watch else 0
+            if found & ~HANGUP:
+                watch.leave()
+            elif found:
+                watch.left = self.now
+                self.leaving.append((self.now, watch))
+
+    def check_leaving(self, now: float) -> None:
+        while self.leaving and now >= self.leaving[0][0] + Watch.HALF_CLOSE_SECONDS:
+            left, watch = self.leaving.popleft()
+            if watch.left == left:  # else it has another moment
+                watch.leave()
+
     def begin(self, flow: Flow) -> None:
         self.flows.add(flow)
         self.guard(flow, flow.start)
@@ -2460,7 +2553,7 @@ class Relay:
     def run(self) -> None:
         due = self.now + self.TICK
         while True:
-            found = self.selector.select(due - self.now if self.flows else None)
+            found = self.selector.select(due - self.now if self.flows or self.leaving else None)
             self.now = now = self.clock.monotonic()
             for key, events in found:
                 try:
@@ -2472,6 +2565,7 @@ class Relay:
                         flow.end("internal_error")
             if now >= due:
                 due = now + self.TICK
+                self.check_leaving(now)
                 for flow in list(self.flows):
                     self.guard(flow, flow.check, now)
 
@@ -2612,8 +2706,10 @@ class Upstream:
         except (BrokenPipeError, ConnectionResetError):
             whole_request = False  # it may have answered before it stopped reading (RFC 9112 9.5)
         deadline = self.clock.monotonic() + self.read_timeout
+        if not wire.ahead:
+            watch.listen(wire, self.read_timeout)
         for _ in range(MAX_INTERIM):
-            data = read_head(wire, STATUS_LINE, functools.partial(watch.wait, wire, READ, deadline))
+            data = read_head(wire, STATUS_LINE, functools.partial(watch.more, wire, deadline))
             if data is None:
                 break
             answer, length = AnswerHead.read(data, self.last)
@@ -3460,7 +3556,7 @@ class RequestBody:
         try:
             if self.awaited:
                 self.awaited = False
-                self.caller.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.caller.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n", self.caller.flags)
             left = (self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND
                     - self.clock.monotonic())
             wanted = [(self.caller.descriptor, READ)] + ([(upstream.descriptor, READ)] if upstream else [])
@@ -3679,7 +3775,7 @@ class Reply:
         view = memoryview(data)
         while view:
             try:
-                view = view[self.caller.sock.send(view):]
+                view = view[self.caller.sock.send(view, self.caller.flags):]
             except WOULD_BLOCK:
                 if not ready(Flow.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE)):
                     raise CallerGone() from None
@@ -3696,6 +3792,7 @@ class Handler:
     body there is none."""
     HEAD_SECONDS = 15        # from a head's first byte to its last; also for the first byte of a connection
     IDLE_SECONDS = 75        # between two requests
+    FIRST_BLOCK = 4096       # bytes that every idle connection has room for
     LINGER_SECONDS = 5       # without a byte, after an answer that came before the request was whole
     LINGER_TOTAL_SECONDS = 30
     MAX_LINGER_BYTES = 64 << 20
@@ -3706,6 +3803,7 @@ class Handler:
         self.server, self.clock = server, server.proxy.clock
         self.caller = Connection(request)
         self.watch = Watch(self.caller, self.clock)
+        server.proxy.relay.look_after(self.watch)
         self.served, self.begun, self.last = False, None, None
         self.reply: Optional[Reply] = None
         self.life: Any = None               # the exchange that is running
@@ -3734,9 +3832,10 @@ class Handler:
 
     def exchange(self, reply: Reply) -> Any:
         """One request and its answer; yields as Proxy.serve does."""
-        self.begun = self.watch.left = None
+        self.begun = None
+        self.watch.renew()
         try:
-            data = read_head(self.caller, REQUEST_LINE, self.wait)
+            data = read_head(self.caller, REQUEST_LINE, self.more)
         except OSError:
             raise QuietEnd() from None  # reset between two requests
         if data is None:
@@ -3767,24 +3866,27 @@ class Handler:
             reply.closing = True
             reply.entry.status = reply.entry.status or 499  # nothing was sent; nginx's number for it
 
-    def wait(self) -> None:
-        """For read_head: return when there is more to read, within the deadline that holds now. Until its head
-        is whole a request is no call yet, and does not hold up the end of the server."""
-        now = self.clock.monotonic()
-        if self.caller.ahead:
-            self.begun = self.begun or now
-            left = self.begun + self.HEAD_SECONDS - now
-        else:
-            left = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-        self.server.idle.add(self.request)
+    def more(self) -> bool:
+        """For read_head: read on, within the deadline that holds now. Until its head is whole a request is no call
+        yet, and does not hold up the end of the server."""
+        caller, server = self.caller, self.server
+        server.idle.add(self.request)
         try:
-            found = not self.server.draining and self.caller.readable(left)
+            if server.draining:
+                raise QuietEnd()
+            if not caller.ahead:
+                alive = caller.listen(self.IDLE_SECONDS if self.served else self.HEAD_SECONDS, self.FIRST_BLOCK)
+            else:
+                now = self.clock.monotonic()
+                self.begun = self.begun or now
+                if not caller.readable(self.begun + self.HEAD_SECONDS - now):
+                    raise TooSlow()
+                alive = caller.fill()
         finally:
-            self.server.idle.discard(self.request)
-        if self.server.draining or not (found or self.caller.ahead):
+            server.idle.discard(self.request)
+        if server.draining:
             raise QuietEnd()
-        if not found:
-            raise TooSlow()
+        return alive
 
     def finish(self) -> bool:
         """Before closing, read on where the caller may still be sending: closing on unread bytes sends a
@@ -3898,6 +4000,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.close_request(request)
 
     def forget(self, request: socket.socket) -> None:
+        self.proxy.relay.forget(request.fileno())
         with self.lock:
             self.open.discard(request)
             if not self.open:
@@ -3910,7 +4013,7 @@ class Server(http.server.ThreadingHTTPServer):
         head = ("HTTP/1.1 503 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
                 "Retry-After: 1\r\nConnection: close\r\n\r\n")
         try:
-            request.setblocking(False)
+            request.setblocking(False)  # a thread is not spent on it
             request.send((head % (REASONS[503], len(body))).encode() + body)
         except OSError:
             pass
@@ -3921,6 +4024,7 @@ class Server(http.server.ThreadingHTTPServer):
         came meanwhile would reset it."""
         self.forget(request)
         try:
+            request.setblocking(False)
             request.shutdown(socket.SHUT_WR)
         except OSError:
             pass

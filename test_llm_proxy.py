@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dis
 import errno
+import fcntl
 import fractions
 import gc
 import hashlib
@@ -31,6 +32,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import unittest
@@ -485,7 +487,7 @@ class ProxyCase(unittest.TestCase):
         relay = proxy.relay  # it is made to run as long as the process does; here it must not
         relay.post(sys.exit)
         relay.thread.join(PATIENCE)
-        for part in (relay.selector, relay.bell, relay.ear):
+        for part in filter(None, (relay.selector, relay.hangups, relay.bell, relay.ear)):
             part.close()
         proxy.books.close(PATIENCE)
         self.assertEqual(lines.data.count(b"Traceback"), self.tracebacks, lines.text())
@@ -502,20 +504,23 @@ class ProxyCase(unittest.TestCase):
         client.close()
         return answered
 
-    @staticmethod
-    def send_apart(client, *pieces):
+    def send_apart(self, client, *pieces):
         """Send each piece when the proxy has read the one before it."""
-        reads, receive = [], llm_proxy.Connection.receive
+        name = client.sock.getsockname()
+        theirs = wait_for(lambda: [sock for sock in list(self.server.open) if sock.getpeername() == name])[0]
+        for piece in pieces:
+            client.send(piece)
+            wait_for(lambda: self.nothing_unread(client.sock, theirs), "the reading of %r" % piece)
 
-        def spy(connection):
-            data = receive(connection)
-            reads.append(data)
-            return data
-        with mock.patch.object(llm_proxy.Connection, "receive", spy):
-            for piece in pieces:
-                reads.clear()
-                client.send(piece)
-                wait_for(lambda: piece in reads, "the reading of %r" % piece)
+    @staticmethod
+    def nothing_unread(sender, receiver):
+        """Whether all that was sent has arrived and was read, or can no longer be."""
+        try:
+            left = [fcntl.ioctl(*asked, bytes(4)) for asked in ((sender, termios.TIOCOUTQ),
+                                                                (receiver, termios.FIONREAD))]
+        except (OSError, ValueError):  # closed
+            return True
+        return left == [bytes(4)] * 2
 
     def entry(self, number=0):
         """What the log says of the call with this number. Calls on different connections may be logged in any
@@ -3495,16 +3500,43 @@ class EndingsTest(ProxyCase):
         self.assert_ending("upstream_cut", left=999)
 
     def test_a_caller_who_hangs_up_before_the_first_byte_closes_the_upstream(self):
-        """Charged is the prompt."""
-        self.start(None, TOKEN_COST_MODE="estimate")
-        table = itertools.product((Client.close, Client.reset), (True, False))
-        for number, (hang_up, stream) in enumerate(table):
-            with self.subTest(hang_up=hang_up.__name__, stream=stream):
-                client = self.connect().send(call("key-%d" % number, stream=stream))
-                asked = self.stub.next()
-                hang_up(client)
-                asked.wait_for_hang_up()
-                self.assert_ending("caller_gone", 1000 - 3, number, "key-%d" % number)
+        """Charged is the prompt. Where the system does not tell of hang-ups, the caller's thread looks."""
+        for told in sorted({False, llm_proxy.PATIENT}):
+            with mock.patch.object(llm_proxy, "PATIENT", told):
+                self.start(None, TOKEN_COST_MODE="estimate")
+            table = itertools.product((Client.close, Client.reset), (True, False))
+            for number, (hang_up, stream) in enumerate(table):
+                with self.subTest(told=told, hang_up=hang_up.__name__, stream=stream), (
+                        mock.patch.object(llm_proxy, "PATIENT", told)):
+                    client = self.connect().send(call("key-%d" % number, stream=stream))
+                    asked = self.stub.next()
+                    hang_up(client)
+                    asked.wait_for_hang_up()
+                    self.assert_ending("caller_gone", 1000 - 3, number, "key-%d" % number)
+
+    def test_a_caller_who_half_closed_has_a_moment_for_each_of_its_calls(self):
+        self.start(None)
+        client = self.connect().send(call() + call())
+        client.sock.shutdown(socket.SHUT_WR)
+        self.stub.next().send(answer(b'{"first": 1}'))
+        self.assertEqual(client.read().body, b'{"first": 1}')
+        self.stub.next().wait_for_hang_up()
+        wait_for(lambda: [entry["outcome"] for entry in self.lines.entries()] == ["ok", "caller_gone"])
+
+    @unittest.skipUnless(llm_proxy.PATIENT, "where the system tells of hang-ups")
+    def test_news_of_a_hang_up_that_come_late_harm_no_other_caller(self):
+        """A descriptor's number may be another connection's by then."""
+        self.start(None)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        relay = self.proxy.relay
+        (descriptor, watch), = relay.watches.items()
+        with mock.patch.object(relay, "hangups") as hangups:
+            hangups.poll.return_value = [(descriptor, llm_proxy.HANGUP), (descriptor + 1000, llm_proxy.HANGUP)]
+            relay.notice(0)
+        self.assertEqual((watch.left, watch.gone), (None, False))
+        asked.send(answer())
+        self.assertEqual(client.read().status, 200)
 
     def test_a_caller_who_hangs_up_in_the_middle_of_an_answer_closes_the_upstream(self):
         """Charged is the prompt and what was sent."""
