@@ -1115,10 +1115,10 @@ def parse_json(body: bytes) -> Dict[str, Any]:
         raise BadRequest("The request body is nested too deeply, or not valid JSON")
     try:
         text = body.decode().strip(" \t\r\n")
-        payload, end = STRICT_JSON.raw_decode(text)
+        payload, end = STRICT_JSON.scan_once(text, 0)
         if end < len(text):
             raise ValueError("something follows")
-    except (ValueError, RecursionError):
+    except (ValueError, StopIteration, RecursionError):
         raise BadRequest("The request body is not valid JSON") from None
     if not isinstance(payload, dict):
         raise BadRequest("The request body must be a JSON object")
@@ -1821,7 +1821,7 @@ READ, WRITE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # Linux tells of hang-ups without being read from, and bounds a read's time by itself (socket(7), epoll_ctl(2)).
 PATIENT = hasattr(select, "epoll") and hasattr(socket, "MSG_DONTWAIT") and struct.calcsize("l") == 8
-HANGUP = getattr(select, "EPOLLRDHUP", 0)
+HANGUP = 0x2000  # EPOLLRDHUP and POLLRDHUP: PyPy has no names for them
 
 
 if hasattr(select, "poll"):
@@ -2317,10 +2317,10 @@ class Watch:
     def send(self, connection: Connection, data: bytes, seconds_without_progress: float) -> bool:
         """Send all of `data`; -> False if the peer spoke first and does not read on. Raises OSError,
         TimeoutError, CallerGone."""
-        left = memoryview(data)
-        while left:
+        while data:
             try:
-                left = left[connection.sock.send(left, connection.flags):]
+                sent = connection.sock.send(data, connection.flags)
+                data = memoryview(data)[sent:] if sent < len(data) else b""
             except WOULD_BLOCK:
                 found = self.wait(connection, READ | WRITE, self.clock.monotonic() + seconds_without_progress)
                 if not found & WRITE and (not connection.fill() or connection.ahead):
@@ -2680,7 +2680,7 @@ class Upstream:
     def own_lines(self, credential: str = "Authorization: Bearer %s\r\n") -> str:
         return self.host_line + (credential % self.key if self.key else "")
 
-    def forward(self, method: str, head: str, body: Any, watch: Watch) -> Answer:
+    def forward(self, method: str, head: bytes, body: Any, watch: Watch) -> Answer:
         """Send one request and wait for the head of its answer. `head` is the request's, but for the lines that
         frame its body; `body` is bytes, or a RequestBody to relay in blocks. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
         link = self.connect(watch)
@@ -2694,13 +2694,13 @@ class Upstream:
                 raise UpstreamFailed(failure) from None
             raise
 
-    def exchange(self, link: Link, method: str, head: str, body: Any, watch: Watch) -> Answer:
+    def exchange(self, link: Link, method: str, head: bytes, body: Any, watch: Watch) -> Answer:
         wire = link.wire
         try:
             if isinstance(body, bytes):
-                framing = ("Content-Length: %d\r\n\r\n" % len(body)
-                           if body or method in ("POST", "PUT", "PATCH") else "\r\n")
-                whole_request = watch.send(wire, (head + framing).encode("latin-1") + body, self.read_timeout)
+                framing = (b"Content-Length: %d\r\n\r\n" % len(body)
+                           if body or method in ("POST", "PUT", "PATCH") else b"\r\n")
+                whole_request = watch.send(wire, b"%b%b%b" % (head, framing, body), self.read_timeout)
             else:
                 whole_request = self.upload(wire, head, body, watch)
         except (BrokenPipeError, ConnectionResetError):
@@ -2720,11 +2720,11 @@ class Upstream:
                 break  # nobody asked for it: upgrades are not passed on
         raise UpstreamFailed("closed without an answer" if data is None else "no final answer")
 
-    def upload(self, wire: Connection, head: str, body: "RequestBody", watch: Watch) -> bool:
+    def upload(self, wire: Connection, head: bytes, body: "RequestBody", watch: Watch) -> bool:
         """Relay a body of any size in blocks; -> False if the upstream answered before it was all sent."""
-        framing = ("Transfer-Encoding: chunked\r\n\r\n" if body.length is None
-                   else "Content-Length: %d\r\n\r\n" % body.length)
-        watch.send(wire, (head + framing).encode("latin-1"), self.read_timeout)
+        framing = (b"Transfer-Encoding: chunked\r\n\r\n" if body.length is None
+                   else b"Content-Length: %d\r\n\r\n" % body.length)
+        watch.send(wire, head + framing, self.read_timeout)
         for block in body.blocks(wire):
             if not watch.send(wire, chunk(block) if body.length is None else block, self.read_timeout):
                 break
@@ -2739,7 +2739,7 @@ class Upstream:
         CallerGone."""
         head = "GET %s HTTP/1.1\r\n%sAccept: application/json\r\nAccept-Encoding: identity\r\n" % (
             self.target(path), self.own_lines())
-        with self.forward("GET", head, b"", watch) as answer:
+        with self.forward("GET", head.encode("latin-1"), b"", watch) as answer:
             wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
             deadline = self.clock.monotonic() + self.read_timeout
             try:
@@ -2884,9 +2884,8 @@ IDENTITY = re.compile("[!-~]{1,128}")  # of a request, where the caller names it
 
 def new_identity() -> str:
     """A random UUID (RFC 9562 5.4); it is no secret, so no system call is spent on it."""
-    bits = random.getrandbits(124)
-    return "%08x-%04x-4%03x-a%03x-%012x" % (bits >> 92, bits >> 76 & 0xffff, bits >> 64 & 0xfff, bits >> 52 & 0xfff,
-                                            bits & 0xffffffffffff)
+    digits = "%030x" % random.getrandbits(120)
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-a{digits[15:18]}-{digits[18:]}"
 
 
 PLAIN_WORD = re.compile(r"[!-\[\]-~]{1,80}")
@@ -3380,7 +3379,7 @@ class Proxy:
         hold.settle(self.meter.costs(usage, entry.picodollars, estimate))
 
     @staticmethod
-    def head_up(request: Request, call: Call, upstream: Upstream) -> str:
+    def head_up(request: Request, call: Call, upstream: Upstream) -> bytes:
         """What goes upstream before the body, but for its framing. A metered answer must stay readable, so it is
         asked for plain."""
         derived, metered = request.head.derived, call.endpoint is not None
@@ -3395,8 +3394,8 @@ class Proxy:
             if metered:
                 rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
             start = "%s %s HTTP/1.1\r\n" % (request.method, upstream.target(call.path, call.query))
-            derived[upstream] = start + upstream.own_lines(call.dialect.CREDENTIAL) + "".join(
-                [row + "\r\n" for row in rows])
+            derived[upstream] = (start + upstream.own_lines(call.dialect.CREDENTIAL) + "".join(
+                [row + "\r\n" for row in rows])).encode("latin-1")
         return derived[upstream]
 
     @staticmethod
@@ -3772,10 +3771,10 @@ class Reply:
 
     def write(self, data: bytes) -> None:
         """Send all of `data`, however slowly it is taken. Raises CallerGone."""
-        view = memoryview(data)
-        while view:
+        while data:
             try:
-                view = view[self.caller.sock.send(view, self.caller.flags):]
+                sent = self.caller.sock.send(data, self.caller.flags)
+                data = memoryview(data)[sent:] if sent < len(data) else b""
             except WOULD_BLOCK:
                 if not ready(Flow.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE)):
                     raise CallerGone() from None
