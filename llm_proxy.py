@@ -47,6 +47,7 @@ Contents, in reading order; a section uses only what stands above it:
 """
 import _thread
 import argparse
+import base64
 import collections
 import contextlib
 import copy
@@ -81,6 +82,7 @@ import time
 import traceback
 import types
 import urllib.parse
+import urllib.request
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 VERSION = "0.1.0"
@@ -162,6 +164,69 @@ def endpoint(text: str) -> Endpoint:
     raise ValueError("must be http://HOST[:PORT][/PATH] or https://..., without user, query or fragment")
 
 
+def endpoints(text: str) -> List[Endpoint]:
+    found = [endpoint(part.strip()) for part in text.split(",")]
+    if len(set(found)) < len(found):
+        raise ValueError("must not name the same address twice")
+    return found
+
+
+def globs(text: str) -> Tuple[str, ...]:
+    """'gpt-*, o3' -> ('gpt-*', 'o3')."""
+    found = tuple(part.strip() for part in text.split(","))
+    if all(re.fullmatch("[!-+.-~-]+", part) for part in found):
+        return found
+    raise ValueError("must be models such as gpt-*, separated by commas, none empty")
+
+
+def aliases(text: str) -> Dict[str, str]:
+    """'fast=gemma4, smart=gpt-5' -> {'fast': 'gemma4', 'smart': 'gpt-5'}."""
+    pairs = [tuple(word.strip() for word in part.partition("=")[::2]) for part in text.split(",")]
+    found = dict(pairs)
+    if len(found) < len(pairs) or not all(name and model and (name + model).isprintable() for name, model in pairs):
+        raise ValueError("must be alias=model, separated by commas, each alias once")
+    return found
+
+
+NEVER_SET = re.compile(r"(?i)host|content-length|transfer-encoding|connection|te|trailer|upgrade|expect|keep-alive")
+
+
+def header_lines(text: str) -> Dict[str, str]:
+    """'Name: value | Name: value' -> {'name': 'Name: value'}."""
+    found = {}
+    for part in text.split("|"):
+        name, colon, value = part.strip().partition(":")
+        if not (colon and re.fullmatch("[A-Za-z0-9_-]+", name) and re.fullmatch("[ -~]*", value)
+                and not NEVER_SET.fullmatch(name)):
+            raise ValueError("must be 'Name: value', several with | between, and nothing that frames a message")
+        found[name.lower()] = "%s: %s" % (name, value.strip())
+    return found
+
+
+def ca_file(text: str) -> str:
+    try:
+        ssl.create_default_context(cafile=text)
+    except (OSError, ValueError):
+        raise ValueError("must be a file of certificates in PEM that can be read") from None
+    return text
+
+
+class Tunnel(NamedTuple):
+    """A proxy on the way out; `fields` are shown to it alone."""
+    host: str
+    port: int
+    fields: Dict[str, str]
+
+
+def tunnel(text: str) -> Tunnel:
+    match = re.fullmatch(r"(?:http://)?(?:([!-.0-~]*)@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?/?", text)
+    if not match or not 0 < int(match[3] or 80) < 65536:
+        raise ValueError("must be http://[USER:PASSWORD@]HOST[:PORT]")
+    user = base64.b64encode(urllib.parse.unquote(match[1] or "").encode()).decode()
+    return Tunnel(match[2].strip("[]"), int(match[3] or 80),
+                  {"Proxy-Authorization": "Basic " + user} if user else {})
+
+
 def proxy_keys(text: str) -> Dict[str, Optional[str]]:
     """'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}. What stands before the first '=' is a name if it
     can be one."""
@@ -198,7 +263,7 @@ PICODOLLARS = 10 ** 12  # money is counted in whole ones: a price of $0.000001 p
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "estimate")
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800, "month": 2592000,
              "s": 1, "m": 60, "h": 3600, "d": 86400}
-SCOPE = re.compile(r"each|all|address|(?:key|model):[^\s,]{1,200}")
+SCOPE = re.compile(r"each|all|address|(?:key|model|upstream):[^\s,]{1,200}")
 
 
 class Rule(NamedTuple):
@@ -237,8 +302,8 @@ def rule(text: str) -> Rule:
     kinds = ["caller" if kind in ("each", "key") else kind for kind, _ in scopes]
     for part in words[0].split(","):
         if not SCOPE.fullmatch(part):
-            raise fault(part, "each, all, address, key:GLOB or model:GLOB")
-    if len(set(kinds)) < len(kinds) or ("all" in kinds and set(kinds) - {"all", "model"}):
+            raise fault(part, "each, all, address, key:GLOB, model:GLOB or upstream:GLOB")
+    if len(set(kinds)) < len(kinds) or ("all" in kinds and set(kinds) - {"all", "model", "upstream"}):
         raise fault(words[0], "scopes that can be joined")
     if words[2] not in UNITS[:5]:
         raise fault(words[2], "requests, tokens, input_tokens, output_tokens or usd")
@@ -313,14 +378,25 @@ DEFAULT_DATABASE = "llm_proxy.db"
 
 SETTINGS = {
     "Where calls go": (
-        Setting("BASE_API_URL", None, endpoint,
-                "the endpoint; its path replaces a leading /v1 of the call's"),
+        Setting("BASE_API_URL", None, endpoints,
+                "the endpoint, or several addresses of it by commas; its path replaces a leading /v1 of the call's"),
         Setting("BASE_API_KEY", None, credential,
-                "the endpoint's key, sent as a bearer token; callers never see it", secret=True),
+                "the endpoint's key, sent in the header of each call's API; callers never see it", secret=True),
         Setting("BASE_MODEL", None, line, "replaces the model that metered calls ask for"),
-        Setting("OPEN_TIMEOUT", "10", seconds(0.1, 3600), "seconds to connect to the endpoint"),
+        Setting("MODEL_ALIASES", None, aliases, "other names of models, as alias=model by commas"),
+        Setting("UPSTREAM_ORDER", None, globs, "named upstreams in the order in which they are tried, by commas"),
+        Setting("OPEN_TIMEOUT", "10", seconds(0.1, 3600), "seconds to connect to an upstream"),
         Setting("READ_TIMEOUT", "600", seconds(0.1, 86400),
                 "seconds to wait for its first byte, and between bytes"),
+        Setting("BREAKER_FAILURES", "5", whole(1, 10 ** 6),
+                "failures in a row after which an address is left alone"),
+        Setting("BREAKER_SECONDS", "30", seconds(0.1, 86400), "for how long, before one call tries it again"),
+        Setting("UPSTREAM_RETRIES", "0", whole(0, 10),
+                "how often a 429 or 503 is asked again that says Retry-After 5 s or less"),
+        Setting("UPSTREAM_CA_FILE", None, ca_file, "certificates (PEM) that https upstreams are checked against"),
+        Setting("UPSTREAM_TLS_VERIFY", "on", choice("on", "off"), "off: do not check them; whoever is in between reads all"),
+        Setting("HTTPS_PROXY", None, tunnel, "proxy through which https upstreams are reached, by CONNECT", secret=True),
+        Setting("NO_PROXY", None, line, "hosts that are reached without it, by commas"),
     ),
     "Where callers come in": (
         Setting("HOST", "0.0.0.0", line, "address to listen on"),
@@ -370,6 +446,71 @@ def every_setting() -> List[Setting]:
     return [setting for group in SETTINGS.values() for setting in group]
 
 
+# What can be said of one more upstream; NAME is yours to choose, and the prefix of its paths.
+UPSTREAM_SETTINGS = (
+    Setting("UPSTREAM_NAME_URL", None, endpoints, "its URL, as BASE_API_URL; a vendor known by NAME needs none"),
+    Setting("UPSTREAM_NAME_KEY", None, credential,
+            "its key; passthrough: callers show their own", secret=True),
+    Setting("UPSTREAM_NAME_MODELS", None, globs, "models it serves on paths without its prefix, such as gpt-*,o3"),
+    Setting("UPSTREAM_NAME_MODEL", None, line, "replaces the model that calls ask it for"),
+    Setting("UPSTREAM_NAME_DIALECT", None, choice("openai", "anthropic", "gemini"), "the API it speaks [openai]"),
+    Setting("UPSTREAM_NAME_MAX_CONCURRENCY", "0", whole(0, 10 ** 6), "calls it runs at once; 0: any number"),
+    Setting("UPSTREAM_NAME_HEADERS", None, header_lines, "header fields for it, 'Name: value | Name: value'", secret=True),
+)
+VENDORS = {  # name -> URL, API
+    "openai": ("https://api.openai.com/v1", "openai"), "anthropic": ("https://api.anthropic.com/v1", "anthropic"),
+    "gemini": ("https://generativelanguage.googleapis.com", "gemini"),
+    "deepseek": ("https://api.deepseek.com/v1", "openai"), "grok": ("https://api.x.ai/v1", "openai"),
+    "mistral": ("https://api.mistral.ai/v1", "openai"), "groq": ("https://api.groq.com/openai/v1", "openai"),
+    "openrouter": ("https://openrouter.ai/api/v1", "openai"), "ollama": ("http://localhost:11434/v1", "openai")}
+RESERVED = ("base", "v1", "v1beta", "health", "models", "metrics", "chat", "completions")  # paths of our own, or of APIs
+PASSTHROUGH = "passthrough"
+
+
+class UpstreamConfig(NamedTuple):
+    """What is set of one upstream."""
+    name: str
+    url: List[Endpoint]
+    key: Optional[str] = None
+    models: Tuple[str, ...] = ()
+    model: Optional[str] = None
+    dialect: Optional[str] = None
+    max_concurrency: int = 0
+    headers: Dict[str, str] = {}
+
+
+def read_upstreams(found: Dict[str, str], faults: List[str]) -> Tuple[List[UpstreamConfig], Dict[str, str]]:
+    """Of {name of a variable: its text}, in order, the named upstreams; and the texts of all their settings.
+    What is wrong is added to `faults`."""
+    by_suffix = {setting.name[len("UPSTREAM_NAME_"):]: setting for setting in UPSTREAM_SETTINGS}
+    told: Dict[str, Dict[str, Any]] = {}
+    texts = {}
+    for variable, text in found.items():
+        match = re.fullmatch("UPSTREAM_([A-Z0-9_]+?)_(%s)" % "|".join(by_suffix), variable)
+        if not match or not text:
+            continue
+        texts[variable] = text
+        values = told.setdefault(match[1].lower(), {})
+        try:
+            values[match[2].lower()] = by_suffix[match[2]].read(text)
+        except ValueError as fault:
+            faults.append("%s %s (got %s)" % (
+                variable, fault, "a value not shown here" if by_suffix[match[2]].secret else repr(text)))
+            values[match[2].lower()] = None
+    upstreams = []
+    for name, values in told.items():
+        url, dialect = VENDORS.get(name, (None, "openai"))
+        if "url" not in values and url:
+            values["url"] = endpoints(url)
+        if "url" not in values:
+            faults.append("UPSTREAM_%s_URL is not set, and no vendor is known by this name" % name.upper())
+        elif name in RESERVED:
+            faults.append("UPSTREAM_%s_URL must have another name: /%s is a path of its own" % (name.upper(), name))
+        else:
+            upstreams.append(UpstreamConfig(name, **{"dialect": dialect, **values}))
+    return upstreams, texts
+
+
 HOW_TO_START = ("BASE_API_URL is not set. Start like this:"
                 "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
 
@@ -380,6 +521,9 @@ class Config(types.SimpleNamespace):
 
     def warnings(self) -> List[str]:
         found = ["%s in .env is not a setting" % name for name in self.unknown]
+        if self.upstream_tls_verify == "off":
+            found.append("certificates of https upstreams are not checked (UPSTREAM_TLS_VERIFY=off): whoever is in"
+                         " between reads all, keys included")
         if not self.proxy_api_keys:
             found.append("callers are not checked: whoever reaches this port can call, and every invented key"
                          " has a bucket of its own (PROXY_API_KEYS is unset)")
@@ -421,6 +565,9 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     at once."""
     written, faults = read_dotenv(dotenv)
     values, texts = {}, {}
+    environ = {**{name: environ.get(name.lower(), "") for name in ("HTTPS_PROXY", "NO_PROXY")}, **environ}
+    named = {**written, **{name: environ[name] for name in sorted(environ) if environ[name].strip()}}
+    upstreams, upstream_texts = read_upstreams({name: text.strip() for name, text in named.items()}, faults)
     for setting in every_setting():
         text = ((environ.get(setting.name) or "").strip() or written.get(setting.name, "").strip()
                 or setting.default)
@@ -431,11 +578,19 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
             faults.append("%s %s (got %s)" % (
                 setting.name, fault,
                 "a value not shown here" if setting.secret or "@" in text else repr(text)))
-    if "base_api_url" in values and values["base_api_url"] is None:
+    order = values.get("upstream_order") or ()
+    names = [upstream.name for upstream in upstreams]
+    faults += ["UPSTREAM_ORDER must be names of upstreams (got '%s')" % name for name in order if name not in names]
+    upstreams.sort(key=lambda upstream: order.index(upstream.name) if upstream.name in order else len(order))
+    if "base_api_url" in values and values["base_api_url"] is None and not upstreams:
         faults.append(HOW_TO_START)
+    if values.get("proxy_api_keys"):
+        faults += ["UPSTREAM_%s_KEY must not be passthrough where PROXY_API_KEYS is set: a caller shows one key only"
+                   % upstream.name.upper() for upstream in upstreams if upstream.key == PASSTHROUGH]
     if faults:
         raise ConfigFaults("\n".join(faults))
-    return Config(texts=texts, unknown=[name for name in written if name not in texts], **values)
+    texts.update(upstream_texts)
+    return Config(texts=texts, unknown=[name for name in written if name not in texts], upstreams=upstreams, **values)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -450,6 +605,7 @@ class Refusal(Exception):
     status, kind, outcome, code, closing = 400, "invalid_request_error", "refused", None, False
     sentence = "The request was refused"
     cause: Optional[str] = None  # for the operator's eyes only
+    unsent = False               # nothing of the call went upstream: another one may be asked
 
     def __init__(self, sentence: Optional[str] = None, **fields: Any):
         super().__init__(sentence or self.sentence)
@@ -523,12 +679,14 @@ class InternalError(Refusal):
 
 
 class UpstreamFailed(Refusal):
-    """`failure` is what happened: it goes to the log, in a few words, and never to a caller."""
+    """`failure` is what happened: it goes to the log, in a few words, and never to a caller. `silent` says that
+    the connection ended before a proper answer began."""
     status, kind, outcome = 502, "upstream_error", "upstream_failed"
     sentence = "The upstream could not be reached or did not answer properly"
 
-    def __init__(self, failure: Any):
+    def __init__(self, failure: Any, unsent: bool = False):
         super().__init__()
+        self.unsent, self.silent = unsent, isinstance(failure, OSError)
         self.cause = failure if isinstance(failure, str) else CAUSES.get(type(failure)) or "connection failed"
 
 
@@ -536,6 +694,7 @@ CAUSES = {
     ConnectionRefusedError: "connection refused",
     ConnectionResetError: "connection reset",
     BrokenPipeError: "connection reset",
+    ConnectionAbortedError: "closed without an answer",
     socket.gaierror: "name not found",
     ssl.SSLCertVerificationError: "certificate not trusted",
     ssl.SSLError: "TLS failed",
@@ -545,6 +704,34 @@ CAUSES = {
 class UpstreamTimeout(Refusal):
     status, kind, outcome, cause = 504, "timeout_error", "upstream_failed", "timed out"
     sentence = "The upstream did not answer in time"
+
+    def __init__(self, unsent: bool = False):
+        super().__init__()
+        self.unsent = unsent
+
+
+class UpstreamOpen(Refusal):
+    """Every address that could be asked has failed too often."""
+    status, kind, outcome, cause, unsent = 503, "upstream_error", "upstream_failed", "breaker open", True
+    sentence = "The upstream is failing, try again in a moment"
+
+    def __init__(self, wait: float):
+        super().__init__(Retry_After=max(1, math.ceil(wait)), X_LLM_Proxy_Error_Class="upstream_open")
+
+
+class UpstreamBusy(Refusal):
+    status, kind, cause, unsent = 503, "server_error", "upstream busy", True
+    sentence = "The upstream is busy, try again in a moment"
+
+    def __init__(self):
+        super().__init__(Retry_After=1, X_LLM_Proxy_Error_Class="upstream_busy")
+
+
+class NotServed(Refusal):
+    status, code = 404, "model_not_found"
+
+    def __init__(self, model: Optional[str]):
+        super().__init__("No upstream serves the model '%s'" % model if model else "No upstream serves this path")
 
 
 class LimitReached(Refusal):
@@ -605,17 +792,24 @@ class Callers:
     def digest(key: str) -> bytes:
         return hashlib.sha256(key.encode("latin-1")).digest()
 
-    @classmethod
-    def credential(cls, head: Any, query: str) -> Optional[bytes]:
-        """-> the digest of the credential that a request shows, in whichever field or as ?key=; None without one.
-        `head` is a mapping of fields."""
+    @staticmethod
+    def shown(head: Any, query: str) -> Optional[str]:
+        """-> the credential that a request shows, in whichever field or as ?key=; None without one. `head` is a
+        mapping of fields. Who asks is decided by its digest; only an upstream that callers show their own key is
+        told it."""
         scheme, _, token = head.get("authorization", "").partition(" ")
         shown = [token.strip() if scheme.lower() == "bearer" else ""]
         shown += [head.get(name, "") for name in CREDENTIAL_FIELDS[1:]] + split_query(query)[0]
         different = set(filter(None, shown))
         if len(different) > 1:
             raise BadRequest("The request carries two different credentials")
-        return cls.digest(different.pop()) if different else None
+        return different.pop() if different else None
+
+    @classmethod
+    def credential(cls, head: Any, query: str) -> Optional[bytes]:
+        """-> the digest of what is `shown`."""
+        shown = cls.shown(head, query)
+        return None if shown is None else cls.digest(shown)
 
     def identify(self, credential: Optional[bytes], address: str) -> Caller:
         """Raises Unauthorized where keys are asked for and `credential` is none of them."""
@@ -849,20 +1043,22 @@ class Limits:
     def __init__(self, rules: List[Rule], buckets: Buckets, message: str):
         self.rules, self.buckets, self.message = rules, buckets, message
         kinds = {kind for rule in rules for kind, _ in rule.scopes}
-        self.by_address, self.by_model = "address" in kinds, "model" in kinds
-        # (caller, address, model) -> [(rule, key of its bucket)]
+        self.by_address, self.by_model, self.by_upstream = (kind in kinds for kind in ("address", "model", "upstream"))
+        # (caller, address, model, upstream) -> [(rule, key of its bucket)]
         self.known: Dict[Any, List[Tuple[Rule, Tuple[Any, ...]]]] = {}
 
     def units(self) -> set:
         return {UNITS[rule.unit] for rule in self.rules}
 
-    def matching(self, caller: Caller, address: str, model: Optional[str]) -> List[Tuple[Rule, Tuple[Any, ...]]]:
-        asked = (caller.key, caller.name, address if self.by_address else None, model if self.by_model else None)
+    def matching(self, caller: Caller, address: str, model: Optional[str],
+                 upstream: str = "base") -> List[Tuple[Rule, Tuple[Any, ...]]]:
+        asked = (caller.key, caller.name, address if self.by_address else None, model if self.by_model else None,
+                 upstream if self.by_upstream else None)
         found = self.known.get(asked)
         if found is None:
             families: Dict[Any, Tuple[Rule, Tuple[Any, ...]]] = {}
             for rule in self.rules:
-                if all(self.speaks_of(kind, glob, caller, model) for kind, glob in rule.scopes):
+                if all(self.speaks_of(kind, glob, caller, model, upstream) for kind, glob in rule.scopes):
                     kinds = [kind for kind, _ in rule.scopes]
                     whose = ((caller.key,) if "each" in kinds or "key" in kinds else ()) + (
                         (("address", address),) if "address" in kinds else ())
@@ -874,17 +1070,21 @@ class Limits:
         return found
 
     @staticmethod
-    def speaks_of(kind: str, glob: str, caller: Caller, model: Optional[str]) -> bool:
+    def speaks_of(kind: str, glob: str, caller: Caller, model: Optional[str], upstream: str) -> bool:
         if kind == "key":
             return caller.key[0] == "key" and fnmatch.fnmatchcase(caller.name or "", glob)
         if kind == "model":  # "GPT-4" must not pass where an upstream takes it for "gpt-4"
             return fnmatch.fnmatchcase((model or "").casefold(), glob.casefold())
+        if kind == "upstream":
+            return fnmatch.fnmatchcase(upstream, glob)
         return True
 
-    def admit(self, caller: Caller, address: str, model: Optional[str], costs: Tuple[int, ...]) -> Hold:
+    def admit(self, caller: Caller, address: str, model: Optional[str], costs: Tuple[int, ...],
+              upstream: str = "base") -> Hold:
         """Set what the call costs aside, by every rule that counts, or raise LimitReached. A cost of 0 everywhere
         is free: it touches no bucket."""
-        takes = [Take(rule, key, costs[rule.unit]) for rule, key in self.matching(caller, address, model)]
+        takes = [Take(rule, key, costs[rule.unit])
+                 for rule, key in self.matching(caller, address, model, upstream)]
         if not takes or costs is FREE:
             return Hold(costs=costs)
         short, tightest = self.buckets.take(takes)
@@ -1142,17 +1342,38 @@ def fold_path(path: str) -> List[str]:
 
 class Call:
     """One request, understood. `endpoint` is None where nothing is metered; then there is no payload either.
-    `served` is the model that is asked for upstream; `added` says that we asked for usage there, and the caller
-    did not."""
-    __slots__ = ("dialect", "endpoint", "path", "query", "payload", "body", "model", "served", "stream", "added")
+    `prefix` names the upstream where the path did. `model` is what the caller asked for, `wanted` what that stands
+    for, and `served` what the upstream is asked for, with the body `outgoing`; `added` says that we ask for usage
+    there, and the caller did not."""
+    __slots__ = ("dialect", "endpoint", "prefix", "path", "query", "payload", "body", "model", "wanted", "served",
+                 "outgoing", "stream", "added")
 
-    def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str):
-        self.dialect, self.endpoint, self.path, self.query = dialect, endpoint, path, query
+    def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
+                 prefix: Optional[str] = None):
+        self.dialect, self.endpoint, self.prefix, self.path, self.query = dialect, endpoint, prefix, path, query
         self.payload: Dict[str, Any] = {}
         self.body: Optional[bytes] = None
+        self.outgoing: Optional[bytes] = None
         self.model: Optional[str] = None
-        self.served = ""
+        self.wanted = self.served = ""
         self.stream = self.added = False
+
+    def aim(self, model: Optional[str], mend: Optional[Callable[[Dict[str, Any]], Dict[str, Any]]]) -> None:
+        """Fit a metered call to an upstream: `model` replaces the one that is wanted, and `mend` gives what else
+        of the payload must differ there."""
+        self.served, self.outgoing, self.added = model or self.wanted, self.body, False
+        if self.dialect.MODEL_IN_PATH:
+            before, _, last = self.path.rpartition("/")
+            method = last.rpartition(":")[2]
+            self.path = "%s/%s:%s" % (before, urllib.parse.quote(self.served, safe="@:"), method)
+            return
+        payload = self.payload
+        if self.served and self.served != payload.get("model"):
+            payload = {**payload, "model": self.served}
+        if mend:
+            payload = mend(payload)
+        if payload is not self.payload:
+            self.outgoing = compact(payload)
 
     def prompt_length(self) -> Tuple[int, int]:
         """-> characters of the prompt, and how many images and the like are in it. Where it is spelled in token
@@ -1186,10 +1407,10 @@ class Call:
         options = self.payload.get("stream_options")
         if options is None and "stream_options" not in self.payload:
             # spliced in: nothing of what the caller wrote changes
-            self.body = b'{"stream_options":{"include_usage":true},' + self.body.lstrip()[1:]
+            self.outgoing = b'{"stream_options":{"include_usage":true},' + self.outgoing.lstrip()[1:]
         elif isinstance(options, dict) and "include_usage" not in options:
-            self.body = compact({**json.loads(self.body),
-                                 "stream_options": {**options, "include_usage": True}})
+            self.outgoing = compact({**json.loads(self.outgoing),
+                                     "stream_options": {**options, "include_usage": True}})
         else:
             return
         self.added = True
@@ -1244,6 +1465,9 @@ class Dialect:
     # in one of these objects, or in the payload itself
     LIMIT_HOLDERS: Tuple[str, ...] = ()
     CREDENTIAL = "Authorization: Bearer %s\r\n"  # how this API is shown a key
+    VERSION_LINES: Tuple[str, ...] = ()          # what it wants to be told besides
+    MODELS_QUERY = ""        # for a list of models that is whole
+    MODEL_IN_PATH = False
     SPOKEN = frozenset(("content", "reasoning_content", "reasoning", "refusal", "arguments", "text", "delta"))
 
     def error(self, refusal: Refusal, status: int) -> bytes:
@@ -1411,6 +1635,7 @@ class Anthropic(Dialect):
     name = "anthropic"
     OUTPUT_LIMITS = {"messages": ("max_tokens",)}
     CREDENTIAL = "x-api-key: %s\r\n"
+    VERSION_LINES, MODELS_QUERY = ("anthropic-version: 2023-06-01",), "limit=1000"
     SPOKEN = frozenset(("text", "thinking", "partial_json"))
     ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
               413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
@@ -1418,6 +1643,13 @@ class Anthropic(Dialect):
     def error(self, refusal, status):
         kind = self.ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
         return json.dumps({"type": "error", "error": {"type": kind, "message": str(refusal)}}).encode()
+
+    @staticmethod
+    def models(names):
+        rows = [{"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+                for name in names]
+        return json.dumps({"data": rows, "has_more": False, "first_id": names[0] if names else None,
+                           "last_id": names[-1] if names else None}).encode()
 
     def counts(self, payload):
         """message_start tells the input; the last message_delta, which is cumulative, the rest."""
@@ -1462,6 +1694,7 @@ class Gemini(Dialect):
     OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
     LIMIT_HOLDERS = ("generationConfig", "generation_config")
     CREDENTIAL = "x-goog-api-key: %s\r\n"
+    MODEL_IN_PATH = True
     SPOKEN = frozenset(("text",))
     ERRORS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
               429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
@@ -1504,6 +1737,9 @@ class Gemini(Dialect):
         return "text/event-stream" if events else "application/json"
 
 
+DIALECTS: Dict[str, Dialect] = {dialect.name: dialect for dialect in (OpenAI(), Anthropic(), Gemini())}
+
+
 class Dialects:
     """Finds the dialect, and the endpoint, of a request, and reads it. What any upstream could take for a metered
     endpoint is that endpoint, under its plain name; what cannot be named plainly is refused."""
@@ -1518,21 +1754,29 @@ class Dialects:
 
     GEMINI_METHODS = {method.lower() for method in Gemini.METHODS}
 
-    def __init__(self, model: Optional[str]):
-        """`model` replaces the one that calls ask for."""
-        self.model = model
-        self.openai, self.anthropic, self.gemini = OpenAI(), Anthropic(), Gemini()
+    def __init__(self, aliases: Dict[str, str], names: Dict[str, str]):
+        """`aliases` of models; `names` of upstreams, with the dialect of each."""
+        self.aliases, self.names = aliases, names
+        self.openai, self.anthropic, self.gemini = map(DIALECTS.get, ("openai", "anthropic", "gemini"))
+
+    def split(self, path: str) -> Tuple[Optional[str], str]:
+        """-> the upstream that a path names by its first segment, and the path without it."""
+        name = path[1:].partition("/")[0]
+        return (name, path[len(name) + 1:] or "/") if name in self.names else (None, path)
 
     def guess(self, request: Any) -> Dialect:
         """For what is not metered: the shape of errors, and the header of our key."""
         if request is not None:
-            rows, path = request.head.rows, request.path.lower()
+            prefix, path = self.split(request.path)
+            rows, path = request.head.rows, path.lower()
             before, messages, _ = path.partition("/messages")
             if "anthropic-version" in rows or (messages and "/threads" not in before):
                 return self.anthropic
             google = "x-goog-api-key" in rows and "authorization" not in rows
             if google or path.startswith("/v1beta/") or path.rpartition(":")[2] in self.GEMINI_METHODS:
                 return self.gemini
+            if prefix and "authorization" not in rows:
+                return DIALECTS[self.names[prefix]]
         return self.openai
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[str], str]:
@@ -1562,38 +1806,26 @@ class Dialects:
     def read(self, request: Any, body: Callable[[], bytes]) -> Call:
         """Understand a request; `body` is only called, and the payload only parsed, where the call is metered."""
         endpoint, path = self.endpoint(request.method, request.path)
+        prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(request.query)[1] if request.query else ""
         if endpoint is None:
-            return Call(self.guess(request), None, path, query)
+            return Call(self.guess(request), None, path, query, prefix)
         call = Call(self.anthropic if endpoint == "messages" else
-                    self.gemini if endpoint in ("generate", "embed") else self.openai, endpoint, path, query)
+                    self.gemini if endpoint in ("generate", "embed") else self.openai, endpoint, path, query, prefix)
         call.body = body()
         call.payload = payload = parse_json(call.body)
         for key in payload.keys() - self.READ_KEYS:
             if key.casefold() in self.READ_KEYS:
                 raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
-        if call.dialect is self.gemini:
-            return self.read_path(call)
-        call.stream = payload.get("stream") is True
-        asked = payload.get("model")
+        if call.dialect.MODEL_IN_PATH:  # .../models/MODEL:METHOD
+            asked, _, method = path.rpartition("/")[2].rpartition(":")
+            call.stream = Gemini.METHODS[method]
+        else:
+            asked, call.stream = payload.get("model"), payload.get("stream") is True
         if isinstance(asked, str):
             if len(asked) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
-            call.model = call.served = asked
-        if self.model is not None and asked != self.model:
-            call.served = self.model
-            call.body = compact({**payload, "model": self.model})
-        return call
-
-    def read_path(self, call: Call) -> Call:
-        """Gemini's way: .../models/MODEL:METHOD."""
-        before, _, last = call.path.rpartition("/")
-        call.model, _, method = last.rpartition(":")
-        if len(call.model) > self.MAX_MODEL:
-            raise BadRequest("The name of the model is too long")
-        call.stream, call.served = Gemini.METHODS[method], self.model or call.model
-        if self.model is not None:
-            call.path = "%s/%s:%s" % (before, urllib.parse.quote(self.model, safe=""), method)
+            call.model, call.wanted = asked, self.aliases.get(asked, asked)
         return call
 
 
@@ -2229,8 +2461,9 @@ class Watch:
     HALF_CLOSE_SECONDS more."""
     HALF_CLOSE_SECONDS = 0.5
 
-    def __init__(self, caller: Connection, clock: Any):
-        self.caller, self.clock = caller, clock
+    def __init__(self, caller: Optional[Connection], clock: Any, until: float = math.inf):
+        """Without a `caller` nobody can leave. No wait goes on beyond `until`."""
+        self.caller, self.clock, self.until = caller, clock, until
         self.left: Optional[float] = None  # when the end of what it sends was seen
         self.body: Any = None              # of its request; until that has ended, what comes belongs to it
         self.relay: Any = None             # which sees the caller leave while a thread listens elsewhere
@@ -2275,10 +2508,13 @@ class Watch:
         """Wait until `connection` is ready; -> for what. Raises TimeoutError at `deadline`, CallerGone when
         it left."""
         while True:
-            until = deadline if self.left is None else min(deadline, self.left + self.HALF_CLOSE_SECONDS)
-            listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
-            found = ready(until - self.clock.monotonic(), (connection.descriptor, events),
-                          (self.caller.descriptor, READ if listening else 0))
+            until = min(deadline, self.until)
+            wanted, listening = [(connection.descriptor, events)], False
+            if self.caller:
+                until = until if self.left is None else min(until, self.left + self.HALF_CLOSE_SECONDS)
+                listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
+                wanted.append((self.caller.descriptor, READ if listening else 0))
+            found = ready(until - self.clock.monotonic(), *wanted)
             if connection.descriptor in found:
                 return found[connection.descriptor]
             if found:
@@ -2305,12 +2541,12 @@ class Watch:
         is done."""
         while not done.wait(0.05):
             now = self.clock.monotonic()
-            if (self.left is None and len(self.caller.ahead) < MAX_AHEAD
+            if (self.caller and self.left is None and len(self.caller.ahead) < MAX_AHEAD
                     and self.caller.readable(0)):
                 self.look(True)
             if self.left is not None and now > self.left + self.HALF_CLOSE_SECONDS:
                 raise CallerGone()
-            if now >= deadline:
+            if now >= min(deadline, self.until):
                 return False
         return True
 
@@ -2617,12 +2853,13 @@ class AnswerHead(Head):
 class Answer:
     """An upstream's answer: a checked head, and a body that is still arriving. As a with-block it keeps the
     connection for the next call if, and only if, the answer came whole and nothing came after it."""
-    __slots__ = ("upstream", "link", "head", "status", "length", "framing", "reusable")
+    __slots__ = ("upstream", "address", "link", "head", "status", "length", "framing", "reusable")
 
-    def __init__(self, upstream: "Upstream", link: "Link", head: AnswerHead, length: Optional[int],
-                 method: str, whole_request: bool):
-        self.upstream, self.link, self.head, self.length = upstream, link, head, length
+    def __init__(self, address: "Address", link: "Link", head: AnswerHead, length: Optional[int], method: str,
+                 whole_request: bool):
+        self.address, self.link, self.head, self.length = address, link, head, length
         self.status = status = head.status
+        self.upstream: Any = None  # whose running call ends with it
         if method == "HEAD" or status < 200 or status in (204, 304):
             self.framing = Sized(0)
         elif length is not None:
@@ -2637,9 +2874,10 @@ class Answer:
     def __exit__(self, *_: Any) -> None:
         framing = self.framing
         if self.reusable and framing.ended and not framing.excess and not self.link.wire.ahead:
-            self.upstream.keep(self.link, self.head.streamed)
+            self.address.keep(self.link, self.head.streamed)
         else:
             self.link.close()
+        self.upstream.leave(self.address)
 
 
 class Link(NamedTuple):
@@ -2652,23 +2890,61 @@ class Link(NamedTuple):
         self.owner.close()
 
 
-class Upstream:
+class Breaker:
+    """Keeps calls from an address that fails. `most` failures in a row open it for `seconds`; then one call tries
+    whether it can be closed. Upstream.lock guards it."""
+
+    def __init__(self, most: int, seconds: float):
+        self.most, self.seconds = most, seconds
+        self.failures, self.opened, self.trying = 0, None, False
+
+    def allows(self, now: float) -> bool:
+        return self.opened is None or (not self.trying and now >= self.opened + self.seconds)
+
+    def enter(self) -> None:
+        self.trying = self.opened is not None
+
+    def judge(self, good: Optional[bool], now: float) -> None:
+        """A call went well, or failed, or (None) ended before that was known."""
+        self.trying = False
+        if good:
+            self.failures, self.opened = 0, None
+        elif good is False:
+            self.failures += 1
+            if self.opened is not None or self.failures >= self.most:
+                self.opened = now
+
+    def state(self, now: float) -> str:
+        return "closed" if self.opened is None else "half_open" if self.trying or self.allows(now) else "open"
+
+
+class Way(NamedTuple):
+    """How upstreams are reached: timeouts in seconds, TLS for those that speak it, and the proxy on the way out."""
+    open_timeout: float
+    read_timeout: float
+    tls: Optional[ssl.SSLContext] = None
+    tunnel: Optional[Tunnel] = None
+    no_tunnel: str = ""
+
+
+class Address:
+    """One address of an upstream: its spare connections, and how it fared lately."""
     NEAR_SECONDS = 0.05        # how long a connection to an address may take in the caller's own thread
     SPARE_SECONDS = 3        # below the 5 s after which uvicorn, Node and llama.cpp close an idle connection
     SETTLING_SECONDS = 0.05  # llama.cpp closes after a stream although it promised to keep the connection
 
-    def __init__(self, endpoint: Endpoint, key: Optional[str], open_timeout: float, read_timeout: float,
-                 clock: Any):
-        self.endpoint, self.clock = endpoint, clock
-        self.open_timeout, self.read_timeout = open_timeout, read_timeout
+    def __init__(self, endpoint: Endpoint, way: Way, breaker: Breaker, clock: Any):
+        self.endpoint, self.breaker, self.clock, self.running = endpoint, breaker, clock, 0
+        self.open_timeout, self.read_timeout = way.open_timeout, way.read_timeout
         # (usable from, link), oldest left
         self.spares: "collections.deque[Tuple[float, Link]]" = collections.deque()
         self.last: Optional[AnswerHead] = None
-        self.tls = ssl.create_default_context() if endpoint.scheme == "https" else None
+        self.tls = way.tls if endpoint.scheme == "https" else None
+        self.tunnel = way.tunnel if self.tls and not urllib.request.proxy_bypass_environment(
+            endpoint.host, {"no": way.no_tunnel}) else None
         # An address needs no look-up: it is there at once, or the patient way finds out.
         self.near = self.tls is None and re.fullmatch(r"[0-9.]+|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*", endpoint.host)
-        self.key, self.host_line = key, "Host: %s\r\n" % endpoint.origin.partition("://")[2]
-        self.without_options: set = set()  # models for which stream_options are an error here
+        self.host_line = "Host: %s\r\n" % endpoint.origin.partition("://")[2]
 
     def target(self, path: str, query: str = "") -> str:
         """A base with a path replaces a leading /v1 of the call; a bare host gets the call's path as it
@@ -2677,13 +2953,9 @@ class Upstream:
             path = path[3:]
         return (self.endpoint.path + path or "/") + ("?" + query if query else "")
 
-    def own_lines(self, credential: str = "Authorization: Bearer %s\r\n") -> str:
-        return self.host_line + (credential % self.key if self.key else "")
-
-    def forward(self, method: str, head: bytes, body: Any, watch: Watch) -> Answer:
-        """Send one request and wait for the head of its answer. `head` is the request's, but for the lines that
-        frame its body; `body` is bytes, or a RequestBody to relay in blocks. Raises UpstreamFailed, UpstreamTimeout, CallerGone."""
-        link = self.connect(watch)
+    def ask(self, link: Link, method: str, head: bytes, body: Any, watch: Watch) -> Answer:
+        """Send one request and wait for the head of its answer. Raises UpstreamFailed, UpstreamTimeout,
+        CallerGone, and what `body` raises."""
         try:
             return self.exchange(link, method, head, body, watch)
         except BaseException as failure:
@@ -2718,7 +2990,7 @@ class Upstream:
                 return Answer(self, link, answer, length, method, whole_request)
             if answer.status == 101:
                 break  # nobody asked for it: upgrades are not passed on
-        raise UpstreamFailed("closed without an answer" if data is None else "no final answer")
+        raise UpstreamFailed("no final answer" if data else ConnectionAbortedError())
 
     def upload(self, wire: Connection, head: bytes, body: "RequestBody", watch: Watch) -> bool:
         """Relay a body of any size in blocks; -> False if the upstream answered before it was all sent."""
@@ -2733,45 +3005,6 @@ class Upstream:
                 return body.length is not None or watch.send(wire, LAST_CHUNK, self.read_timeout)
         watch.caller.dropping = True
         return False
-
-    def fetch(self, path: str, watch: Watch, most: int = 1 << 22) -> Tuple[int, bytes]:
-        """GET `path`; -> status and body, of at most `most` bytes. Raises UpstreamFailed, UpstreamTimeout,
-        CallerGone."""
-        head = "GET %s HTTP/1.1\r\n%sAccept: application/json\r\nAccept-Encoding: identity\r\n" % (
-            self.target(path), self.own_lines())
-        with self.forward("GET", head.encode("latin-1"), b"", watch) as answer:
-            wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
-            deadline = self.clock.monotonic() + self.read_timeout
-            try:
-                while len(body) <= most:
-                    body, wire.ahead = body + passage.feed(wire.ahead), b""
-                    if passage.framing.ended:
-                        return answer.status, body
-                    watch.wait(wire, READ, deadline)
-                    if not wire.fill():
-                        if passage.end_of_stream()[0]:
-                            return answer.status, body
-                        break
-            except TimeoutError:
-                raise UpstreamTimeout() from None
-            except (OSError, Malformed) as failure:
-                raise UpstreamFailed(failure) from None
-            raise UpstreamFailed("answer was cut or too long")
-
-    def mentions(self, answer: Answer, words: bytes, watch: Watch, most: int = 65536) -> bool:
-        """Whether the body of an answer speaks of `words`. It is read, and stays to be passed on."""
-        wire, deadline = answer.link.wire, self.clock.monotonic() + min(5, self.read_timeout)
-        while True:
-            try:
-                framing = copy.copy(answer.framing)
-                _, payload = framing.feed(wire.ahead)
-                if words in payload or framing.ended or len(wire.ahead) > most:
-                    return words in payload
-                watch.wait(wire, READ, deadline)
-                if not wire.fill():
-                    return False
-            except (Malformed, OSError):  # TimeoutError is one, too
-                return False
 
     def connect(self, watch: Watch) -> Link:
         """A spare connection that is still silent, the newest first, or a new one."""
@@ -2807,9 +3040,14 @@ class Upstream:
         """Connect: at once where that can be, else in a thread of its own, because name look-ups and handshakes
         know neither our deadline nor the caller's leaving."""
         host, port = self.endpoint.host, self.endpoint.port
-        owner = (
-            http.client.HTTPSConnection(host, port, timeout=self.open_timeout, context=self.tls) if self.tls
-            else http.client.HTTPConnection(host, port, timeout=self.open_timeout))
+        if self.tunnel:
+            owner = http.client.HTTPSConnection(
+                self.tunnel.host, self.tunnel.port, timeout=self.open_timeout, context=self.tls)
+            owner.set_tunnel(host, port, self.tunnel.fields)
+        elif self.tls:
+            owner = http.client.HTTPSConnection(host, port, timeout=self.open_timeout, context=self.tls)
+        else:
+            owner = http.client.HTTPConnection(host, port, timeout=self.open_timeout)
         if self.near:
             try:
                 owner.timeout = self.NEAR_SECONDS
@@ -2819,7 +3057,7 @@ class Upstream:
                 owner.timeout = self.open_timeout
             except OSError as failure:
                 owner.close()
-                raise UpstreamFailed(failure) from None
+                raise UpstreamFailed(failure, unsent=True) from None
         done, abandoned, failures = threading.Event(), threading.Event(), []
 
         def run():
@@ -2837,7 +3075,7 @@ class Upstream:
             raise Overloaded() from None
         try:
             if not watch.pause(done, self.clock.monotonic() + self.open_timeout):
-                raise UpstreamTimeout()
+                raise UpstreamTimeout(unsent=True)
         except BaseException:
             abandoned.set()
             if done.is_set():
@@ -2845,8 +3083,8 @@ class Upstream:
             raise
         if failures:
             owner.close()
-            raise (UpstreamTimeout() if isinstance(failures[0], (TimeoutError, socket.timeout))
-                   else UpstreamFailed(failures[0]))
+            raise (UpstreamTimeout(unsent=True) if isinstance(failures[0], (TimeoutError, socket.timeout))
+                   else UpstreamFailed(failures[0], unsent=True))
         return Link(owner, Connection(owner.sock))
 
     def keep(self, link: Link, settling: bool) -> None:
@@ -2873,6 +3111,231 @@ class Upstream:
         return "/v1" + path[len(base):] if base and (path + "/").startswith(base + "/") else path
 
 
+FAILING = (502, 503, 504, 529)  # statuses by which an address says that it cannot work
+MOST_RETRY_SECONDS = 5
+
+
+def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
+    """For upstreams that refuse "content": null beside tool calls."""
+    messages = payload.get("messages")
+    if not isinstance(messages, list) or not any(map(lacks_content, messages)):
+        return payload
+    return {**payload, "messages": [{**one, "content": ""} if lacks_content(one) else one for one in messages]}
+
+
+def lacks_content(message: Any) -> bool:
+    return isinstance(message, dict) and bool(message.get("tool_calls")) and message.get("content") is None
+
+
+QUIRKS = {"deepseek": content_never_null}
+
+
+class Upstream:
+    """Where calls go: one name, one key, one or more addresses that can do the same."""
+
+    def __init__(self, config: UpstreamConfig, way: Way, retries: int, breaking: Tuple[int, float], clock: Any):
+        """`breaking` is (failures in a row, seconds) of the breakers."""
+        self.name, self.key, self.globs, self.model = config.name, config.key, config.models, config.model
+        self.dialect, self.most, self.headers = config.dialect, config.max_concurrency, config.headers
+        self.mend, self.retries, self.clock = QUIRKS.get(config.name), retries, clock
+        self.addresses = [Address(endpoint, way, Breaker(*breaking), clock) for endpoint in config.url]
+        self.read_timeout, self.turn, self.lock = way.read_timeout, 0, threading.Lock()
+        self.without_options: set = set()  # models for which stream_options are an error here
+
+    def serves(self, model: str) -> bool:
+        return any(fnmatch.fnmatchcase(model, glob) for glob in self.globs)
+
+    def path(self, path: str, dialect: str) -> str:
+        """Where a call of this dialect goes. Gemini has a place of its own for those that are OpenAI's."""
+        if self.dialect == "gemini" and dialect == "openai" and path.startswith("/v1/"):
+            return "/v1beta/openai" + path[3:]
+        return path
+
+    # -- which address
+
+    def enter(self, failed: List[Address]) -> Optional[Address]:
+        """-> the address with the fewest running calls, which has one more now; None where none can be asked."""
+        with self.lock:
+            if self.most and sum([one.running for one in self.addresses]) >= self.most:
+                raise UpstreamBusy()
+            now = self.clock.monotonic()
+            able = [one for one in self.addresses if one.breaker.allows(now) and one not in failed]
+            if not able:
+                return None
+            address = able[0]
+            if len(able) > 1:
+                self.turn += 1
+                turned = self.turn % len(able)
+                address = min(able[turned:] + able[:turned], key=lambda one: one.running)
+            address.running += 1
+            address.breaker.enter()
+            return address
+
+    def leave(self, address: Address) -> None:
+        """A call of its is over."""
+        with self.lock:
+            address.running -= 1
+
+    def judge(self, address: Address, good: Optional[bool]) -> None:
+        breaker = address.breaker
+        if not good or breaker.failures or breaker.opened is not None:
+            with self.lock:
+                breaker.judge(good, self.clock.monotonic())
+
+    def wait(self) -> float:
+        """Seconds until the first breaker may be tried."""
+        now = self.clock.monotonic()
+        return min([one.breaker.opened + one.breaker.seconds - now for one in self.addresses
+                    if one.breaker.opened is not None], default=0)
+
+    def told(self) -> Dict[str, Any]:
+        """For /health."""
+        now = self.clock.monotonic()
+        with self.lock:
+            states = [one.breaker.state(now) for one in self.addresses]
+            running = sum([one.running for one in self.addresses])
+        return {"state": min(states, key=("closed", "half_open", "open").index), "in_flight": running,
+                "addresses": "%d/%d" % (states.count("closed"), len(states))}
+
+    # -- what is asked
+
+    def forward(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch) -> Answer:
+        """Send one request and wait for the head of its answer. `head` gives the request's, but for the lines that
+        frame its body; `body` is bytes, or a RequestBody to relay in blocks. An answer that asks for patience is
+        asked for again, where that is set. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, UpstreamBusy,
+        CallerGone."""
+        for left in range(self.retries, -1, -1):
+            answer = self.ask(method, head, body, watch)
+            if not left or answer.status not in (429, 503) or not isinstance(body, bytes):
+                break
+            patience = answer.head.get("retry-after", "")
+            if not re.fullmatch("[0-9]", patience) or int(patience) > MOST_RETRY_SECONDS:
+                break
+            with answer:
+                pass  # it is left unread
+            watch.pause(threading.Event(), self.clock.monotonic() + int(patience))
+        return answer
+
+    def ask(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch) -> Answer:
+        """As `forward`, once. An address that cannot be reached was sent nothing, so the next one is asked."""
+        failed: List[Address] = []
+        failure: Optional[Refusal] = None
+        while True:
+            address = self.enter(failed)
+            if address is None:
+                raise failure or UpstreamOpen(self.wait())
+            answer = good = None
+            try:
+                answer = address.ask(address.connect(watch), method, head(address), body, watch)
+                answer.upstream, good = self, answer.status not in FAILING
+                return answer
+            except (UpstreamFailed, UpstreamTimeout) as refusal:
+                # what talks nonsense is there, all the same
+                good = False if isinstance(refusal, UpstreamTimeout) or refusal.silent else None
+                if not refusal.unsent:
+                    raise
+                failure = refusal
+                failed.append(address)
+            finally:
+                self.judge(address, good)
+                if answer is None:
+                    self.leave(address)
+
+    def own_lines(self, address: Address, dialect: Dialect, shown: Optional[str] = None) -> str:
+        """What we say to it ourselves; `shown` is the key of the caller's own, for those that want to see it."""
+        key = shown if self.key == PASSTHROUGH else self.key
+        return "".join([address.host_line, dialect.CREDENTIAL % key if key else ""]
+                       + [row + "\r\n" for row in self.headers.values()])
+
+    def models(self, watch: Watch) -> List[str]:
+        """The names of its models. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, UpstreamBusy, and ValueError
+        where it answers with something else."""
+        if self.model is not None or self.key == PASSTHROUGH:  # it has but one, or we have no key to ask with
+            plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
+            return plain or [self.model] if self.model else plain
+        dialect = DIALECTS["anthropic" if self.dialect == "anthropic" else "openai"]
+        path, query = self.path("/v1/models", dialect.name), dialect.MODELS_QUERY
+
+        def head(address):
+            return ("GET %s HTTP/1.1\r\n%s%sAccept: application/json\r\nAccept-Encoding: identity\r\n" % (
+                address.target(path, query), self.own_lines(address, dialect),
+                "".join([row + "\r\n" for row in dialect.VERSION_LINES]))).encode("latin-1")
+        with self.forward("GET", head, b"", watch) as answer:
+            body = self.whole(answer, watch)
+            try:
+                names = [str(row["id"]) for row in parse_answer(body)["data"]]
+            except (ValueError, LookupError, TypeError, RecursionError):
+                raise ValueError("the upstream answered %d, and no list of models" % answer.status) from None
+        names = [name[len("models/"):] if name.startswith("models/") else name for name in names]  # Gemini's way
+        return [name for name in names if self.serves(name)] if self.globs else names
+
+    def whole(self, answer: Answer, watch: Watch, most: int = 1 << 22) -> bytes:
+        """The body of an answer, of at most `most` bytes."""
+        wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
+        deadline = self.clock.monotonic() + self.read_timeout
+        try:
+            while len(body) <= most:
+                body += passage.feed(wire.take())
+                if passage.framing.ended:
+                    return body
+                watch.wait(wire, READ, deadline)
+                if not wire.fill():
+                    if passage.end_of_stream()[0]:
+                        return body
+                    break
+        except TimeoutError:
+            raise UpstreamTimeout() from None
+        except (OSError, Malformed) as failure:
+            raise UpstreamFailed(failure) from None
+        raise UpstreamFailed("answer was cut or too long")
+
+    def mentions(self, answer: Answer, words: bytes, watch: Watch, most: int = 65536) -> bool:
+        """Whether the body of an answer speaks of `words`. It is read, and stays to be passed on."""
+        wire, deadline = answer.link.wire, self.clock.monotonic() + min(5, self.read_timeout)
+        while True:
+            try:
+                framing = copy.copy(answer.framing)
+                _, payload = framing.feed(wire.ahead)
+                if words in payload or framing.ended or len(wire.ahead) > most:
+                    return words in payload
+                watch.wait(wire, READ, deadline)
+                if not wire.fill():
+                    return False
+            except (Malformed, OSError):  # TimeoutError is one, too
+                return False
+
+
+class Routes:
+    """Finds the upstreams of a call: those that its path or its model names, in the order they are tried, or the
+    base."""
+
+    def __init__(self, base: Optional[Upstream], named: List[Upstream]):
+        self.base, self.named = base, named
+        self.all = ([base] if base else []) + named
+        self.by_name = {upstream.name: upstream for upstream in named}
+        self.known: Dict[str, List[Upstream]] = {}
+
+    def find(self, call: Call) -> List[Upstream]:
+        """Raises NotServed."""
+        if call.prefix:
+            return [self.by_name[call.prefix]]
+        found = self.known.get(call.wanted)
+        if found is None:
+            found = [upstream for upstream in self.named if upstream.serves(call.wanted)]
+            found = found or ([self.base] if self.base else [])
+            if len(self.known) >= KNOWN_MODELS:
+                self.known.clear()
+            self.known[call.wanted] = found
+        if not found:
+            raise NotServed(call.model)
+        return found
+
+    def close_stale(self, everything: bool = False) -> None:
+        for upstream in self.all:
+            for address in upstream.addresses:
+                address.close_stale(everything)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Books: what is written down of every call. Entries are filled on the way and recorded once; lines are
 # formatted and written by a thread of their own, so that a log nobody reads never blocks a call. It knows no
@@ -2896,12 +3359,12 @@ class Entry:
     is the end in unix nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok,
     limited, refused, upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path",
-                 "status", "outcome", "cause", "call", "hold", "passed", "listener", "usage", "picodollars",
-                 "priced")
+                 "status", "outcome", "cause", "call", "upstream", "hold", "passed", "listener", "usage",
+                 "picodollars", "priced")
 
     def __init__(self, address: str):
         self.address = address
-        self.identity = self.caller = self.method = self.path = self.call = self.hold = None
+        self.identity = self.caller = self.method = self.path = self.call = self.upstream = self.hold = None
         self.first_byte = self.started = self.cause = self.listener = self.usage = self.priced = None
         self.status, self.outcome, self.passed, self.picodollars = 0, "ok", 0, 0
 
@@ -2917,7 +3380,7 @@ class Entry:
         usage = self.usage or NO_USAGE
         return (self.identity, self.wall / 1e9, self.caller.label if self.caller else self.address, self.address,
                 self.method, self.path[:200], call and call.dialect.name, call and clean(call.model),
-                call and clean(call.served), "base" if call else None, self.status, self.outcome, self.cause,
+                call and clean(call.served), self.upstream, self.status, self.outcome, self.cause,
                 bool(call and call.stream), usage.input, usage.cached, usage.cache_write, usage.output,
                 usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
                 self.priced is False, hold and hold.held, hold and hold.charges(),
@@ -2931,7 +3394,7 @@ class Entry:
         return {
             "time": moment, "id": self.identity, "caller": self.caller.label if self.caller else self.address,
             "method": self.method, "path": self.path and self.path[:200], "status": self.status,
-            "model": call and call.model and call.model[:80],
+            "model": call and call.model and call.model[:80], "upstream": self.upstream,
             "outcome": self.outcome, "cause": self.cause, "stream": bool(call and call.stream),
             "first_ms": self.first_byte and int((self.first_byte - self.started) * 1000),
             "ms": int((self.ended - self.started) * 1000), "cost": held and hold.amount,
@@ -2956,7 +3419,7 @@ class Entry:
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={int((self.ended - self.started) * 1000)}ms cost={hold.amount if held else '-'} "
             f"left={hold.remaining if held else '-'}{tokens}{usd} bytes={self.passed} "
-            f"id={self.identity or '-'}{cause}")
+            f"upstream={self.upstream or '-'} id={self.identity or '-'}{cause}")
 
 
 NO_USAGE = Usage()
@@ -3294,9 +3757,9 @@ class Books:
 
 class Proxy:
     def __init__(self, config: Config, clock: Any, callers: Callers, limits: Limits, prices: Prices, meter: Meter,
-                 dialects: Dialects, upstream: Upstream, relay: Relay, books: Books):
+                 dialects: Dialects, routes: Routes, relay: Relay, books: Books):
         self.config, self.clock, self.callers, self.limits = config, clock, callers, limits
-        self.prices, self.meter, self.dialects, self.upstream = prices, meter, dialects, upstream
+        self.prices, self.meter, self.dialects, self.routes = prices, meter, dialects, routes
         self.relay, self.books = relay, books
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
@@ -3305,9 +3768,22 @@ class Proxy:
         ended: no thread waits meanwhile."""
         caller = entry.caller = self.identify(request, entry.address)                               # identify
         call = reply.call = entry.call = self.dialects.read(request, reply.body.whole)
-        with self.admit(caller, entry.address, call) as hold:                                       # admit
+        *spares, last = self.routes.find(call)                                                      # route
+        for upstream in spares:
+            try:
+                return (yield from self.ask(upstream, caller, request, call, reply, entry))
+            except Refusal as refusal:
+                if not refusal.unsent:
+                    raise
+        yield from self.ask(last, caller, request, call, reply, entry)
+
+    def ask(self, upstream: Upstream, caller: Caller, request: Request, call: Call, reply: Any, entry: Entry) -> Any:
+        """The rest of its life, at one upstream."""
+        entry.upstream = upstream.name
+        if call.endpoint is not None:
+            call.aim(upstream.model, upstream.mend)
+        with self.admit(caller, entry.address, call, upstream) as hold:                             # admit
             entry.hold = hold
-            upstream = self.route(call)                                                             # route
             try:
                 with self.forward(upstream, request, call, reply) as answer:                        # forward
                     passage = reply.receive(answer)
@@ -3337,21 +3813,20 @@ class Proxy:
             derived["caller"] = self.callers.identify(credential, address)
         return derived["caller"]
 
-    def admit(self, caller: Caller, address: str, call: Call) -> Hold:
+    def admit(self, caller: Caller, address: str, call: Call, upstream: Upstream) -> Hold:
         costs = FREE if call.endpoint is None else self.meter.before(call)
-        return self.limits.admit(caller, address, call.served, costs)
-
-    def route(self, call: Call) -> Upstream:
-        return self.upstream
+        return self.limits.admit(caller, address, call.served, costs, upstream.name)
 
     def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
         """A stream tells its usage only when asked; an upstream that takes the question for an error is not asked
         again."""
-        head, body = self.head_up(request, call, upstream), self.body_up(call, reply)
+        head = functools.partial(self.head_up, request, call, upstream)
+        body = plain = call.outgoing if call.endpoint else b"" if reply.body.ended else reply.body
         if call.stream and self.meter.counting and call.endpoint in ("chat", "completions") and (
                 call.served not in upstream.without_options):
             call.add_usage()
-        answer = upstream.forward(request.method, head, call.body if call.added else body, reply.watch)
+            body = call.outgoing
+        answer = upstream.forward(request.method, head, body, reply.watch)
         if call.added and answer.status in (400, 422):
             with contextlib.ExitStack() as stack:
                 stack.push(answer)
@@ -3359,7 +3834,7 @@ class Proxy:
                     stack.pop_all()
                     return answer
             call.added = False
-            answer = upstream.forward(request.method, head, body, reply.watch)
+            answer = upstream.forward(request.method, head, plain, reply.watch)
             if answer.status < 400 and len(upstream.without_options) < KNOWN_MODELS:
                 upstream.without_options.add(call.served)  # else the fault was another one
         return answer
@@ -3379,28 +3854,33 @@ class Proxy:
         hold.settle(self.meter.costs(usage, entry.picodollars, estimate))
 
     @staticmethod
-    def head_up(request: Request, call: Call, upstream: Upstream) -> bytes:
+    def head_up(request: Request, call: Call, upstream: Upstream, address: Address) -> bytes:
         """What goes upstream before the body, but for its framing. A metered answer must stay readable, so it is
         asked for plain."""
-        derived, metered = request.head.derived, call.endpoint is not None
-        if upstream not in derived:
-            dropped = REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM
-            if not IDENTITY.fullmatch(request.head.get("x-request-id", "")):
-                dropped = dropped | {"x-request-id"}
-            # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
-            dropped = dropped.union([name for name in request.head.rows
-                                     if "_" in name or name.startswith(IDENTIFYING)])
-            rows = request.head.end_to_end(dropped)
-            if metered:
-                rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
-            start = "%s %s HTTP/1.1\r\n" % (request.method, upstream.target(call.path, call.query))
-            derived[upstream] = (start + upstream.own_lines(call.dialect.CREDENTIAL) + "".join(
-                [row + "\r\n" for row in rows])).encode("latin-1")
-        return derived[upstream]
-
-    @staticmethod
-    def body_up(call: Call, reply: Any) -> Any:
-        return call.body if call.endpoint else b"" if reply.body.ended else reply.body
+        derived, metered, path = request.head.derived, call.endpoint is not None, call.path
+        known = derived.get(address)
+        if known and known[0] == path:
+            return known[1]
+        dropped = REWRITTEN_FOR_CALLS if metered else NEVER_UPSTREAM
+        if not IDENTITY.fullmatch(request.head.get("x-request-id", "")):
+            dropped = dropped | {"x-request-id"}
+        # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
+        dropped = dropped.union(upstream.headers, [name for name in request.head.rows
+                                                   if "_" in name or name.startswith(IDENTIFYING)])
+        rows = request.head.end_to_end(dropped)
+        place, dialect = upstream.path(path, call.dialect.name), call.dialect
+        if not metered and place == path and upstream.dialect:
+            dialect = DIALECTS[upstream.dialect]
+        if dialect.name == upstream.dialect and "anthropic-version" not in request.head.rows:
+            rows += dialect.VERSION_LINES
+        if metered:
+            rows += ["Content-Type: application/json", "Accept-Encoding: identity"]
+        shown = Callers.shown(request.head, request.query) if upstream.key == PASSTHROUGH else None
+        head = "%s %s HTTP/1.1\r\n%s%s" % (
+            request.method, address.target(place, call.query), upstream.own_lines(address, dialect, shown),
+            "".join([row + "\r\n" for row in rows]))
+        derived[address] = path, head.encode("latin-1")
+        return derived[address][1]
 
 
 def default_rule(config: Config) -> Rule:
@@ -3424,9 +3904,22 @@ def build(config: Config, stream: Any, clock: Any = time, database: Any = None) 
     usage_log = open_usage_log(config.usage_log) if config.usage_log else None
     return Proxy(
         config, clock, Callers(config.proxy_api_keys, os.urandom(32)), limits, prices, meter,
-        Dialects(config.base_model),
-        Upstream(config.base_api_url, config.base_api_key, config.open_timeout, config.read_timeout, clock),
-        Relay(clock, log.report), Books(log, ledger, usage_log))
+        Dialects(config.model_aliases or {}, {one.name: one.dialect for one in config.upstreams}),
+        build_routes(config, clock), Relay(clock, log.report), Books(log, ledger, usage_log))
+
+
+def build_routes(config: Config, clock: Any) -> Routes:
+    tls = None
+    if any(one.scheme == "https" for upstream in config.upstreams for one in upstream.url) or any(
+            one.scheme == "https" for one in config.base_api_url or ()):
+        tls = ssl.create_default_context(cafile=config.upstream_ca_file)
+        if config.upstream_tls_verify == "off":
+            tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    way = Way(config.open_timeout, config.read_timeout, tls, config.https_proxy, config.no_proxy or "")
+    base = UpstreamConfig("base", config.base_api_url, config.base_api_key, model=config.base_model)
+    made = [Upstream(one, way, config.upstream_retries, (config.breaker_failures, config.breaker_seconds), clock)
+            for one in ([base] if base.url else []) + config.upstreams]
+    return Routes(made.pop(0) if base.url else None, made)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3440,11 +3933,53 @@ class Page(NamedTuple):
     lines: Tuple[str, ...] = ()
 
 
+class Catalogue:
+    """The models of all upstreams. They are asked side by side, and what they say is kept for a minute; who does
+    not answer in time is left out. Of a named upstream only those count that its calls need no prefix for."""
+    ASK_SECONDS, KEEP_SECONDS = 5, 60
+
+    def __init__(self, routes: Routes, clock: Any):
+        self.upstreams = [upstream for upstream in routes.all if upstream.globs or upstream is routes.base]
+        self.clock, self.lock = clock, threading.Lock()
+        self.found: List[str] = []
+        self.asked: Optional[float] = None
+
+    def names(self) -> List[str]:
+        # whoever waits for another one's question takes what that brings
+        if self.lock.acquire(timeout=self.ASK_SECONDS + 0.5):
+            try:
+                now = self.clock.monotonic()
+                if self.asked is None or now >= self.asked + self.KEEP_SECONDS:
+                    self.found, self.asked = self.ask(now), now
+            finally:
+                self.lock.release()
+        return self.found
+
+    def ask(self, now: float) -> List[str]:
+        lists: List[List[str]] = [[] for _ in self.upstreams]
+        watch = Watch(None, self.clock, now + self.ASK_SECONDS)
+
+        def run(number, upstream):
+            try:
+                lists[number] = upstream.models(watch)
+            except (Refusal, ValueError):
+                pass  # left out
+
+        threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(self.upstreams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0, now + self.ASK_SECONDS - self.clock.monotonic()))
+        return [name for names in list(lists) for name in names]
+
+
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
     def __init__(self, proxy: Proxy):
-        self.proxy = proxy
+        self.proxy, self.catalogue = proxy, Catalogue(proxy.routes, proxy.clock)
+        # else the list is that of the only upstream
+        self.lists = bool(proxy.config.base_model or proxy.routes.named or proxy.config.model_aliases)
 
     def find(self, request: Request) -> Optional[Callable[[Request, Entry], Page]]:
         """-> the page that answers this request, None where it is the upstream's."""
@@ -3453,7 +3988,7 @@ class Pages:
         if request.method in ("GET", "HEAD"):
             if request.path == "/health":
                 return self.health
-            if request.path in ("/v1/models", "/models") and self.proxy.config.base_model:
+            if request.path in ("/v1/models", "/models") and self.lists:
                 return self.models
         return None
 
@@ -3480,13 +4015,17 @@ class Pages:
             told["quota"] = {
                 "limit": quota.limit, "remaining": quota.remaining, "refill_tokens": quota.refill_tokens,
                 "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}
+        told["upstreams"] = {upstream.name: upstream.told() for upstream in proxy.routes.all}
         if books.ledger:
             told["ledger"] = {"queued": len(books.ledger.queue), "dropped": books.ledger.dropped}
         return Page(200, json.dumps(told).encode())
 
     def models(self, request: Request, entry: Entry) -> Page:
         entry.caller = self.proxy.identify(request, entry.address)
-        return Page(200, self.proxy.dialects.openai.models([self.proxy.config.base_model]))
+        names = self.catalogue.names() + list(self.proxy.config.model_aliases or ())
+        dialects = self.proxy.dialects
+        dialect = dialects.anthropic if "anthropic-version" in request.head.rows else dialects.openai
+        return Page(200, dialect.models(list(dict.fromkeys(names))))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3656,7 +4195,7 @@ class Reply:
 
     def await_rest(self, answer: Answer, passage: Passage) -> None:
         wire, clock = answer.link.wire, self.proxy.clock
-        deadline = clock.monotonic() + min(self.WHOLE_SECONDS, answer.upstream.read_timeout)
+        deadline = clock.monotonic() + min(self.WHOLE_SECONDS, answer.address.read_timeout)
         while not passage.framing.ended and len(self.first) < self.MAX_WHOLE:
             try:
                 self.watch.wait(wire, READ, deadline)
@@ -3689,7 +4228,7 @@ class Reply:
             rows = head.end_to_end(REPLACED_WITH_CORS if self.proxy.config.cors_origins else REPLACED)
             for name in ("location", "content-location"):
                 if name in head.rows:
-                    rows.append("%s: %s" % (name.title(), answer.upstream.location(head.get(name))))
+                    rows.append("%s: %s" % (name.title(), answer.address.location(head.get(name))))
             if "x-request-id" in head.rows:
                 rows.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
             head.derived["down"] = "".join([row + "\r\n" for row in rows])
@@ -4054,7 +4593,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.resume(handler, handler.ending)
         if now > self.swept + 1:
             self.swept = now
-            self.proxy.upstream.close_stale()
+            self.proxy.routes.close_stale()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.proxy.books.log.report()
@@ -4086,7 +4625,7 @@ class Server(http.server.ThreadingHTTPServer):
                     except OSError:
                         pass
                 self.lock.wait_for(lambda: not self.open, 1)
-        self.proxy.upstream.close_stale(everything=True)
+        self.proxy.routes.close_stale(everything=True)
         while self.turned_away:
             self.dismiss(self.turned_away.popleft()[1])
         return left
@@ -4176,9 +4715,13 @@ def describe(config: Config) -> List[str]:
     cost = {"request": "%d" % config.request_token_cost,
             "estimate": "its estimated tokens, %d for an answer without a maximum" % config.response_token_reserve,
             "usage": "the tokens it used"}[config.token_cost_mode]
-    return ["upstream %s%s, key %s, model %s" % (
-                config.base_api_url.origin, config.base_api_url.path,
-                "set" if config.base_api_key else "not set", config.base_model or "as asked for"),
+    base = UpstreamConfig("base", config.base_api_url, config.base_api_key, model=config.base_model)
+    return ["upstream %s %s, key %s, %s" % (
+                one.name, " ".join([url.origin + url.path for url in one.url]),
+                "of the caller" if one.key == PASSTHROUGH else "set" if one.key else "not set",
+                "model %s" % one.model if one.model else "models %s" % " ".join(one.models) if one.models
+                else "model as asked for" if one is base else "by its prefix alone")
+            for one in ([base] if base.url else []) + config.upstreams] + [
             "limits " + "; ".join(rule.text for rule in config.limits) if config.limits else
             "each caller's bucket holds %d tokens and gains %d every %d s; a call costs %s" % (
                 config.max_tokens, config.refill_tokens, config.refill_interval_seconds, cost)]
@@ -4191,33 +4734,31 @@ def settings_help() -> str:
         for setting in settings:
             rows.append("  %-24s %s%s" % (
                 setting.name, setting.sentence, "" if setting.default is None else " [%s]" % setting.default))
+    rows += ["", "One more upstream; NAME is the prefix of its paths, or a vendor: %s:" % ", ".join(VENDORS)]
+    rows += ["  %-29s %s" % (setting.name, setting.sentence) for setting in UPSTREAM_SETTINGS]
     return "\n".join(rows)
 
 
 def check(config: Config, stream: Any) -> int:
     """Print what would be used, ask the upstream for its models; -> exit code."""
-    for setting in every_setting():
-        text = config.texts[setting.name]
-        stream.write("%-24s %s\n" % (
-            setting.name, "not set" if text is None else "set, not shown" if setting.secret else text))
+    secrets = tuple(setting.name for setting in every_setting() if setting.secret)
+    for name, text in config.texts.items():
+        secret = name in secrets or re.fullmatch("UPSTREAM_.*_(KEY|HEADERS)", name)
+        stream.write("%-24s %s\n" % (name, "not set" if text is None else "set, not shown" if secret else text))
     for warning in config.warnings():
         stream.write("warning: %s\n" % warning)
-    upstream = Upstream(config.base_api_url, config.base_api_key, config.open_timeout,
-                        min(10, config.read_timeout), time)
-    nobody, other_end = socket.socketpair()  # a caller who never leaves
-    with nobody, other_end:
+    sound = True
+    for upstream in build_routes(config, time).all:
+        upstream.model = None  # its own list is asked for
         try:
-            status, body = upstream.fetch("/v1/models", Watch(Connection(nobody), time))
-        except Refusal as refusal:
-            stream.write("models: %s (%s)\n" % (refusal, refusal.cause))
-            return 1
-    try:
-        names = [str(row["id"]) for row in json.loads(body)["data"]]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        stream.write("models: the upstream answered %d, and no list of models\n" % status)
-        return 1
-    stream.write("models: %s\n" % ", ".join(map(clean, names)))
-    return 0
+            names = upstream.models(Watch(None, time, time.monotonic() + 10))
+        except (Refusal, ValueError) as reason:
+            stream.write("models of %s: %s\n" % (upstream.name, "%s (%s)" % (reason, reason.cause)
+                                                 if isinstance(reason, Refusal) else reason))
+            sound = False
+        else:
+            stream.write("models of %s: %s\n" % (upstream.name, ", ".join(map(clean, names)) or "none were told"))
+    return 0 if sound else 1
 
 
 def take_one_cpu(wanted: Optional[int], port: int) -> None:

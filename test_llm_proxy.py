@@ -483,7 +483,7 @@ class ProxyCase(unittest.TestCase):
         server.drain(0)
         accepting.join(PATIENCE)
         wait_for(lambda: not server.open and not proxy.relay.flows, "the end of every connection")
-        proxy.upstream.close_stale(everything=True)
+        proxy.routes.close_stale(everything=True)
         relay = proxy.relay  # it is made to run as long as the process does; here it must not
         relay.post(sys.exit)
         relay.thread.join(PATIENCE)
@@ -678,7 +678,7 @@ class ConfigTest(unittest.TestCase):
     def test_the_environment_wins_over_dotenv(self):
         dotenv = "PORT=7000\nMAX_TOKENS=3\nBASE_API_URL=http://from.dotenv\n"
         config = read_config({"PORT": "8000", "MAX_TOKENS": ""}, dotenv)
-        self.assertEqual((config.port, config.max_tokens, config.base_api_url.host), (8000, 3, "from.dotenv"))
+        self.assertEqual((config.port, config.max_tokens, config.base_api_url[0].host), (8000, 3, "from.dotenv"))
 
     def test_dotenv_understands_export_quotes_and_comments(self):
         values, faults = llm_proxy.read_dotenv("\n".join([
@@ -729,7 +729,7 @@ class ConfigTest(unittest.TestCase):
     def test_readme_names_every_setting_and_its_default(self):
         with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
             rows = file.read().splitlines()
-        for setting in ALL_SETTINGS:
+        for setting in ALL_SETTINGS + list(llm_proxy.UPSTREAM_SETTINGS):
             with self.subTest(name=setting.name):
                 rows_of_it = [row for row in rows if re.search(r"\b%s\b" % setting.name, row)]
                 found = any((setting.default or "") in row for row in rows_of_it)
@@ -2929,7 +2929,7 @@ class SettlingTest(ProxyCase):
     def test_a_fault_of_another_kind_that_mentions_the_question_is_not_remembered(self):
         self.start(says(b'{"error": "stream_options and more"}', "400 Bad Request"))
         self.assertEqual(self.ask(call(stream=True)).status, 400)
-        self.assertEqual((self.stub.calls, self.proxy.upstream.without_options), (2, set()))
+        self.assertEqual((self.stub.calls, self.proxy.routes.base.without_options), (2, set()))
 
     def test_a_maximum_beyond_all_numbers_is_no_crash(self):
         self.start(LIMITS="each 100 tokens per day; all 1 usd per day")
@@ -3011,7 +3011,7 @@ class BooksTest(ProxyCase):
         self.assertTrue(0 <= first <= whole < PATIENCE * 1000)
         self.assertEqual(entry, {
             "id": answered.get("x-request-id"), "caller": "alice", "method": "POST", "path": CHAT,
-            "model": "m", "status": 200, "outcome": "ok", "cause": None, "stream": False, "cost": 1,
+            "model": "m", "upstream": "base", "status": 200, "outcome": "ok", "cause": None, "stream": False, "cost": 1,
             "remaining": 4, "input": 3, "output": 0, "estimated": True, "usd": None, "bytes": 14})
 
     def test_a_text_line_tells_the_same(self):
@@ -3019,7 +3019,7 @@ class BooksTest(ProxyCase):
         answered = self.ask(request("POST", CHAT + "?secret=hush", chat(stream=True), key="sk-1"))
         row = wait_for(self.lines.text)
         self.assertRegex(row, r"^20\S+Z alice POST /v1/chat/completions m 200 ok stream first=[0-9.]+ms"
-                              r" all=[0-9.]+ms cost=1 left=4 in=~3 out=~0 bytes=14 id=\S+\n$")
+                              r" all=[0-9.]+ms cost=1 left=4 in=~3 out=~0 bytes=14 upstream=base id=\S+\n$")
         self.assertIn(" id=%s\n" % answered.get("x-request-id"), row)
 
     def test_there_is_one_line_for_every_call_whatever_its_ending(self):
@@ -3048,7 +3048,7 @@ class BooksTest(ProxyCase):
                 with self.subTest(log_format=log_format, model=model[:20]):
                     self.assertTrue(row.isascii() and row.isprintable(), row)
                     if log_format == "text":
-                        self.assertEqual(len(row.split(" ")), 16, row)
+                        self.assertEqual(len(row.split(" ")), 17, row)
                         self.assertLess(len(row), 1000)
                     else:
                         self.assertEqual(json.loads(row)["model"], model[:80])
@@ -3561,11 +3561,11 @@ class EndingsTest(ProxyCase):
                 client = self.connect().send(call("key-%d" % number, max_tokens=50))
                 asked = self.stub.next()
                 asked.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{12345")
-                wait_for(lambda: self.proxy.upstream.last is not None)
+                wait_for(lambda: self.proxy.routes.base.addresses[0].last is not None)
                 hang_up(client)
                 asked.wait_for_hang_up()
                 self.assert_ending("caller_gone", 1000 - 3 - 2, number, "key-%d" % number)
-                self.proxy.upstream.last = None
+                self.proxy.routes.base.addresses[0].last = None
 
     def test_a_caller_who_hangs_up_while_its_answer_keeps_coming_closes_the_upstream(self):
         self.start(None)
@@ -3605,7 +3605,7 @@ class EndingsTest(ProxyCase):
 
     def test_a_bug_of_ours_is_a_500_with_one_traceback_in_the_log_and_costs_nothing(self):
         self.start()
-        with mock.patch.object(self.proxy, "route", side_effect=ZeroDivisionError("a bug")):
+        with mock.patch.object(self.proxy.routes, "find", side_effect=ZeroDivisionError("a bug")):
             answered = self.ask(call())
         self.tracebacks = 1
         self.assertEqual((answered.status, answered.error()["type"]), (500, "server_error"))
@@ -3635,7 +3635,7 @@ class EndingsTest(ProxyCase):
         self.ask(call())
 
         def settled():
-            self.proxy.upstream.close_stale(everything=True)
+            self.proxy.routes.close_stale(everything=True)
             gc.collect()
             return len(os.listdir("/proc/self/fd")), threading.active_count()
         wait_for(lambda: not self.server.open)
@@ -3667,7 +3667,8 @@ class PagesTest(ProxyCase):
         answered = self.ask(request("GET", "/health", key="k"))
         quota = {"limit": 10, "remaining": 1, "refill_tokens": 2, "refill_interval_seconds": 300,
                  "wait_seconds": 200}
-        told = {"ok": True, "version": llm_proxy.VERSION, "model": "gemma4", "quota": quota}
+        told = {"ok": True, "version": llm_proxy.VERSION, "model": "gemma4", "quota": quota,
+                "upstreams": {"base": {"state": "closed", "in_flight": 0, "addresses": "1/1"}}}
         self.assertEqual(answered.json(), told)
         self.assertNotIn("127.0.0.1", str(answered.fields) + answered.body.decode())
 
@@ -4193,7 +4194,7 @@ class CommandsTest(unittest.TestCase):
                                       BASE_API_KEY="sk-hush",
                                       PROXY_API_KEYS="alice=sk-hush-2").finish()
         self.assertEqual((code, err), (0, ""))
-        self.assertIn("models: one, two\n", out)
+        self.assertIn("models of base: one, two\n", out)
         self.assertNotIn("hush", out)
         for setting in ALL_SETTINGS:
             self.assertRegex(out, r"(?m)^%s +\S" % setting.name)
