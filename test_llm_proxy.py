@@ -28,6 +28,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -333,10 +334,11 @@ class Stub:
     Asked from `next()` and answers in its own time, byte by byte if it likes. `reads`: whether bodies are
     read before that."""
 
-    def __init__(self, answer=None, reads=True):
-        self.answer, self.reads = answer, reads
+    def __init__(self, answer=None, reads=True, port=0, tls=None):
+        """`tls` is the SSLContext of one that speaks HTTPS."""
+        self.answer, self.reads, self.tls = answer, reads, tls
         self.requests, self.connections, self.waiting = [], 0, queue.Queue()
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.listener = socket.create_server(("127.0.0.1", port), backlog=512)
         self.port = self.listener.getsockname()[1]
         self.sockets, self.threads = [], []
         self.thread = threading.Thread(target=self.accept, daemon=True)
@@ -356,8 +358,12 @@ class Stub:
             self.threads[-1].start()
 
     def converse(self, sock):
-        reader, asked = Reader(sock), None
+        asked = None
         try:
+            if self.tls:
+                sock = self.tls.wrap_socket(sock, server_side=True)
+                self.sockets.append(sock)
+            reader = Reader(sock)
             while asked is None or asked.kept:
                 asked = Asked(sock, reader)
                 if self.reads:
@@ -506,11 +512,15 @@ class ProxyCase(unittest.TestCase):
 
     def send_apart(self, client, *pieces):
         """Send each piece when the proxy has read the one before it."""
-        name = client.sock.getsockname()
-        theirs = wait_for(lambda: [sock for sock in list(self.server.open) if sock.getpeername() == name])[0]
+        theirs = wait_for(lambda: [sock for sock in list(self.server.open) if self.are_peers(sock, client.sock)])[0]
         for piece in pieces:
             client.send(piece)
             wait_for(lambda: self.nothing_unread(client.sock, theirs), "the reading of %r" % piece)
+
+    @staticmethod
+    def are_peers(one, other):
+        with contextlib.suppress(OSError):  # closed
+            return one.getpeername() == other.getsockname()
 
     @staticmethod
     def nothing_unread(sender, receiver):
@@ -644,7 +654,13 @@ class ConfigTest(unittest.TestCase):
             "LIMIT_MESSAGE": ("two\nlines",),
             "CPU_AFFINITY": ("none", "-1"),
             "PROXY_API_KEYS": ("a,,b", "alice=", "a b", "same,same", "x=same,y=same", "c2VjcmV0==", "sk/1=x"),
-            "BASE_API_URL": ("localhost:8000", "ftp://host", "http://", "http://user:pw@host",
+            "MODEL_ALIASES": ("fast", "=m", "fast=", "a=b,a=c", "a=b,,"), "UPSTREAM_TLS_VERIFY": ("no",),
+            "UPSTREAM_CA_FILE": ("/nowhere.pem", FILE), "UPSTREAM_ORDER": ("openai",),
+            "HTTPS_PROXY": ("socks5://host:1080", "http://", "http://host:0", "http://user:pw@"),
+            "UPSTREAM_X_URL": ("host", "http://a,http://a"), "UPSTREAM_OPENAI_MODELS": (",", "two words"),
+            "UPSTREAM_OPENAI_DIALECT": ("OpenAI",), "UPSTREAM_OPENAI_MAX_CONCURRENCY": ("-1",),
+            "UPSTREAM_OPENAI_HEADERS": ("X", "X Y: z", "Host: x", "content-length: 1", "X: a|", "X: \u20ac"),
+            "BASE_API_URL": ("http://a,http://a", "http://a,", "localhost:8000", "ftp://host", "http://", "http://user:pw@host",
                              "http://host?a=b", "http://host#x", "http://host:0", "http://host:65536",
                              "http://host:", "http://ho st", "http://host/a b", "http://host\r\nX: y"),
         }
@@ -655,7 +671,7 @@ class ConfigTest(unittest.TestCase):
                     self.assertEqual([fault.split(" ")[0] for fault in faults], [name])
 
     def test_a_fault_in_a_secret_does_not_show_it(self):
-        for name in ("BASE_API_KEY", "PROXY_API_KEYS"):
+        for name in ("BASE_API_KEY", "PROXY_API_KEYS", "HTTPS_PROXY", "UPSTREAM_OPENAI_KEY", "UPSTREAM_OPENAI_HEADERS"):
             with self.subTest(name=name):
                 fault, = self.faults(**{**self.HERE, name: "hush hush,, hush"})
                 self.assertNotIn("hush", fault)
@@ -705,6 +721,37 @@ class ConfigTest(unittest.TestCase):
         for text, keys in table.items():
             with self.subTest(text=text):
                 self.assertEqual(read_config({**self.HERE, "PROXY_API_KEYS": text}).proxy_api_keys, keys)
+
+    def test_named_upstreams_are_those_of_which_something_is_said(self):
+        self.assertEqual(read_config(self.HERE).upstreams, [])
+        config = read_config({"UPSTREAM_GPU_BOX_URL": "http://127.0.0.1:1/v1,http://127.0.0.1:2/v1",
+                              "UPSTREAM_GPU_BOX_MODELS": "gemma*, qwen3", "UPSTREAM_ANTHROPIC_KEY": "sk-1",
+                              "UPSTREAM_GPU_BOX_HEADERS": "X-A: b | X-C: d", "UPSTREAM_EMPTY_KEY": ""})
+        anthropic, box = config.upstreams
+        self.assertEqual((box.name, [url.port for url in box.url], box.models, box.dialect, box.headers),
+                         ("gpu_box", [1, 2], ("gemma*", "qwen3"), "openai", {"x-a": "X-A: b", "x-c": "X-C: d"}))
+        self.assertEqual((anthropic.url[0].origin, anthropic.key, anthropic.dialect),
+                         ("https://api.anthropic.com", "sk-1", "anthropic"))
+
+    def test_upstreams_stand_in_the_order_of_upstream_order_then_of_dotenv_then_of_their_names(self):
+        dotenv = "\n".join("UPSTREAM_%s_KEY=k" % name for name in ("OPENAI", "GROQ", "MISTRAL"))
+        environ = {"UPSTREAM_OPENROUTER_KEY": "k", "UPSTREAM_GROK_KEY": "k", "UPSTREAM_ORDER": "mistral, grok"}
+        self.assertEqual([one.name for one in read_config(environ, dotenv).upstreams],
+                         ["mistral", "grok", "openai", "groq", "openrouter"])
+
+    def test_an_upstream_that_cannot_be_is_a_fault_that_names_its_variable(self):
+        table = {"UPSTREAM_BOX_KEY": "UPSTREAM_BOX_URL is not set", "UPSTREAM_V1_URL": "UPSTREAM_V1_URL must have",
+                 "UPSTREAM_HEALTH_URL": "UPSTREAM_HEALTH_URL must have"}
+        for name, fault in table.items():
+            with self.subTest(name=name):
+                self.assertIn(fault, self.faults(**{**self.HERE, name: "http://127.0.0.1"})[0])
+        fault, = self.faults(UPSTREAM_OPENAI_KEY="passthrough", PROXY_API_KEYS="sk-1")
+        self.assertIn("UPSTREAM_OPENAI_KEY must not be passthrough", fault)
+
+    def test_certificates_that_are_not_checked_are_warned_of(self):
+        warnings = read_config({**self.HERE, "PROXY_API_KEYS": "sk-1", "UPSTREAM_TLS_VERIFY": "off"}).warnings()
+        self.assertEqual(len(warnings), 1)
+        self.assertIn("UPSTREAM_TLS_VERIFY=off", warnings[0])
 
     def test_there_is_one_warning_where_callers_are_not_checked_and_none_where_they_are(self):
         warning, = read_config(self.HERE).warnings()
@@ -2839,6 +2886,525 @@ class UploadTest(ProxyCase):
         asked.wait_for_hang_up()
 
 
+class ManyCase(ProxyCase):
+    """A proxy with several upstreams, each a Stub of its own."""
+
+    def stub_of(self, name, answer=None, **options):
+        stub = Stub(answer or says(b'{"from": "%s"}' % name.encode()), **options)
+        self.addCleanup(stub.close)
+        return stub
+
+    def start_many(self, stubs, answer=None, base=True, clock=time, **settings):
+        """`stubs`: {name: Stub}, each an upstream by that name."""
+        urls = {"UPSTREAM_%s_URL" % name.upper(): "http://127.0.0.1:%d/v1" % stub.port for name, stub in stubs.items()}
+        self.start(answer or says(b'{"from": "base"}'), clock, **{
+            **urls, **settings, **({} if base else {"BASE_API_URL": ""})})
+
+    def came_from(self, data):
+        return self.ask(data).json()["from"]
+
+    def states(self):
+        return self.ask(request("GET", "/health")).json()["upstreams"]
+
+
+class AddressesTest(ManyCase):
+    def start_two(self, *answers, **settings):
+        self.boxes = [Stub(answer) for answer in answers]
+        for box in self.boxes:
+            self.addCleanup(box.close)
+        self.start(BASE_API_URL=",".join("http://127.0.0.1:%d/v1" % box.port for box in self.boxes), **settings)
+
+    def test_a_call_goes_to_the_address_with_the_fewest_running_calls_in_turn_where_they_are_equal(self):
+        self.start_two(None, None)
+        clients = [self.connect().send(call()) for _ in range(6)]
+        one, other = [[box.next() for _ in range(3)] for box in self.boxes]
+        self.assertEqual(self.states()["base"], {"state": "closed", "in_flight": 6, "addresses": "2/2"})
+        for asked in other:
+            asked.send(answer())
+            asked.finish()
+        wait_for(lambda: self.states()["base"]["in_flight"] == 3)
+        for _ in range(3):
+            self.connect().send(call())
+        self.assertEqual([self.boxes[1].next().method for _ in range(3)], ["POST"] * 3)
+        self.assertEqual(self.boxes[0].calls, 3)
+        for asked in one:
+            asked.close()
+        self.assertEqual(sorted(client.read().status for client in clients), [200] * 3 + [502] * 3)
+
+    def test_an_address_that_refuses_is_passed_over_at_once_and_no_call_fails(self):
+        self.start_two(says(), says())
+        self.boxes[0].refuse_connections()
+        self.assertEqual([self.ask(call()).status for _ in range(8)], [200] * 8)
+        self.assertEqual(self.boxes[1].calls, 8)
+        self.assertEqual(self.states()["base"]["in_flight"], 0)
+
+    def test_a_call_that_may_have_run_is_never_sent_again(self):
+        self.start_two(*[Asked.close] * 2)
+        self.assertEqual(self.ask(call()).status, 502)
+        self.assertEqual(sum(box.calls for box in self.boxes), 1)
+        self.assert_ending("upstream_failed", left=1000)
+
+    def test_when_one_of_two_boxes_is_killed_no_call_fails_but_those_that_ran_on_it(self):
+        """And when it is back, it is used again."""
+        self.start_two(says(), says(), BREAKER_SECONDS="0.2", MAX_TOKENS=10 ** 9)
+        lost, kept = self.boxes
+        ended, failed, over = [], [], threading.Event()
+
+        def work():
+            client = self.connect()
+            while not over.is_set():
+                status = client.send(call()).read().status
+                (ended if status == 200 else failed).append(status)
+        workers = [threading.Thread(target=work) for _ in range(8)]
+        for worker in workers:
+            worker.start()
+        try:
+            wait_for(lambda: lost.calls > 20 and kept.calls > 20)
+            lost.close()
+            seen, before = kept.calls, len(ended)
+            wait_for(lambda: kept.calls > seen + 50 and len(ended) > before + 50)
+            at_most = len(failed)
+            back = Stub(says(), port=lost.port)
+            self.addCleanup(back.close)
+            wait_for(lambda: back.calls > 20)
+        finally:
+            over.set()
+            for worker in workers:
+                worker.join(PATIENCE)
+        self.assertLessEqual(at_most, len(workers))
+        self.assertEqual(len(failed), at_most)
+        self.assertEqual(self.states()["base"], {"state": "closed", "in_flight": 0, "addresses": "2/2"})
+
+
+class BreakerTest(ManyCase):
+    def test_a_breaker_opens_after_so_many_failures_in_a_row_and_lets_one_call_try(self):
+        breaker = llm_proxy.Breaker(3, 30)
+        steps = (  # time, what happens, whether a call may then be made, state
+            (0, False, True, "closed"), (0, False, True, "closed"), (0, True, True, "closed"),
+            (1, False, True, "closed"), (1, None, True, "closed"), (1, False, True, "closed"),
+            (2, False, False, "open"), (31, None, False, "open"), (32, "enter", False, "half_open"),
+            (33, False, False, "open"), (62, None, False, "open"), (63, "enter", False, "half_open"),
+            (64, None, True, "half_open"), (64, "enter", False, "half_open"), (65, True, True, "closed"))
+        for number, (now, what, allowed, state) in enumerate(steps):
+            with self.subTest(number=number, now=now):
+                breaker.enter() if what == "enter" else breaker.judge(what, now)
+                self.assertEqual((breaker.allows(now), breaker.state(now)), (allowed, state))
+
+    def test_an_open_upstream_is_a_503_at_once_that_says_when_to_try_again_and_costs_nothing(self):
+        clock = Clock()
+        self.start(says(b"{}", "503 No"), clock=clock, BREAKER_FAILURES=2, BREAKER_SECONDS=30)
+        self.assertEqual([self.ask(call()).status for _ in range(2)], [503, 503])
+        clock.now += 10
+        for data, field in ((call(), "type"), (request("POST", "/v1/messages", chat(max_tokens=1)), "type"),
+                            (request("POST", "/v1beta/models/m:generateContent", b"{}"), "status")):
+            answered = self.ask(data)
+            self.assertEqual((answered.status, answered.get("retry-after")), (503, "20"))
+            self.assertEqual(answered.get("x-llm-proxy-error-class"), "upstream_open")
+            self.assertIn(field, answered.json()["error"])
+        self.assertEqual((self.stub.calls, self.left()), (2, 1000))
+        self.assertEqual(self.states()["base"], {"state": "open", "in_flight": 0, "addresses": "0/1"})
+        clock.now += 21
+        self.stub.answer = says()
+        self.assertEqual(self.states()["base"]["state"], "half_open")
+        self.assertEqual(self.ask(call()).status, 200)
+        self.assertEqual(self.states()["base"]["state"], "closed")
+
+    def test_what_counts_as_a_failure(self):
+        def hangs_up(asked):
+            asked.close()
+        counts = {status: True for status in ("502 x", "503 x", "504 x", "529 x")}
+        counts.update({status: False for status in ("200 OK", "400 x", "401 x", "404 x", "429 x", "500 x", "501 x")})
+        table = [(name, says(b"{}", name), opens) for name, opens in counts.items()]
+        table += [("a reset", Asked.reset, True), ("no answer", hangs_up, True), ("nonsense", sends(b"no\r\n\r\n"), False)]
+        for name, act, opens in table:
+            with self.subTest(name):
+                self.start(act, BREAKER_FAILURES=2)
+                for _ in range(3):
+                    self.ask(call())
+                self.assertEqual((self.states()["base"]["state"], self.stub.calls),
+                                 ("open", 2) if opens else ("closed", 3))
+
+    def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
+        self.start(None, READ_TIMEOUT="0.2", BREAKER_FAILURES=2)
+        for _ in range(3):
+            client = self.connect().send(call())
+            asked = self.stub.next()
+            client.reset()
+            asked.wait_for_hang_up()
+        wait_for(lambda: self.states()["base"] == {"state": "closed", "in_flight": 0, "addresses": "1/1"})
+        self.assertEqual([self.ask(call()).status for _ in range(3)], [504, 504, 503])
+
+    def test_a_caller_who_leaves_while_its_call_tries_lets_the_next_one_try(self):
+        clock = Clock()
+        self.start(says(b"{}", "503 No"), clock=clock, BREAKER_FAILURES=1, BREAKER_SECONDS=30)
+        self.ask(call())
+        clock.now += 31
+        self.stub.answer = None
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        self.assertEqual(self.ask(call()).status, 503)
+        client.reset()
+        asked.wait_for_hang_up()
+        wait_for(lambda: self.states()["base"]["in_flight"] == 0)
+        self.stub.answer = says()
+        self.assertEqual(self.ask(call()).status, 200)
+
+    def test_an_answer_that_asks_for_patience_is_asked_for_again_where_that_is_set(self):
+        table = (  # retries, answers, status, calls
+            (0, ("503 x", "Retry-After: 0"), 503, 1), (2, ("503 x", "Retry-After: 0"), 503, 3),
+            (2, ("429 x", "Retry-After: 0"), 429, 3), (2, ("503 x",), 503, 1), (2, ("429 x", "Retry-After: 6"), 429, 1),
+            (2, ("500 x", "Retry-After: 0"), 500, 1), (2, ("429 x", "Retry-After: soon"), 429, 1))
+        for retries, told, status, calls in table:
+            with self.subTest(retries=retries, told=told):
+                self.start(says(b"{}", *told), UPSTREAM_RETRIES=retries)
+                self.assertEqual((self.ask(call()).status, self.stub.calls, self.left()), (status, calls, 1000))
+        answers = iter([answer(b"{}", "429 x", "Retry-After: 0"), answer(b"[]")])
+        self.start(lambda asked: asked.send(next(answers)), UPSTREAM_RETRIES=1)
+        self.assertEqual((self.ask(call()).body, self.stub.calls, self.left()), (b"[]", 2, 999))
+        self.assertEqual(self.states()["base"]["in_flight"], 0)
+
+    def test_an_upload_is_not_asked_for_again(self):
+        self.start(says(b"{}", "503 x", "Retry-After: 0"), UPSTREAM_RETRIES=3)
+        self.assertEqual(self.ask(request("POST", "/v1/files", b"x" * 100)).status, 503)
+        self.assertEqual(self.stub.calls, 1)
+
+
+class RoutesTest(ManyCase):
+    def test_a_prefix_names_an_upstream_and_is_stripped(self):
+        box = self.stub_of("box")
+        self.start_many({"box": box}, UPSTREAM_BOX_KEY="sk-box", BASE_API_KEY="sk-base")
+        for path in ("/v1/chat/completions", "/v1/messages", "/v1/models", "/v1/files/1?a=b", "/other"):
+            method = "POST" if path in (CHAT, "/v1/messages") else "GET"
+            self.assertEqual(self.came_from(request(method, "/box" + path, chat(max_tokens=1) if method == "POST" else b"",
+                                                    key="mine")), "box")
+            self.assertEqual(box.requests[-1].target, "/v1/other" if path == "/other" else path)
+            self.assertEqual((box.requests[-1].get("authorization") or "") + (box.requests[-1].get("x-api-key") or ""),
+                             "sk-box" if path == "/v1/messages" else "Bearer sk-box")
+        self.assertEqual(self.stub.calls, 0)
+        self.assertEqual([entry["upstream"] for entry in self.lines.entries()][:1], ["box"])
+
+    def test_a_prefix_spelled_otherwise_reaches_the_same_upstream_metered_or_no_named_one(self):
+        box = self.stub_of("box")
+        self.start_many({"box": box}, MAX_TOKENS=100)
+        for number, path in enumerate(("/box//v1/chat/completions", "/box/v1/./chat/completions", "/%62ox/v1/chat/completions",
+                                       "//box/v1/chat/completions", "/BOX/v1/chat/completions",
+                                       "/box/v1/chat/completions/", "/box/v1/chat%2fcompletions")):
+            with self.subTest(path=path):
+                answered = self.ask(request("POST", path, chat()))
+                self.assertIn(answered.status, (200, 400))
+                self.assertEqual(self.left(), 100 - self.stub.calls - box.calls)
+
+    def test_a_model_names_an_upstream_the_first_that_serves_it_else_the_base(self):
+        one, two = self.stub_of("one"), self.stub_of("two")
+        self.start_many({"one": one, "two": two}, UPSTREAM_ONE_MODELS="gpt-*,o3", UPSTREAM_TWO_MODELS="gpt-5,claude-*",
+                        MODEL_ALIASES="fast=claude-5,slow=theirs", BASE_MODEL="gemma4")
+        table = {"gpt-5": "one", "o3": "one", "claude-5": "two", "fast": "two", "GPT-5": "base", "o3-mini": "base",
+                 "": "base", "slow": "base"}
+        for model, name in table.items():
+            with self.subTest(model=model):
+                self.assertEqual(self.came_from(call(model=model)), name)
+        self.assertEqual([asked.json()["model"] for asked in two.requests], ["claude-5", "claude-5"])
+        self.assertEqual({asked.json()["model"] for asked in self.stub.requests}, {"gemma4"})
+        path = "/v1beta/models/%s:generateContent"
+        self.assertEqual([self.came_from(request("POST", path % model, b"{}")) for model in ("gpt-5", "fast")], ["one", "two"])
+        self.assertEqual((one.requests[-1].target, two.requests[-1].target),
+                         ("/v1" + path % "gpt-5", "/v1" + path % "claude-5"))
+
+    def test_a_model_that_no_upstream_serves_is_a_404_that_names_it(self):
+        self.start_many({"one": self.stub_of("one")}, base=False, UPSTREAM_ONE_MODELS="gpt-*")
+        answered = self.ask(call(model="claude-5"))
+        self.assertEqual((answered.status, answered.error()["code"], answered.error()["type"]),
+                         (404, "model_not_found", "invalid_request_error"))
+        self.assertIn("'claude-5'", answered.error()["message"])
+        answered = self.ask(request("POST", "/v1/messages", chat(model="claude-5", max_tokens=1)))
+        self.assertEqual((answered.status, answered.json()["error"]["type"]), (404, "not_found_error"))
+        self.assertEqual(self.ask(request("GET", "/v1/files")).status, 404)
+        self.assertEqual(self.left(), 1000)
+
+    def test_a_key_that_is_set_replaces_the_callers_and_passthrough_shows_it(self):
+        table = {"sk-set": "sk-set", "passthrough": "mine", "": None}
+        for key, sent in table.items():
+            stubs = {name: self.stub_of(name) for name in ("openai", "anthropic", "gemini")}
+            self.start_many(stubs, BASE_API_KEY="sk-base", **{
+                "UPSTREAM_%s_KEY" % name.upper(): key for name in stubs})
+            self.ask(request("POST", "/openai" + CHAT, chat(), key="mine"))
+            self.ask(request("POST", "/anthropic/v1/messages", chat(max_tokens=1), "x-api-key: mine"))
+            self.ask(request("POST", "/gemini/v1beta/models/m:generateContent?key=mine", b"{}"))
+            with self.subTest(key=key):
+                found = [(stub.requests[0].get("authorization"), stub.requests[0].get("x-api-key"),
+                          stub.requests[0].get("x-goog-api-key")) for stub in stubs.values()]
+                self.assertEqual(found, [(sent and "Bearer " + sent, None, None), (None, sent, None), (None, None, sent)])
+                self.assertFalse(any("mine" in stub.requests[0].target for stub in stubs.values()))
+
+    def test_a_caller_of_a_passthrough_upstream_is_its_own_credential(self):
+        self.start_many({"openai": self.stub_of("openai")}, UPSTREAM_OPENAI_KEY="passthrough", MAX_TOKENS=5)
+        self.ask(request("POST", "/openai" + CHAT, chat(), key="mine"))
+        self.assertEqual((self.left("mine"), self.left("another")), (4, 5))
+
+    def test_one_connection_may_reach_many_upstreams_and_each_sees_its_own_key_and_model(self):
+        """The same head may go to each of them: only the model in the body differs."""
+        stubs = {name: self.stub_of(name) for name in ("one", "two")}
+        settings = {"UPSTREAM_%s_%s" % (name.upper(), what): value % name for name in stubs
+                    for what, value in (("KEY", "sk-%s"), ("MODELS", "%s-*"), ("MODEL", "served-by-%s"),
+                                        ("HEADERS", "X-Box: %s"))}
+        self.start_many(stubs, BASE_API_KEY="sk-base", **settings)
+        client = self.connect()
+        for model in ("one-a", "two-a", "xxx-a") * 3:
+            client.send(call("mine", "X-Box: forged", model=model)).read()
+        for name, stub in list(stubs.items()) + [("base", self.stub)]:
+            for asked in stub.requests:
+                self.assertEqual((asked.get("authorization"), asked.get("x-box"), asked.json()["model"]),
+                                 ("Bearer sk-" + name, "forged" if name == "base" else name,
+                                  "xxx-a" if name == "base" else "served-by-" + name))
+            self.assertEqual(stub.calls, 3)
+
+    def test_what_openai_clients_ask_of_gemini_goes_where_it_speaks_their_api(self):
+        gemini = self.stub_of("gemini")
+        self.start(UPSTREAM_GEMINI_URL="http://127.0.0.1:%d" % gemini.port, UPSTREAM_GEMINI_KEY="k",
+                   UPSTREAM_GEMINI_MODELS="gemini-*")
+        table = {("POST", "/gemini/v1/chat/completions"): ("/v1beta/openai/chat/completions", "authorization"),
+                 ("POST", "/v1/chat/completions"): ("/v1beta/openai/chat/completions", "authorization"),
+                 ("GET", "/gemini/v1/models"): ("/v1beta/openai/models", "authorization"),
+                 ("GET", "/gemini/v1beta/models"): ("/v1beta/models", "x-goog-api-key"),
+                 ("POST", "/gemini/v1/models/gemini-2:generateContent"): ("/v1/models/gemini-2:generateContent",
+                                                                          "x-goog-api-key")}
+        for (method, path), (target, header) in table.items():
+            with self.subTest(method=method, path=path):
+                shown = "mine" if header == "authorization" else None
+                self.ask(request(method, path, chat(model="gemini-2") if method == "POST" else b"", key=shown))
+                asked = gemini.requests[-1]
+                self.assertEqual((asked.target, bool(asked.get(header))), (target, True))
+
+    def test_content_that_is_null_beside_tool_calls_is_empty_text_for_those_that_need_it(self):
+        message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+        for name, content in (("deepseek", ""), ("other", None)):
+            stub = self.stub_of(name)
+            self.start_many({name: stub})
+            self.ask(request("POST", "/" + name + CHAT, chat(messages=[message, {"role": "user", "content": None}])))
+            first, second = stub.requests[0].json()["messages"]
+            self.assertEqual((first, second["content"]), ({**message, "content": content}, None))
+
+    def test_upstreams_of_one_model_are_tried_in_order_while_nothing_was_sent(self):
+        stubs = {name: self.stub_of(name) for name in ("one", "two", "three")}
+        models = {"UPSTREAM_%s_MODELS" % name.upper(): "m" for name in stubs}
+        self.start_many(stubs, UPSTREAM_ORDER="one,two,three", BREAKER_FAILURES=1, UPSTREAM_ONE_MODEL="replaced",
+                        UPSTREAM_TWO_MAX_CONCURRENCY=1, LIMITS="upstream:one 100 requests per day;"
+                        "upstream:two 100 requests per day; upstream:three 1 requests per day", **models)
+        self.assertEqual([self.came_from(call()), self.came_from(call())], ["one", "one"])
+        stubs["one"].answer = says(b"{}", "503 No")
+        self.assertEqual(self.ask(call()).status, 503)  # it was sent
+        self.assertEqual(self.came_from(call()), "two")  # one is open
+        stubs["two"].answer = None
+        client = self.connect().send(call())
+        asked = stubs["two"].next()
+        self.assertEqual(self.came_from(call()), "three")  # two is at work
+        self.assertIn("limit reached", self.ask(call()).body.decode())
+        asked.send(answer())
+        asked.finish()
+        client.read()
+        wait_for(lambda: self.states()["two"]["in_flight"] == 0)
+        stubs["two"].close()
+        stubs["three"].close()
+        answered = self.ask(request("POST", "/two" + CHAT, chat()))
+        self.assertEqual((answered.status, answered.get("x-llm-proxy-error-class")), (502, None))
+        self.assertEqual([asked.json()["model"] for asked in stubs["two"].requests], ["m", "m"])
+        levels = {key[0].split(" ")[0]: level[0] for key, level in self.proxy.limits.buckets.levels.items()}
+        self.assertEqual(levels, {"upstream:one": 98, "upstream:two": 98, "upstream:three": 0})
+
+    def test_an_upstream_that_has_enough_to_do_is_a_503(self):
+        box = self.stub_of("box")
+        box.answer = None
+        self.start_many({"box": box}, UPSTREAM_BOX_MAX_CONCURRENCY=1)
+        client = self.connect().send(request("POST", "/box" + CHAT, chat()))
+        asked = box.next()
+        answered = self.ask(request("POST", "/box" + CHAT, chat()))
+        self.assertEqual((answered.status, answered.get("x-llm-proxy-error-class"), answered.get("retry-after")),
+                         (503, "upstream_busy", "1"))
+        asked.send(answer())
+        self.assertEqual(client.read().status, 200)
+
+    def test_no_field_of_a_call_reaches_another_host(self):
+        trap, box = self.stub_of("trap"), self.stub_of("box")
+        self.start_many({"box": box}, UPSTREAM_BOX_MODELS="m")
+        there = "127.0.0.1:%d" % trap.port
+        body = chat(base_url="http://" + there, api_base="http://" + there, url="http://" + there, proxy=there)
+        heads = [request("POST", path, body, host=host) for path, host in (
+            ("http://%s/v1/chat/completions" % there, there), ("http://%s/v1/chat/completions" % there, "proxy.test"),
+            (CHAT, there), ("//%s/v1/chat/completions" % there, "x"), ("/@%s/v1/chat/completions" % there, "x"),
+            ("/box/@%s/v1/chat/completions" % there, "x"), ("/box/http://%s/v1/chat/completions" % there, "x"),
+            ("/http://%s/v1/chat/completions" % there, "x"), ("/box//%s/v1/chat/completions" % there, "x"),
+            ("/box%%2f%%2f%s/v1/chat/completions" % there, "x"), ("/%s/v1/chat/completions" % there, "x"),
+            ("/box:%d/v1/chat/completions" % trap.port, "x"), ("/box@%s/v1/chat/completions" % there, "x"),
+            ("/box\\@%s/v1/chat/completions" % there, "x"), ("/box/v1/chat/completions?url=http://" + there, "x"),
+            ("/box/v1/files?@" + there, "x"), ("/box/..//%s/v1/x" % there, "x"), ("*", there))]
+        heads += [request("POST", CHAT, body, "%s: %s" % (name, there)) for name in (
+            "X-Forwarded-Host", "Forwarded", "X-Original-URL", "X-Rewrite-URL", "X-Upstream", "Proxy", "X-Host")]
+        heads += [b"CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (there.encode(), there.encode())]
+        for data in heads:
+            with self.subTest(start=data.split(b"\r\n")[0]):
+                self.ask(data)
+        self.assertEqual(trap.connections, 0)
+
+    def test_the_ledger_and_limits_know_the_upstream(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.start_many({"one": self.stub_of("one")}, UPSTREAM_ONE_MODELS="m", DATABASE=os.path.join(folder, "x.db"),
+                            LIMITS="upstream:o* 1 requests per day; each 5 requests per day")
+            self.assertEqual(self.came_from(call()), "one")
+            self.assertIn("limit reached", self.ask(call()).body.decode())
+            self.assertEqual([self.came_from(call(model="x")), self.came_from(call(model="x"))], ["base", "base"])
+            self.proxy.books.ledger.turn()
+            rows = self.proxy.books.ledger.database.connection.execute(
+                "SELECT upstream, outcome, count(*) FROM calls GROUP BY 1, 2 ORDER BY 1, 2").fetchall()
+            self.assertEqual(rows, [("base", "ok", 2), ("one", "limited", 1), ("one", "ok", 1)])
+            self.doCleanups()
+
+
+class CatalogueTest(ManyCase):
+    @staticmethod
+    def lists(*names):
+        return says(json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode())
+
+    def ids(self, *fields):
+        return [row["id"] for row in self.ask(request("GET", "/v1/models", b"", *fields)).json()["data"]]
+
+    def test_the_lists_of_all_upstreams_are_one(self):
+        stubs = {"one": self.stub_of("one", self.lists("gpt-5", "dall-e", "shared")),
+                 "gemini": self.stub_of("gemini", self.lists("models/gemini-2")),
+                 "anthropic": self.stub_of("anthropic", self.lists("claude-5")),
+                 "down": self.stub_of("down"), "odd": self.stub_of("odd", says(b"[]")),
+                 "private": self.stub_of("private", self.lists("hidden"))}
+        stubs["down"].refuse_connections()
+        self.start_many(stubs, self.lists("gemma4", "shared"), UPSTREAM_ONE_MODELS="gpt-*,shared", UPSTREAM_GEMINI_MODELS="*",
+                        UPSTREAM_ANTHROPIC_MODELS="*", UPSTREAM_ANTHROPIC_KEY="k", UPSTREAM_DOWN_MODELS="*",
+                        UPSTREAM_ODD_MODELS="*", MODEL_ALIASES="fast=gpt-5")
+        self.assertEqual(self.ids(), ["gemma4", "shared", "claude-5", "gemini-2", "gpt-5", "fast"])
+        asked = stubs["anthropic"].requests[0]
+        self.assertEqual((asked.target, asked.get("x-api-key"), asked.get("anthropic-version")),
+                         ("/v1/models?limit=1000", "k", "2023-06-01"))
+        listed = self.ask(request("GET", "/v1/models", b"", "anthropic-version: 2023-06-01")).json()
+        self.assertEqual((listed["first_id"], listed["has_more"], listed["data"][0]["type"]), ("gemma4", False, "model"))
+        self.assertEqual((stubs["private"].calls, self.stub.calls), (0, 1))
+
+    def test_a_list_is_kept_for_a_minute_and_asked_for_once_by_many(self):
+        clock = Clock()
+        self.start_many({"one": self.stub_of("one", self.lists("a"))}, self.lists("b"), clock=clock, UPSTREAM_ONE_MODELS="*")
+        threads = [threading.Thread(target=self.ids) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual((self.ids(), self.stub.calls), (["b", "a"], 1))
+        clock.now += 61
+        self.stub.answer = self.lists("c")
+        self.assertEqual((self.ids(), self.stub.calls), (["c", "a"], 2))
+
+    def test_an_upstream_that_does_not_answer_is_left_out_in_time(self):
+        with mock.patch.object(llm_proxy.Catalogue, "ASK_SECONDS", 0.2):
+            silent = self.stub_of("silent")
+            silent.answer = None
+            self.start_many({"silent": silent}, self.lists("b"), UPSTREAM_SILENT_MODELS="*")
+            began = time.monotonic()
+            self.assertEqual(self.ids(), ["b"])
+            self.assertLess(time.monotonic() - began, 5)
+        silent.next().wait_for_hang_up()
+
+    def test_a_model_that_is_set_is_the_list(self):
+        stubs = {name: self.stub_of(name) for name in ("one", "two")}
+        self.start_many(stubs, BASE_MODEL="gemma4", UPSTREAM_ONE_MODEL="served", UPSTREAM_ONE_MODELS="fast,fa*",
+                        UPSTREAM_TWO_MODELS="gpt-5,gpt-*", UPSTREAM_TWO_KEY="passthrough")
+        self.assertEqual(self.ids(), ["gemma4", "fast", "gpt-5"])
+        self.assertEqual([stub.calls for stub in stubs.values()], [0, 0])
+
+
+KEY_AND_CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpuAxXY8tGXRYFL4R
++XD/126UZcFxfCbfCxTFdJ1Ax0mhRANCAATB4HdxRMtG5+/v+QpKxHlPYQwQdI0V
+E5cM9TrCeXNhh84yQaAUavWL8nhkVRa9YsP3hy80rswEogQNoIog0K9X
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmjCCAUCgAwIBAgIUPIdc+Aiov/jyVfCPmwvXUCbvRYAwCgYIKoZIzj0EAwIw
+GTEXMBUGA1UEAwwObGxtX3Byb3h5IHRlc3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEx
+OTEyMDgwMDAwMDBaMBkxFzAVBgNVBAMMDmxsbV9wcm94eSB0ZXN0MFkwEwYHKoZI
+zj0CAQYIKoZIzj0DAQcDQgAEweB3cUTLRufv7/kKSsR5T2EMEHSNFROXDPU6wnlz
+YYfOMkGgFGr1i/J4ZFUWvWLD94cvNK7MBKIEDaCKINCvV6NkMGIwHQYDVR0OBBYE
+FBbzb10wJVCj2SC4YDCJz4ud7gfkMB8GA1UdIwQYMBaAFBbzb10wJVCj2SC4YDCJ
+z4ud7gfkMA8GA1UdEwEB/wQFMAMBAf8wDwYDVR0RBAgwBocEfwAAATAKBggqhkjO
+PQQDAgNIADBFAiBOMZr9c++DKxE9b1EFAAEX8JVINnRNCupi5k5HJqesfAIhALi2
+j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
+-----END CERTIFICATE-----
+"""  # for 127.0.0.1, until 2119; of no use elsewhere
+
+
+class HttpsTest(ManyCase):
+    """Upstreams that speak TLS, with a certificate that nobody vouches for."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.file = os.path.join(folder.name, "both.pem")
+        with open(self.file, "w", encoding="ascii") as file:
+            file.write(KEY_AND_CERTIFICATE)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(self.file)
+        self.box = Stub(says(), tls=tls)
+        self.addCleanup(self.box.close)
+        self.url = "https://127.0.0.1:%d/v1" % self.box.port
+
+    def test_a_certificate_is_checked_unless_that_is_switched_off(self):
+        table = (({}, 502), ({"UPSTREAM_CA_FILE": self.file}, 200), ({"UPSTREAM_TLS_VERIFY": "off"}, 200))
+        for settings, status in table:
+            with self.subTest(settings=list(settings)):
+                self.start(BASE_API_URL=self.url, **settings)
+                self.assertEqual(self.ask(call()).status, status)
+                self.assertEqual(self.entry()["cause"], None if status == 200 else "certificate not trusted")
+
+    def test_a_stream_comes_through_and_a_caller_who_leaves_closes_it(self):
+        self.box.answer = None
+        self.start(BASE_API_URL=self.url, UPSTREAM_CA_FILE=self.file)
+        client = self.connect().send(call(stream=True))
+        asked = self.box.next()
+        asked.send(STREAM + chunk(event(1)))
+        client.head()
+        client.expect(event(1))
+        client.reset()
+        asked.wait_for_hang_up()
+        self.assertEqual(self.entry()["outcome"], "caller_gone")
+
+    def test_a_proxy_on_the_way_out_is_asked_to_connect_and_sees_nothing_else(self):
+        def connects(asked):
+            with socket.create_connection(("127.0.0.1", self.box.port)) as onward:
+                asked.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                there = threading.Thread(target=self.pump, args=(asked.sock, onward), daemon=True)
+                there.start()
+                self.pump(onward, asked.sock)
+                there.join(PATIENCE)
+        tunnel = self.stub_of("tunnel", connects)
+        way_out = "http://user:hush@127.0.0.1:%d" % tunnel.port
+        for no_proxy, calls in (("", 1), ("127.0.0.1", 0)):
+            with self.subTest(no_proxy=no_proxy):
+                tunnel.requests.clear()
+                self.start(BASE_API_URL=self.url, UPSTREAM_CA_FILE=self.file, HTTPS_PROXY=way_out, NO_PROXY=no_proxy)
+                self.assertEqual(self.ask(call("mine")).status, 200)
+                self.assertEqual(tunnel.calls, calls)
+                for asked in tunnel.requests:
+                    self.assertEqual((asked.method, asked.target), ("CONNECT", "127.0.0.1:%d" % self.box.port))
+                    self.assertEqual(asked.get("proxy-authorization"), "Basic dXNlcjpodXNo")
+                self.assertIsNone(self.box.requests[-1].get("proxy-authorization"))
+                self.proxy.routes.close_stale(everything=True)
+
+    @staticmethod
+    def pump(source, sink):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Books
 # ------------------------------------------------------------------------------------------------------------
@@ -3504,8 +4070,8 @@ class EndingsTest(ProxyCase):
         for told in sorted({False, llm_proxy.PATIENT}):
             with mock.patch.object(llm_proxy, "PATIENT", told):
                 self.start(None, TOKEN_COST_MODE="estimate")
-            table = itertools.product((Client.close, Client.reset), (True, False))
-            for number, (hang_up, stream) in enumerate(table):
+            table = list(itertools.product((Client.close, Client.reset), (True, False)))
+            for number, (hang_up, stream) in enumerate(table if told else table[1:3]):
                 with self.subTest(told=told, hang_up=hang_up.__name__, stream=stream), (
                         mock.patch.object(llm_proxy, "PATIENT", told)):
                     client = self.connect().send(call("key-%d" % number, stream=stream))
