@@ -457,13 +457,17 @@ UPSTREAM_SETTINGS = (
     Setting("UPSTREAM_NAME_MAX_CONCURRENCY", "0", whole(0, 10 ** 6), "calls it runs at once; 0: any number"),
     Setting("UPSTREAM_NAME_HEADERS", None, header_lines, "header fields for it, 'Name: value | Name: value'", secret=True),
 )
+UPSTREAM_VARIABLE = re.compile("UPSTREAM_([A-Z0-9_]*?)_(%s)" % "|".join(
+    setting.name[len("UPSTREAM_NAME_"):] for setting in UPSTREAM_SETTINGS))
 VENDORS = {  # name -> URL, API
     "openai": ("https://api.openai.com/v1", "openai"), "anthropic": ("https://api.anthropic.com/v1", "anthropic"),
     "gemini": ("https://generativelanguage.googleapis.com", "gemini"),
     "deepseek": ("https://api.deepseek.com/v1", "openai"), "grok": ("https://api.x.ai/v1", "openai"),
     "mistral": ("https://api.mistral.ai/v1", "openai"), "groq": ("https://api.groq.com/openai/v1", "openai"),
     "openrouter": ("https://openrouter.ai/api/v1", "openai"), "ollama": ("http://localhost:11434/v1", "openai")}
-RESERVED = ("base", "v1", "v1beta", "health", "models", "metrics", "chat", "completions")  # paths of our own, or of APIs
+# they begin paths of our own, or of the APIs
+RESERVED = ("", "base", "v1", "v1beta", "health", "models", "metrics", "chat", "completions", "messages", "responses",
+            "embeddings", "rerank", "generations", "images", "audio", "files", "threads")
 PASSTHROUGH = "passthrough"
 
 
@@ -486,7 +490,7 @@ def read_upstreams(found: Dict[str, str], faults: List[str]) -> Tuple[List[Upstr
     told: Dict[str, Dict[str, Any]] = {}
     texts = {}
     for variable, text in found.items():
-        match = re.fullmatch("UPSTREAM_([A-Z0-9_]+?)_(%s)" % "|".join(by_suffix), variable)
+        match = UPSTREAM_VARIABLE.fullmatch(variable)
         if not match or not text:
             continue
         texts[variable] = text
@@ -495,17 +499,17 @@ def read_upstreams(found: Dict[str, str], faults: List[str]) -> Tuple[List[Upstr
             values[match[2].lower()] = by_suffix[match[2]].read(text)
         except ValueError as fault:
             faults.append("%s %s (got %s)" % (
-                variable, fault, "a value not shown here" if by_suffix[match[2]].secret else repr(text)))
+                variable, fault, "a value not shown here" if by_suffix[match[2]].secret or "@" in text else repr(text)))
             values[match[2].lower()] = None
     upstreams = []
     for name, values in told.items():
         url, dialect = VENDORS.get(name, (None, "openai"))
         if "url" not in values and url:
             values["url"] = endpoints(url)
-        if "url" not in values:
+        if "url" not in values and name:
             faults.append("UPSTREAM_%s_URL is not set, and no vendor is known by this name" % name.upper())
         elif name in RESERVED:
-            faults.append("UPSTREAM_%s_URL must have another name: /%s is a path of its own" % (name.upper(), name))
+            faults.append("UPSTREAM_%s_URL must have another name: /%s is no prefix" % (name.upper(), name))
         else:
             upstreams.append(UpstreamConfig(name, **{"dialect": dialect, **values}))
     return upstreams, texts
@@ -520,7 +524,7 @@ class Config(types.SimpleNamespace):
     it was set; `unknown`: names in .env that are no settings."""
 
     def warnings(self) -> List[str]:
-        found = ["%s in .env is not a setting" % name for name in self.unknown]
+        found = ["%s is not a setting" % name for name in self.unknown]
         if self.upstream_tls_verify == "off":
             found.append("certificates of https upstreams are not checked (UPSTREAM_TLS_VERIFY=off): whoever is in"
                          " between reads all, keys included")
@@ -568,6 +572,9 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     environ = {**{name: environ.get(name.lower(), "") for name in ("HTTPS_PROXY", "NO_PROXY")}, **environ}
     named = {**written, **{name: environ[name] for name in sorted(environ) if environ[name].strip()}}
     upstreams, upstream_texts = read_upstreams({name: text.strip() for name, text in named.items()}, faults)
+    if not any(one.scheme == "https" for upstream in upstreams for one in upstream.url or ()) and (
+            "https:" not in (environ.get("BASE_API_URL") or written.get("BASE_API_URL", ""))):
+        environ["HTTPS_PROXY"] = written["HTTPS_PROXY"] = ""  # it may be meant for others, and of any kind
     for setting in every_setting():
         text = ((environ.get(setting.name) or "").strip() or written.get(setting.name, "").strip()
                 or setting.default)
@@ -585,12 +592,18 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     if "base_api_url" in values and values["base_api_url"] is None and not upstreams:
         faults.append(HOW_TO_START)
     if values.get("proxy_api_keys"):
-        faults += ["UPSTREAM_%s_KEY must not be passthrough where PROXY_API_KEYS is set: a caller shows one key only"
-                   % upstream.name.upper() for upstream in upstreams if upstream.key == PASSTHROUGH]
+        keys = {"BASE_API_KEY": values.get("base_api_key"),
+                **{"UPSTREAM_%s_KEY" % upstream.name.upper(): upstream.key for upstream in upstreams}}
+        faults += ["%s must not be passthrough where PROXY_API_KEYS is set: a caller shows one key only" % name
+                   for name, key in keys.items() if key == PASSTHROUGH]
     if faults:
         raise ConfigFaults("\n".join(faults))
     texts.update(upstream_texts)
-    return Config(texts=texts, unknown=[name for name in written if name not in texts], upstreams=upstreams, **values)
+    unknown = [name for name in written if name not in texts and not UPSTREAM_VARIABLE.fullmatch(name)]
+    unknown += [name for name in environ if name not in texts and any(
+        name.startswith("UPSTREAM_%s_" % upstream.name.upper()) for upstream in upstreams)
+        and not UPSTREAM_VARIABLE.fullmatch(name)]
+    return Config(texts=texts, unknown=unknown, upstreams=upstreams, **values)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -678,6 +691,9 @@ class InternalError(Refusal):
     sentence = "The proxy failed to handle this request"
 
 
+OUR_OWN_LACK = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of descriptors, or memory
+
+
 class UpstreamFailed(Refusal):
     """`failure` is what happened: it goes to the log, in a few words, and never to a caller. `silent` says that
     the connection ended before a proper answer began."""
@@ -686,7 +702,8 @@ class UpstreamFailed(Refusal):
 
     def __init__(self, failure: Any, unsent: bool = False):
         super().__init__()
-        self.unsent, self.silent = unsent, isinstance(failure, OSError)
+        self.unsent = unsent
+        self.silent = isinstance(failure, OSError) and failure.errno not in OUR_OWN_LACK
         self.cause = failure if isinstance(failure, str) else CAUSES.get(type(failure)) or "connection failed"
 
 
@@ -803,6 +820,8 @@ class Callers:
         different = set(filter(None, shown))
         if len(different) > 1:
             raise BadRequest("The request carries two different credentials")
+        if any(re.search(r"[\x00-\x1f\x7f]", one) for one in different):  # an escape may have spelled a line end
+            raise BadRequest("The credential holds control characters")
         return different.pop() if different else None
 
     @classmethod
@@ -1345,12 +1364,13 @@ class Call:
     `prefix` names the upstream where the path did. `model` is what the caller asked for, `wanted` what that stands
     for, and `served` what the upstream is asked for, with the body `outgoing`; `added` says that we ask for usage
     there, and the caller did not."""
-    __slots__ = ("dialect", "endpoint", "prefix", "path", "query", "payload", "body", "model", "wanted", "served",
+    __slots__ = ("dialect", "endpoint", "free", "prefix", "path", "query", "payload", "body", "model", "wanted", "served",
                  "outgoing", "stream", "added")
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None):
         self.dialect, self.endpoint, self.prefix, self.path, self.query = dialect, endpoint, prefix, path, query
+        self.free = endpoint in (None, "count")  # which is read for its model alone
         self.payload: Dict[str, Any] = {}
         self.body: Optional[bytes] = None
         self.outgoing: Optional[bytes] = None
@@ -1358,10 +1378,10 @@ class Call:
         self.wanted = self.served = ""
         self.stream = self.added = False
 
-    def aim(self, model: Optional[str], mend: Optional[Callable[[Dict[str, Any]], Dict[str, Any]]]) -> None:
-        """Fit a metered call to an upstream: `model` replaces the one that is wanted, and `mend` gives what else
-        of the payload must differ there."""
-        self.served, self.outgoing, self.added = model or self.wanted, self.body, False
+    def aim(self, model: str, mend: Optional[Callable[[Dict[str, Any]], Dict[str, Any]]]) -> None:
+        """Fit a call that was read to an upstream: `model` is the one to ask it for, and `mend` gives what else of
+        the payload must differ there."""
+        self.served, self.outgoing, self.added = model, self.body, False
         if self.dialect.MODEL_IN_PATH:
             before, _, last = self.path.rpartition("/")
             method = last.rpartition(":")[2]
@@ -1473,6 +1493,10 @@ class Dialect:
     def error(self, refusal: Refusal, status: int) -> bytes:
         raise NotImplementedError
 
+    def models(self, names: List[str]) -> bytes:
+        """The list of these."""
+        raise NotImplementedError
+
     def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
         """A whole answer in which the assistant says `text`: JSON, or an event stream when one was asked for;
         None where no assistant can speak."""
@@ -1524,8 +1548,7 @@ class OpenAI(Dialect):
         return json.dumps({"error": {
             "message": str(refusal), "type": refusal.kind, "param": None, "code": refusal.code}}).encode()
 
-    @staticmethod
-    def models(names: List[str]) -> bytes:
+    def models(self, names):
         rows = [{"id": name, "object": "model", "created": 0, "owned_by": "llm-proxy"} for name in names]
         return json.dumps({"object": "list", "data": rows}).encode()
 
@@ -1644,8 +1667,7 @@ class Anthropic(Dialect):
         kind = self.ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
         return json.dumps({"type": "error", "error": {"type": kind, "message": str(refusal)}}).encode()
 
-    @staticmethod
-    def models(names):
+    def models(self, names):
         rows = [{"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
                 for name in names]
         return json.dumps({"data": rows, "has_more": False, "first_id": names[0] if names else None,
@@ -1705,6 +1727,9 @@ class Gemini(Dialect):
         kind = self.ERRORS.get(status, "INVALID_ARGUMENT" if status < 500 else "UNAVAILABLE")
         return json.dumps({"error": {"code": status, "message": str(refusal), "status": kind}}).encode()
 
+    def models(self, names):
+        return json.dumps({"models": [{"name": "models/" + name, "displayName": name} for name in names]}).encode()
+
     def counts(self, payload):
         """Every event tells what was used so far; the one that says why it ended tells it all."""
         candidates = payload.get("candidates")
@@ -1740,6 +1765,10 @@ class Gemini(Dialect):
 DIALECTS: Dict[str, Dialect] = {dialect.name: dialect for dialect in (OpenAI(), Anthropic(), Gemini())}
 
 
+ONE_MODEL = re.compile("(/v1(?:beta)?/models/)([A-Za-z0-9_.@-]+)")
+OPENAI_AT_GEMINI = "/v1beta/openai/"  # https://ai.google.dev/gemini-api/docs/openai
+
+
 class Dialects:
     """Finds the dialect, and the endpoint, of a request, and reads it. What any upstream could take for a metered
     endpoint is that endpoint, under its plain name; what cannot be named plainly is refused."""
@@ -1773,7 +1802,7 @@ class Dialects:
             if "anthropic-version" in rows or (messages and "/threads" not in before):
                 return self.anthropic
             google = "x-goog-api-key" in rows and "authorization" not in rows
-            if google or path.startswith("/v1beta/") or path.rpartition(":")[2] in self.GEMINI_METHODS:
+            if google or (path.startswith("/v1beta/") and not path.startswith(OPENAI_AT_GEMINI)) or path.rpartition(":")[2] in self.GEMINI_METHODS:
                 return self.gemini
             if prefix and "authorization" not in rows:
                 return DIALECTS[self.names[prefix]]
@@ -1790,6 +1819,8 @@ class Dialects:
             if any(" " > letter or letter == "\x7f" for segment in segments for letter in segment):
                 raise BadRequest("The path must not contain control characters")
         last = segments[-1] if segments and method == "POST" else ""
+        if self.names and (last == "count_tokens" or last.endswith(":counttokens")) and PLAIN_PATH.fullmatch(path):
+            return "count", path
         if ":" in last and last.rpartition(":")[2] in self.GEMINI_METHODS:
             if not PLAIN_PATH.fullmatch(path) or path.rpartition(":")[2] not in Gemini.METHODS:
                 raise BadRequest("The path must be spelled plainly")
@@ -1809,9 +1840,18 @@ class Dialects:
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(request.query)[1] if request.query else ""
         if endpoint is None:
-            return Call(self.guess(request), None, path, query, prefix)
-        call = Call(self.anthropic if endpoint == "messages" else
-                    self.gemini if endpoint in ("generate", "embed") else self.openai, endpoint, path, query, prefix)
+            call = Call(self.guess(request), None, path, query, prefix)
+            named = ONE_MODEL.fullmatch(path) if self.names and request.method == "GET" else None
+            if named:
+                call.model, call.wanted = named[2], self.aliases.get(named[2], named[2])
+                call.path = named[1] + urllib.parse.quote(call.wanted, safe="@")
+            return call
+        if endpoint == "count":
+            dialect = self.gemini if ":" in path else self.anthropic
+        else:
+            dialect = (self.anthropic if endpoint == "messages" else
+                       self.gemini if endpoint in ("generate", "embed") else self.openai)
+        call = Call(dialect, endpoint, path, query, prefix)
         call.body = body()
         call.payload = payload = parse_json(call.body)
         for key in payload.keys() - self.READ_KEYS:
@@ -1819,7 +1859,7 @@ class Dialects:
                 raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
         if call.dialect.MODEL_IN_PATH:  # .../models/MODEL:METHOD
             asked, _, method = path.rpartition("/")[2].rpartition(":")
-            call.stream = Gemini.METHODS[method]
+            call.stream = Gemini.METHODS.get(method, False)
         else:
             asked, call.stream = payload.get("model"), payload.get("stream") is True
         if isinstance(asked, str):
@@ -2472,8 +2512,8 @@ class Watch:
 
     def renew(self) -> None:
         """Another request is awaited: what is half closed has its moment again."""
-        if self.left is not None:
-            self.left = None
+        if self.left is not None or self.gone:
+            self.left, self.gone = None, False
             if self.relay:
                 self.relay.look_after(self)
 
@@ -2766,9 +2806,12 @@ class Relay:
 
     def check_leaving(self, now: float) -> None:
         while self.leaving and now >= self.leaving[0][0] + Watch.HALF_CLOSE_SECONDS:
-            left, watch = self.leaving.popleft()
-            if watch.left == left:  # else it has another moment
+            _, watch = self.leaving.popleft()
+            left = watch.left
+            if left is not None and now >= left + Watch.HALF_CLOSE_SECONDS:
                 watch.leave()
+            elif left is not None:  # its own thread saw it later, or it has another moment
+                self.leaving.append((left, watch))
 
     def begin(self, flow: Flow) -> None:
         self.flows.add(flow)
@@ -2876,7 +2919,11 @@ class Answer:
         if self.reusable and framing.ended and not framing.excess and not self.link.wire.ahead:
             self.address.keep(self.link, self.head.streamed)
         else:
-            self.link.close()
+            try:
+                self.link.close()
+            finally:
+                self.upstream.leave(self.address)
+            return
         self.upstream.leave(self.address)
 
 
@@ -2892,20 +2939,25 @@ class Link(NamedTuple):
 
 class Breaker:
     """Keeps calls from an address that fails. `most` failures in a row open it for `seconds`; then one call tries
-    whether it can be closed. Upstream.lock guards it."""
+    whether it can be closed. One that takes longer than that to find out does not keep others from trying, too.
+    Upstream.lock guards it."""
 
     def __init__(self, most: int, seconds: float):
         self.most, self.seconds = most, seconds
         self.failures, self.opened, self.trying = 0, None, False
 
     def allows(self, now: float) -> bool:
-        return self.opened is None or (not self.trying and now >= self.opened + self.seconds)
+        return self.opened is None or now >= self.opened + self.seconds
 
-    def enter(self) -> None:
-        self.trying = self.opened is not None
+    def enter(self, now: float) -> None:
+        """A call is made."""
+        if self.opened is not None:
+            self.opened, self.trying = now, True
 
     def judge(self, good: Optional[bool], now: float) -> None:
         """A call went well, or failed, or (None) ended before that was known."""
+        if self.trying and good is None:
+            self.opened = now - self.seconds  # the next one may try
         self.trying = False
         if good:
             self.failures, self.opened = 0, None
@@ -3102,13 +3154,13 @@ class Address:
                 return self.spares.appendleft((usable, link))
             link.close()
 
-    def location(self, value: str) -> str:
+    def location(self, value: str, prefix: str) -> str:
         """A redirect to the endpoint itself, as callers know it: its address is not theirs to learn."""
         if not (value + "/").startswith(self.endpoint.origin + "/"):
             return value
         path = value[len(self.endpoint.origin):] or "/"
         base = self.endpoint.path
-        return "/v1" + path[len(base):] if base and (path + "/").startswith(base + "/") else path
+        return prefix + ("/v1" + path[len(base):] if base and (path + "/").startswith(base + "/") else path)
 
 
 FAILING = (502, 503, 504, 529)  # statuses by which an address says that it cannot work
@@ -3137,26 +3189,36 @@ class Upstream:
         """`breaking` is (failures in a row, seconds) of the breakers."""
         self.name, self.key, self.globs, self.model = config.name, config.key, config.models, config.model
         self.dialect, self.most, self.headers = config.dialect, config.max_concurrency, config.headers
+        self.header_lines = "".join([row + "\r\n" for row in config.headers.values()])
         self.mend, self.retries, self.clock = QUIRKS.get(config.name), retries, clock
         self.addresses = [Address(endpoint, way, Breaker(*breaking), clock) for endpoint in config.url]
         self.read_timeout, self.turn, self.lock = way.read_timeout, 0, threading.Lock()
         self.without_options: set = set()  # models for which stream_options are an error here
 
     def serves(self, model: str) -> bool:
-        return any(fnmatch.fnmatchcase(model, glob) for glob in self.globs)
+        return any(fnmatch.fnmatchcase(self.name_of(model), glob) for glob in self.globs)
 
-    def path(self, path: str, dialect: str) -> str:
-        """Where a call of this dialect goes. Gemini has a place of its own for those that are OpenAI's."""
-        if self.dialect == "gemini" and dialect == "openai" and path.startswith("/v1/"):
-            return "/v1beta/openai" + path[3:]
-        return path
+    def name_of(self, model: str) -> str:
+        """Gemini takes models/NAME for NAME; limits and prices must not."""
+        prefixed = self.dialect == "gemini" and model.startswith("models/")
+        return model[len("models/"):] if prefixed else model
+
+    def place(self, path: str, dialect: Dialect, metered: bool) -> Tuple[str, Dialect]:
+        """Where a call goes, and which API it finds there. Gemini has a place of its own for calls of OpenAI's."""
+        if self.dialect == "gemini":
+            if dialect.name == "openai" and path.startswith("/v1/"):
+                path = OPENAI_AT_GEMINI + path[len("/v1/"):]
+            if path.startswith(OPENAI_AT_GEMINI):
+                return path, DIALECTS["openai"]
+        return path, dialect if metered or not self.dialect else DIALECTS[self.dialect]
 
     # -- which address
 
-    def enter(self, failed: List[Address]) -> Optional[Address]:
-        """-> the address with the fewest running calls, which has one more now; None where none can be asked."""
+    def enter(self, failed: List[Address], beyond: bool) -> Optional[Address]:
+        """-> the address with the fewest running calls, which has one more now; None where none can be asked.
+        `beyond`: even where there are enough of them."""
         with self.lock:
-            if self.most and sum([one.running for one in self.addresses]) >= self.most:
+            if self.most and not beyond and sum([one.running for one in self.addresses]) >= self.most:
                 raise UpstreamBusy()
             now = self.clock.monotonic()
             able = [one for one in self.addresses if one.breaker.allows(now) and one not in failed]
@@ -3168,7 +3230,7 @@ class Upstream:
                 turned = self.turn % len(able)
                 address = min(able[turned:] + able[:turned], key=lambda one: one.running)
             address.running += 1
-            address.breaker.enter()
+            address.breaker.enter(now)
             return address
 
     def leave(self, address: Address) -> None:
@@ -3185,8 +3247,9 @@ class Upstream:
     def wait(self) -> float:
         """Seconds until the first breaker may be tried."""
         now = self.clock.monotonic()
-        return min([one.breaker.opened + one.breaker.seconds - now for one in self.addresses
-                    if one.breaker.opened is not None], default=0)
+        with self.lock:
+            return min([one.breaker.opened + one.breaker.seconds - now for one in self.addresses
+                        if one.breaker.opened is not None], default=0)
 
     def told(self) -> Dict[str, Any]:
         """For /health."""
@@ -3216,12 +3279,13 @@ class Upstream:
             watch.pause(threading.Event(), self.clock.monotonic() + int(patience))
         return answer
 
-    def ask(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch) -> Answer:
+    def ask(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch,
+            beyond: bool = False) -> Answer:
         """As `forward`, once. An address that cannot be reached was sent nothing, so the next one is asked."""
         failed: List[Address] = []
         failure: Optional[Refusal] = None
         while True:
-            address = self.enter(failed)
+            address = self.enter(failed, beyond)
             if address is None:
                 raise failure or UpstreamOpen(self.wait())
             answer = good = None
@@ -3232,6 +3296,8 @@ class Upstream:
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 # what talks nonsense is there, all the same
                 good = False if isinstance(refusal, UpstreamTimeout) or refusal.silent else None
+                if not refusal.unsent and not isinstance(body, bytes) and not body.ended:
+                    good = None  # it may have tired of waiting for the caller
                 if not refusal.unsent:
                     raise
                 failure = refusal
@@ -3244,8 +3310,13 @@ class Upstream:
     def own_lines(self, address: Address, dialect: Dialect, shown: Optional[str] = None) -> str:
         """What we say to it ourselves; `shown` is the key of the caller's own, for those that want to see it."""
         key = shown if self.key == PASSTHROUGH else self.key
-        return "".join([address.host_line, dialect.CREDENTIAL % key if key else ""]
-                       + [row + "\r\n" for row in self.headers.values()])
+        if not key or dialect.CREDENTIAL.partition(":")[0].lower() in self.headers:
+            return address.host_line + self.header_lines
+        return address.host_line + dialect.CREDENTIAL % key + self.header_lines
+
+    def without_ours(self, rows: Any) -> List[str]:
+        """Header lines, but for those that are set for this upstream."""
+        return [row for row in rows if row.partition(":")[0].lower() not in self.headers]
 
     def models(self, watch: Watch) -> List[str]:
         """The names of its models. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, UpstreamBusy, and ValueError
@@ -3254,19 +3325,19 @@ class Upstream:
             plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
             return plain or [self.model] if self.model else plain
         dialect = DIALECTS["anthropic" if self.dialect == "anthropic" else "openai"]
-        path, query = self.path("/v1/models", dialect.name), dialect.MODELS_QUERY
+        path, dialect = self.place("/v1/models", dialect, False)
 
         def head(address):
             return ("GET %s HTTP/1.1\r\n%s%sAccept: application/json\r\nAccept-Encoding: identity\r\n" % (
-                address.target(path, query), self.own_lines(address, dialect),
-                "".join([row + "\r\n" for row in dialect.VERSION_LINES]))).encode("latin-1")
-        with self.forward("GET", head, b"", watch) as answer:
+                address.target(path, dialect.MODELS_QUERY), self.own_lines(address, dialect),
+                "".join([row + "\r\n" for row in self.without_ours(dialect.VERSION_LINES)]))).encode("latin-1")
+        with self.ask("GET", head, b"", watch, beyond=True) as answer:
             body = self.whole(answer, watch)
             try:
                 names = [str(row["id"]) for row in parse_answer(body)["data"]]
             except (ValueError, LookupError, TypeError, RecursionError):
                 raise ValueError("the upstream answered %d, and no list of models" % answer.status) from None
-        names = [name[len("models/"):] if name.startswith("models/") else name for name in names]  # Gemini's way
+        names = [self.name_of(name) for name in names]
         return [name for name in names if self.serves(name)] if self.globs else names
 
     def whole(self, answer: Answer, watch: Watch, most: int = 1 << 22) -> bytes:
@@ -3322,6 +3393,8 @@ class Routes:
         found = self.known.get(call.wanted)
         if found is None:
             found = [upstream for upstream in self.named if upstream.serves(call.wanted)]
+            # nobody's own key is for a second vendor
+            found = found[:1] + [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
             found = found or ([self.base] if self.base else [])
             if len(self.known) >= KNOWN_MODELS:
                 self.known.clear()
@@ -3781,7 +3854,7 @@ class Proxy:
         """The rest of its life, at one upstream."""
         entry.upstream = upstream.name
         if call.endpoint is not None:
-            call.aim(upstream.model, upstream.mend)
+            call.aim(upstream.model or upstream.name_of(call.wanted), upstream.mend)
         with self.admit(caller, entry.address, call, upstream) as hold:                             # admit
             entry.hold = hold
             try:
@@ -3814,7 +3887,7 @@ class Proxy:
         return derived["caller"]
 
     def admit(self, caller: Caller, address: str, call: Call, upstream: Upstream) -> Hold:
-        costs = FREE if call.endpoint is None else self.meter.before(call)
+        costs = FREE if call.free else self.meter.before(call)
         return self.limits.admit(caller, address, call.served, costs, upstream.name)
 
     def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
@@ -3842,7 +3915,7 @@ class Proxy:
     def settle(self, entry: Entry, ending: str) -> None:
         """Charge what the call used, and write that down. The second time, it does nothing."""
         call, hold = entry.call, entry.hold
-        if call.endpoint is None or hold.ended:
+        if call.free or hold.ended:
             return
         if ending == "internal_error":
             return hold.give_back()
@@ -3865,12 +3938,10 @@ class Proxy:
         if not IDENTITY.fullmatch(request.head.get("x-request-id", "")):
             dropped = dropped | {"x-request-id"}
         # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
-        dropped = dropped.union(upstream.headers, [name for name in request.head.rows
-                                                   if "_" in name or name.startswith(IDENTIFYING)])
+        dropped = dropped.union([name for name in request.head.rows
+                                 if "_" in name or name.startswith(IDENTIFYING)])
         rows = request.head.end_to_end(dropped)
-        place, dialect = upstream.path(path, call.dialect.name), call.dialect
-        if not metered and place == path and upstream.dialect:
-            dialect = DIALECTS[upstream.dialect]
+        place, dialect = upstream.place(path, call.dialect, metered)
         if dialect.name == upstream.dialect and "anthropic-version" not in request.head.rows:
             rows += dialect.VERSION_LINES
         if metered:
@@ -3878,7 +3949,7 @@ class Proxy:
         shown = Callers.shown(request.head, request.query) if upstream.key == PASSTHROUGH else None
         head = "%s %s HTTP/1.1\r\n%s%s" % (
             request.method, address.target(place, call.query), upstream.own_lines(address, dialect, shown),
-            "".join([row + "\r\n" for row in rows]))
+            "".join([row + "\r\n" for row in upstream.without_ours(rows)]))
         derived[address] = path, head.encode("latin-1")
         return derived[address][1]
 
@@ -3935,28 +4006,31 @@ class Page(NamedTuple):
 
 class Catalogue:
     """The models of all upstreams. They are asked side by side, and what they say is kept for a minute; who does
-    not answer in time is left out. Of a named upstream only those count that its calls need no prefix for."""
-    ASK_SECONDS, KEEP_SECONDS = 5, 60
+    not answer in time is asked again soon, and what it said before holds until then. Of a named upstream only those count that its calls need no prefix for."""
+    ASK_SECONDS, KEEP_SECONDS, AGAIN_SECONDS = 5, 60, 5
 
     def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [upstream for upstream in routes.all if upstream.globs or upstream is routes.base]
         self.clock, self.lock = clock, threading.Lock()
-        self.found: List[str] = []
-        self.asked: Optional[float] = None
+        self.lists: List[Optional[List[str]]] = [None] * len(self.upstreams)
+        self.good_until = -math.inf
 
     def names(self) -> List[str]:
         # whoever waits for another one's question takes what that brings
         if self.lock.acquire(timeout=self.ASK_SECONDS + 0.5):
             try:
                 now = self.clock.monotonic()
-                if self.asked is None or now >= self.asked + self.KEEP_SECONDS:
-                    self.found, self.asked = self.ask(now), now
+                if now >= self.good_until:
+                    found = self.ask(now)
+                    self.lists = [new if new is not None else old for new, old in zip(found, self.lists)]
+                    self.good_until = now + (self.AGAIN_SECONDS if None in found else self.KEEP_SECONDS)
             finally:
                 self.lock.release()
-        return self.found
+        return [name for names in self.lists for name in names or ()]
 
-    def ask(self, now: float) -> List[str]:
-        lists: List[List[str]] = [[] for _ in self.upstreams]
+    def ask(self, now: float) -> List[Optional[List[str]]]:
+        """-> what each tells, None where it does not."""
+        lists: List[Optional[List[str]]] = [None] * len(self.upstreams)
         watch = Watch(None, self.clock, now + self.ASK_SECONDS)
 
         def run(number, upstream):
@@ -3970,7 +4044,7 @@ class Catalogue:
             thread.start()
         for thread in threads:
             thread.join(max(0, now + self.ASK_SECONDS - self.clock.monotonic()))
-        return [name for names in list(lists) for name in names]
+        return list(lists)
 
 
 class Pages:
@@ -3988,7 +4062,8 @@ class Pages:
         if request.method in ("GET", "HEAD"):
             if request.path == "/health":
                 return self.health
-            if request.path in ("/v1/models", "/models") and self.lists:
+            if self.lists and (request.path in ("/v1/models", "/models")
+                               or (request.path == "/v1beta/models" and self.proxy.routes.named)):
                 return self.models
         return None
 
@@ -4023,9 +4098,7 @@ class Pages:
     def models(self, request: Request, entry: Entry) -> Page:
         entry.caller = self.proxy.identify(request, entry.address)
         names = self.catalogue.names() + list(self.proxy.config.model_aliases or ())
-        dialects = self.proxy.dialects
-        dialect = dialects.anthropic if "anthropic-version" in request.head.rows else dialects.openai
-        return Page(200, dialect.models(list(dict.fromkeys(names))))
+        return Page(200, self.proxy.dialects.guess(request).models(list(dict.fromkeys(names))))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4171,7 +4244,7 @@ class Reply:
         """Take in what has come of a body; -> the way it will go. A metered answer that is no stream is waited
         for, so that its head can say what it cost, unless it is large or takes its time."""
         call, head, framing = self.call, answer.head, answer.framing
-        listener = self.entry.listener = None if call.endpoint is None or answer.status >= 400 else Listener(
+        listener = self.entry.listener = None if call.free or answer.status >= 400 else Listener(
             call, head.streamed, head.get("content-encoding", "identity") == "identity")
         style, self.framing_line = Passage.AS_IS, ""
         hiding = listener is not None and listener.hiding and not framing.ended
@@ -4224,11 +4297,12 @@ class Reply:
     def lines_down(self, answer: Answer) -> str:
         """The header lines of an answer that are passed on as they came, or nearly."""
         head = answer.head
-        if "down" not in head.derived:
+        prefix = "/" + self.call.prefix if self.call.prefix else ""
+        if "down" not in head.derived or "location" in head.rows or "content-location" in head.rows:
             rows = head.end_to_end(REPLACED_WITH_CORS if self.proxy.config.cors_origins else REPLACED)
             for name in ("location", "content-location"):
                 if name in head.rows:
-                    rows.append("%s: %s" % (name.title(), answer.address.location(head.get(name))))
+                    rows.append("%s: %s" % (name.title(), answer.address.location(head.get(name), prefix)))
             if "x-request-id" in head.rows:
                 rows.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
             head.derived["down"] = "".join([row + "\r\n" for row in rows])
@@ -4462,7 +4536,6 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
     allow_reuse_port = False
     TURNED_AWAY = 128  # refused connections that are kept a moment, so that their answer can be read
-    OVERLOAD = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
     def __init__(self, proxy: Proxy, host: str, port: int, most: int):
         self.proxy, self.pages, self.most = proxy, Pages(proxy), most
@@ -4486,7 +4559,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as failure:
-            if failure.errno in self.OVERLOAD:
+            if failure.errno in OUR_OWN_LACK:
                 time.sleep(0.1)  # accept would fail again at once, and again: a busy loop
             raise
 

@@ -656,7 +656,6 @@ class ConfigTest(unittest.TestCase):
             "PROXY_API_KEYS": ("a,,b", "alice=", "a b", "same,same", "x=same,y=same", "c2VjcmV0==", "sk/1=x"),
             "MODEL_ALIASES": ("fast", "=m", "fast=", "a=b,a=c", "a=b,,"), "UPSTREAM_TLS_VERIFY": ("no",),
             "UPSTREAM_CA_FILE": ("/nowhere.pem", FILE), "UPSTREAM_ORDER": ("openai",),
-            "HTTPS_PROXY": ("socks5://host:1080", "http://", "http://host:0", "http://user:pw@"),
             "UPSTREAM_X_URL": ("host", "http://a,http://a"), "UPSTREAM_OPENAI_MODELS": (",", "two words"),
             "UPSTREAM_OPENAI_DIALECT": ("OpenAI",), "UPSTREAM_OPENAI_MAX_CONCURRENCY": ("-1",),
             "UPSTREAM_OPENAI_HEADERS": ("X", "X Y: z", "Host: x", "content-length: 1", "X: a|", "X: \u20ac"),
@@ -671,9 +670,11 @@ class ConfigTest(unittest.TestCase):
                     self.assertEqual([fault.split(" ")[0] for fault in faults], [name])
 
     def test_a_fault_in_a_secret_does_not_show_it(self):
-        for name in ("BASE_API_KEY", "PROXY_API_KEYS", "HTTPS_PROXY", "UPSTREAM_OPENAI_KEY", "UPSTREAM_OPENAI_HEADERS"):
+        for name in ("BASE_API_KEY", "PROXY_API_KEYS", "HTTPS_PROXY", "UPSTREAM_OPENAI_KEY", "UPSTREAM_OPENAI_HEADERS",
+                     "UPSTREAM_X_URL"):
             with self.subTest(name=name):
-                fault, = self.faults(**{**self.HERE, name: "hush hush,, hush"})
+                value = "http://me:hush@x" if name.endswith("URL") else "hush hush,, hush"
+                fault, = self.faults(**{**self.HERE, "BASE_API_URL": "https://x", name: value})
                 self.assertNotIn("hush", fault)
                 self.assertTrue(fault.startswith(name + " must "), fault)
 
@@ -741,12 +742,24 @@ class ConfigTest(unittest.TestCase):
 
     def test_an_upstream_that_cannot_be_is_a_fault_that_names_its_variable(self):
         table = {"UPSTREAM_BOX_KEY": "UPSTREAM_BOX_URL is not set", "UPSTREAM_V1_URL": "UPSTREAM_V1_URL must have",
-                 "UPSTREAM_HEALTH_URL": "UPSTREAM_HEALTH_URL must have"}
+                 "UPSTREAM_HEALTH_URL": "UPSTREAM_HEALTH_URL must have", "UPSTREAM__URL": "UPSTREAM__URL must have",
+                 "UPSTREAM_THREADS_URL": "UPSTREAM_THREADS_URL must have"}  # its messages would look like a thread's
         for name, fault in table.items():
             with self.subTest(name=name):
                 self.assertIn(fault, self.faults(**{**self.HERE, name: "http://127.0.0.1"})[0])
-        fault, = self.faults(UPSTREAM_OPENAI_KEY="passthrough", PROXY_API_KEYS="sk-1")
-        self.assertIn("UPSTREAM_OPENAI_KEY must not be passthrough", fault)
+        for name in ("UPSTREAM_OPENAI_KEY", "BASE_API_KEY"):
+            fault, = self.faults(**{**self.HERE, name: "passthrough", "PROXY_API_KEYS": "sk-1"})
+            self.assertIn(name + " must not be passthrough", fault)
+
+    def test_a_proxy_on_the_way_out_is_no_fault_where_nothing_goes_through_it(self):
+        for value in ("socks5://host:1080", "http://", "http://host:0", "http://user:pw@"):
+            with self.subTest(value=value):
+                self.assertIsNone(read_config({**self.HERE, "HTTPS_PROXY": value}).https_proxy)
+                for more in ({"BASE_API_URL": "https://x"}, {"UPSTREAM_GROQ_KEY": "k"}):
+                    fault, = self.faults(**{**self.HERE, "https_proxy": value, **more})
+                    self.assertTrue(fault.startswith("HTTPS_PROXY must be http://"), fault)
+        self.assertEqual(read_config({"BASE_API_URL": "https://x", "HTTPS_PROXY": "proxy:3128"}).https_proxy,
+                         ("proxy", 3128, {}))
 
     def test_certificates_that_are_not_checked_are_warned_of(self):
         warnings = read_config({**self.HERE, "PROXY_API_KEYS": "sk-1", "UPSTREAM_TLS_VERIFY": "off"}).warnings()
@@ -772,6 +785,9 @@ class ConfigTest(unittest.TestCase):
     def test_a_name_in_dotenv_that_is_no_setting_is_warned_of(self):
         warning, = read_config({**self.HERE, "PROXY_API_KEYS": "sk-1"}, "MAX_TOKEN=3\nPORT=8000").warnings()
         self.assertIn("MAX_TOKEN ", warning)
+        dotenv = "UPSTREAM_OPENAI_KEY=\nUPSTREAM_GROQ_KEY=k"
+        warning, = read_config({**self.HERE, "PROXY_API_KEYS": "sk-1", "UPSTREAM_GROQ_KYE": "k"}, dotenv).warnings()
+        self.assertIn("UPSTREAM_GROQ_KYE ", warning)
 
     def test_readme_names_every_setting_and_its_default(self):
         with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
@@ -2984,10 +3000,14 @@ class BreakerTest(ManyCase):
             (1, False, True, "closed"), (1, None, True, "closed"), (1, False, True, "closed"),
             (2, False, False, "open"), (31, None, False, "open"), (32, "enter", False, "half_open"),
             (33, False, False, "open"), (62, None, False, "open"), (63, "enter", False, "half_open"),
-            (64, None, True, "half_open"), (64, "enter", False, "half_open"), (65, True, True, "closed"))
+            (64, None, True, "half_open"), (64, "enter", False, "half_open"), (93, "", False, "half_open"),
+            (94, "", True, "half_open"), (94, "enter", False, "half_open"), (95, True, True, "closed"))
         for number, (now, what, allowed, state) in enumerate(steps):
             with self.subTest(number=number, now=now):
-                breaker.enter() if what == "enter" else breaker.judge(what, now)
+                if what == "enter":
+                    breaker.enter(now)
+                elif what != "":
+                    breaker.judge(what, now)
                 self.assertEqual((breaker.allows(now), breaker.state(now)), (allowed, state))
 
     def test_an_open_upstream_is_a_503_at_once_that_says_when_to_try_again_and_costs_nothing(self):
@@ -3062,6 +3082,12 @@ class BreakerTest(ManyCase):
         self.start(lambda asked: asked.send(next(answers)), UPSTREAM_RETRIES=1)
         self.assertEqual((self.ask(call()).body, self.stub.calls, self.left()), (b"[]", 2, 999))
         self.assertEqual(self.states()["base"]["in_flight"], 0)
+
+    def test_an_upstream_that_tires_of_a_callers_slow_upload_has_not_failed(self):
+        self.start(Asked.close, reads=False, BREAKER_FAILURES=1)
+        client = self.connect().send(unsized("/v1/files", "Content-Length: 10") + b"x")
+        self.assertEqual(client.read().status, 502)
+        self.assertEqual(self.states()["base"], {"state": "closed", "in_flight": 0, "addresses": "1/1"})
 
     def test_an_upload_is_not_asked_for_again(self):
         self.start(says(b"{}", "503 x", "Retry-After: 0"), UPSTREAM_RETRIES=3)
@@ -3141,6 +3167,41 @@ class RoutesTest(ManyCase):
         self.ask(request("POST", "/openai" + CHAT, chat(), key="mine"))
         self.assertEqual((self.left("mine"), self.left("another")), (4, 5))
 
+    def test_a_credential_cannot_spell_lines_of_its_own(self):
+        openai = self.stub_of("openai")
+        self.start_many({"openai": openai}, UPSTREAM_OPENAI_KEY="passthrough")
+        for key in ("k%0d%0aX-Real-IP:%209.9.9.9", "k%0aX:y", "%00", "k%0d%0a%0d%0aGET%20/%20HTTP/1.1%0d%0a%0d%0a"):
+            with self.subTest(key=key):
+                self.assertEqual(self.ask(request("GET", "/openai/v1/models?key=" + key)).status, 400)
+        self.assertEqual(openai.connections, 0)
+
+    def test_a_field_that_is_set_for_an_upstream_is_the_only_one_of_its_name(self):
+        box = self.stub_of("box")
+        self.start_many({"box": box}, UPSTREAM_BOX_KEY="k", UPSTREAM_BOX_DIALECT="anthropic", UPSTREAM_BOX_MODELS="*",
+                        UPSTREAM_BOX_HEADERS="anthropic-version: 1 | content-type: text/x | X-API-Key: other")
+        self.ask(request("POST", "/box/v1/messages", chat(max_tokens=1), "anthropic-version: 2", "content-type: a/b"))
+        self.ask(request("GET", "/v1/models"))
+        for asked in box.requests:
+            self.assertEqual([asked.get(name) for name in ("anthropic-version", "content-type", "x-api-key")],
+                             ["1", "text/x", "other"])
+
+    def test_a_redirect_keeps_the_prefix(self):
+        box = self.stub_of("box")
+        self.start_many({"box": box}, UPSTREAM_BOX_MODELS="m")
+        box.answer = says(b"", "302 Found", "Location: http://127.0.0.1:%d/v1/other" % box.port)
+        client = self.connect()
+        found = [client.send(data).read(data[:4].decode().strip()).get("location") for data in (
+            call(), request("GET", "/box/v1/files"), call())]
+        self.assertEqual(found, ["/v1/other", "/box/v1/other", "/v1/other"])
+
+    def test_a_callers_own_key_is_not_shown_to_a_second_vendor(self):
+        stubs = {name: self.stub_of(name) for name in ("one", "two")}
+        stubs["one"].refuse_connections()
+        self.start_many(stubs, UPSTREAM_ONE_MODELS="m", UPSTREAM_TWO_MODELS="m", UPSTREAM_ONE_KEY="passthrough",
+                        UPSTREAM_TWO_KEY="passthrough")
+        self.assertEqual(self.ask(call("mine")).status, 502)
+        self.assertEqual(stubs["two"].calls, 0)
+
     def test_one_connection_may_reach_many_upstreams_and_each_sees_its_own_key_and_model(self):
         """The same head may go to each of them: only the model in the body differs."""
         stubs = {name: self.stub_of(name) for name in ("one", "two")}
@@ -3166,6 +3227,7 @@ class RoutesTest(ManyCase):
                  ("POST", "/v1/chat/completions"): ("/v1beta/openai/chat/completions", "authorization"),
                  ("GET", "/gemini/v1/models"): ("/v1beta/openai/models", "authorization"),
                  ("GET", "/gemini/v1beta/models"): ("/v1beta/models", "x-goog-api-key"),
+                 ("GET", "/gemini/v1beta/openai/models"): ("/v1beta/openai/models", "authorization"),
                  ("POST", "/gemini/v1/models/gemini-2:generateContent"): ("/v1/models/gemini-2:generateContent",
                                                                           "x-goog-api-key")}
         for (method, path), (target, header) in table.items():
@@ -3174,6 +3236,30 @@ class RoutesTest(ManyCase):
                 self.ask(request(method, path, chat(model="gemini-2") if method == "POST" else b"", key=shown))
                 asked = gemini.requests[-1]
                 self.assertEqual((asked.target, bool(asked.get(header))), (target, True))
+
+    def test_a_name_that_gemini_spells_in_two_ways_is_one_model(self):
+        gemini = self.stub_of("gemini")
+        self.start_many({"gemini": gemini}, UPSTREAM_GEMINI_MODELS="gemini-*", LIMITS="model:gemini-2 1 requests per day")
+        self.assertEqual(self.came_from(call(model="models/gemini-2")), "gemini")
+        self.assertEqual(gemini.requests[0].json()["model"], "gemini-2")
+        for model in ("gemini-2", "models/gemini-2"):
+            self.assertIn("limit reached", self.ask(call(model=model)).body.decode())
+
+    def test_what_is_asked_of_a_model_without_using_it_goes_where_the_model_is_and_is_free(self):
+        stubs = {name: self.stub_of(name) for name in ("one", "two")}
+        self.start_many(stubs, base=False, UPSTREAM_ONE_MODELS="claude-*", UPSTREAM_TWO_MODELS="gem-*", MAX_TOKENS=5,
+                        MODEL_ALIASES="fast=claude-5")
+        table = (("POST", "/v1/messages/count_tokens", chat(model="fast"), "one", "/v1/messages/count_tokens"),
+                 ("POST", "/v1beta/models/gem-1:countTokens", b"{}", "two", "/v1/v1beta/models/gem-1:countTokens"),
+                 ("GET", "/v1/models/fast", b"", "one", "/v1/models/claude-5"),
+                 ("GET", "/v1/models/gem-1", b"", "two", "/v1/models/gem-1"))
+        for method, path, body, name, target in table:
+            with self.subTest(path=path):
+                self.assertEqual(self.came_from(request(method, path, body)), name)
+                self.assertEqual(stubs[name].requests[-1].target, target)
+        self.assertEqual(stubs["one"].requests[0].json()["model"], "claude-5")
+        self.assertEqual(self.ask(request("GET", "/v1/models/other")).error()["code"], "model_not_found")
+        self.assertEqual(self.left(), 5)
 
     def test_content_that_is_null_beside_tool_calls_is_empty_text_for_those_that_need_it(self):
         message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
@@ -3252,7 +3338,8 @@ class RoutesTest(ManyCase):
             self.assertEqual(self.came_from(call()), "one")
             self.assertIn("limit reached", self.ask(call()).body.decode())
             self.assertEqual([self.came_from(call(model="x")), self.came_from(call(model="x"))], ["base", "base"])
-            self.proxy.books.ledger.turn()
+            self.entry(3)
+            wait_for(lambda: not self.proxy.books.ledger.queue)
             rows = self.proxy.books.ledger.database.connection.execute(
                 "SELECT upstream, outcome, count(*) FROM calls GROUP BY 1, 2 ORDER BY 1, 2").fetchall()
             self.assertEqual(rows, [("base", "ok", 2), ("one", "limited", 1), ("one", "ok", 1)])
@@ -3283,7 +3370,28 @@ class CatalogueTest(ManyCase):
                          ("/v1/models?limit=1000", "k", "2023-06-01"))
         listed = self.ask(request("GET", "/v1/models", b"", "anthropic-version: 2023-06-01")).json()
         self.assertEqual((listed["first_id"], listed["has_more"], listed["data"][0]["type"]), ("gemma4", False, "model"))
+        listed = self.ask(request("GET", "/v1beta/models", b"", "x-goog-api-key: k")).json()
+        self.assertEqual(listed["models"][0]["name"], "models/gemma4")
         self.assertEqual((stubs["private"].calls, self.stub.calls), (0, 1))
+
+    def test_an_upstream_at_its_limit_is_asked_and_one_that_fails_is_asked_again_soon(self):
+        clock = Clock()
+        box = self.stub_of("box")
+        box.answer = None
+        self.start_many({"box": box}, self.lists("b"), clock=clock, UPSTREAM_BOX_MODELS="*", UPSTREAM_BOX_MAX_CONCURRENCY=1)
+        client = self.connect().send(call())
+        asked = box.next()
+        box.answer = self.lists("a")
+        self.assertEqual(self.ids(), ["b", "a"])
+        asked.send(answer())
+        asked.finish()
+        client.read()
+        clock.now += 61
+        box.answer = says(b"{}", "500 No")
+        self.assertEqual(self.ids(), ["b", "a"])
+        clock.now += 6
+        box.answer = self.lists("c")
+        self.assertEqual(self.ids(), ["b", "c"])
 
     def test_a_list_is_kept_for_a_minute_and_asked_for_once_by_many(self):
         clock = Clock()
@@ -4090,6 +4198,17 @@ class EndingsTest(ProxyCase):
         self.assertEqual(client.read().body, b'{"first": 1}')
         self.stub.next().wait_for_hang_up()
         wait_for(lambda: [entry["outcome"] for entry in self.lines.entries()] == ["ok", "caller_gone"])
+
+    @unittest.skipUnless(llm_proxy.PATIENT, "where the system tells of hang-ups")
+    def test_a_caller_whose_leaving_its_thread_saw_too_is_not_forgotten(self):
+        self.start(None)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        (watch,) = self.proxy.relay.watches.values()
+        client.sock.shutdown(socket.SHUT_WR)
+        wait_for(lambda: watch.left)
+        watch.left += 0.1
+        asked.wait_for_hang_up()
 
     @unittest.skipUnless(llm_proxy.PATIENT, "where the system tells of hang-ups")
     def test_news_of_a_hang_up_that_come_late_harm_no_other_caller(self):
