@@ -3513,7 +3513,7 @@ class Log:
         ends."""
         self.stream, self.as_json = stream, as_json
         self.queue: "collections.deque[str]" = collections.deque()
-        self.dropped, self.stopping, self.work = 0, False, threading.Event()
+        self.dropped, self.stop, self.work = 0, threading.Event(), threading.Event()
         self.second, self.moment = 0, ""
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
@@ -3544,7 +3544,7 @@ class Log:
         self.say(traceback.format_exc().rstrip())
 
     def run(self) -> None:
-        while not (self.stopping and not self.queue):
+        while self.queue or not self.stop.is_set():
             self.work.wait()
             self.work.clear()
             rows = [self.queue.popleft() for _ in range(len(self.queue))]
@@ -3557,17 +3557,15 @@ class Log:
                 while data:
                     written = self.stream.write(data)
                     if written is None:  # a pipe that does not block, and is full
-                        if self.stopping:
+                        if self.stop.wait(0.05):
                             break
-                        time.sleep(0.05)
                     data = data[written or 0:]
             except (OSError, ValueError):
                 pass  # a closed or full log is no reason to stop serving
-            if not self.stopping:
-                time.sleep(0.05)  # batches cost less than lines
+            self.stop.wait(0.05)  # batches cost less than lines
 
     def close(self, wait: float) -> None:
-        self.stopping = True
+        self.stop.set()
         self.work.set()
         self.thread.join(wait)
 
