@@ -19,7 +19,7 @@ The words used here, one meaning each:
     Caller    who asks: a key or an address
     Dialect   the only place that knows an API's wire names: paths, prompt text, limit replies, errors
     Hold      tokens set aside for one call over all its buckets; ends exactly one way: settled or given back
-    Upstream  where calls go: its address, its key, its spare connections
+    Upstream  where calls go: a name, a key, one or more addresses that can do the same
     Answer    what came back: status, headers, a body that is still arriving
     Usage     what a call used: input, cached, output, reasoning tokens; `estimated` when nobody told us
     Refusal   why not: raised at any depth, rendered in one place, in the caller's dialect
@@ -36,7 +36,7 @@ Contents, in reading order; a section uses only what stands above it:
     Dialects    the wire names of every API, limit replies, what answers tell of usage
     Wire        strict HTTP/1.1: heads, framing, connections, waiting for two sockets at once
     Relay       one thread that carries every running answer body
-    Upstreams   connections to the endpoint, and answers
+    Upstreams   addresses and their breakers, connections, answers; which call goes where
     Books       entries, the access log and the ledger
     Proxy       serve: the life of one call; build: the parts list
     Pages       health and models
@@ -2850,8 +2850,9 @@ class Relay:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Upstreams: the one place that opens sockets, and only to the configured address: no header, path or body of
+# Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or body of
 # a caller can change host, port or scheme. http.client opens and owns connections; answers are read by Wire.
+# An Address knows connections; an Upstream which of its addresses to ask; Routes which upstreams a call has.
 # It knows no callers (but for watching one while it waits) and no buckets.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -3323,7 +3324,7 @@ class Upstream:
         where it answers with something else."""
         if self.model is not None or self.key == PASSTHROUGH:  # it has but one, or we have no key to ask with
             plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
-            return plain or [self.model] if self.model else plain
+            return plain or ([self.model] if self.model else [])
         dialect = DIALECTS["anthropic" if self.dialect == "anthropic" else "openai"]
         path, dialect = self.place("/v1/models", dialect, False)
 
@@ -3390,6 +3391,8 @@ class Routes:
         """Raises NotServed."""
         if call.prefix:
             return [self.by_name[call.prefix]]
+        if self.base and not call.wanted:
+            return [self.base]
         found = self.known.get(call.wanted)
         if found is None:
             found = [upstream for upstream in self.named if upstream.serves(call.wanted)]
@@ -4524,8 +4527,9 @@ class Handler:
 
 # ------------------------------------------------------------------------------------------------------------
 # Server: threads, caps, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock
-# guards the set of open connections; the Relay's flows belong to its thread alone; queues and events guard
-# themselves. No lock is held while another is taken, or while anything waits.
+# guards the set of open connections; Upstream.lock guards running calls and breakers; the Relay's flows belong
+# to its thread alone; queues and events guard themselves. No lock is held while another is taken, or while
+# anything waits, but for Catalogue.lock: whoever wants the list waits for the one who asks for it.
 # ------------------------------------------------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):

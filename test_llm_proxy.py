@@ -3131,6 +3131,7 @@ class RoutesTest(ManyCase):
                 self.assertEqual(self.came_from(call(model=model)), name)
         self.assertEqual([asked.json()["model"] for asked in two.requests], ["claude-5", "claude-5"])
         self.assertEqual({asked.json()["model"] for asked in self.stub.requests}, {"gemma4"})
+        self.assertEqual(self.came_from(request("POST", "/v1/audio/speech", b"{}")), "base")
         path = "/v1beta/models/%s:generateContent"
         self.assertEqual([self.came_from(request("POST", path % model, b"{}")) for model in ("gpt-5", "fast")], ["one", "two"])
         self.assertEqual((one.requests[-1].target, two.requests[-1].target),
