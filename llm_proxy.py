@@ -8,9 +8,9 @@ It needs Python 3.9 or newer and nothing else. `--help` lists every setting.
 
 One call, from its first byte to its last:
 
-    caller ──> Handler ──> Proxy.serve ── identify ── admit ── route ── forward ── settle ──> one Entry
-               strict      (the story     who is      any      where    to the     what it    in the log
-               HTTP        of this file)  asking?     room?    to?      upstream   cost
+    caller ──> Handler ──> Proxy.serve ── identify ── route ── admit ── forward ── settle ──> one Entry
+               strict      (the story     who is      where    any      to the     what it    in the log
+               HTTP        of this file)  asking?     to?      room?    upstream   cost
     caller <── Relay <───────────────────────────────────────────────── upstream   chunk by chunk, unchanged
 
 The words used here, one meaning each:
@@ -20,6 +20,8 @@ The words used here, one meaning each:
     Dialect   the only place that knows an API's wire names: paths, prompt text, limit replies, errors
     Hold      tokens set aside for one call over all its buckets; ends exactly one way: settled or given back
     Upstream  where calls go: a name, a key, one or more addresses that can do the same
+    Address   one of those: its spare connections, and a breaker that keeps calls from it while it fails
+    Watch     the look-out for a caller's leaving, in every wait for its upstream
     Answer    what came back: status, headers, a body that is still arriving
     Usage     what a call used: input, cached, output, reasoning tokens; `estimated` when nobody told us
     Refusal   why not: raised at any depth, rendered in one place, in the caller's dialect
@@ -54,6 +56,7 @@ import copy
 import csv
 import ctypes
 import decimal
+import difflib
 import errno
 import fnmatch
 import functools
@@ -185,6 +188,8 @@ def aliases(text: str) -> Dict[str, str]:
     found = dict(pairs)
     if len(found) < len(pairs) or not all(name and model and (name + model).isprintable() for name, model in pairs):
         raise ValueError("must be alias=model, separated by commas, each alias once")
+    if not found.keys().isdisjoint(found.values()):
+        raise ValueError("must not make an alias of an alias")
     return found
 
 
@@ -506,10 +511,12 @@ def read_upstreams(found: Dict[str, str], faults: List[str]) -> Tuple[List[Upstr
         url, dialect = VENDORS.get(name, (None, "openai"))
         if "url" not in values and url:
             values["url"] = endpoints(url)
-        if "url" not in values and name:
-            faults.append("UPSTREAM_%s_URL is not set, and no vendor is known by this name" % name.upper())
-        elif name in RESERVED:
-            faults.append("UPSTREAM_%s_URL must have another name: /%s is no prefix" % (name.upper(), name))
+        if name in RESERVED:
+            faults.append("UPSTREAM_%s_%s must have another name%s" % (
+                name.upper(), next(iter(values)).upper(), "; the base is set by BASE_API_URL, BASE_API_KEY ..."
+                if name == "base" else ": /%s is a path of its own" % name if name else ""))
+        elif "url" not in values:
+            faults.append("UPSTREAM_%s_URL is not set; only these need none: %s" % (name.upper(), ", ".join(VENDORS)))
         else:
             upstreams.append(UpstreamConfig(name, **{"dialect": dialect, **values}))
     return upstreams, texts
@@ -523,8 +530,23 @@ class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; unset ones without a default are None. `texts`: name -> as
     it was set; `unknown`: names in .env that are no settings."""
 
+    def all_upstreams(self) -> List[UpstreamConfig]:
+        """The base first, where there is one."""
+        base = UpstreamConfig("base", self.base_api_url, self.base_api_key, model=self.base_model)
+        return ([base] if base.url else []) + self.upstreams
+
+    def speaks_https(self) -> bool:
+        return any(url.scheme == "https" for upstream in self.all_upstreams() for url in upstream.url)
+
     def warnings(self) -> List[str]:
         found = ["%s is not a setting" % name for name in self.unknown]
+        names = [upstream.name for upstream in self.all_upstreams()]
+        found += ["the rule '%s' speaks of no upstream there is: %s" % (rule.text, ", ".join(names))
+                  for rule in self.limits or () for kind, glob in rule.scopes
+                  if kind == "upstream" and not fnmatch.filter(names, glob)]
+        if not self.base_api_url and not any(upstream.models for upstream in self.upstreams):
+            found.append("only paths with a prefix, such as /%s/v1, lead anywhere: neither BASE_API_URL nor"
+                         " UPSTREAM_..._MODELS is set" % names[0])
         if self.upstream_tls_verify == "off":
             found.append("certificates of https upstreams are not checked (UPSTREAM_TLS_VERIFY=off): whoever is in"
                          " between reads all, keys included")
@@ -564,6 +586,12 @@ def read_dotenv(text: str) -> Tuple[Dict[str, str], List[str]]:
     return values, faults
 
 
+def misspelt(name: str) -> bool:
+    """Whether a name in the environment, which holds much that is not for us, looks as if it was."""
+    return name.startswith("UPSTREAM_") or (not name.upper().endswith("_PROXY") and bool(
+        difflib.get_close_matches(name, [setting.name for setting in every_setting()], 1, 0.9)))
+
+
 def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     """The environment wins over `.env`; an empty value counts as unset. Raises ConfigFaults with all faults
     at once."""
@@ -574,7 +602,7 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     upstreams, upstream_texts = read_upstreams({name: text.strip() for name, text in named.items()}, faults)
     if not any(one.scheme == "https" for upstream in upstreams for one in upstream.url or ()) and (
             "https:" not in (environ.get("BASE_API_URL") or written.get("BASE_API_URL", ""))):
-        environ["HTTPS_PROXY"] = written["HTTPS_PROXY"] = ""  # it may be meant for others, and of any kind
+        environ["HTTPS_PROXY"] = written["HTTPS_PROXY"] = ""  # it is meant for others, and may be of any kind
     for setting in every_setting():
         text = ((environ.get(setting.name) or "").strip() or written.get(setting.name, "").strip()
                 or setting.default)
@@ -587,7 +615,8 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
                 "a value not shown here" if setting.secret or "@" in text else repr(text)))
     order = values.get("upstream_order") or ()
     names = [upstream.name for upstream in upstreams]
-    faults += ["UPSTREAM_ORDER must be names of upstreams (got '%s')" % name for name in order if name not in names]
+    faults += ["UPSTREAM_ORDER must be among %s (got '%s')" % (", ".join(names) or "named upstreams", name)
+               for name in order if name not in names]
     upstreams.sort(key=lambda upstream: order.index(upstream.name) if upstream.name in order else len(order))
     if "base_api_url" in values and values["base_api_url"] is None and not upstreams:
         faults.append(HOW_TO_START)
@@ -599,10 +628,8 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
     if faults:
         raise ConfigFaults("\n".join(faults))
     texts.update(upstream_texts)
-    unknown = [name for name in written if name not in texts and not UPSTREAM_VARIABLE.fullmatch(name)]
-    unknown += [name for name in environ if name not in texts and any(
-        name.startswith("UPSTREAM_%s_" % upstream.name.upper()) for upstream in upstreams)
-        and not UPSTREAM_VARIABLE.fullmatch(name)]
+    unknown = [name for name in {**written, **environ} if name not in texts and (
+        name in written or misspelt(name)) and not UPSTREAM_VARIABLE.fullmatch(name)]
     return Config(texts=texts, unknown=unknown, upstreams=upstreams, **values)
 
 
@@ -771,7 +798,8 @@ class CallerGone(Exception):
 
 # ------------------------------------------------------------------------------------------------------------
 # Callers: the one place that decides who is calling. Keys are known by digest and compared in constant time;
-# nobody above or below sees a raw key. It does not know what a caller may use.
+# nobody above or below sees a raw key, but for upstreams that callers show their own. It does not know what a
+# caller may use.
 # ------------------------------------------------------------------------------------------------------------
 
 CREDENTIAL_FIELDS = ("authorization", "x-api-key", "x-goog-api-key")
@@ -1819,7 +1847,7 @@ class Dialects:
             if any(" " > letter or letter == "\x7f" for segment in segments for letter in segment):
                 raise BadRequest("The path must not contain control characters")
         last = segments[-1] if segments and method == "POST" else ""
-        if self.names and (last == "count_tokens" or last.endswith(":counttokens")) and PLAIN_PATH.fullmatch(path):
+        if self.names and re.search("(^count_|:count)tokens$", last) and PLAIN_PATH.fullmatch(path):
             return "count", path
         if ":" in last and last.rpartition(":")[2] in self.GEMINI_METHODS:
             if not PLAIN_PATH.fullmatch(path) or path.rpartition(":")[2] not in Gemini.METHODS:
@@ -2496,8 +2524,8 @@ class Passage:
 
 
 class Watch:
-    """A caller under observation: every wait of its call goes through here, so that its leaving is noticed in
-    each. A caller that only closed its sending side looks the same as one that left; it is given
+    """A caller under observation: every wait for its upstream goes through here, so that its leaving is noticed
+    in each. A caller that only closed its sending side looks the same as one that left; it is given
     HALF_CLOSE_SECONDS more."""
     HALF_CLOSE_SECONDS = 0.5
 
@@ -2519,7 +2547,8 @@ class Watch:
 
     def listen(self, connection: Connection, seconds: float) -> None:
         """Read the first bytes of an answer into `connection.ahead`, by one system call where the Relay looks
-        after the caller meanwhile; else leave it to `more`. Raises as `wait` does."""
+        after the caller meanwhile (who then is all that could end it sooner); else leave it to `more`. Raises as
+        `wait` does."""
         if self.relay is None or not connection.patient:
             return
         self.listening = connection
@@ -2917,15 +2946,11 @@ class Answer:
 
     def __exit__(self, *_: Any) -> None:
         framing = self.framing
+        self.upstream.leave(self.address)
         if self.reusable and framing.ended and not framing.excess and not self.link.wire.ahead:
             self.address.keep(self.link, self.head.streamed)
         else:
-            try:
-                self.link.close()
-            finally:
-                self.upstream.leave(self.address)
-            return
-        self.upstream.leave(self.address)
+            self.link.close()
 
 
 class Link(NamedTuple):
@@ -3186,12 +3211,14 @@ QUIRKS = {"deepseek": content_never_null}
 class Upstream:
     """Where calls go: one name, one key, one or more addresses that can do the same."""
 
-    def __init__(self, config: UpstreamConfig, way: Way, retries: int, breaking: Tuple[int, float], clock: Any):
-        """`breaking` is (failures in a row, seconds) of the breakers."""
+    def __init__(self, config: UpstreamConfig, way: Way, retries: int, breaking: Tuple[int, float], clock: Any,
+                 say: Callable[[str], None]):
+        """`breaking` is (failures in a row, seconds) of the breakers; `say` is called with what the operator should
+        know."""
         self.name, self.key, self.globs, self.model = config.name, config.key, config.models, config.model
         self.dialect, self.most, self.headers = config.dialect, config.max_concurrency, config.headers
         self.header_lines = "".join([row + "\r\n" for row in config.headers.values()])
-        self.mend, self.retries, self.clock = QUIRKS.get(config.name), retries, clock
+        self.mend, self.retries, self.clock, self.say = QUIRKS.get(config.name), retries, clock, say
         self.addresses = [Address(endpoint, way, Breaker(*breaking), clock) for endpoint in config.url]
         self.read_timeout, self.turn, self.lock = way.read_timeout, 0, threading.Lock()
         self.without_options: set = set()  # models for which stream_options are an error here
@@ -3217,7 +3244,7 @@ class Upstream:
 
     def enter(self, failed: List[Address], beyond: bool) -> Optional[Address]:
         """-> the address with the fewest running calls, which has one more now; None where none can be asked.
-        `beyond`: even where there are enough of them."""
+        `beyond`: besides these, and whatever their number."""
         with self.lock:
             if self.most and not beyond and sum([one.running for one in self.addresses]) >= self.most:
                 raise UpstreamBusy()
@@ -3231,7 +3258,8 @@ class Upstream:
                 turned = self.turn % len(able)
                 address = min(able[turned:] + able[:turned], key=lambda one: one.running)
             address.running += 1
-            address.breaker.enter(now)
+            if not beyond:
+                address.breaker.enter(now)
             return address
 
     def leave(self, address: Address) -> None:
@@ -3243,7 +3271,13 @@ class Upstream:
         breaker = address.breaker
         if not good or breaker.failures or breaker.opened is not None:
             with self.lock:
+                before = breaker.opened
                 breaker.judge(good, self.clock.monotonic())
+                after = breaker.opened
+            if (before is None) != (after is None):
+                self.say("upstream %s: %s %s" % (
+                    self.name, address.endpoint.origin, "is well again" if after is None else
+                    "failed %d times in a row, left alone for %g s" % (breaker.failures, breaker.seconds)))
 
     def wait(self) -> float:
         """Seconds until the first breaker may be tried."""
@@ -3304,7 +3338,8 @@ class Upstream:
                 failure = refusal
                 failed.append(address)
             finally:
-                self.judge(address, good)
+                if not beyond:  # a list of models says nothing of how calls fare, and its time is short
+                    self.judge(address, good)
                 if answer is None:
                     self.leave(address)
 
@@ -3320,8 +3355,8 @@ class Upstream:
         return [row for row in rows if row.partition(":")[0].lower() not in self.headers]
 
     def models(self, watch: Watch) -> List[str]:
-        """The names of its models. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, UpstreamBusy, and ValueError
-        where it answers with something else."""
+        """The names of its models. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, and ValueError where it
+        answers with something else."""
         if self.model is not None or self.key == PASSTHROUGH:  # it has but one, or we have no key to ask with
             plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
             return plain or ([self.model] if self.model else [])
@@ -3837,13 +3872,12 @@ class Proxy:
         self.relay, self.books = relay, books
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
-        """The life of one call, in five verbs. Every step may refuse by raising; both with-blocks undo what
-        they hold. Where the rest of a body must still be carried, it yields a Flow and is sent back how that
-        ended: no thread waits meanwhile."""
+        """The life of one call, in five verbs. Every step may refuse by raising; what refuses before anything was
+        sent leaves the call to the next upstream that it may go to."""
         caller = entry.caller = self.identify(request, entry.address)                               # identify
         call = reply.call = entry.call = self.dialects.read(request, reply.body.whole)
-        *spares, last = self.routes.find(call)                                                      # route
-        for upstream in spares:
+        *first, last = self.routes.find(call)                                                       # route
+        for upstream in first:
             try:
                 return (yield from self.ask(upstream, caller, request, call, reply, entry))
             except Refusal as refusal:
@@ -3852,7 +3886,8 @@ class Proxy:
         yield from self.ask(last, caller, request, call, reply, entry)
 
     def ask(self, upstream: Upstream, caller: Caller, request: Request, call: Call, reply: Any, entry: Entry) -> Any:
-        """The rest of its life, at one upstream."""
+        """The rest of its life, at one upstream. Both with-blocks undo what they hold. Where the rest of a body must
+        still be carried, it yields a Flow and is sent back how that ended: no thread waits meanwhile."""
         entry.upstream = upstream.name
         if call.endpoint is not None:
             call.aim(upstream.model or upstream.name_of(call.wanted), upstream.mend)
@@ -3977,21 +4012,19 @@ def build(config: Config, stream: Any, clock: Any = time, database: Any = None) 
     return Proxy(
         config, clock, Callers(config.proxy_api_keys, os.urandom(32)), limits, prices, meter,
         Dialects(config.model_aliases or {}, {one.name: one.dialect for one in config.upstreams}),
-        build_routes(config, clock), Relay(clock, log.report), Books(log, ledger, usage_log))
+        build_routes(config, clock, log.say), Relay(clock, log.report), Books(log, ledger, usage_log))
 
 
-def build_routes(config: Config, clock: Any) -> Routes:
+def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
     tls = None
-    if any(one.scheme == "https" for upstream in config.upstreams for one in upstream.url) or any(
-            one.scheme == "https" for one in config.base_api_url or ()):
+    if config.speaks_https():
         tls = ssl.create_default_context(cafile=config.upstream_ca_file)
         if config.upstream_tls_verify == "off":
             tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
     way = Way(config.open_timeout, config.read_timeout, tls, config.https_proxy, config.no_proxy or "")
-    base = UpstreamConfig("base", config.base_api_url, config.base_api_key, model=config.base_model)
-    made = [Upstream(one, way, config.upstream_retries, (config.breaker_failures, config.breaker_seconds), clock)
-            for one in ([base] if base.url else []) + config.upstreams]
-    return Routes(made.pop(0) if base.url else None, made)
+    breaking = config.breaker_failures, config.breaker_seconds
+    made = [Upstream(one, way, config.upstream_retries, breaking, clock, say) for one in config.all_upstreams()]
+    return Routes(made.pop(0) if config.base_api_url else None, made)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4790,13 +4823,12 @@ def describe(config: Config) -> List[str]:
     cost = {"request": "%d" % config.request_token_cost,
             "estimate": "its estimated tokens, %d for an answer without a maximum" % config.response_token_reserve,
             "usage": "the tokens it used"}[config.token_cost_mode]
-    base = UpstreamConfig("base", config.base_api_url, config.base_api_key, model=config.base_model)
     return ["upstream %s %s, key %s, %s" % (
                 one.name, " ".join([url.origin + url.path for url in one.url]),
                 "of the caller" if one.key == PASSTHROUGH else "set" if one.key else "not set",
                 "model %s" % one.model if one.model else "models %s" % " ".join(one.models) if one.models
-                else "model as asked for" if one is base else "by its prefix alone")
-            for one in ([base] if base.url else []) + config.upstreams] + [
+                else "model as asked for" if one.name == "base" else "by its prefix alone")
+            for one in config.all_upstreams()] + [
             "limits " + "; ".join(rule.text for rule in config.limits) if config.limits else
             "each caller's bucket holds %d tokens and gains %d every %d s; a call costs %s" % (
                 config.max_tokens, config.refill_tokens, config.refill_interval_seconds, cost)]
@@ -4823,16 +4855,18 @@ def check(config: Config, stream: Any) -> int:
     for warning in config.warnings():
         stream.write("warning: %s\n" % warning)
     sound = True
-    for upstream in build_routes(config, time).all:
+    for upstream in build_routes(config, time, lambda row: None).all:
         upstream.model = None  # its own list is asked for
-        try:
-            names = upstream.models(Watch(None, time, time.monotonic() + 10))
-        except (Refusal, ValueError) as reason:
-            stream.write("models of %s: %s\n" % (upstream.name, "%s (%s)" % (reason, reason.cause)
-                                                 if isinstance(reason, Refusal) else reason))
-            sound = False
-        else:
-            stream.write("models of %s: %s\n" % (upstream.name, ", ".join(map(clean, names)) or "none were told"))
+        for address in upstream.addresses[:]:
+            upstream.addresses = [address]
+            try:
+                names = upstream.models(Watch(None, time, time.monotonic() + 10))
+                told = ", ".join(map(clean, names)) or "none that would be asked of it"
+            except Refusal as reason:
+                sound, told = False, "%s (%s)" % (reason, reason.cause)
+            except ValueError as reason:
+                sound, told = False, str(reason)
+            stream.write("models of %s at %s: %s\n" % (upstream.name, address.endpoint.origin, told))
     return 0 if sound else 1
 
 

@@ -654,7 +654,7 @@ class ConfigTest(unittest.TestCase):
             "LIMIT_MESSAGE": ("two\nlines",),
             "CPU_AFFINITY": ("none", "-1"),
             "PROXY_API_KEYS": ("a,,b", "alice=", "a b", "same,same", "x=same,y=same", "c2VjcmV0==", "sk/1=x"),
-            "MODEL_ALIASES": ("fast", "=m", "fast=", "a=b,a=c", "a=b,,"), "UPSTREAM_TLS_VERIFY": ("no",),
+            "MODEL_ALIASES": ("fast", "=m", "fast=", "a=b,a=c", "a=b,,", "a=b,b=c"), "UPSTREAM_TLS_VERIFY": ("no",),
             "UPSTREAM_CA_FILE": ("/nowhere.pem", FILE), "UPSTREAM_ORDER": ("openai",),
             "UPSTREAM_X_URL": ("host", "http://a,http://a"), "UPSTREAM_OPENAI_MODELS": (",", "two words"),
             "UPSTREAM_OPENAI_DIALECT": ("OpenAI",), "UPSTREAM_OPENAI_MAX_CONCURRENCY": ("-1",),
@@ -788,6 +788,24 @@ class ConfigTest(unittest.TestCase):
         dotenv = "UPSTREAM_OPENAI_KEY=\nUPSTREAM_GROQ_KEY=k"
         warning, = read_config({**self.HERE, "PROXY_API_KEYS": "sk-1", "UPSTREAM_GROQ_KYE": "k"}, dotenv).warnings()
         self.assertIn("UPSTREAM_GROQ_KYE ", warning)
+
+    def test_a_name_in_the_environment_that_looks_like_a_setting_is_warned_of(self):
+        keyed = {**self.HERE, "PROXY_API_KEYS": "sk-1"}
+        for name in ("MAX_TOKEN", "BREAKER_SECOND", "UPSTREAM_OPENAI_MODLES", "UPSTREAM_MY-BOX_URL"):
+            with self.subTest(name=name):
+                warning, = read_config({**keyed, name: "1"}).warnings()
+                self.assertIn(name + " is not a setting", warning)
+        for name in ("PATH", "HOSTNAME", "HTTP_PROXY", "http_proxy", "OLDPWD", "LOGNAME", "TOKENS", "DATABASE_URL"):
+            self.assertEqual(read_config({**keyed, name: "1"}).warnings(), [])
+
+    def test_a_rule_of_an_upstream_that_is_not_there_is_warned_of(self):
+        keyed = {**self.HERE, "PROXY_API_KEYS": "sk-1", "UPSTREAM_OPENAI_KEY": "k"}
+        warning, = read_config({**keyed, "LIMITS": "upstream:opnai 5 usd per day; upstream:o* 1 usd per day"}).warnings()
+        self.assertIn("'upstream:opnai 5 usd per day' speaks of no upstream there is: base, openai", warning)
+
+    def test_upstreams_that_only_a_prefix_leads_to_are_warned_of(self):
+        warning, = read_config({"UPSTREAM_OPENAI_KEY": "k", "PROXY_API_KEYS": "sk-1"}).warnings()
+        self.assertIn("/openai/v1", warning)
 
     def test_readme_names_every_setting_and_its_default(self):
         with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
@@ -3083,6 +3101,33 @@ class BreakerTest(ManyCase):
         self.assertEqual((self.ask(call()).body, self.stub.calls, self.left()), (b"[]", 2, 999))
         self.assertEqual(self.states()["base"]["in_flight"], 0)
 
+    def test_the_log_says_when_an_address_is_left_alone_and_when_it_is_well_again(self):
+        clock = Clock()
+        self.start(says(b"{}", "503 No"), clock=clock, BREAKER_FAILURES=2, LOG_FORMAT="text")
+        for _ in range(3):
+            self.ask(call())
+        clock.now += 31
+        self.stub.answer = says()
+        self.ask(call())
+        here = "upstream base: http://127.0.0.1:%d " % self.stub.port
+        self.assertEqual([wait_for(lambda: self.lines.text().count(here + what)) for what in (
+            "failed 2 times in a row, left alone for 30 s\n", "is well again\n")], [1, 1])
+
+    def test_a_list_of_models_neither_opens_nor_closes_a_breaker(self):
+        clock = Clock()
+        box = self.stub_of("box", says(b"{}", "503 No"))
+        self.start_many({"box": box}, base=False, clock=clock, UPSTREAM_BOX_MODELS="*", BREAKER_FAILURES=2)
+        for _ in range(3):
+            self.ask(request("GET", "/v1/models"))
+            clock.now += 61
+        self.assertEqual(self.states()["box"]["state"], "closed")
+        for _ in range(2):
+            self.ask(call())
+        clock.now += 31
+        box.answer = says(b'{"data": [{"id": "m"}]}')
+        self.assertEqual(self.ask(request("GET", "/v1/models")).json()["data"][0]["id"], "m")
+        self.assertEqual(self.states()["box"]["state"], "half_open")
+
     def test_an_upstream_that_tires_of_a_callers_slow_upload_has_not_failed(self):
         self.start(Asked.close, reads=False, BREAKER_FAILURES=1)
         client = self.connect().send(unsized("/v1/files", "Content-Length: 10") + b"x")
@@ -4882,7 +4927,7 @@ class CommandsTest(unittest.TestCase):
                                       BASE_API_KEY="sk-hush",
                                       PROXY_API_KEYS="alice=sk-hush-2").finish()
         self.assertEqual((code, err), (0, ""))
-        self.assertIn("models of base: one, two\n", out)
+        self.assertIn("models of base at http://127.0.0.1:%d: one, two\n" % stub.port, out)
         self.assertNotIn("hush", out)
         for setting in ALL_SETTINGS:
             self.assertRegex(out, r"(?m)^%s +\S" % setting.name)
@@ -4890,8 +4935,11 @@ class CommandsTest(unittest.TestCase):
                          ("/v1/models", "Bearer sk-hush"))
 
     def test_check_fails_where_there_is_no_upstream_or_no_list(self):
-        stub = self.stub(says(b'{"error": "no"}', "401 No"))
+        good, stub = self.stub(says(b'{"data": []}')), self.stub(says(b'{"error": "no"}', "401 No"))
         there = "http://127.0.0.1:%d" % stub.port
+        code, out, _ = self.command("--check", BASE_API_URL="http://127.0.0.1:%d,%s" % (good.port, there)).finish()
+        self.assertEqual((code, out.count("models of base at ")), (1, 2))
+        self.assertIn("%s: the upstream answered 401, and no list of models\n" % there, out)
         self.assertEqual(self.command("--check", BASE_API_URL=there).finish()[0], 1)
         stub.close()
         code, out, err = self.command("--check", BASE_API_URL=there).finish()
