@@ -2944,9 +2944,15 @@ class Answer:
     def __enter__(self) -> "Answer":
         return self
 
+    def leave(self) -> None:
+        """It came whole, or nobody wants it any more: the upstream has one call less."""
+        if self.upstream:
+            self.upstream.leave(self.address)
+            self.upstream = None
+
     def __exit__(self, *_: Any) -> None:
         framing = self.framing
-        self.upstream.leave(self.address)
+        self.leave()
         if self.reusable and framing.ended and not framing.excess and not self.link.wire.ahead:
             self.address.keep(self.link, self.head.streamed)
         else:
@@ -3896,6 +3902,8 @@ class Proxy:
             try:
                 with self.forward(upstream, request, call, reply) as answer:                        # forward
                     passage = reply.receive(answer)
+                    if passage.framing.ended:
+                        answer.leave()  # before the caller knows, who may call again at once
                     if answer.status >= 400:
                         hold.give_back()
                         entry.outcome = "upstream_status"
