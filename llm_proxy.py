@@ -3255,7 +3255,9 @@ class Upstream:
             if self.most and not beyond and sum([one.running for one in self.addresses]) >= self.most:
                 raise UpstreamBusy()
             now = self.clock.monotonic()
-            able = [one for one in self.addresses if one.breaker.allows(now) and one not in failed]
+            able = self.addresses
+            if failed or len(able) > 1 or able[0].breaker.opened is not None:
+                able = [one for one in able if one.breaker.allows(now) and one not in failed]
             if not able:
                 return None
             address = able[0]
@@ -3486,9 +3488,12 @@ class Entry:
         self.status, self.outcome, self.passed, self.picodollars = 0, "ok", 0, 0
 
     def close(self, clock: Any) -> "Entry":
+        """It is complete; what it no longer needs may be large."""
         self.ended, self.wall = clock.monotonic(), clock.time_ns()
         if self.started is None:
             self.started = self.ended  # it had no head to start with
+        if self.call:
+            self.listener = self.call.payload = self.call.body = self.call.outgoing = None
         return self
 
     def as_row(self) -> Tuple[Any, ...]:
@@ -3548,34 +3553,35 @@ def clean(text: Optional[str]) -> Optional[str]:
 
 
 class Log:
-    """Lines on stderr, written by one thread from a bounded queue; what does not fit is dropped and
+    """Lines on stderr, spelled and written by one thread from a bounded queue; what does not fit is dropped and
     counted."""
-    ROOM = 10_000
+    ROOM, BATCH = 10_000, 64
 
     def __init__(self, stream: Any, as_json: bool):
         """`stream` is a raw binary one: no lock of it can be held by a blocked writer when the process
         ends."""
         self.stream, self.as_json = stream, as_json
-        self.queue: "collections.deque[str]" = collections.deque()
+        self.queue: "collections.deque[Any]" = collections.deque()  # of lines, and entries to be spelled
         self.dropped, self.stop, self.work = 0, threading.Event(), threading.Event()
         self.second, self.moment = 0, ""
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
-    def record(self, entry: Entry) -> None:
-        """One line for one request. It is spelled here: a thread that spells many would hold up every call
-        meanwhile."""
+    def spell(self, entry: Entry) -> str:
+        """One line for one request."""
         second, rest = divmod(entry.wall, 10 ** 9)
         if second != self.second:
             self.moment = time.strftime("%Y-%m-%dT%H:%M:%S.%%03dZ", time.gmtime(second))
             self.second = second
         moment = self.moment % (rest // 10 ** 6)
-        self.say(json.dumps(entry.as_dict(moment)) if self.as_json else entry.as_text(moment))
+        return json.dumps(entry.as_dict(moment)) if self.as_json else entry.as_text(moment)
 
     def say(self, row: str) -> None:
-        """Queue one line; never waits."""
-        if self.as_json and row[:1] != "{":
-            row = json.dumps({"message": row})
+        """Queue one line."""
+        self.record(json.dumps({"message": row}) if self.as_json and row[:1] != "{" else row)
+
+    def record(self, row: Any) -> None:
+        """Queue a line, or an Entry; never waits."""
         if len(self.queue) >= self.ROOM:
             self.dropped += 1
             return
@@ -3591,7 +3597,11 @@ class Log:
         while self.queue or not self.stop.is_set():
             self.work.wait()
             self.work.clear()
-            rows = [self.queue.popleft() for _ in range(len(self.queue))]
+            # lines are spelled by the dozen, which is quicker, but not by the thousand: calls wait meanwhile
+            rows = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
+            if self.queue:
+                self.work.set()
+            rows = [self.spell(row) if isinstance(row, Entry) else row for row in rows]
             if self.dropped:
                 dropped, self.dropped = self.dropped, 0
                 rows.append(('{"message": "%d log lines dropped"}' if self.as_json
@@ -3606,7 +3616,8 @@ class Log:
                     data = data[written or 0:]
             except (OSError, ValueError):
                 pass  # a closed or full log is no reason to stop serving
-            self.stop.wait(0.05)  # batches cost less than lines
+            if not self.work.is_set():
+                self.stop.wait(0.05)  # batches cost less than lines
 
     def close(self, wait: float) -> None:
         self.stop.set()
@@ -3763,7 +3774,7 @@ class Ledger:
             if key[0] in by_text and by_text[key[0]].capacity is not None:
                 self.limits.buckets.restore(by_text[key[0]], key, level, now - since)
 
-    def record(self, row: Tuple[Any, ...]) -> None:
+    def record(self, entry: Entry) -> None:
         """Queue one row. A full queue waits a moment, then drops."""
         if len(self.queue) >= self.ROOM:
             end = time.monotonic() + self.PATIENCE
@@ -3772,7 +3783,7 @@ class Ledger:
             if len(self.queue) >= self.ROOM:
                 self.dropped += 1
                 return
-        self.queue.append(row)
+        self.queue.append(entry)
 
     def run(self) -> None:
         while not self.stop.wait(self.BATCH_SECONDS):
@@ -3797,9 +3808,9 @@ class Ledger:
         for _ in batch:
             self.queue.popleft()
 
-    def write(self, rows: List[Tuple[Any, ...]], now: float) -> None:
+    def write(self, entries: List[Entry], now: float) -> None:
         saving, forgetting = now >= self.saving, now >= self.forgetting
-        if not (rows or saving or forgetting):
+        if not (entries or saving or forgetting):
             return
         database, wall = self.database, self.clock.time_ns() / 1e9
         if saving:
@@ -3809,11 +3820,12 @@ class Ledger:
                        if key not in self.saved or self.saved[key][0] != value[0]
                        or abs(self.saved[key][1] - value[1]) > 0.01}
             gone = [key for key in self.saved if key not in levels]
-            if not (rows or changed or gone or forgetting):
+            if not (entries or changed or gone or forgetting):
                 return
         database.connection.execute("BEGIN IMMEDIATE")
         try:
-            database.add(rows)
+            for start in range(0, len(entries), database.ROWS):  # by the dozen: calls wait meanwhile
+                database.add([entry.as_row() for entry in entries[start:start + database.ROWS]])
             if saving:
                 database.save(changed, gone)
             if forgetting and database.forget(wall - self.days * 86400, 1000) < 1000:
@@ -3853,11 +3865,10 @@ class Books:
         self.log.record(entry)
         # a page is no call, and neither is what had no head
         if (self.ledger or self.usage_log) and entry.method and (entry.call or entry.outcome != "ok"):
-            row = entry.as_row()
             if self.ledger:
-                self.ledger.record(row)
+                self.ledger.record(entry)
             if self.usage_log:
-                self.usage_log.say(json.dumps(dict(zip([name for name, _ in COLUMNS], row))))
+                self.usage_log.say(json.dumps(dict(zip([name for name, _ in COLUMNS], entry.as_row()))))
 
     def close(self, wait: float) -> None:
         for part in (self.ledger, self.usage_log, self.log):
