@@ -1161,11 +1161,12 @@ CHARACTERS_PER_TOKEN = 4
 def text_length(payload: Any, but: str, is_media: Callable[[Dict[str, Any]], bool]) -> Tuple[int, int]:
     """-> characters of every string value anywhere in `payload`, joined by spaces, without the top-level key
     `but`; and how many parts `is_media`, which are counted instead of looked into."""
-    texts, media, todo = [], 0, [value for key, value in payload.items() if key != but]
+    characters = media = 0
+    todo = list({**payload, but: None}.values())
     for value in todo:  # which grows meanwhile
         kind = type(value)
         if kind is str:
-            texts.append(value)
+            characters += len(value) + 1
         elif kind is list:
             todo += value
         elif kind is dict:
@@ -1173,7 +1174,7 @@ def text_length(payload: Any, but: str, is_media: Callable[[Dict[str, Any]], boo
                 media += 1
             else:
                 todo += value.values()
-    return sum(map(len, texts)) + max(0, len(texts) - 1), media
+    return max(0, characters - 1), media
 
 
 class Usage(NamedTuple):
@@ -1257,6 +1258,7 @@ class Meter:
         self.ratios: Dict[str, float] = {}
         self.plain = (request_cost,) + FREE[1:]
         self.guessing, self.counting = units != {"requests"}, bool(units - {"requests", "estimate"})
+        self.pricing = "usd" in units
 
     def before(self, call: "Call") -> Tuple[int, ...]:
         """What to hold for a call, by unit."""
@@ -1266,7 +1268,8 @@ class Meter:
         prompt = self.prompt(call, CHARACTERS_PER_TOKEN)
         output = self.reserve if output is None else min(output, MOST_TOKENS)
         used = Usage(prompt, output)
-        return self.costs(used, self.prices.cost(used, call.served)[0], max(1, prompt + output))
+        picodollars = self.prices.cost(used, call.served)[0] if self.pricing else 0
+        return self.costs(used, picodollars, max(1, prompt + output))
 
     def prompt(self, call: "Call", ratio: float) -> int:
         characters, media = call.prompt_length()
@@ -1472,9 +1475,12 @@ MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document", "video_url",
     "audio_url"))
 MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_HINTS = MEDIA_KEYS | {"type"}
 
 
 def is_media(part: Dict[str, Any]) -> bool:
+    if MEDIA_HINTS.isdisjoint(part):
+        return False
     kind = part.get("type")
     return (isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part) or (
         not MEDIA_KEYS.isdisjoint(part))
