@@ -3789,6 +3789,7 @@ class BooksTest(ProxyCase):
         self.assertTrue(blocked.wait(PATIENCE))
         for _ in range(25):
             self.assertEqual(client.send(call()).read().status, 200)
+        wait_for(lambda: log.dropped == 15, "the last of them")
         gate.set()
         wait_for(lambda: "15 log lines dropped" in self.lines.text(), "the count")
         self.assertEqual(len(self.lines.entries()), 11)
