@@ -2972,6 +2972,19 @@ class AddressesTest(ManyCase):
         self.assertEqual(self.boxes[1].calls, 8)
         self.assertEqual(self.states()["base"]["in_flight"], 0)
 
+    @unittest.skipUnless(sys.platform.startswith("linux"), "drops what a full queue of connections cannot take")
+    def test_an_address_that_does_not_answer_is_passed_over_after_the_open_timeout(self):
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as silent, contextlib.ExitStack() as stack:
+            for _ in range(4):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(silent.getsockname())
+            box = self.stub_of("box")
+            self.start(BASE_API_URL="http://127.0.0.1:%d/v1,http://127.0.0.1:%d/v1" % (
+                silent.getsockname()[1], box.port), OPEN_TIMEOUT="0.2")
+            self.assertEqual([self.came_from(call()) for _ in range(3)], ["box"] * 3)
+            self.assertEqual((box.calls, self.left()), (3, 997))
+
     def test_a_call_that_may_have_run_is_never_sent_again(self):
         self.start_two(*[Asked.close] * 2)
         self.assertEqual(self.ask(call()).status, 502)
