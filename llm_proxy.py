@@ -86,7 +86,7 @@ import traceback
 import types
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 VERSION = "0.1.0"
 
@@ -462,8 +462,8 @@ UPSTREAM_SETTINGS = (
     Setting("UPSTREAM_NAME_MAX_CONCURRENCY", "0", whole(0, 10 ** 6), "calls it runs at once; 0: any number"),
     Setting("UPSTREAM_NAME_HEADERS", None, header_lines, "header fields for it, 'Name: value | Name: value'", secret=True),
 )
-UPSTREAM_VARIABLE = re.compile("UPSTREAM_([A-Z0-9_]*?)_(%s)" % "|".join(
-    setting.name[len("UPSTREAM_NAME_"):] for setting in UPSTREAM_SETTINGS))
+UPSTREAM_BY_SUFFIX = {setting.name[len("UPSTREAM_NAME_"):]: setting for setting in UPSTREAM_SETTINGS}
+UPSTREAM_VARIABLE = re.compile("UPSTREAM_([A-Z0-9_]*?)_(%s)" % "|".join(UPSTREAM_BY_SUFFIX))
 VENDORS = {  # name -> URL, API
     "openai": ("https://api.openai.com/v1", "openai"), "anthropic": ("https://api.anthropic.com/v1", "anthropic"),
     "gemini": ("https://generativelanguage.googleapis.com", "gemini"),
@@ -488,10 +488,21 @@ class UpstreamConfig(NamedTuple):
     headers: Dict[str, str] = {}
 
 
+def is_secret(name: str) -> bool:
+    """Whether the text of a setting, of an upstream's too, is nobody's to see."""
+    match = UPSTREAM_VARIABLE.fullmatch(name)
+    return UPSTREAM_BY_SUFFIX[match[2]].secret if match else any(
+        setting.secret for setting in every_setting() if setting.name == name)
+
+
+def spell_fault(name: str, setting: Setting, text: str, fault: ValueError) -> str:
+    return "%s %s (got %s)" % (
+        name, fault, "a value not shown here" if setting.secret or "@" in text else repr(text))
+
+
 def read_upstreams(found: Dict[str, str], faults: List[str]) -> Tuple[List[UpstreamConfig], Dict[str, str]]:
     """Of {name of a variable: its text}, in order, the named upstreams; and the texts of all their settings.
     What is wrong is added to `faults`."""
-    by_suffix = {setting.name[len("UPSTREAM_NAME_"):]: setting for setting in UPSTREAM_SETTINGS}
     told: Dict[str, Dict[str, Any]] = {}
     texts = {}
     for variable, text in found.items():
@@ -500,11 +511,11 @@ def read_upstreams(found: Dict[str, str], faults: List[str]) -> Tuple[List[Upstr
             continue
         texts[variable] = text
         values = told.setdefault(match[1].lower(), {})
+        setting = UPSTREAM_BY_SUFFIX[match[2]]
         try:
-            values[match[2].lower()] = by_suffix[match[2]].read(text)
+            values[match[2].lower()] = setting.read(text)
         except ValueError as fault:
-            faults.append("%s %s (got %s)" % (
-                variable, fault, "a value not shown here" if by_suffix[match[2]].secret or "@" in text else repr(text)))
+            faults.append(spell_fault(variable, setting, text, fault))
             values[match[2].lower()] = None
     upstreams = []
     for name, values in told.items():
@@ -610,9 +621,7 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
         try:
             values[setting.name.lower()] = None if text is None else setting.read(text)
         except ValueError as fault:
-            faults.append("%s %s (got %s)" % (
-                setting.name, fault,
-                "a value not shown here" if setting.secret or "@" in text else repr(text)))
+            faults.append(spell_fault(setting.name, setting, text, fault))
     order = values.get("upstream_order") or ()
     names = [upstream.name for upstream in upstreams]
     faults += ["UPSTREAM_ORDER must be among %s (got '%s')" % (", ".join(names) or "named upstreams", name)
@@ -1475,12 +1484,9 @@ MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document", "video_url",
     "audio_url"))
 MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
-MEDIA_HINTS = MEDIA_KEYS | {"type"}
 
 
 def is_media(part: Dict[str, Any]) -> bool:
-    if MEDIA_HINTS.isdisjoint(part):
-        return False
     kind = part.get("type")
     return (isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part) or (
         not MEDIA_KEYS.isdisjoint(part))
@@ -1836,7 +1842,8 @@ class Dialects:
             if "anthropic-version" in rows or (messages and "/threads" not in before):
                 return self.anthropic
             google = "x-goog-api-key" in rows and "authorization" not in rows
-            if google or (path.startswith("/v1beta/") and not path.startswith(OPENAI_AT_GEMINI)) or path.rpartition(":")[2] in self.GEMINI_METHODS:
+            beta = path.startswith("/v1beta/") and not path.startswith(OPENAI_AT_GEMINI)
+            if google or beta or path.rpartition(":")[2] in self.GEMINI_METHODS:
                 return self.gemini
             if prefix and "authorization" not in rows:
                 return DIALECTS[self.names[prefix]]
@@ -2205,6 +2212,11 @@ class Connection:
         while self.encrypted and data and self.sock.pending():
             data += self.sock.recv(BLOCK)
         return data
+
+    def send(self, data: Any) -> Any:
+        """Send what can be sent now; -> the rest. Raises one of WOULD_BLOCK when nothing can."""
+        sent = self.sock.send(data, self.flags)
+        return memoryview(data)[sent:] if sent < len(data) else b""
 
     def fill(self) -> bool:
         """Read what has arrived into `ahead`; False at the end of the stream."""
@@ -2630,8 +2642,7 @@ class Watch:
         TimeoutError, CallerGone."""
         while data:
             try:
-                sent = connection.sock.send(data, connection.flags)
-                data = memoryview(data)[sent:] if sent < len(data) else b""
+                data = connection.send(data)
             except WOULD_BLOCK:
                 found = self.wait(connection, READ | WRITE, self.clock.monotonic() + seconds_without_progress)
                 if not found & WRITE and (not connection.fill() or connection.ahead):
@@ -3232,7 +3243,7 @@ class Upstream:
         self.header_lines = "".join([row + "\r\n" for row in config.headers.values()])
         self.mend, self.retries, self.clock, self.say = QUIRKS.get(config.name), retries, clock, say
         self.addresses = [Address(endpoint, way, Breaker(*breaking), clock) for endpoint in config.url]
-        self.read_timeout, self.turn, self.lock = way.read_timeout, 0, threading.Lock()
+        self.turn, self.lock = 0, threading.Lock()
         self.without_options: set = set()  # models for which stream_options are an error here
 
     def serves(self, model: str) -> bool:
@@ -3345,9 +3356,9 @@ class Upstream:
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 # what talks nonsense is there, all the same
                 good = False if isinstance(refusal, UpstreamTimeout) or refusal.silent else None
-                if not refusal.unsent and not isinstance(body, bytes) and not body.ended:
-                    good = None  # it may have tired of waiting for the caller
                 if not refusal.unsent:
+                    if not isinstance(body, bytes) and not body.ended:
+                        good = None  # it may have tired of waiting for the caller
                     raise
                 failure = refusal
                 failed.append(address)
@@ -3374,8 +3385,7 @@ class Upstream:
         if self.model is not None or self.key == PASSTHROUGH:  # it has but one, or we have no key to ask with
             plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
             return plain or ([self.model] if self.model else [])
-        dialect = DIALECTS["anthropic" if self.dialect == "anthropic" else "openai"]
-        path, dialect = self.place("/v1/models", dialect, False)
+        path, dialect = self.place("/v1/models", DIALECTS["openai"], metered=False)
 
         def head(address):
             return ("GET %s HTTP/1.1\r\n%s%sAccept: application/json\r\nAccept-Encoding: identity\r\n" % (
@@ -3393,7 +3403,7 @@ class Upstream:
     def whole(self, answer: Answer, watch: Watch, most: int = 1 << 22) -> bytes:
         """The body of an answer, of at most `most` bytes."""
         wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
-        deadline = self.clock.monotonic() + self.read_timeout
+        deadline = self.clock.monotonic() + answer.address.read_timeout
         try:
             while len(body) <= most:
                 body += passage.feed(wire.take())
@@ -3412,7 +3422,7 @@ class Upstream:
 
     def mentions(self, answer: Answer, words: bytes, watch: Watch, most: int = 65536) -> bool:
         """Whether the body of an answer speaks of `words`. It is read, and stays to be passed on."""
-        wire, deadline = answer.link.wire, self.clock.monotonic() + min(5, self.read_timeout)
+        wire, deadline = answer.link.wire, self.clock.monotonic() + min(5, answer.address.read_timeout)
         while True:
             try:
                 framing = copy.copy(answer.framing)
@@ -3720,11 +3730,14 @@ class Database:
         if not sound:
             raise DatabaseFault("%s is damaged, or of another version; it was left as it is" % path)
 
-    def add(self, rows: List[Tuple[Any, ...]]) -> None:
-        """Many by one statement: after each, this thread must wait for its turn again."""
-        row = "(%s)" % ",".join("?" * len(COLUMNS))
-        while rows:
-            some, rows = rows[:self.ROWS], rows[self.ROWS:]
+    def add(self, rows: Iterable[Tuple[Any, ...]]) -> None:
+        """Many by one statement: after each, this thread must wait for its turn again. Rows are made by the dozen,
+        too, where they are made on the way: calls wait meanwhile."""
+        rows, row = iter(rows), "(%s)" % ",".join("?" * len(COLUMNS))
+        while True:
+            some = list(itertools.islice(rows, self.ROWS))
+            if not some:
+                return
             self.connection.execute("INSERT INTO calls VALUES " + ",".join([row] * len(some)),
                                     list(itertools.chain.from_iterable(some)))
 
@@ -3830,8 +3843,7 @@ class Ledger:
                 return
         database.connection.execute("BEGIN IMMEDIATE")
         try:
-            for start in range(0, len(entries), database.ROWS):  # by the dozen: calls wait meanwhile
-                database.add([entry.as_row() for entry in entries[start:start + database.ROWS]])
+            database.add(entry.as_row() for entry in entries)
             if saving:
                 database.save(changed, gone)
             if forgetting and database.forget(wall - self.days * 86400, 1000) < 1000:
@@ -3899,14 +3911,13 @@ class Proxy:
         sent leaves the call to the next upstream that it may go to."""
         caller = entry.caller = self.identify(request, entry.address)                               # identify
         call = reply.call = entry.call = self.dialects.read(request, reply.body.whole)
-        *first, last = self.routes.find(call)                                                       # route
-        for upstream in first:
+        upstreams = self.routes.find(call)                                                          # route
+        for upstream in upstreams:
             try:
                 return (yield from self.ask(upstream, caller, request, call, reply, entry))
             except Refusal as refusal:
-                if not refusal.unsent:
+                if not refusal.unsent or upstream is upstreams[-1]:
                     raise
-        yield from self.ask(last, caller, request, call, reply, entry)
 
     def ask(self, upstream: Upstream, caller: Caller, request: Request, call: Call, reply: Any, entry: Entry) -> Any:
         """The rest of its life, at one upstream. Both with-blocks undo what they hold. Where the rest of a body must
@@ -3929,7 +3940,7 @@ class Proxy:
                     reply.begin(answer, passage)
                     ending = "ok"
                     if not passage.framing.ended:
-                        ending = yield Flow(answer.link.wire, reply.caller, passage, upstream.read_timeout)
+                        ending = yield Flow(answer.link.wire, reply.caller, passage, answer.address.read_timeout)
                     entry.passed = passage.passed
             except CallerGone:
                 self.settle(entry, "caller_gone")
@@ -4065,7 +4076,8 @@ class Page(NamedTuple):
 
 class Catalogue:
     """The models of all upstreams. They are asked side by side, and what they say is kept for a minute; who does
-    not answer in time is asked again soon, and what it said before holds until then. Of a named upstream only those count that its calls need no prefix for."""
+    not answer in time is asked again soon, and what it said before holds until then. Of a named upstream only
+    those count that its calls need no prefix for."""
     ASK_SECONDS, KEEP_SECONDS, AGAIN_SECONDS = 5, 60, 5
 
     def __init__(self, routes: Routes, clock: Any):
@@ -4226,7 +4238,7 @@ class RequestBody:
         try:
             if self.awaited:
                 self.awaited = False
-                self.caller.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n", self.caller.flags)
+                self.caller.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             left = (self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND
                     - self.clock.monotonic())
             wanted = [(self.caller.descriptor, READ)] + ([(upstream.descriptor, READ)] if upstream else [])
@@ -4356,9 +4368,9 @@ class Reply:
     def lines_down(self, answer: Answer) -> str:
         """The header lines of an answer that are passed on as they came, or nearly."""
         head = answer.head
-        prefix = "/" + self.call.prefix if self.call.prefix else ""
         if "down" not in head.derived or "location" in head.rows or "content-location" in head.rows:
             rows = head.end_to_end(REPLACED_WITH_CORS if self.proxy.config.cors_origins else REPLACED)
+            prefix = "/" + self.call.prefix if self.call.prefix else ""
             for name in ("location", "content-location"):
                 if name in head.rows:
                     rows.append("%s: %s" % (name.title(), answer.address.location(head.get(name), prefix)))
@@ -4445,8 +4457,7 @@ class Reply:
         """Send all of `data`, however slowly it is taken. Raises CallerGone."""
         while data:
             try:
-                sent = self.caller.sock.send(data, self.caller.flags)
-                data = memoryview(data)[sent:] if sent < len(data) else b""
+                data = self.caller.send(data)
             except WOULD_BLOCK:
                 if not ready(Flow.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE)):
                     raise CallerGone() from None
@@ -4873,10 +4884,9 @@ def settings_help() -> str:
 
 def check(config: Config, stream: Any) -> int:
     """Print what would be used, ask the upstream for its models; -> exit code."""
-    secrets = tuple(setting.name for setting in every_setting() if setting.secret)
     for name, text in config.texts.items():
-        secret = name in secrets or re.fullmatch("UPSTREAM_.*_(KEY|HEADERS)", name)
-        stream.write("%-24s %s\n" % (name, "not set" if text is None else "set, not shown" if secret else text))
+        stream.write("%-24s %s\n" % (
+            name, "not set" if text is None else "set, not shown" if is_secret(name) else text))
     for warning in config.warnings():
         stream.write("warning: %s\n" % warning)
     sound = True
