@@ -2322,11 +2322,11 @@ def shape(data: bytes) -> Tuple[bytes, bytes]:
     return (data[:start], data[end:]) if start > 18 and data[start:end].isdigit() else (data, b"")
 
 
-def read_head(connection: Connection, start_line: Any, more: Callable[[], bool]) -> Optional[bytes]:
-    """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `more` reads
-    on, and is False at the end. What can no longer become a head that begins with `start_line` is Malformed at
-    once."""
-    if not connection.ahead and not more():
+def read_head(connection: Connection, start_line: Any, more: Callable[..., bool], *arguments: Any) -> Optional[bytes]:
+    """-> the bytes of one head, blank line included; None if the stream ends before its first byte. `more`, called
+    with `arguments`, reads on, and is False at the end. What can no longer become a head that begins with
+    `start_line` is Malformed at once."""
+    if not connection.ahead and not more(*arguments):
         return None
     checked = scanned = 0  # bytes of whole lines that were judged; bytes that were looked at
     while True:
@@ -2350,7 +2350,7 @@ def read_head(connection: Connection, start_line: Any, more: Callable[[], bool])
         if not FIELD_LINES.fullmatch(lines):
             raise Malformed()
         checked += len(lines)
-        if not more():
+        if not more(*arguments):
             raise Malformed()
 
 
@@ -3082,7 +3082,7 @@ class Address:
         if not wire.ahead:
             watch.listen(wire, self.read_timeout)
         for _ in range(MAX_INTERIM):
-            data = read_head(wire, STATUS_LINE, functools.partial(watch.more, wire, deadline))
+            data = read_head(wire, STATUS_LINE, watch.more, wire, deadline)
             if data is None:
                 break
             answer, length = AnswerHead.read(data, self.last)
@@ -3271,21 +3271,22 @@ class Upstream:
         with self.lock:
             if self.most and not beyond and sum([one.running for one in self.addresses]) >= self.most:
                 raise UpstreamBusy()
-            now = self.clock.monotonic()
-            able = self.addresses
-            if failed or len(able) > 1 or able[0].breaker.opened is not None:
-                able = [one for one in able if one.breaker.allows(now) and one not in failed]
-            if not able:
-                return None
-            address = able[0]
-            if len(able) > 1:
-                self.turn += 1
-                turned = self.turn % len(able)
-                address = min(able[turned:] + able[:turned], key=lambda one: one.running)
+            address = self.addresses[0]
+            if failed or len(self.addresses) > 1 or address.breaker.opened is not None:
+                now = self.clock.monotonic()
+                address = self.choose(failed, now)
+                if address is None:
+                    return None
+                if not beyond:
+                    address.breaker.enter(now)
             address.running += 1
-            if not beyond:
-                address.breaker.enter(now)
             return address
+
+    def choose(self, failed: List[Address], now: float) -> Optional[Address]:
+        able = [one for one in self.addresses if one.breaker.allows(now) and one not in failed]
+        self.turn += 1
+        turned = self.turn % max(1, len(able))
+        return min(able[turned:] + able[:turned], key=lambda one: one.running, default=None)
 
     def leave(self, address: Address) -> None:
         """A call of its is over."""
@@ -3327,9 +3328,9 @@ class Upstream:
         frame its body; `body` is bytes, or a RequestBody to relay in blocks. An answer that asks for patience is
         asked for again, where that is set. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, UpstreamBusy,
         CallerGone."""
-        for left in range(self.retries, -1, -1):
-            answer = self.ask(method, head, body, watch)
-            if not left or answer.status not in (429, 503) or not isinstance(body, bytes):
+        answer = self.ask(method, head, body, watch)
+        for _ in range(self.retries):
+            if answer.status not in (429, 503) or not isinstance(body, bytes):
                 break
             patience = answer.head.get("retry-after", "")
             if not re.fullmatch("[0-9]", patience) or int(patience) > MOST_RETRY_SECONDS:
@@ -3337,6 +3338,7 @@ class Upstream:
             with answer:
                 pass  # it is left unread
             watch.pause(threading.Event(), self.clock.monotonic() + int(patience))
+            answer = self.ask(method, head, body, watch)
         return answer
 
     def ask(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch,
