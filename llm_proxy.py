@@ -22,6 +22,7 @@ The words used here, one meaning each:
     Upstream  where calls go: a name, a key, one or more addresses that can do the same
     Address   one of those: its spare connections, and a breaker that keeps calls from it while it fails
     Watch     the look-out for a caller's leaving, in every wait for its upstream
+    Slot      a call's place at a busy upstream: in the line first, then among those that run
     Answer    what came back: status, headers, a body that is still arriving
     Usage     what a call used: input, cached, output, reasoning tokens; `estimated` when nobody told us
     Refusal   why not: raised at any depth, rendered in one place, in the caller's dialect
@@ -38,6 +39,7 @@ Contents, in reading order; a section uses only what stands above it:
     Dialects    the wire names of every API, limit replies, what answers tell of usage
     Wire        strict HTTP/1.1: heads, framing, connections, waiting for two sockets at once
     Relay       one thread that carries every running answer body
+    Line        the slots of a busy upstream, and the fair line before them
     Upstreams   addresses and their breakers, connections, answers; which call goes where
     Books       entries, the access log and the ledger
     Proxy       serve: the life of one call; build: the parts list
@@ -65,6 +67,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import ipaddress
 import itertools
 import json
 import math
@@ -172,6 +175,43 @@ def endpoints(text: str) -> List[Endpoint]:
     if len(set(found)) < len(found):
         raise ValueError("must not name the same address twice")
     return found
+
+
+def networks(text: str) -> List[Any]:
+    """'10.0.0.0/8, ::1' -> the networks."""
+    try:
+        return [ipaddress.ip_network(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise ValueError("must be addresses or networks such as 10.0.0.0/8 or ::1, separated by commas") from None
+
+
+def field_name(text: str) -> str:
+    if re.fullmatch("[A-Za-z0-9-]{1,64}", text) and text.lower() not in OURS:
+        return text.lower()
+    raise ValueError("must be the name of a header field that nothing else is read from")
+
+
+OURS = ("host", "connection", "content-length", "transfer-encoding", "content-type", "expect", "authorization",
+        "x-api-key", "x-goog-api-key", "cookie", "x-forwarded-for")
+
+
+def weights(text: str) -> Dict[str, int]:
+    """'alice=3, bob=2' -> {'alice': 3, 'bob': 2}."""
+    pairs = [tuple(word.strip() for word in part.partition("=")[::2]) for part in text.split(",")]
+    if len(dict(pairs)) < len(pairs) or not all(
+            name and re.fullmatch("[1-9][0-9]{0,2}", weight) for name, weight in pairs):
+        raise ValueError("must be name=weight, separated by commas, each name once, weights from 1 to 999")
+    return {name: int(weight) for name, weight in pairs}
+
+
+def pem_file(text: str) -> str:
+    try:
+        with open(text, "rb") as file:
+            if b"-----BEGIN " in file.read(1 << 20):
+                return text
+    except (OSError, ValueError):
+        pass
+    raise ValueError("must be a PEM file that can be read")
 
 
 def globs(text: str) -> Tuple[str, ...]:
@@ -391,8 +431,10 @@ SETTINGS = {
         Setting("MODEL_ALIASES", None, aliases, "other names of models, as alias=model by commas"),
         Setting("UPSTREAM_ORDER", None, globs, "named upstreams in the order in which they are tried, by commas"),
         Setting("OPEN_TIMEOUT", "10", seconds(0.1, 3600), "seconds to connect to an upstream"),
-        Setting("READ_TIMEOUT", "600", seconds(0.1, 86400),
-                "seconds to wait for its first byte, and between bytes"),
+        Setting("FIRST_BYTE_TIMEOUT", None, seconds(0.1, 86400),
+                "seconds to wait for the first byte of its answer; unset: READ_TIMEOUT"),
+        Setting("READ_TIMEOUT", "600", seconds(0.1, 86400), "seconds to wait between its bytes"),
+        Setting("MAX_CALL_SECONDS", "0", seconds(0, 10 ** 6), "seconds after which a call is cut; 0: never"),
         Setting("BREAKER_FAILURES", "5", whole(1, 10 ** 6),
                 "failures in a row after which an address is left alone"),
         Setting("BREAKER_SECONDS", "30", seconds(0.1, 86400), "for how long, before one call tries it again"),
@@ -403,13 +445,33 @@ SETTINGS = {
         Setting("HTTPS_PROXY", None, tunnel, "proxy through which https upstreams are reached, by CONNECT", secret=True),
         Setting("NO_PROXY", None, line, "hosts that are reached without it, by commas"),
     ),
+    "Before a busy upstream": (
+        Setting("MAX_CONCURRENCY", "0", whole(0, 10 ** 6),
+                "metered calls that the endpoint runs at once; the others stand in a fair line; 0: any number"),
+        Setting("MAX_QUEUE", "100", whole(0, 10 ** 5), "calls that may stand in line; beyond: 503"),
+        Setting("MAX_QUEUE_PER_CALLER", "20", whole(0, 10 ** 5), "and those of one caller"),
+        Setting("QUEUE_SECONDS", "30", seconds(0.1, 86400), "how long a call stands there at most; then: 503"),
+        Setting("KEY_WEIGHTS", None, weights, "turns in the line, as name=weight by commas; else 1"),
+        Setting("EARLY_STREAM_SECONDS", "0", seconds(0, 86400),
+                "a stream that waited so long begins with comments, so that nobody gives up; 0: off"),
+        Setting("STREAM_HEARTBEAT_SECONDS", "0", seconds(0, 86400),
+                "a comment in every pause of a stream that is so long; 0: off"),
+    ),
     "Where callers come in": (
-        Setting("HOST", "0.0.0.0", line, "address to listen on"),
+        Setting("HOST", "0.0.0.0", line, "address to listen on; ::, for IPv6 and IPv4"),
         Setting("PORT", "8899", whole(1, 65535), "port to listen on"),
         Setting("PROXY_API_KEYS", None, proxy_keys,
                 "keys that may call, as key or name=key, by commas; unset: anyone", secret=True),
         Setting("MAX_BODY_BYTES", "33554432", whole(1, 1 << 40), "largest body of a metered call"),
         Setting("MAX_CONNECTIONS", "1024", whole(1, 65535), "callers' connections at once; beyond: 503"),
+        Setting("MAX_CONNECTIONS_PER_ADDRESS", None, whole(1, 65535),
+                "and of one address (an IPv6 /64) [256, loopback any number]"),
+        Setting("TLS_CERT_FILE", None, pem_file, "certificates (PEM) to speak https to callers; read again on SIGHUP"),
+        Setting("TLS_KEY_FILE", None, pem_file, "their key, where it is not in the same file"),
+        Setting("TRUSTED_PROXIES", None, networks,
+                "addresses or networks by commas whose X-Forwarded-For and CALLER_HEADER are believed"),
+        Setting("CALLER_HEADER", None, field_name,
+                "field in which those name the caller, such as X-OpenWebUI-User-Id"),
         Setting("DRAIN_SECONDS", "30", seconds(0, 86400),
                 "on a signal to stop, how long running calls may go on"),
         Setting("CORS_ORIGINS", "*", origins, "web pages that may call: *, origins by commas, or off"),
@@ -459,7 +521,7 @@ UPSTREAM_SETTINGS = (
     Setting("UPSTREAM_NAME_MODELS", None, globs, "models it serves on paths without its prefix, such as gpt-*,o3"),
     Setting("UPSTREAM_NAME_MODEL", None, line, "replaces the model that calls ask it for"),
     Setting("UPSTREAM_NAME_DIALECT", None, choice("openai", "anthropic", "gemini"), "the API it speaks [openai]"),
-    Setting("UPSTREAM_NAME_MAX_CONCURRENCY", "0", whole(0, 10 ** 6), "calls it runs at once; 0: any number"),
+    Setting("UPSTREAM_NAME_MAX_CONCURRENCY", "0", whole(0, 10 ** 6), "as MAX_CONCURRENCY"),
     Setting("UPSTREAM_NAME_HEADERS", None, header_lines, "header fields for it, 'Name: value | Name: value'", secret=True),
 )
 UPSTREAM_BY_SUFFIX = {setting.name[len("UPSTREAM_NAME_"):]: setting for setting in UPSTREAM_SETTINGS}
@@ -543,7 +605,8 @@ class Config(types.SimpleNamespace):
 
     def all_upstreams(self) -> List[UpstreamConfig]:
         """The base first, where there is one."""
-        base = UpstreamConfig("base", self.base_api_url, self.base_api_key, model=self.base_model)
+        base = UpstreamConfig("base", self.base_api_url, self.base_api_key, model=self.base_model,
+                              max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
     def speaks_https(self) -> bool:
@@ -561,6 +624,10 @@ class Config(types.SimpleNamespace):
         if self.upstream_tls_verify == "off":
             found.append("certificates of https upstreams are not checked (UPSTREAM_TLS_VERIFY=off): whoever is in"
                          " between reads all, keys included")
+        found += ["KEY_WEIGHTS speaks of '%s', which no key in PROXY_API_KEYS is named" % name
+                  for name in self.key_weights or () if name not in (self.proxy_api_keys or {}).values()]
+        if self.caller_header and not self.trusted_proxies:
+            found.append("CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset")
         if not self.proxy_api_keys:
             found.append("callers are not checked: whoever reaches this port can call, and every invented key"
                          " has a bucket of its own (PROXY_API_KEYS is unset)")
@@ -574,6 +641,15 @@ class Config(types.SimpleNamespace):
             found.append("REQUEST_TOKEN_COST %d is above MAX_TOKENS %d: no call can ever be let in"
                          % (self.request_token_cost, self.max_tokens))
         return found
+
+
+def server_context(certificates: str, key: Optional[str]) -> ssl.SSLContext:
+    """For callers' TLS. Raises OSError, ValueError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # an encrypted key must not ask a terminal that is not there
+    context.load_cert_chain(certificates, key, password=lambda: "")
+    return context
 
 
 class ConfigFaults(Exception):
@@ -634,6 +710,13 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
                 **{"UPSTREAM_%s_KEY" % upstream.name.upper(): upstream.key for upstream in upstreams}}
         faults += ["%s must not be passthrough where PROXY_API_KEYS is set: a caller shows one key only" % name
                    for name, key in keys.items() if key == PASSTHROUGH]
+    if values.get("tls_cert_file"):
+        try:
+            server_context(values["tls_cert_file"], values.get("tls_key_file"))
+        except (OSError, ValueError) as failure:
+            faults.append("TLS_CERT_FILE and TLS_KEY_FILE must be a certificate and its key: %s" % failure)
+    elif values.get("tls_key_file"):
+        faults.append("TLS_KEY_FILE needs TLS_CERT_FILE")
     if faults:
         raise ConfigFaults("\n".join(faults))
     texts.update(upstream_texts)
@@ -772,12 +855,24 @@ class UpstreamOpen(Refusal):
         super().__init__(Retry_After=max(1, math.ceil(wait)), X_LLM_Proxy_Error_Class="upstream_open")
 
 
-class UpstreamBusy(Refusal):
-    status, kind, cause, unsent = 503, "server_error", "upstream busy", True
-    sentence = "The upstream is busy, try again in a moment"
+class NotInTurn(Refusal):
+    """The line before the upstream is too long, or did not move in time."""
+    status, kind, unsent = 503, "server_error", True
+    sentence = "The upstream is busy and the line before it is long, try again in a moment"
 
-    def __init__(self):
-        super().__init__(Retry_After=1, X_LLM_Proxy_Error_Class="upstream_busy")
+    def __init__(self, cause: str):
+        super().__init__(Retry_After=5, X_LLM_Proxy_Error_Class=cause.replace(" ", "_"))
+        self.cause = cause
+
+
+class LateAnswer(Refusal):
+    """What came is no stream, and the caller's has begun; `body` is an error in its own words."""
+    kind, outcome = "upstream_error", "upstream_status"
+    sentence = "The upstream did not answer with a stream"
+
+    def __init__(self, status: int, body: Optional[bytes]):
+        super().__init__()
+        self.cause, self.body = "status %d" % status, body
 
 
 class NotServed(Refusal):
@@ -824,6 +919,23 @@ def split_query(query: str) -> Tuple[List[str], str]:
             "&".join([part for part, name, _ in parts if name.strip().lower() != "key"]))
 
 
+def plain_ip(host: str) -> Any:
+    """An IP address; one of IPv4 that was mapped into IPv6 is one of IPv4. Raises ValueError."""
+    ip = ipaddress.ip_address(host.partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
+def address_of(host: str) -> str:
+    """Who stands behind an address: of IPv6 its /64, which is what one customer has (RFC 6177); but all neighbours
+    share the link-local one."""
+    if ":" not in host:
+        return host
+    ip = plain_ip(host)
+    if ip.version == 4 or ip.is_loopback or ip.is_link_local:
+        return str(ip)
+    return str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+
+
 class Caller:
     """`key` finds the caller's bucket: ('key', SHA-256 of the credential) or ('address', IP). A bearer that
     spells an IP is therefore not that IP."""
@@ -837,8 +949,14 @@ class Caller:
 
 
 class Callers:
-    def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes):
-        """`keys`: {key: its name or None}, or None where anyone may call."""
+    MAX_HOPS = 32
+
+    def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes, trusted: Iterable[Any] = (),
+                 caller_header: Optional[str] = None):
+        """`keys`: {key: its name or None}, or None where anyone may call. `trusted` are the networks of proxies that
+        are believed who they speak for: which address, and, in `caller_header`, which of the people that share a
+        key."""
+        self.trusted, self.caller_header = list(trusted), caller_header
         self.names = None if keys is None else {self.digest(key): name for key, name in keys.items()}
         self.label_secret = label_secret
 
@@ -866,6 +984,39 @@ class Callers:
         """-> the digest of what is `shown`."""
         shown = cls.shown(head, query)
         return None if shown is None else cls.digest(shown)
+
+    def trusts(self, host: str) -> bool:
+        if not self.trusted:
+            return False
+        try:
+            ip = plain_ip(host)
+        except ValueError:
+            return False
+        return any(ip in network for network in self.trusted)
+
+    def address(self, head: Any, peer: str) -> str:
+        """Whose address counts: the peer's, or, where that is a trusted proxy, the last one in X-Forwarded-For that
+        is none. What was written before that could be anybody's words."""
+        if not self.trusts(peer):
+            return address_of(peer)
+        host = peer
+        for hop in reversed(head.get("x-forwarded-for", "").split(",")[-self.MAX_HOPS:]):
+            match = re.fullmatch(r"\s*(?:\[([0-9A-Fa-f:.]+)\](?::\d+)?|([\d.]+)(?::\d+)?|([0-9A-Fa-f:.]+))\s*", hop)
+            try:
+                host = str(plain_ip(match[1] or match[2] or match[3]))
+            except (TypeError, ValueError):
+                break  # no address: what stands before it is worth no more
+            if not self.trusts(host):
+                break
+        return address_of(host)
+
+    def person(self, head: Any, caller: Caller) -> Caller:
+        """The one that a trusted proxy speaks for: a caller of its own, named KEY/PERSON."""
+        name = head.get(self.caller_header, "") if self.caller_header else ""
+        if not name:
+            return caller
+        digest = hashlib.sha256(repr((caller.key, name)).encode()).digest()
+        return Caller(("key", digest), "%s/%s" % (caller.label, urllib.parse.quote(name[:64], safe="@:+", encoding="latin-1")))
 
     def identify(self, credential: Optional[bytes], address: str) -> Caller:
         """Raises Unauthorized where keys are asked for and `credential` is none of them."""
@@ -1533,6 +1684,10 @@ class Dialect:
     def error(self, refusal: Refusal, status: int) -> bytes:
         raise NotImplementedError
 
+    def error_event(self, body: bytes) -> bytes:
+        """An error in a stream that has begun; `body` is what it would be without one."""
+        return b"data: %b\n\n" % body
+
     def models(self, names: List[str]) -> bytes:
         """The list of these."""
         raise NotImplementedError
@@ -1706,6 +1861,9 @@ class Anthropic(Dialect):
     def error(self, refusal, status):
         kind = self.ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
         return json.dumps({"type": "error", "error": {"type": kind, "message": str(refusal)}}).encode()
+
+    def error_event(self, body):
+        return b"event: error\ndata: %b\n\n" % body
 
     def models(self, names):
         rows = [{"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
@@ -1910,6 +2068,7 @@ class Dialects:
         return call
 
 
+WORDLESS = (None, "count", "other", "embed")  # endpoints at which no assistant speaks
 USAGE_KEY = re.compile(rb'"(usage(?:Metadata)?)"\s*:\s*\{')
 SPOKEN_TEXT = re.compile(r'"(?:%s)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"' % "|".join(sorted(OpenAI.SPOKEN)))
 NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
@@ -1920,12 +2079,12 @@ class Listener:
     """Hears a copy of an answer on its way past, and understands it when it has ended. Whole JSON is kept up to
     MAX_JSON, then its end alone; events are kept up to MAX_EVENTS, then taken in. `hiding` keeps the one event
     from the caller that it did not ask for."""
-    MAX_JSON, JSON_END, MAX_EVENTS, MAX_HELD = 1 << 20, 8192, 65536, 16384
+    MAX_JSON, JSON_END, MAX_EVENTS, MAX_HELD = 1 << 18, 8192, 65536, 16384
 
     def __init__(self, call: Call, streamed: bool, readable: bool):
         self.dialect, self.streamed, self.readable = call.dialect, streamed, readable
         self.flat = call.endpoint in ("chat", "completions")
-        self.wordless = call.endpoint in ("other", "embed")  # numbers and pictures are no text
+        self.wordless = call.endpoint in WORDLESS  # numbers and pictures are no text
         self.hiding = streamed and call.added
         self.pieces: List[bytes] = []
         self.size = self.characters = 0
@@ -2486,6 +2645,10 @@ class Chunked:
         self.left, self.held = left, data[position:]
         return (data[:position] if self.held else data), payload
 
+    def between(self) -> bool:
+        """Whether what was passed on ends with a chunk."""
+        return not self.left
+
     def last(self, data: bytes, position: int, end: int, payload: bytes) -> Tuple[bytes, bytes]:
         self.left = 0
         match = TRAILERS.match(data, end)
@@ -2511,17 +2674,20 @@ class Passage:
     """The body of an answer on its way to the caller: `feed` turns what came into what goes out. Chunked
     stays chunked, byte for byte, and sized stays sized; `style` says otherwise where the two sides' framing
     differs. A `listener` is fed the payload, and says what of it goes on where the style is not AS_IS."""
-    __slots__ = ("framing", "style", "listener", "passed")
+    __slots__ = ("framing", "style", "listener", "passed", "tail")
     AS_IS, PLAIN, CHUNKED = range(3)
 
     def __init__(self, framing: Any, style: int = AS_IS, listener: Any = None):
         self.framing, self.style, self.listener, self.passed = framing, style, listener, 0
+        self.tail: Optional[bytes] = None  # of the payload that went on, where something may be put in between
 
     def feed(self, data: bytes) -> bytes:
         """Raises Malformed as soon as the framing is broken."""
         same, payload = self.framing.feed(data)
         if self.listener and payload:
             payload = self.listener.feed(payload)
+        if self.tail is not None:
+            self.tail = (self.tail + payload)[-4:]
         if self.style == self.AS_IS:
             self.passed += len(payload)
             return same
@@ -2530,6 +2696,14 @@ class Passage:
             payload += self.listener.rest()
         self.passed += len(payload)
         return payload if self.style == self.PLAIN else chunk(payload) + (LAST_CHUNK if ended else b"")
+
+    def between(self, event: bytes) -> bytes:
+        """`event`, as it can be put in here: between two events, and two chunks; else nothing."""
+        if self.tail is None or (self.tail and not self.tail.endswith((b"\n\n", b"\r\n\r\n"))):
+            return b""
+        if self.style == self.AS_IS and not (isinstance(self.framing, Chunked) and self.framing.between()):
+            return b""
+        return event if self.style == self.PLAIN else chunk(event)
 
     def end_of_stream(self, reset: bool = False) -> Tuple[bool, bytes]:
         """The upstream closed; -> (whether that is a proper end, what is left to send)."""
@@ -2544,8 +2718,9 @@ class Passage:
 class Watch:
     """A caller under observation: every wait for its upstream goes through here, so that its leaving is noticed
     in each. A caller that only closed its sending side looks the same as one that left; it is given
-    HALF_CLOSE_SECONDS more."""
+    HALF_CLOSE_SECONDS more. One that should hear meanwhile that its call is alive does so from here, too."""
     HALF_CLOSE_SECONDS = 0.5
+    SPEAK_SECONDS = 10
 
     def __init__(self, caller: Optional[Connection], clock: Any, until: float = math.inf):
         """Without a `caller` nobody can leave. No wait goes on beyond `until`."""
@@ -2554,14 +2729,34 @@ class Watch:
         self.body: Any = None              # of its request; until that has ended, what comes belongs to it
         self.relay: Any = None             # which sees the caller leave while a thread listens elsewhere
         self.listening: Optional[Connection] = None
-        self.gone = False
+        self.pausing: Optional[threading.Event] = None
+        self.gone = self.bounded = False
+        self.speak: Callable[[], None] = id
+        self.speak_at = math.inf
 
     def renew(self) -> None:
         """Another request is awaited: what is half closed has its moment again."""
+        if self.bounded:
+            self.bound()
         if self.left is not None or self.gone:
             self.left, self.gone = None, False
             if self.relay:
                 self.relay.look_after(self)
+
+    def bound(self, until: float = math.inf, speak_at: float = math.inf, speak: Callable[[], None] = id) -> None:
+        """No wait goes on beyond `until`; `speak` is called when one lasts until `speak_at`, and every SPEAK_SECONDS
+        from then on."""
+        self.until, self.speak_at, self.speak = until, speak_at, speak
+        self.bounded = min(until, speak_at) < math.inf
+
+    def lapse(self, deadline: float) -> None:
+        """A wait has lasted until something was due. Raises TimeoutError at `deadline`."""
+        now = self.clock.monotonic()
+        if now >= min(deadline, self.until):
+            raise TimeoutError()
+        if now >= self.speak_at:
+            self.speak_at = now + self.SPEAK_SECONDS
+            self.speak()
 
     def listen(self, connection: Connection, seconds: float) -> None:
         """Read the first bytes of an answer into `connection.ahead`, by one system call where the Relay looks
@@ -2571,20 +2766,32 @@ class Watch:
             return
         self.listening = connection
         try:
-            if not self.gone:
+            if self.bounded:
+                self.listen_aloud(connection, self.clock.monotonic() + seconds)
+            elif not self.gone:
                 connection.listen(seconds)
         finally:
             self.listening = None
         if self.gone:  # looked at last: `leave` may have come in between
             raise CallerGone()
 
+    def listen_aloud(self, connection: Connection, deadline: float) -> None:
+        while not self.gone:
+            try:
+                left = min(deadline, self.until, self.speak_at) - self.clock.monotonic()
+                return connection.listen(max(0.001, left))
+            except TimeoutError:
+                self.lapse(deadline)
+
     def leave(self) -> None:
         """The Relay saw that the caller left."""
         self.gone = True
-        connection = self.listening
+        connection, pausing = self.listening, self.pausing
         if connection:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)  # wakes its reader
+        if pausing:
+            pausing.set()
 
     def more(self, connection: Connection, deadline: float) -> bool:
         """For read_head."""
@@ -2595,7 +2802,7 @@ class Watch:
         """Wait until `connection` is ready; -> for what. Raises TimeoutError at `deadline`, CallerGone when
         it left."""
         while True:
-            until = min(deadline, self.until)
+            until = min(deadline, self.until, self.speak_at)
             wanted, listening = [(connection.descriptor, events)], False
             if self.caller:
                 until = until if self.left is None else min(until, self.left + self.HALF_CLOSE_SECONDS)
@@ -2606,10 +2813,10 @@ class Watch:
                 return found[connection.descriptor]
             if found:
                 self.look(listening)
-            elif self.clock.monotonic() >= until:
-                if self.left is not None:
-                    raise CallerGone()
-                raise TimeoutError()
+            elif self.left is not None and self.clock.monotonic() >= self.left + self.HALF_CLOSE_SECONDS:
+                raise CallerGone()
+            else:
+                self.lapse(deadline)
 
     def look(self, listening: bool) -> None:
         """The caller stirred: it sent more, closed its side, or is gone."""
@@ -2624,18 +2831,29 @@ class Watch:
             raise CallerGone()  # so much ahead of its answer would hide its leaving
 
     def pause(self, done: threading.Event, deadline: float) -> bool:
-        """Wait for something that has no descriptor, looking at the caller 20 times a second; -> whether it
-        is done."""
-        while not done.wait(0.05):
-            now = self.clock.monotonic()
-            if (self.caller and self.left is None and len(self.caller.ahead) < MAX_AHEAD
-                    and self.caller.readable(0)):
-                self.look(True)
-            if self.left is not None and now > self.left + self.HALF_CLOSE_SECONDS:
-                raise CallerGone()
-            if now >= min(deadline, self.until):
-                return False
-        return True
+        """Wait for something that has no descriptor; -> whether it is done. Where nobody else looks after the caller,
+        it is looked at 20 times a second."""
+        self.pausing = done if self.relay else None
+        try:
+            while not self.gone:
+                left = min(deadline, self.until, self.speak_at) - self.clock.monotonic()
+                if done.wait(max(0, left if self.relay else min(left, 0.05))) and not self.gone:
+                    return True
+                if not self.relay:
+                    self.glance()
+                if not self.gone:
+                    self.lapse(deadline)
+        except TimeoutError:
+            return False
+        finally:
+            self.pausing = None
+        raise CallerGone()
+
+    def glance(self) -> None:
+        if self.caller and self.left is None and len(self.caller.ahead) < MAX_AHEAD and self.caller.readable(0):
+            self.look(True)
+        if self.left is not None and self.clock.monotonic() > self.left + self.HALF_CLOSE_SECONDS:
+            raise CallerGone()
 
     def send(self, connection: Connection, data: bytes, seconds_without_progress: float) -> bool:
         """Send all of `data`; -> False if the peer spoke first and does not read on. Raises OSError,
@@ -2658,16 +2876,22 @@ class Watch:
 # hang-ups; no heads, LLMs or buckets.
 # ------------------------------------------------------------------------------------------------------------
 
+WAITING = b": waiting for the model\n\n"  # a comment in an event stream (WHATWG HTML, 9.2.6)
+
+
 class Flow:
     """One body on its way. When it has ended, `then` is called with how: ok, upstream_cut, caller_gone,
     stopped (by us, to end) or internal_error."""
     SLOW_READER_SECONDS = 60
 
-    __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "heard", "left", "unsent",
-                 "watching", "ending", "then")
+    __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "until", "pulse", "heard", "spoke", "left",
+                 "unsent", "watching", "ending", "then")
 
-    def __init__(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float):
+    def __init__(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float,
+                 until: float = math.inf, pulse: float = math.inf):
+        """It is cut at `until`. A pause of `pulse` seconds gets a comment, where the passage has room for it."""
         self.upstream, self.caller, self.passage, self.read_timeout = upstream, caller, passage, read_timeout
+        self.until, self.pulse, self.spoke = until, pulse, 0.0
         self.relay: Optional["Relay"] = None
         self.then: Callable[[str], None] = id
         # when the upstream last sent, or a slow caller last took, something
@@ -2772,8 +2996,13 @@ class Flow:
             self.end("caller_gone")
         elif self.unsent and now >= self.heard + self.SLOW_READER_SECONDS:
             self.end("caller_gone")
-        elif not self.unsent and now >= self.heard + self.read_timeout:
+        elif now >= self.until or (not self.unsent and now >= self.heard + self.read_timeout):
             self.end("upstream_cut")
+        elif not self.unsent and now >= max(self.heard, self.spoke) + self.pulse:
+            self.spoke = now
+            comment = self.passage.between(WAITING)
+            if comment:
+                self.send(comment)
 
     def end(self, ending: str) -> None:
         """Let go of both sockets and tell `then`, once."""
@@ -2896,6 +3125,140 @@ class Relay:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Line: the slots of a busy upstream, and the fair line before them. It knows callers by a key and a weight, and
+# what they wait for not at all.
+# ------------------------------------------------------------------------------------------------------------
+
+class Crowd:
+    """All who wait, in whatever line: never more than `most`, nor more than `per_caller` of one, nor longer than
+    `seconds`. Its lock is that of every Line."""
+
+    def __init__(self, most: int, per_caller: int, seconds: float):
+        self.most, self.per_caller, self.seconds = most, per_caller, seconds
+        self.lock, self.waiting = threading.Lock(), 0
+        self.by_caller: Dict[Any, int] = {}
+
+    def add(self, caller: Any, number: int) -> None:
+        self.waiting += number
+        self.by_caller[caller] = self.by_caller.get(caller, 0) + number
+        if not self.by_caller[caller]:
+            del self.by_caller[caller]
+
+    def is_full(self, caller: Any) -> bool:
+        return self.waiting >= self.most or self.by_caller.get(caller, 0) >= self.per_caller
+
+
+class Guest:
+    """A caller with calls that run or wait. `due` is when its next one begins, on the Line's own clock."""
+    __slots__ = ("key", "weight", "due", "running", "waiting")
+
+    def __init__(self, key: Any, weight: int, due: float):
+        self.key, self.weight, self.due, self.running = key, weight, due, 0
+        self.waiting: "collections.deque[Slot]" = collections.deque()
+
+
+class Slot:
+    """One call's place: in the line until it is `ready`, then one of those that run, until it leaves."""
+    __slots__ = ("line", "guest", "since", "waited", "ready", "running")
+
+    def __init__(self, line: "Line", guest: Guest):
+        self.line, self.guest, self.since, self.waited = line, guest, line.clock.monotonic(), 0.0
+        self.ready, self.running = threading.Event(), False
+
+    def wait(self, watch: Watch) -> None:
+        """Until it is its turn. Raises NotInTurn, CallerGone."""
+        if not self.running:
+            try:
+                if not watch.pause(self.ready, self.since + self.line.crowd.seconds):
+                    raise NotInTurn("queue timeout")
+            finally:
+                self.waited = self.line.clock.monotonic() - self.since
+
+    def leave(self) -> None:
+        """It may be called again, and does nothing then."""
+        line, self.line = self.line, None
+        if line:
+            line.leave(self)
+
+
+class Line:
+    """Lets `most` calls run at once. The others wait, each caller's in the order they came, and callers take turns:
+    as many as their weight says. It is start-time fair queueing (Goyal, Vin and Cheng, 1996) with calls that all
+    cost the same: who has had least of late comes next, and who is new is owed nothing and owes nothing."""
+
+    def __init__(self, most: int, crowd: Crowd, clock: Any):
+        self.most, self.crowd, self.clock = most, crowd, clock
+        self.running, self.now = 0, 0.0  # how far the turns have come
+        self.guests: Dict[Any, Guest] = {}
+
+    def enter(self, caller: Any, weight: int) -> Slot:
+        """-> a place, in the line or already beyond it. Raises NotInTurn where the line is full."""
+        with self.crowd.lock:
+            guest = self.guests.get(caller) or Guest(caller, weight, self.now)
+            slot = Slot(self, guest)
+            if self.running < self.most:  # then nobody waits
+                self.start(slot)
+            elif self.crowd.is_full(caller):
+                raise NotInTurn("queue full")
+            else:
+                if not guest.waiting:
+                    guest.due = max(guest.due, self.now)
+                guest.waiting.append(slot)
+                self.crowd.add(caller, 1)
+            self.guests[caller] = guest
+            return slot
+
+    def start(self, slot: Slot) -> None:
+        guest = slot.guest
+        self.now = max(self.now, guest.due)
+        guest.due = self.now + 1 / guest.weight
+        guest.running += 1
+        self.running += 1
+        slot.running = True
+        slot.ready.set()
+
+    def leave(self, slot: Slot) -> None:
+        guest = slot.guest
+        with self.crowd.lock:
+            if slot.running:
+                guest.running -= 1
+                self.running -= 1
+            else:
+                guest.waiting.remove(slot)
+                self.crowd.add(guest.key, -1)
+            if not guest.running and not guest.waiting:
+                del self.guests[guest.key]
+            while self.running < self.most:
+                first = min([one for one in self.guests.values() if one.waiting], key=lambda one: one.due, default=None)
+                if not first:
+                    break
+                self.crowd.add(first.key, -1)
+                self.start(first.waiting.popleft())
+
+    def ahead(self, slot: Slot) -> int:
+        """How many calls will begin before it, as it looks now."""
+        with self.crowd.lock:
+            if slot.running or slot not in slot.guest.waiting:
+                return 0
+            guest, guests = slot.guest, list(self.guests.values())
+            ahead = guest.waiting.index(slot)
+            due, place = guest.due + ahead / guest.weight, guests.index(guest)
+            for number, one in enumerate(guests):
+                if one is not guest:
+                    turns = (due - one.due) * one.weight
+                    turns = math.ceil(turns) if number > place else math.floor(turns) + 1  # of equals the first
+                    ahead += min(len(one.waiting), max(0, turns))
+            return ahead
+
+    def told(self) -> Dict[str, int]:
+        """For /health."""
+        with self.crowd.lock:
+            since = [one.waiting[0].since for one in self.guests.values() if one.waiting]
+            return {"waiting": sum([len(one.waiting) for one in self.guests.values()]),
+                    "longest_ms": int((self.clock.monotonic() - min(since)) * 1000) if since else 0}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or body of
 # a caller can change host, port or scheme. http.client opens and owns connections; answers are read by Wire.
 # An Address knows connections; an Upstream which of its addresses to ask; Routes which upstreams a call has.
@@ -2907,7 +3270,8 @@ NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
     "api-key", "x-goog-api-key", "cookie", "cookie2", "host", "content-length", "expect", "x-http-method",
     "x-http-method-override", "x-method-override", "forwarded", "via", "x-forwarded-for", "x-forwarded-host",
     "x-forwarded-proto", "x-forwarded-port", "x-real-ip", "true-client-ip", "cf-connecting-ip"))
-IDENTIFYING = "x-openwebui-"  # and what begins like this: who the caller's user is
+IDENTIFYING = "x-openwebui-"  # and what begins like this: who the caller's user is,
+OUR_FIELDS = "x-llm-proxy-"   # or what is meant for us
 REWRITTEN_FOR_CALLS = NEVER_UPSTREAM | {"content-type", "accept-encoding"}
 MAX_INTERIM = 16        # 1xx answers before the real one
 
@@ -2943,13 +3307,14 @@ class AnswerHead(Head):
 class Answer:
     """An upstream's answer: a checked head, and a body that is still arriving. As a with-block it keeps the
     connection for the next call if, and only if, the answer came whole and nothing came after it."""
-    __slots__ = ("upstream", "address", "link", "head", "status", "length", "framing", "reusable")
+    __slots__ = ("upstream", "slot", "address", "link", "head", "status", "length", "framing", "reusable")
 
     def __init__(self, address: "Address", link: "Link", head: AnswerHead, length: Optional[int], method: str,
                  whole_request: bool):
         self.address, self.link, self.head, self.length = address, link, head, length
         self.status = status = head.status
-        self.upstream: Any = None  # whose running call ends with it
+        self.upstream: Any = None  # whose running call ends with it,
+        self.slot: Optional[Slot] = None  # and that call's place
         if method == "HEAD" or status < 200 or status in (204, 304):
             self.framing = Sized(0)
         elif length is not None:
@@ -2966,6 +3331,8 @@ class Answer:
         if self.upstream:
             self.upstream.leave(self.address)
             self.upstream = None
+        if self.slot:
+            self.slot.leave()
 
     def __exit__(self, *_: Any) -> None:
         framing = self.framing
@@ -3022,6 +3389,7 @@ class Breaker:
 class Way(NamedTuple):
     """How upstreams are reached: timeouts in seconds, TLS for those that speak it, and the proxy on the way out."""
     open_timeout: float
+    first_byte_timeout: float
     read_timeout: float
     tls: Optional[ssl.SSLContext] = None
     tunnel: Optional[Tunnel] = None
@@ -3036,7 +3404,8 @@ class Address:
 
     def __init__(self, endpoint: Endpoint, way: Way, breaker: Breaker, clock: Any):
         self.endpoint, self.breaker, self.clock, self.running = endpoint, breaker, clock, 0
-        self.open_timeout, self.read_timeout = way.open_timeout, way.read_timeout
+        self.open_timeout, self.first_byte_timeout = way.open_timeout, way.first_byte_timeout
+        self.read_timeout = way.read_timeout
         # (usable from, link), oldest left
         self.spares: "collections.deque[Tuple[float, Link]]" = collections.deque()
         self.last: Optional[AnswerHead] = None
@@ -3078,9 +3447,9 @@ class Address:
                 whole_request = self.upload(wire, head, body, watch)
         except (BrokenPipeError, ConnectionResetError):
             whole_request = False  # it may have answered before it stopped reading (RFC 9112 9.5)
-        deadline = self.clock.monotonic() + self.read_timeout
+        deadline = self.clock.monotonic() + self.first_byte_timeout
         if not wire.ahead:
-            watch.listen(wire, self.read_timeout)
+            watch.listen(wire, self.first_byte_timeout)
         for _ in range(MAX_INTERIM):
             data = read_head(wire, STATUS_LINE, watch.more, wire, deadline)
             if data is None:
@@ -3234,12 +3603,13 @@ QUIRKS = {"deepseek": content_never_null}
 class Upstream:
     """Where calls go: one name, one key, one or more addresses that can do the same."""
 
-    def __init__(self, config: UpstreamConfig, way: Way, retries: int, breaking: Tuple[int, float], clock: Any,
-                 say: Callable[[str], None]):
+    def __init__(self, config: UpstreamConfig, way: Way, retries: int, breaking: Tuple[int, float], crowd: Crowd,
+                 clock: Any, say: Callable[[str], None]):
         """`breaking` is (failures in a row, seconds) of the breakers; `say` is called with what the operator should
         know."""
         self.name, self.key, self.globs, self.model = config.name, config.key, config.models, config.model
-        self.dialect, self.most, self.headers = config.dialect, config.max_concurrency, config.headers
+        self.dialect, self.headers = config.dialect, config.headers
+        self.line = Line(config.max_concurrency, crowd, clock) if config.max_concurrency else None
         self.header_lines = "".join([row + "\r\n" for row in config.headers.values()])
         self.mend, self.retries, self.clock, self.say = QUIRKS.get(config.name), retries, clock, say
         self.addresses = [Address(endpoint, way, Breaker(*breaking), clock) for endpoint in config.url]
@@ -3267,10 +3637,8 @@ class Upstream:
 
     def enter(self, failed: List[Address], beyond: bool) -> Optional[Address]:
         """-> the address with the fewest running calls, which has one more now; None where none can be asked.
-        `beyond`: besides these, and whatever their number."""
+        `beyond`: it tells nothing of how calls fare there."""
         with self.lock:
-            if self.most and not beyond and sum([one.running for one in self.addresses]) >= self.most:
-                raise UpstreamBusy()
             address = self.addresses[0]
             if failed or len(self.addresses) > 1 or address.breaker.opened is not None:
                 now = self.clock.monotonic()
@@ -3318,16 +3686,16 @@ class Upstream:
         with self.lock:
             states = [one.breaker.state(now) for one in self.addresses]
             running = sum([one.running for one in self.addresses])
-        return {"state": min(states, key=("closed", "half_open", "open").index), "in_flight": running,
+        told = {"state": min(states, key=("closed", "half_open", "open").index), "in_flight": running,
                 "addresses": "%d/%d" % (states.count("closed"), len(states))}
+        return {**told, "queue": self.line.told()} if self.line else told
 
     # -- what is asked
 
     def forward(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch) -> Answer:
         """Send one request and wait for the head of its answer. `head` gives the request's, but for the lines that
         frame its body; `body` is bytes, or a RequestBody to relay in blocks. An answer that asks for patience is
-        asked for again, where that is set. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, UpstreamBusy,
-        CallerGone."""
+        asked for again, where that is set. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, CallerGone."""
         answer = self.ask(method, head, body, watch)
         for _ in range(self.retries):
             if answer.status not in (429, 503) or not isinstance(body, bytes):
@@ -3356,8 +3724,9 @@ class Upstream:
                 answer.upstream, good = self, answer.status not in FAILING
                 return answer
             except (UpstreamFailed, UpstreamTimeout) as refusal:
-                # what talks nonsense is there, all the same
-                good = False if isinstance(refusal, UpstreamTimeout) or refusal.silent else None
+                # what talks nonsense is there, all the same; a caller's own deadline says nothing
+                late = isinstance(refusal, UpstreamTimeout)
+                good = False if (late or refusal.silent) and self.clock.monotonic() < watch.until else None
                 if not refusal.unsent:
                     if not isinstance(body, bytes) and not body.ended:
                         good = None  # it may have tired of waiting for the caller
@@ -3493,14 +3862,16 @@ PLAIN_WORD = re.compile(r"[!-\[\]-~]{1,80}")
 
 class Entry:
     """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall`
-    is the end in unix nanoseconds; `passed` counts bytes of body sent to the caller. `outcome` is one of ok,
+    is the end in unix nanoseconds; `queued` are milliseconds in line, None where there was none; `passed` counts bytes of
+    body sent to the caller. `outcome` is one of ok,
     limited, refused, upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path",
                  "status", "outcome", "cause", "call", "upstream", "hold", "passed", "listener", "usage",
-                 "picodollars", "priced")
+                 "picodollars", "priced", "peer", "queued")
 
-    def __init__(self, address: str):
-        self.address = address
+    def __init__(self, address: str, peer: str):
+        """`peer` is where the connection comes from, `address` who that stands for."""
+        self.address, self.peer, self.queued = address, peer, None
         self.identity = self.caller = self.method = self.path = self.call = self.upstream = self.hold = None
         self.first_byte = self.started = self.cause = self.listener = self.usage = self.priced = None
         self.status, self.outcome, self.passed, self.picodollars = 0, "ok", 0, 0
@@ -3525,7 +3896,7 @@ class Entry:
                 usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
                 self.priced is False, hold and hold.held, hold and hold.charges(),
                 first and int((first - self.started) * 1000), int((self.ended - self.started) * 1000),
-                self.passed)
+                self.passed, self.queued)
 
     def as_dict(self, moment: str) -> Dict[str, Any]:
         """`moment` is the end of the call, as text. Cost and remaining are None where no bucket was touched."""
@@ -3537,7 +3908,8 @@ class Entry:
             "model": call and call.model and call.model[:80], "upstream": self.upstream,
             "outcome": self.outcome, "cause": self.cause, "stream": bool(call and call.stream),
             "first_ms": self.first_byte and int((self.first_byte - self.started) * 1000),
-            "ms": int((self.ended - self.started) * 1000), "cost": held and hold.amount,
+            "ms": int((self.ended - self.started) * 1000),
+            "queue_ms": self.queued, "cost": held and hold.amount,
             "remaining": held and hold.remaining, "input": usage and usage.input,
             "output": usage and usage.output, "estimated": usage and usage.estimated,
             "usd": spell_usd(self.picodollars) if self.priced else None, "bytes": self.passed}
@@ -3550,6 +3922,7 @@ class Entry:
             model = ascii(model[:80]).replace(" ", "\\x20")
         first = "-" if self.first_byte is None else f"{int((self.first_byte - self.started) * 1000)}ms"
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
+        queue = f" queue={self.queued}ms" if self.queued else ""
         guess = "~" if usage and usage.estimated else ""
         tokens = f" in={guess}{usage.input} out={guess}{usage.output}" if usage else ""
         usd = " usd=" + spell_usd(self.picodollars) if self.priced else ""
@@ -3559,7 +3932,7 @@ class Entry:
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={int((self.ended - self.started) * 1000)}ms cost={hold.amount if held else '-'} "
             f"left={hold.remaining if held else '-'}{tokens}{usd} bytes={self.passed} "
-            f"upstream={self.upstream or '-'} id={self.identity or '-'}{cause}")
+            f"upstream={self.upstream or '-'} id={self.identity or '-'}{queue}{cause}")
 
 
 NO_USAGE = Usage()
@@ -3649,7 +4022,8 @@ COLUMNS = (
     ("status", "INTEGER"), ("outcome", "TEXT"), ("cause", "TEXT"), ("stream", "INTEGER"), ("input", "INTEGER"),
     ("cached", "INTEGER"), ("cache_write", "INTEGER"), ("output", "INTEGER"), ("reasoning", "INTEGER"),
     ("estimated", "INTEGER"), ("usd", "REAL"), ("picodollars", "INTEGER"), ("unpriced", "INTEGER"),
-    ("held", "INTEGER"), ("charges", "TEXT"), ("first_ms", "INTEGER"), ("ms", "INTEGER"), ("bytes", "INTEGER"))
+    ("held", "INTEGER"), ("charges", "TEXT"), ("first_ms", "INTEGER"), ("ms", "INTEGER"), ("bytes", "INTEGER"),
+    ("queue_ms", "INTEGER"))  # what is new comes last: files of before are widened
 
 
 class DatabaseFault(Exception):
@@ -3690,7 +4064,10 @@ class Database:
             self.connection.execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps it open else
             self.connection.execute("PRAGMA synchronous = NORMAL")
             self.connection.execute("BEGIN IMMEDIATE")
-            self.connection.execute("ROLLBACK")
+            there = len(self.connection.execute("PRAGMA table_info(calls)").fetchall())
+            for column in COLUMNS[there:]:
+                self.connection.execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
+            self.connection.execute("COMMIT")
         except (OSError, sqlite3.Error) as failure:
             if reading and isinstance(failure, FileNotFoundError):
                 raise
@@ -3721,7 +4098,7 @@ class Database:
         with contextlib.closing(self.connect(path, "ro")) as connection:
             try:
                 columns = [row[1] for row in connection.execute("PRAGMA table_info(calls)")]
-                sound = columns == [name for name, _ in COLUMNS]
+                sound = bool(columns) and columns == [name for name, _ in COLUMNS][:len(columns)]
                 connection.execute("SELECT rule, subject, level, since FROM buckets").fetchall()
                 if sound and os.path.getsize(path) < self.SMALL:
                     sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
@@ -3907,12 +4284,16 @@ class Proxy:
         self.config, self.clock, self.callers, self.limits = config, clock, callers, limits
         self.prices, self.meter, self.dialects, self.routes = prices, meter, dialects, routes
         self.relay, self.books = relay, books
+        self.weights = config.key_weights or {}
+        self.patient = bool(config.max_call_seconds or config.early_stream_seconds)
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses before anything was
         sent leaves the call to the next upstream that it may go to."""
-        caller = entry.caller = self.identify(request, entry.address)                               # identify
+        caller = self.identify(request, entry)                                                      # identify
         call = reply.call = entry.call = self.dialects.read(request, reply.body.whole)
+        if self.patient or "x-llm-proxy-timeout-ms" in request.head.rows:
+            reply.bound()
         upstreams = self.routes.find(call)                                                          # route
         for upstream in upstreams:
             try:
@@ -3930,7 +4311,7 @@ class Proxy:
         with self.admit(caller, entry.address, call, upstream) as hold:                             # admit
             entry.hold = hold
             try:
-                with self.forward(upstream, request, call, reply) as answer:                        # forward
+                with self.forward(upstream, request, call, reply, entry) as answer:                 # forward
                     passage = reply.receive(answer)
                     if passage.framing.ended:
                         answer.leave()  # before the caller knows, who may call again at once
@@ -3942,7 +4323,7 @@ class Proxy:
                     reply.begin(answer, passage)
                     ending = "ok"
                     if not passage.framing.ended:
-                        ending = yield Flow(answer.link.wire, reply.caller, passage, answer.address.read_timeout)
+                        ending = yield reply.flow(answer, passage)
                     entry.passed = passage.passed
             except CallerGone:
                 self.settle(entry, "caller_gone")
@@ -3950,24 +4331,43 @@ class Proxy:
             self.settle(entry, ending)                                                              # settle
             if ending != "ok":
                 entry.outcome = ending
-                reply.cut()
+                reply.cut(passage if ending == "upstream_cut" else None)
 
-    def identify(self, request: Request, address: str) -> Caller:
-        """Who asks, decided once for each head that a connection repeats."""
+    def identify(self, request: Request, entry: Entry) -> Caller:
+        """Who asks, and from where, decided once for each head that a connection repeats."""
         derived = request.head.derived
         if "caller" not in derived:
-            credential = self.callers.credential(request.head, request.query)
-            derived["caller"] = self.callers.identify(credential, address)
-        return derived["caller"]
+            callers, head = self.callers, request.head
+            entry.address = callers.address(head, entry.peer)
+            caller = callers.identify(callers.credential(head, request.query), entry.address)
+            derived["caller"] = (callers.person(head, caller) if callers.trusts(entry.peer) else caller), entry.address
+        entry.caller, entry.address = derived["caller"]
+        return entry.caller
 
     def admit(self, caller: Caller, address: str, call: Call, upstream: Upstream) -> Hold:
         costs = FREE if call.free else self.meter.before(call)
         return self.limits.admit(caller, address, call.served, costs, upstream.name)
 
-    def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
+    def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any, entry: Entry) -> Answer:
+        """Wait in the line that a busy upstream has, and send the call there. What is not metered does not wait."""
+        if upstream.line is None or call.free:
+            return self.send_up(upstream, request, call, reply)
+        slot = reply.slot = upstream.line.enter(entry.caller.key, self.weights.get(entry.caller.name, 1))
+        try:
+            slot.wait(reply.watch)
+            answer = self.send_up(upstream, request, call, reply)
+        except BaseException:
+            slot.leave()
+            raise
+        finally:
+            entry.queued = int(slot.waited * 1000)
+        answer.slot = slot
+        return answer
+
+    def send_up(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
         """A stream tells its usage only when asked; an upstream that takes the question for an error is not asked
         again."""
-        head = functools.partial(self.head_up, request, call, upstream)
+        head = functools.partial(self.head_up, request, call, upstream, self.callers.caller_header)
         body = plain = call.outgoing if call.endpoint else b"" if reply.body.ended else reply.body
         if call.stream and self.meter.counting and call.endpoint in ("chat", "completions") and (
                 call.served not in upstream.without_options):
@@ -4001,9 +4401,9 @@ class Proxy:
         hold.settle(self.meter.costs(usage, entry.picodollars, estimate))
 
     @staticmethod
-    def head_up(request: Request, call: Call, upstream: Upstream, address: Address) -> bytes:
-        """What goes upstream before the body, but for its framing. A metered answer must stay readable, so it is
-        asked for plain."""
+    def head_up(request: Request, call: Call, upstream: Upstream, hidden: Optional[str], address: Address) -> bytes:
+        """What goes upstream before the body, but for its framing; `hidden` is the field that names the caller. A
+        metered answer must stay readable, so it is asked for plain."""
         derived, metered, path = request.head.derived, call.endpoint is not None, call.path
         known = derived.get(address)
         if known and known[0] == path:
@@ -4013,7 +4413,8 @@ class Proxy:
             dropped = dropped | {"x-request-id"}
         # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
         dropped = dropped.union([name for name in request.head.rows
-                                 if "_" in name or name.startswith(IDENTIFYING)])
+                                 if "_" in name or name.startswith((IDENTIFYING, OUR_FIELDS))
+                                 or name == hidden])
         rows = request.head.end_to_end(dropped)
         place, dialect = upstream.place(path, call.dialect, metered)
         if dialect.name == upstream.dialect and "anthropic-version" not in request.head.rows:
@@ -4048,7 +4449,9 @@ def build(config: Config, stream: Any, clock: Any = time, database: Any = None) 
     ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
     usage_log = open_usage_log(config.usage_log) if config.usage_log else None
     return Proxy(
-        config, clock, Callers(config.proxy_api_keys, os.urandom(32)), limits, prices, meter,
+        config, clock,
+        Callers(config.proxy_api_keys, os.urandom(32), config.trusted_proxies or (), config.caller_header),
+        limits, prices, meter,
         Dialects(config.model_aliases or {}, {one.name: one.dialect for one in config.upstreams}),
         build_routes(config, clock, log.say), Relay(clock, log.report), Books(log, ledger, usage_log))
 
@@ -4059,9 +4462,10 @@ def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Rout
         tls = ssl.create_default_context(cafile=config.upstream_ca_file)
         if config.upstream_tls_verify == "off":
             tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    way = Way(config.open_timeout, config.read_timeout, tls, config.https_proxy, config.no_proxy or "")
+    way = Way(config.open_timeout, config.first_byte_timeout or config.read_timeout, config.read_timeout, tls, config.https_proxy, config.no_proxy or "")
     breaking = config.breaker_failures, config.breaker_seconds
-    made = [Upstream(one, way, config.upstream_retries, breaking, clock, say) for one in config.all_upstreams()]
+    crowd = Crowd(config.max_queue, config.max_queue_per_caller, config.queue_seconds)
+    made = [Upstream(one, way, config.upstream_retries, breaking, crowd, clock, say) for one in config.all_upstreams()]
     return Routes(made.pop(0) if config.base_api_url else None, made)
 
 
@@ -4151,7 +4555,7 @@ class Pages:
         """Open to all; whoever shows no valid credential is told the quota of the address."""
         proxy = self.proxy
         try:
-            entry.caller = proxy.identify(request, entry.address)
+            proxy.identify(request, entry)
         except Refusal:
             entry.caller = Caller(("address", entry.address), entry.address)
         limits, books, config = proxy.limits, proxy.books, proxy.config
@@ -4169,7 +4573,7 @@ class Pages:
         return Page(200, json.dumps(told).encode())
 
     def models(self, request: Request, entry: Entry) -> Page:
-        entry.caller = self.proxy.identify(request, entry.address)
+        self.proxy.identify(request, entry)
         names = self.catalogue.names() + list(self.proxy.config.model_aliases or ())
         return Page(200, self.proxy.dialects.guess(request).models(list(dict.fromkeys(names))))
 
@@ -4187,11 +4591,12 @@ RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
 CRLF = "\r\n"
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
-     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd", "x-llm-estimated"] +
+     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd", "x-llm-estimated", "x-queue-ms"] +
     [name.lower() for name in RATE_FIELDS])
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age",
     "allow-private-network"))
+TIMEOUT_FIELD = "x-llm-proxy-timeout-ms"
 REASONS = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 
 
@@ -4290,14 +4695,16 @@ class RequestBody:
 class Reply:
     """The way back to one caller: begin an answer that came from upstream, or send one of ours; `closing`
     says that the connection cannot carry another request."""
-    WHOLE_SECONDS, MAX_WHOLE = 10, 1 << 20
+    WHOLE_SECONDS, MAX_WHOLE = 10, 1 << 18
 
     def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, entry: Entry):
         self.caller, self.watch, self.proxy, self.entry = caller, watch, proxy, entry
         self.request: Optional[Request] = None
         self.body: Optional[RequestBody] = None
         self.call: Optional[Call] = None
-        self.begun = self.closing = self.unframed = self.reset = False
+        self.begun = self.closing = self.unframed = self.reset = self.early = False
+        self.slot: Optional[Slot] = None    # its place in line
+        self.patience = self.end = math.inf # seconds that the caller has for a wait; when the call is to be over
         self.started = 0  # unix nanoseconds, when the request's head was there
 
     def take(self, request: Request) -> None:
@@ -4311,17 +4718,53 @@ class Reply:
         self.body = self.watch.body = RequestBody(
             self.caller, request, self.proxy.config.max_body_bytes, self.proxy.clock)
 
+    # -- while nothing comes
+
+    def bound(self) -> None:
+        """Set the deadlines of this call, and when a stream begins with comments."""
+        config, call, started, text = self.proxy.config, self.call, self.entry.started, self.request.head.get(TIMEOUT_FIELD)
+        if text is not None:
+            if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+                raise BadRequest("X-LLM-Proxy-Timeout-Ms must be a whole number of milliseconds, at least 1")
+            self.patience = int(text) / 1000
+        if config.max_call_seconds:
+            self.end = started + config.max_call_seconds
+        early = call.stream and call.endpoint not in WORDLESS and call.dialect.limit_type(call) == "text/event-stream"
+        speak_at = started + config.early_stream_seconds if early and config.early_stream_seconds else math.inf
+        self.watch.bound(min(self.end, started + self.patience), speak_at, self.speak)
+
+    def speak(self) -> None:
+        """Tell the caller of a stream that its call is alive, after a head where there was none yet."""
+        comment, slot, head = WAITING, self.slot, b""
+        if slot and not slot.running:
+            comment = b": waiting, %d ahead\n\n" % slot.line.ahead(slot)
+        if not self.begun:
+            self.early = True
+            if self.request.version == 0:
+                self.closing = self.unframed = True
+            head = self.head(200, "OK", "Content-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
+                             + ("" if self.unframed else "Transfer-Encoding: chunked\r\n"))
+        self.write(head + (comment if self.unframed else chunk(comment)))
+
+    def error_event(self, refusal: Refusal) -> bytes:
+        dialect = self.call.dialect
+        return dialect.error_event(getattr(refusal, "body", None) or dialect.error(refusal, refusal.status))
+
     # -- what comes from upstream
 
     def receive(self, answer: Answer) -> Passage:
         """Take in what has come of a body; -> the way it will go. A metered answer that is no stream is waited
         for, so that its head can say what it cost, unless it is large or takes its time."""
         call, head, framing = self.call, answer.head, answer.framing
+        if self.watch.bounded:
+            self.watch.bound(self.end)
+        if self.early and not (answer.status == 200 and head.streamed):
+            raise self.late(answer)
         listener = self.entry.listener = None if call.free or answer.status >= 400 else Listener(
             call, head.streamed, head.get("content-encoding", "identity") == "identity")
         style, self.framing_line = Passage.AS_IS, ""
         hiding = listener is not None and listener.hiding and not framing.ended
-        if hiding or isinstance(framing, (Chunked, UntilClose)):
+        if hiding or self.early or isinstance(framing, (Chunked, UntilClose)):
             if self.request.version == 0:
                 # HTTP/1.0 knows no chunks: closing ends the body
                 style, self.closing, self.unframed = Passage.PLAIN, True, True
@@ -4331,6 +4774,8 @@ class Reply:
         elif answer.length is not None and answer.status != 204:
             self.framing_line = "Content-Length: %d\r\n" % answer.length
         passage = Passage(framing, style, listener)
+        if self.early or (head.streamed and self.proxy.config.stream_heartbeat_seconds):
+            passage.tail = b""
         try:
             self.first = passage.feed(answer.link.wire.take())
             if listener and not call.stream and not head.streamed and not framing.ended:
@@ -4339,9 +4784,23 @@ class Reply:
             raise UpstreamFailed(failure) from None
         return passage
 
+    def late(self, answer: Answer) -> LateAnswer:
+        """What an answer says that is no stream, for a caller whose stream has begun."""
+        body = answer.upstream.whole(answer, self.watch, 65536)
+        try:
+            found = parse_answer(body)
+        except (ValueError, RecursionError):
+            found = None
+        return LateAnswer(answer.status, compact(found) if isinstance(found, dict) and answer.status >= 400 else None)
+
+    def flow(self, answer: Answer, passage: Passage) -> Flow:
+        pulse = self.proxy.config.stream_heartbeat_seconds
+        return Flow(answer.link.wire, self.caller, passage, min(answer.address.read_timeout, self.patience), self.end,
+                    pulse or math.inf)
+
     def await_rest(self, answer: Answer, passage: Passage) -> None:
         wire, clock = answer.link.wire, self.proxy.clock
-        deadline = clock.monotonic() + min(self.WHOLE_SECONDS, answer.address.read_timeout)
+        deadline = clock.monotonic() + min(self.WHOLE_SECONDS, answer.address.read_timeout, self.patience)
         while not passage.framing.ended and len(self.first) < self.MAX_WHOLE:
             try:
                 self.watch.wait(wire, READ, deadline)
@@ -4358,13 +4817,15 @@ class Reply:
     def begin(self, answer: Answer, passage: Passage) -> None:
         """Send the head of an answer, together with what has come of its body."""
         clock, entry, usage = self.proxy.clock, self.entry, self.entry.usage
+        entry.first_byte = clock.monotonic()
+        if self.early:
+            return self.write(self.first)
         lines = (f"{self.lines_down(answer)}{self.framing_line}X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {clock.time_ns()}\r\n")
         if usage and not self.call.stream:
             lines += (f"X-LLM-Input-Tokens: {usage.input}\r\nX-LLM-Output-Tokens: {usage.output}\r\n"
                       f"X-LLM-Cost-USD: {spell_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        entry.first_byte = clock.monotonic()
         self.write(self.head(answer.status, answer.head.reason, lines) + self.first)
 
     def lines_down(self, answer: Answer) -> str:
@@ -4381,10 +4842,13 @@ class Reply:
             head.derived["down"] = "".join([row + "\r\n" for row in rows])
         return head.derived["down"]
 
-    def cut(self) -> None:
+    def cut(self, passage: Optional[Passage] = None) -> None:
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too few bytes,
-        or, where only closing ends the body, a reset."""
+        or, where only closing ends the body, a reset. A stream of whose head only we know is told why, where
+        `passage` has room for that."""
         self.closing = True
+        if self.early and passage:
+            self.write(passage.between(self.error_event(UpstreamFailed("cut"))))
         if self.unframed:
             self.reset = True
             self.caller.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -4404,6 +4868,9 @@ class Reply:
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
         self.entry.outcome, self.entry.cause = refusal.outcome, refusal.cause
         if self.begun:
+            if self.early and self.entry.first_byte is None:
+                event = self.error_event(refusal)
+                self.write(event if self.unframed else chunk(event))
             return self.cut()
         self.closing = self.closing or refusal.closing
         call, fields = self.call, dict(refusal.fields)
@@ -4444,6 +4911,7 @@ class Reply:
         return "".join((
             f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.identity}\r\n",
             RATE_LINES % hold.quota if hold and hold.tightest else "",
+            "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}{CRLF}",
             ANY_ORIGIN if origins == ("*",) else self.cors(self.request) if origins else "",
             "Connection: close\r\n\r\n" if self.closing else "\r\n")).encode("latin-1")
 
@@ -4483,7 +4951,7 @@ class Handler:
 
     def __init__(self, request: socket.socket, client_address: Any, server: "Server"):
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request, self.address = request, client_address[0]
+        self.request, self.peer, self.address = request, client_address[0], address_of(client_address[0])
         self.server, self.clock = server, server.proxy.clock
         self.caller = Connection(request)
         self.watch = Watch(self.caller, self.clock)
@@ -4498,7 +4966,7 @@ class Handler:
         with `ending` set."""
         while True:
             if self.life is None:
-                self.reply = Reply(self.caller, self.watch, self.server.proxy, Entry(self.address))
+                self.reply = Reply(self.caller, self.watch, self.server.proxy, Entry(self.address, self.peer))
                 self.life = self.exchange(self.reply)
             reply, ending, self.ending = self.reply, self.ending, None
             try:
@@ -4576,6 +5044,9 @@ class Handler:
         """Before closing, read on where the caller may still be sending: closing on unread bytes sends a
         reset, and that could erase our last answer (RFC 9112 9.6). -> whether it can be closed at once."""
         reply = self.reply
+        if self.caller.encrypted and not reply.reset:
+            with contextlib.suppress(OSError, ValueError):
+                self.request.unwrap()  # says that this is the end; nobody waits for the other side to say so, too
         if not reply.begun or reply.reset:
             return True
         if reply.body and reply.body.ended:
@@ -4597,9 +5068,9 @@ class Handler:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Server: threads, caps, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock
-# guards the set of open connections; Upstream.lock guards running calls and breakers; the Relay's flows belong
-# to its thread alone; queues and events guard themselves. No lock is held while another is taken, or while
+# Server: threads, caps, TLS, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock
+# guards the open connections; Upstream.lock guards running calls and breakers; Crowd.lock guards the lines; the
+# Relay's flows belong to its thread alone; queues and events guard themselves. No lock is held while another is taken, or while
 # anything waits, but for Catalogue.lock: whoever wants the list waits for the one who asks for it.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -4610,11 +5081,16 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False
     TURNED_AWAY = 128  # refused connections that are kept a moment, so that their answer can be read
 
+    MOST_PER_ADDRESS = 256
+
     def __init__(self, proxy: Proxy, host: str, port: int, most: int):
         self.proxy, self.pages, self.most = proxy, Pages(proxy), most
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.tls: Optional[ssl.SSLContext] = None
+        self.reload()
         self.lock = threading.Condition()
-        self.open: set = set()       # every caller's socket
+        self.open: Dict[socket.socket, str] = {}    # every caller's socket, and its address
+        self.by_address: Dict[str, int] = {}        # how many are open of each
         self.idle: set = set()       # those between two requests
         self.draining = self.cutting = False
         self.turned_away: "collections.deque[Tuple[float, socket.socket]]" = collections.deque()
@@ -4625,6 +5101,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
+        if self.server_address[0] == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -4637,10 +5115,14 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
+        peer, address = client_address[0], address_of(client_address[0])
+        most = self.most_of(peer, address)
         with self.lock:
-            full = len(self.open) >= self.most
+            number = self.by_address.get(address, 0)
+            full = len(self.open) >= self.most or number >= most
             if not full:
-                self.open.add(request)
+                self.open[request] = address
+                self.by_address[address] = number + 1
         if full:
             return self.turn_away(request)
         try:
@@ -4648,15 +5130,65 @@ class Server(http.server.ThreadingHTTPServer):
             threading.Thread(target=self.process_request_thread, args=(request, client_address),
                              daemon=True).start()
         except RuntimeError:  # can't start new thread
-            with self.lock:
-                self.open.discard(request)
             self.turn_away(request)
+
+    def most_of(self, peer: str, address: str) -> float:
+        """How many connections may come from there; one that speaks for many may have any number."""
+        most = self.proxy.config.max_connections_per_address
+        if self.proxy.callers.trusts(peer) or (not most and (address == "::1" or address.startswith("127."))):
+            return math.inf
+        return most or self.MOST_PER_ADDRESS
 
     def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
         try:
+            if self.tls:
+                request = self.encrypt(request, self.tls)
+                if request is None:
+                    return
             self.converse(self.RequestHandlerClass(request, client_address, self))
         except OSError:
             self.shutdown_request(request)  # gone before it began
+
+    # -- TLS
+
+    def reload(self) -> None:
+        """Read the certificates again; connections that are open keep theirs. Raises OSError, ValueError."""
+        config = self.proxy.config
+        if config.tls_cert_file:
+            self.tls = server_context(config.tls_cert_file, config.tls_key_file)
+
+    def encrypt(self, request: socket.socket, context: ssl.SSLContext) -> Optional[ssl.SSLSocket]:
+        """The handshake, which has as long as a head has; -> None where there was none. Raises OSError."""
+        request.setblocking(False)
+        encrypted = context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        with self.lock:  # the old one is empty now
+            self.open[encrypted] = self.open.pop(request)
+        end = self.proxy.clock.monotonic() + Handler.HEAD_SECONDS
+        self.idle.add(encrypted)
+        try:
+            while not self.draining:
+                try:
+                    encrypted.do_handshake()
+                    return encrypted
+                except ssl.SSLWantReadError:
+                    wanted = READ
+                except ssl.SSLWantWriteError:
+                    wanted = WRITE
+                if not ready(end - self.proxy.clock.monotonic(), (encrypted.fileno(), wanted)):
+                    break
+        except ssl.SSLError as failure:
+            if failure.reason == "HTTP_REQUEST":
+                refusal = BadRequest("This port speaks https")
+                # past the encryption, which is not there yet
+                self.answer_plainly(lambda data: socket.socket.send(encrypted, data), refusal)
+                self.dismiss_later(encrypted)
+                return None
+        except OSError:
+            pass
+        finally:
+            self.idle.discard(encrypted)
+        self.shutdown_request(encrypted)
+        return None
 
     def converse(self, handler: Handler) -> None:
         """Run a connection in this thread, until it is over or the Relay has work for it."""
@@ -4686,22 +5218,27 @@ class Server(http.server.ThreadingHTTPServer):
     def forget(self, request: socket.socket) -> None:
         self.proxy.relay.forget(request.fileno())
         with self.lock:
-            self.open.discard(request)
+            address = self.open.pop(request, None)
+            if address is not None:
+                self.by_address[address] -= 1
+                if not self.by_address[address]:
+                    del self.by_address[address]
             if not self.open:
                 self.lock.notify_all()
 
     def turn_away(self, request: socket.socket) -> None:
-        """Answer 503 without a thread."""
-        refusal = Overloaded()
-        body = self.proxy.dialects.openai.error(refusal, refusal.status)
-        head = ("HTTP/1.1 503 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-                "Retry-After: 1\r\nConnection: close\r\n\r\n")
-        try:
-            request.setblocking(False)  # a thread is not spent on it
-            request.send((head % (REASONS[503], len(body))).encode() + body)
-        except OSError:
-            pass
+        """Answer 503 without a thread; where callers speak TLS, that takes one, so they are told nothing."""
+        request.setblocking(False)
+        if not self.tls:
+            self.answer_plainly(request.send, Overloaded(), "Retry-After: 1\r\n")
         self.dismiss_later(request)
+
+    def answer_plainly(self, send: Callable[[bytes], int], refusal: Refusal, lines: str = "") -> None:
+        """A connection's first and last words, where it has no Handler."""
+        body = self.proxy.dialects.openai.error(refusal, refusal.status)
+        head = "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%sConnection: close\r\n\r\n"
+        with contextlib.suppress(OSError):
+            send((head % (refusal.status, REASONS[refusal.status], len(body), lines)).encode() + body)
 
     def dismiss_later(self, request: socket.socket) -> None:
         """Close a connection a moment after its last answer, when that has been read: closing on bytes that
@@ -4998,13 +5535,22 @@ def run(config: Config, log_stream: Any, hint: str) -> int:
     signal.set_wakeup_fd(stopper.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_once(server))
-    proxy.books.log.say("llm_proxy %s listens on http://%s:%d" % (
-        VERSION, "[%s]" % config.host if ":" in config.host else config.host, config.port))
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up:
+        signal.signal(hang_up, lambda *_: None)  # it comes by way of the wake-up descriptor
+    proxy.books.log.say("llm_proxy %s listens on %s://%s:%d" % (
+        VERSION, "https" if config.tls_cert_file else "http",
+        "[%s]" % config.host if ":" in config.host else config.host, config.port))
     for row in (describe(config) + remarks + ["warning: " + warning for warning in config.warnings()]
                 + ([hint] if hint else [])):
         proxy.books.log.say(row)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    stop.recv(1)
+    while stop.recv(1)[0] == hang_up:
+        try:
+            server.reload()
+            proxy.books.log.say("certificates were read again" if server.tls else "there is nothing to read again")
+        except (OSError, ValueError) as failure:
+            proxy.books.log.say("certificates were not read again, the old ones stay: %s" % failure)
     proxy.books.log.say("stopping: running calls have %g s" % config.drain_seconds)
     cut = server.drain(config.drain_seconds)
     proxy.books.log.say("stopped, %d calls cut" % cut if cut else "stopped")

@@ -24,6 +24,7 @@ import os
 import queue
 import random
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -37,6 +38,7 @@ import termios
 import threading
 import time
 import unittest
+import warnings
 from unittest import mock
 
 import llm_proxy
@@ -658,6 +660,11 @@ class ConfigTest(unittest.TestCase):
             "UPSTREAM_CA_FILE": ("/nowhere.pem", FILE), "UPSTREAM_ORDER": ("openai",),
             "UPSTREAM_X_URL": ("host", "http://a,http://a"), "UPSTREAM_OPENAI_MODELS": (",", "two words"),
             "UPSTREAM_OPENAI_DIALECT": ("OpenAI",), "UPSTREAM_OPENAI_MAX_CONCURRENCY": ("-1",),
+            "MAX_CONCURRENCY": ("-1", "many"), "QUEUE_SECONDS": ("0",), "EARLY_STREAM_SECONDS": ("-1",),
+            "KEY_WEIGHTS": ("alice", "alice=0", "alice=1.5", "alice=1,alice=2", "=3", "alice=1000"),
+            "MAX_CONNECTIONS_PER_ADDRESS": ("0",), "TRUSTED_PROXIES": ("nginx", "10.0.0.0/33", "10.0.0.1/8", ","),
+            "CALLER_HEADER": ("X User", "Authorization", "Content-Length", "X-Forwarded-For", "X:"),
+            "TLS_CERT_FILE": ("/nowhere.pem", "/"), "TLS_KEY_FILE": ("/nowhere.pem",),
             "UPSTREAM_OPENAI_HEADERS": ("X", "X Y: z", "Host: x", "content-length: 1", "X: a|", "X: \u20ac"),
             "BASE_API_URL": ("http://a,http://a", "http://a,", "localhost:8000", "ftp://host", "http://", "http://user:pw@host",
                              "http://host?a=b", "http://host#x", "http://host:0", "http://host:65536",
@@ -668,6 +675,27 @@ class ConfigTest(unittest.TestCase):
                 with self.subTest(name=name, value=value):
                     faults = self.faults(**{**self.HERE, name: value})
                     self.assertEqual([fault.split(" ")[0] for fault in faults], [name])
+
+    def test_a_certificate_and_a_key_must_be_a_pair(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "both.pem")
+            certificate = os.path.join(folder, "certificate.pem")
+            for name, text in ((path, KEY_AND_CERTIFICATE), (certificate, KEY_AND_CERTIFICATE[KEY_AND_CERTIFICATE.index(
+                    "-----BEGIN CERT"):])):
+                with open(name, "w", encoding="ascii") as file:
+                    file.write(text)
+            for settings in ({"TLS_CERT_FILE": path}, {"TLS_CERT_FILE": certificate, "TLS_KEY_FILE": path}):
+                read_config({**self.HERE, **settings})
+            for settings, fault in (({"TLS_CERT_FILE": certificate}, "TLS_CERT_FILE and TLS_KEY_FILE must be"),
+                                    ({"TLS_KEY_FILE": path}, "TLS_KEY_FILE needs TLS_CERT_FILE")):
+                with self.subTest(settings=list(settings)):
+                    self.assertTrue(self.faults(**self.HERE, **settings)[0].startswith(fault))
+
+    def test_what_would_come_to_nothing_is_warned_of(self):
+        config = read_config({**self.HERE, "KEY_WEIGHTS": "bob=2,alice=3", "PROXY_API_KEYS": "alice=sk-1",
+                              "CALLER_HEADER": "X-User"})
+        self.assertEqual(config.warnings(), ["KEY_WEIGHTS speaks of 'bob', which no key in PROXY_API_KEYS is named",
+                                             "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"])
 
     def test_a_fault_in_a_secret_does_not_show_it(self):
         for name in ("BASE_API_KEY", "PROXY_API_KEYS", "HTTPS_PROXY", "UPSTREAM_OPENAI_KEY", "UPSTREAM_OPENAI_HEADERS",
@@ -1001,6 +1029,84 @@ class CallersTest(ProxyCase):
             self.assertEqual(self.entry(0)["caller"], self.entry(1)["caller"])
             labels.add(self.entry()["caller"])
         self.assertEqual(len(labels), 2)
+
+
+class TrustTest(ProxyCase):
+    """Who is believed to speak for others. All tests come from 127.0.0.1."""
+
+    def who(self, *fields, key=None):
+        """-> (the caller, the address) that the log names."""
+        number = len(self.lines.entries())
+        self.ask(call(key, *fields))
+        entry = self.entry(number)
+        return entry["caller"], self.row["address"]
+
+    def setUp(self):
+        record = llm_proxy.Books.record
+
+        def spy(books, entry):
+            self.row = dict(zip([name for name, _ in llm_proxy.COLUMNS], entry.as_row()))
+            record(books, entry)
+        patch = mock.patch.object(llm_proxy.Books, "record", spy)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_from_anywhere_else_nobody_is_believed(self):
+        for trusted in ("", "10.0.0.0/8,::1"):
+            self.start(TRUSTED_PROXIES=trusted, CALLER_HEADER="X-User")
+            for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP", "True-Client-IP", "X-User"):
+                self.assertEqual(self.who(name + ": 192.0.2.1"), ("127.0.0.1", "127.0.0.1"))
+                self.assertIsNone(self.stub.requests[-1].get(name.lower()))
+
+    def test_a_trusted_proxy_names_the_last_address_that_is_none(self):
+        table = [("192.0.2.1", "192.0.2.1"), ("203.0.113.9, 192.0.2.1", "192.0.2.1"), ("192.0.2.1, 10.1.2.3", "192.0.2.1"),
+                 ("evil, 192.0.2.1, 10.1.2.3, 10.9.9.9", "192.0.2.1"), ("192.0.2.1, evil", "127.0.0.1"),
+                 ("evil, 10.1.2.3", "10.1.2.3"), ("10.1.2.3", "10.1.2.3"), ("", "127.0.0.1"), (",", "127.0.0.1"),
+                 ("192.0.2.1:4711", "192.0.2.1"), ("[2001:db8:1:2::3]:443", "2001:db8:1:2::/64"),
+                 ("2001:db8:1:2::4", "2001:db8:1:2::/64"), ("::ffff:192.0.2.7", "192.0.2.7"),
+                 (", ".join(["192.0.2.%d" % number for number in range(200)]), "192.0.2.199")]
+        self.start(TRUSTED_PROXIES="10.0.0.0/8, 127.0.0.1")
+        for text, address in table:
+            with self.subTest(text=text):
+                self.assertEqual(self.who("X-Forwarded-For: " + text), (address, address))
+        self.assertEqual(self.who("X-Forwarded-For: 192.0.2.1", "X-Forwarded-For: 192.0.2.2")[1], "192.0.2.2")
+        self.assertEqual(self.who("X-Real-IP: 192.0.2.1")[1], "127.0.0.1")
+
+    def test_each_address_behind_it_has_a_bucket_of_its_own(self):
+        self.start(TRUSTED_PROXIES="127.0.0.1", LIMITS="address 1 requests per hour", LIMIT_REPLY="error")
+        for text, status in (("192.0.2.1", 200), ("192.0.2.1", 429), ("192.0.2.2", 200), ("192.0.2.2, 192.0.2.1", 429)):
+            self.assertEqual(self.ask(call("k", "X-Forwarded-For: " + text)).status, status)
+
+    def test_one_shared_key_splits_into_the_people_behind_it(self):
+        self.start(TRUSTED_PROXIES="127.0.0.1", CALLER_HEADER="X-OpenWebUI-User-Id", PROXY_API_KEYS="webui=sk-1,alice=sk-2",
+                   LIMITS="key:alice 9 requests per hour; key:webui/vip 2 requests per hour; each 1 requests per hour",
+                   LIMIT_REPLY="error")
+        for key, person, caller, statuses in (
+                ("sk-1", "u1", "webui/u1", (200, 429)), ("sk-1", "u2", "webui/u2", (200, 429)),
+                ("sk-1", "alice", "webui/alice", (200, 429)), ("sk-1", "vip", "webui/vip", (200, 200, 429)),
+                ("sk-1", "J\xf6rg von und zu", "webui/J%F6rg%20von%20und%20zu", (200, 429)), ("sk-1", None, "webui", (200, 429)),
+                ("sk-2", "u1", "alice/u1", (200, 429)), ("sk-2", None, "alice", (200, 200))):
+            fields = [] if person is None else ["X-OpenWebUI-User-Id: " + person]
+            with self.subTest(caller=caller):
+                for status in statuses:
+                    number = len(self.lines.entries())
+                    self.assertEqual(self.ask(call(key, *fields)).status, status)
+                    self.assertEqual(self.entry(number)["caller"], caller)
+        self.assertEqual(self.ask(call("wrong", "X-OpenWebUI-User-Id: u1")).status, 401)
+        self.assertFalse([asked for asked in self.stub.requests if asked.get("x-openwebui-user-id")])
+
+    def test_two_people_are_not_one_because_their_key_and_name_join_alike(self):
+        callers = llm_proxy.Callers(None, b"", (), "x-user")
+        head = {"x-user": "b"}
+        one, two = (callers.person(head, llm_proxy.Caller(("key", key), None)).key for key in (b"a", b"ab"))
+        self.assertNotEqual(one, two)
+
+    def test_addresses_are_told_apart_as_their_owners_are(self):
+        table = {"192.0.2.1": "192.0.2.1", "::ffff:192.0.2.1": "192.0.2.1", "::1": "::1", "2001:db8::1": "2001:db8::/64",
+                 "2001:db8:0:0:ffff::1": "2001:db8::/64", "fe80::1%eth0": "fe80::1", "fd00:1:2:3:4::5": "fd00:1:2:3::/64"}
+        for host, address in table.items():
+            with self.subTest(host=host):
+                self.assertEqual(llm_proxy.address_of(host), address)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2622,6 +2728,489 @@ class StreamTest(ProxyCase):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Line
+# ------------------------------------------------------------------------------------------------------------
+
+class LineTest(unittest.TestCase):
+    """Turns, as steps: who enters, who leaves, who runs then."""
+
+    def line(self, most=1, queue=100, per_caller=100):
+        self.crowd = llm_proxy.Crowd(queue, per_caller, 30)
+        return llm_proxy.Line(most, self.crowd, Clock())
+
+    @staticmethod
+    def order(line, running, waiting):
+        """Let one after another leave; -> whose call begins each time."""
+        found = []
+        while waiting:
+            running.pop(0).leave()
+            for slot in [slot for slot in waiting if slot.running]:
+                waiting.remove(slot)
+                running.append(slot)
+                found.append(slot.guest.key)
+        return "".join(found)
+
+    def test_one_call_waits_for_at_most_one_call_whatever_another_caller_has_queued(self):
+        for most in (1, 2, 4):
+            with self.subTest(most=most):
+                line = self.line(most)
+                slots = [line.enter("a", 1) for _ in range(50 + most)]
+                late = line.enter("b", 1)
+                self.assertFalse(late.running)
+                slots[0].leave()
+                self.assertTrue(late.running)
+
+    def test_callers_take_turns(self):
+        table = [({"a": 1, "b": 1}, "aaaabbbb", "babababa"), ({"a": 3, "b": 1}, "aaaaaabb", "baaabaaa"),
+                 ({"a": 1, "b": 1, "c": 1}, "aaabbbccc", "bcabcabca"), ({"a": 1, "b": 2}, "aabbbb", "bbabba")]
+        for weights, waiting, expected in table:
+            with self.subTest(weights=weights):
+                line = self.line()
+                first = line.enter("a", weights["a"])
+                waiting = [line.enter(key, weights[key]) for key in waiting]
+                self.assertEqual(self.order(line, [first], waiting), expected)
+
+    def test_who_comes_back_owes_nothing_and_is_owed_nothing(self):
+        line = self.line()
+        for _ in range(10):
+            line.enter("a", 1).leave()
+        self.assertEqual(line.guests, {})
+        first = line.enter("c", 1)
+        self.assertEqual(self.order(line, [first], [line.enter(key, 1) for key in "aabb"]), "abab")
+
+    def test_the_line_is_bounded_in_all_and_for_each(self):
+        line = self.line(queue=3, per_caller=2)
+        other = llm_proxy.Line(1, self.crowd, Clock())
+        self.assertTrue(line.enter("a", 1).running and other.enter("a", 1).running)
+        line.enter("a", 1), other.enter("a", 1)
+        with self.assertRaisesRegex(llm_proxy.NotInTurn, "busy"):
+            line.enter("a", 1)
+        slot = line.enter("b", 1)
+        with self.assertRaises(llm_proxy.NotInTurn):
+            other.enter("c", 1)
+        slot.leave()
+        self.assertFalse(other.enter("c", 1).running)
+
+    def test_a_place_is_left_once_from_the_line_or_from_a_slot(self):
+        line = self.line()
+        first, second, third = (line.enter(key, 1) for key in "abc")
+        self.assertEqual([line.ahead(slot) for slot in (first, second, third)], [0, 0, 1])
+        second.leave()
+        second.leave()
+        self.assertEqual((line.ahead(third), self.crowd.waiting), (0, 1))
+        first.leave()
+        first.leave()
+        self.assertEqual((third.running, line.running, self.crowd.waiting), (True, 1, 0))
+        third.leave()
+        self.assertEqual((line.running, line.guests, self.crowd.by_caller), (0, {}, {}))
+
+    def test_whatever_happens_no_slot_is_idle_while_somebody_waits_and_each_caller_is_served_in_order(self):
+        chance = random.Random(7)
+        for most in (1, 3):
+            line, slots, begun = self.line(most), [], collections.defaultdict(list)
+            for _ in range(3000):
+                if chance.random() < 0.5 and len(slots) < 60:
+                    with contextlib.suppress(llm_proxy.NotInTurn):
+                        slots.append(line.enter(chance.choice("abcde"), chance.choice((1, 2))))
+                elif slots:
+                    slots.pop(chance.randrange(len(slots))).leave()
+                running, waiting = ([slot for slot in slots if slot.running is state] for state in (True, False))
+                self.assertEqual((line.running, self.crowd.waiting), (len(running), len(waiting)))
+                self.assertFalse(waiting and len(running) < most)
+                for slot in waiting:
+                    later = slots[slots.index(slot) + 1:]
+                    self.assertFalse([one for one in later if one.running and one.guest is slot.guest])
+            for slot in slots:
+                slot.leave()
+            self.assertEqual((line.running, line.guests, self.crowd.waiting, self.crowd.by_caller), (0, {}, 0, {}))
+
+
+class QueueTest(ProxyCase):
+    """The line as callers meet it."""
+
+    def state(self):
+        return self.ask(request("GET", "/health")).json()["upstreams"]["base"]
+
+    def waiting(self, number):
+        wait_for(lambda: self.state()["queue"]["waiting"] == number, "%d in line" % number)
+
+    def start_busy(self, **settings):
+        """-> a client whose call runs, and that call at the upstream."""
+        self.start(None, **{"MAX_CONCURRENCY": 1, "MAX_TOKENS": 100, **settings})
+        client = self.connect().send(call("busy"))
+        return client, self.stub.next()
+
+    def finish(self, asked, client):
+        asked.send(answer())
+        asked.finish()
+        return client.read()
+
+    def test_one_runs_the_next_waits_and_is_told_how_long(self):
+        first, asked = self.start_busy()
+        second = self.connect().send(call("next"))
+        self.waiting(1)
+        self.assertEqual((self.stub.calls, self.state()["in_flight"]), (1, 1))
+        self.assertEqual(self.finish(asked, first).get("x-queue-ms"), "0")
+        answered = self.finish(self.stub.next(), second)
+        self.assertEqual(answered.status, 200)
+        self.assertGreaterEqual(int(answered.get("x-queue-ms")), 1)
+        self.waiting(0)
+        self.assertEqual(wait_for(lambda: self.lines.entries()[1:])[0]["queue_ms"], int(answered.get("x-queue-ms")))
+
+    def test_without_a_cap_nobody_is_told_of_a_line(self):
+        self.start()
+        self.assertIsNone(self.ask(call()).get("x-queue-ms"))
+        self.assertNotIn("queue", self.state())
+
+    def test_one_caller_with_many_jobs_delays_another_by_one_call(self):
+        first, asked = self.start_busy()
+        many = [self.connect().send(call("busy", stream=False, user="%d" % number)) for number in range(6)]
+        self.waiting(6)
+        single = self.connect().send(call("single", user="single"))
+        self.waiting(7)
+        self.finish(asked, first)
+        asked = self.stub.next()
+        self.assertEqual(asked.json()["user"], "single")
+        self.finish(asked, single)
+        for client in many:
+            asked = self.stub.next()
+            self.finish(asked, many[int(asked.json()["user"])])
+
+    def test_a_named_key_has_as_many_turns_as_its_weight(self):
+        self.start(None, MAX_CONCURRENCY=1, PROXY_API_KEYS="alice=a,bob=b", KEY_WEIGHTS="alice=2")
+        order, clients = [], []
+        for key in "baaaabb":
+            clients.append(self.connect().send(call(key, user=key)))
+            if len(clients) == 1:
+                asked = self.stub.next()
+            else:
+                wait_for(lambda: self.state_of_line() == len(clients) - 1)
+        for _ in clients:
+            asked.send(answer())
+            asked.finish()
+            if len(order) < 6:
+                asked = self.stub.next()
+                order.append(asked.json()["user"])
+        self.assertEqual("".join(order), "aabaab")
+        self.assertEqual({client.read().status for client in clients}, {200})
+
+    def state_of_line(self):
+        return self.proxy.routes.base.line.told()["waiting"]
+
+    def test_beyond_the_line_a_call_is_a_503_at_once_and_costs_nothing(self):
+        for settings, key in (({"MAX_QUEUE": 1}, "other"), ({"MAX_QUEUE_PER_CALLER": 1}, "next"), ({"MAX_QUEUE": 0}, None)):
+            with self.subTest(settings=settings):
+                first, asked = self.start_busy(**settings)
+                if key:
+                    second = self.connect().send(call("next"))
+                    self.waiting(1)
+                answered = self.ask(call(key, stream=True))
+                self.assertEqual((answered.status, answered.error()["type"], answered.get("retry-after"),
+                                  answered.get("x-llm-proxy-error-class")), (503, "server_error", "5", "queue_full"))
+                self.assert_ending("refused", left=100 - (key == "next"), key=key)
+                self.assertEqual(self.entry()["cause"], "queue full")
+                self.finish(asked, first)
+                if key:
+                    self.finish(self.stub.next(), second)
+
+    def test_who_waits_too_long_gets_a_503_and_costs_nothing(self):
+        first, asked = self.start_busy(QUEUE_SECONDS="0.1")
+        answered = self.ask(call("next"))
+        self.assertEqual((answered.status, answered.get("x-llm-proxy-error-class")), (503, "queue_timeout"))
+        self.assertGreaterEqual(int(answered.get("x-queue-ms")), 100)
+        self.assert_ending("refused", left=100, key="next")
+        self.assertEqual(self.state()["queue"], {"waiting": 0, "longest_ms": 0})
+        self.finish(asked, first)
+
+    def test_who_leaves_the_line_is_gone_from_it(self):
+        for leave in (Client.close, Client.reset):
+            with self.subTest(leave=leave.__name__):
+                first, asked = self.start_busy()
+                second, third = self.connect().send(call("next")), None
+                self.waiting(1)
+                third = self.connect().send(call("third"))
+                self.waiting(2)
+                leave(second)
+                self.waiting(1)
+                self.assertEqual(self.entry()["outcome"], "caller_gone")
+                self.finish(asked, first)
+                self.assertEqual(self.finish(self.stub.next(), third).status, 200)
+                self.assertEqual(self.stub.calls, 2)
+
+    def test_what_is_not_metered_does_not_wait(self):
+        first, asked = self.start_busy()
+        client = self.connect().send(request("GET", "/v1/models"))
+        self.assertEqual(self.finish(self.stub.next(), client).status, 200)
+        self.finish(asked, first)
+
+    def test_a_slot_is_free_again_after_every_ending(self):
+        def cut(asked):
+            asked.send(STREAM + chunk(event(1)))
+            asked.close()
+        endings = {"ok": says(), "status": says(b"{}", "500 No"), "nonsense": sends(b"nonsense\r\n\r\n"),
+                   "closed": Asked.close, "cut": cut}
+        self.start(MAX_CONCURRENCY=1, BREAKER_FAILURES=100)
+        for name, self.stub.answer in endings.items():
+            with self.subTest(name=name):
+                self.ask(call(stream=True))
+                wait_for(lambda: self.proxy.routes.base.line.running == 0)
+        for answered in (None, STREAM, STREAM + chunk(event(1))):
+            with self.subTest(gone_after=answered):
+                self.stub.answer = None
+                client = self.connect().send(call(stream=True))
+                asked = self.stub.next()
+                if answered:
+                    asked.send(answered)
+                    client.head()
+                client.reset()
+                asked.wait_for_hang_up()
+                asked.finish()
+                wait_for(lambda: self.proxy.routes.base.line.running == 0)
+        self.assertEqual(self.proxy.routes.base.line.guests, {})
+
+    def test_a_caller_who_has_its_answer_may_call_again_at_once(self):
+        self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
+        client = self.connect()
+        for _ in range(20):
+            self.assertEqual(client.send(call()).read().status, 200)
+
+
+class EarlyStreamTest(ProxyCase):
+    def start_early(self, *arguments, **settings):
+        self.start(*arguments, **{"EARLY_STREAM_SECONDS": "0.05", **settings})
+
+    def test_a_stream_that_waits_begins_with_comments_and_goes_on_unchanged(self):
+        self.start_early(None)
+        client = self.connect().send(call(stream=True))
+        asked = self.stub.next()
+        head = client.head()
+        self.assertEqual((head.status, head.get("content-type"), head.get("x-ratelimit-remaining")),
+                         (200, "text/event-stream", "999"))
+        client.expect(b": waiting for the model\n\n")
+        asked.send(STREAM + chunk(event(1)) + chunk(event(2)) + LAST)
+        asked.finish()
+        answered = client.rest()
+        self.assertEqual((answered.whole, answered.body), (True, b": waiting for the model\n\n" + event(1) + event(2)))
+        self.assert_ending("ok", left=999)
+        self.assertEqual(self.ask_again(client), 200)
+
+    def ask_again(self, client):
+        self.stub.answer = says()
+        return client.send(call()).read().status
+
+    def test_every_ten_seconds_there_is_another_comment(self):
+        self.start_early(None)
+        with mock.patch.object(llm_proxy.Watch, "SPEAK_SECONDS", 0.05):
+            client = self.connect().send(call(stream=True))
+            asked = self.stub.next()
+            client.head()
+            client.expect(b": waiting for the model\n\n" * 3)
+            asked.send(answer(event(1), "200 OK", "Content-Type: text/event-stream"))
+            asked.finish()
+            self.assertTrue(client.rest().whole)
+        self.assertEqual(client.answered.body.replace(b": waiting for the model\n\n", b""), event(1))
+
+    def test_in_line_it_is_told_how_many_are_ahead(self):
+        self.start_early(None, MAX_CONCURRENCY=1)
+        first = self.connect().send(call("a"))
+        asked = self.stub.next()
+        second = self.connect().send(call("b"))
+        line = self.proxy.routes.base.line
+        wait_for(lambda: line.told()["waiting"] == 1)
+        third = self.connect().send(call("c", stream=True))
+        third.head()
+        third.expect(b": waiting, 1 ahead\n\n")
+        for client in (first, second):
+            asked.send(answer())
+            asked.finish()
+            client.read()
+            asked = self.stub.next()
+        asked.send(STREAM + chunk(event(1)) + LAST)
+        asked.finish()
+        self.assertTrue(third.rest().body.endswith(event(1)))
+        self.assertTrue(third.answered.whole)
+
+    def test_a_caller_of_http_1_0_gets_it_unframed(self):
+        self.start_early(None)
+        client = self.connect().send(request("POST", CHAT, chat(stream=True), version="1.0"))
+        asked = self.stub.next()
+        client.head()
+        client.expect(b": waiting for the model\n\n")
+        asked.send(STREAM + chunk(event(1)) + LAST)
+        self.assertEqual(client.rest().body, b": waiting for the model\n\n" + event(1))
+
+    def test_what_goes_wrong_then_is_an_error_event_and_a_cut(self):
+        anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
+        gemini = request("POST", "/v1beta/models/m:streamGenerateContent?alt=sse", b'{"contents": []}')
+        told = b'{"error":{"message":"too long","code":7}}'
+        could_not = "The upstream could not be reached or did not answer properly"
+        table = [
+            (call(stream=True), says(told, "400 Bad Request"), b"data: " + told, "upstream_status"),
+            (call(stream=True), says(b"not JSON", "500 Oops"), b"did not answer with a stream", "upstream_status"),
+            (call(stream=True), says(b'{"choices": []}'), b"did not answer with a stream", "upstream_status"),
+            (call(stream=True), Asked.close, could_not.encode(), "upstream_failed"),
+            (anthropic, says(told, "400 Bad Request"), b"event: error\ndata: " + told, "upstream_status"),
+            (anthropic, Asked.close, b'event: error\ndata: {"type": "error"', "upstream_failed"),
+            (gemini, Asked.close, b'data: {"error": {"code": 502', "upstream_failed")]
+        self.start_early(None, BREAKER_FAILURES=100)
+        for number, (data, act, expected, outcome) in enumerate(table):
+            with self.subTest(data=data[:40], expected=expected):
+                client = self.connect().send(data)
+                asked = self.stub.next()
+                client.head()
+                client.expect(b": waiting for the model\n\n")
+                act(asked)
+                asked.finish()
+                answered = client.rest()
+                self.assertFalse(answered.whole)
+                self.assertIn(expected, answered.body)
+                self.assertTrue(answered.body.endswith(b"\n\n"))
+                self.assert_ending(outcome, left=1000, number=number)
+
+    def test_a_stream_that_breaks_off_later_is_told_so_between_two_events(self):
+        self.start_early(None)
+        for sent, told in ((chunk(event(1)), True), (chunk(event(1)) + chunk(b"data: {"), False),
+                           (chunk(event(1)) + b"20\r\ndata", False)):
+            with self.subTest(sent=sent):
+                client = self.connect().send(call(stream=True))
+                asked = self.stub.next()
+                client.head()
+                client.expect(b": waiting for the model\n\n")
+                asked.send(STREAM + sent)
+                client.expect(event(1))
+                asked.close()
+                answered = client.rest()
+                self.assertEqual((answered.whole, b"upstream_error" in answered.body), (False, told))
+
+    def test_what_is_no_stream_and_what_comes_soon_stays_as_it_was(self):
+        self.start_early(None)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        self.assertFalse(select.select([client.sock], [], [], 0.1)[0])
+        asked.send(answer())
+        asked.finish()
+        self.assertEqual(client.read().body, b'{"said": "hi"}')
+        self.stub.answer = says(b"{}", "400 Bad Request")
+        self.assertEqual(self.ask(call(stream=True)).status, 400)
+
+    def test_a_caller_who_leaves_meanwhile_is_noticed(self):
+        self.start_early(None)
+        client = self.connect().send(call(stream=True))
+        asked = self.stub.next()
+        client.head()
+        client.expect(b": waiting for the model\n\n")
+        client.close()
+        asked.wait_for_hang_up()
+        self.assertEqual(self.entry()["outcome"], "caller_gone")
+
+    def test_a_pause_in_a_running_stream_is_filled_between_two_events(self):
+        comment = b": waiting for the model\n\n"
+        table = [(STREAM, chunk), (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", bytes)]
+        for head, framed in table:
+            with self.subTest(head=head), mock.patch.object(llm_proxy.Relay, "TICK", 0.01):
+                self.start(None, STREAM_HEARTBEAT_SECONDS="0.05")
+                client = self.connect().send(call(stream=True))
+                asked = self.stub.next()
+                asked.send(head + framed(event(1)))
+                client.head()
+                client.expect(event(1) + comment * 2)
+                half = event(2)[:9]
+                asked.send(framed(half))
+                body = b""
+                while not body.endswith(half):  # one more comment may have come before it
+                    body += next(client.pieces)
+                self.assertEqual(body.replace(comment, b""), half)
+                self.assertFalse(select.select([client.sock], [], [], 0.15)[0])
+                asked.send(framed(event(2)[9:]) + (LAST if framed is chunk else b""))
+                asked.close()
+                answered = client.rest()
+                self.assertEqual((answered.whole, answered.body.replace(comment, b"")), (True, event(1) + event(2)[9:]))
+
+    def test_a_sized_stream_and_an_answer_that_is_none_have_no_room_for_it(self):
+        for kind in ("text/event-stream", "application/json"):
+            with mock.patch.object(llm_proxy.Relay, "TICK", 0.01):
+                self.start(None, STREAM_HEARTBEAT_SECONDS="0.05")
+                client = self.connect().send(call(stream=True))
+                asked = self.stub.next()
+                asked.send(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: 8\r\n\r\nda" % kind.encode())
+                client.head()
+                client.expect(b"da")
+                self.assertFalse(select.select([client.sock], [], [], 0.1)[0])
+                asked.send(b"ta: 1\n")
+                asked.finish()
+                self.assertTrue(client.rest().whole)
+
+
+class DeadlinesTest(ProxyCase):
+    def test_the_first_byte_has_a_time_of_its_own(self):
+        self.start(None, FIRST_BYTE_TIMEOUT="0.1", READ_TIMEOUT="5")
+        self.assertEqual(self.ask(call()).status, 504)
+        self.start(None, FIRST_BYTE_TIMEOUT="5", READ_TIMEOUT="0.1")
+        client = self.connect().send(call(stream=True))
+        asked = self.stub.next()
+        self.assertFalse(select.select([client.sock], [], [], 0.2)[0])
+        asked.send(STREAM + chunk(event(1)))
+        self.assertFalse(client.read().whole)
+        self.assertEqual(self.entry()["outcome"], "upstream_cut")
+
+    def test_a_caller_may_shorten_every_wait_and_lengthen_none(self):
+        self.start(None, READ_TIMEOUT="5", BREAKER_FAILURES=1)
+        answered = self.ask(call(None, "X-LLM-Proxy-Timeout-Ms: 100"))
+        self.assertEqual((answered.status, answered.error()["type"]), (504, "timeout_error"))
+        self.assertIsNone(self.stub.next().get("x-llm-proxy-timeout-ms"))
+        client = self.connect().send(call(None, "X-LLM-Proxy-Timeout-Ms: 200", stream=True))  # no breaker is open
+        self.stub.next().send(STREAM + chunk(event(1)))
+        self.assertFalse(client.read().whole)
+        self.start(None, READ_TIMEOUT="0.1")
+        self.assertEqual(self.ask(call(None, "X-LLM-Proxy-Timeout-Ms: 60000")).status, 504)
+
+    def test_it_holds_for_one_call_alone(self):
+        self.start(None)
+        client = self.connect()
+        self.assertEqual(client.send(call(None, "X-LLM-Proxy-Timeout-Ms: 50")).read().status, 504)
+        self.stub.next()
+        client.send(call())
+        asked = self.stub.next()
+        self.assertFalse(select.select([client.sock], [], [], 0.1)[0])
+        asked.send(answer())
+        self.assertEqual(client.read().status, 200)
+
+    def test_it_counts_the_time_in_line(self):
+        self.start(None, MAX_CONCURRENCY=1)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        self.assertEqual(self.ask(call(None, "X-LLM-Proxy-Timeout-Ms: 50")).status, 503)
+        asked.send(answer())
+        asked.finish()
+        self.assertEqual(client.read().status, 200)
+
+    def test_what_is_no_number_of_milliseconds_is_a_400(self):
+        self.start()
+        for text in ("", "0", "-1", "1.5", "soon", "9999999999"):
+            with self.subTest(text=text):
+                answered = self.ask(call(None, "X-LLM-Proxy-Timeout-Ms: " + text))
+                self.assertEqual((answered.status, answered.error()["type"]), (400, "invalid_request_error"))
+
+    def test_a_call_that_lasts_too_long_is_cut(self):
+        self.start(None, MAX_CALL_SECONDS="0.3")
+        with mock.patch.object(llm_proxy.Relay, "TICK", 0.01):
+            client = self.connect().send(call(stream=True))
+            asked = self.stub.next()
+            asked.send(STREAM)
+            began, number = time.monotonic(), 0
+            with contextlib.suppress(OSError):
+                while time.monotonic() < began + 5:
+                    asked.send(chunk(event(number)))
+                    number += 1
+                    asked.over.wait(0.02)
+        self.assertLess(time.monotonic(), began + 4)
+        self.assertFalse(client.read().whole)
+        self.assertEqual(self.entry()["outcome"], "upstream_cut")
+        client = self.connect().send(call())
+        self.assertEqual(client.read().status, 504)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Upstreams
 # ------------------------------------------------------------------------------------------------------------
 
@@ -3333,7 +3922,7 @@ class RoutesTest(ManyCase):
         stubs = {name: self.stub_of(name) for name in ("one", "two", "three")}
         models = {"UPSTREAM_%s_MODELS" % name.upper(): "m" for name in stubs}
         self.start_many(stubs, UPSTREAM_ORDER="one,two,three", BREAKER_FAILURES=1, UPSTREAM_ONE_MODEL="replaced",
-                        UPSTREAM_TWO_MAX_CONCURRENCY=1, LIMITS="upstream:one 100 requests per day;"
+                        UPSTREAM_TWO_MAX_CONCURRENCY=1, MAX_QUEUE=0, LIMITS="upstream:one 100 requests per day;"
                         "upstream:two 100 requests per day; upstream:three 1 requests per day", **models)
         self.assertEqual([self.came_from(call()), self.came_from(call())], ["one", "one"])
         stubs["one"].answer = says(b"{}", "503 No")
@@ -3355,18 +3944,6 @@ class RoutesTest(ManyCase):
         self.assertEqual([asked.json()["model"] for asked in stubs["two"].requests], ["m", "m"])
         levels = {key[0].split(" ")[0]: level[0] for key, level in self.proxy.limits.buckets.levels.items()}
         self.assertEqual(levels, {"upstream:one": 98, "upstream:two": 98, "upstream:three": 0})
-
-    def test_an_upstream_that_has_enough_to_do_is_a_503(self):
-        box = self.stub_of("box")
-        box.answer = None
-        self.start_many({"box": box}, UPSTREAM_BOX_MAX_CONCURRENCY=1)
-        client = self.connect().send(request("POST", "/box" + CHAT, chat()))
-        asked = box.next()
-        answered = self.ask(request("POST", "/box" + CHAT, chat()))
-        self.assertEqual((answered.status, answered.get("x-llm-proxy-error-class"), answered.get("retry-after")),
-                         (503, "upstream_busy", "1"))
-        asked.send(answer())
-        self.assertEqual(client.read().status, 200)
 
     def test_no_field_of_a_call_reaches_another_host(self):
         trap, box = self.stub_of("trap"), self.stub_of("box")
@@ -3745,7 +4322,7 @@ class BooksTest(ProxyCase):
         self.assertEqual(entry, {
             "id": answered.get("x-request-id"), "caller": "alice", "method": "POST", "path": CHAT,
             "model": "m", "upstream": "base", "status": 200, "outcome": "ok", "cause": None, "stream": False, "cost": 1,
-            "remaining": 4, "input": 3, "output": 0, "estimated": True, "usd": None, "bytes": 14})
+            "remaining": 4, "input": 3, "output": 0, "estimated": True, "usd": None, "bytes": 14, "queue_ms": None})
 
     def test_a_text_line_tells_the_same(self):
         self.start(PROXY_API_KEYS="alice=sk-1", MAX_TOKENS=5, LOG_FORMAT="text")
@@ -3870,10 +4447,23 @@ class LedgerTest(LedgerCase):
             "cause": None, "stream": 0, "input": 1000, "cached": 600, "cache_write": 0, "output": 20, "reasoning": 5,
             "estimated": 0, "usd": picodollars / 1e12, "picodollars": picodollars, "unpriced": 0, "held": 53,
             "charges": "each 100000 tokens per day=1020;all 3 usd per day=%d" % picodollars,
-            "bytes": len(answered.body)})
+            "bytes": len(answered.body), "queue_ms": None})
         self.assertEqual([answered.get("x-llm-" + name) for name in ("input-tokens", "output-tokens", "cost-usd",
                                                                     "estimated")], ["1000", "20", "0.000117", None])
         self.assertEqual(answered.get("x-ratelimit-limit"), "100000")
+
+    def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
+        path = self.path()
+        with mock.patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-1]), mock.patch.object(
+                llm_proxy.Database, "SCHEMA", llm_proxy.Database.SCHEMA.replace(", queue_ms INTEGER", "")):
+            database = llm_proxy.Database(path)
+            database.connection.execute("INSERT INTO calls (id) VALUES ('old')")
+            database.connection.close()
+        llm_proxy.Database(path, reading=True).connection.close()
+        self.start(DATABASE=path, MAX_CONCURRENCY=1)
+        self.ask(call())
+        wait_for(lambda: self.rows(path)[1:], "a new row")
+        self.assertEqual([(row["id"] == "old", row["queue_ms"]) for row in self.rows(path)], [(True, None), (False, 0)])
 
     def test_a_row_for_every_ending_and_none_for_pages(self):
         path = self.path()
@@ -4670,6 +5260,26 @@ class ServerTest(ProxyCase):
         wait_for(lambda: len(self.server.open) < 2)
         self.assertEqual(self.ask(call()).status, 200)
 
+    def test_one_address_has_a_cap_of_its_own_unless_it_speaks_for_others(self):
+        for settings, admitted in (({"MAX_CONNECTIONS_PER_ADDRESS": 2}, 2), ({}, 4),
+                                   ({"MAX_CONNECTIONS_PER_ADDRESS": 2, "TRUSTED_PROXIES": "127.0.0.0/8"}, 4)):
+            with self.subTest(settings=settings), mock.patch.object(llm_proxy.Server, "MOST_PER_ADDRESS", 2):
+                self.start(**settings)
+                clients = [self.connect().send(call()) for _ in range(4)]
+                self.assertEqual([client.read().status for client in clients], [200] * admitted + [503] * (4 - admitted))
+                clients[0].close()
+                wait_for(lambda: len(self.server.open) < admitted)
+                self.assertEqual(self.ask(call()).status, 200)
+        wait_for(lambda: len(self.server.open) == 3)
+        self.assertEqual(self.server.by_address, {"127.0.0.1": 3})
+
+    @unittest.skipUnless(sys.platform == "linux", "only Linux has all of 127.0.0.0/8")
+    def test_other_addresses_than_loopback_have_a_cap_by_default(self):
+        self.start()
+        found = {host: self.server.most_of(host, llm_proxy.address_of(host)) for host in (
+            "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1")}
+        self.assertEqual(list(found.values()), [math.inf] * 4 + [256] * 2)
+
     def test_where_no_thread_can_be_started_a_caller_gets_a_503_and_nothing_is_left_behind(self):
         self.start()
         with self.no_threads():
@@ -4752,6 +5362,142 @@ class ServerTest(ProxyCase):
         for client in clients:
             client.send(request("GET", "/health"))
         self.assertEqual({client.read().status for client in clients}, {200})
+
+
+class TlsTest(ProxyCase):
+    """Callers that come by TLS."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.file = os.path.join(folder.name, "both.pem")
+        with open(self.file, "w", encoding="ascii") as file:
+            file.write(KEY_AND_CERTIFICATE)
+        self.context = ssl.create_default_context(cafile=self.file)
+
+    def start_tls(self, *arguments, **settings):
+        self.start(*arguments, TLS_CERT_FILE=self.file, **settings)
+
+    def connect_tls(self, context=None):
+        client = self.connect()
+        client.sock = client.reader.sock = (context or self.context).wrap_socket(client.sock, server_hostname="127.0.0.1")
+        return client
+
+    def test_calls_streams_and_uploads_go_as_without_it(self):
+        self.start_tls()
+        client = self.connect_tls()
+        for _ in range(2):
+            self.assertEqual(client.send(call()).read().body, b'{"said": "hi"}')
+        body = os.urandom(1 << 20)
+        self.stub.answer = lambda asked: asked.send(answer(body))
+        answered = client.send(request("POST", "/v1/audio", body)).read()
+        self.assertEqual((answered.body == body, self.stub.requests[-1].digest), (True, hashlib.sha256(body).hexdigest()))
+        events = b"".join(chunk(event(number)) for number in range(200))
+        self.stub.answer = sends(STREAM + events + LAST, close=False)
+        answered = client.send(call(stream=True)).read()
+        self.assertEqual((answered.whole, answered.body), (True, b"".join(event(number) for number in range(200))))
+
+    def test_a_caller_who_leaves_closes_the_upstream(self):
+        self.start_tls(None)
+        for data in (b"", STREAM + chunk(event(1))):
+            for leave in (Client.close, Client.reset):
+                client = self.connect_tls().send(call(stream=True))
+                asked = self.stub.next()
+                if data:
+                    asked.send(data)
+                    client.head()
+                    client.expect(event(1))
+                leave(client)
+                asked.wait_for_hang_up()
+                asked.finish()
+
+    def test_the_end_of_a_body_without_a_length_is_told(self):
+        self.start_tls(lambda asked: (asked.send(STREAM + chunk(event(1)) + LAST)))
+        client = self.connect_tls()
+        client.sock.suppress_ragged_eofs = False
+        self.assertEqual(client.send(request("POST", CHAT, chat(stream=True), version="1.0")).read().body, event(1))
+
+    def test_old_versions_are_refused(self):
+        self.start_tls()
+        old = ssl.create_default_context(cafile=self.file)
+        with warnings.catch_warnings():  # Python advises against them, too
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(ValueError):
+                old.minimum_version = ssl.TLSVersion.TLSv1
+            old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with self.assertRaises(OSError):
+            self.connect_tls(old)
+        self.assertEqual(self.connect_tls().send(call()).read().status, 200)
+
+    def test_plain_http_is_told_what_is_wrong(self):
+        self.start_tls()
+        client = self.connect().send(call())
+        answered = client.read()
+        self.assertEqual((answered.status, answered.error()["message"]), (400, "This port speaks https"))
+        self.assertEqual(client.ending(), "closed")
+        wait_for(lambda: not self.server.open)
+
+    def test_who_does_not_shake_hands_is_closed_in_time_and_holds_up_nobody(self):
+        with mock.patch.object(llm_proxy.Handler, "HEAD_SECONDS", 0.2):
+            self.start_tls()
+            silent, nonsense = self.connect(), self.connect().send(b"\x16\x03\x01\x00\xff" + bytes(255))
+            good = self.connect_tls()
+            self.assertEqual(good.send(call()).read().status, 200)
+            good.close()
+            self.assertEqual(silent.ending(), "closed")
+            with contextlib.suppress(AssertionError):  # an alert may come first
+                nonsense.ending()
+            wait_for(lambda: not self.server.open)
+
+    def test_certificates_are_read_again_and_bad_ones_are_not_taken(self):
+        self.start_tls()
+        client = self.connect_tls()
+        before = self.server.tls
+        self.server.reload()
+        self.assertIsNot(self.server.tls, before)
+        with open(self.file, "w", encoding="ascii") as file:
+            file.write("nonsense")
+        now = self.server.tls
+        with self.assertRaises((OSError, ValueError)):
+            self.server.reload()
+        self.assertIs(self.server.tls, now)
+        for one in (client, self.connect_tls()):
+            self.assertEqual(one.send(call()).read().status, 200)
+
+    def test_stopping_does_not_wait_for_a_handshake(self):
+        self.start_tls()
+        client = self.connect()
+        wait_for(lambda: self.server.idle)
+        self.assertEqual(self.server.drain(PATIENCE), 0)
+        self.assertEqual(client.ending(), "closed")
+
+
+class AddressFamiliesTest(ProxyCase):
+    def test_ipv6_and_ipv4_come_in_by_one_door_and_one_caller_is_one(self):
+        try:
+            with socket.create_server(("::1", 0), family=socket.AF_INET6):
+                pass
+        except OSError:
+            self.skipTest("this machine has no IPv6")
+        self.start(MAX_TOKENS=10)
+        server = llm_proxy.Server(self.proxy, "::", 0, 100)
+        accepting = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        accepting.start()
+        try:
+            for host, left in (("127.0.0.1", "9"), ("::1", "9"), ("127.0.0.1", "8")):
+                with socket.create_connection((host, server.server_port)) as sock:
+                    sock.settimeout(PATIENCE)
+                    sock.sendall(call())
+                    reader = Reader(sock)
+                    answered = Answered(*reader.head()[1:])
+                    self.assertEqual((answered.status, answered.get("x-ratelimit-remaining")), (200, left))
+                    list(reader.body(answered.fields))
+        finally:
+            server.drain(0)
+            accepting.join(PATIENCE)
+            wait_for(lambda: not server.open)
+        wait_for(lambda: self.lines.entries()[2:])
+        self.assertEqual([entry["caller"] for entry in self.lines.entries()], ["127.0.0.1", "::1", "127.0.0.1"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5010,6 +5756,23 @@ class CommandsTest(unittest.TestCase):
         except OSError:
             return True
         return False
+
+    def test_a_hang_up_signal_reads_the_certificates_again_and_ends_nothing(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "both.pem")
+            with open(path, "w", encoding="ascii") as file:
+                file.write(KEY_AND_CERTIFICATE)
+            process = self.serve(BASE_API_URL="http://127.0.0.1:1", TLS_CERT_FILE=path)
+            self.assertTrue(process.said("listens on https://127.0.0.1:"))
+            process.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: process.said("certificates were read again"))
+            os.remove(path)
+            process.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: process.said("certificates were not read again, the old ones stay"))
+        plain = self.serve(BASE_API_URL="http://127.0.0.1:1")
+        plain.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: plain.said("there is nothing to read again"))
+        self.assertTrue(self.connect(plain).send(request("GET", "/health")).read("GET").json()["ok"])
 
     def test_a_second_signal_ends_it_at_once(self):
         stub = self.stub(None)
