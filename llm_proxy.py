@@ -647,6 +647,7 @@ def server_context(certificates: str, key: Optional[str]) -> ssl.SSLContext:
     """For callers' TLS. Raises OSError, ValueError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # nobody needs it, and it makes writes wait for reads
     # an encrypted key must not ask a terminal that is not there
     context.load_cert_chain(certificates, key, password=lambda: "")
     return context
@@ -5026,8 +5027,10 @@ class Handler:
         try:
             if server.draining:
                 raise QuietEnd()
-            if not caller.ahead:
+            if not caller.ahead and self.begun is None:
                 alive = caller.listen(self.IDLE_SECONDS if self.served else self.HEAD_SECONDS, self.FIRST_BLOCK)
+                if not caller.ahead:
+                    self.begun = self.clock.monotonic()  # of TLS, a record that is not whole
             else:
                 now = self.clock.monotonic()
                 self.begun = self.begun or now
@@ -5401,8 +5404,9 @@ def describe(config: Config) -> List[str]:
     return ["upstream %s %s, key %s, %s" % (
                 one.name, " ".join([url.origin + url.path for url in one.url]),
                 "of the caller" if one.key == PASSTHROUGH else "set" if one.key else "not set",
-                "model %s" % one.model if one.model else "models %s" % " ".join(one.models) if one.models
-                else "model as asked for" if one.name == "base" else "by its prefix alone")
+                ("model %s" % one.model if one.model else "models %s" % " ".join(one.models) if one.models
+                 else "model as asked for" if one.name == "base" else "by its prefix alone")
+                + (", %d calls at once" % one.max_concurrency if one.max_concurrency else ""))
             for one in config.all_upstreams()] + [
             "limits " + "; ".join(rule.text for rule in config.limits) if config.limits else
             "each caller's bucket holds %d tokens and gains %d every %d s; a call costs %s" % (

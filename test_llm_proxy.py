@@ -5449,6 +5449,31 @@ class TlsTest(ProxyCase):
                 nonsense.ending()
             wait_for(lambda: not self.server.open)
 
+    def test_a_head_in_records_that_are_never_whole_has_no_more_time_than_another(self):
+        with mock.patch.object(llm_proxy.Handler, "HEAD_SECONDS", 0.3):
+            self.start_tls()
+            client, out = self.connect(), ssl.MemoryBIO()
+            plain = client.sock
+            inside = ssl.MemoryBIO()
+            tls = self.context.wrap_bio(inside, out, server_hostname="127.0.0.1")
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+                    break
+                plain.sendall(out.read())
+                inside.write(plain.recv(65536))
+            plain.sendall(out.read())
+            tls.write(call())
+            record, began = out.read(), time.monotonic()
+            with contextlib.suppress(OSError):
+                for letter in record[:-1]:
+                    plain.sendall(bytes([letter]))
+                    if select.select([plain], [], [], 0.02)[0] and not plain.recv(65536):
+                        break
+            self.assertLess(time.monotonic() - began, 3)
+            self.assertEqual(self.stub.calls, 0)
+            wait_for(lambda: not self.server.open)
+
     def test_certificates_are_read_again_and_bad_ones_are_not_taken(self):
         self.start_tls()
         client = self.connect_tls()
