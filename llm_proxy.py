@@ -1680,6 +1680,7 @@ class Dialect:
     VERSION_LINES: Tuple[str, ...] = ()          # what it wants to be told besides
     MODELS_QUERY = ""        # for a list of models that is whole
     MODEL_IN_PATH = False
+    TAKES_COMMENTS = True    # its official clients do, in event streams
     SPOKEN = frozenset(("content", "reasoning_content", "reasoning", "refusal", "arguments", "text", "delta"))
 
     def error(self, refusal: Refusal, status: int) -> bytes:
@@ -1916,6 +1917,7 @@ class Gemini(Dialect):
     LIMIT_HOLDERS = ("generationConfig", "generation_config")
     CREDENTIAL = "x-goog-api-key: %s\r\n"
     MODEL_IN_PATH = True
+    TAKES_COMMENTS = False  # google-genai takes them for data, and fails
     SPOKEN = frozenset(("text",))
     ERRORS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
               429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
@@ -4355,13 +4357,14 @@ class Proxy:
             return self.send_up(upstream, request, call, reply)
         slot = reply.slot = upstream.line.enter(entry.caller.key, self.weights.get(entry.caller.name, 1))
         try:
-            slot.wait(reply.watch)
+            try:
+                slot.wait(reply.watch)
+            finally:
+                entry.queued = int(slot.waited * 1000)
             answer = self.send_up(upstream, request, call, reply)
         except BaseException:
             slot.leave()
             raise
-        finally:
-            entry.queued = int(slot.waited * 1000)
         answer.slot = slot
         return answer
 
@@ -4730,7 +4733,7 @@ class Reply:
             self.patience = int(text) / 1000
         if config.max_call_seconds:
             self.end = started + config.max_call_seconds
-        early = call.stream and call.endpoint not in WORDLESS and call.dialect.limit_type(call) == "text/event-stream"
+        early = call.stream and call.dialect.TAKES_COMMENTS and call.endpoint not in WORDLESS
         speak_at = started + config.early_stream_seconds if early and config.early_stream_seconds else math.inf
         self.watch.bound(min(self.end, started + self.patience), speak_at, self.speak)
 
@@ -4795,7 +4798,7 @@ class Reply:
         return LateAnswer(answer.status, compact(found) if isinstance(found, dict) and answer.status >= 400 else None)
 
     def flow(self, answer: Answer, passage: Passage) -> Flow:
-        pulse = self.proxy.config.stream_heartbeat_seconds
+        pulse = self.proxy.config.stream_heartbeat_seconds if self.call.dialect.TAKES_COMMENTS else 0
         return Flow(answer.link.wire, self.caller, passage, min(answer.address.read_timeout, self.patience), self.end,
                     pulse or math.inf)
 
@@ -5406,7 +5409,7 @@ def describe(config: Config) -> List[str]:
                 "of the caller" if one.key == PASSTHROUGH else "set" if one.key else "not set",
                 ("model %s" % one.model if one.model else "models %s" % " ".join(one.models) if one.models
                  else "model as asked for" if one.name == "base" else "by its prefix alone")
-                + (", %d calls at once" % one.max_concurrency if one.max_concurrency else ""))
+                + (", calls at once: %d" % one.max_concurrency if one.max_concurrency else ""))
             for one in config.all_upstreams()] + [
             "limits " + "; ".join(rule.text for rule in config.limits) if config.limits else
             "each caller's bucket holds %d tokens and gains %d every %d s; a call costs %s" % (
@@ -5494,7 +5497,7 @@ def raise_descriptor_limit() -> None:
 
 DEMO_HINT = """\
 try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked for):
-  curl -N http://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\
+  curl -N %s://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"stream":true}'"""
 
 
@@ -5665,7 +5668,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     if options.check:
         return check(config, sys.stdout)
-    return run(config, log_stream, DEMO_HINT % config.port if options.demo else "")
+    scheme = "https" if config.tls_cert_file else "http"
+    return run(config, log_stream, DEMO_HINT % (scheme, config.port) if options.demo else "")
 
 
 if __name__ == "__main__":
