@@ -1116,13 +1116,16 @@ class Hold:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.give_back()
+        if not self.ended:
+            self.give_back()
 
 
 def quota_of(rule: Rule, level: int, stamp: float, now: float) -> Quota:
     reset = 0 if level >= rule.capacity else max(0, math.ceil(stamp + rule.interval - now))
-    amount, length = rule.rate
-    return Quota(shown(rule, rule.capacity), shown(rule, max(0, level)), shown(rule, amount), length, reset)
+    amounts, length = (rule.capacity, max(0, level), rule.rate[0]), rule.rate[1]
+    if UNITS[rule.unit] == "usd":
+        amounts = map(spell_usd, amounts)
+    return Quota(*amounts, length, reset)
 
 
 class Buckets:
