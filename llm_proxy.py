@@ -2272,7 +2272,7 @@ def usage_of_json(data: bytes) -> Dict[str, Any]:
 MAX_HEAD = 65536        # bytes of one head
 MAX_LINE = 8192         # bytes of one line of it
 MAX_FIELDS = 100        # fields of one head
-MAX_AHEAD = 65536       # bytes a caller may send ahead while its answer is running
+MAX_AHEAD = 65536       # bytes that are read ahead of a caller while its answer is running
 MAX_CHUNK_LINE = 1024   # bytes of a chunk's size and extensions
 MAX_TRAILERS = 8192     # bytes of fields after the last chunk; they are read and dropped
 BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
@@ -2732,7 +2732,6 @@ class Watch:
         """Without a `caller` nobody can leave. No wait goes on beyond `until`."""
         self.caller, self.clock, self.until = caller, clock, until
         self.left: Optional[float] = None  # when the end of what it sends was seen
-        self.body: Any = None              # of its request; until that has ended, what comes belongs to it
         self.relay: Any = None             # which sees the caller leave while a thread listens elsewhere
         self.listening: Optional[Connection] = None
         self.pausing: Optional[threading.Event] = None
@@ -2833,8 +2832,6 @@ class Watch:
                 self.left = self.clock.monotonic()
         except OSError:
             raise CallerGone() from None
-        if len(self.caller.ahead) >= MAX_AHEAD and (self.body is None or self.body.ended):
-            raise CallerGone()  # so much ahead of its answer would hide its leaving
 
     def pause(self, done: threading.Event, deadline: float) -> bool:
         """Wait for something that has no descriptor; -> whether it is done. Where nobody else looks after the caller,
@@ -2917,7 +2914,7 @@ class Flow:
     def watch(self) -> None:
         """Register each side for what is wanted of it now: a caller that does not take what came stops its
         own upstream."""
-        listening = self.left is None
+        listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
         for connection, events, act in (
                 (self.upstream,
                  0 if self.unsent or self.ending else selectors.EVENT_READ,
@@ -2990,8 +2987,6 @@ class Flow:
                     self.left = self.relay.now
             except OSError:
                 return self.end("caller_gone")
-            if len(self.caller.ahead) >= MAX_AHEAD:
-                return self.end("caller_gone")  # so much ahead of its answer would hide its leaving
             self.watch()
         if events & selectors.EVENT_WRITE and self.unsent:
             self.send(self.unsent)
@@ -4525,7 +4520,10 @@ class Catalogue:
 
         threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(self.upstreams)]
         for thread in threads:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # can't start new thread
+                raise Overloaded() from None
         for thread in threads:
             thread.join(max(0, now + self.ASK_SECONDS - self.clock.monotonic()))
         return list(lists)
@@ -4607,14 +4605,30 @@ TIMEOUT_FIELD = "x-llm-proxy-timeout-ms"
 REASONS = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 
 
+class Room:
+    """Memory for all bodies that are held at once, in bytes. Small ones are not counted: there is one at most for each
+    connection."""
+    SMALL = 65536
+
+    def __init__(self, size: int):
+        self.left, self.lock = size, threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Raises Overloaded where there is not so much."""
+        with self.lock:
+            if size > self.left:
+                raise Overloaded()
+            self.left -= size
+
+
 class RequestBody:
     """What a caller sends after its head, read in blocks or whole. It has FREE_SECONDS, and more only for
     what really arrives: a trickle does not keep it open. 100 Continue is sent when, and only if, somebody
     wants to read."""
     FREE_SECONDS, BYTES_PER_SECOND = 60, 16384
 
-    def __init__(self, caller: Connection, request: Request, most: int, clock: Any):
-        self.caller, self.most, self.clock = caller, most, clock
+    def __init__(self, caller: Connection, request: Request, most: int, room: Room, clock: Any):
+        self.caller, self.most, self.room, self.clock, self.held = caller, most, room, clock, 0
         self.length = request.length
         self.framing = Chunked() if self.length is None else Sized(self.length)
         self.coded = "content-encoding" in request.head.rows
@@ -4687,7 +4701,16 @@ class RequestBody:
             blocks.append(self.read())
             if self.taken > self.most:
                 raise TooLarge()
+            if self.taken > self.held + self.room.SMALL:
+                self.room.take(self.taken - self.held)
+                self.held = self.taken
         return b"".join(blocks)
+
+    def forget(self) -> None:
+        """Nobody needs it any more."""
+        if self.held:
+            self.room.take(-self.held)
+            self.held = 0
 
     def skip(self) -> bool:
         """Whether nothing of the body is left, after dropping what has come already."""
@@ -4704,8 +4727,8 @@ class Reply:
     says that the connection cannot carry another request."""
     WHOLE_SECONDS, MAX_WHOLE = 10, 1 << 18
 
-    def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, entry: Entry):
-        self.caller, self.watch, self.proxy, self.entry = caller, watch, proxy, entry
+    def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, room: Room, entry: Entry):
+        self.caller, self.watch, self.proxy, self.room, self.entry = caller, watch, proxy, room, entry
         self.request: Optional[Request] = None
         self.body: Optional[RequestBody] = None
         self.call: Optional[Call] = None
@@ -4722,8 +4745,8 @@ class Reply:
             shown = request.head.get("x-request-id")
             self.entry.identity = shown if IDENTITY.fullmatch(shown) else None
         self.entry.method, self.entry.path = request.method, request.path
-        self.body = self.watch.body = RequestBody(
-            self.caller, request, self.proxy.config.max_body_bytes, self.proxy.clock)
+        self.body = RequestBody(
+            self.caller, request, self.proxy.config.max_body_bytes, self.room, self.proxy.clock)
 
     # -- while nothing comes
 
@@ -4973,7 +4996,8 @@ class Handler:
         with `ending` set."""
         while True:
             if self.life is None:
-                self.reply = Reply(self.caller, self.watch, self.server.proxy, Entry(self.address, self.peer))
+                self.reply = Reply(self.caller, self.watch, self.server.proxy, self.server.room,
+                                   Entry(self.address, self.peer))
                 self.life = self.exchange(self.reply)
             reply, ending, self.ending = self.reply, self.ending, None
             try:
@@ -4985,6 +5009,8 @@ class Handler:
             except Exception as reason:
                 self.refuse(reply, reason)
             self.life, self.served = None, True
+            if reply.body:
+                reply.body.forget()
             self.server.proxy.books.record(reply.entry.close(self.clock))
             if reply.closing:
                 return None
@@ -5091,10 +5117,12 @@ class Server(http.server.ThreadingHTTPServer):
     TURNED_AWAY = 128  # refused connections that are kept a moment, so that their answer can be read
 
     MOST_PER_ADDRESS = 256
+    ROOM = 256 << 20  # bytes of bodies of metered calls that are held at once
 
     def __init__(self, proxy: Proxy, host: str, port: int, most: int):
         self.proxy, self.pages, self.most = proxy, Pages(proxy), most
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.room = Room(max(self.ROOM, 8 * proxy.config.max_body_bytes))
         self.tls: Optional[ssl.SSLContext] = None
         self.reload()
         self.lock = threading.Condition()
@@ -5280,12 +5308,16 @@ class Server(http.server.ThreadingHTTPServer):
     def sweep(self, now: float) -> None:
         while self.turned_away and self.turned_away[0][0] < now - 1:
             self.dismiss(self.turned_away.popleft()[1])
-        for _ in range(len(self.unstarted)):
-            handler = self.unstarted.popleft()
-            self.resume(handler, handler.ending)
+        self.try_again()
         if now > self.swept + 1:
             self.swept = now
             self.proxy.routes.close_stale()
+
+    def try_again(self) -> None:
+        """Start the threads that could not be started before."""
+        for _ in range(len(self.unstarted)):
+            handler = self.unstarted.popleft()
+            self.resume(handler, handler.ending)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.proxy.books.log.report()
@@ -5304,7 +5336,8 @@ class Server(http.server.ThreadingHTTPServer):
                 except OSError:
                     pass
             while self.open and self.proxy.clock.monotonic() < end:
-                self.lock.wait(end - self.proxy.clock.monotonic())
+                self.lock.wait(min(0.1, end - self.proxy.clock.monotonic()))
+                self.try_again()
             left = len(self.open)
         if left:
             self.cutting = True

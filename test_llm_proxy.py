@@ -5099,6 +5099,25 @@ class HandlerTest(ProxyCase):
             answered = client.send(data).read(data.split(b" ")[0].decode())
             self.assertIsNone(answered.get("connection"))
 
+    def test_all_bodies_together_have_no_more_than_their_room(self):
+        self.start(None)
+        self.assertEqual(self.server.room.left, 256 << 20)
+        self.server.room.left = room = 120000
+        large = call(user="x" * 100000)
+        client = self.connect().send(large)
+        asked = self.stub.next()
+        answered = self.ask(large)
+        self.assertEqual((answered.status, answered.error()["type"]), (503, "server_error"))
+        other = self.connect().send(call())
+        for one, theirs in ((asked, client), (self.stub.next(), other)):
+            one.send(answer())
+            one.finish()
+            self.assertEqual(theirs.read().status, 200)
+        wait_for(lambda: self.server.room.left == room)
+        self.connect().send(large[:90000]).reset()
+        self.assertEqual(self.entry(3)["outcome"], "caller_gone")
+        self.assertEqual(self.server.room.left, room)
+
     def test_a_caller_who_says_close_is_told_so_and_closed(self):
         self.start()
         for data in (call(None, "Connection: close"), call(None, "connection: x, CLOSE"),
