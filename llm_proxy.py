@@ -2336,7 +2336,8 @@ else:
 class Connection:
     """A socket, and the bytes read from it that nobody has used yet. Nothing but `listen` and `readable` ever
     blocks."""
-    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "patient", "flags", "seconds", "dropping", "poll")
+    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "patient", "flags", "step", "dropping", "poll")
+    STEP = 15  # seconds; Linux lets longer timeouts pass by seconds, as much as an eighth of them
 
     def __init__(self, sock: socket.socket):
         self.poll: Any = None
@@ -2344,7 +2345,7 @@ class Connection:
         self.dropping = False  # nobody will ever use what comes: the rest of a refused body
         self.encrypted = isinstance(sock, ssl.SSLSocket)
         self.patient = PATIENT and not self.encrypted  # can wait and read in one system call
-        self.flags, self.seconds = socket.MSG_DONTWAIT if self.patient else 0, None
+        self.flags, self.step = socket.MSG_DONTWAIT if self.patient else 0, None
         sock.setblocking(self.patient)
 
     def readable(self, wait: float) -> bool:
@@ -2353,22 +2354,28 @@ class Connection:
             self.poll = reader(self.descriptor)
         return bool(self.poll(int(wait * 1000) + 1 if wait > 0 else 0))
 
-    def listen(self, seconds: float, most: int = BLOCK) -> bool:
+    def listen(self, seconds: float, clock: Any, most: int = BLOCK) -> bool:
         """Wait for the next bytes and read them into `ahead`, which is empty; False at the end of the stream.
         Raises TimeoutError after `seconds`."""
         if not self.patient:
             if not self.readable(seconds):
                 raise TimeoutError()
             return self.fill()
-        if seconds != self.seconds:
-            self.seconds = seconds
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack(
-                "ll", int(seconds), int(seconds % 1 * 1e6)))
-        try:
-            self.ahead = self.sock.recv(most)
-        except BlockingIOError:
-            raise TimeoutError() from None
-        return bool(self.ahead)
+        step, end = min(seconds, self.STEP), None
+        while True:
+            if step != self.step:
+                self.step = step
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack(
+                    "ll", int(step), int(step % 1 * 1e6)))
+            try:
+                self.ahead = self.sock.recv(most)
+                return bool(self.ahead)
+            except BlockingIOError:
+                now = clock.monotonic()
+                end = now + seconds - step if end is None else end
+                if now >= end:
+                    raise TimeoutError() from None
+                step = max(0.001, min(end - now, self.STEP))
 
     def receive(self) -> bytes:
         """What has arrived, b"" at the end. Raises one of WOULD_BLOCK when nothing has."""
@@ -2774,7 +2781,7 @@ class Watch:
             if self.bounded:
                 self.listen_aloud(connection, self.clock.monotonic() + seconds)
             elif not self.gone:
-                connection.listen(seconds)
+                connection.listen(seconds, self.clock)
         finally:
             self.listening = None
         if self.gone:  # looked at last: `leave` may have come in between
@@ -2784,7 +2791,7 @@ class Watch:
         while not self.gone:
             try:
                 left = min(deadline, self.until, self.speak_at) - self.clock.monotonic()
-                return connection.listen(max(0.001, left))
+                return connection.listen(max(0.001, left), self.clock)
             except TimeoutError:
                 self.lapse(deadline)
 
@@ -5060,7 +5067,8 @@ class Handler:
             if server.draining:
                 raise QuietEnd()
             if not caller.ahead and self.begun is None:
-                alive = caller.listen(self.IDLE_SECONDS if self.served else self.HEAD_SECONDS, self.FIRST_BLOCK)
+                alive = caller.listen(self.IDLE_SECONDS if self.served else self.HEAD_SECONDS, self.clock,
+                                      self.FIRST_BLOCK)
                 if not caller.ahead:
                     self.begun = self.clock.monotonic()  # of TLS, a record that is not whole
             else:

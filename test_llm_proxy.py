@@ -2,6 +2,7 @@
 
     python -m unittest                      # all of them, well under a minute
     python -m unittest -k limit_reply       # those that are named so
+    python test_llm_proxy.py --soak         # those of the last section for minutes, with their figures
 
 Most go through real sockets on loopback: a Client that takes nothing for granted, the proxy, and a Stub in
 the place of the endpoint, whose every byte the test decides. Nobody sleeps for a refill: the clock is an
@@ -9,6 +10,7 @@ argument. What happens in another thread is waited for with `wait_for`; its boun
 "not yet".
 """
 import ast
+import base64
 import collections
 import contextlib
 import dis
@@ -25,6 +27,7 @@ import queue
 import random
 import re
 import select
+import selectors
 import signal
 import socket
 import socketserver
@@ -37,7 +40,9 @@ import tempfile
 import termios
 import threading
 import time
+import types
 import unittest
+import urllib.parse
 import warnings
 from unittest import mock
 
@@ -5482,7 +5487,7 @@ class TlsTest(ProxyCase):
             wait_for(lambda: not self.server.open)
 
     def test_a_head_in_records_that_are_never_whole_has_no_more_time_than_another(self):
-        with mock.patch.object(llm_proxy.Handler, "HEAD_SECONDS", 0.3):
+        with mock.patch.multiple(llm_proxy.Handler, HEAD_SECONDS=0.3, LINGER_SECONDS=0.1):
             self.start_tls()
             client, out = self.connect(), ssl.MemoryBIO()
             plain = client.sock
@@ -5869,5 +5874,1428 @@ class CommandsTest(unittest.TestCase):
         self.assertIn("limit reached", client.send(call()).read().json()["choices"][0]["message"]["content"])
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Endurance: everything at its worst. Each test has a short form here, and a long one that prints its figures:
+# `python test_llm_proxy.py --soak`, about ten minutes.
+# ------------------------------------------------------------------------------------------------------------
+
+class Hurried:
+    """The real time, which a test may put forward."""
+    ahead = 0
+
+    def monotonic(self):
+        return time.monotonic() + self.ahead
+
+    def time_ns(self):
+        return time.time_ns() + self.ahead * 10 ** 9
+
+
+class EnduranceCase(ProxyCase):
+    """Each test has a short form for the unit run and a long one, `python test_llm_proxy.py --soak`, which prints its
+    figures."""
+    LONG = False
+
+    def size(self, short, long):
+        return long if self.LONG else short
+
+    def tell(self, text, *values):
+        if self.LONG:
+            sys.stderr.write("  %s: %s\n" % (self.id().rpartition(".")[2], text % values))
+
+    # a proxy in a process of its own
+    command, serve = CommandsTest.command, CommandsTest.serve
+
+    def held(self):
+        """-> how many descriptors and threads this process has, when nothing is kept for later."""
+        self.proxy.routes.close_stale(everything=True)
+        gc.collect()
+        counts = sys.implementation.name == "cpython" and os.path.isdir("/proc/self/fd")
+        return len(os.listdir("/proc/self/fd")) if counts else 0, threading.active_count()
+
+    def all_gone(self):
+        """Whether no connection is left, not even one of those that are kept a moment after their last answer. The
+        proxy must have a Hurried clock."""
+        if self.server.turned_away and not self.server.open:
+            self.clock.ahead += 2
+        return not self.server.open and not self.server.turned_away
+
+    def steadily_held(self):
+        return wait_for(lambda: self.all_gone() and self.held() == self.held() and self.held(), "a steady state")
+
+    def assert_nothing_left(self, before):
+        wait_for(self.all_gone, "the end of every connection")
+        wait_for(lambda: all(now <= then for now, then in zip(self.held(), before)), "the return to %d and %d" % before)
+        self.assertEqual(self.in_flight(), 0)
+        self.assertFalse(self.server.unstarted or self.server.idle or self.proxy.relay.flows)
+
+    def deadlines(self, **seconds):
+        """Shrink deadlines, `Class_NAME=seconds`, for this test."""
+        for name, value in seconds.items():
+            owner, _, constant = name.partition("_")
+            patch = mock.patch.object(getattr(llm_proxy, owner), constant, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    @contextlib.contextmanager
+    def somebody_calling(self):
+        """Meanwhile somebody calls as people do, each time on a new connection; -> the seconds of each call."""
+        seconds, faults, over = [], [], threading.Event()
+
+        def run():
+            while not over.wait(0.01):
+                began = time.monotonic()
+                try:
+                    with contextlib.closing(Client(self.address)) as client:
+                        status = client.send(call()).read().status
+                except Exception as fault:
+                    status = repr(fault)
+                seconds.append(time.monotonic() - began)
+                if status != 200:
+                    faults.append(status)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield seconds
+        finally:
+            over.set()
+            thread.join(PATIENCE)
+        self.assertEqual(faults, [])
+        self.assertGreater(len(seconds), 5)
+
+    @staticmethod
+    def slowest(seconds, share=0.99):
+        """-> the milliseconds that this share of the calls stayed under."""
+        return 1000 * sorted(seconds)[int(share * (len(seconds) - 1))]
+
+    def launch(self, answer, **settings):
+        """A proxy between a Stub and Clients: in this process in the short form, in one of its own in the long one."""
+        settings = {"MAX_TOKENS": 10 ** 12, "LOG_FORMAT": "json", **settings}
+        if not self.LONG:
+            self.start(answer, **settings)
+            self.pid, self.logged = os.getpid(), self.lines.text
+            return
+        self.stub = Stub(answer)
+        self.addCleanup(self.stub.close)
+        process = self.serve(BASE_API_URL="http://127.0.0.1:%d" % self.stub.port, **settings)
+        self.pid, self.address = process.process.pid, process.address
+        self.logged = lambda: "".join(process.rows)
+
+    def resident(self):
+        """MiB of memory that the proxy's process has, where the system tells; else 0."""
+        with contextlib.suppress(OSError):
+            with open("/proc/%d/status" % self.pid, encoding="ascii") as file:
+                return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) / 1024
+        return 0
+
+    def in_flight(self):
+        """How many calls the upstreams are thought to run."""
+        return sum(upstream.told()["in_flight"] for upstream in self.proxy.routes.all)
+
+    def assert_within(self, seconds, took):
+        """The short form runs beside whatever else the machine has to do; the long one takes no excuse."""
+        self.assertLessEqual(took, seconds + self.size(2, 0))
+
+    def seconds_until(self, condition):
+        began = time.monotonic()
+        wait_for(condition)
+        return time.monotonic() - began
+
+
+class StrictStub(Stub):
+    """It keeps what its Reader could not accept, or `answer` found wrong."""
+
+    def __init__(self, *arguments):
+        self.faults = []
+        super().__init__(*arguments)
+
+    def converse(self, sock):
+        try:
+            super().converse(sock)
+        except Exception as fault:
+            self.faults.append(repr(fault))
+
+
+class DoorTest(EnduranceCase):
+    def drip(self, openings, data, every, deadline):
+        """A client for each of `openings` sends that and then a byte of `data` every so many seconds, evenly spread,
+        until it is closed, which must be at the deadline, with a 408; -> the seconds that each was borne."""
+        clients = [self.connect() for _ in openings]
+        began, got, borne = {}, {client: b"" for client in clients}, {}
+        turns = itertools.chain(zip(clients, openings), (
+            (client, bytes([byte])) for byte in data for client in clients))
+        start = due = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            for client in clients:
+                selector.register(client.sock, selectors.EVENT_READ, client)
+            while len(borne) < len(clients):
+                now = time.monotonic()
+                self.assertLess(now, start + deadline + every + PATIENCE, "nothing ended them")
+                while due <= now:
+                    client, piece = next(turns)
+                    due += every / len(clients)
+                    if client not in borne:
+                        began.setdefault(client, now)
+                        with contextlib.suppress(OSError):
+                            client.send(piece)
+                for key, _ in selector.select(max(0, due - time.monotonic())):
+                    client = key.data
+                    piece = client.sock.recv(65536)  # a reset is a failure
+                    got[client] += piece
+                    if not piece:
+                        borne[client] = time.monotonic() - began[client]
+                        selector.unregister(client.sock)
+        for client in clients:
+            client.close()
+        self.assertEqual({answered.split(b" ")[1] for answered in got.values()}, {b"408"})
+        self.assertGreaterEqual(min(borne.values()), deadline - 0.05)
+        self.assertLess(max(borne.values()), deadline + 1)
+        return list(borne.values())
+
+    def test_heads_that_trickle_in_are_closed_at_the_deadline_and_nobody_else_feels_them(self):
+        if not self.LONG:
+            self.deadlines(Handler_HEAD_SECONDS=0.5)
+        else:
+            llm_proxy.raise_descriptor_limit()
+        self.start(MAX_TOKENS=10 ** 9)
+        with self.somebody_calling() as seconds:
+            borne = self.drip([b"P"] * self.size(20, 300), request("OST", CHAT)[:-2] + b"X: " + b"x" * 1000,
+                              self.size(0.05, 2), llm_proxy.Handler.HEAD_SECONDS)
+        self.tell("%d heads were borne for %.2f to %.2f s; %d calls meanwhile, p50 %.1f ms, p99 %.1f ms, max %.1f ms",
+                  len(borne), min(borne), max(borne), len(seconds), self.slowest(seconds, 0.5), self.slowest(seconds),
+                  self.slowest(seconds, 1))
+        if self.LONG:
+            self.assertLess(self.slowest(seconds), 50)
+        self.assertEqual(self.stub.calls, len(seconds))
+        wait_for(lambda: not self.server.open, "the end of every connection")
+
+    def test_bodies_that_trickle_in_are_closed_at_the_deadline_and_hold_no_place_at_the_upstream(self):
+        if not self.LONG:
+            self.deadlines(RequestBody_FREE_SECONDS=0.5)
+        self.start(MAX_TOKENS=10 ** 9, MAX_CONCURRENCY=1, MAX_QUEUE=0)  # one slot that were held would be missed
+        heads = [request("POST", CHAT, b"", "Content-Length: 5000").replace(b"Content-Length: 0\r\n", b""),
+                 unsized(CHAT, CHUNKED) + b"1388\r\n"]
+        with self.somebody_calling() as seconds:
+            borne = self.drip(heads * self.size(5, 50), b'{"model": "m", "messages": [' + b" " * 1000,
+                              self.size(0.05, 1), llm_proxy.RequestBody.FREE_SECONDS)
+        self.tell("%d bodies were borne for %.2f to %.2f s; %d calls meanwhile, p99 %.1f ms", len(borne), min(borne),
+                  max(borne), len(seconds), self.slowest(seconds))
+        self.assertEqual({asked.body for asked in self.stub.requests}, {chat()})
+        self.assertEqual((self.stub.calls, self.in_flight(), self.left()), (len(seconds), 0, 10 ** 9 - len(seconds)))
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "reads the CPU time of another process")
+    def test_callers_for_whom_there_is_no_descriptor_cost_no_time_and_are_forgotten_when_they_leave(self):
+        stub, start = Stub(says()), subprocess.Popen
+        self.addCleanup(stub.close)
+
+        def limited(arguments, **options):  # soft and hard: a soft one alone would be raised
+            return start(["sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", *arguments], **options)
+        with mock.patch.object(subprocess, "Popen", limited):
+            process = self.serve(BASE_API_URL="http://127.0.0.1:%d" % stub.port)
+
+        def cpu():
+            with open("/proc/%d/stat" % process.process.pid, encoding="ascii", errors="replace") as file:
+                return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+        def descriptors():
+            return len(os.listdir("/proc/%d/fd" % process.process.pid))
+        before = cpu()
+        clients = [Client(process.address) for _ in range(self.size(100, 200))]
+        wait_for(lambda: descriptors() == 64, "the last descriptor")
+        time.sleep(self.size(0.5, 5))  # the time that is measured
+        spent = cpu() - before
+        for client in clients:
+            client.close()
+        began = time.monotonic()
+        client = Client(process.address)
+        self.addCleanup(client.close)
+        status = client.send(call()).read().status
+        waited = time.monotonic() - began
+        self.tell("%d connections cost %.2f s of CPU; the next call took %.3f s", len(clients), spent, waited)
+        self.assertLessEqual(spent, 0.25)
+        self.assertEqual(status, 200)
+        self.assertLess(waited, 1)
+        self.assertFalse(process.said("Traceback"))
+
+    @contextlib.contextmanager
+    def no_threads(self):
+        """The proxy can start none; what stands in for callers and the upstream can. -> a list of the attempts."""
+        attempts = []
+
+        def fail(*_):
+            attempts.append(1)
+            raise RuntimeError("can't start new thread")
+        unable = type("Unable", (threading.Thread,), {"start": fail})
+        theirs = types.SimpleNamespace(**{**vars(threading), "Thread": unable})
+        with mock.patch.object(llm_proxy, "threading", theirs), (
+                mock.patch.object(llm_proxy, "_thread", types.SimpleNamespace(start_new_thread=fail))):
+            yield attempts
+
+    assert_turned_away = ServerTest.assert_turned_away
+
+    def start_by_name(self, answer=None):
+        """A proxy whose upstream has a name: it takes a thread to look that up."""
+        self.clock, endpoint = Hurried(), Stub(answer)
+        self.addCleanup(endpoint.close)
+        self.start(clock=self.clock, BASE_API_URL="http://localhost:%d" % endpoint.port,
+                   REFILL_INTERVAL_SECONDS=10 ** 9)
+        return endpoint
+
+    def test_where_no_thread_can_be_started_many_times_every_caller_is_told_and_nothing_is_left_behind(self):
+        number = self.size(20, 100)
+        endpoint = self.start_by_name()
+
+        def usual_call():
+            client = self.connect().send(call())
+            asked = endpoint.next()
+            asked.send(answer())
+            asked.finish()
+            self.assertEqual(client.read().status, 200)
+            client.close()
+
+        def nothing_left():
+            self.assert_nothing_left(before)
+            usual_call()
+        usual_call()
+        before = self.steadily_held()
+        with self.subTest("for a connection"):
+            with self.no_threads() as attempts:
+                for client in [self.connect().send(call()) for _ in range(number)]:
+                    self.assert_turned_away(client)
+                    client.close()
+            self.assertEqual((len(attempts), endpoint.calls), (number, 1))
+            nothing_left()
+        with self.subTest("for a look-up"):
+            clients = [self.connect() for _ in range(number)]
+            wait_for(lambda: len(self.server.open) == number)
+            self.proxy.routes.close_stale(everything=True)
+            with self.no_threads() as attempts:
+                for client in clients:
+                    self.assert_turned_away(client.send(call()))
+                    client.close()
+            self.assertEqual((len(attempts), endpoint.calls), (number, 2))
+            self.assertEqual(self.proxy.routes.base.addresses[0].breaker.failures, 0)
+            nothing_left()
+        with self.subTest("after a stream"):
+            streams = []
+            for _ in range(number):
+                client = self.connect().send(call(stream=True))
+                streams.append((client, endpoint.next()))
+                streams[-1][1].send(STREAM + chunk(event(1)))
+                client.head()
+                client.expect(event(1))
+            with self.no_threads() as attempts:
+                for client, asked in streams:
+                    asked.send(LAST)
+                    asked.finish()
+                    self.assertTrue(client.rest().whole)
+                    client.send(request("GET", "/health"))
+                wait_for(lambda: len(attempts) >= number)
+            for client, _ in streams:
+                self.assertEqual(client.read("GET").status, 200)
+                client.close()
+            nothing_left()
+        self.assertEqual(self.left(), 1000 - 4 - number)
+        self.tell("%d times each for a connection, a look-up and after a stream: %d descriptors and %d threads before,"
+                  " %d and %d after", number, *before, *self.steadily_held())
+
+    def test_where_no_thread_can_be_started_the_list_of_models_is_a_503_and_no_bug_of_ours(self):
+        endpoint = Stub(says(b'{"data": [{"id": "one"}]}'))
+        self.addCleanup(endpoint.close)
+        self.start(UPSTREAM_OTHER_URL="http://127.0.0.1:%d" % endpoint.port, UPSTREAM_OTHER_MODELS="*")
+        client = self.connect().send(request("GET", "/health"))
+        client.read("GET")
+        with self.no_threads():
+            self.assertEqual(client.send(request("GET", "/v1/models")).read("GET").status, 503)
+        self.assertEqual(self.ask(request("GET", "/v1/models")).status, 200)
+
+    def call_twice(self, address, number):
+        """From an address of its own, of the 2 ** 24 of loopback: there is a token for the first call only."""
+        with contextlib.closing(socket.socket()) as sock:
+            sock.settimeout(PATIENCE)
+            sock.bind(("127.%d.%d.%d" % (1 + (number >> 16), number >> 8 & 255, number & 255), 0))
+            sock.connect(address)
+            sock.sendall(self.TWO_CALLS)
+            data, piece = b"", True
+            while piece:
+                piece = sock.recv(65536)
+                data += piece
+        if data.count(b"HTTP/1.1 200 OK\r\n") != 2 or data.count(b"limit reached") != 1 or b'"said"' not in data:
+            return data
+        return None
+
+    TWO_CALLS = call() + call(None, "Connection: close")
+
+    @unittest.skipUnless(sys.platform.startswith("linux"), "only there all of 127.0.0.0/8 can be called from")
+    def test_callers_from_ever_new_addresses_do_not_fill_the_memory(self):
+        batch, batches = self.size((150, 1), (20000, 5))
+        faults = []
+
+        def run(address, numbers):
+            for number in numbers:
+                with contextlib.suppress(Exception):
+                    if not self.call_twice(address, number):
+                        continue
+                faults.append(number)
+        self.start(MAX_TOKENS=1)
+        self.stub.requests = collections.deque(maxlen=100)
+        address, process = self.address, None
+        limits = self.proxy.limits
+        if self.LONG:
+            process = self.serve(BASE_API_URL="http://127.0.0.1:%d" % self.stub.port, MAX_TOKENS=1)
+            self.pid, address = process.process.pid, process.address
+        else:
+            limits.buckets.room = 50
+            patch = mock.patch.object(llm_proxy.Limits, "MOST_KNOWN", 40)
+            patch.start()
+            self.addCleanup(patch.stop)
+        sizes, began = [], time.monotonic()
+        for done in range(0, batch * batches, batch):
+            threads = [threading.Thread(target=run, args=(address, range(done + part, done + batch, 3)))
+                       for part in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            sizes.append(self.resident() if process else 0)
+        self.assertEqual(faults, [])
+        if process:
+            self.tell("MiB after each %d addresses: %s; %.0f s", batch, " ".join("%.1f" % size for size in sizes),
+                      time.monotonic() - began)
+            self.assertLess(max(sizes) - sizes[0], 5)
+            self.assertFalse(process.said("Traceback"))
+            return
+        self.assertLessEqual(len(limits.buckets.levels), 50)
+        self.assertLessEqual(len(limits.known), 40)
+        wait_for(lambda: not self.server.open and not self.proxy.relay.watches, "the end of every connection")
+        wait_for(lambda: len(self.lines.entries()) == 2 * batch, "the log")
+
+    GEMINI = b'{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
+    FORM = (b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--xyz\r\n'
+            b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
+            b'Content-Type: audio/wav\r\n\r\n\x00\xff\r\n\x80\n--xyz--\r\n')
+    GOOD = (
+        call("sk-1"), call(None, "X-A: 1", "X-A: 2", "Cookie: a=b", stream=True),
+        unsized(CHAT, CHUNKED) + chunk(chat()[:20]) + chunk(chat()[20:]) + LAST,
+        unsized(CHAT, CHUNKED, "Trailer: X-Sum") + b"0f;a=b\r\n" + chat()[:15] + b"\r\n" + chunk(chat()[15:])
+        + b"0\r\nX-Sum: 1\r\n\r\n",
+        unsized("/v1/files", CHUNKED) + chunk(b"\r\n0\r\n\r\n") + LAST,
+        request("POST", "http://proxy.test" + CHAT, chat()),
+        call(None, "Expect: 100-continue"), unsized(CHAT, CHUNKED, "Expect: 100-continue") + chunk(chat()) + LAST,
+        call() + request("GET", "/health") + call(), request("GET", "/v1/x?key=sk-1&a=%2e%2e") + call(stream=True),
+        request("POST", CHAT, chat(stream=True), "Connection: keep-alive", version="1.0"),
+        request("GET", "/", version="1.0"),
+        request("POST", "/v1beta/models/g:generateContent?key=sk-1", GEMINI),
+        request("POST", "/v1beta/models/g:streamGenerateContent?alt=sse", GEMINI, "X-Goog-Api-Key: sk-1"),
+        request("POST", "/v1/messages", chat(max_tokens=5), "X-Api-Key: sk-1", "Anthropic-Version: 2023-06-01"),
+        request("POST", "/v1/audio/transcriptions", FORM, "Content-Type: multipart/form-data; boundary=xyz"),
+        request("OPTIONS", CHAT, b"", "Origin: http://a.test", "Access-Control-Request-Headers: X-A"),
+        request("HEAD", "/v1/files/1", b"", "Connection: X-Hop, close", "X-Hop: 1"))
+    ODD_BYTES = (b"\r", b"\n", b"\0", b"\t", b" ", b":", b",", b"0", b"\r\n", b"\n\n", b"\r\n\r\n", b"\x0b", b"\x7f",
+                 b"\x80", b"\xff")
+    ODD_LINES = (
+        b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity, chunked", b"Transfer_Encoding: chunked",
+        b"Content-Length: 3", b"Content-Length: +3", b"Content-Length: 99999", b"Host: other.test", b" folded",
+        b"Expect: 100-continue", b"Connection: content-length", b"Upgrade: h2c", b"TE: trailers",
+        b"Content-Encoding: gzip", b"X: \xe9")
+
+    def mutate(self, chance):
+        """One of the good requests, with one to four things wrong, mostly one."""
+        data = chance.choice(self.GOOD)
+        for _ in range(chance.choice((1, 1, 1, 2, 3, 4))):
+            place, kind = chance.randrange(len(data) + 1), chance.randrange(7)
+            if chance.random() < 0.3:  # most bytes of a request matter less than those of its start
+                place = min(place, chance.randrange(60))
+            length = chance.choice((1, 1, 2, 8, 40))
+            if kind == 0 and place < len(data):
+                data = data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1:]
+            elif kind == 1:
+                data = data[:place] + data[place + length:]
+            elif kind == 2:
+                data = data[:place + length] + data[place:]
+            elif kind == 3:
+                data = data[:place] + chance.choice(self.ODD_BYTES) + data[place:]
+            elif kind == 4:
+                other = chance.choice(self.GOOD)
+                data = data[:place] + other[chance.randrange(len(other)):]
+            else:
+                rows = data.split(b"\r\n")
+                row = chance.choice(rows) if kind == 5 else chance.choice(self.ODD_LINES)
+                rows.insert(chance.randrange(1, len(rows) + 1), row)
+                data = b"\r\n".join(rows)
+        return data or b"\0"
+
+    def answer_strictly(self, asked):
+        """What a request must be that is passed on, whatever it was when it came; and a fitting answer."""
+        self.assertRegex(
+            asked.head, rb"\A[A-Z][A-Z_-]* /[!-~]* HTTP/1\.1\r\n(?:[!-9;-~]+:[\t -~\x80-\xff]*\r\n)+\r\n\Z")
+        names = [name for name, _ in asked.fields]
+        self.assertEqual((names.count("host"), asked.get("host")), (1, "127.0.0.1:%d" % self.strict.port))
+        self.assertFalse({"authorization", "x-api-key", "x-goog-api-key", "cookie", "te", "upgrade", "expect"}
+                         & set(names))
+        self.assertNotIn(asked.method, ("TRACE", "CONNECT"))
+        if asked.method == "HEAD":
+            asked.send(answer(b""))
+        elif b'"stream": true' in asked.body:
+            asked.send(STREAM + chunk(event(1)) + LAST)
+        else:
+            asked.send(answer(b'{"data": [{"id": "m"}]}'))
+
+    def converse_at_once(self, requests, patience):
+        """Send each request on a connection of its own, every other one with the end of what is sent behind it; ->
+        what each was answered, None for a reset, and the seconds until the last one was closed."""
+        answers, clients, began = {}, [], time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            for number, data in enumerate(requests):
+                clients.append(Client(self.address))
+                answers[number] = b""
+                selector.register(clients[-1].sock, selectors.EVENT_READ, number)
+                with contextlib.suppress(OSError):  # it may have been refused by its first bytes
+                    clients[-1].send(data)
+                    if number % 2:
+                        clients[-1].sock.shutdown(socket.SHUT_WR)
+            while selector.get_map():
+                left = began + patience - time.monotonic()
+                hanging = [requests[key.data] for key in selector.get_map().values()] if left < 0 else []
+                self.assertEqual(hanging, [], "nothing ended these")
+                for key, _ in selector.select(left):
+                    try:
+                        piece = key.fileobj.recv(65536)
+                        answers[key.data] += piece
+                    except ConnectionError:
+                        piece, answers[key.data] = b"", None
+                    if not piece:
+                        selector.unregister(key.fileobj)
+        for client in clients:
+            client.close()
+        return [answers[number] for number in range(len(requests))], time.monotonic() - began
+
+    def test_requests_with_random_faults_are_answered_or_closed_and_reach_the_upstream_only_sound(self):
+        self.deadlines(Handler_HEAD_SECONDS=0.1, Handler_IDLE_SECONDS=0.05, Handler_LINGER_SECONDS=0.05,
+                       RequestBody_FREE_SECONDS=0.1)
+        self.strict, self.clock = StrictStub(self.answer_strictly), Hurried()
+        self.addCleanup(self.strict.close)
+        self.start(clock=self.clock, BASE_API_URL="http://127.0.0.1:%d" % self.strict.port, MAX_TOKENS=10 ** 9)
+        chance, statuses, longest = random.Random(20240229), collections.Counter(), 0
+        for data, answered in zip(self.GOOD, self.converse_at_once(self.GOOD, 5)[0]):  # they are, but for the mutations
+            self.assertRegex(answered, rb"\AHTTP/1\.1 (100|20[04]) ", data)
+        before = self.steadily_held()
+        for _ in range(self.size(2, 100)):
+            requests = [self.mutate(chance) for _ in range(100)]
+            answers, seconds = self.converse_at_once(requests, 5)
+            longest = max(longest, seconds)
+            # who did not say that it sends no more is told what was wrong
+            self.assertEqual([asked for asked, data in zip(requests[::2], answers[::2]) if not data], [])
+            for data in answers:
+                found = re.findall(rb"(?:\A|\n|\}|~)HTTP/1\.1 ([0-9]{3}) ", data or b"")
+                statuses.update(found or [b"reset" if data is None else b"none"])
+        self.assertEqual(self.strict.faults, [])
+        self.assert_nothing_left(before)
+        self.tell("%s; at the upstream %d; the slowest 100 took %.2f s; %d descriptors and %d threads before, %d and %d"
+                  " after", " ".join("%s %d" % (status.decode(), count) for status, count in sorted(statuses.items())),
+                  self.strict.calls, longest, *before, *self.held())
+        allowed = {b"%d" % status for status in (100, 200, 204, 400, 404, 405, 408, 413, 414, 415, 417, 431, 501, 505)}
+        self.assertLessEqual(set(statuses), allowed | {b"none"})
+        self.assertGreater(len(statuses), 5)
+
+    def test_a_refusal_among_pipelined_requests_can_be_read_every_time(self):
+        self.start(MAX_BODY_BYTES=1000, MAX_TOKENS=10 ** 9)
+        large = b"x" * 3000000
+        table = (("unread", request("POST", CHAT, large), 413, "closed"),
+                 ("unread chunks", unsized(CHAT, CHUNKED) + chunk(large) + LAST, 413, "closed"),
+                 ("no head", request("GET", "/health", b"", "Host: other.test"), 400, "closed"),
+                 ("no JSON", request("POST", CHAT, b"{"), 400, "goes on"))
+        read = 0
+        for name, refused, status, then in table:
+            for number in range(self.size(10, 100)):
+                with self.subTest(name, number=number):
+                    position = number % 10
+                    before = self.stub.calls
+                    client = self.connect()
+                    sender = threading.Thread(target=HandlerTest.quietly, args=(
+                        client.send, call() * position + refused + call() * (9 - position)))
+                    sender.start()
+                    statuses = [client.read().status for _ in range(position + 1 if then == "closed" else 10)]
+                    after = [200] * (9 - position) if then == "goes on" else []
+                    self.assertEqual(statuses, [200] * position + [status] + after)
+                    self.assertTrue(client.answered.whole)
+                    if then == "closed":
+                        self.assertEqual(client.ending(), "closed")
+                    sender.join(PATIENCE)
+                    client.close()
+                    self.assertEqual(self.stub.calls - before, statuses.count(200))
+                    read += 1
+        self.tell("%d refusals of %d were read", read, len(table) * self.size(10, 100))
+
+    def test_a_large_request_sent_ahead_of_an_answer_in_pieces_cuts_neither(self):
+        self.start(None, MAX_BODY_BYTES=1000)
+        whole = answer()
+        table = [("stream", STREAM + chunk(event(1)), chunk(event(2)) + LAST)]
+        if llm_proxy.PATIENT:  # else it shows nowhere how much was read ahead
+            table += [("head in pieces", whole[:20], whole[20:]), ("body in pieces", whole[:-3], whole[-3:])]
+        for name, first, rest in table:
+            with self.subTest(name):
+                client, before = self.connect(), len(self.lines.entries())
+                sender = threading.Thread(target=HandlerTest.quietly, args=(
+                    client.send, call(stream=name == "stream") + request("POST", CHAT, b"x" * 3000000)))
+                sender.start()
+                asked = self.stub.next()
+                asked.send(first)
+                wait_for(lambda: self.lines.entries()[before:] or any(
+                    len(one.caller.ahead) >= llm_proxy.MAX_AHEAD
+                    for one in [*self.proxy.relay.flows, *self.proxy.relay.watches.values()]))
+                with contextlib.suppress(OSError):
+                    asked.send(rest)
+                asked.finish()
+                answered = client.read()
+                self.assertEqual((answered.status, answered.whole), (200, True))
+                self.assertEqual((client.read().status, client.ending()), (413, "closed"))
+                sender.join(PATIENCE)
+
+    def test_draining_goes_on_with_connections_for_which_no_thread_could_be_started(self):
+        self.start(None)
+        client, cut = self.connect().send(call(stream=True)), []
+        asked = self.stub.next()
+        asked.send(STREAM + chunk(event(1)))
+        client.head()
+        drainer = threading.Thread(target=lambda: cut.append(self.server.drain(PATIENCE / 2)))
+        with self.no_threads() as attempts:
+            asked.send(LAST)
+            asked.finish()
+            wait_for(lambda: attempts)
+            drainer.start()
+            wait_for(lambda: CommandsTest.refused(self.address), "the end of accepting")
+        drainer.join(PATIENCE)
+        self.assertEqual((cut, len(self.server.open)), ([0], 0))
+        self.assertEqual(self.entry()["outcome"], "ok")
+
+
+class FaultsTest(EnduranceCase):
+
+    # -- many connections
+
+    @staticmethod
+    def percentile(values, share):
+        return sorted(values)[int(len(values) * share)]
+
+    def begin_streams(self, address, number):
+        """-> pairs of (Client, Asked) whose streams have begun."""
+        pairs = []
+        for _ in range(number):
+            client = Client(address)
+            self.addCleanup(client.reset)
+            client.send(call(stream=True))
+            asked = self.stub.next()
+            asked.send(STREAM)
+            client.head()
+            pairs.append((client, asked))
+        return pairs
+
+    @staticmethod
+    def pace(pairs, rate, go_on, idle=()):
+        """Send `rate` events a second, to one stream after the other, and take them in: all in one thread, so that
+        none waits for another. -> ([seconds that an event was under way], {idle Client: when its end came})"""
+        selector, count, delays, ended, rest = selectors.DefaultSelector(), 0, [], {}, {}
+        for client in [client for client, _ in pairs] + list(idle):
+            client.sock.setblocking(False)
+            selector.register(client.sock, selectors.EVENT_READ, client)
+        began = now = time.monotonic()
+        late = None
+        while True:
+            due = began + count / rate
+            if late is None and not go_on(now, ended):
+                late = now + PATIENCE  # what was sent has yet to arrive
+            if late is not None and (len(delays) == count or now > late):
+                break
+            if late is None and now >= due:
+                pairs[count % len(pairs)][1].send(chunk(b"data: %.9f\n\n" % time.monotonic()))
+                count += 1
+            for key, _ in selector.select(max(0, due - time.monotonic()) if late is None else 0.1):
+                data = key.fileobj.recv(65536)
+                now = time.monotonic()
+                if not data:
+                    ended[key.data] = now
+                    selector.unregister(key.fileobj)
+                    continue
+                *lines, rest[key.data] = (rest.get(key.data, b"") + data).split(b"\n\n")
+                delays += [now - float(line.rpartition(b": ")[2]) for line in lines]
+            now = time.monotonic()
+        selector.close()
+        for client, _ in pairs:
+            client.sock.settimeout(PATIENCE)
+        assert len(delays) == count, "%d of %d events arrived" % (len(delays), count)
+        return delays, ended
+
+    def test_a_thousand_idle_connections_slow_no_stream_and_are_closed_on_time(self):
+        number, streams, rate = self.size((50, 5, 200), (1000, 50, 1000))
+        idle_seconds = self.size(0.3, llm_proxy.Handler.IDLE_SECONDS)
+        if self.LONG:
+            llm_proxy.raise_descriptor_limit()
+        self.launch(None, MAX_CONNECTIONS=2000)
+        self.stub.answer = lambda asked: (self.stub.waiting.put(asked), asked.over.wait())
+        with mock.patch.object(llm_proxy.Handler, "IDLE_SECONDS", idle_seconds):
+            there = self.begin_streams(("127.0.0.1", self.stub.port), streams)
+            seconds = self.size(0.1, 5)
+            direct, _ = self.pace(there, rate, lambda now, _, end=time.monotonic() + seconds: now < end)
+            before = self.resident()
+            pairs = self.begin_streams(self.address, streams)
+            idle = {}
+            for _ in range(number):
+                client = self.connect()
+                self.assertEqual(client.send(request("GET", "/health")).read("GET").status, 200)
+                idle[client] = time.monotonic()
+            during = self.resident()
+            end = time.monotonic() + idle_seconds + PATIENCE
+            delays, ended = self.pace(pairs, rate, lambda now, ended: now < end and len(ended) < number, idle)
+            lives = [ended[client] - since for client, since in idle.items() if client in ended]
+        for client, asked in there + pairs:
+            asked.send(LAST)
+            asked.over.set()
+        self.assertEqual(len(lives), number)
+        there, here = self.percentile(direct, 0.99), self.percentile(delays, 0.99)
+        self.tell("p50 %.2f ms, p99 %.2f ms, worst %.2f ms of %d events; without the proxy p50 %.2f, p99 %.2f; memory"
+                  " %.1f + %.1f MiB; idle ones closed after %.3f to %.3f s", self.percentile(delays, 0.5) * 1000,
+                  here * 1000, max(delays) * 1000, len(delays), self.percentile(direct, 0.5) * 1000, there * 1000,
+                  before, during - before, min(lives), max(lives))
+        if self.LONG:  # on a busy machine, or in one process with its callers, neither says anything
+            self.assertLessEqual(here - there, 0.020)
+            self.assertLessEqual(during - before, 60)
+        self.assertGreaterEqual(min(lives), idle_seconds - 0.1)  # the proxy began to wait a moment before we read
+        self.assert_within(idle_seconds + 1, max(lives))
+
+    # -- callers that leave
+
+    @staticmethod
+    def half_close_and_close(client):
+        client.sock.shutdown(socket.SHUT_WR)
+        client.close()
+
+    PARTS = {  # of an answer: its head, and some of its body; by whether it is a stream
+        False: (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n", b'{"choices":'),
+        True: (STREAM, chunk(event(1)))}
+
+    def during_its_upload(self, client, stream):
+        """A stream stands for a body in chunks here."""
+        framing, piece = (CHUNKED, chunk(b"x")) if stream else ("Content-Length: 1000", b"x")
+        client.send(unsized("/v1/files", framing) + piece)
+        asked = self.stub.next()
+        self.assertEqual(next(asked.reader.body(asked.fields)), b"x")
+        return asked
+
+    def before_the_answer(self, client, stream):
+        client.send(call(stream=stream))
+        asked = self.stub.next()
+        asked.read_body()
+        return asked
+
+    def before_the_first_byte(self, client, stream):
+        asked, address = self.before_the_answer(client, stream), self.proxy.routes.base.addresses[0]
+        address.last = None
+        asked.send(self.PARTS[stream][0])
+        wait_for(lambda: address.last is not None, "the reading of the head")
+        if stream:  # else the proxy waits for the whole of it
+            client.head()
+        return asked
+
+    def in_the_middle(self, client, stream):
+        asked = self.before_the_first_byte(client, stream)
+        asked.send(self.PARTS[stream][1])
+        if stream:
+            client.expect(event(1))
+            self.assertEqual(client.reader.until(b"\r\n"), b"\r\n")  # unread bytes would make a RST of the FIN
+        return asked
+
+    def test_whoever_leaves_in_whatever_phase_its_upstream_is_closed_within_a_second(self):
+        self.start(None, reads=False, MAX_TOKENS=10 ** 6)
+        phases = (self.during_its_upload, self.before_the_answer, self.before_the_first_byte, self.in_the_middle)
+        hang_ups = (self.half_close_and_close, Client.reset)
+        worst = {}
+        for turn in range(self.size(1, 20)):
+            cases = {}
+            for phase, hang_up, stream in itertools.product(phases, hang_ups, (False, True)):
+                client = self.connect()
+                cases[phase(client, stream).sock] = client, (phase.__name__, hang_up.__name__, stream), hang_up
+            self.assertEqual(self.in_flight(), len(cases))
+            watching, left, took = selectors.DefaultSelector(), {}, {}
+            for sock, (client, case, hang_up) in cases.items():
+                watching.register(sock, selectors.EVENT_READ, case)
+                hang_up(client)
+                left[case] = time.monotonic()
+            while watching.get_map():
+                found = watching.select(PATIENCE)
+                self.assertTrue(found, "still open: %r" % [key.data for key in watching.get_map().values()])
+                for key, _ in found:
+                    data = b""
+                    with contextlib.suppress(ConnectionError):
+                        data = key.fileobj.recv(65536)
+                    if not data:
+                        took[key.data] = time.monotonic() - left[key.data]
+                        watching.unregister(key.fileobj)
+            watching.close()
+            for case, seconds in took.items():
+                worst[case] = max(seconds, worst.get(case, 0))
+                with self.subTest(case, turn=turn):
+                    self.assert_within(1, seconds)
+            self.assert_within(1, self.seconds_until(lambda: not self.in_flight()))
+            health = self.ask(request("GET", "/health")).json()
+            self.assertEqual(health["upstreams"]["base"]["in_flight"], 0)
+            wait_for(lambda: len(self.lines.entries()) == len(cases) * (turn + 1), "a line for each")
+            for asked in self.stub.requests:
+                asked.finish()
+        self.assertEqual({entry["outcome"] for entry in self.lines.entries()}, {"caller_gone"})
+        self.tell("the worst of %d endings, of %d kinds, took %.3f s: %r", len(worst) * (turn + 1), len(worst),
+                  *max((took, case) for case, took in worst.items()))
+
+    def test_whoever_leaves_within_a_metered_body_was_never_heard_of_upstream(self):
+        self.start()
+        cases = list(itertools.product((False, True), (self.half_close_and_close, Client.reset)))
+        clients = [self.connect().send(call(None, "Expect: 100-continue", stream=stream)[:-5]) for stream, _ in cases]
+        self.assertEqual([client.head().status for client in clients], [100] * 4)  # so their bodies are awaited
+        for client, (_, hang_up) in zip(clients, cases):
+            hang_up(client)
+        self.assert_within(1, self.seconds_until(lambda: not self.server.open))
+        wait_for(lambda: [entry["outcome"] for entry in self.lines.entries()] == ["caller_gone"] * 4)
+        self.assertEqual((self.stub.connections, self.in_flight()), (0, 0))
+
+    # -- upstreams that are killed
+
+    ENDPOINT = """
+import socket, sys, time
+body = sys.stdin.buffer.read()
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+sock, heard = listener.accept()[0], b""
+while not heard.endswith(b"}"):
+    heard += sock.recv(65536 if sys.argv[1] == "all" else 20)
+    if sys.argv[1] == "unread":
+        break
+for start in range(0, len(body), 1000):
+    sock.sendall(body[start:start + 1000])
+print("written", flush=True)
+time.sleep(600)
+"""
+
+    def endpoint(self, reading, body):
+        """An endpoint in a process of its own, which sends `body` for an answer and then waits to be killed."""
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", self.ENDPOINT, reading],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(lambda: (process.kill(), process.wait(), process.stdout.close()))
+        process.stdin.write(body)
+        process.stdin.close()
+        return process
+
+    def test_when_an_upstream_is_killed_its_caller_has_every_byte_and_sees_the_cut(self):
+        """A killed endpoint closes with a FIN; one that left bytes unread, with a RST. By the first alone a body that
+        only closing ends looks whole, to us as to everybody (RFC 9112 6.3)."""
+        events = [event(number) for number in range(self.size(200, 20000))]
+        body, ok = b"".join(events), b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+        framings = {"chunked": STREAM + b"".join(map(chunk, events)), "until close": ok + b"\r\n" + body,
+                    "sized": ok + b"Content-Length: %d\r\n\r\n%b" % (len(body) + 1, body)}
+        cases = {(name, reading): self.endpoint(reading, data)
+                 for name, data in framings.items() for reading in ("all", "unread")}
+        worst = 0
+        for (name, reading), process in cases.items():
+            with self.subTest(name, reading=reading):
+                self.start(BASE_API_URL="http://127.0.0.1:%d" % int(process.stdout.readline()))
+                client = self.connect().send(call(stream=True))
+                client.head()
+                if reading == "unread" or self.LONG:  # some systems drop what stands before a RST
+                    client.expect(body)
+                self.assertEqual(process.stdout.readline(), b"written\n")
+                process.kill()
+                began = time.monotonic()
+                answered = client.rest()
+                took = time.monotonic() - began
+                self.assertEqual(answered.body, body)
+                self.assertEqual(answered.whole, (name, reading) == ("until close", "all"))
+                self.assert_within(1, took)
+                self.assert_within(1, self.seconds_until(lambda: not self.in_flight()))
+                self.assertEqual(self.entry()["outcome"], "ok" if answered.whole else "upstream_cut")
+                worst = max(worst, took)
+        self.tell("the worst of %d cuts came after %.3f s, behind %d bytes", len(cases), worst, len(body))
+
+    # -- upstreams that talk nonsense
+
+    @staticmethod
+    def again_and_again(start, piece):
+        """A Stub's `answer` that goes on for as long as anybody listens."""
+        def act(asked):
+            asked.send(start)
+            while True:
+                asked.send(piece)
+        return act
+
+    @staticmethod
+    def then(data, act):
+        return lambda asked: (asked.send(data), act(asked))
+
+    OK = b"HTTP/1.1 200 OK\r\n"
+    CHUNKS = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+    TWO = b"Content-Length: 2\r\n\r\n{}"
+    EVIL = b"X-Injected: evil"
+
+    def right(self):
+        """Answers that are odd, and understood all the same: -> {name: (what the Stub does, status, body, whether its
+        connection may carry another call)}"""
+        ok, two, chunks, good = self.OK, self.TWO, self.CHUNKS, answer(b"{}")
+        hints = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n" + self.EVIL + b"\r\n\r\n"
+        return {
+            "a few 103s before": (sends(hints * 3 + good, close=False), 200, b"{}", True),
+            "no status text": (sends(b"HTTP/1.1 200\r\n" + two, close=False), 200, b"{}", True),
+            "an empty status text": (sends(b"HTTP/1.1 200 \r\n" + two, close=False), 200, b"{}", True),
+            "white space around a length": (
+                sends(ok + b"Content-Length: \t 2 \t\r\n\r\n{}", close=False), 200, b"{}", True),
+            "trailers": (sends(
+                chunks + chunk(b"{}") + b"0\r\n" + self.EVIL + b"\r\n\r\n", close=False), 200, b"{}", True),
+            "what Python calls a line end": (sends(
+                ok + b"X-A: b\x85" + self.EVIL + b"\r\n" + two, close=False), 200, b"{}", True),
+            "an overlong body": (sends(ok + two + b"more", close=False), 200, b"{}", False),
+            "more behind the last chunk": (sends(
+                chunks + chunk(b"{}") + LAST + b"more", close=False), 200, b"{}", False),
+            "two answers in one write": (sends(good + answer(b"poison", "200 OK", "X-Injected: evil"), close=False),
+                                         200, b"{}", False),
+            "a 204 with a body": (sends(b"HTTP/1.1 204 No\r\n" + two, close=False), 204, b"", False),
+            "a 304 with a body": (sends(b"HTTP/1.1 304 No\r\n" + two, close=False), 304, b"", False),
+            "no framing": (sends(ok + b"\r\n{}"), 200, b"{}", False),
+            "an early answer": (lambda asked: (asked.send(good), asked.over.wait(PATIENCE), asked.read_body()),
+                                200, b"{}", False)}
+
+    def wrong(self):
+        """Answers that are none, or come to a wrong end: -> {name: what the Stub does}"""
+        ok, two, chunks, evil = self.OK, self.TWO, self.CHUNKS, self.EVIL
+        return {
+            "a short body": sends(ok + b"Content-Length: 5\r\n\r\n{}"),
+            "a short body, then a reset": self.then(ok + b"Content-Length: 5\r\n\r\n{}", Asked.reset),
+            "a reset where the end would be": self.then(ok + b"\r\n{}", Asked.reset),
+            "a bad chunk size": sends(chunks + b"XYZ\r\n{}\r\n", close=False),
+            "a negative chunk size": sends(chunks + b"-2\r\n{}\r\n", close=False),
+            "a chunk without its line end": sends(chunks + b"2\r\n{}XX0\r\n\r\n", close=False),
+            "chunks that end with LF": sends(chunks + b"2\n{}\n0\n\n", close=False),
+            "a huge chunk size": sends(chunks + b"1" + b"0" * 16 + b"\r\n{}", close=False),
+            "a huge chunk that ends": sends(chunks + b"F" * 16 + b"\r\n{}"),
+            "no last chunk": sends(chunks + chunk(b"{}")),
+            "half a last chunk": sends(chunks + chunk(b"{}") + b"0\r\n"),
+            "an endless chunk extension": self.again_and_again(chunks + b"2;", b"x" * 500),
+            "endless trailers": self.again_and_again(chunks + chunk(b"{}") + b"0\r\n", (evil + b"\r\n") * 50),
+            "a trailer with a bare LF": sends(chunks + chunk(b"{}") + b"0\r\nX: y\n" + evil + b"\r\n\r\n", close=False),
+            "two lengths": sends(ok + b"Content-Length: 3\r\n" + two, close=False),
+            "a length with a sign": sends(ok + b"Content-Length: +2\r\n\r\n{}", close=False),
+            "a length with a space": sends(ok + b"Content-Length: 0 2\r\n\r\n{}", close=False),
+            "a list of lengths": sends(ok + b"Content-Length: 2, 2\r\n\r\n{}", close=False),
+            "a huge length": sends(ok + b"Content-Length: %b\r\n\r\n{}" % (b"9" * 20), close=False),
+            "chunks and a length": sends(
+                chunks[:-2] + b"Content-Length: 12\r\n\r\n" + chunk(b"{}") + LAST, close=False),
+            "another coding": sends(ok + b"Transfer-Encoding: gzip\r\n\r\n{}", close=False),
+            "two codings": sends(chunks.replace(b"chunked", b"gzip, chunked") + chunk(b"{}") + LAST, close=False),
+            "endless 103s": self.again_and_again(b"", b"HTTP/1.1 103 Early Hints\r\n" + evil + b"\r\n\r\n"),
+            "a 101": sends(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n", close=False),
+            "a header of 70 KB": sends(ok + b"X-A: " + b"x" * 70000 + b"\r\n" + two, close=False),
+            "an endless head": self.again_and_again(ok, b"X-A: b\r\n"),
+            "an endless start line": self.again_and_again(ok[:-2], b"x" * 1000),
+            "bare LFs": sends((ok + two).replace(b"\r\n", b"\n"), close=False),
+            "NUL in a value": sends(ok + b"X-A: b\x00c\r\n" + two, close=False),
+            "a folded line": sends(ok + b"X-A: b\r\n " + evil + b"\r\n" + two, close=False),
+            "a space before the colon": sends(ok + b"X-Injected : evil\r\n" + two, close=False),
+            "status 99": sends(b"HTTP/1.1 99 No\r\n" + two, close=False),
+            "status 1000": sends(b"HTTP/1.1 1000 No\r\n" + two, close=False),
+            "HTTP/2.0": sends(b"HTTP/2.0 200 OK\r\n" + two, close=False),
+            "HTTP/0.9": sends(b"<html>It works!</html>"),
+            "another protocol": sends(b"SSH-2.0-OpenSSH_9.2\r\n", close=False),
+            "an alert of TLS": sends(b"\x15\x03\x03\x00\x02\x02\x46"),
+            "a handshake of TLS": sends(b"\x16\x03\x03\x00\x7a\x02\r\n\r\n\x03" + bytes(range(128)), close=False),
+            "nothing": Asked.close,
+            "a reset": Asked.reset,
+            "half a head": sends(ok + b"X-A: b"),
+            "half a head, then a reset": self.then(ok + b"X-A: b", Asked.reset),
+            "a bare CR in a value": sends(ok + b"X-A: b\r" + evil + b"\r\n" + two, close=False),
+            "a bare LF in a value": sends(ok + b"X-A: b\n" + evil + b"\r\n" + two, close=False),
+            "a bare CR in the status text": sends(b"HTTP/1.1 200 OK\r" + evil + b"\r\n" + two, close=False),
+            "a bare CR in a redirect": sends(
+                b"HTTP/1.1 302 Found\r\nLocation: /x\r" + evil + b"\r\n" + two, close=False),
+            "VT in a value": sends(ok + b"Content-Type: text/plain\x0b" + evil + b"\r\n" + two, close=False)}
+
+    def test_a_malformed_upstream_is_a_502_or_a_cut_at_once_and_poisons_no_later_call(self):
+        """A stream may have begun before the fault came; an answer that is waited for has not."""
+        self.start(reads=False, MAX_TOKENS=10 ** 6, MAX_BODY_BYTES=1 << 24)
+        table = [(name, *row) for name, row in self.right().items()]
+        table += [(name, act, None, None, False) for name, act in self.wrong().items()]
+        worst = 0
+        for number, ((name, act, status, body, lasting), stream) in enumerate(itertools.product(table, (False, True))):
+            with self.subTest(name, stream=stream):
+                early, second = name == "an early answer", b'{"said": %d}' % number
+                # of a body this long the sockets' buffers cannot hold all
+                data = call(stream=stream, **{"pad": "x" * (8 << 20)} if early else {})
+                acts = iter([act if early else lambda asked: (asked.read_body(), act(asked)),
+                             lambda asked: (asked.read_body(), asked.send(answer(second)))])
+                self.stub.answer = lambda asked: next(acts)(asked)
+                calls, began = self.stub.calls, time.monotonic()
+                answered = self.ask(data)
+                took = time.monotonic() - began
+                worst = max(worst, took)
+                self.assert_within(1, took)
+                self.assertNotIn("x-injected", [field for field, _ in answered.fields])
+                self.assertNotIn(b"evil", answered.body)
+                if status:
+                    self.assertEqual((answered.status, answered.body, answered.whole), (status, body, True))
+                elif answered.status != 502:
+                    self.assertEqual((stream, answered.status, answered.whole), (True, 200, False))
+                else:
+                    self.assertEqual((answered.error()["type"], answered.whole), ("upstream_error", True))
+                self.stub.requests[-1].over.set()
+                answered = self.ask(call(stream=stream))
+                self.assertEqual((answered.status, answered.body), (200, second))
+                self.assertEqual(self.stub.calls, calls + 2)
+                if not lasting:
+                    self.assertIsNot(self.stub.requests[-1].sock, self.stub.requests[-2].sock)
+        wait_for(lambda: not self.in_flight())
+        self.tell("the worst of %d answers took %.3f s", 2 * len(table), worst)
+
+    # -- a signal to stop
+
+    def streams_of(self, number, **settings):
+        """-> (a proxy in a process of its own, [(Client, Asked)] whose streams have begun)"""
+        self.stub = Stub(None)
+        self.addCleanup(self.stub.close)
+        process = self.serve(BASE_API_URL="http://127.0.0.1:%d" % self.stub.port, MAX_TOKENS=1000, **settings)
+        pairs = self.begin_streams(process.address, number)
+        for number, (client, asked) in enumerate(pairs):
+            asked.send(chunk(event(number)))
+            client.expect(event(number))
+        return process, pairs
+
+    def test_a_signal_to_stop_refuses_callers_at_once_and_lets_every_stream_end(self):
+        process, pairs = self.streams_of(self.size(5, 20))
+        process.process.send_signal(signal.SIGTERM)
+        refused = self.seconds_until(lambda: CommandsTest.refused(process.address))
+        self.assert_within(0.2, refused)
+        count = self.size(20, 1000)
+        for turn in range(count):
+            for number, (client, asked) in enumerate(pairs):
+                asked.send(chunk(event(1000 * number + turn)))
+        for number, (client, asked) in enumerate(pairs):
+            asked.send(LAST)
+            asked.finish()
+            answered = client.rest()
+            expected = event(number) + b"".join(event(1000 * number + turn) for turn in range(count))
+            self.assertEqual((answered.whole, answered.body == expected), (True, True))
+        began = time.monotonic()
+        self.assertEqual(process.wait(), 0)
+        took = time.monotonic() - began
+        self.assert_within(0.5, took)
+        self.assertFalse(process.said("Traceback"))
+        self.tell("refused after %.3f s, over %.3f s after the last of %d streams", refused, took, len(pairs))
+
+    def test_streams_that_outlive_the_drain_time_are_cut_so_that_nobody_takes_them_for_whole(self):
+        drain = self.size(0.3, 1)
+        process, pairs = self.streams_of(self.size(5, 20), DRAIN_SECONDS=drain)
+        sent, over = [event(number) for number in range(len(pairs))], threading.Event()
+
+        def go_on():
+            while not over.wait(0.005):
+                for number, (_, asked) in enumerate(pairs):
+                    sent[number] += event(number)
+                    with contextlib.suppress(OSError):
+                        asked.send(chunk(event(number)))
+        sender = threading.Thread(target=go_on, daemon=True)
+        sender.start()
+        began = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        for number, (client, _) in enumerate(pairs):
+            answered = client.rest()
+            self.assertEqual((answered.whole, sent[number].startswith(answered.body)), (False, True))
+        cut = time.monotonic() - began
+        self.assertEqual(process.wait(), 0)
+        took = time.monotonic() - began
+        over.set()
+        sender.join(PATIENCE)
+        self.assertGreaterEqual(cut, drain)
+        self.assert_within(drain + 0.5, cut)
+        self.assert_within(drain + 1, took)
+        self.assertTrue(process.said("stopped, %d calls cut" % len(pairs)))
+        self.assertFalse(process.said("Traceback"))
+        self.tell("%d streams cut %.3f s after the signal, over after %.3f s", len(pairs), cut, took)
+
+    # -- secrets
+
+    @staticmethod
+    def spellings(secret):
+        """A secret as it is, escaped, in hexadecimal, and in base64 wherever it begins there."""
+        data = secret.encode()
+        found = {data, data.hex().encode(), data.hex().upper().encode(), urllib.parse.quote(secret, safe="").encode()}
+        found |= {b"".join([form % byte for byte in data]) for form in (b"%%%02x", b"%%%02X", b"\\u%04x")}
+        for shift, first in enumerate((0, 2, 3)):  # what stands before and behind colours the outermost letters
+            text = base64.b64encode(bytes(shift) + data)[first:-4]
+            found |= {text, text.translate(bytes.maketrans(b"+/", b"-_"))}
+        return found
+
+    def assert_silent(self, places, secrets):
+        """None of the `secrets` stands in any of the `places`, {name: bytes}."""
+        for place, data in places.items():
+            for name, secret in secrets.items():
+                with self.subTest(place, secret=name):
+                    self.assertFalse([one for one in self.spellings(secret) if one in data], data)
+
+    def told(self, data):
+        """All that a caller is told, from the first byte to the end of the connection."""
+        client = self.connect().send(data.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+        with contextlib.suppress(Cut):
+            while True:
+                client.reader.more()
+        client.close()
+        return bytes(client.reader.data)
+
+    def secret_calls(self, secrets):
+        """-> {name: a request}, of every kind that comes to a different end; each carries as many secrets as it can."""
+        key, wrong = secrets["key"], secrets["wrong key"]
+        query = {name: urllib.parse.quote(secret, safe="") for name, secret in secrets.items()}
+        cookie = "Cookie: session=%(cookie)s" % secrets, "Proxy-Authorization: Basic %(cookie)s" % secrets
+        hidden = "token=%(query)s" % query
+
+        def ask(path=CHAT, *fields, method="POST", shown=key, body=None, **payload):
+            if body is None:
+                body = chat(messages=[{"role": "user", "content": secrets["prompt"]}],
+                            contents=[{"parts": [{"text": secrets["prompt"]}]}], **payload)
+            return request(method, path + ("&" if "?" in path else "?") + hidden, body, *cookie, *fields, key=shown)
+        found = {
+            "good": ask(), "stream": ask(stream=True), "legacy": ask("/v1/completions", prompt=secrets["prompt"]),
+            "unmetered": ask("/v1/files"), "a page": ask("/health", method="GET", body=b""),
+            "a key in a query": ask(CHAT + "?key=" + query["key"], shown=None),
+            "Anthropic": ask("/v1/messages", "X-Api-Key: " + key, "Anthropic-Version: 2023-06-01", shown=None),
+            "Gemini": ask("/v1beta/models/m:generateContent", "X-Goog-Api-Key: " + key, shown=None),
+            "Gemini, with a key in its query": ask(
+                "/v1beta/models/m:streamGenerateContent?key=" + query["key"], shown=None),
+            "limited": ask(max_tokens=10 ** 9), "limited stream": ask(stream=True, max_tokens=10 ** 9),
+            "limited, Anthropic": ask("/v1/messages", "X-Api-Key: " + key, shown=None, max_tokens=10 ** 9),
+            "refused above": ask(case="echo"), "failing above": ask(case="nonsense"),
+            "cut above": ask(case="cut", stream=True),
+            "down": ask("/dead/v1/chat/completions"), "no such path": ask("/dead/v1/files"),
+            "no key": ask(shown=None), "a wrong key": ask(shown=wrong),
+            "a wrong key in a query": ask("/v1/x?key=" + query["wrong key"], shown=None),
+            "a wrong key, Anthropic": ask("/v1/messages", "X-Api-Key: " + wrong, shown=None),
+            "a wrong key, Gemini": ask("/v1beta/models/m:generateContent", "X-Goog-Api-Key: " + wrong, shown=None),
+            "two keys": ask(CHAT, "X-Api-Key: " + wrong),
+            "a list with a wrong key": ask("/v1/models", method="GET", shown=wrong, body=b""),
+            "a key with a line end": ask("/v1/x?key=%s%%0d%%0aX:" % query["wrong key"], shown=None),
+            "another scheme": ask(
+                CHAT, "Authorization: Basic " + base64.b64encode(wrong.encode()).decode(), shown=None),
+            "no JSON": ask(body=b'{"messages": "%b' % secrets["prompt"].encode()),
+            "a key twice": ask(body=b'{"a": "%b", "a": 1}' % secrets["prompt"].encode()),
+            "a bad number": ask(max_tokens=secrets["prompt"]),
+            "a bad model": ask(model=[secrets["prompt"]], max_tokens=-1),
+            "a name in capitals": ask(MODEL=secrets["prompt"]), "a coded body": ask(CHAT, "Content-Encoding: gzip"),
+            "a page before": ask("/health", method="OPTIONS", body=b""),
+            "a forbidden method": ask("/x", method="TRACE", body=b"")}
+        good = found["good"]
+        found.update({
+            "a folded line": good.replace(b"Cookie:", b"X: y\r\n Cookie:"), "two of a field": good.replace(
+                b"Cookie", b"Authorization: Bearer %b\r\nCookie" % wrong.encode()),
+            "a bad length": good.replace(b"Length: ", b"Length: +"),
+            "a bad version": good.replace(b"HTTP/1.1", b"HTTP/3.1"),
+            "a user in the target": good.replace(b" /v1", b" http://user:%b@proxy.test/v1" % wrong.encode(), 1),
+            "a bad chunk": good.replace(b"Content-Length", b"Transfer-Encoding: chunked\r\nX-Length"),
+            "no HTTP": secrets["prompt"].encode() + b"\r\n\r\n"})
+        return found
+
+    def act_on_secrets(self, asked):
+        """The endpoint that shows its callers what it got, in any way it can."""
+        case = asked.json().get("case") if b'"case"' in asked.body else None
+        shown = asked.get("authorization") or ""
+        if case == "echo":
+            asked.send(answer(b'{"error": "you sent %b"}' % shown.encode(), "401 Unauthorized"))
+        elif case == "nonsense":
+            asked.send(b"HTTP/1.1 200 OK\r\nX-Key %b\r\n\r\n%b" % (shown.encode(), asked.body))
+            asked.close()
+        elif case == "cut":
+            asked.send(STREAM + chunk(event(1)))
+            asked.close()
+        else:
+            asked.send(answer(b'{"choices": [{"message": {"content": "fine"}}]}'))
+
+    def test_no_secret_is_told_in_any_log_ledger_answer_or_page(self):
+        kinds = ("base key", "key", "other key", "wrong key", "header", "prompt", "cookie", "query", "tunnel")
+        secrets = {kind: "cnry+" + os.urandom(16).hex() for kind in kinds}  # the + has to be escaped in a URL
+        with socket.socket() as bound, tempfile.TemporaryDirectory() as folder:
+            bound.bind(("127.0.0.1", 0))  # and does not listen
+            dead = "127.0.0.1:%d" % bound.getsockname()[1]
+            settings = {"BASE_API_KEY": secrets["base key"], "PROXY_API_KEYS": "alice=" + secrets["key"],
+                        "UPSTREAM_DEAD_URL": "http://" + dead, "UPSTREAM_DEAD_KEY": secrets["other key"],
+                        "UPSTREAM_DEAD_HEADERS": "X-Secret: " + secrets["header"]}
+            places = {}
+            for form, reply in (("text", "assistant"), ("json", "error")):
+                path, usage_log = (os.path.join(folder, form + name) for name in (".db", ".log"))
+                self.start(self.act_on_secrets, LOG_FORMAT=form, LIMIT_REPLY=reply, DATABASE=path, USAGE_LOG=usage_log,
+                           TOKEN_COST_MODE="estimate", RESPONSE_TOKEN_RESERVE=1, MAX_TOKENS=10 ** 6, **settings)
+                for name, data in self.secret_calls(secrets).items():
+                    told = self.told(data)
+                    self.assertTrue(told.startswith(b"HTTP/1.1 "), name)
+                    if name == "refused above":
+                        # What an upstream says of the key it was shown is its own word, and passes untouched: its body
+                        # alone is left out here, and must hold the key, or this call would test nothing.
+                        head, _, body = told.partition(b"\r\n\r\n")
+                        self.assertIn(secrets["base key"].encode(), body)
+                        told = head
+                    places["%s: %s" % (form, name)] = told
+                self.ask(call(secrets["key"], "X-Request-ID: the-last"))
+                wait_for(lambda: b"the-last" in self.lines.data, "the last line")
+                self.proxy.books.close(PATIENCE)  # which writes the buckets, too
+                self.assertEqual(LedgerCase.rows(path)[-1]["id"], "the-last")
+                self.proxy.books.usage_log.stream.close()
+                self.assertIn(b"the-last", self.contents(usage_log))
+                places[form] = self.lines.data
+            here = dict(settings, BASE_API_URL="http://127.0.0.1:%d/v1" % self.stub.port, BASE_MODEL="m")
+            far = dict(here, UPSTREAM_FAR_URL="https://" + dead, UPSTREAM_FAR_KEY=secrets["other key"],
+                       HTTPS_PROXY="http://user:%s@%s" % (secrets["tunnel"], dead))
+            faulty = {name: secret + " \xe4" for name, secret in settings.items() if name != "UPSTREAM_DEAD_URL"}
+            faulty.update(UPSTREAM_DEAD_HEADERS="X(Y): " + secrets["header"], UPSTREAM_FAR_URL="https://" + dead,
+                          BASE_API_URL="http://user:%(base key)s@127.0.0.1/v1" % secrets,
+                          HTTPS_PROXY="http://user:%(tunnel)s@:x" % secrets)
+            commands = {"--help": self.command("--help", **far), "--check": self.command("--check", **far),
+                        "faults": self.command("--check", **faulty),
+                        "usage": self.command("usage", "--json", DATABASE=path)}
+            serving = self.serve(**here)
+            for path in ("/health", "/v1/models"):
+                client = Client(serving.address)
+                client.send(request("GET", path, b"", "Connection: close", key=secrets["key"]))
+                places["process: " + path] = client.read("GET").body
+                client.close()
+            serving.process.send_signal(signal.SIGTERM)
+            for name, process in [("a process", serving), *commands.items()]:
+                _, out, err = process.finish()
+                places[name] = (out + err).encode()
+                self.assertNotEqual(places[name], b"")
+            for name in os.listdir(folder):
+                places[name] = self.contents(os.path.join(folder, name))
+            self.assert_silent(places, secrets)
+        asked = b"".join([asked.head + asked.body for asked in self.stub.requests])
+        self.assertTrue(all(secrets[kind].encode() in asked for kind in ("base key", "prompt")))  # so they were there
+        self.tell("%d places hold none of %d secrets", len(places), len(secrets))
+
+    @staticmethod
+    def contents(path):
+        with open(path, "rb") as file:
+            return file.read()
+
+    # -- ways around a limit
+
+    FORGED = ["X-Forwarded-For: ", "Forwarded: for=", "X-Real-IP: ", "True-Client-IP: ", "X-Client-IP: ",
+              "CF-Connecting-IP: ", "X-Forwarded-For: 127.0.0.1, "]
+    SPELLINGS = PathsTest.SAME_ENDPOINT + [
+        "/openai/deployments/x/chat/completions", "/openai/deployments/x/chat/completions?api-version=1",
+        "/base" + CHAT, "/base/v1//chat/completions", "/v1/v1/chat/completions", "/api/v1/chat/completions",
+        "/v1/beta/chat/completions", "/V1/chat/completionS", "/v1/chat/%43OMPLETIONS", CHAT + "%2f%2e", CHAT + "/%00",
+        "/v1/chat%2500/completions", "/v1/%5c/chat/completions", CHAT + ";a=1;b=2", CHAT + "%253Bx", "/v1/messages",
+        "/v1/responses", "/v1/embeddings", "/v1beta/models/m:generateContent", "/v1/m:STREAMgeneratecontent"]
+
+    def test_no_invented_key_forged_address_or_spelling_gets_more_than_the_rule_allows(self):
+        self.start(LIMITS="address 5 requests per hour")
+        number, seen = itertools.count(), []
+
+        def invent():
+            client = Client(self.address)
+            for count in iter(number.__next__, None):
+                if count >= self.size(60, 1000):
+                    return client.close()
+                forged = self.FORGED[count % len(self.FORGED)] + "10.1.%d.%d" % divmod(count, 256)
+                client.send(call("invented-%d" % count if count % 3 else None, forged))
+                seen.append(b"limit reached" in client.read().body)
+        threads = [threading.Thread(target=invent, daemon=True) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual((self.stub.calls, seen.count(False), len(seen)), (5, 5, self.size(60, 1000)))
+        body = chat(prompt="x", input="x", contents=[{"parts": [{"text": "x"}]}])
+        for path in self.SPELLINGS:
+            for version in ("1.1", "1.0"):
+                with self.subTest(path=path, version=version):
+                    data = request("POST", path, body, "X-Forwarded-For: 10.9.9.9", key="k" + version, version=version)
+                    answered = self.ask(data)
+                    self.assertIn("limit reached" if answered.status == 200 else '"error"', answered.body.decode())
+                    self.assertEqual(self.stub.calls, 5)
+        client = self.connect().send(call("a") * 20)  # in one segment
+        self.assertEqual({client.read().status for _ in range(20)}, {200})
+        self.assertEqual(self.stub.calls, 5)
+        self.assertEqual(len(self.proxy.limits.buckets.levels), 1)  # that of 127.0.0.1, and none of a forged address
+        self.assertEqual(self.left(), 0)
+
+    def test_nobody_touches_the_bucket_of_a_caller_whose_name_or_address_is_spelled_as_a_key(self):
+        self.start(MAX_TOKENS=10)
+        ways = ([dict(key=text) for text in ("127.0.0.1", "address", "address=127.0.0.1", "('address', '127.0.0.1')")] +
+                [dict(field=name + ": 127.0.0.1") for name in ("X-Api-Key", "X-Goog-Api-Key")] +
+                [dict(path="?key=127.0.0.1"), dict(path="?KEY=127.0.0.1")] +
+                [dict(key="mine", field=row + "127.0.0.1") for row in self.FORGED])
+        for way in ways:
+            for _ in range(3):
+                fields = [way["field"]] if "field" in way else []
+                self.ask(request("POST", CHAT + way.get("path", ""), chat(), *fields, key=way.get("key")))
+            with self.subTest(**way):
+                self.assertEqual(self.left(), 10)
+        self.assertEqual(self.stub.calls, 10 + 3 * 3 + 10)  # 127.0.0.1 in five spellings, 3 more, and mine
+        for row in self.FORGED * 3:  # and a victim cannot be somebody else either
+            self.ask(call(None, row + "10.1.2.3"))
+        self.assertEqual((self.stub.calls, self.left()), (29 + 10, 0))
+
+    def test_no_spelling_of_a_maximum_gets_more_than_an_estimate_allows(self):
+        """Each is refused (400), or limited as what it says costs more than there is. Read as nothing said, each would
+        get in for a token: and an upstream in Go reads names in any case, with the long s and the sign for Kelvin."""
+        self.start(TOKEN_COST_MODE="estimate", MAX_TOKENS=100, RESPONSE_TOKEN_RESERVE=1, LIMIT_REPLY="error")
+        odd = (-1, -10 ** 30, 1.5, 1e2, -0.0, "1", "", True, False, [1], {}, {"x": 1})
+        bodies = [chat(**{name: value}) for value in odd for name in ("max_tokens", "max_completion_tokens")]
+        bodies += [chat(max_tokens=value) for value in (10 ** 30, 2 ** 31, 2 ** 63, 2 ** 64, 98)]
+        bodies += [chat(**{name: 1000}) for name in (
+            "MAX_TOKENS", "Max_Tokens", "max_Tokens", "max_to\u212aens", "max_token\u017f", "MAX_COMPLETION_TOKENS",
+            "max_Completion_tokens", "Model", "MODEL", "Stream", "STREAM")]
+        head, one, many = chat()[:-1], b', "max_tokens": 1', b', "max_tokens": 1000'
+        bodies += [head + rest + b"}" for rest in (
+            one + many, many + one, one + b', "max\\u005ftokens": 1000', one + b', "max_tokens": null',
+            b', "max_tokens": NaN', b', "max_tokens": Infinity', b', "max_tokens": 1e999', b', "max_tokens": 01',
+            b', "max_tokens": +1', b', "max_tokens": 0x1', one + b', "model": "other"',
+            b', "max_tokens": ' + b"9" * 5000)]
+        whole = chat(max_tokens=1)
+        bodies += [whole + b"{}", b"[%b]" % whole, b"\xef\xbb\xbf" + whole, whole.decode().encode("utf-16"),
+                   whole[:-1] + b",}", b"/**/" + whole]
+        for body in bodies:
+            with self.subTest(body=body[-80:]):
+                answered = self.ask(request("POST", CHAT, body, key="attacker"))
+                self.assertIn(answered.status, (400, 429))
+                self.assertEqual((self.stub.calls, self.left("attacker")), (0, 100))
+        self.assertEqual(self.ask(request("POST", CHAT, chat(max_tokens=47), key="attacker")).status, 200)
+        self.assertEqual((self.stub.calls, self.left("attacker"), self.left()), (1, 50, 100))
+        self.assertEqual(self.ask(request("POST", CHAT, chat(max_tokens=48), key="attacker")).status, 429)
+        self.assertEqual(self.stub.calls, 1)
+
+    # -- all of it at once
+
+    FAULTS = {  # what goes wrong -> what the caller is told, or sees
+        "refused": 502, "reset": 502, "500": 500, "cut": "cut", "malformed": 502, "slow": "right",
+        "fin": "gone", "rst": "gone", "bad": 400, "half, fin": "gone", "half, rst": "gone"}
+
+    @staticmethod
+    def said(identity):
+        """What the endpoint says to the call of this name: up to 35 KB that no other call is told."""
+        digest = hashlib.sha256(identity.encode()).digest()
+        return (b"data: " + digest.hex().encode() + b"\n\n") * (1 + int.from_bytes(digest[:2], "big") % 480), digest[2]
+
+    def act(self, asked):
+        """The endpoint, with every fault that one can have. It holds nothing of what is over."""
+        fault, (body, kind) = asked.json().get("fault"), self.said(asked.get("x-request-id"))
+        del self.stub.requests[:]
+        half = STREAM + chunk(body[:len(body) // 2])
+        if fault == "slow":
+            time.sleep(0.05)
+        if fault == "reset":
+            asked.reset()
+        elif fault == "500":
+            asked.send(answer(body, "500 Internal Server Error"))
+        elif fault == "malformed":
+            sends(b"HTTP/1.1 2OO OK\r\n\r\n" + body)(asked)
+        elif fault == "cut":
+            asked.send(half)
+            (Asked.close if kind % 2 else Asked.reset)(asked)
+        elif fault in ("fin", "rst"):
+            asked.send(half)
+            asked.wait_for_hang_up()
+            asked.close()
+        elif kind % 3 == 0:
+            asked.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        elif kind % 3 == 1:
+            asked.send(STREAM + b"".join(map(chunk, body.splitlines(True))) + LAST)
+        else:
+            sends(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + body)(asked)
+
+    def soaked_call(self, client, identity, fault):
+        """-> what its caller saw: 'right', 'wrong', 'cut', 'gone', or a status that is not 200"""
+        path, name = "/dead" + CHAT if fault == "refused" else CHAT, "X-Request-ID: " + identity
+        body = chat(fault=fault, stream=self.said(identity)[1] % 2 == 0)
+        data = request("POST", path, body, name, key=identity.partition(":")[0])
+        if fault == "bad":
+            return client.send(data.replace(b"Content-Length: ", b"Content-Length: +")).read().status
+        if fault in ("half, fin", "half, rst"):
+            client.send(request("POST", path, body, name, "Expect: 100-continue")[:-len(body)])
+            assert client.head().status == 100  # so it waits for the body now
+            client.send(body[:-5])
+            (Client.reset if fault == "half, rst" else self.half_close_and_close)(client)
+            return "gone"
+        answered, (expected, _) = client.send(data).head(), self.said(identity)
+        if fault in ("fin", "rst"):
+            client.expect(expected[:len(expected) // 2])
+            (Client.reset if fault == "rst" else self.half_close_and_close)(client)
+            return "gone"
+        client.rest()
+        if answered.status != 200:
+            return answered.status
+        if not answered.whole:
+            return "cut" if expected.startswith(answered.body) else "wrong"
+        same = hashlib.sha256(answered.body).digest() == hashlib.sha256(expected).digest()
+        return "right" if same else "wrong"
+
+    def soak(self, number, end, seen):
+        """One caller, until `end`. What it saw goes into `seen`: {identity of a call: (fault, what was seen)}"""
+        chance, client = random.Random(number), None
+        for count in itertools.count():
+            if time.monotonic() > end:
+                break
+            fault = chance.choice(sorted(self.FAULTS)) if chance.random() < 0.1 else None
+            identity = "soak-%d:%d" % (number, count)
+            try:
+                client = client or Client(self.address)
+                seen[identity] = fault, self.soaked_call(client, identity, fault)
+            except Exception as reason:
+                seen[identity] = fault, "wrong: %r" % reason
+            if fault or chance.random() < 0.1 or not seen[identity][1] == "right":
+                client = client.close()
+            time.sleep(chance.random() * self.size(0, 0.2))  # callers read, too
+        if client:
+            client.close()
+
+    def left_open(self):
+        """-> descriptors and threads of the proxy's process, where the system tells. Those that are only kept for a
+        moment, so that a last answer can be read, do not count."""
+        if not os.path.isdir("/proc/self/fd"):
+            return 0, 0
+        if not self.LONG:
+            self.proxy.routes.close_stale(everything=True)
+            gc.collect()
+        kept = 0 if self.LONG else len(self.server.turned_away)
+        return len(os.listdir("/proc/%d/fd" % self.pid)) - kept, len(os.listdir("/proc/%d/task" % self.pid))
+
+    def test_a_tenth_of_faults_spoils_no_other_call_and_leaves_nothing_behind(self):
+        seconds, seen, samples, threads = self.size(0.8, 300), {}, [], []
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))  # and does not listen
+            self.launch(self.act, UPSTREAM_DEAD_URL="http://127.0.0.1:%d" % bound.getsockname()[1],
+                        BREAKER_FAILURES=10 ** 6)
+            before, end = self.left_open(), time.monotonic() + seconds
+            for number in range(self.size(8, 50)):
+                threads.append(threading.Thread(target=self.soak, args=(number, end, seen), daemon=True))
+                threads[-1].start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(1)
+                    samples.append(self.resident())
+            wait_for(lambda: all(now <= then for now, then in zip(self.left_open(), before)),
+                     "the return to %d and %d" % before)
+        wrong = {identity: row for identity, row in seen.items() if row[1] != self.FAULTS.get(row[0], "right")}
+        self.assertFalse(wrong)
+        faults = collections.Counter(fault for fault, _ in seen.values())
+
+        def lines():
+            rows = [json.loads(row) for row in self.logged().splitlines(True) if row.endswith("\n")]
+            return collections.Counter(row["id"] if row["path"] else "bad" for row in rows if "outcome" in row)
+        expected = collections.Counter("bad" if fault == "bad" else identity for identity, (fault, _) in seen.items())
+        wait_for(lambda: sum(lines().values()) >= len(seen), "a line for each call")
+        self.assertEqual(lines(), expected)
+        self.assertNotIn("Traceback", self.logged())
+        growth = max(samples[60:] or [0]) - (samples[60:] or [0])[0]
+        self.tell("%d calls, %d of them with faults: %s; memory %.1f MiB, %.1f at the end, at most %.1f more than after"
+                  " a minute; descriptors and threads %r, then %r", len(seen), len(seen) - faults.pop(None, 0),
+                  dict(faults), samples[0], samples[-1], growth, before, self.left_open())
+        if self.LONG:
+            self.assertLessEqual(growth, 10)
+
+
 if __name__ == "__main__":
+    if "--soak" in sys.argv:
+        sys.argv.remove("--soak")
+        EnduranceCase.LONG = True
+        unittest.main(defaultTest=["DoorTest", "FaultsTest"], verbosity=2)
     unittest.main()
