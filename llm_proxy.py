@@ -2087,17 +2087,17 @@ class Listener:
     from the caller that it did not ask for."""
     MAX_JSON, JSON_END, MAX_EVENTS, MAX_HELD = 1 << 18, 8192, 65536, 16384
 
+    size = characters = 0
+    final = dropped = False
+    held = b""
+    density: Optional[float] = None  # characters of text per byte of events
+    counts: Optional[Dict[str, Any]] = None
+
     def __init__(self, call: Call, streamed: bool, readable: bool):
-        self.dialect, self.streamed, self.readable = call.dialect, streamed, readable
-        self.flat = call.endpoint in ("chat", "completions")
-        self.wordless = call.endpoint in WORDLESS  # numbers and pictures are no text
+        self.dialect, self.endpoint, self.streamed, self.readable = call.dialect, call.endpoint, streamed, readable
         self.hiding = streamed and call.added
         self.pieces: List[bytes] = []
-        self.size = self.characters = 0
-        self.room, self.dropped = self.MAX_EVENTS if streamed else self.MAX_JSON, False
-        self.counts: Dict[str, Any] = {}
-        self.final, self.held = False, b""
-        self.density: Optional[float] = None  # characters of text per byte of events
+        self.room = self.MAX_EVENTS if streamed else self.MAX_JSON
 
     def feed(self, payload: bytes) -> bytes:
         """-> what of it goes on to the caller."""
@@ -2187,14 +2187,14 @@ class Listener:
         """Characters of text that passed."""
         data = b"".join(self.pieces)
         self.pieces, self.size = [], 0
-        if self.wordless:
+        if self.endpoint in WORDLESS:  # numbers and pictures are no text
             return 0
         self.characters += 0 if self.dropped else self.count(data) if self.readable else len(data)
         return self.characters
 
     def count(self, data: bytes) -> int:
         if self.streamed:
-            if self.flat:
+            if self.endpoint in ("chat", "completions"):
                 return spoken_in_chunks(data)
             return sum([self.dialect.spoken(parse_event(line)) for line in data.split(b"\n")
                         if line[:5] == b"data:"])
@@ -4734,15 +4734,16 @@ class Reply:
     says that the connection cannot carry another request."""
     WHOLE_SECONDS, MAX_WHOLE = 10, 1 << 18
 
+    begun = closing = unframed = reset = early = False
+    request: Optional[Request] = None
+    body: Optional[RequestBody] = None
+    call: Optional[Call] = None
+    slot: Optional[Slot] = None  # its place in line
+    patience = end = math.inf    # seconds that the caller has for a wait; when the call is to be over
+    started = 0                  # unix nanoseconds, when the request's head was there
+
     def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, room: Room, entry: Entry):
         self.caller, self.watch, self.proxy, self.room, self.entry = caller, watch, proxy, room, entry
-        self.request: Optional[Request] = None
-        self.body: Optional[RequestBody] = None
-        self.call: Optional[Call] = None
-        self.begun = self.closing = self.unframed = self.reset = self.early = False
-        self.slot: Optional[Slot] = None    # its place in line
-        self.patience = self.end = math.inf # seconds that the caller has for a wait; when the call is to be over
-        self.started = 0  # unix nanoseconds, when the request's head was there
 
     def take(self, request: Request) -> None:
         """Take the head of the request that is to be answered."""
