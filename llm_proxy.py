@@ -154,6 +154,10 @@ def line(text: str) -> str:
     raise ValueError("must be one line of printable text")
 
 
+def host(text: str) -> str:
+    return line(text).strip("[]")
+
+
 def credential(text: str) -> str:
     if re.fullmatch("[!-~]+", text):
         return text
@@ -180,19 +184,23 @@ def endpoints(text: str) -> List[Endpoint]:
 def networks(text: str) -> List[Any]:
     """'10.0.0.0/8, ::1' -> the networks."""
     try:
-        return [ipaddress.ip_network(part.strip()) for part in text.split(",")]
+        found = [ipaddress.ip_network(part.strip()) for part in text.split(",")]
+        return [ipaddress.ip_network((int(one[0]) & 0xffffffff, one.prefixlen - 96))
+                if one.version == 6 and one.prefixlen >= 96 and one[0].ipv4_mapped else one for one in found]
     except ValueError:
         raise ValueError("must be addresses or networks such as 10.0.0.0/8 or ::1, separated by commas") from None
 
 
+MEANT_OTHERWISE = re.compile(
+    r"(?i)host|connection|keep-alive|te|trailer|upgrade|expect|origin|cookie2?|user-agent|accept(-.*)?|content-.*"
+    r"|transfer-encoding|authorization|proxy-.*|access-control-.*|anthropic-.*|openai-.*|x-(goog-)?api-key|x-request-id"
+    r"|x-forwarded-for|x-llm-proxy-.*")
+
+
 def field_name(text: str) -> str:
-    if re.fullmatch("[A-Za-z0-9-]{1,64}", text) and text.lower() not in OURS:
+    if re.fullmatch("[A-Za-z0-9-]{1,64}", text) and not MEANT_OTHERWISE.fullmatch(text):
         return text.lower()
-    raise ValueError("must be the name of a header field that nothing else is read from")
-
-
-OURS = ("host", "connection", "content-length", "transfer-encoding", "content-type", "expect", "authorization",
-        "x-api-key", "x-goog-api-key", "cookie", "x-forwarded-for")
+    raise ValueError("must be the name of a header field that means nothing else")
 
 
 def weights(text: str) -> Dict[str, int]:
@@ -343,7 +351,7 @@ def rule(text: str) -> Rule:
                           % (text, "the word '%s'" % word if word else "the end", right))
 
     words = text.split(" ") + [""] * 7
-    scopes = tuple(tuple((part + ":").split(":")[:2]) for part in words[0].split(","))
+    scopes = tuple(part.partition(":")[::2] for part in words[0].split(","))
     kinds = ["caller" if kind in ("each", "key") else kind for kind, _ in scopes]
     for part in words[0].split(","):
         if not SCOPE.fullmatch(part):
@@ -441,8 +449,10 @@ SETTINGS = {
         Setting("UPSTREAM_RETRIES", "0", whole(0, 10),
                 "how often a 429 or 503 is asked again that says Retry-After 5 s or less"),
         Setting("UPSTREAM_CA_FILE", None, ca_file, "certificates (PEM) that https upstreams are checked against"),
-        Setting("UPSTREAM_TLS_VERIFY", "on", choice("on", "off"), "off: do not check them; whoever is in between reads all"),
-        Setting("HTTPS_PROXY", None, tunnel, "proxy through which https upstreams are reached, by CONNECT", secret=True),
+        Setting("UPSTREAM_TLS_VERIFY", "on", choice("on", "off"),
+                "off: do not check them; whoever is in between reads all"),
+        Setting("HTTPS_PROXY", None, tunnel,
+                "proxy through which https upstreams are reached, by CONNECT", secret=True),
         Setting("NO_PROXY", None, line, "hosts that are reached without it, by commas"),
     ),
     "Before a busy upstream": (
@@ -458,7 +468,7 @@ SETTINGS = {
                 "a comment in every pause of a stream that is so long; 0: off"),
     ),
     "Where callers come in": (
-        Setting("HOST", "0.0.0.0", line, "address to listen on; ::, for IPv6 and IPv4"),
+        Setting("HOST", "0.0.0.0", host, "address to listen on; ::, for IPv6 and IPv4"),
         Setting("PORT", "8899", whole(1, 65535), "port to listen on"),
         Setting("PROXY_API_KEYS", None, proxy_keys,
                 "keys that may call, as key or name=key, by commas; unset: anyone", secret=True),
@@ -522,7 +532,8 @@ UPSTREAM_SETTINGS = (
     Setting("UPSTREAM_NAME_MODEL", None, line, "replaces the model that calls ask it for"),
     Setting("UPSTREAM_NAME_DIALECT", None, choice("openai", "anthropic", "gemini"), "the API it speaks [openai]"),
     Setting("UPSTREAM_NAME_MAX_CONCURRENCY", "0", whole(0, 10 ** 6), "as MAX_CONCURRENCY"),
-    Setting("UPSTREAM_NAME_HEADERS", None, header_lines, "header fields for it, 'Name: value | Name: value'", secret=True),
+    Setting("UPSTREAM_NAME_HEADERS", None, header_lines,
+            "header fields for it, 'Name: value | Name: value'", secret=True),
 )
 UPSTREAM_BY_SUFFIX = {setting.name[len("UPSTREAM_NAME_"):]: setting for setting in UPSTREAM_SETTINGS}
 UPSTREAM_VARIABLE = re.compile("UPSTREAM_([A-Z0-9_]*?)_(%s)" % "|".join(UPSTREAM_BY_SUFFIX))
@@ -559,7 +570,7 @@ def is_secret(name: str) -> bool:
 
 def spell_fault(name: str, setting: Setting, text: str, fault: ValueError) -> str:
     return "%s %s (got %s)" % (
-        name, fault, "a value not shown here" if setting.secret or "@" in text else repr(text))
+        name, fault, "a value not shown here" if setting.secret or "@" in text or "-----" in text else repr(text))
 
 
 def read_upstreams(found: Dict[str, str], faults: List[str]) -> Tuple[List[UpstreamConfig], Dict[str, str]]:
@@ -715,7 +726,8 @@ def read_config(environ: Dict[str, str], dotenv: str = "") -> Config:
         try:
             server_context(values["tls_cert_file"], values.get("tls_key_file"))
         except (OSError, ValueError) as failure:
-            faults.append("TLS_CERT_FILE and TLS_KEY_FILE must be a certificate and its key: %s" % failure)
+            faults.append("TLS_CERT_FILE and TLS_KEY_FILE must be a certificate and its key, not encrypted: %s"
+                          % failure)
     elif values.get("tls_key_file"):
         faults.append("TLS_KEY_FILE needs TLS_CERT_FILE")
     if faults:
@@ -920,6 +932,9 @@ def split_query(query: str) -> Tuple[List[str], str]:
             "&".join([part for part, name, _ in parts if name.strip().lower() != "key"]))
 
 
+HOP = re.compile(r"\s*(?:\[([^]]+)\](?::\d+)?|([\d.]+)(?::\d+)?|([0-9A-Fa-f:.]+(?:%[\w.]+)?))\s*")
+
+
 def plain_ip(host: str) -> Any:
     """An IP address; one of IPv4 that was mapped into IPv6 is one of IPv4. Raises ValueError."""
     ip = ipaddress.ip_address(host.partition("%")[0])
@@ -1002,7 +1017,7 @@ class Callers:
             return address_of(peer)
         host = peer
         for hop in reversed(head.get("x-forwarded-for", "").split(",")[-self.MAX_HOPS:]):
-            match = re.fullmatch(r"\s*(?:\[([0-9A-Fa-f:.]+)\](?::\d+)?|([\d.]+)(?::\d+)?|([0-9A-Fa-f:.]+))\s*", hop)
+            match = HOP.fullmatch(hop)
             try:
                 host = str(plain_ip(match[1] or match[2] or match[3]))
             except (TypeError, ValueError):
@@ -1012,12 +1027,16 @@ class Callers:
         return address_of(host)
 
     def person(self, head: Any, caller: Caller) -> Caller:
-        """The one that a trusted proxy speaks for: a caller of its own, named KEY/PERSON."""
+        """The one that a trusted proxy speaks for: a caller of its own, named KEY/PERSON, or -/PERSON without a key."""
         name = head.get(self.caller_header, "") if self.caller_header else ""
         if not name:
             return caller
-        digest = hashlib.sha256(repr((caller.key, name)).encode()).digest()
-        return Caller(("key", digest), "%s/%s" % (caller.label, urllib.parse.quote(name[:64], safe="@:+", encoding="latin-1")))
+        key, label = (caller.key, caller.label) if caller.key[0] == "key" else (None, "-")
+        digest = hashlib.sha256(repr((key, name)).encode())
+        if len(name) > 64:
+            name = "%s~%s" % (name[:55], digest.hexdigest()[:8])
+        name = urllib.parse.quote(name, safe="@:+~", encoding="latin-1")
+        return Caller(("key", digest.digest()), "%s/%s" % (label, name))
 
     def identify(self, credential: Optional[bytes], address: str) -> Caller:
         """Raises Unauthorized where keys are asked for and `credential` is none of them."""
@@ -1559,8 +1578,8 @@ class Call:
     `prefix` names the upstream where the path did. `model` is what the caller asked for, `wanted` what that stands
     for, and `served` what the upstream is asked for, with the body `outgoing`; `added` says that we ask for usage
     there, and the caller did not."""
-    __slots__ = ("dialect", "endpoint", "free", "prefix", "path", "query", "payload", "body", "model", "wanted", "served",
-                 "outgoing", "stream", "added")
+    __slots__ = ("dialect", "endpoint", "free", "prefix", "path", "query", "payload", "body", "model", "wanted",
+                 "served", "outgoing", "stream", "added")
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None):
@@ -2723,9 +2742,16 @@ class Passage:
         whole_body = not reset and self.framing.end_of_stream()
         rest = self.listener.rest() if self.listener else b""
         self.passed += len(rest)
+        if self.tail is not None:
+            self.tail = (self.tail + rest)[-4:]
         if self.style == self.CHUNKED:
             rest = chunk(rest) + (LAST_CHUNK if whole_body else b"")
         return whole_body, rest
+
+
+def hung_up(connection: Connection) -> bool:
+    """Whether the other side closed it, as far as that shows while nothing is read."""
+    return bool(ready(0, (connection.descriptor, HANGUP if PATIENT else 0)))
 
 
 class Watch:
@@ -2743,7 +2769,7 @@ class Watch:
         self.listening: Optional[Connection] = None
         self.pausing: Optional[threading.Event] = None
         self.gone = self.bounded = False
-        self.speak: Callable[[], None] = id
+        self.speak: Optional[Callable[[], None]] = None
         self.speak_at = math.inf
 
     def renew(self) -> None:
@@ -2755,7 +2781,8 @@ class Watch:
             if self.relay:
                 self.relay.look_after(self)
 
-    def bound(self, until: float = math.inf, speak_at: float = math.inf, speak: Callable[[], None] = id) -> None:
+    def bound(self, until: float = math.inf, speak_at: float = math.inf,
+              speak: Optional[Callable[[], None]] = None) -> None:
         """No wait goes on beyond `until`; `speak` is called when one lasts until `speak_at`, and every SPEAK_SECONDS
         from then on."""
         self.until, self.speak_at, self.speak = until, speak_at, speak
@@ -2860,8 +2887,12 @@ class Watch:
         raise CallerGone()
 
     def glance(self) -> None:
-        if self.caller and self.left is None and len(self.caller.ahead) < MAX_AHEAD and self.caller.readable(0):
-            self.look(True)
+        if self.caller and self.left is None:
+            if len(self.caller.ahead) >= MAX_AHEAD:
+                if hung_up(self.caller):
+                    raise CallerGone()
+            elif self.caller.readable(0):
+                self.look(True)
         if self.left is not None and self.clock.monotonic() > self.left + self.HALF_CLOSE_SECONDS:
             raise CallerGone()
 
@@ -2895,7 +2926,7 @@ class Flow:
     SLOW_READER_SECONDS = 60
 
     __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "until", "pulse", "heard", "spoke", "left",
-                 "unsent", "watching", "ending", "then")
+                 "unsent", "watching", "ending", "then", "all_here")
 
     def __init__(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float,
                  until: float = math.inf, pulse: float = math.inf):
@@ -2904,6 +2935,8 @@ class Flow:
         self.until, self.pulse, self.spoke = until, pulse, 0.0
         self.relay: Optional["Relay"] = None
         self.then: Callable[[str], None] = id
+        # called when the upstream has done its part, though a slow caller has not taken all of it
+        self.all_here: Callable[[], None] = bool
         # when the upstream last sent, or a slow caller last took, something
         self.heard = 0.0
         # when the caller closed its sending side
@@ -2981,6 +3014,8 @@ class Flow:
         if sent:
             self.heard = self.relay.now
         self.unsent = data[sent:]
+        if self.ending:
+            self.all_here()
         self.watch()
 
     def at_caller(self, events: int) -> None:
@@ -3004,6 +3039,8 @@ class Flow:
             self.end("caller_gone")
         elif self.unsent and now >= self.heard + self.SLOW_READER_SECONDS:
             self.end("caller_gone")
+        elif self.left is None and len(self.caller.ahead) >= MAX_AHEAD and hung_up(self.caller):
+            self.end("caller_gone")  # nobody reads what it sends, so it is looked at
         elif now >= self.until or (not self.unsent and now >= self.heard + self.read_timeout):
             self.end("upstream_cut")
         elif not self.unsent and now >= max(self.heard, self.spoke) + self.pulse:
@@ -3015,6 +3052,8 @@ class Flow:
     def end(self, ending: str) -> None:
         """Let go of both sockets and tell `then`, once."""
         watching, then = self.watching, self.then
+        if self.unsent:
+            self.passage.tail = None  # what the caller has ends anywhere: nothing more can be put in
         self.unsent, self.ending, self.watching, self.then = b"", ending, {}, id
         self.relay.flows.discard(self)
         try:
@@ -3143,7 +3182,7 @@ class Crowd:
 
     def __init__(self, most: int, per_caller: int, seconds: float):
         self.most, self.per_caller, self.seconds = most, per_caller, seconds
-        self.lock, self.waiting = threading.Lock(), 0
+        self.lock, self.waiting, self.over = threading.Lock(), 0, False
         self.by_caller: Dict[Any, int] = {}
 
     def add(self, caller: Any, number: int) -> None:
@@ -3157,20 +3196,25 @@ class Crowd:
 
 
 class Guest:
-    """A caller with calls that run or wait. `due` is when its next one begins, on the Line's own clock."""
-    __slots__ = ("key", "weight", "due", "running", "waiting")
+    """A caller with calls that run, wait or were let in just now. `due` is when its next one begins, on the Line's own
+    clock; `last` is the number of the last that began."""
+    __slots__ = ("key", "weight", "due", "last", "running", "waiting")
 
     def __init__(self, key: Any, weight: int, due: float):
-        self.key, self.weight, self.due, self.running = key, weight, due, 0
+        self.key, self.weight, self.due, self.last, self.running = key, weight, due, 0, 0
         self.waiting: "collections.deque[Slot]" = collections.deque()
+
+    def turn(self) -> Tuple[float, int, int]:
+        """Who has the least begins next: of those due at once, whose last turn is longest ago, then who came first."""
+        return round(self.due, 6), self.last, self.waiting[0].number  # sums of fractions are not exact
 
 
 class Slot:
     """One call's place: in the line until it is `ready`, then one of those that run, until it leaves."""
-    __slots__ = ("line", "guest", "since", "waited", "ready", "running")
+    __slots__ = ("line", "guest", "number", "since", "waited", "ready", "running")
 
-    def __init__(self, line: "Line", guest: Guest):
-        self.line, self.guest, self.since, self.waited = line, guest, line.clock.monotonic(), 0.0
+    def __init__(self, line: "Line", guest: Guest, number: int):
+        self.line, self.guest, self.number, self.since, self.waited = line, guest, number, line.clock.monotonic(), 0.0
         self.ready, self.running = threading.Event(), False
 
     def wait(self, watch: Watch) -> None:
@@ -3191,70 +3235,78 @@ class Slot:
 
 class Line:
     """Lets `most` calls run at once. The others wait, each caller's in the order they came, and callers take turns:
-    as many as their weight says. It is start-time fair queueing (Goyal, Vin and Cheng, 1996) with calls that all
-    cost the same: who has had least of late comes next, and who is new is owed nothing and owes nothing."""
+    as many as their weight says. It is fair queueing (Demers, Keshav and Shenker, 1989) with calls that all cost the
+    same: the Line's clock goes one step while each caller that runs or waits has one turn, so who is new comes before
+    whoever had a turn of late, but a stream of new ones does not keep the others waiting for ever."""
 
     def __init__(self, most: int, crowd: Crowd, clock: Any):
         self.most, self.crowd, self.clock = most, crowd, clock
-        self.running, self.now = 0, 0.0  # how far the turns have come
+        self.running = self.begun = self.entered = 0
+        self.now = 0.0
         self.guests: Dict[Any, Guest] = {}
 
     def enter(self, caller: Any, weight: int) -> Slot:
         """-> a place, in the line or already beyond it. Raises NotInTurn where the line is full."""
         with self.crowd.lock:
             guest = self.guests.get(caller) or Guest(caller, weight, self.now)
-            slot = Slot(self, guest)
-            if self.running < self.most:  # then nobody waits
-                self.start(slot)
-            elif self.crowd.is_full(caller):
+            self.entered += 1
+            slot = Slot(self, guest, self.entered)
+            full = self.running >= self.most
+            if full and self.crowd.is_full(caller):
                 raise NotInTurn("queue full")
-            else:
-                if not guest.waiting:
-                    guest.due = max(guest.due, self.now)
+            self.guests[caller] = guest
+            if not guest.waiting:
+                guest.due = max(guest.due, self.now)
+            if full:
                 guest.waiting.append(slot)
                 self.crowd.add(caller, 1)
-            self.guests[caller] = guest
+            else:  # then nobody waits
+                self.start(slot)
             return slot
 
     def start(self, slot: Slot) -> None:
         guest = slot.guest
-        self.now = max(self.now, guest.due)
-        guest.due = self.now + 1 / guest.weight
         guest.running += 1
         self.running += 1
-        slot.running = True
+        self.begun += 1
+        turn = 1 / sum([one.weight for one in self.guests.values() if one.running or one.waiting])
+        self.now = max(self.now, guest.due) + turn
+        guest.due += 1 / guest.weight
+        guest.last, slot.running = self.begun, True
         slot.ready.set()
 
     def leave(self, slot: Slot) -> None:
         guest = slot.guest
         with self.crowd.lock:
             if slot.running:
-                guest.running -= 1
                 self.running -= 1
             else:
                 guest.waiting.remove(slot)
                 self.crowd.add(guest.key, -1)
-            if not guest.running and not guest.waiting:
-                del self.guests[guest.key]
-            while self.running < self.most:
-                first = min([one for one in self.guests.values() if one.waiting], key=lambda one: one.due, default=None)
+            while self.running < self.most and not self.crowd.over:
+                first = min([one for one in self.guests.values() if one.waiting], key=Guest.turn, default=None)
                 if not first:
                     break
                 self.crowd.add(first.key, -1)
                 self.start(first.waiting.popleft())
+            guest.running -= slot.running  # only now: it was one of those who take turns
+            # who comes again has had its turn, as long as others wait for theirs
+            for one in list(self.guests.values()):
+                if not (one.running or one.waiting or (one.due > self.now and self.running >= self.most)):
+                    del self.guests[one.key]
 
     def ahead(self, slot: Slot) -> int:
         """How many calls will begin before it, as it looks now."""
         with self.crowd.lock:
-            if slot.running or slot not in slot.guest.waiting:
+            guest = slot.guest
+            if slot.running or slot not in guest.waiting:
                 return 0
-            guest, guests = slot.guest, list(self.guests.values())
             ahead = guest.waiting.index(slot)
-            due, place = guest.due + ahead / guest.weight, guests.index(guest)
-            for number, one in enumerate(guests):
-                if one is not guest:
-                    turns = (due - one.due) * one.weight
-                    turns = math.ceil(turns) if number > place else math.floor(turns) + 1  # of equals the first
+            due = guest.due + ahead / guest.weight
+            for one in self.guests.values():
+                if one is not guest and one.waiting:
+                    turns, first = (due - one.due) * one.weight, one.turn()[1:] < guest.turn()[1:]
+                    turns = math.floor(turns + 1e-6) + 1 if first else math.ceil(turns - 1e-6)
                     ahead += min(len(one.waiting), max(0, turns))
             return ahead
 
@@ -3280,6 +3332,7 @@ NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
     "x-forwarded-proto", "x-forwarded-port", "x-real-ip", "true-client-ip", "cf-connecting-ip"))
 IDENTIFYING = "x-openwebui-"  # and what begins like this: who the caller's user is,
 OUR_FIELDS = "x-llm-proxy-"   # or what is meant for us
+TIMEOUT_FIELD = OUR_FIELDS + "timeout-ms"
 REWRITTEN_FOR_CALLS = NEVER_UPSTREAM | {"content-type", "accept-encoding"}
 MAX_INTERIM = 16        # 1xx answers before the real one
 
@@ -3301,7 +3354,7 @@ class AnswerHead(Head):
         if self.chunked and ("content-length" in self.rows or coding.lower() != "chunked" or match[1] == "0"):
             raise Malformed()
         self.lasting = match[1] == "1" and "close" not in self.options
-        self.streamed = self.get("content-type", "").startswith("text/event-stream")
+        self.streamed = self.get("content-type", "").lower().startswith("text/event-stream")
 
     @classmethod
     def read(cls, data: bytes, last: Optional["AnswerHead"]) -> Tuple["AnswerHead", Optional[int]]:
@@ -3681,6 +3734,11 @@ class Upstream:
                     self.name, address.endpoint.origin, "is well again" if after is None else
                     "failed %d times in a row, left alone for %g s" % (breaker.failures, breaker.seconds)))
 
+    def may_be_asked(self) -> bool:
+        now = self.clock.monotonic()
+        with self.lock:
+            return any([one.breaker.allows(now) for one in self.addresses])
+
     def wait(self) -> float:
         """Seconds until the first breaker may be tried."""
         now = self.clock.monotonic()
@@ -3723,6 +3781,8 @@ class Upstream:
         failed: List[Address] = []
         failure: Optional[Refusal] = None
         while True:
+            if watch.bounded and self.clock.monotonic() >= watch.until:
+                raise UpstreamTimeout()  # nobody would wait for the answer
             address = self.enter(failed, beyond)
             if address is None:
                 raise failure or UpstreamOpen(self.wait())
@@ -3779,10 +3839,10 @@ class Upstream:
         names = [self.name_of(name) for name in names]
         return [name for name in names if self.serves(name)] if self.globs else names
 
-    def whole(self, answer: Answer, watch: Watch, most: int = 1 << 22) -> bytes:
-        """The body of an answer, of at most `most` bytes."""
+    def whole(self, answer: Answer, watch: Watch, most: int = 1 << 22, seconds: float = math.inf) -> bytes:
+        """The body of an answer, of at most `most` bytes, awaited for at most so many `seconds`."""
         wire, passage, body = answer.link.wire, Passage(answer.framing, Passage.PLAIN), b""
-        deadline = self.clock.monotonic() + answer.address.read_timeout
+        deadline = self.clock.monotonic() + min(seconds, answer.address.read_timeout)
         try:
             while len(body) <= most:
                 body += passage.feed(wire.take())
@@ -3819,8 +3879,9 @@ class Routes:
     """Finds the upstreams of a call: those that its path or its model names, in the order they are tried, or the
     base."""
 
-    def __init__(self, base: Optional[Upstream], named: List[Upstream]):
-        self.base, self.named = base, named
+    def __init__(self, base: Optional[Upstream], named: List[Upstream], crowd: Crowd):
+        """`crowd` are those who wait for any of them."""
+        self.base, self.named, self.crowd = base, named, crowd
         self.all = ([base] if base else []) + named
         self.by_name = {upstream.name: upstream for upstream in named}
         self.known: Dict[str, List[Upstream]] = {}
@@ -3870,8 +3931,8 @@ PLAIN_WORD = re.compile(r"[!-\[\]-~]{1,80}")
 
 class Entry:
     """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall`
-    is the end in unix nanoseconds; `queued` are milliseconds in line, None where there was none; `passed` counts bytes of
-    body sent to the caller. `outcome` is one of ok,
+    is the end in unix nanoseconds; `queued` are milliseconds in line, None where there was none; `passed` counts
+    bytes of body sent to the caller. `outcome` is one of ok,
     limited, refused, upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path",
                  "status", "outcome", "cause", "call", "upstream", "hold", "passed", "listener", "usage",
@@ -4049,7 +4110,8 @@ class Database:
     ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
     SCHEMA = """CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
-        CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL, PRIMARY KEY (rule, subject));
+        CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
+        PRIMARY KEY (rule, subject));
         """ % ", ".join(map(" ".join, COLUMNS))
 
     def __init__(self, path: str, reading: bool = False):
@@ -4293,15 +4355,16 @@ class Proxy:
         self.prices, self.meter, self.dialects, self.routes = prices, meter, dialects, routes
         self.relay, self.books = relay, books
         self.weights = config.key_weights or {}
-        self.patient = bool(config.max_call_seconds or config.early_stream_seconds)
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses before anything was
         sent leaves the call to the next upstream that it may go to."""
         caller = self.identify(request, entry)                                                      # identify
-        call = reply.call = entry.call = self.dialects.read(request, reply.body.whole)
-        if self.patient or "x-llm-proxy-timeout-ms" in request.head.rows:
+        if self.config.max_call_seconds or TIMEOUT_FIELD in request.head.rows:
             reply.bound()
+        call = reply.call = entry.call = self.dialects.read(request, reply.body.whole)
+        if self.config.early_stream_seconds and call.stream:
+            reply.begin_early()
         upstreams = self.routes.find(call)                                                          # route
         for upstream in upstreams:
             try:
@@ -4360,12 +4423,18 @@ class Proxy:
         """Wait in the line that a busy upstream has, and send the call there. What is not metered does not wait."""
         if upstream.line is None or call.free:
             return self.send_up(upstream, request, call, reply)
-        slot = reply.slot = upstream.line.enter(entry.caller.key, self.weights.get(entry.caller.name, 1))
+        if not upstream.may_be_asked():
+            raise UpstreamOpen(upstream.wait())
+        key_name = (entry.caller.name or "").partition("/")[0]  # that of all who share it
+        slot = reply.slot = upstream.line.enter(entry.caller.key, self.weights.get(key_name, 1))
         try:
             try:
                 slot.wait(reply.watch)
+            except CallerGone:
+                entry.hold.give_back()  # nothing was sent
+                raise
             finally:
-                entry.queued = int(slot.waited * 1000)
+                reply.slot, entry.queued = None, int(slot.waited * 1000)
             answer = self.send_up(upstream, request, call, reply)
         except BaseException:
             slot.leave()
@@ -4471,11 +4540,12 @@ def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Rout
         tls = ssl.create_default_context(cafile=config.upstream_ca_file)
         if config.upstream_tls_verify == "off":
             tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    way = Way(config.open_timeout, config.first_byte_timeout or config.read_timeout, config.read_timeout, tls, config.https_proxy, config.no_proxy or "")
+    way = Way(config.open_timeout, config.first_byte_timeout or config.read_timeout, config.read_timeout, tls,
+              config.https_proxy, config.no_proxy or "")
     breaking = config.breaker_failures, config.breaker_seconds
     crowd = Crowd(config.max_queue, config.max_queue_per_caller, config.queue_seconds)
     made = [Upstream(one, way, config.upstream_retries, breaking, crowd, clock, say) for one in config.all_upstreams()]
-    return Routes(made.pop(0) if config.base_api_url else None, made)
+    return Routes(made.pop(0) if config.base_api_url else None, made, crowd)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4603,12 +4673,11 @@ RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
 CRLF = "\r\n"
 REPLACED = HOP_BY_HOP.union(  # fields of an answer that we write ourselves
     ["content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
-     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd", "x-llm-estimated", "x-queue-ms"] +
-    [name.lower() for name in RATE_FIELDS])
+     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd", "x-llm-estimated",
+     "x-queue-ms"] + [name.lower() for name in RATE_FIELDS])
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers", "max-age",
     "allow-private-network"))
-TIMEOUT_FIELD = "x-llm-proxy-timeout-ms"
 REASONS = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 
 
@@ -4642,7 +4711,7 @@ class RequestBody:
         self.awaited = "expect" in request.head.rows and request.version == 1
         if self.awaited and request.head.get("expect").lower() != "100-continue":
             raise Unexpected()
-        self.started, self.taken = clock.monotonic(), 0
+        self.started, self.taken, self.until = clock.monotonic(), 0, math.inf
 
     @property
     def ended(self) -> bool:
@@ -4674,8 +4743,8 @@ class RequestBody:
             if self.awaited:
                 self.awaited = False
                 self.caller.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            left = (self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND
-                    - self.clock.monotonic())
+            left = min(self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND,
+                       self.until) - self.clock.monotonic()
             wanted = [(self.caller.descriptor, READ)] + ([(upstream.descriptor, READ)] if upstream else [])
             found = ready(left, *wanted)
             if not found and left <= 0:
@@ -4740,6 +4809,7 @@ class Reply:
     call: Optional[Call] = None
     slot: Optional[Slot] = None  # its place in line
     patience = end = math.inf    # seconds that the caller has for a wait; when the call is to be over
+    pulse = math.inf             # seconds of a pause after which a comment fills it
     started = 0                  # unix nanoseconds, when the request's head was there
 
     def __init__(self, caller: Connection, watch: Watch, proxy: Proxy, room: Room, entry: Entry):
@@ -4759,22 +4829,28 @@ class Reply:
     # -- while nothing comes
 
     def bound(self) -> None:
-        """Set the deadlines of this call, and when a stream begins with comments."""
-        config, call, started, text = self.proxy.config, self.call, self.entry.started, self.request.head.get(TIMEOUT_FIELD)
+        """Set the deadlines of this call."""
+        seconds, started = self.proxy.config.max_call_seconds, self.entry.started
+        text = self.request.head.get(TIMEOUT_FIELD)
         if text is not None:
             if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
                 raise BadRequest("X-LLM-Proxy-Timeout-Ms must be a whole number of milliseconds, at least 1")
             self.patience = int(text) / 1000
-        if config.max_call_seconds:
-            self.end = started + config.max_call_seconds
-        early = call.stream and call.dialect.TAKES_COMMENTS and call.endpoint not in WORDLESS
-        speak_at = started + config.early_stream_seconds if early and config.early_stream_seconds else math.inf
-        self.watch.bound(min(self.end, started + self.patience), speak_at, self.speak)
+        if seconds:
+            self.end = started + seconds
+        self.body.until = min(self.end, started + self.patience)
+        self.watch.bound(self.body.until)
+
+    def begin_early(self) -> None:
+        """A stream that waits long begins with comments, where the caller's client knows what those are."""
+        call, seconds = self.call, self.proxy.config.early_stream_seconds
+        if call.dialect.TAKES_COMMENTS and call.endpoint not in WORDLESS:
+            self.watch.bound(self.body.until, self.entry.started + seconds, self.speak)
 
     def speak(self) -> None:
         """Tell the caller of a stream that its call is alive, after a head where there was none yet."""
         comment, slot, head = WAITING, self.slot, b""
-        if slot and not slot.running:
+        if slot:
             comment = b": waiting, %d ahead\n\n" % slot.line.ahead(slot)
         if not self.begun:
             self.early = True
@@ -4796,10 +4872,11 @@ class Reply:
         call, head, framing = self.call, answer.head, answer.framing
         if self.watch.bounded:
             self.watch.bound(self.end)
-        if self.early and not (answer.status == 200 and head.streamed):
+        plain = head.get("content-encoding", "identity") == "identity"
+        if self.early and not (answer.status == 200 and head.streamed and plain):
             raise self.late(answer)
         listener = self.entry.listener = None if call.free or answer.status >= 400 else Listener(
-            call, head.streamed, head.get("content-encoding", "identity") == "identity")
+            call, head.streamed, plain)
         style, self.framing_line = Passage.AS_IS, ""
         hiding = listener is not None and listener.hiding and not framing.ended
         if hiding or self.early or isinstance(framing, (Chunked, UntilClose)):
@@ -4812,8 +4889,12 @@ class Reply:
         elif answer.length is not None and answer.status != 204:
             self.framing_line = "Content-Length: %d\r\n" % answer.length
         passage = Passage(framing, style, listener)
-        if self.early or (head.streamed and self.proxy.config.stream_heartbeat_seconds):
-            passage.tail = b""
+        if head.streamed and plain and call.dialect.TAKES_COMMENTS:
+            config = self.proxy.config
+            self.pulse = config.stream_heartbeat_seconds or (
+                Watch.SPEAK_SECONDS if config.early_stream_seconds else math.inf)
+            if self.pulse < math.inf:
+                passage.tail = b""
         try:
             self.first = passage.feed(answer.link.wire.take())
             if listener and not call.stream and not head.streamed and not framing.ended:
@@ -4824,7 +4905,7 @@ class Reply:
 
     def late(self, answer: Answer) -> LateAnswer:
         """What an answer says that is no stream, for a caller whose stream has begun."""
-        body = answer.upstream.whole(answer, self.watch, 65536)
+        body = answer.upstream.whole(answer, self.watch, 65536, self.patience)
         try:
             found = parse_answer(body)
         except (ValueError, RecursionError):
@@ -4832,9 +4913,10 @@ class Reply:
         return LateAnswer(answer.status, compact(found) if isinstance(found, dict) and answer.status >= 400 else None)
 
     def flow(self, answer: Answer, passage: Passage) -> Flow:
-        pulse = self.proxy.config.stream_heartbeat_seconds if self.call.dialect.TAKES_COMMENTS else 0
-        return Flow(answer.link.wire, self.caller, passage, min(answer.address.read_timeout, self.patience), self.end,
-                    pulse or math.inf)
+        flow = Flow(answer.link.wire, self.caller, passage, min(answer.address.read_timeout, self.patience), self.end,
+                    self.pulse)
+        flow.all_here = answer.leave
+        return flow
 
     def await_rest(self, answer: Answer, passage: Passage) -> None:
         wire, clock = answer.link.wire, self.proxy.clock
@@ -4967,7 +5049,8 @@ class Reply:
             try:
                 data = self.caller.send(data)
             except WOULD_BLOCK:
-                if not ready(Flow.SLOW_READER_SECONDS, (self.caller.descriptor, WRITE)):
+                left = min(Flow.SLOW_READER_SECONDS, self.end - self.proxy.clock.monotonic())
+                if not ready(left, (self.caller.descriptor, WRITE)):
                     raise CallerGone() from None
             except OSError:
                 raise CallerGone() from None
@@ -5068,8 +5151,10 @@ class Handler:
             if server.draining:
                 raise QuietEnd()
             if not caller.ahead and self.begun is None:
-                alive = caller.listen(self.IDLE_SECONDS if self.served else self.HEAD_SECONDS, self.clock,
-                                      self.FIRST_BLOCK)
+                patience = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
+                if caller.encrypted and (not caller.readable(patience) or server.draining):
+                    raise QuietEnd()  # an end of ours must not be read as one of theirs
+                alive = caller.listen(patience, self.clock, self.FIRST_BLOCK)
                 if not caller.ahead:
                     self.begun = self.clock.monotonic()  # of TLS, a record that is not whole
             else:
@@ -5124,8 +5209,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
     allow_reuse_port = False
     TURNED_AWAY = 128  # refused connections that are kept a moment, so that their answer can be read
-
-    MOST_PER_ADDRESS = 256
+    MOST_PER_ADDRESS = 256  # connections, where nothing else is set
     ROOM = 256 << 20  # bytes of bodies of metered calls that are held at once
 
     def __init__(self, proxy: Proxy, host: str, port: int, most: int):
@@ -5192,8 +5276,10 @@ class Server(http.server.ThreadingHTTPServer):
                 if request is None:
                     return
             self.converse(self.RequestHandlerClass(request, client_address, self))
-        except OSError:
-            self.shutdown_request(request)  # gone before it began
+        except Exception as failure:
+            if not isinstance(failure, OSError):  # gone before it began
+                self.proxy.books.log.report()
+            self.shutdown_request(request)
 
     # -- TLS
 
@@ -5223,12 +5309,11 @@ class Server(http.server.ThreadingHTTPServer):
                 if not ready(end - self.proxy.clock.monotonic(), (encrypted.fileno(), wanted)):
                     break
         except ssl.SSLError as failure:
-            if failure.reason == "HTTP_REQUEST":
-                refusal = BadRequest("This port speaks https")
-                # past the encryption, which is not there yet
-                self.answer_plainly(lambda data: socket.socket.send(encrypted, data), refusal)
-                self.dismiss_later(encrypted)
-                return None
+            if failure.reason == "HTTP_REQUEST":  # told past the encryption, which is not there yet
+                self.answer_plainly(functools.partial(socket.socket.send, encrypted),
+                                    BadRequest("This port speaks https"))
+            self.dismiss_later(encrypted)
+            return None
         except OSError:
             pass
         finally:
@@ -5341,7 +5426,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             for request in list(self.idle):
                 try:
-                    request.shutdown(socket.SHUT_RD)  # wakes its thread
+                    socket.socket.shutdown(request, socket.SHUT_RD)  # wakes its thread, to whom all of TLS belongs
                 except OSError:
                     pass
             while self.open and self.proxy.clock.monotonic() < end:
@@ -5349,13 +5434,13 @@ class Server(http.server.ThreadingHTTPServer):
                 self.try_again()
             left = len(self.open)
         if left:
-            self.cutting = True
+            self.cutting = self.proxy.routes.crowd.over = True  # who stands in line is not sent any more
             self.proxy.relay.cut_all()
             with self.lock:
                 self.lock.wait_for(lambda: not self.open, 0.5)
                 for request in list(self.open):
                     try:
-                        request.shutdown(socket.SHUT_RDWR)
+                        socket.socket.shutdown(request, socket.SHUT_RDWR)
                     except OSError:
                         pass
                 self.lock.wait_for(lambda: not self.open, 1)
@@ -5588,7 +5673,7 @@ def run(config: Config, log_stream: Any, hint: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_once(server))
     hang_up = getattr(signal, "SIGHUP", None)
-    if hang_up:
+    if hang_up and config.tls_cert_file:  # else it means that the terminal was closed
         signal.signal(hang_up, lambda *_: None)  # it comes by way of the wake-up descriptor
     proxy.books.log.say("llm_proxy %s listens on %s://%s:%d" % (
         VERSION, "https" if config.tls_cert_file else "http",
@@ -5600,7 +5685,7 @@ def run(config: Config, log_stream: Any, hint: str) -> int:
     while stop.recv(1)[0] == hang_up:
         try:
             server.reload()
-            proxy.books.log.say("certificates were read again" if server.tls else "there is nothing to read again")
+            proxy.books.log.say("certificates were read again")
         except (OSError, ValueError) as failure:
             proxy.books.log.say("certificates were not read again, the old ones stay: %s" % failure)
     proxy.books.log.say("stopping: running calls have %g s" % config.drain_seconds)

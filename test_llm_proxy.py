@@ -668,7 +668,8 @@ class ConfigTest(unittest.TestCase):
             "MAX_CONCURRENCY": ("-1", "many"), "QUEUE_SECONDS": ("0",), "EARLY_STREAM_SECONDS": ("-1",),
             "KEY_WEIGHTS": ("alice", "alice=0", "alice=1.5", "alice=1,alice=2", "=3", "alice=1000"),
             "MAX_CONNECTIONS_PER_ADDRESS": ("0",), "TRUSTED_PROXIES": ("nginx", "10.0.0.0/33", "10.0.0.1/8", ","),
-            "CALLER_HEADER": ("X User", "Authorization", "Content-Length", "X-Forwarded-For", "X:"),
+            "CALLER_HEADER": ("X User", "Authorization", "Content-Length", "X-Forwarded-For", "X:", "content-encoding", "TE",
+                              "X-LLM-Proxy-Timeout-Ms", "User-Agent", "x-request-id", "Proxy-Authorization"),
             "TLS_CERT_FILE": ("/nowhere.pem", "/"), "TLS_KEY_FILE": ("/nowhere.pem",),
             "UPSTREAM_OPENAI_HEADERS": ("X", "X Y: z", "Host: x", "content-length: 1", "X: a|", "X: \u20ac"),
             "BASE_API_URL": ("http://a,http://a", "http://a,", "localhost:8000", "ftp://host", "http://", "http://user:pw@host",
@@ -680,6 +681,15 @@ class ConfigTest(unittest.TestCase):
                 with self.subTest(name=name, value=value):
                     faults = self.faults(**{**self.HERE, name: value})
                     self.assertEqual([fault.split(" ")[0] for fault in faults], [name])
+
+    def test_a_key_that_is_given_instead_of_its_file_is_not_shown(self):
+        for name in ("TLS_KEY_FILE", "TLS_CERT_FILE"):
+            faults = self.faults(**self.HERE, **{name: KEY_AND_CERTIFICATE})
+            self.assertNotIn("BEGIN", "".join(faults))
+            self.assertTrue(faults[0].startswith(name + " must be a PEM file"))
+
+    def test_a_host_may_stand_in_brackets(self):
+        self.assertEqual(read_config({**self.HERE, "HOST": "[::1]"}).host, "::1")
 
     def test_a_certificate_and_a_key_must_be_a_pair(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -904,6 +914,13 @@ class RulesTest(unittest.TestCase):
         self.assertIn("twice", self.fault("all 1 usd per day;all  1 usd per day"))
 
 
+class NamesWithColonsTest(ProxyCase):
+    def test_a_rule_for_a_name_with_a_colon_holds_for_all_of_it(self):
+        self.start(LIMITS="model:llama3:8b 1 requests per hour", LIMIT_REPLY="error")
+        statuses = [self.ask(call(model=model)).status for model in ("llama3:8b", "llama3", "llama3", "llama3:8b")]
+        self.assertEqual(statuses, [200, 200, 200, 429])
+
+
 class PriceFileTest(unittest.TestCase):
     def read(self, text):
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -1099,6 +1116,26 @@ class TrustTest(ProxyCase):
                     self.assertEqual(self.entry(number)["caller"], caller)
         self.assertEqual(self.ask(call("wrong", "X-OpenWebUI-User-Id: u1")).status, 401)
         self.assertFalse([asked for asked in self.stub.requests if asked.get("x-openwebui-user-id")])
+
+    def test_people_are_told_apart_whatever_their_names_and_wherever_they_are(self):
+        self.start(TRUSTED_PROXIES="127.0.0.1", CALLER_HEADER="X-User", MAX_TOKENS=10)
+        long = "x" * 70
+        names = [self.who("X-User: " + name)[0] for name in (long + "1", long + "2", "zoe")]
+        self.assertEqual((len(set(names)), names[2]), (3, "-/zoe"))
+        self.assertEqual(self.who("X-User: zoe", "X-Forwarded-For: 192.0.2.9"), ("-/zoe", "192.0.2.9"))
+        self.assertEqual(self.entry(3)["remaining"], 8)
+
+    def test_a_mapped_address_may_be_trusted_too(self):
+        for trusted in ("::ffff:127.0.0.1", "::ffff:127.0.0.0/104"):
+            self.start(TRUSTED_PROXIES=trusted)
+            self.assertEqual(self.who("X-Forwarded-For: 192.0.2.1, fe80::1%eth0")[1], "fe80::1")
+
+    def test_people_behind_a_key_have_its_weight(self):
+        self.start(None, MAX_CONCURRENCY=1, PROXY_API_KEYS="webui=a", KEY_WEIGHTS="webui=5", TRUSTED_PROXIES="127.0.0.1",
+                   CALLER_HEADER="X-User")
+        self.connect().send(call("a", "X-User: u"))
+        self.stub.next()
+        self.assertEqual([guest.weight for guest in self.proxy.routes.base.line.guests.values()], [5])
 
     def test_two_people_are_not_one_because_their_key_and_name_join_alike(self):
         callers = llm_proxy.Callers(None, b"", (), "x-user")
@@ -2767,13 +2804,33 @@ class LineTest(unittest.TestCase):
 
     def test_callers_take_turns(self):
         table = [({"a": 1, "b": 1}, "aaaabbbb", "babababa"), ({"a": 3, "b": 1}, "aaaaaabb", "baaabaaa"),
-                 ({"a": 1, "b": 1, "c": 1}, "aaabbbccc", "bcabcabca"), ({"a": 1, "b": 2}, "aabbbb", "bbabba")]
+                 ({"a": 1, "b": 1, "c": 1}, "aaabbbccc", "bcabcabca"), ({"a": 1, "b": 2}, "aabbbb", "bababb")]
         for weights, waiting, expected in table:
             with self.subTest(weights=weights):
                 line = self.line()
                 first = line.enter("a", weights["a"])
                 waiting = [line.enter(key, weights[key]) for key in waiting]
                 self.assertEqual(self.order(line, [first], waiting), expected)
+
+    def test_nobody_who_waits_is_starved_by_those_who_come_again_and_again_or_are_ever_new(self):
+        for most, flood, weight in itertools.product((1, 2), (False, True), (1, 3)):
+            with self.subTest(most=most, flood=flood, weight=weight):
+                line, begun, names = self.line(most, 10 ** 6, 10 ** 6), collections.Counter(), itertools.count()
+                slots = [line.enter("a", weight) for _ in range(3)] + [line.enter(key, 1) for key in "bc"]
+                for turn in range(3000):
+                    running = [slot for slot in slots if slot.running]
+                    slot = min(running, key=lambda one: one.guest.last)  # who began first ends first
+                    slots.remove(slot)
+                    slot.leave()
+                    begun[slot.guest.key] += 1
+                    if slot.guest.key in ("a", "b", "c"):
+                        slots.append(line.enter(slot.guest.key, weight if slot.guest.key == "a" else 1))
+                    if flood and turn % 2:
+                        slots.append(line.enter("new %d" % next(names), 1))
+                    self.assertLess(len(line.guests), 20 + len(slots))
+                shares = [begun[key] / (weight if key == "a" else 1) for key in "abc"]
+                self.assertGreater(min(shares), 0.7 * max(shares))
+                self.assertGreater(min(shares), 50)
 
     def test_who_comes_back_owes_nothing_and_is_owed_nothing(self):
         line = self.line()
@@ -2896,7 +2953,7 @@ class QueueTest(ProxyCase):
             if len(order) < 6:
                 asked = self.stub.next()
                 order.append(asked.json()["user"])
-        self.assertEqual("".join(order), "aabaab")
+        self.assertEqual("".join(order), "ababaa")
         self.assertEqual({client.read().status for client in clients}, {200})
 
     def state_of_line(self):
@@ -2938,6 +2995,7 @@ class QueueTest(ProxyCase):
                 leave(second)
                 self.waiting(1)
                 self.assertEqual(self.entry()["outcome"], "caller_gone")
+                self.assertEqual(self.left("next"), 100)  # nothing was sent
                 self.finish(asked, first)
                 self.assertEqual(self.finish(self.stub.next(), third).status, 200)
                 self.assertEqual(self.stub.calls, 2)
@@ -2972,6 +3030,61 @@ class QueueTest(ProxyCase):
                 asked.finish()
                 wait_for(lambda: self.proxy.routes.base.line.running == 0)
         self.assertEqual(self.proxy.routes.base.line.guests, {})
+
+    def test_the_end_of_a_drain_sends_nobody_who_stands_in_line_upstream(self):
+        first, asked = self.start_busy()
+        clients = [self.connect().send(call("%d" % number)) for number in range(3)]
+        self.waiting(3)
+        self.assertEqual(self.server.drain(0.05), 4)
+        self.assertEqual(self.stub.calls, 1)
+        wait_for(lambda: self.lines.entries()[3:])
+        self.assertEqual(sorted(entry["cost"] for entry in self.lines.entries()), [0, 0, 0, 1])
+
+    def test_before_an_upstream_that_is_left_alone_nobody_stands_in_line(self):
+        first, asked = self.start_busy(BREAKER_FAILURES=1, FIRST_BYTE_TIMEOUT="0.2", QUEUE_SECONDS="9")
+        asked.send(STREAM)
+        first.head()
+        self.assertEqual(self.ask(request("GET", "/v1/files")).status, 504)
+        answered = self.ask(call("next"))
+        self.assertEqual((answered.status, answered.get("x-llm-proxy-error-class")), (503, "upstream_open"))
+        asked.send(LAST)
+
+    def test_a_slow_reader_holds_no_slot_once_the_upstream_has_done_its_part(self):
+        self.start(None, MAX_CONCURRENCY=1)
+        client = self.connect(receive_buffer=2048).send(call(stream=True))
+        asked, line = self.stub.next(), self.proxy.routes.base.line
+        next(iter(self.server.open)).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        body = b"data: " + b"x" * 14000 + b"\n\n"
+        asked.send(STREAM + chunk(event(1)))
+        client.head()
+        client.expect(event(1))
+        asked.send(chunk(body) + LAST)
+        asked.finish()
+        wait_for(lambda: line.running == 0)
+        self.assertTrue(self.proxy.relay.flows)  # it is still read
+        answered = client.rest()
+        self.assertEqual((answered.whole, answered.body), (True, event(1) + body))
+
+    def test_who_finds_one_line_too_slow_goes_on_to_the_next_upstream_and_hears_of_it(self):
+        other = Stub(None)
+        self.addCleanup(other.close)
+        self.start(None, EARLY_STREAM_SECONDS="0.3", QUEUE_SECONDS="0.1", UPSTREAM_ORDER="a,b", **{
+            "UPSTREAM_%s_%s" % (name, setting): value for name, stub in (("A", self.stub_of_a()), ("B", other))
+            for setting, value in (("URL", "http://127.0.0.1:%d" % stub.port), ("MODELS", "m"))},
+            UPSTREAM_A_MAX_CONCURRENCY=1)
+        self.connect().send(call())
+        self.a.next()
+        client = self.connect().send(call("next", stream=True))
+        asked = other.next()
+        client.head()
+        client.expect(b": waiting for the model\n\n")
+        asked.send(STREAM + LAST)
+        self.assertTrue(client.rest().whole)
+
+    def stub_of_a(self):
+        self.a = Stub(None)
+        self.addCleanup(self.a.close)
+        return self.a
 
     def test_a_caller_who_has_its_answer_may_call_again_at_once(self):
         self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
@@ -3085,6 +3198,55 @@ class EarlyStreamTest(ProxyCase):
                 answered = client.rest()
                 self.assertEqual((answered.whole, b"upstream_error" in answered.body), (False, told))
 
+    def test_nothing_is_put_into_what_a_caller_has_not_taken(self):
+        self.start_early(None, MAX_CALL_SECONDS="0.5")
+        client = self.connect(receive_buffer=2048).send(call(stream=True))
+        asked = self.stub.next()
+        client.head()
+        client.expect(b": waiting for the model\n\n")
+        next(iter(self.server.open)).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        asked.send(STREAM + chunk(event(1)))
+        client.expect(event(1))
+        asked.send(chunk(b"data: " + b"x" * 14000 + b"\n\n"))
+        wait_for(lambda: any(flow.unsent for flow in self.proxy.relay.flows))
+        self.entry()
+        answered = client.rest()
+        self.assertEqual((answered.whole, b"error" in answered.body), (False, False))
+
+    def test_half_an_event_that_was_held_back_is_not_mistaken_for_a_whole_one(self):
+        self.start_early(None, TOKEN_COST_MODE="usage", MAX_TOKENS=100000)
+        client = self.connect().send(call(stream=True))
+        asked = self.stub.next()
+        client.head()
+        client.expect(b": waiting for the model\n\n")
+        asked.send(STREAM + chunk(event(1)) + chunk(event(2)[:30]))
+        client.expect(event(1))
+        asked.close()
+        answered = client.rest()
+        self.assertEqual((answered.whole, answered.body.endswith(event(1) + event(2)[:30])), (False, True))
+
+    def test_where_early_streams_are_on_a_stream_whose_head_came_at_once_is_kept_alive_too(self):
+        with mock.patch.object(llm_proxy.Relay, "TICK", 0.01), mock.patch.object(llm_proxy.Watch, "SPEAK_SECONDS", 0.05):
+            self.start_early(None)
+            client = self.connect().send(call(stream=True))
+            asked = self.stub.next()
+            asked.send(STREAM)
+            client.head()
+            client.expect(b": waiting for the model\n\n")
+            asked.send(chunk(event(1)) + LAST)
+            self.assertTrue(client.rest().whole)
+
+    def test_a_stream_that_is_compressed_has_no_room_for_comments(self):
+        with mock.patch.object(llm_proxy.Relay, "TICK", 0.01):
+            self.start(None, STREAM_HEARTBEAT_SECONDS="0.05")
+            client = self.connect().send(request("GET", "/v1/responses/r?stream=true", b"", "Accept-Encoding: gzip"))
+            asked = self.stub.next()
+            asked.send(STREAM.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"))
+            client.head()
+            self.assertFalse(select.select([client.sock], [], [], 0.15)[0])
+            asked.send(chunk(b"\x1f\x8b") + LAST)
+            self.assertEqual(client.rest().body, b"\x1f\x8b")
+
     def test_what_is_no_stream_and_what_comes_soon_stays_as_it_was(self):
         self.start_early(None)
         client = self.connect().send(call())
@@ -3182,6 +3344,30 @@ class DeadlinesTest(ProxyCase):
         self.start(None, READ_TIMEOUT="0.1")
         self.assertEqual(self.ask(call(None, "X-LLM-Proxy-Timeout-Ms: 60000")).status, 504)
 
+    def test_nothing_is_sent_when_nobody_would_wait_for_the_answer(self):
+        self.start(None)
+        data = call(None, "X-LLM-Proxy-Timeout-Ms: 100", user="x")
+        client = self.connect()
+        self.send_apart(client, data[:-5])
+        self.assertEqual(client.read().status, 408)
+        other = Stub(None)
+        self.addCleanup(other.close)
+        self.start(None, UPSTREAM_A_URL="http://127.0.0.1:%d" % other.port, UPSTREAM_A_MODELS="m", UPSTREAM_A_MAX_CONCURRENCY=1,
+                   UPSTREAM_B_URL="http://127.0.0.1:%d" % self.stub.port, UPSTREAM_B_MODELS="m")
+        self.connect().send(call())
+        other.next()
+        self.assertEqual(self.ask(call("next", "X-LLM-Proxy-Timeout-Ms: 100")).status, 504)
+        self.assertEqual((other.calls, self.stub.calls), (1, 0))
+
+    def test_it_holds_for_an_error_whose_body_does_not_come(self):
+        self.start(None, EARLY_STREAM_SECONDS="0.05", READ_TIMEOUT="9")
+        client = self.connect().send(call(None, "X-LLM-Proxy-Timeout-Ms: 200", stream=True))
+        asked, began = self.stub.next(), time.monotonic()
+        client.head()
+        asked.send(b"HTTP/1.1 500 No\r\nContent-Length: 9\r\n\r\n")
+        self.assertFalse(client.rest().whole)
+        self.assertLess(time.monotonic() - began, 5)
+
     def test_it_holds_for_one_call_alone(self):
         self.start(None)
         client = self.connect()
@@ -3208,6 +3394,18 @@ class DeadlinesTest(ProxyCase):
             with self.subTest(text=text):
                 answered = self.ask(call(None, "X-LLM-Proxy-Timeout-Ms: " + text))
                 self.assertEqual((answered.status, answered.error()["type"]), (400, "invalid_request_error"))
+
+    def test_an_upload_and_a_reader_that_last_too_long_are_cut(self):
+        for data in (request("POST", "/v1/files", b"x" * 10)[:-5], call()[:-5]):
+            self.start(None, MAX_CALL_SECONDS="0.2")
+            self.assertEqual(self.connect().send(data).read().status, 408)
+        self.start(None, MAX_CALL_SECONDS="0.5", MAX_CONCURRENCY=1)
+        client = self.connect(receive_buffer=2048).send(call())
+        asked = self.stub.next()
+        next(iter(self.server.open)).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        asked.send(answer(b"x" * 100000))
+        self.assertEqual(self.entry()["outcome"], "caller_gone")
+        self.assertEqual(self.proxy.routes.base.line.running, 0)
 
     def test_a_call_that_lasts_too_long_is_cut(self):
         self.start(None, MAX_CALL_SECONDS="0.3")
@@ -4493,9 +4691,10 @@ class LedgerTest(LedgerCase):
         for data in (call("sk-1"), call("sk-1"), request("GET", "/v1/files", key="sk-1")):
             self.ask(data)
         self.row(path, 4)
-        self.assertEqual([(row["status"], row["outcome"], row["input"], row["charges"]) for row in self.rows(path)], [
-            (503, "upstream_status", 0, ""), (401, "refused", 0, None),
-            (200, "ok", 20, "each 2 tokens per 300s burst 1=1"), (200, "limited", 0, ""), (200, "ok", 0, "")])
+        rows = [(row["status"], row["outcome"], row["input"], row["charges"] or "") for row in self.rows(path)]
+        self.assertEqual(sorted(rows), [  # those of different connections come in any order
+            (200, "limited", 0, ""), (200, "ok", 0, ""), (200, "ok", 20, "each 2 tokens per 300s burst 1=1"),
+            (401, "refused", 0, ""), (503, "upstream_status", 0, "")])
 
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
         path = self.path()
@@ -4985,6 +5184,21 @@ class EndingsTest(ProxyCase):
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd") and sys.implementation.name == "cpython",
                          "counts open descriptors")
+    def test_a_caller_who_sent_much_ahead_and_hangs_up_is_noticed(self):
+        for patient in {llm_proxy.PATIENT, False}:
+            with self.subTest(patient=patient):
+                with mock.patch.object(llm_proxy, "PATIENT", patient):
+                    self.start(None)
+                client = self.connect().send(call(stream=True))
+                asked = self.stub.next()
+                asked.send(STREAM + chunk(event(1)))
+                client.head()
+                client.expect(event(1))
+                client.send(b"x" * 100000)
+                wait_for(lambda: any(len(flow.caller.ahead) >= llm_proxy.MAX_AHEAD for flow in self.proxy.relay.flows))
+                client.reset()
+                asked.wait_for_hang_up()
+
     def test_no_ending_leaves_a_descriptor_or_a_thread_behind(self):
         self.start()
         self.ask(call())
@@ -5526,6 +5740,14 @@ class TlsTest(ProxyCase):
         for one in (client, self.connect_tls()):
             self.assertEqual(one.send(call()).read().status, 200)
 
+    def test_stopping_ends_an_idle_connection_as_tls_says(self):
+        self.start_tls()
+        client = self.connect_tls()
+        client.sock.suppress_ragged_eofs = False
+        self.assertEqual(client.send(call()).read().status, 200)
+        self.assertEqual(self.server.drain(PATIENCE), 0)
+        self.assertEqual(client.ending(), "closed")
+
     def test_stopping_does_not_wait_for_a_handshake(self):
         self.start_tls()
         client = self.connect()
@@ -5831,10 +6053,12 @@ class CommandsTest(unittest.TestCase):
             os.remove(path)
             process.process.send_signal(signal.SIGHUP)
             wait_for(lambda: process.said("certificates were not read again, the old ones stay"))
-        plain = self.serve(BASE_API_URL="http://127.0.0.1:1")
-        plain.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: plain.said("there is nothing to read again"))
-        self.assertTrue(self.connect(plain).send(request("GET", "/health")).read("GET").json()["ok"])
+            self.assertEqual(process.process.poll(), None)
+
+    def test_without_certificates_it_ends_with_its_terminal(self):
+        process = self.serve(BASE_API_URL="http://127.0.0.1:1")
+        process.process.send_signal(signal.SIGHUP)
+        self.assertEqual(process.wait(), -signal.SIGHUP)
 
     def test_a_second_signal_ends_it_at_once(self):
         stub = self.stub(None)
