@@ -4015,7 +4015,7 @@ def clean(text: Optional[str]) -> Optional[str]:
 class Log:
     """Lines on stderr, spelled and written by one thread from a bounded queue; what does not fit is dropped and
     counted."""
-    ROOM, BATCH = 10_000, 64
+    ROOM, BATCH, PAUSE = 10_000, 64, 0.05  # lines, lines, seconds
 
     def __init__(self, stream: Any, as_json: bool):
         """`stream` is a raw binary one: no lock of it can be held by a blocked writer when the process
@@ -4077,7 +4077,7 @@ class Log:
             except (OSError, ValueError):
                 pass  # a closed or full log is no reason to stop serving
             if not self.work.is_set():
-                self.stop.wait(0.05)  # batches cost less than lines
+                self.stop.wait(self.PAUSE)  # batches cost less than lines
 
     def close(self, wait: float) -> None:
         self.stop.set()

@@ -476,6 +476,12 @@ CHUNKED = "Transfer-Encoding: chunked"
 class ProxyCase(unittest.TestCase):
     """`start` runs a proxy of this test's own, between a Stub and Clients; all is gone when the test ends."""
 
+    @classmethod
+    def setUpClass(cls):
+        pause = mock.patch.object(llm_proxy.Log, "PAUSE", 0.002)  # most tests wait for a line of the log
+        pause.start()
+        cls.addClassCleanup(pause.stop)
+
     def start(self, answer=says(), clock=time, base="", reads=True, **settings):
         """`settings` are llm_proxy's; buckets are large, and the log is JSON, unless they say otherwise."""
         self.stub = stub = Stub(answer, reads)
@@ -6118,6 +6124,11 @@ class EnduranceCase(ProxyCase):
     """Each test has a short form for the unit run and a long one, `python test_llm_proxy.py --soak`, which prints its
     figures."""
     LONG = False
+
+    @classmethod
+    def setUpClass(cls):
+        if not cls.LONG:  # which takes the product as it is
+            super().setUpClass()
 
     def size(self, short, long):
         return long if self.LONG else short
