@@ -4420,27 +4420,32 @@ class Proxy:
         return self.limits.admit(caller, address, call.served, costs, upstream.name)
 
     def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any, entry: Entry) -> Answer:
-        """Wait in the line that a busy upstream has, and send the call there. What is not metered does not wait."""
+        """Send the call upstream, after its turn where there is a line. What is not metered does not wait."""
         if upstream.line is None or call.free:
             return self.send_up(upstream, request, call, reply)
-        if not upstream.may_be_asked():
-            raise UpstreamOpen(upstream.wait())
-        key_name = (entry.caller.name or "").partition("/")[0]  # that of all who share it
-        slot = reply.slot = upstream.line.enter(entry.caller.key, self.weights.get(key_name, 1))
+        slot = self.stand_in_line(upstream, reply, entry)
         try:
-            try:
-                slot.wait(reply.watch)
-            except CallerGone:
-                entry.hold.give_back()  # nothing was sent
-                raise
-            finally:
-                reply.slot, entry.queued = None, int(slot.waited * 1000)
             answer = self.send_up(upstream, request, call, reply)
         except BaseException:
             slot.leave()
             raise
         answer.slot = slot
         return answer
+
+    def stand_in_line(self, upstream: Upstream, reply: Any, entry: Entry) -> Slot:
+        if not upstream.may_be_asked():
+            raise UpstreamOpen(upstream.wait())
+        key_name = (entry.caller.name or "").partition("/")[0]  # that of all who share it
+        slot = reply.slot = upstream.line.enter(entry.caller.key, self.weights.get(key_name, 1))
+        try:
+            slot.wait(reply.watch)
+            return slot
+        except BaseException:
+            slot.leave()
+            entry.hold.give_back()  # nothing was sent, and who leaves the line pays nothing
+            raise
+        finally:
+            reply.slot, entry.queued = None, int(slot.waited * 1000)
 
     def send_up(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
         """A stream tells its usage only when asked; an upstream that takes the question for an error is not asked

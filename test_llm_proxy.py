@@ -6135,7 +6135,7 @@ class EnduranceCase(ProxyCase):
 
     def tell(self, text, *values):
         if self.LONG:
-            sys.stderr.write("  %s: %s\n" % (self.id().rpartition(".")[2], text % values))
+            sys.stderr.write("\n    %s ... " % (text % values))
 
     # a proxy in a process of its own
     command, serve = CommandsTest.command, CommandsTest.serve
