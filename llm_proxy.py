@@ -637,6 +637,9 @@ class Config(types.SimpleNamespace):
                          " between reads all, keys included")
         found += ["KEY_WEIGHTS speaks of '%s', which no key in PROXY_API_KEYS is named" % name
                   for name in self.key_weights or () if name not in (self.proxy_api_keys or {}).values()]
+        if 0 < self.max_call_seconds <= (self.first_byte_timeout or self.read_timeout):
+            found.append("MAX_CALL_SECONDS ends calls before FIRST_BYTE_TIMEOUT (unset: READ_TIMEOUT) does:"
+                         " an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             found.append("CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset")
         if not self.proxy_api_keys:
@@ -955,10 +958,11 @@ def address_of(host: str) -> str:
 class Caller:
     """`key` finds the caller's bucket: ('key', SHA-256 of the credential) or ('address', IP). A bearer that
     spells an IP is therefore not that IP."""
-    __slots__ = ("key", "name", "label")
+    __slots__ = ("key", "name", "key_name", "label")
 
-    def __init__(self, key: Tuple[str, Any], name: Optional[str], secret: bytes = b""):
-        self.key, self.name = key, name
+    def __init__(self, key: Tuple[str, Any], name: Optional[str], secret: bytes = b"", key_name: Optional[str] = None):
+        """`key_name` is what PROXY_API_KEYS calls the key, which people may share."""
+        self.key, self.name, self.key_name = key, name, key_name
         # For logs: a name, the address, or key:1a2b3c4d, a digest that nobody without `secret` can test guesses
         # against.
         self.label = name or "key:%08x" % (hash(secret + key[1]) & 0xffffffff)
@@ -1026,9 +1030,9 @@ class Callers:
                 break
         return address_of(host)
 
-    def person(self, head: Any, caller: Caller) -> Caller:
-        """The one that a trusted proxy speaks for: a caller of its own, named KEY/PERSON, or -/PERSON without a key."""
-        name = head.get(self.caller_header, "") if self.caller_header else ""
+    def person(self, head: Any, peer: str, caller: Caller) -> Caller:
+        """Whom a trusted proxy speaks for: a caller of its own, named KEY/PERSON, or -/PERSON without a key."""
+        name = head.get(self.caller_header, "") if self.caller_header and self.trusts(peer) else ""
         if not name:
             return caller
         key, label = (caller.key, caller.label) if caller.key[0] == "key" else (None, "-")
@@ -1036,7 +1040,7 @@ class Callers:
         if len(name) > 64:
             name = "%s~%s" % (name[:55], digest.hexdigest()[:8])
         name = urllib.parse.quote(name, safe="@:+~", encoding="latin-1")
-        return Caller(("key", digest.digest()), "%s/%s" % (label, name))
+        return Caller(("key", digest.digest()), "%s/%s" % (label, name), key_name=caller.key_name)
 
     def identify(self, credential: Optional[bytes], address: str) -> Caller:
         """Raises Unauthorized where keys are asked for and `credential` is none of them."""
@@ -1047,7 +1051,8 @@ class Callers:
                 raise Unauthorized()
         if credential is None:
             return Caller(("address", address), address)
-        return Caller(("key", credential), self.names and self.names[credential], self.label_secret)
+        name = self.names and self.names[credential]
+        return Caller(("key", credential), name, self.label_secret, name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2822,8 +2827,8 @@ class Watch:
             except TimeoutError:
                 self.lapse(deadline)
 
-    def leave(self) -> None:
-        """The Relay saw that the caller left."""
+    def caller_left(self) -> None:
+        """The Relay saw it."""
         self.gone = True
         connection, pausing = self.listening, self.pausing
         if connection:
@@ -3121,7 +3126,7 @@ class Relay:
             # looked at again: it may have been closed meanwhile, and its number be another's
             found = ready(0, (descriptor, HANGUP)).get(descriptor, 0) if watch else 0
             if found & ~HANGUP:
-                watch.leave()
+                watch.caller_left()
             elif found:
                 watch.left = self.now
                 self.leaving.append((self.now, watch))
@@ -3131,7 +3136,7 @@ class Relay:
             _, watch = self.leaving.popleft()
             left = watch.left
             if left is not None and now >= left + Watch.HALF_CLOSE_SECONDS:
-                watch.leave()
+                watch.caller_left()
             elif left is not None:  # its own thread saw it later, or it has another moment
                 self.leaving.append((left, watch))
 
@@ -3182,7 +3187,7 @@ class Crowd:
 
     def __init__(self, most: int, per_caller: int, seconds: float):
         self.most, self.per_caller, self.seconds = most, per_caller, seconds
-        self.lock, self.waiting, self.over = threading.Lock(), 0, False
+        self.lock, self.waiting, self.closed = threading.Lock(), 0, False
         self.by_caller: Dict[Any, int] = {}
 
     def add(self, caller: Any, number: int) -> None:
@@ -3192,7 +3197,7 @@ class Crowd:
             del self.by_caller[caller]
 
     def is_full(self, caller: Any) -> bool:
-        return self.waiting >= self.most or self.by_caller.get(caller, 0) >= self.per_caller
+        return self.closed or self.waiting >= self.most or self.by_caller.get(caller, 0) >= self.per_caller
 
 
 class Guest:
@@ -3211,20 +3216,24 @@ class Guest:
 
 class Slot:
     """One call's place: in the line until it is `ready`, then one of those that run, until it leaves."""
-    __slots__ = ("line", "guest", "number", "since", "waited", "ready", "running")
+    __slots__ = ("line", "clock", "guest", "number", "since", "patience", "ready", "running")
 
-    def __init__(self, line: "Line", guest: Guest, number: int):
-        self.line, self.guest, self.number, self.since, self.waited = line, guest, number, line.clock.monotonic(), 0.0
+    def __init__(self, line: "Line", guest: Guest, number: int, since: float):
+        self.line, self.clock, self.guest, self.number, self.since = line, line.clock, guest, number, since
         self.ready, self.running = threading.Event(), False
 
     def wait(self, watch: Watch) -> None:
-        """Until it is its turn. Raises NotInTurn, CallerGone."""
+        """Until it is its turn. Raises NotInTurn, UpstreamTimeout, Overloaded, CallerGone."""
+        if self.running:
+            return
+        if not watch.pause(self.ready, self.since + self.line.crowd.seconds):
+            raise UpstreamTimeout(unsent=True) if self.clock.monotonic() >= watch.until else NotInTurn("queue timeout")
         if not self.running:
-            try:
-                if not watch.pause(self.ready, self.since + self.line.crowd.seconds):
-                    raise NotInTurn("queue timeout")
-            finally:
-                self.waited = self.line.clock.monotonic() - self.since
+            raise Overloaded()  # the line is closed
+
+    def waited(self) -> int:
+        """How long it has stood in line, in milliseconds."""
+        return int((self.clock.monotonic() - self.since) * 1000)
 
     def leave(self) -> None:
         """It may be called again, and does nothing then."""
@@ -3245,12 +3254,13 @@ class Line:
         self.now = 0.0
         self.guests: Dict[Any, Guest] = {}
 
-    def enter(self, caller: Any, weight: int) -> Slot:
-        """-> a place, in the line or already beyond it. Raises NotInTurn where the line is full."""
+    def enter(self, caller: Any, weight: int, waited: float = 0) -> Slot:
+        """-> a place, in the line or already beyond it, for a call that has `waited` in another line for so many
+        seconds. Raises NotInTurn where the line is full."""
         with self.crowd.lock:
             guest = self.guests.get(caller) or Guest(caller, weight, self.now)
             self.entered += 1
-            slot = Slot(self, guest, self.entered)
+            slot = Slot(self, guest, self.entered, self.clock.monotonic() - waited)
             full = self.running >= self.most
             if full and self.crowd.is_full(caller):
                 raise NotInTurn("queue full")
@@ -3270,8 +3280,8 @@ class Line:
         self.running += 1
         self.begun += 1
         turn = 1 / sum([one.weight for one in self.guests.values() if one.running or one.waiting])
-        self.now = max(self.now, guest.due) + turn
-        guest.due += 1 / guest.weight
+        before, self.now = self.now, max(self.now, guest.due) + turn
+        guest.due = max(guest.due + 1 / guest.weight, before)  # who fell behind has no two turns before who is new
         guest.last, slot.running = self.begun, True
         slot.ready.set()
 
@@ -3283,7 +3293,7 @@ class Line:
             else:
                 guest.waiting.remove(slot)
                 self.crowd.add(guest.key, -1)
-            while self.running < self.most and not self.crowd.over:
+            while self.running < self.most and not self.crowd.closed:
                 first = min([one for one in self.guests.values() if one.waiting], key=Guest.turn, default=None)
                 if not first:
                     break
@@ -3294,6 +3304,14 @@ class Line:
             for one in list(self.guests.values()):
                 if not (one.running or one.waiting or (one.due > self.now and self.running >= self.most)):
                     del self.guests[one.key]
+
+    def close(self) -> None:
+        """Nobody's turn comes any more, in any line of the Crowd; who waits in this one is told."""
+        with self.crowd.lock:
+            self.crowd.closed = True
+            for guest in self.guests.values():
+                for slot in guest.waiting:
+                    slot.ready.set()
 
     def ahead(self, slot: Slot) -> int:
         """How many calls will begin before it, as it looks now."""
@@ -3879,9 +3897,8 @@ class Routes:
     """Finds the upstreams of a call: those that its path or its model names, in the order they are tried, or the
     base."""
 
-    def __init__(self, base: Optional[Upstream], named: List[Upstream], crowd: Crowd):
-        """`crowd` are those who wait for any of them."""
-        self.base, self.named, self.crowd = base, named, crowd
+    def __init__(self, base: Optional[Upstream], named: List[Upstream]):
+        self.base, self.named = base, named
         self.all = ([base] if base else []) + named
         self.by_name = {upstream.name: upstream for upstream in named}
         self.known: Dict[str, List[Upstream]] = {}
@@ -3904,6 +3921,11 @@ class Routes:
         if not found:
             raise NotServed(call.model)
         return found
+
+    def close_lines(self) -> None:
+        for upstream in self.all:
+            if upstream.line:
+                upstream.line.close()
 
     def close_stale(self, everything: bool = False) -> None:
         for upstream in self.all:
@@ -4402,17 +4424,17 @@ class Proxy:
             self.settle(entry, ending)                                                              # settle
             if ending != "ok":
                 entry.outcome = ending
-                reply.cut(passage if ending == "upstream_cut" else None)
+                reply.cut(passage, Overloaded() if ending == "stopped" else UpstreamFailed("cut"))
 
     def identify(self, request: Request, entry: Entry) -> Caller:
         """Who asks, and from where, decided once for each head that a connection repeats."""
         derived = request.head.derived
-        if "caller" not in derived:
+        if "who" not in derived:
             callers, head = self.callers, request.head
-            entry.address = callers.address(head, entry.peer)
+            entry.address = callers.address(head, entry.peer)  # which is told of a stranger, too
             caller = callers.identify(callers.credential(head, request.query), entry.address)
-            derived["caller"] = (callers.person(head, caller) if callers.trusts(entry.peer) else caller), entry.address
-        entry.caller, entry.address = derived["caller"]
+            derived["who"] = callers.person(head, entry.peer, caller), entry.address
+        entry.caller, entry.address = derived["who"]
         return entry.caller
 
     def admit(self, caller: Caller, address: str, call: Call, upstream: Upstream) -> Hold:
@@ -4435,8 +4457,8 @@ class Proxy:
     def stand_in_line(self, upstream: Upstream, reply: Any, entry: Entry) -> Slot:
         if not upstream.may_be_asked():
             raise UpstreamOpen(upstream.wait())
-        key_name = (entry.caller.name or "").partition("/")[0]  # that of all who share it
-        slot = reply.slot = upstream.line.enter(entry.caller.key, self.weights.get(key_name, 1))
+        caller, before = entry.caller, entry.queued or 0  # in the line of another upstream
+        slot = reply.slot = upstream.line.enter(caller.key, self.weights.get(caller.key_name, 1), before / 1000)
         try:
             slot.wait(reply.watch)
             return slot
@@ -4445,7 +4467,7 @@ class Proxy:
             entry.hold.give_back()  # nothing was sent, and who leaves the line pays nothing
             raise
         finally:
-            reply.slot, entry.queued = None, int(slot.waited * 1000)
+            reply.slot, entry.queued = None, slot.waited()
 
     def send_up(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
         """A stream tells its usage only when asked; an upstream that takes the question for an error is not asked
@@ -4550,7 +4572,7 @@ def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Rout
     breaking = config.breaker_failures, config.breaker_seconds
     crowd = Crowd(config.max_queue, config.max_queue_per_caller, config.queue_seconds)
     made = [Upstream(one, way, config.upstream_retries, breaking, crowd, clock, say) for one in config.all_upstreams()]
-    return Routes(made.pop(0) if config.base_api_url else None, made, crowd)
+    return Routes(made.pop(0) if config.base_api_url else None, made)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4701,6 +4723,10 @@ class Room:
                 raise Overloaded()
             self.left -= size
 
+    def give(self, size: int) -> None:
+        with self.lock:
+            self.left += size
+
 
 class RequestBody:
     """What a caller sends after its head, read in blocks or whole. It has FREE_SECONDS, and more only for
@@ -4790,7 +4816,7 @@ class RequestBody:
     def forget(self) -> None:
         """Nobody needs it any more."""
         if self.held:
-            self.room.take(-self.held)
+            self.room.give(self.held)
             self.held = 0
 
     def skip(self) -> bool:
@@ -4808,7 +4834,7 @@ class Reply:
     says that the connection cannot carry another request."""
     WHOLE_SECONDS, MAX_WHOLE = 10, 1 << 18
 
-    begun = closing = unframed = reset = early = False
+    begun = early = answering = closing = unframed = reset = False
     request: Optional[Request] = None
     body: Optional[RequestBody] = None
     call: Optional[Call] = None
@@ -4856,7 +4882,7 @@ class Reply:
         """Tell the caller of a stream that its call is alive, after a head where there was none yet."""
         comment, slot, head = WAITING, self.slot, b""
         if slot:
-            comment = b": waiting, %d ahead\n\n" % slot.line.ahead(slot)
+            comment, self.entry.queued = b": waiting, %d ahead\n\n" % slot.line.ahead(slot), slot.waited()
         if not self.begun:
             self.early = True
             if self.request.version == 0:
@@ -4882,9 +4908,13 @@ class Reply:
             raise self.late(answer)
         listener = self.entry.listener = None if call.free or answer.status >= 400 else Listener(
             call, head.streamed, plain)
+        if head.streamed and plain and call.dialect.TAKES_COMMENTS:
+            config = self.proxy.config
+            self.pulse = config.stream_heartbeat_seconds or (
+                Watch.SPEAK_SECONDS if config.early_stream_seconds else math.inf)
         style, self.framing_line = Passage.AS_IS, ""
         hiding = listener is not None and listener.hiding and not framing.ended
-        if hiding or self.early or isinstance(framing, (Chunked, UntilClose)):
+        if hiding or self.early or self.pulse < math.inf or isinstance(framing, (Chunked, UntilClose)):
             if self.request.version == 0:
                 # HTTP/1.0 knows no chunks: closing ends the body
                 style, self.closing, self.unframed = Passage.PLAIN, True, True
@@ -4894,12 +4924,8 @@ class Reply:
         elif answer.length is not None and answer.status != 204:
             self.framing_line = "Content-Length: %d\r\n" % answer.length
         passage = Passage(framing, style, listener)
-        if head.streamed and plain and call.dialect.TAKES_COMMENTS:
-            config = self.proxy.config
-            self.pulse = config.stream_heartbeat_seconds or (
-                Watch.SPEAK_SECONDS if config.early_stream_seconds else math.inf)
-            if self.pulse < math.inf:
-                passage.tail = b""
+        if self.pulse < math.inf:
+            passage.tail = b""
         try:
             self.first = passage.feed(answer.link.wire.take())
             if listener and not call.stream and not head.streamed and not framing.ended:
@@ -4942,7 +4968,7 @@ class Reply:
     def begin(self, answer: Answer, passage: Passage) -> None:
         """Send the head of an answer, together with what has come of its body."""
         clock, entry, usage = self.proxy.clock, self.entry, self.entry.usage
-        entry.first_byte = clock.monotonic()
+        entry.first_byte, self.answering = clock.monotonic(), True
         if self.early:
             return self.write(self.first)
         lines = (f"{self.lines_down(answer)}{self.framing_line}X-Upstream-Request-Start: {self.started}\r\n"
@@ -4967,13 +4993,13 @@ class Reply:
             head.derived["down"] = "".join([row + "\r\n" for row in rows])
         return head.derived["down"]
 
-    def cut(self, passage: Optional[Passage] = None) -> None:
+    def cut(self, passage: Optional[Passage] = None, why: Optional[Refusal] = None) -> None:
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too few bytes,
-        or, where only closing ends the body, a reset. A stream of whose head only we know is told why, where
-        `passage` has room for that."""
+        or, where only closing ends the body, a reset. A stream whose head was ours is told `why`, where `passage` has
+        room for that."""
         self.closing = True
         if self.early and passage:
-            self.write(passage.between(self.error_event(UpstreamFailed("cut"))))
+            self.write(passage.between(self.error_event(why)))
         if self.unframed:
             self.reset = True
             self.caller.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -4993,7 +5019,7 @@ class Reply:
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
         self.entry.outcome, self.entry.cause = refusal.outcome, refusal.cause
         if self.begun:
-            if self.early and self.entry.first_byte is None:
+            if self.early and not self.answering:
                 event = self.error_event(refusal)
                 self.write(event if self.unframed else chunk(event))
             return self.cut()
@@ -5203,9 +5229,10 @@ class Handler:
 
 # ------------------------------------------------------------------------------------------------------------
 # Server: threads, caps, TLS, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock
-# guards the open connections; Upstream.lock guards running calls and breakers; Crowd.lock guards the lines; the
-# Relay's flows belong to its thread alone; queues and events guard themselves. No lock is held while another is taken, or while
-# anything waits, but for Catalogue.lock: whoever wants the list waits for the one who asks for it.
+# guards the open connections; Upstream.lock guards running calls and breakers; Crowd.lock guards the lines;
+# Room.lock guards a number; the Relay's flows belong to its thread alone; queues and events guard themselves.
+# No lock is held while another is taken, or while anything waits, but for Catalogue.lock: whoever wants the list
+# waits for the one who asks for it.
 # ------------------------------------------------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
@@ -5439,7 +5466,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.try_again()
             left = len(self.open)
         if left:
-            self.cutting = self.proxy.routes.crowd.over = True  # who stands in line is not sent any more
+            self.cutting = True
+            self.proxy.routes.close_lines()
             self.proxy.relay.cut_all()
             with self.lock:
                 self.lock.wait_for(lambda: not self.open, 0.5)
