@@ -191,10 +191,10 @@ def networks(text: str) -> List[Any]:
         raise ValueError("must be addresses or networks such as 10.0.0.0/8 or ::1, separated by commas") from None
 
 
+NEVER_SET = re.compile(r"(?i)host|content-length|transfer-encoding|connection|te|trailer|upgrade|expect|keep-alive")
 MEANT_OTHERWISE = re.compile(
-    r"(?i)host|connection|keep-alive|te|trailer|upgrade|expect|origin|cookie2?|user-agent|accept(-.*)?|content-.*"
-    r"|transfer-encoding|authorization|proxy-.*|access-control-.*|anthropic-.*|openai-.*|x-(goog-)?api-key|x-request-id"
-    r"|x-forwarded-for|x-llm-proxy-.*")
+    NEVER_SET.pattern + r"|origin|cookie2?|user-agent|accept(-.*)?|content-.*|authorization|proxy-.*|access-control-.*"
+    r"|anthropic-.*|openai-.*|x-(goog-)?api-key|x-request-id|x-forwarded-for|x-llm-proxy-.*")
 
 
 def field_name(text: str) -> str:
@@ -203,13 +203,21 @@ def field_name(text: str) -> str:
     raise ValueError("must be the name of a header field that means nothing else")
 
 
+def pairs(text: str, right: str) -> Dict[str, str]:
+    """'a=b, c=d' -> {'a': 'b', 'c': 'd'}; `right` says what would be."""
+    found = [tuple(word.strip() for word in part.partition("=")[::2]) for part in text.split(",")]
+    if len(dict(found)) < len(found) or not all(name and value for name, value in found):
+        raise ValueError(right)
+    return dict(found)
+
+
 def weights(text: str) -> Dict[str, int]:
     """'alice=3, bob=2' -> {'alice': 3, 'bob': 2}."""
-    pairs = [tuple(word.strip() for word in part.partition("=")[::2]) for part in text.split(",")]
-    if len(dict(pairs)) < len(pairs) or not all(
-            name and re.fullmatch("[1-9][0-9]{0,2}", weight) for name, weight in pairs):
-        raise ValueError("must be name=weight, separated by commas, each name once, weights from 1 to 999")
-    return {name: int(weight) for name, weight in pairs}
+    right = "must be name=weight, separated by commas, each name once, weights from 1 to 999"
+    found = pairs(text, right)
+    if not all(re.fullmatch("[1-9][0-9]{0,2}", weight) for weight in found.values()):
+        raise ValueError(right)
+    return {name: int(weight) for name, weight in found.items()}
 
 
 def pem_file(text: str) -> str:
@@ -232,16 +240,13 @@ def globs(text: str) -> Tuple[str, ...]:
 
 def aliases(text: str) -> Dict[str, str]:
     """'fast=gemma4, smart=gpt-5' -> {'fast': 'gemma4', 'smart': 'gpt-5'}."""
-    pairs = [tuple(word.strip() for word in part.partition("=")[::2]) for part in text.split(",")]
-    found = dict(pairs)
-    if len(found) < len(pairs) or not all(name and model and (name + model).isprintable() for name, model in pairs):
-        raise ValueError("must be alias=model, separated by commas, each alias once")
+    right = "must be alias=model, separated by commas, each alias once"
+    found = pairs(text, right)
+    if not all((name + model).isprintable() for name, model in found.items()):
+        raise ValueError(right)
     if not found.keys().isdisjoint(found.values()):
         raise ValueError("must not make an alias of an alias")
     return found
-
-
-NEVER_SET = re.compile(r"(?i)host|content-length|transfer-encoding|connection|te|trailer|upgrade|expect|keep-alive")
 
 
 def header_lines(text: str) -> Dict[str, str]:
@@ -620,6 +625,11 @@ class Config(types.SimpleNamespace):
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
+    @property
+    def scheme(self) -> str:
+        """What callers speak."""
+        return "https" if self.tls_cert_file else "http"
+
     def speaks_https(self) -> bool:
         return any(url.scheme == "https" for upstream in self.all_upstreams() for url in upstream.url)
 
@@ -754,6 +764,7 @@ class Refusal(Exception):
     sentence = "The request was refused"
     cause: Optional[str] = None  # for the operator's eyes only
     unsent = False               # nothing of the call went upstream: another one may be asked
+    body: Optional[bytes] = None  # how an upstream said it, where that is known
 
     def __init__(self, sentence: Optional[str] = None, **fields: Any):
         super().__init__(sentence or self.sentence)
@@ -2768,14 +2779,13 @@ class Watch:
 
     def __init__(self, caller: Optional[Connection], clock: Any, until: float = math.inf):
         """Without a `caller` nobody can leave. No wait goes on beyond `until`."""
-        self.caller, self.clock, self.until = caller, clock, until
+        self.caller, self.clock = caller, clock
         self.left: Optional[float] = None  # when the end of what it sends was seen
         self.relay: Any = None             # which sees the caller leave while a thread listens elsewhere
         self.listening: Optional[Connection] = None
         self.pausing: Optional[threading.Event] = None
-        self.gone = self.bounded = False
-        self.speak: Optional[Callable[[], None]] = None
-        self.speak_at = math.inf
+        self.gone = False
+        self.bound(until)
 
     def renew(self) -> None:
         """Another request is awaited: what is half closed has its moment again."""
@@ -2792,6 +2802,14 @@ class Watch:
         from then on."""
         self.until, self.speak_at, self.speak = until, speak_at, speak
         self.bounded = min(until, speak_at) < math.inf
+
+    def due(self, deadline: float) -> float:
+        """When a wait until `deadline` has to look up."""
+        return min(deadline, self.until, self.speak_at)
+
+    def has_left(self, now: float) -> bool:
+        """Whether it closed its sending side so long ago that it is gone."""
+        return self.left is not None and now >= self.left + self.HALF_CLOSE_SECONDS
 
     def lapse(self, deadline: float) -> None:
         """A wait has lasted until something was due. Raises TimeoutError at `deadline`."""
@@ -2816,13 +2834,13 @@ class Watch:
                 connection.listen(seconds, self.clock)
         finally:
             self.listening = None
-        if self.gone:  # looked at last: `leave` may have come in between
+        if self.gone:  # looked at last: `caller_left` may have come in between
             raise CallerGone()
 
     def listen_aloud(self, connection: Connection, deadline: float) -> None:
         while not self.gone:
             try:
-                left = min(deadline, self.until, self.speak_at) - self.clock.monotonic()
+                left = self.due(deadline) - self.clock.monotonic()
                 return connection.listen(max(0.001, left), self.clock)
             except TimeoutError:
                 self.lapse(deadline)
@@ -2846,7 +2864,7 @@ class Watch:
         """Wait until `connection` is ready; -> for what. Raises TimeoutError at `deadline`, CallerGone when
         it left."""
         while True:
-            until = min(deadline, self.until, self.speak_at)
+            until = self.due(deadline)
             wanted, listening = [(connection.descriptor, events)], False
             if self.caller:
                 until = until if self.left is None else min(until, self.left + self.HALF_CLOSE_SECONDS)
@@ -2857,7 +2875,7 @@ class Watch:
                 return found[connection.descriptor]
             if found:
                 self.look(listening)
-            elif self.left is not None and self.clock.monotonic() >= self.left + self.HALF_CLOSE_SECONDS:
+            elif self.has_left(self.clock.monotonic()):
                 raise CallerGone()
             else:
                 self.lapse(deadline)
@@ -2878,7 +2896,7 @@ class Watch:
         self.pausing = done if self.relay else None
         try:
             while not self.gone:
-                left = min(deadline, self.until, self.speak_at) - self.clock.monotonic()
+                left = self.due(deadline) - self.clock.monotonic()
                 if done.wait(max(0, left if self.relay else min(left, 0.05))) and not self.gone:
                     return True
                 if not self.relay:
@@ -2898,7 +2916,7 @@ class Watch:
                     raise CallerGone()
             elif self.caller.readable(0):
                 self.look(True)
-        if self.left is not None and self.clock.monotonic() > self.left + self.HALF_CLOSE_SECONDS:
+        if self.has_left(self.clock.monotonic()):
             raise CallerGone()
 
     def send(self, connection: Connection, data: bytes, seconds_without_progress: float) -> bool:
@@ -3135,7 +3153,7 @@ class Relay:
         while self.leaving and now >= self.leaving[0][0] + Watch.HALF_CLOSE_SECONDS:
             _, watch = self.leaving.popleft()
             left = watch.left
-            if left is not None and now >= left + Watch.HALF_CLOSE_SECONDS:
+            if watch.has_left(now):
                 watch.caller_left()
             elif left is not None:  # its own thread saw it later, or it has another moment
                 self.leaving.append((left, watch))
@@ -3216,7 +3234,7 @@ class Guest:
 
 class Slot:
     """One call's place: in the line until it is `ready`, then one of those that run, until it leaves."""
-    __slots__ = ("line", "clock", "guest", "number", "since", "patience", "ready", "running")
+    __slots__ = ("line", "clock", "guest", "number", "since", "ready", "running")
 
     def __init__(self, line: "Line", guest: Guest, number: int, since: float):
         self.line, self.clock, self.guest, self.number, self.since = line, line.clock, guest, number, since
@@ -3250,8 +3268,8 @@ class Line:
 
     def __init__(self, most: int, crowd: Crowd, clock: Any):
         self.most, self.crowd, self.clock = most, crowd, clock
-        self.running = self.begun = self.entered = 0
-        self.now = 0.0
+        self.running, self.now = 0, 0.0
+        self.numbers = itertools.count(1)  # of calls that come, and of those that begin
         self.guests: Dict[Any, Guest] = {}
 
     def enter(self, caller: Any, weight: int, waited: float = 0) -> Slot:
@@ -3259,8 +3277,7 @@ class Line:
         seconds. Raises NotInTurn where the line is full."""
         with self.crowd.lock:
             guest = self.guests.get(caller) or Guest(caller, weight, self.now)
-            self.entered += 1
-            slot = Slot(self, guest, self.entered, self.clock.monotonic() - waited)
+            slot = Slot(self, guest, next(self.numbers), self.clock.monotonic() - waited)
             full = self.running >= self.most
             if full and self.crowd.is_full(caller):
                 raise NotInTurn("queue full")
@@ -3278,11 +3295,10 @@ class Line:
         guest = slot.guest
         guest.running += 1
         self.running += 1
-        self.begun += 1
         turn = 1 / sum([one.weight for one in self.guests.values() if one.running or one.waiting])
         before, self.now = self.now, max(self.now, guest.due) + turn
         guest.due = max(guest.due + 1 / guest.weight, before)  # who fell behind has no two turns before who is new
-        guest.last, slot.running = self.begun, True
+        guest.last, slot.running = next(self.numbers), True
         slot.ready.set()
 
     def leave(self, slot: Slot) -> None:
@@ -3319,11 +3335,11 @@ class Line:
             guest = slot.guest
             if slot.running or slot not in guest.waiting:
                 return 0
-            ahead = guest.waiting.index(slot)
+            ahead, order = guest.waiting.index(slot), guest.turn()[1:]
             due = guest.due + ahead / guest.weight
             for one in self.guests.values():
                 if one is not guest and one.waiting:
-                    turns, first = (due - one.due) * one.weight, one.turn()[1:] < guest.turn()[1:]
+                    turns, first = (due - one.due) * one.weight, one.turn()[1:] < order
                     turns = math.floor(turns + 1e-6) + 1 if first else math.ceil(turns - 1e-6)
                     ahead += min(len(one.waiting), max(0, turns))
             return ahead
@@ -3331,9 +3347,9 @@ class Line:
     def told(self) -> Dict[str, int]:
         """For /health."""
         with self.crowd.lock:
-            since = [one.waiting[0].since for one in self.guests.values() if one.waiting]
             return {"waiting": sum([len(one.waiting) for one in self.guests.values()]),
-                    "longest_ms": int((self.clock.monotonic() - min(since)) * 1000) if since else 0}
+                    "longest_ms": max([one.waiting[0].waited() for one in self.guests.values() if one.waiting],
+                                      default=0)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3954,8 +3970,8 @@ PLAIN_WORD = re.compile(r"[!-\[\]-~]{1,80}")
 class Entry:
     """What is written down of one request. `started`, `first_byte` and `ended` are monotonic seconds, `wall`
     is the end in unix nanoseconds; `queued` are milliseconds in line, None where there was none; `passed` counts
-    bytes of body sent to the caller. `outcome` is one of ok,
-    limited, refused, upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
+    bytes of body sent to the caller. `outcome` is one of ok, limited, refused, upstream_status, upstream_failed,
+    upstream_cut, caller_gone, stopped, internal_error."""
     __slots__ = ("identity", "address", "started", "first_byte", "ended", "wall", "caller", "method", "path",
                  "status", "outcome", "cause", "call", "upstream", "hold", "passed", "listener", "usage",
                  "picodollars", "priced", "peer", "queued")
@@ -4404,7 +4420,7 @@ class Proxy:
         with self.admit(caller, entry.address, call, upstream) as hold:                             # admit
             entry.hold = hold
             try:
-                with self.forward(upstream, request, call, reply, entry) as answer:                 # forward
+                with self.forward(upstream, request, call, reply) as answer:                        # forward
                     passage = reply.receive(answer)
                     if passage.framing.ended:
                         answer.leave()  # before the caller knows, who may call again at once
@@ -4441,11 +4457,11 @@ class Proxy:
         costs = FREE if call.free else self.meter.before(call)
         return self.limits.admit(caller, address, call.served, costs, upstream.name)
 
-    def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any, entry: Entry) -> Answer:
+    def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
         """Send the call upstream, after its turn where there is a line. What is not metered does not wait."""
         if upstream.line is None or call.free:
             return self.send_up(upstream, request, call, reply)
-        slot = self.stand_in_line(upstream, reply, entry)
+        slot = self.stand_in_line(upstream, reply)
         try:
             answer = self.send_up(upstream, request, call, reply)
         except BaseException:
@@ -4454,10 +4470,11 @@ class Proxy:
         answer.slot = slot
         return answer
 
-    def stand_in_line(self, upstream: Upstream, reply: Any, entry: Entry) -> Slot:
+    def stand_in_line(self, upstream: Upstream, reply: Any) -> Slot:
         if not upstream.may_be_asked():
             raise UpstreamOpen(upstream.wait())
-        caller, before = entry.caller, entry.queued or 0  # in the line of another upstream
+        entry, caller = reply.entry, reply.entry.caller
+        before = entry.queued or 0  # in the line of another upstream
         slot = reply.slot = upstream.line.enter(caller.key, self.weights.get(caller.key_name, 1), before / 1000)
         try:
             slot.wait(reply.watch)
@@ -4472,7 +4489,7 @@ class Proxy:
     def send_up(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
         """A stream tells its usage only when asked; an upstream that takes the question for an error is not asked
         again."""
-        head = functools.partial(self.head_up, request, call, upstream, self.callers.caller_header)
+        head = functools.partial(self.head_up, request, call, upstream)
         body = plain = call.outgoing if call.endpoint else b"" if reply.body.ended else reply.body
         if call.stream and self.meter.counting and call.endpoint in ("chat", "completions") and (
                 call.served not in upstream.without_options):
@@ -4505,10 +4522,9 @@ class Proxy:
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.meter.costs(usage, entry.picodollars, estimate))
 
-    @staticmethod
-    def head_up(request: Request, call: Call, upstream: Upstream, hidden: Optional[str], address: Address) -> bytes:
-        """What goes upstream before the body, but for its framing; `hidden` is the field that names the caller. A
-        metered answer must stay readable, so it is asked for plain."""
+    def head_up(self, request: Request, call: Call, upstream: Upstream, address: Address) -> bytes:
+        """What goes upstream before the body, but for its framing. A metered answer must stay readable, so it is
+        asked for plain."""
         derived, metered, path = request.head.derived, call.endpoint is not None, call.path
         known = derived.get(address)
         if known and known[0] == path:
@@ -4519,7 +4535,7 @@ class Proxy:
         # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
         dropped = dropped.union([name for name in request.head.rows
                                  if "_" in name or name.startswith((IDENTIFYING, OUR_FIELDS))
-                                 or name == hidden])
+                                 or name == self.callers.caller_header])
         rows = request.head.end_to_end(dropped)
         place, dialect = upstream.place(path, call.dialect, metered)
         if dialect.name == upstream.dialect and "anthropic-version" not in request.head.rows:
@@ -4889,11 +4905,15 @@ class Reply:
                 self.closing = self.unframed = True
             head = self.head(200, "OK", "Content-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
                              + ("" if self.unframed else "Transfer-Encoding: chunked\r\n"))
-        self.write(head + (comment if self.unframed else chunk(comment)))
+        self.write(head + self.framed(comment))
+
+    def framed(self, event: bytes) -> bytes:
+        """An event of ours, in a stream whose head was ours."""
+        return event if self.unframed else chunk(event)
 
     def error_event(self, refusal: Refusal) -> bytes:
         dialect = self.call.dialect
-        return dialect.error_event(getattr(refusal, "body", None) or dialect.error(refusal, refusal.status))
+        return dialect.error_event(refusal.body or dialect.error(refusal, refusal.status))
 
     # -- what comes from upstream
 
@@ -5020,8 +5040,7 @@ class Reply:
         self.entry.outcome, self.entry.cause = refusal.outcome, refusal.cause
         if self.begun:
             if self.early and not self.answering:
-                event = self.error_event(refusal)
-                self.write(event if self.unframed else chunk(event))
+                self.write(self.framed(self.error_event(refusal)))
             return self.cut()
         self.closing = self.closing or refusal.closing
         call, fields = self.call, dict(refusal.fields)
@@ -5709,8 +5728,7 @@ def run(config: Config, log_stream: Any, hint: str) -> int:
     if hang_up and config.tls_cert_file:  # else it means that the terminal was closed
         signal.signal(hang_up, lambda *_: None)  # it comes by way of the wake-up descriptor
     proxy.books.log.say("llm_proxy %s listens on %s://%s:%d" % (
-        VERSION, "https" if config.tls_cert_file else "http",
-        "[%s]" % config.host if ":" in config.host else config.host, config.port))
+        VERSION, config.scheme, "[%s]" % config.host if ":" in config.host else config.host, config.port))
     for row in (describe(config) + remarks + ["warning: " + warning for warning in config.warnings()]
                 + ([hint] if hint else [])):
         proxy.books.log.say(row)
@@ -5831,8 +5849,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     if options.check:
         return check(config, sys.stdout)
-    scheme = "https" if config.tls_cert_file else "http"
-    return run(config, log_stream, DEMO_HINT % (scheme, config.port) if options.demo else "")
+    return run(config, log_stream, DEMO_HINT % (config.scheme, config.port) if options.demo else "")
 
 
 if __name__ == "__main__":
