@@ -473,6 +473,51 @@ LAST = b"0\r\n\r\n"
 CHUNKED = "Transfer-Encoding: chunked"
 
 
+KEY_AND_CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpuAxXY8tGXRYFL4R
++XD/126UZcFxfCbfCxTFdJ1Ax0mhRANCAATB4HdxRMtG5+/v+QpKxHlPYQwQdI0V
+E5cM9TrCeXNhh84yQaAUavWL8nhkVRa9YsP3hy80rswEogQNoIog0K9X
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmjCCAUCgAwIBAgIUPIdc+Aiov/jyVfCPmwvXUCbvRYAwCgYIKoZIzj0EAwIw
+GTEXMBUGA1UEAwwObGxtX3Byb3h5IHRlc3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEx
+OTEyMDgwMDAwMDBaMBkxFzAVBgNVBAMMDmxsbV9wcm94eSB0ZXN0MFkwEwYHKoZI
+zj0CAQYIKoZIzj0DAQcDQgAEweB3cUTLRufv7/kKSsR5T2EMEHSNFROXDPU6wnlz
+YYfOMkGgFGr1i/J4ZFUWvWLD94cvNK7MBKIEDaCKINCvV6NkMGIwHQYDVR0OBBYE
+FBbzb10wJVCj2SC4YDCJz4ud7gfkMB8GA1UdIwQYMBaAFBbzb10wJVCj2SC4YDCJ
+z4ud7gfkMA8GA1UdEwEB/wQFMAMBAf8wDwYDVR0RBAgwBocEfwAAATAKBggqhkjO
+PQQDAgNIADBFAiBOMZr9c++DKxE9b1EFAAEX8JVINnRNCupi5k5HJqesfAIhALi2
+j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
+-----END CERTIFICATE-----
+"""  # for 127.0.0.1, until 2119; of no use elsewhere
+
+
+def pem_file(case, text=KEY_AND_CERTIFICATE):
+    """A file of its own for a test; -> its path."""
+    folder = tempfile.TemporaryDirectory()
+    case.addCleanup(folder.cleanup)
+    path = os.path.join(folder.name, "file.pem")
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+    return path
+
+
+@contextlib.contextmanager
+def no_threads():
+    """The proxy can start none; what stands in for callers and the upstream can. -> a list of the attempts."""
+    attempts = []
+
+    def fail(*_):
+        attempts.append(1)
+        raise RuntimeError("can't start new thread")
+    unable = type("Unable", (threading.Thread,), {"start": fail})
+    theirs = types.SimpleNamespace(**{**vars(threading), "Thread": unable})
+    with mock.patch.object(llm_proxy, "threading", theirs), (
+            mock.patch.object(llm_proxy, "_thread", types.SimpleNamespace(start_new_thread=fail))):
+        yield attempts
+
+
 class ProxyCase(unittest.TestCase):
     """`start` runs a proxy of this test's own, between a Stub and Clients; all is gone when the test ends."""
 
@@ -557,6 +602,33 @@ class ProxyCase(unittest.TestCase):
     def assert_ending(self, outcome, left, number=0, key=None):
         """How the call with this number ended, in the log and in the bucket. The log comes last."""
         self.assertEqual((self.entry(number)["outcome"], self.left(key)), (outcome, left))
+
+
+class ManyCase(ProxyCase):
+    """A proxy with several upstreams, each a Stub of its own."""
+
+    def stub_of(self, name, answer=None, **options):
+        stub = Stub(answer or says(b'{"from": "%s"}' % name.encode()), **options)
+        self.addCleanup(stub.close)
+        return stub
+
+    def silent_stub(self, name):
+        """The test answers for it, in its own time."""
+        stub = self.stub_of(name)
+        stub.answer = None
+        return stub
+
+    def start_many(self, stubs, answer=None, base=True, clock=time, **settings):
+        """`stubs`: {name: Stub}, each an upstream by that name."""
+        urls = {"UPSTREAM_%s_URL" % name.upper(): "http://127.0.0.1:%d/v1" % stub.port for name, stub in stubs.items()}
+        self.start(answer or says(b'{"from": "base"}'), clock, **{
+            **urls, **settings, **({} if base else {"BASE_API_URL": ""})})
+
+    def came_from(self, data):
+        return self.ask(data).json()["from"]
+
+    def states(self):
+        return self.ask(request("GET", "/health")).json()["upstreams"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -698,19 +770,14 @@ class ConfigTest(unittest.TestCase):
         self.assertEqual(read_config({**self.HERE, "HOST": "[::1]"}).host, "::1")
 
     def test_a_certificate_and_a_key_must_be_a_pair(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "both.pem")
-            certificate = os.path.join(folder, "certificate.pem")
-            for name, text in ((path, KEY_AND_CERTIFICATE), (certificate, KEY_AND_CERTIFICATE[KEY_AND_CERTIFICATE.index(
-                    "-----BEGIN CERT"):])):
-                with open(name, "w", encoding="ascii") as file:
-                    file.write(text)
-            for settings in ({"TLS_CERT_FILE": path}, {"TLS_CERT_FILE": certificate, "TLS_KEY_FILE": path}):
-                read_config({**self.HERE, **settings})
-            for settings, fault in (({"TLS_CERT_FILE": certificate}, "TLS_CERT_FILE and TLS_KEY_FILE must be"),
-                                    ({"TLS_KEY_FILE": path}, "TLS_KEY_FILE needs TLS_CERT_FILE")):
-                with self.subTest(settings=list(settings)):
-                    self.assertTrue(self.faults(**self.HERE, **settings)[0].startswith(fault))
+        both = pem_file(self)
+        certificate = pem_file(self, KEY_AND_CERTIFICATE[KEY_AND_CERTIFICATE.index("-----BEGIN CERT"):])
+        for settings in ({"TLS_CERT_FILE": both}, {"TLS_CERT_FILE": certificate, "TLS_KEY_FILE": both}):
+            read_config({**self.HERE, **settings})
+        for settings, fault in (({"TLS_CERT_FILE": certificate}, "TLS_CERT_FILE and TLS_KEY_FILE must be"),
+                                ({"TLS_KEY_FILE": both}, "TLS_KEY_FILE needs TLS_CERT_FILE")):
+            with self.subTest(settings=list(settings)):
+                self.assertTrue(self.faults(**self.HERE, **settings)[0].startswith(fault))
 
     def test_what_would_come_to_nothing_is_warned_of(self):
         config = read_config({**self.HERE, "KEY_WEIGHTS": "bob=2,alice=3", "PROXY_API_KEYS": "alice=sk-1",
@@ -2897,7 +2964,7 @@ class LineTest(unittest.TestCase):
             self.assertEqual((line.running, line.guests, self.crowd.waiting, self.crowd.by_caller), (0, {}, 0, {}))
 
 
-class QueueTest(ProxyCase):
+class QueueTest(ManyCase):
     """The line as callers meet it."""
 
     def state(self):
@@ -3076,14 +3143,11 @@ class QueueTest(ProxyCase):
         self.assertEqual((answered.whole, answered.body), (True, event(1) + body))
 
     def test_who_finds_one_line_too_slow_goes_on_to_the_next_upstream_and_hears_of_it(self):
-        other = Stub(None)
-        self.addCleanup(other.close)
-        self.start(None, EARLY_STREAM_SECONDS="0.3", QUEUE_SECONDS="0.1", UPSTREAM_ORDER="a,b", **{
-            "UPSTREAM_%s_%s" % (name, setting): value for name, stub in (("A", self.stub_of_a()), ("B", other))
-            for setting, value in (("URL", "http://127.0.0.1:%d" % stub.port), ("MODELS", "m"))},
-            UPSTREAM_A_MAX_CONCURRENCY=1)
+        busy, other = self.silent_stub("a"), self.silent_stub("b")
+        self.start_many({"a": busy, "b": other}, EARLY_STREAM_SECONDS="0.3", QUEUE_SECONDS="0.1", UPSTREAM_ORDER="a,b",
+                        UPSTREAM_A_MODELS="m", UPSTREAM_B_MODELS="m", UPSTREAM_A_MAX_CONCURRENCY=1)
         self.connect().send(call())
-        self.a.next()
+        busy.next()
         client = self.connect().send(call("next", stream=True))
         asked = other.next()
         client.head()
@@ -3092,14 +3156,12 @@ class QueueTest(ProxyCase):
         self.assertTrue(client.rest().whole)
 
     def test_all_lines_together_take_no_longer_than_one_and_are_told_as_one(self):
-        other = Stub(None)
-        self.addCleanup(other.close)
-        stubs = (("ONE", self.stub_of_a()), ("TWO", other))
-        self.start(None, QUEUE_SECONDS="0.3", UPSTREAM_ORDER="one,two", **{
-            "UPSTREAM_%s_%s" % (name, setting): value for name, stub in stubs for setting, value in (
-                ("URL", "http://127.0.0.1:%d" % stub.port), ("MODELS", "m"), ("MAX_CONCURRENCY", 1))})
-        for name, stub in stubs:
-            self.connect().send(request("POST", "/%s%s" % (name.lower(), CHAT), chat()))
+        stubs = {name: self.silent_stub(name) for name in ("one", "two")}
+        self.start_many(stubs, QUEUE_SECONDS="0.3", UPSTREAM_ORDER="one,two", **{
+            "UPSTREAM_%s_%s" % (name.upper(), setting): value
+            for name in stubs for setting, value in (("MODELS", "m"), ("MAX_CONCURRENCY", 1))})
+        for name, stub in stubs.items():
+            self.connect().send(request("POST", "/%s%s" % (name, CHAT), chat()))
             asked = stub.next()
         answered = self.ask(call("next"))
         self.assertEqual(answered.status, 503)
@@ -3108,7 +3170,7 @@ class QueueTest(ProxyCase):
         wait_for(lambda: self.proxy.routes.by_name["one"].line.told()["waiting"])
         asked.send(answer())
         asked.finish()
-        asked = other.next()
+        asked = stubs["two"].next()
         asked.send(answer())
         self.assertGreaterEqual(int(client.read().get("x-queue-ms")), 300)
 
@@ -3117,11 +3179,6 @@ class QueueTest(ProxyCase):
         self.connect().send(call())
         self.stub.next()
         self.assertEqual([guest.weight for guest in self.proxy.routes.base.line.guests.values()], [1])
-
-    def stub_of_a(self):
-        self.a = Stub(None)
-        self.addCleanup(self.a.close)
-        return self.a
 
     def test_a_caller_who_has_its_answer_may_call_again_at_once(self):
         self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
@@ -3375,7 +3432,7 @@ class EarlyStreamTest(ProxyCase):
         self.assertIn(b"try again in a moment", waiting.answered.body)
         asked.finish()
 
-class DeadlinesTest(ProxyCase):
+class DeadlinesTest(ManyCase):
     def test_the_first_byte_has_a_time_of_its_own(self):
         self.start(None, FIRST_BYTE_TIMEOUT="0.1", READ_TIMEOUT="5")
         self.assertEqual(self.ask(call()).status, 504)
@@ -3404,14 +3461,12 @@ class DeadlinesTest(ProxyCase):
         client = self.connect()
         self.send_apart(client, data[:-5])
         self.assertEqual(client.read().status, 408)
-        other = Stub(None)
-        self.addCleanup(other.close)
-        self.start(None, UPSTREAM_A_URL="http://127.0.0.1:%d" % other.port, UPSTREAM_A_MODELS="m", UPSTREAM_A_MAX_CONCURRENCY=1,
-                   UPSTREAM_B_URL="http://127.0.0.1:%d" % self.stub.port, UPSTREAM_B_MODELS="m")
+        busy, other = self.silent_stub("a"), self.silent_stub("b")
+        self.start_many({"a": busy, "b": other}, UPSTREAM_A_MODELS="m", UPSTREAM_A_MAX_CONCURRENCY=1, UPSTREAM_B_MODELS="m")
         self.connect().send(call())
-        other.next()
+        busy.next()
         self.assertEqual(self.ask(call("next", "X-LLM-Proxy-Timeout-Ms: 100")).status, 504)
-        self.assertEqual((other.calls, self.stub.calls), (1, 0))
+        self.assertEqual((busy.calls, other.calls, self.stub.calls), (1, 0, 0))
 
     def test_it_holds_for_an_error_whose_body_does_not_come(self):
         self.start(None, EARLY_STREAM_SECONDS="0.05", READ_TIMEOUT="9")
@@ -3777,27 +3832,6 @@ class UploadTest(ProxyCase):
         answered = client.read()
         self.assertEqual((answered.status, answered.error()["type"]), (400, "invalid_request_error"))
         asked.wait_for_hang_up()
-
-
-class ManyCase(ProxyCase):
-    """A proxy with several upstreams, each a Stub of its own."""
-
-    def stub_of(self, name, answer=None, **options):
-        stub = Stub(answer or says(b'{"from": "%s"}' % name.encode()), **options)
-        self.addCleanup(stub.close)
-        return stub
-
-    def start_many(self, stubs, answer=None, base=True, clock=time, **settings):
-        """`stubs`: {name: Stub}, each an upstream by that name."""
-        urls = {"UPSTREAM_%s_URL" % name.upper(): "http://127.0.0.1:%d/v1" % stub.port for name, stub in stubs.items()}
-        self.start(answer or says(b'{"from": "base"}'), clock, **{
-            **urls, **settings, **({} if base else {"BASE_API_URL": ""})})
-
-    def came_from(self, data):
-        return self.ask(data).json()["from"]
-
-    def states(self):
-        return self.ask(request("GET", "/health")).json()["upstreams"]
 
 
 class AddressesTest(ManyCase):
@@ -4330,35 +4364,11 @@ class CatalogueTest(ManyCase):
         self.assertEqual([stub.calls for stub in stubs.values()], [0, 0])
 
 
-KEY_AND_CERTIFICATE = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpuAxXY8tGXRYFL4R
-+XD/126UZcFxfCbfCxTFdJ1Ax0mhRANCAATB4HdxRMtG5+/v+QpKxHlPYQwQdI0V
-E5cM9TrCeXNhh84yQaAUavWL8nhkVRa9YsP3hy80rswEogQNoIog0K9X
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBmjCCAUCgAwIBAgIUPIdc+Aiov/jyVfCPmwvXUCbvRYAwCgYIKoZIzj0EAwIw
-GTEXMBUGA1UEAwwObGxtX3Byb3h5IHRlc3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEx
-OTEyMDgwMDAwMDBaMBkxFzAVBgNVBAMMDmxsbV9wcm94eSB0ZXN0MFkwEwYHKoZI
-zj0CAQYIKoZIzj0DAQcDQgAEweB3cUTLRufv7/kKSsR5T2EMEHSNFROXDPU6wnlz
-YYfOMkGgFGr1i/J4ZFUWvWLD94cvNK7MBKIEDaCKINCvV6NkMGIwHQYDVR0OBBYE
-FBbzb10wJVCj2SC4YDCJz4ud7gfkMB8GA1UdIwQYMBaAFBbzb10wJVCj2SC4YDCJ
-z4ud7gfkMA8GA1UdEwEB/wQFMAMBAf8wDwYDVR0RBAgwBocEfwAAATAKBggqhkjO
-PQQDAgNIADBFAiBOMZr9c++DKxE9b1EFAAEX8JVINnRNCupi5k5HJqesfAIhALi2
-j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
------END CERTIFICATE-----
-"""  # for 127.0.0.1, until 2119; of no use elsewhere
-
-
 class HttpsTest(ManyCase):
     """Upstreams that speak TLS, with a certificate that nobody vouches for."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.file = os.path.join(folder.name, "both.pem")
-        with open(self.file, "w", encoding="ascii") as file:
-            file.write(KEY_AND_CERTIFICATE)
+        self.file = pem_file(self)
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(self.file)
         self.box = Stub(says(), tls=tls)
@@ -5587,7 +5597,7 @@ class ServerTest(ProxyCase):
 
     def test_where_no_thread_can_be_started_a_caller_gets_a_503_and_nothing_is_left_behind(self):
         self.start()
-        with self.no_threads():
+        with no_threads():
             self.assert_turned_away(self.connect().send(call()))
         self.assertEqual(len(self.server.open), 0)
         self.assertEqual(self.ask(call()).status, 200)
@@ -5598,20 +5608,12 @@ class ServerTest(ProxyCase):
         asked = self.stub.next()
         asked.send(STREAM)
         client.head()
-        with self.no_threads():
+        with no_threads():
             asked.send(chunk(event(1)) + LAST)
             asked.finish()
             self.assertTrue(client.rest().whole)
             client.send(request("GET", "/health"))
         self.assertEqual(client.read().status, 200)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def no_threads():
-        failure = RuntimeError("can't start new thread")
-        with mock.patch("_thread.start_new_thread", side_effect=failure):
-            with mock.patch.object(threading.Thread, "start", side_effect=failure):
-                yield
 
     def test_where_no_descriptor_is_left_accepting_is_no_busy_loop(self):
         self.start()
@@ -5673,11 +5675,7 @@ class TlsTest(ProxyCase):
     """Callers that come by TLS."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.file = os.path.join(folder.name, "both.pem")
-        with open(self.file, "w", encoding="ascii") as file:
-            file.write(KEY_AND_CERTIFICATE)
+        self.file = pem_file(self)
         self.context = ssl.create_default_context(cafile=self.file)
 
     def start_tls(self, *arguments, **settings):
@@ -6096,18 +6094,15 @@ class CommandsTest(unittest.TestCase):
         return False
 
     def test_a_hang_up_signal_reads_the_certificates_again_and_ends_nothing(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "both.pem")
-            with open(path, "w", encoding="ascii") as file:
-                file.write(KEY_AND_CERTIFICATE)
-            process = self.serve(BASE_API_URL="http://127.0.0.1:1", TLS_CERT_FILE=path)
-            self.assertTrue(process.said("listens on https://127.0.0.1:"))
-            process.process.send_signal(signal.SIGHUP)
-            wait_for(lambda: process.said("certificates were read again"))
-            os.remove(path)
-            process.process.send_signal(signal.SIGHUP)
-            wait_for(lambda: process.said("certificates were not read again, the old ones stay"))
-            self.assertEqual(process.process.poll(), None)
+        path = pem_file(self)
+        process = self.serve(BASE_API_URL="http://127.0.0.1:1", TLS_CERT_FILE=path)
+        self.assertTrue(process.said("listens on https://127.0.0.1:"))
+        process.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: process.said("certificates were read again"))
+        os.remove(path)
+        process.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: process.said("certificates were not read again, the old ones stay"))
+        self.assertEqual(process.process.poll(), None)
 
     def test_without_certificates_it_ends_with_its_terminal(self):
         process = self.serve(BASE_API_URL="http://127.0.0.1:1")
@@ -6399,20 +6394,6 @@ class DoorTest(EnduranceCase):
         self.assertLess(waited, 1)
         self.assertFalse(process.said("Traceback"))
 
-    @contextlib.contextmanager
-    def no_threads(self):
-        """The proxy can start none; what stands in for callers and the upstream can. -> a list of the attempts."""
-        attempts = []
-
-        def fail(*_):
-            attempts.append(1)
-            raise RuntimeError("can't start new thread")
-        unable = type("Unable", (threading.Thread,), {"start": fail})
-        theirs = types.SimpleNamespace(**{**vars(threading), "Thread": unable})
-        with mock.patch.object(llm_proxy, "threading", theirs), (
-                mock.patch.object(llm_proxy, "_thread", types.SimpleNamespace(start_new_thread=fail))):
-            yield attempts
-
     assert_turned_away = ServerTest.assert_turned_away
 
     def start_by_name(self, answer=None):
@@ -6441,7 +6422,7 @@ class DoorTest(EnduranceCase):
         usual_call()
         before = self.steadily_held()
         with self.subTest("for a connection"):
-            with self.no_threads() as attempts:
+            with no_threads() as attempts:
                 for client in [self.connect().send(call()) for _ in range(number)]:
                     self.assert_turned_away(client)
                     client.close()
@@ -6451,7 +6432,7 @@ class DoorTest(EnduranceCase):
             clients = [self.connect() for _ in range(number)]
             wait_for(lambda: len(self.server.open) == number)
             self.proxy.routes.close_stale(everything=True)
-            with self.no_threads() as attempts:
+            with no_threads() as attempts:
                 for client in clients:
                     self.assert_turned_away(client.send(call()))
                     client.close()
@@ -6466,7 +6447,7 @@ class DoorTest(EnduranceCase):
                 streams[-1][1].send(STREAM + chunk(event(1)))
                 client.head()
                 client.expect(event(1))
-            with self.no_threads() as attempts:
+            with no_threads() as attempts:
                 for client, asked in streams:
                     asked.send(LAST)
                     asked.finish()
@@ -6487,7 +6468,7 @@ class DoorTest(EnduranceCase):
         self.start(UPSTREAM_OTHER_URL="http://127.0.0.1:%d" % endpoint.port, UPSTREAM_OTHER_MODELS="*")
         client = self.connect().send(request("GET", "/health"))
         client.read("GET")
-        with self.no_threads():
+        with no_threads():
             self.assertEqual(client.send(request("GET", "/v1/models")).read("GET").status, 503)
         self.assertEqual(self.ask(request("GET", "/v1/models")).status, 200)
 
@@ -6741,7 +6722,7 @@ class DoorTest(EnduranceCase):
         asked.send(STREAM + chunk(event(1)))
         client.head()
         drainer = threading.Thread(target=lambda: cut.append(self.server.drain(PATIENCE / 2)))
-        with self.no_threads() as attempts:
+        with no_threads() as attempts:
             asked.send(LAST)
             asked.finish()
             wait_for(lambda: attempts)
