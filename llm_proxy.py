@@ -2074,8 +2074,9 @@ class Dialects:
             raise BadRequest("The path must be spelled plainly")
         return ("chat" if tail == "/chat/completions" else endpoint), plain
 
-    def read(self, request: Any, body: Callable[[], bytes]) -> Call:
-        """Understand a request; `body` is only called, and the payload only parsed, where the call is metered."""
+    def read(self, request: Any, body: Callable[[], Any]) -> Any:
+        """Understand a request; -> the Call. `body` is only called, and the payload only parsed, where the call is
+        metered; it may yield while it waits."""
         endpoint, path = self.endpoint(request.method, request.path)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(request.query)[1] if request.query else ""
@@ -2092,7 +2093,7 @@ class Dialects:
             dialect = (self.anthropic if endpoint == "messages" else
                        self.gemini if endpoint in ("generate", "embed") else self.openai)
         call = Call(dialect, endpoint, path, query, prefix)
-        call.body = body()
+        call.body = yield from body()
         call.payload = payload = parse_json(call.body)
         for key in payload.keys() - self.READ_KEYS:
             if key.casefold() in self.READ_KEYS:
@@ -2371,13 +2372,16 @@ else:
 class Connection:
     """A socket, and the bytes read from it that nobody has used yet. Nothing but `listen` and `readable` ever
     blocks."""
-    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "patient", "flags", "step", "dropping", "poll")
+    __slots__ = ("sock", "descriptor", "ahead", "encrypted", "patient", "flags", "step", "dropping", "poll", "act",
+                 "events")
     STEP = 15  # seconds; Linux lets longer timeouts pass by seconds, as much as an eighth of them
 
     def __init__(self, sock: socket.socket):
         self.poll: Any = None
         self.sock, self.descriptor, self.ahead = sock, sock.fileno(), b""
         self.dropping = False  # nobody will ever use what comes: the rest of a refused body
+        self.act: Optional[Callable[[int], None]] = None  # what the Relay calls when it stirs,
+        self.events = 0                                   # and for which of READ and WRITE it asks the system
         self.encrypted = isinstance(sock, ssl.SSLSocket)
         self.patient = PATIENT and not self.encrypted  # can wait and read in one system call
         self.flags, self.step = socket.MSG_DONTWAIT if self.patient else 0, None
@@ -2770,6 +2774,18 @@ def hung_up(connection: Connection) -> bool:
     return bool(ready(0, (connection.descriptor, HANGUP if PATIENT else 0)))
 
 
+THREAD = object()  # what a call in the Relay's thread yields before it does what may wait for anything else
+
+
+def run_through(steps: Any) -> Any:
+    """What they come to; in a thread of their own they wait by themselves, and yield nothing."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("nobody waits for this here")
+
+
 class Watch:
     """A caller under observation: every wait for its upstream goes through here, so that its leaving is noticed
     in each. A caller that only closed its sending side looks the same as one that left; it is given
@@ -2780,6 +2796,11 @@ class Watch:
     def __init__(self, caller: Optional[Connection], clock: Any, until: float = math.inf):
         """Without a `caller` nobody can leave. No wait goes on beyond `until`."""
         self.caller, self.clock = caller, clock
+        # Whether the call has a thread, in which it may wait; else it runs in the Relay's, and yields what it waits
+        # for: a Connection to read from, until `deadline`, or THREAD.
+        self.in_thread, self.deadline = True, math.inf
+        self.party: Any = None             # whom the Relay tells what happens to it there,
+        self.alarm = math.inf              # and when
         self.left: Optional[float] = None  # when the end of what it sends was seen
         self.relay: Any = None             # which sees the caller leave while a thread listens elsewhere
         self.listening: Optional[Connection] = None
@@ -2848,12 +2869,19 @@ class Watch:
     def caller_left(self) -> None:
         """The Relay saw it."""
         self.gone = True
+        if not self.in_thread:
+            return self.party.caller_left()
         connection, pausing = self.listening, self.pausing
         if connection:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)  # wakes its reader
         if pausing:
             pausing.set()
+
+    def post(self, connection: Connection, data: bytes) -> bool:
+        """Have the Relay, in whose thread this is, send all of `data`."""
+        self.relay.outgoing.append((self.party, connection, data))
+        return True
 
     def more(self, connection: Connection, deadline: float) -> bool:
         """For read_head."""
@@ -2940,6 +2968,7 @@ class Watch:
 # hang-ups; no heads, LLMs or buckets.
 # ------------------------------------------------------------------------------------------------------------
 
+READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 WAITING = b": waiting for the model\n\n"  # a comment in an event stream (WHATWG HTML, 9.2.6)
 
 
@@ -2949,7 +2978,7 @@ class Flow:
     SLOW_READER_SECONDS = 60
 
     __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "until", "pulse", "heard", "spoke", "left",
-                 "unsent", "watching", "ending", "then", "all_here")
+                 "unsent", "running", "ending", "then", "all_here")
 
     def __init__(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float,
                  until: float = math.inf, pulse: float = math.inf):
@@ -2957,7 +2986,7 @@ class Flow:
         self.upstream, self.caller, self.passage, self.read_timeout = upstream, caller, passage, read_timeout
         self.until, self.pulse, self.spoke = until, pulse, 0.0
         self.relay: Optional["Relay"] = None
-        self.then: Callable[[str], None] = id
+        self.then: Optional[Callable[[str], None]] = None
         # called when the upstream has done its part, though a slow caller has not taken all of it
         self.all_here: Callable[[], None] = bool
         # when the upstream last sent, or a slow caller last took, something
@@ -2966,39 +2995,24 @@ class Flow:
         self.left: Optional[float] = None
         # read from upstream, not yet taken by the caller; while there is any, no more is read
         self.unsent = b""
-        # descriptor -> events, as registered
-        self.watching: Dict[int, int] = {}
+        self.running = False
         self.ending: Optional[str] = None
 
     def start(self) -> None:
-        self.heard = self.relay.now
+        self.heard, self.running = self.relay.now, True
         self.watch()
 
     def watch(self) -> None:
         """Register each side for what is wanted of it now: a caller that does not take what came stops its
         own upstream."""
         listening = self.left is None and len(self.caller.ahead) < MAX_AHEAD
-        for connection, events, act in (
-                (self.upstream,
-                 0 if self.unsent or self.ending else selectors.EVENT_READ,
-                 self.from_upstream),
-                (self.caller,
-                 (selectors.EVENT_READ if listening else 0) | (selectors.EVENT_WRITE if self.unsent else 0),
-                 self.at_caller)):
-            before = self.watching.get(connection.descriptor, 0)
-            if events == before:
-                continue
-            if not before:
-                self.relay.selector.register(connection.descriptor, events, act)
-            elif events:
-                self.relay.selector.modify(connection.descriptor, events, act)
-            else:
-                self.relay.selector.unregister(connection.descriptor)
-            self.watching[connection.descriptor] = events
+        self.relay.watch(self.upstream, 0 if self.unsent or self.ending else READABLE, self.from_upstream)
+        self.relay.watch(self.caller, (READABLE if listening else 0) | (WRITABLE if self.unsent else 0),
+                         self.at_caller)
 
     def from_upstream(self, _: int) -> None:
         """The hot path: one read, one look at the framing, one write."""
-        if not self.watching:
+        if not self.running:
             return  # ended by the other socket's event of the same round
         try:
             data = self.upstream.receive()
@@ -3044,16 +3058,16 @@ class Flow:
     def at_caller(self, events: int) -> None:
         """The caller can take more, or stirred: it sent its next request ahead, closed its side, or is
         gone."""
-        if not self.watching:
+        if not self.running:
             return
-        if events & selectors.EVENT_READ:
+        if events & READABLE:
             try:
                 if not self.caller.fill():
                     self.left = self.relay.now
             except OSError:
                 return self.end("caller_gone")
             self.watch()
-        if events & selectors.EVENT_WRITE and self.unsent:
+        if events & WRITABLE and self.unsent:
             self.send(self.unsent)
 
     def check(self, now: float) -> None:
@@ -3074,37 +3088,51 @@ class Flow:
 
     def end(self, ending: str) -> None:
         """Let go of both sockets and tell `then`, once."""
-        watching, then = self.watching, self.then
+        running, then = self.running, self.then
         if self.unsent:
             self.passage.tail = None  # what the caller has ends anywhere: nothing more can be put in
-        self.unsent, self.ending, self.watching, self.then = b"", ending, {}, id
+        self.unsent, self.ending, self.running, self.then = b"", ending, False, None
         self.relay.flows.discard(self)
         try:
-            for descriptor, events in watching.items():
-                if events:
-                    self.relay.selector.unregister(descriptor)
+            if running:
+                self.relay.watch(self.upstream, 0)
+                self.relay.watch(self.caller, 0)
         finally:
-            then(ending)
+            if then:
+                self.relay.later.append((then.__self__, functools.partial(then, ending)))
+
+    def fail(self) -> None:
+        """A bug of ours ended it."""
+        self.end("internal_error")
 
 
 class Relay:
-    TICK = 0.2  # seconds between two looks at the deadlines
+    TICK = 0.2   # seconds between two looks at the deadlines
+    BATCH = 16   # answers and requests that are sent together
+    OTHERS = 2   # what is done besides in a round while there are bodies to carry
 
     def __init__(self, clock: Any, report: Callable[[], None]):
         """`report` is called inside an except block, for a bug of ours that ends one flow."""
         self.clock, self.report, self.now = clock, report, clock.monotonic()
+        self.due = self.now + self.TICK  # the next look at the deadlines
+        self.others = sys.maxsize        # what may be done besides in this round
         self.selector = selectors.DefaultSelector()
+        self.seats: Dict[int, Connection] = {}  # what the selector knows, by descriptor
         self.flows: set = set()
-        self.arrivals: "collections.deque[Callable[[], None]]" = collections.deque()
+        # what can wait a moment: whose it is, what
+        self.later: "collections.deque[Tuple[Any, Callable[[], None]]]" = collections.deque()
+        # to be sent at the end of a round: whose it is, where to, what. The first send wakes the other side, on
+        # another processor, which costs as much as all the rest of it; the next ones find it awake.
+        self.outgoing: List[Tuple[Any, Connection, bytes]] = []
         self.bell, self.ear = socket.socketpair()
         self.bell.setblocking(False)
         self.ear.setblocking(False)
-        self.selector.register(self.ear, selectors.EVENT_READ, self.hear)
+        self.selector.register(self.ear, READABLE, types.SimpleNamespace(act=self.hear))
         self.watches: Dict[int, Watch] = {}  # by the caller's descriptor
         self.leaving: "collections.deque[Tuple[float, Watch]]" = collections.deque()
         self.hangups = select.epoll() if PATIENT else None
         if self.hangups:
-            self.selector.register(self.hangups, selectors.EVENT_READ, self.notice)
+            self.selector.register(self.hangups, READABLE, types.SimpleNamespace(act=self.notice))
         self.thread = threading.Thread(target=self.run, name="relay", daemon=True)
         self.thread.start()
 
@@ -3113,8 +3141,9 @@ class Relay:
         flow.relay, flow.then = self, then
         self.post(functools.partial(self.begin, flow))
 
-    def post(self, act: Callable[[], None]) -> None:
-        self.arrivals.append(act)
+    def post(self, act: Callable[[], None], party: Any = None) -> None:
+        """Have it done in the Relay's thread."""
+        self.later.append((party, act))
         try:
             self.bell.send(b"!")
         except OSError:
@@ -3122,8 +3151,46 @@ class Relay:
 
     def hear(self, _: int) -> None:
         self.ear.recv(4096)
-        while self.arrivals:
-            self.arrivals.popleft()()
+
+    # -- what the Relay's own thread asks for
+
+    def watch(self, connection: Connection, events: int, act: Optional[Callable[[int], None]] = None) -> None:
+        """Call `act` whenever `connection` is ready for one of `events`."""
+        connection.act = act
+        if events == connection.events:
+            return
+        connection.events, descriptor = events, connection.descriptor
+        seat = self.seats.get(descriptor)
+        if seat is connection and events:
+            return self.selector.modify(descriptor, events, connection)
+        if seat is connection or (seat and events):  # which was closed, and its number is another one's now
+            self.selector.unregister(descriptor)
+            del self.seats[descriptor]
+        if events:
+            self.selector.register(descriptor, events, connection)
+            self.seats[descriptor] = connection
+
+    def alarm(self, watch: Watch, when: float) -> None:
+        """Tell its party at that time."""
+        watch.alarm = when
+        if when < self.due:
+            self.due = when
+
+    def flush(self) -> None:
+        """Send what is to be sent."""
+        while self.outgoing:
+            outgoing, self.outgoing = self.outgoing, []
+            for party, connection, data in outgoing:
+                try:
+                    sent = connection.sock.send(data, connection.flags)
+                except WOULD_BLOCK:
+                    sent = 0
+                except OSError:
+                    sent, data = 0, None
+                if data is None or sent < len(data):
+                    self.guard(party, party.stuck, connection, data and data[sent:])
+
+    # -- hang-ups
 
     def look_after(self, watch: Watch) -> None:
         """From now on, notice when a caller leaves: at once where its connection broke, a moment later where only
@@ -3158,6 +3225,8 @@ class Relay:
             elif left is not None:  # its own thread saw it later, or it has another moment
                 self.leaving.append((left, watch))
 
+    # -- its life
+
     def begin(self, flow: Flow) -> None:
         self.flows.add(flow)
         self.guard(flow, flow.start)
@@ -3166,32 +3235,61 @@ class Relay:
         """End every flow now, without a proper end."""
         self.post(lambda: [flow.end("stopped") for flow in list(self.flows)])
 
-    def guard(self, flow: Flow, act: Callable[..., None], *arguments: Any) -> None:
-        """A bug met by one flow ends that flow, not the thread."""
+    def guard(self, party: Any, act: Callable[..., None], *arguments: Any) -> None:
+        """A bug met by one call ends that call, not the thread."""
         try:
             act(*arguments)
         except Exception:
             self.report()
-            flow.end("internal_error")
+            party.fail()
 
     def run(self) -> None:
-        due = self.now + self.TICK
         while True:
-            found = self.selector.select(due - self.now if self.flows or self.leaving else None)
+            idle = not (self.flows or self.leaving or self.watches)
+            found = self.selector.select(0 if self.later else None if idle else max(0, self.due - self.now))
             self.now = now = self.clock.monotonic()
+            # a stream feels what a new call takes, so they take turns
+            self.others = self.OTHERS if self.flows else sys.maxsize
             for key, events in found:
+                act = key.data.act
+                if act is None:  # nobody waits for it
+                    self.watch(key.data, 0)
+                    continue
+                party = act.__self__
+                if type(party) is not Flow:
+                    if not self.others:
+                        continue
+                    self.others -= 1
                 try:
-                    key.data(events)
+                    act(events)
                 except Exception:
                     self.report()
-                    flow = getattr(key.data, "__self__", None)
-                    if isinstance(flow, Flow):
-                        flow.end("internal_error")
-            if now >= due:
-                due = now + self.TICK
-                self.check_leaving(now)
-                for flow in list(self.flows):
-                    self.guard(flow, flow.check, now)
+                    if party is not self:
+                        party.fail()
+                if len(self.outgoing) >= self.BATCH:
+                    self.flush()
+            self.flush()
+            for _ in range(min(len(self.later), self.OTHERS if self.flows else sys.maxsize)):
+                self.guard(*self.later.popleft())
+                if len(self.outgoing) >= self.BATCH:
+                    self.flush()
+            self.flush()
+            if now >= self.due:
+                self.due = now + self.TICK
+                self.check(now)
+                self.flush()
+
+    def check(self, now: float) -> None:
+        """The deadlines."""
+        self.check_leaving(now)
+        for flow in list(self.flows):
+            self.guard(flow, flow.check, now)
+        for watch in list(self.watches.values()):
+            if now >= watch.alarm:
+                watch.alarm = math.inf
+                self.guard(watch.party, watch.party.overdue)
+            if watch.alarm < self.due:
+                self.due = watch.alarm
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3509,6 +3607,7 @@ class Address:
             endpoint.host, {"no": way.no_tunnel}) else None
         # An address needs no look-up: it is there at once, or the patient way finds out.
         self.near = self.tls is None and re.fullmatch(r"[0-9.]+|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*", endpoint.host)
+        self.here = self.near and re.fullmatch(r"127\.[0-9.]+|::1", endpoint.host)
         self.host_line = "Host: %s\r\n" % endpoint.origin.partition("://")[2]
 
     def target(self, path: str, query: str = "") -> str:
@@ -3518,11 +3617,11 @@ class Address:
             path = path[3:]
         return (self.endpoint.path + path or "/") + ("?" + query if query else "")
 
-    def ask(self, link: Link, method: str, head: bytes, body: Any, watch: Watch) -> Answer:
+    def ask(self, link: Link, method: str, head: bytes, body: Any, watch: Watch) -> Any:
         """Send one request and wait for the head of its answer. Raises UpstreamFailed, UpstreamTimeout,
         CallerGone, and what `body` raises."""
         try:
-            return self.exchange(link, method, head, body, watch)
+            return (yield from self.exchange(link, method, head, body, watch))
         except BaseException as failure:
             link.close()
             if isinstance(failure, TimeoutError):
@@ -3531,21 +3630,28 @@ class Address:
                 raise UpstreamFailed(failure) from None
             raise
 
-    def exchange(self, link: Link, method: str, head: bytes, body: Any, watch: Watch) -> Answer:
-        wire = link.wire
+    def exchange(self, link: Link, method: str, head: bytes, body: Any, watch: Watch) -> Any:
+        wire, there = link.wire, True
         try:
             if isinstance(body, bytes):
                 framing = (b"Content-Length: %d\r\n\r\n" % len(body)
                            if body or method in ("POST", "PUT", "PATCH") else b"\r\n")
-                whole_request = watch.send(wire, b"%b%b%b" % (head, framing, body), self.read_timeout)
+                data = b"%b%b%b" % (head, framing, body)
+                whole_request = (watch.send(wire, data, self.read_timeout) if watch.in_thread
+                                 else watch.post(wire, data))
             else:
                 whole_request = self.upload(wire, head, body, watch)
         except (BrokenPipeError, ConnectionResetError):
             whole_request = False  # it may have answered before it stopped reading (RFC 9112 9.5)
         deadline = self.clock.monotonic() + self.first_byte_timeout
-        if not wire.ahead:
+        if not watch.in_thread:
+            watch.deadline = deadline
+            there = yield wire
+        elif not wire.ahead:
             watch.listen(wire, self.first_byte_timeout)
         for _ in range(MAX_INTERIM):
+            if there and not watch.in_thread and b"\r\n\r\n" not in wire.ahead:
+                yield THREAD  # to read on
             data = read_head(wire, STATUS_LINE, watch.more, wire, deadline)
             if data is None:
                 break
@@ -3571,8 +3677,8 @@ class Address:
         watch.caller.dropping = True
         return False
 
-    def connect(self, watch: Watch) -> Link:
-        """A spare connection that is still silent, the newest first, or a new one."""
+    def spare(self) -> Optional[Link]:
+        """A spare connection that is still silent, the newest first."""
         now, settling = self.clock.monotonic(), []
         try:
             while len(settling) < 16:
@@ -3587,7 +3693,7 @@ class Address:
             pass  # none is left
         finally:
             self.spares.extend(reversed(settling))
-        return self.open(watch)
+        return None
 
     @staticmethod
     def silent(link: Link) -> bool:
@@ -3792,11 +3898,11 @@ class Upstream:
 
     # -- what is asked
 
-    def forward(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch) -> Answer:
+    def forward(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch) -> Any:
         """Send one request and wait for the head of its answer. `head` gives the request's, but for the lines that
         frame its body; `body` is bytes, or a RequestBody to relay in blocks. An answer that asks for patience is
         asked for again, where that is set. Raises UpstreamFailed, UpstreamTimeout, UpstreamOpen, CallerGone."""
-        answer = self.ask(method, head, body, watch)
+        answer = yield from self.ask(method, head, body, watch)
         for _ in range(self.retries):
             if answer.status not in (429, 503) or not isinstance(body, bytes):
                 break
@@ -3805,12 +3911,14 @@ class Upstream:
                 break
             with answer:
                 pass  # it is left unread
+            if not watch.in_thread:
+                yield THREAD
             watch.pause(threading.Event(), self.clock.monotonic() + int(patience))
-            answer = self.ask(method, head, body, watch)
+            answer = yield from self.ask(method, head, body, watch)
         return answer
 
     def ask(self, method: str, head: Callable[[Address], bytes], body: Any, watch: Watch,
-            beyond: bool = False) -> Answer:
+            beyond: bool = False) -> Any:
         """As `forward`, once. An address that cannot be reached was sent nothing, so the next one is asked."""
         failed: List[Address] = []
         failure: Optional[Refusal] = None
@@ -3822,7 +3930,14 @@ class Upstream:
                 raise failure or UpstreamOpen(self.wait())
             answer = good = None
             try:
-                answer = address.ask(address.connect(watch), method, head(address), body, watch)
+                if not watch.in_thread and (address.tls or not isinstance(body, bytes)):
+                    yield THREAD
+                link = address.spare()
+                if link is None:
+                    if not (watch.in_thread or address.here):
+                        yield THREAD
+                    link = address.open(watch)
+                answer = yield from address.ask(link, method, head(address), body, watch)
                 answer.upstream, good = self, answer.status not in FAILING
                 return answer
             except (UpstreamFailed, UpstreamTimeout) as refusal:
@@ -3864,7 +3979,7 @@ class Upstream:
             return ("GET %s HTTP/1.1\r\n%s%sAccept: application/json\r\nAccept-Encoding: identity\r\n" % (
                 address.target(path, dialect.MODELS_QUERY), self.own_lines(address, dialect),
                 "".join([row + "\r\n" for row in self.without_ours(dialect.VERSION_LINES)]))).encode("latin-1")
-        with self.ask("GET", head, b"", watch, beyond=True) as answer:
+        with run_through(self.ask("GET", head, b"", watch, beyond=True)) as answer:
             body = self.whole(answer, watch)
             try:
                 names = [str(row["id"]) for row in parse_answer(body)["data"]]
@@ -4400,8 +4515,10 @@ class Proxy:
         caller = self.identify(request, entry)                                                      # identify
         if self.config.max_call_seconds or TIMEOUT_FIELD in request.head.rows:
             reply.bound()
-        call = reply.call = entry.call = self.dialects.read(request, reply.body.whole)
+        call = reply.call = entry.call = yield from self.dialects.read(request, reply.whole_body)
         if self.config.early_stream_seconds and call.stream:
+            if not reply.watch.in_thread:
+                yield THREAD
             reply.begin_early()
         upstreams = self.routes.find(call)                                                          # route
         for upstream in upstreams:
@@ -4420,8 +4537,8 @@ class Proxy:
         with self.admit(caller, entry.address, call, upstream) as hold:                             # admit
             entry.hold = hold
             try:
-                with self.forward(upstream, request, call, reply) as answer:                        # forward
-                    passage = reply.receive(answer)
+                with (yield from self.forward(upstream, request, call, reply)) as answer:           # forward
+                    passage = yield from reply.receive(answer)
                     if passage.framing.ended:
                         answer.leave()  # before the caller knows, who may call again at once
                     if answer.status >= 400:
@@ -4457,26 +4574,28 @@ class Proxy:
         costs = FREE if call.free else self.meter.before(call)
         return self.limits.admit(caller, address, call.served, costs, upstream.name)
 
-    def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
+    def forward(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Any:
         """Send the call upstream, after its turn where there is a line. What is not metered does not wait."""
         if upstream.line is None or call.free:
-            return self.send_up(upstream, request, call, reply)
-        slot = self.stand_in_line(upstream, reply)
+            return (yield from self.send_up(upstream, request, call, reply))
+        slot = yield from self.stand_in_line(upstream, reply)
         try:
-            answer = self.send_up(upstream, request, call, reply)
+            answer = yield from self.send_up(upstream, request, call, reply)
         except BaseException:
             slot.leave()
             raise
         answer.slot = slot
         return answer
 
-    def stand_in_line(self, upstream: Upstream, reply: Any) -> Slot:
+    def stand_in_line(self, upstream: Upstream, reply: Any) -> Any:
         if not upstream.may_be_asked():
             raise UpstreamOpen(upstream.wait())
         entry, caller = reply.entry, reply.entry.caller
         before = entry.queued or 0  # in the line of another upstream
         slot = reply.slot = upstream.line.enter(caller.key, self.weights.get(caller.key_name, 1), before / 1000)
         try:
+            if not slot.running and not reply.watch.in_thread:
+                yield THREAD
             slot.wait(reply.watch)
             return slot
         except BaseException:
@@ -4486,7 +4605,7 @@ class Proxy:
         finally:
             reply.slot, entry.queued = None, slot.waited()
 
-    def send_up(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Answer:
+    def send_up(self, upstream: Upstream, request: Request, call: Call, reply: Any) -> Any:
         """A stream tells its usage only when asked; an upstream that takes the question for an error is not asked
         again."""
         head = functools.partial(self.head_up, request, call, upstream)
@@ -4495,15 +4614,17 @@ class Proxy:
                 call.served not in upstream.without_options):
             call.add_usage()
             body = call.outgoing
-        answer = upstream.forward(request.method, head, body, reply.watch)
+        answer = yield from upstream.forward(request.method, head, body, reply.watch)
         if call.added and answer.status in (400, 422):
             with contextlib.ExitStack() as stack:
                 stack.push(answer)
+                if not reply.watch.in_thread:
+                    yield THREAD
                 if not upstream.mentions(answer, b"stream_options", reply.watch):
                     stack.pop_all()
                     return answer
             call.added = False
-            answer = upstream.forward(request.method, head, plain, reply.watch)
+            answer = yield from upstream.forward(request.method, head, plain, reply.watch)
             if answer.status < 400 and len(upstream.without_options) < KNOWN_MODELS:
                 upstream.without_options.add(call.served)  # else the fault was another one
         return answer
@@ -4749,6 +4870,7 @@ class RequestBody:
     what really arrives: a trickle does not keep it open. 100 Continue is sent when, and only if, somebody
     wants to read."""
     FREE_SECONDS, BYTES_PER_SECOND = 60, 16384
+    SMALL = 65536  # bytes that are read and parsed in no time
 
     def __init__(self, caller: Connection, request: Request, most: int, room: Room, clock: Any):
         self.caller, self.most, self.room, self.clock, self.held = caller, most, room, clock, 0
@@ -4785,13 +4907,19 @@ class RequestBody:
         self.taken += len(payload)
         return payload
 
+    def invite(self) -> None:
+        if self.awaited:
+            self.awaited = False
+            self.caller.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def due(self) -> float:
+        """When the next bytes must have come."""
+        return min(self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND, self.until)
+
     def wait(self, upstream: Optional[Connection]) -> bool:
         try:
-            if self.awaited:
-                self.awaited = False
-                self.caller.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            left = min(self.started + self.FREE_SECONDS + self.taken / self.BYTES_PER_SECOND,
-                       self.until) - self.clock.monotonic()
+            self.invite()
+            left = self.due() - self.clock.monotonic()
             wanted = [(self.caller.descriptor, READ)] + ([(upstream.descriptor, READ)] if upstream else [])
             found = ready(left, *wanted)
             if not found and left <= 0:
@@ -4802,6 +4930,18 @@ class RequestBody:
             raise CallerGone() from None
         return not (upstream and upstream.descriptor in found and (not upstream.fill() or upstream.ahead))
 
+    def await_more(self, watch: Watch) -> Any:
+        """As `wait`, in the Relay's thread."""
+        try:
+            self.invite()
+            watch.deadline = self.due()
+            if not (yield self.caller):
+                raise CallerGone()
+        except TimeoutError:
+            raise TooSlow() from None
+        except OSError:
+            raise CallerGone() from None
+
     def blocks(self, upstream: Connection) -> Any:
         while not self.ended:
             block = self.read(upstream)
@@ -4809,8 +4949,8 @@ class RequestBody:
                 return
             yield block
 
-    def whole(self) -> bytes:
-        """The body of a metered call, at most `most` bytes."""
+    def whole(self, watch: Watch) -> Any:
+        """The body of a metered call, at most `most` bytes. It yields as Proxy.serve does."""
         if self.coded:
             raise Unsupported()
         if self.length is not None and self.length > self.most:
@@ -4821,7 +4961,14 @@ class RequestBody:
             self.caller.ahead = ahead[self.length:]
             return ahead[:self.length]
         while not self.ended:
-            blocks.append(self.read())
+            if not watch.in_thread and max(self.length or 0, self.taken) > self.SMALL:
+                yield THREAD  # to read and parse it takes a while
+            if watch.in_thread:
+                blocks.append(self.read())
+            else:
+                if not self.caller.ahead:
+                    yield from self.await_more(watch)
+                blocks.append(self.take())
             if self.taken > self.most:
                 raise TooLarge()
             if self.taken > self.held + self.room.SMALL:
@@ -4917,7 +5064,10 @@ class Reply:
 
     # -- what comes from upstream
 
-    def receive(self, answer: Answer) -> Passage:
+    def whole_body(self) -> Any:
+        return self.body.whole(self.watch)
+
+    def receive(self, answer: Answer) -> Any:
         """Take in what has come of a body; -> the way it will go. A metered answer that is no stream is waited
         for, so that its head can say what it cost, unless it is large or takes its time."""
         call, head, framing = self.call, answer.head, answer.framing
@@ -4925,7 +5075,7 @@ class Reply:
             self.watch.bound(self.end)
         plain = head.get("content-encoding", "identity") == "identity"
         if self.early and not (answer.status == 200 and head.streamed and plain):
-            raise self.late(answer)
+            raise self.late(answer)  # it began in a thread
         listener = self.entry.listener = None if call.free or answer.status >= 400 else Listener(
             call, head.streamed, plain)
         if head.streamed and plain and call.dialect.TAKES_COMMENTS:
@@ -4949,7 +5099,7 @@ class Reply:
         try:
             self.first = passage.feed(answer.link.wire.take())
             if listener and not call.stream and not head.streamed and not framing.ended:
-                self.await_rest(answer, passage)
+                yield from self.await_rest(answer, passage)
         except (Malformed, OSError) as failure:
             raise UpstreamFailed(failure) from None
         return passage
@@ -4969,15 +5119,21 @@ class Reply:
         flow.all_here = answer.leave
         return flow
 
-    def await_rest(self, answer: Answer, passage: Passage) -> None:
-        wire, clock = answer.link.wire, self.proxy.clock
-        deadline = clock.monotonic() + min(self.WHOLE_SECONDS, answer.address.read_timeout, self.patience)
+    def await_rest(self, answer: Answer, passage: Passage) -> Any:
+        wire, watch = answer.link.wire, self.watch
+        deadline = self.proxy.clock.monotonic() + min(
+            self.WHOLE_SECONDS, answer.address.read_timeout, self.patience)
         while not passage.framing.ended and len(self.first) < self.MAX_WHOLE:
             try:
-                self.watch.wait(wire, READ, deadline)
+                if watch.in_thread:
+                    watch.wait(wire, READ, deadline)
+                    there = wire.fill()
+                else:
+                    watch.deadline = deadline
+                    there = yield wire
             except TimeoutError:
                 return
-            if wire.fill():
+            if there:
                 self.first += passage.feed(wire.take())
                 continue
             whole_body, rest = passage.end_of_stream()
@@ -5095,6 +5251,10 @@ class Reply:
 
     def write(self, data: bytes) -> None:
         """Send all of `data`, however slowly it is taken. Raises CallerGone."""
+        if not self.watch.in_thread:
+            if data:
+                self.watch.post(self.caller, data)
+            return
         while data:
             try:
                 data = self.caller.send(data)
@@ -5123,38 +5283,235 @@ class Handler:
     def __init__(self, request: socket.socket, client_address: Any, server: "Server"):
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.request, self.peer, self.address = request, client_address[0], address_of(client_address[0])
-        self.server, self.clock = server, server.proxy.clock
+        self.server, self.clock, self.relay = server, server.proxy.clock, server.proxy.relay
         self.caller = Connection(request)
         self.watch = Watch(self.caller, self.clock)
-        server.proxy.relay.look_after(self.watch)
-        self.served, self.begun, self.last = False, None, None
+        self.watch.party = self
+        self.relay.look_after(self.watch)
+        self.threadless = self.watch.relay is not None and self.caller.patient  # the Relay's thread can run it
+        self.served, self.begun, self.last, self.over = False, None, None, False
         self.reply: Optional[Reply] = None
-        self.life: Any = None               # the exchange that is running
-        self.ending: Optional[str] = None   # of the Flow that it yielded
+        self.life: Any = None  # the exchange that is running, and what it goes on with: a value, or a fault
+        self.result: Tuple[Any, Optional[BaseException]] = (None, None)
+        self.awaiting: Optional[Connection] = None           # what it reads from next, in the Relay's thread
+        self.flow: Optional[Flow] = None                     # what it waits for there
+        self.unsent: Optional[Tuple[Connection, bytes]] = None  # what was sent there, but not yet taken
 
-    def run(self) -> Optional[Flow]:
-        """Serve until the connection is over (-> None), or until a body is to be carried; then call again
-        with `ending` set."""
-        while True:
-            if self.life is None:
-                self.reply = Reply(self.caller, self.watch, self.server.proxy, self.server.room,
-                                   Entry(self.address, self.peer))
-                self.life = self.exchange(self.reply)
-            reply, ending, self.ending = self.reply, self.ending, None
-            try:
-                return self.life.send(ending)
-            except StopIteration:
-                pass
-            except QuietEnd:
-                return None
-            except Exception as reason:
-                self.refuse(reply, reason)
-            self.life, self.served = None, True
+    def run(self) -> Any:
+        """Go on until something must be waited for; -> what: a Flow, a Connection, THREAD, or None when the exchange
+        is over."""
+        if self.life is None:
+            self.reply = Reply(self.caller, self.watch, self.server.proxy, self.server.room,
+                               Entry(self.address, self.peer))
+            self.life = self.exchange(self.reply)
+        reply, (value, fault), self.result = self.reply, self.result, (None, None)
+        try:
+            return self.life.throw(fault) if fault else self.life.send(value)
+        except StopIteration:
+            pass
+        except QuietEnd:
+            self.life, self.reply, self.over = None, None, True
+            return None
+        except Exception as reason:
+            self.refuse(reply, reason)
+        self.life, self.served, self.over = None, True, reply.closing
+        return None
+
+    def record(self) -> None:
+        """What was asked has been answered, and that was sent."""
+        reply = self.reply
+        if reply:
             if reply.body:
                 reply.body.forget()
             self.server.proxy.books.record(reply.entry.close(self.clock))
-            if reply.closing:
+
+    def work(self) -> Optional[Flow]:
+        """Serve, in a thread, until a body is to be carried; -> None where the connection is over, or the Relay can
+        wait for the next request."""
+        if self.unsent:  # of a request that is on its way up
+            (connection, rest), self.unsent = self.unsent, None
+            try:
+                self.watch.send(connection, rest, Flow.SLOW_READER_SECONDS)
+                self.result = True, None
+            except (OSError, CallerGone) as failure:
+                self.result = None, failure
+        while not self.over:
+            flow = self.run()
+            if flow:
+                return flow
+            self.record()
+            if self.threadless:
                 return None
+        return None
+
+    # -- in the Relay's thread, which must not wait
+
+    def attend(self) -> None:
+        """Wait for the next request."""
+        self.watch.in_thread, self.reply = False, None
+        if self.caller.ahead:
+            return self.head_came()
+        self.server.idle.add(self.request)
+        if self.server.draining:
+            return self.part()
+        self.relay.alarm(self.watch, self.clock.monotonic() + (self.IDLE_SECONDS if self.served else self.HEAD_SECONDS))
+        self.relay.watch(self.caller, READABLE, self.caller_stirred)
+
+    def caller_stirred(self, _: int) -> None:
+        try:
+            alive = self.caller.fill()
+        except OSError:
+            alive = False
+        if not alive:
+            self.part()
+        elif self.caller.ahead:
+            self.head_came()
+
+    def head_came(self) -> None:
+        """At least a part of it."""
+        self.server.idle.discard(self.request)
+        self.caller.act, self.watch.alarm = None, math.inf
+        if self.server.draining:
+            self.part()
+        elif b"\r\n\r\n" in self.caller.ahead:
+            self.step()
+        else:
+            self.take_thread()
+
+    def step(self) -> None:
+        wanted = self.run()
+        while isinstance(wanted, Connection) and self.watch.gone:
+            self.result = None, CallerGone()
+            wanted = self.run()
+        if wanted is None:
+            self.relay.later.append((self, self.go_on))
+        elif isinstance(wanted, Connection):
+            self.awaiting = wanted
+            self.relay.alarm(self.watch, self.watch.due(self.watch.deadline))
+            self.relay.watch(wanted, READABLE, self.other_stirred)
+        elif wanted is THREAD:
+            self.take_thread()
+        else:
+            self.flow, wanted.relay, wanted.then = wanted, self.relay, self.carried
+            self.relay.begin(wanted)
+
+    def other_stirred(self, _: int) -> None:
+        """Something came from where it was awaited."""
+        connection = self.awaiting
+        try:
+            alive = connection.fill()
+        except OSError as failure:
+            return self.resume(None, failure)
+        if connection.ahead or not alive:
+            self.resume(alive)
+
+    def resume(self, value: Any, fault: Optional[BaseException] = None) -> None:
+        """What was awaited is there, or will not come."""
+        self.awaiting.act, self.awaiting, self.watch.alarm = None, None, math.inf
+        self.result = value, fault
+        self.step()
+
+    def caller_left(self) -> None:
+        if self.awaiting:
+            self.resume(None, CallerGone())
+
+    def overdue(self) -> None:
+        if self.awaiting:
+            self.resume(None, TimeoutError())
+        elif self.unsent:
+            self.lose()
+        else:
+            self.part()
+
+    def carried(self, ending: str) -> None:
+        """A body has ended."""
+        self.result, self.flow = (ending, None), None
+        if self.threadless:
+            self.watch.in_thread = False
+            self.step()
+        else:
+            self.server.resume(self)
+
+    def stuck(self, connection: Connection, rest: Optional[bytes]) -> None:
+        """The Relay could not send all; `rest` is None where the connection is broken."""
+        if connection is not self.caller:
+            if rest and connection is self.awaiting:  # else it hears of that by itself
+                self.awaiting.act, self.awaiting, self.unsent = None, None, (connection, rest)
+                self.take_thread()
+        elif self.flow and rest:
+            self.flow.unsent = rest
+            self.flow.watch()
+        elif self.flow:
+            self.flow.end("caller_gone")
+        else:
+            self.unsent = connection, rest or b""
+            self.relay.alarm(self.watch, min(self.clock.monotonic() + Flow.SLOW_READER_SECONDS, self.reply.end))
+            self.relay.watch(connection, WRITABLE, self.caller_takes)
+
+    def caller_takes(self, _: int) -> None:
+        """What was left of an answer."""
+        connection, rest = self.unsent
+        try:
+            left = connection.send(rest) if rest else None
+        except WOULD_BLOCK:
+            return
+        except OSError:
+            left = None
+        if left is None:
+            return self.lose()
+        self.unsent = (connection, left) if left else None
+        if left:
+            self.relay.alarm(self.watch, min(self.clock.monotonic() + Flow.SLOW_READER_SECONDS, self.reply.end))
+        else:
+            self.go_on()
+
+    def lose(self) -> None:
+        """The caller did not take its answer."""
+        self.unsent, self.over, self.reply.reset = None, True, True
+        self.reply.entry.outcome = "stopped" if self.server.cutting else "caller_gone"
+        self.go_on()
+
+    def go_on(self) -> None:
+        """After an exchange, if its answer was taken."""
+        if self.unsent:
+            return
+        self.record()
+        if self.over:
+            self.part()
+        else:
+            self.attend()
+
+    def take_thread(self) -> None:
+        """Go on where it can be waited for anything."""
+        self.caller.act, self.watch.alarm, self.watch.in_thread = None, math.inf, True
+        if self.server.start_thread(self):
+            return
+        self.watch.in_thread, self.unsent = False, None
+        if self.life:
+            self.result = None, Overloaded()
+            self.step()
+        elif self.over:
+            self.server.dismiss_later(self.request)
+        else:
+            self.server.turn_away(self.request)
+
+    def part(self) -> None:
+        """The connection is over."""
+        self.over, self.unsent, self.caller.act, self.watch.alarm = True, None, None, math.inf
+        self.server.idle.discard(self.request)
+        if self.lingers():
+            self.take_thread()
+        else:
+            self.server.end(self)
+
+    def fail(self) -> None:
+        """A bug of ours ended it."""
+        if self.awaiting:
+            self.awaiting.act = self.awaiting = None
+        self.life = self.unsent = self.caller.act = None
+        self.server.shutdown_request(self.request)
+
+    # -- one request
 
     def exchange(self, reply: Reply) -> Any:
         """One request and its answer; yields as Proxy.serve does."""
@@ -5174,6 +5531,8 @@ class Handler:
             raise NotAllowed()  # an upstream that echoes what it got would show its key
         page = self.server.pages.find(request)
         if page:
+            if page == self.server.pages.models and not self.watch.in_thread:
+                yield THREAD  # upstreams may have to be asked
             reply.send(*page(request, reply.entry))
         else:
             yield from self.server.proxy.serve(request, reply, reply.entry)
@@ -5219,17 +5578,20 @@ class Handler:
             raise QuietEnd()
         return alive
 
+    def lingers(self) -> bool:
+        """Whether the caller may still be sending what it was refused."""
+        reply = self.reply
+        return bool(reply and reply.begun and not reply.reset and not (reply.body and reply.body.ended))
+
     def finish(self) -> bool:
         """Before closing, read on where the caller may still be sending: closing on unread bytes sends a
         reset, and that could erase our last answer (RFC 9112 9.6). -> whether it can be closed at once."""
         reply = self.reply
-        if self.caller.encrypted and not reply.reset:
+        if self.caller.encrypted and not (reply and reply.reset):
             with contextlib.suppress(OSError, ValueError):
                 self.request.unwrap()  # says that this is the end; nobody waits for the other side to say so, too
-        if not reply.begun or reply.reset:
-            return True
-        if reply.body and reply.body.ended:
-            return False
+        if not self.lingers():
+            return not (reply and reply.begun and not reply.reset)
         try:
             self.request.shutdown(socket.SHUT_WR)
             now = self.clock.monotonic()
@@ -5306,6 +5668,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.by_address[address] = number + 1
         if full:
             return self.turn_away(request)
+        if self.proxy.relay.hangups and not self.tls:
+            return self.welcome(request, client_address)
         try:
             # Thread.start returns when the thread runs: in a burst of callers that leaves the Relay its share.
             threading.Thread(target=self.process_request_thread, args=(request, client_address),
@@ -5319,6 +5683,17 @@ class Server(http.server.ThreadingHTTPServer):
         if self.proxy.callers.trusts(peer) or (not most and (address == "::1" or address.startswith("127."))):
             return math.inf
         return most or self.MOST_PER_ADDRESS
+
+    def welcome(self, request: socket.socket, client_address: Any) -> None:
+        """Leave a new connection to the Relay's thread."""
+        try:
+            handler = self.RequestHandlerClass(request, client_address, self)
+        except OSError:  # gone before it began
+            return self.shutdown_request(request)
+        self.leave_to_relay(handler)
+
+    def leave_to_relay(self, handler: Handler) -> None:
+        self.proxy.relay.post(handler.attend, handler)
 
     def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
         try:
@@ -5375,23 +5750,36 @@ class Server(http.server.ThreadingHTTPServer):
     def converse(self, handler: Handler) -> None:
         """Run a connection in this thread, until it is over or the Relay has work for it."""
         try:
-            flow = handler.run()
+            flow = handler.work()
             if flow:
-                return self.proxy.relay.carry(flow, functools.partial(self.resume, handler))
-            if not handler.finish():
-                return self.dismiss_later(handler.request)
+                self.proxy.relay.carry(flow, handler.carried)
+            elif handler.over:
+                self.end(handler)
+            else:
+                self.leave_to_relay(handler)
         except Exception:
             self.proxy.books.log.report()
-        self.shutdown_request(handler.request)
+            self.shutdown_request(handler.request)
 
-    def resume(self, handler: Handler, ending: str) -> None:
-        """A body has ended: go on in a thread of its own."""
-        handler.ending = ending
+    def end(self, handler: Handler) -> None:
+        if handler.finish():
+            self.shutdown_request(handler.request)
+        else:
+            self.dismiss_later(handler.request)
+
+    def start_thread(self, handler: Handler) -> bool:
+        """Have it go on in a thread of its own; False where none can be started."""
         try:
             # threading.Thread would make the Relay wait for its start
             _thread.start_new_thread(self.converse, (handler,))
-        except RuntimeError:  # can't start new thread: service_actions tries again
-            self.unstarted.append(handler)
+        except RuntimeError:
+            return False
+        return True
+
+    def resume(self, handler: Handler) -> None:
+        """As above; if need be, later."""
+        if not self.start_thread(handler):
+            self.unstarted.append(handler)  # service_actions tries again
 
     def shutdown_request(self, request: socket.socket) -> None:
         self.forget(request)
@@ -5461,8 +5849,7 @@ class Server(http.server.ThreadingHTTPServer):
     def try_again(self) -> None:
         """Start the threads that could not be started before."""
         for _ in range(len(self.unstarted)):
-            handler = self.unstarted.popleft()
-            self.resume(handler, handler.ending)
+            self.resume(self.unstarted.popleft())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.proxy.books.log.report()
