@@ -3108,14 +3108,13 @@ class Flow:
 
 class Relay:
     TICK = 0.2   # seconds between two looks at the deadlines
-    BATCH = 16   # answers and requests that are sent together
-    OTHERS = 2   # what is done besides in a round while there are bodies to carry
+    ROUND = 0.001   # seconds for heads and answers in one round, at whose end they are sent together;
+    TURN = 0.0005   # while there are bodies to carry, which would have to wait
 
     def __init__(self, clock: Any, report: Callable[[], None]):
         """`report` is called inside an except block, for a bug of ours that ends one flow."""
         self.clock, self.report, self.now = clock, report, clock.monotonic()
         self.due = self.now + self.TICK  # the next look at the deadlines
-        self.others = sys.maxsize        # what may be done besides in this round
         self.selector = selectors.DefaultSelector()
         self.seats: Dict[int, Connection] = {}  # what the selector knows, by descriptor
         self.flows: set = set()
@@ -3241,38 +3240,32 @@ class Relay:
             act(*arguments)
         except Exception:
             self.report()
-            party.fail()
+            if party is not self:
+                party.fail()
 
     def run(self) -> None:
         while True:
             idle = not (self.flows or self.leaving or self.watches)
             found = self.selector.select(0 if self.later else None if idle else max(0, self.due - self.now))
             self.now = now = self.clock.monotonic()
-            # a stream feels what a new call takes, so they take turns
-            self.others = self.OTHERS if self.flows else sys.maxsize
+            end = now + (self.TURN if self.flows else self.ROUND)
+            others = True
             for key, events in found:
                 act = key.data.act
                 if act is None:  # nobody waits for it
                     self.watch(key.data, 0)
                     continue
                 party = act.__self__
-                if type(party) is not Flow:
-                    if not self.others:
-                        continue
-                    self.others -= 1
-                try:
-                    act(events)
-                except Exception:
-                    self.report()
-                    if party is not self:
-                        party.fail()
-                if len(self.outgoing) >= self.BATCH:
-                    self.flush()
+                if type(party) is Flow:
+                    self.guard(party, act, events)
+                elif others:  # else it is still ready in the next round
+                    self.guard(party, act, events)
+                    others = self.clock.monotonic() < end
             self.flush()
-            for _ in range(min(len(self.later), self.OTHERS if self.flows else sys.maxsize)):
+            for _ in range(len(self.later)):
                 self.guard(*self.later.popleft())
-                if len(self.outgoing) >= self.BATCH:
-                    self.flush()
+                if self.clock.monotonic() >= end:
+                    break
             self.flush()
             if now >= self.due:
                 self.due = now + self.TICK
