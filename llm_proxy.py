@@ -3142,7 +3142,7 @@ class Relay:
 
     def post(self, act: Callable[[], None], party: Any = None) -> None:
         """Have it done in the Relay's thread."""
-        self.later.append((party, act))
+        self.later.append((party or self, act))
         try:
             self.bell.send(b"!")
         except OSError:
@@ -4474,6 +4474,10 @@ class Books:
         if self.ledger:
             self.ledger.thread.start()
 
+    def are_full(self) -> bool:
+        """Whether `record` would have to wait a moment."""
+        return self.ledger is not None and len(self.ledger.queue) >= self.ledger.ROOM
+
     def record(self, entry: Entry) -> None:
         self.log.record(entry)
         # a page is no call, and neither is what had no head
@@ -5282,7 +5286,8 @@ class Handler:
         self.watch.party = self
         self.relay.look_after(self.watch)
         self.threadless = self.watch.relay is not None and self.caller.patient  # the Relay's thread can run it
-        self.served, self.begun, self.last, self.over = False, None, None, False
+        self.served, self.begun, self.last = False, None, None
+        self.over = self.unrecorded = False
         self.reply: Optional[Reply] = None
         self.life: Any = None  # the exchange that is running, and what it goes on with: a value, or a fault
         self.result: Tuple[Any, Optional[BaseException]] = (None, None)
@@ -5307,13 +5312,13 @@ class Handler:
             return None
         except Exception as reason:
             self.refuse(reply, reason)
-        self.life, self.served, self.over = None, True, reply.closing
+        self.life, self.served, self.over, self.unrecorded = None, True, reply.closing, True
         return None
 
     def record(self) -> None:
         """What was asked has been answered, and that was sent."""
-        reply = self.reply
-        if reply:
+        if self.unrecorded:
+            self.unrecorded, reply = False, self.reply
             if reply.body:
                 reply.body.forget()
             self.server.proxy.books.record(reply.entry.close(self.clock))
@@ -5328,13 +5333,16 @@ class Handler:
                 self.result = True, None
             except (OSError, CallerGone) as failure:
                 self.result = None, failure
+        if self.unrecorded:
+            self.record()
+            return None
         while not self.over:
             flow = self.run()
             if flow:
                 return flow
             self.record()
             if self.threadless:
-                return None
+                break
         return None
 
     # -- in the Relay's thread, which must not wait
@@ -5468,6 +5476,8 @@ class Handler:
         """After an exchange, if its answer was taken."""
         if self.unsent:
             return
+        if self.unrecorded and self.server.proxy.books.are_full():
+            return self.take_thread()
         self.record()
         if self.over:
             self.part()
@@ -5483,7 +5493,8 @@ class Handler:
         if self.life:
             self.result = None, Overloaded()
             self.step()
-        elif self.over:
+        elif self.over or self.unrecorded:
+            self.record()
             self.server.dismiss_later(self.request)
         else:
             self.server.turn_away(self.request)

@@ -4814,6 +4814,19 @@ class LedgerTest(LedgerCase):
         gate.set()
         self.row(path, 2)
 
+    def test_a_full_queue_holds_up_nobody_else(self):
+        self.start(DATABASE=self.path())
+        ledger, gate, blocked = self.proxy.books.ledger, threading.Event(), threading.Event()
+        self.addCleanup(gate.set)
+        ledger.ROOM, ledger.PATIENCE = 1, PATIENCE
+        with mock.patch.object(ledger, "turn", lambda: (blocked.set(), gate.wait(PATIENCE))):
+            self.assertTrue(blocked.wait(PATIENCE))
+            began = time.monotonic()
+            for _ in range(4):
+                self.ask(call())
+            self.assertLess(time.monotonic() - began, PATIENCE / 2)
+            gate.set()
+
     def test_what_cannot_be_written_is_told_once_and_tried_again(self):
         path = self.path()
         self.start(DATABASE=path)
