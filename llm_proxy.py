@@ -2774,16 +2774,16 @@ def hung_up(connection: Connection) -> bool:
     return bool(ready(0, (connection.descriptor, HANGUP if PATIENT else 0)))
 
 
-THREAD = object()  # what a call in the Relay's thread yields before it does what may wait for anything else
+THREAD = object()  # what a call yields before it does what may wait for anything but its two sockets
 
 
 def run_through(steps: Any) -> Any:
-    """What they come to; in a thread of their own they wait by themselves, and yield nothing."""
-    try:
-        next(steps)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError("nobody waits for this here")
+    """What they come to, in a thread: there they wait by themselves, and yield nothing but THREAD."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 class Watch:
@@ -3904,8 +3904,7 @@ class Upstream:
                 break
             with answer:
                 pass  # it is left unread
-            if not watch.in_thread:
-                yield THREAD
+            yield THREAD
             watch.pause(threading.Event(), self.clock.monotonic() + int(patience))
             answer = yield from self.ask(method, head, body, watch)
         return answer
@@ -3923,11 +3922,11 @@ class Upstream:
                 raise failure or UpstreamOpen(self.wait())
             answer = good = None
             try:
-                if not watch.in_thread and (address.tls or not isinstance(body, bytes)):
+                if address.tls or not isinstance(body, bytes):
                     yield THREAD
                 link = address.spare()
                 if link is None:
-                    if not (watch.in_thread or address.here):
+                    if not address.here:
                         yield THREAD
                     link = address.open(watch)
                 answer = yield from address.ask(link, method, head(address), body, watch)
@@ -4514,8 +4513,7 @@ class Proxy:
             reply.bound()
         call = reply.call = entry.call = yield from self.dialects.read(request, reply.whole_body)
         if self.config.early_stream_seconds and call.stream:
-            if not reply.watch.in_thread:
-                yield THREAD
+            yield THREAD
             reply.begin_early()
         upstreams = self.routes.find(call)                                                          # route
         for upstream in upstreams:
@@ -4591,7 +4589,7 @@ class Proxy:
         before = entry.queued or 0  # in the line of another upstream
         slot = reply.slot = upstream.line.enter(caller.key, self.weights.get(caller.key_name, 1), before / 1000)
         try:
-            if not slot.running and not reply.watch.in_thread:
+            if not slot.running:
                 yield THREAD
             slot.wait(reply.watch)
             return slot
@@ -4615,8 +4613,7 @@ class Proxy:
         if call.added and answer.status in (400, 422):
             with contextlib.ExitStack() as stack:
                 stack.push(answer)
-                if not reply.watch.in_thread:
-                    yield THREAD
+                yield THREAD
                 if not upstream.mentions(answer, b"stream_options", reply.watch):
                     stack.pop_all()
                     return answer
@@ -5337,11 +5334,11 @@ class Handler:
             self.record()
             return None
         while not self.over:
-            flow = self.run()
-            if flow:
-                return flow
+            wanted = self.run()
+            if isinstance(wanted, Flow):
+                return wanted
             self.record()
-            if self.threadless:
+            if self.threadless and self.life is None:
                 break
         return None
 
@@ -5535,7 +5532,7 @@ class Handler:
             raise NotAllowed()  # an upstream that echoes what it got would show its key
         page = self.server.pages.find(request)
         if page:
-            if page == self.server.pages.models and not self.watch.in_thread:
+            if page == self.server.pages.models:
                 yield THREAD  # upstreams may have to be asked
             reply.send(*page(request, reply.entry))
         else:
