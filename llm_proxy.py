@@ -38,13 +38,13 @@ Contents, in reading order; a section uses only what stands above it:
     Usage       tokens, prices, the estimate before and the cost after
     Dialects    the wire names of every API, limit replies, what answers tell of usage
     Wire        strict HTTP/1.1: heads, framing, connections, waiting for two sockets at once
-    Relay       one thread that carries every running answer body
+    Relay       one thread that runs calls and carries bodies, and waits for sockets alone
     Line        the slots of a busy upstream, and the fair line before them
     Upstreams   addresses and their breakers, connections, answers; which call goes where
     Books       entries, the access log and the ledger
     Proxy       serve: the life of one call; build: the parts list
     Pages       health and models
-    Handler     HTTP on the caller's side
+    Handler     HTTP on the caller's side; in which thread a call goes on
     Server      threads, caps, draining
     Demo        a small endpoint to try things on
     Commands    the command line
@@ -2393,13 +2393,9 @@ class Connection:
             self.poll = reader(self.descriptor)
         return bool(self.poll(int(wait * 1000) + 1 if wait > 0 else 0))
 
-    def listen(self, seconds: float, clock: Any, most: int = BLOCK) -> bool:
+    def listen(self, seconds: float, clock: Any) -> bool:
         """Wait for the next bytes and read them into `ahead`, which is empty; False at the end of the stream.
         Raises TimeoutError after `seconds`."""
-        if not self.patient:
-            if not self.readable(seconds):
-                raise TimeoutError()
-            return self.fill()
         step, end = min(seconds, self.STEP), None
         while True:
             if step != self.step:
@@ -2407,7 +2403,7 @@ class Connection:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack(
                     "ll", int(step), int(step % 1 * 1e6)))
             try:
-                self.ahead = self.sock.recv(most)
+                self.ahead = self.sock.recv(BLOCK)
                 return bool(self.ahead)
             except BlockingIOError:
                 now = clock.monotonic()
@@ -2781,15 +2777,17 @@ def run_through(steps: Any) -> Any:
     """What they come to, in a thread: there they wait by themselves, and yield nothing but THREAD."""
     while True:
         try:
-            next(steps)
+            if next(steps) is not THREAD:
+                raise AssertionError("nobody waits for this here")
         except StopIteration as end:
             return end.value
 
 
 class Watch:
     """A caller under observation: every wait for its upstream goes through here, so that its leaving is noticed
-    in each. A caller that only closed its sending side looks the same as one that left; it is given
-    HALF_CLOSE_SECONDS more. One that should hear meanwhile that its call is alive does so from here, too."""
+    in each, and the Relay asks here until when its calls wait. A caller that only closed its sending side looks the
+    same as one that left; it is given HALF_CLOSE_SECONDS more. One that should hear meanwhile that its call is alive
+    does so from here, too."""
     HALF_CLOSE_SECONDS = 0.5
     SPEAK_SECONDS = 10
 
@@ -2878,10 +2876,16 @@ class Watch:
         if pausing:
             pausing.set()
 
-    def post(self, connection: Connection, data: bytes) -> bool:
+    def leave_to_relay(self, connection: Connection, data: bytes) -> None:
         """Have the Relay, in whose thread this is, send all of `data`."""
         self.relay.outgoing.append((self.party, connection, data))
-        return True
+
+    def coming(self, connection: Connection, deadline: float) -> Any:
+        """Wait for more of it; -> False at its end. Raises as `wait` does."""
+        if self.in_thread:
+            return self.more(connection, deadline)
+        self.deadline = deadline
+        return (yield connection)
 
     def more(self, connection: Connection, deadline: float) -> bool:
         """For read_head."""
@@ -2949,7 +2953,10 @@ class Watch:
 
     def send(self, connection: Connection, data: bytes, seconds_without_progress: float) -> bool:
         """Send all of `data`; -> False if the peer spoke first and does not read on. Raises OSError,
-        TimeoutError, CallerGone."""
+        TimeoutError, CallerGone. In the Relay's thread it is left to the Relay."""
+        if not self.in_thread:
+            self.leave_to_relay(connection, data)
+            return True
         while data:
             try:
                 data = connection.send(data)
@@ -2961,11 +2968,11 @@ class Watch:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Relay: one thread carries every running answer body from upstream to caller. A thread per stream would pay a
-# wake-up and a fight for the interpreter lock on every event. A request's thread hands over its two sockets
-# and ends; another one goes on when the body has ended. Where the system tells of hang-ups, it also sees those
-# callers leave whose threads wait for an answer's first byte. It knows framing, deadlines, slow readers and
-# hang-ups; no heads, LLMs or buckets.
+# Relay: one thread that runs every call as long as all it waits for is its two sockets, and carries every answer's
+# body. A thread for each would pay a wake-up and a fight for the interpreter lock on every event. What must wait
+# for something else goes on in a thread of its own, and comes back. Nothing here may wait. Whoever runs a call is
+# its party, and is told of what concerns it by carried, caller_left, overdue, stuck and fail. It knows framing,
+# deadlines, slow readers and hang-ups; no heads, LLMs or buckets.
 # ------------------------------------------------------------------------------------------------------------
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -2973,12 +2980,12 @@ WAITING = b": waiting for the model\n\n"  # a comment in an event stream (WHATWG
 
 
 class Flow:
-    """One body on its way. When it has ended, `then` is called with how: ok, upstream_cut, caller_gone,
+    """One body on its way. When it has ended, the party is told how, by `carried`: ok, upstream_cut, caller_gone,
     stopped (by us, to end) or internal_error."""
     SLOW_READER_SECONDS = 60
 
     __slots__ = ("relay", "upstream", "caller", "passage", "read_timeout", "until", "pulse", "heard", "spoke", "left",
-                 "unsent", "running", "ending", "then", "all_here")
+                 "unsent", "ending", "party", "all_here")
 
     def __init__(self, upstream: Connection, caller: Connection, passage: Passage, read_timeout: float,
                  until: float = math.inf, pulse: float = math.inf):
@@ -2986,7 +2993,7 @@ class Flow:
         self.upstream, self.caller, self.passage, self.read_timeout = upstream, caller, passage, read_timeout
         self.until, self.pulse, self.spoke = until, pulse, 0.0
         self.relay: Optional["Relay"] = None
-        self.then: Optional[Callable[[str], None]] = None
+        self.party: Any = None  # whom it tells how it ended
         # called when the upstream has done its part, though a slow caller has not taken all of it
         self.all_here: Callable[[], None] = bool
         # when the upstream last sent, or a slow caller last took, something
@@ -2995,11 +3002,10 @@ class Flow:
         self.left: Optional[float] = None
         # read from upstream, not yet taken by the caller; while there is any, no more is read
         self.unsent = b""
-        self.running = False
         self.ending: Optional[str] = None
 
     def start(self) -> None:
-        self.heard, self.running = self.relay.now, True
+        self.heard = self.relay.now
         self.watch()
 
     def watch(self) -> None:
@@ -3012,8 +3018,6 @@ class Flow:
 
     def from_upstream(self, _: int) -> None:
         """The hot path: one read, one look at the framing, one write."""
-        if not self.running:
-            return  # ended by the other socket's event of the same round
         try:
             data = self.upstream.receive()
         except WOULD_BLOCK:
@@ -3055,11 +3059,17 @@ class Flow:
             self.all_here()
         self.watch()
 
+    def stuck(self, rest: Any) -> None:
+        """The caller did not take all of the head; `rest` is None where it is gone."""
+        if rest is None:
+            self.end("caller_gone")
+        elif self.party:
+            self.unsent = rest
+            self.watch()
+
     def at_caller(self, events: int) -> None:
         """The caller can take more, or stirred: it sent its next request ahead, closed its side, or is
         gone."""
-        if not self.running:
-            return
         if events & READABLE:
             try:
                 if not self.caller.fill():
@@ -3087,19 +3097,17 @@ class Flow:
                 self.send(comment)
 
     def end(self, ending: str) -> None:
-        """Let go of both sockets and tell `then`, once."""
-        running, then = self.running, self.then
+        """Let go of both sockets and tell the party, once, a moment later."""
+        party, self.party = self.party, None
+        if party is None:
+            return
         if self.unsent:
             self.passage.tail = None  # what the caller has ends anywhere: nothing more can be put in
-        self.unsent, self.ending, self.running, self.then = b"", ending, False, None
+        self.unsent, self.ending = b"", ending
         self.relay.flows.discard(self)
-        try:
-            if running:
-                self.relay.watch(self.upstream, 0)
-                self.relay.watch(self.caller, 0)
-        finally:
-            if then:
-                self.relay.later.append((then.__self__, functools.partial(then, ending)))
+        self.relay.later.append((party, functools.partial(party.carried, ending)))
+        self.relay.watch(self.upstream, 0)
+        self.relay.watch(self.caller, 0)
 
     def fail(self) -> None:
         """A bug of ours ended it."""
@@ -3108,11 +3116,11 @@ class Flow:
 
 class Relay:
     TICK = 0.2   # seconds between two looks at the deadlines
-    ROUND = 0.001   # seconds for heads and answers in one round, at whose end they are sent together;
-    TURN = 0.0005   # while there are bodies to carry, which would have to wait
+    ROUND_SECONDS = 0.001        # seconds for heads and answers in one round, at whose end they are sent together;
+    SHORT_ROUND_SECONDS = 0.0005  # while there are bodies to carry, which would have to wait
 
     def __init__(self, clock: Any, report: Callable[[], None]):
-        """`report` is called inside an except block, for a bug of ours that ends one flow."""
+        """`report` is called inside an except block, for a bug of ours that ends one call."""
         self.clock, self.report, self.now = clock, report, clock.monotonic()
         self.due = self.now + self.TICK  # the next look at the deadlines
         self.selector = selectors.DefaultSelector()
@@ -3135,10 +3143,9 @@ class Relay:
         self.thread = threading.Thread(target=self.run, name="relay", daemon=True)
         self.thread.start()
 
-    def carry(self, flow: Flow, then: Callable[[str], None]) -> None:
-        """Carry a body to its end, and call `then` in the relay's thread, which must not wait there."""
-        flow.relay, flow.then = self, then
-        self.post(functools.partial(self.begin, flow))
+    def carry(self, flow: Flow, party: Any) -> None:
+        """Carry a body to its end, for a call that is in a thread."""
+        self.post(functools.partial(self.begin, flow, party))
 
     def post(self, act: Callable[[], None], party: Any = None) -> None:
         """Have it done in the Relay's thread."""
@@ -3169,7 +3176,7 @@ class Relay:
             self.selector.register(descriptor, events, connection)
             self.seats[descriptor] = connection
 
-    def alarm(self, watch: Watch, when: float) -> None:
+    def wake_at(self, watch: Watch, when: float) -> None:
         """Tell its party at that time."""
         watch.alarm = when
         if when < self.due:
@@ -3181,13 +3188,13 @@ class Relay:
             outgoing, self.outgoing = self.outgoing, []
             for party, connection, data in outgoing:
                 try:
-                    sent = connection.sock.send(data, connection.flags)
+                    data = connection.send(data)
                 except WOULD_BLOCK:
-                    sent = 0
+                    pass
                 except OSError:
-                    sent, data = 0, None
-                if data is None or sent < len(data):
-                    self.guard(party, party.stuck, connection, data and data[sent:])
+                    data = None
+                if data is None or data:
+                    self.guard(party, party.stuck, connection, data)
 
     # -- hang-ups
 
@@ -3210,7 +3217,7 @@ class Relay:
             # looked at again: it may have been closed meanwhile, and its number be another's
             found = ready(0, (descriptor, HANGUP)).get(descriptor, 0) if watch else 0
             if found & ~HANGUP:
-                watch.caller_left()
+                self.guard(watch.party, watch.caller_left)
             elif found:
                 watch.left = self.now
                 self.leaving.append((self.now, watch))
@@ -3220,19 +3227,24 @@ class Relay:
             _, watch = self.leaving.popleft()
             left = watch.left
             if watch.has_left(now):
-                watch.caller_left()
+                self.guard(watch.party, watch.caller_left)
             elif left is not None:  # its own thread saw it later, or it has another moment
                 self.leaving.append((left, watch))
 
     # -- its life
 
-    def begin(self, flow: Flow) -> None:
+    def begin(self, flow: Flow, party: Any) -> None:
+        flow.relay, flow.party = self, party
         self.flows.add(flow)
         self.guard(flow, flow.start)
 
     def cut_all(self) -> None:
         """End every flow now, without a proper end."""
-        self.post(lambda: [flow.end("stopped") for flow in list(self.flows)])
+        self.post(self.stop_all)
+
+    def stop_all(self) -> None:
+        for flow in list(self.flows):
+            self.guard(flow, flow.end, "stopped")
 
     def guard(self, party: Any, act: Callable[..., None], *arguments: Any) -> None:
         """A bug met by one call ends that call, not the thread."""
@@ -3248,8 +3260,8 @@ class Relay:
             idle = not (self.flows or self.leaving or self.watches)
             found = self.selector.select(0 if self.later else None if idle else max(0, self.due - self.now))
             self.now = now = self.clock.monotonic()
-            end = now + (self.TURN if self.flows else self.ROUND)
-            others = True
+            end = now + (self.SHORT_ROUND_SECONDS if self.flows else self.ROUND_SECONDS)
+            in_time = True
             for key, events in found:
                 act = key.data.act
                 if act is None:  # nobody waits for it
@@ -3258,10 +3270,10 @@ class Relay:
                 party = act.__self__
                 if type(party) is Flow:
                     self.guard(party, act, events)
-                elif others:  # else it is still ready in the next round
+                elif in_time:  # else it is still ready in the next round
                     self.guard(party, act, events)
-                    others = self.clock.monotonic() < end
-            self.flush()
+                    in_time = self.clock.monotonic() < end
+            self.flush()  # first: what comes later wants to know what was taken
             for _ in range(len(self.later)):
                 self.guard(*self.later.popleft())
                 if self.clock.monotonic() >= end:
@@ -3584,7 +3596,8 @@ class Way(NamedTuple):
 
 class Address:
     """One address of an upstream: its spare connections, and how it fared lately."""
-    NEAR_SECONDS = 0.05        # how long a connection to an address may take in the caller's own thread
+    NEAR_SECONDS = 0.05      # how long a connection to an address may take in a call's own thread,
+    HERE_SECONDS = 0.001     # and one to this machine in the Relay's
     SPARE_SECONDS = 3        # below the 5 s after which uvicorn, Node and llama.cpp close an idle connection
     SETTLING_SECONDS = 0.05  # llama.cpp closes after a stream although it promised to keep the connection
 
@@ -3629,9 +3642,7 @@ class Address:
             if isinstance(body, bytes):
                 framing = (b"Content-Length: %d\r\n\r\n" % len(body)
                            if body or method in ("POST", "PUT", "PATCH") else b"\r\n")
-                data = b"%b%b%b" % (head, framing, body)
-                whole_request = (watch.send(wire, data, self.read_timeout) if watch.in_thread
-                                 else watch.post(wire, data))
+                whole_request = self.send(wire, b"%b%b%b" % (head, framing, body), watch)
             else:
                 whole_request = self.upload(wire, head, body, watch)
         except (BrokenPipeError, ConnectionResetError):
@@ -3640,6 +3651,8 @@ class Address:
         if not watch.in_thread:
             watch.deadline = deadline
             there = yield wire
+            if watch.in_thread:  # `there` is what the Relay could not send
+                whole_request, there = self.send(wire, there, watch), True
         elif not wire.ahead:
             watch.listen(wire, self.first_byte_timeout)
         for _ in range(MAX_INTERIM):
@@ -3656,6 +3669,13 @@ class Address:
                 break  # nobody asked for it: upgrades are not passed on
         raise UpstreamFailed("no final answer" if data else ConnectionAbortedError())
 
+    def send(self, wire: Connection, data: bytes, watch: Watch) -> bool:
+        """-> whether it took all: it may have answered before it stopped reading (RFC 9112 9.5)."""
+        try:
+            return watch.send(wire, data, self.read_timeout)
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+
     def upload(self, wire: Connection, head: bytes, body: "RequestBody", watch: Watch) -> bool:
         """Relay a body of any size in blocks; -> False if the upstream answered before it was all sent."""
         framing = (b"Transfer-Encoding: chunked\r\n\r\n" if body.length is None
@@ -3671,7 +3691,7 @@ class Address:
         return False
 
     def spare(self) -> Optional[Link]:
-        """A spare connection that is still silent, the newest first."""
+        """A spare connection that is still silent, the newest first; None where there is none."""
         now, settling = self.clock.monotonic(), []
         try:
             while len(settling) < 16:
@@ -3700,9 +3720,24 @@ class Address:
         except OSError:
             return False
 
+    def open_at_once(self, seconds: float) -> Optional[Link]:
+        """Connect to an address, which needs no look-up; -> None where that takes longer."""
+        owner = http.client.HTTPConnection(self.endpoint.host, self.endpoint.port, timeout=seconds)
+        try:
+            owner.connect()
+            return Link(owner, Connection(owner.sock))
+        except OSError as failure:
+            owner.close()
+            if isinstance(failure, (TimeoutError, socket.timeout)):
+                return None
+            raise UpstreamFailed(failure, unsent=True) from None
+
     def open(self, watch: Watch) -> Link:
         """Connect: at once where that can be, else in a thread of its own, because name look-ups and handshakes
         know neither our deadline nor the caller's leaving."""
+        link = self.open_at_once(self.NEAR_SECONDS) if self.near else None
+        if link:
+            return link
         host, port = self.endpoint.host, self.endpoint.port
         if self.tunnel:
             owner = http.client.HTTPSConnection(
@@ -3712,16 +3747,6 @@ class Address:
             owner = http.client.HTTPSConnection(host, port, timeout=self.open_timeout, context=self.tls)
         else:
             owner = http.client.HTTPConnection(host, port, timeout=self.open_timeout)
-        if self.near:
-            try:
-                owner.timeout = self.NEAR_SECONDS
-                owner.connect()
-                return Link(owner, Connection(owner.sock))
-            except (TimeoutError, socket.timeout):
-                owner.timeout = self.open_timeout
-            except OSError as failure:
-                owner.close()
-                raise UpstreamFailed(failure, unsent=True) from None
         done, abandoned, failures = threading.Event(), threading.Event(), []
 
         def run():
@@ -3925,9 +3950,10 @@ class Upstream:
                 if address.tls or not isinstance(body, bytes):
                     yield THREAD
                 link = address.spare()
+                if link is None and address.here and not watch.in_thread:
+                    link = address.open_at_once(address.HERE_SECONDS)
                 if link is None:
-                    if not address.here:
-                        yield THREAD
+                    yield THREAD
                     link = address.open(watch)
                 answer = yield from address.ask(link, method, head(address), body, watch)
                 answer.upstream, good = self, answer.status not in FAILING
@@ -4387,13 +4413,16 @@ class Ledger:
             if key[0] in by_text and by_text[key[0]].capacity is not None:
                 self.limits.buckets.restore(by_text[key[0]], key, level, now - since)
 
+    def is_full(self) -> bool:
+        return len(self.queue) >= self.ROOM
+
     def record(self, entry: Entry) -> None:
         """Queue one row. A full queue waits a moment, then drops."""
-        if len(self.queue) >= self.ROOM:
+        if self.is_full():
             end = time.monotonic() + self.PATIENCE
-            while len(self.queue) >= self.ROOM and time.monotonic() < end:
+            while self.is_full() and time.monotonic() < end:
                 time.sleep(0.005)
-            if len(self.queue) >= self.ROOM:
+            if self.is_full():
                 self.dropped += 1
                 return
         self.queue.append(entry)
@@ -4475,7 +4504,7 @@ class Books:
 
     def are_full(self) -> bool:
         """Whether `record` would have to wait a moment."""
-        return self.ledger is not None and len(self.ledger.queue) >= self.ledger.ROOM
+        return self.ledger is not None and self.ledger.is_full()
 
     def record(self, entry: Entry) -> None:
         self.log.record(entry)
@@ -4507,12 +4536,14 @@ class Proxy:
 
     def serve(self, request: Request, reply: Any, entry: Entry) -> Any:
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses before anything was
-        sent leaves the call to the next upstream that it may go to."""
+        sent leaves the call to the next upstream that it may go to. It yields what it waits for: THREAD, before it
+        may wait for anything but its sockets; a Connection, to be told whether more of it came; a Flow, to be told
+        how that ended."""
         caller = self.identify(request, entry)                                                      # identify
         if self.config.max_call_seconds or TIMEOUT_FIELD in request.head.rows:
             reply.bound()
         call = reply.call = entry.call = yield from self.dialects.read(request, reply.whole_body)
-        if self.config.early_stream_seconds and call.stream:
+        if self.config.early_stream_seconds and call.stream and reply.may_begin_early():
             yield THREAD
             reply.begin_early()
         upstreams = self.routes.find(call)                                                          # route
@@ -4524,8 +4555,7 @@ class Proxy:
                     raise
 
     def ask(self, upstream: Upstream, caller: Caller, request: Request, call: Call, reply: Any, entry: Entry) -> Any:
-        """The rest of its life, at one upstream. Both with-blocks undo what they hold. Where the rest of a body must
-        still be carried, it yields a Flow and is sent back how that ended: no thread waits meanwhile."""
+        """The rest of its life, at one upstream. Both with-blocks undo what they hold."""
         entry.upstream = upstream.name
         if call.endpoint is not None:
             call.aim(upstream.model or upstream.name_of(call.wanted), upstream.mend)
@@ -4819,8 +4849,8 @@ class Pages:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Handler: HTTP on the caller's side: one thread per connection, one request after another. It knows neither
-# tokens nor prices.
+# Handler: HTTP on the caller's side, one request after another: in the Relay's thread, in one of its own where that
+# would have to wait, never in both at once. It knows neither tokens nor prices.
 # ------------------------------------------------------------------------------------------------------------
 
 RATE_FIELDS = (  # in the order of Quota
@@ -4864,7 +4894,7 @@ class RequestBody:
     what really arrives: a trickle does not keep it open. 100 Continue is sent when, and only if, somebody
     wants to read."""
     FREE_SECONDS, BYTES_PER_SECOND = 60, 16384
-    SMALL = 65536  # bytes that are read and parsed in no time
+    AT_ONCE = 65536  # bytes that are read and parsed in no time
 
     def __init__(self, caller: Connection, request: Request, most: int, room: Room, clock: Any):
         self.caller, self.most, self.room, self.clock, self.held = caller, most, room, clock, 0
@@ -4925,7 +4955,9 @@ class RequestBody:
         return not (upstream and upstream.descriptor in found and (not upstream.fill() or upstream.ahead))
 
     def await_more(self, watch: Watch) -> Any:
-        """As `wait`, in the Relay's thread."""
+        """As `wait`, wherever the call runs."""
+        if watch.in_thread:
+            return self.wait(None)
         try:
             self.invite()
             watch.deadline = self.due()
@@ -4955,14 +4987,11 @@ class RequestBody:
             self.caller.ahead = ahead[self.length:]
             return ahead[:self.length]
         while not self.ended:
-            if not watch.in_thread and max(self.length or 0, self.taken) > self.SMALL:
+            if not watch.in_thread and max(self.length or 0, self.taken) > self.AT_ONCE:
                 yield THREAD  # to read and parse it takes a while
-            if watch.in_thread:
-                blocks.append(self.read())
-            else:
-                if not self.caller.ahead:
-                    yield from self.await_more(watch)
-                blocks.append(self.take())
+            if not self.caller.ahead:
+                yield from self.await_more(watch)
+            blocks.append(self.take())
             if self.taken > self.most:
                 raise TooLarge()
             if self.taken > self.held + self.room.SMALL:
@@ -5029,11 +5058,13 @@ class Reply:
         self.body.until = min(self.end, started + self.patience)
         self.watch.bound(self.body.until)
 
+    def may_begin_early(self) -> bool:
+        """Whether the caller's client knows what comments are."""
+        return self.call.dialect.TAKES_COMMENTS and self.call.endpoint not in WORDLESS
+
     def begin_early(self) -> None:
-        """A stream that waits long begins with comments, where the caller's client knows what those are."""
-        call, seconds = self.call, self.proxy.config.early_stream_seconds
-        if call.dialect.TAKES_COMMENTS and call.endpoint not in WORDLESS:
-            self.watch.bound(self.body.until, self.entry.started + seconds, self.speak)
+        """A stream that waits long begins with comments."""
+        self.watch.bound(self.body.until, self.entry.started + self.proxy.config.early_stream_seconds, self.speak)
 
     def speak(self) -> None:
         """Tell the caller of a stream that its call is alive, after a head where there was none yet."""
@@ -5069,7 +5100,7 @@ class Reply:
             self.watch.bound(self.end)
         plain = head.get("content-encoding", "identity") == "identity"
         if self.early and not (answer.status == 200 and head.streamed and plain):
-            raise self.late(answer)  # it began in a thread
+            raise self.late(answer)  # which waits: what began early is in a thread
         listener = self.entry.listener = None if call.free or answer.status >= 400 else Listener(
             call, head.streamed, plain)
         if head.streamed and plain and call.dialect.TAKES_COMMENTS:
@@ -5114,17 +5145,11 @@ class Reply:
         return flow
 
     def await_rest(self, answer: Answer, passage: Passage) -> Any:
-        wire, watch = answer.link.wire, self.watch
-        deadline = self.proxy.clock.monotonic() + min(
-            self.WHOLE_SECONDS, answer.address.read_timeout, self.patience)
+        wire, clock = answer.link.wire, self.proxy.clock
+        deadline = clock.monotonic() + min(self.WHOLE_SECONDS, answer.address.read_timeout, self.patience)
         while not passage.framing.ended and len(self.first) < self.MAX_WHOLE:
             try:
-                if watch.in_thread:
-                    watch.wait(wire, READ, deadline)
-                    there = wire.fill()
-                else:
-                    watch.deadline = deadline
-                    there = yield wire
+                there = yield from self.watch.coming(wire, deadline)
             except TimeoutError:
                 return
             if there:
@@ -5244,10 +5269,11 @@ class Reply:
         return "Vary: Origin\r\n"
 
     def write(self, data: bytes) -> None:
-        """Send all of `data`, however slowly it is taken. Raises CallerGone."""
+        """Send all of `data`, however slowly it is taken; in the Relay's thread it is left to the Relay. Raises
+        CallerGone."""
         if not self.watch.in_thread:
             if data:
-                self.watch.post(self.caller, data)
+                self.watch.leave_to_relay(self.caller, data)
             return
         while data:
             try:
@@ -5265,11 +5291,11 @@ class QuietEnd(Exception):
 
 
 class Handler:
-    """One caller's connection. Its requests run in a thread, one after another; while the Relay carries a
-    body there is none."""
+    """One caller's connection: idle, running, awaiting more bytes, carrying a body, stuck with an answer, in a thread,
+    or over. Each way out of these is a method below. By TLS, and where the system tells of no hang-ups, it is in a
+    thread, or carrying."""
     HEAD_SECONDS = 15        # from a head's first byte to its last; also for the first byte of a connection
     IDLE_SECONDS = 75        # between two requests
-    FIRST_BLOCK = 4096       # bytes that every idle connection has room for
     LINGER_SECONDS = 5       # without a byte, after an answer that came before the request was whole
     LINGER_TOTAL_SECONDS = 30
     MAX_LINGER_BYTES = 64 << 20
@@ -5282,17 +5308,17 @@ class Handler:
         self.watch = Watch(self.caller, self.clock)
         self.watch.party = self
         self.relay.look_after(self.watch)
-        self.threadless = self.watch.relay is not None and self.caller.patient  # the Relay's thread can run it
         self.served, self.begun, self.last = False, None, None
         self.over = self.unrecorded = False
         self.reply: Optional[Reply] = None
         self.life: Any = None  # the exchange that is running, and what it goes on with: a value, or a fault
         self.result: Tuple[Any, Optional[BaseException]] = (None, None)
-        self.awaiting: Optional[Connection] = None           # what it reads from next, in the Relay's thread
-        self.flow: Optional[Flow] = None                     # what it waits for there
-        self.unsent: Optional[Tuple[Connection, bytes]] = None  # what was sent there, but not yet taken
+        # in the Relay's thread:
+        self.awaited: Optional[Connection] = None  # which is to stir next
+        self.flow: Optional[Flow] = None           # the body that is carried
+        self.unsent: Any = b""                     # of an answer, what the caller has not taken yet
 
-    def run(self) -> Any:
+    def advance(self) -> Any:
         """Go on until something must be waited for; -> what: a Flow, a Connection, THREAD, or None when the exchange
         is over."""
         if self.life is None:
@@ -5320,29 +5346,38 @@ class Handler:
                 reply.body.forget()
             self.server.proxy.books.record(reply.entry.close(self.clock))
 
+    def patience(self) -> float:
+        """Seconds that the next request's first byte may take."""
+        return self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
+
     def work(self) -> Optional[Flow]:
-        """Serve, in a thread, until a body is to be carried; -> None where the connection is over, or the Relay can
-        wait for the next request."""
-        if self.unsent:  # of a request that is on its way up
-            (connection, rest), self.unsent = self.unsent, None
-            try:
-                self.watch.send(connection, rest, Flow.SLOW_READER_SECONDS)
-                self.result = True, None
-            except (OSError, CallerGone) as failure:
-                self.result = None, failure
+        """Do, in a thread, what the Relay's could not: serve until a body is to be carried (-> the Flow), or, where the
+        Relay can go on, until one answer is sent; or wait for room in the ledger."""
         if self.unrecorded:
             self.record()
             return None
         while not self.over:
-            wanted = self.run()
+            wanted = self.advance()
             if isinstance(wanted, Flow):
                 return wanted
             self.record()
-            if self.threadless and self.life is None:
+            if self.caller.patient and self.life is None:
                 break
         return None
 
     # -- in the Relay's thread, which must not wait
+
+    def expect(self, connection: Connection, events: int, act: Callable[[int], None], until: float) -> None:
+        """Wait for `connection` to be ready, and `act` then; at `until` it is overdue."""
+        self.awaited = connection
+        self.relay.wake_at(self.watch, until)
+        self.relay.watch(connection, events, act)
+
+    def rest(self) -> None:
+        """Wait for nothing more."""
+        if self.awaited:
+            self.awaited.act = None
+        self.awaited, self.watch.alarm = None, math.inf
 
     def attend(self) -> None:
         """Wait for the next request."""
@@ -5352,8 +5387,7 @@ class Handler:
         self.server.idle.add(self.request)
         if self.server.draining:
             return self.part()
-        self.relay.alarm(self.watch, self.clock.monotonic() + (self.IDLE_SECONDS if self.served else self.HEAD_SECONDS))
-        self.relay.watch(self.caller, READABLE, self.caller_stirred)
+        self.expect(self.caller, READABLE, self.caller_stirred, self.clock.monotonic() + self.patience())
 
     def caller_stirred(self, _: int) -> None:
         try:
@@ -5367,8 +5401,8 @@ class Handler:
 
     def head_came(self) -> None:
         """At least a part of it."""
+        self.rest()
         self.server.idle.discard(self.request)
-        self.caller.act, self.watch.alarm = None, math.inf
         if self.server.draining:
             self.part()
         elif b"\r\n\r\n" in self.caller.ahead:
@@ -5377,102 +5411,82 @@ class Handler:
             self.take_thread()
 
     def step(self) -> None:
-        wanted = self.run()
-        while isinstance(wanted, Connection) and self.watch.gone:
-            self.result = None, CallerGone()
-            wanted = self.run()
+        wanted = self.advance()
         if wanted is None:
-            self.relay.later.append((self, self.go_on))
-        elif isinstance(wanted, Connection):
-            self.awaiting = wanted
-            self.relay.alarm(self.watch, self.watch.due(self.watch.deadline))
-            self.relay.watch(wanted, READABLE, self.other_stirred)
+            self.relay.later.append((self, self.answered))  # when the answer was sent, or got stuck
         elif wanted is THREAD:
             self.take_thread()
+        elif isinstance(wanted, Flow):
+            self.flow = wanted
+            self.relay.begin(wanted, self)
+        elif self.watch.gone:
+            self.go_on(None, CallerGone())
         else:
-            self.flow, wanted.relay, wanted.then = wanted, self.relay, self.carried
-            self.relay.begin(wanted)
+            self.expect(wanted, READABLE, self.more_came, self.watch.due(self.watch.deadline))
 
-    def other_stirred(self, _: int) -> None:
-        """Something came from where it was awaited."""
-        connection = self.awaiting
+    def more_came(self, _: int) -> None:
+        """From where it was awaited."""
+        connection = self.awaited
         try:
             alive = connection.fill()
         except OSError as failure:
-            return self.resume(None, failure)
+            return self.go_on(None, failure)
         if connection.ahead or not alive:
-            self.resume(alive)
+            self.go_on(alive)
 
-    def resume(self, value: Any, fault: Optional[BaseException] = None) -> None:
+    def go_on(self, value: Any, fault: Optional[BaseException] = None) -> None:
         """What was awaited is there, or will not come."""
-        self.awaiting.act, self.awaiting, self.watch.alarm = None, None, math.inf
+        self.rest()
         self.result = value, fault
         self.step()
 
     def caller_left(self) -> None:
-        if self.awaiting:
-            self.resume(None, CallerGone())
+        if self.life and self.awaited:
+            self.go_on(None, CallerGone())
 
     def overdue(self) -> None:
-        if self.awaiting:
-            self.resume(None, TimeoutError())
+        if self.life:
+            self.go_on(None, TimeoutError())
         elif self.unsent:
-            self.lose()
+            self.untaken()
+            self.answered()
         else:
             self.part()
 
     def carried(self, ending: str) -> None:
         """A body has ended."""
         self.result, self.flow = (ending, None), None
-        if self.threadless:
+        if self.life is None:
+            return
+        if self.caller.patient:
             self.watch.in_thread = False
             self.step()
         else:
             self.server.resume(self)
 
-    def stuck(self, connection: Connection, rest: Optional[bytes]) -> None:
+    def stuck(self, connection: Connection, rest: Any) -> None:
         """The Relay could not send all; `rest` is None where the connection is broken."""
         if connection is not self.caller:
-            if rest and connection is self.awaiting:  # else it hears of that by itself
-                self.awaiting.act, self.awaiting, self.unsent = None, None, (connection, rest)
+            if rest and connection is self.awaited:  # else it hears of that by itself
+                self.result = rest, None
                 self.take_thread()
-        elif self.flow and rest:
-            self.flow.unsent = rest
-            self.flow.watch()
         elif self.flow:
-            self.flow.end("caller_gone")
+            self.flow.stuck(rest)
+        elif rest:
+            self.unsent = rest
         else:
-            self.unsent = connection, rest or b""
-            self.relay.alarm(self.watch, min(self.clock.monotonic() + Flow.SLOW_READER_SECONDS, self.reply.end))
-            self.relay.watch(connection, WRITABLE, self.caller_takes)
+            self.untaken()
 
-    def caller_takes(self, _: int) -> None:
-        """What was left of an answer."""
-        connection, rest = self.unsent
-        try:
-            left = connection.send(rest) if rest else None
-        except WOULD_BLOCK:
-            return
-        except OSError:
-            left = None
-        if left is None:
-            return self.lose()
-        self.unsent = (connection, left) if left else None
-        if left:
-            self.relay.alarm(self.watch, min(self.clock.monotonic() + Flow.SLOW_READER_SECONDS, self.reply.end))
-        else:
-            self.go_on()
-
-    def lose(self) -> None:
+    def untaken(self) -> None:
         """The caller did not take its answer."""
-        self.unsent, self.over, self.reply.reset = None, True, True
+        self.unsent, self.over, self.reply.reset = b"", True, True
         self.reply.entry.outcome = "stopped" if self.server.cutting else "caller_gone"
-        self.go_on()
 
-    def go_on(self) -> None:
-        """After an exchange, if its answer was taken."""
+    def answered(self) -> None:
+        """After an exchange, when its answer was taken."""
         if self.unsent:
-            return
+            return self.expect(self.caller, WRITABLE, self.caller_takes,
+                               min(self.clock.monotonic() + Flow.SLOW_READER_SECONDS, self.reply.end))
         if self.unrecorded and self.server.proxy.books.are_full():
             return self.take_thread()
         self.record()
@@ -5481,12 +5495,23 @@ class Handler:
         else:
             self.attend()
 
+    def caller_takes(self, _: int) -> None:
+        """What was left of an answer."""
+        try:
+            self.unsent = self.caller.send(self.unsent)
+        except WOULD_BLOCK:
+            return
+        except OSError:
+            self.untaken()
+        self.answered()
+
     def take_thread(self) -> None:
         """Go on where it can be waited for anything."""
-        self.caller.act, self.watch.alarm, self.watch.in_thread = None, math.inf, True
+        self.rest()
+        self.watch.in_thread = True
         if self.server.start_thread(self):
             return
-        self.watch.in_thread, self.unsent = False, None
+        self.watch.in_thread = False
         if self.life:
             self.result = None, Overloaded()
             self.step()
@@ -5498,7 +5523,8 @@ class Handler:
 
     def part(self) -> None:
         """The connection is over."""
-        self.over, self.unsent, self.caller.act, self.watch.alarm = True, None, None, math.inf
+        self.rest()
+        self.over = True
         self.server.idle.discard(self.request)
         if self.lingers():
             self.take_thread()
@@ -5507,10 +5533,14 @@ class Handler:
 
     def fail(self) -> None:
         """A bug of ours ended it."""
-        if self.awaiting:
-            self.awaiting.act = self.awaiting = None
-        self.life = self.unsent = self.caller.act = None
+        self.rest()
+        life, flow, self.life, self.flow, self.over, self.unsent = self.life, self.flow, None, None, True, b""
+        if flow:
+            flow.end("internal_error")  # `carried` has nothing left to go on with
+        self.server.idle.discard(self.request)
         self.server.shutdown_request(self.request)
+        if life:
+            life.close()  # gives back what it holds
 
     # -- one request
 
@@ -5561,10 +5591,9 @@ class Handler:
             if server.draining:
                 raise QuietEnd()
             if not caller.ahead and self.begun is None:
-                patience = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-                if caller.encrypted and (not caller.readable(patience) or server.draining):
+                if not caller.readable(self.patience()) or server.draining:
                     raise QuietEnd()  # an end of ours must not be read as one of theirs
-                alive = caller.listen(patience, self.clock, self.FIRST_BLOCK)
+                alive = caller.fill()
                 if not caller.ahead:
                     self.begun = self.clock.monotonic()  # of TLS, a record that is not whole
             else:
@@ -5579,20 +5608,23 @@ class Handler:
             raise QuietEnd()
         return alive
 
+    def spoke_last(self) -> bool:
+        """Whether its last words were an answer, which a reset could still erase."""
+        reply = self.reply
+        return bool(reply and reply.begun and not reply.reset)
+
     def lingers(self) -> bool:
         """Whether the caller may still be sending what it was refused."""
-        reply = self.reply
-        return bool(reply and reply.begun and not reply.reset and not (reply.body and reply.body.ended))
+        return self.spoke_last() and not (self.reply.body and self.reply.body.ended)
 
     def finish(self) -> bool:
         """Before closing, read on where the caller may still be sending: closing on unread bytes sends a
         reset, and that could erase our last answer (RFC 9112 9.6). -> whether it can be closed at once."""
-        reply = self.reply
-        if self.caller.encrypted and not (reply and reply.reset):
+        if self.caller.encrypted and not (self.reply and self.reply.reset):
             with contextlib.suppress(OSError, ValueError):
                 self.request.unwrap()  # says that this is the end; nobody waits for the other side to say so, too
         if not self.lingers():
-            return not (reply and reply.begun and not reply.reset)
+            return not self.spoke_last()
         try:
             self.request.shutdown(socket.SHUT_WR)
             now = self.clock.monotonic()
@@ -5612,7 +5644,9 @@ class Handler:
 # ------------------------------------------------------------------------------------------------------------
 # Server: threads, caps, TLS, draining. Who owns which lock: Buckets.lock guards the table of levels; Server.lock
 # guards the open connections; Upstream.lock guards running calls and breakers; Crowd.lock guards the lines;
-# Room.lock guards a number; the Relay's flows belong to its thread alone; queues and events guard themselves.
+# Room.lock guards a number; the Relay's flows and seats belong to its thread alone, and a Handler to the thread that
+# runs it, which start_thread and Relay.post hand on; queues and events guard themselves. The Relay's thread takes
+# these locks, too, but never Catalogue.lock.
 # No lock is held while another is taken, or while anything waits, but for Catalogue.lock: whoever wants the list
 # waits for the one who asks for it.
 # ------------------------------------------------------------------------------------------------------------
@@ -5622,7 +5656,7 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
     allow_reuse_port = False
-    WELCOMED = 4       # new connections that may wait for the Relay
+    WELCOMED = 4  # new connections that may wait for the Relay, while more are accepted
     TURNED_AWAY = 128  # refused connections that are kept a moment, so that their answer can be read
     MOST_PER_ADDRESS = 256  # connections, where nothing else is set
     ROOM = 256 << 20  # bytes of bodies of metered calls that are held at once
@@ -5670,7 +5704,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.by_address[address] = number + 1
         if full:
             return self.turn_away(request)
-        if self.proxy.relay.hangups and not self.tls:
+        if PATIENT and not self.tls:
             return self.welcome(request, client_address)
         try:
             # Thread.start returns when the thread runs: in a burst of callers that leaves the Relay its share.
@@ -5692,13 +5726,13 @@ class Server(http.server.ThreadingHTTPServer):
             handler = self.RequestHandlerClass(request, client_address, self)
         except OSError:  # gone before it began
             return self.shutdown_request(request)
-        self.leave_to_relay(handler)
+        self.hand_back(handler)
         for _ in range(100):  # who accepts would keep the interpreter's lock, and the Relay from what it carries
             if len(self.proxy.relay.later) <= self.WELCOMED:
                 break
             time.sleep(0.001)
 
-    def leave_to_relay(self, handler: Handler) -> None:
+    def hand_back(self, handler: Handler) -> None:
         self.proxy.relay.post(handler.attend, handler)
 
     def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
@@ -5758,11 +5792,11 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             flow = handler.work()
             if flow:
-                self.proxy.relay.carry(flow, handler.carried)
+                self.proxy.relay.carry(flow, handler)
             elif handler.over:
                 self.end(handler)
             else:
-                self.leave_to_relay(handler)
+                self.hand_back(handler)
         except Exception:
             self.proxy.books.log.report()
             self.shutdown_request(handler.request)
@@ -5783,7 +5817,7 @@ class Server(http.server.ThreadingHTTPServer):
         return True
 
     def resume(self, handler: Handler) -> None:
-        """As above; if need be, later."""
+        """As start_thread; if need be, later. Only those come here that the Relay cannot run."""
         if not self.start_thread(handler):
             self.unstarted.append(handler)  # service_actions tries again
 
@@ -5870,7 +5904,8 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             for request in list(self.idle):
                 try:
-                    socket.socket.shutdown(request, socket.SHUT_RD)  # wakes its thread, to whom all of TLS belongs
+                    # wakes the Relay, or its thread, to whom all of TLS belongs
+                    socket.socket.shutdown(request, socket.SHUT_RD)
                 except OSError:
                     pass
             while self.open and self.proxy.clock.monotonic() < end:
@@ -6098,7 +6133,7 @@ def run(config: Config, log_stream: Any, hint: str) -> int:
                          % config.cpu_affinity)
         return 2
     raise_descriptor_limit()
-    threading.stack_size(512 * 1024)  # a thread per connection: 8 MiB each is more than strict systems lend
+    threading.stack_size(512 * 1024)  # of calls that wait: 8 MiB each is more than strict systems lend
     try:
         database, remarks = open_database(config)
         proxy = build(config, log_stream, database=database)

@@ -5264,9 +5264,8 @@ class EndingsTest(ProxyCase):
                          "counts open descriptors")
     def test_a_caller_who_sent_much_ahead_and_hangs_up_is_noticed(self):
         for patient in {llm_proxy.PATIENT, False}:
-            with self.subTest(patient=patient):
-                with mock.patch.object(llm_proxy, "PATIENT", patient):
-                    self.start(None)
+            with self.subTest(patient=patient), mock.patch.object(llm_proxy, "PATIENT", patient):
+                self.start(None)
                 client = self.connect().send(call(stream=True))
                 asked = self.stub.next()
                 asked.send(STREAM + chunk(event(1)))
