@@ -4186,7 +4186,7 @@ def clean(text: Optional[str]) -> Optional[str]:
 class Log:
     """Lines on stderr, spelled and written by one thread from a bounded queue; what does not fit is dropped and
     counted."""
-    ROOM, BATCH, PAUSE = 10_000, 64, 0.05  # lines, lines, seconds
+    ROOM, BATCH, PAUSE = 10_000, 16, 0.05  # lines, lines, seconds
 
     def __init__(self, stream: Any, as_json: bool):
         """`stream` is a raw binary one: no lock of it can be held by a blocked writer when the process
