@@ -3115,9 +3115,9 @@ class Flow:
 
 
 class Relay:
-    TICK = 0.2   # seconds between two looks at the deadlines
-    ROUND_SECONDS = 0.001        # seconds for heads and answers in one round, at whose end they are sent together;
-    SHORT_ROUND_SECONDS = 0.0005  # while there are bodies to carry, which would have to wait
+    TICK = 0.2                    # seconds between two looks at the deadlines
+    ROUND_SECONDS = 0.001         # for the heads and answers of one round, at whose end they are sent together,
+    SHORT_ROUND_SECONDS = 0.0005  # and while there are bodies to carry, which would have to wait
 
     def __init__(self, clock: Any, report: Callable[[], None]):
         """`report` is called inside an except block, for a bug of ours that ends one call."""
