@@ -3221,6 +3221,7 @@ class Relay:
             elif found:
                 watch.left = self.now
                 self.leaving.append((self.now, watch))
+                self.due = min(self.due, self.now + Watch.HALF_CLOSE_SECONDS)
 
     def check_leaving(self, now: float) -> None:
         while self.leaving and now >= self.leaving[0][0] + Watch.HALF_CLOSE_SECONDS:
@@ -5672,6 +5673,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.by_address: Dict[str, int] = {}        # how many are open of each
         self.idle: set = set()       # those between two requests
         self.draining = self.cutting = False
+        self.welcomed = self.greeted = 0  # new connections, counted by who accepts and by the Relay
         self.turned_away: "collections.deque[Tuple[float, socket.socket]]" = collections.deque()
         self.swept = proxy.clock.monotonic()
         self.unstarted: "collections.deque[Handler]" = collections.deque()
@@ -5726,13 +5728,19 @@ class Server(http.server.ThreadingHTTPServer):
             handler = self.RequestHandlerClass(request, client_address, self)
         except OSError:  # gone before it began
             return self.shutdown_request(request)
-        self.hand_back(handler)
+        self.welcomed += 1
+        self.proxy.relay.post(functools.partial(self.greet, handler), handler)
         for _ in range(100):  # who accepts would keep the interpreter's lock, and the Relay from what it carries
-            if len(self.proxy.relay.later) <= self.WELCOMED:
+            if self.welcomed - self.greeted <= self.WELCOMED:
                 break
             time.sleep(0.001)
 
+    def greet(self, handler: Handler) -> None:
+        self.greeted += 1
+        handler.attend()
+
     def hand_back(self, handler: Handler) -> None:
+        """The Relay's thread can run it again."""
         self.proxy.relay.post(handler.attend, handler)
 
     def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
