@@ -5688,6 +5688,71 @@ class ServerTest(ProxyCase):
         self.assertEqual({client.read().status for client in clients}, {200})
 
 
+@unittest.skipUnless(llm_proxy.PATIENT, "takes epoll")
+class ThreadlessTest(ProxyCase):
+    """Calls in the Relay's thread, where they meet what makes them wait."""
+
+    def test_a_request_that_its_upstream_takes_slowly_goes_on_in_a_thread(self):
+        body = chat(messages="x" * 10_000_000)
+        with mock.patch.object(llm_proxy.RequestBody, "AT_ONCE", len(body)):
+            self.start()
+            client = self.connect()
+            for _ in range(2):
+                self.assertEqual(client.send(request("POST", CHAT, body)).read().status, 200)
+                self.assertEqual(self.stub.requests[-1].digest, hashlib.sha256(body).hexdigest())
+        self.assertEqual(self.stub.connections, 1)
+
+    def test_answers_that_are_taken_slowly_come_whole_and_in_their_order(self):
+        bodies = [b"%d" % number * 40_000 for number in range(3)]
+        answers = iter(bodies)
+        with mock.patch.object(llm_proxy.Relay, "ROUND_SECONDS", 0):  # a step of one call in each round
+            self.start(lambda asked: asked.send(answer(next(answers))))
+            client = self.connect(receive_buffer=2048)
+            wait_for(lambda: self.server.open)
+            next(iter(self.server.open)).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+            client.send(call() * len(bodies))
+            other = self.connect()
+            wait_for(lambda: any(watch.party.unsent for watch in list(self.proxy.relay.watches.values())))
+            self.assertEqual(other.send(request("GET", "/health")).read().status, 200)
+            self.assertEqual([client.read().body for _ in bodies], bodies)
+            self.assertEqual(len(wait_for(lambda: len(self.lines.entries()) == 3 and self.lines.entries())), 3)
+
+    def test_a_connection_that_is_not_there_at_once_is_awaited_in_a_thread(self):
+        self.start()
+        with mock.patch.object(llm_proxy.Address, "open_at_once", return_value=None):
+            self.assertEqual(self.ask(call()).status, 200)
+
+    def test_a_bug_in_one_call_ends_that_call_alone(self):
+        def bug(*_):
+            raise ZeroDivisionError("a bug")
+        self.start(None)
+        for name in ("caller_left", "answered", "more_came", "attend"):
+            with self.subTest(name):
+                other = self.connect().send(call())
+                others = self.stub.next()
+                with mock.patch.object(llm_proxy.Handler, name, bug):
+                    client = self.connect().send(call())
+                    if name != "attend":
+                        asked = self.stub.next()
+                    if name == "caller_left":
+                        client.reset()
+                    elif name != "attend":
+                        asked.send(answer())
+                        asked.finish()
+                    self.tracebacks += 1
+                    wait_for(lambda: self.lines.data.count(b"Traceback") == self.tracebacks)
+                wait_for(lambda: len(self.server.open) == 1)
+                if name == "caller_left":
+                    asked.wait_for_hang_up()
+                others.send(answer())
+                others.finish()
+                self.assertEqual(other.read().status, 200)
+                other.close()
+                wait_for(lambda: not self.server.open)
+                self.assertFalse(self.server.idle or self.proxy.relay.flows)
+                self.assertEqual(self.proxy.routes.base.told()["in_flight"], 0)
+
+
 class TlsTest(ProxyCase):
     """Callers that come by TLS."""
 
