@@ -3946,11 +3946,12 @@ class Upstream:
             address = self.enter(failed, beyond)
             if address is None:
                 raise failure or UpstreamOpen(self.wait())
-            answer = good = None
+            answer = good = spare = None
             try:
                 if address.tls or not isinstance(body, bytes):
                     yield THREAD
                 link = address.spare()
+                spare = link is not None
                 if link is None and address.here and not watch.in_thread:
                     link = address.open_at_once(address.HERE_SECONDS)
                 if link is None:
@@ -3960,9 +3961,10 @@ class Upstream:
                 answer.upstream, good = self, answer.status not in FAILING
                 return answer
             except (UpstreamFailed, UpstreamTimeout) as refusal:
-                # what talks nonsense is there, all the same; a caller's own deadline says nothing
-                late = isinstance(refusal, UpstreamTimeout)
-                good = False if (late or refusal.silent) and self.clock.monotonic() < watch.until else None
+                # what talks nonsense is there, all the same; a caller's own deadline says nothing, nor does a spare
+                # connection that was closed at that moment
+                bad = isinstance(refusal, UpstreamTimeout) or (refusal.silent and not spare)
+                good = False if bad and self.clock.monotonic() < watch.until else None
                 if not refusal.unsent:
                     if not isinstance(body, bytes) and not body.ended:
                         good = None  # it may have tired of waiting for the caller

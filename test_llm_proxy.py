@@ -3935,6 +3935,19 @@ class BreakerTest(ManyCase):
                     breaker.judge(what, now)
                 self.assertEqual((breaker.allows(now), breaker.state(now)), (allowed, state))
 
+    def test_a_spare_connection_that_is_closed_under_a_call_says_nothing_of_the_address(self):
+        self.start(None, BREAKER_FAILURES=1)
+        client = self.connect().send(call())
+        asked = self.stub.next()
+        asked.send(answer())
+        asked.finish()
+        self.assertEqual(client.read().status, 200)
+        for connections, state in ((1, "closed"), (2, "open")):
+            client.send(call())
+            self.stub.next().reset()
+            self.assertEqual((client.read().status, self.stub.connections), (502, connections))
+            self.assertEqual(self.states()["base"]["state"], state)
+
     def test_an_open_upstream_is_a_503_at_once_that_says_when_to_try_again_and_costs_nothing(self):
         clock = Clock()
         self.start(says(b"{}", "503 No"), clock=clock, BREAKER_FAILURES=2, BREAKER_SECONDS=30)
