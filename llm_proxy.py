@@ -3654,6 +3654,7 @@ class Address:
             there = yield wire
             if watch.in_thread:  # `there` is what the Relay could not send
                 whole_request, there = self.send(wire, there, watch), True
+                deadline = self.clock.monotonic() + self.first_byte_timeout
         elif not wire.ahead:
             watch.listen(wire, self.first_byte_timeout)
         for _ in range(MAX_INTERIM):
@@ -3688,7 +3689,7 @@ class Address:
         else:
             if body.ended:
                 return body.length is not None or watch.send(wire, LAST_CHUNK, self.read_timeout)
-        watch.caller.dropping = True
+        watch.caller.dropping = not body.skip()  # else it is all here, and what comes is the next request
         return False
 
     def spare(self) -> Optional[Link]:
@@ -5406,10 +5407,10 @@ class Handler:
         """At least a part of it."""
         self.rest()
         self.server.idle.discard(self.request)
-        if self.server.draining:
-            self.part()
-        elif b"\r\n\r\n" in self.caller.ahead:
+        if b"\r\n\r\n" in self.caller.ahead:
             self.step()
+        elif self.server.draining:
+            self.part()
         else:
             self.take_thread()
 
@@ -5812,7 +5813,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(handler.request)
 
     def end(self, handler: Handler) -> None:
-        if handler.finish():
+        at_once, handler.reply = handler.finish(), None  # which may be large, and is part of a cycle
+        if at_once:
             self.shutdown_request(handler.request)
         else:
             self.dismiss_later(handler.request)

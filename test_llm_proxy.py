@@ -5730,6 +5730,38 @@ class ThreadlessTest(ProxyCase):
             self.assertEqual([client.read().body for _ in bodies], bodies)
             self.assertEqual(len(wait_for(lambda: len(self.lines.entries()) == 3 and self.lines.entries())), 3)
 
+    def test_an_upload_that_was_answered_early_but_came_whole_loses_no_later_request(self):
+        size, send = 100_000, llm_proxy.Watch.send
+
+        def send_no_block(watch, wire, data, seconds):
+            """As where the upstream has spoken and reads no more, while the caller has sent all."""
+            if bytes(data[:1]) != b"x":
+                return send(watch, wire, data, seconds)
+            while len(watch.caller.ahead) < size - len(data):
+                watch.caller.readable(PATIENCE)
+                watch.caller.fill()
+            return False
+        self.start(says(b"{}", "403 No"), reads=False)
+        client = self.connect()
+        with mock.patch.object(llm_proxy.Watch, "send", send_no_block):
+            self.assertEqual(client.send(request("POST", "/v1/files", b"x" * size)).read().status, 403)
+        self.assertEqual(client.send(request("GET", "/health")).read().status, 200)
+
+    def test_of_two_requests_that_came_before_the_end_both_are_answered(self):
+        self.start(None)
+        client = self.connect().send(call() * 2)
+        asked = self.stub.next()
+        drainer = threading.Thread(target=self.server.drain, args=(PATIENCE / 2,))
+        drainer.start()
+        wait_for(lambda: self.server.draining)
+        for asked in (asked, None):
+            asked = asked or self.stub.next()
+            asked.send(answer())
+            asked.finish()
+            self.assertEqual(client.read().status, 200)
+        drainer.join(PATIENCE)
+        self.assertEqual(client.ending(), "closed")
+
     def test_a_connection_that_is_not_there_at_once_is_awaited_in_a_thread(self):
         self.start()
         with mock.patch.object(llm_proxy.Address, "open_at_once", return_value=None):
