@@ -4573,7 +4573,7 @@ class LedgerCase(CallCase):
     """A proxy with a ledger in the file `self.path`: an ending is in bucket, line and row."""
 
     def start(self, *arguments, **settings):
-        self.patch_seconds(Ledger_BATCH_SECONDS=0.005)
+        self.patch_seconds(Ledger_PAUSE=0.005)
         self.path = settings.setdefault("DATABASE", self.new_path())
         super().start(*arguments, **settings)
 
