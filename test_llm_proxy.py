@@ -23,6 +23,7 @@ import fractions
 import functools
 import gc
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -653,6 +654,12 @@ class ProxyCase(TableCase):
         proxy.books.close(PATIENCE)
         self.assertEqual(lines.data.count(b"Traceback"), self.tracebacks, lines.text())
         self.assertEqual(loop.held, [])
+
+    def on_loop(self, act, *arguments):
+        """Have the proxy's thread do this, and wait for it."""
+        done = threading.Event()
+        self.proxy.loop.call_soon_threadsafe(lambda: (act(*arguments), done.set()))
+        self.assertTrue(done.wait(PATIENCE))
 
     def drain(self, seconds, server=None):
         """Returns how many calls were cut."""
@@ -5339,6 +5346,209 @@ class EndingsTest(LedgerCase):
         self.tracebacks = 1
         asked.wait_for_hang_up()
         self.assert_ending("internal_error", left=1000)
+
+
+class EveryAwaitTest(WaitingCase):
+    """A caller who leaves, a deadline and a bug of ours, at every await of a call.
+
+    Rows: what is awaited; how the call ends where one of the three comes then: its outcome, its
+    cost, and `kept` where its connection to the upstream is. `-`: nothing is written down."""
+    FAULTS = (
+        lambda client, context: client.reset(),
+        lambda client, context: (setattr(context, "deadline", 0), context.on_timer()),
+        lambda client, context: context.future.set_exception(ZeroDivisionError("a bug")),
+    )
+    LARGE = b"x" * 14000  # more than a slow reader takes
+    CHUNKS = STREAM + chunk(LARGE) + LAST
+
+    def send_part(self):
+        self.client.send(next(self.parts, b""))
+
+    def asked(self):
+        """What the upstream was asked by the call, if it was."""
+        self.requests = self.requests or [self.stub.next()]
+        return self.requests[0]
+
+    def end_busy(self):
+        busy, asked = self.busy
+        if not asked.over.is_set():
+            asked.answer(b"{}", "200 OK", "Connection: close")
+            busy.read()
+            busy.close()
+
+    ACTS = {  # what ends each wait
+        "a request": send_part,
+        "the request's head": send_part,
+        "the request's body": send_part,
+        "its turn at": end_busy,
+        "a connection to": lambda self: self.may_connect.set(),
+        "room for the request": lambda self: self.asked().read_body(),
+        "the lists of models": lambda self: None,
+        "the response of": lambda self: self.asked().send(self.first),
+        "the body of": lambda self: self.asked().send(self.rest),
+        "the client": lambda self: self.client.read(),
+    }
+
+    def setUp(self):
+        self.patch_seconds(Catalogue_KEEP_SECONDS=0, Catalogue_AGAIN_SECONDS=0)
+        self.may_connect = threading.Event()
+        self.waits = []
+        self.busy_context = None
+        wait, connect = llm_proxy.Context.wait, http.client.HTTPConnection.connect
+
+        def record(context, future, seconds, what):
+            if context is not self.busy_context and [(context, what)] != self.waits[-1:]:
+                self.waits.append((context, what))
+            return wait(context, future, seconds, what)
+
+        def connect_later(owner):
+            self.may_connect.wait(PATIENCE)
+            return connect(owner)
+        for owner, name, act in ((llm_proxy.Context, "wait", record),
+                                 (llm_proxy.Address, "connect_at_once", lambda _: None),
+                                 (http.client.HTTPConnection, "connect", connect_later)):
+            patch = mock.patch.object(owner, name, act)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def begin_call(self, data, rows):
+        self.stub.waiting = queue.Queue()  # what was not answered is in the old one
+        self.requests = []
+        if self.proxy.routes.base.queue:
+            self.may_connect.set()
+            self.busy = self.ask_stub(call("busy", model="busy"))
+            self.busy_context = self.waits[-1][0]
+        in_parts = any(row[0] == "the request's head" for row in rows)
+        self.parts = iter([data[:30], data[30:-5], data[-5:]] if in_parts else [data])
+        self.may_connect.clear()
+        del self.waits[:]
+        self.client = self.connect_slow()
+
+    def spoil(self, rows, number, fault):
+        """Go on to the await with this number, and have it end by this fault."""
+        for count, (what, *_) in enumerate(rows[:number + 1]):
+            context, found = wait_for(lambda: self.waits[count:], what)[0]
+            self.assertEqual(found[:len(what)], what)
+            if count < number:
+                self.ACTS[what](self)
+        wait_for(lambda: not unread(self.client.sock), "the reading of all")
+        self.on_loop(self.FAULTS[fault], self.client, context)
+        if "kept" in rows[number][1 + fault]:  # the upstream hears nothing of it
+            with contextlib.suppress(OSError, Cut):
+                for what, *_ in rows[number:]:
+                    self.ACTS[what](self)
+
+    def what_is_held(self, seen):
+        """Returns how the calls ended but for the first `seen`, and numbers of what is held."""
+        base, server = self.proxy.routes.base, self.server
+        address, = base.addresses
+        entries = self.lines.entries()
+        lacking = sum(1000 - level for level in levels(self.proxy).values())
+        return {
+            "endings": ["%s %d" % (entry["outcome"], entry["cost"] or 0)
+                        for entry in entries[seen:] if entry["model"] != "busy"],
+            "spares": len(address.spares),
+            "tokens": lacking - sum(entry["cost"] or 0 for entry in entries),
+            "calls": address.running + (base.queue.running if base.queue else 0),
+            "connections": len(server.open) + len(server.lingering) + address.connecting,
+            "tasks": len(asyncio.all_tasks(self.proxy.loop)),
+            "bytes": server.parts.budget.free - self.budget,
+        }
+
+    def assert_rest(self, seen, ending):
+        """What is written down is right, and nothing is held any more."""
+        outcome, kept, _ = ending.partition(" kept")
+        if outcome != "-":
+            wait_for(lambda: self.what_is_held(seen)["endings"], outcome)
+        self.may_connect.set()
+        self.client.close()
+        if self.proxy.routes.base.queue:
+            self.end_busy()
+        for asked in self.stub.requests:
+            asked.over.set()
+        expected = dict.fromkeys(self.what_is_held(seen), 0)
+        expected["endings"] = [outcome] if outcome != "-" else []
+        expected["spares"] = int(kept != "")
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: self.what_is_held(seen) == expected)
+        self.assertEqual(self.what_is_held(seen), expected, self.lines.entries()[seen:])
+        self.on_loop(self.proxy.routes.close_stale, True)
+        wait_for(lambda: len(os.listdir("/dev/fd")) <= self.descriptors, "the end of sockets")
+
+    def spoil_each(self, data, payload, text, **settings):
+        self.start(None, reads=False, MAX_BODY_BYTES=1 << 23, BREAKER_FAILURES=100, **settings)
+        self.stub.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        self.budget = self.server.parts.budget.free
+        self.descriptors = len(os.listdir("/dev/fd"))
+        end = payload.index(b"\r\n\r\n") + 20
+        self.first, self.rest = payload[:end], payload[end:]
+        rows = [row.strip().split(" | ") for row in text.strip().splitlines()]
+        for number, fault in self.each(itertools.product(range(len(rows)), range(3))):
+            seen = len(self.lines.entries())
+            self.begin_call(data, rows)
+            self.spoil(rows, number, fault)
+            self.assert_rest(seen, rows[number][1 + fault])
+        self.tracebacks = len(rows)
+
+    def test_a_json_call_may_be_spoiled_at_any_await(self):
+        self.spoil_each(call(pad="x" * (3 << 20)), answer(self.LARGE), """
+            a request | - | - | -
+            the request's head | - | refused 0 | internal_error 0
+            the request's body | caller_gone 0 | refused 0 | internal_error 0
+            a connection to | caller_gone 1 | upstream_failed 0 | internal_error 0
+            room for the request | caller_gone 1 | upstream_failed 0 | internal_error 0
+            the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
+            the body of | caller_gone 1 | ok 1 kept | internal_error 0
+            the client | caller_gone 1 kept | caller_gone 1 kept | internal_error 1 kept
+            a request | ok 1 kept | ok 1 kept | ok 1 kept""")
+
+    STREAM_ROWS = """
+        a request | - | - | -
+        the request's head | - | refused 0 | internal_error 0
+        the request's body | caller_gone 0 | refused 0 | internal_error 0
+        a connection to | caller_gone 1 | upstream_failed 0 | internal_error 0
+        the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
+        the body of | caller_gone 1 | upstream_cut 1 | internal_error 0
+        the client | caller_gone 1 kept | caller_gone 1 kept | internal_error 0 kept
+        a request | ok 1 kept | ok 1 kept | ok 1 kept"""
+
+    def test_a_stream_may_be_spoiled_at_any_await(self):
+        self.spoil_each(call(stream=True), self.CHUNKS, self.STREAM_ROWS)
+
+    def test_a_stream_that_began_early_may_be_spoiled_at_any_await(self):
+        self.spoil_each(call(stream=True), self.CHUNKS, self.STREAM_ROWS,
+                        STREAM_COMMENT_SECONDS="0.01")
+
+    def test_a_call_in_line_may_be_spoiled_at_any_await(self):
+        self.spoil_each(call(), answer(self.LARGE), """
+            a request | - | - | -
+            its turn at | caller_gone 0 | refused 0 | internal_error 0
+            a connection to | caller_gone 1 | upstream_failed 0 | internal_error 0
+            the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
+            the body of | caller_gone 1 | ok 1 kept | internal_error 0
+            the client | caller_gone 1 kept | caller_gone 1 kept | internal_error 1 kept
+            a request | ok 1 kept | ok 1 kept | ok 1 kept""", MAX_CONCURRENCY=1)
+
+    def test_an_upload_may_be_spoiled_at_any_await(self):
+        self.spoil_each(request("POST", "/v1/files", self.LARGE), answer(self.LARGE), """
+            a request | - | - | -
+            the request's head | - | refused 0 | internal_error 0
+            a connection to | caller_gone 0 | upstream_failed 0 | internal_error 0
+            the request's body | caller_gone 0 | refused 0 | internal_error 0
+            the response of | caller_gone 0 | upstream_failed 0 | internal_error 0
+            the body of | caller_gone 0 | upstream_cut 0 | internal_error 0
+            the client | caller_gone 0 kept | caller_gone 0 kept | internal_error 0 kept
+            a request | ok 0 kept | ok 0 kept | ok 0 kept""")
+
+    def test_a_list_of_models_may_be_spoiled_at_any_await(self):
+        data = answer(b'{"data": [{"id": "m"}]}')
+        self.spoil_each(request("GET", "/v1/models"), data, """
+            a request | - | - | -
+            the lists of models | caller_gone 0 kept | ok 0 kept | internal_error 0 kept
+            a connection to | caller_gone 0 kept | ok 0 | ok 0
+            the response of | caller_gone 0 kept | ok 0 | ok 0
+            the body of | caller_gone 0 kept | ok 0 | ok 0
+            a request | ok 0 kept | ok 0 kept | ok 0 kept""", MODEL_ALIASES="a=b")
 
 
 # --------------------------------------------------------------------------------------------------
