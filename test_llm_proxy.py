@@ -54,8 +54,8 @@ import warnings
 from unittest import mock
 
 import llm_proxy
-from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults, Limits, LimitReached, Malformed,
-                       build, parse_json, read_config)
+from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults, Limits,
+                       LimitReached, Malformed, build, parse_json, read_config)
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
@@ -628,23 +628,23 @@ class ProxyCase(TableCase):
         self.proxy = build(config, self.lines, clock, database)
         self.server = llm_proxy.Server(self.proxy, "127.0.0.1", 0, config.max_connections)
         self.address = self.server.server_address[:2]
-        loop = self.proxy.loop
-        loop.held = []
+        self.proxy.loop.held = []
         if isinstance(clock, Clock):
-            clock.loops.append(loop)
-        running = threading.Thread(target=loop.run_forever, daemon=True)
-        accepting = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
-        running.start()
-        accepting.start()
-        self.addCleanup(self.stop, self.proxy, self.server, running, accepting, self.lines)
+            clock.loops.append(self.proxy.loop)
+        threads = [threading.Thread(target=self.proxy.loop.run_forever, name="loop"),
+                   threading.Thread(target=self.server.serve_forever, args=(0.01,), name="accept")]
+        for thread in threads:
+            thread.daemon = True
+            thread.start()
+        self.addCleanup(self.stop, self.proxy, self.server, threads, self.lines)
 
-    def stop(self, proxy, server, running, accepting, lines):
+    def stop(self, proxy, server, threads, lines):
         loop = proxy.loop
         self.drain(0, server)
-        accepting.join(PATIENCE)
         wait_for(lambda: not server.open and not server.lingering, "the end of every connection")
         loop.call_soon_threadsafe(loop.stop)
-        running.join(PATIENCE)
+        for thread in threads:
+            thread.join(PATIENCE)
         for task in asyncio.all_tasks(loop):  # such as one that asks for models
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -1093,6 +1093,20 @@ class ConfigTest(TableCase):
         UPSTREAM_OPENAI_MODLES=1 -> UPSTREAM_OPENAI_MODLES is not a setting
         UPSTREAM_MY-BOX_URL=1 -> UPSTREAM_MY-BOX_URL is not a setting
         """
+    OLD_NAMES = """
+        EARLY_STREAM_SECONDS=2 -> 2
+        EARLY_STREAM_SECONDS=2 | STREAM_HEARTBEAT_SECONDS=1 -> 1
+        EARLY_STREAM_SECONDS=0 | STREAM_HEARTBEAT_SECONDS=3 -> 3
+        EARLY_STREAM_SECONDS=2 | STREAM_COMMENT_SECONDS=5 -> 5
+        """
+
+    def test_old_names_of_a_setting_go_on_and_are_warned_of(self):
+        for text, seconds in self.each(self.OLD_NAMES):
+            config = read_config({**HERE, **settings_of(text)})
+            self.assertEqual(config.stream_comment_seconds, float(seconds))
+            said = "EARLY_STREAM_SECONDS is now STREAM_COMMENT_SECONDS"
+            self.assertIn(said, config.warnings())
+
     NO_WARNINGS = """
         PROXY_API_KEYS=sk-1
         MAX_CALL_SECONDS=300 | FIRST_BYTE_TIMEOUT=100
@@ -1644,6 +1658,16 @@ class LimitsTest(LimitsCase):
             self.admit(1, name=str(number))
         self.assertEqual(len(self.buckets.levels), 60)
         self.assertEqual(self.levels(), [("each N tokens", 9)] * 60)
+
+    def test_a_snapshot_loses_no_refill(self):
+        self.start()
+        self.admit(10)
+        self.clock.now += 700
+        (key, (level, since)), = self.buckets.snapshot(5000).items()
+        found = self.peek(5)
+        self.buckets.levels.clear()
+        self.buckets.restore(self.limits.rules[0], key, level, 5000 - since)
+        self.assertEqual((self.peek(5), found[0][1:]), (found, (4, 2, 300, 200)))
 
     def test_looking_at_a_bucket_makes_none(self):
         self.start()
@@ -3206,6 +3230,18 @@ class LineTest(ProxyCase):
         self.assertEqual((third.running, line.running, self.limits.waiting), (True, 1, 0))
         third.leave()
         self.assert_empty()
+
+    def test_who_waits_is_called_once_when_its_turn_comes_or_the_line_is_closed(self):
+        line = self.start_line()
+        calls = []
+        for key in "abc":
+            self.enter(key).on_ready = functools.partial(calls.append, key)
+        self.leave()
+        self.assertEqual(calls, ["b"])
+        line.close()
+        line.close()
+        self.leave()
+        self.assertEqual((calls, self.waiting[0].running), (["b", "c"], False))
 
     def test_no_slot_is_idle_while_somebody_waits_and_each_caller_is_served_in_order(self):
         chance = random.Random(7)
@@ -5961,6 +5997,29 @@ class ClientConnectionTest(ServerCase):
         self.assertEqual(client.rest().body, event(1) + event(2))
         wait_for(lambda: self.in_flight() == 0)
 
+    def test_what_matters_on_a_bad_day_says_where_it_stands(self):
+        self.start(None, MAX_CONCURRENCY=1, TOKEN_COST_MODE="usage", LOG_FORMAT="text")
+        _, asked = self.begin(event(1))
+        connection, = self.server.open
+        entry, upstream = connection.reply.entry, self.proxy.routes.base
+        there = "http://127.0.0.1:%d" % self.stub.port
+        awaits = "awaits the body of the response of %s for 0.0s" % there
+        parts = {
+            connection: "127.0.0.1 POST %s 0.0s upstream=base %s unsent=0" % (CHAT, awaits),
+            connection.context: awaits,
+            connection.client:
+                "<Stream %d open unread=0 unsent=0>" % connection.client.descriptor,
+            upstream.addresses[0]:
+                "<Address %s running=1 opening=0 spare=0 breaker closed>" % there,
+            upstream.queue: "<FairQueue 1 of 1 run, {'waiting': 0, 'longest_ms': 0}>",
+            entry: "<Entry %s POST %s ok>" % (entry.request_id, CHAT),
+            entry.call: "<Call openai chat, model 'm' as 'm', streamed>",
+            entry.hold: "<Hold %s=259>" % self.proxy.limits.rules[0].text,
+            entry.caller: "<Caller 127.0.0.1>",
+            self.proxy.books.log: "<log: 0 queued, 0 dropped>"}
+        self.assertEqual([*map(repr, parts)], [*parts.values()])
+        asked.close()
+
     def test_errors_do_not_tell_who_we_are(self):
         self.start()
         answered = self.ask(b"nonsense\r\n\r\n")
@@ -6393,6 +6452,19 @@ class CommandsTest(ProcessCase):
         wait_for(lambda: process.said("certificates were not read again, the old ones stay"))
         self.assertIsNone(process.process.poll())
 
+    def test_a_signal_has_each_running_call_told_in_a_line(self):
+        process = self.serve(answer=None, MAX_CONCURRENCY=1)
+        self.begin(event(1))
+        self.connect().send(call("k"))
+        health = request("GET", "/health")
+        wait_for(lambda: b'"waiting": 1' in self.ask(health).body, "a call in line")
+        process.stop(signal.SIGUSR1)
+        for said in self.each((
+                "2 calls are running\n",
+                "127.0.0.1 POST %s 0.0s upstream=base awaits the body of the resp" % CHAT,
+                " POST %s 0.0s upstream=base awaits its turn at base for 0.0s of 30s" % CHAT)):
+            wait_for(lambda: process.said(said))
+
     def test_without_certificates_it_ends_with_its_terminal(self):
         self.assertEqual(self.serve().stop(signal.SIGHUP).wait(), -signal.SIGHUP)
 
@@ -6585,6 +6657,28 @@ class DoorTest(EnduranceCase):
         self.assertEqual((self.stub.calls, self.in_flight()), (len(took), 0))
         self.assertEqual(self.left(), 10 ** 9 - len(took))
         self.report("%d calls meanwhile, p99 %.1f ms", len(took), self.p99_milliseconds(took))
+
+    def test_whatever_runs_has_no_thread_but_those_that_connect(self):
+        """Streams, calls in line and to https upstreams, trickling heads, idle connections."""
+        number = self.size(10, 100)
+        path = pem_file(self)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(path)
+        box = Stub(None, tls=tls)
+        self.addCleanup(box.close)
+        self.start_tls(None, UPSTREAM_BOX_URL="https://127.0.0.1:%d" % box.port,
+                       UPSTREAM_BOX_MAX_CONCURRENCY=number, UPSTREAM_CA_FILE=path)
+        boxed = request("POST", "/box" + CHAT, chat())
+        for data in [call(stream=True)] * 4 + [boxed] * 2 + [b"POST / HTTP/1.1\r\n", b""]:
+            for _ in range(number):
+                self.connect_tls().send(data)
+        queue = self.proxy.routes.by_name["box"].queue
+        wait_for(lambda: queue.limits.waiting == number and box.calls == number
+                 and self.stub.calls == 4 * number)
+        names = [thread.name.partition("_")[0] for thread in threading.enumerate()]
+        names = collections.Counter(name for name in names if "Thread" not in name)
+        self.assertLessEqual(names.pop("connect"), 2 * llm_proxy.Address.MAX_CONNECTING)
+        self.assertEqual(names, {"loop": 1, "accept": 1, "log": 1})
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "looks at another process")
     def test_callers_for_whom_there_is_no_descriptor_cost_no_time_and_are_forgotten(self):
