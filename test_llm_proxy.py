@@ -386,6 +386,7 @@ class Stub:
         self.reads = reads
         self.tls = tls
         self.requests = []
+        self.faults = []  # what the Reader could not accept, or `answer` found wrong
         self.connections = 0
         self.waiting = queue.Queue()
         self.listener = socket.create_server(("127.0.0.1", port), backlog=512)
@@ -428,8 +429,15 @@ class Stub:
                     asked.over.wait(PATIENCE)
         except (Cut, OSError):
             pass
+        except Exception as fault:
+            self.faults.append(repr(fault))
+            raise
         finally:
             sock.close()
+
+    @property
+    def url(self):
+        return "http%s://127.0.0.1:%d" % ("s" * bool(self.tls), self.port)
 
     def next(self):
         return self.waiting.get(timeout=PATIENCE)
@@ -464,6 +472,9 @@ def request(method="POST", path=CHAT, body=b"", *fields, key=None, host="proxy.t
     if body or method == "POST":
         rows.append("Content-Length: %d" % len(body))
     return "\r\n".join(rows + ["", ""]).encode("latin-1") + body
+
+
+HEALTH = request("GET", "/health")
 
 
 def unsized(path, *fields, key=None):
@@ -537,11 +548,16 @@ j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
 """  # for 127.0.0.1, until 2119; of no use elsewhere
 
 
-def pem_file(case, text=KEY_AND_CERTIFICATE):
-    """Makes a file of its own for a test; returns its path."""
+def new_path(case, name=""):
+    """Makes a folder of its own for a test; returns it, or the path of a file there."""
     folder = tempfile.TemporaryDirectory()
     case.addCleanup(folder.cleanup)
-    path = os.path.join(folder.name, "file.pem")
+    return os.path.join(folder.name, name)
+
+
+def pem_file(case, text=KEY_AND_CERTIFICATE):
+    """Makes a file of its own for a test; returns its path."""
+    path = new_path(case, "file.pem")
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
     return path
@@ -635,10 +651,11 @@ class ProxyCase(TableCase):
         """`settings` are llm_proxy's; without others the log is JSON, and buckets are large."""
         self.stub = Stub(answer, reads)
         self.addCleanup(self.stub.close)
-        url = "http://127.0.0.1:%d%s" % (self.stub.port, base)
-        settings = {"BASE_API_URL": url, "LOG_FORMAT": "json", "MAX_TOKENS": 1000,
+        settings = {"BASE_API_URL": self.stub.url + base, "LOG_FORMAT": "json", "MAX_TOKENS": 1000,
                     "DATABASE": "off", **settings}
-        config = read_config({name: str(value) for name, value in settings.items()})
+        self.run_proxy(read_config({name: str(value) for name, value in settings.items()}), clock)
+
+    def run_proxy(self, config, clock):
         database = None if config.database == "off" else llm_proxy.Database(config.database)
         self.lines = Lines()
         self.tracebacks = 0
@@ -760,8 +777,7 @@ class ManyCase(ProxyCase):
     def start_many(self, stubs, answer=None, base=True, clock=time, **settings):
         """`stubs`: {name: Stub}, each an upstream by that name."""
         for name, stub in stubs.items():
-            url = "http://127.0.0.1:%d/v1" % stub.port
-            settings.setdefault("UPSTREAM_%s_URL" % name.upper(), url)
+            settings.setdefault("UPSTREAM_%s_URL" % name.upper(), stub.url + "/v1")
         if not base:
             settings["BASE_API_URL"] = ""
         self.start(answer or says(b'{"from": "base"}'), clock, **settings)
@@ -769,8 +785,12 @@ class ManyCase(ProxyCase):
     def came_from(self, data):
         return self.ask(data).json()["from"]
 
-    def states(self):
-        return self.ask(request("GET", "/health")).json()["upstreams"]
+    def states(self, key=None):
+        """What /health says of the upstreams."""
+        return self.ask(request("GET", "/health", key=key)).json()["upstreams"]
+
+    def base(self, key=None):
+        return self.states(key)["base"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2028,28 +2048,28 @@ class PathsTest(ProxyCase):
         http://proxy.test/v1/chat/completions HTTP://PROXY.test/v1//chat/completions
         https://proxy.test/v1/completions/ http://other.test/v1/chat/completions""".split()
     PLAIN_NAMES = """
-        /v1/chat/completions?x=1 /v1/chat/completions?x=1
-        /v1//chat/./completions/ /v1/chat/completions
-        /V1/Chat/%43ompletions /v1/chat/completions
-        /v1%2fcompletions;x /v1/completions
-        /pre/v1/chat/completions /pre/v1/chat/completions
-        http://proxy.test/v1/chat/completions /v1/chat/completions
-        /chat/completions /chat/completions"""
+        /v1/chat/completions?x=1 -> /v1/chat/completions?x=1
+        /v1//chat/./completions/ -> /v1/chat/completions
+        /V1/Chat/%43ompletions -> /v1/chat/completions
+        /v1%2fcompletions;x -> /v1/completions
+        /pre/v1/chat/completions -> /pre/v1/chat/completions
+        http://proxy.test/v1/chat/completions -> /v1/chat/completions
+        /chat/completions -> /chat/completions"""
     FORWARDED = """
-        GET /v1/chat/completions
-        PUT /v1/chat/completions
-        DELETE /v1/chat/completions/x
-        POST /v1/chat/completions/x/cancel
-        PATCH /a/b?c=/v1/chat/completions
-        POST /v1/xcompletions
-        POST /v1/files
-        HEAD /v1/files
-        POST /v1/files/a%20b?x=%2f
-        POST /v1//audio/./x
-        GET /
-        GET /v1/models
-        QUERY /v1/x
-        GET /x?a=b?c"""
+        GET -> /v1/chat/completions
+        PUT -> /v1/chat/completions
+        DELETE -> /v1/chat/completions/x
+        POST -> /v1/chat/completions/x/cancel
+        PATCH -> /a/b?c=/v1/chat/completions
+        POST -> /v1/xcompletions
+        POST -> /v1/files
+        HEAD -> /v1/files
+        POST -> /v1/files/a%20b?x=%2f
+        POST -> /v1//audio/./x
+        GET -> /
+        GET -> /v1/models
+        QUERY -> /v1/x
+        GET -> /x?a=b?c"""
 
     def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
         """Each is limited, in the assistant's words, or refused."""
@@ -2063,8 +2083,7 @@ class PathsTest(ProxyCase):
 
     def test_a_spelled_out_path_goes_upstream_under_its_plain_name(self):
         self.start()
-        for row in self.each(rows(self.PLAIN_NAMES)):
-            path, plain = row.split()
+        for path, plain in self.each(self.PLAIN_NAMES):
             self.assertEqual(self.ask(request("POST", path, chat())).status, 200)
             self.assertEqual(self.stub.requests[-1].target, plain)
         self.assertEqual(self.left(), 1000 - 7)
@@ -2072,8 +2091,7 @@ class PathsTest(ProxyCase):
     def test_other_methods_and_paths_are_forwarded_as_they_are_and_unmetered(self):
         self.start(MAX_TOKENS=1)
         self.ask(call())
-        for row in self.each(rows(self.FORWARDED)):
-            method, path = row.split()
+        for method, path in self.each(self.FORWARDED):
             body = b"" if method in ("GET", "HEAD") else b"not json"
             self.assertEqual(self.ask(request(method, path, body)).status, 200)
             asked = self.stub.requests[-1]
@@ -2231,7 +2249,7 @@ class UsageReaderTest(ProxyCase):
         planted = '{"usage": {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}}'
         words = {"PLANTED": planted, "SAID": json.dumps({"message": {"content": planted}}),
                  "TOLD": json.dumps(TOLD), "LONG": ", ".join(['{"embedding": [0.5]}'] * 200)}
-        for row in self.each(rows(self.JSON_ANSWERS)):
+        for row, in self.each(self.JSON_ANSWERS):
             told = json.loads(re.sub("[A-Z]+", lambda match: words[match[0]], row))
             compact = json.dumps(told, separators=(",", ":"))
             for text in (json.dumps(told), json.dumps(told, indent=2) + "\n", compact):
@@ -2328,18 +2346,18 @@ class DialectsTest(ProxyCase):
         /v1/messages/count_tokens /v1beta/models/m:countTokens
         /v1/threads/t/messages /v1/responses/r/cancel"""
     SHOWN = """
-        /v1/chat/completions | Authorization: Bearer sk-1
-        /v1/chat/completions | x-api-key: sk-1
-        /v1/chat/completions | x-goog-api-key: sk-1
-        /v1/chat/completions?key=sk-1 | X-A: b
-        /v1/chat/completions?a=b&key=sk%2D1&c=d | X-A: b
-        /v1/chat/completions?k%65y=sk-1 | x-api-key: sk-1"""
+        /v1/chat/completions -> Authorization: Bearer sk-1
+        /v1/chat/completions -> x-api-key: sk-1
+        /v1/chat/completions -> x-goog-api-key: sk-1
+        /v1/chat/completions?key=sk-1 -> X-A: b
+        /v1/chat/completions?a=b&key=sk%2D1&c=d -> X-A: b
+        /v1/chat/completions?k%65y=sk-1 -> x-api-key: sk-1"""
     SHOWN_UPSTREAM = """
-        /v1/chat/completions | X-A: b | authorization: Bearer sk-up
-        /v1/messages | X-A: b | x-api-key: sk-up
-        /v1/messages/count_tokens | X-A: b | x-api-key: sk-up
-        /v1beta/models/m:generateContent | X-A: b | x-goog-api-key: sk-up
-        /v1/models | x-goog-api-key: k | x-goog-api-key: sk-up"""
+        /v1/chat/completions -> X-A: b -> authorization: Bearer sk-up
+        /v1/messages -> X-A: b -> x-api-key: sk-up
+        /v1/messages/count_tokens -> X-A: b -> x-api-key: sk-up
+        /v1beta/models/m:generateContent -> X-A: b -> x-goog-api-key: sk-up
+        /v1/models -> x-goog-api-key: k -> x-goog-api-key: sk-up"""
     ESTIMATES = json.loads("""[
         ["/v1/responses",
             {"input": "PROMPT", "max_output_tokens": 100}, 110],
@@ -2372,8 +2390,8 @@ class DialectsTest(ProxyCase):
 
     def test_every_kind_of_credential_is_the_same_caller_and_none_goes_upstream(self):
         self.start(MAX_TOKENS=10)
-        for number, row in self.each(enumerate(rows(self.SHOWN))):
-            answered = self.ask_at(*row.split(" | "), key=None, model="m")
+        for number, row in enumerate(self.each(self.SHOWN)):
+            answered = self.ask_at(*row, key=None, model="m")
             self.assertEqual(answered.get("x-ratelimit-remaining"), str(9 - number))
             asked = self.stub.requests[-1]
             self.assertNotIn(b"sk-1", asked.head)
@@ -2386,8 +2404,7 @@ class DialectsTest(ProxyCase):
         """Google's clients are known by their header under any path."""
         self.start(BASE_API_KEY="sk-up")
         names = ("authorization", "x-api-key", "x-goog-api-key")
-        for row in self.each(rows(self.SHOWN_UPSTREAM)):
-            path, field, expected = row.split(" | ")
+        for path, field, expected in self.each(self.SHOWN_UPSTREAM):
             self.ask_at(path, field, key=None)
             fields = self.stub.requests[-1].fields
             shown = ["%s: %s" % one for one in fields if one[0] in names]
@@ -2496,13 +2513,13 @@ class LimitReplyTest(ProxyCase):
         {"response_format": 1}
         {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}"""
     MODES = """
-        assistant | X-A: b | 200
-        error | X-A: b | 429
-        error | User-Agent: Mozilla/5.0 (X11) | 429
-        auto | X-A: b | 429
-        auto | User-Agent: OpenAI/Python 1.0 | 429
-        auto | User-Agent: Mozilla/5.0 (X11) | 200
-        auto | X-OpenWebUI-User-Id: 7 | 200"""
+        assistant -> X-A: b -> 200
+        error -> X-A: b -> 429
+        error -> User-Agent: Mozilla/5.0 (X11) -> 429
+        auto -> X-A: b -> 429
+        auto -> User-Agent: OpenAI/Python 1.0 -> 429
+        auto -> User-Agent: Mozilla/5.0 (X11) -> 200
+        auto -> X-OpenWebUI-User-Id: 7 -> 200"""
     EVENT_NAMES = {
         "/v1/responses": """
             response.created response.in_progress response.output_item.added
@@ -2593,9 +2610,8 @@ class LimitReplyTest(ProxyCase):
 
     def test_odd_options_do_not_break_it(self):
         self.start_empty()
-        for row in self.each(rows(self.ODD_OPTIONS)):
-            odd = json.loads(row)
-            choices = self.limited(**odd).json()["choices"]
+        for odd, in self.each(self.ODD_OPTIONS):
+            choices = self.limited(**json.loads(odd)).json()["choices"]
             self.assertEqual(choices[0]["message"]["content"], self.SAID)
             self.assertLessEqual(len(choices), 128)
 
@@ -2630,8 +2646,7 @@ class LimitReplyTest(ProxyCase):
             self.assertEqual(found, (429, "RESOURCE_EXHAUSTED"))
 
     def test_programs_may_be_told_by_an_error(self):
-        for row in self.each(rows(self.MODES)):
-            mode, field, status = row.split(" | ")
+        for mode, field, status in self.each(self.MODES):
             self.start_empty(LIMIT_REPLY=mode)
             answered = self.limited(CHAT, field, stream=True)
             found = answered.status, answered.get("retry-after"), answered.get("x-should-retry")
@@ -3283,10 +3298,6 @@ class WaitingCase(ManyCase):
     """Calls that wait: for their turn, or for what their upstream sends."""
     COMMENT = b": waiting for the model\n\n"
 
-    def base(self, key=None):
-        """What /health tells of the upstream."""
-        return self.ask(request("GET", "/health", key=key)).json()["upstreams"]["base"]
-
     def start_busy(self, **settings):
         """A proxy that runs one call at a time, and runs one; -> (Client, Asked)"""
         self.start(None, **{"MAX_CONCURRENCY": 1, "MAX_TOKENS": 100, **settings})
@@ -3891,10 +3902,6 @@ class CallCase(ManyCase):
             self.assertEqual(answered.error()["type"], error)
         return answered
 
-    def base(self):
-        """What /health says of the base."""
-        return self.states()["base"]
-
     def assert_base(self, state, in_flight=0, addresses="1/1"):
         expected = {"state": state, "in_flight": in_flight, "addresses": addresses}
         self.assertEqual(self.base(), expected)
@@ -4001,7 +4008,7 @@ class UpstreamsTest(CallCase):
 
     def test_what_an_upstream_says_about_its_connection_and_its_address_is_not_passed_on(self):
         self.start()
-        rows = (ANSWER_FIELDS % "http://127.0.0.1:%d" % self.stub.port).splitlines()
+        rows = (ANSWER_FIELDS % self.stub.url).splitlines()
         self.stub.answer = says(b"{}", "201 Made", *rows)
         answered = self.assert_status(201)
         self.assertEqual(answered.body, b"{}")
@@ -4017,7 +4024,7 @@ class UpstreamsTest(CallCase):
     def test_a_redirect_names_the_endpoint_as_callers_know_it(self):
         for base, path, location in self.each(self.REDIRECTS):
             self.start(base=base)
-            here = "http://127.0.0.1:%d" % self.stub.port
+            here = self.stub.url
             self.stub.answer = says(b"", "307 Temporary Redirect", "Location: " + here + path)
             self.assert_status(307, request("GET", "/v1/y"), "location: " + location)
         elsewhere = "Location: https://elsewhere.example/x"
@@ -4375,7 +4382,7 @@ POST -        gemini -        x-goog-api-key 1 /gemini/v1/models/m:generateConte
         stubs = {name: self.stub_of(name) for name in ("one", "two", "box", "gemini")}
         settings = dict(row.split("=", 1) for row in self.ROUTED.split())
         for name, stub in stubs.items():
-            settings["UPSTREAM_%s_URL" % name.upper()] = "http://127.0.0.1:%d" % stub.port
+            settings["UPSTREAM_%s_URL" % name.upper()] = stub.url
         self.start(says_json({"from": "base"}), **settings)
         return {"base": self.stub, **stubs}
 
@@ -4469,7 +4476,7 @@ POST -        gemini -        x-goog-api-key 1 /gemini/v1/models/m:generateConte
 
     def test_a_redirect_keeps_the_prefix(self):
         box, = self.start_named("box", "UPSTREAM_BOX_MODELS=m")
-        there = "http://127.0.0.1:%d/v1/other" % box.port
+        there = box.url + "/v1/other"
         box.answer = says(b"", "302 Found", "Location: " + there)
         client = self.connect()
         for prefix in ("", "/box", ""):
@@ -4544,7 +4551,7 @@ X-Forwarded-Host Forwarded X-Original-URL X-Rewrite-URL X-Upstream Proxy X-Host"
     def test_nothing_in_a_request_chooses_where_it_goes_but_to_upstreams(self):
         trap, box = self.stub_of("trap"), self.stub_of("box")
         self.start(base="/v1", UPSTREAM_BOX_MODELS="m",
-                   UPSTREAM_BOX_URL="http://127.0.0.1:%d/v1" % box.port)
+                   UPSTREAM_BOX_URL=box.url + "/v1")
         there = "127.0.0.1:%d" % trap.port
         names = "base_url", "api_base", "url"
         body = chat(proxy=there, **dict.fromkeys(names, "http://" + there))
@@ -4565,13 +4572,12 @@ class HttpsTest(CallCase):
 
     def setUp(self):
         self.file = pem_file(self)
-        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.tls.load_cert_chain(self.file)
+        self.tls = llm_proxy.server_context(self.file, None)
         self.box = Stub(says(), tls=self.tls)
         self.addCleanup(self.box.close)
 
     def start(self, **settings):
-        super().start(BASE_API_URL="https://127.0.0.1:%d/v1" % self.box.port, **settings)
+        super().start(BASE_API_URL=self.box.url + "/v1", **settings)
         self.stub = self.box
 
     def test_a_certificate_is_checked_unless_that_is_switched_off(self):
@@ -4632,13 +4638,8 @@ class LedgerCase(CallCase):
 
     def start(self, *arguments, **settings):
         self.patch_seconds(Ledger_PAUSE=0.005)
-        self.path = settings.setdefault("DATABASE", self.new_path())
+        self.path = settings.setdefault("DATABASE", new_path(self, "llm_proxy.db"))
         super().start(*arguments, **settings)
-
-    def new_path(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        return os.path.join(folder.name, "llm_proxy.db")
 
     @staticmethod
     def rows(path):
@@ -4828,7 +4829,7 @@ queue_ms      None"""))
 
 class LedgerTest(LedgerCase):
     def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
-        path = self.new_path()
+        path = new_path(self, "llm_proxy.db")
         schema = llm_proxy.Database.SCHEMA.replace(", queue_ms INTEGER", "")
         with mock.patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-1]), \
                 mock.patch.object(llm_proxy.Database, "SCHEMA", schema):
@@ -4874,7 +4875,7 @@ class LedgerTest(LedgerCase):
         self.assertEqual(self.left("k"), 0)
 
     def test_old_calls_are_removed_in_the_background(self):
-        path = self.new_path()
+        path = new_path(self, "llm_proxy.db")
         database = llm_proxy.Database(path)
         rest = (None,) * (len(llm_proxy.COLUMNS) - 2)
         old, new = time.time() - 8 * 86400, time.time() - 6 * 86400
@@ -4894,7 +4895,7 @@ class LedgerTest(LedgerCase):
                 self.assert_status(200)
             self.assertLess(time.monotonic() - began, PATIENCE / 2)
             wait_for(lambda: ledger.dropped == 3)
-            health = self.ask(request("GET", "/health")).json()
+            health = self.ask(HEALTH).json()
             self.assertEqual(health["ledger"], {"queued": 3, "dropped": 3})
         self.wait_for_rows(3)
 
@@ -4910,7 +4911,7 @@ class LedgerTest(LedgerCase):
         self.assertEqual(self.lines.text().count("cannot be written"), 1)
 
     def test_the_same_entries_go_to_a_file_of_json_lines(self):
-        path = self.new_path() + ".jsonl"
+        path = new_path(self, "llm_proxy.db") + ".jsonl"
         self.start(says(completion(20, 4)), USAGE_LOG=path)
         self.ask(call())
         self.assertEqual(json.loads(wait_for(pathlib.Path(path).read_text)), self.row())
@@ -4933,7 +4934,7 @@ class LedgerTest(LedgerCase):
             self.assertFalse(full.thread.is_alive())
 
     def test_a_foreign_or_damaged_file_is_left_as_it_is(self):
-        path = pathlib.Path(self.new_path())
+        path = pathlib.Path(new_path(self, "llm_proxy.db"))
         llm_proxy.Database(str(path)).connection.close()
         sound = path.read_bytes()
         path.unlink()
@@ -5664,7 +5665,7 @@ off                             https://one.example     -""")
         for setting, origin, allowed in self.each(self.ORIGINS):
             self.start(CORS_ORIGINS=setting)
             field = b"\r\nOrigin: %b\r\n" % origin.encode() if origin else b"\r\n"
-            for data in (call(), request("GET", "/health"), request("POST", CHAT, b"{")):
+            for data in (call(), HEALTH, request("POST", CHAT, b"{")):
                 answered = self.ask(data.replace(b"\r\n", field, 1))
                 self.assert_fields(answered, "access-control-allow-origin: " + allowed)
                 if "," in setting:
@@ -5673,7 +5674,7 @@ off                             https://one.example     -""")
     def test_a_request_id_is_a_uuid_unless_the_caller_sent_one_which_alone_goes_upstream(self):
         self.start()
         odd = ("two words", "x" * 200, "\xe4", "")
-        rows = [call(), request("GET", "/health"), b"nonsense\r\n\r\n"]
+        rows = [call(), HEALTH, b"nonsense\r\n\r\n"]
         rows += [call(None, "X-Request-ID: " + name) for name in odd]
         for data in self.each(rows):
             name = self.ask(data, "GET").get("x-request-id")
@@ -5834,7 +5835,7 @@ class ServerCase(ProxyCase):
     def in_flight(self, client=None):
         """Returns how many calls run at the upstreams, by /health."""
         client = client or self.connect()
-        upstreams = client.exchange(request("GET", "/health")).json()["upstreams"]
+        upstreams = client.exchange(HEALTH).json()["upstreams"]
         client.close()
         return sum(upstream["in_flight"] for upstream in upstreams.values())
 
@@ -5854,7 +5855,7 @@ class ClientConnectionTest(ServerCase):
         self.start()
         client = self.connect()
         for data in self.each((
-                call(), request("GET", "/health"), request("POST", CHAT, b"{"),
+                call(), HEALTH, request("POST", CHAT, b"{"),
                 request("HEAD", "/v1/x"), call(stream=True))):
             answered = client.exchange(data, data.split(b" ")[0].decode())
             self.assertIsNone(answered.get("connection"))
@@ -5957,7 +5958,7 @@ class ClientConnectionTest(ServerCase):
             self.assertEqual(answered.status, 403)
             self.assertIn(answered.get("connection"), endings)
             if answered.get("connection") is None:
-                self.assertEqual(client.exchange(request("GET", "/health")).status, 200)
+                self.assertEqual(client.exchange(HEALTH).status, 200)
 
     def test_a_refused_body_that_came_whole_does_not_end_the_connection(self):
         self.start(PROXY_API_KEYS="sk-1")
@@ -6000,7 +6001,7 @@ class ClientConnectionTest(ServerCase):
         self.start(lambda asked: asked.answer(next(answers)))
         client = self.connect(receive_buffer=2048).send(call() * len(bodies))
         wait_for(lambda: self.stub.calls, "the first call")
-        self.assertEqual(self.ask(request("GET", "/health")).status, 200)
+        self.assertEqual(self.ask(HEALTH).status, 200)
         for body in bodies:
             self.assertTrue(client.read().body == body)
         self.entry(2)
@@ -6020,7 +6021,7 @@ class ClientConnectionTest(ServerCase):
         _, asked = self.begin(event(1))
         connection, = self.server.open
         entry, upstream = connection.reply.entry, self.proxy.routes.base
-        there = "http://127.0.0.1:%d" % self.stub.port
+        there = self.stub.url
         awaits = "awaits the body of the response of %s for 0.0s" % there
         parts = {
             connection: "127.0.0.1 POST %s 0.0s upstream=base %s unsent=0" % (CHAT, awaits),
@@ -6084,13 +6085,13 @@ class ServerTest(ServerCase):
         self.start()
         clients = [self.connect() for _ in range(100)]
         for client in clients:
-            client.send(request("GET", "/health"))
+            client.send(HEALTH)
         self.assertEqual({client.read().status for client in clients}, {200})
 
     def test_draining_closes_idle_connections_and_lets_a_running_stream_finish(self):
         self.start(None)
         idle, fresh = self.connect(), self.connect()
-        idle.exchange(request("GET", "/health"))
+        idle.exchange(HEALTH)
         client, asked = self.begin(event(1))
         with self.draining() as cut:
             self.assertEqual((idle.ending(), fresh.ending()), ("closed", "closed"))
@@ -6261,7 +6262,7 @@ class ProcessCase(ServerCase):
     def new_stub(self, answer=says()):
         self.stub = Stub(answer)
         self.addCleanup(self.stub.close)
-        return "http://127.0.0.1:%d" % self.stub.port
+        return self.stub.url
 
     def serve(self, *arguments, answer=says(), **settings):
         """Starts one on a free port, on another where a process takes that in between."""
@@ -6274,11 +6275,6 @@ class ProcessCase(ServerCase):
             if process.process.poll() is None:
                 return process
         raise AssertionError("it does not start: %r" % process.rows)
-
-    def folder(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        return folder.name
 
 
 class CommandsTest(ProcessCase):
@@ -6320,7 +6316,7 @@ class CommandsTest(ProcessCase):
 
     def ledger(self):
         """Returns the path of a ledger with CALLS."""
-        path = os.path.join(self.folder(), "books.db")
+        path = new_path(self, "books.db")
         database = llm_proxy.Database(path)
         usual = {"input": 10, "cached": 1, "output": 2, "reasoning": 0, "estimated": 0,
                  "unpriced": 0, "picodollars": 0, "outcome": "ok"}
@@ -6348,7 +6344,7 @@ class CommandsTest(ProcessCase):
         self.assertRegex(out, lines % (day, day))
 
     def test_what_is_wrong_with_settings_or_a_database_ends_with_few_lines(self):
-        folder = self.folder()
+        folder = new_path(self)
         none, text = os.path.join(folder, "none"), os.path.join(folder, "text")
         with open(text, "w", encoding="utf-8") as file:
             file.write("hello")
@@ -6366,7 +6362,7 @@ class CommandsTest(ProcessCase):
             self.assert_fails(code, number, said, *arguments, **settings)
 
     def test_dotenv_is_read_from_the_working_directory(self):
-        folder = self.folder()
+        folder = new_path(self)
         with open(os.path.join(folder, ".env"), "w", encoding="utf-8") as file:
             file.write("PORT=0\nBASE_API_URL=http://127.0.0.1:1\nnonsense\n")
         for said in ("PORT must be between 1 and 65535 (got '99999')\n", ".env line 3"):
@@ -6402,7 +6398,7 @@ class CommandsTest(ProcessCase):
         folder = "/proc" if os.path.isdir("/proc") else "/"
         process = self.serve(cwd=folder, DATABASE="", BASE_API_URL=self.NOWHERE + "/v1",
                              BASE_API_KEY="sk-hush")
-        self.assertTrue(self.ask(request("GET", "/health")).json()["ok"])
+        self.assertTrue(self.ask(HEALTH).json()["ok"])
         for said in self.each((
                 "llm_proxy %s listens on http://127.0.0.1:%d\n" % (
                     llm_proxy.VERSION, self.address[1]),
@@ -6442,7 +6438,7 @@ class CommandsTest(ProcessCase):
             return next(iter(database.levels().values()))[0]
 
     def test_a_stop_loses_no_call_and_no_level_and_a_kill_at_most_the_last_second(self):
-        path = os.path.join(self.folder(), "books.db")
+        path = new_path(self, "books.db")
         told, done = says(json.dumps({"usage": TOLD}).encode()), 0
         for stop in self.each((signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)):
             process = self.serve(
@@ -6474,8 +6470,7 @@ class CommandsTest(ProcessCase):
         process = self.serve(answer=None, MAX_CONCURRENCY=1)
         self.begin(event(1))
         self.connect().send(call("k"))
-        health = request("GET", "/health")
-        wait_for(lambda: b'"waiting": 1' in self.ask(health).body, "a call in line")
+        wait_for(lambda: b'"waiting": 1' in self.ask(HEALTH).body, "a call in line")
         process.stop(signal.SIGUSR1)
         for said in self.each((
                 "2 calls are running\n",
@@ -6627,20 +6622,6 @@ class EnduranceCase(ProcessCase):
         self.assertGreater(len(statuses), 5)
 
 
-class StrictStub(Stub):
-    """A Stub that keeps what its Reader could not accept, or `answer` found wrong."""
-
-    def __init__(self, *arguments):
-        self.faults = []
-        super().__init__(*arguments)
-
-    def converse(self, sock):
-        try:
-            super().converse(sock)
-        except Exception as fault:
-            self.faults.append(repr(fault))
-
-
 class DoorTest(EnduranceCase):
     """Connections and requests of callers."""
 
@@ -6680,12 +6661,10 @@ class DoorTest(EnduranceCase):
         """Streams, calls in line and to https upstreams, trickling heads, idle connections."""
         number = self.size(10, 100)
         path = pem_file(self)
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(path)
-        box = Stub(None, tls=tls)
+        box = Stub(None, tls=llm_proxy.server_context(path, None))
         self.addCleanup(box.close)
-        self.start_tls(None, UPSTREAM_BOX_URL="https://127.0.0.1:%d" % box.port,
-                       UPSTREAM_BOX_MAX_CONCURRENCY=number, UPSTREAM_CA_FILE=path)
+        self.start_tls(None, UPSTREAM_BOX_URL=box.url, UPSTREAM_BOX_MAX_CONCURRENCY=number,
+                       UPSTREAM_CA_FILE=path)
         boxed = request("POST", "/box" + CHAT, chat())
         for data in [call(stream=True)] * 4 + [boxed] * 2 + [b"POST / HTTP/1.1\r\n", b""]:
             for _ in range(number):
@@ -6751,7 +6730,7 @@ class DoorTest(EnduranceCase):
         unsized("/v1/files", CHUNKED) + chunk(b"\r\n0\r\n\r\n") + LAST,
         request("POST", "http://proxy.test" + CHAT, chat()), call(None, "Expect: 100-continue"),
         unsized(CHAT, CHUNKED, "Expect: 100-continue") + chunk(chat()) + LAST,
-        call() + request("GET", "/health") + call(),
+        call() + HEALTH + call(),
         request("GET", "/v1/x?key=sk-1&a=%2e%2e") + call(stream=True),
         request("POST", CHAT, chat(stream=True), "Connection: keep-alive", version="1.0"),
         request("GET", "/", version="1.0"),
@@ -6827,10 +6806,7 @@ class DoorTest(EnduranceCase):
     def start_strictly(self):
         self.patch_seconds(ClientConnection_HEAD_SECONDS=0.1, ClientConnection_IDLE_SECONDS=0.05,
                            ClientConnection_LINGER_SECONDS=0.05, RequestBody_FREE_SECONDS=0.1)
-        strict = StrictStub(self.answer_strictly)
-        self.addCleanup(strict.close)
-        self.start(BASE_API_URL="http://127.0.0.1:%d" % strict.port, MAX_TOKENS=10 ** 9)
-        self.stub = strict
+        self.start(self.answer_strictly, MAX_TOKENS=10 ** 9)
 
     def test_requests_of_every_sound_form_are_answered(self):
         self.start_strictly()
@@ -6914,7 +6890,7 @@ class FaultsTest(EnduranceCase):
         clients, delays = [self.connect() for _ in range(number)], []
         began = time.monotonic()
         for client in clients:
-            self.assertEqual(client.exchange(request("GET", "/health")).status, 200)
+            self.assertEqual(client.exchange(HEALTH).status, 200)
         late = time.monotonic() + seconds + self.size(3, 1)
         for client in clients:
             while not self.is_readable(client):
@@ -7312,7 +7288,7 @@ class FaultsTest(EnduranceCase):
 
     def output_of_a_proxy(self, settings, **ways):
         """Returns all that a proxy answers, logs and stores."""
-        folder = self.folder()
+        folder = new_path(self)
         self.ledger = os.path.join(folder, "ledger")
         self.start(self.act_on_secrets, DATABASE=self.ledger, USAGE_LOG=self.ledger + ".log",
                    TOKEN_COST_MODE="estimate", RESPONSE_TOKEN_RESERVE=1, MAX_TOKENS=10 ** 6,
