@@ -5519,8 +5519,6 @@ class EveryAwaitTest(WaitingCase):
         self.client.close()
         if self.proxy.routes.base.queue:
             self.end_busy()
-        for asked in self.stub.requests:
-            asked.over.set()
         expected = dict.fromkeys(self.what_is_held(seen), 0)
         expected["endings"] = [outcome] if outcome != "-" else []
         expected["spares"] = int(kept != "")
@@ -5528,7 +5526,13 @@ class EveryAwaitTest(WaitingCase):
             wait_for(lambda: self.what_is_held(seen) == expected)
         self.assertEqual(self.what_is_held(seen), expected, self.lines.entries()[seen:])
         self.on_loop(self.proxy.routes.close_stale, True)
-        wait_for(lambda: len(os.listdir("/dev/fd")) <= self.descriptors, "the end of sockets")
+        wait_for(self.is_closed, "the end of sockets")
+
+    def is_closed(self):
+        """Whether the proxy has closed all that it opened; the upstream has nothing to say."""
+        for asked in self.stub.requests:
+            asked.over.set()
+        return len(os.listdir("/dev/fd")) <= self.descriptors
 
     def spoil_each(self, data, payload, text, **settings):
         self.start(None, reads=False, MAX_BODY_BYTES=1 << 23, BREAKER_FAILURES=100, **settings)
