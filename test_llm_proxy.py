@@ -563,22 +563,6 @@ def pem_file(case, text=KEY_AND_CERTIFICATE):
     return path
 
 
-def unread(sock):
-    """How many bytes sent through this socket the proxy, which runs in this process, has not read.
-
-    None where the other end is not open, or not yet."""
-    for number in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # it is closed by now, or no socket
-            other = socket.socket(fileno=int(number))
-            try:
-                if other.getpeername() == sock.getsockname():
-                    asked = (sock, termios.TIOCOUTQ), (other, termios.FIONREAD)
-                    return sum(struct.unpack("i", fcntl.ioctl(*one, bytes(4)))[0] for one in asked)
-            finally:
-                other.detach()
-    return None
-
-
 class TableCase(unittest.TestCase):
     def each(self, rows):
         """Go through a table: any rows, or a text with a row in each line, its cells between ->.
@@ -737,12 +721,22 @@ class ProxyCase(TableCase):
             client.expect(one)
         return client, asked
 
+    def unread(self, client):
+        """How many bytes of this Client's were not read; None where its connection is not open."""
+        for connection in self.server.open.copy():
+            sock = connection.client.sock
+            with contextlib.suppress(OSError):  # it is closed by now
+                if sock.getpeername() == client.sock.getsockname():
+                    asked = (client.sock, termios.TIOCOUTQ), (sock, termios.FIONREAD)
+                    return sum(struct.unpack("i", fcntl.ioctl(*one, bytes(4)))[0] for one in asked)
+        return None
+
     def send_apart(self, client, *pieces):
         """Send each piece when the proxy has read the one before it."""
-        wait_for(lambda: unread(client.sock) is not None, "the connection")
+        wait_for(lambda: self.unread(client) is not None, "the connection")
         for piece in pieces:
             client.send(piece)
-            wait_for(lambda: not unread(client.sock), "the reading of %r" % piece)
+            wait_for(lambda: not self.unread(client), "the reading of %r" % piece)
 
     def entry(self, number=0):
         """The access line of the call with this number.
@@ -5486,7 +5480,7 @@ class EveryAwaitTest(WaitingCase):
             self.assertEqual(found[:len(what)], what)
             if count < number:
                 self.ACTS[what](self)
-        wait_for(lambda: not unread(self.client.sock), "the reading of all")
+        wait_for(lambda: not self.unread(self.client), "the reading of all")
         self.on_loop(self.FAULTS[fault], self.client, context)
         if "kept" in rows[number][1 + fault]:  # the upstream hears nothing of it
             with contextlib.suppress(OSError, Cut):
@@ -5548,6 +5542,7 @@ class EveryAwaitTest(WaitingCase):
             self.spoil(rows, number, fault)
             self.assert_rest(seen, rows[number][1 + fault])
         self.tracebacks = len(rows)
+        gc.collect()  # then a task tells what nobody has asked it
 
     def test_a_json_call_may_be_spoiled_at_any_await(self):
         self.spoil_each(call(pad="x" * (3 << 20)), answer(self.LARGE), """
@@ -6033,7 +6028,7 @@ class ClientConnectionTest(ServerCase):
             connection.client:
                 "<Stream %d open unread=0 unsent=0>" % connection.client.descriptor,
             upstream.addresses[0]:
-                "<Address %s running=1 opening=0 spare=0 breaker closed>" % there,
+                "<Address %s running=1 connecting=0 spare=0 breaker closed>" % there,
             upstream.queue: "<FairQueue 1 of 1 run, {'waiting': 0, 'longest_ms': 0}>",
             entry: "<Entry %s POST %s ok>" % (entry.request_id, CHAT),
             entry.call: "<Call openai chat, model 'm' as 'm', streamed>",
@@ -6091,6 +6086,18 @@ class ServerTest(ServerCase):
         for client in clients:
             client.send(HEALTH)
         self.assertEqual({client.read().status for client in clients}, {200})
+
+    def test_what_holds_the_loop_is_named_in_the_log(self):
+        self.patch_seconds(HoldWatch_PERIOD=0.01, HoldWatch_REPORT_SECONDS=0)
+        self.start()
+        find = self.proxy.routes.find
+        said = re.compile(r"the event loop was held for 0\.\d\d s by serve, line \d")
+
+        def find_slowly(call):
+            time.sleep(0.05)  # which nothing on the loop may do
+            return find(call)
+        with mock.patch.object(self.proxy.routes, "find", find_slowly):
+            wait_for(lambda: self.ask(call()) and said.search(self.lines.text()), "its line")
 
     def test_draining_closes_idle_connections_and_lets_a_running_stream_finish(self):
         self.start(None)
