@@ -6035,7 +6035,8 @@ class ClientConnectionTest(ServerCase):
             entry.hold: "<Hold %s=259>" % self.proxy.limits.rules[0].text,
             entry.caller: "<Caller 127.0.0.1>",
             self.proxy.books.log: "<log: 0 queued, 0 dropped>"}
-        self.assertEqual([*map(repr, parts)], [*parts.values()])
+        found = [re.sub(r"\b\d\.\ds", "0.0s", repr(part)) for part in parts]
+        self.assertEqual(found, [*parts.values()])
         asked.close()
 
     def test_errors_do_not_tell_who_we_are(self):
@@ -6485,8 +6486,9 @@ class CommandsTest(ProcessCase):
         process.stop(signal.SIGUSR1)
         for said in self.each((
                 "2 calls are running\n",
-                "127.0.0.1 POST %s 0.0s upstream=base awaits the body of the resp" % CHAT,
-                " POST %s 0.0s upstream=base awaits its turn at base for 0.0s of 30s" % CHAT)):
+                "127.0.0.1 POST %s " % CHAT,
+                "s upstream=base awaits the body of the response of http://127.0.0.1:",
+                "s upstream=base awaits its turn at base for ")):
             wait_for(lambda: process.said(said))
 
     def test_without_certificates_it_ends_with_its_terminal(self):
