@@ -6674,7 +6674,7 @@ class DoorTest(EnduranceCase):
         box = Stub(None, tls=llm_proxy.server_context(path, None))
         self.addCleanup(box.close)
         self.start_tls(None, UPSTREAM_BOX_URL=box.url, UPSTREAM_BOX_MAX_CONCURRENCY=number,
-                       UPSTREAM_CA_FILE=path)
+                       UPSTREAM_CA_FILE=path, MAX_QUEUE_PER_CALLER=number)
         boxed = request("POST", "/box" + CHAT, chat())
         for data in [call(stream=True)] * 4 + [boxed] * 2 + [b"POST / HTTP/1.1\r\n", b""]:
             for _ in range(number):
@@ -6814,8 +6814,8 @@ class DoorTest(EnduranceCase):
         return [read_to_the_end(client) for client in clients]
 
     def start_strictly(self):
-        self.patch_seconds(ClientConnection_HEAD_SECONDS=0.1, ClientConnection_IDLE_SECONDS=0.05,
-                           ClientConnection_LINGER_SECONDS=0.05, RequestBody_FREE_SECONDS=0.1)
+        self.patch_seconds(ClientConnection_HEAD_SECONDS=0.3, ClientConnection_IDLE_SECONDS=0.05,
+                           ClientConnection_LINGER_SECONDS=0.05, RequestBody_FREE_SECONDS=0.3)
         self.start(self.answer_strictly, MAX_TOKENS=10 ** 9)
 
     def test_requests_of_every_sound_form_are_answered(self):
