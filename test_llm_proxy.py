@@ -4067,6 +4067,16 @@ class UploadTest(CallCase):
         asked.answer()
         self.assertEqual(client.read().status, 200)
 
+    def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
+        self.start()
+        upload = unsized("/v1/files", CHUNKED) + chunk(b"x") + LAST
+        client = self.connect().send(call() + upload)
+        client.sock.shutdown(socket.SHUT_WR)
+        for _ in range(2):
+            self.assertEqual(client.read().status, 200)
+        self.assert_status(200)
+        self.assertEqual((self.stub.connections, self.stub.faults), (1, []))
+
     def test_an_upstream_that_says_no_during_an_upload_is_heard(self):
         body = b'{"error": "too large"}'
 
