@@ -1450,8 +1450,8 @@ class TrustTest(ProxyCase):
         self.start(None, MAX_CONCURRENCY=1, PROXY_API_KEYS="webui=a", KEY_WEIGHTS="webui=5",
                    CALLER_HEADER="X-User")
         self.ask_stub(call("a", "X-User: u"))
-        guests = self.proxy.routes.base.queue.queues.values()
-        self.assertEqual([guest.weight for guest in guests], [5])
+        callers = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual([one.weight for one in callers], [5])
 
     def test_two_people_are_not_one_because_their_key_and_name_join_alike(self):
         callers = llm_proxy.Callers(None, b"", llm_proxy.networks("127.0.0.1"), "x-user")
@@ -3487,8 +3487,8 @@ class QueueTest(WaitingCase):
     def test_addresses_have_no_weight(self):
         self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="127.0.0.1=3")
         self.ask_stub(call())
-        guest, = self.proxy.routes.base.queue.queues.values()
-        self.assertEqual(guest.weight, 1)
+        caller, = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual(caller.weight, 1)
 
     def test_a_caller_who_has_its_answer_may_call_again_at_once(self):
         self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
@@ -5783,7 +5783,7 @@ class CatalogueTest(CallCase):
 
 
 # --------------------------------------------------------------------------------------------------
-# Handler: connections of callers
+# Server: connections of clients
 # --------------------------------------------------------------------------------------------------
 
 class ServerCase(ProxyCase):
