@@ -6026,6 +6026,7 @@ class ClientConnectionTest(ServerCase):
         self.start(None, MAX_CONCURRENCY=1, TOKEN_COST_MODE="usage", LOG_FORMAT="text")
         _, asked = self.begin(event(1))
         connection, = self.server.open
+        wait_for(lambda: "awaits the body" in repr(connection))
         entry, upstream = connection.reply.entry, self.proxy.routes.base
         there = self.stub.url
         awaits = "awaits the body of the response of %s for 0.0s" % there
