@@ -877,7 +877,6 @@ class FileTest(TableCase):
         lines = (source() + source(__file__)).splitlines()
         self.assertEqual([line for line in lines if len(line) > 100], [])
 
-    @unittest.expectedFailure
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_has_42000_tokens_and_each_function_15_branches_and_250_tokens_at_most(self):
         lines = lines_of_tokens(source())
