@@ -2481,7 +2481,7 @@ class UsageReader(UsageSource):
     way past. What `feed` and `flush` return is what goes on to the caller: the one place where a
     stream may be changed. What came is kept until MAX_KEPT, then searched and dropped, but for an
     event that is not whole; of a line or JSON above MAX_LINE only the end is kept."""
-    MAX_KEPT = 1 << 16
+    MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
     MAX_HELD = 1 << 14
