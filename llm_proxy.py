@@ -147,6 +147,7 @@ def seconds_between(least, most):
 wait_seconds = seconds_between(0.1, 86400)
 calls_at_once = number_between(0, 1_000_000)
 bucket_tokens = number_between(1, 10 ** 12)
+queue_length = number_between(0, 100_000)
 sixteen_bits = number_between(1, 65535)
 
 
@@ -159,14 +160,9 @@ def word_or(words, read):
     return lambda text: words[text] if text in words else read(text)
 
 
-def printable(text):
-    require(text.isprintable(), "must be one line of printable text")
-    return text
-
-
 def listed(read, separator=","):
     """Returns a reader of several texts with a separator between."""
-    return lambda text: tuple(read(printable(part.strip())) for part in text.split(separator))
+    return lambda text: tuple(read(part.strip()) for part in text.split(separator))
 
 
 def mapping(shape, message, convert=re.Match.groups, repeated=None):
@@ -236,6 +232,11 @@ def read_network(text):
     return ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network
 
 
+def printable(text):
+    require(text.isprintable(), "must be one line of printable text")
+    return text
+
+
 def listen_host(text):
     return printable(text).strip("[]")
 
@@ -243,7 +244,7 @@ def listen_host(text):
 def pem_file(text):
     try:
         with open(text, "rb") as file:
-            file.read(1 << 20).index(b"-----BEGIN ")
+            file.read(1 << 20).index(b"-----BEGIN ")  # else a ValueError
     except (OSError, ValueError):
         raise ValueError("must be a PEM file that can be read") from None
     return text
@@ -291,8 +292,9 @@ proxy_keys = mapping(
 
 def model_aliases(text):
     """'fast=gemma4, smart=gpt-5' -> {'fast': 'gemma4', 'smart': 'gpt-5'}."""
-    found = mapping(r"([^=]+?)\s*=\s*(.+)",
-                    "must be alias=model, separated by commas, each alias once")(text)
+    found = mapping(
+        r"([^=]+?)\s*=\s*(.+)", "must be alias=model, separated by commas, each alias once",
+        lambda match: (printable(match[1]), printable(match[2])))(text)
     require(found.keys().isdisjoint(found.values()), "must not make an alias of an alias")
     return found
 
@@ -356,6 +358,7 @@ def read_rule(text):
     scopes = tuple(part.partition(":")[::2] for part in scope.split(","))
     kinds = sorted("caller" if kind in ("each", "key") else kind for kind, _ in scopes)
     check_rule(text, words, ",".join(kinds))
+    # What is unlimited counts as 1: no bucket is made of it.
     scale = PICODOLLARS if unit == "usd" else 1
     rate, capacity = [int(decimal.Decimal(word.replace("unlimited", "1")) * scale)
                       for word in (amount, burst or amount)]
@@ -417,7 +420,7 @@ def price_file(path):
             table = makers_costs(table)
         return {name: read_price(cost) for name, cost in table.items()}
     except OSError as failure:
-        raise ValueError("must be a file that can be read: %s" % failure.strerror) from None
+        raise ValueError(f"must be a file that can be read: {failure.strerror}") from None
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise ValueError("must be a JSON file of prices, as models.dev has it or as"
                          " {model: {input, output}}") from None
@@ -443,6 +446,7 @@ RESERVED = {
     **{name: ": /%s is a path of its own" % name for name in (
         "v1 v1beta health models metrics chat completions messages responses embeddings rerank"
         " generations images audio files threads").split()}}
+
 
 class UpstreamConfig(NamedTuple):
     """The settings of one upstream; each field but the name is that of a variable."""
@@ -511,8 +515,8 @@ SETTING_ROWS = {
     "Before a busy upstream": (
         ("MAX_CONCURRENCY=0", calls_at_once,
          "metered calls that the endpoint runs at once; more wait in a fair queue; 0: no limit"),
-        ("MAX_QUEUE=100", number_between(0, 100_000), "calls that may wait; more get a 503"),
-        ("MAX_QUEUE_PER_CALLER=20", number_between(0, 100_000),
+        ("MAX_QUEUE=100", queue_length, "calls that may wait; more get a 503"),
+        ("MAX_QUEUE_PER_CALLER=20", queue_length,
          "calls of one caller that may wait; more get a 503"),
         ("QUEUE_SECONDS=30", wait_seconds,
          "seconds that a call may wait, in all queues together; then it gets a 503"),
@@ -638,7 +642,7 @@ class Config(types.SimpleNamespace):
             *self.doubts()]
 
     def doubts(self):
-        """Yields the warnings about single settings."""
+        """Yields the warnings of which each is given once at most."""
         if not (self.base_api_url or any(one.models for one in self.upstreams)):
             yield (f"only paths with a prefix, such as /{self.upstreams[0].name}/v1, lead anywhere:"
                    " neither BASE_API_URL nor UPSTREAM_..._MODELS is set")
@@ -667,16 +671,16 @@ class Config(types.SimpleNamespace):
         names = [upstream.name for upstream in self.upstreams]
         for name in self.upstream_order or ():
             if name not in names:
-                yield "UPSTREAM_ORDER must be among %s (got '%s')" % (
-                    ", ".join(names) or "named upstreams", name)
+                among = ", ".join(names) or "named upstreams"
+                yield f"UPSTREAM_ORDER must be among {among} (got '{name}')"
         if self.texts["BASE_API_URL"] is None and not names:
             yield ("BASE_API_URL is not set. Start like this:"
                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
         if self.proxy_api_keys:
             for name, text in self.texts.items():
                 if name.endswith("_KEY") and text == PASSTHROUGH:
-                    yield ("%s must not be passthrough where PROXY_API_KEYS is set:"
-                           " a caller shows one key only" % name)
+                    yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
+                           " a caller shows one key only")
         if self.tls_cert_file:
             try:
                 server_context(self.tls_cert_file, self.tls_key_file)
@@ -1182,7 +1186,7 @@ NO_COST = (0,) * len(UNITS)
 Amount = Union[int, str]                       # str: in dollars
 Costs = Tuple[int, ...]                        # in the order of UNITS
 BucketKey = Tuple[Union[str, CallerKey], ...]  # the rule's text, then whose bucket it is
-KeyedRules = List[Tuple[Rule, BucketKey]]      # the rules of a call, each with its bucket
+KeyedRules = Sequence[Tuple[Rule, BucketKey]]  # the rules of a call, each with its bucket
 
 
 def format_usd(picodollars: int) -> str:
@@ -1219,8 +1223,7 @@ class Charge(NamedTuple):
 
 class Level(NamedTuple):
     """What a bucket holds at the moment `now`, without the `amount` that one call takes. A `level`
-    below 0 is a debt, or what is missing; above the capacity it stands for a full bucket.
-    `refilled` is the time of the last refill."""
+    below 0 is a debt, or what is missing. `refilled` is the time of the last refill."""
     level: int
     refilled: float
     rule: Rule
@@ -1230,7 +1233,7 @@ class Level(NamedTuple):
 
     @property
     def remaining(self) -> Amount:
-        return format_amount(self.rule, max(0, min(self.rule.capacity, self.level)))
+        return format_amount(self.rule, max(0, self.level))
 
     @property
     def quota(self) -> Quota:
@@ -1274,17 +1277,22 @@ class Buckets:
         last refill moves by whole intervals, so nothing drifts. It starts when the bucket stops
         being full."""
         now = self.clock.monotonic()
-        level, refilled, _ = self.levels.get(key) or (rule.capacity, now, rule)
+        capacity = rule.capacity
+        level, refilled, _ = self.levels.get(key) or (capacity, now, rule)
         steps = int((now - refilled + 1e-6) / rule.interval)  # a microsecond for what floats lose
         if steps > 0:
             level += steps * rule.refill
             refilled += steps * rule.interval
-        if level >= rule.capacity:
-            level = rule.capacity
+        if level >= capacity:
+            level = capacity
             refilled = now
-        return Level(level + taken - amount, refilled, rule, key, amount, now)
+        level += taken - amount
+        if level > capacity:
+            level = capacity
+        return Level(level, refilled, rule, key, amount, now)
 
     def levels_after(self, keyed_rules, costs, taken):
+        """Returns what all buckets hold once `costs` are charged instead of what was taken."""
         levels = []
         for rule, key in keyed_rules:
             levels.append(self.level_after(rule, key, costs[rule.unit], taken[rule.unit]))
@@ -1313,6 +1321,7 @@ class Buckets:
         return tightest.quota, math.ceil(max([one.wait for one in levels]))
 
     def store(self, levels):
+        """Keeps `levels`; their buckets are then those used last."""
         for level, refilled, rule, key, _, _ in levels:
             if not self.levels.pop(key, None):
                 self.make_room()
