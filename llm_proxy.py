@@ -580,8 +580,8 @@ SETTING_ROWS = {
     "How it runs": (
         ("LOG_FORMAT=text", one_of("text", "json"),
          "form of the lines on stderr, one per call: text for people, json for programs"),
-        ("CPU_AFFINITY=auto", cpu_number,
-         "CPU to run on (Linux): auto, off or a number; a second gains nothing and costs a tenth"),
+        ("CPU_AFFINITY=off", cpu_number,
+         "CPU to stay on (Linux): a number, auto (the port picks one) or off"),
     ),
 }
 SETTINGS = {group: [Setting(*row) for row in rows] for group, rows in SETTING_ROWS.items()}
@@ -6340,12 +6340,10 @@ def check(config):
 
 
 def take_one_cpu(cpu, port):
-    """Stays on one CPU, where the system can do that: the threads of one interpreter gain nothing
-    from a second one, and lose by passing its lock between CPUs (a tenth of the calls per second).
-    -1: the port picks one, so that two proxies differ. Raises ConfigFaults for a CPU that this
-    process may not use."""
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if cpu is None or not has_lock or not hasattr(os, "sched_setaffinity"):
+    """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
+    differ. One thread does nearly all the work, so this no longer makes it faster; it keeps the
+    other CPUs free. Raises ConfigFaults for a CPU that this process may not use."""
+    if cpu is None or not hasattr(os, "sched_setaffinity"):
         return
     allowed = sorted(os.sched_getaffinity(0))
     one = allowed[port % len(allowed)] if cpu < 0 else cpu
@@ -6357,20 +6355,12 @@ def take_one_cpu(cpu, port):
                 "CPU_AFFINITY must be a CPU this process may use (got '%d')" % cpu) from None
 
 
-NURSERY_HINT = "warning: PyPy runs this a third faster with PYPY_GC_NURSERY=32M in the environment"
-
-
-def relax_garbage_collection(environ):
+def relax_garbage_collection():
     """Lets CPython look for cycles less often: calls leave hardly any, but a look that comes too
-    seldom takes long, and streams wait meanwhile. Measured: 4 % more calls per second. Returns
-    what is to be said: PyPy sizes its nursery at its start, by the CPU's cache, too small for what
-    50 running calls hold."""
+    seldom takes long, and streams wait meanwhile."""
     if hasattr(gc, "freeze"):
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
-    elif "PYPY_GC_NURSERY" not in environ:
-        return [NURSERY_HINT]
-    return []
 
 
 def raise_descriptor_limit():
@@ -6590,7 +6580,8 @@ def run_command(options, environ, log_stream):
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
-    remarks = relax_garbage_collection(environ)
+    relax_garbage_collection()
+    remarks = []
     if options.demo:
         remarks.append(DEMO_HINT % (config.scheme, config.port))
     return run(config, log_stream, remarks)
