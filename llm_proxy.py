@@ -3004,7 +3004,7 @@ class BodyAdapter:
 # Streams: the sockets of both sides on the event loop. A Context carries the deadline of a call and
 # the leaving of its client into every await; a Stream reads and writes one socket, plain or TLS
 # alike; a Transfer carries a body by callbacks, so that no coroutine is woken for an event. They
-# know no heads, no LLMs and no buckets.
+# know no LLMs and no buckets.
 # --------------------------------------------------------------------------------------------------
 
 BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
@@ -3014,9 +3014,9 @@ HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
 
 class Context:
-    """Goes through a call, as Go's context does: every await is one of `wait`, so it ends at its
-    deadline or when the call is ended, and can be seen. The timer is moved only when it fires, so
-    that a wait costs none."""
+    """Goes through a call, as Go's context does: every await for a peer is one of `wait`, so it
+    ends at its deadline or when the call is ended, and can be seen. The timer is moved only when it
+    fires, so that a wait costs none."""
     future: Optional[asyncio.Future] = None  # what is awaited,
     what = "nothing"                         # in words,
     since = 0.0                              # from when
@@ -3033,7 +3033,7 @@ class Context:
         self.until = math.inf
         self.reason = None
 
-    def expired(self) -> bool:
+    def expired(self):
         """Tells whether the call's own deadline has passed, not just that of one wait."""
         return self.until < math.inf and self.loop.time() >= self.until
 
@@ -3162,7 +3162,7 @@ class Stream:
             if self.on_full:
                 self.on_full()
 
-    def end(self, failure: Optional[OSError] = None):
+    def end(self, failure=None):
         """Nothing more will come."""
         if not self.ended:
             self.ended = True
@@ -3224,7 +3224,7 @@ class Stream:
         self.read_buffer = data[end:]
         return data[:end]
 
-    def take(self, size: int) -> bytes:
+    def take(self, size):
         taken = self.read_buffer[:size]
         self.read_buffer = self.read_buffer[size:]
         return taken
@@ -3234,13 +3234,13 @@ class Stream:
         self.read_buffer = b""
         return taken
 
-    def is_silent(self) -> bool:
+    def is_silent(self):
         """Tells whether an idle connection can be used again: neither its end came, nor bytes that
         the next call would take for its response."""
         self.on_readable()
         return not self.ended and not self.read_buffer
 
-    def has_hung_up(self) -> bool:
+    def has_hung_up(self):
         """Tells whether the other side closed, while nothing is read: the end stands behind what
         nobody has read yet."""
         if not hasattr(select, "poll"):
@@ -3326,7 +3326,7 @@ class Stream:
 
     # -- TLS
 
-    async def handshake(self, context: Context, seconds: float):
+    async def handshake(self, context, seconds):
         """Do a server's part of the TLS handshake. Raises OSError, and as `wait` does."""
         deadline = self.loop.time() + seconds
         while True:
@@ -3506,7 +3506,7 @@ class MemoryBudget:
 
 
 class RequestBody:
-    """What a client sends after its head, relayed or read whole. It has FREE_SECONDS, and more only
+    """What a client sends after its head, carried or read whole. It has FREE_SECONDS, and more only
     for what really arrives: a trickle does not keep it open. 100 Continue is sent when, and only
     if, somebody wants to read."""
     FREE_SECONDS = 60
@@ -3579,9 +3579,11 @@ class RequestBody:
         return payload
 
     async def upload(self, upstream: Stream, context: Context, seconds: float) -> bool:
-        """Relay a body of any size; returns False if the upstream answered, or stopped reading,
+        """Carry a body of any size; returns False if the upstream answered, or stopped reading,
         before all was sent. It may pause for so many `seconds`. Raises as `read` does, and
         TimeoutError where the upstream is slow."""
+        if self.ended:  # only its fields speak of a body
+            return await upstream.drain(context, seconds, "room for the request", True)
         self.invite()
         with Upload(self, upstream, seconds) as transfer:
             try:
@@ -3615,8 +3617,6 @@ class Upload(Transfer):
     """A request's body on its way up, which ends when the upstream answers early."""
     ANSWERED = "answered"
     GRACE_SECONDS = 5  # for a client that had to wait for a slow upstream
-
-    __slots__ = ("body",)
 
     def __init__(self, body: RequestBody, upstream: Stream, seconds: float):
         self.body = body
@@ -5716,8 +5716,9 @@ class ClientConnection:
     idle = True                     # nothing has come whole that the server's end must wait for
     began = 0.0                     # when the request's head was there
     leave_timer = None
+    full_timer = None
 
-    def __init__(self, server: "Server", sock: socket.socket, peer: str, address: str):
+    def __init__(self, server, sock, peer, address):
         """`address` is what connections are counted by."""
         self.server = server
         self.proxy = server.proxy
@@ -5755,12 +5756,14 @@ class ClientConnection:
 
     def on_client_full(self):
         """It is not read any more, so its leaving must be looked for."""
+        if self.full_timer:  # one look at a time
+            self.full_timer.cancel()
         if len(self.client.read_buffer) < MAX_READ_AHEAD or self.client.reading:
             return
         if self.client.has_hung_up():
             self.on_client_lost()
         elif not self.client.ended:
-            self.loop.call_later(self.HANG_UP_SECONDS, self.on_client_full)
+            self.full_timer = self.loop.call_later(self.HANG_UP_SECONDS, self.on_client_full)
 
     def end_if_idle(self):
         """The server stops. A request that has come whole is answered, an idle connection is
@@ -5772,7 +5775,7 @@ class ClientConnection:
 
     # -- its life
 
-    async def converse(self, refusal: Optional[Refusal] = None):
+    async def converse(self, refusal=None):
         """Answer requests, or say `refusal` before there is one."""
         try:
             if refusal:
@@ -5780,7 +5783,7 @@ class ClientConnection:
             else:
                 await self.converse_or_refuse()
             await self.say_goodbye()
-        except (QuietEnd, OSError):
+        except (QuietEnd, CallerGone, OSError):
             pass
         except Exception:
             self.proxy.books.log.report()
@@ -5800,10 +5803,12 @@ class ClientConnection:
             self.client.give_up_tls()
             self.refuse(self.new_reply(), BadRequest("This port speaks https", close_after=True))
         else:
-            while await self.exchange():
-                pass
+            with contextlib.suppress(QuietEnd):
+                while await self.exchange():
+                    if self.client.read_buffer:  # requests that never wait would hold the loop
+                        await asyncio.sleep(0)
 
-    def new_reply(self) -> Reply:
+    def new_reply(self):
         entry = Entry(self.address, self.peer)
         self.reply = Reply(self.client, self.context, self.server.parts, entry)
         return self.reply
@@ -5816,17 +5821,19 @@ class ClientConnection:
         if not self.client.read_buffer and not await self.await_request():
             return False
         reply = self.new_reply()
-        try:
-            await self.answer(reply)
-        except QuietEnd:
-            self.reply = None
-            return False
-        except Exception as failure:
-            self.refuse(reply, failure)
         client = self.client
-        if client.write_buffer or client.write_failed or self.proxy.books.is_full():
-            await self.finish(reply)
-        self.record(reply)
+        try:
+            try:
+                await self.answer(reply)
+            except QuietEnd:
+                raise
+            except Exception as failure:
+                self.refuse(reply, failure)
+            if client.write_buffer or client.write_failed or self.proxy.books.is_full():
+                await self.finish(reply)
+        finally:
+            if reply.request or reply.begun:
+                self.record(reply)
         return not reply.close_after
 
     async def await_request(self) -> bool:
@@ -5859,7 +5866,7 @@ class ClientConnection:
         reply.close_after = reply.close_after or self.server.draining
         if client.ended:
             self.on_client_end()
-        else:
+        elif len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
         if request.method in ("TRACE", "TRACK", "CONNECT"):
             raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
@@ -5912,11 +5919,9 @@ class ClientConnection:
         reply, client = self.reply, self.client
         if reply and reply.reset:
             return client.reset_on_close()
-        if not reply or not reply.begun:
-            if client.encrypted:
-                client.shut_down_writing()
-            return
         client.shut_down_writing()
+        if not reply or not reply.begun:
+            return
         seconds = total = self.GOODBYE_SECONDS
         if reply.request and not reply.body_is_taken():  # it may still be sending what was refused
             seconds, total = self.LINGER_SECONDS, self.LINGER_TOTAL_SECONDS
@@ -5940,10 +5945,10 @@ class ClientConnection:
                     break
 
 
-class HoldWatch:
+class LoopWatch:
     """Notices when something held the loop, and says so once a minute at most. The accepting thread
     looks meanwhile at what that is."""
-    PERIOD = 0.25          # seconds, of looks at the loop, and what is a hold
+    PERIOD = 0.25          # seconds, of looks at the loop, and what is too long
     REPORT_SECONDS = 60
 
     culprit = ""
@@ -6003,10 +6008,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
-        self.hold_watch = HoldWatch(self.loop, proxy.books.log.say)
+        self.loop_watch = LoopWatch(self.loop, proxy.books.log.say)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
-        self.loop.call_soon_threadsafe(self.hold_watch.tick)
+        self.loop.call_soon_threadsafe(self.loop_watch.tick)
         self.loop.call_soon_threadsafe(self.sweep)
 
     def server_bind(self):
@@ -6036,7 +6041,7 @@ class Server(http.server.ThreadingHTTPServer):
             request.close()
 
     def service_actions(self):
-        self.hold_watch.look()
+        self.loop_watch.look()
 
     def handle_error(self, request, client_address):
         self.proxy.books.log.report()
@@ -6139,7 +6144,7 @@ class Server(http.server.ThreadingHTTPServer):
             connection.on_client_lost()
         await self.emptying(1)
         self.proxy.routes.close_stale(everything=True)
-        self.hold_watch.timer.cancel()
+        self.loop_watch.timer.cancel()
         self.sweep_timer.cancel()
         for address in self.proxy.routes.addresses():
             address.helpers.shutdown(wait=False)
@@ -6341,7 +6346,7 @@ def check(config):
 
 def take_one_cpu(cpu, port):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
-    differ. One thread does nearly all the work, so this no longer makes it faster; it keeps the
+    differ. One thread does nearly all the work, so this does not make it faster; it keeps the
     other CPUs free. Raises ConfigFaults for a CPU that this process may not use."""
     if cpu is None or not hasattr(os, "sched_setaffinity"):
         return
@@ -6443,7 +6448,7 @@ async def serve(server: Server, drain_seconds: float):
     if server.tls:  # else it means that the terminal was closed
         actions["SIGHUP"] = reload_certificates
     handle_signals(server.loop, actions)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     await stopping
     say("stopping: running calls have %g s" % drain_seconds)
     cut = await server.drain(drain_seconds)

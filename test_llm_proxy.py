@@ -5861,9 +5861,12 @@ class ClientConnectionTest(ServerCase):
         client = self.connect()
         for data in self.each((
                 call(), HEALTH, request("POST", CHAT, b"{"),
+                request("GET", "/v1/x", b"", "Content-Encoding: gzip"),  # it has no body
                 request("HEAD", "/v1/x"), call(stream=True))):
             answered = client.exchange(data, data.split(b" ")[0].decode())
             self.assertIsNone(answered.get("connection"))
+        self.assertEqual(self.stub.connections, 2)  # the stub answers HEAD with a body
+        client.send(HEALTH * 2000)  # which must not hold the loop
 
     def test_a_caller_who_says_close_is_told_so_and_closed(self):
         self.start()
@@ -6096,7 +6099,7 @@ class ServerTest(ServerCase):
         self.assertEqual({client.read().status for client in clients}, {200})
 
     def test_what_holds_the_loop_is_named_in_the_log(self):
-        self.patch_seconds(HoldWatch_PERIOD=0.01, HoldWatch_REPORT_SECONDS=0)
+        self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
         said = re.compile(r"the event loop was held for 0\.\d\d s by serve, line \d")
