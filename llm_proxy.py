@@ -3368,10 +3368,13 @@ class Stream:
         # Off the loop first: else the next owner of the number is answered.
         self.pause_reading()
         self.ended = True
+        self.read_buffer = b""
         self.write_buffer.clear()
         self.source = None
         self.has_room()
         self.sock.close()
+        # What owns this holds no cycle with it, which only a late collection would find.
+        self.on_end = self.on_full = self.on_write_failed = None
 
 
 class Transfer:
@@ -5064,8 +5067,7 @@ class Reply:
     async def receive(self, response: Response) -> BodyAdapter:
         """Decide how a body goes on, and take in what has come of it. Raises UpstreamFailed."""
         call = self.call
-        if self.comment_timer:
-            self.stop_comments()
+        self.stop_comments()
         self.context.until = self.end_at
         streamed, readable = self.kind_of(response.head)
         response.streamed = streamed
@@ -5378,8 +5380,8 @@ class Proxy:
         finally:
             entry.passed = adapter.passed
 
-    def identify(self, request: Request, entry: Entry) -> Caller:
-        """Returns who asks, which is decided once for each head that a connection repeats."""
+    def identify(self, request: Request, entry: Entry):
+        """Finds out who asks, which is decided once for each head that a connection repeats."""
         cache = request.cache
         if "caller" not in cache:
             callers = self.callers
@@ -5388,7 +5390,6 @@ class Proxy:
             caller = callers.identify(credential, entry.address)
             cache["caller"] = callers.end_user(request, entry.peer, caller), entry.address
         entry.caller, entry.address = cache["caller"]
-        return entry.caller
 
     async def send_in_turn(self, upstream, reply, call):
         ticket = await self.stand_in_line(upstream, reply)
@@ -5904,8 +5905,7 @@ class ClientConnection:
 
     def record(self, reply):
         """Write down how it went."""
-        if reply.comment_timer:
-            reply.stop_comments()
+        reply.stop_comments()
         if self.leave_timer:
             self.leave_timer.cancel()
         if reply.body:
