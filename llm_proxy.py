@@ -1508,15 +1508,23 @@ def text_length(payload: Dict[str, Any], skip: str,
 
 class Usage(NamedTuple):
     """Tokens of one call. `input` counts all of the prompt; `cached` and `cache_write` are the
-    parts of it that were read from a cache and written to one. `output` counts all that was
-    generated; `reasoning` is the part of it that stays hidden. `estimated`: nobody reported it, so
-    it was guessed from the text."""
+    parts of it that were read from a cache and written to one, and `hour_write` the part of the
+    latter that is kept for an hour. `output` counts all that was generated; `reasoning` is the part
+    of it that stays hidden. `estimated`: nobody reported it, so it was guessed from the text.
+    `model` is the one that served, `tiers` are what the response says of how (service_tier, speed,
+    inference_geo), `picodollars` what it says that it cost; `others` is what other models did for
+    the same call."""
     input: int = 0
     output: int = 0
     cached: int = 0
     cache_write: int = 0
     reasoning: int = 0
     estimated: bool = False
+    hour_write: int = 0
+    model: Optional[str] = None
+    tiers: Tuple[str, ...] = ()
+    picodollars: Optional[int] = None
+    others: Tuple["Usage", ...] = ()
 
 
 class Billable:
