@@ -3675,16 +3675,31 @@ class QueueLimits:
         self.most = most
         self.per_caller = per_caller
         self.seconds = seconds
-        self.by_caller = collections.Counter()
+        self.by_caller = {}  # key -> the tickets that wait, oldest first
 
-    def add(self, key, number):
-        self.waiting += number
-        self.by_caller[key] += number
+    def add(self, ticket):
+        self.waiting += 1
+        self.by_caller.setdefault(ticket.owner.key, []).append(ticket)
+
+    def remove(self, ticket):
+        key = ticket.owner.key
+        self.waiting -= 1
+        self.by_caller[key].remove(ticket)
         if not self.by_caller[key]:
             del self.by_caller[key]
 
-    def is_full(self, key):
-        return self.closed or self.waiting >= self.most or self.by_caller[key] >= self.per_caller
+    def admits(self, key):
+        """Returns whether one more call of this caller may wait. Where all places are taken, who
+        has most of them loses its last, unless that would only turn the tables."""
+        own = len(self.by_caller.get(key, ()))
+        if self.closed or own >= self.per_caller:
+            return False
+        if self.waiting >= self.most:
+            most = max(self.by_caller.values(), key=len, default=())
+            if len(most) < own + 2:
+                return False
+            most[-1].turn_away()
+        return True
 
 
 class CallerQueue:
@@ -3707,7 +3722,8 @@ class CallerQueue:
 
 class Ticket:
     """One call's place: first it waits, then it is `running`, until it leaves. `on_ready` is called
-    once, when a waiting call may run or the queue closes. `since` is when it began to wait."""
+    once, when a waiting call may run, is turned away or the queue closes. `since` is when it began
+    to wait."""
     on_ready: Optional[Callable[[], None]] = None
     running = False
     left = False
@@ -3733,6 +3749,11 @@ class Ticket:
         if not self.left:
             self.left = True
             self.queue.leave(self)
+
+    def turn_away(self):
+        """Takes its place from a waiting call, for that of a caller who has fewer."""
+        self.leave()
+        self.call_back()
 
 
 class FairQueue:
@@ -3760,14 +3781,14 @@ class FairQueue:
         owner = self.queues.get(key) or CallerQueue(key, weight, self.now)
         ticket = Ticket(self, owner, next(self.numbers), self.clock.monotonic() - waited)
         full = self.running >= self.most
-        if full and self.limits.is_full(key):
+        if full and not self.limits.admits(key):
             raise QueueRefused("queue full")
         self.queues[key] = owner
         if not owner.waiting:
             owner.due = max(owner.due, self.now)
         if full:
             owner.waiting.append(ticket)
-            self.limits.add(key, 1)
+            self.limits.add(ticket)
         else:  # then nobody waits
             self.start(ticket)
         return ticket
@@ -3791,7 +3812,7 @@ class FairQueue:
             self.running -= 1
         else:
             owner.waiting.remove(ticket)
-            self.limits.add(owner.key, -1)
+            self.limits.remove(ticket)
         self.start_next()
         owner.running -= ticket.running  # only now: it counts among those who take turns
         # While others wait, a caller without calls is remembered: else it would come back as new.
@@ -3803,9 +3824,9 @@ class FairQueue:
         """Starts the call whose turn it is, if one waits and there is a slot."""
         waiting = [one for one in self.queues.values() if one.waiting]
         if waiting and self.running < self.most and not self.limits.closed:
-            first = min(waiting, key=CallerQueue.turn)
-            self.limits.add(first.key, -1)
-            self.start(first.waiting.popleft())
+            ticket = min(waiting, key=CallerQueue.turn).waiting.popleft()
+            self.limits.remove(ticket)
+            self.start(ticket)
 
     def close(self):
         """Ends all waiting, in every queue with these limits; calls back those that wait in this
@@ -5425,6 +5446,8 @@ class Proxy:
                 ticket.on_ready = functools.partial(Stream.wake, turn)
                 seconds = upstream.queue.limits.seconds - before
                 await context.wait(turn, seconds, "its turn at %s" % upstream.name)
+            if ticket.left:
+                raise QueueRefused("queue full")
             if not ticket.running:
                 raise Stopped()  # the queue is closed
             return ticket

@@ -3236,9 +3236,30 @@ class LineTest(ProxyCase):
             line.enter("a", 1)
         slot = line.enter("b", 1)
         with self.assertRaises(llm_proxy.QueueRefused):
-            other.enter("c", 1)
+            other.enter("b", 1)
         slot.leave()
         self.assertFalse(other.enter("c", 1).running)
+
+    def test_in_a_full_line_who_has_most_waiting_makes_room_for_who_has_fewer(self):
+        line = self.start_line(queue=6)
+        for key in "aaaabbb":
+            self.enter(key)
+        for key, turned_away in self.each([("c", "a"), ("c", "b"), ("c", None), ("b", None)]):
+            told = []
+            for slot in self.waiting:
+                slot.on_ready = functools.partial(told.append, slot)
+            if turned_away:
+                self.enter(key)
+            else:
+                with self.assertRaises(llm_proxy.QueueRefused):
+                    line.enter(key, 1)
+            self.assertEqual([slot.owner.key for slot in told], list(turned_away or ""))
+            self.assertTrue(all(slot.left for slot in told))
+            self.waiting = [slot for slot in self.waiting if not slot.left]
+            self.assertEqual(self.limits.waiting, 6)
+        self.assertEqual("".join(self.leave() for _ in range(6)), "bcabca")
+        self.running.pop().leave()
+        self.assert_empty()
 
     def test_a_place_is_left_once_from_the_line_or_from_a_slot(self):
         line = self.start_line()
