@@ -607,6 +607,23 @@ def is_secret(name: str) -> bool:
     return find_setting(name).secret
 
 
+# Settings that guard: who misspells one thinks that a door is shut.
+GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CERT_FILE",
+          "TLS_KEY_FILE")
+
+
+def guard_meant_by(name: str) -> Optional[str]:
+    """Returns the setting that guards and that a misspelt name means."""
+    parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
+    return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
+
+
+def unknown_setting(name):
+    guard = guard_meant_by(name)
+    return f"{name} is not a setting" + (
+        f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
+
+
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
@@ -631,7 +648,7 @@ class Config(types.SimpleNamespace):
         """Returns sentences about what is allowed, but hardly meant."""
         names = [upstream.name for upstream in self.all_upstreams()]
         return [
-            *(f"{name} is not a setting" for name in self.unknown),
+            *map(unknown_setting, self.unknown),
             *(f"{name} is now {RENAMED[name]}" for name in RENAMED if name in self.texts),
             *(f"the rule '{rule.text}' speaks of no upstream there is: {', '.join(names)}"
               for rule in self.limits or () for kind, glob in rule.scopes
@@ -706,28 +723,34 @@ class ConfigFaults(Exception):
     """Everything that is wrong with the settings, one line each."""
 
 
-DOTENV_LINE = re.compile(
-    r"""(?:#.*)?|(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*="""
-    r"""(?:\s*"([^"]*)"|\s*'([^']*)'|(.*?))(?:\s+#.*)?""")
+DOTENV_ROW = re.compile(  # a line, or several where the value is in quotes
+    r"""[ \t]*(?:#.*|(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*="""
+    r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
 
 
 def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
-    """Returns (values, faults) of NAME=value lines with `export `, quotes and # comments."""
+    """Returns (values, faults) of NAME=value lines with `export `, # comments and quotes, which
+    may hold lines."""
     values = {}
     faults = []
-    for number, row in enumerate(text.splitlines(), 1):
-        match = DOTENV_LINE.fullmatch(row.strip())
-        if not match:
-            faults.append(f".env line {number} is not NAME=value")
-        elif match[1]:
-            values[match[1]] = match[match.lastindex]
+    text = re.sub("\r\n?", "\n", text)
+    position = 0
+    while position < len(text):
+        match = DOTENV_ROW.match(text, position)
+        if match:
+            position = match.end()
+            if match[1]:
+                values[match[1]] = match[match.lastindex]
+        else:
+            faults.append(f".env line {text.count(chr(10), 0, position) + 1} is not NAME=value")
+            position = text.find("\n", position) + 1 or len(text)
     return values, faults
 
 
 def looks_like_a_setting(name):
     """Tells whether a variable of the environment, where most are not ours, is one misspelt."""
     return name.startswith("UPSTREAM_") or not name.upper().endswith("_PROXY") and (
-        difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9))
+        difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_meant_by(name))
 
 
 def set_variables(environ, written):
@@ -783,16 +806,20 @@ def named_upstream(name, options):
     return UpstreamConfig(name, **{"dialect": dialect, **options})
 
 
+def take_old_names(values, texts, found):
+    old = [values[name] for name in RENAMED if values.get(name)]
+    if old and "STREAM_COMMENT_SECONDS" not in found:
+        values["STREAM_COMMENT_SECONDS"] = min(old)
+        texts["STREAM_COMMENT_SECONDS"] = "%g" % min(old)
+
+
 def read_config(environ: Texts, dotenv: str = "") -> Config:
     """Returns the settings. Raises ConfigFaults with all faults at once."""
     written, faults = read_dotenv(dotenv)
     found = set_variables(environ, written)
     texts = {**DEFAULTS, **{name: text for name, text in found.items() if find_setting(name)}}
     values = read_values(texts, faults)
-    old = [values[name] for name in RENAMED if values.get(name)]
-    if old and "STREAM_COMMENT_SECONDS" not in found:
-        values["STREAM_COMMENT_SECONDS"] = min(old)
-        texts["STREAM_COMMENT_SECONDS"] = "%g" % min(old)
+    take_old_names(values, texts, found)
     config = Config(
         texts=texts,
         unknown=[name for name in found if name not in texts and (
@@ -803,6 +830,8 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
     faults += config.contradictions()
+    faults += [".env: " + unknown_setting(name)
+               for name in config.unknown if name in written and guard_meant_by(name)]
     if faults:
         raise ConfigFaults("\n".join(faults))
     return config
@@ -6518,9 +6547,12 @@ GROUPS = {
     "day": "date(time, 'unixepoch')"}
 SUMS = "calls input cached output reasoning estimated unpriced usd".split()
 # Picodollars are added up in two parts, because SQLite's sums end at 2**63.
-USAGE_QUERY = """SELECT %s, count(*), sum(input), sum(cached), sum(output), sum(reasoning),
-    sum(estimated), sum(unpriced), sum(picodollars / 1000000), sum(picodollars %% 1000000)
-    FROM calls WHERE time >= ? GROUP BY 1 ORDER BY 9 DESC, 10 DESC, 2 DESC, 1"""
+USAGE_QUERY = """SELECT {by}, count(*) AS calls, sum(input), sum(cached), sum(output),
+    sum(reasoning), sum(estimated), sum(unpriced), sum(picodollars / 1000000) AS millions,
+    sum(picodollars % 1000000) AS rest
+    FROM calls WHERE time >= ? AND coalesce(?, caller) IS caller
+    GROUP BY {by} ORDER BY millions DESC, rest DESC, calls DESC, {by}"""
+FORMULA = re.compile("[=+@\t\r-].")  # how a cell begins that a spreadsheet would compute
 
 
 def read_age(text):
@@ -6532,33 +6564,62 @@ def read_age(text):
     return int(text[:-1]) * DURATIONS[text[-1]]
 
 
-def read_usage(path, by, since):
-    """Returns a row for each group, the most expensive first. Raises DatabaseFault, and
-    FileNotFoundError where there is no ledger."""
+def read_usage(path, options, now):
+    """Returns the names of columns, and a row for each group, the most expensive first; with --id
+    the one row of that call. Raises DatabaseFault, and FileNotFoundError where there is no
+    ledger."""
+    since = now - read_age(options.since)
     with contextlib.closing(Database(path, reading=True).connection) as connection:
-        found = connection.execute(USAGE_QUERY % GROUPS[by], (since,)).fetchall()
-    return [(*values, format_usd(millions * 1_000_000 + rest))
-            for *values, millions, rest in found]
+        if options.id:
+            one = "SELECT * FROM calls WHERE id = ? ORDER BY rowid DESC LIMIT 1"
+            return Row._fields, connection.execute(one, (options.id,)).fetchall()
+        by = options.by or ["caller"]
+        query = USAGE_QUERY.format(by=", ".join([GROUPS[name] for name in by]))
+        found = connection.execute(query, (since, options.caller)).fetchall()
+    return (*by, *SUMS), [(*values, format_usd(millions * 1_000_000 + rest))
+                          for *values, millions, rest in found]
+
+
+def print_table(names, rows):
+    """Prints rows for people: words to the left, numbers to the right. What a terminal would take
+    for a command is spelled out."""
+    texts = [[ascii(str(value))[1:-1] for value in row] for row in [names, *rows]]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    is_text = [any(type(value) is str and name != "usd" for value in column)
+               for name, column in zip(names, zip(*rows))]
+    for row in texts:
+        cells = [cell.ljust(width) if left else cell.rjust(width)
+                 for cell, width, left in zip(row, widths, is_text)]
+        print("  ".join(cells).rstrip())
+
+
+def csv_cell(value):
+    """Returns a value as a cell that no spreadsheet computes and no terminal obeys."""
+    if type(value) is not str:
+        return value
+    shown = value if value.isprintable() else value.encode("unicode_escape").decode()
+    return "'" + shown if FORMULA.match(value) else shown
 
 
 def print_usage(options, path, now):
     """Prints who used what, from the ledger; returns the exit code. Raises DatabaseFault."""
-    names = (options.by, *SUMS)
     try:
-        rows = read_usage(path, options.by, now - read_age(options.since))
+        names, rows = read_usage(path, options, now)
     except FileNotFoundError as failure:
         print(failure, file=sys.stderr)
         return 1
     if options.json:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     elif options.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([names, *rows])
+        cells = [list(map(csv_cell, row)) for row in rows]
+        csv.writer(sys.stdout, lineterminator="\n").writerows([names, *cells])
+    elif options.id and rows:
+        known = [(name, str(value)) for name, value in zip(names, rows[0]) if value is not None]
+        print_table(("field", "value"), known)
+    elif rows:
+        print_table(names, rows)
     else:
-        texts = [tuple(ascii(str(value))[1:-1] for value in row) for row in [names, *rows]]
-        widths = [max(map(len, column)) for column in zip(*texts)]
-        line = ("%%-%ds" + "  %%%ds" * len(SUMS)) % tuple(widths)
-        for row in texts:
-            print(line % row)
+        print("no such call" if options.id else "no calls yet")
     return 0
 
 
@@ -6577,9 +6638,12 @@ def parse_arguments(arguments):
     commands = parser.add_subparsers(dest="command", metavar="usage")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
-    report.add_argument("--by", choices=GROUPS, default="caller")
+    report.add_argument("--by", choices=GROUPS, action="append",
+                        help="what to add up by, once or more; caller if it is not said")
     report.add_argument("--since", metavar="7d",
                         help="only the last minutes (30m), hours (12h) or days (7d)")
+    report.add_argument("--caller", metavar="NAME", help="only the calls of this caller")
+    report.add_argument("--id", metavar="REQUEST_ID", help="all that is known of one call")
     for flag in ("--json", "--csv"):
         report.add_argument(flag, action="store_true")
     return parser.parse_args(arguments)

@@ -1076,13 +1076,25 @@ class ConfigTest(TableCase):
 
     def test_dotenv_understands_export_quotes_and_comments(self):
         text = """# a comment\n\nA=1\nexport B=2\nC = 'single # quoted'\nD="double"  # comment
-            E=\nF=x#y # z\nG=a=b"""
-        values = settings_of("A=1 | B=2 | C=single # quoted | D=double | E= | F=x#y | G=a=b")
+            E=\nF=x#y # z\nG=a=b\r\nH='one\r\ntwo # three\r\n'\nI="open"""
+        values = settings_of("A=1 | B=2 | C=single # quoted | D=double | E= | F=x#y | G=a=b"
+                             " | H=one\ntwo # three\n | I=\"open")
         self.assertEqual(llm_proxy.read_dotenv(text), (values, []))
 
     def test_a_bad_line_of_dotenv_is_reported_by_its_number_only(self):
         fault = self.fault({}, "BASE_API_URL=http://host\n\nBASE_API_KEY sk-secret\n")
         self.assertEqual(fault, ".env line 3 is not NAME=value")
+        fault = self.fault({}, "BASE_API_URL='http://host'\nA='\n\n'\n\nBASE_API_KEY sk-secret")
+        self.assertEqual(fault, ".env line 6 is not NAME=value")
+
+    def test_a_guard_that_is_misspelt_in_dotenv_is_a_fault(self):
+        for name, meant in self.each("""
+                PROXY_API_KEY -> PROXY_API_KEYS
+                API_KEYS -> PROXY_API_KEYS
+                LIMIT -> LIMITS
+                CORS_ORIGIN -> CORS_ORIGINS"""):
+            fault = self.fault(HERE, name + "=x")
+            self.assertIn(".env: %s is not a setting: did you mean %s?" % (name, meant), fault)
 
     def test_an_upstream_is_made_of_the_settings_that_bear_its_name(self):
         self.assertEqual(read_config(HERE).upstreams, [])
@@ -1117,6 +1129,7 @@ class ConfigTest(TableCase):
  'upstream:opnai 5 usd per day' speaks of no upstream there is: base, openai
         UPSTREAM_OPENAI_KEY=k | BASE_API_URL= -> /openai/v1
         MAX_TOKEN=1 -> MAX_TOKEN is not a setting
+        PROXY_API_KEY=1 -> PROXY_API_KEY is not a setting: did you mean PROXY_API_KEYS? NOTHING
         BREAKER_SECOND=1 -> BREAKER_SECOND is not a setting
         UPSTREAM_OPENAI_MODLES=1 -> UPSTREAM_OPENAI_MODLES is not a setting
         UPSTREAM_MY-BOX_URL=1 -> UPSTREAM_MY-BOX_URL is not a setting
@@ -6354,16 +6367,20 @@ class CommandsTest(ProcessCase):
         ("", "caller,%s\nalice,2,20,2,4,0,1,0,0.5\nbob,2,20,2,4,0,0,1,0\n"),
         ("--by model --since 2d", "model,%s\nm1,2,20,2,4,0,0,1,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by outcome", "outcome,%s\nok,3,30,3,6,0,1,1,0.5\nrefused,1,10,1,2,0,0,0,0\n"),
-        ("--by upstream", "upstream,%s\n-,3,30,3,6,0,1,0,0.5\nbase,1,10,1,2,0,0,1,0\n"))
+        ("--by upstream", "upstream,%s\n-,3,30,3,6,0,1,0,0.5\nbase,1,10,1,2,0,0,1,0\n"),
+        ("--by model --caller alice", "model,%s\nm1,1,10,1,2,0,0,0,0.5\nm2,1,10,1,2,0,1,0,0\n"),
+        ("--by caller --by outcome --since 2d",
+         "caller,outcome,%s\nalice,ok,2,20,2,4,0,1,0,0.5\nbob,ok,1,10,1,2,0,0,1,0\n"),
+        ("--caller nobody", "caller,%s\n"))
     SUMS = "calls,input,cached,output,reasoning,estimated,unpriced,usd"
 
-    def ledger(self):
-        """Returns the path of a ledger with CALLS."""
+    def ledger(self, *more):
+        """Returns the path of a ledger with CALLS and more."""
         path = new_path(self, "books.db")
         database = llm_proxy.Database(path)
         usual = {"input": 10, "cached": 1, "output": 2, "reasoning": 0, "estimated": 0,
                  "unpriced": 0, "picodollars": 0, "outcome": "ok"}
-        for row in self.CALLS:
+        for row in self.CALLS + more:
             values = {**usual, **row, "time": time.time() + row.get("time", 0)}
             database.add([tuple(values.get(name) for name, _ in llm_proxy.COLUMNS)])
         database.connection.close()
@@ -6385,6 +6402,21 @@ class CommandsTest(ProcessCase):
         day = r"20\d\d-\d\d-\d\d"
         lines = r"\Aday +calls +input .*\n%s +3 +30 .*\n%s +1 +10 .*\n\Z"
         self.assertRegex(out, lines % (day, day))
+        _, out, _ = self.command("usage", "--caller", "nobody", DATABASE=path).finish()
+        self.assertEqual(out, "no calls yet\n")
+
+    def test_usage_tells_all_of_one_call(self):
+        path = self.ledger({"id": "one", "caller": "=cmd()", "model": "a\x1b[2Jb"})
+        usage = functools.partial(self.command, "usage", DATABASE=path)
+        _, out, _ = usage("--id", "one").finish()
+        for line in self.each((r"caller  +=cmd\(\)", r"model  +a\\x1b\[2Jb", "output  +2")):
+            self.assertRegex(out, "(?m)^%s$" % line)
+        _, out, _ = usage("--id", "one", "--json").finish()
+        self.assertEqual(json.loads(out)[0]["model"], "a\x1b[2Jb")
+        _, out, _ = usage("--id", "one", "--csv").finish()
+        self.assertIn(",'=cmd(),", out)
+        self.assertIn("a\\x1b[2Jb", out)
+        self.assertEqual(usage("--id", "two").finish(), (0, "no such call\n", ""))
 
     def test_what_is_wrong_with_settings_or_a_database_ends_with_few_lines(self):
         folder = new_path(self)
