@@ -278,6 +278,9 @@ read_tunnel = pattern("(?:http://)?(?:([!-.0-~]*)@)?" + HOST_SHAPE + "/?",
 field_name = pattern(
     "(?!(?i:%s)$)[A-Za-z0-9-]{1,64}" % HAS_OTHER_MEANING,
     "must be the name of a header field that means nothing else", lambda match: match[0].lower())
+header_globs = listed(pattern(
+    "[A-Za-z0-9*-]{1,64}", "must be names of header fields such as X-Trace-*, by commas",
+    lambda match: match[0].lower()))
 key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
     r"([^=]+?)\s*=\s*([1-9][0-9]{0,2})",
     "must be name=weight, separated by commas, each name once, weights from 1 to 999",
@@ -489,6 +492,8 @@ SETTING_ROWS = {
          "seconds until one call tries that address again"),
         ("UPSTREAM_RETRIES=0", number_between(0, 10),
          "how often to ask again after a 429 or 503 whose Retry-After is 5 s or less"),
+        ("PASS_HEADERS", header_globs,
+         "more header fields of callers to pass on, such as X-Trace-*, by commas"),
         ("UPSTREAM_CA_FILE", ca_file,
          "certificates (PEM) to check https upstreams against, instead of the system's"),
         ("UPSTREAM_TLS_VERIFY=on", one_of("on", "off"),
@@ -3894,12 +3899,20 @@ class FairQueue:
 # which upstreams a call may go to. They know no callers and no buckets.
 # --------------------------------------------------------------------------------------------------
 
-# The caller's secrets, what we write ourselves, and what would name the caller.
-NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
-    "api-key", "x-goog-api-key", "cookie", "cookie2", "host", "content-length", "expect",
-    "x-http-method", "x-http-method-override", "x-method-override", "forwarded", "via",
-    "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip",
-    "true-client-ip", "cf-connecting-ip"))
+# What of a caller's head goes upstream, by the beginnings of names; all else could name the caller,
+# choose another account beside our key, or mean something to a proxy on the way.
+UPSTREAM_FIELDS = re.compile("|".join((
+    "content-(type|encoding|language|disposition|range|md5|digest)", "digest", "range", "if-.*",
+    "accept(-.*)?", "user-agent", "cache-control", "prefer", "(x-)?idempotency-key",
+    "anthropic-.*", "openai-beta", "x-stainless-.*", "x-goog-api-client", "x-title",
+    "http-referer", "referer", "x-request-id", "x-client-request-id",
+    # tracing: W3C, B3, AWS, Jaeger, Sentry, Datadog, Google
+    "trace(parent|state)", "baggage", "b3", "x-b3-.*", "x-amzn-trace-id", "uber-trace-id",
+    "sentry-trace", "x-datadog-.*", "x-cloud-trace-context")))
+# ... and what belongs to the account of a caller whose own key goes up.
+ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
+# Whatever PASS_HEADERS says: the caller's key, and what is ours to write.
+NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, ("host", "content-length", "expect"))
 MAX_INTERIM_RESPONSES = 16  # 1xx, before the real one
 
 
@@ -5540,7 +5553,7 @@ class Proxy:
             return known[1]
         metered = call.endpoint is not None
         path, dialect = upstream.dialect.place(call.path, call.dialect, metered)
-        lines = request.end_to_end(self.fields_to_drop(request, metered))
+        lines = self.lines_to_pass(request, upstream, metered)
         if dialect is upstream.dialect and "anthropic-version" not in request:
             lines += dialect.VERSION_LINES
         if metered:  # what is metered must stay readable
@@ -5552,16 +5565,21 @@ class Proxy:
         request.cache[address] = call.path, head
         return head
 
-    def fields_to_drop(self, head, metered):
-        # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
-        dropped = [name for name in head.lines if "_" in name
-                   or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
-                   or name == self.callers.caller_header]
+    def lines_to_pass(self, request, upstream, metered):
+        """Returns the lines of a caller's head that go upstream. Names with "_" never do: CGI-like
+        upstreams take a_b for a-b."""
+        own_key = upstream.key == PASSTHROUGH
+        passed = self.config.pass_headers or ()
+        dropped = {self.callers.caller_header}
         if metered:
-            dropped += ["content-type", "accept-encoding"]
-        if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
-            dropped.append("x-request-id")
-        return NEVER_UPSTREAM.union(dropped)
+            dropped.update(("content-type", "accept-encoding"))
+        if not REQUEST_ID.fullmatch(request.get("x-request-id", "")):
+            dropped.add("x-request-id")
+        dropped.update(name for name in request.lines if "_" in name or not (
+            UPSTREAM_FIELDS.fullmatch(name)
+            or (own_key and ACCOUNT_FIELDS.fullmatch(name))
+            or any(fnmatch.fnmatchcase(name, glob) for glob in passed)))
+        return request.end_to_end(NEVER_UPSTREAM.union(dropped))
 
 
 def default_rule(config):

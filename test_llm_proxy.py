@@ -3825,15 +3825,26 @@ Keep-Alive: timeout=5
 TE: trailers
 Trailer: X
 Upgrade: h2c
+OpenAI-Organization: org-1
+OpenAI-Project: proj-1
+X-Goog-User-Project: p
+X-Conversation-Id: 1
+X-Original-URL: /admin
+Remote-User: root
+Cf-Access-Jwt-Assertion: hush
+X_Stainless_Lang: js
 Proxy-Connection: keep-alive""".splitlines()
 
 PASSED_FIELDS = """\
 Accept: text/event-stream
 User-Agent: test/1
 OpenAI-Beta: x
-X-Twice: a
-X-Twice: b
-X-Empty:
+X-Stainless-Lang: js
+Traceparent: 00-1-2-01
+If-None-Match: "1"
+X-Trace-Twice: a
+X-Trace-Twice: b
+X-Trace-Empty:
 Accept-Language: \xe4""".splitlines()
 
 ANSWER_FIELDS = """\
@@ -3972,7 +3983,7 @@ class UpstreamsTest(CallCase):
             self.assert_traffic(2, 2)
 
     def test_what_a_caller_sends_about_itself_and_its_connection_does_not_go_upstream(self):
-        self.start(BASE_API_KEY="sk-upstream")
+        self.start(BASE_API_KEY="sk-upstream", PASS_HEADERS="X-Trace-*, cookie2")
         for path in self.each((CHAT, "/v1/files")):
             self.ask(request("POST", path, chat(), *PRIVATE_FIELDS, *PASSED_FIELDS))
             asked = self.stub.requests[-1]
@@ -3984,6 +3995,12 @@ class UpstreamsTest(CallCase):
                                "host: 127.0.0.1:%d" % self.stub.port)
             for secret in (b"sk-caller", b"hush", b"10.1.2.3", b"proxy.test"):
                 self.assertNotIn(secret, asked.head)
+
+    def test_what_belongs_to_the_account_of_a_caller_goes_up_with_its_own_key(self):
+        self.start(BASE_API_KEY="passthrough", PASS_HEADERS="*")
+        self.ask(call("sk-caller", "OpenAI-Organization: org-1", "X-Api-Key:", "Cookie: a=b"))
+        self.assert_fields(self.stub.requests[-1], "authorization: Bearer sk-caller",
+                           "openai-organization: org-1", "cookie: a=b", "x-api-key")
 
     def test_without_a_key_of_our_own_no_credential_goes_upstream(self):
         self.start()
