@@ -974,6 +974,16 @@ CAUSES = {
     Malformed: "answer is not HTTP"}
 
 
+class KeyRefused(Refusal):
+    """The upstream does not take the operator's key, which its caller has nothing to do with."""
+    status = 502
+    kind = "upstream_error"
+    outcome = "upstream_status"
+    code = "upstream_refused_our_key"
+    cause = "status 401"
+    message = "The upstream refused the key of this proxy: its operator must look at it"
+
+
 class UpstreamTimeout(Refusal):
     status = 504
     kind = "timeout_error"
@@ -4260,6 +4270,7 @@ FAILING = (502, 503, 504, 529)  # statuses by which an address says that it cann
 
 class Upstream:
     """Where calls go: one name, one key, one or more addresses that can do the same."""
+    complain_at = 0.0  # monotonic seconds
 
     def __init__(self, config: UpstreamConfig, transport: TransportConfig, retries: int,
                  breaking: Tuple[int, float], limits: QueueLimits, clock: Any,
@@ -4324,6 +4335,16 @@ class Upstream:
             news = "failed %d times in a row, left alone for %g s" % (
                 breaker.failures, breaker.seconds)
         self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
+
+    def check_key(self, response: Response):
+        """Raises KeyRefused. The operator is told, once a minute."""
+        if response.status != 401 or self.key in (None, PASSTHROUGH):
+            return
+        now = self.clock.monotonic()
+        if now >= self.complain_at:
+            self.complain_at = now + 60
+            self.say("UPSTREAM %s REFUSES ITS KEY (status 401): nobody can call it" % self.name)
+        raise KeyRefused()
 
     def seconds_to_breaker(self) -> float:
         """Returns the seconds until an address may be asked; 0 or less: one may be now."""
@@ -4994,7 +5015,9 @@ CRLF = "\r\n"
 REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
     "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
-    "x-llm-estimated", "x-queue-ms"), map(str.lower, RATE_FIELDS))
+    "x-llm-estimated", "x-queue-ms"), map(str.lower, RATE_FIELDS), (  # or that name the account
+        "set-cookie", "set-cookie2", "openai-organization", "openai-project",
+        "anthropic-organization-id"))
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers",
     "max-age", "allow-private-network"))
@@ -5424,6 +5447,7 @@ class Proxy:
                                      upstream.name) as entry.hold:                  # admit
             try:
                 with await send(upstream, reply, call) as response:                 # forward
+                    upstream.check_key(response)
                     ending = await self.pass_on(response, reply, entry)
                 if reply.client.write_buffer:
                     await reply.drain()

@@ -3860,8 +3860,11 @@ Access-Control-Allow-Credentials: true
 X-RateLimit-Limit: 5
 X-Request-ID: theirs
 X-Other: passed
-Set-Cookie: a=1
-Set-Cookie: b=2
+X-Twice: a=1
+X-Twice: b=2
+Set-Cookie: session=1
+OpenAI-Organization: org-1
+Anthropic-Organization-Id: 1
 ETag: "x"
 Server: theirs/1
 Date: then"""
@@ -3879,7 +3882,10 @@ location: /v1/files/1?x
 access-control-allow-origin: *
 x-ratelimit-limit: 1000
 x-other: passed
-set-cookie: a=1, b=2
+x-twice: a=1, b=2
+set-cookie:
+openai-organization:
+anthropic-organization-id:
 etag: "x"
 server: theirs/1
 date: then
@@ -4308,6 +4314,18 @@ class BreakerTest(CallCase):
                 self.ask(call())
             expected = ("open", 2) if opens else ("closed", 3)
             self.assertEqual((self.base()["state"], self.stub.calls), expected)
+
+    def test_who_calls_is_not_to_blame_for_a_key_of_ours_that_the_upstream_refuses(self):
+        for key, status in self.each((("sk-hush", 502), (None, 401), ("passthrough", 401))):
+            self.start(says(b'{"error": "key hush"}', "401 No"), **{"BASE_API_KEY": key or ""})
+            for data in (call("sk-caller"), call("sk-caller"), request("GET", "/v1/models")):
+                answered = self.ask(data)
+                self.assertEqual((answered.status, self.left("sk-caller")), (status, 1000))
+            said = self.lines.text().count("UPSTREAM base REFUSES ITS KEY (status 401)")
+            self.assertEqual(said, status == 502)
+            if said:
+                self.assertEqual(answered.json()["error"]["code"], "upstream_refused_our_key")
+                self.assertNotIn(b"hush", answered.body + self.lines.data)
 
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
         self.start(None, READ_TIMEOUT="0.2", BREAKER_FAILURES=2)
@@ -7360,7 +7378,7 @@ class FaultsTest(EnduranceCase):
         case = asked.json().get("case") if b'"case"' in asked.body else None
         shown = (asked.get("authorization") or "").encode()
         if case == "echo":
-            asked.answer(b'{"error": "you sent %b"}' % shown, "401 Unauthorized")
+            asked.answer(b'{"error": "you sent %b"}' % shown, "403 Forbidden")
         elif case == "nonsense":
             self.say(asked, self.OK + b"X-Key %b\r\n\r\n%b" % (shown, asked.body), Asked.close)
         elif case == "cut":
