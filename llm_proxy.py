@@ -268,8 +268,8 @@ visible_ascii = pattern("[!-~]+", "must be visible ASCII without spaces")
 model_globs = listed(pattern(
     "[!-+.-~-]+", "must be models such as gpt-*, separated by commas, none empty"))
 web_origins = word_or({"*": ("*",), "off": ()}, listed(pattern(
-    r"[a-z][a-z0-9+.-]*://[!-+.-~]+",
-    "must be *, off, or origins such as https://chat.example.org separated by commas")))
+    r"local|[a-z][a-z0-9+.-]*://[!-+.-~]+", "must be *, off, or local and origins such as"
+    " https://chat.example.org or https://*.example.org, by commas")))
 cpu_number = word_or({"auto": -1, "off": None}, number_between(
     0, 9999, message="must be auto, off or the number of a CPU"))
 networks = listed(read_network)
@@ -552,7 +552,9 @@ SETTING_ROWS = {
          "field in which they name the caller, such as X-OpenWebUI-User-Id; they must set it"),
         ("DRAIN_SECONDS=30", seconds_between(0, 86400),
          "seconds that running calls have after a signal to stop"),
-        ("CORS_ORIGINS=*", web_origins, "web pages that may call: *, origins by commas, or off"),
+        ("CORS_ORIGINS", web_origins,
+         "web pages that may call: *, off, or origins and local (this network's, and extensions),"
+         " by commas; unset: local, and * where keys are asked for"),
     ),
     "What a caller may use": (
         ("MAX_TOKENS=10", bucket_tokens,
@@ -638,6 +640,18 @@ class Config(types.SimpleNamespace):
         base = UpstreamConfig("base", self.base_api_url, self.base_api_key, model=self.base_model,
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
+
+    @property
+    def web_origins(self) -> Sequence[str]:
+        """What CORS_ORIGINS holds, or stands for: where nobody needs a key, any page that somebody
+        here looks at could call."""
+        if self.cors_origins is not None:
+            return self.cors_origins
+        return ("*",) if self.asks_for_keys() else ("local",)
+
+    def asks_for_keys(self) -> bool:
+        return bool(self.proxy_api_keys) or any(
+            upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
 
     @property
     def scheme(self) -> str:
@@ -910,6 +924,13 @@ class Unauthorized(Refusal):
     code = "invalid_api_key"
     message = "Missing or invalid proxy API key"
     fields = {"WWW-Authenticate": "Bearer"}
+
+
+class ForeignOrigin(Refusal):
+    status = 403
+    kind = "permission_error"
+    code = "origin_not_allowed"
+    message = "Web pages of this origin may not call: CORS_ORIGINS names those that may"
 
 
 class RequestTimeout(Refusal):
@@ -1217,6 +1238,51 @@ class Callers:
             return Caller(("address", address), address)
         name = self.names and self.names[credential]
         return Caller(("key", credential), name, self.label_secret, name)
+
+
+class Origins:
+    """Says which web pages may call. A browser tells the page's origin with every POST, whatever
+    its page wants, so one that is opened here cannot spend in the name of who looks at it."""
+    # What no page of the web can have.
+    SCHEMES = frozenset(("chrome-extension", "moz-extension", "app", "tauri", "capacitor",
+                         "vscode-webview"))
+    SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
+
+    def __init__(self, allowed: Sequence[str], host_name: str):
+        """`allowed` as CORS_ORIGINS has it; `host_name` is what this machine calls itself."""
+        self.any = allowed == ("*",)
+        self.none = not allowed
+        self.local = "local" in allowed
+        self.host_name = host_name.lower()
+        globs = [re.escape(one).replace(r"\*", "[a-z0-9.-]+") for one in allowed if one != "local"]
+        self.shape = re.compile("|".join(globs) or "(?!)")
+        self.allows = functools.lru_cache(1000)(self.judge)
+
+    def judge(self, origin: str) -> bool:
+        return self.any or bool(self.shape.fullmatch(origin)) or (
+            self.local and self.is_local(origin.lower()))
+
+    def is_local(self, origin):
+        match = self.SHAPE.fullmatch(origin)
+        if not match or match[1] in self.SCHEMES:
+            return bool(match)
+        host = match[2].strip("[]")
+        if match[1] not in ("http", "https"):
+            return False
+        try:
+            ip = plain_ip(host)
+        except ValueError:
+            return "." not in host or host == self.host_name or (
+                host.endswith((".local", ".localhost")))
+        return not ip.is_global
+
+    def check(self, method: str, fields: Fields):
+        """Raises ForeignOrigin for a request that a page makes which may not. Reading is the
+        browser's to prevent."""
+        origin = fields.get("origin")
+        if origin is not None and method not in ("GET", "HEAD", "OPTIONS") and (
+                not self.allows(origin)):
+            raise ForeignOrigin()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5031,6 +5097,7 @@ class ReplyParts(NamedTuple):
     clock: Any
     dialects: Dialects
     budget: MemoryBudget
+    origins: Origins
 
 
 class Reply:
@@ -5259,8 +5326,8 @@ class Reply:
         head = response.head
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
-        cors = self.parts.config.cors_origins
-        lines = head.end_to_end(REPLACED_WITH_CORS if cors else REPLACED)
+        none = self.parts.origins.none
+        lines = head.end_to_end(REPLACED if none else REPLACED_WITH_CORS)
         redirects = [name for name in ("location", "content-location") if name in head]
         prefix = "/" + self.call.prefix if self.call.prefix else ""
         for name in redirects:
@@ -5384,13 +5451,14 @@ class Reply:
             "Connection: close\r\n\r\n" if self.close_after else "\r\n")).encode("latin-1")
 
     def cors_lines(self) -> str:
-        allowed = self.parts.config.cors_origins
-        if allowed == ("*",):
+        origins = self.parts.origins
+        if origins.any:
             return ANY_ORIGIN
-        if not allowed:
+        if origins.none:
             return ""
         origin = self.request and self.request.get("origin")
-        return (ONE_ORIGIN % origin if origin in allowed else "") + "Vary: Origin\r\n"
+        allowed = origin and origins.allows(origin)
+        return (ONE_ORIGIN % origin if allowed else "") + "Vary: Origin\r\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5748,7 +5816,7 @@ class Pages:
 
     async def preflight(self, request, reply):
         lines = []
-        if self.proxy.config.cors_origins:
+        if not reply.parts.origins.none:
             asked = request.get("access-control-request-headers", "Authorization, Content-Type")
             lines = ["Access-Control-Allow-Methods: " + self.CORS_METHODS,
                      "Access-Control-Allow-Headers: " + asked,
@@ -5973,6 +6041,8 @@ class ClientConnection:
             client.resume_reading()
         if request.method in ("TRACE", "TRACK", "CONNECT"):
             raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
+        if "origin" in request.lines:
+            self.server.parts.origins.check(request.method, request)
         page = self.server.pages.find(request)
         if page:
             await page(request, reply)
@@ -6103,7 +6173,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.pages = Pages(proxy)
         self.most = most
         memory = max(self.BODY_MEMORY, 8 * proxy.config.max_body_bytes)
-        self.parts = ReplyParts(proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory))
+        origins = Origins(proxy.config.web_origins, socket.gethostname())
+        self.parts = ReplyParts(
+            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), origins)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.open: Set[ClientConnection] = set()

@@ -995,7 +995,8 @@ class ConfigTest(TableCase):
         OPEN_TIMEOUT= -> 10.0
         READ_TIMEOUT= -> 600.0
         MAX_BODY_BYTES= -> 33554432
-        CORS_ORIGINS= -> ('*',)
+        CORS_ORIGINS= -> None
+        CORS_ORIGINS=local,https://*.example.org -> ('local', 'https://*.example.org')
         LOG_FORMAT= -> 'text'
         DRAIN_SECONDS= -> 30.0
         MAX_CONNECTIONS= -> 1024
@@ -3879,7 +3880,8 @@ upgrade:
 access-control-allow-credentials:
 connection:
 location: /v1/files/1?x
-access-control-allow-origin: *
+access-control-allow-origin:
+vary: Origin
 x-ratelimit-limit: 1000
 x-other: passed
 x-twice: a=1, b=2
@@ -5733,7 +5735,27 @@ https://one.example,https://b   https://one.example     https://one.example
 https://one.example,https://b   https://b               https://b
 https://one.example,https://b   https://evil.example    -
 https://one.example,https://b   -                       -
-off                             https://one.example     -""")
+https://*.example               https://a.b.example     https://a.b.example
+https://*.example               https://evil.test/.example  -
+local                           https://one.example     -
+local                           null                    -
+local                           http://localhost:3000   http://localhost:3000
+local                           http://192.168.1.7      http://192.168.1.7
+local                           http://100.64.1.7:80    http://100.64.1.7:80
+local                           http://8.8.8.8          -
+local                           http://[fe80::1]:1      http://[fe80::1]:1
+local                           http://[2606:4700::1]   -
+local                           https://gpu.local       https://gpu.local
+local                           https://gpu             https://gpu
+local                           https://gpu.local.evil.example  -
+local                           chrome-extension://abc  chrome-extension://abc
+local                           tauri://localhost       tauri://localhost
+local                           evil://localhost        -
+local,https://one.example       https://one.example     https://one.example
+-                               https://one.example     -
+-                               http://127.0.0.1:8080   http://127.0.0.1:8080
+off                             https://one.example     -
+off                             http://localhost        -""")
 
     def test_every_answer_tells_browsers_who_may_read_it(self):
         for setting, origin, allowed in self.each(self.ORIGINS):
@@ -5742,8 +5764,27 @@ off                             https://one.example     -""")
             for data in (call(), HEALTH, request("POST", CHAT, b"{")):
                 answered = self.ask(data.replace(b"\r\n", field, 1))
                 self.assert_fields(answered, "access-control-allow-origin: " + allowed)
-                if "," in setting:
+                if setting not in ("*", "off"):
                     self.assertIn("Origin", answered.get("vary"))
+            self.assertEqual(self.stub.calls, not origin or bool(allowed))
+
+    def test_a_page_that_may_not_call_is_told_so_before_its_body_is_read(self):
+        self.start(None)
+        for method, path in self.each((("POST", CHAT), ("PUT", "/x"), ("DELETE", "/v1/files/1"))):
+            client = self.connect().send(request(
+                method, path, b"", "Origin: http://gpu.evil.example:8899", "Expect: 100-continue",
+                host="gpu.evil.example:8899").replace(b"Length: 0", b"Length: 9"))
+            answered = client.read()
+            self.assertEqual(answered.status, 403)
+            self.assertIn("CORS_ORIGINS", answered.json()["error"]["message"])
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+    def test_where_keys_are_asked_for_any_page_may_call_with_one(self):
+        for settings in self.each(({"PROXY_API_KEYS": "sk-1"}, {"BASE_API_KEY": "passthrough"})):
+            self.start(**settings)
+            answered = self.ask(call("sk-1", "Origin: https://one.example"))
+            self.assertEqual(answered.status, 200)
+            self.assert_fields(answered, "access-control-allow-origin: *")
 
     def test_a_request_id_is_a_uuid_unless_the_caller_sent_one_which_alone_goes_upstream(self):
         self.start()
