@@ -675,6 +675,9 @@ class Config(types.SimpleNamespace):
             *(f"KEY_WEIGHTS speaks of '{name}', which no key in PROXY_API_KEYS is named"
               for name in self.key_weights or ()
               if name not in (self.proxy_api_keys or {}).values()),
+            *(f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16 characters:"
+              " it can be guessed" for key, name in (self.proxy_api_keys or {}).items()
+              if len(key) < 16),
             *self.doubts()]
 
     def doubts(self):
@@ -924,6 +927,17 @@ class Unauthorized(Refusal):
     code = "invalid_api_key"
     message = "Missing or invalid proxy API key"
     fields = {"WWW-Authenticate": "Bearer"}
+
+
+class TooManyGuesses(Refusal):
+    """Wrong keys from one address, which may be somebody who tries them all."""
+    status = 429
+    kind = "rate_limit_error"
+    code = "too_many_wrong_keys"
+    message = "Too many wrong keys came from this address, wait a minute"
+
+    def __init__(self, wait: float):
+        super().__init__(fields={"Retry-After": math.ceil(wait), "x-should-retry": "false"})
 
 
 class ForeignOrigin(Refusal):
@@ -1581,6 +1595,24 @@ class Limits:
                 ("{limit}", format_amount(rule, rule.rate[0])), ("{unit}", unit)):
             text = text.replace(word, str(value))
         return LimitReached(text, worst.wait, worst)
+
+
+class WrongKeys:
+    """Counts the wrong keys that come from each address. A right one always passes, because many
+    people may share an address."""
+    # All ten come back together, when the minute is over.
+    RULE = read_rule("address 10 requests per minute")._replace(refill=10, interval=60.0)
+
+    def __init__(self, clock: Any):
+        self.buckets = Buckets(clock)
+
+    def refusal(self, address: str) -> Refusal:
+        """Returns what to say of one more."""
+        level = self.buckets.level_after(self.RULE, (self.RULE.text, ("address", address)), 1)
+        if level.level < 0:
+            return TooManyGuesses(level.wait)
+        self.buckets.store([level])
+        return Unauthorized()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3609,31 +3641,39 @@ class Transfer:
 
 
 class MemoryBudget:
-    """Bytes for all bodies that are held at once. Small ones are not counted: there is one at most
-    for each connection."""
+    """Bytes for all bodies that are held at once, at most half of them for one owner. Small ones
+    are not counted: there is one at most for each connection."""
     SMALL = 65536
 
     def __init__(self, size: int):
         self.free = size
+        self.share = size // 2
+        self.held = collections.Counter()
 
-    def take(self, size: int):
+    def take(self, size: int, owner: Optional[CallerKey]):
         """Raises Overloaded where there is not so much."""
-        if size > self.free:
+        if size > min(self.free, self.share - self.held[owner]):
             raise Overloaded()
         self.free -= size
+        self.held[owner] += size
 
-    def give_back(self, size: int):
+    def give_back(self, size: int, owner: Optional[CallerKey]):
         self.free += size
+        self.held[owner] -= size
+        if not self.held[owner]:
+            del self.held[owner]
 
 
 class RequestBody:
-    """What a client sends after its head, carried or read whole. It has FREE_SECONDS, and more only
-    for what really arrives: a trickle does not keep it open. 100 Continue is sent when, and only
-    if, somebody wants to read."""
+    """What a client sends after its head, carried or read whole. It may fall behind
+    BYTES_PER_SECOND by FREE_SECONDS, and be silent for SILENT_SECONDS: neither a trickle keeps it
+    open nor what came long ago. 100 Continue is sent when, and only if, somebody wants to read."""
     FREE_SECONDS = 60
+    SILENT_SECONDS = 30
     BYTES_PER_SECOND = 16384
     FAILURES = {Transfer.MALFORMED: BrokenBody, Transfer.SILENT: RequestTimeout,
                 Transfer.BROKEN_OFF: CallerGone, Transfer.SLOW: TimeoutError}
+    owner: Optional[CallerKey] = None  # who has to answer for
     held = 0      # bytes of the budget
     received = 0  # bytes of payload
 
@@ -3646,7 +3686,8 @@ class RequestBody:
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
             raise UnsupportedExpectation()
-        self.started = client.loop.time()
+        self.came_at = client.loop.time()
+        self.behind_at = self.came_at + self.FREE_SECONDS
 
     @property
     def ended(self) -> bool:
@@ -3654,7 +3695,14 @@ class RequestBody:
 
     def due(self) -> float:
         """Returns when the next bytes must have come, in the loop's time."""
-        return self.started + self.FREE_SECONDS + self.received / self.BYTES_PER_SECOND
+        return min(self.behind_at, self.came_at + self.SILENT_SECONDS)
+
+    def count(self, size: int):
+        """So many more bytes came."""
+        self.came_at = self.client.loop.time()
+        self.received += size
+        self.behind_at = min(self.behind_at + size / self.BYTES_PER_SECOND,
+                             self.came_at + self.FREE_SECONDS)
 
     def invite(self):
         if self.continue_awaited:
@@ -3684,7 +3732,7 @@ class RequestBody:
             if self.received > most:
                 raise BodyTooLarge()
             if self.received > self.held + self.budget.SMALL:
-                self.budget.take(self.received - self.held)
+                self.budget.take(self.received - self.held, self.owner)
                 self.held = self.received
         return b"".join(pieces)
 
@@ -3694,7 +3742,7 @@ class RequestBody:
             _, payload = self.framing.feed(self.client.take_all())
         except Malformed:
             raise BrokenBody() from None
-        self.received += len(payload)
+        self.count(len(payload))
         if self.ended:
             self.client.read_buffer = self.framing.trailing
         return payload
@@ -3730,7 +3778,7 @@ class RequestBody:
     def release(self):
         """Nobody needs it any more."""
         if self.held:
-            self.budget.give_back(self.held)
+            self.budget.give_back(self.held, self.owner)
             self.held = 0
 
 
@@ -3764,7 +3812,7 @@ class Upload(Transfer):
 
     def on_data(self, data: bytes):
         super().on_data(data)
-        self.body.received = self.adapter.passed
+        self.body.count(self.adapter.passed - self.body.received)
 
     def due(self) -> float:
         return max(self.body.due(), self.target.wrote_at + self.GRACE_SECONDS)
@@ -3998,6 +4046,7 @@ class Response:
     after."""
     ticket: Optional[Ticket] = None  # the place of its call, which ends with it
     streamed = False                 # whether its body is a stream of events
+    bodiless = False                 # whether it has none by its nature, though some send one
     released = False
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
@@ -4009,6 +4058,7 @@ class Response:
         self.status = head.status
         self.reusable = request_was_sent and not head.close_after
         if method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
+            self.bodiless = True
             self.framing = Sized(0)
         elif head.length is not None:
             self.framing = Sized(head.length)
@@ -4035,7 +4085,7 @@ class Response:
         framing, stream = self.framing, self.stream
         unread = framing.trailing or stream.read_buffer
         if self.reusable and framing.ended and not unread and not stream.ended:
-            self.address.keep(stream, self.streamed)
+            self.address.keep(stream, self.streamed or self.bodiless)
         else:
             stream.close()
 
@@ -4139,7 +4189,9 @@ class Address:
     """One address of an upstream: its spare connections, and how it fared lately."""
     LOOPBACK_SECONDS = 0.001  # how long a connection to this machine may hold the loop
     SPARE_SECONDS = 3         # uvicorn, Node and llama.cpp close idle ones after 5
-    REUSE_DELAY = 0.05        # llama.cpp closes after a stream although it promised to keep alive
+    # llama.cpp closes after a stream although it promised to keep the connection, and others send
+    # the body of a HEAD, which would be taken for the next response.
+    REUSE_DELAY = 0.05
     MAX_UNRIPE = 16           # spare connections that are looked at and cannot be reused yet
     MAX_CONNECTING = 8        # connections that are opened at once, in helper threads
 
@@ -4237,8 +4289,9 @@ class Address:
         self.spares.extend(reversed(unripe))
         return stream
 
-    def keep(self, stream, streamed):
-        delay = self.REUSE_DELAY if streamed else 0
+    def keep(self, stream, in_doubt):
+        """Keep a connection; one that may yet say or do something is used again a little later."""
+        delay = self.REUSE_DELAY if in_doubt else 0
         self.spares.append((self.clock.monotonic() + delay, stream))
 
     def close_stale(self, everything: bool = False):
@@ -5147,6 +5200,7 @@ class Reply:
         """Returns the body of a metered call."""
         most = self.parts.config.max_body_bytes
         if self.content is None:
+            self.body.owner = self.entry.caller.key
             return await self.body.read(most, self.context)
         if len(self.content) > most:
             raise BodyTooLarge()
@@ -5481,6 +5535,7 @@ class Proxy:
         self.routes = routes
         self.books = books
         self.weights = config.key_weights or {}
+        self.wrong_keys = WrongKeys(clock)
 
     async def serve(self, request: Request, reply: Reply):
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses
@@ -5550,7 +5605,10 @@ class Proxy:
             callers = self.callers
             entry.address = callers.address(request, entry.peer)  # also of those who are refused
             credential = callers.credential(request, request.query)
-            caller = callers.identify(credential, entry.address)
+            try:
+                caller = callers.identify(credential, entry.address)
+            except Unauthorized:
+                raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
             cache["caller"] = callers.end_user(request, entry.peer, caller), entry.address
         entry.caller, entry.address = cache["caller"]
 
@@ -5828,7 +5886,9 @@ class Pages:
         proxy, entry = self.proxy, reply.entry
         try:
             proxy.identify(request, entry)
-        except Refusal:
+        except Refusal as refusal:
+            if "authorization" in request or "x-api-key" in request:
+                entry.outcome, entry.cause = refusal.outcome, refusal.code  # it may be guessing
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
         charges = self.usual_charges(entry)
@@ -6160,6 +6220,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
     allow_reuse_port = False
     HANDED_OVER = 4         # new connections that wait for the loop while more are accepted
+    UNSENT_BYTES = 65536    # that the system holds for a slow reader, on Linux
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
@@ -6224,12 +6285,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     def welcome(self, request, peer):
         self.handing_over.release()
-        address = address_of(peer)
-        full = (len(self.open) >= self.most
-                or self.by_address[address] >= self.most_of(peer, address))
+        # Whoever is on the link can have as many of its addresses as they like.
+        address = "fe80::" if peer.startswith("fe80:") else address_of(peer)
+        full = self.by_address[address] >= self.most_of(peer, address) or (
+            len(self.open) >= self.most and not self.end_an_idle_one())
         try:
             request.setblocking(False)
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # what was taken was sent, or nearly
+                request.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, self.UNSENT_BYTES)
             if self.tls:
                 if full:  # to tell it so would take a handshake
                     return request.close()
@@ -6247,6 +6312,18 @@ class Server(http.server.ThreadingHTTPServer):
         # The loop itself keeps only weak references to tasks.
         connection.task = self.loop.create_task(
             connection.converse(refusal), name="client %s" % peer)
+
+    def end_an_idle_one(self) -> bool:
+        """Make room: of the address with most connections, the one that has been idle longest
+        goes."""
+        by_address = self.by_address
+        idle = [one for one in self.open if one.idle and one.context.future]
+        if not idle:
+            return False
+        oldest = max(idle, key=lambda one: (by_address[one.address], -one.context.since))
+        oldest.context.end(QuietEnd())
+        self.release(oldest)
+        return True
 
     def most_of(self, peer, address):
         """Returns how many connections may come from there; a proxy that is trusted speaks for

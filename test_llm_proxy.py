@@ -247,8 +247,9 @@ def hang_up(sock):
 class Client:
     """A caller that sends exactly the bytes it is told to."""
 
-    def __init__(self, address, receive_buffer=None):
+    def __init__(self, address, receive_buffer=None, source="127.0.0.1"):
         self.sock = socket.socket()
+        self.sock.bind((source, 0))
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.sock.settimeout(PATIENCE)
@@ -1119,10 +1120,11 @@ class ConfigTest(TableCase):
 
     WARNINGS = """
         PROXY_API_KEYS= -> callers are not checked
+        PROXY_API_KEYS=alice=0123456789abcde -> the key alice in PROXY_API_KEYS has less than 16
         UPSTREAM_TLS_VERIFY=off -> (UPSTREAM_TLS_VERIFY=off)
         MAX_CALL_SECONDS=300 -> MAX_CALL_SECONDS ends calls before FIRST_BYTE_TIMEOUT
-        KEY_WEIGHTS=bob=2,alice=3 | PROXY_API_KEYS=alice=k -> KEY_WEIGHTS speaks of 'bob', which no\
- key in PROXY_API_KEYS is named
+        KEY_WEIGHTS=bob=2,alice=3 | PROXY_API_KEYS=alice=sk-0123456789abc -> KEY_WEIGHTS speaks of\
+ 'bob', which no key in PROXY_API_KEYS is named
         CALLER_HEADER=X-User -> CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset
         TOKEN_COST_MODE=estimate -> RESPONSE_TOKEN_RESERVE 256 is above MAX_TOKENS 10
         REQUEST_TOKEN_COST=11 -> REQUEST_TOKEN_COST 11 is above MAX_TOKENS 10
@@ -1150,7 +1152,7 @@ class ConfigTest(TableCase):
             self.assertIn(said, config.warnings())
 
     NO_WARNINGS = """
-        PROXY_API_KEYS=sk-1
+        PROXY_API_KEYS=sk-0123456789abcdef
         MAX_CALL_SECONDS=300 | FIRST_BYTE_TIMEOUT=100
         TOKEN_COST_MODE=estimate | MAX_TOKENS=256
         PATH=1 | HOSTNAME=1 | HTTP_PROXY=1 | http_proxy=1 | OLDPWD=1 | LOGNAME=1 | TOKENS=1
@@ -1158,7 +1160,7 @@ class ConfigTest(TableCase):
         """
 
     def warnings(self, settings, dotenv=""):
-        settings = {**HERE, "PROXY_API_KEYS": "sk-1", **settings_of(settings)}
+        settings = {**HERE, "PROXY_API_KEYS": "sk-0123456789abcdef", **settings_of(settings)}
         return read_config(settings, dotenv).warnings()
 
     def test_what_would_come_to_nothing_or_is_unsafe_has_one_warning(self):
@@ -1311,7 +1313,25 @@ class CallersTest(ProxyCase):
         self.ask(call("127.0.0.1"))
         self.assertEqual((self.left(), self.left("127.0.0.1")), (4, 4))
 
+    def test_who_tries_many_keys_has_to_wait_but_a_right_one_always_passes(self):
+        clock = Clock()
+        self.start(clock=clock, PROXY_API_KEYS="alice=sk-1")
+        for seconds, statuses in self.each(((0, "401 429"), (59, "429 429"), (1, "401 429"))):
+            clock.now += seconds
+            found = [self.ask(call("sk-x%d" % number)) for number in range(11)]
+            told = " ".join(str(one.status) for one in (found[0], found[10]))
+            self.assertEqual(told, statuses)
+            if statuses != "429 429":
+                self.assertEqual(found[10].get("retry-after"), "60")
+                self.assertEqual(found[10].get("x-should-retry"), "false")
+            self.assertEqual(self.ask(call("sk-1")).status, 200)
+            self.assertEqual(self.ask(call()).status, 401)
+            self.assertEqual(self.ask(request("GET", "/health", key="sk-x")).status, 200)
+        outcomes = [row for row in self.lines.text().splitlines() if '"path": "/health"' in row]
+        self.assertIn('"outcome": "refused"', outcomes[-1])
+
     def test_an_unknown_key_is_refused_on_every_path_but_health_and_preflights(self):
+        self.patch_seconds(WrongKeys_RULE=llm_proxy.read_rule("address 99 requests per minute"))
         self.start(PROXY_API_KEYS="alice=sk-1", BASE_MODEL="m")
         paths = """POST /v1/chat/completions, POST /v1/completions, GET /v1/models, HEAD /v1/models,
             POST /v1/files, GET /, GET //health, DELETE /v1/files/1, GET /health/, POST /health"""
@@ -3975,6 +3995,19 @@ class UpstreamsTest(CallCase):
         self.ask(call())
         self.assert_traffic(2, 1)
 
+    def test_after_an_answer_that_has_no_body_a_connection_must_have_been_silent_for_a_while(self):
+        """Some upstreams send one all the same."""
+        for method, status in self.each((("HEAD", "200 x"), ("GET", "204 x"), ("GET", "304 x"))):
+            self.start(None)
+            client, asked = self.ask_stub(request(method, "/v1/files/1"))
+            asked.send(b"HTTP/1.1 %b\r\nETag: 1\r\n\r\n" % status.encode())
+            self.assertEqual(client.read(method).status, int(status[:3]))
+            asked.send(answer(b"of another"))
+            client.send(call())
+            self.stub.next().answer(b"mine")
+            self.assertEqual(client.read().body, b"mine")
+            self.assert_traffic(2, 2)
+
     def test_a_connection_that_was_closed_or_spoke_while_idle_is_not_used_again(self):
         for late in self.each((b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")):
             self.start(None)
@@ -5990,18 +6023,37 @@ class ClientConnectionTest(ServerCase):
     def test_all_bodies_together_have_no_more_than_their_room(self):
         self.patch_seconds(Server_BODY_MEMORY=0)  # which is never less than eight bodies
         self.start(None, MAX_BODY_BYTES=70000)
-        large = call(user="x" * 69000)
-        held = [self.ask_stub(large) for _ in range(8)]
-        answered = self.ask(large)
-        self.assertEqual((answered.status, answered.error()["type"]), (503, "server_error"))
+        large = functools.partial(call, user="x" * 69000)
+        held = [self.ask_stub(large("a")) for _ in range(4)]
+        for key in self.each(("a", "c")):  # no caller has more than half of it
+            if key == "c":
+                held += [self.ask_stub(large("b")) for _ in range(4)]
+            answered = self.ask(large(key))
+            self.assertEqual((answered.status, answered.error()["type"]), (503, "server_error"))
         for client, asked in [self.ask_stub(call()), *held]:
             asked.answer()
             self.assertEqual(client.read().status, 200)
-        self.connect().send(large[:69000]).reset()
+        self.connect().send(large("a")[:69000]).reset()
         wait_for(lambda: "caller_gone" in {entry["outcome"] for entry in self.lines.entries()})
-        for client, asked in [self.ask_stub(large) for _ in range(8)]:  # all was given back
+        for client, asked in [self.ask_stub(large(key)) for key in "aaaabbbb"]:  # all is there
             asked.answer()
             self.assertEqual(client.read().status, 200)
+        wait_for(lambda: self.server.parts.budget.held == {}, "the return of it all")
+
+    def test_a_body_is_given_up_when_it_is_silent_or_slow_in_its_last_minute(self):
+        much, pace = 1 << 20, 16384
+        for steps, taken in self.each((
+                ([(0, much), (29, 1), (30, 0)], False),
+                ([(0, much), (29, 1), (29, 1), (3, 0)], False),
+                ([(0, 1), *[(20, 20 * pace)] * 9, (20, 0)], True))):
+            clock = Clock()
+            self.start(clock=clock)
+            total = sum(size for _, size in steps) + (not taken)
+            client = self.connect().send(request("POST", CHAT, b"x" * total)[:-total])
+            for seconds, size in steps:
+                clock.now += seconds
+                self.send_apart(client, b"x" * size)
+            self.assertEqual(client.read().status, 400 if taken else 408)
 
     def test_a_continue_comes_once_and_only_when_the_body_is_wanted(self):
         self.start()
@@ -6057,6 +6109,7 @@ class ClientConnectionTest(ServerCase):
 
     def test_an_early_answer_can_be_read_every_time(self):
         """3 MB of the body are on their way when the 401 is sent: closing at once would reset."""
+        self.patch_seconds(WrongKeys_RULE=llm_proxy.read_rule("address 99 requests per minute"))
         self.start(PROXY_API_KEYS="sk-1")
         data = request("POST", CHAT, b"x" * 3000000, key="sk-2")
         for _ in self.each(range(20)):
@@ -6172,16 +6225,28 @@ class ClientConnectionTest(ServerCase):
 
 class ServerTest(ServerCase):
     def test_connections_beyond_the_cap_get_a_503_and_room_is_made_again(self):
-        self.start(MAX_CONNECTIONS=2)
-        first, second = self.connect(), self.connect()
-        for client in (first, second):
-            self.assertEqual(client.exchange(call()).status, 200)
+        self.start(None, MAX_CONNECTIONS=2)
+        (first, asked), (second, _) = [self.ask_stub(call()) for _ in range(2)]
         answered = self.assert_last_answer(self.connect().send(call()), 503)
         self.assertEqual(answered.error()["type"], "server_error")
         self.assertEqual(self.stub.calls, 2)
-        self.assertEqual(second.exchange(call()).status, 200)
+        asked.answer()
+        self.assertEqual(first.read().status, 200)
         first.close()
+        self.stub.answer = says()
         wait_for(lambda: self.ask(call()).status == 200, "room for another")
+        second.reset()
+
+    def test_where_no_connection_is_left_the_longest_idle_one_of_who_has_most_goes(self):
+        self.start(MAX_CONNECTIONS=4)
+        clients = []
+        for source in ("127.0.0.2",) + 5 * ("127.0.0.1",):
+            clients.append(self.connect(source=source))
+            self.assertEqual(clients[-1].exchange(call()).status, 200)
+        few, first, second, *others = clients
+        self.assertEqual([first.ending(), second.ending()], ["closed", "closed"])
+        for client in (few, *others):
+            self.assertEqual(client.exchange(call()).status, 200)
 
     def test_one_address_has_a_cap_of_its_own_unless_it_speaks_for_others(self):
         two = {"MAX_CONNECTIONS_PER_ADDRESS": 2}
