@@ -942,7 +942,6 @@ class TooManyGuesses(Refusal):
 
 class ForeignOrigin(Refusal):
     status = 403
-    kind = "permission_error"
     code = "origin_not_allowed"
     message = "Web pages of this origin may not call: CORS_ORIGINS names those that may"
 
@@ -3204,6 +3203,11 @@ class Context:
         finally:
             self.future = None
 
+    async def sleep(self, seconds: float, what: str):
+        """Let time pass."""
+        with contextlib.suppress(TimeoutError):
+            await self.wait(self.loop.create_future(), seconds, what)
+
     def set_timer(self):
         if self.timer:
             self.timer.cancel()
@@ -4492,8 +4496,7 @@ class Upstream:
                 return response
             with response:
                 pass  # it is left unread
-            with contextlib.suppress(TimeoutError):
-                await context.wait(context.loop.create_future(), int(patience), "Retry-After")
+            await context.sleep(int(patience), "Retry-After")
         return await self.send_once(method, head, body, context)
 
     async def send_once(self, method: str, head: Callable[[Address], bytes],
@@ -5078,10 +5081,44 @@ class Ledger(Writer):
         super().close(wait)
 
 
+class RefusalSums:
+    """Of the refusals without a known caller that come in one second, SHOWN are written down like
+    any call; of the others a line says how many: nobody can fill a disk by being refused."""
+    SHOWN = 10
+    LINE = "%d more were refused without a known caller: %s"
+
+    def __init__(self, log: Log):
+        self.log = log
+        self.until = -math.inf  # monotonic seconds
+        self.shown = 0
+        self.counts = collections.Counter()  # by status and address
+
+    def counts_only(self, entry: Entry) -> bool:
+        """Returns whether it is counted here, and written down nowhere else."""
+        if entry.caller is not None or entry.outcome != "refused":
+            return False
+        if entry.ended >= self.until:
+            self.report()
+            self.until = entry.ended + 1
+            self.shown = 0
+        if self.shown < self.SHOWN:
+            self.shown += 1
+            return False
+        self.counts["%d %s" % (entry.status, entry.address)] += 1
+        return True
+
+    def report(self):
+        if self.counts:
+            worst = ["%s x%d" % row for row in self.counts.most_common(5)]
+            self.log.say(self.LINE % (sum(self.counts.values()), ", ".join(worst)))
+            self.counts.clear()
+
+
 class Books:
     """The log, the ledger and the usage log; each has a thread, so that none waits for another."""
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
+        self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
@@ -5097,6 +5134,8 @@ class Books:
         return self.ledger is not None and self.ledger.is_full()
 
     def record(self, entry: Entry):
+        if self.refusals.counts_only(entry):
+            return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
         if entry.method and (entry.call or entry.outcome != "ok"):
@@ -5107,10 +5146,12 @@ class Books:
 
     def save(self, levels: Levels):
         """Hands the levels of buckets to the ledger; to be called every Ledger.SAVE_SECONDS."""
+        self.refusals.report()
         if self.ledger:
             self.ledger.save(levels)
 
     def close(self, wait: float):
+        self.refusals.report()
         for part in filter(None, (self.ledger, self.usage_log, self.log)):
             part.close(wait)
 
@@ -6014,8 +6055,11 @@ class ClientConnection:
             else:
                 await self.converse_or_refuse()
             await self.say_goodbye()
-        except (QuietEnd, CallerGone, OSError):
+        except (QuietEnd, CallerGone):
             pass
+        except OSError as failure:
+            if isinstance(failure, ssl.SSLError) and not self.served:
+                self.record_tls_failure(failure)
         except Exception:
             self.proxy.books.log.report()
         finally:
@@ -6024,9 +6068,19 @@ class ClientConnection:
             self.context.close()
             self.server.forget(self)
 
+    def record_tls_failure(self, failure):
+        """A client that does not trust our certificate says so at the latest when it should ask."""
+        entry = Entry(self.address, self.peer)
+        entry.outcome = "refused"
+        entry.cause = "TLS failed: %s" % (failure.reason or "cut").lower().replace("_", " ")
+        self.proxy.books.record(entry.close(self.proxy.clock))
+
     async def converse_or_refuse(self):
         try:
             if self.client.encrypted:
+                seconds = self.server.handshakes.seconds_to_turn(self.address)
+                if seconds > 0 and not self.proxy.callers.trusts(self.peer):
+                    await self.context.sleep(seconds, "its turn for a TLS handshake")
                 await self.client.handshake(self.context, self.HEAD_SECONDS)
         except ssl.SSLError as failure:
             if failure.reason != "HTTP_REQUEST":
@@ -6214,6 +6268,26 @@ class LoopWatch:
                 self.culprit = " by %s, line %d" % (frame.f_code.co_name, frame.f_lineno)
 
 
+class Handshakes:
+    """Gives each address PER_SECOND turns for a TLS handshake, which is dear; who comes sooner
+    waits. The first ones may come at once."""
+    PER_SECOND = 20
+    MAX_KNOWN = 4096
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.next = collections.OrderedDict()  # address -> when its next turn is, oldest first
+
+    def seconds_to_turn(self, address: str) -> float:
+        """Takes a turn; returns the time to it, 0 or less: now."""
+        now = self.loop.time()
+        turn = max(now - 1, self.next.pop(address, 0))
+        self.next[address] = turn + 1 / self.PER_SECOND
+        if len(self.next) > self.MAX_KNOWN:
+            self.next.popitem(last=False)
+        return turn - now
+
+
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
@@ -6239,6 +6313,7 @@ class Server(http.server.ThreadingHTTPServer):
             proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), origins)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
+        self.handshakes = Handshakes(self.loop)
         self.open: Set[ClientConnection] = set()
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
@@ -6360,9 +6435,8 @@ class Server(http.server.ThreadingHTTPServer):
         proxy = self.proxy
         self.sweep_timer = self.loop.call_later(Ledger.SAVE_SECONDS, self.sweep)
         proxy.routes.close_stale()
-        if proxy.books.ledger:
-            wall = proxy.clock.time_ns() / 1e9
-            proxy.books.save(proxy.limits.buckets.snapshot(wall))
+        wall = proxy.clock.time_ns() / 1e9
+        proxy.books.save(proxy.limits.buckets.snapshot(wall))
 
     def reload(self):
         """Read the certificates again; connections that are open keep theirs. Raises OSError,

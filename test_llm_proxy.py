@@ -2797,6 +2797,7 @@ class HeadTest(ProxyCase):
             self.assertLess(self.ask(data).status, 300)
 
     def test_everything_else_is_refused_and_ends_the_connection(self):
+        self.patch_seconds(RefusalSums_SHOWN=999)
         self.start()
         heads = self.REFUSED_TOO + [USUAL + field for field in self.REFUSED_FIELDS]
         heads += [POST + "Host: x | Content-Length: " + text for text in self.REFUSED_LENGTHS]
@@ -4878,6 +4879,20 @@ queue_ms      None"""))
         found = len(self.rows(self.path)), len(self.lines.entries()), self.stub.calls
         self.assertEqual(found, (5, 7, 2))
 
+    def test_refusals_without_a_known_caller_are_summed_up(self):
+        clock = Clock()
+        self.start(clock=clock, PROXY_API_KEYS="alice=sk-1")
+        for number in range(100):
+            self.assertEqual(self.ask(call(None if number % 4 else "sk-x")).status,
+                             401 if number % 4 or number < 40 else 429)
+        self.ask(call("sk-1"))
+        clock.now += 1
+        self.ask(b"nonsense\r\n\r\n")
+        wait_for(lambda: len(self.lines.entries()) == 12, "the lines")
+        self.assertEqual(len(self.wait_for_rows(11)), 11)  # the last had no head
+        line = "90 more were refused without a known caller: 401 127.0.0.1 x75, 429 127.0.0.1 x15"
+        self.assertIn(line, self.lines.text())
+
     def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
         models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"',
                   "x" * 256, "", "-", "\u2028", "\x7f\x9b")
@@ -6319,6 +6334,26 @@ class ServerTest(ServerCase):
 
 class TlsTest(ServerCase):
     """Callers that come by TLS. FaultsTest has those that leave."""
+
+    def test_an_address_has_20_handshakes_a_second_and_then_waits(self):
+        clock = Clock()
+        self.start_tls(clock=clock)
+        clients = [self.connect() for _ in range(23)]
+        wait_for(lambda: len(self.server.open) == 23, "the connections")
+        waiting = functools.partial(lambda: sorted(
+            round(one.context.deadline - clock.now, 2) for one in self.server.open
+            if one.context.what == "its turn for a TLS handshake"))
+        self.assertEqual(wait_for(waiting, "who waits"), [0.05, 0.1])
+        clock.now += 0.06
+        self.assertEqual(wait_for(lambda: waiting()[1:] == [] and waiting(), "a turn"), [0.04])
+        self.assertEqual(len(clients), 23)
+
+    def test_a_client_that_does_not_trust_us_has_a_line(self):
+        self.start_tls()
+        with self.assertRaises(ssl.SSLError):
+            self.connect_tls(ssl.create_default_context()).exchange(call())
+        entry = self.entry()
+        self.assertRegex(entry["cause"], "^TLS failed: .*unknown ca")
 
     def test_calls_streams_and_uploads_go_as_without_it(self):
         self.start_tls()
