@@ -1157,7 +1157,7 @@ class Caller:
         self.key = key
         self.name = name
         self.key_name = key_name
-        self.label = name or "key:%08x" % (hash(secret + key[1]) & 0xffffffff)
+        self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
 
     def __repr__(self):
         return f"<Caller {self.label}>"
@@ -1467,6 +1467,10 @@ class Buckets:
                 for key, (level, refilled, rule) in self.levels.items()
                 if self.level_after(rule, key).level < rule.capacity}
 
+    def raw_levels(self, keyed_rules: KeyedRules) -> List[Tuple[BucketKey, int, float]]:
+        """Returns (key, level, monotonic time of the last refill) of those that are not full."""
+        return [(key, *self.levels[key][:2]) for _, key in keyed_rules if key in self.levels]
+
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
         self.levels[key] = level, self.clock.monotonic() - max(0, since), rule
@@ -1563,6 +1567,39 @@ class Limits:
                 whose = [owners[kind] for kind in owners if kind in globs]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
         return [pair for pair in families.values() if pair[0].capacity is not None]
+
+    def restore(self, saved: Dict[BucketKey, Tuple[int, float]], wall: float) -> int:
+        """Puts back the buckets that were saved, with the refill of the time in between. One whose
+        rule was changed keeps its share: it is as full, of the new, as it would be of the old.
+        Returns how many were saved in the future."""
+        kept = {rule.text: rule for rule in self.rules if rule.capacity is not None}
+        successors = self.successors({key[0] for key in saved} - kept.keys())
+        for key, (level, since) in saved.items():
+            if key[0] in kept:
+                self.buckets.restore(kept[key[0]], key, level, wall - since)
+            elif key[0] in successors:
+                old, new = successors[key[0]]
+                steps = int(max(0, wall - since) / old.interval)
+                level = min(old.capacity, level + steps * old.refill)
+                self.buckets.restore(
+                    new, (new.text, *key[1:]), level * new.capacity // old.capacity, 0)
+        return sum([since > wall + 60 for _, since in saved.values()])
+
+    def successors(self, texts):
+        """Returns {text of a rule that is no more: (that rule, the one that came in its place)}:
+        the one of the same scopes and unit, of the same duration if there is one."""
+        found = {}
+        for text in texts:
+            try:
+                old = read_rule(text)
+            except ValueError:
+                continue
+            new = [rule for rule in self.rules if rule.capacity is not None
+                   and rule.scopes == old.scopes and rule.text.split(" ")[2] == text.split(" ")[2]]
+            new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+            if new and old.capacity is not None:
+                found[text] = old, new[0]
+        return found
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base") -> Hold:
@@ -4694,6 +4731,7 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
+    levels = ()         # of its buckets, for the ledger
 
     def __init__(self, address: str, peer: str):
         """`peer` is where the connection comes from, `address` who that stands for."""
@@ -4793,11 +4831,8 @@ class Writer:
     def __repr__(self) -> str:
         return "<%s: %d queued, %d dropped>" % (self.thread.name, len(self.queue), self.dropped)
 
-    def is_full(self) -> bool:
-        return len(self.queue) >= self.ROOM
-
     def record(self, item: Union[str, Entry]):
-        if self.is_full():
+        if len(self.queue) >= self.ROOM:
             self.dropped += 1
         else:
             self.queue.append(item)
@@ -4887,17 +4922,28 @@ class DatabaseFault(Exception):
 class Unwritable(DatabaseFault):
     """The file or its folder cannot be read or written."""
 
+    def __init__(self, path: str, failure: Exception):
+        super().__init__("DATABASE must be a file that can be written, or off (got '%s': %s)" % (
+            path, getattr(failure, "strerror", None) or failure))
+
+
+class InUse(DatabaseFault):
+    """Another process has it, now or for all its life; a later try may do."""
+
 
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
+    WAIT_SECONDS = 5            # for another process that writes
     ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
-        PRIMARY KEY (rule, subject))""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        PRIMARY KEY (rule, subject));
+        CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB)""" % (
+            APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -4919,10 +4965,23 @@ class Database:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it tells who called what
                 self.connection = self.connect("rw")
                 self.prepare()
+                self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
-            raise Unwritable(
-                "DATABASE must be a file that can be written, or off (got '%s': %s)"
-                % (path, getattr(failure, "strerror", None) or failure)) from None
+            if "locked" in str(failure):
+                raise InUse("DATABASE %s is locked by another process" % path) from None
+            raise Unwritable(path, failure) from None
+
+    def file_identity(self):
+        """Returns what tells this file from another one of its name; None without one."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def is_gone(self) -> bool:
+        """Tells whether the file was deleted or replaced."""
+        return self.file_identity() != self.identity
 
     def connect(self, mode):
         path = os.path.abspath(self.path)
@@ -4930,7 +4989,7 @@ class Database:
             mode = "ro&immutable=1"  # nobody writes it now, and the folder may be one to read only
         connection = sqlite3.connect(
             "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
-            uri=True, isolation_level=None, check_same_thread=False)
+            timeout=self.WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
         connection.text_factory = lambda text: text.decode("utf-8", "replace")
         return connection
 
@@ -4998,6 +5057,13 @@ class Database:
                 found[(rule, *whose)] = int(level), float(since)
         return found
 
+    def secret(self) -> bytes:
+        """Returns a random secret of this file's own."""
+        execute = self.connection.execute
+        execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (os.urandom(32),))
+        (found,), = execute("SELECT value FROM facts WHERE name = 'secret'").fetchall()
+        return bytes(found)
+
     def forget(self, before, most):
         """Removes up to `most` calls from before a wall-clock time; returns how many."""
         return self.connection.execute(
@@ -5005,43 +5071,77 @@ class Database:
             (before, most)).rowcount
 
 
+def lock_for_service(path: str) -> Optional[BinaryIO]:
+    """Returns a file that is locked while it stays open, so that one service alone writes the
+    levels of a database; commands may read it. Raises DatabaseFault. Windows has no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        file = open(path + ".lock", "ab")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()
+        raise InUse("DATABASE %s is used by another llm_proxy that runs" % path) from None
+    except OSError as failure:
+        raise Unwritable(path, failure) from None
+
+
 class Ledger(Writer):
-    """One row per call, and the levels of the buckets."""
+    """One row per call, and the levels of the buckets, in a database that may go and come back."""
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
-    forget_at = 0.0       # monotonic seconds
+    REOPEN_SECONDS = 60
+    forget_at = 0.0       # monotonic seconds, as are the others
     complain_at = 0.0
+    reopen_at = 0.0
+    snapshot_at = 0.0
 
-    def __init__(self, database: Database, limits: Limits, clock: Any, days: int, log: Log):
+    def __init__(self, database: Optional[Database], path: str, limits: Limits, clock: Any,
+                 days: int, log: Log):
+        """Without a database one is looked for at `path` once in a while."""
         super().__init__("ledger")
         self.database = database
+        self.path = path
         self.limits = limits
         self.clock = clock
         self.days = days
         self.log = log
-        # Buckets are as they were, with the refill of the time in between. Levels of rules that
-        # are no more go with the first `save`.
-        self.saved = self.levels = database.levels()
-        kept = {rule.text: rule for rule in limits.rules if rule.capacity is not None}
-        now = clock.time_ns() / 1e9
-        for key, (level, since) in self.saved.items():
-            if key[0] in kept:
-                limits.buckets.restore(kept[key[0]], key, level, now - since)
+        # Buckets are as they were. Levels of rules that are no more go with the first `save`.
+        self.saved = self.levels = database.levels() if database else {}
+        ahead = limits.restore(self.saved, clock.time_ns() / 1e9)
+        if ahead:
+            log.say("%d buckets were saved by a clock that was ahead: they are taken as of now"
+                    % ahead)
+        if database is None:
+            self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
+
+    def record(self, entry: Entry):
+        """Takes the levels of its buckets along: what a call took is not lost with the process."""
+        if entry.hold:
+            entry.levels = self.limits.buckets.raw_levels(entry.hold.keyed_rules)
+        super().record(entry)
 
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
         what changed, and deletes what is gone."""
+        self.snapshot_at = self.clock.monotonic()
         self.levels = levels
 
     def run(self):
         super().run()
-        self.database.connection.close()
+        if self.database:
+            self.database.connection.close()
 
     def write_queued(self):
         """Writes what is there. What cannot be written stays in the queue until that is full."""
         now = self.clock.monotonic()
         batch = list(self.queue.copy())  # a copy: the queue may grow meanwhile
         try:
+            if not self.is_open(now):
+                return
             self.write(batch, now)
         except sqlite3.Error as failure:
             if now >= self.complain_at:
@@ -5053,9 +5153,37 @@ class Ledger(Writer):
         for _ in batch:
             self.queue.popleft()
 
+    def is_open(self, now):
+        """Opens the file again, or a new one, where it was deleted or replaced, or could not be
+        written at the start."""
+        if self.database and self.database.is_gone():
+            self.log.say("DATABASE was deleted or replaced: a new one is begun")
+            self.database.connection.close()
+            self.database = None
+        if self.database is None and now >= self.reopen_at:
+            self.reopen_at = now + self.REOPEN_SECONDS
+            try:
+                self.database = Database(self.path)
+                self.saved = {}
+                self.log.say("calls and buckets are kept in %s" % self.path)
+            except DatabaseFault as fault:
+                self.log.say("calls and buckets are kept in memory only: %s" % fault)
+        return self.database is not None
+
+    def recent_levels(self, entries):
+        """Returns the levels as they were saved last, but for buckets of calls that ended since."""
+        recent = {}
+        offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
+        for entry in entries:
+            if entry.ended >= self.snapshot_at:
+                for key, level, refilled in entry.levels:
+                    recent[key] = level, refilled + offset
+        return {**self.levels, **recent} if recent else self.levels
+
     def write(self, entries, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
-        levels = self.levels
+        snapshot = self.levels
+        levels = self.recent_levels(entries)
         saved = self.saved
         if not entries and levels is saved and now < self.forget_at:
             return
@@ -5070,10 +5198,15 @@ class Ledger(Writer):
             self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
             if now >= self.forget_at:
-                before = self.clock.time_ns() / 1e9 - self.days * 86400
-                if self.database.forget(before, 1000) < 1000:
-                    self.forget_at = now + self.FORGET_SECONDS
+                self.forget_old(now)
         self.saved = levels
+        if self.levels is snapshot:  # no newer one came meanwhile
+            self.levels = levels
+
+    def forget_old(self, now):
+        before = self.clock.time_ns() / 1e9 - self.days * 86400
+        if self.database.forget(before, 1000) < 1000:
+            self.forget_at = now + self.FORGET_SECONDS
 
     def close(self, wait: float):
         """Writes what is queued, and the levels as they are now."""
@@ -5128,10 +5261,6 @@ class Books:
         two must not write the same levels."""
         if self.ledger:
             self.ledger.thread.start()
-
-    def is_full(self) -> bool:
-        """Tells whether `record` would drop a row."""
-        return self.ledger is not None and self.ledger.is_full()
 
     def record(self, entry: Entry):
         if self.refusals.counts_only(entry):
@@ -5807,14 +5936,21 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     request_cost = 1 if config.limits else config.request_token_cost
     estimator = CostEstimator(prices, request_cost, config.response_token_reserve,
                               config.image_tokens, limits.units())
-    ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
-    usage_log = UsageLog(config.usage_log) if config.usage_log else None
-    callers = Callers(config.proxy_api_keys, os.urandom(32), config.trusted_proxies or (),
+    secret = database.secret() if database else os.urandom(32)
+    callers = Callers(config.proxy_api_keys, secret, config.trusted_proxies or (),
                       config.caller_header)
     dialects = Dialects(config.model_aliases or {},
                         {one.name: one.dialect for one in config.upstreams})
     return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
-                 build_routes(config, clock, log.say), Books(log, ledger, usage_log))
+                 build_routes(config, clock, log.say),
+                 build_books(config, clock, log, limits, database))
+
+
+def build_books(config, clock, log, limits, database):
+    ledger = None
+    if config.database != "off":
+        ledger = Ledger(database, config.database, limits, clock, config.ledger_days, log)
+    return Books(log, ledger, UsageLog(config.usage_log) if config.usage_log else None)
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
@@ -5979,7 +6115,6 @@ class ClientConnection:
     LINGER_SECONDS = 5        # without a byte, after an answer to a request that is not whole
     LINGER_TOTAL_SECONDS = 30
     MAX_LINGER_BYTES = 64 << 20
-    LEDGER_SECONDS = 0.05     # for room in the ledger; then the call's row is dropped
     GOODBYE_SECONDS = 1       # for a last answer to be read, before the connection is closed
 
     reply: Optional[Reply] = None   # while a request is answered
@@ -6114,7 +6249,7 @@ class ClientConnection:
                 raise
             except Exception as failure:
                 self.refuse(reply, failure)
-            if client.write_buffer or client.write_failed or self.proxy.books.is_full():
+            if client.write_buffer or client.write_failed:
                 await self.finish(reply)
         finally:
             if reply.request or reply.begun:
@@ -6179,15 +6314,13 @@ class ClientConnection:
         reply.refuse(failure)
 
     async def finish(self, reply):
-        """Wait until the answer was taken, and a moment for room in the ledger."""
+        """Wait until the answer was taken."""
         try:
             if not reply.reset:
                 await reply.drain()
         except (CallerGone, Stopped) as reason:
             reply.entry.outcome = reason.outcome
             reply.close_after = reply.reset = True
-        if self.proxy.books.is_full():
-            await asyncio.sleep(self.LEDGER_SECONDS)
 
     def record(self, reply):
         """Write down how it went."""
@@ -6710,17 +6843,33 @@ DEMO_HINT = (
     """"stream":true}'""")
 
 
-def open_database(config, remarks):
+def open_database(config, log_stream, remarks):
     """Returns the database. Where only the default one cannot be written, nothing is remembered,
     and `remarks` say so. Raises DatabaseFault."""
     if config.database == "off":
         return None
     try:
-        return Database(config.database)
+        lock = lock_for_service(config.database)
+        database = open_patiently(config.database, log_stream)
+        database.lock = lock  # as long as the process lives
+        return database
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
         remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
+
+
+def open_patiently(path, log_stream, tries=12):
+    """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
+    Raises DatabaseFault."""
+    while True:
+        try:
+            return Database(path)
+        except InUse as fault:
+            tries -= 1
+            if not tries:
+                raise
+            log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
 def run(config: Config, log_stream: BinaryIO, remarks: List[str]) -> int:
@@ -6729,7 +6878,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str]) -> int:
     take_one_cpu(config.cpu_affinity, config.port)
     raise_descriptor_limit()
     try:
-        proxy = build(config, log_stream, database=open_database(config, remarks))
+        proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     except OSError as failure:
         raise ConfigFaults(str(failure)) from None
     log = proxy.books.log
@@ -6959,7 +7108,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return run_command(options, dict(os.environ), log_stream)
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr)
-        return 2
+        return 1 if isinstance(fault, InUse) else 2
 
 
 if __name__ == "__main__":

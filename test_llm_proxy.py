@@ -4993,6 +4993,71 @@ class LedgerTest(LedgerCase):
         self.assertEqual([*levels(self.proxy).values()], [-50])
         self.assertEqual(self.left("k"), 0)
 
+    def test_a_bucket_keeps_its_share_when_its_rule_is_changed(self):
+        act, old = says(completion(60, 0)), "each 100 tokens per day; all 10 requests per 100s"
+        for new, expected in self.each((
+                ("each 1000 tokens per day", [400]), ("each 50 tokens per hour", [20]),
+                ("each 1000 input_tokens per day", []), ("address 1000 tokens per day", []),
+                ("all 20 requests per 100s; each 100 tokens per day", [18, 40]))):
+            clock = Clock()
+            self.start(act, clock, LIMITS=old)
+            self.ask(call("k", max_tokens=1))
+            self.proxy.books.close(PATIENCE)
+            self.start(act, clock, DATABASE=self.path, LIMITS=new)
+            self.assertEqual(sorted(levels(self.proxy).values()), expected)
+
+    def test_levels_that_a_wrong_clock_saved_are_said_and_taken_as_of_now(self):
+        clock, right = Clock(), Clock()
+        clock.time_ns = lambda: right.time_ns() + 86400 * 10 ** 9
+        self.start(clock=clock, MAX_TOKENS=10)
+        self.ask(call("k"))
+        self.proxy.books.close(PATIENCE)
+        self.start(clock=right, MAX_TOKENS=10, DATABASE=self.path)
+        self.assertEqual(self.left("k"), 9)
+        self.assertIn("1 buckets were saved by a clock that was ahead", self.lines.text())
+
+    def test_what_a_call_took_is_saved_with_its_row(self):
+        self.start(clock=Clock(), MAX_TOKENS=10)
+        for number in range(1, 4):
+            self.ask(call("k"))
+            self.wait_for_rows(number)
+            with contextlib.closing(sqlite3.connect(self.path)) as connection:
+                found = connection.execute("SELECT level FROM buckets").fetchall()
+            self.assertEqual(found, [(10 - number,)])
+
+    def test_a_file_that_is_deleted_or_replaced_is_begun_anew(self):
+        self.start(MAX_TOKENS=10)
+        for number, act in enumerate(self.each((os.unlink, lambda path: os.replace(other, path)))):
+            other = new_path(self, "other.db")
+            llm_proxy.Database(other).connection.close()
+            self.ask(call("k"))
+            self.wait_for_rows(1 + number)
+            for end in ("-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + end)
+            self.proxy.books.ledger.reopen_at = 0
+            act(self.path)
+            wait_for(lambda: self.lines.text().count("a new one is begun") == number + 1)
+            wait_for(lambda: self.lines.text().count("are kept in " + self.path) == number + 1)
+            self.ask(call("k"))
+            self.wait_for_rows(1)
+            with contextlib.closing(sqlite3.connect(self.path)) as connection:
+                found = wait_for(connection.execute("SELECT level FROM buckets").fetchall)
+            self.assertEqual(found, [(8 - 2 * number,)])
+
+    def test_a_key_without_a_name_has_the_same_label_after_a_restart(self):
+        labels = []
+        for _ in range(2):
+            self.start(**({"DATABASE": self.path} if labels else {}))
+            self.ask(call("k"))
+            labels.append(self.entry()["caller"])
+            self.proxy.books.close(PATIENCE)
+        self.assertRegex(labels[0], "^key:[0-9a-f]{8}$")
+        self.assertEqual(labels[0], labels[1])
+        self.start()
+        self.ask(call("k"))
+        self.assertNotEqual(self.entry()["caller"], labels[0])
+
     def test_old_calls_are_removed_in_the_background(self):
         path = new_path(self, "llm_proxy.db")
         database = llm_proxy.Database(path)
@@ -6658,6 +6723,26 @@ class CommandsTest(ProcessCase):
             found = wait_for(lambda: [row for row in process.rows if said in row])
             self.assertEqual(len(found), 1)
         self.assertFalse(process.said("hush"))
+
+    def test_two_services_never_have_one_database(self):
+        path = new_path(self, "books.db")
+        first = self.serve(BASE_API_URL=self.NOWHERE, DATABASE=path)
+        said = "DATABASE %s is used by another llm_proxy that runs\n" % path
+        self.assert_fails(1, 1, said, BASE_API_URL=self.NOWHERE, DATABASE=path)
+        self.assertEqual(self.command("usage", DATABASE=path).finish(), (0, "no calls yet\n", ""))
+        first.stop()
+        first.finish()
+        self.serve(BASE_API_URL=self.NOWHERE, DATABASE=path).stop()
+
+    def test_a_locked_database_is_waited_for(self):
+        path = new_path(self, "books.db")
+        with contextlib.closing(llm_proxy.Database(path).connection) as connection:
+            stream = io.BytesIO()
+            with mock.patch.object(llm_proxy.Database, "WAIT_SECONDS", 0.01):
+                connection.execute("BEGIN EXCLUSIVE")
+                with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
+                    llm_proxy.open_patiently(path, stream)
+                self.assertEqual(stream.getvalue().count(b"locked by another"), 11)
 
     def test_a_second_start_on_the_same_port_says_so_in_one_line(self):
         self.serve()
