@@ -870,6 +870,13 @@ class MethodNotAllowed(Refusal):
     message = "The method is not passed on"
 
 
+class UpgradeRequired(Refusal):
+    """A WebSocket is asked for. RFC 9110 15.5.22 wants the protocol named that is spoken."""
+    status = 426
+    message = "WebSocket is not spoken here, post the call over HTTP/1.1 instead"
+    fields = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}
+
+
 class Unauthorized(Refusal):
     status = 401
     kind = "authentication_error"
@@ -5879,6 +5886,9 @@ class ClientConnection:
             client.resume_reading()
         if request.method in ("TRACE", "TRACK", "CONNECT"):
             raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
+        if "upgrade" in request.lines and request.version and (  # RFC 9110 7.8
+                "websocket" in request.get("upgrade").lower()):
+            raise UpgradeRequired()
         page = self.server.pages.find(request)
         if page:
             await page(request, reply)

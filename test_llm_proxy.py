@@ -2796,6 +2796,21 @@ class HeadTest(ProxyCase):
             self.assertEqual(refusal(answered), (405, "invalid_request_error"))
         self.assertEqual(self.stub.calls, 0)
 
+    def test_a_websocket_is_answered_by_what_to_do_instead_and_other_upgrades_are_ignored(self):
+        self.start()
+        for method, upgrade in self.each(itertools.product(
+                ("GET", "POST"), ("websocket", "h2c, WebSocket/13"))):
+            fields = "Connection: Upgrade", "Upgrade: " + upgrade
+            answered = self.ask(request(method, "/v1/responses", b"", *fields))
+            self.assertEqual(refusal(answered), (426, "invalid_request_error"))
+            found = answered.get("upgrade"), answered.get("connection")
+            self.assertEqual(found, ("HTTP/1.1", "upgrade"))
+        self.assertEqual((self.stub.calls, self.entry()["outcome"]), (0, "refused"))
+        fields = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"
+        self.assertEqual(self.ask(call(None, *fields)).status, 200)
+        rows = "GET", "/v1/x", b"", "Upgrade: websocket"
+        self.assertEqual(self.ask(request(*rows, version="1.0")).status, 200)
+
     def test_a_request_may_come_one_byte_at_a_time(self):
         self.start()
         client = self.connect()
