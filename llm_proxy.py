@@ -428,7 +428,7 @@ def price_file(path):
 
 DEFAULT_DATABASE = "llm_proxy.db"
 PASSTHROUGH = "passthrough"
-DIALECT_NAMES = ("openai", "anthropic", "gemini")
+DIALECT_NAMES = ("openai", "anthropic", "gemini", "azure", "ollama")
 VENDORS = {
     "openai": "https://api.openai.com/v1",
     "anthropic": "https://api.anthropic.com/v1",
@@ -438,7 +438,10 @@ VENDORS = {
     "mistral": "https://api.mistral.ai/v1",
     "groq": "https://api.groq.com/openai/v1",
     "openrouter": "https://openrouter.ai/api/v1",
-    "ollama": "http://localhost:11434/v1"}
+    "ollama": "http://localhost:11434"}
+# The APIs that have their own paths beside /v1, and hosts of Azure.
+BESIDE_V1 = ("azure", "ollama")
+AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\.com", re.I)
 # Names that no upstream may have, and why: its paths begin with its name, as do some of our own and
 # of the APIs.
 RESERVED = {
@@ -506,7 +509,7 @@ SETTING_ROWS = {
          "models that it serves on paths without /NAME, such as gpt-*,o3"),
         ("UPSTREAM_NAME_MODEL", printable, "replaces the model that its calls ask for"),
         ("UPSTREAM_NAME_DIALECT", one_of(*DIALECT_NAMES),
-         "its API: openai, anthropic or gemini; unset: the vendor's, else openai"),
+         "its API, one of %s; unset: the vendor's, else openai" % ", ".join(DIALECT_NAMES)),
         ("UPSTREAM_NAME_MAX_CONCURRENCY=0", calls_at_once,
          "as MAX_CONCURRENCY, which is for BASE_API_URL"),
         ("UPSTREAM_NAME_HEADERS", header_lines,
@@ -614,6 +617,7 @@ class Config(types.SimpleNamespace):
     def all_upstreams(self) -> List[UpstreamConfig]:
         """Returns the base first, where it is set."""
         base = UpstreamConfig("base", self.base_api_url, self.base_api_key, model=self.base_model,
+                              dialect=usual_dialect("base", self.base_api_url or ()),
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
@@ -626,6 +630,10 @@ class Config(types.SimpleNamespace):
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
                    for upstream in self.all_upstreams() for url in upstream.url or ())
+
+    def has_dialect(self, dialect: str) -> bool:
+        """Tells whether any upstream has this API."""
+        return any(upstream.dialect == dialect for upstream in self.all_upstreams())
 
     def warnings(self) -> List[str]:
         """Returns sentences about what is allowed, but hardly meant."""
@@ -779,8 +787,21 @@ def named_upstream(name, options):
     if name in VENDORS:
         options.setdefault("url", endpoints(VENDORS[name]))
     require("url" in options, "URL is not set; only these need none: " + ", ".join(VENDORS))
-    dialect = name if name in DIALECT_NAMES else "openai"
-    return UpstreamConfig(name, **{"dialect": dialect, **options})
+    urls = options["url"] or ()
+    dialect = options.setdefault("dialect", usual_dialect(name, urls) or "openai")
+    require(dialect not in BESIDE_V1 or not any(
+        url.path.endswith(("/v1", "/openai")) for url in urls),
+        "URL must end before /v1 and /openai: DIALECT=%s has paths beside them" % dialect)
+    return UpstreamConfig(name, **options)
+
+
+def usual_dialect(name, urls):
+    """Returns the API of an upstream that does not say: that of its vendor, None of others. Below a
+    path, Azure and Ollama have nothing but OpenAI's."""
+    own_paths = not any(url.path for url in urls)
+    if own_paths and urls and all(AZURE_HOST.fullmatch(url.host) for url in urls):
+        return "azure"
+    return name if name in DIALECT_NAMES and (own_paths or name not in BESIDE_V1) else None
 
 
 def read_config(environ: Texts, dotenv: str = "") -> Config:
@@ -1027,6 +1048,7 @@ class CallerGone(Exception):
 # --------------------------------------------------------------------------------------------------
 
 CREDENTIAL_FIELDS = ("authorization", "x-api-key", "x-goog-api-key")
+AZURE_CREDENTIAL_FIELD = "api-key"  # one more, where an upstream is Azure's
 # in X-Forwarded-For: [IPv6] or IPv4, both with or without a port, or a bare IPv6
 FORWARDED_ADDRESS = re.compile(
     r"\s*(?:\[([^]]+)\](?::\d+)?|([\d.]+)(?::\d+)?|([0-9A-Fa-f:.]+(?:%[\w.]+)?))\s*")
@@ -1098,10 +1120,12 @@ class Callers:
 
     def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes,
                  trusted: Sequence["ipaddress.IPv4Network | ipaddress.IPv6Network"] = (),
-                 caller_header: Optional[str] = None):
+                 caller_header: Optional[str] = None, azure: bool = False):
         """`keys` is {key: its name or None}, or None where anyone may call. `trusted` are the
         networks of proxies that are believed for whom they speak: for which address, and, in
-        `caller_header`, for which of the people that share a key."""
+        `caller_header`, for which of the people that share a key. `azure`: its clients call,
+        too."""
+        self.credential_fields = CREDENTIAL_FIELDS[1:] + (AZURE_CREDENTIAL_FIELD,) * azure
         self.trusted = trusted
         self.caller_header = caller_header
         self.label_secret = label_secret
@@ -1111,12 +1135,11 @@ class Callers:
     def digest(key):
         return hashlib.sha256(key.encode("latin-1")).digest()
 
-    @staticmethod
-    def credential_in(fields: Fields, query: str) -> Optional[str]:
+    def credential_in(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
         Its digest decides who calls; itself it is only for an upstream that takes callers' own."""
         scheme, _, token = fields.get("authorization", "").partition(" ")
-        found = {fields.get(name) for name in CREDENTIAL_FIELDS[1:]}
+        found = {fields.get(name) for name in self.credential_fields}
         if scheme.lower() == "bearer":
             found.add(token.strip())
         if query:
@@ -1129,11 +1152,10 @@ class Callers:
             raise BadRequest("The credential holds control characters")
         return credential or None
 
-    @classmethod
-    def credential(cls, fields: Fields, query: str) -> Optional[bytes]:
+    def credential(self, fields: Fields, query: str) -> Optional[bytes]:
         """Returns the digest of the credential of a request, None without one."""
-        credential = cls.credential_in(fields, query)
-        return credential and cls.digest(credential)
+        credential = self.credential_in(fields, query)
+        return credential and self.digest(credential)
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
@@ -1825,6 +1847,8 @@ class EventFraming(NamedTuple):
 # WHATWG HTML, 9.2
 SSE = EventFraming(
     "text/event-stream", b"data: ", (b"\n\n", b"\r\n\r\n"), re.compile(rb"(?<=\n\n)|(?<=\n\r\n)"))
+# Each line is an event.
+NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), re.compile(rb"(?<=\n)"))
 
 
 class Call(Billable):
@@ -1862,10 +1886,9 @@ class Call(Billable):
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
-        if self.dialect.MODEL_IN_PATH:
-            before, _, last = self.path.rpartition("/")
-            model = urllib.parse.quote(model, safe="@:")
-            self.path = "%s/%s:%s" % (before, model, last.rpartition(":")[2])
+        found = self.dialect.MODEL_IN_PATH.fullmatch(self.path)
+        if found:
+            self.path = found[1] + urllib.parse.quote(model, safe="@:") + found[3]
         elif model and model != payload.get("model"):
             payload = {**payload, "model": model}
         if rewrite:
@@ -1929,7 +1952,8 @@ class Dialect:
     name = ""
     # The metered endpoints, by the end of their paths; in any spelling they are reached by that.
     ENDPOINTS = {}
-    MODEL_IN_PATH = False
+    # What stands before the model in a path, the model, and what stands behind.
+    MODEL_IN_PATH = re.compile("(?!)")  # nothing
     # The keys of the most output tokens, by endpoint; the first that is set counts.
     OUTPUT_LIMITS = {}
     # The objects that may hold these keys; the payload does where there are none.
@@ -1978,7 +2002,8 @@ class Dialect:
 
     def requested(self, path: str, payload: Dict[str, Any]) -> Tuple[Any, bool]:
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
-        return payload.get("model"), payload.get("stream") is True
+        in_path = self.MODEL_IN_PATH.fullmatch(path)
+        return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -2086,6 +2111,7 @@ class Dialect:
             "text": json.dumps(text),
             "model": json.dumps(call.model or call.upstream_model),
             "created": str(created),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created)),
             "number": "%024x" % random.getrandbits(96)})
         if reply and self.is_stream(self.limit_type(call)):
             return b"".join(map(self.limit_event, reply.encode().split(b"\n")))
@@ -2098,7 +2124,7 @@ class Dialect:
 
     def limit_event(self, line: bytes) -> bytes:
         """Returns an event of a limit reply; one that says its type first is named by it."""
-        named = re.match(rb'{"type": "([^"]*)', line)
+        named = re.match(rb'{"(?:event_)?type": "([^"]*)', line)
         return self.events.event(line, b"event: %b\n" % named[1] if named else b"")
 
     def limit_type(self, call: Call) -> str:
@@ -2177,12 +2203,17 @@ class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
     ENDPOINTS = {
-        "/chat/completions": "chat", "/completions": "completions", "/responses": "responses",
+        "/chat/completions": "chat", "/chat/completions/batch": "batch",  # vLLM's
+        "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
+        "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
         "/generations": "other"}
+    # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
+    MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)")
     OUTPUT_LIMITS = {
-        "chat": ("max_completion_tokens", "max_tokens"), "completions": ("max_tokens",),
-        "responses": ("max_output_tokens",)}
+        "chat": ("max_completion_tokens", "max_tokens"),
+        "batch": ("max_completion_tokens", "max_tokens"), "fim": ("max_tokens",),
+        "completions": ("max_tokens",), "responses": ("max_output_tokens",)}
     USAGE_OPTION = b"stream_options"
     USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
     COUNTS = {
@@ -2256,6 +2287,21 @@ class OpenAI(Dialect):
         return RESPONSE_EVENTS % values if call.stream else values["response"]
 
 
+class Azure(OpenAI):
+    """The OpenAI API of Azure (https://learn.microsoft.com/azure/ai-services/openai/reference). Its
+    calls are OpenAI's, below /openai/v1, or below /openai with the model in the path."""
+    name = "azure"
+    ENDPOINTS = {}
+    CREDENTIAL = "api-key: %s"
+
+    def place(self, path, dialect, metered):
+        if not isinstance(dialect, OpenAI):
+            return super().place(path, dialect, metered)
+        if not path.startswith("/openai/"):
+            path = "/openai/v1" + path.removeprefix("/v1")
+        return path, self
+
+
 MESSAGE = """{"id": "msg_limit_%(number)s", "type": "message", "role": "assistant", \
 "model": %(model)s, "content": [{"type": "text", "text": %(text)s}], "stop_reason": "end_turn", \
 "stop_sequence": null, "usage": {"input_tokens": 0, "output_tokens": 0}}"""
@@ -2327,7 +2373,7 @@ class Gemini(Dialect):
         ":generateContent": "generate", ":streamGenerateContent": "generate",
         ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
     METHODS = tuple(map(str.lower, ENDPOINTS))
-    MODEL_IN_PATH = True
+    MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
     LIMIT_HOLDERS = ("generationConfig", "generation_config")
     CREDENTIAL = "x-goog-api-key: %s"
@@ -2354,8 +2400,7 @@ class Gemini(Dialect):
         return google or beta or path.endswith(self.METHODS)
 
     def requested(self, path, payload):
-        model, _, method = path.rpartition("/")[2].rpartition(":")
-        return model, method == "streamGenerateContent"
+        return super().requested(path, payload)[0], path.endswith(":streamGenerateContent")
 
     def model_name(self, model):
         """Gemini takes models/NAME for NAME; limits and prices must not."""
@@ -2385,8 +2430,122 @@ class Gemini(Dialect):
         return super().limit_type(call) if events else "application/json"
 
 
-DIALECTS = {
-    dialect.name: dialect for dialect in (Anthropic(), Gemini(), OpenAI())}
+INTERACTION = """{"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
+"status": "completed", "role": "model", "created": "%(date)s", "updated": "%(date)s", \
+"steps": [%(step)s], "usage": {"total_input_tokens": 0, "total_output_tokens": 0, \
+"total_thought_tokens": 0, "total_cached_tokens": 0, "total_tool_use_tokens": 0, \
+"total_tokens": 0}}"""
+INTERACTION_STEP = """{"type": "model_output", "content": [{"type": "text", "text": %(text)s}]}"""
+INTERACTION_EVENTS = """\
+{"event_type": "interaction.created", "interaction": {"id": "limit-%(number)s", \
+"object": "interaction", "model": %(model)s, "status": "in_progress", "created": "%(date)s"}}
+{"event_type": "step.start", "index": 0, "step": {"type": "model_output"}}
+{"event_type": "step.delta", "index": 0, "delta": {"type": "text", "text": %(text)s}}
+{"event_type": "step.stop", "index": 0}
+{"event_type": "interaction.completed", "interaction": %(interaction)s}
+[DONE]"""
+
+
+class Interactions(Gemini):
+    """The other API of Gemini (https://ai.google.dev/gemini-api/docs/interactions). The model and
+    whether to stream stand in the payload."""
+    name = "interactions"
+    ENDPOINTS = {"/interactions": "interactions"}
+    MODEL_IN_PATH = Dialect.MODEL_IN_PATH
+    OUTPUT_LIMITS = {"interactions": ("max_output_tokens",)}
+    LIMIT_HOLDERS = ("generation_config",)
+    USAGE_MARK = Dialect.USAGE_MARK
+    COUNTS = {
+        "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
+        "total_output_tokens": "output", "total_thought_tokens": "reasoning",
+        "total_cached_tokens": "cached", "total_tokens": "total"}
+    TEXT_KEYS = ("text", "arguments")
+
+    def claims(self, path, fields):
+        return False  # what is not metered is Gemini's
+
+    def requested(self, path, payload):
+        return Dialect.requested(self, path, payload)
+
+    def usage_counts(self, payload):
+        """Takes those of the whole interaction, which its last event has."""
+        return payload.get("usage") or dig(payload, "interaction", "usage"), (
+            payload.get("event_type") in (None, "interaction.completed", "interaction.complete"))
+
+    def limit_text(self, call, values):
+        if call.payload.get("response_format") or call.payload.get("background"):
+            return None  # a program reads it, now or later
+        if call.stream:
+            values["interaction"] = INTERACTION % {**values, "step": ""}
+            return INTERACTION_EVENTS % values
+        return INTERACTION % {**values, "step": INTERACTION_STEP % values}
+
+    def limit_type(self, call):
+        return Dialect.limit_type(self, call)
+
+
+GENERATED_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": false}"""
+LAST_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": true, \
+"done_reason": "stop", "total_duration": 0, "load_duration": 0, "prompt_eval_count": 0, \
+"prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""
+OLLAMA_SAYS = {  # by endpoint
+    "chat": '"message": {"role": "assistant", "content": %s}',
+    "generate": '"response": %s'}
+
+
+class Ollama(Dialect):
+    """Ollama's own API (https://github.com/ollama/ollama/blob/main/docs/api.md), which streams
+    lines of JSON unless it is told not to. OpenAI's and Anthropic's are below /v1."""
+    name = "ollama"
+    ENDPOINTS = {
+        "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
+        "/api/embeddings": "embed"}
+    OUTPUT_LIMITS = dict.fromkeys(("chat", "generate"), ("num_predict",))
+    LIMIT_HOLDERS = ("options",)
+    MODELS_PATH = "/api/tags"
+    events = NDJSON
+    TAKES_COMMENTS = False
+    USAGE_MARK = b'"total_duration"'  # the first of its numbers
+    COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
+    NEEDED_COUNTS = frozenset(("prompt", "output"))
+    TEXT_KEYS = ("content", "response", "thinking")
+    ERROR = '{"error": %(message)s}'
+    MODEL_LIST = '{"models": [%(rows)s]}'
+    MODEL = """{"name": "%(name)s", "model": "%(name)s", \
+"modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "", "details": {}}"""
+
+    def claims(self, path, fields):
+        return path.startswith("/api/")
+
+    def requested(self, path, payload):
+        streams = "/api/embed" not in path and payload.get("stream") is not False
+        return payload.get("model"), streams
+
+    def place(self, path, dialect, metered):
+        if not path.startswith(("/api/", "/v1/")) and path != "/":
+            path = "/v1" + path
+        return super().place(path, dialect, metered)
+
+    def model_names(self, payload):
+        return [str(row["name"]) for row in payload["models"]]
+
+    def usage_counts(self, payload):
+        """Takes the counts that the last line has beside all else."""
+        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
+
+    def limit_text(self, call, values):
+        if call.endpoint not in OLLAMA_SAYS or call.payload.get("format") or (
+                call.payload.get("suffix")):
+            return None  # a program or an editor reads it
+        said = OLLAMA_SAYS[call.endpoint]
+        last = LAST_LINE % {**values, "said": said % ('""' if call.stream else values["text"])}
+        if not call.stream:
+            return last
+        return GENERATED_LINE % {**values, "said": said % values["text"]} + "\n" + last
+
+
+DIALECTS = {dialect.name: dialect for dialect in (
+    Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
 UNKNOWN_DIALECT = Dialect()
 NO_LIMIT_REPLY = (None, "count", "other", "embed")  # endpoints at which no assistant speaks
 
@@ -2413,7 +2572,7 @@ class Dialects:
     # An upstream in Go would take "MODEL" for "model", and we would have read another one.
     READ_KEYS = frozenset((
         "model", "stream", "stream_options", "max_tokens", "max_completion_tokens",
-        "max_output_tokens"))
+        "max_output_tokens", "options"))
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str]):
@@ -2457,7 +2616,7 @@ class Dialects:
                 re.search("/threads/[^/]+/messages$", folded)):
             return None, None, path
         if not path.endswith(end):
-            path = "" if dialect.MODEL_IN_PATH else folded
+            path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
         if not PLAIN_PATH.fullmatch(path):
             raise BadRequest("The path must be spelled plainly")
         return dialect, endpoint, path
@@ -2585,7 +2744,7 @@ class UsageReader(UsageSource):
         parts or more than once."""
         if self.dialect.USAGE_MARK not in data:  # far sooner known than by an expression
             return
-        found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*\{", data))
+        found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
             line = data[data.rfind(b"\n", 0, match.start()) + 1:].partition(b"\n")[0]
             self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS))
@@ -3853,7 +4012,7 @@ class FairQueue:
 
 # The caller's secrets, what we write ourselves, and what would name the caller.
 NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
-    "api-key", "x-goog-api-key", "cookie", "cookie2", "host", "content-length", "expect",
+    AZURE_CREDENTIAL_FIELD, "cookie", "cookie2", "host", "content-length", "expect",
     "x-http-method", "x-http-method-override", "x-method-override", "forwarded", "via",
     "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip",
     "true-client-ip", "cf-connecting-ip"))
@@ -4364,8 +4523,8 @@ class Upstream:
         if self.model is not None or self.key == PASSTHROUGH:  # one only, or no key to ask with
             plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
             return plain or ([self.model] if self.model else [])
-        openai = DIALECTS["openai"]
-        path, dialect = self.dialect.place(openai.MODELS_PATH, openai, metered=False)
+        path, dialect = self.dialect.place(
+            self.dialect.MODELS_PATH, DIALECTS["openai"], metered=False)
         lines = ["Accept: application/json", "Accept-Encoding: identity", *dialect.VERSION_LINES]
         head = functools.partial(
             self.head, "GET", path, dialect.MODELS_QUERY, dialect, self.key, lines)
@@ -5502,7 +5661,7 @@ class Proxy:
             lines += ["Content-Type: application/json", "Accept-Encoding: identity"]
         key = upstream.key
         if key == PASSTHROUGH:
-            key = Callers.credential_in(request, request.query)
+            key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
         request.cache[address] = call.path, head
         return head
@@ -5556,7 +5715,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
     callers = Callers(config.proxy_api_keys, os.urandom(32), config.trusted_proxies or (),
-                      config.caller_header)
+                      config.caller_header, config.has_dialect("azure"))
     dialects = Dialects(config.model_aliases or {},
                         {one.name: one.dialect for one in config.upstreams})
     return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
@@ -5655,7 +5814,7 @@ class Pages:
             return self.health
         if self.lists_models:
             gemini = request.path == "/v1beta/models" and self.proxy.routes.named
-            if gemini or request.path in ("/v1/models", "/models"):
+            if gemini or request.path in ("/v1/models", "/models", "/api/tags"):
                 return self.models
         return None
 
