@@ -58,6 +58,7 @@ import copy
 import csv
 import decimal
 import difflib
+import email.utils
 import errno
 import fnmatch
 import functools
@@ -87,6 +88,7 @@ import traceback
 import types
 import urllib.parse
 import urllib.request
+import zlib
 from typing import (Any, Awaitable, BinaryIO, Callable, Dict, FrozenSet, Iterable, List, NamedTuple,
                     Optional, Sequence, Set, Tuple, Union)
 
@@ -878,7 +880,8 @@ class BrokenBody(BadRequest):
 
 class UnsupportedEncoding(Refusal):
     status = 415
-    message = "The body of a metered call must be sent without a Content-Encoding"
+    message = "The body of a metered call must be sent as it is, or compressed by gzip or deflate"
+    fields = {"Accept-Encoding": "gzip, deflate"}  # RFC 9110 15.5.16
 
 
 class UnsupportedExpectation(Refusal):
@@ -903,7 +906,7 @@ class Unauthorized(Refusal):
     kind = "authentication_error"
     code = "invalid_api_key"
     message = "Missing or invalid proxy API key"
-    fields = {"WWW-Authenticate": "Bearer"}
+    fields = {"WWW-Authenticate": "Bearer", "x-should-retry": "false"}  # Claude Code asked 11 times
 
 
 class RequestTimeout(Refusal):
@@ -1941,6 +1944,13 @@ def is_media(part: Dict[str, Any]) -> bool:
         isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part)
 
 
+class Model(NamedTuple):
+    """A model in a list: its name for callers, and its row as an upstream of `dialect` has it."""
+    name: str
+    dialect: Optional["Dialect"] = None
+    facts: Dict[str, Any] = {}
+
+
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
@@ -1967,6 +1977,7 @@ class Dialect:
     events = SSE
     # Whether the API's official clients skip comments in streams.
     TAKES_COMMENTS = True
+    MAX_MODEL = 64  # characters of a model's name in a limit reply, which repeats it in each event
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
@@ -1978,9 +1989,11 @@ class Dialect:
     ERRORS = {}
     OTHER_ERRORS = ("", "")
     ERROR_LINE = b""  # before an error in a stream
+    RETRY_DETAILS = ""  # in an error, where it is known when to ask again
     # ... and of lists of models.
     MODEL_LIST = ""
     MODEL = ""
+    MODEL_KEYS = ("id",)  # at which its name stands
     # What a count is; the largest of those that are the same counts.
     COUNTS = {}
     # What is added up to all of the input, and of the output.
@@ -1988,6 +2001,8 @@ class Dialect:
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
+    # Where a payload may ask for words that a machine parses: at these keys stands anything but ...
+    PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -2019,9 +2034,9 @@ class Dialect:
         finds there."""
         return path, dialect if metered or not self.name else self
 
-    def model_names(self, payload: Any) -> List[str]:
-        """Returns the names in an upstream's list of models; raises LookupError or TypeError."""
-        return [str(row["id"]) for row in payload["data"]]
+    def listed_models(self, payload: Any) -> List["Model"]:
+        """Reads an upstream's list of models; raises LookupError or TypeError."""
+        return [Model(str(row["id"]), self, row) for row in payload["data"]]
 
     # -- responses
 
@@ -2088,18 +2103,29 @@ class Dialect:
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
         kind = self.ERRORS.get(status, self.OTHER_ERRORS[status >= 500]) or refusal.kind
+        seconds = refusal.fields.get("Retry-After")
+        details = self.RETRY_DETAILS % {"seconds": seconds} if seconds else ""
         return (self.ERROR % {
             "message": json.dumps(str(refusal)), "kind": kind, "status": status,
-            "code": json.dumps(refusal.code)}).encode()
+            "code": json.dumps(refusal.code), "details": details}).encode()
+
+    def final_error(self, refusal: Refusal, status: int, resets_at: Optional[int]) -> bytes:
+        """Returns the body of an error after which a client that would wait for hours gives up;
+        `resets_at` is in unix seconds, None where no wait will do."""
+        return self.error(refusal, status)
 
     def error_event(self, body: bytes) -> bytes:
         """Returns an error in a stream that has begun; `body` is what it would be without one."""
         return self.events.event(body, self.ERROR_LINE)
 
-    def models(self, names: List[str]) -> bytes:
-        """Returns the list of these."""
-        quoted = list(map(json.dumps, names))
-        rows = [self.MODEL % {"name": name[1:-1]} for name in quoted]
+    def models(self, models: List["Model"]) -> bytes:
+        """Returns the list of these. A row has all that its upstream tells in this API, too."""
+        quoted = [json.dumps(one.name) for one in models]
+        rows = []
+        for name, one in zip(quoted, models):
+            row = json.loads(self.MODEL % {"name": name[1:-1]})
+            facts = one.facts if one.dialect is self else {}
+            rows.append(json.dumps({**row, **facts, **{key: row[key] for key in self.MODEL_KEYS}}))
         ends = quoted or ["null"]
         return (self.MODEL_LIST % {
             "rows": ", ".join(rows), "first": ends[0], "last": ends[-1]}).encode()
@@ -2107,15 +2133,28 @@ class Dialect:
     def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
         """Returns a whole answer in which the assistant says `text`, a stream where one was asked
         for; None where no assistant can speak. `created` is in unix seconds."""
+        if self.is_parsed(call.payload):
+            return None
+        model = call.model or call.upstream_model
         reply = self.limit_text(call, {
             "text": json.dumps(text),
-            "model": json.dumps(call.model or call.upstream_model),
+            "model": json.dumps(model[:self.MAX_MODEL]),
             "created": str(created),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created)),
             "number": "%024x" % random.getrandbits(96)})
         if reply and self.is_stream(self.limit_type(call)):
             return b"".join(map(self.limit_event, reply.encode().split(b"\n")))
         return reply and reply.encode()
+
+    def is_parsed(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether a machine will parse what the model says, so that no sentence fits."""
+        for path, free in self.PARSED.items():
+            value = dig(payload, *path.split("."))
+            if isinstance(value, dict):
+                value = value.get("type", value)
+            if value is not None and value not in free:
+                return True
+        return False
 
     def limit_text(self, call: Call, values: Dict[str, str]) -> Optional[str]:
         """Returns a limit reply as JSON, in a stream one line for each event, or None; `values` are
@@ -2144,10 +2183,10 @@ TEXT_COMPLETION = """{"id": "cmpl-limit-%(number)s", "object": "text_completion"
 # it says of each choice.
 COMPLETIONS = {
     ("chat", False): (COMPLETION, """\
-"finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s%(refusal)s}"""),
+"finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s}"""),
     ("chat", True): (CHUNK, """\
 "finish_reason": null, "delta": {"role": "assistant", "content": ""}
-"finish_reason": null, "delta": {"content": %(text)s%(refusal)s}
+"finish_reason": null, "delta": {"content": %(text)s}
 "finish_reason": "stop", "delta": {}"""),
     ("completions", False): (TEXT_COMPLETION, """\
 "finish_reason": "stop", "text": %(text)s"""),
@@ -2165,7 +2204,8 @@ RESPONSE_USAGE = """{"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
 "output_tokens_details": {"reasoning_tokens": 0}}"""
 RESPONSE_ITEM = """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
 "status": "completed", "content": [%(part)s]}"""
-RESPONSE_PART = '{"type": "%(kind)s", "%(key)s": %(text)s%(annotations)s%(logprobs)s}'
+RESPONSE_PART = '''{"type": "output_text", "text": %(text)s, "annotations": [], \
+"logprobs": []}'''
 RESPONSE_EVENTS = """\
 {"type": "response.created", "sequence_number": 0, "response": %(begun)s}
 {"type": "response.in_progress", "sequence_number": 1, "response": %(begun)s}
@@ -2174,21 +2214,21 @@ RESPONSE_EVENTS = """\
 "status": "in_progress", "content": []}}
 {"type": "response.content_part.added", "sequence_number": 3, \
 "output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
-"part": {"type": "%(kind)s", "%(key)s": ""%(annotations)s%(logprobs)s}}
-{"type": "response.%(kind)s.delta", "sequence_number": 4, \
+"part": {"type": "output_text", "text": "", "annotations": [], "logprobs": []}}
+{"type": "response.output_text.delta", "sequence_number": 4, \
 "output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
-"delta": %(text)s%(logprobs)s}
-{"type": "response.%(kind)s.done", "sequence_number": 5, \
+"delta": %(text)s, "logprobs": []}
+{"type": "response.output_text.done", "sequence_number": 5, \
 "output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
-"%(key)s": %(text)s%(logprobs)s}
+"text": %(text)s, "logprobs": []}
 {"type": "response.content_part.done", "sequence_number": 6, \
 "output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, "part": %(part)s}
 {"type": "response.output_item.done", "sequence_number": 7, "output_index": 0, "item": %(item)s}
 {"type": "response.completed", "sequence_number": 8, "response": %(response)s}"""
-RESPONSE_TEXT = {"kind": "output_text", "key": "text", "annotations": ', "annotations": []',
-                 "logprobs": ', "logprobs": []'}
-RESPONSE_REFUSAL = {"kind": "refusal", "key": "refusal", "annotations": "", "logprobs": ""}
-STRUCTURED = ("json_schema", "json_object")  # clients parse these: a limit reply says it is none
+# What leaves the model free to say what it likes, at the keys of PARSED
+FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
+FREE_FORMAT = ("", {}, "text")
+NOTHING = ("", {}, [], False)
 
 
 def choice_count(payload: Dict[str, Any]) -> int:
@@ -2221,6 +2261,15 @@ class OpenAI(Dialect):
         "output_tokens": "output", "total_tokens": "total", "cached_tokens": "cached",
         "prompt_cache_hit_tokens": "cached", "cache_write_tokens": "written",
         "reasoning_tokens": "reasoning"}
+    PARSED = {
+        "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
+        "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
+        "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
+        "suffix": (),  # what is filled in goes into a file
+        **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
+            "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
+            "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
+    MAX_CHOICES = 4  # in a limit reply
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
 
@@ -2251,6 +2300,13 @@ class OpenAI(Dialect):
             return Usage(prompt, output)  # as most servers report it
         return super().usage(counts)
 
+    def final_error(self, refusal, status, resets_at):
+        """Returns what Codex takes for the end of a plan, and tells its user (openai/codex,
+        codex-api/src/api_bridge.rs)."""
+        error = json.loads(self.error(refusal, status))["error"]
+        return to_json_bytes({
+            "error": {**error, "type": "usage_limit_reached", "resets_at": resets_at}})
+
     def limit_text(self, call, values):
         if call.endpoint == "responses":
             return self.response(call, values)
@@ -2261,11 +2317,10 @@ class OpenAI(Dialect):
     def completion(self, call: Call, values: Dict[str, str]) -> str:
         """Returns the limit reply of chat and completions."""
         chunk, steps = COMPLETIONS[call.endpoint, call.stream]
-        structured = dig(call.payload, "response_format", "type") in STRUCTURED
-        values["refusal"] = ', "refusal": ' + values["text"] if structured else ""
+        count = min(self.MAX_CHOICES, choice_count(call.payload))
         choices = ['{"index": %d, "logprobs": null, %s}' % (index, step)
                    for step in (steps % values).split("\n")
-                   for index in range(choice_count(call.payload))]
+                   for index in range(count)]
         parts = [(", ".join(choices), ZERO_USAGE)]
         if call.stream:
             asked = dig(call.payload, "stream_options", "include_usage") is True
@@ -2277,8 +2332,6 @@ class OpenAI(Dialect):
 
     def response(self, call: Call, values: Dict[str, str]) -> str:
         """Returns the limit reply of the responses API; a stream has all events of a real one."""
-        structured = dig(call.payload, "text", "format", "type") in STRUCTURED
-        values.update(RESPONSE_REFUSAL if structured else RESPONSE_TEXT)
         values["part"] = RESPONSE_PART % values
         values["item"] = RESPONSE_ITEM % values
         values["begun"] = RESPONSE % {
@@ -2322,6 +2375,7 @@ class Anthropic(Dialect):
     name = "anthropic"
     ENDPOINTS = {"/messages": "messages", "/count_tokens": "count"}
     OUTPUT_LIMITS = {"messages": ("max_tokens",)}
+    PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
@@ -2330,6 +2384,8 @@ class Anthropic(Dialect):
         "cache_creation_input_tokens": "written", "thinking_tokens": "reasoning"}
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
+    PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
+              "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
     ERROR = '{"type": "error", "error": {"type": "%(kind)s", "message": %(message)s}}'
     ERRORS = {
@@ -2343,8 +2399,7 @@ class Anthropic(Dialect):
 "created_at": "1970-01-01T00:00:00Z"}"""
 
     def claims(self, path, fields):
-        return "anthropic-version" in fields or (
-            "/messages" in path and "/threads" not in path.partition("/messages")[0])
+        return "anthropic-version" in fields or bool(self.PATH.search(path))
 
     def usage_counts(self, payload):
         """Takes the input from message_start, the rest from the last, cumulative message_delta."""
@@ -2352,8 +2407,6 @@ class Anthropic(Dialect):
         return counts, payload.get("type") != "message_start"
 
     def limit_text(self, call, values):
-        if call.payload.get("output_format") or dig(call.payload, "output_config", "format"):
-            return None  # the client would parse it, and there is no other way to say no
         return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
 
 
@@ -2361,6 +2414,14 @@ GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role
 "finishReason": "STOP", "index": 0}], "usageMetadata": {"promptTokenCount": 0, \
 "candidatesTokenCount": 0, "totalTokenCount": 0}, "modelVersion": %(model)s, \
 "responseId": "limit-%(number)s"}"""
+# Google takes each key in two spellings, and mixed.
+GEMINI_FORMATS = dict.fromkeys(map(".".join, itertools.product(
+    ("generationConfig", "generation_config"),
+    ("responseMimeType", "response_mime_type", "responseSchema", "response_schema",
+     "responseJsonSchema", "response_json_schema"))), ("", {}, "text/plain"))
+GEMINI_CHOICES = dict.fromkeys(map(".".join, itertools.product(
+    ("toolConfig", "tool_config"), ("functionCallingConfig", "function_calling_config"),
+    ("mode",))), ("", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))
 # The place of OpenAI's API at Gemini: https://ai.google.dev/gemini-api/docs/openai
 OPENAI_AT_GEMINI = "/v1beta/openai/"
 
@@ -2385,14 +2446,20 @@ class Gemini(Dialect):
         "cachedContentTokenCount": "cached"}
     INPUT = ("prompt", "tools")
     OUTPUT = ("output", "reasoning")
+    PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
-    ERROR = '{"error": {"code": %(status)d, "message": %(message)s, "status": "%(kind)s"}}'
+    ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
+"status": "%(kind)s"%(details)s}}"""
+    # Gemini CLI gives up where this is long (googleQuotaErrors.ts), else asks ten times.
+    RETRY_DETAILS = """, "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", \
+"retryDelay": "%(seconds)ss"}]"""
     ERRORS = {
         400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
         429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
     OTHER_ERRORS = ("INVALID_ARGUMENT", "UNAVAILABLE")
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
+    MODEL_KEYS = ("name",)
 
     def claims(self, path, fields):
         google = "x-goog-api-key" in fields and "authorization" not in fields
@@ -2459,6 +2526,10 @@ class Interactions(Gemini):
         "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
         "total_output_tokens": "output", "total_thought_tokens": "reasoning",
         "total_cached_tokens": "cached", "total_tokens": "total"}
+    PARSED = {
+        "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
+        "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
+        "background": (False,)}
     TEXT_KEYS = ("text", "arguments")
 
     def claims(self, path, fields):
@@ -2473,8 +2544,6 @@ class Interactions(Gemini):
             payload.get("event_type") in (None, "interaction.completed", "interaction.complete"))
 
     def limit_text(self, call, values):
-        if call.payload.get("response_format") or call.payload.get("background"):
-            return None  # a program reads it, now or later
         if call.stream:
             values["interaction"] = INTERACTION % {**values, "step": ""}
             return INTERACTION_EVENTS % values
@@ -2508,9 +2577,11 @@ class Ollama(Dialect):
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
     COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
+    PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
     MODEL_LIST = '{"models": [%(rows)s]}'
+    MODEL_KEYS = ("name", "model")
     MODEL = """{"name": "%(name)s", "model": "%(name)s", \
 "modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "", "details": {}}"""
 
@@ -2526,17 +2597,16 @@ class Ollama(Dialect):
             path = "/v1" + path
         return super().place(path, dialect, metered)
 
-    def model_names(self, payload):
-        return [str(row["name"]) for row in payload["models"]]
+    def listed_models(self, payload):
+        return [Model(str(row["name"]), self, row) for row in payload["models"]]
 
     def usage_counts(self, payload):
         """Takes the counts that the last line has beside all else."""
         return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
 
     def limit_text(self, call, values):
-        if call.endpoint not in OLLAMA_SAYS or call.payload.get("format") or (
-                call.payload.get("suffix")):
-            return None  # a program or an editor reads it
+        if call.endpoint not in OLLAMA_SAYS:
+            return None
         said = OLLAMA_SAYS[call.endpoint]
         last = LAST_LINE % {**values, "said": said % ('""' if call.stream else values["text"])}
         if not call.stream:
@@ -2595,6 +2665,8 @@ class Dialects:
         if path is None or fields is None:
             return self.openai
         prefix, path = self.split(path)
+        with contextlib.suppress(BadRequest):  # what cannot be folded is refused elsewhere
+            path = fold_path(path)
         for dialect in DIALECTS.values():
             if dialect.claims(path.lower(), fields):
                 return dialect
@@ -2794,8 +2866,7 @@ class UsageReader(UsageSource):
 # --------------------------------------------------------------------------------------------------
 
 MAX_HEAD = 65536        # bytes of one head
-MAX_LINE = 8192         # bytes of one line of it
-MAX_FIELDS = 100        # fields of one head
+MAX_START_LINE = 8192   # bytes of its first line
 MAX_CHUNK_LINE = 1024   # bytes of a chunk's size and extensions
 MAX_TRAILERS = 8192     # bytes of fields after the last chunk; they are read and dropped
 
@@ -2804,6 +2875,7 @@ REQUEST_LINE = re.compile(r"([A-Z][A-Z_-]{0,31}) ([!-~]+) HTTP/1\.([01])")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#@]+)(?![^/?])/?([!\"$-~]*)", re.IGNORECASE)
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
 FIELD_LINES = re.compile(r"(?:%s:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
+EMPTY_LINES = re.compile(rb"\A(?:\r\n){1,8}")  # so many are skipped before a head
 BARE_LINE_END = re.compile(rb"(?:[^\r]|^)\n|\r[^\n]")
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
@@ -2827,6 +2899,8 @@ class Head(Fields):
     `close_after`: the connection cannot carry another message after this one."""
     __slots__ = ("data", "start", "lines", "options", "around_length", "cache", "chunked", "length",
                  "close_after")
+    MAX_LINE = MAX_HEAD  # bytes of a field's line
+    MAX_FIELDS = 500
 
     def __init__(self, data: bytes):
         """`data` runs from the start line through the blank line. Raises Malformed."""
@@ -2838,9 +2912,10 @@ class Head(Fields):
             raise Malformed()
         lines = block.split("\r\n")
         lines.pop()
-        if len(data) > MAX_LINE and max(map(len, [self.start] + lines)) > MAX_LINE:
-            raise HeadTooLarge(414 if len(self.start) > MAX_LINE else 431)
-        if len(lines) > MAX_FIELDS:
+        if len(self.start) > MAX_START_LINE:
+            raise HeadTooLarge(414)
+        if len(lines) > self.MAX_FIELDS or (
+                len(data) > self.MAX_LINE and max(map(len, lines)) > self.MAX_LINE):
             raise HeadTooLarge(431)
         self.lines = {line[:line.index(":")].lower(): line for line in lines}
         if len(self.lines) < len(lines):
@@ -2943,7 +3018,8 @@ class HeadScanner:
     def check(self, data: bytes):
         """Looks at all that has come, which is not a whole head. Raises Malformed, HeadTooLarge."""
         line_end = data.rfind(b"\r\n", max(self.checked, self.scanned - 1))
-        if len(data) > MAX_HEAD or (line_end < 0 and len(data) - self.checked > MAX_LINE):
+        if len(data) > MAX_HEAD or (not self.checked and line_end < 0
+                                    and len(data) > MAX_START_LINE):
             raise HeadTooLarge(431 if self.checked else 414)
         if BARE_LINE_END.search(data, max(0, self.scanned - 1)):
             raise Malformed()
@@ -2965,6 +3041,8 @@ class Request(Head):
     from its target; `length` is None for a chunked body; `plain`: nothing is said of the body but
     how it is framed."""
     __slots__ = ("method", "path", "query", "version", "plain")
+    MAX_LINE = 32768  # credentials and cookies of other servers are long
+    MAX_FIELDS = 100
 
     def __init__(self, data: bytes):
         super().__init__(data)
@@ -3163,6 +3241,7 @@ class BodyAdapter:
         in_chunk = self.style == self.AS_IS and self.framing.remaining
         if in_chunk or not self.events or not self.events.at_boundary(self.tail):
             return b""
+        self.passed += len(event)
         return event if self.style == self.PLAIN else encode_chunk(event)
 
     def end_of_stream(self, reset: bool = False) -> Tuple[bool, bytes]:
@@ -3185,6 +3264,20 @@ BLOCK = 16384           # bytes to read at once: PyPy pays for what it could hav
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
+
+
+KEEP_ALIVE_OPTIONS = (  # after 60 s of silence ask every 15 s, and give up after 4
+    ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60),  # the latter on macOS
+    ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+
+
+def keep_alive(sock: socket.socket):
+    """Has the system find out when the other side is gone without a word, and tells what is in
+    between that the connection is still used. What a listening socket accepts is like it."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE_OPTIONS:
+        with contextlib.suppress(AttributeError, OSError):  # not every system has each
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Context:
@@ -3390,7 +3483,10 @@ class Stream:
             await context.wait(self.waiter, deadline - self.loop.time(), what)
 
     def take_head(self) -> Optional[bytes]:
-        """Returns the bytes of a head that has come whole, as nearly all do."""
+        """Returns the bytes of a head that has come whole, as nearly all do. Empty lines before it
+        are dropped (RFC 9112 2.2)."""
+        if self.read_buffer[:1] == b"\r":
+            self.read_buffer = EMPTY_LINES.sub(b"", self.read_buffer, 1)
         data = self.read_buffer
         end = data.find(b"\r\n\r\n") + 4
         if not 4 <= end <= MAX_HEAD:
@@ -3682,12 +3778,16 @@ class MemoryBudget:
         self.free += size
 
 
+WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # for zlib, by content coding
+
+
 class RequestBody:
     """What a client sends after its head, carried or read whole. It has FREE_SECONDS, and more only
     for what really arrives: a trickle does not keep it open. 100 Continue is sent when, and only
     if, somebody wants to read."""
     FREE_SECONDS = 60
     BYTES_PER_SECOND = 16384
+    INFLATED_AT_ONCE = 1 << 20  # bytes, which take 3 ms
     FAILURES = {Transfer.MALFORMED: BrokenBody, Transfer.SILENT: RequestTimeout,
                 Transfer.BROKEN_OFF: CallerGone, Transfer.SLOW: TimeoutError}
     held = 0      # bytes of the budget
@@ -3698,7 +3798,7 @@ class RequestBody:
         self.budget = budget
         self.length = request.length
         self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
-        self.encoded = "content-encoding" in request.lines
+        self.coding = request.get("content-encoding", "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
             raise UnsupportedExpectation()
@@ -3719,8 +3819,8 @@ class RequestBody:
 
     async def read(self, most: int, context: Context) -> bytes:
         """Returns the body of a metered call, of at most `most` bytes. Raises UnsupportedEncoding,
-        BodyTooLarge, BrokenBody, RequestTimeout, Overloaded, CallerGone."""
-        if self.encoded:
+        BodyTooLarge, BrokenBody, BadRequest, RequestTimeout, Overloaded, CallerGone."""
+        if self.coding != "identity" and self.coding not in WINDOW_BITS:
             raise UnsupportedEncoding()
         if self.length is not None and self.length > most:
             raise BodyTooLarge()
@@ -3739,9 +3839,36 @@ class RequestBody:
             pieces.append(self.unwrap())
             if self.received > most:
                 raise BodyTooLarge()
-            if self.received > self.held + self.budget.SMALL:
-                self.budget.take(self.received - self.held)
-                self.held = self.received
+            self.hold(self.received)
+        body = b"".join(pieces)
+        return body if self.coding == "identity" else await self.inflate(body, most)
+
+    def hold(self, size):
+        """Count so many bytes against the budget, but for small ones."""
+        if size > self.held + self.budget.SMALL:
+            self.budget.take(size - self.held)
+            self.held = size
+
+    async def inflate(self, data, most):
+        """Returns what was compressed, of at most `most` bytes; others run in between."""
+        inflater = zlib.decompressobj(WINDOW_BITS[self.coding])
+        pieces, size = [], 0
+        while not inflater.eof:
+            try:
+                piece = inflater.decompress(data, self.INFLATED_AT_ONCE)
+            except zlib.error:
+                raise BadRequest("The request body is not compressed as its head says") from None
+            data = inflater.unconsumed_tail
+            size += len(piece)
+            if not piece and not data and not inflater.eof:
+                raise BadRequest("The request body is not whole")
+            if size > most:
+                raise BodyTooLarge()
+            self.hold(self.received + size)
+            pieces.append(piece)
+            await asyncio.sleep(0)
+        if inflater.unused_data:
+            raise BadRequest("Something follows the compressed request body")
         return b"".join(pieces)
 
     def unwrap(self) -> bytes:
@@ -4162,6 +4289,18 @@ class TransportConfig(NamedTuple):
     no_tunnel: str = ""
 
 
+class TunnelResponse(http.client.HTTPResponse):
+    """A proxy's answer to CONNECT. http.client would take a 1xx that comes before it for it."""
+
+    def _read_status(self):
+        for _ in range(MAX_INTERIM_RESPONSES):
+            found = super()._read_status()
+            if not 100 <= found[1] < 200:
+                break
+            http.client.parse_headers(self.fp)
+        return found
+
+
 class Address:
     """One address of an upstream: its spare connections, and how it fared lately."""
     LOOPBACK_SECONDS = 0.001  # how long a connection to this machine may hold the loop
@@ -4196,11 +4335,13 @@ class Address:
             self.breaker.state(self.clock.monotonic()))
 
     def target(self, path: str, query: str = "") -> str:
-        """Returns the request's target. A base with a path replaces a leading /v1 of the call; a
-        bare host gets the call's path as it is."""
-        if self.endpoint.path and (path == "/v1" or path.startswith("/v1/")):
-            path = path[3:]
-        return (self.endpoint.path + path or "/") + ("?" + query if query else "")
+        """Returns the request's target. A base with a path replaces a leading /v1 of the call, and
+        one that ends in /v1beta that; a bare host gets the call's path as it is."""
+        base = self.endpoint.path
+        version = "/" + path[1:].partition("/")[0]
+        if base and (version == "/v1" or (version == "/v1beta" and base.endswith(version))):
+            path = path[len(version):]
+        return (base + path or "/") + ("?" + query if query else "")
 
     async def send(self, stream, method, head, body, context):
         """Send one request and wait for the head of its response. Raises UpstreamFailed,
@@ -4283,6 +4424,7 @@ class Address:
         owner = http.client.HTTPSConnection(
             where.host, where.port, timeout=seconds, context=self.tls)
         if tunnel:
+            owner.response_class = TunnelResponse
             owner.set_tunnel(endpoint.host, endpoint.port, tunnel.fields)
         return owner
 
@@ -4295,6 +4437,7 @@ class Address:
             raise UpstreamTimeout(nothing_sent=True) from None
         except (OSError, http.client.HTTPException) as failure:
             raise UpstreamFailed(failure, nothing_sent=True) from None
+        keep_alive(sock)
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
         return Stream(context.loop, sock)
@@ -4468,6 +4611,7 @@ class Upstream:
         UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
+        stale = False
         while True:
             if context.expired():
                 raise UpstreamTimeout()  # nobody would wait for the response
@@ -4475,7 +4619,7 @@ class Upstream:
             if address is None:
                 raise failure or BreakerOpen(self.seconds_to_breaker())
             response = good = None
-            stream = address.spare()
+            stream = None if stale else address.spare()
             was_spare = stream is not None
             try:
                 stream = stream or await address.connect(context)
@@ -4484,15 +4628,23 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                if not refusal.nothing_sent:
+                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
-                failed.append(address)
+                failed += [] if stale else [address]
             finally:
                 if not probe:  # a list of models says nothing of how calls fare
                     self.judge(address, good)
                 if response is None:
                     address.running -= 1
+
+    @staticmethod
+    def is_repeatable(method, refusal):
+        """Tells whether what a spare connection lost, because it was closed under us, can be asked
+        again (RFC 9110 9.2.2)."""
+        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
+            refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
@@ -4517,12 +4669,18 @@ class Upstream:
         return "\r\n".join(
             [start, address.host_line, *self.headers.values(), *lines, ""]).encode("latin-1")
 
-    async def models(self, context: Context) -> List[str]:
-        """Returns the names of its models. Raises UpstreamFailed, UpstreamTimeout, BreakerOpen, and
-        ValueError where it answers with something else."""
+    async def models(self, context: Context) -> List[Model]:
+        """Returns its models. Raises UpstreamFailed, UpstreamTimeout, BreakerOpen, and ValueError
+        where it answers with something else."""
         if self.model is not None or self.key == PASSTHROUGH:  # one only, or no key to ask with
             plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
-            return plain or ([self.model] if self.model else [])
+            return list(map(Model, plain or ([self.model] if self.model else [])))
+        found = [one._replace(name=self.dialect.model_name(one.name))
+                 for one in await self.list_models(context)]
+        return [one for one in found if self.serves(one.name)] if self.globs else found
+
+    async def list_models(self, context):
+        """Ask for the list of models."""
         path, dialect = self.dialect.place(
             self.dialect.MODELS_PATH, DIALECTS["openai"], metered=False)
         lines = ["Accept: application/json", "Accept-Encoding: identity", *dialect.VERSION_LINES]
@@ -4531,12 +4689,10 @@ class Upstream:
         with await self.send_once("GET", head, b"", context, probe=True) as response:
             body = await response.read(context)
             try:
-                names = dialect.model_names(parse_response(body))
+                return dialect.listed_models(parse_response(body))
             except (ValueError, LookupError, TypeError):
                 raise ValueError("the upstream answered %d, and no list of models"
                                  % response.status) from None
-        names = list(map(self.dialect.model_name, names))
-        return [name for name in names if self.serves(name)] if self.globs else names
 
 
 class Routes:
@@ -5084,6 +5240,11 @@ class Books:
 # knows no upstreams' addresses and no buckets.
 # --------------------------------------------------------------------------------------------------
 
+# User agents with these words, in lower case, are where a person sits and reads.
+PEOPLES_AGENTS = re.compile("mozilla/|claude-cli/|codex[_-]|geminicli|opencode/|qwencode/")
+# These sleep for as long as Retry-After says, were it for hours.
+SLEEPING_AGENTS = re.compile("codex[_-]")
+PATIENT_SECONDS = 60  # who must wait longer need not ask again
 USER_FIELD_PREFIX = "x-openwebui-"  # fields that begin like this say who the caller's user is
 OUR_FIELD_PREFIX = "x-llm-proxy-"   # and these are meant for us
 TIMEOUT_FIELD = OUR_FIELD_PREFIX + "timeout-ms"
@@ -5101,8 +5262,17 @@ REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers",
     "max-age", "allow-private-network"))
+EVENT_TYPES = tuple({dialect.events.content_type for dialect in DIALECTS.values()})
+UNBUFFERED = "X-Accel-Buffering: no"  # nginx would hold events back
+STREAM_LINES = ["Cache-Control: no-cache", UNBUFFERED]
 REASONS = {status: phrase for status, (phrase, _) in
            http.server.BaseHTTPRequestHandler.responses.items()}
+
+
+@functools.lru_cache(4)
+def format_date(second):
+    """Returns a header line (RFC 9110 5.6.7)."""
+    return "Date: " + email.utils.formatdate(second, usegmt=True)
 
 
 class ReplyParts(NamedTuple):
@@ -5223,13 +5393,16 @@ class Reply:
             self.early = True
             if self.request.version == 0:
                 self.close_after = self.until_close = True
-            framing_line = "" if self.until_close else "Transfer-Encoding: chunked\r\n"
-            head = self.head(200, "OK", "Content-Type: %s\r\nCache-Control: no-cache\r\n%s" % (
-                self.call.dialect.events.content_type, framing_line))
+            lines = [self.date_line(), "Content-Type: " + self.call.dialect.events.content_type]
+            lines += STREAM_LINES
+            if not self.until_close:
+                lines.append("Transfer-Encoding: chunked")
+            head = self.head(200, "OK", "".join([line + CRLF for line in lines]))
         self.client.write(head + self.framed(self.call.dialect.events.comment(text)))
 
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
+        self.entry.passed += len(event)
         return event if self.until_close else encode_chunk(event)
 
     def error_event(self, refusal):
@@ -5286,7 +5459,9 @@ class Reply:
             if drops or not isinstance(framing, Chunked):
                 style = BodyAdapter.CHUNKED
             self.framing_line = "Transfer-Encoding: chunked\r\n"
-        return BodyAdapter(framing, style, reader, events)
+        adapter = BodyAdapter(framing, style, reader, events)
+        adapter.passed = self.entry.passed  # comments, where the stream began with some
+        return adapter
 
     async def receive_whole(self, response):
         """Await a metered answer that is no stream, unless it is large or takes its time."""
@@ -5323,7 +5498,9 @@ class Reply:
         entry.first_byte = clock.monotonic()
         if self.early:
             return self.client.write(self.first)
-        lines = (f"{self.response_lines(response)}{self.framing_line}"
+        dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
+        lines = (f"{'' if dated else self.date_line() + CRLF}"
+                 f"{self.response_lines(response)}{self.framing_line}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {clock.time_ns()}\r\n")
         usage = entry.usage
@@ -5339,8 +5516,12 @@ class Reply:
         head = response.head
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
-        cors = self.parts.config.cors_origins
-        lines = head.end_to_end(REPLACED_WITH_CORS if cors else REPLACED)
+        replaced = REPLACED_WITH_CORS if self.parts.config.cors_origins else REPLACED
+        unbuffered = []
+        if head.get("content-type", "").lower().startswith(EVENT_TYPES):
+            replaced = replaced.union(["x-accel-buffering"])
+            unbuffered = [UNBUFFERED]
+        lines = head.end_to_end(replaced) + unbuffered
         redirects = [name for name in ("location", "content-location") if name in head]
         prefix = "/" + self.call.prefix if self.call.prefix else ""
         for name in redirects:
@@ -5385,20 +5566,31 @@ class Reply:
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
         few bytes, or, where only closing ends the body, a reset. A stream whose head was ours is
-        told `why`, where there is room for that."""
+        told `why`, where there is room for that, and ends properly: a broken one would hide it."""
         self.close_after = True
-        if self.early:
-            event = self.error_event(why)
-            framed = self.adapter.insert(event) if self.adapter else self.framed(event)
-            self.client.write(framed)
-        self.reset = self.until_close
+        told = self.early and self.tell(why)
+        self.reset = self.until_close and not told
+
+    def tell(self, why):
+        """Say `why` and end the stream; returns False where there is no room for it."""
+        entry, event, adapter = self.entry, self.error_event(why), self.adapter
+        if entry.first_byte is None:
+            entry.first_byte = self.parts.clock.monotonic()
+        if adapter is None:
+            framed = self.framed(event)
+        else:
+            framed = adapter.insert(event)
+            entry.passed = adapter.passed
+        if framed:
+            self.client.write(framed + (b"" if self.until_close else LAST_CHUNK))
+        return bool(framed)
 
     # -- what comes from us
 
     def send(self, status: int, body: bytes = b"", lines: Iterable[str] = (),
              content_type: str = "application/json"):
         """Send a whole answer."""
-        lines = list(lines)
+        lines = [self.date_line(), *lines]
         if status != 204:
             lines += ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
         if self.request and self.request.method == "HEAD":
@@ -5415,34 +5607,46 @@ class Reply:
         if self.begun:
             return self.cut(refusal)
         self.close_after = self.close_after or refusal.close_after
-        fields = dict(refusal.fields)
-        reply = None
         if isinstance(refusal, LimitReached):
             self.entry.hold = Hold(tightest=refusal.tightest)
-            reply = self.limit_reply(refusal)
-            if reply is None and (refusal.wait is None or refusal.wait > 60):
-                fields["x-should-retry"] = "false"  # SDKs would ask three times
-        status, content_type = 200, "application/json"
-        if reply is not None:
-            content_type = self.call.dialect.limit_type(self.call)
-            if self.call.dialect.is_stream(content_type):
-                fields["Cache-Control"] = "no-cache"
-        else:
-            status = refusal.status
-            dialect = self.call.dialect if self.call else self.parts.dialects.guess(
-                self.request and self.request.path, self.request)
-            reply = dialect.error(refusal, status)
-        self.send(status, reply, ["%s: %s" % field for field in fields.items()], content_type)
+            return self.limit(refusal)
+        dialect = self.call.dialect if self.call else self.parts.dialects.guess(
+            self.request and self.request.path, self.request)
+        self.send(refusal.status, dialect.error(refusal, refusal.status),
+                  self.lines_of(refusal.fields))
 
-    def limit_reply(self, refusal):
-        """Returns the answer of an assistant that says so; None where LIMIT_REPLY wants an error,
-        or no assistant can speak."""
-        wanted, lines = self.parts.config.limit_reply, self.request.lines
-        for_people = "mozilla/" in lines.get("user-agent", "").lower() or any(
-            name.startswith(USER_FIELD_PREFIX) for name in lines)
-        if wanted == "error" or (wanted == "auto" and not for_people):
-            return None
-        return self.call.dialect.limit_reply(self.call, str(refusal), self.started // 10 ** 9)
+    @staticmethod
+    def lines_of(fields):
+        return ["%s: %s" % field for field in fields.items()]
+
+    def limit(self, refusal):
+        """Say that a limit is reached: an assistant does, where LIMIT_REPLY wants one and one can
+        speak; else it is an error."""
+        call, wait, fields = self.call, refusal.wait, dict(refusal.fields)
+        dialect, now, reply = call.dialect, self.started // 10 ** 9, None
+        if self.wants_assistant():
+            reply = dialect.limit_reply(call, str(refusal), now)
+        if reply is not None:
+            content_type = dialect.limit_type(call)
+            lines = STREAM_LINES if dialect.is_stream(content_type) else []
+            return self.send(200, reply, self.lines_of(fields) + lines, content_type)
+        body = dialect.error(refusal, refusal.status)
+        if wait is None or wait > PATIENT_SECONDS:
+            fields["x-should-retry"] = "false"  # SDKs would ask three times
+            if SLEEPING_AGENTS.search(self.user_agent()):
+                fields.pop("Retry-After", None)
+                resets_at = None if wait is None else now + math.ceil(wait)
+                body = dialect.final_error(refusal, refusal.status, resets_at)
+        self.send(refusal.status, body, self.lines_of(fields))
+
+    def wants_assistant(self) -> bool:
+        wanted = self.parts.config.limit_reply
+        return wanted == "assistant" or wanted == "auto" and bool(
+            PEOPLES_AGENTS.search(self.user_agent())
+            or any(name.startswith(USER_FIELD_PREFIX) for name in self.request.lines))
+
+    def user_agent(self) -> str:
+        return self.request.get("user-agent", "").lower()
 
     # -- both
 
@@ -5462,6 +5666,9 @@ class Reply:
             "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n",
             self.cors_lines(),
             "Connection: close\r\n\r\n" if self.close_after else "\r\n")).encode("latin-1")
+
+    def date_line(self) -> str:
+        return format_date(self.parts.clock.time_ns() // 10 ** 9)
 
     def cors_lines(self) -> str:
         allowed = self.parts.config.cors_origins
@@ -5672,7 +5879,7 @@ class Proxy:
                    or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
                    or name == self.callers.caller_header]
         if metered:
-            dropped += ["content-type", "accept-encoding"]
+            dropped += ["content-type", "content-encoding", "accept-encoding"]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
         return NEVER_UPSTREAM.union(dropped)
@@ -5759,8 +5966,9 @@ class Catalogue:
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def names(self, context: Context) -> List[str]:
-        """Who asks while another one's question is under way takes what that brings."""
+    async def models(self, context: Context) -> Dict[str, Model]:
+        """Returns them by name; the first of a name counts. Who asks while another one's question
+        is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -5770,7 +5978,10 @@ class Catalogue:
             with contextlib.suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
-        return [name for names in self.lists for name in names]
+        found = {}
+        for model in itertools.chain(*self.lists):
+            found.setdefault(model.name, model)
+        return found
 
     async def ask_all(self, loop):
         try:
@@ -5796,12 +6007,14 @@ class Catalogue:
 
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+    MODELS_PATHS = ("/v1/models", "/models", "/v1beta/models", "/api/tags")
+    AS_IT_IS = ("openai", "ollama")  # in these APIs an upstream's own list is passed on
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
         self.catalogue = Catalogue(proxy.routes, proxy.clock)
         config = proxy.config
-        # Without these the list is that of the only upstream.
+        # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
     def find(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
@@ -5812,11 +6025,13 @@ class Pages:
             return None
         if request.path == "/health":
             return self.health
-        if self.lists_models:
-            gemini = request.path == "/v1beta/models" and self.proxy.routes.named
-            if gemini or request.path in ("/v1/models", "/models", "/api/tags"):
-                return self.models
+        if request.path in self.MODELS_PATHS and (
+                self.lists_models or self.dialect(request).name not in self.AS_IT_IS):
+            return self.models
         return None
+
+    def dialect(self, request):
+        return self.proxy.dialects.guess(request.path, request)
 
     async def preflight(self, request, reply):
         lines = []
@@ -5856,11 +6071,14 @@ class Pages:
                 limits.matching(entry.caller, entry.address, config.base_model)]
 
     async def models(self, request, reply):
-        self.proxy.identify(request, reply.entry)
-        names = await self.catalogue.names(reply.context)
-        names += list(self.proxy.config.model_aliases or ())
-        dialect = self.proxy.dialects.guess(request.path, request)
-        reply.send(200, dialect.models(list(dict.fromkeys(names))))
+        proxy = self.proxy
+        proxy.identify(request, reply.entry)
+        models = await self.catalogue.models(reply.context)
+        if not models and not self.lists_models:
+            return await proxy.serve(request, reply)  # it may speak the client's API alone
+        for alias, name in (proxy.config.model_aliases or {}).items():
+            models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
+        reply.send(200, self.dialect(request).models(list(models.values())))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6028,6 +6246,8 @@ class ClientConnection:
             data = client.take_head() or await client.read_head(
                 REQUEST_LINE, self.context, self.HEAD_SECONDS, "the request's head")
         except TimeoutError:
+            if not client.read_buffer:  # nothing came but empty lines
+                raise QuietEnd() from None
             raise RequestTimeout() from None
         except OSError:
             raise QuietEnd() from None  # reset between two requests
@@ -6043,16 +6263,20 @@ class ClientConnection:
             self.on_client_end()
         elif len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
-        if request.method in ("TRACE", "TRACK", "CONNECT"):
-            raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
-        if "upgrade" in request.lines and request.version and (  # RFC 9110 7.8
-                "websocket" in request.get("upgrade").lower()):
-            raise UpgradeRequired()
+        self.refuse_other_protocols(request)
         page = self.server.pages.find(request)
         if page:
             await page(request, reply)
         else:
             await self.proxy.serve(request, reply)
+
+    @staticmethod
+    def refuse_other_protocols(request):
+        if request.method in ("TRACE", "TRACK", "CONNECT"):
+            raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
+        if "upgrade" in request.lines and request.version and (  # RFC 9110 7.8
+                "websocket" in request.get("upgrade").lower()):
+            raise UpgradeRequired()
 
     def refuse(self, reply, failure):
         """The one place that turns what was raised into an answer."""
@@ -6195,6 +6419,7 @@ class Server(http.server.ThreadingHTTPServer):
         """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
         if self.server_address[0] == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
+        keep_alive(self.socket)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -6511,7 +6736,7 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = map(clean, ask_models(upstream))
+                names = [clean(model.name) for model in ask_models(upstream)]
                 models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as reason:
                 cause = getattr(reason, "cause", None)
@@ -6611,7 +6836,8 @@ async def serve(server: Server, drain_seconds: float):
 
     def report_calls():
         calls = server.running_calls()
-        for line in ["%d calls are running" % len(calls), *calls]:
+        noun = "call is" if len(calls) == 1 else "calls are"
+        for line in ["%d %s running" % (len(calls), noun), *calls]:
             say(line)
 
     def reload_certificates():

@@ -51,6 +51,7 @@ import unittest
 import urllib.parse
 import uuid
 import warnings
+import zlib
 from unittest import mock
 
 import llm_proxy
@@ -2347,7 +2348,11 @@ class DialectsTest(ProxyCase):
         /v1/messages -> X-A: b -> x-api-key: sk-up
         /v1/messages/count_tokens -> X-A: b -> x-api-key: sk-up
         /v1beta/models/m:generateContent -> X-A: b -> x-goog-api-key: sk-up
-        /v1/models -> x-goog-api-key: k -> x-goog-api-key: sk-up"""
+        /v1/models -> x-goog-api-key: k -> x-goog-api-key: sk-up
+        /v1/messages/batches/b/cancel -> X-A: b -> x-api-key: sk-up
+        //v1/./Messages/batches/b/cancel -> X-A: b -> x-api-key: sk-up
+        /v1/threads/t/messages -> X-A: b -> authorization: Bearer sk-up
+        /v1/chat/completions/c/messages/m -> X-A: b -> authorization: Bearer sk-up"""
     ESTIMATES = json.loads("""[
         ["/v1/responses",
             {"input": "PROMPT", "max_output_tokens": 100}, 110],
@@ -2377,6 +2382,7 @@ class DialectsTest(ProxyCase):
             told = answered.json()
             self.assertIn("API key", told["error"].pop("message"))
             self.assertEqual((answered.status, told), (401, json.loads(expected)))
+            self.assertEqual(answered.get("x-should-retry"), "false")
 
     def test_every_kind_of_credential_is_the_same_caller_and_none_goes_upstream(self):
         self.start(MAX_TOKENS=10)
@@ -2438,7 +2444,6 @@ class LimitReplyTest(ProxyCase):
     """The assistant that says 'limit reached', in the shape of every API."""
     SAID = "limit reached, wait 5 min"
     GEMINI = "/v1beta/models/asked:"
-    SCHEMA = {"type": "json_schema", "name": "x", "schema": {}}
     GEMINI_REPLY = """{
         "candidates": [{
             "content": {"parts": [{"text": "limit reached, wait 5 min"}], "role": "model"},
@@ -2500,8 +2505,58 @@ class LimitReplyTest(ProxyCase):
         {"n": null}
         {"n": 1000000000}
         {"stream_options": []}
-        {"response_format": 1}
-        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}"""
+        {"response_format": null, "tool_choice": "auto", "grammar": "", "json_schema": {}}
+        {"response_format": {"type": "text"}, "function_call": "none", "suffix": null}
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}"""
+    # What a machine parses, by path
+    PARSED = {
+        CHAT: """
+            {"response_format": 1}
+            {"response_format": {"type": "json_object"}}
+            {"response_format": {"type": "json_schema", "json_schema": {}}}
+            {"tool_choice": "required"}
+            {"tool_choice": "any"}
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}}
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required"}}}
+            {"function_call": {"name": "f"}}
+            {"grammar": "root ::= x"}
+            {"json_schema": {"type": "object"}}
+            {"structured_outputs": {"choice": ["a"]}}
+            {"guided_json": {"type": "object"}}
+            {"guided_regex": "a+"}
+            {"guided_choice": ["a", "b"]}
+            {"guided_grammar": "root ::= x"}
+            {"stream": true, "guided_regex": "a+"}""",
+        "/v1/completions": """
+            {"suffix": "def f"}
+            {"suffix": ""}
+            {"grammar": "root ::= x"}""",
+        "/v1/responses": """
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}
+            {"text": {"format": {"type": "json_object"}}}
+            {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}}
+            {"tool_choice": {"type": "file_search"}}""",
+        "/v1/messages": """
+            {"output_format": {"type": "json_schema", "schema": {}}}
+            {"output_config": {"format": {"type": "json_schema", "schema": {}}}}
+            {"tool_choice": {"type": "any"}}
+            {"tool_choice": {"type": "tool", "name": "f"}}""",
+        "/v1beta/models/asked:generateContent": """
+            {"generationConfig": {"responseMimeType": "application/json"}}
+            {"generationConfig": {"response_mime_type": "text/x.enum"}}
+            {"generation_config": {"responseSchema": {"type": "OBJECT"}}}
+            {"generationConfig": {"responseJsonSchema": {"type": "object"}}}
+            {"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}}
+            {"tool_config": {"function_calling_config": {"mode": "ANY"}}}"""}
+    SPOKEN = {
+        "/v1/responses": """
+            {"text": {"format": {"type": "text"}, "verbosity": "low"}}
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}""",
+        "/v1/messages": """
+            {"output_config": {"effort": "low"}, "tool_choice": {"type": "auto"}}""",
+        "/v1beta/models/asked:generateContent": """
+            {"generationConfig": {"responseMimeType": "text/plain"}}
+            {"toolConfig": {"functionCallingConfig": {"mode": "AUTO"}}}"""}
     MODES = """
         assistant -> X-A: b -> 200
         error -> X-A: b -> 429
@@ -2509,6 +2564,12 @@ class LimitReplyTest(ProxyCase):
         auto -> X-A: b -> 429
         auto -> User-Agent: OpenAI/Python 1.0 -> 429
         auto -> User-Agent: Mozilla/5.0 (X11) -> 200
+        auto -> User-Agent: claude-cli/2.0.1 (external, cli) -> 200
+        auto -> User-Agent: codex_cli_rs/0.99.0 (Debian 12) -> 200
+        auto -> User-Agent: codex-tui/0.150.1 (Mac OS 26.5.0) -> 200
+        auto -> User-Agent: GeminiCLI/0.20.0/gemini-2.5-pro (linux; x64) -> 200
+        auto -> User-Agent: opencode/1.0.1 ai-sdk/provider-utils/3.0 -> 200
+        auto -> User-Agent: QwenCode/0.2.0 (linux; x64) -> 200
         auto -> X-OpenWebUI-User-Id: 7 -> 200"""
     EVENT_NAMES = {
         "/v1/responses": """
@@ -2598,28 +2659,27 @@ class LimitReplyTest(ProxyCase):
         payload = self.limited("/v1/completions", prompt=["a", "b"], n=2).json()
         self.assertEqual(len(payload["choices"]), 4)
 
+    def test_a_small_call_does_not_make_a_large_reply(self):
+        self.start_empty()
+        chunks = self.chunks(n=128, model="m" * 256)
+        self.assertEqual({one["model"] for one in chunks}, {"m" * 64})
+        self.assertEqual(len(chunks), 12)
+
     def test_odd_options_do_not_break_it(self):
         self.start_empty()
         for odd, in self.each(self.ODD_OPTIONS):
             choices = self.limited(**json.loads(odd)).json()["choices"]
             self.assertEqual(choices[0]["message"]["content"], self.SAID)
-            self.assertLessEqual(len(choices), 128)
+            self.assertLessEqual(len(choices), 4)
 
-    def test_where_json_was_asked_for_the_reply_is_one_that_parsers_take_for_a_refusal(self):
+    def test_where_a_machine_parses_the_words_the_limit_is_an_error(self):
         self.start_empty()
-        chat_format = {"type": "json_schema", "json_schema": self.SCHEMA}
-        message = self.limited(response_format=chat_format).json()["choices"][0]["message"]
-        self.assertEqual(message["refusal"], self.SAID)
-        shape = {"format": self.SCHEMA}
-        told = self.limited("/v1/responses", text=shape).json()
-        content, = told["output"][0]["content"]
-        self.assertEqual(content, {"type": "refusal", "refusal": self.SAID})
-        streamed = self.limited("/v1/responses", text=shape, stream=True).body
-        self.assertIn(b"event: response.refusal.delta\n", streamed)
-        self.assertNotIn(b"output_text", streamed)
-        for payload in self.each([{"output_config": shape}, {"output_format": self.SCHEMA}]):
-            answered = self.limited("/v1/messages", **payload)
-            self.assertEqual((answered.status, answered.get("x-should-retry")), (429, "false"))
+        for tables, status in ((self.PARSED, 429), (self.SPOKEN, 200)):
+            rows = [(path, payload) for path, text in tables.items()
+                    for payload in text.strip().splitlines()]
+            for path, payload in self.each(rows):
+                answered = self.limited(path, **json.loads(payload))
+                self.assertEqual(answered.status, status)
 
     def test_where_no_assistant_can_speak_the_limit_is_an_error(self):
         self.start_empty()
@@ -2648,6 +2708,29 @@ class LimitReplyTest(ProxyCase):
         answered = self.limited("/v1/messages")
         self.assertIsNone(answered.get("x-should-retry"))
         self.assertEqual(answered.json()["error"]["type"], "rate_limit_error")
+
+    def test_codex_is_told_when_to_come_again_where_it_would_sleep_so_long(self):
+        """It reads the error's type and resets_at; otherwise it sleeps as Retry-After says."""
+        codex = "User-Agent: codex_cli_rs/0.99.0"
+        for seconds, fields, wait, told in self.each([
+                (3600, (codex,), None, ("usage_limit_reached", 1700004600)),
+                (3600, (), "3600", ("rate_limit_error", None)),
+                (30, (codex,), "30", ("rate_limit_error", None))]):
+            self.start_empty(LIMIT_REPLY="error", REFILL_INTERVAL_SECONDS=seconds)
+            answered = self.limited("/v1/responses", *fields)
+            error = answered.json()["error"]
+            found = answered.get("retry-after"), (error["type"], error.get("resets_at"))
+            self.assertEqual((answered.status, *found), (429, wait, told))
+        self.start(LIMIT_REPLY="error", LIMITS="each 5 tokens per day")
+        answered = self.ask(call(None, codex, max_tokens=100))
+        self.assertEqual(answered.json()["error"]["resets_at"], None)
+
+    def test_geminis_clients_are_told_the_wait_as_google_tells_it(self):
+        """Gemini CLI gives up at once where it is above 5 minutes."""
+        self.start_empty(LIMIT_REPLY="error", REFILL_INTERVAL_SECONDS=3600)
+        answered = self.limited(self.GEMINI + "generateContent")
+        self.assertEqual(answered.json()["error"]["details"], [{
+            "@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3600s"}])
 
     def test_it_tells_the_bucket_in_its_header(self):
         self.start_empty()
@@ -2695,7 +2778,7 @@ class HeadTest(ProxyCase):
         POST + "Host:\t x \t | Content-Length: 0",
         USUAL + "X-Name: \xe4\xff",
         USUAL + " | ".join("X-%d: x" % number for number in range(98)),
-        USUAL + "X-Long: " + "x" * 8000,
+        USUAL + "Authorization: Bearer " + "x" * 32000,
         USUAL + " | ".join(["X-Long: " + "x" * 8000] * 7),
         "POST /v1/%s HTTP/1.1 | Host: x | Content-Length: 0" % ("x" * 8000)]
     REFUSED = """
@@ -2748,7 +2831,7 @@ class HeadTest(ProxyCase):
     TOO_LARGE = [
         ("431", USUAL + " | ".join("X-%d: x" % number for number in range(99))),
         ("431", USUAL + " | ".join(["X-A: " + "x" * 1000] * 70)),
-        ("431", USUAL + "X-A: " + "x" * 10000),
+        ("431", USUAL + "X-A: " + "x" * 40000),
         ("431", USUAL + "X-A: " + "x" * 70000),
         ("414", "GET /%s HTTP/1.1 | Host: x" % ("x" * 10000)),
         ("414", "GET /%s HTTP/1.1 | Host: x" % ("x" * 70000))]
@@ -2756,11 +2839,33 @@ class HeadTest(ProxyCase):
     def test_well_formed_heads_are_taken(self):
         self.start()
         table = [raw_head(text) for text in rows(self.TAKEN) + self.TAKEN_TOO]
+        table += [b"\r\n" * number + table[0] for number in (1, 3)]
         table.append(raw_head(POST + "Host: x | Content-Length: 0002", b"{}"))
         for field in ("Transfer-Encoding: chunked", "transfer-encoding: CHUNKED"):
             table.append(raw_head(POST + "Host: x | " + field, chunk(b"{}") + LAST))
         for data in self.each(table):
-            self.assertLess(self.ask(data).status, 300)
+            self.assertLess(self.ask(data, "POST").status, 300)
+
+    def test_empty_lines_before_a_head_are_skipped_on_both_sides(self):
+        """Some clients send one after a body (RFC 9112 2.2)."""
+        self.start(sends(b"\r\n" + answer(), close=False))
+        client = self.connect()
+        for data in self.each([call() + b"\r\n", call() + b"\r\n", b"\r\n\r\n" + call()]):
+            self.assertEqual(client.exchange(data).status, 200)
+        client = self.connect()
+        for byte in b"\r\n\r\n" + call():
+            client.send(bytes([byte]))
+        self.assertEqual(client.read().status, 200)
+        self.assertEqual(self.connect().exchange(b"\r\n" * 20 + call()).status, 400)
+        self.patch_seconds(ClientConnection_HEAD_SECONDS=0.1)
+        client.send(b"\r\n")
+        self.assertEqual(client.ending(), "closed")
+
+    def test_an_answer_with_long_lines_and_many_fields_is_passed_on(self):
+        fields = ["X-Long: " + "x" * 20000] + ["X-%d: x" % number for number in range(400)]
+        self.start(says(b"{}", "200 OK", *fields))
+        answered = self.ask(call())
+        self.assertEqual((answered.get("x-long"), answered.get("x-399")), ("x" * 20000, "x"))
 
     def test_everything_else_is_refused_and_ends_the_connection(self):
         self.start()
@@ -3553,6 +3658,7 @@ class EarlyStreamTest(WaitingCase):
             asked.finish()
             self.assertEqual(self.rest(client), (True, body))
             self.assert_ending("ok", left=999)
+            self.assertEqual(self.entry()["bytes"], len(client.answered.body))
             if version == "1.1":  # the connection carries another call
                 client.send(call())
                 self.assertEqual(self.finish(self.stub.next(), client).status, 200)
@@ -3570,7 +3676,8 @@ class EarlyStreamTest(WaitingCase):
         answered = third.rest()
         self.assertEqual((answered.whole, answered.body.endswith(event(1))), (True, True))
 
-    def test_what_goes_wrong_then_is_an_error_event_and_a_cut(self):
+    def test_what_goes_wrong_then_is_an_error_event_and_a_clean_end(self):
+        """Where the stream broke off after it, Open WebUI would show that instead."""
         anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
         told = b'{"error":{"message":"too long","code":7}}'
         too_long = says(told, "400 Bad Request")
@@ -3589,9 +3696,12 @@ class EarlyStreamTest(WaitingCase):
             act(asked)
             asked.finish()
             whole, body = self.rest(client)
-            self.assertEqual((whole, body[-2:]), (False, b"\n\n"))
+            self.assertEqual((whole, body[-2:]), (True, b"\n\n"))
             self.assertIn(expected, body)
             self.assert_ending(outcome, left=1000, number=number)
+            entry = self.entry(number)
+            self.assertEqual(entry["bytes"], len(client.answered.body))
+            self.assertGreater(entry["first_ms"], 40)
 
     def test_a_stream_that_breaks_off_later_is_told_so_between_two_events(self):
         """Half an event that was held back, to look for usage, is not mistaken for a whole one."""
@@ -3605,7 +3715,7 @@ class EarlyStreamTest(WaitingCase):
             self.hear(client, event(1))
             asked.close()
             whole, body = self.rest(client)
-            self.assertEqual((whole, b"upstream_error" in body), (False, told))
+            self.assertEqual((whole, b"upstream_error" in body), (told, told))
             self.assertTrue(told or body.endswith((half, b"data")))
 
     def test_nothing_is_put_into_what_a_caller_has_not_taken(self):
@@ -3683,10 +3793,10 @@ class EarlyStreamTest(WaitingCase):
         waiting = self.connect().send(call("b", stream=True))
         waiting.head()
         self.assertEqual(self.drain(0.05), 2)
-        self.assertFalse(running.rest().whole)
-        answered = waiting.rest()
-        self.assertFalse(answered.whole)
-        self.assertIn(b"try again in a moment", answered.body)
+        for client in (running, waiting):
+            answered = client.rest()
+            self.assertTrue(answered.whole)
+            self.assertIn(b"try again in a moment", answered.body)
 
 
 class DeadlinesTest(WaitingCase):
@@ -5738,6 +5848,30 @@ class CatalogueTest(CallCase):
         self.assertEqual(listed["models"][0]["name"], "models/gemma4")
         self.assertEqual((private.calls, self.stub.calls), (0, 1))
 
+    def test_what_an_upstream_tells_of_its_models_stays_with_them_and_with_their_aliases(self):
+        facts = {"created": 7, "owned_by": "vllm", "max_model_len": 4096, "meta": {"n": 1}}
+        rows = {"object": "list", "data": [{"id": "m", "object": "model", **facts}]}
+        claude, = self.start_named("anthropic", "MODEL_ALIASES=fast=m,none=x"
+                                   " UPSTREAM_ANTHROPIC_MODELS=*", answer=says_json(rows))
+        claude.answer = says_json({"data": [{"id": "c", "display_name": "Claude"}]})
+        nothing = {"object": "model", "created": 0, "owned_by": "llm-proxy"}
+        self.assertEqual(self.listed()["data"], [
+            {"id": "m", "object": "model", **facts}, {"id": "c", **nothing},
+            {"id": "fast", "object": "model", **facts}, {"id": "none", **nothing}])
+        names = [row["display_name"] for row in self.listed("anthropic-version: x")["data"]]
+        self.assertEqual(names, ["m", "Claude", "fast", "none"])
+
+    def test_the_list_of_a_lone_upstream_is_in_the_clients_api(self):
+        self.start(self.lists("theirs"))
+        listed = self.listed("anthropic-version: 2023-06-01")
+        self.assertEqual((listed["first_id"], listed["data"][0]["type"]), ("theirs", "model"))
+        listed = self.listed("x-goog-api-key: k", path="/v1beta/models")
+        self.assertEqual(listed["models"][0]["name"], "models/theirs")
+        own = b'{"data": "of a kind of its own"}'
+        self.start(lambda asked: asked.send(
+            answer(own) if asked.get("x-api-key") else answer(b"{}", "401 No")), BASE_API_KEY="k")
+        self.assertEqual(self.listed("anthropic-version: x"), json.loads(own))
+
     def test_an_upstream_at_its_limit_is_asked_and_one_that_fails_is_asked_again_soon(self):
         clock = Clock()
         box, = self.start_named(
@@ -5937,15 +6071,45 @@ class ClientConnectionTest(ServerCase):
         self.start(MAX_BODY_BYTES=1000)
         fits = chat().ljust(1000)
         chunks = unsized(CHAT, CHUNKED) + chunk(fits)
-        coded = "Content-Encoding: gzip"
         for data, status in self.each((
                 (request("POST", CHAT, fits), 200), (request("POST", CHAT, fits + b" "), 413),
                 (chunks + LAST, 200), (chunks + chunk(b" ") + LAST, 413),
-                (call(None, coded), 415), (call(None, "Expect: 200-ok"), 417),
-                (request("POST", "/v1/files", b"x", coded), 200))):
+                (call(None, "Expect: 200-ok"), 417))):
             self.assertEqual(self.ask(data).status, status)
-        self.assertEqual(self.stub.calls, 3)
-        self.assertEqual(self.stub.requests[-1].get("content-encoding"), "gzip")
+        self.assertEqual(self.stub.calls, 2)
+
+    def test_compressed_metered_bodies_are_read_and_others_are_passed_as_they_are(self):
+        self.start(MAX_BODY_BYTES=3000000)
+        body = chat()
+        large = chat(user="x" * 2900000)
+        gzip = zlib.compressobj(wbits=31)
+        packed = gzip.compress(body) + gzip.flush()
+        for coding, sent, status in self.each((
+                ("gzip", packed, 200), ("X-GZIP", packed, 200), ("identity", body, 200),
+                ("deflate", zlib.compress(body), 200), ("deflate", zlib.compress(large), 200),
+                ("deflate", zlib.compress(b"x" * 3000001), 413), ("gzip", body, 400),
+                ("gzip", packed[:-1], 400), ("gzip", packed + b"x", 400), ("gzip", b"", 400),
+                ("zstd", packed, 415), ("br", packed, 415), ("gzip, gzip", packed, 415))):
+            answered = self.ask(request("POST", CHAT, sent, "Content-Encoding: " + coding))
+            self.assertEqual(answered.status, status)
+            expected = "gzip, deflate" if status == 415 else None
+            self.assertEqual(answered.get("accept-encoding"), expected)
+        self.assertEqual({asked.get("content-encoding") for asked in self.stub.requests}, {None})
+        self.assertEqual([asked.body for asked in self.stub.requests[:4]], [body] * 4)
+        self.ask(request("POST", "/v1/files", packed, "Content-Encoding: gzip"))
+        asked = self.stub.requests[-1]
+        self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", packed))
+
+    def test_what_a_compressed_body_becomes_has_its_room(self):
+        self.patch_seconds(Server_BODY_MEMORY=0)
+        self.start(None, MAX_BODY_BYTES=70000)
+        packed = request("POST", CHAT, zlib.compress(chat(user="x" * 69000)),
+                         "Content-Encoding: deflate")
+        held = [self.ask_stub(packed) for _ in range(8)]
+        self.assertEqual(self.ask(packed).status, 503)
+        for client, asked in held:
+            asked.answer()
+            self.assertEqual(client.read().status, 200)
 
     def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
         self.start()
