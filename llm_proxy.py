@@ -1888,12 +1888,7 @@ class Call(Billable):
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
-        payload = self.payload
-        found = self.dialect.MODEL_IN_PATH.fullmatch(self.path)
-        if found:
-            self.path = found[1] + urllib.parse.quote(model, safe="@:") + found[3]
-        elif model and model != payload.get("model"):
-            payload = {**payload, "model": model}
+        self.path, payload = self.dialect.with_model(self.path, self.payload, model)
         if rewrite:
             payload = rewrite(payload)
         if payload is not self.payload:
@@ -2019,6 +2014,16 @@ class Dialect:
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
         in_path = self.MODEL_IN_PATH.fullmatch(path)
         return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
+
+    def with_model(self, path: str, payload: Dict[str, Any], model: str
+                   ) -> Tuple[str, Dict[str, Any]]:
+        """Returns the path and the payload of a call of this model, wherever they name one."""
+        in_path = self.MODEL_IN_PATH.fullmatch(path)
+        if in_path:
+            path = in_path[1] + urllib.parse.quote(model, safe="@:") + in_path[3]
+        if model and payload.get("model", in_path and model) != model:
+            payload = {**payload, "model": model}
+        return path, payload
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -2249,7 +2254,7 @@ class OpenAI(Dialect):
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
         "/generations": "other"}
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
-    MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)")
+    MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
     OUTPUT_LIMITS = {
         "chat": ("max_completion_tokens", "max_tokens"),
         "batch": ("max_completion_tokens", "max_tokens"), "fim": ("max_tokens",),
@@ -2469,6 +2474,10 @@ class Gemini(Dialect):
     def requested(self, path, payload):
         return super().requested(path, payload)[0], path.endswith(":streamGenerateContent")
 
+    def with_model(self, path, payload, model):
+        """In a payload it is never more than an echo, under a name of its own."""
+        return super().with_model(path, {}, model)[0], payload
+
     def model_name(self, model):
         """Gemini takes models/NAME for NAME; limits and prices must not."""
         return model.removeprefix("models/")
@@ -2535,8 +2544,8 @@ class Interactions(Gemini):
     def claims(self, path, fields):
         return False  # what is not metered is Gemini's
 
-    def requested(self, path, payload):
-        return Dialect.requested(self, path, payload)
+    requested = Dialect.requested
+    with_model = Dialect.with_model
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
@@ -2549,8 +2558,7 @@ class Interactions(Gemini):
             return INTERACTION_EVENTS % values
         return INTERACTION % {**values, "step": INTERACTION_STEP % values}
 
-    def limit_type(self, call):
-        return Dialect.limit_type(self, call)
+    limit_type = Dialect.limit_type
 
 
 GENERATED_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": false}"""

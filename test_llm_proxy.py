@@ -1283,6 +1283,14 @@ class CallersTest(ProxyCase):
             self.assertEqual(self.ask(call(None, *fields)).body, b'{"said": "hi"}')
         self.assertEqual((self.left("k"), self.left("another")), (0, 3))
 
+    def test_an_api_key_is_a_credential_where_an_upstream_is_azures(self):
+        for dialect, left in self.each((("azure", (4, 5)), ("openai", (5, 4)))):
+            self.start(MAX_TOKENS=5, UPSTREAM_X_URL="http://127.0.0.1:1", UPSTREAM_X_KEY="sk-up",
+                       UPSTREAM_X_DIALECT=dialect)
+            self.ask(call(None, "api-key: k"))
+            self.assertEqual((self.left("k"), self.left()), left)
+            self.assertIsNone(self.stub.requests[0].get("api-key"))
+
     def test_two_different_credentials_are_refused(self):
         self.start()
         answered = self.ask(call("a", "X-Api-Key: b"))
@@ -2138,7 +2146,17 @@ USAGE_TABLE = json.loads("""[
                 "cachedContentTokenCount": 4, "toolUsePromptTokenCount": 3,
                 "totalTokenCount": 25},
         [13, 12, 4, 0, 7]],
-    ["generate", {"candidatesTokenCount": 5}, null]]""")
+    ["generate", {"candidatesTokenCount": 5}, null],
+    ["interactions", {"total_input_tokens": 9, "total_output_tokens": 79,
+                "total_thought_tokens": 12, "total_tokens": 100},
+        [9, 91, 0, 0, 12]],
+    ["interactions", {"total_input_tokens": 10, "total_output_tokens": 5,
+                "total_cached_tokens": 4, "total_tool_use_tokens": 3,
+                "input_tokens_by_modality": [{"modality": "text", "tokens": 10}]},
+        [13, 5, 4, 0, 0]],
+    ["ollama", {"prompt_eval_count": 26, "eval_count": 9, "total_duration": 5}, [26, 9, 0, 0, 0]],
+    ["ollama", {"prompt_eval_count": 8, "eval_count": null}, [8, 0, 0, 0, 0]],
+    ["ollama", {"prompt_eval_count": null, "eval_count": null}, null]]""")
 
 
 def events(*payloads, end="\n\n"):
@@ -2179,9 +2197,29 @@ GEMINI_EVENTS = json.loads("""[
      "usageMetadata": {"promptTokenCount": 25, "candidatesTokenCount": 7}}]""")
 
 
+INTERACTION_EVENTS = json.loads("""[
+    {"event_type": "interaction.created", "interaction": {"id": "i", "status": "in_progress"}},
+    {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}},
+    {"event_type": "step.delta", "index": 0, "delta": {"text": "hello you", "type": "text"}},
+    {"event_type": "interaction.completed", "interaction": {"id": "i", "status": "completed",
+     "usage": {"total_input_tokens": 25, "total_output_tokens": 4, "total_thought_tokens": 3}}}]""")
+OLLAMA_LINES = json.loads("""[
+    {"model": "m", "message": {"role": "assistant", "content": "hello"}, "done": false},
+    {"model": "m", "message": {"role": "assistant", "content": " you"}, "done": false},
+    {"model": "m", "message": {"role": "assistant", "content": ""}, "done_reason": "stop",
+     "done": true, "total_duration": 9, "load_duration": 1, "prompt_eval_count": 25,
+     "prompt_eval_duration": 2, "eval_count": 7, "eval_duration": 6}]""")
+
+
+def lines_of(*payloads):
+    """A stream of Ollama."""
+    return b"".join(json.dumps(one, separators=(",", ":")).encode() + b"\n" for one in payloads)
+
+
 class UsageReaderTest(ProxyCase):
     """What is understood of an answer, in whatever pieces it comes."""
-    DIALECTS = {"messages": llm_proxy.Anthropic(), "generate": llm_proxy.Gemini()}
+    DIALECTS = {"messages": llm_proxy.Anthropic(), "generate": llm_proxy.Gemini(),
+                "interactions": llm_proxy.Interactions(), "ollama": llm_proxy.Ollama()}
     STREAMS = [  # endpoint, events, usage; of the first events: number, usage, characters
         ("chat", [delta("hello you"), LAST_DELTA, USAGE_EVENT, "[DONE]"],
          (20, 4), 1, None, 9),
@@ -2190,7 +2228,8 @@ class UsageReaderTest(ProxyCase):
          (20, 4), 2, None, 9),
         ("responses", RESPONSE_EVENTS, (25, 7), 2, None, 9),
         ("messages", ANTHROPIC_EVENTS, (25, 7), 3, (25, 1), 9),
-        ("generate", GEMINI_EVENTS, (25, 7), 1, (25, 1), 5)]
+        ("generate", GEMINI_EVENTS, (25, 7), 1, (25, 1), 5),
+        ("interactions", INTERACTION_EVENTS, (25, 7), 3, None, 9)]
     JSON_ANSWERS = """
         {"choices": [SAID], "usage": TOLD}
         {"usage": TOLD, "choices": [SAID]}
@@ -2229,6 +2268,18 @@ class UsageReaderTest(ProxyCase):
             data = b": ping" + end.encode() + events(*told, end=end)
             found = self.hear(data, step, endpoint=endpoint)
             self.assertEqual(found, (data, usage, True, 9))
+
+    def test_ollama_streams_lines_of_which_the_last_tells_the_usage(self):
+        data = lines_of(*OLLAMA_LINES)
+        for step in self.each((None, 1, 7, 64)):
+            found = self.hear(data, step, endpoint="ollama")
+            self.assertEqual(found, (data, (25, 7), True, 9))
+        _, used, final, characters = self.hear(data[:-200], whole=False, endpoint="ollama")
+        self.assertEqual((used, final, characters), (None, False, 9))
+        for indent in self.each((None, 2)):
+            whole = json.dumps({**OLLAMA_LINES[-1], **OLLAMA_LINES[0], "done": True}, indent=indent)
+            found = self.hear(whole.encode(), endpoint="ollama", streamed=False)
+            self.assertEqual(found[1:], ((25, 7), True, 5))
 
     def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
         for endpoint, told, _, number, *expected in self.each(self.STREAMS):
@@ -2332,7 +2383,10 @@ class DialectsTest(ProxyCase):
         /v1/responses //v1/responses/ /v1/embeddings /v1/%65mbeddings
         /v1/messages /v1/Messages /messages /x/v1/messages
         /v1beta/models/m:generateContent /v1/models/m:streamGenerateContent
-        /v1beta/tunedModels/m:generateContent /v1/rerank /v1/images/generations"""
+        /v1beta/tunedModels/m:generateContent /v1/rerank /v1/images/generations
+        /v1beta/interactions /v1/interactions/ /v1/fim/completions /v1/agents/completions
+        /v1/chat/completions/batch /api/chat /api/generate /api/embed /API//embeddings
+        /openai/deployments/m/chat/completions /openai/deployments/m/embeddings"""
     UNMETERED = """
         /v1/messages/count_tokens /v1beta/models/m:countTokens
         /v1/threads/t/messages /v1/responses/r/cancel"""
@@ -2349,6 +2403,8 @@ class DialectsTest(ProxyCase):
         /v1/messages/count_tokens -> X-A: b -> x-api-key: sk-up
         /v1beta/models/m:generateContent -> X-A: b -> x-goog-api-key: sk-up
         /v1/models -> x-goog-api-key: k -> x-goog-api-key: sk-up
+        /v1beta/interactions -> X-A: b -> x-goog-api-key: sk-up
+        /api/chat -> X-A: b -> authorization: Bearer sk-up
         /v1/messages/batches/b/cancel -> X-A: b -> x-api-key: sk-up
         //v1/./Messages/batches/b/cancel -> X-A: b -> x-api-key: sk-up
         /v1/threads/t/messages -> X-A: b -> authorization: Bearer sk-up
@@ -2363,10 +2419,20 @@ class DialectsTest(ProxyCase):
         ["/v1beta/models/m:generateContent",
             {"contents": "PROMPT", "generation_config": {"max_output_tokens": 5}}, 15],
         ["/v1beta/models/m:generateContent",
-            {"contents": "PROMPT"}, 266]]""".replace("PROMPT", "ten tokens" * 4))
+            {"contents": "PROMPT"}, 266],
+        ["/v1beta/interactions",
+            {"input": "PROMPT", "generation_config": {"max_output_tokens": 100}}, 110],
+        ["/v1/fim/completions",
+            {"prompt": "PROMPT", "max_tokens": 100}, 110],
+        ["/api/chat",
+            {"messages": "PROMPT", "options": {"num_predict": 100}}, 110],
+        ["/api/generate",
+            {"prompt": "PROMPT", "options": null}, 266],
+        ["/api/embed",
+            {"input": "PROMPT"}, 266]]""".replace("PROMPT", "ten tokens" * 4))
     MISSPELLED = """
         /v1beta/models/m%3AgenerateContent /v1beta/models/m:generatecontent
-        /v1beta//models/m:generateContent"""
+        /v1beta//models/m:generateContent /openai/deployments/m//chat/completions"""
 
     def ask_at(self, path, *fields, key="k", **payload):
         return self.ask(request("POST", path, json.dumps(payload).encode(), *fields, key=key))
@@ -2382,6 +2448,9 @@ class DialectsTest(ProxyCase):
             told = answered.json()
             self.assertIn("API key", told["error"].pop("message"))
             self.assertEqual((answered.status, told), (401, json.loads(expected)))
+        for path in self.each(["/api/chat", "/api/pull"]):
+            told = self.ask_at(path, key="wrong").json()
+            self.assertEqual(told, {"error": "Missing or invalid proxy API key"})
             self.assertEqual(answered.get("x-should-retry"), "false")
 
     def test_every_kind_of_credential_is_the_same_caller_and_none_goes_upstream(self):
@@ -2420,12 +2489,23 @@ class DialectsTest(ProxyCase):
 
     def test_the_model_is_replaced_wherever_it_stands(self):
         self.start(BASE_MODEL="real")
-        for path in self.each(["/v1/responses", "/v1/messages", "/v1/embeddings"]):
+        for path in self.each("""/v1/responses /v1/messages /v1/embeddings /v1beta/interactions
+                /api/chat /v1/chat/completions/batch""".split()):
             self.ask_at(path, model="asked")
             self.assertEqual(self.stub.requests[-1].json()["model"], "real")
-        target = "/v1beta/models/%s:streamGenerateContent?alt=sse"
-        self.ask_at(target % "asked")
-        self.assertEqual(self.stub.requests[-1].target, target % "real")
+        for target in self.each(["/v1beta/models/%s:streamGenerateContent?alt=sse",
+                                 "/openai/deployments/%s/chat/completions?api-version=1"]):
+            self.ask_at(target % "asked")
+            self.assertEqual(self.stub.requests[-1].target, target % "real")
+
+    def test_a_path_and_a_payload_cannot_name_two_models(self):
+        self.start(MODEL_ALIASES="fast=gpt-5")
+        for path, asked, served in self.each(itertools.product(
+                ("/openai/deployments/%s/completions", "/OpenAI/Deployments/%s/completions"),
+                ("fast", "gpt-5"), ("gpt-5",))):
+            self.ask_at(path % asked, model="other")
+            asked = self.stub.requests[-1]
+            self.assertEqual((asked.target, asked.json()), (path % served, {"model": served}))
 
     def test_estimates_know_each_api_s_maximum(self):
         for path, payload, cost in self.each(self.ESTIMATES):
@@ -2485,7 +2565,32 @@ class LimitReplyTest(ProxyCase):
             "stop_reason": "end_turn", "stop_sequence": null,
             "usage": {"input_tokens": 0, "output_tokens": 0}}""",
         "/v1beta/models/asked:generateContent": GEMINI_REPLY,
-        "/v1beta/models/asked:streamGenerateContent": "[%s]" % GEMINI_REPLY}
+        "/v1beta/models/asked:streamGenerateContent": "[%s]" % GEMINI_REPLY,
+        "/openai/deployments/asked/completions": """{
+            "id": "cmpl-limit-ID", "created": 1700001000, "object": "text_completion",
+            "model": "asked",
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+            "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop",
+                         "text": "limit reached, wait 5 min"}]}""",
+        "/v1beta/interactions": """{
+            "id": "limit-ID", "object": "interaction", "model": "asked", "status": "completed",
+            "role": "model", "created": "2023-11-14T22:30:00Z", "updated": "2023-11-14T22:30:00Z",
+            "steps": [{"type": "model_output",
+                       "content": [{"type": "text", "text": "limit reached, wait 5 min"}]}],
+            "usage": {"total_input_tokens": 0, "total_output_tokens": 0, "total_thought_tokens": 0,
+                      "total_cached_tokens": 0, "total_tool_use_tokens": 0, "total_tokens": 0}}""",
+        "/api/chat": """{
+            "model": "asked", "created_at": "2023-11-14T22:30:00Z",
+            "message": {"role": "assistant", "content": "limit reached, wait 5 min"},
+            "done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0,
+            "prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0,
+            "eval_duration": 0}""",
+        "/api/generate": """{
+            "model": "asked", "created_at": "2023-11-14T22:30:00Z",
+            "response": "limit reached, wait 5 min",
+            "done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0,
+            "prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0,
+            "eval_duration": 0}"""}
     CHOICES = {  # of each event of a stream
         CHAT: """[
             [{"index": 0, "logprobs": null, "finish_reason": null,
@@ -2547,7 +2652,25 @@ class LimitReplyTest(ProxyCase):
             {"generation_config": {"responseSchema": {"type": "OBJECT"}}}
             {"generationConfig": {"responseJsonSchema": {"type": "object"}}}
             {"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}}
-            {"tool_config": {"function_calling_config": {"mode": "ANY"}}}"""}
+            {"tool_config": {"function_calling_config": {"mode": "ANY"}}}""",
+        "/v1beta/interactions": """
+            {"response_format": {"type": "text", "mime_type": "application/json"}}
+            {"response_mime_type": "application/json"}
+            {"generation_config": {"tool_choice": "any"}}
+            {"background": true}""",
+        "/v1/agents/completions": """
+            {"tool_choice": "any"}""",
+        "/v1/fim/completions": """
+            {"prompt": "def f("}""",
+        "/v1/chat/completions/batch": """
+            {"messages": [[{"role": "user", "content": "hello"}]]}""",
+        "/api/chat": """
+            {"format": "json"}
+            {"format": {"type": "object"}, "stream": false}""",
+        "/api/generate": """
+            {"suffix": "return"}""",
+        "/api/embed": """
+            {"input": "hello"}"""}
     SPOKEN = {
         "/v1/responses": """
             {"text": {"format": {"type": "text"}, "verbosity": "low"}}
@@ -2613,7 +2736,7 @@ class LimitReplyTest(ProxyCase):
     def test_the_reply_of_each_api_as_json(self):
         self.start_empty()
         for path, expected in self.each(self.WHOLE.items()):
-            answered = self.limited(path)
+            answered = self.limited(path, stream=False)
             found = answered.status, answered.get("content-type"), answered.get("retry-after")
             self.assertEqual(found, (200, "application/json", "300"))
             self.assert_reply(answered.body.decode(), expected)
@@ -2635,6 +2758,27 @@ class LimitReplyTest(ProxyCase):
             told = [json.loads(data) for _, data in found]
             self.assertEqual([one["type"] for one in told], kinds.split())
             self.assertIn(self.SAID, json.dumps(told))
+
+    def test_interactions_stream_named_events_and_an_end(self):
+        self.start_empty()
+        *found, end = self.events(self.limited("/v1beta/interactions", stream=True))
+        self.assertEqual(end, (None, "[DONE]"))
+        told = [json.loads(data) for _, data in found]
+        self.assertEqual([name for name, _ in found], [one["event_type"] for one in told])
+        self.assertEqual(told[2]["delta"], {"type": "text", "text": self.SAID})
+        self.assertEqual(told[-1]["interaction"]["status"], "completed")
+
+    def test_ollama_streams_lines_unless_it_is_told_not_to(self):
+        self.start_empty()
+        for path, payload in self.each(itertools.product(
+                ("/api/chat", "/api/generate"), ({}, {"stream": True}, {"stream": None}))):
+            answered = self.limited(path, **payload)
+            self.assertEqual(answered.get("content-type"), "application/x-ndjson")
+            told = [json.loads(line) for line in answered.body.splitlines()]
+            said = [one["response"] if path == "/api/generate" else one["message"]["content"]
+                    for one in told]
+            found = [(one["done"], text) for one, text in zip(told, said)]
+            self.assertEqual(found, [(False, self.SAID), (True, "")])
 
     def test_gemini_streams_events_where_they_were_asked_for(self):
         self.start_empty()
@@ -4470,7 +4614,9 @@ class RoutesTest(CallCase):
         UPSTREAM_BOX_MODEL=boxed UPSTREAM_BOX_KEY=k-box
         UPSTREAM_ONE_MODELS=gpt-*,o3 UPSTREAM_ONE_KEY=k-one
         UPSTREAM_TWO_MODELS=gpt-5,claude-* UPSTREAM_TWO_KEY=k-two
-        UPSTREAM_GEMINI_MODELS=gem-* UPSTREAM_GEMINI_KEY=k-gemini"""
+        UPSTREAM_GEMINI_MODELS=gem-* UPSTREAM_GEMINI_KEY=k-gemini
+        UPSTREAM_OLLAMA_MODELS=llama* UPSTREAM_OLLAMA_KEY=k-ollama
+        UPSTREAM_AZURE_MODELS=deployed UPSTREAM_AZURE_KEY=k-azure"""
     # method, model, upstream, model there, its field of the key, cost, path, path there if another
     ROUTES = table("""\
 POST m        box    boxed    authorization  1 /box/v1/chat/completions     -
@@ -4499,12 +4645,26 @@ GET  -        gemini -        authorization  0 /gemini/v1/models            /oai
 GET  -        gemini -        x-goog-api-key 0 /gemini/v1beta/models        -
 GET  -        gemini -        authorization  0 /gemini/v1beta/openai/models -
 POST -        gemini -        x-goog-api-key 1 /gemini/v1/models/m:generateContent -
-""".replace("/oai", "/v1beta/openai"))
-    CREDENTIALS = {"authorization", "x-api-key", "x-goog-api-key"}
+POST gem-5    gemini gem-5    x-goog-api-key 1 /v1beta/interactions         -
+POST llama3.2 ollama llama3.2 authorization  1 /api/chat                    -
+POST m        ollama m        authorization  1 /ollama/api/generate         -
+GET  -        ollama -        authorization  0 /ollama/api/tags             -
+POST llama3.2 ollama llama3.2 authorization  1 /v1/chat/completions         -
+POST m        ollama m        authorization  1 /ollama/chat/completions     /v1/chat/completions
+POST m        ollama m        x-api-key      1 /ollama/v1/messages          -
+POST m        azure  m        api-key        1 /azure/openai/deployments/m/chat/completions?a=b -
+POST deployed azure  deployed api-key        1 /openai/deployments/deployed/embeddings -
+POST deployed azure  deployed api-key        1 /v1/chat/completions         /azu/chat/completions
+POST m        azure  m        api-key        1 /azure/openai/responses      -
+GET  -        azure  -        api-key        0 /azure/v1/models             /azu/models
+GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
+""".replace("/oai", "/v1beta/openai").replace("/azu/", "/openai/v1/"))
+    CREDENTIALS = {"authorization", "x-api-key", "x-goog-api-key", "api-key"}
 
     def start_routed(self):
         """A proxy with the upstreams of ROUTES, without a path; returns {name: Stub}."""
-        stubs = {name: self.stub_of(name) for name in ("one", "two", "box", "gemini")}
+        names = "one two box gemini ollama azure".split()
+        stubs = {name: self.stub_of(name) for name in names}
         settings = dict(row.split("=", 1) for row in self.ROUTED.split())
         for name, stub in stubs.items():
             settings["UPSTREAM_%s_URL" % name.upper()] = stub.url
@@ -5890,6 +6050,22 @@ class CatalogueTest(CallCase):
         clock.now += 6
         box.answer = self.lists("c")
         self.assert_listed("b c")
+
+    def test_ollamas_list_is_asked_for_and_given_in_its_own_api(self):
+        rows = [{"name": name, "model": name, "size": 7, "details": {"family": "llama"}}
+                for name in ("llama3.2:latest", "other")]
+        ollama = self.stub_of("ollama", says_json({"models": rows}))
+        self.start(self.lists("theirs"), UPSTREAM_OLLAMA_URL=ollama.url,
+                   UPSTREAM_OLLAMA_MODELS="llama*", MODEL_ALIASES="fast=llama3.2:latest")
+        self.assert_listed("theirs llama3.2:latest fast")
+        self.assertEqual(ollama.requests[0].target, "/api/tags")
+        found = [(row["name"], row["model"], row["size"], row["details"])
+                 for row in self.listed(path="/api/tags")["models"]]
+        self.assertEqual(found, [
+            ("theirs", "theirs", 0, {}),
+            *((name, name, 7, {"family": "llama"}) for name in ("llama3.2:latest", "fast"))])
+        self.start(says_json({"models": rows}))
+        self.assertEqual(self.listed(path="/api/tags"), {"models": rows})
 
     def test_a_list_is_kept_for_a_minute_and_asked_for_once_by_many(self):
         clock = Clock()
