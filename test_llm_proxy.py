@@ -1019,6 +1019,29 @@ class ConfigTest(TableCase):
             found = getattr(read_config({**HERE, **settings}), [*settings][-1].lower())
             self.assertEqual(repr(found), value)
 
+    USUAL_DIALECTS = """
+        UPSTREAM_GROQ_KEY=k -> openai
+        UPSTREAM_ANTHROPIC_KEY=k -> anthropic
+        UPSTREAM_OLLAMA_MODELS=m -> ollama
+        UPSTREAM_OLLAMA_URL=http://box:11434 -> ollama
+        UPSTREAM_OLLAMA_URL=http://box:11434/v1 -> openai
+        UPSTREAM_AZURE_URL=https://gateway.example -> azure
+        UPSTREAM_X_URL=https://me.openai.azure.com -> azure
+        UPSTREAM_X_URL=https://me.OpenAI.azure.com/ -> azure
+        UPSTREAM_X_URL=https://me.cognitiveservices.azure.com -> azure
+        UPSTREAM_X_URL=https://me.services.ai.azure.com -> azure
+        UPSTREAM_X_URL=https://me.openai.azure.com/openai/v1 -> openai
+        UPSTREAM_X_URL=https://openai.azure.com.example -> openai
+        UPSTREAM_X_URL=https://x | UPSTREAM_X_DIALECT=gemini -> gemini
+        BASE_API_URL=https://me.openai.azure.com -> azure
+        BASE_API_URL=https://me.openai.azure.com/openai/v1 -> None
+        BASE_API_URL=http://box:11434 -> None"""
+
+    def test_an_upstream_that_does_not_say_has_the_api_of_its_vendor_or_openais(self):
+        for text, dialect in self.each(self.USUAL_DIALECTS):
+            upstream = read_config(settings_of(text)).all_upstreams()[-1]
+            self.assertEqual(str(upstream.dialect), dialect)
+
     FAULTS = """
         BASE_API_URL= -> BASE_API_URL is not set. Start like this:  BASE_API_URL=http://127.0.0.1:8\
 000/v1 python llm_proxy.py  (or try --demo)
@@ -1027,6 +1050,8 @@ class ConfigTest(TableCase):
         UPSTREAM_HEALTH_URL=http://h -> UPSTREAM_HEALTH_URL must have
         UPSTREAM__URL=http://h -> UPSTREAM__URL must have
         UPSTREAM_THREADS_URL=http://h -> UPSTREAM_THREADS_URL must have
+        UPSTREAM_X_URL=http://h/openai/v1 | UPSTREAM_X_DIALECT=azure -> UPSTREAM_X_URL must end
+        UPSTREAM_X_URL=http://h/v1 | UPSTREAM_X_DIALECT=ollama -> UPSTREAM_X_URL must end
         UPSTREAM_GROQ_KEY=passthrough | PROXY_API_KEYS=k -> UPSTREAM_GROQ_KEY must not be\
  passthrough
         BASE_API_KEY=passthrough | PROXY_API_KEYS=k -> BASE_API_KEY must not be passthrough
