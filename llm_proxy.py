@@ -2698,6 +2698,7 @@ class UsageReader(UsageSource):
 
 MAX_HEAD = 65536        # bytes of one head
 MAX_START_LINE = 8192   # bytes of its first line
+MAX_LONG_LINE = 32768   # bytes of a line of LONG_FIELDS: other servers' tokens and cookies
 MAX_CHUNK_LINE = 1024   # bytes of a chunk's size and extensions
 MAX_TRAILERS = 8192     # bytes of fields after the last chunk; they are read and dropped
 
@@ -2719,6 +2720,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
     "close", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
     "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"))
+LONG_FIELDS = frozenset(CREDENTIAL_FIELDS).union(["cookie"])
 SINGLE = frozenset((      # a second one would leave the choice to whoever reads it next
     "host", "content-length", "transfer-encoding", "authorization", "x-api-key", "expect"))
 
@@ -2730,7 +2732,7 @@ class Head(Fields):
     `close_after`: the connection cannot carry another message after this one."""
     __slots__ = ("data", "start", "lines", "options", "around_length", "cache", "chunked", "length",
                  "close_after")
-    MAX_LINE = MAX_HEAD  # bytes of a field's line
+    MAX_LINE = MAX_LONG_LINE  # bytes of a field's line
     MAX_FIELDS = 500
 
     def __init__(self, data: bytes):
@@ -2746,7 +2748,7 @@ class Head(Fields):
         if len(self.start) > MAX_START_LINE:
             raise HeadTooLarge(414)
         if len(lines) > self.MAX_FIELDS or (
-                len(data) > self.MAX_LINE and max(map(len, lines)) > self.MAX_LINE):
+                len(data) > self.MAX_LINE and any(map(self.is_too_long, lines))):
             raise HeadTooLarge(431)
         self.lines = {line[:line.index(":")].lower(): line for line in lines}
         if len(self.lines) < len(lines):
@@ -2755,6 +2757,10 @@ class Head(Fields):
         if "connection" in self.lines:
             options = self.get("connection").lower().split(",")
             self.options = [option.strip(" \t") for option in options]
+
+    def is_too_long(self, line):
+        return len(line) > self.MAX_LINE and (
+            len(line) > MAX_LONG_LINE or line.partition(":")[0].lower() not in LONG_FIELDS)
 
     def join_repeated(self, lines):
         self.lines = {}
@@ -2872,7 +2878,7 @@ class Request(Head):
     from its target; `length` is None for a chunked body; `plain`: nothing is said of the body but
     how it is framed."""
     __slots__ = ("method", "path", "query", "version", "plain")
-    MAX_LINE = 32768  # credentials and cookies of other servers are long
+    MAX_LINE = 8192
     MAX_FIELDS = 100
 
     def __init__(self, data: bytes):
