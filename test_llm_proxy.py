@@ -3830,7 +3830,7 @@ class DeadlinesTest(WaitingCase):
         began = time.monotonic()
         client.head()
         asked.send(raw_head("HTTP/1.1 500 No | Content-Length: 9"))
-        self.assertFalse(client.rest().whole)
+        self.assertIn(b"did not answer in time", client.rest().body)
         self.assertLess(time.monotonic() - began, 5)
 
     def test_it_holds_for_one_call_alone(self):
@@ -7291,7 +7291,7 @@ class FaultsTest(EnduranceCase):
         b"X-A: b\nX-Injected: evil",
         b"Content-Type: text/plain\x0bX-Injected: evil",
         b"X-A: " + b"x" * 70000,
-        b"X: y\r\n" * 100 + b"X: y")
+        b"X: y\r\n" * 500 + b"X: y")
     LENGTHS = b"+2", b"0 2", b"2, 2", b"9" * 20
     PIECES = (  # wrong ones of a body in chunks; the connection stays open
         b"XYZ\r\n{}\r\n",
