@@ -1946,7 +1946,8 @@ class Dialect:
     events = SSE
     # Whether the API's official clients skip comments in streams.
     TAKES_COMMENTS = True
-    MAX_MODEL = 64  # characters of a model's name in a limit reply, which repeats it in each event
+    # Characters of a model's name in a limit reply, which repeats it in each event.
+    REPLY_MODEL_LENGTH = 64
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
@@ -1970,7 +1971,7 @@ class Dialect:
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
-    # Where a payload may ask for words that a machine parses: at these keys stands anything but ...
+    # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
@@ -2106,7 +2107,7 @@ class Dialect:
         model = call.model or call.upstream_model
         reply = self.limit_text(call, {
             "text": json.dumps(text),
-            "model": json.dumps(model[:self.MAX_MODEL]),
+            "model": json.dumps(model[:self.REPLY_MODEL_LENGTH]),
             "created": str(created),
             "number": "%024x" % random.getrandbits(96)})
         if reply and self.is_stream(self.limit_type(call)):
@@ -2732,7 +2733,7 @@ class Head(Fields):
     `close_after`: the connection cannot carry another message after this one."""
     __slots__ = ("data", "start", "lines", "options", "around_length", "cache", "chunked", "length",
                  "close_after")
-    MAX_LINE = MAX_LONG_LINE  # bytes of a field's line
+    MAX_LINE = MAX_HEAD  # bytes of a field's line
     MAX_FIELDS = 500
 
     def __init__(self, data: bytes):
@@ -5335,11 +5336,12 @@ class Reply:
         entry.first_byte = clock.monotonic()
         if self.early:
             return self.client.write(self.first)
+        now = clock.time_ns()
         dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
-        lines = (f"{'' if dated else self.date_line() + CRLF}"
+        lines = (f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
                  f"{self.response_lines(response)}{self.framing_line}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
-                 f"X-Upstream-Request-Stop: {clock.time_ns()}\r\n")
+                 f"X-Upstream-Request-Stop: {now}\r\n")
         usage = entry.usage
         if usage and not self.call.stream:
             lines += (f"X-LLM-Input-Tokens: {usage.input}\r\n"
