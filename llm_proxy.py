@@ -1969,10 +1969,14 @@ class Dialect:
     MODELS_PATH = "/v1/models"
     # Asks for a list of models that is whole.
     MODELS_QUERY = ""
+    # Where clients ask for it, and whether a lone upstream's own is passed on, or made over.
+    LIST_PATHS = ()
+    OWN_LIST = False
     events = SSE
     # Whether the API's official clients skip comments in streams.
     TAKES_COMMENTS = True
-    MAX_MODEL = 64  # characters of a model's name in a limit reply, which repeats it in each event
+    # Characters of a model's name in a limit reply, which repeats it in each event.
+    REPLY_MODEL_LENGTH = 64
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
@@ -1996,7 +2000,7 @@ class Dialect:
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
-    # Where a payload may ask for words that a machine parses: at these keys stands anything but ...
+    # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
@@ -2143,7 +2147,7 @@ class Dialect:
         model = call.model or call.upstream_model
         reply = self.limit_text(call, {
             "text": json.dumps(text),
-            "model": json.dumps(model[:self.MAX_MODEL]),
+            "model": json.dumps(model[:self.REPLY_MODEL_LENGTH]),
             "created": str(created),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created)),
             "number": "%024x" % random.getrandbits(96)})
@@ -2259,6 +2263,8 @@ class OpenAI(Dialect):
         "chat": ("max_completion_tokens", "max_tokens"),
         "batch": ("max_completion_tokens", "max_tokens"), "fim": ("max_tokens",),
         "completions": ("max_tokens",), "responses": ("max_output_tokens",)}
+    LIST_PATHS = ("/v1/models", "/models")
+    OWN_LIST = True
     USAGE_OPTION = b"stream_options"
     USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
     COUNTS = {
@@ -2443,6 +2449,7 @@ class Gemini(Dialect):
     OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
     LIMIT_HOLDERS = ("generationConfig", "generation_config")
     CREDENTIAL = "x-goog-api-key: %s"
+    LIST_PATHS = ("/v1beta/models",)
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
     USAGE_MARK = b'"usageMetadata"'
     COUNTS = {
@@ -2580,6 +2587,8 @@ class Ollama(Dialect):
     OUTPUT_LIMITS = dict.fromkeys(("chat", "generate"), ("num_predict",))
     LIMIT_HOLDERS = ("options",)
     MODELS_PATH = "/api/tags"
+    LIST_PATHS = (MODELS_PATH,)
+    OWN_LIST = True
     events = NDJSON
     TAKES_COMMENTS = False
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
@@ -2875,6 +2884,7 @@ class UsageReader(UsageSource):
 
 MAX_HEAD = 65536        # bytes of one head
 MAX_START_LINE = 8192   # bytes of its first line
+MAX_LONG_LINE = 32768   # bytes of a line of LONG_FIELDS: other servers' tokens and cookies
 MAX_CHUNK_LINE = 1024   # bytes of a chunk's size and extensions
 MAX_TRAILERS = 8192     # bytes of fields after the last chunk; they are read and dropped
 
@@ -2896,6 +2906,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
     "close", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
     "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"))
+LONG_FIELDS = frozenset(CREDENTIAL_FIELDS).union(["cookie"])
 SINGLE = frozenset((      # a second one would leave the choice to whoever reads it next
     "host", "content-length", "transfer-encoding", "authorization", "x-api-key", "expect"))
 
@@ -2923,7 +2934,7 @@ class Head(Fields):
         if len(self.start) > MAX_START_LINE:
             raise HeadTooLarge(414)
         if len(lines) > self.MAX_FIELDS or (
-                len(data) > self.MAX_LINE and max(map(len, lines)) > self.MAX_LINE):
+                len(data) > self.MAX_LINE and any(map(self.is_too_long, lines))):
             raise HeadTooLarge(431)
         self.lines = {line[:line.index(":")].lower(): line for line in lines}
         if len(self.lines) < len(lines):
@@ -2932,6 +2943,10 @@ class Head(Fields):
         if "connection" in self.lines:
             options = self.get("connection").lower().split(",")
             self.options = [option.strip(" \t") for option in options]
+
+    def is_too_long(self, line):
+        return len(line) > self.MAX_LINE and (
+            len(line) > MAX_LONG_LINE or line.partition(":")[0].lower() not in LONG_FIELDS)
 
     def join_repeated(self, lines):
         self.lines = {}
@@ -3049,7 +3064,7 @@ class Request(Head):
     from its target; `length` is None for a chunked body; `plain`: nothing is said of the body but
     how it is framed."""
     __slots__ = ("method", "path", "query", "version", "plain")
-    MAX_LINE = 32768  # credentials and cookies of other servers are long
+    MAX_LINE = 8192
     MAX_FIELDS = 100
 
     def __init__(self, data: bytes):
@@ -5506,11 +5521,12 @@ class Reply:
         entry.first_byte = clock.monotonic()
         if self.early:
             return self.client.write(self.first)
+        now = clock.time_ns()
         dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
-        lines = (f"{'' if dated else self.date_line() + CRLF}"
+        lines = (f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
                  f"{self.response_lines(response)}{self.framing_line}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
-                 f"X-Upstream-Request-Stop: {clock.time_ns()}\r\n")
+                 f"X-Upstream-Request-Stop: {now}\r\n")
         usage = entry.usage
         if usage and not self.call.stream:
             lines += (f"X-LLM-Input-Tokens: {usage.input}\r\n"
@@ -6015,8 +6031,7 @@ class Catalogue:
 
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-    MODELS_PATHS = ("/v1/models", "/models", "/v1beta/models", "/api/tags")
-    AS_IT_IS = ("openai", "ollama")  # in these APIs an upstream's own list is passed on
+    MODELS_PATHS = frozenset(path for dialect in DIALECTS.values() for path in dialect.LIST_PATHS)
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
@@ -6034,7 +6049,7 @@ class Pages:
         if request.path == "/health":
             return self.health
         if request.path in self.MODELS_PATHS and (
-                self.lists_models or self.dialect(request).name not in self.AS_IT_IS):
+                self.lists_models or not self.dialect(request).OWN_LIST):
             return self.models
         return None
 
