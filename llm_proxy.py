@@ -2437,7 +2437,28 @@ GEMINI_CHOICES = dict.fromkeys(map(".".join, itertools.product(
 OPENAI_AT_GEMINI = "/v1beta/openai/"
 
 
-class Gemini(Dialect):
+class Google(Dialect):
+    """What the two APIs of Gemini have in common."""
+    CREDENTIAL = "x-goog-api-key: %s"
+    TAKES_COMMENTS = False  # google-genai takes them for data, and fails
+    INPUT = ("prompt", "tools")
+    OUTPUT = ("output", "reasoning")
+    ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
+"status": "%(kind)s"%(details)s}}"""
+    # Gemini CLI gives up where this is long (googleQuotaErrors.ts), else asks ten times.
+    RETRY_DETAILS = """, "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", \
+"retryDelay": "%(seconds)ss"}]"""
+    ERRORS = {
+        400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
+        429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
+    OTHER_ERRORS = ("INVALID_ARGUMENT", "UNAVAILABLE")
+
+    def model_name(self, model):
+        """Gemini takes models/NAME for NAME; limits and prices must not."""
+        return model.removeprefix("models/")
+
+
+class Gemini(Google):
     """The Gemini API (https://ai.google.dev/api/generate-content). The model stands in the path,
     and so does whether to stream; a stream without ?alt=sse is a JSON array."""
     name = "gemini"
@@ -2448,27 +2469,14 @@ class Gemini(Dialect):
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
     LIMIT_HOLDERS = ("generationConfig", "generation_config")
-    CREDENTIAL = "x-goog-api-key: %s"
     LIST_PATHS = ("/v1beta/models",)
-    TAKES_COMMENTS = False  # google-genai takes them for data, and fails
     USAGE_MARK = b'"usageMetadata"'
     COUNTS = {
         "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
         "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
         "cachedContentTokenCount": "cached"}
-    INPUT = ("prompt", "tools")
-    OUTPUT = ("output", "reasoning")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
-    ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
-"status": "%(kind)s"%(details)s}}"""
-    # Gemini CLI gives up where this is long (googleQuotaErrors.ts), else asks ten times.
-    RETRY_DETAILS = """, "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", \
-"retryDelay": "%(seconds)ss"}]"""
-    ERRORS = {
-        400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
-        429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
-    OTHER_ERRORS = ("INVALID_ARGUMENT", "UNAVAILABLE")
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
     MODEL_KEYS = ("name",)
@@ -2484,10 +2492,6 @@ class Gemini(Dialect):
     def with_model(self, path, payload, model):
         """In a payload it is never more than an echo, under a name of its own."""
         return super().with_model(path, {}, model)[0], payload
-
-    def model_name(self, model):
-        """Gemini takes models/NAME for NAME; limits and prices must not."""
-        return model.removeprefix("models/")
 
     def place(self, path, dialect, metered):
         if dialect.name == "openai":
@@ -2529,15 +2533,13 @@ INTERACTION_EVENTS = """\
 [DONE]"""
 
 
-class Interactions(Gemini):
-    """The other API of Gemini (https://ai.google.dev/gemini-api/docs/interactions). The model and
-    whether to stream stand in the payload."""
+class Interactions(Google):
+    """The newer API of Gemini (https://ai.google.dev/gemini-api/docs/interactions). What of it is
+    not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    MODEL_IN_PATH = Dialect.MODEL_IN_PATH
     OUTPUT_LIMITS = {"interactions": ("max_output_tokens",)}
     LIMIT_HOLDERS = ("generation_config",)
-    USAGE_MARK = Dialect.USAGE_MARK
     COUNTS = {
         "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
         "total_output_tokens": "output", "total_thought_tokens": "reasoning",
@@ -2547,12 +2549,6 @@ class Interactions(Gemini):
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
     TEXT_KEYS = ("text", "arguments")
-
-    def claims(self, path, fields):
-        return False  # what is not metered is Gemini's
-
-    requested = Dialect.requested
-    with_model = Dialect.with_model
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
@@ -2564,8 +2560,6 @@ class Interactions(Gemini):
             values["interaction"] = INTERACTION % {**values, "step": ""}
             return INTERACTION_EVENTS % values
         return INTERACTION % {**values, "step": INTERACTION_STEP % values}
-
-    limit_type = Dialect.limit_type
 
 
 GENERATED_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": false}"""
