@@ -1888,7 +1888,9 @@ class Call(Billable):
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
-        self.path, payload = self.dialect.with_model(self.path, self.payload, model)
+        payload = self.payload
+        if not model == self.model == payload.get("model"):
+            self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
             payload = rewrite(payload)
         if payload is not self.payload:
