@@ -3031,6 +3031,7 @@ class Context:
     deadline = math.inf                      # to when, in the loop's time
     until = math.inf                         # when all of the call is to be over
     timer = None
+    timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -3045,52 +3046,53 @@ class Context:
         """Tells whether the call's own deadline has passed, not just that of one wait."""
         return self.until < math.inf and self.loop.time() >= self.until
 
-    async def wait(self, future: asyncio.Future, seconds: float, what: str) -> Any:
-        """Await `future`. Raises TimeoutError after `seconds`, and what the call is ended with."""
+    def wait(self, future: asyncio.Future, seconds: float, what: str) -> asyncio.Future:
+        """Returns `future`, which is to be awaited at once. It raises TimeoutError after `seconds`,
+        and what the call is ended with."""
         if self.reason:
             raise self.reason
-        now = self.loop.time()
-        deadline = min(now + seconds, self.until)
+        self.since = now = self.loop.time()
+        self.deadline = deadline = now + seconds
+        if deadline > self.until:
+            self.deadline = deadline = self.until
         self.future = future
         self.what = what
-        self.since = now
-        self.deadline = deadline
-        if self.timer is None or self.timer.when() > deadline:
+        if deadline < self.timer_at:
             self.set_timer()
-        try:
-            return await future
-        finally:
-            self.future = None
+        return future
 
     def set_timer(self):
         if self.timer:
             self.timer.cancel()
-            self.timer = None
-        if self.deadline < math.inf:
-            self.timer = self.loop.call_at(self.deadline, self.on_timer)
+        self.timer_at = self.deadline
+        self.timer = self.loop.call_at(self.deadline, self.on_timer)
 
     def on_timer(self):
-        self.timer = None
-        if self.future is None or self.future.done():
+        self.timer_at = math.inf
+        if not self.is_waiting() or self.deadline == math.inf:
             return
         if self.loop.time() < self.deadline:
             self.set_timer()
         else:
             self.future.set_exception(TimeoutError())
 
+    def is_waiting(self) -> bool:
+        return self.future is not None and not self.future.done()
+
     def end(self, reason: Exception):
         """End the call, whatever it awaits, now or next."""
         if self.reason is None:
             self.reason = reason
-            if self.future and not self.future.done():
+            if self.is_waiting():
                 self.future.set_exception(reason)
 
     def close(self):
         if self.timer:
             self.timer.cancel()
+        self.future = None  # an exception in it would hold its frames
 
     def __repr__(self) -> str:
-        if self.future is None:
+        if not self.is_waiting():
             return "running"
         limit = "" if self.deadline == math.inf else " of %.3gs" % (self.deadline - self.since)
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
@@ -3176,52 +3178,50 @@ class Stream:
             self.ended = True
             self.failure = failure
             self.pause_reading()
-            if not self.wake(self.waiter) and self.on_end:
+            if not self.tell_end() and self.on_end:
                 self.on_end()
 
+    def tell_end(self):
+        """Returns whether somebody was waiting for more."""
+        if self.failure and self.waiter and not self.waiter.done():
+            self.waiter.set_exception(self.failure)
+            return True
+        return self.wake(self.waiter, False)
+
     @staticmethod
-    def wake(waiter):
+    def wake(waiter, result=True):
         """Returns whether somebody was waiting."""
         if waiter is None or waiter.done():
             return False
-        waiter.set_result(True)
+        waiter.set_result(result)
         return True
 
-    async def more(self, context: Context, seconds: float, what: str) -> bool:
-        """Wait until more has come; returns False at the end. Raises OSError, and as `wait`
+    def more(self, context: Context, seconds: float, what: str) -> asyncio.Future:
+        """Wait until more has come; the result is False at the end. Raises OSError, and as `wait`
         does."""
-        if not self.ended:
+        self.waiter = context.wait(self.loop.create_future(), seconds, what)
+        if self.ended:
+            self.tell_end()
+        elif not self.reading:
             self.resume_reading()
-            self.waiter = self.loop.create_future()
-            await context.wait(self.waiter, seconds, what)
-        if self.ended and not self.read_buffer:
-            if self.failure:
-                raise self.failure
-            return False
-        return True
+        return self.waiter
 
     async def read_head(self, start_line: "re.Pattern[str]", context: Context, seconds: float,
                         what: str) -> Optional[bytes]:
         """Returns the bytes of one head, blank line included; None if the stream ends before its
         first byte. Raises Malformed, HeadTooLarge, OSError, and as `wait` does."""
-        scanner = None
+        scanner = HeadScanner(start_line)
         deadline = self.loop.time() + seconds
         while True:
+            head = self.take_head()
+            if head:
+                return head
             if self.read_buffer:
-                head = self.take_head()
-                if head:
-                    return head
-                scanner = scanner or HeadScanner(start_line)
                 scanner.check(self.read_buffer)
-            if self.ended:
-                if self.failure:
-                    raise self.failure
+            if not await self.more(context, deadline - self.loop.time(), what):
                 if self.read_buffer:
                     raise Malformed()
                 return None
-            self.resume_reading()
-            self.waiter = self.loop.create_future()
-            await context.wait(self.waiter, deadline - self.loop.time(), what)
 
     def take_head(self) -> Optional[bytes]:
         """Returns the bytes of a head that has come whole, as nearly all do."""
@@ -4067,8 +4067,10 @@ class Address:
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
         stopped reading, before it had it all (RFC 9112 9.5)."""
         deadline = context.loop.time() + self.transport.first_byte_timeout
+        if not stream.read_buffer:
+            await stream.more(context, self.transport.first_byte_timeout, self.what_head)
         for _ in range(MAX_INTERIM_RESPONSES):
-            data = await stream.read_head(
+            data = stream.take_head() or await stream.read_head(
                 STATUS_LINE, context, deadline - context.loop.time(), self.what_head)
             if data is None:
                 raise UpstreamFailed(ConnectionAbortedError())
