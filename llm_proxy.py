@@ -1189,6 +1189,7 @@ BucketKey = Tuple[Union[str, CallerKey], ...]  # the rule's text, then whose buc
 KeyedRules = Sequence[Tuple[Rule, BucketKey]]  # the rules of a call, each with its bucket
 
 
+@functools.lru_cache(1000)
 def format_usd(picodollars: int) -> str:
     """12_500_000 -> '0.0000125'."""
     return f"{decimal.Decimal(picodollars) / PICODOLLARS:f}"
@@ -1241,8 +1242,10 @@ class Level(NamedTuple):
         amount, interval = rule.rate
         full = self.level >= rule.capacity
         reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
-        return Quota(format_amount(rule, rule.capacity), self.remaining,
-                     format_amount(rule, amount), interval, reset)
+        if rule.unit == USD:
+            return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
+                         reset)
+        return Quota(rule.capacity, max(0, self.level), amount, interval, reset)
 
     @property
     def wait(self) -> float:
@@ -3018,6 +3021,7 @@ class BodyAdapter:
 BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
 
@@ -3245,16 +3249,22 @@ class Stream:
     def is_silent(self):
         """Tells whether an idle connection can be used again: neither its end came, nor bytes that
         the next call would take for its response."""
-        self.on_readable()
+        if self.may_be(READABLE):
+            self.on_readable()
         return not self.ended and not self.read_buffer
 
     def has_hung_up(self):
         """Tells whether the other side closed, while nothing is read: the end stands behind what
-        nobody has read yet."""
+        nobody has read yet. Where it cannot be told, who sends so far ahead has no business
+        here."""
+        return self.may_be(HANG_UP)
+
+    def may_be(self, event):
+        """Tells whether an event of poll's is there, or cannot be told."""
         if not hasattr(select, "poll"):
-            return True  # it cannot be told: who sends so far ahead has no business here
+            return True
         poller = select.poll()
-        poller.register(self.descriptor, HANG_UP)
+        poller.register(self.descriptor, event)
         return bool(poller.poll(0))
 
     # -- what goes
@@ -4097,7 +4107,8 @@ class Address:
                 stream.close()
         else:
             stream = None
-        self.spares.extend(reversed(unripe))
+        if unripe:
+            self.spares.extend(reversed(unripe))
         return stream
 
     def keep(self, stream, streamed):
@@ -5290,14 +5301,13 @@ class Reply:
         entry.status = status
         if entry.request_id is None:
             entry.request_id = new_request_id()
-        if not self.body_is_taken():
+        if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
-        return "".join((
-            f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n",
-            RATE_LINES % hold.quota if hold and hold.tightest else "",
-            "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n",
-            self.cors_lines(),
-            "Connection: close\r\n\r\n" if self.close_after else "\r\n")).encode("latin-1")
+        rate = RATE_LINES % hold.quota if hold and hold.tightest else ""
+        queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
+        close = "Connection: close\r\n" if self.close_after else ""
+        return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
+                f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
 
     def cors_lines(self) -> str:
         allowed = self.parts.config.cors_origins
@@ -5870,14 +5880,13 @@ class ClientConnection:
         if data is None:
             raise QuietEnd()
         self.idle = False
-        self.began = self.loop.time()
-        reply.entry.started = self.proxy.clock.monotonic()
+        self.began = reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
         reply.take(request)
         reply.close_after = reply.close_after or self.server.draining
         if client.ended:
             self.on_client_end()
-        elif len(client.read_buffer) < MAX_READ_AHEAD:
+        elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
         if request.method in ("TRACE", "TRACK", "CONNECT"):
             raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
