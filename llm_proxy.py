@@ -636,6 +636,9 @@ def unknown_setting(name):
         f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
 
 
+NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
+
+
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
@@ -685,10 +688,18 @@ class Config(types.SimpleNamespace):
             *(f"KEY_WEIGHTS speaks of '{name}', which no key in PROXY_API_KEYS is named"
               for name in self.key_weights or ()
               if name not in (self.proxy_api_keys or {}).values()),
-            *(f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16 characters:"
-              " it can be guessed" for key, name in (self.proxy_api_keys or {}).items()
-              if len(key) < 16),
-            *self.doubts()]
+            *self.mistakes(), *self.doubts()]
+
+    def mistakes(self):
+        """Yields the warnings that speak of one value."""
+        for upstream in self.all_upstreams():
+            for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url or ()]):
+                yield (f"the URL of {upstream.name} has {match[0]} in its path: a base is what"
+                       " stands before that, such as http://127.0.0.1:8000/v1")
+        for key, name in (self.proxy_api_keys or {}).items():
+            if len(key) < 16:
+                yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
+                       " characters: it can be guessed")
 
     def doubts(self):
         """Yields the warnings of which each is given once at most."""
@@ -4719,6 +4730,14 @@ class Address:
             owner.close()
             return None
 
+    async def probe(self, context: Context) -> Optional[str]:
+        """Connects, for the first call to come; returns why that cannot be done."""
+        try:
+            self.keep(await self.connect(context), False)
+        except Refusal as refusal:
+            hint = " (does it speak https?)" if self.tls and refusal.cause == "timed out" else ""
+            return "upstream %s: %s%s" % (self.endpoint.origin, refusal.cause, hint)
+
     async def connect_in_helper(self, context):
         """Connect in one of this address's own threads, so that a dead one does not take all."""
         loop, seconds = context.loop, self.transport.open_timeout
@@ -7211,7 +7230,10 @@ def check(config):
         print("%-24s %s" % (name, text))
     for warning in config.warnings():
         print("warning:", warning)
-    code = 0
+    faults = [*port_faults(config), *database_faults(config)]
+    for fault in faults:
+        print("fault:", fault)
+    code = int(bool(faults))
     for upstream in build_routes(config, time, lambda row: None).all:
         upstream.model = None  # its own list is asked for
         for address in upstream.addresses[:]:
@@ -7225,6 +7247,39 @@ def check(config):
                 code = 1
             print("models of %s at %s: %s" % (upstream.name, address.endpoint.origin, models))
     return code
+
+
+def port_faults(config):
+    """Yields why a start could not listen."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        with socket.socket(family) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, Server.allow_reuse_address)
+            trial.bind((config.host, config.port))
+            trial.listen()
+    except OSError as failure:
+        yield CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure)
+
+
+def database_faults(config):
+    """Yields why a start could not use the database, which stays as it is."""
+    path = config.database
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        if path == "off":
+            return
+        if os.path.exists(path) and os.path.getsize(path):
+            Database(path, reading=True).connection.close()
+        if os.path.exists(path + ".lock"):
+            with lock_for_service(path) or contextlib.nullcontext():
+                pass
+        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            raise Unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
+    except DatabaseFault as fault:
+        yield str(fault)
+
+
+CANNOT_LISTEN = "cannot listen on %s port %d: %s; choose another with HOST= or PORT="
 
 
 def take_one_cpu(cpu, port):
@@ -7310,8 +7365,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str]) -> int:
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
     except OSError as failure:
-        log.say("cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
-            config.host, config.port, failure.strerror or failure))
+        log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
     for line in greeting(config) + remarks:
@@ -7349,10 +7403,24 @@ async def serve(server: Server, drain_seconds: float):
         actions["SIGHUP"] = reload_certificates
     handle_signals(server.loop, actions)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    probing = server.loop.create_task(probe(server), name="probe")
     await stopping
+    probing.cancel()
     say("stopping: running calls have %g s" % drain_seconds)
     cut = await server.drain(drain_seconds)
     say("stopped, %d calls cut" % cut if cut else "stopped")
+
+
+async def probe(server):
+    """Says which upstreams are not there at the start, while calls run already."""
+    async def one(address):
+        context = Context(server.loop)
+        with contextlib.closing(context):
+            fault = await address.probe(context)
+        if fault:
+            server.proxy.books.log.say(fault)
+
+    await asyncio.gather(*map(one, server.proxy.routes.addresses()))
 
 
 def handle_signals(loop, actions):

@@ -1148,6 +1148,8 @@ class ConfigTest(TableCase):
         PROXY_API_KEYS= -> callers are not checked
         PROXY_API_KEYS=alice=0123456789abcde -> the key alice in PROXY_API_KEYS has less than 16
         UPSTREAM_TLS_VERIFY=off -> (UPSTREAM_TLS_VERIFY=off)
+        BASE_API_URL=http://h/v1/chat/completions -> has /chat/completions in its path
+        UPSTREAM_BOX_URL=http://h//v1 -> the URL of box has // in its path
         MAX_CALL_SECONDS=300 -> MAX_CALL_SECONDS ends calls before FIRST_BYTE_TIMEOUT
         KEY_WEIGHTS=bob=2,alice=3 | PROXY_API_KEYS=alice=sk-0123456789abc -> KEY_WEIGHTS speaks of\
  'bob', which no key in PROXY_API_KEYS is named
@@ -7158,6 +7160,31 @@ class CommandsTest(ProcessCase):
         self.stub.close()
         code, out, err = self.command("--check", BASE_API_URL=bad).finish()
         self.assertEqual((code, err, out.count("Traceback")), (1, "", 0))
+
+    def test_check_says_what_a_start_would(self):
+        there = self.new_stub(says(b'{"data": []}'))
+        used, foreign = new_path(self, "used.db"), new_path(self, "foreign.db")
+        with open(foreign, "w", encoding="utf-8") as file:
+            file.write("hello")
+        self.serve(BASE_API_URL=there, DATABASE=used)
+        for said, settings in self.each((
+                ("foreign.db is not a database of llm_proxy", {"DATABASE": foreign}),
+                ("is used by another llm_proxy", {"DATABASE": used}),
+                ("DATABASE must be a file", {"DATABASE": "/nonexistent/x.db"}),
+                ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
+            code, out, _ = self.command("--check", BASE_API_URL=there, **settings).finish()
+            self.assertEqual(code, 1)
+            self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
+
+    def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
+        good, gone = self.new_stub(), Stub()
+        gone.close()
+        process = self.serve(BASE_API_URL=good + "," + gone.url, OPEN_TIMEOUT="0.3",
+                             UPSTREAM_BOX_URL=good.replace("http", "https"))
+        rows = wait_for(lambda: [row for row in process.rows if row.startswith("upstream http")][1:]
+                        and "".join(process.rows), "the lines")
+        self.assertIn("upstream %s: connection refused\n" % gone.url, rows)
+        self.assertRegex(rows, r"upstream https.*: (timed out \(does it speak https|TLS failed)")
 
     def test_it_starts_without_a_home_in_a_directory_it_cannot_write_to(self):
         folder = "/proc" if os.path.isdir("/proc") else "/"
