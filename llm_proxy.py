@@ -3504,6 +3504,7 @@ class Context:
     timer = None
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
+    slot: Optional["Ticket"] = None          # of the busy upstream that is asked
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -4259,6 +4260,7 @@ class Ticket:
     on_ready: Optional[Callable[[], None]] = None
     running = False
     left = False
+    parting = False  # it stays until the upstream has noticed that its caller left
 
     def __init__(self, queue, owner, number, since):
         self.queue = queue
@@ -4455,9 +4457,13 @@ class Response:
             if self.ticket:
                 self.ticket.leave()
 
-    def __exit__(self, *_):
-        self.release()
+    def __exit__(self, kind, *_):
         framing, stream = self.framing, self.stream
+        if kind is CallerGone and self.ticket and not (framing.ended or stream.ended):
+            self.address.part_with(stream, self.ticket, framing=framing)
+            self.ticket = None
+            return self.release()
+        self.release()
         unread = framing.trailing or stream.read_buffer
         if self.reusable and framing.ended and not unread and not stream.ended:
             self.address.keep(stream, self.streamed or self.bodiless)
@@ -4580,6 +4586,7 @@ class Address:
     # the body of a HEAD, which would be taken for the next response.
     REUSE_DELAY = 0.05
     MAX_UNRIPE = 16           # spare connections that are looked at and cannot be reused yet
+    DEAF_SECONDS = 1          # an upstream goes on sending after its caller left
     MAX_CONNECTING = 8        # connections that are opened at once, in helper threads
 
     def __init__(self, endpoint: Endpoint, transport: TransportConfig, breaker: Breaker,
@@ -4592,6 +4599,7 @@ class Address:
         self.connecting = 0  # jobs of helper threads: look-ups, connects and handshakes block
         self.helpers = concurrent.futures.ThreadPoolExecutor(self.MAX_CONNECTING, "connect")
         self.spares = collections.deque()  # (reusable from, stream), oldest left
+        self.partings: Set[asyncio.Task] = set()
         self.last = None                   # the head of its last response
         self.tls = transport.tls if endpoint.scheme == "https" else None
         bypass = {"no": transport.no_tunnel}
@@ -4636,12 +4644,43 @@ class Address:
                 request_was_sent = await body.upload(stream, context, self.transport.read_timeout)
             return await self.receive(stream, method, request_was_sent, context)
         except BaseException as failure:
-            stream.close()
+            if isinstance(failure, CallerGone) and context.slot and not stream.ended:
+                self.part_with(stream, context.slot, method)
+            else:
+                stream.close()
             if isinstance(failure, TimeoutError):
                 raise UpstreamTimeout() from None
             if isinstance(failure, (OSError, Malformed)):
                 raise UpstreamFailed(failure) from None
             raise
+
+    def part_with(self, stream, slot, method="", framing=None):
+        """Leave a connection whose caller left."""
+        slot.parting = True
+        parting = stream.loop.create_task(self.part(stream, slot, method, framing), name="parting")
+        self.partings.add(parting)
+        parting.add_done_callback(self.partings.discard)
+
+    async def part(self, stream, slot, method, framing):
+        """Tell the upstream by the end of our side. It may go on working all the same: the slot of
+        the call is free when it has closed or answered, or had its time."""
+        context = Context(stream.loop)
+        seconds = self.transport.read_timeout
+        deaf_at = stream.loop.time() + self.DEAF_SECONDS
+        try:
+            stream.shut_down_writing()
+            framing = framing or (await self.receive(stream, method, False, context)).framing
+            framing.feed(stream.take_all())
+            while not framing.ended and await stream.more(context, seconds, self.what_body):
+                if stream.loop.time() >= deaf_at:
+                    break  # it still sends: that the connection is closed will tell it
+                framing.feed(stream.take_all())
+        except (UpstreamFailed, Malformed, OSError):
+            pass
+        finally:
+            context.close()
+            stream.close()
+            slot.leave()
 
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
@@ -6208,12 +6247,15 @@ class Proxy:
         entry.caller, entry.address = cache["caller"]
 
     async def send_in_turn(self, upstream, reply, call):
-        ticket = await self.stand_in_line(upstream, reply)
+        ticket = reply.context.slot = await self.stand_in_line(upstream, reply)
         try:
             response = await self.send(upstream, reply, call)
         except BaseException:
-            ticket.leave()
+            if not ticket.parting:
+                ticket.leave()
             raise
+        finally:
+            reply.context.slot = None
         response.ticket = ticket
         return response
 
@@ -7046,6 +7088,11 @@ class Server(http.server.ThreadingHTTPServer):
             connection.on_client_lost()
         await self.emptying(1)
         self.proxy.routes.close_stale(everything=True)
+        partings = set().union(*[one.partings for one in self.proxy.routes.addresses()])
+        for parting in partings:
+            parting.cancel()
+        if partings:
+            await asyncio.wait(partings)
         self.loop_watch.timer.cancel()
         self.sweep_timer.cancel()
         for address in self.proxy.routes.addresses():

@@ -3782,6 +3782,52 @@ class QueueTest(WaitingCase):
             self.wait_for_slot()
         self.assertEqual(self.proxy.routes.base.queue.queues, {})
 
+    def test_a_slot_is_taken_until_the_upstream_has_noticed_that_the_caller_left(self):
+        whole = answer(b"{}")
+        for sent, end in self.each((
+                (b"", Asked.close), (b"", Asked.reset), (b"", lambda asked: asked.send(whole)),
+                (STREAM, Asked.close), (STREAM, lambda asked: asked.send(LAST)))):
+            self.start(None, MAX_CONCURRENCY=1)
+            client, asked = self.ask_stub(call(stream=True))
+            if sent:
+                asked.send(sent)
+                client.head()
+            client.reset()
+            asked.wait_for_hang_up()
+            second = self.line_up("next")
+            self.entry()
+            self.assertEqual((self.stub.calls, self.base()["queue"]["waiting"]), (1, 1))
+            end(asked)
+            self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+            asked.finish()
+            self.wait_for_slot()
+
+    def test_an_upstream_that_never_notices_keeps_its_slot_for_the_time_of_a_silent_one(self):
+        clock = Clock()
+        self.start(None, clock, MAX_CONCURRENCY=1, READ_TIMEOUT=20)
+        client, asked = self.ask_stub(call(stream=True))
+        client.reset()
+        asked.wait_for_hang_up()
+        second = self.line_up("next")
+        clock.now += 19
+        self.wait_for_line(1)
+        clock.now += 1
+        self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+        asked.finish()
+
+    def test_an_upstream_that_is_deaf_learns_it_from_a_reset(self):
+        clock = Clock()
+        self.start(None, clock, MAX_CONCURRENCY=1)
+        client, asked = self.begin(event(1))
+        client.reset()
+        asked.wait_for_hang_up()
+        second = self.line_up("next")
+        clock.now += 1
+        with contextlib.suppress(OSError):
+            asked.send(chunk(event(3)))
+        self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+        asked.finish()
+
     def test_the_end_of_a_drain_sends_nobody_who_stands_in_line_upstream(self):
         self.start_busy()
         for number in (1, 2, 3):
