@@ -5326,6 +5326,12 @@ queue_ms      None"""))
         wait_for(lambda: "15 log lines dropped" in self.lines.text(), "the count")
         self.assertEqual(len(self.lines.entries()), 11)
 
+    def test_nothing_in_a_log_moves_a_terminals_cursor(self):
+        self.start(LOG_FORMAT="text")
+        self.proxy.books.log.say("a\x1b[2J\rb\x7f\x9b\tc\nd\u20ac")
+        said = rb"a\x1b[2J\x0db\x7f\x9b\x09c" + b"\n" + rb"d\u20ac" + b"\n"
+        wait_for(lambda: said in self.lines.data, "the lines")
+
     def test_a_log_that_takes_little_at_a_time_or_fails_is_no_reason_to_stop(self):
         self.start()
         write = self.lines.write
