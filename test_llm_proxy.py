@@ -2656,6 +2656,8 @@ class LimitReplyTest(ProxyCase):
             {"guided_regex": "a+"}
             {"guided_choice": ["a", "b"]}
             {"guided_grammar": "root ::= x"}
+            {"prediction": {"type": "content", "content": "def f(): pass"}}
+            {"audio": {"voice": "alloy", "format": "wav"}}
             {"stream": true, "guided_regex": "a+"}""",
         "/v1/completions": """
             {"suffix": "def f"}
