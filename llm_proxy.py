@@ -4640,8 +4640,9 @@ class Upstream:
                         probe: bool = False) -> Response:
         """Send one request and wait for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
-        the next one is asked. A `probe` says nothing of how calls fare there. Raises
-        UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
+        the next one is asked; a question that met a stale spare connection is asked again on a
+        fresh one. A `probe` says nothing of how calls fare there. Raises UpstreamFailed,
+        UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
         stale = False
@@ -4661,11 +4662,13 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and not body and self.is_repeatable(method, refusal)
-                if not (refusal.nothing_sent or stale):
+                stale = was_spare and self.is_repeatable(method, body, refusal)
+                if stale:
+                    continue
+                if not refusal.nothing_sent:
                     raise
                 failure = refusal
-                failed += [] if stale else [address]
+                failed.append(address)
             finally:
                 if not probe:  # a list of models says nothing of how calls fare
                     self.judge(address, good)
@@ -4673,11 +4676,11 @@ class Upstream:
                     address.running -= 1
 
     @staticmethod
-    def is_repeatable(method, refusal):
+    def is_repeatable(method, body, refusal):
         """Tells whether what a spare connection lost, because it was closed under us, can be asked
         again (RFC 9110 9.2.2)."""
-        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
-            refusal.broke_before_response)
+        return method in ("GET", "HEAD") and body == b"" and (
+            isinstance(refusal, UpstreamFailed) and refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
