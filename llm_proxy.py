@@ -5115,6 +5115,14 @@ def clean(text: Optional[str]) -> Optional[str]:
     return text
 
 
+UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """Returns lines of text in which nothing moves a terminal's cursor."""
+    return UNSEEN.sub(lambda match: "\\x%02x" % ord(match[0]), text)
+
+
 def one_word(text):
     """Returns one word of printable ASCII, quoted where the text is none."""
     if not text:
@@ -5301,7 +5309,7 @@ class Log(Writer):
             self.write("\n".join(lines + [""]))
 
     def write(self, text):
-        data = memoryview(text.encode("ascii", "backslashreplace"))
+        data = memoryview(visible(text).encode("ascii", "backslashreplace"))
         try:
             while data:
                 written = self.stream.write(data)
@@ -7304,7 +7312,7 @@ def check(config):
             upstream.addresses = [address]
             try:
                 names = [clean(model.name) for model in ask_models(upstream)]
-                models = ", ".join(names) or "none that would be asked of it"
+                models = visible(", ".join(names)) or "none that would be asked of it"
             except (Refusal, ValueError) as reason:
                 cause = getattr(reason, "cause", None)
                 models = "%s (%s)" % (reason, cause) if cause else reason
