@@ -284,10 +284,10 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
     lambda match: (match[1], int(match[2])))
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
-proxy_keys = mapping(
+proxy_keys = word_or({"anyone": {}}, mapping(
     "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))([!-~]+)",
     "must be keys or name=key, separated by commas, none empty; a key with = in it needs a name",
-    lambda match: match.group(2, 1), "must not name the same key twice")
+    lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
 def model_aliases(text):
@@ -310,6 +310,7 @@ def header_lines(text):
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "estimate")
+UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
@@ -531,7 +532,7 @@ SETTING_ROWS = {
          "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
         ("PROXY_API_KEYS", proxy_keys,
-         "keys that may call, as key or name=key, by commas; unset: anyone may call", SECRET),
+         "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
         ("MAX_BODY_BYTES=33554432", number_between(1, 1 << 40),
          "largest body of a metered call; others may have any size"),
         ("MAX_CONNECTIONS=1024", sixteen_bits,
@@ -570,6 +571,16 @@ SETTING_ROWS = {
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
+    ),
+    "What is passed on": (
+        ("UNKNOWN_CALLS=count", one_of("count", "pass", "refuse"),
+         "calls of endpoints that are not known here: they cost a request and wait in the queue"
+         " (count), are free (pass), or get a 403"),
+        ("STORED", one_of("pass", "own", "refuse"),
+         "files, batches, responses and all else that endpoints store: each caller has what it"
+         " made (own), all have all (pass), or nobody any; unset: own where keys are asked for"),
+        ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
+         "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
     "What is remembered": (
         ("DATABASE=" + DEFAULT_DATABASE, printable,
@@ -622,6 +633,12 @@ class Config(types.SimpleNamespace):
         """The scheme of URLs for callers."""
         return "https" if self.tls_cert_file else "http"
 
+    @property
+    def keys_are_asked_for(self) -> bool:
+        """Whether callers are told apart by keys: ours, or their own for an upstream."""
+        return bool(self.proxy_api_keys) or any(
+            upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
@@ -654,9 +671,12 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if not self.proxy_api_keys:
+        if self.proxy_api_keys is None:
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
+        if self.unknown_calls == "count" and not self.counts_requests():
+            yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
+                   " counts requests: of these calls, what names no tokens is free")
         if self.limits:
             return
         if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
@@ -665,6 +685,12 @@ class Config(types.SimpleNamespace):
         if self.token_cost_mode != "request" and self.response_token_reserve > self.max_tokens:
             yield (f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
                    f" {self.max_tokens}: a call that names no max_tokens can never be let in")
+
+    def counts_requests(self):
+        """Tells whether a call without any tokens costs something."""
+        if not self.limits:
+            return self.token_cost_mode != "usage"
+        return any(UNITS[rule.unit] in UNITS_OF_CALLS for rule in self.limits)
 
     def contradictions(self):
         """Yields what is wrong between settings that are right one by one."""
@@ -863,6 +889,17 @@ class UnsupportedEncoding(Refusal):
 class UnsupportedExpectation(Refusal):
     status = 417
     message = "The only expectation understood is 100-continue"
+
+
+class Forbidden(Refusal):
+    """The caller is known, and what it asks for is nobody's here."""
+    status = 403
+    message = "This path is not passed on"
+
+
+class NothingStored(Refusal):
+    status = 404
+    message = "Nothing of this name is stored here for this caller"
 
 
 class MethodNotAllowed(Refusal):
@@ -1764,6 +1801,74 @@ def dig(value: Any, *names: str) -> Any:
     return value
 
 
+# RFC 2046 5.1.1; what could be taken for two boundaries is none.
+FORM_TYPE = re.compile(
+    r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
+    r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
+FIELD_NAME = re.compile(
+    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
+    rb"[ \t]*(?:;(?![ \t]*name\b)[^\r\n]*)?", re.IGNORECASE)
+MAX_FORM_FIELDS = 1000
+MAX_FIELD_HEAD = 4096
+MAX_QUERY = 65536
+
+
+def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, int]]:
+    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+    for what two readers might take apart differently."""
+    boundary = FORM_TYPE.fullmatch(content_type)
+    mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
+    at = len(mark) if body.startswith(mark) else len(body)
+    for _ in range(MAX_FORM_FIELDS):
+        end = body.find(mark, at)
+        if boundary and body[at:at + 2] == b"--" and end < 0:
+            return
+        head, blank, _ = body[at:min(end, at + MAX_FIELD_HEAD)].partition(b"\r\n\r\n")
+        start = at + len(head) + len(blank)
+        if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
+            break
+        yield head, start, end - 2
+        at = end + len(mark)
+    raise BadRequest("The request body is not a form as its Content-Type says")
+
+
+FoundModel = Tuple[Optional[str], Optional[Callable[[str], bytes]]]
+
+
+def form_model(body: bytes, content_type: str) -> FoundModel:
+    """Returns the model that a form names, if any, and what makes the form with another one. Raises
+    BadRequest."""
+    found = None
+    for head, start, end in form_fields(body, content_type):
+        lines = head[2:].split(b"\r\n")
+        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
+        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
+                head.count(b"\n") != len(lines)):
+            raise BadRequest("A field of the form is not named plainly")
+        name = names[0][names[0].lastindex]
+        if name.lower() == b"model":
+            if found or name != b"model" or b"encoding:" in head.lower():
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = start, end
+    if not found:
+        return None, None
+    start, end = found
+    return body[start:end].decode("utf-8", "replace"), (
+        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+
+
+def query_model(body: bytes) -> FoundModel:
+    """Does the same for a form that is spelled as a query is."""
+    if len(body) > MAX_QUERY:
+        raise BodyTooLarge()
+    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
+    found = [value for name, value in pairs if name.lower() == "model"]
+    if len(found) > 1:
+        raise BadRequest("The field model must stand once in the form, and plainly")
+    return "".join(found) or None, lambda model: urllib.parse.urlencode(
+        [(name, model if name == "model" else value) for name, value in pairs]).encode()
+
+
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
@@ -1820,16 +1925,32 @@ SSE = EventFraming(
     "text/event-stream", b"data: ", (b"\n\n", b"\r\n\r\n"), re.compile(rb"(?<=\n\n)|(?<=\n\r\n)"))
 
 
+UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
+UPLOAD = "upload"    # that of a file to be stored
+
+
+class StoredPath(NamedTuple):
+    """What a path says of a thing that an upstream stores. `name` is empty where the path is that
+    of all its kind; `is_listed`: they are asked for, and none is made."""
+    collection: str
+    name: str
+    is_listed: bool
+
+
 class Call(Billable):
-    """One LLM request, parsed. `endpoint` is None where nothing is metered; then there is no
-    payload either. `prefix` names the upstream where the path did. `model` is what the caller asked
-    for, `resolved_model` what that stands for, and `upstream_model` what the upstream is asked for,
-    in `upstream_body`."""
+    """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
+    is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
+    the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
+    `upstream_model` what the upstream is asked for, in `upstream_body`; `put_model` returns a form
+    with another model in it."""
     model: Optional[str] = None
     resolved_model = ""
     upstream_model = ""
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
+    put_model: Optional[Callable[[str], bytes]] = None
+    stored: Optional[StoredPath] = None
+    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
 
@@ -1842,6 +1963,7 @@ class Call(Billable):
         self.query = query
         self.payload: Dict[str, Any] = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
+        self.model_in_path = dialect.MODEL_IN_PATH
 
     def __repr__(self) -> str:
         return "<Call %s %s, model %r as %r%s>" % (
@@ -1855,11 +1977,15 @@ class Call(Billable):
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
-        if self.dialect.MODEL_IN_PATH:
+        if self.endpoint in (UNKNOWN, UPLOAD) and not self.model:
+            return
+        if self.model_in_path:
             before, _, last = self.path.rpartition("/")
             model = urllib.parse.quote(model, safe="@:")
             self.path = "%s/%s:%s" % (before, model, last.rpartition(":")[2])
-        elif model and model != payload.get("model"):
+        elif self.put_model:
+            self.upstream_body = self.body if model == self.model else self.put_model(model)
+        elif model and self.is_json and model != payload.get("model"):
             payload = {**payload, "model": model}
         if rewrite:
             payload = rewrite(payload)
@@ -2075,6 +2201,8 @@ class Dialect:
     def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
         """Returns a whole answer in which the assistant says `text`, a stream where one was asked
         for; None where no assistant can speak. `created` is in unix seconds."""
+        if call.endpoint in NO_LIMIT_REPLY:
+            return None
         reply = self.limit_text(call, {
             "text": json.dumps(text),
             "model": json.dumps(call.model or call.upstream_model),
@@ -2166,13 +2294,17 @@ def choice_count(payload: Dict[str, Any]) -> int:
     return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
 
 
+# POSTs that cost nothing: they count tokens, spell them out, or describe a model.
+FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template", "/api/show")
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
     ENDPOINTS = {
         "/chat/completions": "chat", "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
-        "/generations": "other"}
+        "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
     OUTPUT_LIMITS = {
         "chat": ("max_completion_tokens", "max_tokens"), "completions": ("max_tokens",),
         "responses": ("max_output_tokens",)}
@@ -2381,7 +2513,8 @@ class Gemini(Dialect):
 DIALECTS = {
     dialect.name: dialect for dialect in (Anthropic(), Gemini(), OpenAI())}
 UNKNOWN_DIALECT = Dialect()
-NO_LIMIT_REPLY = (None, "count", "other", "embed")  # endpoints at which no assistant speaks
+NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer with no text,
+NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no assistant speaks
 
 
 def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
@@ -2397,6 +2530,63 @@ def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
+MODEL_IN_PATH = re.compile("/models/([A-Za-z0-9_.@-]{1,256}):[A-Za-z]+$")
+FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
+# Bodies of these types are relayed as they come: nothing is in them that we could read.
+RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
+LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Unicode encoding
+
+# What upstreams store for an account, and where
+STORED_PATH = re.compile(
+    "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
+    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
+    "|cachedContents|interactions|tunedModels|fileSearchStores|operations)"
+    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+UPLOADED = ("files", "uploads")
+# These are no names of stored things.
+VERBS = ("input_tokens", "compact", "runs", "generations", "edits", "extensions")
+CANCEL = ("/cancel", ":cancel")
+
+# Paths that manage an upstream for all its users, show what others do there, or hand out
+# credentials: these segments wherever they stand,
+ADMIN_SEGMENTS = frozenset("""
+    client_secrets transcription_sessions auth_tokens organization organizations
+    slots cors-proxy
+    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
+    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
+    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
+    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
+    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
+    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
+    get_internal_state get_server_info start_expert_distribution_record
+    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
+    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
+    set_trace_level add_worker remove_worker stop-generation""".split())
+# two of these in a row,
+ADMIN_PAIRS = frozenset("""
+    realtime/sessions realtime/calls chatkit/sessions auth/keys
+    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
+    models/load models/unload models/sse models/download models/apply models/delete
+    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
+    template/unload override/switch override/unload backends/apply backends/delete
+    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
+ADMIN_ROOTS = frozenset("""
+    stream streams pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split())
+# and these at the end, where the method is no GET
+ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+
+
+def is_admin_path(method: str, path: str) -> bool:
+    """Returns whether a path, as `fold_path` has it, manages an upstream."""
+    segments = path[1:].split("/")
+    pairs = map("/".join, zip(segments, segments[1:]))
+    root = next((one for one in segments if one not in ("api", "v1")), "")
+    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
+            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
+            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
+            or (method == "DELETE" and "models" in segments))
 
 
 class Dialects:
@@ -2409,10 +2599,14 @@ class Dialects:
         "max_output_tokens"))
     MAX_MODEL = 256
 
-    def __init__(self, aliases: Dict[str, str], names: Dict[str, str]):
-        """`aliases` of models; `names` of upstreams, with the dialect of each."""
+    def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
+                 admin_paths: bool):
+        """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
+        to count, pass or refuse; `admin_paths`: whether they are passed on."""
         self.aliases = aliases
         self.names = names
+        self.unknown_calls = unknown_calls
+        self.admin_paths = admin_paths
         self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
@@ -2437,17 +2631,17 @@ class Dialects:
         return self.openai
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
-        """Returns the dialect and the endpoint of a metered request, None for others; and the path
-        to use. Raises BadRequest."""
+        """Returns the dialect, None where that is not known; the endpoint, None where nothing is
+        metered; and the path to use. Raises BadRequest."""
         if method == "POST" and path == "/v1/chat/completions":  # as nearly always
             return self.openai, "chat", path
         folded = fold_path(path)
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
-        if method != "POST" or endpoint is None or (
-                endpoint == "count" and not self.names) or (
-                re.search("/threads/[^/]+/messages$", folded)):
+        if method != "POST" or endpoint is None or re.search("/threads/[^/]+/messages$", folded):
+            return None, None if method in FREE_METHODS else UNKNOWN, path
+        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH else folded
@@ -2458,14 +2652,20 @@ class Dialects:
     async def read(self, method: str, path: str, query: str, fields: Fields,
                    read_body: Callable[[], Awaitable[bytes]]) -> Call:
         """Reads a request. `read_body` is only called, and the payload only parsed, where the call
-        is metered. Raises BadRequest, and what `read_body` raises."""
+        is metered. Raises BadRequest, Forbidden, and what `read_body` raises."""
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(query)[1] if query else ""
+        stored = None
+        if endpoint in (None, UNKNOWN):
+            endpoint, stored = self.examine(method, path, endpoint)
         call = Call(dialect, endpoint, path, query, prefix)
+        call.stored = stored
         model = None
-        if endpoint:
+        if endpoint in (UNKNOWN, UPLOAD):
+            model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
+        elif endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
@@ -2479,6 +2679,55 @@ class Dialects:
             call.resolved_model = self.aliases.get(model, model)
         return call
 
+    def examine(self, method, path, endpoint):
+        """Returns the endpoint of what is in no table, and what its path says of stored things.
+        Raises Forbidden."""
+        folded = fold_path(path)
+        if not self.admin_paths and is_admin_path(method, folded):
+            raise Forbidden()
+        is_plain = PLAIN_PATH.fullmatch(path)
+        match = STORED_PATH.search(path if is_plain else folded)
+        stored = None
+        if match:
+            collection, name = match.groups("")
+            name = "" if name in VERBS else name if is_plain else "/"  # which nothing is named
+            stored = StoredPath(collection, name, not name and method in FREE_METHODS)
+        if endpoint is None or (stored and stored.name and is_plain and path.endswith(CANCEL)):
+            return None, stored
+        if stored and stored.collection in UPLOADED:
+            return UPLOAD, stored
+        if self.unknown_calls == "refuse":
+            raise Forbidden("Calls of endpoints that are not known here are not passed on")
+        return None if self.unknown_calls == "pass" else UNKNOWN, stored
+
+    async def read_unknown(self, call: Call, content_type: str,
+                           read_body: Callable[[], Awaitable[bytes]]) -> Any:
+        """Reads what can be understood of a call of an endpoint that we do not know; returns the
+        model, of any type. Raises as `read` does."""
+        named = MODEL_IN_PATH.search(call.path)
+        model = named and named[1]
+        call.model_in_path = named is not None
+        kind = content_type.lower()
+        if call.endpoint == UPLOAD or RELAYED_TYPES.match(kind):
+            return model
+        call.body = await read_body()
+        if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
+            found = self.read_payload(call)
+        else:
+            found = self.read_form(call, content_type)
+        return model or found
+
+    def read_form(self, call, content_type):
+        """Returns the model that a form names, None where it names none. Raises BadRequest."""
+        kind = content_type.lower()
+        if kind.startswith("multipart/form-data"):
+            model, call.put_model = form_model(call.body, content_type)
+        elif kind.startswith("application/x-www-form-urlencoded"):
+            model, call.put_model = query_model(call.body)
+        else:
+            return None
+        return model
+
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
@@ -2486,7 +2735,9 @@ class Dialects:
         for key in call.payload:
             if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
                 raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
-        model, call.stream = call.dialect.requested(call.path, call.payload)
+        call.is_json = True
+        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
+        model, call.stream = dialect.requested(call.path, call.payload)
         return model
 
 
@@ -2614,7 +2865,7 @@ class UsageReader(UsageSource):
 
     def count_characters(self, data: bytes) -> int:
         """Returns the characters of text in events or in JSON; of what cannot be read, all."""
-        if self.endpoint in NO_LIMIT_REPLY or (self.cut and not self.streamed):
+        if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
         if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
             return len(data)
@@ -4506,6 +4757,7 @@ class Entry:
         self.reader = None
         if self.call:
             self.call.payload = self.call.body = self.call.upstream_body = None
+            self.call.put_model = None
         return self
 
     def milliseconds(self, until):
@@ -5081,7 +5333,10 @@ class Reply:
         response.streamed = streamed
         if self.early and not (response.status == 200 and streamed and readable):
             raise await self.not_a_stream(response)
-        if not call.unmetered and response.status < 400:
+        # An answer to what we do not know may be anything: what is no text must not be awaited.
+        can_tell = streamed or call.endpoint != UNKNOWN or "json" in response.head.get(
+            "content-type", "")
+        if not call.unmetered and response.status < 400 and can_tell:
             self.entry.reader = UsageReader(call, streamed, readable)
         self.adapter = self.adapt(response, streamed and readable)
         try:
@@ -5445,7 +5700,7 @@ class Proxy:
         error is not asked again."""
         method, context = reply.request.method, reply.context
         head = functools.partial(self.request_head, reply.request, call, upstream)
-        if not call.endpoint:
+        if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
             return await send(method, head, body, context)
@@ -5484,29 +5739,32 @@ class Proxy:
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path:
-            return known[1]
-        metered = call.endpoint is not None
-        path, dialect = upstream.dialect.place(call.path, call.dialect, metered)
-        lines = request.end_to_end(self.fields_to_drop(request, metered))
+        if known and known[0] == call.path and known[1] == call.is_json:
+            return known[2]
+        known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
+        path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
+        ours = []
+        if call.is_json:
+            ours.append("Content-Type: application/json")
+        if not call.unmetered or call.body is not None:  # what is metered must stay readable
+            ours.append("Accept-Encoding: identity")
+        lines = request.end_to_end(self.fields_to_drop(request, ours))
         if dialect is upstream.dialect and "anthropic-version" not in request:
             lines += dialect.VERSION_LINES
-        if metered:  # what is metered must stay readable
-            lines += ["Content-Type: application/json", "Accept-Encoding: identity"]
+        lines += ours
         key = upstream.key
         if key == PASSTHROUGH:
             key = Callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, head
+        request.cache[address] = call.path, call.is_json, head
         return head
 
-    def fields_to_drop(self, head, metered):
+    def fields_to_drop(self, head, ours):
         # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
         dropped = [name for name in head.lines if "_" in name
                    or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
                    or name == self.callers.caller_header]
-        if metered:
-            dropped += ["content-type", "accept-encoding"]
+        dropped += [line.partition(":")[0].lower() for line in ours]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
         return NEVER_UPSTREAM.union(dropped)
@@ -5548,10 +5806,11 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                               config.image_tokens, limits.units())
     ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
-    callers = Callers(config.proxy_api_keys, os.urandom(32), config.trusted_proxies or (),
+    callers = Callers(config.proxy_api_keys or None, os.urandom(32), config.trusted_proxies or (),
                       config.caller_header)
     dialects = Dialects(config.model_aliases or {},
-                        {one.name: one.dialect for one in config.upstreams})
+                        {one.name: one.dialect for one in config.upstreams},
+                        config.unknown_calls, config.vendor_admin_paths == "on")
     return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
                  build_routes(config, clock, log.say), Books(log, ledger, usage_log))
 
