@@ -38,6 +38,7 @@ Contents, in reading order; a section uses only what stands above it:
     Wire        strict HTTP/1.1 in bytes: heads and framing of both sides
     Streams     sockets on the event loop: deadlines, reading, writing, carrying a body
     Line        the slots of a busy upstream, and the fair queue before them
+    Stored      what callers made that upstreams keep: whose it is, and where it is
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
     Reply       the way back to one caller
@@ -677,8 +678,10 @@ class Config(types.SimpleNamespace):
         if self.unknown_calls == "count" and not self.counts_requests():
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
-        if self.limits:
-            return
+        if not self.limits:
+            yield from self.doubts_of_bucket()
+
+    def doubts_of_bucket(self):
         if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
             yield (f"REQUEST_TOKEN_COST {self.request_token_cost} is above MAX_TOKENS"
                    f" {self.max_tokens}: no call can ever be let in")
@@ -1950,6 +1953,9 @@ class Call(Billable):
     upstream_body: Optional[bytes] = None
     put_model: Optional[Callable[[str], bytes]] = None
     stored: Optional[StoredPath] = None
+    on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
+    made: Sequence[str] = ()                               # and these are they
+    owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
     is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
@@ -1996,6 +2002,36 @@ class Call(Billable):
         """Asks for the usage of a stream, unless the caller said whether it wants it."""
         self.dialect.request_usage(self)
 
+    def runs_in_background(self) -> bool:
+        """Returns whether its answer will only be told to who asks for it later."""
+        return True in (self.payload.get("background"), self.payload.get("deferred"))
+
+    def makes_things(self) -> bool:
+        """Returns whether the upstream may store what comes of it, for the account."""
+        if self.endpoint == "chat":
+            return self.payload.get("store") is True or self.runs_in_background()
+        return (self.endpoint in ("responses", UNKNOWN, UPLOAD)
+                or self.endpoint == "other" and "/videos/" in self.path
+                or self.stored is not None and not self.stored.is_listed and not self.stored.name)
+
+    def references(self) -> List[str]:
+        """Returns the names of stored things that the payload speaks of."""
+        found = []
+        if self.body is None or not any([mark in self.body for mark in REFERENCE_MARKS]):
+            return found
+        parts = [self.payload]
+        for part in parts:  # the list grows meanwhile
+            if type(part) is list:
+                parts += part
+            elif type(part) is dict:
+                is_tool = str(part.get("type")).endswith("tool_use")
+                for key, value in part.items():
+                    if key in REFERENCES:
+                        found += names_of_things(value)
+                    if key not in CALLERS_OWN and not (is_tool and key == "input"):
+                        parts.append(value)
+        return found
+
     def prompt_length(self) -> Tuple[int, int]:
         """Returns the characters of the prompt, and how many images and the like are in it. A token
         id of a prompt that is spelled in them stands for CHARACTERS_PER_TOKEN."""
@@ -2021,7 +2057,7 @@ class Call(Billable):
                 if type(limit) is not int or limit < 0:
                     raise BadRequest("%s must be an integer of at least 0" % key)
                 return limit
-        return None
+        return 0 if self.endpoint in (UNKNOWN, UPLOAD) else None
 
 
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
@@ -2035,6 +2071,52 @@ def is_media(part: Dict[str, Any]) -> bool:
     kind = part.get("type")
     return not MEDIA_KEYS.isdisjoint(part) or (
         isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part)
+
+
+# Keys at which a payload names what an upstream stores,
+REFERENCES = frozenset("""
+    previous_response_id response_id previous_interaction_id previousInteractionId conversation
+    conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
+    validation_file vector_store_id vector_store_ids container container_id cachedContent
+    cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
+# of which each has one of these in it; an escaped letter may be any.
+REFERENCE_MARKS = (
+    b"response_id", b"nteraction", b"conversation", b"thread_id", b"assistant_id", b"file_id",
+    b'_file"', b"store_id", b'"container', b"ached", b"fileUri", b"file_uri", b"earch", b"\\u00")
+# Here stands what callers and their tools have made up.
+CALLERS_OWN = frozenset("""
+    args arguments functionCall function_call functionResponse function_response parameters
+    input_schema inputSchema schema json_schema properties metadata""".split())
+# A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
+THING_NAME = re.compile(
+    r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"|([^/:]+)", re.IGNORECASE)
+RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
+NAME_KEYS = ("id", "request_id", "thread_id")
+# What an answer says was made may stand in these objects, too.
+MADE_IN = ("response", "interaction", "conversation", "container", "file")
+
+
+def names_of_things(value: Any) -> List[str]:
+    """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
+    of these."""
+    values = value if type(value) is list else [value]
+    names = [one.get("id") if type(one) is dict else one for one in values]
+    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    return [match[match.lastindex] for match in matches if match]
+
+
+def names_made(payload: Dict[str, Any]) -> List[str]:
+    """Returns the names of what a response or an event says was made."""
+    found = []
+    holders = [payload]
+    for holder in holders:  # the list grows meanwhile
+        if type(holder) is dict:
+            holders += map(holder.get, MADE_IN)
+            found += map(holder.get, NAME_KEYS)
+            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
+            found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -2530,7 +2612,7 @@ def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
-MODEL_IN_PATH = re.compile("/models/([A-Za-z0-9_.@-]{1,256}):[A-Za-z]+$")
+NAMED_IN_PATH = re.compile("/models/([A-Za-z0-9_.@-]{1,256}):[A-Za-z]+$")
 FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
 # Bodies of these types are relayed as they come: nothing is in them that we could read.
 RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
@@ -2657,54 +2739,68 @@ class Dialects:
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(query)[1] if query else ""
-        stored = None
+        stored = model = None
         if endpoint in (None, UNKNOWN):
-            endpoint, stored = self.examine(method, path, endpoint)
+            stored = self.examine(method, path)
+            endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
         call.stored = stored
-        model = None
         if endpoint in (UNKNOWN, UPLOAD):
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
-            model = path.rpartition("/")[2]
-            call.path = path[:-len(model)] + urllib.parse.quote(
-                self.aliases.get(model, model), safe="@")
+            model = self.read_model_path(call)
+        self.note_model(call, model)
+        return call
+
+    def note_model(self, call, model):
+        """`model` is of any type. Raises BadRequest."""
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
             call.resolved_model = self.aliases.get(model, model)
-        return call
 
-    def examine(self, method, path, endpoint):
-        """Returns the endpoint of what is in no table, and what its path says of stored things.
-        Raises Forbidden."""
+    def read_model_path(self, call):
+        """Reads the path of one of the models; returns which."""
+        model = call.path.rpartition("/")[2]
+        call.path = call.path[:-len(model)] + urllib.parse.quote(
+            self.aliases.get(model, model), safe="@")
+        return model
+
+    def examine(self, method: str, path: str) -> Optional[StoredPath]:
+        """Returns what a path that is in no table says of stored things. Raises Forbidden."""
         folded = fold_path(path)
         if not self.admin_paths and is_admin_path(method, folded):
             raise Forbidden()
         is_plain = PLAIN_PATH.fullmatch(path)
         match = STORED_PATH.search(path if is_plain else folded)
-        stored = None
-        if match:
-            collection, name = match.groups("")
-            name = "" if name in VERBS else name if is_plain else "/"  # which nothing is named
-            stored = StoredPath(collection, name, not name and method in FREE_METHODS)
-        if endpoint is None or (stored and stored.name and is_plain and path.endswith(CANCEL)):
-            return None, stored
-        if stored and stored.collection in UPLOADED:
-            return UPLOAD, stored
+        if not match:
+            return None
+        collection, name = match.groups("")
+        if name in VERBS:
+            name = ""
+        is_listed = not name and method in FREE_METHODS
+        # What is not named plainly is nobody's: nothing is named "/".
+        return StoredPath(collection, name if is_plain else name and "/", is_listed)
+
+    def cost_of_unknown(self, path: str, stored: Optional[StoredPath]) -> Optional[str]:
+        """Returns the endpoint of what is in no table, None where it is free. Raises Forbidden."""
+        if stored and stored.name not in ("", "/") and path.endswith(CANCEL):
+            return None
+        if stored and stored.collection.lower() in UPLOADED:
+            return UPLOAD
         if self.unknown_calls == "refuse":
             raise Forbidden("Calls of endpoints that are not known here are not passed on")
-        return None if self.unknown_calls == "pass" else UNKNOWN, stored
+        return None if self.unknown_calls == "pass" else UNKNOWN
 
     async def read_unknown(self, call: Call, content_type: str,
                            read_body: Callable[[], Awaitable[bytes]]) -> Any:
         """Reads what can be understood of a call of an endpoint that we do not know; returns the
         model, of any type. Raises as `read` does."""
-        named = MODEL_IN_PATH.search(call.path)
+        named = NAMED_IN_PATH.search(call.path)
         model = named and named[1]
         call.model_in_path = named is not None
         kind = content_type.lower()
@@ -4089,6 +4185,139 @@ class FairQueue:
 
 
 # --------------------------------------------------------------------------------------------------
+# Stored: what callers made that upstreams keep for the account (files, batches, responses ...):
+# whose it is, where it is, and what its making is yet to be charged. It knows no wire names.
+# --------------------------------------------------------------------------------------------------
+
+class Thing(NamedTuple):
+    """Who made something that is stored, and the upstream and the address that have it."""
+    owner: CallerKey
+    upstream: str
+    address: str
+
+
+class Bill(NamedTuple):
+    """What a call in the background was charged, until somebody hears what it used."""
+    hold: Hold
+    dialect: Dialect
+    model: str
+
+
+class Stored:
+    """Remembers things by name, the last ROOM that were made. `policy`: to `pass` all, let each
+    caller have its `own`, or `refuse` all. `unsaved` are things for the ledger."""
+    ROOM = 100_000
+    UNSAVED = 10_000
+    BILLS = 1_000
+    MAX_NAME = 256
+
+    def __init__(self, policy: str):
+        self.policy = policy
+        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
+        self.unsaved = collections.deque()
+        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
+
+    def __repr__(self) -> str:
+        return "<Stored: %s, %d things, %d bills>" % (
+            self.policy, len(self.things), len(self.bills))
+
+    def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
+        """Returns one of the things that a call speaks of, None where it is free to go anywhere.
+        Raises Forbidden, NothingStored."""
+        if self.policy == "pass" and not self.things:
+            return None
+        path, names = call.stored, call.references()
+        if self.policy == "refuse" and (path or names):
+            raise Forbidden("What upstreams store is not passed on")
+        found = list(map(self.things.get, names))
+        if path and path.name:
+            found.insert(0, self.things.get(path.name) or self.things.get("%s/%s" % path[:2]))
+        if self.policy == "own":
+            if path and path.is_listed:
+                raise Forbidden("Lists of what is stored are not passed on")
+            if any([one is None or one.owner != owner for one in found]):
+                raise NothingStored()
+        return next(filter(None, found), None)
+
+    def bill_for(self, call: Call) -> Optional[Bill]:
+        """Returns what is open of the call whose answer this one asks for."""
+        return self.bills.get(call.stored.name) if call.stored and self.bills else None
+
+    def owe(self, name: str, bill: Bill):
+        """Keeps a bill, of the last BILLS."""
+        self.bills[name] = bill
+        if len(self.bills) > self.BILLS:
+            self.bills.popitem(last=False)
+
+    def note(self, thing: Thing, names: List[str]):
+        """Remembers what was made. Who made it first has it: an answer may name older things."""
+        for name in names:
+            if name in self.things or len(name) > self.MAX_NAME:
+                continue
+            self.things[name] = thing
+            if len(self.things) > self.ROOM:
+                self.things.popitem(last=False)
+            if len(self.unsaved) < self.UNSAVED:
+                self.unsaved.append((name, thing))
+
+
+class NameReader:
+    """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
+    first event that names something. `reader`, if any, sees it as well."""
+    MAX_KEPT = 1 << 20
+    MAX_TRIES = 20
+    FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
+
+    def __init__(self, reader: Optional[UsageReader], events: Optional[EventFraming],
+                 found: Callable[[List[str]], None]):
+        """`events` is None where the response is no stream."""
+        self.reader = reader
+        self.events = events
+        self.found = found
+        self.kept: Optional[bytes] = b""
+        self.tries = 0
+
+    def feed(self, payload: bytes) -> bytes:
+        if self.kept is not None:
+            self.kept += payload
+            if self.events:
+                self.look_at_events()
+            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
+                self.tries += 1
+                self.look_at_json()
+            if self.kept and len(self.kept) > self.MAX_KEPT:
+                self.look_at_beginning()
+        return self.reader.feed(payload) if self.reader else payload
+
+    def flush(self) -> bytes:
+        if self.kept and not self.events:
+            self.look_at_json()
+        return self.reader.flush() if self.reader else b""
+
+    def look_at_events(self):
+        *whole, self.kept = self.events.end.split(self.kept)
+        for event in whole:
+            if self.tell(names_made(self.events.payload(event))):
+                return
+
+    def look_at_json(self):
+        with contextlib.suppress(ValueError):  # it has not come whole
+            found = parse_response(self.kept)
+            self.tell(names_made(found))
+
+    def look_at_beginning(self):
+        match = self.FIRST_NAME.match(self.kept)
+        self.tell([match[1].decode("utf-8", "replace")] if match else [])
+        self.kept = None
+
+    def tell(self, names):
+        if names:
+            self.found(names)
+            self.kept = None
+        return names
+
+
+# --------------------------------------------------------------------------------------------------
 # Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or
 # body of a caller can change host, port or scheme. http.client opens connections; responses are
 # read by Wire. An Address knows connections; an Upstream which of its addresses to ask; Routes
@@ -4271,6 +4500,7 @@ class Address:
         direct = not self.tls or urllib.request.proxy_bypass_environment(endpoint.host, bypass)
         self.tunnel = None if direct else transport.tunnel
         self.is_loopback = not self.tls and re.fullmatch(r"127\.[0-9.]+|::1", endpoint.host)
+        self.name = endpoint.origin + endpoint.path
         self.host_line = "Host: %s" % endpoint.origin.partition("://")[2]
         self.what_head = "the response of %s" % endpoint.origin
         self.what_body = "the body of the response of %s" % endpoint.origin
@@ -4481,6 +4711,16 @@ class Upstream:
 
     # -- which address
 
+    def only(self, name: str) -> "Upstream":
+        """Returns this upstream with the address of this name alone, if it has it."""
+        found = [one for one in self.addresses if one.name == name]
+        if not found or len(self.addresses) == 1:
+            return self
+        alone = copy.copy(self)
+        alone.addresses = found
+        alone.send = alone.send_patiently if self.retries else alone.send_once
+        return alone
+
     def enter(self, failed, probe):
         """Returns the address with the fewest running calls, which has one more now; None where
         none can be asked. A `probe` tells nothing of how calls fare there."""
@@ -4635,8 +4875,11 @@ class Routes:
         self.by_name = {upstream.name: upstream for upstream in named}
         self.known = {}
 
-    def find(self, call: Call) -> List[Upstream]:
-        """Raises NoRoute."""
+    def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
+        """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        for upstream in self.all if thing else ():
+            if thing.upstream == upstream.name and call.prefix in (None, upstream.name):
+                return [upstream.only(thing.address)]
         if call.prefix:
             return [self.by_name[call.prefix]]
         if self.base and not call.resolved_model:
@@ -4757,7 +5000,7 @@ class Entry:
         self.reader = None
         if self.call:
             self.call.payload = self.call.body = self.call.upstream_body = None
-            self.call.put_model = None
+            self.call.put_model = self.call.on_made = None
         return self
 
     def milliseconds(self, until):
@@ -4943,7 +5186,9 @@ class Database:
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
-        PRIMARY KEY (rule, subject))""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        PRIMARY KEY (rule, subject));
+        CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, owner TEXT, upstream TEXT,
+        address TEXT)""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -5028,10 +5273,20 @@ class Database:
             for key, (level, since) in changed.items()])
 
     @staticmethod
-    def spell_key(key):
-        """Returns the rule's text, and whose bucket it is: "key=HEX address=IP"."""
-        return key[0], " ".join([
-            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in key[1:]])
+    def spell_owners(keys):
+        """Returns callers' keys as text: "key=HEX address=IP"."""
+        return " ".join([
+            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in keys])
+
+    @staticmethod
+    def read_owners(text):
+        """Raises ValueError, TypeError or AttributeError for what somebody else has written."""
+        return [(kind, bytes.fromhex(name) if kind == "key" else name)
+                for kind, _, name in (part.partition("=") for part in text.split())]
+
+    def spell_key(self, key):
+        """Returns the rule's text, and whose bucket it is."""
+        return key[0], self.spell_owners(key[1:])
 
     def levels(self) -> Levels:
         """Returns what was saved."""
@@ -5039,9 +5294,24 @@ class Database:
         for rule, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
-                whose = [(kind, bytes.fromhex(name) if kind == "key" else name)
-                         for kind, _, name in (part.partition("=") for part in subject.split())]
-                found[(rule, *whose)] = int(level), float(since)
+                found[(rule, *self.read_owners(subject))] = int(level), float(since)
+        return found
+
+    def add_things(self, things, most):
+        """Inserts things, and removes the oldest above `most`."""
+        self.connection.executemany("INSERT OR IGNORE INTO things VALUES (?, ?, ?, ?)", [
+            (name, self.spell_owners([thing.owner]), thing.upstream, thing.address)
+            for name, thing in things])
+        self.connection.execute(
+            "DELETE FROM things WHERE rowid <= (SELECT max(rowid) FROM things) - ?", (most,))
+
+    def things(self) -> Dict[str, Thing]:
+        """Returns what was saved, oldest first."""
+        found = {}
+        for name, owner, *place in self.connection.execute(
+                "SELECT name, owner, upstream, address FROM things ORDER BY rowid"):
+            with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+                found[name] = Thing(self.read_owners(owner)[0], *place)
         return found
 
     def forget(self, before, most):
@@ -5052,16 +5322,18 @@ class Database:
 
 
 class Ledger(Writer):
-    """One row per call, and the levels of the buckets."""
+    """One row per call, the levels of the buckets, and what upstreams store."""
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
     forget_at = 0.0       # monotonic seconds
     complain_at = 0.0
 
-    def __init__(self, database: Database, limits: Limits, clock: Any, days: int, log: Log):
+    def __init__(self, database: Database, limits: Limits, stored: Stored, clock: Any, days: int,
+                 log: Log):
         super().__init__("ledger")
         self.database = database
         self.limits = limits
+        self.stored = stored
         self.clock = clock
         self.days = days
         self.log = log
@@ -5070,6 +5342,7 @@ class Ledger(Writer):
         self.saved = self.levels = database.levels()
         kept = {rule.text: rule for rule in limits.rules if rule.capacity is not None}
         now = clock.time_ns() / 1e9
+        stored.things.update(database.things())
         for key, (level, since) in self.saved.items():
             if key[0] in kept:
                 limits.buckets.restore(kept[key[0]], key, level, now - since)
@@ -5103,7 +5376,8 @@ class Ledger(Writer):
         """Writes calls and levels, and removes old calls, in one transaction."""
         levels = self.levels
         saved = self.saved
-        if not entries and levels is saved and now < self.forget_at:
+        things = self.stored.unsaved.copy()
+        if not (entries or things) and levels is saved and now < self.forget_at:
             return
         # The two clocks are not read at once: a hundredth of a second is no difference.
         changed = {key: (level, since) for key, (level, since) in levels.items()
@@ -5115,11 +5389,15 @@ class Ledger(Writer):
         with connection:
             self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
+            if things:
+                self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 before = self.clock.time_ns() / 1e9 - self.days * 86400
                 if self.database.forget(before, 1000) < 1000:
                     self.forget_at = now + self.FORGET_SECONDS
         self.saved = levels
+        for _ in things:
+            self.stored.unsaved.popleft()
 
     def close(self, wait: float):
         """Writes what is queued, and the levels as they are now."""
@@ -5333,12 +5611,12 @@ class Reply:
         response.streamed = streamed
         if self.early and not (response.status == 200 and streamed and readable):
             raise await self.not_a_stream(response)
-        # An answer to what we do not know may be anything: what is no text must not be awaited.
-        can_tell = streamed or call.endpoint != UNKNOWN or "json" in response.head.get(
-            "content-type", "")
-        if not call.unmetered and response.status < 400 and can_tell:
+        if response.status < 400 and self.may_tell_usage(response.head, streamed):
             self.entry.reader = UsageReader(call, streamed, readable)
         self.adapter = self.adapt(response, streamed and readable)
+        if call.on_made:
+            self.adapter.reader = NameReader(
+                self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
         try:
             self.first = self.adapter.feed(response.stream.take_all())
             whole = response.framing.ended or call.stream or streamed
@@ -5347,6 +5625,13 @@ class Reply:
         except (Malformed, OSError) as failure:
             raise UpstreamFailed(failure) from None
         return self.adapter
+
+    def may_tell_usage(self, head, streamed):
+        """An answer to a call that we do not know may be anything, and sounds are not awaited."""
+        call = self.call
+        if call.unmetered or call.endpoint != UNKNOWN:
+            return call.owes or not call.unmetered
+        return streamed or "json" in head.get("content-type", "").lower()
 
     def kind_of(self, head):
         """Returns whether a response is a stream of events, and whether its body can be read."""
@@ -5570,7 +5855,7 @@ class Reply:
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -5579,6 +5864,7 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
+        self.stored = stored
         self.routes = routes
         self.books = books
         self.weights = config.key_weights or {}
@@ -5595,7 +5881,7 @@ class Proxy:
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
-        upstreams = self.routes.find(call)                                          # route
+        upstreams = self.routes.find(call, self.find_thing(call, entry.caller))     # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -5629,6 +5915,8 @@ class Proxy:
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how its body ended."""
+        if response.status < 300 and reply.call.makes_things():
+            reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         adapter = await reply.receive(response)
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
@@ -5642,6 +5930,18 @@ class Proxy:
             return "ok" if adapter.framing.ended else await reply.carry(response)
         finally:
             entry.passed = adapter.passed
+
+    def find_thing(self, call, caller):
+        """Returns what the call speaks of that an upstream stores, if it is known."""
+        thing = self.stored.find(call, caller.key)
+        bill = self.stored.bill_for(call)
+        if bill:
+            call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
+        return thing
+
+    def note_made(self, entry, address, names):
+        entry.call.made = names
+        self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats."""
@@ -5725,8 +6025,14 @@ class Proxy:
     def settle(self, entry, ending):
         """Charge what the call used, and write that down. The second time, it does nothing."""
         call, hold = entry.call, entry.hold
+        if call.owes:
+            return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
             return
+        if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
+            if call.made:
+                self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+            return hold.settle(hold.costs)
         usage = self.estimator.usage(call, entry.reader, ending == "ok")
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
@@ -5734,6 +6040,24 @@ class Proxy:
         if ending != "ok":
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+
+    @staticmethod
+    def told_usage(entry, ending):
+        reader = entry.reader
+        return reader.reported_usage(ending == "ok") if reader else (None, False)
+
+    def settle_bill(self, entry, ending):
+        """Charge what a call in the background used to whom it was charged before, once."""
+        usage, is_final = self.told_usage(entry, ending)
+        bill = is_final and self.stored.bills.pop(entry.call.stored.name, None)
+        if not bill:
+            return
+        entry.usage = usage
+        entry.picodollars, entry.priced = self.prices.cost(usage, bill.model)
+        before = bill.hold.costs
+        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
+        entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
 
     def request_head(self, request, call, upstream, address):
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
@@ -5804,15 +6128,20 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     request_cost = 1 if config.limits else config.request_token_cost
     estimator = CostEstimator(prices, request_cost, config.response_token_reserve,
                               config.image_tokens, limits.units())
-    ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
+    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
+    ledger = Ledger(database, limits, stored, clock, config.ledger_days, log) if database else None
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
     callers = Callers(config.proxy_api_keys or None, os.urandom(32), config.trusted_proxies or (),
                       config.caller_header)
-    dialects = Dialects(config.model_aliases or {},
-                        {one.name: one.dialect for one in config.upstreams},
-                        config.unknown_calls, config.vendor_admin_paths == "on")
-    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
-                 build_routes(config, clock, log.say), Books(log, ledger, usage_log))
+    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator,
+                 build_dialects(config), stored, build_routes(config, clock, log.say),
+                 Books(log, ledger, usage_log))
+
+
+def build_dialects(config: Config) -> Dialects:
+    names = {one.name: one.dialect for one in config.upstreams}
+    return Dialects(config.model_aliases or {}, names, config.unknown_calls,
+                    config.vendor_admin_paths == "on")
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:

@@ -2006,7 +2006,7 @@ class JsonTest(ProxyCase):
         self.assertEqual([self.ask(data).status for _ in range(2)], [200, 200])
 
 
-class PathsTest(ProxyCase):
+class PathsTest(ManyCase):
     SAME_ENDPOINT = r"""
         /v1/chat/completions /v1/chat/completions?x=1 /v1/chat/completions/?x
         /v1/chat/completions/ /v1/chat/completions// //v1/chat/completions ///v1/chat/completions
@@ -2046,20 +2046,60 @@ class PathsTest(ProxyCase):
         http://proxy.test/v1/chat/completions -> /v1/chat/completions
         /chat/completions -> /chat/completions"""
     FORWARDED = """
-        GET -> /v1/chat/completions
-        PUT -> /v1/chat/completions
-        DELETE -> /v1/chat/completions/x
-        POST -> /v1/chat/completions/x/cancel
-        PATCH -> /a/b?c=/v1/chat/completions
-        POST -> /v1/xcompletions
-        POST -> /v1/files
-        HEAD -> /v1/files
-        POST -> /v1/files/a%20b?x=%2f
-        POST -> /v1//audio/./x
-        GET -> /
-        GET -> /v1/models
-        QUERY -> /v1/x
-        GET -> /x?a=b?c"""
+        0 GET /v1/chat/completions
+        1 PUT /v1/chat/completions
+        0 DELETE /v1/chat/completions/x
+        0 POST /v1/chat/completions/x/cancel
+        0 POST /v1/threads/t/runs/r/cancel
+        0 POST /v1beta/batches/b:cancel
+        1 POST /v1/chat/completions/x/cancel/
+        1 POST /v1/x/cancel
+        1 PATCH /a/b?c=/v1/chat/completions
+        1 POST /v1/xcompletions
+        1 POST /v1/files
+        0 HEAD /v1/files
+        1 POST /v1/files/a%20b?x=%2f
+        1 POST /v1//audio/./x
+        0 GET /
+        0 GET /v1/models
+        1 QUERY /v1/x
+        0 GET /x?a=b?c
+        0 POST /tokenize
+        0 POST /v1/responses/input_tokens
+        0 POST /detokenize
+        0 POST /apply-template
+        0 POST /api/show
+        0 POST /v1/messages/count_tokens
+        0 POST /v1beta/models/m:countTokens"""
+    # Whatever reaches a model by these costs something; what has a name in its path, by that.
+    UNKNOWN = """
+        POST /v1/chat/completions/batch, POST /v1/decisions, POST /v1/score, POST /score,
+        POST /v1/reranking, POST /reranking, POST /invocations, POST /v1/audio/speech,
+        POST /v1/audio/transcriptions, POST /v1/audio/translations, POST /v1/images/edits,
+        POST /v1/images/variations, POST /v1/videos, POST /v1/batches, POST /v1/messages/batches,
+        POST /v1beta/interactions, POST /v1beta/models/m:batchGenerateContent,
+        POST /v1beta/models/m:predictLongRunning, POST /v1beta/models/m:predict, POST /completion,
+        POST /infill, POST /embedding, POST /pooling, POST /classify, POST /generate,
+        POST /v1/moderations, POST /v1/ocr, POST /v1/threads/t/runs, POST /v1/threads/t/messages,
+        POST /v1/fine_tuning/jobs, PUT /v1/chat/completions, PATCH /v1/responses, POST /inference,
+        POST /v1/uploads/u/parts, PROPFIND /v1/chat/completions, POST /v1//score/, POST /%76%31/x
+        """
+    ADMIN = """
+        POST /v1/realtime/client_secrets, POST /V1/Realtime/Client_Secrets, GET /slots, GET /slots/0
+        POST /v1/realtime//client_secrets/, POST /v1/realtime/client%5fsecrets;x
+        POST /v1/x/../slots
+        POST /v1alpha/auth_tokens, POST /v1/realtime/sessions, POST /v1/realtime/calls
+        GET /v1/stream/x, DELETE /v1/stream/x, POST /v1/streams/lookup, GET /stream/x
+        POST /slots/0?action=save, POST /%73lots/0, POST /api/pull, POST /api/push, POST /api/create
+        POST /api/copy, DELETE /api/delete, HEAD /api/blobs/sha256:1, POST /pull, POST /api//pull/
+        POST /v1/load_lora_adapter, POST /v1/unload_lora_adapter, POST /sleep, POST /wake_up
+        POST /reset_prefix_cache, POST /collective_rpc, POST /update_weights_from_disk
+        POST /update_weights, GET /flush_cache, POST /start_profile, POST /models/load
+        POST /models/unload, POST /lora-adapters, POST /props, POST /v1/model/load, PUT /props
+        POST /api/v1/models/load, POST /models, DELETE /v1/models/m, GET /cors-proxy?url=x
+        POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
+            "\n", ",")
+    MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
 
     def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
         """Each is limited, in the assistant's words, or refused."""
@@ -2078,14 +2118,63 @@ class PathsTest(ProxyCase):
             self.assertEqual(self.stub.requests[-1].target, plain)
         self.assertEqual(self.left(), 1000 - 7)
 
-    def test_other_methods_and_paths_are_forwarded_as_they_are_and_unmetered(self):
-        self.start(MAX_TOKENS=1)
-        self.ask(call())
-        for method, path in self.each(self.FORWARDED):
+    def test_other_methods_and_paths_are_forwarded_as_they_are_and_cost_a_request_or_nothing(self):
+        self.start()
+        left = 1000
+        for cost, method, path in self.each(map(str.split, self.FORWARDED.strip().splitlines())):
             body = b"" if method in ("GET", "HEAD") else b"not json"
             self.assertEqual(self.ask(request(method, path, body)).status, 200)
             asked = self.stub.requests[-1]
-            self.assertEqual((asked.method, asked.target), (method, path))
+            self.assertEqual((asked.method, asked.target, asked.body), (method, path, body))
+            left -= int(cost)
+            self.assertEqual(self.left(), left)
+
+    def rows(self, text):
+        return self.each([row.split() for row in text.split(",") if row.strip()])
+
+    def test_what_is_unknown_gets_past_neither_an_empty_bucket_nor_a_full_queue(self):
+        self.start(MAX_TOKENS=1)
+        self.ask(call())
+        for method, path in self.rows(self.UNKNOWN):
+            answered = self.ask(request(method, path, chat()))
+            self.assertEqual((answered.status, self.stub.calls), (429, 1))
+        self.start(None, MAX_CONCURRENCY=1, MAX_QUEUE=0)
+        _, running = self.ask_stub(call())
+        for method, path in self.rows(self.UNKNOWN):
+            answered = self.ask(request(method, path, chat()))
+            self.assertEqual((answered.status, self.stub.calls), (503, 1))
+        running.answer()
+
+    def test_what_manages_an_upstream_is_not_passed_on_in_whatever_spelling(self):
+        box = self.stub_of("box")
+        self.start_many({"box": box}, UPSTREAM_BOX_URL=box.url)
+        for method, path in self.rows(self.ADMIN):
+            for prefix in ("", "/box"):
+                answered = self.ask(request(method, prefix + path, chat()))
+                self.assertIn(answered.status, (403, 400 if ".." in path else 403))
+        self.assertEqual(self.stub.calls + box.calls, 0)
+        for method, path in self.rows(self.MANAGED_AND_FREE):
+            self.assertEqual(self.ask(request(method, "/box" + path)).status, 200)
+        self.start(VENDOR_ADMIN_PATHS="on")
+        self.assertEqual(self.ask(request("POST", "/api/pull")).status, 200)
+
+    def test_unknown_calls_are_free_or_refused_where_that_is_wanted(self):
+        said = {"count": (200, 999), "pass": (200, 1000), "refuse": (403, 1000)}
+        for setting, expected in self.each(said.items()):
+            self.start(UNKNOWN_CALLS=setting)
+            answered = self.ask(request("POST", "/v1/score", chat()))
+            self.assertEqual((answered.status, self.left()), expected)
+            self.assertEqual(self.ask(request("POST", "/v1/files", b"x")).status, 200)
+
+    def test_an_unknown_call_is_estimated_by_its_json_and_settled_by_what_is_told(self):
+        told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
+        for mode, answered, cost in self.each((
+                ("estimate", {}, 10), ("usage", {}, 10), ("usage", {"text": "x" * 40}, 20),
+                ("usage", told, 35))):
+            self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
+            body = json.dumps({"model": "m", "input": "ten tokens" * 4}).encode()
+            self.ask(request("POST", "/v1/score", body))
+            self.assertEqual(1000 - self.left(), cost)
 
     def test_the_method_cannot_be_overridden_further_on(self):
         self.start(MAX_TOKENS=1)
@@ -2331,10 +2420,10 @@ class DialectsTest(ProxyCase):
         /v1/responses //v1/responses/ /v1/embeddings /v1/%65mbeddings
         /v1/messages /v1/Messages /messages /x/v1/messages
         /v1beta/models/m:generateContent /v1/models/m:streamGenerateContent
-        /v1beta/tunedModels/m:generateContent /v1/rerank /v1/images/generations"""
+        /v1beta/tunedModels/m:generateContent /v1/rerank /v1/images/generations
+        /v1/threads/t/messages"""
     UNMETERED = """
-        /v1/messages/count_tokens /v1beta/models/m:countTokens
-        /v1/threads/t/messages /v1/responses/r/cancel"""
+        /v1/messages/count_tokens /v1beta/models/m:countTokens /v1/responses/r/cancel"""
     SHOWN = """
         /v1/chat/completions -> Authorization: Bearer sk-1
         /v1/chat/completions -> x-api-key: sk-1
@@ -4039,13 +4128,13 @@ class UploadTest(CallCase):
         body = self.BLOCK * blocks
         framing = CHUNKED if chunked else "Content-Length: %d" % len(body)
         fields = framing, "Content-Type: " + self.MULTIPART
-        client.send(unsized("/v1/audio/transcriptions", *fields))
+        client.send(unsized("/v1/files", *fields))
         client.send(chunk(self.BLOCK) * blocks + LAST if chunked else body)
         return hashlib.sha256(body).hexdigest()
 
-    def test_an_upload_of_any_framing_and_size_arrives_whole_and_unmetered(self):
+    def test_an_upload_of_any_framing_and_size_arrives_whole_and_costs_a_request(self):
         self.start(lambda asked: asked.send(answer(asked.digest.encode())),
-                   MAX_TOKENS=1, MAX_BODY_BYTES=1000)
+                   MAX_TOKENS=4, MAX_BODY_BYTES=1000)
         client = self.connect()
         for chunked in self.each((False, True, False)):
             digest = self.upload(client, chunked)
@@ -4362,7 +4451,11 @@ POST fast     two    claude-5 authorization  1 /v1/chat/completions         -
 POST o3-mini  base   served   authorization  1 /v1/chat/completions         -
 POST -        base   served   authorization  1 /v1/chat/completions         -
 POST slow     base   served   authorization  1 /v1/chat/completions         -
-POST m        base   m        authorization  0 /v1/audio/speech             -
+POST m        base   served   authorization  1 /v1/audio/speech             -
+POST fast     two    claude-5 authorization  1 /v1/audio/speech             -
+POST o3       one    o3       authorization  1 /v1/score                    -
+POST -        one    -        authorization  1 /v1beta/models/o3:predict    -
+POST -        two    -        authorization  1 /v1beta/models/fast:predict  -
 POST -        one    -        x-goog-api-key 1 /v1beta/models/o3:generateContent -
 POST -        two    -        x-goog-api-key 1 /v1beta/models/fast:generateContent -
 POST -        one    -        x-goog-api-key 0 /v1beta/models/o3:countTokens -
