@@ -2668,7 +2668,7 @@ def is_admin_path(method: str, path: str) -> bool:
     return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
             or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
             or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
-            or (method == "DELETE" and "models" in segments))
+            or (method == "DELETE" and "models" in segments[-3:-1]))
 
 
 class Dialects:
