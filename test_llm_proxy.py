@@ -7602,7 +7602,7 @@ class DoorTest(EnduranceCase):
     GEMINI = b'{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
     FORM = (b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--xyz\r\n'
             b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
-            b'Content-Type: audio/wav\r\n\r\n\x00\xff\r\n\x80\n\r\n--xyz--\r\n')
+            b'Content-Type: audio/wav\r\n\r\n\x00\xff\n\x80\r\n--xyz--\r\n')
     GOOD = (
         call("sk-1"), call(None, "X-A: 1", "X-A: 2", "Cookie: a=b", stream=True),
         unsized(CHAT, CHUNKED) + chunk(chat()[:20]) + chunk(chat()[20:]) + LAST,
