@@ -2056,19 +2056,19 @@ class Call(Billable):
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
         found = []
-        if self.body is None or not any([mark in self.body for mark in REFERENCE_MARKS]):
-            return found
         parts = [self.payload]
         for part in parts:  # the list grows meanwhile
-            if type(part) is list:
-                parts += part
-            elif type(part) is dict:
-                is_tool = str(part.get("type")).endswith("tool_use")
-                for key, value in part.items():
-                    if key in REFERENCES:
-                        found += names_of_things(value)
-                    if key not in CALLERS_OWN and not (is_tool and key == "input"):
-                        parts.append(value)
+            values = part
+            if type(part) is dict:
+                values = part.values()
+                if not REFERENCES.isdisjoint(part):
+                    for key in REFERENCES.intersection(part):
+                        found += names_of_things(part[key])
+                if not CALLERS_OWN.isdisjoint(part):
+                    values = [part[key] for key in part.keys() - CALLERS_OWN]
+                elif "input" in part and str(part.get("type")).endswith("tool_use"):
+                    continue
+            parts += [one for one in values if type(one) in (list, dict)]
         return found
 
     def prompt_length(self) -> Tuple[int, int]:
@@ -2119,16 +2119,12 @@ class Model(NamedTuple):
     facts: Dict[str, Any] = {}
 
 
-# Keys at which a payload names what an upstream stores,
+# Keys at which a payload names what an upstream stores
 REFERENCES = frozenset("""
     previous_response_id response_id previous_interaction_id previousInteractionId conversation
     conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
     validation_file vector_store_id vector_store_ids container container_id cachedContent
     cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
-# of which each has one of these in it; an escaped letter may be any.
-REFERENCE_MARKS = (
-    b"response_id", b"nteraction", b"conversation", b"thread_id", b"assistant_id", b"file_id",
-    b'_file"', b"store_id", b'"container', b"ached", b"fileUri", b"file_uri", b"earch", b"\\u00")
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
