@@ -1845,7 +1845,7 @@ FORM_TYPE = re.compile(
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
 FIELD_NAME = re.compile(
     rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
-    rb"[ \t]*(?:;(?![ \t]*name\b)[^\r\n]*)?", re.IGNORECASE)
+    rb"[ \t]*(?:$|(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)", re.IGNORECASE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
@@ -2049,9 +2049,12 @@ class Call(Billable):
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
             return self.payload.get("store") is True or self.runs_in_background()
-        return (self.endpoint in ("responses", UNKNOWN, UPLOAD)
-                or self.endpoint == "other" and "/videos/" in self.path
-                or self.stored is not None and not self.stored.is_listed and not self.stored.name)
+        if self.stored and self.endpoint is None:
+            made = self.stored.name and self.stored.collection in HAVE_RESULTS
+            return self.path.endswith("/" + self.stored.name) if made else not (
+                self.stored.name or self.stored.is_listed)
+        return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
+            self.endpoint == "other" and "/videos/" in self.path)
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
@@ -2134,7 +2137,10 @@ THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = ("id", "request_id", "thread_id")
+NAME_KEYS = (
+    "id", "request_id", "thread_id", "output_file_id", "error_file_id", "responsesFile")
+# These make files when they are done.
+HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = ("response", "interaction", "conversation", "container", "file")
 
@@ -2156,6 +2162,7 @@ def names_made(payload: Dict[str, Any]) -> List[str]:
         if type(holder) is dict:
             holders += map(holder.get, MADE_IN)
             found += map(holder.get, NAME_KEYS)
+            found += names_of_things(holder.get("result_files"))
             resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
             found.append(resource and resource[1])
     return [name for name in found if type(name) is str and name]
@@ -2940,7 +2947,8 @@ class Dialects:
         self.aliases = aliases
         self.names = names
         self.unknown_calls = unknown_calls
-        self.admin_paths = admin_paths
+        self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
+            lambda method, path: not admin_paths and is_admin_path(method, path))
         self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
@@ -2968,10 +2976,12 @@ class Dialects:
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
-        metered; and the path to use. Raises BadRequest."""
+        metered; and the path to use. Raises BadRequest, Forbidden."""
         if method == "POST" and path == "/v1/chat/completions":  # as nearly always
             return self.openai, "chat", path
         folded = fold_path(path)
+        if self.is_admin_path(method, self.split(folded)[1]):
+            raise Forbidden()
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
@@ -2995,7 +3005,7 @@ class Dialects:
         query = split_query(query)[1] if query else ""
         stored = model = None
         if endpoint in (None, UNKNOWN):
-            stored = self.examine(method, path)
+            stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
         call.stored = stored
@@ -3024,13 +3034,11 @@ class Dialects:
             self.aliases.get(model, model), safe="@")
         return model
 
-    def examine(self, method: str, path: str) -> Optional[StoredPath]:
-        """Returns what a path that is in no table says of stored things. Raises Forbidden."""
-        folded = fold_path(path)
-        if not self.admin_paths and is_admin_path(method, folded):
-            raise Forbidden()
+    @staticmethod
+    def stored_at(method: str, path: str) -> Optional[StoredPath]:
+        """Returns what a path that is in no table says of stored things."""
         is_plain = PLAIN_PATH.fullmatch(path)
-        match = STORED_PATH.search(path if is_plain else folded)
+        match = STORED_PATH.search(path if is_plain else fold_path(path))
         if not match:
             return None
         collection, name = match.groups("")
@@ -4529,7 +4537,7 @@ class Stored:
     ROOM = 100_000
     UNSAVED = 10_000
     BILLS = 1_000
-    MAX_NAME = 256
+    NAME = re.compile("[!-~]{1,256}")
 
     def __init__(self, policy: str):
         self.policy = policy
@@ -4572,7 +4580,7 @@ class Stored:
     def note(self, thing: Thing, names: List[str]):
         """Remembers what was made. Who made it first has it: an answer may name older things."""
         for name in names:
-            if name in self.things or len(name) > self.MAX_NAME:
+            if name in self.things or not self.NAME.fullmatch(name):
                 continue
             self.things[name] = thing
             if len(self.things) > self.ROOM:
@@ -4617,8 +4625,11 @@ class NameReader:
     def look_at_events(self):
         *whole, self.kept = self.events.end.split(self.kept)
         for event in whole:
+            self.tries += 1
             if self.tell(names_made(self.events.payload(event))):
                 return
+        if self.tries > self.MAX_TRIES:
+            self.kept = None
 
     def look_at_json(self):
         with contextlib.suppress(ValueError):  # it has not come whole

@@ -2135,6 +2135,7 @@ class PathsTest(ManyCase):
         POST /update_weights, GET /flush_cache, POST /start_profile, POST /models/load
         POST /models/unload, POST /lora-adapters, POST /props, POST /v1/model/load, PUT /props
         POST /api/v1/models/load, POST /models, DELETE /v1/models/m, GET /cors-proxy?url=x
+        POST /slots/0:countTokens?action=erase, POST /slots/0/count_tokens
         POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
             "\n", ",")
     MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
@@ -2230,6 +2231,7 @@ class FormsTest(ManyCase):
     # The second part of a form, and the status
     FIELDS = [
         ('"model"', "fast", 200), ("model", "fast", 200), ('"model"; filename="x"', "fast", 200),
+        ('"x"; filename="x"; name="model"', "fast", 400),
         ('"Model"', "fast", 400), ('"mod\\el"', "fast", 400), ('"x"; name="model"', "fast", 400),
         ('"model"\r\nContent-Transfer-Encoding: base64', "ZmFzdA==", 400),
         ('"model"\r\nContent-Disposition: form-data; name="x"', "fast", 400),
@@ -4342,6 +4344,25 @@ class StoredTest(ManyCase):
         self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
         self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
         asked.chunks(end=True)
+
+    def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
+        self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
+        self.post("/v1/batches", {})
+        for path, answered in self.each((
+                ("/v1/batches/batch_1", {"id": "batch_1", "output_file_id": "file-2",
+                                         "metadata": {"output_file_id": "file-3"}}),
+                ("/v1/batches/batch_1/x", {"id": "file-3", "output_file_id": "file-3"}),
+                ("/v1/files/file-2/content", {"id": "file-3"}))):
+            self.answers(answered)
+            self.assertEqual(self.status("GET", path), 200)
+        self.assertEqual(self.status("GET", "/v1/files/file-2", "b"), 404)
+        self.assertEqual(self.status("GET", "/v1/files/file-3"), 404)
+
+    def test_a_name_that_no_path_could_have_is_no_thing(self):
+        for name in self.each(("\ud800", "a b", "x" * 300, "a\x00")):
+            self.start(says_json({"id": name}), **self.KEYS)
+            self.assertEqual(self.post("/v1/responses", {}).status, 200)
+            self.assertEqual(len(self.proxy.stored.things), 0)
 
     def test_an_answer_cannot_make_a_thing_another_one_s(self):
         self.start(says(b'{"id": "resp_1"}'), **self.KEYS)
