@@ -1824,6 +1824,20 @@ class UsageTest(ProxyCase):
             found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.is_media)
             self.assertEqual(found, (int(length), 0))
 
+    def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
+        for text, times, tokens in self.each("""
+                four -> 600 -> 600
+                na\u00efve caf\u00e9 -> 4 -> 10
+                \u043f\u0440\u0438\u0432\u0435\u0442\u0438\u043a -> 100 -> 200
+                \u4e2d\u6587 -> 300 -> 400
+                \u304b\u30ab -> 300 -> 400
+                \ud55c\uae00 -> 300 -> 400
+                \U0001f642 -> 60 -> 40
+                \u201chm\u201d -> 8 -> 8"""):
+            weight = llm_proxy.text_weight(text * int(times))
+            self.assertEqual(weight / llm_proxy.CHARACTERS_PER_TOKEN, int(tokens))
+        self.assertEqual(llm_proxy.text_weight("\ud800"), 2)  # half of a pair
+
     def assert_estimates(self, text, **words):
         """Rows of `text`: a path, else CHAT, a body and its cost. `words` stand for longer ones."""
         for word, value in words.items():
