@@ -1815,14 +1815,18 @@ class UsageTest(ProxyCase):
         {"a": 1, "b": null, "c": true, "d": 1.5} -> 0
         {"model": "x", "a": {"model": "abc"}} -> 3
         {"messages": [{"role": "user", "content": "hello"}]} -> 10
-        {"a": ["x", ["y", {"z": "w"}]]} -> 5
+        {"a": ["x", ["y", {"text": "w"}]]} -> 5
+        {"tools": [{"parameters": {"properties": {"city": {"type": "string"}}}}]} -> 11
+        {"input": [1, 2.5, [3]], "seed": 4} -> 11
         {"a": "äöü€"} -> 4
         """
 
-    def test_the_length_of_a_payload_is_that_of_its_strings_joined_by_spaces_but_the_model(self):
+    def test_the_length_of_a_payload_is_that_of_its_words_joined_by_spaces_but_the_model(self):
+        """Keys that only a tool knows are words too, and a number is a token."""
         for payload, length in self.each(self.LENGTHS):
-            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.is_media)
-            self.assertEqual(found, (int(length), 0))
+            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.PLAIN_KEYS,
+                                          llm_proxy.media_texts)
+            self.assertEqual(found, (int(length), []))
 
     def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
         for text, times, tokens in self.each("""
@@ -1842,6 +1846,7 @@ class UsageTest(ProxyCase):
         """Rows of `text`: a path, else CHAT, a body and its cost. `words` stand for longer ones."""
         for word, value in words.items():
             text = text.replace(word, json.dumps(value))
+        text = text.replace("GEMINI", "/v1beta/models/gemini-2.5-pro:generateContent")
         self.start(MAX_TOKENS=100000, TOKEN_COST_MODE="estimate", IMAGE_TOKENS=500)
         for number, (*path, body, cost) in enumerate(self.each(text)):
             data = request("POST", *path or [CHAT], body.encode(), key=str(number))
@@ -1852,15 +1857,30 @@ class UsageTest(ProxyCase):
         self.assert_estimates("""
             {"messages": HELLO} -> 259
             {"messages": HELLO, "max_tokens": 7} -> 10
-            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 5} -> 8
+            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 5} -> 10
             {"messages": HELLO, "max_tokens": 0} -> 3
-            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 0} -> 3
+            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 0} -> 10
+            {"messages": HELLO, "max_completion_tokens": 1, "max_tokens": 50000} -> 50003
+            {"messages": HELLO, "max_tokens": 1, "n_predict": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "max_new_tokens": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "maxOutputTokens": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "options": {"num_predict": 500}} -> 504
+            {"messages": HELLO, "max_tokens": 7, "n": 128} -> 899
+            {"messages": HELLO, "max_tokens": 7, "n": 2, "best_of": 5} -> 38
+            {"messages": HELLO, "n": 2} -> 515
+            /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7} -> 660
+            /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7, "n": 2} -> 1220
+            GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 770
+            {"messages": HELLO, "max_tokens": 100.0} -> 103
+            {"messages": HELLO, "max_tokens": -1} -> 259
+            {"messages": HELLO, "max_tokens": 7, "options": {"num_predict": -2}} -> 260
             {"messages": HELLO, "max_tokens": null} -> 259
             {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": null} -> 10
             {"messages": "xxxxxxxx", "max_tokens": 1} -> 3
             {"messages": "xxxxxxxxx", "max_tokens": 1} -> 4
             {"messages": [], "max_tokens": 0} -> 1
-            """, HELLO=[{"role": "user", "content": "hello"}])  # 'user hello' is 3 tokens
+            """, HELLO=[{"role": "user", "content": "hello"}],  # 'user hello' is 3 tokens
+            PROMPTS=["four"] * 80)  # a hundred tokens, with the spaces between
 
     def test_images_and_the_like_count_a_fixed_number_and_never_their_length(self):
         """'user text 12345' is 4 tokens."""
@@ -1871,18 +1891,33 @@ class UsageTest(ProxyCase):
             {"inlineData": {"mimeType": "image/png", "data": DATA}}
             {"inline_data": {"data": DATA}}
             {"type": "input_audio", "input_audio": {"data": DATA}}
-            {"type": "document", "source": {"data": DATA}}"""
+            {"type": "document", "source": {"data": DATA}}
+            {"type": "input_file", "filename": "a.pdf", "file_data": DATA}"""
         row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
         rows = [row % part for part in parts.strip().splitlines()]
         self.assert_estimates("\n".join(rows), TEXT={"type": "text", "text": "12345"},
                               DATA="data:image/png;base64," + "x" * 100000)
+
+    def test_text_in_what_looks_like_an_image_counts_where_it_is_more(self):
+        """TEXT is 2,000 tokens, and 'user' another."""
+        parts = """
+            {"type": "text", "text": TEXT, "file_data": ""} -> 2003
+            {"type": "document", "source": {"type": "text", "data": TEXT}} -> 2005
+            {"type": "document", "source": {"data": TEXT}} -> 2004
+            {"type": "image", "source": {"data": "AAAA"}, "title": TEXT} -> 2003
+            {"type": "image_url", "image_url": {"url": TEXT}} -> 2004
+            {"type": "file", "file_data": "AAAA", TEXT: 1} -> 2003
+            {"type": "tool_use", "input": {TEXT: "file_data", "file_data": ""}} -> 2007"""
+        row = '{"max_tokens": 0, "messages": [{"role": "user", "content": [%s]}]} -> %s'
+        rows = [row % tuple(line.split(" -> ")) for line in parts.strip().splitlines()]
+        self.assert_estimates("\n".join(rows), TEXT="words   " * 1000)
 
     def test_an_estimate_cannot_be_talked_down(self):
         self.assert_estimates("""
             /v1/completions -> {"prompt": X40, "max_tokens": 500, "max_completion_tokens": 0} -> 510
             /v1/responses -> {"input": X40, "max_output_tokens": 4000, "max_tokens": 0} -> 4010
             /v1/completions -> {"prompt": RANGE, "max_tokens": 1} -> 2001
-            /v1/completions -> {"prompt": LISTS, "max_tokens": 1} -> 31
+            /v1/completions -> {"prompt": LISTS, "max_tokens": 1} -> 40
             {"messages": [MESSAGE], "max_tokens": 1} -> 10001
             """, X40="x" * 40, RANGE=list(range(2000)), LISTS=[[1, 2, 3]] * 10,
             MESSAGE={"role": "user", "type": "file", "content": "x" * 39990})
@@ -1894,8 +1929,8 @@ class UsageTest(ProxyCase):
 
     def test_a_maximum_that_is_no_whole_number_is_refused(self):
         self.start(TOKEN_COST_MODE="estimate")
-        names = ("max_tokens", "max_completion_tokens")
-        values = json.loads('[true, false, -1, "5", 1.5, 5.0, [], {}, ""]')
+        names = ("max_tokens", "max_completion_tokens", "n_predict", "n")
+        values = json.loads('[true, false, "5", 1.5, [], {}, ""]')
         for name, value in self.each(itertools.product(names, values)):
             answered = self.ask(call(**{name: value}))
             self.assertEqual(answered.status, 400)
