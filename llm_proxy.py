@@ -1019,6 +1019,7 @@ class LimitReached(Refusal):
 class CallerGone(Exception):
     """The caller hung up: nobody is left to answer."""
     outcome = "caller_gone"
+    nothing_sent = False  # to the upstream
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4365,6 +4366,9 @@ class Address:
             raise UpstreamTimeout(nothing_sent=True) from None
         except (OSError, http.client.HTTPException) as failure:
             raise UpstreamFailed(failure, nothing_sent=True) from None
+        except CallerGone as gone:
+            gone.nothing_sent = True
+            raise
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
         return Stream(context.loop, sock)
@@ -5607,7 +5611,8 @@ class Proxy:
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped) as reason:
-                self.settle(entry, reason.outcome)
+                if not reason.nothing_sent:
+                    self.settle(entry, reason.outcome)
                 raise
             self.settle(entry, ending)                                              # settle
             if ending != "ok":
