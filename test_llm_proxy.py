@@ -2004,7 +2004,9 @@ ENGLISH = """Many people share one machine and all of them want a turn. The prox
 has used, lets the next one in, and says how long the others have to wait. """
 CODE = """def take(self, key, amount):\n    level = self.levels.get(key, self.capacity)
     if level < amount:\n        raise LimitReached("wait %d s" % self.wait(level, amount))\n"""
-CHINESE = """\u8bb8\u591a\u4eba\u5171\u7528\u4e00\u53f0\u673a\u5668\uff0c\u5927\u5bb6\u90fd\u60f3\u8f6e\u5230\u81ea\u5df1\u3002\u4ee3\u7406\u8bb0\u4e0b\u6bcf\u4e2a\u4eba\u7528\u4e86\u591a\u5c11\uff0c"""
+CHINESE = ("\u8bb8\u591a\u4eba\u5171\u7528\u4e00\u53f0\u673a\u5668\uff0c"
+           "\u5927\u5bb6\u90fd\u60f3\u8f6e\u5230\u81ea\u5df1\u3002"
+           "\u4ee3\u7406\u8bb0\u4e0b\u6bcf\u4e2a\u4eba\u7528\u4e86\u591a\u5c11\uff0c")
 WORDS = re.compile(r" ?[a-z]{1,6}|[0-9]{1,3}|\s+|[^\sa-z0-9]")
 
 
@@ -2019,7 +2021,8 @@ class LearningTest(ProxyCase):
 
     def start(self, said="", hidden=0, **settings):
         self.said, self.hidden, self.tells = said, hidden, True
-        super().start(self.answer, **{"TOKEN_COST_MODE": "usage", "MAX_TOKENS": 10 ** 9, **settings})
+        super().start(self.answer, **{
+            "TOKEN_COST_MODE": "usage", "MAX_TOKENS": 10 ** 9, **settings})
 
     def answer(self, asked):
         prompt = asked.json()["messages"][0]["content"]
