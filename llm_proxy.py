@@ -577,7 +577,8 @@ SETTING_ROWS = {
         ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
          "tokens to expect of an image, sound or file in a prompt"),
         ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N]; ..."),
+         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
+         " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
          "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
@@ -1852,10 +1853,11 @@ class CostEstimator:
     def is_understated(self, call, told, source, ratio):
         """Returns whether far more text passed than the tokens that were told can be. The text is
         counted only where it may be so much, or servers are known to tell too little."""
+        if not self.needs_estimate:
+            return False
         most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
-        may_be = source.most_characters() > most or (
-            self.needs_estimate and call.output_limit()[1] > 1)
-        return may_be and source.output_characters() > most
+        return (source.most_characters() > most or call.output_limit()[1] > 1) and (
+            source.output_characters() > most)
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""

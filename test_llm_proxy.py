@@ -8181,7 +8181,7 @@ class FaultsTest(EnduranceCase):
             self.ask(call(None, row + "10.1.2.3"))
         self.assertEqual((self.stub.calls, self.left()), (29 + 10, 0))
 
-    MAXIMA = b"""-1 -1000000000000000000000000000000 1.5 1e2 100.0 -0.0 "1" "" true false [1] {}
+    MAXIMA = b"""1.5 -1.5 1e2 100.0 "1" "" true false [1] {}
         {"x":1} NaN Infinity 1e999 01 +1 0x1 98 2147483648 9223372036854775808 18446744073709551616
         1000000000000000000000000000000""".split()
     NAMES = """MAX_TOKENS Max_Tokens max_Tokens max_to\u212aens max_token\u017f Model MODEL Stream
