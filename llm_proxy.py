@@ -1581,24 +1581,23 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
     is not None, the second list has the weight of the text in each."""
     weight = 0
     media = []
-    values = [value for key, value in payload.items()
-              if key != skip and type(value) in (str, list, dict)]
+    values = list({**payload, skip: None}.values())
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            weight += text_weight(value) + 1
+            weight += (len(value) if value.isascii() else text_weight(value)) + 1
         elif kind is list:
             values += value
+            kinds = list(map(type, value))
+            weight += CHARACTERS_PER_TOKEN * (kinds.count(int) + kinds.count(float))
         elif kind is dict:
             texts = media_texts(value)
             if texts is not None:
                 media.append(text_weight(" ".join(texts)))
                 continue
-            values += [one for one in value.values() if type(one) in (str, list, dict)]
+            values += value.values()
             if not names.issuperset(value):
                 values += value.keys() - names
-        elif kind is int or kind is float:
-            weight += CHARACTERS_PER_TOKEN
     return max(0, weight - 1), media
 
 
@@ -1747,10 +1746,12 @@ class ModelHabits:
 
     def own(self, caller: CallerKey) -> Habits:
         """Returns what a caller's calls are noted in."""
-        found = self.callers.pop(caller, None) or Habits()
-        if len(self.callers) >= self.CALLERS:
-            self.callers.popitem(last=False)
-        self.callers[caller] = found
+        found = self.callers.get(caller)
+        if found is None:
+            if len(self.callers) >= self.CALLERS:
+                self.callers.popitem(last=False)
+            found = self.callers[caller] = Habits()
+        self.callers.move_to_end(caller)
         return found
 
     def refresh(self):
@@ -1799,8 +1800,10 @@ class CostEstimator:
             return held, held
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
-        plain = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
-        estimate = max(1, plain + min(MAX_TOKENS_PER_CALL, output * outputs))
+        estimate = 0
+        if "estimate" in self.units:
+            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call, caller)
         prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
@@ -1817,8 +1820,10 @@ class CostEstimator:
 
     def prompt_tokens(self, call, ratio):
         weight, media = call.prompt_length()
-        return math.ceil(weight / ratio) + sum(
-            [max(self.media_tokens, math.ceil(one / ratio)) for one in media])
+        tokens = math.ceil(weight / ratio)
+        for one in media:
+            tokens += max(self.media_tokens, math.ceil(one / ratio))
+        return tokens
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
@@ -2106,28 +2111,34 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            limits = self.numbers(OUTPUT_LIMITS)
+            numbers = self.numbers()
+            limits = [value for name, value in numbers if name in OUTPUT_LIMITS]
             most = max(limits) if limits and min(limits) >= 0 else None
-            prompts = [type(one) for many in map(self.payload.get, ("prompt", "messages"))
-                       if type(many) is list for one in many]
-            count = max(1, prompts.count(str) + prompts.count(list))
-            self.limit = most, count * max([1, *self.numbers(OUTPUT_COUNTS)])
+            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            for many in map(self.payload.get, ("prompt", "messages")):
+                if type(many) is list and many and type(many[0]) in (str, list):
+                    outputs *= len(many)
+            self.limit = most, outputs
         return self.limit
 
-    def numbers(self, names: FrozenSet[str]) -> List[int]:
-        """Returns what stands at these names, in the payload and in objects with options. Raises
-        BadRequest for what is no number: a server might read it as one."""
+    def numbers(self) -> List[Tuple[str, int]]:
+        """Returns what stands at the names of limits and counts, in the payload and in objects with
+        options. Raises BadRequest for what is no number: a server might read it as one."""
         found = []
-        holders = self.payload, *filter(None, map(self.payload.get, OPTION_HOLDERS))
-        for holder in holders if self.endpoint not in NO_LIMIT_REPLY else ():
-            if not isinstance(holder, dict):
-                raise BadRequest("%s must be objects" % " and ".join(OPTION_HOLDERS))
-            for name in names.intersection(holder):
+        holders = [self.payload]
+        if self.endpoint in NO_LIMIT_REPLY:
+            return found
+        for name in OPTION_HOLDERS.intersection(self.payload):
+            holders.append(self.payload[name] or {})
+            if not isinstance(holders[-1], dict):
+                raise BadRequest("%s must be an object" % name)
+        for holder in holders:
+            for name in OUTPUT_NUMBERS.intersection(holder):
                 value = holder[name]
                 if type(value) is float and value.is_integer():
                     value = int(value)
                 if type(value) is int:
-                    found.append(value)
+                    found.append((name, value))
                 elif value is not None:
                     raise BadRequest("%s must be an integer" % name)
         return found
@@ -2141,17 +2152,19 @@ OUTPUT_LIMITS = frozenset((
 # How many answers there are to one prompt.
 OUTPUT_COUNTS = frozenset((
     "n", "best_of", "n_cmpl", "candidateCount", "candidate_count", "num_return_sequences"))
+OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 # The objects in which either may stand.
-OPTION_HOLDERS = (
-    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig")
+OPTION_HOLDERS = frozenset((
+    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig"))
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
 MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
 DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
     "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url"))
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
-PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_LIMITS, OUTPUT_COUNTS, """\
+PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
 properties items required enum anyOf additionalProperties strict input_schema json_schema schema
 tool_calls tool_call_id tool_use_id tool_choice call_id status output input summary thinking
@@ -2172,7 +2185,7 @@ def is_media(part: Dict[str, Any]) -> bool:
 
 def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
     """Returns what is text in an image and the like; None where a part is none."""
-    if not is_media(part):
+    if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
         return None
     texts = list(part.keys() - PLAIN_KEYS)
     pairs = list(part.items())
