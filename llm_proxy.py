@@ -1774,6 +1774,7 @@ class CostEstimator:
     usage."""
     LEARN_ALL = 8       # of a caller's first calls to a model, and then
     LEARN_SHARE = 0.05  # of its calls: counting takes time
+    NO_TEXT = 2048      # bytes of a response that are not worth counting
 
     def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
                  units: Set[str]):
@@ -1861,8 +1862,8 @@ class CostEstimator:
         if not self.needs_estimate:
             return False
         most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
-        return (source.most_characters() > most or call.output_limit()[1] > 1) and (
-            source.output_characters() > most)
+        may_be = call.output_limit()[1] > 1 or source.most_characters() > most + self.NO_TEXT
+        return may_be and source.output_characters() > most
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
@@ -2111,13 +2112,17 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            numbers = self.numbers()
-            limits = [value for name, value in numbers if name in OUTPUT_LIMITS]
-            most = max(limits) if limits and min(limits) >= 0 else None
-            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            limits = []
+            outputs = 1
+            for name, value in self.numbers():
+                if name in OUTPUT_LIMITS:
+                    limits.append(value)
+                elif value > outputs:
+                    outputs = value
             for many in map(self.payload.get, ("prompt", "messages")):
                 if type(many) is list and many and type(many[0]) in (str, list):
                     outputs *= len(many)
+            most = max(limits) if limits and min(limits) >= 0 else None
             self.limit = most, outputs
         return self.limit
 
@@ -2128,10 +2133,11 @@ class Call(Billable):
         holders = [self.payload]
         if self.endpoint in NO_LIMIT_REPLY:
             return found
-        for name in OPTION_HOLDERS.intersection(self.payload):
-            holders.append(self.payload[name] or {})
-            if not isinstance(holders[-1], dict):
-                raise BadRequest("%s must be an object" % name)
+        if not OPTION_HOLDERS.isdisjoint(self.payload):
+            for name in OPTION_HOLDERS.intersection(self.payload):
+                holders.append(self.payload[name] or {})
+                if not isinstance(holders[-1], dict):
+                    raise BadRequest("%s must be an object" % name)
         for holder in holders:
             for name in OUTPUT_NUMBERS.intersection(holder):
                 value = holder[name]
