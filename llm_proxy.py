@@ -1788,6 +1788,9 @@ def last_object(data: bytes) -> Dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+LINE = re.compile(rb"[^\r\n]*")
+
+
 def begin_of_line(data: bytes, place: int) -> int:
     """Returns where the line begins in which a place is."""
     return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
@@ -2790,15 +2793,18 @@ class Unpacker:
 
     def __init__(self):
         self.inflater = None
+        self.waiting = b""
 
     def feed(self, data: bytes) -> bytes:
         """Raises zlib.error."""
         if self.inflater is None:
-            self.inflater = zlib.decompressobj(47)  # either format, by its header
-            try:
-                return self.feed(data)
-            except zlib.error:
-                self.inflater = zlib.decompressobj(-15)  # deflate as some send it: without a header
+            data = self.waiting = self.waiting + data
+            if len(data) < 2:
+                return b""
+            # Deflate has a header (RFC 1950 2.2), which some leave out.
+            headed = data[:2] == b"\x1f\x8b" or (
+                data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)
+            self.inflater = zlib.decompressobj(47 if headed else -15)
         unpacked = self.inflater.decompress(data, self.MOST)
         if self.inflater.unconsumed_tail:
             raise zlib.error("too much")
@@ -2956,8 +2962,7 @@ class UsageReader(UsageSource):
             return
         found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
-            begin = begin_of_line(data, match.start())
-            line = data[begin:].partition(b"\n")[0]
+            line = LINE.match(data, begin_of_line(data, match.start()))[0]
             event = data[self.events.last_end(data, match.start()):]
             self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
                       or self.events.payload(self.events.cut(event)[0]))
