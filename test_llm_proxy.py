@@ -22,6 +22,7 @@ import fcntl
 import fractions
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import io
@@ -2413,8 +2414,52 @@ USAGE_TABLE = json.loads("""[
     ["chat", {"prompt_tokens": true}, null],
     ["chat", {"prompt_tokens": 1e300}, null],
     ["chat", {}, null],
+    ["chat", {"prompt_tokens": 368, "completion_tokens": 19, "total_tokens": 10923,
+                "cache_read_input_tokens": 10536},
+        [10904, 19, 10536, 0, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 25, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 35, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "cache_read_input_tokens": 20},
+        [25, 2, 20, 0, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7,
+                "prompt_tokens_details": {"cached_tokens": 20}},
+        [25, 2, 20, 0, 0]],
+    ["chat", {"prompt_tokens": 14, "completion_tokens": 9, "total_tokens": 255,
+                "completion_tokens_details": {"reasoning_tokens": 232}},
+        [14, 241, 0, 0, 232]],
+    ["chat", {"prompt_tokens": 14, "completion_tokens": 9,
+                "completion_tokens_details": {"reasoning_tokens": 232}},
+        [14, 241, 0, 0, 232]],
+    ["chat", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 37,
+                "cached_tokens": 20, "reasoning_tokens": 5},
+        [30, 7, 20, 0, 5]],
+    ["chat", {"prompt_tokens": 0, "completion_tokens": 2, "total_tokens": 37},
+        [35, 2, 0, 0, 0]],
+    ["chat", {"prompt_tokens": 12.0, "completion_tokens": 2.0},
+        [12, 2, 0, 0, 0]],
+    ["chat", {"inputTokens": 12, "outputTokens": 2, "cacheReadInputTokens": 5},
+        [12, 2, 5, 0, 0]],
+    ["chat", {"input_tokens": 10, "cache_read_input_tokens": 5, "output_tokens": 2},
+        [15, 2, 5, 0, 0]],
+    ["messages", {"input_tokens": 15, "cache_read_input_tokens": 5, "output_tokens": 2,
+                   "total_tokens": 17},
+        [15, 2, 5, 0, 0]],
     ["messages", {"input_tokens": 10, "output_tokens": 5},
         [10, 5, 0, 0, 0]],
+    ["messages", {"input_tokens": 23000, "output_tokens": 1000, "iterations": [
+                    {"type": "compaction", "input_tokens": 180000, "output_tokens": 3500},
+                    {"type": "message", "input_tokens": 23000, "output_tokens": 1000}, "odd"]},
+        [203000, 4500, 0, 0, 0]],
+    ["messages", {"input_tokens": 23000, "output_tokens": 1000, "iterations": [
+                    {"type": "compaction", "input_tokens": 7, "output_tokens": 5}]},
+        [23000, 1000, 0, 0, 0]],
     ["messages", {"input_tokens": 1, "output_tokens": 5,
                    "output_tokens_details": {"thinking_tokens": 3}},
         [1, 5, 0, 0, 3]],
@@ -2522,10 +2567,10 @@ class UsageReaderTest(ProxyCase):
     def dialect(self, endpoint):
         return self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
 
-    def new_reader(self, endpoint="chat", streamed=True, dropping=False):
+    def new_reader(self, endpoint="chat", streamed=True, dropping=False, packed=False):
         asked = llm_proxy.Call(self.dialect(endpoint), endpoint, CHAT, "")
         asked.usage_requested_by_us = dropping
-        self.reader = llm_proxy.UsageReader(asked, streamed, True)
+        self.reader = llm_proxy.UsageReader(asked, streamed, True, packed)
         return self.reader
 
     def hear(self, data, step=None, whole=True, **options):
@@ -2541,6 +2586,169 @@ class UsageReaderTest(ProxyCase):
         for endpoint, told, expected in self.each(USAGE_TABLE):
             found = self.dialect(endpoint).usage(told)
             self.assertEqual(found and list(found[:5]), expected)
+
+    FACTS = json.loads("""[
+        [{"model": "served", "service_tier": "flex", "usage": {"prompt_tokens": 1}},
+            {"model": "served", "tiers": ["flex"]}],
+        [{"response": {"model": "served", "usage": {"input_tokens": 1, "total_tokens": 1}}},
+            {"model": "served"}],
+        [{"type": "message", "model": "served", "usage": {"input_tokens": 1, "speed": "fast",
+            "service_tier": "standard", "inference_geo": "us"}},
+            {"model": "served", "tiers": ["standard", "fast", "us"]}],
+        [{"modelVersion": "served", "usageMetadata": {"promptTokenCount": 1}},
+            {"model": "served"}],
+        [{"model": 7, "service_tier": null, "usage": {"prompt_tokens": 1}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0.00014}}, {"picodollars": 140000000}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0}}, {"picodollars": 0}],
+        [{"usage": {"prompt_tokens": 1, "cost": -1}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0.01, "is_byok": true,
+            "cost_details": {"upstream_inference_cost": 0.2}}}, {"picodollars": 210000000000}],
+        [{"usage": {"prompt_tokens": 1, "cost": {"total_cost": 0.006}}},
+            {"picodollars": 6000000000}],
+        [{"usage": {"prompt_tokens": 1, "cost_in_usd_ticks": 37756000}},
+            {"picodollars": 3775600000}],
+        [{"type": "message", "usage": {"input_tokens": 1,
+            "cache_creation": {"ephemeral_1h_input_tokens": 5, "ephemeral_5m_input_tokens": 3}}},
+            {"input": 9, "cache_write": 8, "hour_write": 5}]]""")
+
+    def endpoint_of(self, told):
+        return "messages" if "type" in told else "generate" if "modelVersion" in told else "chat"
+
+    def test_what_an_answer_says_of_how_it_was_served_is_part_of_its_usage(self):
+        for told, facts in self.each(self.FACTS):
+            endpoint = self.endpoint_of(told)
+            last = {**told, **self.LAST.get(endpoint, {})}
+            for data, streamed in ((json.dumps(told).encode(), False), (events(last), True)):
+                self.hear(data, streamed=streamed, endpoint=endpoint)
+                used, _ = self.reader.reported_usage(True)
+                facts = {"input": 1, **facts, "tiers": tuple(facts.get("tiers", ()))}
+                self.assertEqual(used, llm_proxy.Usage(**facts))
+
+    LAST = {"generate": {"candidates": [{"finishReason": "STOP"}]}}
+
+    def test_what_another_model_did_for_a_call_is_told_apart(self):
+        entry = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
+        told = {"input_tokens": 20, "output_tokens": 4, "iterations": [entry]}
+        used = llm_proxy.Anthropic().usage(told, "served")
+        other = llm_proxy.Usage(7, 8, model="other")
+        self.assertEqual(used, llm_proxy.Usage(20, 4, model="served", others=(other,)))
+
+    ODD_PLACES = json.loads("""[
+        {"choices": [{"index": 0, "finish_reason": "stop", "usage": "TOLD"}]},
+        {"choices": [{"finish_reason": "stop", "delta": {}}], "x_groq": {"usage": "TOLD"}},
+        {"choices": [{"finish_reason": "stop", "message": {"usage": "TOLD"}}], "usage": null},
+        {"cached_tokens": 7, "usage": "TOLD", "choices": []},
+        {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
+        {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
+
+    def test_usage_is_found_wherever_a_response_has_it_and_not_in_what_a_caller_wrote(self):
+        for told in self.each(self.ODD_PLACES):
+            data = json.dumps(told).replace('"TOLD"', json.dumps(TOLD)).encode()
+            for body, streamed in ((data, False), (b"data: %b\n\n" % data, True)):
+                self.hear(body, 50, streamed=streamed)
+                used, final = self.reader.reported_usage(True)
+                self.assertEqual((used, final), (
+                    llm_proxy.Usage(20, 4, 7 * (b"cache" in data)), True))
+        planted = {"usage": {"input_tokens": 1, "output_tokens": 1}}
+        response = {"metadata": planted, "tools": [planted], "input": [planted], "text": planted}
+        self.assert_nothing_told({"type": "response.completed", "response": response})
+        self.assert_nothing_told({"choices": [{"finish_reason": "stop", "text": planted}]})
+
+    def assert_nothing_told(self, payload):
+        self.hear(events(payload))
+        self.assertIsNone(self.reader.reported_usage(True)[0])
+
+    def test_what_comes_later_erases_nothing_and_what_is_provisional_is_not_final(self):
+        start, _, text, *_ = ANTHROPIC_EVENTS
+        nothing = {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+                   "usage": {"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 50}}
+        stop = {"type": "message_stop"}
+        error = {"type": "error", "error": {"type": "overloaded_error"}}
+        for after, output, final, ending in self.each([
+                ([nothing, stop], 50, True, "ok"), ([nothing], 50, True, "ok"),
+                ([stop], 1, False, "ok"), ([], 1, False, "upstream_cut"),
+                ([error], 1, False, "upstream_status")]):
+            reader = self.new_reader("messages")
+            reader.feed(events(start, *[text] * 200, *after))
+            self.assertEqual(reader.ending(True), ending)
+            found = reader.reported_usage(ending == "ok")
+            self.assertEqual((found[0][:3], found[1]), ((25, output, 5), final))
+            self.assertEqual(reader.output_characters(), 1800)
+
+    ENDINGS = json.loads(r"""[
+        ["chat", ["LAST_DELTA"], "ended ok"],
+        ["chat", ["LAST_DELTA", "[DONE]"], "ended closed ok"],
+        ["chat", ["USAGE_EVENT"], "ended ok"],
+        ["chat", [{"type": "response.incomplete", "response": {}}], "ended closed ok"],
+        ["messages", [{"type": "message_delta", "delta": {"stop_reason": "x"}}], "ended ok"],
+        ["generate", [{"candidates": [{"finishReason": "STOP"}]}], "ended closed ok"],
+        ["generate", [{"promptFeedback": {"blockReason": "SAFETY"}}], "ended closed ok"],
+        ["other", ["text"], "ok"],
+        ["chat", ["text"], "upstream_cut"],
+        ["messages", ["text"], "upstream_cut"],
+        ["generate", ["text"], "upstream_cut"],
+        ["chat", [{"error": "no"}], "502 upstream_status"],
+        ["chat", [{"error": {"code": "server_error"}}, "[DONE]"],
+            "ended closed 502 upstream_status"],
+        ["chat", [{"error": {"code": 400}}], "400 upstream_status"],
+        ["chat", [{"error": {"type": "invalid_request_error"}}], "400 upstream_status"],
+        ["chat", [{"choices": [{"finish_reason": "error"}]}], "ended 502 upstream_status"],
+        ["chat", [{"type": "response.failed", "response": {"error": {"code": "x"}}}],
+            "ended closed 502 upstream_status"],
+        ["chat", ["LAST_DELTA", {"error": null}, "[DONE]"], "ended closed ok"],
+        ["messages", [{"type": "error", "error": {"type": "overloaded_error"}}],
+            "502 upstream_status"],
+        ["generate", [{"error": {"code": 503, "status": "UNAVAILABLE"}}], "503 upstream_status"]
+        ]""")
+    NAMED = {"LAST_DELTA": LAST_DELTA, "USAGE_EVENT": USAGE_EVENT, "text": delta("hello")}
+
+    def test_a_stream_says_how_it_ended(self):
+        for endpoint, told, expected in self.each(self.ENDINGS):
+            told = [self.NAMED.get(one, one) if isinstance(one, str) else one for one in told]
+            for begun in (events(delta("a")), events(delta("a")) * 999):
+                reader = self.new_reader(endpoint)
+                for data in (begun, events(*told)):
+                    reader.feed(data)
+                self.assertEqual(self.how_it_ended(reader), expected)
+
+    def how_it_ended(self, reader):
+        ending = reader.ending(True)
+        words = "ended" * reader.ended, "closed" * reader.closed, str(reader.fault or ""), ending
+        return " ".join(filter(None, words))
+
+    def test_an_error_in_a_stream_may_be_no_json_and_no_stream_may_be_empty(self):
+        for data in self.each([b"event: error\ndata: no\n\n", b'error: {"code": 500}\n\n',
+                               b'data: {"error":\ndata: {}, "error": "no"}\n\n']):
+            reader = self.new_reader()
+            reader.feed(data)
+            self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_status", True))
+        for data in self.each([b"", b": ping\n\n"]):
+            reader = self.new_reader()
+            reader.feed(data)
+            self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_cut", True))
+
+    ERRORS = """
+        {"error": "no"} -> 502
+        {"error": {"code": 429}} -> 429
+        {"type": "error", "error": {"type": "overloaded_error"}} -> 502
+        {"object": "error", "message": "no", "code": 404} -> 404
+        {"errors": [{"code": 1000}], "success": false} -> 502
+        {"base_resp": {"status_code": 1004}} -> 502
+        {"status": "failed", "error": {"code": "server_error"}} -> 502
+        {"choices": [{"error": {"code": 502}, "message": {}}]} -> 502
+        [{"error": {"code": 503}}] -> 503
+        {"choices": [], "error": null, "errors": []} -> 0
+        {"choices": [], "base_resp": {"status_code": 0}} -> 0
+        {"choices": [{"message": {"content": "\\"error\\": {}"}}]} -> 0
+        {"content": [{"type": "tool_use", "input": {"error": "no"}}]} -> 0"""
+
+    def test_json_that_is_an_error_is_one_whatever_its_status(self):
+        for data, status in self.each(self.ERRORS):
+            reader = self.new_reader(streamed=False)
+            reader.feed(data.encode())
+            ending = reader.ending(True)
+            self.assertEqual((reader.fault, ending), (
+                int(status), "upstream_status" if int(status) else "ok"))
 
     def test_the_usage_of_a_stream_is_what_its_events_say_in_the_end(self):
         for row, end, step in self.each(itertools.product(
@@ -2598,6 +2806,7 @@ class UsageReaderTest(ProxyCase):
         many = events(*[delta("word ")] * 5000, USAGE_EVENT, "[DONE]")
         return [(many, 1 << 17, 25000, "chat", True),
                 (b'{"data": ["%b"], "usage": %b}' % (large, usage), 2 << 20, 0, "other", False),
+                (b'{"usage": %b, "data": ["%b"]}' % (usage, large), 2 << 20, 0, "other", False),
                 (picture, 5 << 20, 0, "generate", False),
                 (b"data: %b\n\n" % picture, 5 << 20, 0, "generate", True),
                 (response % large, 5 << 20, 0, "responses", True),
@@ -2649,6 +2858,62 @@ class UsageReaderTest(ProxyCase):
             data = events(*kept, USAGE_EVENT, "[DONE]", end=end)
             found = self.hear(data, step, dropping=True)
             self.assertEqual(found[:3], (events(*kept, "[DONE]", end=end), (20, 4), True))
+
+    LINE_ENDS = (r"\n\n \r\n\r\n \r\r \n\r\n \r\n\n \r\r\n \n\r \n \r \r\n"
+                 .encode().decode("unicode_escape").split(" "))
+
+    def test_an_event_may_end_with_any_line_ends_and_is_not_held_back(self):
+        kept = [delta("a"), delta("b", usage=None), LAST_DELTA]
+        for end, step in self.each(itertools.product(self.LINE_ENDS, (None, 1, 7, 64))):
+            data = events(*kept, USAGE_EVENT, "[DONE]", end=end)
+            found = self.hear(data, step, dropping=True)
+            self.assertEqual(found[:3], (events(*kept, "[DONE]", end=end), (20, 4), True))
+            reader = self.new_reader(dropping=True)
+            for one in (*kept, "[DONE]"):
+                self.assertEqual(reader.feed(events(one, end=end)), events(one, end=end))
+
+    STRIPPED = """
+        {"choices": [], "usage": {}, "model": "m", "citations": []} -> -
+        {"usage": {}, "id": "c"} -> -
+        {"choices": [], "usage": {}, "timings": {"n": 1}} -> {"choices":[],"timings":{"n":1}}
+        {"choices": [], "usage": {}, "citations": ["x"]} -> {"choices":[],"citations":["x"]}
+        {"usage": {}, "error": {"code": 1}} -> {"error":{"code":1}}
+        {"choices": [{"delta": {}}], "usage": {}} -> {"choices": [{"delta": {}}], "usage": {}}
+        {"choices": [], "usage": null} -> {"choices": [], "usage": null}
+        {"choices": [], "a": {"usage": {}}} -> {"choices": [], "a": {"usage": {}}}
+        """
+
+    def test_what_an_event_says_besides_usage_is_shown(self):
+        for told, shown in self.each(self.STRIPPED):
+            shown = "" if shown == "-" else "event: x\ndata: %s\n\n" % shown
+            for line in (told, told.replace(", ", ", \ndata: ", 1)):
+                data = "event: x\ndata: %s\n\n" % line
+                found = self.hear(data.encode() + b"data: [DONE]\n\n", 9, dropping=True)
+                whole = shown if '"usage": ' not in shown else data
+                self.assertEqual(found[0].decode(), whole + "data: [DONE]\n\n")
+
+    def test_what_is_packed_is_read_and_passes_as_it_is(self):
+        data = events(*[delta("word ")] * 3000, LAST_DELTA, USAGE_EVENT, "[DONE]")
+        packed = zlib.compress(data)
+        for body, step in self.each(itertools.product(
+                (gzip.compress(data), packed, packed[2:-4]), (None, 1, 1000))):
+            found = self.hear(body, step, dropping=True, packed=True)
+            self.assertEqual(found, (body, (20, 4), True, 15000))
+        for body in self.each((b"\x1f\x8b" + b"x" * 38, gzip.compress(bytes(5 << 20)))):
+            found = self.hear(body, packed=True)
+            self.assertEqual(found, (body, None, False, len(body)))
+            self.assertLess(sum(map(len, self.reader.pieces)), 2 << 20)
+
+    def test_what_is_said_twice_is_counted_once_and_scripts_have_their_weight(self):
+        for parts, weight in self.each([
+                ({"reasoning": "think", "reasoning_content": "think", "content": None}, 5),
+                ({"reasoning": "think", "reasoning_details": [{"text": "think"}]}, 5),
+                ({"reasoning": "think", "content": "say"}, 8),
+                ({"content": "\u4f60" * 600}, 1600)]):
+            chunks = events({"choices": [{"delta": parts}]}) * 2
+            self.assertEqual(self.hear(chunks)[3], 2 * weight)
+            whole = json.dumps({"choices": [{"message": parts}]}).encode()
+            self.assertEqual(self.hear(whole, streamed=False)[3], weight)
 
     def test_an_event_that_is_whole_is_never_held_back(self):
         reader = self.new_reader(dropping=True)
@@ -4071,8 +4336,9 @@ class EarlyStreamTest(WaitingCase):
         return answered.whole, answered.body.replace(self.COMMENT, b"")
 
     def test_a_stream_that_waits_begins_with_comments_and_goes_on_unchanged(self):
-        body = event(1) + event(2)
-        chunked = STREAM + chunk(event(1)) + chunk(event(2)) + LAST
+        end = b"data: [DONE]\n\n"
+        body = event(1) + event(2) + end
+        chunked = STREAM + chunk(event(1)) + chunk(event(2) + end) + LAST
         sized = answer(body, "200 OK", "Content-Type: text/event-stream")
         for version, data in self.each([("1.1", chunked), ("1.1", sized), ("1.0", chunked)]):
             self.start_early()
@@ -5747,14 +6013,15 @@ class SettlingTest(LedgerCase):
             ({}, self.SEEN),
             ({"other": 1}, self.SEEN),
             ({"include_usage": True}, self.WHOLE),
-            ({"include_usage": False}, self.WHOLE),
+            ({"include_usage": False}, self.SEEN),
+            ({"include_usage": None}, self.SEEN),
         )
         for options, seen in self.each(rows):
             self.start(sends(STREAM + chunk(self.WHOLE) + LAST, close=False))
             answered = self.ask(call(stream=True, **{"stream_options": options} if options else {}))
             self.assertEqual((answered.whole, answered.body), (True, seen))
             asked = self.stub.requests[0].json()
-            self.assertEqual(asked["stream_options"], {"include_usage": True, **options})
+            self.assertEqual(asked["stream_options"], {**options, "include_usage": True})
             self.assert_ending("ok", 1000 - 24)
 
     def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
@@ -5880,7 +6147,7 @@ class EndingsTest(LedgerCase):
 
     def test_every_metered_answer_tells_the_bucket(self):
         self.start(clock=Clock(), MAX_TOKENS=10)
-        self.stub.answer = sends(STREAM + LAST, close=False)
+        self.stub.answer = sends(STREAM + chunk(events("[DONE]")) + LAST, close=False)
         self.assert_status(
             200, call(stream=True), "x-ratelimit-limit: 10", "x-ratelimit-remaining: 9",
             "x-ratelimit-refill-tokens: 2", "x-ratelimit-refill-seconds: 300",
@@ -6059,7 +6326,7 @@ class EveryAwaitTest(WaitingCase):
         lambda client, context: (setattr(context, "deadline", 0), context.on_timer()),
         lambda client, context: context.future.set_exception(ZeroDivisionError("a bug")),
     )
-    LARGE = b"x" * 14000  # more than a slow reader takes
+    LARGE = b"x" * 14000 + b"\n\ndata: [DONE]\n\n"  # more than a slow reader takes
     CHUNKS = STREAM + chunk(LARGE) + LAST
 
     def send_part(self):
@@ -7738,7 +8005,7 @@ class FaultsTest(EnduranceCase):
 
     def test_when_an_upstream_breaks_off_its_caller_has_every_byte_and_sees_the_cut(self):
         """A FIN makes a body whole that only closing ends (RFC 9112 6.3)."""
-        events = [event(number) for number in range(2000)]
+        events = [*map(event, range(2000)), b"data: [DONE]\n\n"]
         body, ok = b"".join(events), b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
         framings = {
             "chunked": STREAM + b"".join(map(chunk, events)),
