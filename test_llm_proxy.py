@@ -2698,7 +2698,10 @@ class UsageReaderTest(ProxyCase):
         ["chat", ["LAST_DELTA", {"error": null}, "[DONE]"], "ended closed ok"],
         ["messages", [{"type": "error", "error": {"type": "overloaded_error"}}],
             "502 upstream_status"],
-        ["generate", [{"error": {"code": 503, "status": "UNAVAILABLE"}}], "503 upstream_status"]
+        ["generate", [{"error": {"code": 503, "status": "UNAVAILABLE"}}], "503 upstream_status"],
+        ["interactions", ["text"], "upstream_cut"],
+        ["interactions", [{"event_type": "interaction.completed"}], "ended closed ok"],
+        ["interactions", [{"event_type": "error", "error": {"code": 429}}], "429 upstream_status"]
         ]""")
     NAMED = {"LAST_DELTA": LAST_DELTA, "USAGE_EVENT": USAGE_EVENT, "text": delta("hello")}
 
@@ -5038,6 +5041,17 @@ class AddressesTest(CallCase):
         self.assert_base("closed", addresses="2/2")
 
 
+def says_events(*payloads):
+    """A Stub's `answer` that is a stream of these."""
+    return sends(STREAM + (chunk(events(*payloads)) if payloads else b"") + LAST, close=False)
+
+
+FAULTS_IN_200 = (
+    says(b'{"error": {"message": "no"}}'), says_events({"error": {"message": "no"}}, "[DONE]"),
+    says_events({"type": "response.failed", "response": {"error": {"code": "server_error"}}}),
+    says_events(), says_events({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
+
+
 class BreakerTest(CallCase):
     VERDICTS = {"fails": False, "answers": True, "leaves": None}
     STEPS = table("""\
@@ -5110,6 +5124,10 @@ class BreakerTest(CallCase):
         statuses = "200 400 401 404 429 500 501 502 503 504 529".split()
         rows = [(says(b"{}", status + " x"), status > "501") for status in statuses]
         rows += [(Asked.reset, True), (Asked.close, True), (sends(b"no\r\n\r\n"), False)]
+        rows += [(act, True) for act in FAULTS_IN_200]
+        rows += [(says(b'{"error": {"code": %d}}' % code), code > 501) for code in (400, 500, 503)]
+        rows += [(says_events(delta("a"), {"error": {"type": "invalid_request_error"}}), False),
+                 (says_events(delta("a"), LAST_DELTA, "[DONE]"), False)]
         for act, opens in self.each(rows):
             self.start(act, BREAKER_FAILURES=2)
             for _ in range(3):
@@ -6024,6 +6042,45 @@ class SettlingTest(LedgerCase):
             self.assertEqual(asked["stream_options"], {**options, "include_usage": True})
             self.assert_ending("ok", 1000 - 24)
 
+    def test_who_asks_in_openrouters_way_sees_what_it_asked_for(self):
+        self.start(sends(STREAM + chunk(self.WHOLE) + LAST, close=False))
+        answered = self.ask(call(stream=True, usage={"include": True}))
+        self.assertEqual(answered.body, self.WHOLE)
+        self.assert_ending("ok", 1000 - 24)
+
+    def test_whether_a_stream_is_asked_for_is_said_plainly(self):
+        self.start()
+        paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
+        for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
+            answered = self.ask(request("POST", path, chat(stream=value)))
+            self.assertEqual(answered.status, 400)
+        self.assertEqual(self.stub.calls, 0)
+        self.assertEqual(self.ask(call(stream=None)).status, 200)
+
+    def test_nobody_makes_an_upstream_of_googles_leave_out_usage(self):
+        self.start()
+        path = "/v1beta/models/m:generateContent?"
+        for query, left in self.each((
+                ("fields=candidates", ""), ("alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"),
+                ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"))):
+            self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
+            asked = self.stub.requests[-1]
+            self.assertEqual(asked.target, (path + left).rstrip("?"))
+            self.assertNotIn(b"fieldmask", asked.head.lower())
+
+    def test_what_is_packed_though_nobody_asked_is_read_and_passes_as_it_came(self):
+        packed = gzip.compress(self.WHOLE)
+        head = STREAM.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+        self.start(sends(head + chunk(packed[:20]) + chunk(packed[20:]) + LAST, close=False))
+        self.assertEqual(self.ask(call(stream=True)).body, packed)
+        self.assert_ending("ok", 1000 - 24)
+        for number, name in enumerate(self.each(("none", "utf-8", "Identity", "gzip", "deflate"))):
+            body = completion(20, 4)
+            body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(name, bytes)(body)
+            self.stub.answer = says(body, "200 OK", "Content-Encoding: " + name)
+            self.assert_used(self.ask(call()), "20", "4", "")
+            self.assert_ending("ok", 1000 - 24 * (number + 2), number + 1)
+
     def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
         self.start(sends(STREAM + LAST, close=False))
         body = b' {"stream":true, "temperature":1.0,"seed":1e2,"messages":[],"x":"\\u00e4" }'
@@ -6213,6 +6270,47 @@ class EndingsTest(LedgerCase):
         self.assertFalse(client.rest().whole)
         asked.wait_for_hang_up()
         self.assert_ending("upstream_cut", left=999)
+
+    def test_an_error_inside_a_200_costs_nothing_and_passes_as_it_came(self):
+        for act, mode in self.each(itertools.product(FAULTS_IN_200, ("request", "usage"))):
+            self.start(act, TOKEN_COST_MODE=mode)
+            answered = self.assert_status(200, call(stream=True))
+            self.assertTrue(answered.whole)
+            self.left()
+            self.assertIn(self.entry()["outcome"], ("upstream_status", "upstream_cut"))
+            self.assert_ending(self.entry()["outcome"], left=1000)
+
+    def test_an_error_after_text_costs_the_prompt_and_that_text(self):
+        text = delta("word 1")
+        for told, outcome in self.each([
+                ([text, {"error": {"message": "no"}}], "upstream_status"),
+                ([text, {"error": {"message": "no"}}, "[DONE]"], "upstream_status"),
+                ([text], "upstream_cut")]):
+            self.start(says_events(*told), TOKEN_COST_MODE="usage")
+            answered = self.assert_status(200, call(stream=True))
+            self.assertEqual((answered.whole, answered.body), (True, events(*told)))
+            self.assert_ending(outcome, left=1000 - 3 - 2)
+
+    LAST_WORDS = [  # path, the last event, outcome
+        (CHAT, [LAST_DELTA, USAGE_EVENT, "[DONE]"], "ok"),
+        (CHAT, [LAST_DELTA], "caller_gone"),
+        (CHAT, [], "caller_gone"),
+        ("/v1/responses", RESPONSE_EVENTS, "ok"),
+        ("/v1/messages", ANTHROPIC_EVENTS, "ok"),
+        ("/v1beta/models/m:streamGenerateContent?alt=sse", GEMINI_EVENTS, "ok")]
+
+    def test_a_caller_who_leaves_after_the_streams_own_end_missed_nothing(self):
+        self.start(None)
+        rows = itertools.product(self.LAST_WORDS, self.HANG_UPS)
+        for number, ((path, told, outcome), hang_up) in enumerate(self.each(rows)):
+            client = self.connect().send(request("POST", path, chat(stream=True)))
+            asked = self.stub.next()
+            asked.send(STREAM + chunk(self.EVENT + events(*told)))
+            client.head()
+            client.expect(self.EVENT + events(*told))
+            hang_up(client)
+            asked.wait_for_hang_up()
+            self.assertEqual(self.entry(number)["outcome"], outcome)
 
     CUTS = (  # what the upstream has sent, how it breaks off, tokens of output
         (CHUNKED, Asked.close, 2),
