@@ -2156,6 +2156,25 @@ class LearningTest(ProxyCase):
             held = self.held()[3]
         self.assertEqual(held, 256)
 
+    def test_who_hangs_up_before_the_end_pays_what_such_calls_use(self):
+        """What comes is 2 tokens of 5,000; 5 are the prompt's."""
+        self.start("seen", hidden=4999, MAX_TOKENS=50000)
+        self.assertEqual(self.used("hi")[1], 5000)
+        left = self.left("alice")
+        for number, stream in enumerate(self.each((True, False))):
+            self.stub.answer = None
+            client, asked = self.ask_stub(call("alice", stream=stream))
+            asked.send(STREAM + chunk(event(1)) if stream else answer(b"x" * 80)[:-1])
+            if stream:
+                client.head()
+                client.expect(event(1))
+            client.reset()
+            asked.wait_for_hang_up()
+            entry = self.entry(number + 1)
+            self.assertEqual((entry["outcome"], entry["output"]), ("caller_gone", 5000))
+            left -= 5000 + entry["input"]
+            self.assertEqual(self.left("alice"), left)
+
     def test_sixty_calls_at_once_use_no_more_than_twice_the_bucket_once_ten_have_answered(self):
         self.start("seen " * 5071, LIMITS="all 10000 tokens per day", LIMIT_REPLY="error")
         gate = threading.Event()
@@ -6279,6 +6298,14 @@ class EndingsTest(LedgerCase):
             self.left()
             self.assertIn(self.entry()["outcome"], ("upstream_status", "upstream_cut"))
             self.assert_ending(self.entry()["outcome"], left=1000)
+
+    def test_an_error_inside_a_200_that_is_the_callers_fault_costs_its_request(self):
+        for code, mode, left in self.each((
+                (400, "request", 999), (422, "request", 999), (429, "request", 1000),
+                (400, "usage", 1000))):
+            self.start(says(b'{"error": {"code": %d}}' % code), TOKEN_COST_MODE=mode)
+            self.assert_status(200, call())
+            self.assert_ending("upstream_status", left)
 
     def test_an_error_after_text_costs_the_prompt_and_that_text(self):
         text = delta("word 1")
