@@ -312,7 +312,7 @@ def header_lines(text):
 
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
-UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "estimate")
+UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -323,7 +323,7 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, model:GLOB or upstream:GLOB"),
     ("N|unlimited", "an amount above 0, or unlimited"),
-    ("|".join(UNITS[:5]), "requests, tokens, input_tokens, output_tokens or usd"),
+    ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
      "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d"),
@@ -335,7 +335,8 @@ JOINED_SCOPES = "(all|(address)?,?(caller)?),?(model)?,?(upstream)?", "scopes th
 
 class Rule(NamedTuple):
     """One limit, as a kind of bucket: it holds `capacity`, gains `refill` every `interval` seconds;
-    the capacity is None where the rule says `unlimited`. `scopes` are (kind, glob) pairs, `unit` is
+    the capacity is None where the rule says `unlimited`. A bucket of calls that are `running` gains
+    nothing: its interval is endless. `scopes` are (kind, glob) pairs, `unit` is
     an index into UNITS, and `rate` is (amount, seconds) as the rule has it, for people. Of the
     rules of one `family` only the first that matches a call counts."""
     text: str
@@ -349,7 +350,8 @@ class Rule(NamedTuple):
 
 
 def rules(text):
-    """'SCOPE AMOUNT UNIT per DURATION [burst N]', by semicolons or lines."""
+    """'SCOPE AMOUNT UNIT per DURATION [burst N]' or 'SCOPE AMOUNT running', by semicolons or
+    lines."""
     found = [read_rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
@@ -366,17 +368,23 @@ def read_rule(text):
     scale = PICODOLLARS if unit == "usd" else 1
     rate, capacity = [int(decimal.Decimal(word.replace("unlimited", "1")) * scale)
                       for word in (amount, burst or amount)]
-    interval = DURATIONS.get(length) or int(length[:-1]) * DURATIONS[length[-1]]
+    interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 refill, interval * refill / rate, (rate, interval),
                 (tuple(kinds), unit, interval))
 
 
+def read_duration(word):
+    return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
 def check_rule(text, words, kinds):
     """Raises ValueError that names the first word which is wrong."""
     amount = USD_SHAPE if words[2] == "usd" else AMOUNT_SHAPE
     rows = RULE_WORDS if words[5] else RULE_WORDS[:6]
+    if words[2] == "running":
+        rows = RULE_WORDS[:3] + RULE_WORDS[-1:]
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
@@ -571,7 +579,8 @@ SETTING_ROWS = {
         ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
          "tokens to expect of an image, sound or file in a prompt"),
         ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N]; ..."),
+         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
+         " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
          "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
@@ -1082,6 +1091,7 @@ class LimitReached(Refusal):
 class CallerGone(Exception):
     """The caller hung up: nobody is left to answer."""
     outcome = "caller_gone"
+    nothing_sent = False  # to the upstream
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1254,6 +1264,8 @@ class Callers:
 # --------------------------------------------------------------------------------------------------
 
 USD = UNITS.index("usd")
+RUNNING = UNITS.index("running")
+RUNNING_SECONDS = 2  # until one who found too many calls running is to ask again: nobody knows
 NO_COST = (0,) * len(UNITS)
 Amount = Union[int, str]                       # str: in dollars
 Costs = Tuple[int, ...]                        # in the order of UNITS
@@ -1279,7 +1291,8 @@ def format_wait(wait):
 
 class Quota(NamedTuple):
     """One bucket at one moment, for headers: amounts as `format_amount` gives them, times in whole
-    seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full."""
+    seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full; all three
+    are 0 where there is none."""
     limit: Amount
     remaining: Amount
     refill_tokens: Amount
@@ -1311,8 +1324,8 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         rule = self.rule
-        amount, interval = rule.rate
-        full = self.level >= rule.capacity
+        amount, interval = (0, 0) if rule.unit == RUNNING else rule.rate
+        full = self.level >= rule.capacity or rule.unit == RUNNING
         reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
             return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
@@ -1322,6 +1335,8 @@ class Level(NamedTuple):
     @property
     def wait(self) -> float:
         """Seconds until nothing is missing."""
+        if self.rule.unit == RUNNING:
+            return RUNNING_SECONDS if self.level < 0 else 0
         refills = -(self.level // self.rule.refill)
         return max(0, self.refilled + refills * self.rule.interval - self.now)
 
@@ -1331,10 +1346,12 @@ class Level(NamedTuple):
 
 
 def tightest_of(levels):
-    """Returns the bucket that is emptiest, as a share of what it holds."""
+    """Returns the bucket that is emptiest, as a share of what it holds. One of running calls, which
+    says nothing of the day, comes last unless it is short."""
     if len(levels) == 1:
         return levels[0]
-    return min(levels, key=lambda one: one.level / one.rule.capacity)
+    return min(levels, key=lambda one: (
+        one.rule.unit == RUNNING and one.level >= 0, one.level / one.rule.capacity))
 
 
 class Buckets:
@@ -1413,11 +1430,12 @@ class Buckets:
             del self.levels[key]
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full."""
+        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
+        running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
         return {key: (level, refilled + wall - now)
                 for key, (level, refilled, rule) in self.levels.items()
-                if self.level_after(rule, key).level < rule.capacity}
+                if rule.unit != RUNNING and self.level_after(rule, key).level < rule.capacity}
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
@@ -1456,9 +1474,19 @@ class Hold:
     def give_back(self):
         self.settle(NO_COST)
 
+    def keep(self):
+        """Charges all that was set aside; it runs no more."""
+        self.settle(self.costs[:RUNNING] + (0,) + self.costs[RUNNING + 1:])
+
     @property
     def quota(self) -> Quota:
         return self.tightest.quota
+
+    @property
+    def output_tokens(self) -> int:
+        """The output that it is meant for."""
+        _, total, prompt, output, *_ = self.costs
+        return min(output, max(0, total - prompt))
 
     def describe_charges(self) -> str:
         """Returns what every bucket was charged, for the books."""
@@ -1473,8 +1501,8 @@ class Hold:
 
 
 class Limits:
-    """Which rules a call must pass. Of each family the first that matches counts, so that the
-    special may stand before the general."""
+    """Which rules a call must pass. Of each family the first that matches counts, those for `each`
+    last, so that the special may stand before the general."""
     MAX_KNOWN = 4_000
 
     def __init__(self, ordered_rules: List[Rule], buckets: Buckets, message: str):
@@ -1504,7 +1532,7 @@ class Limits:
         names = {"key": name or "", "model": (model or "").casefold(), "upstream": upstream}
         owners = {"each": key, "key": key, "address": ("address", address)}
         families = {}
-        for rule in self.rules:
+        for rule in sorted(self.rules, key=lambda rule: ("each", "") in rule.scopes):
             globs = dict(rule.scopes)
             if "key" in globs and key[0] != "key":
                 continue
@@ -1514,20 +1542,32 @@ class Limits:
                    for kind, glob in rule.scopes):
                 whose = [owners[kind] for kind in owners if kind in globs]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
-        return [pair for pair in families.values() if pair[0].capacity is not None]
+        found = [pair for pair in families.values() if pair[0].capacity is not None]
+        return sorted(found, key=lambda pair: self.rules.index(pair[0]))
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
-                    upstream: str = "base") -> Hold:
+                    upstream: str = "base", least: Optional[Costs] = None) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket."""
+        touches no bucket. What of the costs is above `least` was not asked for but guessed: of
+        that, half of a bucket is enough, or a call might have to wait for a full one."""
         matching = self.matching(caller, address, model, upstream)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
+        if least is not None and least is not costs:
+            costs = self.within_half(matching, costs, least)
         levels = await self.buckets.take(matching, costs)
         tightest = tightest_of(levels)
         if tightest.level < 0:
             raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
+
+    @staticmethod
+    def within_half(matching, costs, least):
+        bounded = list(costs)
+        for rule, _ in matching:
+            unit = rule.unit
+            bounded[unit] = max(least[unit], min(bounded[unit], rule.capacity // 2))
+        return tuple(bounded)
 
     def refusal(self, levels):
         """Returns what to say of buckets that are short: the longest wait, in the operator's words,
@@ -1540,6 +1580,9 @@ class Limits:
                 format_amount(rule, worst.amount), unit.replace("_", " "),
                 format_amount(rule, rule.capacity))
             return LimitReached(text, None, worst)
+        if rule.unit == RUNNING:
+            text = "limit reached: %d running already" % rule.capacity
+            return LimitReached(text, worst.wait, worst)
         text = self.message
         for word, value in (
                 ("{wait}", format_wait(worst.wait)), ("{rule}", rule.text),
@@ -1558,27 +1601,48 @@ MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
+# First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
+# what stands between. b"\xe2" begins punctuation and signs.
+WIDE = {0xe0, 0xe1, *range(0xe3, 0xf5)}
+NOT_WIDE = bytes(set(range(256)) - WIDE)
 
-def text_length(payload: Dict[str, Any], skip: str,
-                counts_whole: Callable[[Dict[str, Any]], bool]) -> Tuple[int, int]:
-    """Returns the characters of all string values anywhere in `payload`, joined by spaces, without
-    the top-level key `skip`; and of how many parts `counts_whole` is true: images and the like,
-    which are counted, not looked into."""
-    characters = 0
-    media = 0
+
+def text_weight(text: str) -> int:
+    """Returns the characters of a text, those of scripts that need more tokens counted 8/3 times:
+    CHARACTERS_PER_TOKEN of that make about one token."""
+    if text.isascii():
+        return len(text)
+    wide = len(text.encode("utf-8", "surrogatepass").translate(None, NOT_WIDE))
+    return len(text) + wide * 5 // 3
+
+
+def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
+                media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
+                ) -> Tuple[int, List[int]]:
+    """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
+    key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
+    number in a list makes a token. Of images and the like, which are those of which `media_texts`
+    is not None, the second list has the weight of the text in each."""
+    weight = 0
+    media = []
     values = list({**payload, skip: None}.values())
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            characters += len(value) + 1
+            weight += (len(value) if value.isascii() else text_weight(value)) + 1
         elif kind is list:
             values += value
+            kinds = list(map(type, value))
+            weight += CHARACTERS_PER_TOKEN * (kinds.count(int) + kinds.count(float))
         elif kind is dict:
-            if counts_whole(value):
-                media += 1
-            else:
-                values += value.values()
-    return max(0, characters - 1), media
+            texts = media_texts(value)
+            if texts is not None:
+                media.append(text_weight(" ".join(texts)))
+                continue
+            values += value.values()
+            if not names.issuperset(value):
+                values += value.keys() - names
+    return max(0, weight - 1), media
 
 
 class Usage(NamedTuple):
@@ -1607,23 +1671,30 @@ class Billable:
     __slots__ = ()
     upstream_model: str
 
-    def prompt_length(self) -> Tuple[int, int]:
-        """Returns the characters of the prompt, and how many images and the like are in it."""
+    def prompt_length(self) -> Tuple[int, List[int]]:
+        """Returns the weight of the prompt's text, and of that in each image and the like."""
         raise NotImplementedError
 
-    def output_limit(self) -> Optional[int]:
-        """Returns the most output tokens that the call asks for, None where it does not say."""
+    def output_limit(self) -> Tuple[Optional[int], int]:
+        """Returns the most tokens of one output, None where the call does not limit them, and how
+        many outputs it asks for."""
         raise NotImplementedError
 
 
 class UsageSource:
     """What a cost depends on once the response has ended."""
+    ended = False  # the response's own last event has passed, whatever came then
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
         raise NotImplementedError
 
+    def most_characters(self) -> int:
+        """Returns about how many characters of text can have passed, without a look at them."""
+        raise NotImplementedError
+
     def output_characters(self) -> int:
+        """Returns the weight of the text that passed."""
         raise NotImplementedError
 
 
@@ -1674,70 +1745,199 @@ class Prices:
                    + used.cache_write * found.cache_write + used.output * found.output), True
 
 
+class Habits:
+    """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
+    token, `hidden` the share of output that nobody sees, `peak` the output of calls that do not
+    limit it: it rises at once and sinks slowly, so that few calls have more."""
+    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak")
+    MEMORY = 16
+    SINKING = 32
+
+    def __init__(self):
+        self.calls = 0
+        self.input_ratio: Optional[float] = None
+        self.output_ratio: Optional[float] = None
+        self.hidden = 0.0
+        self.peak = 0.0
+
+    def move(self, name: str, value: float):
+        """Moves a mean; the first calls count fully."""
+        before = getattr(self, name)
+        if before is None:
+            before = value
+        setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
+
+    def note_peak(self, tokens: int):
+        self.peak = max(tokens, self.peak + (tokens - self.peak) / self.SINKING)
+
+
+class ModelHabits:
+    """The habits of a model's callers, each for itself, so that nobody teaches what others pay. Who
+    has made few calls yet is taken for the one in the middle of all, within bounds."""
+    CALLERS = 50
+    FEW = 3
+    OWN_RATIOS = 0.5, 8
+    OTHERS_RATIOS = 2, 6
+
+    def __init__(self):
+        self.callers: "collections.OrderedDict[CallerKey, Habits]" = collections.OrderedDict()
+        self.usual = Habits()
+
+    def of(self, caller: CallerKey) -> Habits:
+        """Returns what to expect of a caller."""
+        own = self.callers.get(caller)
+        return own if own and own.calls >= self.FEW else self.usual
+
+    def own(self, caller: CallerKey) -> Habits:
+        """Returns what a caller's calls are noted in."""
+        found = self.callers.get(caller)
+        if found is None:
+            if len(self.callers) >= self.CALLERS:
+                self.callers.popitem(last=False)
+            found = self.callers[caller] = Habits()
+        self.callers.move_to_end(caller)
+        return found
+
+    def refresh(self):
+        """Finds the one in the middle again."""
+        for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, math.inf)),
+                             ("output_ratio", self.OTHERS_RATIOS), ("hidden", (0, 1))):
+            known = sorted([getattr(one, name) for one in self.callers.values()
+                            if getattr(one, name) is not None])
+            if known:
+                setattr(self.usual, name, clamp(known[len(known) // 2], bounds))
+
+
+def clamp(value: float, bounds: Tuple[float, float]) -> float:
+    return min(bounds[1], max(bounds[0], value))
+
+
 class CostEstimator:
     """What calls cost, by unit: estimated before, known after. An estimate counts characters; how
-    many of them make a token is learned, model by model, from calls that report their usage."""
+    many of them make a token, and how much a model says, is learned from calls that report their
+    usage."""
+    LEARN_ALL = 8       # of a caller's first calls to a model, and then
+    LEARN_SHARE = 0.05  # of its calls: counting takes time
+    NO_TEXT = 2048      # bytes of a response that are not worth counting
 
     def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
                  units: Set[str]):
-        """`reserve` is how many output tokens a call may have that does not limit them. `units` are
-        those that rules count in: no work is spent on others."""
+        """`reserve` is how many output tokens a call may have that does not limit them, as long as
+        its model was not seen to use more. `units` are those that rules count in: no work is spent
+        on others."""
         self.prices = prices
         self.request_cost = request_cost
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.ratios = {}  # model -> characters a token
-        self.needs_usage = not units <= {"requests", "estimate"}
+        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        self.unknown = ModelHabits()
+        self.needs_estimate = not units <= {"requests", "running"}
+        self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def estimate(self, call: Billable) -> Costs:
-        """Returns what to hold for a call."""
-        if self.units == {"requests"}:
-            return self.costs(Usage(), 0, 0)
-        limit = call.output_limit()
-        output = self.reserve if limit is None else min(limit, MAX_TOKENS_PER_CALL)
-        expected = Usage(self.prompt_tokens(call, CHARACTERS_PER_TOKEN), output)
+    def habits(self, call: Billable, caller: CallerKey) -> Habits:
+        return self.models.get(call.upstream_model, self.unknown).of(caller)
+
+    def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
+        """Returns what to hold for a call, and how much of that is not learned."""
+        if not self.needs_estimate:
+            held = self.costs(Usage(), 0, 0, 1)
+            return held, held
+        limit, outputs = call.output_limit()
+        output = self.reserve if limit is None else limit
+        estimate = 0
+        if "estimate" in self.units:
+            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
+        habits = self.habits(call, caller)
+        prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
+        least = held = self.held(call, prompt, output * outputs, estimate)
+        if limit is None and habits.peak > output:
+            held = self.held(call, prompt, math.ceil(habits.peak) * outputs, estimate)
+        return held, least
+
+    def held(self, call, prompt, output, estimate):
+        expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
         picodollars = 0
         if "usd" in self.units:
             picodollars, _ = self.prices.cost(expected, call.upstream_model)
-        return self.costs(expected, picodollars, max(1, expected.input + output))
+        return self.costs(expected, picodollars, estimate, 1)
 
     def prompt_tokens(self, call, ratio):
-        characters, media = call.prompt_length()
-        return math.ceil(characters / ratio) + media * self.media_tokens
+        weight, media = call.prompt_length()
+        tokens = math.ceil(weight / ratio)
+        for one in media:
+            tokens += max(self.media_tokens, math.ceil(one / ratio))
+        return tokens
 
-    def costs(self, used: Usage, picodollars: int, estimate: int) -> Costs:
+    def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        total = used.input + used.output
-        return self.request_cost, total, used.input, used.output, picodollars, estimate
+        prompt, output = used.input, used.output
+        for other in used.others:
+            prompt += other.input
+            output += other.output
+        return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
-    def usage(self, call: Billable, source: Optional[UsageSource], whole: bool) -> Usage:
+    def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
+              held: int) -> Usage:
         """Returns what the call used: as reported, else estimated from its prompt and the text that
-        came. A response that is not `whole` may have reported its input alone."""
+        came, and the share of it that its model hides. A response that is not `whole` may have
+        reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        model = call.upstream_model
-        if complete:
-            self.learn(model, reported, source)
+        habits = self.habits(call, caller)
+        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
+        if complete and not self.is_understated(call, reported, source, ratio):
+            self.learn(call, caller, reported, source)
             return reported
-        ratio = self.ratios.get(model, CHARACTERS_PER_TOKEN)
         output = math.ceil(source.output_characters() / ratio) if source else 0
+        if source and (whole or source.ended):
+            output = math.ceil(output / (1 - habits.hidden))
+        else:
+            output = max(output, held)
         if reported is None:
+            ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
             reported = Usage(self.prompt_tokens(call, ratio))
         return reported._replace(output=max(reported.output, output), estimated=True)
 
-    def learn(self, model, used, source):
-        """Moves the ratio of a model an eighth of the way to that of one call. Of a known model few
-        calls are looked at: counting takes time."""
-        tokens = used.output - used.reasoning
-        if tokens < 16 or (model in self.ratios and random.random() >= 0.05):
-            return
-        characters = source.output_characters()
-        if characters:
-            ratio = min(8.0, max(1.0, characters / tokens))
-            if len(self.ratios) >= KNOWN_MODELS:
-                self.ratios.clear()
-            before = self.ratios.get(model, ratio)
-            self.ratios[model] = before + (ratio - before) / 8
+    def is_understated(self, call, told, source, ratio):
+        """Returns whether far more text passed than the tokens that were told can be. The text is
+        counted only where it may be so much, or servers are known to tell too little."""
+        if not self.needs_estimate:
+            return False
+        most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
+        may_be = call.output_limit()[1] > 1 or source.most_characters() > most + self.NO_TEXT
+        return may_be and source.output_characters() > most
+
+    def learn(self, call, caller, used, source):
+        """Notes what a call used. An output that its limit has cut says only what is possible."""
+        model = self.models.get(call.upstream_model)
+        if model is None:
+            if len(self.models) >= KNOWN_MODELS:
+                self.models.popitem(last=False)
+            model = self.models[call.upstream_model] = ModelHabits()
+        own = model.own(caller)
+        own.calls += 1
+        if self.needs_estimate:
+            limit, outputs = call.output_limit()
+            if limit is None or used.output > own.peak * outputs:
+                own.note_peak(used.output // outputs)
+        if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+            self.learn_ratios(call, own, used, source)
+            model.refresh()
+
+    def learn_ratios(self, call, own, used, source):
+        """Leaves out what is short: what stands around it would count too much."""
+        if self.needs_estimate and used.input:
+            weight, media = call.prompt_length()
+            if weight >= 64 and not media:
+                own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
+        weight = source.output_characters() if used.output >= 16 else 0
+        if weight:
+            seen = max(1, used.output - used.reasoning)
+            if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
+                seen = used.output  # reasoning is in the text, which is too long to be without
+            own.move("hidden", 1 - seen / used.output)
+            own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1827,6 +2027,35 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(b"\xef\xbb\xbf"))
 
 
+def parse_or_none(data: bytes) -> Any:
+    """Returns JSON of an upstream, None where it cannot be read."""
+    try:
+        return parse_response(data)
+    except ValueError:
+        return None
+
+
+def object_in(data: bytes) -> Dict[str, Any]:
+    """Returns a JSON object of an upstream, {} where there is none."""
+    found = parse_or_none(data)
+    return found if isinstance(found, dict) else {}
+
+
+def last_object(data: bytes) -> Dict[str, Any]:
+    """Returns the same, or the last of an array of them."""
+    found = parse_or_none(data)
+    found = found[-1] if isinstance(found, list) and found else found
+    return found if isinstance(found, dict) else {}
+
+
+LINE = re.compile(rb"[^\r\n]*")
+
+
+def begin_of_line(data: bytes, place: int) -> int:
+    """Returns where the line begins in which a place is."""
+    return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
+
+
 def to_json_bytes(payload: Any) -> bytes:
     """Returns JSON without white space."""
     return json.dumps(payload, separators=(",", ":")).encode()
@@ -1907,6 +2136,39 @@ def query_model(body: bytes) -> FoundModel:
         [(name, model if name == "model" else value) for name, value in pairs]).encode()
 
 
+def as_list(value: Any) -> List[Any]:
+    """Returns a list as it is, and anything else as the only one in a list."""
+    return value if isinstance(value, list) else [value]
+
+
+JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def is_outermost(data: bytes, place: int) -> bool:
+    """Returns whether what stands at a place of a JSON object is in no other object in it."""
+    outside = JSON_STRINGS.sub(b"", data[:place])
+    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
+    return depth == 1 and b'"' not in outside
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
+    return type(value) in (int, float) and 0 <= value < MAX_TOKENS_PER_CALL and value % 1 == 0
+
+
+def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
+    """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
+    nothing."""
+    found = dict(before)
+    for name, value in after.items():
+        old = found.get(name)
+        if type(old) is dict and type(value) is dict:
+            found[name] = merged(old, value)
+        elif value is not None and not (is_count(value) and is_count(old) and value < old):
+            found[name] = value
+    return found
+
+
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
@@ -1932,8 +2194,8 @@ class EventFraming(NamedTuple):
     """Says how the streams of an API are cut into events."""
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
-    ends: Tuple[bytes, ...]  # what may end an event, our own first
-    end: "re.Pattern[bytes]"  # matches the place after one of these
+    ends: Tuple[bytes, ...]  # what may end an event, our own first,
+    pairs: Tuple[bytes, ...]  # and two bytes of which one is in each of these
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -1947,22 +2209,60 @@ class EventFraming(NamedTuple):
         """Returns whether something can be put in after `tail`, the last 4 bytes that passed."""
         return not tail or tail.endswith(self.ends)
 
+    def data(self, line: bytes) -> Optional[bytes]:
+        """Returns what a line has of an event's JSON, None where it is another line."""
+        prefix = self.prefix.rstrip()  # others leave out the space
+        return line[len(prefix):] if line.startswith(prefix) else None
+
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
-        prefix = self.prefix.rstrip()  # others leave out the space
-        line = event[event.find(prefix) + len(prefix):].partition(b"\n")[0]
-        try:
-            found = parse_response(line)
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
+        return object_in(b"\n".join([data for data in map(self.data, lines) if data is not None]))
+
+    def replaced(self, event: bytes, data: bytes) -> bytes:
+        """Returns an event with other JSON in it."""
+        lines = event.splitlines(keepends=True)
+        places = [place for place, line in enumerate(lines) if self.data(line) is not None]
+        last = lines[places[-1]]
+        end = last[len(last.rstrip(b"\r\n")):]
+        lines[places[0]:places[-1] + 1] = [self.prefix + data + end]
+        return b"".join(lines)
+
+    def cut(self, data: bytes) -> List[bytes]:
+        """Returns events; the last may not be whole."""
+        events = []
+        lines: List[bytes] = []
+        for line in data.splitlines(keepends=True):
+            blank = not line.strip(b"\r\n")
+            if lines and not blank and self.is_whole(lines):
+                events.append(b"".join(lines))
+                lines = []
+            lines.append(line)
+            if blank:
+                events.append(b"".join(lines))
+                lines = []
+        return events + [b"".join(lines)] if lines else events
+
+    def last_end(self, data: bytes, before: int) -> int:
+        """Returns the place after the last event that ends before another place, 0 without one."""
+        place = max([data.rfind(pair, 0, before) for pair in self.pairs])
+        return 0 if place < 0 else place + 2
+
+    def is_whole(self, lines: List[bytes]) -> bool:
+        """Returns whether these lines are all of an event's, though what must end it is missing:
+        some servers end events with a line, or the rest is still to come."""
+        data = self.data(lines[-1])
+        return data is not None and (data.strip() == LAST_DATA or (
+            data.rstrip().endswith(b"}") and bool(self.payload(b"".join(lines)))))
 
 
-# WHATWG HTML, 9.2
+LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
+# WHATWG HTML, 9.2: a line ends with LF, CR or both, an event with an empty line.
 SSE = EventFraming(
-    "text/event-stream", b"data: ", (b"\n\n", b"\r\n\r\n"), re.compile(rb"(?<=\n\n)|(?<=\n\r\n)"))
+    "text/event-stream", b"data: ", (b"\n\n", b"\n\r\n", b"\r\r\n", b"\r\r", b"\n\r"),
+    (b"\n\n", b"\n\r", b"\r\r"))
 # Each line is an event.
-NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), re.compile(rb"(?<=\n)"))
+NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
 
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
@@ -1996,6 +2296,9 @@ class Call(Billable):
     is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
+    # What it asks for, once that is known:
+    length: Optional[Tuple[int, List[int]]] = None
+    limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None):
@@ -2029,7 +2332,7 @@ class Call(Billable):
             self.upstream_body = to_json_bytes(payload)
 
     def request_usage(self) -> None:
-        """Asks for the usage of a stream, unless the caller said whether it wants it."""
+        """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
     def prepare_unknown(self, model: str) -> None:
@@ -2074,45 +2377,113 @@ class Call(Billable):
             parts += [one for one in values if type(one) in (list, dict)]
         return found
 
-    def prompt_length(self) -> Tuple[int, int]:
-        """Returns the characters of the prompt, and how many images and the like are in it. A token
-        id of a prompt that is spelled in them stands for CHARACTERS_PER_TOKEN."""
-        characters, media = text_length(self.payload, "model", is_media)
-        ids = list(map(self.payload.get, ("prompt", "input")))
-        for part in ids:  # the list grows meanwhile
-            if type(part) is list:
-                ids += part
-        return characters + CHARACTERS_PER_TOKEN * list(map(type, ids)).count(int), media
+    def prompt_length(self) -> Tuple[int, List[int]]:
+        if self.length is None:
+            self.length = text_length(self.payload, "model", PLAIN_KEYS, media_texts)
+        return self.length
 
-    def output_limit(self) -> Optional[int]:
-        """Returns the most output tokens that the call asks for, None where it does not say; null
-        counts as unsaid, as at OpenAI."""
-        holder = self.payload
-        holders = self.dialect.LIMIT_HOLDERS
-        if holders:
-            holder = next(filter(None, map(holder.get, holders)), {})
-            if not isinstance(holder, dict):
-                raise BadRequest("%s must be an object" % holders[0])
-        for key in self.dialect.OUTPUT_LIMITS.get(self.endpoint, ()):
-            limit = holder.get(key)
-            if limit is not None:
-                if type(limit) is not int or limit < 0:
-                    raise BadRequest("%s must be an integer of at least 0" % key)
-                return limit
-        return 0 if self.endpoint in (UNKNOWN, UPLOAD) else None
+    def output_limit(self) -> Tuple[Optional[int], int]:
+        """Returns the largest limit that any server takes for one; null counts as unsaid, as at
+        OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
+        if self.limit is None:
+            limits = []
+            outputs = 1
+            for name, value in self.numbers():
+                if name in OUTPUT_LIMITS:
+                    limits.append(value)
+                elif value > outputs:
+                    outputs = value
+            for many in map(self.payload.get, ("prompt", "messages")):
+                if type(many) is list and many and type(many[0]) in (str, list):
+                    outputs *= len(many)
+            most = max(limits) if limits and min(limits) >= 0 else None
+            if not limits and self.endpoint in (UNKNOWN, UPLOAD):
+                most = 0  # who knows whether it has an output
+            self.limit = most, outputs
+        return self.limit
+
+    def numbers(self) -> List[Tuple[str, int]]:
+        """Returns what stands at the names of limits and counts, in the payload and in objects with
+        options. Raises BadRequest for what is no number: a server might read it as one."""
+        found = []
+        holders = [self.payload]
+        known = self.endpoint != UNKNOWN  # elsewhere these names may mean anything
+        if self.endpoint in NO_TEXT:
+            return found
+        if not OPTION_HOLDERS.isdisjoint(self.payload):
+            for name in OPTION_HOLDERS.intersection(self.payload):
+                holder = self.payload[name] or {}
+                if isinstance(holder, dict):
+                    holders.append(holder)
+                elif known:
+                    raise BadRequest("%s must be an object" % name)
+        for holder in holders:
+            for name in OUTPUT_NUMBERS.intersection(holder):
+                value = holder[name]
+                if type(value) is float and value.is_integer():
+                    value = int(value)
+                if type(value) is int:
+                    found.append((name, value))
+                elif value is not None and known:
+                    raise BadRequest("%s must be an integer" % name)
+        return found
 
 
+# The most tokens of an output, at servers of any kind: a caller may name several, and the server
+# may take any of them.
+OUTPUT_LIMITS = frozenset((
+    "max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens", "max_new_tokens",
+    "n_predict", "num_predict", "max_tokens_to_sample", "max_gen_len", "maxTokens"))
+# How many answers there are to one prompt.
+OUTPUT_COUNTS = frozenset((
+    "n", "best_of", "n_cmpl", "candidateCount", "candidate_count", "num_return_sequences"))
+OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
+# The objects in which either may stand.
+OPTION_HOLDERS = frozenset((
+    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig"))
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
 MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
+DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
+    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url"))
+# The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
+PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
+role content type text parts model name description id index function functions parameters arguments
+properties items required enum anyOf additionalProperties strict input_schema json_schema schema
+tool_calls tool_call_id tool_use_id tool_choice call_id status output input summary thinking
+signature cache_control ttl source media_type mimeType mime_type detail format input_audio file
+file_id file_uri fileUri filename title context citations annotations logprobs is_error
+functionCall functionResponse functionDeclarations args response include_usage effort
+budget_tokens""".split())
 
 
 def is_media(part: Dict[str, Any]) -> bool:
-    """Returns whether a part of a prompt is an image or the like, in any API."""
+    """Returns whether a part of a prompt is an image or the like, in any API; Anthropic's documents
+    may be plain text."""
     kind = part.get("type")
     return not MEDIA_KEYS.isdisjoint(part) or (
-        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part)
+        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part
+        and dig(part, "source", "type") not in ("text", "content"))
+
+
+def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
+    """Returns what is text in an image and the like; None where a part is none."""
+    if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
+        return None
+    texts = list(part.keys() - PLAIN_KEYS)
+    pairs = list(part.items())
+    for key, value in pairs:  # the list grows meanwhile
+        if type(value) is str:
+            if key not in DATA_KEYS or " " in value:
+                texts.append(value)
+        elif type(value) is list:
+            pairs += [(key, one) for one in value]
+        elif type(value) is dict:
+            pairs += value.items()
+            texts += value.keys() - PLAIN_KEYS
+    return texts
 
 
 class Model(NamedTuple):
@@ -2171,6 +2542,51 @@ def names_made(payload: Dict[str, Any]) -> List[str]:
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
+# An answer or an event with one of these at one of these keys is an error.
+FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
+FAULTS = frozenset(("error", "response.failed", "failed"))
+# Errors by which an upstream says that the caller is to blame, or its own account
+BLAMELESS = re.compile(
+    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic"
+    "|safety", re.IGNORECASE)
+
+
+def without_masks(query: str) -> str:
+    """Returns a query without what leaves out parts of a response at Google's servers."""
+    return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
+        part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
+
+
+def fault_status(value: Any) -> int:
+    """Returns the status of an error in a response: what it says itself, else 400 where its kind is
+    one that speaks of the caller, and 502."""
+    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
+    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
+    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
+
+
+def is_name(value: Any) -> bool:
+    """Returns whether a value can be the name of a model or a tier."""
+    return isinstance(value, str) and 0 < len(value) <= 256
+
+
+def is_money(value: Any) -> bool:
+    """Returns whether a value can be an amount of money."""
+    return type(value) in (int, float) and 0 <= value < MAX_COST
+
+
+def with_iterations(told: Usage, parts: List[Usage]) -> Usage:
+    """Returns the usage of a call that ran in several steps, some of them by another model. What
+    was told may leave out some (Anthropic's compaction)."""
+    own = [part for part in parts if part.model == told.model]
+    others = tuple([part for part in parts if part.model != told.model])
+    input, output, cached, cache_write, reasoning, hour_write = [
+        sum([getattr(part, name) for part in own])
+        for name in ("input", "output", "cached", "cache_write", "reasoning", "hour_write")]
+    if input + output > told.input + told.output:
+        told = told._replace(input=input, output=output, cached=cached, cache_write=cache_write,
+                             reasoning=reasoning, hour_write=hour_write)
+    return told._replace(others=others)
 
 
 class Dialect:
@@ -2182,10 +2598,8 @@ class Dialect:
     # What stands before the model in a path, the model, and what stands behind.
     MODEL_IN_PATH = re.compile(
         "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
-    # The keys of the most output tokens, by endpoint; the first that is set counts.
-    OUTPUT_LIMITS = {}
-    # The objects that may hold these keys; the payload does where there are none.
-    LIMIT_HOLDERS = ()
+    # Asks Google's servers to leave out parts of a response, such as its usage.
+    MASK_FIELD = "x-goog-fieldmask"
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
     VERSION_LINES = ()
@@ -2204,8 +2618,10 @@ class Dialect:
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
     USAGE_OPTION = b""
-    # Stands in events that do nothing but report usage.
-    USAGE_EVENT = re.compile(b"(?!)")  # nothing
+    # Stands in events that do more than report usage.
+    CONTENT = re.compile(b"(?!)")  # nothing
+    # What else stands in events that do no more than that.
+    ENVELOPE = frozenset()
     # Templates of errors, which are named by their status or the refusal's kind
     ERROR = ""
     ERRORS = {}
@@ -2216,13 +2632,37 @@ class Dialect:
     MODEL_LIST = ""
     MODEL = ""
     MODEL_KEYS = ("id",)  # at which its name stands
-    # What a count is; the largest of those that are the same counts.
-    COUNTS = {}
+    # The parts of a response or an event in which usage may stand: they hold no caller's words.
+    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq")
+    # What a count is, in any of the APIs; the largest of those that are the same counts.
+    COUNTS = {
+        "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
+        "completion_tokens": "output", "output_tokens": "output", "outputTokens": "output",
+        "total_tokens": "total", "totalTokens": "total",
+        "cached_tokens": "cached", "prompt_cache_hit_tokens": "cached",
+        "cache_read_input_tokens": "cached", "cache_read_tokens": "cached",
+        "cacheReadInputTokens": "cached",
+        "cache_write_tokens": "written", "cache_creation_input_tokens": "written",
+        "cache_creation_tokens": "written", "cacheWriteInputTokens": "written",
+        "ephemeral_5m_input_tokens": "minutes", "ephemeral_1h_input_tokens": "hour",
+        "reasoning_tokens": "reasoning", "thinking_tokens": "reasoning"}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt",)
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
+    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra; xAI's ticks.
+    MONEY = {"cost": PICODOLLARS, "total_cost": PICODOLLARS, "estimated_cost": PICODOLLARS,
+             "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
+    # How it was served.
+    TIERS = ("service_tier", "speed", "inference_geo")
+    # The key of the model that served.
+    SERVED = "model"
+    # Where a response or an event says why the model stopped,
+    REASON = ("", "")
+    # and what events say that end a stream. Without either, nobody can tell whether one is whole.
+    LAST_KEY = "type"
+    LAST_TYPES = ()
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -2276,61 +2716,154 @@ class Dialect:
         """Returns whether a response of this type is cut into events."""
         return content_type.lower().startswith(self.events.content_type)
 
-    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, bool]:
+    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, Optional[bool]]:
         """Returns what a response or an event reports of usage, by the API's own names, if
-        anything; and whether nothing more will come."""
-        # The last event of OpenAI's responses API has the whole response.
-        return payload.get("usage") or dig(payload, "response", "usage"), True
+        anything; and whether nothing more will come: None where that is known at the end."""
+        final = self.is_finished(payload) or not payload.get(self.REASON[0])
+        return self.counts_in(payload), final or None
+
+    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns the usage of a response or an event, with the counts that stand beside it."""
+        found = payload.get(self.USAGE_MARK[1:-1].decode())
+        if not isinstance(found, dict):
+            found = {}
+            for part in itertools.chain(*[as_list(payload.get(one)) for one in self.USAGE_HOLDERS]):
+                if isinstance(part, dict):
+                    found = merged(found, self.counts_in(part))
+        beside = {name: payload[name] for name in payload if name in self.COUNTS}
+        return merged(beside, found) if beside else found
+
+    def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+        """Returns the model that served, and the tier, as far as a response or an event says."""
+        parts = [part for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:3]))
+                 if isinstance(part, dict)]
+        return tuple([next(filter(is_name, [part.get(key) for part in parts]), None)
+                      for key in (self.SERVED, self.TIERS[0])])
+
+    def is_finished(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether a response or an event says that the model has stopped."""
+        holder, reason = self.REASON
+        return self.is_last(payload) or any(
+            [dig(one, reason) for one in as_list(payload.get(holder))])
+
+    def is_last(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether an event ends its stream."""
+        return payload.get(self.LAST_KEY) in self.LAST_TYPES
+
+    def fault(self, payload: Dict[str, Any]) -> int:
+        """Returns the status of the error that a response or an event with status 200 is, 0 where
+        it is none."""
+        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:2]),
+                     *as_list(payload.get("choices"))[:1]):
+            error = dig(part, "error") or dig(part, "errors")
+            code = dig(part, "base_resp", "status_code")  # MiniMax
+            if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
+                return fault_status(as_list(error)[0] if error else part)
+        return 0
 
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
         start = len(data)
+        served = b'"%b"' % self.SERVED.encode()
         for _ in range(5):  # so many may be planted; to try more would take long
             start = data.rfind(self.USAGE_MARK, 0, start)
             if start < 0:
                 break
-            for opening in openings:
-                try:
-                    return decode_json(opening + data[start:])
-                except ValueError:
-                    pass
+            before = data.rfind(served, max(0, start - 300), start)  # embeddings end with both
+            for begin, opening in itertools.product({before, start} - {-1}, openings):
+                found = object_in(opening + data[begin:])
+                if found:
+                    return found
         return {}
 
-    def usage(self, counts: Dict[str, Any]) -> Optional[Usage]:
+    def usage(self, counts: Dict[str, Any], model: Optional[str] = None,
+              tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
-        details = [part for part in counts.values() if type(part) is dict]
-        found = collections.defaultdict(int, sorted([
-            (self.COUNTS[name], value)
-            for part in (counts, *details) for name, value in part.items()
-            if name in self.COUNTS and type(value) is int and 0 <= value < MAX_TOKENS_PER_CALL]))
+        told = self.plain_usage(counts, model, tier)
+        iterations = counts.get("iterations")
+        if told is None or not isinstance(iterations, list):
+            return told
+        parts = [self.plain_usage(one, one.get(self.SERVED) or model, tier)
+                 for one in iterations if isinstance(one, dict)]
+        return with_iterations(told, [part for part in parts if part])
+
+    def plain_usage(self, counts: Dict[str, Any], model: Optional[str],
+                    tier: Optional[str]) -> Optional[Usage]:
+        """Returns the usage that counts and their details tell, but for iterations."""
+        parts = [counts, *[part for part in counts.values() if type(part) is dict]]
+        found = self.found(parts)
         if self.NEEDED_COUNTS.isdisjoint(found):
             return None
-        found.setdefault("prompt", max(0, found["total"] - found["output"]))
-        prompt = sum([found[name] for name in self.INPUT])
-        output = sum([found[name] for name in self.OUTPUT])
-        output = max(output, found["total"] - prompt)  # some count reasoning in the total alone
+        prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]))
+        tiers = filter(is_name, [tier, *map(counts.get, self.TIERS)])
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
+                     min(written, found["hour"]), model, tuple(dict.fromkeys(tiers)),
+                     self.picodollars(parts))
 
-    def is_usage_event(self, event: bytes) -> bool:
-        """Returns whether an event does nothing but report usage."""
-        payload = self.events.payload(event) if self.USAGE_EVENT.search(event) else {}
-        return payload.get("choices") == [] and isinstance(payload.get("usage"), dict)
+    def found(self, parts: List[Dict[str, Any]]) -> Dict[str, int]:
+        """Returns counts by what they are; what is not among them is 0."""
+        found = collections.defaultdict(int, sorted([
+            (self.COUNTS[name], int(value)) for part in parts for name, value in part.items()
+            if name in self.COUNTS and is_count(value)]))
+        found["written"] = max(found["written"], found["minutes"] + found["hour"])
+        return found
+
+    def sides(self, found: Dict[str, int]) -> Tuple[int, int]:
+        """Returns all of the input, and of the output. Whether caches and reasoning are parts of
+        the prompt and of the output or stand beside them is what a total tells; without one it is
+        as usual in this API, but for parts that are larger than the whole."""
+        prompt, output, total = found["prompt"], found["output"], found["total"]
+        caches, reasoning = found["cached"] + found["written"], found["reasoning"]
+        sent = sum([found[name] for name in self.INPUT])
+        said = sum([found[name] for name in self.OUTPUT])
+        for pair in itertools.product(
+                (sent, prompt, prompt + caches, prompt + found["cached"],
+                 prompt + found["written"]), (said, output, output + reasoning)):
+            if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
+                return pair
+        sent = max(sent, prompt + caches if caches > prompt else 0)
+        said = max(said, output + reasoning if reasoning > output else 0)
+        sent = sent or max(0, total - said)
+        return sent, max(said, total - sent)  # some count reasoning in the total alone
+
+    def picodollars(self, parts: List[Dict[str, Any]]) -> Optional[int]:
+        """Returns what a call cost, where the counts or their details say so."""
+        told = [part[name] * unit for part in parts
+                for name, unit in self.MONEY.items() if is_money(part.get(name))]
+        own = dig(parts[0], "cost_details", "upstream_inference_cost")
+        if told and dig(parts[0], "is_byok") is True and is_money(own):  # OpenRouter, by one's key
+            told = [max(told) + own * PICODOLLARS]
+        return min(MAX_COST, round(max(told))) if told else None
+
+    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns what an event says besides usage, {} where that is nothing."""
+        rest = {name: value for name, value in payload.items()
+                if name != self.USAGE_MARK[1:-1].decode()}
+        return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
-        """Returns how many characters the model said in JSON or in events, cut ones too. One search
+        """Returns the weight of what the model said in JSON or in events, cut ones too. One search
         for all of them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
-        text = "".join(re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")))
+        texts = collections.defaultdict(list)
+        for key, text in re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")):
+            texts[key].append(text)
+        # What several keys say in the same words is said once: some mirror reasoning.
+        return sum([self.weight("".join(said)) for said in set(map(tuple, texts.values()))])
+
+    @staticmethod
+    def weight(text: str) -> int:
+        """Returns the weight of a string of JSON."""
         if "\\" in text:
             try:
                 text = json.loads('"%s"' % text)
             except ValueError:
                 pass
-        return len(text)
+        return text_weight(text)
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
@@ -2404,7 +2937,7 @@ class Dialect:
 
 
 # A string of JSON at one of these keys, up to where it may be cut
-TEXT_AT = r'"(?:%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
+TEXT_AT = r'"(%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
 "created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
 CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
@@ -2486,19 +3019,16 @@ class OpenAI(Dialect):
         "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
     MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
-    OUTPUT_LIMITS = {
-        "chat": ("max_completion_tokens", "max_tokens"),
-        "batch": ("max_completion_tokens", "max_tokens"), "fim": ("max_tokens",),
-        "completions": ("max_tokens",), "responses": ("max_output_tokens",)}
     LIST_PATHS = ("/v1/models", "/models")
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
-    USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-    COUNTS = {
-        "prompt_tokens": "prompt", "input_tokens": "prompt", "completion_tokens": "output",
-        "output_tokens": "output", "total_tokens": "total", "cached_tokens": "cached",
-        "prompt_cache_hit_tokens": "cached", "cache_write_tokens": "written",
-        "reasoning_tokens": "reasoning"}
+    CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+    ENVELOPE = frozenset((
+        "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint",
+        "provider", "obfuscation", "p", "x_groq"))
+    REASON = ("choices", "finish_reason")
+    LAST_TYPES = (
+        "response.completed", "response.incomplete", "response.failed", "response.cancelled")
     PARSED = {
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
@@ -2517,11 +3047,16 @@ class OpenAI(Dialect):
     MODEL = '{"id": "%(name)s", "object": "model", "created": 0, "owned_by": "llm-proxy"}'
 
     def request_usage(self, call):
-        options = call.payload.get("stream_options", {})
-        if not call.stream or call.endpoint not in ("chat", "completions") or (
-                not isinstance(options, dict) or "include_usage" in options):
+        if not call.stream or call.endpoint not in ("chat", "completions"):
             return
-        call.usage_requested_by_us = True
+        options = call.payload.get("stream_options")
+        if not isinstance(options, dict):
+            options = {}
+        # OpenRouter has a question of its own.
+        asked = options.get("include_usage") or dig(call.payload, "usage", "include")
+        call.usage_requested_by_us = not asked
+        if options.get("include_usage") is True:
+            return
         if "stream_options" in call.payload:
             payload = json.loads(call.upstream_body)
             payload["stream_options"] = {**options, "include_usage": True}
@@ -2530,13 +3065,15 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
-    def usage(self, counts):
+    def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
             counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
         if len(counts) == 3 and type(prompt) is type(output) is type(total) is int and (
                 0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
-            return Usage(prompt, output)  # as most servers report it
-        return super().usage(counts)
+            return Usage(prompt, output, model=model, tiers=(tier,) if tier else ())
+        if counts.keys() >= {"input_tokens", "cache_read_input_tokens"}:
+            return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
+        return super().usage(counts, model, tier)
 
     def final_error(self, refusal, status, resets_at):
         """Returns what Codex takes for the end of a plan, and tells its user (openai/codex,
@@ -2612,16 +3149,14 @@ class Anthropic(Dialect):
     """The Anthropic messages API (https://docs.anthropic.com/en/api/messages)."""
     name = "anthropic"
     ENDPOINTS = {"/messages": "messages", "/count_tokens": "count"}
-    OUTPUT_LIMITS = {"messages": ("max_tokens",)}
     PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
-    COUNTS = {
-        "input_tokens": "prompt", "output_tokens": "output", "cache_read_input_tokens": "cached",
-        "cache_creation_input_tokens": "written", "thinking_tokens": "reasoning"}
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
+    REASON = ("delta", "stop_reason")
+    LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
@@ -2640,9 +3175,9 @@ class Anthropic(Dialect):
         return "anthropic-version" in fields or bool(self.PATH.search(path))
 
     def usage_counts(self, payload):
-        """Takes the input from message_start, the rest from the last, cumulative message_delta."""
-        counts = payload.get("usage") or dig(payload, "message", "usage")
-        return counts, payload.get("type") != "message_start"
+        """What message_start tells of the output is no count of it."""
+        counts, final = super().usage_counts(payload)
+        return counts, False if payload.get("type") == "message_start" else final
 
     def limit_text(self, call, values):
         return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
@@ -2694,14 +3229,15 @@ class Gemini(Google):
         ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
     METHODS = tuple(map(str.lower, ENDPOINTS))
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
-    OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
-    LIMIT_HOLDERS = ("generationConfig", "generation_config")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
     COUNTS = {
         "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
         "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
+        "totalTokenCount": "total",
         "cachedContentTokenCount": "cached"}
+    SERVED = "modelVersion"
+    REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -2727,11 +3263,9 @@ class Gemini(Google):
             return path, DIALECTS["openai"]
         return super().place(path, dialect, metered)
 
-    def usage_counts(self, payload):
-        """Takes counts, which are cumulative: the event with finishReason has the final ones."""
-        candidates = payload.get("candidates")
-        return payload.get("usageMetadata"), isinstance(candidates, list) and any(
-            [dig(one, "finishReason") for one in candidates])
+    def is_last(self, payload):
+        return bool(dig(payload, "promptFeedback", "blockReason")) or any(
+            [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
 
     def limit_text(self, call, values):
         if call.endpoint != "generate":
@@ -2765,8 +3299,6 @@ class Interactions(Google):
     not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    OUTPUT_LIMITS = {"interactions": ("max_output_tokens",)}
-    LIMIT_HOLDERS = ("generation_config",)
     COUNTS = {
         "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
         "total_output_tokens": "output", "total_thought_tokens": "reasoning",
@@ -2775,12 +3307,13 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
+    LAST_KEY = "event_type"
+    LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
-        return payload.get("usage") or dig(payload, "interaction", "usage"), (
-            payload.get("event_type") in (None, "interaction.completed", "interaction.complete"))
+        return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
     def limit_text(self, call, values):
         if call.stream:
@@ -2805,8 +3338,6 @@ class Ollama(Dialect):
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
         "/api/embeddings": "embed"}
-    OUTPUT_LIMITS = dict.fromkeys(("chat", "generate"), ("num_predict",))
-    LIMIT_HOLDERS = ("options",)
     MODELS_PATH = "/api/tags"
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
@@ -2816,6 +3347,8 @@ class Ollama(Dialect):
     COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
+    LAST_KEY = "done"
+    LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -3009,6 +3542,8 @@ class Dialects:
             endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
         call.stored = stored
+        if endpoint:
+            call.query = without_masks(call.query)
         if endpoint in (UNKNOWN, UPLOAD):
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif endpoint:
@@ -3091,6 +3626,8 @@ class Dialects:
         for key in call.payload:
             if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
                 raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
+        if type(call.payload.get("stream")) not in (bool, type(None)) and call.endpoint != UNKNOWN:
+            raise BadRequest("stream must be true or false")  # an upstream could take it for one
         call.is_json = True
         dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
         model, call.stream = dialect.requested(call.path, call.payload)
@@ -3098,35 +3635,74 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
+FAULT_MARKS = (b'"error', b'"failed"', b'"base_resp"')  # JSON without them is no error
+NAMED_FAULT = re.compile(rb"event: ?error|error:.*")    # the latter is llama.cpp's
+
+
+class Unpacker:
+    """Unpacks gzip and deflate (RFC 9110 8.4.1), piece by piece. One that has very much in it would
+    hold the loop: then what is left stays packed."""
+    MOST = 1 << 20
+
+    def __init__(self):
+        self.inflater = None
+        self.waiting = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises zlib.error."""
+        if self.inflater is None:
+            data = self.waiting = self.waiting + data
+            if len(data) < 2:
+                return b""
+            # Deflate has a header (RFC 1950 2.2), which some leave out.
+            headed = data[:2] == b"\x1f\x8b" or (
+                data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)
+            self.inflater = zlib.decompressobj(47 if headed else -15)
+        unpacked = self.inflater.decompress(data, self.MOST)
+        if self.inflater.unconsumed_tail:
+            raise zlib.error("too much")
+        return unpacked
 
 
 class UsageReader(UsageSource):
-    """Reads what a response reports of usage, and how much text it holds, from a copy of it on its
-    way past. What `feed` and `flush` return is what goes on to the caller: the one place where a
-    stream may be changed. What came is kept until MAX_KEPT, then searched and dropped, but for an
-    event that is not whole; of a line or JSON above MAX_LINE only the end is kept."""
+    """Reads what a response reports of usage, how much text it holds, and how it says that it
+    ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
+    caller: the one place where a stream may be changed. What came is kept until MAX_KEPT, then
+    searched and dropped, but for the last events; of a line or JSON above MAX_LINE only the end is
+    kept."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
+    LAST_EVENTS = 1 << 12
+    LAST_LINES = 64
     MAX_HELD = 1 << 14
 
     characters = 0
     size = 0
     compact_above = MAX_KEPT
-    cut = False    # the beginning of a line or of JSON is gone
-    final = False  # nothing more will be reported
+    cut = False     # the beginning of a line or of JSON is gone
+    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+    model: Optional[str] = None   # the one that served
+    tier: Optional[str] = None
+    end_is_read = False
+    ended = False         # the model has stopped,
+    closed = False        # and the stream's own last event has passed
+    fault = 0             # the status of the error that the response is
+    said_nothing = False  # it is an error, or has no end, and had no text
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = None
 
-    def __init__(self, call: Call, streamed: bool, readable: bool):
+    def __init__(self, call: Call, streamed: bool, readable: bool, packed: bool = False):
+        """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
         self.events = call.dialect.events
         self.endpoint = call.endpoint
         self.streamed = streamed
         self.readable = readable
-        self.changes_stream = streamed and call.usage_requested_by_us
+        self.unpacker = Unpacker() if packed else None
+        self.changes_stream = streamed and not packed and call.usage_requested_by_us
         self.pieces: List[bytes] = []
         self.counts: Dict[str, Any] = {}
 
@@ -3136,38 +3712,78 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        self.pieces.append(payload)
-        self.size += len(payload)
+        piece = self.unpack(payload) if self.unpacker else payload
+        self.pieces.append(piece)
+        self.size += len(piece)
         if self.size > self.compact_above:
             self.compact()
-        return self.drop_usage_event(payload) if self.changes_stream else payload
+        return self.hide_usage(payload) if self.changes_stream else payload
+
+    def unpack(self, payload: bytes) -> bytes:
+        """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
+        try:
+            return self.unpacker.feed(payload)
+        except zlib.error:
+            self.unpacker = None
+            self.readable = False
+            return payload
+
+    # -- what the caller did not ask for
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end."""
         held = self.held
         self.held = b""
-        return b"" if self.dialect.is_usage_event(held) else held  # its line end may be missing
+        return self.shown(held)  # its line end may be missing
 
-    def drop_usage_event(self, payload: bytes) -> bytes:
-        """Keeps back the event that the caller did not ask for. An event that is not whole waits
-        for its end: nobody could have used it before."""
+    def find_usage(self, data: bytes) -> Optional["re.Match[bytes]"]:
+        """Returns where usage begins in a part of a stream."""
+        mark = self.dialect.USAGE_MARK
+        return re.search(mark + rb"\s*:\s*\{", data) if mark in data else None
+
+    def hide_usage(self, payload: bytes) -> bytes:
+        """Keeps back the usage that the caller did not ask for. An event that is not whole waits
+        for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
-        if self.events.at_boundary(data) and (  # as nearly always
-                self.dialect.USAGE_MARK not in data or not self.dialect.USAGE_EVENT.search(data)):
-            self.held = b""
+        found = self.find_usage(data)
+        self.held = b""
+        if not found and self.events.at_boundary(data):  # as nearly always
             return data
-        *whole, self.held = self.events.end.split(data)
-        if len(self.held) > self.MAX_HELD:
-            whole.append(self.held)
-            self.held = b""
-        return b"".join([event for event in whole if not self.dialect.is_usage_event(event)])
+        begin = self.events.last_end(data, found.start() if found else len(data))
+        events = self.events.cut(data[begin:])
+        shown = list(map(self.shown, events))
+        if events and len(events[-1]) <= self.MAX_HELD and not self.is_over(events[-1], shown[-1]):
+            self.held = events[-1]
+            shown.pop()
+        return data[:begin] + b"".join(shown)
+
+    def is_over(self, event: bytes, shown: bytes) -> bool:
+        """Returns whether an event need not wait; one that is hidden goes with all of its end."""
+        if event != shown:
+            return self.events.at_boundary(event) and not event.endswith(b"\r")
+        return not event.strip() or self.events.at_boundary(event) or (
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event.splitlines(True)))
+
+    def shown(self, event: bytes) -> bytes:
+        """Returns what of an event the caller sees: it stays as it is where it has more to say."""
+        if not self.find_usage(event) or self.dialect.CONTENT.search(event):
+            return event
+        payload = self.events.payload(event)
+        rest = self.dialect.without_usage(payload)
+        if rest == payload:
+            return event
+        return self.events.replaced(event, to_json_bytes(rest)) if rest else b""
+
+    # -- what it says
 
     def compact(self) -> None:
-        """Drops what was kept, after a look at it; an incomplete line stays, or the end of one that
-        is too long."""
+        """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
+        too long."""
         data = b"".join(self.pieces)
-        end = data.rfind(b"\n") + 1 if self.streamed else 0
+        end = begin_of_line(data, len(data) - self.LAST_EVENTS) if self.streamed else 0
         if len(data) - end > self.MAX_LINE:
+            if not self.streamed and not self.cut:
+                self.note(self.front(data[:self.MAX_KEPT]))
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
@@ -3180,6 +3796,18 @@ class UsageReader(UsageSource):
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
+    def front(self, data: bytes) -> Dict[str, Any]:
+        """Returns what is of use in the beginning of JSON that is too large to be kept."""
+        found = {}
+        for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
+            keys = re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data)
+            match = next((one for one in keys if is_outermost(data, one.start())), None)
+            if match and not is_too_complex(data):
+                with contextlib.suppress(ValueError):
+                    text = data[match.end():].decode("utf-8", "replace")
+                    found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
+        return found
+
     def scan_for_usage(self, data: bytes) -> None:
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
@@ -3187,40 +3815,121 @@ class UsageReader(UsageSource):
             return
         found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
-            line = data[data.rfind(b"\n", 0, match.start()) + 1:].partition(b"\n")[0]
-            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS))
+            line = LINE.match(data, begin_of_line(data, match.start()))[0]
+            event = data[self.events.last_end(data, match.start()):]
+            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
+                      or self.events.payload(self.events.cut(event)[0]))
 
     def note(self, payload: Dict[str, Any]) -> None:
-        """Takes the counts of a response, an event or a part of one, if it has any."""
+        """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
-        if type(counts) is dict:
-            if self.counts:  # what is reported later adds to what was reported before
-                new = {name: value for name, value in counts.items() if value is not None}
-                counts = {**self.counts, **new}
-            self.counts = counts
-            self.final = final
+        if type(counts) is dict and counts:
+            self.counts = merged(self.counts, counts)
+            if final is not None or not self.final:
+                self.final = final
+        model, tier = self.dialect.served(payload)
+        self.model = model or self.model
+        self.tier = tier or self.tier
 
-    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
-        """Returns the usage that was reported, if it was; and whether nothing is missing from it. A
-        response that is not `whole` is believed of events alone: in JSON it could be anybody's."""
+    def read_end(self, whole: bool) -> None:
+        """Reads what is still kept, when no more comes. A response that is not `whole` is believed
+        of events alone: in JSON it could be anybody's."""
+        if self.end_is_read or not self.readable:
+            return
+        self.end_is_read = True
         data = b"".join(self.pieces)
         self.pieces = [data]
-        if self.readable and self.streamed:
+        if self.streamed:
             self.scan_for_usage(data)
-        elif self.readable and whole:
-            data = data.rstrip(b"] \t\r\n")  # Gemini's stream is an array
-            self.note(self.dialect.find_usage(data, OPENINGS[:1]))
-        usage = self.dialect.usage(self.counts)
-        return usage, usage is not None and (whole or self.final)
+            self.read_last_events(data)
+            self.ended = self.ended or self.closed or bool(self.final)
+        elif whole:
+            self.ended = True
+            self.read_json(data)
+
+    def read_last_events(self, data: bytes) -> None:
+        """Notes what the last four events say of their stream's end."""
+        held = b""
+        events = 0
+        for line in reversed(data.splitlines()[-self.LAST_LINES:]):
+            data = self.events.data(line)
+            if data is None:
+                held = held if line else b""
+                if NAMED_FAULT.fullmatch(line):
+                    self.fault = self.fault or 502
+                continue
+            held = data + held
+            payload = {} if held.strip() == LAST_DATA else object_in(held)
+            if payload:
+                self.closed = self.closed or self.dialect.is_last(payload)
+                self.ended = self.ended or self.dialect.is_finished(payload)
+                self.fault = self.fault or self.dialect.fault(payload)
+            elif held.strip() == LAST_DATA:
+                self.closed = True
+            else:
+                continue
+            held = b""
+            events += 1
+            if events == 4:
+                break
+
+    def read_json(self, data: bytes) -> None:
+        """Notes what JSON reports. Of a large one, little is parsed."""
+        small = len(data) <= self.MAX_KEPT and not self.cut
+        payload = last_object(data) if small else {}
+        if not payload and self.dialect.USAGE_MARK in data:
+            # Gemini's stream is an array.
+            payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
+            if not self.cut:
+                payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
+                    last_object(data))
+        self.note(payload)
+        if any([mark in data for mark in FAULT_MARKS]):
+            self.fault = self.dialect.fault(payload)
+
+    def ending(self, whole: bool) -> str:
+        """Returns how a response ended by what it says itself; `whole`: its body has come."""
+        self.read_end(whole)
+        failed = self.fault or (whole and not self.ended and self.tells_end())
+        if failed and not self.said_nothing:
+            self.said_nothing = not self.output_characters()
+        if self.fault:
+            return "upstream_status"
+        return "ok" if whole and not failed else "upstream_cut"
+
+    def has_closed(self) -> bool:
+        """Returns whether a stream, though not whole, has come to its own end."""
+        self.ending(whole=False)
+        return self.closed
+
+    def tells_end(self) -> bool:
+        """Returns whether a response that is whole says so."""
+        known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
+        return bool(known and self.streamed and self.readable
+                    and self.endpoint not in NO_LIMIT_REPLY)
+
+    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
+        """Returns the usage that was reported, if it was; and whether nothing is missing from
+        it."""
+        self.read_end(whole)
+        usage = self.dialect.usage(self.counts, self.model, self.tier)
+        complete = self.final or (whole and self.final is None)
+        return usage, usage is not None and bool(complete)
+
+    def most_characters(self) -> int:
+        """Returns what was counted; of what is kept, all, or what is usual in events."""
+        density = self.density or (0.03 if self.streamed else 1)
+        return self.characters + round(self.size * density)
 
     def output_characters(self) -> int:
-        """Returns how many characters of text passed."""
+        """Returns the weight of the text that passed."""
         self.characters += self.count_characters(b"".join(self.pieces))
         self.pieces = []
+        self.size = 0
         return self.characters
 
     def count_characters(self, data: bytes) -> int:
-        """Returns the characters of text in events or in JSON; of what cannot be read, all."""
+        """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
         if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
@@ -4623,8 +5332,9 @@ class NameReader:
         return self.reader.flush() if self.reader else b""
 
     def look_at_events(self):
-        *whole, self.kept = self.events.end.split(self.kept)
-        for event in whole:
+        events = self.events.cut(self.kept)
+        self.kept = events[-1]  # which may not be whole
+        for event in events:
             self.tries += 1
             if self.tell(names_made(self.events.payload(event))):
                 return
@@ -4959,6 +5669,9 @@ class Address:
             raise UpstreamTimeout(nothing_sent=True) from None
         except (OSError, http.client.HTTPException) as failure:
             raise UpstreamFailed(failure, nothing_sent=True) from None
+        except CallerGone as gone:
+            gone.nothing_sent = True
+            raise
         keep_alive(sock)
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
@@ -5089,6 +5802,12 @@ class Upstream:
         address.running += 1
         return address
 
+    def judge_head(self, address, good):
+        """Whether a call went well is known at its end, but one that tries an open breaker must not
+        keep others waiting for that."""
+        if not good or address.breaker.opened is not None:
+            self.judge(address, good)
+
     def judge(self, address, good):
         breaker = address.breaker
         if good and not breaker.failures and breaker.opened is None:
@@ -5167,7 +5886,7 @@ class Upstream:
                 failed += [] if stale else [address]
             finally:
                 if not probe:  # a list of models says nothing of how calls fare
-                    self.judge(address, good)
+                    self.judge_head(address, good)
                 if response is None:
                     address.running -= 1
 
@@ -5854,6 +6573,12 @@ class ReplyParts(NamedTuple):
     budget: MemoryBudget
 
 
+IDENTITY, PACKED, UNREADABLE = range(3)
+ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
+    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
+    "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
+
+
 class Reply:
     """`begun`: a head was sent; `early`: it was ours, and comments followed. `close_after`: the
     connection cannot carry another request; `reset`: its end must not look like the body's."""
@@ -5987,13 +6712,15 @@ class Reply:
         call = self.call
         self.stop_comments()
         self.context.until = self.end_at
-        streamed, readable = self.kind_of(response.head)
+        streamed, encoding = self.kind_of(response.head)
         response.streamed = streamed
-        if self.early and not (response.status == 200 and streamed and readable):
+        has_events = streamed and encoding == IDENTITY
+        if self.early and not (response.status == 200 and has_events):
             raise await self.not_a_stream(response)
         if response.status < 400 and self.may_tell_usage(response.head, streamed):
-            self.entry.reader = UsageReader(call, streamed, readable)
-        self.adapter = self.adapt(response, streamed and readable)
+            self.entry.reader = UsageReader(
+                call, streamed, encoding != UNREADABLE, encoding == PACKED)
+        self.adapter = self.adapt(response, has_events)
         if call.on_made:
             self.adapter.reader = NameReader(
                 self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
@@ -6015,12 +6742,12 @@ class Reply:
             "json" in head.get("content-type", "").lower())
 
     def kind_of(self, head):
-        """Returns whether a response is a stream of events, and whether its body can be read."""
+        """Returns whether a response is a stream of events, and how its body is encoded."""
         dialect = self.call.dialect
         if dialect not in head.cache:
-            head.cache[dialect] = (
-                dialect.is_stream(head.get("content-type", "")),
-                head.get("content-encoding", "identity") == "identity")
+            encoding = head.get("content-encoding", "").strip().lower()
+            head.cache[dialect] = (dialect.is_stream(head.get("content-type", "")),
+                                   ENCODINGS.get(encoding, UNREADABLE))
         return head.cache[dialect]
 
     def adapt(self, response, has_events):
@@ -6135,6 +6862,16 @@ class Reply:
             raise CallerGone()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
 
+    def went_well(self, response: Response, ending: str) -> Optional[bool]:
+        """Returns whether a call went well, None where that is known already or not the upstream's
+        doing. An error in a response is what its status would be."""
+        reader = self.entry.reader
+        if response.status in FAILING or not self.adapter.framing.ended:
+            return None
+        if reader and reader.fault:
+            return False if reader.fault in FAILING else None
+        return ending == "ok"
+
     async def drain(self):
         """Wait until the client has taken all. Raises CallerGone, and what the call is ended
         with."""
@@ -6145,6 +6882,18 @@ class Reply:
             taken = False
         if not taken:
             raise CallerGone()
+
+    def missed_nothing(self) -> bool:
+        """Returns whether a caller who left had all of a stream, up to its own end."""
+        reader = self.entry.reader
+        return reader is not None and reader.has_closed() and not self.client.write_buffer
+
+    def end(self, ending: str):
+        """Note how an answer ended, and cut one that is not whole."""
+        if ending != "ok":
+            self.entry.outcome = ending
+            if not self.adapter.framing.ended:
+                self.cut(UpstreamFailed("cut"))
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -6267,6 +7016,10 @@ class Reply:
 # constructors meet. They do not know http.server.
 # --------------------------------------------------------------------------------------------------
 
+# Statuses by which an upstream says that the request is wrong: it costs its caller a request.
+CALLERS_FAULTS = 400, 404, 413, 422
+
+
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
@@ -6310,41 +7063,46 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite)
-        costs = NO_COST if call.unmetered else self.estimator.estimate(call)
+        costs = least = NO_COST
+        if not call.unmetered:
+            costs, least = self.estimator.estimate(call, entry.caller.key)
         # What is not metered does not wait.
         send = self.send if upstream.queue is None or call.unmetered else self.send_in_turn
         with await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                     upstream.name) as entry.hold:                  # admit
+                                     upstream.name, least) as entry.hold:           # admit
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     ending = await self.pass_on(response, reply, entry)
+                    upstream.judge(response.address, reply.went_well(response, ending))
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped) as reason:
-                self.settle(entry, reason.outcome)
+                if reply.missed_nothing():
+                    reason.outcome = "ok"
+                if not reason.nothing_sent:
+                    self.settle(entry, reason.outcome)
                 raise
             self.settle(entry, ending)                                              # settle
-            if ending != "ok":
-                entry.outcome = ending
-                reply.cut(UpstreamFailed("cut"))
+            reply.end(ending)
 
     async def pass_on(self, response, reply, entry):
-        """Pass a response on; returns how its body ended."""
+        """Pass a response on; returns how it ended: its body, and by what it says itself."""
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         adapter = await reply.receive(response)
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
-            entry.hold.give_back()
+            entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
         elif adapter.framing.ended:
-            self.settle(entry, "ok")
+            self.settle(entry, entry.reader.ending(whole=True) if entry.reader else "ok")
         reply.begin(response)
         try:
-            return "ok" if adapter.framing.ended else await reply.carry(response)
+            ending = "ok" if adapter.framing.ended else await reply.carry(response)
         finally:
             entry.passed = adapter.passed
+        return entry.reader.ending(ending == "ok") if entry.reader else ending
 
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
@@ -6444,17 +7202,25 @@ class Proxy:
             return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
             return
+        if entry.reader and entry.reader.said_nothing:
+            return hold.settle(self.fault_costs(entry.reader.fault))
         if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
-            if call.made:
-                self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
-            return hold.settle(hold.costs)
-        usage = self.estimator.usage(call, entry.reader, ending == "ok")
+            return self.await_usage(call, hold)
+        # Nobody knows how much a call used whose caller did not wait for its end.
+        held = hold.output_tokens if ending == CallerGone.outcome else 0
+        usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
-        if ending != "ok":
+        if ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+
+    def await_usage(self, call, hold):
+        """Leave the charge of a call in the background as it was held, until its usage is told."""
+        if call.made:
+            self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+        hold.keep()
 
     @staticmethod
     def told_usage(entry, ending):
@@ -6473,6 +7239,10 @@ class Proxy:
         costs = self.estimator.costs(usage, entry.picodollars, before[-1])
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
         entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
+
+    def fault_costs(self, status):
+        """Returns what a call costs that was refused: what its caller did wrong costs a request."""
+        return self.estimator.costs(Usage(), 0, 0) if status in CALLERS_FAULTS else NO_COST
 
     def request_head(self, request, call, upstream, address):
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
@@ -6509,7 +7279,7 @@ class Proxy:
                    or name == self.callers.caller_header]
         dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
         if call.body is not None:
-            dropped.append("content-encoding")
+            dropped += ["content-encoding", Dialect.MASK_FIELD]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
         return NEVER_UPSTREAM.union(dropped)
