@@ -1515,10 +1515,24 @@ MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
+# First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
+# what stands between. b"\xe2" begins punctuation and signs.
+WIDE = {0xe0, 0xe1, *range(0xe3, 0xf5)}
+NOT_WIDE = bytes(set(range(256)) - WIDE)
+
+
+def text_weight(text: str) -> int:
+    """Returns the characters of a text, those of scripts that need more tokens counted 8/3 times:
+    CHARACTERS_PER_TOKEN of that make about one token."""
+    if text.isascii():
+        return len(text)
+    wide = len(text.encode("utf-8", "surrogatepass").translate(None, NOT_WIDE))
+    return len(text) + wide * 5 // 3
+
 
 def text_length(payload: Dict[str, Any], skip: str,
                 counts_whole: Callable[[Dict[str, Any]], bool]) -> Tuple[int, int]:
-    """Returns the characters of all string values anywhere in `payload`, joined by spaces, without
+    """Returns the weight of all string values anywhere in `payload`, joined by spaces, without
     the top-level key `skip`; and of how many parts `counts_whole` is true: images and the like,
     which are counted, not looked into."""
     characters = 0
@@ -1527,7 +1541,7 @@ def text_length(payload: Dict[str, Any], skip: str,
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            characters += len(value) + 1
+            characters += text_weight(value) + 1
         elif kind is list:
             values += value
         elif kind is dict:
@@ -1784,6 +1798,32 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(b"\xef\xbb\xbf"))
 
 
+def parse_or_none(data: bytes) -> Any:
+    """Returns JSON of an upstream, None where it cannot be read."""
+    try:
+        return parse_response(data)
+    except ValueError:
+        return None
+
+
+def object_in(data: bytes) -> Dict[str, Any]:
+    """Returns a JSON object of an upstream, {} where there is none."""
+    found = parse_or_none(data)
+    return found if isinstance(found, dict) else {}
+
+
+def last_object(data: bytes) -> Dict[str, Any]:
+    """Returns the same, or the last of an array of them."""
+    found = parse_or_none(data)
+    found = found[-1] if isinstance(found, list) and found else found
+    return found if isinstance(found, dict) else {}
+
+
+def begin_of_line(data: bytes, place: int) -> int:
+    """Returns where the line begins in which a place is."""
+    return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
+
+
 def to_json_bytes(payload: Any) -> bytes:
     """Returns JSON without white space."""
     return json.dumps(payload, separators=(",", ":")).encode()
@@ -1794,6 +1834,39 @@ def dig(value: Any, *names: str) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def as_list(value: Any) -> List[Any]:
+    """Returns a list as it is, and anything else as the only one in a list."""
+    return value if isinstance(value, list) else [value]
+
+
+JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def is_outermost(data: bytes, place: int) -> bool:
+    """Returns whether what stands at a place of a JSON object is in no other object in it."""
+    outside = JSON_STRINGS.sub(b"", data[:place])
+    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
+    return depth == 1 and b'"' not in outside
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
+    return type(value) in (int, float) and 0 <= value < MAX_TOKENS_PER_CALL and value % 1 == 0
+
+
+def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
+    """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
+    nothing."""
+    found = dict(before)
+    for name, value in after.items():
+        old = found.get(name)
+        if type(old) is dict and type(value) is dict:
+            found[name] = merged(old, value)
+        elif value is not None and not (is_count(value) and is_count(old) and value < old):
+            found[name] = value
+    return found
 
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
@@ -1821,8 +1894,8 @@ class EventFraming(NamedTuple):
     """Says how the streams of an API are cut into events."""
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
-    ends: Tuple[bytes, ...]  # what may end an event, our own first
-    end: "re.Pattern[bytes]"  # matches the place after one of these
+    ends: Tuple[bytes, ...]  # what may end an event, our own first,
+    marks: Tuple[bytes, ...]  # and what is in each of these: one of some that are as long
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -1836,22 +1909,60 @@ class EventFraming(NamedTuple):
         """Returns whether something can be put in after `tail`, the last 4 bytes that passed."""
         return not tail or tail.endswith(self.ends)
 
+    def data(self, line: bytes) -> Optional[bytes]:
+        """Returns what a line has of an event's JSON, None where it is another line."""
+        prefix = self.prefix.rstrip()  # others leave out the space
+        return line[len(prefix):] if line.startswith(prefix) else None
+
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
-        prefix = self.prefix.rstrip()  # others leave out the space
-        line = event[event.find(prefix) + len(prefix):].partition(b"\n")[0]
-        try:
-            found = parse_response(line)
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
+        return object_in(b"\n".join([data for data in map(self.data, lines) if data is not None]))
+
+    def replaced(self, event: bytes, data: bytes) -> bytes:
+        """Returns an event with other JSON in it."""
+        lines = event.splitlines(keepends=True)
+        places = [place for place, line in enumerate(lines) if self.data(line) is not None]
+        last = lines[places[-1]]
+        end = last[len(last.rstrip(b"\r\n")):]
+        lines[places[0]:places[-1] + 1] = [self.prefix + data + end]
+        return b"".join(lines)
+
+    def cut(self, data: bytes) -> List[bytes]:
+        """Returns events; the last may not be whole."""
+        events = []
+        lines: List[bytes] = []
+        for line in data.splitlines(keepends=True):
+            blank = not line.strip(b"\r\n")
+            if lines and not blank and self.is_whole(lines):
+                events.append(b"".join(lines))
+                lines = []
+            lines.append(line)
+            if blank:
+                events.append(b"".join(lines))
+                lines = []
+        return events + [b"".join(lines)] if lines else events
+
+    def last_end(self, data: bytes, before: int) -> int:
+        """Returns the place after the last event that ends before another place, 0 without one."""
+        place = max([data.rfind(mark, 0, before) for mark in self.marks])
+        return 0 if place < 0 else place + len(self.marks[0])
+
+    def is_whole(self, lines: List[bytes]) -> bool:
+        """Returns whether these lines are all of an event's, though what must end it is missing:
+        some servers end events with a line, or the rest is still to come."""
+        data = self.data(lines[-1])
+        return data is not None and (data.strip() == LAST_DATA or (
+            data.rstrip().endswith(b"}") and bool(self.payload(b"".join(lines)))))
 
 
-# WHATWG HTML, 9.2
+LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
+# WHATWG HTML, 9.2: a line ends with LF, CR or both, an event with an empty line.
 SSE = EventFraming(
-    "text/event-stream", b"data: ", (b"\n\n", b"\r\n\r\n"), re.compile(rb"(?<=\n\n)|(?<=\n\r\n)"))
+    "text/event-stream", b"data: ", (b"\n\n", b"\n\r\n", b"\r\r\n", b"\r\r", b"\n\r"),
+    (b"\n\n", b"\n\r", b"\r\r"))
 # Each line is an event.
-NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), re.compile(rb"(?<=\n)"))
+NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
 
 
 class Call(Billable):
@@ -1897,7 +2008,7 @@ class Call(Billable):
             self.upstream_body = to_json_bytes(payload)
 
     def request_usage(self) -> None:
-        """Asks for the usage of a stream, unless the caller said whether it wants it."""
+        """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
     def prompt_length(self) -> Tuple[int, int]:
@@ -1951,6 +2062,62 @@ class Model(NamedTuple):
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
+# An answer or an event with one of these at one of these keys is an error.
+FAULT_KEYS = ("type", "object", "status", "finish_reason")
+FAULTS = frozenset(("error", "response.failed", "failed"))
+# Errors by which an upstream says that the caller is to blame, or its own account
+BLAMELESS = re.compile(
+    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic|safety",
+    re.IGNORECASE)
+
+
+def without_masks(query: str) -> str:
+    """Returns a query without what leaves out parts of a response at Google's servers."""
+    return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
+        part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
+
+
+def text_at(part: Any) -> Callable[[str], str]:
+    """Returns what reads the text at a key, "" where there is none."""
+    def read(key):
+        text = dig(part, key)
+        return text if isinstance(text, str) else ""
+    return read
+
+
+def fault_status(error: Any) -> int:
+    """Returns the status of an error in a response: what it says itself, else 400 where its kind is
+    one that speaks of the caller, and 502."""
+    for key in ("code", "status", "status_code"):
+        code = str(dig(error, key))
+        if re.fullmatch("[45][0-9]{2}", code):
+            return int(code)
+    kind = " ".join(map(text_at(error), ("type", "code", "status")))
+    return 400 if BLAMELESS.search(kind) else 502
+
+
+def is_name(value: Any) -> bool:
+    """Returns whether a value can be the name of a model or a tier."""
+    return isinstance(value, str) and 0 < len(value) <= 256
+
+
+def is_money(value: Any) -> bool:
+    """Returns whether a value can be an amount of money."""
+    return type(value) in (int, float) and 0 <= value < MAX_COST
+
+
+def with_iterations(told: Usage, parts: List[Usage]) -> Usage:
+    """Returns the usage of a call that ran in several steps, some of them by another model. What
+    was told may leave out some (Anthropic's compaction)."""
+    own = [part for part in parts if part.model == told.model]
+    others = tuple([part for part in parts if part.model != told.model])
+    input, output, cached, cache_write, reasoning, hour_write = [
+        sum([getattr(part, name) for part in own])
+        for name in ("input", "output", "cached", "cache_write", "reasoning", "hour_write")]
+    if input + output > told.input + told.output:
+        told = told._replace(input=input, output=output, cached=cached, cache_write=cache_write,
+                             reasoning=reasoning, hour_write=hour_write)
+    return told._replace(others=others)
 
 
 class Dialect:
@@ -1961,6 +2128,8 @@ class Dialect:
     ENDPOINTS = {}
     # What stands before the model in a path, the model, and what stands behind.
     MODEL_IN_PATH = re.compile("(?!)")  # nothing
+    # Asks Google's servers to leave out parts of a response, such as its usage.
+    MASK_FIELD = "x-goog-fieldmask"
     # The keys of the most output tokens, by endpoint; the first that is set counts.
     OUTPUT_LIMITS = {}
     # The objects that may hold these keys; the payload does where there are none.
@@ -1983,8 +2152,10 @@ class Dialect:
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
     USAGE_OPTION = b""
-    # Stands in events that do nothing but report usage.
-    USAGE_EVENT = re.compile(b"(?!)")  # nothing
+    # Stands in events that do more than report usage.
+    CONTENT = re.compile(b"(?!)")  # nothing
+    # What else stands in events that do no more than that.
+    ENVELOPE = frozenset()
     # Templates of errors, which are named by their status or the refusal's kind
     ERROR = ""
     ERRORS = {}
@@ -1995,8 +2166,20 @@ class Dialect:
     MODEL_LIST = ""
     MODEL = ""
     MODEL_KEYS = ("id",)  # at which its name stands
-    # What a count is; the largest of those that are the same counts.
-    COUNTS = {}
+    # The parts of a response or an event in which usage may stand: they hold no caller's words.
+    USAGE_HOLDERS = ("response", "message", "choices", "delta", "x_groq")
+    # What a count is, in any of the APIs; the largest of those that are the same counts.
+    COUNTS = {
+        "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
+        "completion_tokens": "output", "output_tokens": "output", "outputTokens": "output",
+        "total_tokens": "total", "totalTokens": "total",
+        "cached_tokens": "cached", "prompt_cache_hit_tokens": "cached",
+        "cache_read_input_tokens": "cached", "cache_read_tokens": "cached",
+        "cacheReadInputTokens": "cached",
+        "cache_write_tokens": "written", "cache_creation_input_tokens": "written",
+        "cache_creation_tokens": "written", "cacheWriteInputTokens": "written",
+        "ephemeral_5m_input_tokens": "minutes", "ephemeral_1h_input_tokens": "hour",
+        "reasoning_tokens": "reasoning", "thinking_tokens": "reasoning"}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt",)
     OUTPUT = ("output",)
@@ -2004,6 +2187,18 @@ class Dialect:
     NEEDED_COUNTS = frozenset(("prompt", "total"))
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
+    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra; xAI's ticks.
+    MONEY = {"cost": PICODOLLARS, "total_cost": PICODOLLARS, "estimated_cost": PICODOLLARS,
+             "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
+    # How it was served.
+    TIERS = ("service_tier", "speed", "inference_geo")
+    # The key of the model that served.
+    SERVED = "model"
+    # Where a response or an event says why the model stopped,
+    REASON = ("", "")
+    # and what events say that end a stream. Without either, nobody can tell whether one is whole.
+    TYPE = "type"
+    LAST_TYPES = frozenset()
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -2018,8 +2213,11 @@ class Dialect:
 
     def requested(self, path: str, payload: Dict[str, Any]) -> Tuple[Any, bool]:
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
+        stream = payload.get("stream")
+        if stream is not None and type(stream) is not bool:  # an upstream might take it for true
+            raise BadRequest("stream must be true or false")
         in_path = self.MODEL_IN_PATH.fullmatch(path)
-        return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
+        return in_path[2] if in_path else payload.get("model"), bool(stream)
 
     def with_model(self, path: str, payload: Dict[str, Any], model: str
                    ) -> Tuple[str, Dict[str, Any]]:
@@ -2055,61 +2253,153 @@ class Dialect:
         """Returns whether a response of this type is cut into events."""
         return content_type.lower().startswith(self.events.content_type)
 
-    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, bool]:
+    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, Optional[bool]]:
         """Returns what a response or an event reports of usage, by the API's own names, if
-        anything; and whether nothing more will come."""
-        # The last event of OpenAI's responses API has the whole response.
-        return payload.get("usage") or dig(payload, "response", "usage"), True
+        anything; and whether nothing more will come: None where that is known at the end."""
+        final = self.is_finished(payload) or not payload.get(self.REASON[0])
+        return self.counts_in(payload), final or None
+
+    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns the usage of a response or an event, with the counts that stand beside it."""
+        found = payload.get(self.USAGE_MARK[1:-1].decode())
+        if not isinstance(found, dict):
+            found = {}
+            for part in itertools.chain(*[as_list(payload.get(one)) for one in self.USAGE_HOLDERS]):
+                if isinstance(part, dict):
+                    found = merged(found, self.counts_in(part))
+        beside = {name: payload[name] for name in payload if name in self.COUNTS}
+        return merged(beside, found) if beside else found
+
+    def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+        """Returns the model that served, and the tier, as far as a response or an event says."""
+        parts = [part for part in (payload, payload.get("response"), payload.get("message"))
+                 if isinstance(part, dict)]
+        return tuple([next(filter(is_name, [part.get(key) for part in parts]), None)
+                      for key in (self.SERVED, self.TIERS[0])])
+
+    def is_finished(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether a response or an event says that the model has stopped."""
+        holder, reason = self.REASON
+        return self.is_last(payload) or any(
+            [dig(one, reason) for one in as_list(payload.get(holder))])
+
+    def is_last(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether an event ends its stream."""
+        kind = payload.get(self.TYPE)
+        return isinstance(kind, (str, bool)) and kind in self.LAST_TYPES
+
+    def fault(self, payload: Dict[str, Any]) -> int:
+        """Returns the status of the error that a response or an event with status 200 is, 0 where
+        it is none."""
+        for part in (payload, payload.get("response"), *as_list(payload.get("choices"))[:1]):
+            error = dig(part, "error") or dig(part, "errors")
+            code = dig(part, "base_resp", "status_code")  # MiniMax
+            if error or code or FAULTS.intersection(map(text_at(part), FAULT_KEYS)):
+                return fault_status(as_list(error)[0] if error else part)
+        return 0
 
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
         start = len(data)
+        served = b'"%b"' % self.SERVED.encode()
         for _ in range(5):  # so many may be planted; to try more would take long
             start = data.rfind(self.USAGE_MARK, 0, start)
             if start < 0:
                 break
-            for opening in openings:
-                try:
-                    return decode_json(opening + data[start:])
-                except ValueError:
-                    pass
+            before = data.rfind(served, max(0, start - 300), start)  # embeddings end with both
+            for begin, opening in itertools.product({before, start} - {-1}, openings):
+                found = object_in(opening + data[begin:])
+                if found:
+                    return found
         return {}
 
-    def usage(self, counts: Dict[str, Any]) -> Optional[Usage]:
+    def usage(self, counts: Dict[str, Any], model: Optional[str] = None,
+              tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
+        told = self.plain_usage(counts, model, tier)
+        iterations = counts.get("iterations")
+        if told is None or not isinstance(iterations, list):
+            return told
+        parts = [self.plain_usage(one, one.get(self.SERVED) or model, tier)
+                 for one in iterations if isinstance(one, dict)]
+        return with_iterations(told, [part for part in parts if part])
+
+    def plain_usage(self, counts: Dict[str, Any], model: Optional[str],
+                    tier: Optional[str]) -> Optional[Usage]:
+        """Returns the usage that counts and their details tell, but for iterations."""
         details = [part for part in counts.values() if type(part) is dict]
-        found = collections.defaultdict(int, sorted([
-            (self.COUNTS[name], value)
-            for part in (counts, *details) for name, value in part.items()
-            if name in self.COUNTS and type(value) is int and 0 <= value < MAX_TOKENS_PER_CALL]))
+        found = collections.defaultdict(int)
+        for part in (counts, *details):
+            for name, value in part.items():
+                if name in self.COUNTS and is_count(value):
+                    kind = self.COUNTS[name]
+                    found[kind] = max(found[kind], int(value))
         if self.NEEDED_COUNTS.isdisjoint(found):
             return None
-        found.setdefault("prompt", max(0, found["total"] - found["output"]))
-        prompt = sum([found[name] for name in self.INPUT])
-        output = sum([found[name] for name in self.OUTPUT])
-        output = max(output, found["total"] - prompt)  # some count reasoning in the total alone
+        found["written"] = max(found["written"], found["minutes"] + found["hour"])
+        prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]))
+        tiers = [tier, *map(counts.get, self.TIERS)]
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]),
+                     hour_write=min(written, found["hour"]), model=model,
+                     tiers=tuple(dict.fromkeys(filter(is_name, tiers))),
+                     picodollars=self.picodollars(counts, details))
 
-    def is_usage_event(self, event: bytes) -> bool:
-        """Returns whether an event does nothing but report usage."""
-        payload = self.events.payload(event) if self.USAGE_EVENT.search(event) else {}
-        return payload.get("choices") == [] and isinstance(payload.get("usage"), dict)
+    def sides(self, found: Dict[str, int]) -> Tuple[int, int]:
+        """Returns all of the input, and of the output. Whether caches and reasoning are parts of
+        the prompt and of the output or stand beside them is what a total tells; without one it is
+        as usual in this API, but for parts that are larger than the whole."""
+        prompt, output, total = found["prompt"], found["output"], found["total"]
+        caches, reasoning = found["cached"] + found["written"], found["reasoning"]
+        sent = sum([found[name] for name in self.INPUT])
+        said = sum([found[name] for name in self.OUTPUT])
+        for pair in itertools.product(
+                (sent, prompt, prompt + caches, prompt + found["cached"],
+                 prompt + found["written"]), (said, output, output + reasoning)):
+            if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
+                return pair
+        sent = max(sent, prompt + caches if caches > prompt else 0)
+        said = max(said, output + reasoning if reasoning > output else 0)
+        sent = sent or max(0, total - said)
+        return sent, max(said, total - sent)  # some count reasoning in the total alone
+
+    def picodollars(self, counts: Dict[str, Any], details: List[Dict[str, Any]]) -> Optional[int]:
+        """Returns what a call cost, where the upstream says so."""
+        told = [part[name] * unit for part in (counts, *details)
+                for name, unit in self.MONEY.items() if is_money(part.get(name))]
+        own = dig(counts, "cost_details", "upstream_inference_cost")  # at OpenRouter, by a key of
+        if told and counts.get("is_byok") is True and is_money(own):  # one's own
+            told = [max(told) + own * PICODOLLARS]
+        return min(MAX_COST, round(max(told))) if told else None
+
+    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns what an event says besides usage, {} where that is nothing."""
+        rest = {name: value for name, value in payload.items()
+                if name != self.USAGE_MARK[1:-1].decode()}
+        return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
         """Returns how many characters the model said in JSON or in events, cut ones too. One search
         for all of them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
-        text = "".join(re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")))
+        texts = collections.defaultdict(list)
+        for key, text in re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")):
+            texts[key].append(text)
+        # What several keys say in the same words is said once: some mirror reasoning.
+        return sum([self.weight("".join(said)) for said in set(map(tuple, texts.values()))])
+
+    @staticmethod
+    def weight(text: str) -> int:
+        """Returns the weight of a string of JSON."""
         if "\\" in text:
             try:
                 text = json.loads('"%s"' % text)
             except ValueError:
                 pass
-        return len(text)
+        return text_weight(text)
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
@@ -2183,7 +2473,7 @@ class Dialect:
 
 
 # A string of JSON at one of these keys, up to where it may be cut
-TEXT_AT = r'"(?:%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
+TEXT_AT = r'"(%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
 "created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
 CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
@@ -2268,12 +2558,13 @@ class OpenAI(Dialect):
     LIST_PATHS = ("/v1/models", "/models")
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
-    USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-    COUNTS = {
-        "prompt_tokens": "prompt", "input_tokens": "prompt", "completion_tokens": "output",
-        "output_tokens": "output", "total_tokens": "total", "cached_tokens": "cached",
-        "prompt_cache_hit_tokens": "cached", "cache_write_tokens": "written",
-        "reasoning_tokens": "reasoning"}
+    CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+    ENVELOPE = frozenset((
+        "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint",
+        "provider", "obfuscation", "p", "x_groq"))
+    REASON = ("choices", "finish_reason")
+    LAST_TYPES = frozenset(("response.completed", "response.incomplete", "response.failed",
+                            "response.cancelled"))
     PARSED = {
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
@@ -2292,11 +2583,16 @@ class OpenAI(Dialect):
     MODEL = '{"id": "%(name)s", "object": "model", "created": 0, "owned_by": "llm-proxy"}'
 
     def request_usage(self, call):
-        options = call.payload.get("stream_options", {})
-        if not call.stream or call.endpoint not in ("chat", "completions") or (
-                not isinstance(options, dict) or "include_usage" in options):
+        if not call.stream or call.endpoint not in ("chat", "completions"):
             return
-        call.usage_requested_by_us = True
+        options = call.payload.get("stream_options")
+        if not isinstance(options, dict):
+            options = {}
+        # OpenRouter has a question of its own.
+        asked = options.get("include_usage") or dig(call.payload, "usage", "include")
+        call.usage_requested_by_us = not asked
+        if options.get("include_usage") is True:
+            return
         if "stream_options" in call.payload:
             payload = json.loads(call.upstream_body)
             payload["stream_options"] = {**options, "include_usage": True}
@@ -2305,13 +2601,15 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
-    def usage(self, counts):
+    def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
             counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
         if len(counts) == 3 and type(prompt) is type(output) is type(total) is int and (
                 0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
-            return Usage(prompt, output)  # as most servers report it
-        return super().usage(counts)
+            return Usage(prompt, output, model=model, tiers=(tier,) if tier else ())
+        if counts.keys() >= {"input_tokens", "cache_read_input_tokens"}:
+            return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
+        return super().usage(counts, model, tier)
 
     def final_error(self, refusal, status, resets_at):
         """Returns what Codex takes for the end of a plan, and tells its user (openai/codex,
@@ -2392,11 +2690,10 @@ class Anthropic(Dialect):
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
-    COUNTS = {
-        "input_tokens": "prompt", "output_tokens": "output", "cache_read_input_tokens": "cached",
-        "cache_creation_input_tokens": "written", "thinking_tokens": "reasoning"}
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
+    REASON = ("delta", "stop_reason")
+    LAST_TYPES = frozenset(("message_stop",))
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
@@ -2415,9 +2712,9 @@ class Anthropic(Dialect):
         return "anthropic-version" in fields or bool(self.PATH.search(path))
 
     def usage_counts(self, payload):
-        """Takes the input from message_start, the rest from the last, cumulative message_delta."""
-        counts = payload.get("usage") or dig(payload, "message", "usage")
-        return counts, payload.get("type") != "message_start"
+        """What message_start tells of the output is no count of it."""
+        counts, final = super().usage_counts(payload)
+        return counts, False if payload.get("type") == "message_start" else final
 
     def limit_text(self, call, values):
         return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
@@ -2476,7 +2773,10 @@ class Gemini(Google):
     COUNTS = {
         "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
         "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
+        "totalTokenCount": "total",
         "cachedContentTokenCount": "cached"}
+    SERVED = "modelVersion"
+    REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -2502,11 +2802,9 @@ class Gemini(Google):
             return path, DIALECTS["openai"]
         return super().place(path, dialect, metered)
 
-    def usage_counts(self, payload):
-        """Takes counts, which are cumulative: the event with finishReason has the final ones."""
-        candidates = payload.get("candidates")
-        return payload.get("usageMetadata"), isinstance(candidates, list) and any(
-            [dig(one, "finishReason") for one in candidates])
+    def is_last(self, payload):
+        return bool(dig(payload, "promptFeedback", "blockReason")) or any(
+            [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
 
     def limit_text(self, call, values):
         if call.endpoint != "generate":
@@ -2550,12 +2848,15 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
+    USAGE_HOLDERS = ("interaction",)
+    TYPE = "event_type"
+    LAST_TYPES = frozenset(("interaction.completed", "interaction.complete"))
     TEXT_KEYS = ("text", "arguments")
 
     def usage_counts(self, payload):
-        """Takes those of the whole interaction, which its last event has."""
-        return payload.get("usage") or dig(payload, "interaction", "usage"), (
-            payload.get("event_type") in (None, "interaction.completed", "interaction.complete"))
+        """What events before the last one tell is so far only."""
+        counts, _ = super().usage_counts(payload)
+        return counts, self.TYPE not in payload or self.is_last(payload)
 
     def limit_text(self, call, values):
         if call.stream:
@@ -2591,6 +2892,8 @@ class Ollama(Dialect):
     COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
+    TYPE = "done"
+    LAST_TYPES = frozenset((True,))
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -2602,8 +2905,8 @@ class Ollama(Dialect):
         return path.startswith("/api/")
 
     def requested(self, path, payload):
-        streams = "/api/embed" not in path and payload.get("stream") is not False
-        return payload.get("model"), streams
+        model, _ = super().requested(path, payload)
+        return model, "/api/embed" not in path and payload.get("stream") is not False
 
     def place(self, path, dialect, metered):
         if not path.startswith(("/api/", "/v1/")) and path != "/":
@@ -2612,10 +2915,6 @@ class Ollama(Dialect):
 
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
-
-    def usage_counts(self, payload):
-        """Takes the counts that the last line has beside all else."""
-        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
 
     def limit_text(self, call, values):
         if call.endpoint not in OLLAMA_SAYS:
@@ -2717,6 +3016,7 @@ class Dialects:
         call = Call(dialect, endpoint, path, query, prefix)
         model = None
         if endpoint:
+            call.query = without_masks(call.query)
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
@@ -2742,35 +3042,71 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
+FAULT_MARKS = (b'"error', b'"failed"', b'"base_resp"')  # JSON without them is no error
+NAMED_FAULT = re.compile(rb"event: ?error|error:.*")    # the latter is llama.cpp's
+
+
+class Unpacker:
+    """Unpacks gzip and deflate (RFC 9110 8.4.1), piece by piece. One that has very much in it would
+    hold the loop: then what is left stays packed."""
+    MOST = 1 << 20
+
+    def __init__(self):
+        self.inflater = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises zlib.error."""
+        if self.inflater is None:
+            self.inflater = zlib.decompressobj(47)  # either format, by its header
+            try:
+                return self.feed(data)
+            except zlib.error:
+                self.inflater = zlib.decompressobj(-15)  # deflate as some send it: without a header
+        unpacked = self.inflater.decompress(data, self.MOST)
+        if self.inflater.unconsumed_tail:
+            raise zlib.error("too much")
+        return unpacked
 
 
 class UsageReader(UsageSource):
-    """Reads what a response reports of usage, and how much text it holds, from a copy of it on its
-    way past. What `feed` and `flush` return is what goes on to the caller: the one place where a
-    stream may be changed. What came is kept until MAX_KEPT, then searched and dropped, but for an
-    event that is not whole; of a line or JSON above MAX_LINE only the end is kept."""
+    """Reads what a response reports of usage, how much text it holds, and how it says that it
+    ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
+    caller: the one place where a stream may be changed. What came is kept until MAX_KEPT, then
+    searched and dropped, but for the last events; of a line or JSON above MAX_LINE only the end is
+    kept."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
+    LAST_EVENTS = 1 << 12
+    LAST_LINES = 64
     MAX_HELD = 1 << 14
 
     characters = 0
     size = 0
     compact_above = MAX_KEPT
-    cut = False    # the beginning of a line or of JSON is gone
-    final = False  # nothing more will be reported
+    cut = False     # the beginning of a line or of JSON is gone
+    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+    model: Optional[str] = None   # the one that served
+    tier: Optional[str] = None
+    end_is_read = False
+    ended = False         # the model has stopped,
+    closed = False        # and the stream's own last event has passed
+    fault = 0             # the status of the error that the response is
+    said_nothing = False  # it is an error, or has no end, and had no text
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = None
 
-    def __init__(self, call: Call, streamed: bool, readable: bool):
+    def __init__(self, call: Call, streamed: bool, readable: bool, packed: bool = False):
+        """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
         self.events = call.dialect.events
         self.endpoint = call.endpoint
         self.streamed = streamed
         self.readable = readable
-        self.changes_stream = streamed and call.usage_requested_by_us
+        self.unpacker = Unpacker() if packed else None
+        self.changes_stream = streamed and not packed and call.usage_requested_by_us
         self.pieces: List[bytes] = []
         self.counts: Dict[str, Any] = {}
 
@@ -2780,38 +3116,78 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        self.pieces.append(payload)
-        self.size += len(payload)
+        piece = self.unpack(payload) if self.unpacker else payload
+        self.pieces.append(piece)
+        self.size += len(piece)
         if self.size > self.compact_above:
             self.compact()
-        return self.drop_usage_event(payload) if self.changes_stream else payload
+        return self.hide_usage(payload) if self.changes_stream else payload
+
+    def unpack(self, payload: bytes) -> bytes:
+        """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
+        try:
+            return self.unpacker.feed(payload)
+        except zlib.error:
+            self.unpacker = None
+            self.readable = False
+            return payload
+
+    # -- what the caller did not ask for
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end."""
         held = self.held
         self.held = b""
-        return b"" if self.dialect.is_usage_event(held) else held  # its line end may be missing
+        return self.shown(held)  # its line end may be missing
 
-    def drop_usage_event(self, payload: bytes) -> bytes:
-        """Keeps back the event that the caller did not ask for. An event that is not whole waits
-        for its end: nobody could have used it before."""
+    def find_usage(self, data: bytes) -> Optional["re.Match[bytes]"]:
+        """Returns where usage begins in a part of a stream."""
+        mark = self.dialect.USAGE_MARK
+        return re.search(mark + rb"\s*:\s*\{", data) if mark in data else None
+
+    def hide_usage(self, payload: bytes) -> bytes:
+        """Keeps back the usage that the caller did not ask for. An event that is not whole waits
+        for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
-        if self.events.at_boundary(data) and (  # as nearly always
-                self.dialect.USAGE_MARK not in data or not self.dialect.USAGE_EVENT.search(data)):
-            self.held = b""
+        found = self.find_usage(data)
+        self.held = b""
+        if not found and self.events.at_boundary(data):  # as nearly always
             return data
-        *whole, self.held = self.events.end.split(data)
-        if len(self.held) > self.MAX_HELD:
-            whole.append(self.held)
-            self.held = b""
-        return b"".join([event for event in whole if not self.dialect.is_usage_event(event)])
+        begin = self.events.last_end(data, found.start() if found else len(data))
+        events = self.events.cut(data[begin:])
+        shown = list(map(self.shown, events))
+        if events and len(events[-1]) <= self.MAX_HELD and not self.is_over(events[-1], shown[-1]):
+            self.held = events[-1]
+            shown.pop()
+        return data[:begin] + b"".join(shown)
+
+    def is_over(self, event: bytes, shown: bytes) -> bool:
+        """Returns whether an event need not wait; one that is hidden goes with all of its end."""
+        if event != shown:
+            return self.events.at_boundary(event) and not event.endswith(b"\r")
+        return not event.strip() or self.events.at_boundary(event) or (
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event.splitlines(True)))
+
+    def shown(self, event: bytes) -> bytes:
+        """Returns what of an event the caller sees: it stays as it is where it has more to say."""
+        if not self.find_usage(event) or self.dialect.CONTENT.search(event):
+            return event
+        payload = self.events.payload(event)
+        rest = self.dialect.without_usage(payload)
+        if rest == payload:
+            return event
+        return self.events.replaced(event, to_json_bytes(rest)) if rest else b""
+
+    # -- what it says
 
     def compact(self) -> None:
-        """Drops what was kept, after a look at it; an incomplete line stays, or the end of one that
-        is too long."""
+        """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
+        too long."""
         data = b"".join(self.pieces)
-        end = data.rfind(b"\n") + 1 if self.streamed else 0
+        end = begin_of_line(data, len(data) - self.LAST_EVENTS) if self.streamed else 0
         if len(data) - end > self.MAX_LINE:
+            if not self.streamed and not self.cut:
+                self.note(self.front(data[:self.MAX_KEPT]))
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
@@ -2824,6 +3200,18 @@ class UsageReader(UsageSource):
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
+    def front(self, data: bytes) -> Dict[str, Any]:
+        """Returns what is of use in the beginning of JSON that is too large to be kept."""
+        found = {}
+        for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
+            keys = re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data)
+            match = next((one for one in keys if is_outermost(data, one.start())), None)
+            if match and not is_too_complex(data):
+                with contextlib.suppress(ValueError):
+                    text = data[match.end():].decode("utf-8", "replace")
+                    found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
+        return found
+
     def scan_for_usage(self, data: bytes) -> None:
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
@@ -2831,40 +3219,119 @@ class UsageReader(UsageSource):
             return
         found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
-            line = data[data.rfind(b"\n", 0, match.start()) + 1:].partition(b"\n")[0]
-            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS))
+            begin = begin_of_line(data, match.start())
+            line = data[begin:].partition(b"\n")[0]
+            event = data[self.events.last_end(data, match.start()):]
+            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
+                      or self.events.payload(self.events.cut(event)[0]))
 
     def note(self, payload: Dict[str, Any]) -> None:
-        """Takes the counts of a response, an event or a part of one, if it has any."""
+        """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
-        if type(counts) is dict:
-            if self.counts:  # what is reported later adds to what was reported before
-                new = {name: value for name, value in counts.items() if value is not None}
-                counts = {**self.counts, **new}
-            self.counts = counts
-            self.final = final
+        if type(counts) is dict and counts:
+            self.counts = merged(self.counts, counts)
+            if final is not None or not self.final:
+                self.final = final
+        model, tier = self.dialect.served(payload)
+        self.model = model or self.model
+        self.tier = tier or self.tier
 
-    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
-        """Returns the usage that was reported, if it was; and whether nothing is missing from it. A
-        response that is not `whole` is believed of events alone: in JSON it could be anybody's."""
+    def read_end(self, whole: bool) -> None:
+        """Reads what is still kept, when no more comes. A response that is not `whole` is believed
+        of events alone: in JSON it could be anybody's."""
+        if self.end_is_read or not self.readable:
+            return
+        self.end_is_read = True
         data = b"".join(self.pieces)
         self.pieces = [data]
-        if self.readable and self.streamed:
+        if self.streamed:
             self.scan_for_usage(data)
-        elif self.readable and whole:
-            data = data.rstrip(b"] \t\r\n")  # Gemini's stream is an array
-            self.note(self.dialect.find_usage(data, OPENINGS[:1]))
-        usage = self.dialect.usage(self.counts)
-        return usage, usage is not None and (whole or self.final)
+            self.read_last_events(data)
+            self.ended = self.ended or self.closed or bool(self.final)
+        elif whole:
+            self.ended = True
+            self.read_json(data)
+
+    def read_last_events(self, data: bytes) -> None:
+        """Notes what the last four events say of their stream's end."""
+        held = b""
+        events = 0
+        for line in reversed(data.splitlines()[-self.LAST_LINES:]):
+            data = self.events.data(line)
+            if data is None:
+                held = held if line else b""
+                if NAMED_FAULT.fullmatch(line):
+                    self.fault = self.fault or 502
+                continue
+            held = data + held
+            payload = {} if held.strip() == LAST_DATA else object_in(held)
+            if payload:
+                self.closed = self.closed or self.dialect.is_last(payload)
+                self.ended = self.ended or self.dialect.is_finished(payload)
+                self.fault = self.fault or self.dialect.fault(payload)
+            elif held.strip() == LAST_DATA:
+                self.closed = True
+            else:
+                continue
+            held = b""
+            events += 1
+            if events == 4:
+                break
+
+    def read_json(self, data: bytes) -> None:
+        """Notes what JSON reports. Of a large one, little is parsed."""
+        payload = {}
+        if len(data) <= self.MAX_KEPT and not self.cut:
+            payload = last_object(data)
+        if not payload and self.dialect.USAGE_MARK in data:
+            # Gemini's stream is an array.
+            payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
+            if not payload and not self.cut:
+                payload = last_object(data)
+            elif self.dialect.SERVED not in payload and not self.cut:
+                self.note({**self.front(data[:self.MAX_KEPT]), self.dialect.USAGE_MARK[1:-1].decode(): None})
+        if payload:
+            self.note(payload)
+            if any([mark in data for mark in FAULT_MARKS]):
+                self.fault = self.dialect.fault(payload)
+
+    def ending(self, whole: bool) -> str:
+        """Returns how a response ended by what it says itself; `whole`: its body has come."""
+        self.read_end(whole)
+        failed = self.fault or (whole and not self.ended and self.tells_end())
+        if failed and not self.said_nothing:
+            self.said_nothing = not self.output_characters()
+        if self.fault:
+            return "upstream_status"
+        return "ok" if whole and not failed else "upstream_cut"
+
+    def tells_end(self) -> bool:
+        """Returns whether a response that is whole says so."""
+        known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
+        return bool(known and self.streamed and self.readable
+                    and self.endpoint not in NO_LIMIT_REPLY)
+
+    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
+        """Returns the usage that was reported, if it was; and whether nothing is missing from
+        it."""
+        self.read_end(whole)
+        usage = self.dialect.usage(self.counts, self.model, self.tier)
+        complete = self.final or (whole and self.final is None)
+        return usage, usage is not None and bool(complete)
+
+    def most_characters(self) -> int:
+        """Returns about how many characters of text can have passed, without a look at them."""
+        return self.characters + self.size
 
     def output_characters(self) -> int:
-        """Returns how many characters of text passed."""
+        """Returns the weight of the text that passed."""
         self.characters += self.count_characters(b"".join(self.pieces))
         self.pieces = []
+        self.size = 0
         return self.characters
 
     def count_characters(self, data: bytes) -> int:
-        """Returns the characters of text in events or in JSON; of what cannot be read, all."""
+        """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_LIMIT_REPLY or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
         if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
@@ -4653,7 +5120,9 @@ class Upstream:
                 failure = refusal
                 failed += [] if stale else [address]
             finally:
-                if not probe:  # a list of models says nothing of how calls fare
+                # Whether a call went well is known at its end. A list of models tells nothing, and
+                # of a breaker that is open a head is enough.
+                if not probe and not (good and address.breaker.opened is None):
                     self.judge(address, good)
                 if response is None:
                     address.running -= 1
@@ -5302,6 +5771,12 @@ class ReplyParts(NamedTuple):
     budget: MemoryBudget
 
 
+IDENTITY, PACKED, UNREADABLE = range(3)
+ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
+    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
+    "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
+
+
 class Reply:
     """`begun`: a head was sent; `early`: it was ours, and comments followed. `close_after`: the
     connection cannot carry another request; `reset`: its end must not look like the body's."""
@@ -5435,13 +5910,15 @@ class Reply:
         call = self.call
         self.stop_comments()
         self.context.until = self.end_at
-        streamed, readable = self.kind_of(response.head)
+        streamed, encoding = self.kind_of(response.head)
         response.streamed = streamed
-        if self.early and not (response.status == 200 and streamed and readable):
+        has_events = streamed and encoding == IDENTITY
+        if self.early and not (response.status == 200 and has_events):
             raise await self.not_a_stream(response)
         if not call.unmetered and response.status < 400:
-            self.entry.reader = UsageReader(call, streamed, readable)
-        self.adapter = self.adapt(response, streamed and readable)
+            self.entry.reader = UsageReader(
+                call, streamed, encoding != UNREADABLE, encoding == PACKED)
+        self.adapter = self.adapt(response, has_events)
         try:
             self.first = self.adapter.feed(response.stream.take_all())
             whole = response.framing.ended or call.stream or streamed
@@ -5452,12 +5929,12 @@ class Reply:
         return self.adapter
 
     def kind_of(self, head):
-        """Returns whether a response is a stream of events, and whether its body can be read."""
+        """Returns whether a response is a stream of events, and how its body is encoded."""
         dialect = self.call.dialect
         if dialect not in head.cache:
-            head.cache[dialect] = (
-                dialect.is_stream(head.get("content-type", "")),
-                head.get("content-encoding", "identity") == "identity")
+            encoding = head.get("content-encoding", "").strip().lower()
+            head.cache[dialect] = (dialect.is_stream(head.get("content-type", "")),
+                                   ENCODINGS.get(encoding, UNREADABLE))
         return head.cache[dialect]
 
     def adapt(self, response, has_events):
@@ -5755,18 +6232,24 @@ class Proxy:
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     ending = await self.pass_on(response, reply, entry)
+                    upstream.judge(response.address, self.went_well(response, reply, ending))
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped) as reason:
+                if entry.reader:
+                    entry.reader.ending(whole=False)
+                    if entry.reader.closed:
+                        reason.outcome = "ok"  # who leaves after the stream's own end missed nothing
                 self.settle(entry, reason.outcome)
                 raise
             self.settle(entry, ending)                                              # settle
             if ending != "ok":
                 entry.outcome = ending
-                reply.cut(UpstreamFailed("cut"))
+                if not reply.adapter.framing.ended:
+                    reply.cut(UpstreamFailed("cut"))
 
     async def pass_on(self, response, reply, entry):
-        """Pass a response on; returns how its body ended."""
+        """Pass a response on; returns how it ended: its body, and by what it says itself."""
         adapter = await reply.receive(response)
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
@@ -5774,12 +6257,24 @@ class Proxy:
             entry.hold.give_back()
             entry.outcome = "upstream_status"
         elif adapter.framing.ended:
-            self.settle(entry, "ok")
+            self.settle(entry, entry.reader.ending(whole=True) if entry.reader else "ok")
         reply.begin(response)
         try:
-            return "ok" if adapter.framing.ended else await reply.carry(response)
+            ending = "ok" if adapter.framing.ended else await reply.carry(response)
         finally:
             entry.passed = adapter.passed
+        return entry.reader.ending(ending == "ok") if entry.reader else ending
+
+    @staticmethod
+    def went_well(response, reply, ending):
+        """Returns whether a call went well, None where that is not the upstream's doing. An error
+        in a response is what its status would be."""
+        reader = reply.entry.reader
+        if response.status in FAILING or not reply.adapter.framing.ended:
+            return None  # the former is known already
+        if reader and reader.fault:
+            return False if reader.fault in FAILING else None
+        return ending == "ok"
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats."""
@@ -5865,6 +6360,8 @@ class Proxy:
         call, hold = entry.call, entry.hold
         if call.unmetered or hold.ended:
             return
+        if entry.reader and entry.reader.said_nothing:
+            return hold.give_back()
         usage = self.estimator.usage(call, entry.reader, ending == "ok")
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
@@ -5899,7 +6396,7 @@ class Proxy:
                    or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
                    or name == self.callers.caller_header]
         if metered:
-            dropped += ["content-type", "content-encoding", "accept-encoding"]
+            dropped += ["content-type", "content-encoding", "accept-encoding", Dialect.MASK_FIELD]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
         return NEVER_UPSTREAM.union(dropped)

@@ -1858,6 +1858,20 @@ class UsageTest(ProxyCase):
             found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.is_media)
             self.assertEqual(found, (int(length), 0))
 
+    def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
+        for text, times, tokens in self.each("""
+                four -> 600 -> 600
+                na\u00efve caf\u00e9 -> 4 -> 10
+                \u043f\u0440\u0438\u0432\u0435\u0442\u0438\u043a -> 100 -> 200
+                \u4e2d\u6587 -> 300 -> 400
+                \u304b\u30ab -> 300 -> 400
+                \ud55c\uae00 -> 300 -> 400
+                \U0001f642 -> 60 -> 40
+                \u201chm\u201d -> 8 -> 8"""):
+            weight = llm_proxy.text_weight(text * int(times))
+            self.assertEqual(weight / llm_proxy.CHARACTERS_PER_TOKEN, int(tokens))
+        self.assertEqual(llm_proxy.text_weight("\ud800"), 2)  # half of a pair
+
     def assert_estimates(self, text, **words):
         """Rows of `text`: a path, else CHAT, a body and its cost. `words` stand for longer ones."""
         for word, value in words.items():
@@ -2364,7 +2378,7 @@ class UsageReaderTest(ProxyCase):
                 "tool_calls": [{"function": {"name": "f", "arguments": "{\"a\": \"b\"}"}}],
                 "reasoning_content": "why"}}]}]""")
         chunks = [*map(delta, said), *odd]
-        expected = sum(map(len, [*said, "more", '{"a": "b"}', "why"]))
+        expected = llm_proxy.text_weight("".join([*said, "more", '{"a": "b"}', "why"]))
         for ascii_only in self.each([True, False]):
             texts = [json.dumps(one, ensure_ascii=ascii_only).encode() for one in chunks]
             data = b"".join(b"data: %b\n\n" % text for text in texts)
@@ -5483,14 +5497,15 @@ class SettlingTest(LedgerCase):
             ({}, self.SEEN),
             ({"other": 1}, self.SEEN),
             ({"include_usage": True}, self.WHOLE),
-            ({"include_usage": False}, self.WHOLE),
+            ({"include_usage": False}, self.SEEN),
+            ({"include_usage": None}, self.SEEN),
         )
         for options, seen in self.each(rows):
             self.start(sends(STREAM + chunk(self.WHOLE) + LAST, close=False))
             answered = self.ask(call(stream=True, **{"stream_options": options} if options else {}))
             self.assertEqual((answered.whole, answered.body), (True, seen))
             asked = self.stub.requests[0].json()
-            self.assertEqual(asked["stream_options"], {"include_usage": True, **options})
+            self.assertEqual(asked["stream_options"], {**options, "include_usage": True})
             self.assert_ending("ok", 1000 - 24)
 
     def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
@@ -5605,7 +5620,7 @@ class EndingsTest(LedgerCase):
 
     def test_every_metered_answer_tells_the_bucket(self):
         self.start(clock=Clock(), MAX_TOKENS=10)
-        self.stub.answer = sends(STREAM + LAST, close=False)
+        self.stub.answer = sends(STREAM + chunk(events("[DONE]")) + LAST, close=False)
         self.assert_status(
             200, call(stream=True), "x-ratelimit-limit: 10", "x-ratelimit-remaining: 9",
             "x-ratelimit-refill-tokens: 2", "x-ratelimit-refill-seconds: 300",
