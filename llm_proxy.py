@@ -1221,6 +1221,7 @@ BucketKey = Tuple[Union[str, CallerKey], ...]  # the rule's text, then whose buc
 KeyedRules = Sequence[Tuple[Rule, BucketKey]]  # the rules of a call, each with its bucket
 
 
+@functools.lru_cache(1000)
 def format_usd(picodollars: int) -> str:
     """12_500_000 -> '0.0000125'."""
     return f"{decimal.Decimal(picodollars) / PICODOLLARS:f}"
@@ -1273,8 +1274,10 @@ class Level(NamedTuple):
         amount, interval = rule.rate
         full = self.level >= rule.capacity
         reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
-        return Quota(format_amount(rule, rule.capacity), self.remaining,
-                     format_amount(rule, amount), interval, reset)
+        if rule.unit == USD:
+            return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
+                         reset)
+        return Quota(rule.capacity, max(0, self.level), amount, interval, reset)
 
     @property
     def wait(self) -> float:
@@ -3749,6 +3752,7 @@ class BodyAdapter:
 BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
 
@@ -3776,6 +3780,7 @@ class Context:
     deadline = math.inf                      # to when, in the loop's time
     until = math.inf                         # when all of the call is to be over
     timer = None
+    timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -3790,52 +3795,53 @@ class Context:
         """Tells whether the call's own deadline has passed, not just that of one wait."""
         return self.until < math.inf and self.loop.time() >= self.until
 
-    async def wait(self, future: asyncio.Future, seconds: float, what: str) -> Any:
-        """Await `future`. Raises TimeoutError after `seconds`, and what the call is ended with."""
+    def wait(self, future: asyncio.Future, seconds: float, what: str) -> asyncio.Future:
+        """Returns `future`, which is to be awaited at once. It raises TimeoutError after `seconds`,
+        and what the call is ended with."""
         if self.reason:
             raise self.reason
-        now = self.loop.time()
-        deadline = min(now + seconds, self.until)
+        self.since = now = self.loop.time()
+        self.deadline = deadline = now + seconds
+        if deadline > self.until:
+            self.deadline = deadline = self.until
         self.future = future
         self.what = what
-        self.since = now
-        self.deadline = deadline
-        if self.timer is None or self.timer.when() > deadline:
+        if deadline < self.timer_at:
             self.set_timer()
-        try:
-            return await future
-        finally:
-            self.future = None
+        return future
 
     def set_timer(self):
         if self.timer:
             self.timer.cancel()
-            self.timer = None
-        if self.deadline < math.inf:
-            self.timer = self.loop.call_at(self.deadline, self.on_timer)
+        self.timer_at = self.deadline
+        self.timer = self.loop.call_at(self.deadline, self.on_timer)
 
     def on_timer(self):
-        self.timer = None
-        if self.future is None or self.future.done():
+        self.timer_at = math.inf
+        if not self.is_waiting() or self.deadline == math.inf:
             return
         if self.loop.time() < self.deadline:
             self.set_timer()
         else:
             self.future.set_exception(TimeoutError())
 
+    def is_waiting(self) -> bool:
+        return self.future is not None and not self.future.done()
+
     def end(self, reason: Exception):
         """End the call, whatever it awaits, now or next."""
         if self.reason is None:
             self.reason = reason
-            if self.future and not self.future.done():
+            if self.is_waiting():
                 self.future.set_exception(reason)
 
     def close(self):
         if self.timer:
             self.timer.cancel()
+        self.future = None  # an exception in it would hold its frames
 
     def __repr__(self) -> str:
-        if self.future is None:
+        if not self.is_waiting():
             return "running"
         limit = "" if self.deadline == math.inf else " of %.3gs" % (self.deadline - self.since)
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
@@ -3921,52 +3927,50 @@ class Stream:
             self.ended = True
             self.failure = failure
             self.pause_reading()
-            if not self.wake(self.waiter) and self.on_end:
+            if not self.tell_end() and self.on_end:
                 self.on_end()
 
+    def tell_end(self):
+        """Returns whether somebody was waiting for more."""
+        if self.failure and self.waiter and not self.waiter.done():
+            self.waiter.set_exception(self.failure)
+            return True
+        return self.wake(self.waiter, False)
+
     @staticmethod
-    def wake(waiter):
+    def wake(waiter, result=True):
         """Returns whether somebody was waiting."""
         if waiter is None or waiter.done():
             return False
-        waiter.set_result(True)
+        waiter.set_result(result)
         return True
 
-    async def more(self, context: Context, seconds: float, what: str) -> bool:
-        """Wait until more has come; returns False at the end. Raises OSError, and as `wait`
+    def more(self, context: Context, seconds: float, what: str) -> asyncio.Future:
+        """Wait until more has come; the result is False at the end. Raises OSError, and as `wait`
         does."""
-        if not self.ended:
+        self.waiter = context.wait(self.loop.create_future(), seconds, what)
+        if self.ended:
+            self.tell_end()
+        elif not self.reading:
             self.resume_reading()
-            self.waiter = self.loop.create_future()
-            await context.wait(self.waiter, seconds, what)
-        if self.ended and not self.read_buffer:
-            if self.failure:
-                raise self.failure
-            return False
-        return True
+        return self.waiter
 
     async def read_head(self, start_line: "re.Pattern[str]", context: Context, seconds: float,
                         what: str) -> Optional[bytes]:
         """Returns the bytes of one head, blank line included; None if the stream ends before its
         first byte. Raises Malformed, HeadTooLarge, OSError, and as `wait` does."""
-        scanner = None
+        scanner = HeadScanner(start_line)
         deadline = self.loop.time() + seconds
         while True:
+            head = self.take_head()
+            if head:
+                return head
             if self.read_buffer:
-                head = self.take_head()
-                if head:
-                    return head
-                scanner = scanner or HeadScanner(start_line)
                 scanner.check(self.read_buffer)
-            if self.ended:
-                if self.failure:
-                    raise self.failure
+            if not await self.more(context, deadline - self.loop.time(), what):
                 if self.read_buffer:
                     raise Malformed()
                 return None
-            self.resume_reading()
-            self.waiter = self.loop.create_future()
-            await context.wait(self.waiter, deadline - self.loop.time(), what)
 
     def take_head(self) -> Optional[bytes]:
         """Returns the bytes of a head that has come whole, as nearly all do. Empty lines before it
@@ -3993,16 +3997,22 @@ class Stream:
     def is_silent(self):
         """Tells whether an idle connection can be used again: neither its end came, nor bytes that
         the next call would take for its response."""
-        self.on_readable()
+        if self.may_be(READABLE):
+            self.on_readable()
         return not self.ended and not self.read_buffer
 
     def has_hung_up(self):
         """Tells whether the other side closed, while nothing is read: the end stands behind what
-        nobody has read yet."""
+        nobody has read yet. Where it cannot be told, who sends so far ahead has no business
+        here."""
+        return self.may_be(HANG_UP)
+
+    def may_be(self, event):
+        """Tells whether an event of poll's is there, or cannot be told."""
         if not hasattr(select, "poll"):
-            return True  # it cannot be told: who sends so far ahead has no business here
+            return True
         poller = select.poll()
-        poller.register(self.descriptor, HANG_UP)
+        poller.register(self.descriptor, event)
         return bool(poller.poll(0))
 
     # -- what goes
@@ -4860,8 +4870,10 @@ class Address:
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
         stopped reading, before it had it all (RFC 9112 9.5)."""
         deadline = context.loop.time() + self.transport.first_byte_timeout
+        if not stream.read_buffer:
+            await stream.more(context, self.transport.first_byte_timeout, self.what_head)
         for _ in range(MAX_INTERIM_RESPONSES):
-            data = await stream.read_head(
+            data = stream.take_head() or await stream.read_head(
                 STATUS_LINE, context, deadline - context.loop.time(), self.what_head)
             if data is None:
                 raise UpstreamFailed(ConnectionAbortedError())
@@ -4888,7 +4900,8 @@ class Address:
                 stream.close()
         else:
             stream = None
-        self.spares.extend(reversed(unripe))
+        if unripe:
+            self.spares.extend(reversed(unripe))
         return stream
 
     def keep(self, stream, streamed):
@@ -6155,14 +6168,13 @@ class Reply:
         entry.status = status
         if entry.request_id is None:
             entry.request_id = new_request_id()
-        if not self.body_is_taken():
+        if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
-        return "".join((
-            f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n",
-            RATE_LINES % hold.quota if hold and hold.tightest else "",
-            "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n",
-            self.cors_lines(),
-            "Connection: close\r\n\r\n" if self.close_after else "\r\n")).encode("latin-1")
+        rate = RATE_LINES % hold.quota if hold and hold.tightest else ""
+        queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
+        close = "Connection: close\r\n" if self.close_after else ""
+        return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
+                f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
 
     def date_line(self) -> str:
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
@@ -6770,14 +6782,13 @@ class ClientConnection:
         if data is None:
             raise QuietEnd()
         self.idle = False
-        self.began = self.loop.time()
-        reply.entry.started = self.proxy.clock.monotonic()
+        self.began = reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
         reply.take(request)
         reply.close_after = reply.close_after or self.server.draining
         if client.ended:
             self.on_client_end()
-        elif len(client.read_buffer) < MAX_READ_AHEAD:
+        elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
         self.refuse_other_protocols(request)
         page = self.server.pages.find(request)

@@ -4275,8 +4275,10 @@ class UpstreamsTest(CallCase):
     def test_the_system_looks_after_silent_connections_of_both_sides(self):
         self.start(None)
         self.ask_stub(call())
+        sockets = self.proxy.loop._selector.get_map()
+        wait_for(lambda: len(sockets) == 3, "reading of both, and of the loop's own")
         found = []
-        for descriptor in [*self.proxy.loop._selector.get_map()]:
+        for descriptor in [*sockets]:
             with socket.socket(fileno=os.dup(descriptor)) as sock:
                 if sock.family == socket.AF_INET:
                     found.append((sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
