@@ -2275,7 +2275,7 @@ class Dialect:
 
     def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
-        parts = [part for part in (payload, payload.get("response"), payload.get("message"))
+        parts = [part for part in (payload, *map(payload.get, self.USAGE_HOLDERS))
                  if isinstance(part, dict)]
         return tuple([next(filter(is_name, [part.get(key) for part in parts]), None)
                       for key in (self.SERVED, self.TIERS[0])])

@@ -2320,6 +2320,15 @@ class UsageReaderTest(ProxyCase):
             found = self.hear(whole.encode(), endpoint="ollama", streamed=False)
             self.assertEqual(found[1:], ((25, 7), True, 5))
 
+    def test_a_stream_of_lines_ends_with_the_one_that_is_done(self):
+        """An error in it is a line, too."""
+        error = {"error": "unexpected EOF"}
+        for told, ending in self.each((
+                (OLLAMA_LINES, "ok"), (OLLAMA_LINES[:2], "upstream_cut"),
+                ([*OLLAMA_LINES[:2], error], "upstream_status"), ([error], "upstream_status"))):
+            self.hear(lines_of(*told), endpoint="ollama")
+            self.assertEqual(self.reader.ending(True), ending)
+
     def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
         for endpoint, told, _, number, *expected in self.each(self.STREAMS):
             data = events(*told[:number]) + b'data: {"choi'
