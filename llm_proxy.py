@@ -38,6 +38,7 @@ Contents, in reading order; a section uses only what stands above it:
     Wire        strict HTTP/1.1 in bytes: heads and framing of both sides
     Streams     sockets on the event loop: deadlines, reading, writing, carrying a body
     Line        the slots of a busy upstream, and the fair queue before them
+    Stored      what callers made that upstreams keep: whose it is, and where it is
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
     Reply       the way back to one caller
@@ -286,10 +287,10 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
     lambda match: (match[1], int(match[2])))
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
-proxy_keys = mapping(
+proxy_keys = word_or({"anyone": {}}, mapping(
     "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))([!-~]+)",
     "must be keys or name=key, separated by commas, none empty; a key with = in it needs a name",
-    lambda match: match.group(2, 1), "must not name the same key twice")
+    lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
 def model_aliases(text):
@@ -312,6 +313,7 @@ def header_lines(text):
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "estimate")
+UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
@@ -536,7 +538,7 @@ SETTING_ROWS = {
          "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
         ("PROXY_API_KEYS", proxy_keys,
-         "keys that may call, as key or name=key, by commas; unset: anyone may call", SECRET),
+         "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
         ("MAX_BODY_BYTES=33554432", number_between(1, 1 << 40),
          "largest body of a metered call; others may have any size"),
         ("MAX_CONNECTIONS=1024", sixteen_bits,
@@ -575,6 +577,16 @@ SETTING_ROWS = {
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
+    ),
+    "What is passed on": (
+        ("UNKNOWN_CALLS=count", one_of("count", "pass", "refuse"),
+         "calls of endpoints that are not known here: they cost a request and wait in the queue"
+         " (count), are free (pass), or get a 403"),
+        ("STORED", one_of("pass", "own", "refuse"),
+         "files, batches, responses and all else that endpoints store: each caller has what it"
+         " made (own), all have all (pass), or nobody any; unset: own where keys are asked for"),
+        ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
+         "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
     "What is remembered": (
         ("DATABASE=" + DEFAULT_DATABASE, printable,
@@ -628,6 +640,12 @@ class Config(types.SimpleNamespace):
         """The scheme of URLs for callers."""
         return "https" if self.tls_cert_file else "http"
 
+    @property
+    def keys_are_asked_for(self) -> bool:
+        """Whether callers are told apart by keys: ours, or their own for an upstream."""
+        return bool(self.proxy_api_keys) or any(
+            upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
@@ -664,17 +682,28 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if not self.proxy_api_keys:
+        if self.proxy_api_keys is None:
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
-        if self.limits:
-            return
+        if self.unknown_calls == "count" and not self.counts_requests():
+            yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
+                   " counts requests: of these calls, what names no tokens is free")
+        if not self.limits:
+            yield from self.doubts_of_bucket()
+
+    def doubts_of_bucket(self):
         if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
             yield (f"REQUEST_TOKEN_COST {self.request_token_cost} is above MAX_TOKENS"
                    f" {self.max_tokens}: no call can ever be let in")
         if self.token_cost_mode != "request" and self.response_token_reserve > self.max_tokens:
             yield (f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
                    f" {self.max_tokens}: a call that names no max_tokens can never be let in")
+
+    def counts_requests(self):
+        """Tells whether a call without any tokens costs something."""
+        if not self.limits:
+            return self.token_cost_mode != "usage"
+        return any(UNITS[rule.unit] in UNITS_OF_CALLS for rule in self.limits)
 
     def contradictions(self):
         """Yields what is wrong between settings that are right one by one."""
@@ -887,6 +916,17 @@ class UnsupportedEncoding(Refusal):
 class UnsupportedExpectation(Refusal):
     status = 417
     message = "The only expectation understood is 100-continue"
+
+
+class Forbidden(Refusal):
+    """The caller is known, and what it asks for is nobody's here."""
+    status = 403
+    message = "This path is not passed on"
+
+
+class NothingStored(Refusal):
+    status = 404
+    message = "Nothing of this name is stored here for this caller"
 
 
 class MethodNotAllowed(Refusal):
@@ -1872,6 +1912,74 @@ def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
     return found
 
 
+# RFC 2046 5.1.1; what could be taken for two boundaries is none.
+FORM_TYPE = re.compile(
+    r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
+    r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
+FIELD_NAME = re.compile(
+    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
+    rb"[ \t]*(?:;(?![ \t]*name\b)[^\r\n]*)?", re.IGNORECASE)
+MAX_FORM_FIELDS = 1000
+MAX_FIELD_HEAD = 4096
+MAX_QUERY = 65536
+
+
+def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, int]]:
+    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+    for what two readers might take apart differently."""
+    boundary = FORM_TYPE.fullmatch(content_type)
+    mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
+    at = len(mark) if body.startswith(mark) else len(body)
+    for _ in range(MAX_FORM_FIELDS):
+        end = body.find(mark, at)
+        if boundary and body[at:at + 2] == b"--" and end < 0:
+            return
+        head, blank, _ = body[at:min(end, at + MAX_FIELD_HEAD)].partition(b"\r\n\r\n")
+        start = at + len(head) + len(blank)
+        if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
+            break
+        yield head, start, end - 2
+        at = end + len(mark)
+    raise BadRequest("The request body is not a form as its Content-Type says")
+
+
+FoundModel = Tuple[Optional[str], Optional[Callable[[str], bytes]]]
+
+
+def form_model(body: bytes, content_type: str) -> FoundModel:
+    """Returns the model that a form names, if any, and what makes the form with another one. Raises
+    BadRequest."""
+    found = None
+    for head, start, end in form_fields(body, content_type):
+        lines = head[2:].split(b"\r\n")
+        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
+        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
+                head.count(b"\n") != len(lines)):
+            raise BadRequest("A field of the form is not named plainly")
+        name = names[0][names[0].lastindex]
+        if name.lower() == b"model":
+            if found or name != b"model" or b"encoding:" in head.lower():
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = start, end
+    if not found:
+        return None, None
+    start, end = found
+    return body[start:end].decode("utf-8", "replace"), (
+        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+
+
+def query_model(body: bytes) -> FoundModel:
+    """Does the same for a form that is spelled as a query is."""
+    if len(body) > MAX_QUERY:
+        raise BodyTooLarge()
+    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
+    found = [value for name, value in pairs if name.lower() == "model"]
+    if len(found) > 1:
+        raise BadRequest("The field model must stand once in the form, and plainly")
+    return "".join(found) or None, lambda model: urllib.parse.urlencode(
+        [(name, model if name == "model" else value) for name, value in pairs]).encode()
+
+
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
@@ -1968,16 +2076,35 @@ SSE = EventFraming(
 NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
 
 
+UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
+UPLOAD = "upload"    # that of a file to be stored
+
+
+class StoredPath(NamedTuple):
+    """What a path says of a thing that an upstream stores. `name` is empty where the path is that
+    of all its kind; `is_listed`: they are asked for, and none is made."""
+    collection: str
+    name: str
+    is_listed: bool
+
+
 class Call(Billable):
-    """One LLM request, parsed. `endpoint` is None where nothing is metered; then there is no
-    payload either. `prefix` names the upstream where the path did. `model` is what the caller asked
-    for, `resolved_model` what that stands for, and `upstream_model` what the upstream is asked for,
-    in `upstream_body`."""
+    """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
+    is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
+    the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
+    `upstream_model` what the upstream is asked for, in `upstream_body`; `put_model` returns a form
+    with another model in it."""
     model: Optional[str] = None
     resolved_model = ""
     upstream_model = ""
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
+    put_model: Optional[Callable[[str], bytes]] = None
+    stored: Optional[StoredPath] = None
+    on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
+    made: Sequence[str] = ()                               # and these are they
+    owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
+    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
 
@@ -1990,6 +2117,7 @@ class Call(Billable):
         self.query = query
         self.payload: Dict[str, Any] = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
+        self.model_in_path = dialect.MODEL_IN_PATH
 
     def __repr__(self) -> str:
         return "<Call %s %s, model %r as %r%s>" % (
@@ -2003,16 +2131,61 @@ class Call(Billable):
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
+        if self.endpoint in (UNKNOWN, UPLOAD) and not self.model:
+            return
         if not model == self.model == payload.get("model"):
-            self.path, payload = self.dialect.with_model(self.path, payload, model)
+            payload = self.name_model(model)
         if rewrite:
             payload = rewrite(payload)
         if payload is not self.payload:
             self.upstream_body = to_json_bytes(payload)
 
+    def name_model(self, model: str) -> Dict[str, Any]:
+        """Puts a model in wherever the call names one, but for the payload; returns that."""
+        in_path = self.model_in_path.fullmatch(self.path)
+        if in_path:
+            self.path = in_path[1] + urllib.parse.quote(model, safe="@:") + in_path[3]
+        if self.put_model:
+            self.upstream_body = self.body if model == self.model else self.put_model(model)
+        named = self.payload.get("model", in_path and model)
+        if model and self.is_json and named != model and not (
+                in_path and not self.dialect.MODEL_IN_BOTH):
+            return {**self.payload, "model": model}
+        return self.payload
+
     def request_usage(self) -> None:
         """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
+
+    def runs_in_background(self) -> bool:
+        """Returns whether its answer will only be told to who asks for it later."""
+        return True in (self.payload.get("background"), self.payload.get("deferred"))
+
+    def makes_things(self) -> bool:
+        """Returns whether the upstream may store what comes of it, for the account."""
+        if self.endpoint == "chat":
+            return self.payload.get("store") is True or self.runs_in_background()
+        return (self.endpoint in ("responses", UNKNOWN, UPLOAD)
+                or self.endpoint == "other" and "/videos/" in self.path
+                or self.stored is not None and not self.stored.is_listed and not self.stored.name)
+
+    def references(self) -> List[str]:
+        """Returns the names of stored things that the payload speaks of."""
+        found = []
+        if self.body is None or not any([mark in self.body for mark in REFERENCE_MARKS]):
+            return found
+        parts = [self.payload]
+        for part in parts:  # the list grows meanwhile
+            if type(part) is list:
+                parts += part
+            elif type(part) is dict:
+                is_tool = str(part.get("type")).endswith("tool_use")
+                for key, value in part.items():
+                    if key in REFERENCES:
+                        found += names_of_things(value)
+                    if key not in CALLERS_OWN and not (is_tool and key == "input"):
+                        parts.append(value)
+        return found
 
     def prompt_length(self) -> Tuple[int, int]:
         """Returns the characters of the prompt, and how many images and the like are in it. A token
@@ -2039,7 +2212,7 @@ class Call(Billable):
                 if type(limit) is not int or limit < 0:
                     raise BadRequest("%s must be an integer of at least 0" % key)
                 return limit
-        return None
+        return 0 if self.endpoint in (UNKNOWN, UPLOAD) else None
 
 
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
@@ -2060,6 +2233,52 @@ class Model(NamedTuple):
     name: str
     dialect: Optional["Dialect"] = None
     facts: Dict[str, Any] = {}
+
+
+# Keys at which a payload names what an upstream stores,
+REFERENCES = frozenset("""
+    previous_response_id response_id previous_interaction_id previousInteractionId conversation
+    conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
+    validation_file vector_store_id vector_store_ids container container_id cachedContent
+    cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
+# of which each has one of these in it; an escaped letter may be any.
+REFERENCE_MARKS = (
+    b"response_id", b"nteraction", b"conversation", b"thread_id", b"assistant_id", b"file_id",
+    b'_file"', b"store_id", b'"container', b"ached", b"fileUri", b"file_uri", b"earch", b"\\u00")
+# Here stands what callers and their tools have made up.
+CALLERS_OWN = frozenset("""
+    args arguments functionCall function_call functionResponse function_response parameters
+    input_schema inputSchema schema json_schema properties metadata""".split())
+# A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
+THING_NAME = re.compile(
+    r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"|([^/:]+)", re.IGNORECASE)
+RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
+NAME_KEYS = ("id", "request_id", "thread_id")
+# What an answer says was made may stand in these objects, too.
+MADE_IN = ("response", "interaction", "conversation", "container", "file")
+
+
+def names_of_things(value: Any) -> List[str]:
+    """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
+    of these."""
+    values = value if type(value) is list else [value]
+    names = [one.get("id") if type(one) is dict else one for one in values]
+    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    return [match[match.lastindex] for match in matches if match]
+
+
+def names_made(payload: Dict[str, Any]) -> List[str]:
+    """Returns the names of what a response or an event says was made."""
+    found = []
+    holders = [payload]
+    for holder in holders:  # the list grows meanwhile
+        if type(holder) is dict:
+            holders += map(holder.get, MADE_IN)
+            found += map(holder.get, NAME_KEYS)
+            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
+            found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -2131,6 +2350,8 @@ class Dialect:
     ENDPOINTS = {}
     # What stands before the model in a path, the model, and what stands behind.
     MODEL_IN_PATH = re.compile("(?!)")  # nothing
+    # Whether it may stand in the payload, too, under the same name.
+    MODEL_IN_BOTH = True
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
     # The keys of the most output tokens, by endpoint; the first that is set counts.
@@ -2221,16 +2442,6 @@ class Dialect:
             raise BadRequest("stream must be true or false")
         in_path = self.MODEL_IN_PATH.fullmatch(path)
         return in_path[2] if in_path else payload.get("model"), bool(stream)
-
-    def with_model(self, path: str, payload: Dict[str, Any], model: str
-                   ) -> Tuple[str, Dict[str, Any]]:
-        """Returns the path and the payload of a call of this model, wherever they name one."""
-        in_path = self.MODEL_IN_PATH.fullmatch(path)
-        if in_path:
-            path = in_path[1] + urllib.parse.quote(model, safe="@:") + in_path[3]
-        if model and payload.get("model", in_path and model) != model:
-            payload = {**payload, "model": model}
-        return path, payload
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -2437,7 +2648,7 @@ class Dialect:
     def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
         """Returns a whole answer in which the assistant says `text`, a stream where one was asked
         for; None where no assistant can speak. `created` is in unix seconds."""
-        if self.is_parsed(call.payload):
+        if call.endpoint in NO_LIMIT_REPLY or self.is_parsed(call.payload):
             return None
         model = call.model or call.upstream_model
         reply = self.limit_text(call, {
@@ -2543,6 +2754,10 @@ def choice_count(payload: Dict[str, Any]) -> int:
     return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
 
 
+# POSTs that cost nothing: they count tokens, spell them out, or describe a model.
+FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
@@ -2551,7 +2766,7 @@ class OpenAI(Dialect):
         "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
         "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
-        "/generations": "other"}
+        "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
     MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
     OUTPUT_LIMITS = {
@@ -2769,6 +2984,7 @@ class Gemini(Google):
         ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
     METHODS = tuple(map(str.lower, ENDPOINTS))
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
+    MODEL_IN_BOTH = False
     OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
     LIMIT_HOLDERS = ("generationConfig", "generation_config")
     LIST_PATHS = ("/v1beta/models",)
@@ -2793,10 +3009,6 @@ class Gemini(Google):
 
     def requested(self, path, payload):
         return super().requested(path, payload)[0], path.endswith(":streamGenerateContent")
-
-    def with_model(self, path, payload, model):
-        """In a payload it is never more than an echo, under a name of its own."""
-        return super().with_model(path, {}, model)[0], payload
 
     def place(self, path, dialect, metered):
         if dialect.name == "openai":
@@ -2883,7 +3095,7 @@ class Ollama(Dialect):
     name = "ollama"
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
-        "/api/embeddings": "embed"}
+        "/api/embeddings": "embed", "/api/show": "count"}
     OUTPUT_LIMITS = dict.fromkeys(("chat", "generate"), ("num_predict",))
     LIMIT_HOLDERS = ("options",)
     MODELS_PATH = "/api/tags"
@@ -2932,7 +3144,8 @@ class Ollama(Dialect):
 DIALECTS = {dialect.name: dialect for dialect in (
     Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
 UNKNOWN_DIALECT = Dialect()
-NO_LIMIT_REPLY = (None, "count", "other", "embed")  # endpoints at which no assistant speaks
+NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer with no text,
+NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no assistant speaks
 
 
 def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
@@ -2948,6 +3161,65 @@ def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
+NAMED_IN_PATH = re.compile(  # of a call of an endpoint that is not known
+    "(.*/models/(?=[^/]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})(:[A-Za-z]+|/.+)",
+    re.IGNORECASE)
+FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
+# Bodies of these types are relayed as they come: nothing is in them that we could read.
+RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
+LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Unicode encoding
+
+# What upstreams store for an account, and where
+STORED_PATH = re.compile(
+    "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
+    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
+    "|cachedContents|interactions|tunedModels|fileSearchStores|operations)"
+    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+UPLOADED = ("files", "uploads")
+# These are no names of stored things.
+VERBS = ("input_tokens", "compact", "runs", "generations", "edits", "extensions")
+CANCEL = ("/cancel", ":cancel")
+
+# Paths that manage an upstream for all its users, show what others do there, or hand out
+# credentials: these segments wherever they stand,
+ADMIN_SEGMENTS = frozenset("""
+    client_secrets transcription_sessions auth_tokens organization organizations
+    slots cors-proxy
+    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
+    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
+    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
+    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
+    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
+    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
+    get_internal_state get_server_info start_expert_distribution_record
+    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
+    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
+    set_trace_level add_worker remove_worker stop-generation""".split())
+# two of these in a row,
+ADMIN_PAIRS = frozenset("""
+    realtime/sessions realtime/calls chatkit/sessions auth/keys
+    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
+    models/load models/unload models/sse models/download models/apply models/delete
+    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
+    template/unload override/switch override/unload backends/apply backends/delete
+    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
+ADMIN_ROOTS = frozenset("""
+    stream streams pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split())
+# and these at the end, where the method is no GET
+ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+
+
+def is_admin_path(method: str, path: str) -> bool:
+    """Returns whether a path, as `fold_path` has it, manages an upstream."""
+    segments = path[1:].split("/")
+    pairs = map("/".join, zip(segments, segments[1:]))
+    root = next((one for one in segments if one not in ("api", "v1")), "")
+    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
+            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
+            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
+            or (method == "DELETE" and "models" in segments[-3:-1]))
 
 
 class Dialects:
@@ -2960,10 +3232,14 @@ class Dialects:
         "max_output_tokens", "options"))
     MAX_MODEL = 256
 
-    def __init__(self, aliases: Dict[str, str], names: Dict[str, str]):
-        """`aliases` of models; `names` of upstreams, with the dialect of each."""
+    def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
+                 admin_paths: bool):
+        """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
+        to count, pass or refuse; `admin_paths`: whether they are passed on."""
         self.aliases = aliases
         self.names = names
+        self.unknown_calls = unknown_calls
+        self.admin_paths = admin_paths
         self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
@@ -2990,17 +3266,17 @@ class Dialects:
         return self.openai
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
-        """Returns the dialect and the endpoint of a metered request, None for others; and the path
-        to use. Raises BadRequest."""
+        """Returns the dialect, None where that is not known; the endpoint, None where nothing is
+        metered; and the path to use. Raises BadRequest."""
         if method == "POST" and path == "/v1/chat/completions":  # as nearly always
             return self.openai, "chat", path
         folded = fold_path(path)
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
-        if method != "POST" or endpoint is None or (
-                endpoint == "count" and not self.names) or (
-                re.search("/threads/[^/]+/messages$", folded)):
+        if method != "POST" or endpoint is None or re.search("/threads/[^/]+/messages$", folded):
+            return None, None if method in FREE_METHODS else UNKNOWN, path
+        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -3011,27 +3287,96 @@ class Dialects:
     async def read(self, method: str, path: str, query: str, fields: Fields,
                    read_body: Callable[[], Awaitable[bytes]]) -> Call:
         """Reads a request. `read_body` is only called, and the payload only parsed, where the call
-        is metered. Raises BadRequest, and what `read_body` raises."""
+        is metered. Raises BadRequest, Forbidden, and what `read_body` raises."""
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(query)[1] if query else ""
+        stored = model = None
+        if endpoint in (None, UNKNOWN):
+            stored = self.examine(method, path)
+            endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
-        model = None
-        if endpoint:
+        call.stored = stored
+        if endpoint in (UNKNOWN, UPLOAD):
+            model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
+        elif endpoint:
             call.query = without_masks(call.query)
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
-            model = path.rpartition("/")[2]
-            call.path = path[:-len(model)] + urllib.parse.quote(
-                self.aliases.get(model, model), safe="@")
+            model = self.read_model_path(call)
+        self.note_model(call, model)
+        return call
+
+    def note_model(self, call, model):
+        """`model` is of any type. Raises BadRequest."""
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
             call.resolved_model = self.aliases.get(model, model)
-        return call
+
+    def read_model_path(self, call):
+        """Reads the path of one of the models; returns which."""
+        model = call.path.rpartition("/")[2]
+        call.path = call.path[:-len(model)] + urllib.parse.quote(
+            self.aliases.get(model, model), safe="@")
+        return model
+
+    def examine(self, method: str, path: str) -> Optional[StoredPath]:
+        """Returns what a path that is in no table says of stored things. Raises Forbidden."""
+        folded = fold_path(path)
+        if not self.admin_paths and is_admin_path(method, folded):
+            raise Forbidden()
+        is_plain = PLAIN_PATH.fullmatch(path)
+        match = STORED_PATH.search(path if is_plain else folded)
+        if not match:
+            return None
+        collection, name = match.groups("")
+        if name in VERBS:
+            name = ""
+        is_listed = not name and method in FREE_METHODS
+        # What is not named plainly is nobody's: nothing is named "/".
+        return StoredPath(collection, name if is_plain else name and "/", is_listed)
+
+    def cost_of_unknown(self, path: str, stored: Optional[StoredPath]) -> Optional[str]:
+        """Returns the endpoint of what is in no table, None where it is free. Raises Forbidden."""
+        if stored and stored.name not in ("", "/") and path.endswith(CANCEL):
+            return None
+        if stored and stored.collection.lower() in UPLOADED:
+            return UPLOAD
+        if self.unknown_calls == "refuse":
+            raise Forbidden("Calls of endpoints that are not known here are not passed on")
+        return None if self.unknown_calls == "pass" else UNKNOWN
+
+    async def read_unknown(self, call: Call, content_type: str,
+                           read_body: Callable[[], Awaitable[bytes]]) -> Any:
+        """Reads what can be understood of a call of an endpoint that we do not know; returns the
+        model, of any type. Raises as `read` does."""
+        call.model_in_path = NAMED_IN_PATH
+        named = NAMED_IN_PATH.fullmatch(call.path)
+        model = named and named[2]
+        kind = content_type.lower()
+        if call.endpoint == UPLOAD or RELAYED_TYPES.match(kind):
+            return model
+        call.body = await read_body()
+        if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
+            found = self.read_payload(call)
+        else:
+            found = self.read_form(call, content_type)
+        return model or found
+
+    def read_form(self, call, content_type):
+        """Returns the model that a form names, None where it names none. Raises BadRequest."""
+        kind = content_type.lower()
+        if kind.startswith("multipart/form-data"):
+            model, call.put_model = form_model(call.body, content_type)
+        elif kind.startswith("application/x-www-form-urlencoded"):
+            model, call.put_model = query_model(call.body)
+        else:
+            return None
+        return model
 
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
@@ -3040,7 +3385,9 @@ class Dialects:
         for key in call.payload:
             if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
                 raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
-        model, call.stream = call.dialect.requested(call.path, call.payload)
+        call.is_json = True
+        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
+        model, call.stream = dialect.requested(call.path, call.payload)
         return model
 
 
@@ -3335,7 +3682,7 @@ class UsageReader(UsageSource):
 
     def count_characters(self, data: bytes) -> int:
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
-        if self.endpoint in NO_LIMIT_REPLY or (self.cut and not self.streamed):
+        if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
         if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
             return len(data)
@@ -4627,6 +4974,140 @@ class FairQueue:
 
 
 # --------------------------------------------------------------------------------------------------
+# Stored: what callers made that upstreams keep for the account (files, batches, responses ...):
+# whose it is, where it is, and what its making is yet to be charged. It knows no wire names.
+# --------------------------------------------------------------------------------------------------
+
+class Thing(NamedTuple):
+    """Who made something that is stored, and the upstream and the address that have it."""
+    owner: CallerKey
+    upstream: str
+    address: str
+
+
+class Bill(NamedTuple):
+    """What a call in the background was charged, until somebody hears what it used."""
+    hold: Hold
+    dialect: Dialect
+    model: str
+
+
+class Stored:
+    """Remembers things by name, the last ROOM that were made. `policy`: to `pass` all, let each
+    caller have its `own`, or `refuse` all. `unsaved` are things for the ledger."""
+    ROOM = 100_000
+    UNSAVED = 10_000
+    BILLS = 1_000
+    MAX_NAME = 256
+
+    def __init__(self, policy: str):
+        self.policy = policy
+        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
+        self.unsaved = collections.deque()
+        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
+
+    def __repr__(self) -> str:
+        return "<Stored: %s, %d things, %d bills>" % (
+            self.policy, len(self.things), len(self.bills))
+
+    def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
+        """Returns one of the things that a call speaks of, None where it is free to go anywhere.
+        Raises Forbidden, NothingStored."""
+        if self.policy == "pass" and not self.things:
+            return None
+        path, names = call.stored, call.references()
+        if self.policy == "refuse" and (path or names):
+            raise Forbidden("What upstreams store is not passed on")
+        found = list(map(self.things.get, names))
+        if path and path.name:
+            found.insert(0, self.things.get(path.name) or self.things.get("%s/%s" % path[:2]))
+        if self.policy == "own":
+            if path and path.is_listed:
+                raise Forbidden("Lists of what is stored are not passed on")
+            if any([one is None or one.owner != owner for one in found]):
+                raise NothingStored()
+        return next(filter(None, found), None)
+
+    def bill_for(self, call: Call) -> Optional[Bill]:
+        """Returns what is open of the call whose answer this one asks for."""
+        return self.bills.get(call.stored.name) if call.stored and self.bills else None
+
+    def owe(self, name: str, bill: Bill):
+        """Keeps a bill, of the last BILLS."""
+        self.bills[name] = bill
+        if len(self.bills) > self.BILLS:
+            self.bills.popitem(last=False)
+
+    def note(self, thing: Thing, names: List[str]):
+        """Remembers what was made. Who made it first has it: an answer may name older things."""
+        for name in names:
+            if name in self.things or len(name) > self.MAX_NAME:
+                continue
+            self.things[name] = thing
+            if len(self.things) > self.ROOM:
+                self.things.popitem(last=False)
+            if len(self.unsaved) < self.UNSAVED:
+                self.unsaved.append((name, thing))
+
+
+class NameReader:
+    """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
+    first event that names something. `reader`, if any, sees it as well."""
+    MAX_KEPT = 1 << 20
+    MAX_TRIES = 20
+    FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
+
+    def __init__(self, reader: Optional[UsageReader], events: Optional[EventFraming],
+                 found: Callable[[List[str]], None]):
+        """`events` is None where the response is no stream."""
+        self.reader = reader
+        self.events = events
+        self.found = found
+        self.kept: Optional[bytes] = b""
+        self.tries = 0
+
+    def feed(self, payload: bytes) -> bytes:
+        if self.kept is not None:
+            self.kept += payload
+            if self.events:
+                self.look_at_events()
+            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
+                self.tries += 1
+                self.look_at_json()
+            if self.kept and len(self.kept) > self.MAX_KEPT:
+                self.look_at_beginning()
+        return self.reader.feed(payload) if self.reader else payload
+
+    def flush(self) -> bytes:
+        if self.kept and not self.events:
+            self.look_at_json()
+        return self.reader.flush() if self.reader else b""
+
+    def look_at_events(self):
+        events = self.events.cut(self.kept)
+        self.kept = b"" if self.events.at_boundary(self.kept) else events.pop()
+        for event in events:
+            if self.tell(names_made(self.events.payload(event))):
+                return
+
+    def look_at_json(self):
+        with contextlib.suppress(ValueError):  # it has not come whole
+            found = parse_response(self.kept)
+            self.tell(names_made(found))
+
+    def look_at_beginning(self):
+        match = self.FIRST_NAME.match(self.kept)
+        self.tell([match[1].decode("utf-8", "replace")] if match else [])
+        self.kept = None
+
+    def tell(self, names):
+        if names:
+            self.found(names)
+            self.kept = None
+        return names
+
+
+# --------------------------------------------------------------------------------------------------
 # Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or
 # body of a caller can change host, port or scheme. http.client opens connections; responses are
 # read by Wire. An Address knows connections; an Upstream which of its addresses to ask; Routes
@@ -4821,6 +5302,7 @@ class Address:
         direct = not self.tls or urllib.request.proxy_bypass_environment(endpoint.host, bypass)
         self.tunnel = None if direct else transport.tunnel
         self.is_loopback = not self.tls and re.fullmatch(r"127\.[0-9.]+|::1", endpoint.host)
+        self.name = endpoint.origin + endpoint.path
         self.host_line = "Host: %s" % endpoint.origin.partition("://")[2]
         self.what_head = "the response of %s" % endpoint.origin
         self.what_body = "the body of the response of %s" % endpoint.origin
@@ -5038,6 +5520,16 @@ class Upstream:
 
     # -- which address
 
+    def only(self, name: str) -> "Upstream":
+        """Returns this upstream with the address of this name alone, if it has it."""
+        found = [one for one in self.addresses if one.name == name]
+        if not found or len(self.addresses) == 1:
+            return self
+        alone = copy.copy(self)
+        alone.addresses = found
+        alone.send = alone.send_patiently if self.retries else alone.send_once
+        return alone
+
     def enter(self, failed, probe):
         """Returns the address with the fewest running calls, which has one more now; None where
         none can be asked. A `probe` tells nothing of how calls fare there."""
@@ -5207,8 +5699,11 @@ class Routes:
         self.by_name = {upstream.name: upstream for upstream in named}
         self.known = {}
 
-    def find(self, call: Call) -> List[Upstream]:
-        """Raises NoRoute."""
+    def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
+        """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        for upstream in self.all if thing else ():
+            if thing.upstream == upstream.name and call.prefix in (None, upstream.name):
+                return [upstream.only(thing.address)]
         if call.prefix:
             return [self.by_name[call.prefix]]
         if self.base and not call.resolved_model:
@@ -5329,6 +5824,7 @@ class Entry:
         self.reader = None
         if self.call:
             self.call.payload = self.call.body = self.call.upstream_body = None
+            self.call.put_model = self.call.on_made = None
         return self
 
     def milliseconds(self, until):
@@ -5514,7 +6010,9 @@ class Database:
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
-        PRIMARY KEY (rule, subject))""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        PRIMARY KEY (rule, subject));
+        CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, owner TEXT, upstream TEXT,
+        address TEXT)""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -5599,10 +6097,20 @@ class Database:
             for key, (level, since) in changed.items()])
 
     @staticmethod
-    def spell_key(key):
-        """Returns the rule's text, and whose bucket it is: "key=HEX address=IP"."""
-        return key[0], " ".join([
-            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in key[1:]])
+    def spell_owners(keys):
+        """Returns callers' keys as text: "key=HEX address=IP"."""
+        return " ".join([
+            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in keys])
+
+    @staticmethod
+    def read_owners(text):
+        """Raises ValueError, TypeError or AttributeError for what somebody else has written."""
+        return [(kind, bytes.fromhex(name) if kind == "key" else name)
+                for kind, _, name in (part.partition("=") for part in text.split())]
+
+    def spell_key(self, key):
+        """Returns the rule's text, and whose bucket it is."""
+        return key[0], self.spell_owners(key[1:])
 
     def levels(self) -> Levels:
         """Returns what was saved."""
@@ -5610,9 +6118,24 @@ class Database:
         for rule, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
-                whose = [(kind, bytes.fromhex(name) if kind == "key" else name)
-                         for kind, _, name in (part.partition("=") for part in subject.split())]
-                found[(rule, *whose)] = int(level), float(since)
+                found[(rule, *self.read_owners(subject))] = int(level), float(since)
+        return found
+
+    def add_things(self, things, most):
+        """Inserts things, and removes the oldest above `most`."""
+        self.connection.executemany("INSERT OR IGNORE INTO things VALUES (?, ?, ?, ?)", [
+            (name, self.spell_owners([thing.owner]), thing.upstream, thing.address)
+            for name, thing in things])
+        self.connection.execute(
+            "DELETE FROM things WHERE rowid <= (SELECT max(rowid) FROM things) - ?", (most,))
+
+    def things(self) -> Dict[str, Thing]:
+        """Returns what was saved, oldest first."""
+        found = {}
+        for name, owner, *place in self.connection.execute(
+                "SELECT name, owner, upstream, address FROM things ORDER BY rowid"):
+            with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+                found[name] = Thing(self.read_owners(owner)[0], *place)
         return found
 
     def forget(self, before, most):
@@ -5623,16 +6146,18 @@ class Database:
 
 
 class Ledger(Writer):
-    """One row per call, and the levels of the buckets."""
+    """One row per call, the levels of the buckets, and what upstreams store."""
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
     forget_at = 0.0       # monotonic seconds
     complain_at = 0.0
 
-    def __init__(self, database: Database, limits: Limits, clock: Any, days: int, log: Log):
+    def __init__(self, database: Database, limits: Limits, stored: Stored, clock: Any, days: int,
+                 log: Log):
         super().__init__("ledger")
         self.database = database
         self.limits = limits
+        self.stored = stored
         self.clock = clock
         self.days = days
         self.log = log
@@ -5641,6 +6166,7 @@ class Ledger(Writer):
         self.saved = self.levels = database.levels()
         kept = {rule.text: rule for rule in limits.rules if rule.capacity is not None}
         now = clock.time_ns() / 1e9
+        stored.things.update(database.things())
         for key, (level, since) in self.saved.items():
             if key[0] in kept:
                 limits.buckets.restore(kept[key[0]], key, level, now - since)
@@ -5674,7 +6200,8 @@ class Ledger(Writer):
         """Writes calls and levels, and removes old calls, in one transaction."""
         levels = self.levels
         saved = self.saved
-        if not entries and levels is saved and now < self.forget_at:
+        things = self.stored.unsaved.copy()
+        if not (entries or things) and levels is saved and now < self.forget_at:
             return
         # The two clocks are not read at once: a hundredth of a second is no difference.
         changed = {key: (level, since) for key, (level, since) in levels.items()
@@ -5686,11 +6213,15 @@ class Ledger(Writer):
         with connection:
             self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
+            if things:
+                self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 before = self.clock.time_ns() / 1e9 - self.days * 86400
                 if self.database.forget(before, 1000) < 1000:
                     self.forget_at = now + self.FORGET_SECONDS
         self.saved = levels
+        for _ in things:
+            self.stored.unsaved.popleft()
 
     def close(self, wait: float):
         """Writes what is queued, and the levels as they are now."""
@@ -5928,10 +6459,13 @@ class Reply:
         has_events = streamed and encoding == IDENTITY
         if self.early and not (response.status == 200 and has_events):
             raise await self.not_a_stream(response)
-        if not call.unmetered and response.status < 400:
+        if response.status < 400 and self.may_tell_usage(response.head, streamed):
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         self.adapter = self.adapt(response, has_events)
+        if call.on_made:
+            self.adapter.reader = NameReader(
+                self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
         try:
             self.first = self.adapter.feed(response.stream.take_all())
             whole = response.framing.ended or call.stream or streamed
@@ -5940,6 +6474,13 @@ class Reply:
         except (Malformed, OSError) as failure:
             raise UpstreamFailed(failure) from None
         return self.adapter
+
+    def may_tell_usage(self, head, streamed):
+        """An answer to a call that we do not know may be anything, and sounds are not awaited."""
+        call = self.call
+        if call.unmetered or call.endpoint != UNKNOWN:
+            return call.owes or not call.unmetered
+        return streamed or "json" in head.get("content-type", "").lower()
 
     def kind_of(self, head):
         """Returns whether a response is a stream of events, and how its body is encoded."""
@@ -6197,7 +6738,7 @@ class Reply:
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -6206,6 +6747,7 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
+        self.stored = stored
         self.routes = routes
         self.books = books
         self.weights = config.key_weights or {}
@@ -6222,7 +6764,7 @@ class Proxy:
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
-        upstreams = self.routes.find(call)                                          # route
+        upstreams = self.routes.find(call, self.find_thing(call, entry.caller))     # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -6262,6 +6804,8 @@ class Proxy:
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
+        if response.status < 300 and reply.call.makes_things():
+            reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         adapter = await reply.receive(response)
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
@@ -6287,6 +6831,18 @@ class Proxy:
         if reader and reader.fault:
             return False if reader.fault in FAILING else None
         return ending == "ok"
+
+    def find_thing(self, call, caller):
+        """Returns what the call speaks of that an upstream stores, if it is known."""
+        thing = self.stored.find(call, caller.key)
+        bill = self.stored.bill_for(call)
+        if bill:
+            call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
+        return thing
+
+    def note_made(self, entry, address, names):
+        entry.call.made = names
+        self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats."""
@@ -6345,7 +6901,7 @@ class Proxy:
         error is not asked again."""
         method, context = reply.request.method, reply.context
         head = functools.partial(self.request_head, reply.request, call, upstream)
-        if not call.endpoint:
+        if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
             return await send(method, head, body, context)
@@ -6370,10 +6926,16 @@ class Proxy:
     def settle(self, entry, ending):
         """Charge what the call used, and write that down. The second time, it does nothing."""
         call, hold = entry.call, entry.hold
+        if call.owes:
+            return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
             return
         if entry.reader and entry.reader.said_nothing:
             return hold.give_back()
+        if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
+            if call.made:
+                self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+            return hold.settle(hold.costs)
         usage = self.estimator.usage(call, entry.reader, ending == "ok")
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
@@ -6382,36 +6944,66 @@ class Proxy:
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
 
+    @staticmethod
+    def told_usage(entry, ending):
+        reader = entry.reader
+        return reader.reported_usage(ending == "ok") if reader else (None, False)
+
+    def settle_bill(self, entry, ending):
+        """Charge what a call in the background used to whom it was charged before, once."""
+        usage, is_final = self.told_usage(entry, ending)
+        bill = is_final and self.stored.bills.pop(entry.call.stored.name, None)
+        if not bill:
+            return
+        entry.usage = usage
+        entry.picodollars, entry.priced = self.prices.cost(usage, bill.model)
+        before = bill.hold.costs
+        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
+        entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
+
     def request_head(self, request, call, upstream, address):
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path:
-            return known[1]
-        metered = call.endpoint is not None
-        path, dialect = upstream.dialect.place(call.path, call.dialect, metered)
-        lines = request.end_to_end(self.fields_to_drop(request, metered))
+        if known and known[0] == call.path and known[1] == call.is_json:
+            return known[2]
+        known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
+        path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
+        ours, replaced = self.lines_about_bodies(call)
+        lines = request.end_to_end(self.fields_to_drop(request, replaced))
         if dialect is upstream.dialect and "anthropic-version" not in request:
             lines += dialect.VERSION_LINES
-        if metered:  # what is metered must stay readable
-            lines += ["Content-Type: application/json", "Accept-Encoding: identity"]
+        lines += ours
         key = upstream.key
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, head
+        request.cache[address] = call.path, call.is_json, head
         return head
 
-    def fields_to_drop(self, head, metered):
+    @staticmethod
+    def lines_about_bodies(call):
+        """Returns header lines of ours, and the fields of the caller's that do not go with them."""
+        lines, dropped = [], []
+        if call.is_json:
+            lines.append("Content-Type: application/json")
+            dropped.append("content-type")
+        if call.body is not None:  # it was unpacked
+            dropped.append("content-encoding")
+        if not call.unmetered or call.body is not None:  # what is metered must stay readable
+            lines.append("Accept-Encoding: identity")
+            dropped += ["accept-encoding", Dialect.MASK_FIELD]
+        return lines, dropped
+
+    def fields_to_drop(self, head, replaced):
         # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
         dropped = [name for name in head.lines if "_" in name
                    or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
                    or name == self.callers.caller_header]
-        if metered:
-            dropped += ["content-type", "content-encoding", "accept-encoding", Dialect.MASK_FIELD]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
-        return NEVER_UPSTREAM.union(dropped)
+        return NEVER_UPSTREAM.union(dropped, replaced)
 
 
 def default_rule(config):
@@ -6448,14 +7040,20 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     request_cost = 1 if config.limits else config.request_token_cost
     estimator = CostEstimator(prices, request_cost, config.response_token_reserve,
                               config.image_tokens, limits.units())
-    ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
+    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
+    ledger = Ledger(database, limits, stored, clock, config.ledger_days, log) if database else None
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
-    callers = Callers(config.proxy_api_keys, os.urandom(32), config.trusted_proxies or (),
+    callers = Callers(config.proxy_api_keys or None, os.urandom(32), config.trusted_proxies or (),
                       config.caller_header, config.has_dialect("azure"))
-    dialects = Dialects(config.model_aliases or {},
-                        {one.name: one.dialect for one in config.upstreams})
-    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
-                 build_routes(config, clock, log.say), Books(log, ledger, usage_log))
+    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator,
+                 build_dialects(config), stored, build_routes(config, clock, log.say),
+                 Books(log, ledger, usage_log))
+
+
+def build_dialects(config: Config) -> Dialects:
+    names = {one.name: one.dialect for one in config.upstreams}
+    return Dialects(config.model_aliases or {}, names, config.unknown_calls,
+                    config.vendor_admin_paths == "on")
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
