@@ -2289,8 +2289,8 @@ FAULT_KEYS = ("type", "object", "status", "finish_reason")
 FAULTS = frozenset(("error", "response.failed", "failed"))
 # Errors by which an upstream says that the caller is to blame, or its own account
 BLAMELESS = re.compile(
-    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic|safety",
-    re.IGNORECASE)
+    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic"
+    "|safety", re.IGNORECASE)
 
 
 def without_masks(query: str) -> str:
@@ -2299,23 +2299,12 @@ def without_masks(query: str) -> str:
         part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
 
 
-def text_at(part: Any) -> Callable[[str], str]:
-    """Returns what reads the text at a key, "" where there is none."""
-    def read(key):
-        text = dig(part, key)
-        return text if isinstance(text, str) else ""
-    return read
-
-
-def fault_status(error: Any) -> int:
+def fault_status(value: Any) -> int:
     """Returns the status of an error in a response: what it says itself, else 400 where its kind is
     one that speaks of the caller, and 502."""
-    for key in ("code", "status", "status_code"):
-        code = str(dig(error, key))
-        if re.fullmatch("[45][0-9]{2}", code):
-            return int(code)
-    kind = " ".join(map(text_at(error), ("type", "code", "status")))
-    return 400 if BLAMELESS.search(kind) else 502
+    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
+    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
+    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
 
 
 def is_name(value: Any) -> bool:
@@ -2508,7 +2497,7 @@ class Dialect:
         for part in (payload, payload.get("response"), *as_list(payload.get("choices"))[:1]):
             error = dig(part, "error") or dig(part, "errors")
             code = dig(part, "base_resp", "status_code")  # MiniMax
-            if error or code or FAULTS.intersection(map(text_at(part), FAULT_KEYS)):
+            if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
@@ -2543,24 +2532,25 @@ class Dialect:
     def plain_usage(self, counts: Dict[str, Any], model: Optional[str],
                     tier: Optional[str]) -> Optional[Usage]:
         """Returns the usage that counts and their details tell, but for iterations."""
-        details = [part for part in counts.values() if type(part) is dict]
-        found = collections.defaultdict(int)
-        for part in (counts, *details):
-            for name, value in part.items():
-                if name in self.COUNTS and is_count(value):
-                    kind = self.COUNTS[name]
-                    found[kind] = max(found[kind], int(value))
+        parts = [counts, *[part for part in counts.values() if type(part) is dict]]
+        found = self.found(parts)
         if self.NEEDED_COUNTS.isdisjoint(found):
             return None
-        found["written"] = max(found["written"], found["minutes"] + found["hour"])
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        tiers = [tier, *map(counts.get, self.TIERS)]
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]),
-                     hour_write=min(written, found["hour"]), model=model,
-                     tiers=tuple(dict.fromkeys(filter(is_name, tiers))),
-                     picodollars=self.picodollars(counts, details))
+        tiers = filter(is_name, [tier, *map(counts.get, self.TIERS)])
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
+                     min(written, found["hour"]), model, tuple(dict.fromkeys(tiers)),
+                     self.picodollars(parts))
+
+    def found(self, parts: List[Dict[str, Any]]) -> Dict[str, int]:
+        """Returns counts by what they are; what is not among them is 0."""
+        found = collections.defaultdict(int, sorted([
+            (self.COUNTS[name], int(value)) for part in parts for name, value in part.items()
+            if name in self.COUNTS and is_count(value)]))
+        found["written"] = max(found["written"], found["minutes"] + found["hour"])
+        return found
 
     def sides(self, found: Dict[str, int]) -> Tuple[int, int]:
         """Returns all of the input, and of the output. Whether caches and reasoning are parts of
@@ -2580,12 +2570,12 @@ class Dialect:
         sent = sent or max(0, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
 
-    def picodollars(self, counts: Dict[str, Any], details: List[Dict[str, Any]]) -> Optional[int]:
-        """Returns what a call cost, where the upstream says so."""
-        told = [part[name] * unit for part in (counts, *details)
+    def picodollars(self, parts: List[Dict[str, Any]]) -> Optional[int]:
+        """Returns what a call cost, where the counts or their details say so."""
+        told = [part[name] * unit for part in parts
                 for name, unit in self.MONEY.items() if is_money(part.get(name))]
-        own = dig(counts, "cost_details", "upstream_inference_cost")  # at OpenRouter, by a key of
-        if told and counts.get("is_byok") is True and is_money(own):  # one's own
+        own = dig(parts[0], "cost_details", "upstream_inference_cost")
+        if told and dig(parts[0], "is_byok") is True and is_money(own):  # OpenRouter, by one's key
             told = [max(told) + own * PICODOLLARS]
         return min(MAX_COST, round(max(told))) if told else None
 
@@ -3630,20 +3620,17 @@ class UsageReader(UsageSource):
 
     def read_json(self, data: bytes) -> None:
         """Notes what JSON reports. Of a large one, little is parsed."""
-        payload = {}
-        if len(data) <= self.MAX_KEPT and not self.cut:
-            payload = last_object(data)
+        small = len(data) <= self.MAX_KEPT and not self.cut
+        payload = last_object(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
-            if not payload and not self.cut:
-                payload = last_object(data)
-            elif self.dialect.SERVED not in payload and not self.cut:
-                self.note({**self.front(data[:self.MAX_KEPT]), self.dialect.USAGE_MARK[1:-1].decode(): None})
-        if payload:
-            self.note(payload)
-            if any([mark in data for mark in FAULT_MARKS]):
-                self.fault = self.dialect.fault(payload)
+            if not self.cut:
+                payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
+                    last_object(data))
+        self.note(payload)
+        if any([mark in data for mark in FAULT_MARKS]):
+            self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
@@ -3654,6 +3641,11 @@ class UsageReader(UsageSource):
         if self.fault:
             return "upstream_status"
         return "ok" if whole and not failed else "upstream_cut"
+
+    def has_closed(self) -> bool:
+        """Returns whether a stream, though not whole, has come to its own end."""
+        self.ending(whole=False)
+        return self.closed
 
     def tells_end(self) -> bool:
         """Returns whether a response that is whole says so."""
@@ -6603,6 +6595,16 @@ class Reply:
             raise CallerGone()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
 
+    def went_well(self, response: Response, ending: str) -> Optional[bool]:
+        """Returns whether a call went well, None where that is known already or not the upstream's
+        doing. An error in a response is what its status would be."""
+        reader = self.entry.reader
+        if response.status in FAILING or not self.adapter.framing.ended:
+            return None
+        if reader and reader.fault:
+            return False if reader.fault in FAILING else None
+        return ending == "ok"
+
     async def drain(self):
         """Wait until the client has taken all. Raises CallerGone, and what the call is ended
         with."""
@@ -6613,6 +6615,18 @@ class Reply:
             taken = False
         if not taken:
             raise CallerGone()
+
+    def missed_nothing(self) -> bool:
+        """Returns whether a caller who left had all of a stream, up to its own end."""
+        reader = self.entry.reader
+        return reader is not None and reader.has_closed() and not self.client.write_buffer
+
+    def end(self, ending: str):
+        """Note how an answer ended, and cut one that is not whole."""
+        if ending != "ok":
+            self.entry.outcome = ending
+            if not self.adapter.framing.ended:
+                self.cut(UpstreamFailed("cut"))
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -6786,21 +6800,16 @@ class Proxy:
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     ending = await self.pass_on(response, reply, entry)
-                    upstream.judge(response.address, self.went_well(response, reply, ending))
+                    upstream.judge(response.address, reply.went_well(response, ending))
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped) as reason:
-                if entry.reader:
-                    entry.reader.ending(whole=False)
-                    if entry.reader.closed:
-                        reason.outcome = "ok"  # who leaves after the stream's own end missed nothing
+                if reply.missed_nothing():
+                    reason.outcome = "ok"
                 self.settle(entry, reason.outcome)
                 raise
             self.settle(entry, ending)                                              # settle
-            if ending != "ok":
-                entry.outcome = ending
-                if not reply.adapter.framing.ended:
-                    reply.cut(UpstreamFailed("cut"))
+            reply.end(ending)
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
@@ -6820,17 +6829,6 @@ class Proxy:
         finally:
             entry.passed = adapter.passed
         return entry.reader.ending(ending == "ok") if entry.reader else ending
-
-    @staticmethod
-    def went_well(response, reply, ending):
-        """Returns whether a call went well, None where that is not the upstream's doing. An error
-        in a response is what its status would be."""
-        reader = reply.entry.reader
-        if response.status in FAILING or not reply.adapter.framing.ended:
-            return None  # the former is known already
-        if reader and reader.fault:
-            return False if reader.fault in FAILING else None
-        return ending == "ok"
 
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""

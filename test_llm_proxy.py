@@ -4015,8 +4015,9 @@ class EarlyStreamTest(WaitingCase):
         return answered.whole, answered.body.replace(self.COMMENT, b"")
 
     def test_a_stream_that_waits_begins_with_comments_and_goes_on_unchanged(self):
-        body = event(1) + event(2)
-        chunked = STREAM + chunk(event(1)) + chunk(event(2)) + LAST
+        end = b"data: [DONE]\n\n"
+        body = event(1) + event(2) + end
+        chunked = STREAM + chunk(event(1)) + chunk(event(2) + end) + LAST
         sized = answer(body, "200 OK", "Content-Type: text/event-stream")
         for version, data in self.each([("1.1", chunked), ("1.1", sized), ("1.0", chunked)]):
             self.start_early()
@@ -6198,7 +6199,7 @@ class EveryAwaitTest(WaitingCase):
         lambda client, context: (setattr(context, "deadline", 0), context.on_timer()),
         lambda client, context: context.future.set_exception(ZeroDivisionError("a bug")),
     )
-    LARGE = b"x" * 14000  # more than a slow reader takes
+    LARGE = b"x" * 14000 + b"\n\ndata: [DONE]\n\n"  # more than a slow reader takes
     CHUNKS = STREAM + chunk(LARGE) + LAST
 
     def send_part(self):
@@ -7877,7 +7878,7 @@ class FaultsTest(EnduranceCase):
 
     def test_when_an_upstream_breaks_off_its_caller_has_every_byte_and_sees_the_cut(self):
         """A FIN makes a body whole that only closing ends (RFC 9112 6.3)."""
-        events = [event(number) for number in range(2000)]
+        events = [*map(event, range(2000)), b"data: [DONE]\n\n"]
         body, ok = b"".join(events), b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
         framings = {
             "chunked": STREAM + b"".join(map(chunk, events)),
