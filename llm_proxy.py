@@ -58,6 +58,7 @@ import copy
 import csv
 import decimal
 import difflib
+import email.utils
 import errno
 import fnmatch
 import functools
@@ -87,6 +88,7 @@ import traceback
 import types
 import urllib.parse
 import urllib.request
+import zlib
 from typing import (Any, Awaitable, BinaryIO, Callable, Dict, FrozenSet, Iterable, List, NamedTuple,
                     Optional, Sequence, Set, Tuple, Union)
 
@@ -428,7 +430,7 @@ def price_file(path):
 
 DEFAULT_DATABASE = "llm_proxy.db"
 PASSTHROUGH = "passthrough"
-DIALECT_NAMES = ("openai", "anthropic", "gemini")
+DIALECT_NAMES = ("openai", "anthropic", "gemini", "azure", "ollama")
 VENDORS = {
     "openai": "https://api.openai.com/v1",
     "anthropic": "https://api.anthropic.com/v1",
@@ -438,7 +440,10 @@ VENDORS = {
     "mistral": "https://api.mistral.ai/v1",
     "groq": "https://api.groq.com/openai/v1",
     "openrouter": "https://openrouter.ai/api/v1",
-    "ollama": "http://localhost:11434/v1"}
+    "ollama": "http://localhost:11434"}
+# The APIs that have their own paths beside /v1, and hosts of Azure.
+BESIDE_V1 = ("azure", "ollama")
+AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\.com", re.I)
 # Names that no upstream may have, and why: its paths begin with its name, as do some of our own and
 # of the APIs.
 RESERVED = {
@@ -506,7 +511,7 @@ SETTING_ROWS = {
          "models that it serves on paths without /NAME, such as gpt-*,o3"),
         ("UPSTREAM_NAME_MODEL", printable, "replaces the model that its calls ask for"),
         ("UPSTREAM_NAME_DIALECT", one_of(*DIALECT_NAMES),
-         "its API: openai, anthropic or gemini; unset: the vendor's, else openai"),
+         "its API, one of %s; unset: the vendor's, else openai" % ", ".join(DIALECT_NAMES)),
         ("UPSTREAM_NAME_MAX_CONCURRENCY=0", calls_at_once,
          "as MAX_CONCURRENCY, which is for BASE_API_URL"),
         ("UPSTREAM_NAME_HEADERS", header_lines,
@@ -614,6 +619,7 @@ class Config(types.SimpleNamespace):
     def all_upstreams(self) -> List[UpstreamConfig]:
         """Returns the base first, where it is set."""
         base = UpstreamConfig("base", self.base_api_url, self.base_api_key, model=self.base_model,
+                              dialect=usual_dialect("base", self.base_api_url or ()),
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
@@ -626,6 +632,10 @@ class Config(types.SimpleNamespace):
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
                    for upstream in self.all_upstreams() for url in upstream.url or ())
+
+    def has_dialect(self, dialect: str) -> bool:
+        """Tells whether any upstream has this API."""
+        return any(upstream.dialect == dialect for upstream in self.all_upstreams())
 
     def warnings(self) -> List[str]:
         """Returns sentences about what is allowed, but hardly meant."""
@@ -779,8 +789,21 @@ def named_upstream(name, options):
     if name in VENDORS:
         options.setdefault("url", endpoints(VENDORS[name]))
     require("url" in options, "URL is not set; only these need none: " + ", ".join(VENDORS))
-    dialect = name if name in DIALECT_NAMES else "openai"
-    return UpstreamConfig(name, **{"dialect": dialect, **options})
+    urls = options["url"] or ()
+    dialect = options.setdefault("dialect", usual_dialect(name, urls) or "openai")
+    require(dialect not in BESIDE_V1 or not any(
+        url.path.endswith(("/v1", "/openai")) for url in urls),
+        "URL must end before /v1 and /openai: DIALECT=%s has paths beside them" % dialect)
+    return UpstreamConfig(name, **options)
+
+
+def usual_dialect(name, urls):
+    """Returns the API of an upstream that does not say: that of its vendor, None of others. Below a
+    path, Azure and Ollama have nothing but OpenAI's."""
+    own_paths = not any(url.path for url in urls)
+    if own_paths and urls and all(AZURE_HOST.fullmatch(url.host) for url in urls):
+        return "azure"
+    return name if name in DIALECT_NAMES and (own_paths or name not in BESIDE_V1) else None
 
 
 def read_config(environ: Texts, dotenv: str = "") -> Config:
@@ -857,7 +880,8 @@ class BrokenBody(BadRequest):
 
 class UnsupportedEncoding(Refusal):
     status = 415
-    message = "The body of a metered call must be sent without a Content-Encoding"
+    message = "The body of a metered call must be sent as it is, or compressed by gzip or deflate"
+    fields = {"Accept-Encoding": "gzip, deflate"}  # RFC 9110 15.5.16
 
 
 class UnsupportedExpectation(Refusal):
@@ -870,12 +894,19 @@ class MethodNotAllowed(Refusal):
     message = "The method is not passed on"
 
 
+class UpgradeRequired(Refusal):
+    """A WebSocket is asked for. RFC 9110 15.5.22 wants the protocol named that is spoken."""
+    status = 426
+    message = "WebSocket is not spoken here, post the call over HTTP/1.1 instead"
+    fields = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}
+
+
 class Unauthorized(Refusal):
     status = 401
     kind = "authentication_error"
     code = "invalid_api_key"
     message = "Missing or invalid proxy API key"
-    fields = {"WWW-Authenticate": "Bearer"}
+    fields = {"WWW-Authenticate": "Bearer", "x-should-retry": "false"}  # Claude Code asked 11 times
 
 
 class RequestTimeout(Refusal):
@@ -1020,6 +1051,7 @@ class CallerGone(Exception):
 # --------------------------------------------------------------------------------------------------
 
 CREDENTIAL_FIELDS = ("authorization", "x-api-key", "x-goog-api-key")
+AZURE_CREDENTIAL_FIELD = "api-key"  # one more, where an upstream is Azure's
 # in X-Forwarded-For: [IPv6] or IPv4, both with or without a port, or a bare IPv6
 FORWARDED_ADDRESS = re.compile(
     r"\s*(?:\[([^]]+)\](?::\d+)?|([\d.]+)(?::\d+)?|([0-9A-Fa-f:.]+(?:%[\w.]+)?))\s*")
@@ -1091,10 +1123,12 @@ class Callers:
 
     def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes,
                  trusted: Sequence["ipaddress.IPv4Network | ipaddress.IPv6Network"] = (),
-                 caller_header: Optional[str] = None):
+                 caller_header: Optional[str] = None, azure: bool = False):
         """`keys` is {key: its name or None}, or None where anyone may call. `trusted` are the
         networks of proxies that are believed for whom they speak: for which address, and, in
-        `caller_header`, for which of the people that share a key."""
+        `caller_header`, for which of the people that share a key. `azure`: its clients call,
+        too."""
+        self.credential_fields = CREDENTIAL_FIELDS[1:] + (AZURE_CREDENTIAL_FIELD,) * azure
         self.trusted = trusted
         self.caller_header = caller_header
         self.label_secret = label_secret
@@ -1104,12 +1138,11 @@ class Callers:
     def digest(key):
         return hashlib.sha256(key.encode("latin-1")).digest()
 
-    @staticmethod
-    def credential_in(fields: Fields, query: str) -> Optional[str]:
+    def credential_in(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
         Its digest decides who calls; itself it is only for an upstream that takes callers' own."""
         scheme, _, token = fields.get("authorization", "").partition(" ")
-        found = {fields.get(name) for name in CREDENTIAL_FIELDS[1:]}
+        found = {fields.get(name) for name in self.credential_fields}
         if scheme.lower() == "bearer":
             found.add(token.strip())
         if query:
@@ -1122,11 +1155,10 @@ class Callers:
             raise BadRequest("The credential holds control characters")
         return credential or None
 
-    @classmethod
-    def credential(cls, fields: Fields, query: str) -> Optional[bytes]:
+    def credential(self, fields: Fields, query: str) -> Optional[bytes]:
         """Returns the digest of the credential of a request, None without one."""
-        credential = cls.credential_in(fields, query)
-        return credential and cls.digest(credential)
+        credential = self.credential_in(fields, query)
+        return credential and self.digest(credential)
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
@@ -1822,6 +1854,8 @@ class EventFraming(NamedTuple):
 # WHATWG HTML, 9.2
 SSE = EventFraming(
     "text/event-stream", b"data: ", (b"\n\n", b"\r\n\r\n"), re.compile(rb"(?<=\n\n)|(?<=\n\r\n)"))
+# Each line is an event.
+NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), re.compile(rb"(?<=\n)"))
 
 
 class Call(Billable):
@@ -1859,12 +1893,8 @@ class Call(Billable):
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
-        if self.dialect.MODEL_IN_PATH:
-            before, _, last = self.path.rpartition("/")
-            model = urllib.parse.quote(model, safe="@:")
-            self.path = "%s/%s:%s" % (before, model, last.rpartition(":")[2])
-        elif model and model != payload.get("model"):
-            payload = {**payload, "model": model}
+        if not model == self.model == payload.get("model"):
+            self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
             payload = rewrite(payload)
         if payload is not self.payload:
@@ -1915,6 +1945,13 @@ def is_media(part: Dict[str, Any]) -> bool:
         isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part)
 
 
+class Model(NamedTuple):
+    """A model in a list: its name for callers, and its row as an upstream of `dialect` has it."""
+    name: str
+    dialect: Optional["Dialect"] = None
+    facts: Dict[str, Any] = {}
+
+
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
@@ -1926,7 +1963,8 @@ class Dialect:
     name = ""
     # The metered endpoints, by the end of their paths; in any spelling they are reached by that.
     ENDPOINTS = {}
-    MODEL_IN_PATH = False
+    # What stands before the model in a path, the model, and what stands behind.
+    MODEL_IN_PATH = re.compile("(?!)")  # nothing
     # The keys of the most output tokens, by endpoint; the first that is set counts.
     OUTPUT_LIMITS = {}
     # The objects that may hold these keys; the payload does where there are none.
@@ -1937,9 +1975,14 @@ class Dialect:
     MODELS_PATH = "/v1/models"
     # Asks for a list of models that is whole.
     MODELS_QUERY = ""
+    # Where clients ask for it, and whether a lone upstream's own is passed on, or made over.
+    LIST_PATHS = ()
+    OWN_LIST = False
     events = SSE
     # Whether the API's official clients skip comments in streams.
     TAKES_COMMENTS = True
+    # Characters of a model's name in a limit reply, which repeats it in each event.
+    REPLY_MODEL_LENGTH = 64
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
@@ -1951,9 +1994,11 @@ class Dialect:
     ERRORS = {}
     OTHER_ERRORS = ("", "")
     ERROR_LINE = b""  # before an error in a stream
+    RETRY_DETAILS = ""  # in an error, where it is known when to ask again
     # ... and of lists of models.
     MODEL_LIST = ""
     MODEL = ""
+    MODEL_KEYS = ("id",)  # at which its name stands
     # What a count is; the largest of those that are the same counts.
     COUNTS = {}
     # What is added up to all of the input, and of the output.
@@ -1961,6 +2006,8 @@ class Dialect:
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
+    # Where a payload may ask for words that a machine parses, and what asks for none of that.
+    PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -1975,7 +2022,18 @@ class Dialect:
 
     def requested(self, path: str, payload: Dict[str, Any]) -> Tuple[Any, bool]:
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
-        return payload.get("model"), payload.get("stream") is True
+        in_path = self.MODEL_IN_PATH.fullmatch(path)
+        return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
+
+    def with_model(self, path: str, payload: Dict[str, Any], model: str
+                   ) -> Tuple[str, Dict[str, Any]]:
+        """Returns the path and the payload of a call of this model, wherever they name one."""
+        in_path = self.MODEL_IN_PATH.fullmatch(path)
+        if in_path:
+            path = in_path[1] + urllib.parse.quote(model, safe="@:") + in_path[3]
+        if model and payload.get("model", in_path and model) != model:
+            payload = {**payload, "model": model}
+        return path, payload
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -1991,9 +2049,9 @@ class Dialect:
         finds there."""
         return path, dialect if metered or not self.name else self
 
-    def model_names(self, payload: Any) -> List[str]:
-        """Returns the names in an upstream's list of models; raises LookupError or TypeError."""
-        return [str(row["id"]) for row in payload["data"]]
+    def listed_models(self, payload: Any) -> List["Model"]:
+        """Reads an upstream's list of models; raises LookupError or TypeError."""
+        return [Model(str(row["id"]), self, row) for row in payload["data"]]
 
     # -- responses
 
@@ -2060,18 +2118,29 @@ class Dialect:
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
         kind = self.ERRORS.get(status, self.OTHER_ERRORS[status >= 500]) or refusal.kind
+        seconds = refusal.fields.get("Retry-After")
+        details = self.RETRY_DETAILS % {"seconds": seconds} if seconds else ""
         return (self.ERROR % {
             "message": json.dumps(str(refusal)), "kind": kind, "status": status,
-            "code": json.dumps(refusal.code)}).encode()
+            "code": json.dumps(refusal.code), "details": details}).encode()
+
+    def final_error(self, refusal: Refusal, status: int, resets_at: Optional[int]) -> bytes:
+        """Returns the body of an error after which a client that would wait for hours gives up;
+        `resets_at` is in unix seconds, None where no wait will do."""
+        return self.error(refusal, status)
 
     def error_event(self, body: bytes) -> bytes:
         """Returns an error in a stream that has begun; `body` is what it would be without one."""
         return self.events.event(body, self.ERROR_LINE)
 
-    def models(self, names: List[str]) -> bytes:
-        """Returns the list of these."""
-        quoted = list(map(json.dumps, names))
-        rows = [self.MODEL % {"name": name[1:-1]} for name in quoted]
+    def models(self, models: List["Model"]) -> bytes:
+        """Returns the list of these. A row has all that its upstream tells in this API, too."""
+        quoted = [json.dumps(one.name) for one in models]
+        rows = []
+        for name, one in zip(quoted, models):
+            row = json.loads(self.MODEL % {"name": name[1:-1]})
+            facts = one.facts if one.dialect is self else {}
+            rows.append(json.dumps({**row, **facts, **{key: row[key] for key in self.MODEL_KEYS}}))
         ends = quoted or ["null"]
         return (self.MODEL_LIST % {
             "rows": ", ".join(rows), "first": ends[0], "last": ends[-1]}).encode()
@@ -2079,14 +2148,28 @@ class Dialect:
     def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
         """Returns a whole answer in which the assistant says `text`, a stream where one was asked
         for; None where no assistant can speak. `created` is in unix seconds."""
+        if self.is_parsed(call.payload):
+            return None
+        model = call.model or call.upstream_model
         reply = self.limit_text(call, {
             "text": json.dumps(text),
-            "model": json.dumps(call.model or call.upstream_model),
+            "model": json.dumps(model[:self.REPLY_MODEL_LENGTH]),
             "created": str(created),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created)),
             "number": "%024x" % random.getrandbits(96)})
         if reply and self.is_stream(self.limit_type(call)):
             return b"".join(map(self.limit_event, reply.encode().split(b"\n")))
         return reply and reply.encode()
+
+    def is_parsed(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether a machine will parse what the model says, so that no sentence fits."""
+        for path, free in self.PARSED.items():
+            value = dig(payload, *path.split("."))
+            if isinstance(value, dict):
+                value = value.get("type", value)
+            if value is not None and value not in free:
+                return True
+        return False
 
     def limit_text(self, call: Call, values: Dict[str, str]) -> Optional[str]:
         """Returns a limit reply as JSON, in a stream one line for each event, or None; `values` are
@@ -2095,7 +2178,7 @@ class Dialect:
 
     def limit_event(self, line: bytes) -> bytes:
         """Returns an event of a limit reply; one that says its type first is named by it."""
-        named = re.match(rb'{"type": "([^"]*)', line)
+        named = re.match(rb'{"(?:event_)?type": "([^"]*)', line)
         return self.events.event(line, b"event: %b\n" % named[1] if named else b"")
 
     def limit_type(self, call: Call) -> str:
@@ -2115,10 +2198,10 @@ TEXT_COMPLETION = """{"id": "cmpl-limit-%(number)s", "object": "text_completion"
 # it says of each choice.
 COMPLETIONS = {
     ("chat", False): (COMPLETION, """\
-"finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s%(refusal)s}"""),
+"finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s}"""),
     ("chat", True): (CHUNK, """\
 "finish_reason": null, "delta": {"role": "assistant", "content": ""}
-"finish_reason": null, "delta": {"content": %(text)s%(refusal)s}
+"finish_reason": null, "delta": {"content": %(text)s}
 "finish_reason": "stop", "delta": {}"""),
     ("completions", False): (TEXT_COMPLETION, """\
 "finish_reason": "stop", "text": %(text)s"""),
@@ -2136,7 +2219,8 @@ RESPONSE_USAGE = """{"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
 "output_tokens_details": {"reasoning_tokens": 0}}"""
 RESPONSE_ITEM = """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
 "status": "completed", "content": [%(part)s]}"""
-RESPONSE_PART = '{"type": "%(kind)s", "%(key)s": %(text)s%(annotations)s%(logprobs)s}'
+RESPONSE_PART = '''{"type": "output_text", "text": %(text)s, "annotations": [], \
+"logprobs": []}'''
 RESPONSE_EVENTS = """\
 {"type": "response.created", "sequence_number": 0, "response": %(begun)s}
 {"type": "response.in_progress", "sequence_number": 1, "response": %(begun)s}
@@ -2145,21 +2229,21 @@ RESPONSE_EVENTS = """\
 "status": "in_progress", "content": []}}
 {"type": "response.content_part.added", "sequence_number": 3, \
 "output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
-"part": {"type": "%(kind)s", "%(key)s": ""%(annotations)s%(logprobs)s}}
-{"type": "response.%(kind)s.delta", "sequence_number": 4, \
+"part": {"type": "output_text", "text": "", "annotations": [], "logprobs": []}}
+{"type": "response.output_text.delta", "sequence_number": 4, \
 "output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
-"delta": %(text)s%(logprobs)s}
-{"type": "response.%(kind)s.done", "sequence_number": 5, \
+"delta": %(text)s, "logprobs": []}
+{"type": "response.output_text.done", "sequence_number": 5, \
 "output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
-"%(key)s": %(text)s%(logprobs)s}
+"text": %(text)s, "logprobs": []}
 {"type": "response.content_part.done", "sequence_number": 6, \
 "output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, "part": %(part)s}
 {"type": "response.output_item.done", "sequence_number": 7, "output_index": 0, "item": %(item)s}
 {"type": "response.completed", "sequence_number": 8, "response": %(response)s}"""
-RESPONSE_TEXT = {"kind": "output_text", "key": "text", "annotations": ', "annotations": []',
-                 "logprobs": ', "logprobs": []'}
-RESPONSE_REFUSAL = {"kind": "refusal", "key": "refusal", "annotations": "", "logprobs": ""}
-STRUCTURED = ("json_schema", "json_object")  # clients parse these: a limit reply says it is none
+# What leaves the model free to say what it likes, at the keys of PARSED
+FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
+FREE_FORMAT = ("", {}, "text")
+NOTHING = ("", {}, [], False)
 
 
 def choice_count(payload: Dict[str, Any]) -> int:
@@ -2174,12 +2258,19 @@ class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
     ENDPOINTS = {
-        "/chat/completions": "chat", "/completions": "completions", "/responses": "responses",
+        "/chat/completions": "chat", "/chat/completions/batch": "batch",  # vLLM's
+        "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
+        "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
         "/generations": "other"}
+    # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
+    MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
     OUTPUT_LIMITS = {
-        "chat": ("max_completion_tokens", "max_tokens"), "completions": ("max_tokens",),
-        "responses": ("max_output_tokens",)}
+        "chat": ("max_completion_tokens", "max_tokens"),
+        "batch": ("max_completion_tokens", "max_tokens"), "fim": ("max_tokens",),
+        "completions": ("max_tokens",), "responses": ("max_output_tokens",)}
+    LIST_PATHS = ("/v1/models", "/models")
+    OWN_LIST = True
     USAGE_OPTION = b"stream_options"
     USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
     COUNTS = {
@@ -2187,6 +2278,15 @@ class OpenAI(Dialect):
         "output_tokens": "output", "total_tokens": "total", "cached_tokens": "cached",
         "prompt_cache_hit_tokens": "cached", "cache_write_tokens": "written",
         "reasoning_tokens": "reasoning"}
+    PARSED = {
+        "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
+        "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
+        "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
+        "suffix": (),  # what is filled in goes into a file
+        **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
+            "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
+            "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
+    MAX_CHOICES = 4  # in a limit reply
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
 
@@ -2217,6 +2317,13 @@ class OpenAI(Dialect):
             return Usage(prompt, output)  # as most servers report it
         return super().usage(counts)
 
+    def final_error(self, refusal, status, resets_at):
+        """Returns what Codex takes for the end of a plan, and tells its user (openai/codex,
+        codex-api/src/api_bridge.rs)."""
+        error = json.loads(self.error(refusal, status))["error"]
+        return to_json_bytes({
+            "error": {**error, "type": "usage_limit_reached", "resets_at": resets_at}})
+
     def limit_text(self, call, values):
         if call.endpoint == "responses":
             return self.response(call, values)
@@ -2227,11 +2334,10 @@ class OpenAI(Dialect):
     def completion(self, call: Call, values: Dict[str, str]) -> str:
         """Returns the limit reply of chat and completions."""
         chunk, steps = COMPLETIONS[call.endpoint, call.stream]
-        structured = dig(call.payload, "response_format", "type") in STRUCTURED
-        values["refusal"] = ', "refusal": ' + values["text"] if structured else ""
+        count = min(self.MAX_CHOICES, choice_count(call.payload))
         choices = ['{"index": %d, "logprobs": null, %s}' % (index, step)
                    for step in (steps % values).split("\n")
-                   for index in range(choice_count(call.payload))]
+                   for index in range(count)]
         parts = [(", ".join(choices), ZERO_USAGE)]
         if call.stream:
             asked = dig(call.payload, "stream_options", "include_usage") is True
@@ -2243,14 +2349,27 @@ class OpenAI(Dialect):
 
     def response(self, call: Call, values: Dict[str, str]) -> str:
         """Returns the limit reply of the responses API; a stream has all events of a real one."""
-        structured = dig(call.payload, "text", "format", "type") in STRUCTURED
-        values.update(RESPONSE_REFUSAL if structured else RESPONSE_TEXT)
         values["part"] = RESPONSE_PART % values
         values["item"] = RESPONSE_ITEM % values
         values["begun"] = RESPONSE % {
             **values, "status": "in_progress", "item": "", "usage": "null"}
         values["response"] = RESPONSE % {**values, "status": "completed", "usage": RESPONSE_USAGE}
         return RESPONSE_EVENTS % values if call.stream else values["response"]
+
+
+class Azure(OpenAI):
+    """The OpenAI API of Azure (https://learn.microsoft.com/azure/ai-services/openai/reference). Its
+    calls are OpenAI's, below /openai/v1, or below /openai with the model in the path."""
+    name = "azure"
+    ENDPOINTS = {}
+    CREDENTIAL = "api-key: %s"
+
+    def place(self, path, dialect, metered):
+        if not isinstance(dialect, OpenAI):
+            return super().place(path, dialect, metered)
+        if not path.startswith("/openai/"):
+            path = "/openai/v1" + path.removeprefix("/v1")
+        return path, self
 
 
 MESSAGE = """{"id": "msg_limit_%(number)s", "type": "message", "role": "assistant", \
@@ -2273,6 +2392,7 @@ class Anthropic(Dialect):
     name = "anthropic"
     ENDPOINTS = {"/messages": "messages", "/count_tokens": "count"}
     OUTPUT_LIMITS = {"messages": ("max_tokens",)}
+    PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
@@ -2281,6 +2401,8 @@ class Anthropic(Dialect):
         "cache_creation_input_tokens": "written", "thinking_tokens": "reasoning"}
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
+    PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
+              "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
     ERROR = '{"type": "error", "error": {"type": "%(kind)s", "message": %(message)s}}'
     ERRORS = {
@@ -2294,8 +2416,7 @@ class Anthropic(Dialect):
 "created_at": "1970-01-01T00:00:00Z"}"""
 
     def claims(self, path, fields):
-        return "anthropic-version" in fields or (
-            "/messages" in path and "/threads" not in path.partition("/messages")[0])
+        return "anthropic-version" in fields or bool(self.PATH.search(path))
 
     def usage_counts(self, payload):
         """Takes the input from message_start, the rest from the last, cumulative message_delta."""
@@ -2303,8 +2424,6 @@ class Anthropic(Dialect):
         return counts, payload.get("type") != "message_start"
 
     def limit_text(self, call, values):
-        if call.payload.get("output_format") or dig(call.payload, "output_config", "format"):
-            return None  # the client would parse it, and there is no other way to say no
         return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
 
 
@@ -2312,11 +2431,40 @@ GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role
 "finishReason": "STOP", "index": 0}], "usageMetadata": {"promptTokenCount": 0, \
 "candidatesTokenCount": 0, "totalTokenCount": 0}, "modelVersion": %(model)s, \
 "responseId": "limit-%(number)s"}"""
+# Google takes each key in two spellings, and mixed.
+GEMINI_FORMATS = dict.fromkeys(map(".".join, itertools.product(
+    ("generationConfig", "generation_config"),
+    ("responseMimeType", "response_mime_type", "responseSchema", "response_schema",
+     "responseJsonSchema", "response_json_schema"))), ("", {}, "text/plain"))
+GEMINI_CHOICES = dict.fromkeys(map(".".join, itertools.product(
+    ("toolConfig", "tool_config"), ("functionCallingConfig", "function_calling_config"),
+    ("mode",))), ("", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))
 # The place of OpenAI's API at Gemini: https://ai.google.dev/gemini-api/docs/openai
 OPENAI_AT_GEMINI = "/v1beta/openai/"
 
 
-class Gemini(Dialect):
+class Google(Dialect):
+    """What the two APIs of Gemini have in common."""
+    CREDENTIAL = "x-goog-api-key: %s"
+    TAKES_COMMENTS = False  # google-genai takes them for data, and fails
+    INPUT = ("prompt", "tools")
+    OUTPUT = ("output", "reasoning")
+    ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
+"status": "%(kind)s"%(details)s}}"""
+    # Gemini CLI gives up where this is long (googleQuotaErrors.ts), else asks ten times.
+    RETRY_DETAILS = """, "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", \
+"retryDelay": "%(seconds)ss"}]"""
+    ERRORS = {
+        400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
+        429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
+    OTHER_ERRORS = ("INVALID_ARGUMENT", "UNAVAILABLE")
+
+    def model_name(self, model):
+        """Gemini takes models/NAME for NAME; limits and prices must not."""
+        return model.removeprefix("models/")
+
+
+class Gemini(Google):
     """The Gemini API (https://ai.google.dev/api/generate-content). The model stands in the path,
     and so does whether to stream; a stream without ?alt=sse is a JSON array."""
     name = "gemini"
@@ -2324,26 +2472,20 @@ class Gemini(Dialect):
         ":generateContent": "generate", ":streamGenerateContent": "generate",
         ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
     METHODS = tuple(map(str.lower, ENDPOINTS))
-    MODEL_IN_PATH = True
+    MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
     LIMIT_HOLDERS = ("generationConfig", "generation_config")
-    CREDENTIAL = "x-goog-api-key: %s"
-    TAKES_COMMENTS = False  # google-genai takes them for data, and fails
+    LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
     COUNTS = {
         "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
         "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
         "cachedContentTokenCount": "cached"}
-    INPUT = ("prompt", "tools")
-    OUTPUT = ("output", "reasoning")
+    PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
-    ERROR = '{"error": {"code": %(status)d, "message": %(message)s, "status": "%(kind)s"}}'
-    ERRORS = {
-        400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
-        429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
-    OTHER_ERRORS = ("INVALID_ARGUMENT", "UNAVAILABLE")
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
+    MODEL_KEYS = ("name",)
 
     def claims(self, path, fields):
         google = "x-goog-api-key" in fields and "authorization" not in fields
@@ -2351,12 +2493,11 @@ class Gemini(Dialect):
         return google or beta or path.endswith(self.METHODS)
 
     def requested(self, path, payload):
-        model, _, method = path.rpartition("/")[2].rpartition(":")
-        return model, method == "streamGenerateContent"
+        return super().requested(path, payload)[0], path.endswith(":streamGenerateContent")
 
-    def model_name(self, model):
-        """Gemini takes models/NAME for NAME; limits and prices must not."""
-        return model.removeprefix("models/")
+    def with_model(self, path, payload, model):
+        """In a payload it is never more than an echo, under a name of its own."""
+        return super().with_model(path, {}, model)[0], payload
 
     def place(self, path, dialect, metered):
         if dialect.name == "openai":
@@ -2382,8 +2523,116 @@ class Gemini(Dialect):
         return super().limit_type(call) if events else "application/json"
 
 
-DIALECTS = {
-    dialect.name: dialect for dialect in (Anthropic(), Gemini(), OpenAI())}
+INTERACTION = """{"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
+"status": "completed", "role": "model", "created": "%(date)s", "updated": "%(date)s", \
+"steps": [%(step)s], "usage": {"total_input_tokens": 0, "total_output_tokens": 0, \
+"total_thought_tokens": 0, "total_cached_tokens": 0, "total_tool_use_tokens": 0, \
+"total_tokens": 0}}"""
+INTERACTION_STEP = """{"type": "model_output", "content": [{"type": "text", "text": %(text)s}]}"""
+INTERACTION_EVENTS = """\
+{"event_type": "interaction.created", "interaction": {"id": "limit-%(number)s", \
+"object": "interaction", "model": %(model)s, "status": "in_progress", "created": "%(date)s"}}
+{"event_type": "step.start", "index": 0, "step": {"type": "model_output"}}
+{"event_type": "step.delta", "index": 0, "delta": {"type": "text", "text": %(text)s}}
+{"event_type": "step.stop", "index": 0}
+{"event_type": "interaction.completed", "interaction": %(interaction)s}
+[DONE]"""
+
+
+class Interactions(Google):
+    """The newer API of Gemini (https://ai.google.dev/gemini-api/docs/interactions). What of it is
+    not metered is taken for the other's."""
+    name = "interactions"
+    ENDPOINTS = {"/interactions": "interactions"}
+    OUTPUT_LIMITS = {"interactions": ("max_output_tokens",)}
+    LIMIT_HOLDERS = ("generation_config",)
+    COUNTS = {
+        "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
+        "total_output_tokens": "output", "total_thought_tokens": "reasoning",
+        "total_cached_tokens": "cached", "total_tokens": "total"}
+    PARSED = {
+        "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
+        "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
+        "background": (False,)}
+    TEXT_KEYS = ("text", "arguments")
+
+    def usage_counts(self, payload):
+        """Takes those of the whole interaction, which its last event has."""
+        return payload.get("usage") or dig(payload, "interaction", "usage"), (
+            payload.get("event_type") in (None, "interaction.completed", "interaction.complete"))
+
+    def limit_text(self, call, values):
+        if call.stream:
+            values["interaction"] = INTERACTION % {**values, "step": ""}
+            return INTERACTION_EVENTS % values
+        return INTERACTION % {**values, "step": INTERACTION_STEP % values}
+
+
+GENERATED_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": false}"""
+LAST_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": true, \
+"done_reason": "stop", "total_duration": 0, "load_duration": 0, "prompt_eval_count": 0, \
+"prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""
+OLLAMA_SAYS = {  # by endpoint
+    "chat": '"message": {"role": "assistant", "content": %s}',
+    "generate": '"response": %s'}
+
+
+class Ollama(Dialect):
+    """Ollama's own API (https://github.com/ollama/ollama/blob/main/docs/api.md), which streams
+    lines of JSON unless it is told not to. OpenAI's and Anthropic's are below /v1."""
+    name = "ollama"
+    ENDPOINTS = {
+        "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
+        "/api/embeddings": "embed"}
+    OUTPUT_LIMITS = dict.fromkeys(("chat", "generate"), ("num_predict",))
+    LIMIT_HOLDERS = ("options",)
+    MODELS_PATH = "/api/tags"
+    LIST_PATHS = (MODELS_PATH,)
+    OWN_LIST = True
+    events = NDJSON
+    TAKES_COMMENTS = False
+    USAGE_MARK = b'"total_duration"'  # the first of its numbers
+    COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
+    NEEDED_COUNTS = frozenset(("prompt", "output"))
+    PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
+    TEXT_KEYS = ("content", "response", "thinking")
+    ERROR = '{"error": %(message)s}'
+    MODEL_LIST = '{"models": [%(rows)s]}'
+    MODEL_KEYS = ("name", "model")
+    MODEL = """{"name": "%(name)s", "model": "%(name)s", \
+"modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "", "details": {}}"""
+
+    def claims(self, path, fields):
+        return path.startswith("/api/")
+
+    def requested(self, path, payload):
+        streams = "/api/embed" not in path and payload.get("stream") is not False
+        return payload.get("model"), streams
+
+    def place(self, path, dialect, metered):
+        if not path.startswith(("/api/", "/v1/")) and path != "/":
+            path = "/v1" + path
+        return super().place(path, dialect, metered)
+
+    def listed_models(self, payload):
+        return [Model(str(row["name"]), self, row) for row in payload["models"]]
+
+    def usage_counts(self, payload):
+        """Takes the counts that the last line has beside all else."""
+        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
+
+    def limit_text(self, call, values):
+        if call.endpoint not in OLLAMA_SAYS:
+            return None
+        said = OLLAMA_SAYS[call.endpoint]
+        last = LAST_LINE % {**values, "said": said % ('""' if call.stream else values["text"])}
+        if not call.stream:
+            return last
+        return GENERATED_LINE % {**values, "said": said % values["text"]} + "\n" + last
+
+
+DIALECTS = {dialect.name: dialect for dialect in (
+    Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
 UNKNOWN_DIALECT = Dialect()
 NO_LIMIT_REPLY = (None, "count", "other", "embed")  # endpoints at which no assistant speaks
 
@@ -2410,7 +2659,7 @@ class Dialects:
     # An upstream in Go would take "MODEL" for "model", and we would have read another one.
     READ_KEYS = frozenset((
         "model", "stream", "stream_options", "max_tokens", "max_completion_tokens",
-        "max_output_tokens"))
+        "max_output_tokens", "options"))
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str]):
@@ -2433,6 +2682,8 @@ class Dialects:
         if path is None or fields is None:
             return self.openai
         prefix, path = self.split(path)
+        with contextlib.suppress(BadRequest):  # what cannot be folded is refused elsewhere
+            path = fold_path(path)
         for dialect in DIALECTS.values():
             if dialect.claims(path.lower(), fields):
                 return dialect
@@ -2454,7 +2705,7 @@ class Dialects:
                 re.search("/threads/[^/]+/messages$", folded)):
             return None, None, path
         if not path.endswith(end):
-            path = "" if dialect.MODEL_IN_PATH else folded
+            path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
         if not PLAIN_PATH.fullmatch(path):
             raise BadRequest("The path must be spelled plainly")
         return dialect, endpoint, path
@@ -2582,7 +2833,7 @@ class UsageReader(UsageSource):
         parts or more than once."""
         if self.dialect.USAGE_MARK not in data:  # far sooner known than by an expression
             return
-        found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*\{", data))
+        found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
             line = data[data.rfind(b"\n", 0, match.start()) + 1:].partition(b"\n")[0]
             self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS))
@@ -2632,8 +2883,8 @@ class UsageReader(UsageSource):
 # --------------------------------------------------------------------------------------------------
 
 MAX_HEAD = 65536        # bytes of one head
-MAX_LINE = 8192         # bytes of one line of it
-MAX_FIELDS = 100        # fields of one head
+MAX_START_LINE = 8192   # bytes of its first line
+MAX_LONG_LINE = 32768   # bytes of a line of LONG_FIELDS: other servers' tokens and cookies
 MAX_CHUNK_LINE = 1024   # bytes of a chunk's size and extensions
 MAX_TRAILERS = 8192     # bytes of fields after the last chunk; they are read and dropped
 
@@ -2642,6 +2893,7 @@ REQUEST_LINE = re.compile(r"([A-Z][A-Z_-]{0,31}) ([!-~]+) HTTP/1\.([01])")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#@]+)(?![^/?])/?([!\"$-~]*)", re.IGNORECASE)
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
 FIELD_LINES = re.compile(r"(?:%s:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
+EMPTY_LINES = re.compile(rb"\A(?:\r\n){1,8}")  # so many are skipped before a head
 BARE_LINE_END = re.compile(rb"(?:[^\r]|^)\n|\r[^\n]")
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
@@ -2654,6 +2906,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
     "close", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
     "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"))
+LONG_FIELDS = frozenset(CREDENTIAL_FIELDS).union(["cookie"])
 SINGLE = frozenset((      # a second one would leave the choice to whoever reads it next
     "host", "content-length", "transfer-encoding", "authorization", "x-api-key", "expect"))
 
@@ -2665,6 +2918,8 @@ class Head(Fields):
     `close_after`: the connection cannot carry another message after this one."""
     __slots__ = ("data", "start", "lines", "options", "around_length", "cache", "chunked", "length",
                  "close_after")
+    MAX_LINE = MAX_HEAD  # bytes of a field's line
+    MAX_FIELDS = 500
 
     def __init__(self, data: bytes):
         """`data` runs from the start line through the blank line. Raises Malformed."""
@@ -2676,9 +2931,10 @@ class Head(Fields):
             raise Malformed()
         lines = block.split("\r\n")
         lines.pop()
-        if len(data) > MAX_LINE and max(map(len, [self.start] + lines)) > MAX_LINE:
-            raise HeadTooLarge(414 if len(self.start) > MAX_LINE else 431)
-        if len(lines) > MAX_FIELDS:
+        if len(self.start) > MAX_START_LINE:
+            raise HeadTooLarge(414)
+        if len(lines) > self.MAX_FIELDS or (
+                len(data) > self.MAX_LINE and any(map(self.is_too_long, lines))):
             raise HeadTooLarge(431)
         self.lines = {line[:line.index(":")].lower(): line for line in lines}
         if len(self.lines) < len(lines):
@@ -2687,6 +2943,10 @@ class Head(Fields):
         if "connection" in self.lines:
             options = self.get("connection").lower().split(",")
             self.options = [option.strip(" \t") for option in options]
+
+    def is_too_long(self, line):
+        return len(line) > self.MAX_LINE and (
+            len(line) > MAX_LONG_LINE or line.partition(":")[0].lower() not in LONG_FIELDS)
 
     def join_repeated(self, lines):
         self.lines = {}
@@ -2781,7 +3041,8 @@ class HeadScanner:
     def check(self, data: bytes):
         """Looks at all that has come, which is not a whole head. Raises Malformed, HeadTooLarge."""
         line_end = data.rfind(b"\r\n", max(self.checked, self.scanned - 1))
-        if len(data) > MAX_HEAD or (line_end < 0 and len(data) - self.checked > MAX_LINE):
+        if len(data) > MAX_HEAD or (not self.checked and line_end < 0
+                                    and len(data) > MAX_START_LINE):
             raise HeadTooLarge(431 if self.checked else 414)
         if BARE_LINE_END.search(data, max(0, self.scanned - 1)):
             raise Malformed()
@@ -2803,6 +3064,8 @@ class Request(Head):
     from its target; `length` is None for a chunked body; `plain`: nothing is said of the body but
     how it is framed."""
     __slots__ = ("method", "path", "query", "version", "plain")
+    MAX_LINE = 8192
+    MAX_FIELDS = 100
 
     def __init__(self, data: bytes):
         super().__init__(data)
@@ -3005,6 +3268,7 @@ class BodyAdapter:
         in_chunk = self.style == self.AS_IS and self.framing.remaining
         if in_chunk or not self.events or not self.events.at_boundary(self.tail):
             return b""
+        self.passed += len(event)
         return event if self.style == self.PLAIN else encode_chunk(event)
 
     def end_of_stream(self, reset: bool = False) -> Tuple[bool, bytes]:
@@ -3028,6 +3292,20 @@ MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is runn
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
+
+
+KEEP_ALIVE_OPTIONS = (  # after 60 s of silence ask every 15 s, and give up after 4
+    ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60),  # the latter on macOS
+    ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+
+
+def keep_alive(sock: socket.socket):
+    """Has the system find out when the other side is gone without a word, and tells what is in
+    between that the connection is still used. What a listening socket accepts is like it."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE_OPTIONS:
+        with contextlib.suppress(AttributeError, OSError):  # not every system has each
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Context:
@@ -3233,7 +3511,10 @@ class Stream:
                 return None
 
     def take_head(self) -> Optional[bytes]:
-        """Returns the bytes of a head that has come whole, as nearly all do."""
+        """Returns the bytes of a head that has come whole, as nearly all do. Empty lines before it
+        are dropped (RFC 9112 2.2)."""
+        if self.read_buffer[:1] == b"\r":
+            self.read_buffer = EMPTY_LINES.sub(b"", self.read_buffer, 1)
         data = self.read_buffer
         end = data.find(b"\r\n\r\n") + 4
         if not 4 <= end <= MAX_HEAD:
@@ -3531,12 +3812,16 @@ class MemoryBudget:
         self.free += size
 
 
+WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # for zlib, by content coding
+
+
 class RequestBody:
     """What a client sends after its head, carried or read whole. It has FREE_SECONDS, and more only
     for what really arrives: a trickle does not keep it open. 100 Continue is sent when, and only
     if, somebody wants to read."""
     FREE_SECONDS = 60
     BYTES_PER_SECOND = 16384
+    INFLATED_AT_ONCE = 1 << 20  # bytes, which take 3 ms
     FAILURES = {Transfer.MALFORMED: BrokenBody, Transfer.SILENT: RequestTimeout,
                 Transfer.BROKEN_OFF: CallerGone, Transfer.SLOW: TimeoutError}
     held = 0      # bytes of the budget
@@ -3547,7 +3832,7 @@ class RequestBody:
         self.budget = budget
         self.length = request.length
         self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
-        self.encoded = "content-encoding" in request.lines
+        self.coding = request.get("content-encoding", "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
             raise UnsupportedExpectation()
@@ -3568,8 +3853,8 @@ class RequestBody:
 
     async def read(self, most: int, context: Context) -> bytes:
         """Returns the body of a metered call, of at most `most` bytes. Raises UnsupportedEncoding,
-        BodyTooLarge, BrokenBody, RequestTimeout, Overloaded, CallerGone."""
-        if self.encoded:
+        BodyTooLarge, BrokenBody, BadRequest, RequestTimeout, Overloaded, CallerGone."""
+        if self.coding != "identity" and self.coding not in WINDOW_BITS:
             raise UnsupportedEncoding()
         if self.length is not None and self.length > most:
             raise BodyTooLarge()
@@ -3588,9 +3873,36 @@ class RequestBody:
             pieces.append(self.unwrap())
             if self.received > most:
                 raise BodyTooLarge()
-            if self.received > self.held + self.budget.SMALL:
-                self.budget.take(self.received - self.held)
-                self.held = self.received
+            self.hold(self.received)
+        body = b"".join(pieces)
+        return body if self.coding == "identity" else await self.inflate(body, most)
+
+    def hold(self, size):
+        """Count so many bytes against the budget, but for small ones."""
+        if size > self.held + self.budget.SMALL:
+            self.budget.take(size - self.held)
+            self.held = size
+
+    async def inflate(self, data, most):
+        """Returns what was compressed, of at most `most` bytes; others run in between."""
+        inflater = zlib.decompressobj(WINDOW_BITS[self.coding])
+        pieces, size = [], 0
+        while not inflater.eof:
+            try:
+                piece = inflater.decompress(data, self.INFLATED_AT_ONCE)
+            except zlib.error:
+                raise BadRequest("The request body is not compressed as its head says") from None
+            data = inflater.unconsumed_tail
+            size += len(piece)
+            if not piece and not data and not inflater.eof:
+                raise BadRequest("The request body is not whole")
+            if size > most:
+                raise BodyTooLarge()
+            self.hold(self.received + size)
+            pieces.append(piece)
+            await asyncio.sleep(0)
+        if inflater.unused_data:
+            raise BadRequest("Something follows the compressed request body")
         return b"".join(pieces)
 
     def unwrap(self) -> bytes:
@@ -3861,7 +4173,7 @@ class FairQueue:
 
 # The caller's secrets, what we write ourselves, and what would name the caller.
 NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
-    "api-key", "x-goog-api-key", "cookie", "cookie2", "host", "content-length", "expect",
+    AZURE_CREDENTIAL_FIELD, "cookie", "cookie2", "host", "content-length", "expect",
     "x-http-method", "x-http-method-override", "x-method-override", "forwarded", "via",
     "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip",
     "true-client-ip", "cf-connecting-ip"))
@@ -4012,6 +4324,18 @@ class TransportConfig(NamedTuple):
     no_tunnel: str = ""
 
 
+class TunnelResponse(http.client.HTTPResponse):
+    """A proxy's answer to CONNECT. http.client would take a 1xx that comes before it for it."""
+
+    def _read_status(self):
+        for _ in range(MAX_INTERIM_RESPONSES):
+            found = super()._read_status()
+            if not 100 <= found[1] < 200:
+                break
+            http.client.parse_headers(self.fp)
+        return found
+
+
 class Address:
     """One address of an upstream: its spare connections, and how it fared lately."""
     LOOPBACK_SECONDS = 0.001  # how long a connection to this machine may hold the loop
@@ -4046,11 +4370,13 @@ class Address:
             self.breaker.state(self.clock.monotonic()))
 
     def target(self, path: str, query: str = "") -> str:
-        """Returns the request's target. A base with a path replaces a leading /v1 of the call; a
-        bare host gets the call's path as it is."""
-        if self.endpoint.path and (path == "/v1" or path.startswith("/v1/")):
-            path = path[3:]
-        return (self.endpoint.path + path or "/") + ("?" + query if query else "")
+        """Returns the request's target. A base with a path replaces a leading /v1 of the call, and
+        one that ends in /v1beta that; a bare host gets the call's path as it is."""
+        base = self.endpoint.path
+        version = "/" + path[1:].partition("/")[0]
+        if base and (version == "/v1" or (version == "/v1beta" and base.endswith(version))):
+            path = path[len(version):]
+        return (base + path or "/") + ("?" + query if query else "")
 
     async def send(self, stream, method, head, body, context):
         """Send one request and wait for the head of its response. Raises UpstreamFailed,
@@ -4136,6 +4462,7 @@ class Address:
         owner = http.client.HTTPSConnection(
             where.host, where.port, timeout=seconds, context=self.tls)
         if tunnel:
+            owner.response_class = TunnelResponse
             owner.set_tunnel(endpoint.host, endpoint.port, tunnel.fields)
         return owner
 
@@ -4148,6 +4475,7 @@ class Address:
             raise UpstreamTimeout(nothing_sent=True) from None
         except (OSError, http.client.HTTPException) as failure:
             raise UpstreamFailed(failure, nothing_sent=True) from None
+        keep_alive(sock)
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
         return Stream(context.loop, sock)
@@ -4321,6 +4649,7 @@ class Upstream:
         UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
+        stale = False
         while True:
             if context.expired():
                 raise UpstreamTimeout()  # nobody would wait for the response
@@ -4328,7 +4657,7 @@ class Upstream:
             if address is None:
                 raise failure or BreakerOpen(self.seconds_to_breaker())
             response = good = None
-            stream = address.spare()
+            stream = None if stale else address.spare()
             was_spare = stream is not None
             try:
                 stream = stream or await address.connect(context)
@@ -4337,15 +4666,23 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                if not refusal.nothing_sent:
+                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
-                failed.append(address)
+                failed += [] if stale else [address]
             finally:
                 if not probe:  # a list of models says nothing of how calls fare
                     self.judge(address, good)
                 if response is None:
                     address.running -= 1
+
+    @staticmethod
+    def is_repeatable(method, refusal):
+        """Tells whether what a spare connection lost, because it was closed under us, can be asked
+        again (RFC 9110 9.2.2)."""
+        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
+            refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
@@ -4370,26 +4707,30 @@ class Upstream:
         return "\r\n".join(
             [start, address.host_line, *self.headers.values(), *lines, ""]).encode("latin-1")
 
-    async def models(self, context: Context) -> List[str]:
-        """Returns the names of its models. Raises UpstreamFailed, UpstreamTimeout, BreakerOpen, and
-        ValueError where it answers with something else."""
+    async def models(self, context: Context) -> List[Model]:
+        """Returns its models. Raises UpstreamFailed, UpstreamTimeout, BreakerOpen, and ValueError
+        where it answers with something else."""
         if self.model is not None or self.key == PASSTHROUGH:  # one only, or no key to ask with
             plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
-            return plain or ([self.model] if self.model else [])
-        openai = DIALECTS["openai"]
-        path, dialect = self.dialect.place(openai.MODELS_PATH, openai, metered=False)
+            return list(map(Model, plain or ([self.model] if self.model else [])))
+        found = [one._replace(name=self.dialect.model_name(one.name))
+                 for one in await self.list_models(context)]
+        return [one for one in found if self.serves(one.name)] if self.globs else found
+
+    async def list_models(self, context):
+        """Ask for the list of models."""
+        path, dialect = self.dialect.place(
+            self.dialect.MODELS_PATH, DIALECTS["openai"], metered=False)
         lines = ["Accept: application/json", "Accept-Encoding: identity", *dialect.VERSION_LINES]
         head = functools.partial(
             self.head, "GET", path, dialect.MODELS_QUERY, dialect, self.key, lines)
         with await self.send_once("GET", head, b"", context, probe=True) as response:
             body = await response.read(context)
             try:
-                names = dialect.model_names(parse_response(body))
+                return dialect.listed_models(parse_response(body))
             except (ValueError, LookupError, TypeError):
                 raise ValueError("the upstream answered %d, and no list of models"
                                  % response.status) from None
-        names = list(map(self.dialect.model_name, names))
-        return [name for name in names if self.serves(name)] if self.globs else names
 
 
 class Routes:
@@ -4937,6 +5278,11 @@ class Books:
 # knows no upstreams' addresses and no buckets.
 # --------------------------------------------------------------------------------------------------
 
+# User agents with these words, in lower case, are where a person sits and reads.
+PEOPLES_AGENTS = re.compile("mozilla/|claude-cli/|codex[_-]|geminicli|opencode/|qwencode/")
+# These sleep for as long as Retry-After says, were it for hours.
+SLEEPING_AGENTS = re.compile("codex[_-]")
+PATIENT_SECONDS = 60  # who must wait longer need not ask again
 USER_FIELD_PREFIX = "x-openwebui-"  # fields that begin like this say who the caller's user is
 OUR_FIELD_PREFIX = "x-llm-proxy-"   # and these are meant for us
 TIMEOUT_FIELD = OUR_FIELD_PREFIX + "timeout-ms"
@@ -4954,8 +5300,17 @@ REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers",
     "max-age", "allow-private-network"))
+EVENT_TYPES = tuple({dialect.events.content_type for dialect in DIALECTS.values()})
+UNBUFFERED = "X-Accel-Buffering: no"  # nginx would hold events back
+STREAM_LINES = ["Cache-Control: no-cache", UNBUFFERED]
 REASONS = {status: phrase for status, (phrase, _) in
            http.server.BaseHTTPRequestHandler.responses.items()}
+
+
+@functools.lru_cache(4)
+def format_date(second):
+    """Returns a header line (RFC 9110 5.6.7)."""
+    return "Date: " + email.utils.formatdate(second, usegmt=True)
 
 
 class ReplyParts(NamedTuple):
@@ -5076,13 +5431,16 @@ class Reply:
             self.early = True
             if self.request.version == 0:
                 self.close_after = self.until_close = True
-            framing_line = "" if self.until_close else "Transfer-Encoding: chunked\r\n"
-            head = self.head(200, "OK", "Content-Type: %s\r\nCache-Control: no-cache\r\n%s" % (
-                self.call.dialect.events.content_type, framing_line))
+            lines = [self.date_line(), "Content-Type: " + self.call.dialect.events.content_type]
+            lines += STREAM_LINES
+            if not self.until_close:
+                lines.append("Transfer-Encoding: chunked")
+            head = self.head(200, "OK", "".join([line + CRLF for line in lines]))
         self.client.write(head + self.framed(self.call.dialect.events.comment(text)))
 
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
+        self.entry.passed += len(event)
         return event if self.until_close else encode_chunk(event)
 
     def error_event(self, refusal):
@@ -5139,7 +5497,9 @@ class Reply:
             if drops or not isinstance(framing, Chunked):
                 style = BodyAdapter.CHUNKED
             self.framing_line = "Transfer-Encoding: chunked\r\n"
-        return BodyAdapter(framing, style, reader, events)
+        adapter = BodyAdapter(framing, style, reader, events)
+        adapter.passed = self.entry.passed  # comments, where the stream began with some
+        return adapter
 
     async def receive_whole(self, response):
         """Await a metered answer that is no stream, unless it is large or takes its time."""
@@ -5176,9 +5536,12 @@ class Reply:
         entry.first_byte = clock.monotonic()
         if self.early:
             return self.client.write(self.first)
-        lines = (f"{self.response_lines(response)}{self.framing_line}"
+        now = clock.time_ns()
+        dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
+        lines = (f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
+                 f"{self.response_lines(response)}{self.framing_line}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
-                 f"X-Upstream-Request-Stop: {clock.time_ns()}\r\n")
+                 f"X-Upstream-Request-Stop: {now}\r\n")
         usage = entry.usage
         if usage and not self.call.stream:
             lines += (f"X-LLM-Input-Tokens: {usage.input}\r\n"
@@ -5192,8 +5555,12 @@ class Reply:
         head = response.head
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
-        cors = self.parts.config.cors_origins
-        lines = head.end_to_end(REPLACED_WITH_CORS if cors else REPLACED)
+        replaced = REPLACED_WITH_CORS if self.parts.config.cors_origins else REPLACED
+        unbuffered = []
+        if head.get("content-type", "").lower().startswith(EVENT_TYPES):
+            replaced = replaced.union(["x-accel-buffering"])
+            unbuffered = [UNBUFFERED]
+        lines = head.end_to_end(replaced) + unbuffered
         redirects = [name for name in ("location", "content-location") if name in head]
         prefix = "/" + self.call.prefix if self.call.prefix else ""
         for name in redirects:
@@ -5238,20 +5605,31 @@ class Reply:
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
         few bytes, or, where only closing ends the body, a reset. A stream whose head was ours is
-        told `why`, where there is room for that."""
+        told `why`, where there is room for that, and ends properly: a broken one would hide it."""
         self.close_after = True
-        if self.early:
-            event = self.error_event(why)
-            framed = self.adapter.insert(event) if self.adapter else self.framed(event)
-            self.client.write(framed)
-        self.reset = self.until_close
+        told = self.early and self.tell(why)
+        self.reset = self.until_close and not told
+
+    def tell(self, why):
+        """Say `why` and end the stream; returns False where there is no room for it."""
+        entry, event, adapter = self.entry, self.error_event(why), self.adapter
+        if entry.first_byte is None:
+            entry.first_byte = self.parts.clock.monotonic()
+        if adapter is None:
+            framed = self.framed(event)
+        else:
+            framed = adapter.insert(event)
+            entry.passed = adapter.passed
+        if framed:
+            self.client.write(framed + (b"" if self.until_close else LAST_CHUNK))
+        return bool(framed)
 
     # -- what comes from us
 
     def send(self, status: int, body: bytes = b"", lines: Iterable[str] = (),
              content_type: str = "application/json"):
         """Send a whole answer."""
-        lines = list(lines)
+        lines = [self.date_line(), *lines]
         if status != 204:
             lines += ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
         if self.request and self.request.method == "HEAD":
@@ -5268,34 +5646,46 @@ class Reply:
         if self.begun:
             return self.cut(refusal)
         self.close_after = self.close_after or refusal.close_after
-        fields = dict(refusal.fields)
-        reply = None
         if isinstance(refusal, LimitReached):
             self.entry.hold = Hold(tightest=refusal.tightest)
-            reply = self.limit_reply(refusal)
-            if reply is None and (refusal.wait is None or refusal.wait > 60):
-                fields["x-should-retry"] = "false"  # SDKs would ask three times
-        status, content_type = 200, "application/json"
-        if reply is not None:
-            content_type = self.call.dialect.limit_type(self.call)
-            if self.call.dialect.is_stream(content_type):
-                fields["Cache-Control"] = "no-cache"
-        else:
-            status = refusal.status
-            dialect = self.call.dialect if self.call else self.parts.dialects.guess(
-                self.request and self.request.path, self.request)
-            reply = dialect.error(refusal, status)
-        self.send(status, reply, ["%s: %s" % field for field in fields.items()], content_type)
+            return self.limit(refusal)
+        dialect = self.call.dialect if self.call else self.parts.dialects.guess(
+            self.request and self.request.path, self.request)
+        self.send(refusal.status, dialect.error(refusal, refusal.status),
+                  self.lines_of(refusal.fields))
 
-    def limit_reply(self, refusal):
-        """Returns the answer of an assistant that says so; None where LIMIT_REPLY wants an error,
-        or no assistant can speak."""
-        wanted, lines = self.parts.config.limit_reply, self.request.lines
-        for_people = "mozilla/" in lines.get("user-agent", "").lower() or any(
-            name.startswith(USER_FIELD_PREFIX) for name in lines)
-        if wanted == "error" or (wanted == "auto" and not for_people):
-            return None
-        return self.call.dialect.limit_reply(self.call, str(refusal), self.started // 10 ** 9)
+    @staticmethod
+    def lines_of(fields):
+        return ["%s: %s" % field for field in fields.items()]
+
+    def limit(self, refusal):
+        """Say that a limit is reached: an assistant does, where LIMIT_REPLY wants one and one can
+        speak; else it is an error."""
+        call, wait, fields = self.call, refusal.wait, dict(refusal.fields)
+        dialect, now, reply = call.dialect, self.started // 10 ** 9, None
+        if self.wants_assistant():
+            reply = dialect.limit_reply(call, str(refusal), now)
+        if reply is not None:
+            content_type = dialect.limit_type(call)
+            lines = STREAM_LINES if dialect.is_stream(content_type) else []
+            return self.send(200, reply, self.lines_of(fields) + lines, content_type)
+        body = dialect.error(refusal, refusal.status)
+        if wait is None or wait > PATIENT_SECONDS:
+            fields["x-should-retry"] = "false"  # SDKs would ask three times
+            if SLEEPING_AGENTS.search(self.user_agent()):
+                fields.pop("Retry-After", None)
+                resets_at = None if wait is None else now + math.ceil(wait)
+                body = dialect.final_error(refusal, refusal.status, resets_at)
+        self.send(refusal.status, body, self.lines_of(fields))
+
+    def wants_assistant(self) -> bool:
+        wanted = self.parts.config.limit_reply
+        return wanted == "assistant" or wanted == "auto" and bool(
+            PEOPLES_AGENTS.search(self.user_agent())
+            or any(name.startswith(USER_FIELD_PREFIX) for name in self.request.lines))
+
+    def user_agent(self) -> str:
+        return self.request.get("user-agent", "").lower()
 
     # -- both
 
@@ -5314,6 +5704,9 @@ class Reply:
         close = "Connection: close\r\n" if self.close_after else ""
         return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
                 f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
+
+    def date_line(self) -> str:
+        return format_date(self.parts.clock.time_ns() // 10 ** 9)
 
     def cors_lines(self) -> str:
         allowed = self.parts.config.cors_origins
@@ -5513,7 +5906,7 @@ class Proxy:
             lines += ["Content-Type: application/json", "Accept-Encoding: identity"]
         key = upstream.key
         if key == PASSTHROUGH:
-            key = Callers.credential_in(request, request.query)
+            key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
         request.cache[address] = call.path, head
         return head
@@ -5524,7 +5917,7 @@ class Proxy:
                    or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
                    or name == self.callers.caller_header]
         if metered:
-            dropped += ["content-type", "accept-encoding"]
+            dropped += ["content-type", "content-encoding", "accept-encoding"]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
         return NEVER_UPSTREAM.union(dropped)
@@ -5567,7 +5960,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
     callers = Callers(config.proxy_api_keys, os.urandom(32), config.trusted_proxies or (),
-                      config.caller_header)
+                      config.caller_header, config.has_dialect("azure"))
     dialects = Dialects(config.model_aliases or {},
                         {one.name: one.dialect for one in config.upstreams})
     return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
@@ -5611,8 +6004,9 @@ class Catalogue:
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def names(self, context: Context) -> List[str]:
-        """Who asks while another one's question is under way takes what that brings."""
+    async def models(self, context: Context) -> Dict[str, Model]:
+        """Returns them by name; the first of a name counts. Who asks while another one's question
+        is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -5622,7 +6016,10 @@ class Catalogue:
             with contextlib.suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
-        return [name for names in self.lists for name in names]
+        found = {}
+        for model in itertools.chain(*self.lists):
+            found.setdefault(model.name, model)
+        return found
 
     async def ask_all(self, loop):
         try:
@@ -5648,12 +6045,13 @@ class Catalogue:
 
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+    MODELS_PATHS = frozenset(path for dialect in DIALECTS.values() for path in dialect.LIST_PATHS)
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
         self.catalogue = Catalogue(proxy.routes, proxy.clock)
         config = proxy.config
-        # Without these the list is that of the only upstream.
+        # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
     def find(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
@@ -5664,11 +6062,13 @@ class Pages:
             return None
         if request.path == "/health":
             return self.health
-        if self.lists_models:
-            gemini = request.path == "/v1beta/models" and self.proxy.routes.named
-            if gemini or request.path in ("/v1/models", "/models"):
-                return self.models
+        if request.path in self.MODELS_PATHS and (
+                self.lists_models or not self.dialect(request).OWN_LIST):
+            return self.models
         return None
+
+    def dialect(self, request):
+        return self.proxy.dialects.guess(request.path, request)
 
     async def preflight(self, request, reply):
         lines = []
@@ -5708,11 +6108,14 @@ class Pages:
                 limits.matching(entry.caller, entry.address, config.base_model)]
 
     async def models(self, request, reply):
-        self.proxy.identify(request, reply.entry)
-        names = await self.catalogue.names(reply.context)
-        names += list(self.proxy.config.model_aliases or ())
-        dialect = self.proxy.dialects.guess(request.path, request)
-        reply.send(200, dialect.models(list(dict.fromkeys(names))))
+        proxy = self.proxy
+        proxy.identify(request, reply.entry)
+        models = await self.catalogue.models(reply.context)
+        if not models and not self.lists_models:
+            return await proxy.serve(request, reply)  # it may speak the client's API alone
+        for alias, name in (proxy.config.model_aliases or {}).items():
+            models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
+        reply.send(200, self.dialect(request).models(list(models.values())))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5880,6 +6283,8 @@ class ClientConnection:
             data = client.take_head() or await client.read_head(
                 REQUEST_LINE, self.context, self.HEAD_SECONDS, "the request's head")
         except TimeoutError:
+            if not client.read_buffer:  # nothing came but empty lines
+                raise QuietEnd() from None
             raise RequestTimeout() from None
         except OSError:
             raise QuietEnd() from None  # reset between two requests
@@ -5894,13 +6299,20 @@ class ClientConnection:
             self.on_client_end()
         elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
-        if request.method in ("TRACE", "TRACK", "CONNECT"):
-            raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
+        self.refuse_other_protocols(request)
         page = self.server.pages.find(request)
         if page:
             await page(request, reply)
         else:
             await self.proxy.serve(request, reply)
+
+    @staticmethod
+    def refuse_other_protocols(request):
+        if request.method in ("TRACE", "TRACK", "CONNECT"):
+            raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
+        if "upgrade" in request.lines and request.version and (  # RFC 9110 7.8
+                "websocket" in request.get("upgrade").lower()):
+            raise UpgradeRequired()
 
     def refuse(self, reply, failure):
         """The one place that turns what was raised into an answer."""
@@ -6043,6 +6455,7 @@ class Server(http.server.ThreadingHTTPServer):
         """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
         if self.server_address[0] == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
+        keep_alive(self.socket)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -6359,7 +6772,7 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = map(clean, ask_models(upstream))
+                names = [clean(model.name) for model in ask_models(upstream)]
                 models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as reason:
                 cause = getattr(reason, "cause", None)
@@ -6459,7 +6872,8 @@ async def serve(server: Server, drain_seconds: float):
 
     def report_calls():
         calls = server.running_calls()
-        for line in ["%d calls are running" % len(calls), *calls]:
+        noun = "call is" if len(calls) == 1 else "calls are"
+        for line in ["%d %s running" % (len(calls), noun), *calls]:
             say(line)
 
     def reload_certificates():

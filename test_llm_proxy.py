@@ -51,6 +51,7 @@ import unittest
 import urllib.parse
 import uuid
 import warnings
+import zlib
 from unittest import mock
 
 import llm_proxy
@@ -1018,6 +1019,29 @@ class ConfigTest(TableCase):
             found = getattr(read_config({**HERE, **settings}), [*settings][-1].lower())
             self.assertEqual(repr(found), value)
 
+    USUAL_DIALECTS = """
+        UPSTREAM_GROQ_KEY=k -> openai
+        UPSTREAM_ANTHROPIC_KEY=k -> anthropic
+        UPSTREAM_OLLAMA_MODELS=m -> ollama
+        UPSTREAM_OLLAMA_URL=http://box:11434 -> ollama
+        UPSTREAM_OLLAMA_URL=http://box:11434/v1 -> openai
+        UPSTREAM_AZURE_URL=https://gateway.example -> azure
+        UPSTREAM_X_URL=https://me.openai.azure.com -> azure
+        UPSTREAM_X_URL=https://me.OpenAI.azure.com/ -> azure
+        UPSTREAM_X_URL=https://me.cognitiveservices.azure.com -> azure
+        UPSTREAM_X_URL=https://me.services.ai.azure.com -> azure
+        UPSTREAM_X_URL=https://me.openai.azure.com/openai/v1 -> openai
+        UPSTREAM_X_URL=https://openai.azure.com.example -> openai
+        UPSTREAM_X_URL=https://x | UPSTREAM_X_DIALECT=gemini -> gemini
+        BASE_API_URL=https://me.openai.azure.com -> azure
+        BASE_API_URL=https://me.openai.azure.com/openai/v1 -> None
+        BASE_API_URL=http://box:11434 -> None"""
+
+    def test_an_upstream_that_does_not_say_has_the_api_of_its_vendor_or_openais(self):
+        for text, dialect in self.each(self.USUAL_DIALECTS):
+            upstream = read_config(settings_of(text)).all_upstreams()[-1]
+            self.assertEqual(str(upstream.dialect), dialect)
+
     FAULTS = """
         BASE_API_URL= -> BASE_API_URL is not set. Start like this:  BASE_API_URL=http://127.0.0.1:8\
 000/v1 python llm_proxy.py  (or try --demo)
@@ -1026,6 +1050,8 @@ class ConfigTest(TableCase):
         UPSTREAM_HEALTH_URL=http://h -> UPSTREAM_HEALTH_URL must have
         UPSTREAM__URL=http://h -> UPSTREAM__URL must have
         UPSTREAM_THREADS_URL=http://h -> UPSTREAM_THREADS_URL must have
+        UPSTREAM_X_URL=http://h/openai/v1 | UPSTREAM_X_DIALECT=azure -> UPSTREAM_X_URL must end
+        UPSTREAM_X_URL=http://h/v1 | UPSTREAM_X_DIALECT=ollama -> UPSTREAM_X_URL must end
         UPSTREAM_GROQ_KEY=passthrough | PROXY_API_KEYS=k -> UPSTREAM_GROQ_KEY must not be\
  passthrough
         BASE_API_KEY=passthrough | PROXY_API_KEYS=k -> BASE_API_KEY must not be passthrough
@@ -1281,6 +1307,14 @@ class CallersTest(ProxyCase):
                 authorization: bearer k -> x-api-key: k"""):
             self.assertEqual(self.ask(call(None, *fields)).body, b'{"said": "hi"}')
         self.assertEqual((self.left("k"), self.left("another")), (0, 3))
+
+    def test_an_api_key_is_a_credential_where_an_upstream_is_azures(self):
+        for dialect, left in self.each((("azure", (4, 5)), ("openai", (5, 4)))):
+            self.start(MAX_TOKENS=5, UPSTREAM_X_URL="http://127.0.0.1:1", UPSTREAM_X_KEY="sk-up",
+                       UPSTREAM_X_DIALECT=dialect)
+            self.ask(call(None, "api-key: k"))
+            self.assertEqual((self.left("k"), self.left()), left)
+            self.assertIsNone(self.stub.requests[0].get("api-key"))
 
     def test_two_different_credentials_are_refused(self):
         self.start()
@@ -2137,7 +2171,17 @@ USAGE_TABLE = json.loads("""[
                 "cachedContentTokenCount": 4, "toolUsePromptTokenCount": 3,
                 "totalTokenCount": 25},
         [13, 12, 4, 0, 7]],
-    ["generate", {"candidatesTokenCount": 5}, null]]""")
+    ["generate", {"candidatesTokenCount": 5}, null],
+    ["interactions", {"total_input_tokens": 9, "total_output_tokens": 79,
+                "total_thought_tokens": 12, "total_tokens": 100},
+        [9, 91, 0, 0, 12]],
+    ["interactions", {"total_input_tokens": 10, "total_output_tokens": 5,
+                "total_cached_tokens": 4, "total_tool_use_tokens": 3,
+                "input_tokens_by_modality": [{"modality": "text", "tokens": 10}]},
+        [13, 5, 4, 0, 0]],
+    ["ollama", {"prompt_eval_count": 26, "eval_count": 9, "total_duration": 5}, [26, 9, 0, 0, 0]],
+    ["ollama", {"prompt_eval_count": 8, "eval_count": null}, [8, 0, 0, 0, 0]],
+    ["ollama", {"prompt_eval_count": null, "eval_count": null}, null]]""")
 
 
 def events(*payloads, end="\n\n"):
@@ -2178,9 +2222,29 @@ GEMINI_EVENTS = json.loads("""[
      "usageMetadata": {"promptTokenCount": 25, "candidatesTokenCount": 7}}]""")
 
 
+INTERACTION_EVENTS = json.loads("""[
+    {"event_type": "interaction.created", "interaction": {"id": "i", "status": "in_progress"}},
+    {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}},
+    {"event_type": "step.delta", "index": 0, "delta": {"text": "hello you", "type": "text"}},
+    {"event_type": "interaction.completed", "interaction": {"id": "i", "status": "completed",
+     "usage": {"total_input_tokens": 25, "total_output_tokens": 4, "total_thought_tokens": 3}}}]""")
+OLLAMA_LINES = json.loads("""[
+    {"model": "m", "message": {"role": "assistant", "content": "hello"}, "done": false},
+    {"model": "m", "message": {"role": "assistant", "content": " you"}, "done": false},
+    {"model": "m", "message": {"role": "assistant", "content": ""}, "done_reason": "stop",
+     "done": true, "total_duration": 9, "load_duration": 1, "prompt_eval_count": 25,
+     "prompt_eval_duration": 2, "eval_count": 7, "eval_duration": 6}]""")
+
+
+def lines_of(*payloads):
+    """A stream of Ollama."""
+    return b"".join(json.dumps(one, separators=(",", ":")).encode() + b"\n" for one in payloads)
+
+
 class UsageReaderTest(ProxyCase):
     """What is understood of an answer, in whatever pieces it comes."""
-    DIALECTS = {"messages": llm_proxy.Anthropic(), "generate": llm_proxy.Gemini()}
+    DIALECTS = {"messages": llm_proxy.Anthropic(), "generate": llm_proxy.Gemini(),
+                "interactions": llm_proxy.Interactions(), "ollama": llm_proxy.Ollama()}
     STREAMS = [  # endpoint, events, usage; of the first events: number, usage, characters
         ("chat", [delta("hello you"), LAST_DELTA, USAGE_EVENT, "[DONE]"],
          (20, 4), 1, None, 9),
@@ -2189,7 +2253,8 @@ class UsageReaderTest(ProxyCase):
          (20, 4), 2, None, 9),
         ("responses", RESPONSE_EVENTS, (25, 7), 2, None, 9),
         ("messages", ANTHROPIC_EVENTS, (25, 7), 3, (25, 1), 9),
-        ("generate", GEMINI_EVENTS, (25, 7), 1, (25, 1), 5)]
+        ("generate", GEMINI_EVENTS, (25, 7), 1, (25, 1), 5),
+        ("interactions", INTERACTION_EVENTS, (25, 7), 3, None, 9)]
     JSON_ANSWERS = """
         {"choices": [SAID], "usage": TOLD}
         {"usage": TOLD, "choices": [SAID]}
@@ -2228,6 +2293,18 @@ class UsageReaderTest(ProxyCase):
             data = b": ping" + end.encode() + events(*told, end=end)
             found = self.hear(data, step, endpoint=endpoint)
             self.assertEqual(found, (data, usage, True, 9))
+
+    def test_ollama_streams_lines_of_which_the_last_tells_the_usage(self):
+        data = lines_of(*OLLAMA_LINES)
+        for step in self.each((None, 1, 7, 64)):
+            found = self.hear(data, step, endpoint="ollama")
+            self.assertEqual(found, (data, (25, 7), True, 9))
+        _, used, final, characters = self.hear(data[:-200], whole=False, endpoint="ollama")
+        self.assertEqual((used, final, characters), (None, False, 9))
+        for indent in self.each((None, 2)):
+            whole = json.dumps({**OLLAMA_LINES[-1], **OLLAMA_LINES[0], "done": True}, indent=indent)
+            found = self.hear(whole.encode(), endpoint="ollama", streamed=False)
+            self.assertEqual(found[1:], ((25, 7), True, 5))
 
     def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
         for endpoint, told, _, number, *expected in self.each(self.STREAMS):
@@ -2331,7 +2408,10 @@ class DialectsTest(ProxyCase):
         /v1/responses //v1/responses/ /v1/embeddings /v1/%65mbeddings
         /v1/messages /v1/Messages /messages /x/v1/messages
         /v1beta/models/m:generateContent /v1/models/m:streamGenerateContent
-        /v1beta/tunedModels/m:generateContent /v1/rerank /v1/images/generations"""
+        /v1beta/tunedModels/m:generateContent /v1/rerank /v1/images/generations
+        /v1beta/interactions /v1/interactions/ /v1/fim/completions /v1/agents/completions
+        /v1/chat/completions/batch /api/chat /api/generate /api/embed /API//embeddings
+        /openai/deployments/m/chat/completions /openai/deployments/m/embeddings"""
     UNMETERED = """
         /v1/messages/count_tokens /v1beta/models/m:countTokens
         /v1/threads/t/messages /v1/responses/r/cancel"""
@@ -2347,7 +2427,13 @@ class DialectsTest(ProxyCase):
         /v1/messages -> X-A: b -> x-api-key: sk-up
         /v1/messages/count_tokens -> X-A: b -> x-api-key: sk-up
         /v1beta/models/m:generateContent -> X-A: b -> x-goog-api-key: sk-up
-        /v1/models -> x-goog-api-key: k -> x-goog-api-key: sk-up"""
+        /v1/models -> x-goog-api-key: k -> x-goog-api-key: sk-up
+        /v1beta/interactions -> X-A: b -> x-goog-api-key: sk-up
+        /api/chat -> X-A: b -> authorization: Bearer sk-up
+        /v1/messages/batches/b/cancel -> X-A: b -> x-api-key: sk-up
+        //v1/./Messages/batches/b/cancel -> X-A: b -> x-api-key: sk-up
+        /v1/threads/t/messages -> X-A: b -> authorization: Bearer sk-up
+        /v1/chat/completions/c/messages/m -> X-A: b -> authorization: Bearer sk-up"""
     ESTIMATES = json.loads("""[
         ["/v1/responses",
             {"input": "PROMPT", "max_output_tokens": 100}, 110],
@@ -2358,10 +2444,20 @@ class DialectsTest(ProxyCase):
         ["/v1beta/models/m:generateContent",
             {"contents": "PROMPT", "generation_config": {"max_output_tokens": 5}}, 15],
         ["/v1beta/models/m:generateContent",
-            {"contents": "PROMPT"}, 266]]""".replace("PROMPT", "ten tokens" * 4))
+            {"contents": "PROMPT"}, 266],
+        ["/v1beta/interactions",
+            {"input": "PROMPT", "generation_config": {"max_output_tokens": 100}}, 110],
+        ["/v1/fim/completions",
+            {"prompt": "PROMPT", "max_tokens": 100}, 110],
+        ["/api/chat",
+            {"messages": "PROMPT", "options": {"num_predict": 100}}, 110],
+        ["/api/generate",
+            {"prompt": "PROMPT", "options": null}, 266],
+        ["/api/embed",
+            {"input": "PROMPT"}, 266]]""".replace("PROMPT", "ten tokens" * 4))
     MISSPELLED = """
         /v1beta/models/m%3AgenerateContent /v1beta/models/m:generatecontent
-        /v1beta//models/m:generateContent"""
+        /v1beta//models/m:generateContent /openai/deployments/m//chat/completions"""
 
     def ask_at(self, path, *fields, key="k", **payload):
         return self.ask(request("POST", path, json.dumps(payload).encode(), *fields, key=key))
@@ -2377,6 +2473,10 @@ class DialectsTest(ProxyCase):
             told = answered.json()
             self.assertIn("API key", told["error"].pop("message"))
             self.assertEqual((answered.status, told), (401, json.loads(expected)))
+        for path in self.each(["/api/chat", "/api/pull"]):
+            told = self.ask_at(path, key="wrong").json()
+            self.assertEqual(told, {"error": "Missing or invalid proxy API key"})
+            self.assertEqual(answered.get("x-should-retry"), "false")
 
     def test_every_kind_of_credential_is_the_same_caller_and_none_goes_upstream(self):
         self.start(MAX_TOKENS=10)
@@ -2414,12 +2514,23 @@ class DialectsTest(ProxyCase):
 
     def test_the_model_is_replaced_wherever_it_stands(self):
         self.start(BASE_MODEL="real")
-        for path in self.each(["/v1/responses", "/v1/messages", "/v1/embeddings"]):
+        for path in self.each("""/v1/responses /v1/messages /v1/embeddings /v1beta/interactions
+                /api/chat /v1/chat/completions/batch""".split()):
             self.ask_at(path, model="asked")
             self.assertEqual(self.stub.requests[-1].json()["model"], "real")
-        target = "/v1beta/models/%s:streamGenerateContent?alt=sse"
-        self.ask_at(target % "asked")
-        self.assertEqual(self.stub.requests[-1].target, target % "real")
+        for target in self.each(["/v1beta/models/%s:streamGenerateContent?alt=sse",
+                                 "/openai/deployments/%s/chat/completions?api-version=1"]):
+            self.ask_at(target % "asked")
+            self.assertEqual(self.stub.requests[-1].target, target % "real")
+
+    def test_a_path_and_a_payload_cannot_name_two_models(self):
+        self.start(MODEL_ALIASES="fast=gpt-5")
+        for path, asked, served in self.each(itertools.product(
+                ("/openai/deployments/%s/completions", "/OpenAI/Deployments/%s/completions"),
+                ("fast", "gpt-5"), ("gpt-5",))):
+            self.ask_at(path % asked, model="other")
+            asked = self.stub.requests[-1]
+            self.assertEqual((asked.target, asked.json()), (path % served, {"model": served}))
 
     def test_estimates_know_each_api_s_maximum(self):
         for path, payload, cost in self.each(self.ESTIMATES):
@@ -2438,7 +2549,6 @@ class LimitReplyTest(ProxyCase):
     """The assistant that says 'limit reached', in the shape of every API."""
     SAID = "limit reached, wait 5 min"
     GEMINI = "/v1beta/models/asked:"
-    SCHEMA = {"type": "json_schema", "name": "x", "schema": {}}
     GEMINI_REPLY = """{
         "candidates": [{
             "content": {"parts": [{"text": "limit reached, wait 5 min"}], "role": "model"},
@@ -2480,7 +2590,32 @@ class LimitReplyTest(ProxyCase):
             "stop_reason": "end_turn", "stop_sequence": null,
             "usage": {"input_tokens": 0, "output_tokens": 0}}""",
         "/v1beta/models/asked:generateContent": GEMINI_REPLY,
-        "/v1beta/models/asked:streamGenerateContent": "[%s]" % GEMINI_REPLY}
+        "/v1beta/models/asked:streamGenerateContent": "[%s]" % GEMINI_REPLY,
+        "/openai/deployments/asked/completions": """{
+            "id": "cmpl-limit-ID", "created": 1700001000, "object": "text_completion",
+            "model": "asked",
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+            "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop",
+                         "text": "limit reached, wait 5 min"}]}""",
+        "/v1beta/interactions": """{
+            "id": "limit-ID", "object": "interaction", "model": "asked", "status": "completed",
+            "role": "model", "created": "2023-11-14T22:30:00Z", "updated": "2023-11-14T22:30:00Z",
+            "steps": [{"type": "model_output",
+                       "content": [{"type": "text", "text": "limit reached, wait 5 min"}]}],
+            "usage": {"total_input_tokens": 0, "total_output_tokens": 0, "total_thought_tokens": 0,
+                      "total_cached_tokens": 0, "total_tool_use_tokens": 0, "total_tokens": 0}}""",
+        "/api/chat": """{
+            "model": "asked", "created_at": "2023-11-14T22:30:00Z",
+            "message": {"role": "assistant", "content": "limit reached, wait 5 min"},
+            "done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0,
+            "prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0,
+            "eval_duration": 0}""",
+        "/api/generate": """{
+            "model": "asked", "created_at": "2023-11-14T22:30:00Z",
+            "response": "limit reached, wait 5 min",
+            "done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0,
+            "prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0,
+            "eval_duration": 0}"""}
     CHOICES = {  # of each event of a stream
         CHAT: """[
             [{"index": 0, "logprobs": null, "finish_reason": null,
@@ -2500,8 +2635,76 @@ class LimitReplyTest(ProxyCase):
         {"n": null}
         {"n": 1000000000}
         {"stream_options": []}
-        {"response_format": 1}
-        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}"""
+        {"response_format": null, "tool_choice": "auto", "grammar": "", "json_schema": {}}
+        {"response_format": {"type": "text"}, "function_call": "none", "suffix": null}
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}"""
+    # What a machine parses, by path
+    PARSED = {
+        CHAT: """
+            {"response_format": 1}
+            {"response_format": {"type": "json_object"}}
+            {"response_format": {"type": "json_schema", "json_schema": {}}}
+            {"tool_choice": "required"}
+            {"tool_choice": "any"}
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}}
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required"}}}
+            {"function_call": {"name": "f"}}
+            {"grammar": "root ::= x"}
+            {"json_schema": {"type": "object"}}
+            {"structured_outputs": {"choice": ["a"]}}
+            {"guided_json": {"type": "object"}}
+            {"guided_regex": "a+"}
+            {"guided_choice": ["a", "b"]}
+            {"guided_grammar": "root ::= x"}
+            {"stream": true, "guided_regex": "a+"}""",
+        "/v1/completions": """
+            {"suffix": "def f"}
+            {"suffix": ""}
+            {"grammar": "root ::= x"}""",
+        "/v1/responses": """
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}
+            {"text": {"format": {"type": "json_object"}}}
+            {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}}
+            {"tool_choice": {"type": "file_search"}}""",
+        "/v1/messages": """
+            {"output_format": {"type": "json_schema", "schema": {}}}
+            {"output_config": {"format": {"type": "json_schema", "schema": {}}}}
+            {"tool_choice": {"type": "any"}}
+            {"tool_choice": {"type": "tool", "name": "f"}}""",
+        "/v1beta/models/asked:generateContent": """
+            {"generationConfig": {"responseMimeType": "application/json"}}
+            {"generationConfig": {"response_mime_type": "text/x.enum"}}
+            {"generation_config": {"responseSchema": {"type": "OBJECT"}}}
+            {"generationConfig": {"responseJsonSchema": {"type": "object"}}}
+            {"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}}
+            {"tool_config": {"function_calling_config": {"mode": "ANY"}}}""",
+        "/v1beta/interactions": """
+            {"response_format": {"type": "text", "mime_type": "application/json"}}
+            {"response_mime_type": "application/json"}
+            {"generation_config": {"tool_choice": "any"}}
+            {"background": true}""",
+        "/v1/agents/completions": """
+            {"tool_choice": "any"}""",
+        "/v1/fim/completions": """
+            {"prompt": "def f("}""",
+        "/v1/chat/completions/batch": """
+            {"messages": [[{"role": "user", "content": "hello"}]]}""",
+        "/api/chat": """
+            {"format": "json"}
+            {"format": {"type": "object"}, "stream": false}""",
+        "/api/generate": """
+            {"suffix": "return"}""",
+        "/api/embed": """
+            {"input": "hello"}"""}
+    SPOKEN = {
+        "/v1/responses": """
+            {"text": {"format": {"type": "text"}, "verbosity": "low"}}
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}""",
+        "/v1/messages": """
+            {"output_config": {"effort": "low"}, "tool_choice": {"type": "auto"}}""",
+        "/v1beta/models/asked:generateContent": """
+            {"generationConfig": {"responseMimeType": "text/plain"}}
+            {"toolConfig": {"functionCallingConfig": {"mode": "AUTO"}}}"""}
     MODES = """
         assistant -> X-A: b -> 200
         error -> X-A: b -> 429
@@ -2509,6 +2712,12 @@ class LimitReplyTest(ProxyCase):
         auto -> X-A: b -> 429
         auto -> User-Agent: OpenAI/Python 1.0 -> 429
         auto -> User-Agent: Mozilla/5.0 (X11) -> 200
+        auto -> User-Agent: claude-cli/2.0.1 (external, cli) -> 200
+        auto -> User-Agent: codex_cli_rs/0.99.0 (Debian 12) -> 200
+        auto -> User-Agent: codex-tui/0.150.1 (Mac OS 26.5.0) -> 200
+        auto -> User-Agent: GeminiCLI/0.20.0/gemini-2.5-pro (linux; x64) -> 200
+        auto -> User-Agent: opencode/1.0.1 ai-sdk/provider-utils/3.0 -> 200
+        auto -> User-Agent: QwenCode/0.2.0 (linux; x64) -> 200
         auto -> X-OpenWebUI-User-Id: 7 -> 200"""
     EVENT_NAMES = {
         "/v1/responses": """
@@ -2552,7 +2761,7 @@ class LimitReplyTest(ProxyCase):
     def test_the_reply_of_each_api_as_json(self):
         self.start_empty()
         for path, expected in self.each(self.WHOLE.items()):
-            answered = self.limited(path)
+            answered = self.limited(path, stream=False)
             found = answered.status, answered.get("content-type"), answered.get("retry-after")
             self.assertEqual(found, (200, "application/json", "300"))
             self.assert_reply(answered.body.decode(), expected)
@@ -2574,6 +2783,27 @@ class LimitReplyTest(ProxyCase):
             told = [json.loads(data) for _, data in found]
             self.assertEqual([one["type"] for one in told], kinds.split())
             self.assertIn(self.SAID, json.dumps(told))
+
+    def test_interactions_stream_named_events_and_an_end(self):
+        self.start_empty()
+        *found, end = self.events(self.limited("/v1beta/interactions", stream=True))
+        self.assertEqual(end, (None, "[DONE]"))
+        told = [json.loads(data) for _, data in found]
+        self.assertEqual([name for name, _ in found], [one["event_type"] for one in told])
+        self.assertEqual(told[2]["delta"], {"type": "text", "text": self.SAID})
+        self.assertEqual(told[-1]["interaction"]["status"], "completed")
+
+    def test_ollama_streams_lines_unless_it_is_told_not_to(self):
+        self.start_empty()
+        for path, payload in self.each(itertools.product(
+                ("/api/chat", "/api/generate"), ({}, {"stream": True}, {"stream": None}))):
+            answered = self.limited(path, **payload)
+            self.assertEqual(answered.get("content-type"), "application/x-ndjson")
+            told = [json.loads(line) for line in answered.body.splitlines()]
+            said = [one["response"] if path == "/api/generate" else one["message"]["content"]
+                    for one in told]
+            found = [(one["done"], text) for one, text in zip(told, said)]
+            self.assertEqual(found, [(False, self.SAID), (True, "")])
 
     def test_gemini_streams_events_where_they_were_asked_for(self):
         self.start_empty()
@@ -2598,28 +2828,27 @@ class LimitReplyTest(ProxyCase):
         payload = self.limited("/v1/completions", prompt=["a", "b"], n=2).json()
         self.assertEqual(len(payload["choices"]), 4)
 
+    def test_a_small_call_does_not_make_a_large_reply(self):
+        self.start_empty()
+        chunks = self.chunks(n=128, model="m" * 256)
+        self.assertEqual({one["model"] for one in chunks}, {"m" * 64})
+        self.assertEqual(len(chunks), 12)
+
     def test_odd_options_do_not_break_it(self):
         self.start_empty()
         for odd, in self.each(self.ODD_OPTIONS):
             choices = self.limited(**json.loads(odd)).json()["choices"]
             self.assertEqual(choices[0]["message"]["content"], self.SAID)
-            self.assertLessEqual(len(choices), 128)
+            self.assertLessEqual(len(choices), 4)
 
-    def test_where_json_was_asked_for_the_reply_is_one_that_parsers_take_for_a_refusal(self):
+    def test_where_a_machine_parses_the_words_the_limit_is_an_error(self):
         self.start_empty()
-        chat_format = {"type": "json_schema", "json_schema": self.SCHEMA}
-        message = self.limited(response_format=chat_format).json()["choices"][0]["message"]
-        self.assertEqual(message["refusal"], self.SAID)
-        shape = {"format": self.SCHEMA}
-        told = self.limited("/v1/responses", text=shape).json()
-        content, = told["output"][0]["content"]
-        self.assertEqual(content, {"type": "refusal", "refusal": self.SAID})
-        streamed = self.limited("/v1/responses", text=shape, stream=True).body
-        self.assertIn(b"event: response.refusal.delta\n", streamed)
-        self.assertNotIn(b"output_text", streamed)
-        for payload in self.each([{"output_config": shape}, {"output_format": self.SCHEMA}]):
-            answered = self.limited("/v1/messages", **payload)
-            self.assertEqual((answered.status, answered.get("x-should-retry")), (429, "false"))
+        for tables, status in ((self.PARSED, 429), (self.SPOKEN, 200)):
+            rows = [(path, payload) for path, text in tables.items()
+                    for payload in text.strip().splitlines()]
+            for path, payload in self.each(rows):
+                answered = self.limited(path, **json.loads(payload))
+                self.assertEqual(answered.status, status)
 
     def test_where_no_assistant_can_speak_the_limit_is_an_error(self):
         self.start_empty()
@@ -2648,6 +2877,29 @@ class LimitReplyTest(ProxyCase):
         answered = self.limited("/v1/messages")
         self.assertIsNone(answered.get("x-should-retry"))
         self.assertEqual(answered.json()["error"]["type"], "rate_limit_error")
+
+    def test_codex_is_told_when_to_come_again_where_it_would_sleep_so_long(self):
+        """It reads the error's type and resets_at; otherwise it sleeps as Retry-After says."""
+        codex = "User-Agent: codex_cli_rs/0.99.0"
+        for seconds, fields, wait, told in self.each([
+                (3600, (codex,), None, ("usage_limit_reached", 1700004600)),
+                (3600, (), "3600", ("rate_limit_error", None)),
+                (30, (codex,), "30", ("rate_limit_error", None))]):
+            self.start_empty(LIMIT_REPLY="error", REFILL_INTERVAL_SECONDS=seconds)
+            answered = self.limited("/v1/responses", *fields)
+            error = answered.json()["error"]
+            found = answered.get("retry-after"), (error["type"], error.get("resets_at"))
+            self.assertEqual((answered.status, *found), (429, wait, told))
+        self.start(LIMIT_REPLY="error", LIMITS="each 5 tokens per day")
+        answered = self.ask(call(None, codex, max_tokens=100))
+        self.assertEqual(answered.json()["error"]["resets_at"], None)
+
+    def test_geminis_clients_are_told_the_wait_as_google_tells_it(self):
+        """Gemini CLI gives up at once where it is above 5 minutes."""
+        self.start_empty(LIMIT_REPLY="error", REFILL_INTERVAL_SECONDS=3600)
+        answered = self.limited(self.GEMINI + "generateContent")
+        self.assertEqual(answered.json()["error"]["details"], [{
+            "@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3600s"}])
 
     def test_it_tells_the_bucket_in_its_header(self):
         self.start_empty()
@@ -2696,6 +2948,8 @@ class HeadTest(ProxyCase):
         USUAL + "X-Name: \xe4\xff",
         USUAL + " | ".join("X-%d: x" % number for number in range(98)),
         USUAL + "X-Long: " + "x" * 8000,
+        USUAL + "Authorization: Bearer " + "x" * 9000,
+        USUAL + "Cookie: " + "x" * 32000,
         USUAL + " | ".join(["X-Long: " + "x" * 8000] * 7),
         "POST /v1/%s HTTP/1.1 | Host: x | Content-Length: 0" % ("x" * 8000)]
     REFUSED = """
@@ -2749,6 +3003,7 @@ class HeadTest(ProxyCase):
         ("431", USUAL + " | ".join("X-%d: x" % number for number in range(99))),
         ("431", USUAL + " | ".join(["X-A: " + "x" * 1000] * 70)),
         ("431", USUAL + "X-A: " + "x" * 10000),
+        ("431", USUAL + "Cookie: " + "x" * 40000),
         ("431", USUAL + "X-A: " + "x" * 70000),
         ("414", "GET /%s HTTP/1.1 | Host: x" % ("x" * 10000)),
         ("414", "GET /%s HTTP/1.1 | Host: x" % ("x" * 70000))]
@@ -2756,11 +3011,33 @@ class HeadTest(ProxyCase):
     def test_well_formed_heads_are_taken(self):
         self.start()
         table = [raw_head(text) for text in rows(self.TAKEN) + self.TAKEN_TOO]
+        table += [b"\r\n" * number + table[0] for number in (1, 3)]
         table.append(raw_head(POST + "Host: x | Content-Length: 0002", b"{}"))
         for field in ("Transfer-Encoding: chunked", "transfer-encoding: CHUNKED"):
             table.append(raw_head(POST + "Host: x | " + field, chunk(b"{}") + LAST))
         for data in self.each(table):
-            self.assertLess(self.ask(data).status, 300)
+            self.assertLess(self.ask(data, "POST").status, 300)
+
+    def test_empty_lines_before_a_head_are_skipped_on_both_sides(self):
+        """Some clients send one after a body (RFC 9112 2.2)."""
+        self.start(sends(b"\r\n" + answer(), close=False))
+        client = self.connect()
+        for data in self.each([call() + b"\r\n", call() + b"\r\n", b"\r\n\r\n" + call()]):
+            self.assertEqual(client.exchange(data).status, 200)
+        client = self.connect()
+        for byte in b"\r\n\r\n" + call():
+            client.send(bytes([byte]))
+        self.assertEqual(client.read().status, 200)
+        self.assertEqual(self.connect().exchange(b"\r\n" * 20 + call()).status, 400)
+        self.patch_seconds(ClientConnection_HEAD_SECONDS=0.1)
+        client.send(b"\r\n")
+        self.assertEqual(client.ending(), "closed")
+
+    def test_an_answer_with_long_lines_and_many_fields_is_passed_on(self):
+        fields = ["X-Long: " + "x" * 20000] + ["X-%d: x" % number for number in range(400)]
+        self.start(says(b"{}", "200 OK", *fields))
+        answered = self.ask(call())
+        self.assertEqual((answered.get("x-long"), answered.get("x-399")), ("x" * 20000, "x"))
 
     def test_everything_else_is_refused_and_ends_the_connection(self):
         self.start()
@@ -2795,6 +3072,21 @@ class HeadTest(ProxyCase):
             answered = self.ask(request(method, "/v1/x"))
             self.assertEqual(refusal(answered), (405, "invalid_request_error"))
         self.assertEqual(self.stub.calls, 0)
+
+    def test_a_websocket_is_answered_by_what_to_do_instead_and_other_upgrades_are_ignored(self):
+        self.start()
+        for method, upgrade in self.each(itertools.product(
+                ("GET", "POST"), ("websocket", "h2c, WebSocket/13"))):
+            fields = "Connection: Upgrade", "Upgrade: " + upgrade
+            answered = self.ask(request(method, "/v1/responses", b"", *fields))
+            self.assertEqual(refusal(answered), (426, "invalid_request_error"))
+            found = answered.get("upgrade"), answered.get("connection")
+            self.assertEqual(found, ("HTTP/1.1", "upgrade"))
+        self.assertEqual((self.stub.calls, self.entry()["outcome"]), (0, "refused"))
+        fields = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"
+        self.assertEqual(self.ask(call(None, *fields)).status, 200)
+        rows = "GET", "/v1/x", b"", "Upgrade: websocket"
+        self.assertEqual(self.ask(request(*rows, version="1.0")).status, 200)
 
     def test_a_request_may_come_one_byte_at_a_time(self):
         self.start()
@@ -3538,6 +3830,7 @@ class EarlyStreamTest(WaitingCase):
             asked.finish()
             self.assertEqual(self.rest(client), (True, body))
             self.assert_ending("ok", left=999)
+            self.assertEqual(self.entry()["bytes"], len(client.answered.body))
             if version == "1.1":  # the connection carries another call
                 client.send(call())
                 self.assertEqual(self.finish(self.stub.next(), client).status, 200)
@@ -3555,7 +3848,8 @@ class EarlyStreamTest(WaitingCase):
         answered = third.rest()
         self.assertEqual((answered.whole, answered.body.endswith(event(1))), (True, True))
 
-    def test_what_goes_wrong_then_is_an_error_event_and_a_cut(self):
+    def test_what_goes_wrong_then_is_an_error_event_and_a_clean_end(self):
+        """Where the stream broke off after it, Open WebUI would show that instead."""
         anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
         told = b'{"error":{"message":"too long","code":7}}'
         too_long = says(told, "400 Bad Request")
@@ -3574,9 +3868,12 @@ class EarlyStreamTest(WaitingCase):
             act(asked)
             asked.finish()
             whole, body = self.rest(client)
-            self.assertEqual((whole, body[-2:]), (False, b"\n\n"))
+            self.assertEqual((whole, body[-2:]), (True, b"\n\n"))
             self.assertIn(expected, body)
             self.assert_ending(outcome, left=1000, number=number)
+            entry = self.entry(number)
+            self.assertEqual(entry["bytes"], len(client.answered.body))
+            self.assertGreater(entry["first_ms"], 40)
 
     def test_a_stream_that_breaks_off_later_is_told_so_between_two_events(self):
         """Half an event that was held back, to look for usage, is not mistaken for a whole one."""
@@ -3590,7 +3887,7 @@ class EarlyStreamTest(WaitingCase):
             self.hear(client, event(1))
             asked.close()
             whole, body = self.rest(client)
-            self.assertEqual((whole, b"upstream_error" in body), (False, told))
+            self.assertEqual((whole, b"upstream_error" in body), (told, told))
             self.assertTrue(told or body.endswith((half, b"data")))
 
     def test_nothing_is_put_into_what_a_caller_has_not_taken(self):
@@ -3668,10 +3965,10 @@ class EarlyStreamTest(WaitingCase):
         waiting = self.connect().send(call("b", stream=True))
         waiting.head()
         self.assertEqual(self.drain(0.05), 2)
-        self.assertFalse(running.rest().whole)
-        answered = waiting.rest()
-        self.assertFalse(answered.whole)
-        self.assertIn(b"try again in a moment", answered.body)
+        for client in (running, waiting):
+            answered = client.rest()
+            self.assertTrue(answered.whole)
+            self.assertIn(b"try again in a moment", answered.body)
 
 
 class DeadlinesTest(WaitingCase):
@@ -3717,7 +4014,7 @@ class DeadlinesTest(WaitingCase):
         began = time.monotonic()
         client.head()
         asked.send(raw_head("HTTP/1.1 500 No | Content-Length: 9"))
-        self.assertFalse(client.rest().whole)
+        self.assertIn(b"did not answer in time", client.rest().body)
         self.assertLess(time.monotonic() - began, 5)
 
     def test_it_holds_for_one_call_alone(self):
@@ -3937,6 +4234,43 @@ class UpstreamsTest(CallCase):
             self.assertEqual(client.read().body, b"second")
             self.assert_traffic(2, 2)
 
+    def test_a_question_that_met_a_stale_connection_is_asked_again_once(self):
+        """But never what has a body, nor where the answer had begun."""
+        body = request("GET", "/v1/x", b"{}")
+        for data, act, status, calls in self.each([
+                (request("GET", "/v1/x"), Asked.reset, 200, 3),
+                (request("HEAD", "/v1/x"), Asked.close, 200, 3),
+                (request("GET", "/v1/x"), sends(b"HTTP/1.1 2"), 502, 2),
+                (request("DELETE", "/v1/x"), Asked.reset, 502, 2),
+                (body, Asked.reset, 502, 2), (call(), Asked.reset, 502, 2)]):
+            self.start(None, BREAKER_FAILURES=1)
+            client, asked = self.ask_stub(call())
+            asked.answer()
+            client.read()
+            client.send(data)
+            act(self.stub.next())
+            if calls == 3:
+                self.stub.next().answer(b"")
+            self.assertEqual(client.read(data.partition(b" ")[0].decode()).status, status)
+            self.assert_traffic(calls, calls - 1)
+            self.assertEqual(self.base()["state"], "closed")
+        self.start(Asked.reset)
+        self.assert_status(502, request("GET", "/v1/x"))
+        self.assertEqual(self.stub.calls, 1)
+
+    def test_the_system_looks_after_silent_connections_of_both_sides(self):
+        self.start(None)
+        self.ask_stub(call())
+        sockets = self.proxy.loop._selector.get_map()
+        wait_for(lambda: len(sockets) == 3, "reading of both, and of the loop's own")
+        found = []
+        for descriptor in [*sockets]:
+            with socket.socket(fileno=os.dup(descriptor)) as sock:
+                if sock.family == socket.AF_INET:
+                    found.append((sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                                  sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)))
+        self.assertEqual(found, [(1, 15)] * 2)
+
     def test_what_a_caller_sends_about_itself_and_its_connection_does_not_go_upstream(self):
         self.start(BASE_API_KEY="sk-upstream")
         for path in self.each((CHAT, "/v1/files")):
@@ -3973,6 +4307,9 @@ class UpstreamsTest(CallCase):
 /v1            /v1                /v1
 /v1            /v1/               /v1/
 /v1            /v10/x             /v1/v10/x
+/v1beta        /v1beta/models/m   /v1beta/models/m
+/v1beta        /v1/models         /v1beta/models
+/v1            /v1beta/models     /v1/v1beta/models
 /api/openai/   /v1/models?a=b&c   /api/openai/models?a=b&c
 /api/openai/   /x/v1/y            /api/openai/x/v1/y
 /api/openai/   /                  /api/openai/""")
@@ -4345,7 +4682,9 @@ class RoutesTest(CallCase):
         UPSTREAM_BOX_MODEL=boxed UPSTREAM_BOX_KEY=k-box
         UPSTREAM_ONE_MODELS=gpt-*,o3 UPSTREAM_ONE_KEY=k-one
         UPSTREAM_TWO_MODELS=gpt-5,claude-* UPSTREAM_TWO_KEY=k-two
-        UPSTREAM_GEMINI_MODELS=gem-* UPSTREAM_GEMINI_KEY=k-gemini"""
+        UPSTREAM_GEMINI_MODELS=gem-* UPSTREAM_GEMINI_KEY=k-gemini
+        UPSTREAM_OLLAMA_MODELS=llama* UPSTREAM_OLLAMA_KEY=k-ollama
+        UPSTREAM_AZURE_MODELS=deployed UPSTREAM_AZURE_KEY=k-azure"""
     # method, model, upstream, model there, its field of the key, cost, path, path there if another
     ROUTES = table("""\
 POST m        box    boxed    authorization  1 /box/v1/chat/completions     -
@@ -4374,12 +4713,26 @@ GET  -        gemini -        authorization  0 /gemini/v1/models            /oai
 GET  -        gemini -        x-goog-api-key 0 /gemini/v1beta/models        -
 GET  -        gemini -        authorization  0 /gemini/v1beta/openai/models -
 POST -        gemini -        x-goog-api-key 1 /gemini/v1/models/m:generateContent -
-""".replace("/oai", "/v1beta/openai"))
-    CREDENTIALS = {"authorization", "x-api-key", "x-goog-api-key"}
+POST gem-5    gemini gem-5    x-goog-api-key 1 /v1beta/interactions         -
+POST llama3.2 ollama llama3.2 authorization  1 /api/chat                    -
+POST m        ollama m        authorization  1 /ollama/api/generate         -
+GET  -        ollama -        authorization  0 /ollama/api/tags             -
+POST llama3.2 ollama llama3.2 authorization  1 /v1/chat/completions         -
+POST m        ollama m        authorization  1 /ollama/chat/completions     /v1/chat/completions
+POST m        ollama m        x-api-key      1 /ollama/v1/messages          -
+POST m        azure  m        api-key        1 /azure/openai/deployments/m/chat/completions?a=b -
+POST deployed azure  deployed api-key        1 /openai/deployments/deployed/embeddings -
+POST deployed azure  deployed api-key        1 /v1/chat/completions         /azu/chat/completions
+POST m        azure  m        api-key        1 /azure/openai/responses      -
+GET  -        azure  -        api-key        0 /azure/v1/models             /azu/models
+GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
+""".replace("/oai", "/v1beta/openai").replace("/azu/", "/openai/v1/"))
+    CREDENTIALS = {"authorization", "x-api-key", "x-goog-api-key", "api-key"}
 
     def start_routed(self):
         """A proxy with the upstreams of ROUTES, without a path; returns {name: Stub}."""
-        stubs = {name: self.stub_of(name) for name in ("one", "two", "box", "gemini")}
+        names = "one two box gemini ollama azure".split()
+        stubs = {name: self.stub_of(name) for name in names}
         settings = dict(row.split("=", 1) for row in self.ROUTED.split())
         for name, stub in stubs.items():
             settings["UPSTREAM_%s_URL" % name.upper()] = stub.url
@@ -4601,7 +4954,7 @@ class HttpsTest(CallCase):
 
     def tunnel(self, asked):
         """The proxy on the way out, and the upstream behind it."""
-        asked.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        asked.send(HINTS + b"HTTP/1.1 200 Connection established\r\n\r\n")
         with self.tls.wrap_socket(asked.sock, server_side=True) as sock:
             self.behind = Asked(sock, Reader(sock))
             self.behind.read_body()
@@ -5676,6 +6029,31 @@ off                             https://one.example     -""")
                 if "," in setting:
                     self.assertIn("Origin", answered.get("vary"))
 
+    def test_every_answer_is_dated_once(self):
+        now = "Tue, 14 Nov 2023 22:30:00 GMT"
+        self.start(clock=Clock(), PROXY_API_KEYS="k", MAX_TOKENS=1)
+        there = "Mon, 13 Nov 2023 22:30:00 GMT"
+        for data, field, date in self.each([
+                (HEALTH, "X: y", now), (request("GET", "/v1/x", key="k"), "X: y", now),
+                (request("GET", "/v1/x", key="k"), "Date: " + there, there), (call(), "X: y", now),
+                (call("k"), "X: y", now), (call("k"), "X: y", now)]):
+            self.stub.answer = says(b"{}", "200 OK", field)
+            self.assertEqual(self.ask(data).get("date"), date)
+
+    def test_no_server_in_between_is_to_hold_events_back(self):
+        self.start(None, MAX_TOKENS=2, STREAM_COMMENT_SECONDS="0.05")
+        for field in self.each(["X: y", "X-Accel-Buffering: yes"]):
+            head = raw_head("HTTP/1.1 200 OK | Content-Type: text/event-stream | " + CHUNKED
+                            + " | " + field)
+            client, asked = self.begin(event(1), head=head, key="k")
+            asked.chunks(end=True)
+            self.assert_fields(client.answered, "x-accel-buffering: no")
+        self.assert_fields(self.ask(call("k", stream=True)), "x-accel-buffering: no")
+        self.assert_fields(self.ask(call("k")), "x-accel-buffering:")
+        client, asked = self.ask_stub(call("early", stream=True))
+        self.assert_fields(client.head(), "x-accel-buffering: no")
+        asked.close()
+
     def test_a_request_id_is_a_uuid_unless_the_caller_sent_one_which_alone_goes_upstream(self):
         self.start()
         odd = ("two words", "x" * 200, "\xe4", "")
@@ -5723,6 +6101,30 @@ class CatalogueTest(CallCase):
         self.assertEqual(listed["models"][0]["name"], "models/gemma4")
         self.assertEqual((private.calls, self.stub.calls), (0, 1))
 
+    def test_what_an_upstream_tells_of_its_models_stays_with_them_and_with_their_aliases(self):
+        facts = {"created": 7, "owned_by": "vllm", "max_model_len": 4096, "meta": {"n": 1}}
+        rows = {"object": "list", "data": [{"id": "m", "object": "model", **facts}]}
+        claude, = self.start_named("anthropic", "MODEL_ALIASES=fast=m,none=x"
+                                   " UPSTREAM_ANTHROPIC_MODELS=*", answer=says_json(rows))
+        claude.answer = says_json({"data": [{"id": "c", "display_name": "Claude"}]})
+        nothing = {"object": "model", "created": 0, "owned_by": "llm-proxy"}
+        self.assertEqual(self.listed()["data"], [
+            {"id": "m", "object": "model", **facts}, {"id": "c", **nothing},
+            {"id": "fast", "object": "model", **facts}, {"id": "none", **nothing}])
+        names = [row["display_name"] for row in self.listed("anthropic-version: x")["data"]]
+        self.assertEqual(names, ["m", "Claude", "fast", "none"])
+
+    def test_the_list_of_a_lone_upstream_is_in_the_clients_api(self):
+        self.start(self.lists("theirs"))
+        listed = self.listed("anthropic-version: 2023-06-01")
+        self.assertEqual((listed["first_id"], listed["data"][0]["type"]), ("theirs", "model"))
+        listed = self.listed("x-goog-api-key: k", path="/v1beta/models")
+        self.assertEqual(listed["models"][0]["name"], "models/theirs")
+        own = b'{"data": "of a kind of its own"}'
+        self.start(lambda asked: asked.send(
+            answer(own) if asked.get("x-api-key") else answer(b"{}", "401 No")), BASE_API_KEY="k")
+        self.assertEqual(self.listed("anthropic-version: x"), json.loads(own))
+
     def test_an_upstream_at_its_limit_is_asked_and_one_that_fails_is_asked_again_soon(self):
         clock = Clock()
         box, = self.start_named(
@@ -5741,6 +6143,22 @@ class CatalogueTest(CallCase):
         clock.now += 6
         box.answer = self.lists("c")
         self.assert_listed("b c")
+
+    def test_ollamas_list_is_asked_for_and_given_in_its_own_api(self):
+        rows = [{"name": name, "model": name, "size": 7, "details": {"family": "llama"}}
+                for name in ("llama3.2:latest", "other")]
+        ollama = self.stub_of("ollama", says_json({"models": rows}))
+        self.start(self.lists("theirs"), UPSTREAM_OLLAMA_URL=ollama.url,
+                   UPSTREAM_OLLAMA_MODELS="llama*", MODEL_ALIASES="fast=llama3.2:latest")
+        self.assert_listed("theirs llama3.2:latest fast")
+        self.assertEqual(ollama.requests[0].target, "/api/tags")
+        found = [(row["name"], row["model"], row["size"], row["details"])
+                 for row in self.listed(path="/api/tags")["models"]]
+        self.assertEqual(found, [
+            ("theirs", "theirs", 0, {}),
+            *((name, name, 7, {"family": "llama"}) for name in ("llama3.2:latest", "fast"))])
+        self.start(says_json({"models": rows}))
+        self.assertEqual(self.listed(path="/api/tags"), {"models": rows})
 
     def test_a_list_is_kept_for_a_minute_and_asked_for_once_by_many(self):
         clock = Clock()
@@ -5922,15 +6340,45 @@ class ClientConnectionTest(ServerCase):
         self.start(MAX_BODY_BYTES=1000)
         fits = chat().ljust(1000)
         chunks = unsized(CHAT, CHUNKED) + chunk(fits)
-        coded = "Content-Encoding: gzip"
         for data, status in self.each((
                 (request("POST", CHAT, fits), 200), (request("POST", CHAT, fits + b" "), 413),
                 (chunks + LAST, 200), (chunks + chunk(b" ") + LAST, 413),
-                (call(None, coded), 415), (call(None, "Expect: 200-ok"), 417),
-                (request("POST", "/v1/files", b"x", coded), 200))):
+                (call(None, "Expect: 200-ok"), 417))):
             self.assertEqual(self.ask(data).status, status)
-        self.assertEqual(self.stub.calls, 3)
-        self.assertEqual(self.stub.requests[-1].get("content-encoding"), "gzip")
+        self.assertEqual(self.stub.calls, 2)
+
+    def test_compressed_metered_bodies_are_read_and_others_are_passed_as_they_are(self):
+        self.start(MAX_BODY_BYTES=3000000)
+        body = chat()
+        large = chat(user="x" * 2900000)
+        gzip = zlib.compressobj(wbits=31)
+        packed = gzip.compress(body) + gzip.flush()
+        for coding, sent, status in self.each((
+                ("gzip", packed, 200), ("X-GZIP", packed, 200), ("identity", body, 200),
+                ("deflate", zlib.compress(body), 200), ("deflate", zlib.compress(large), 200),
+                ("deflate", zlib.compress(b"x" * 3000001), 413), ("gzip", body, 400),
+                ("gzip", packed[:-1], 400), ("gzip", packed + b"x", 400), ("gzip", b"", 400),
+                ("zstd", packed, 415), ("br", packed, 415), ("gzip, gzip", packed, 415))):
+            answered = self.ask(request("POST", CHAT, sent, "Content-Encoding: " + coding))
+            self.assertEqual(answered.status, status)
+            expected = "gzip, deflate" if status == 415 else None
+            self.assertEqual(answered.get("accept-encoding"), expected)
+        self.assertEqual({asked.get("content-encoding") for asked in self.stub.requests}, {None})
+        self.assertEqual([asked.body for asked in self.stub.requests[:4]], [body] * 4)
+        self.ask(request("POST", "/v1/files", packed, "Content-Encoding: gzip"))
+        asked = self.stub.requests[-1]
+        self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", packed))
+
+    def test_what_a_compressed_body_becomes_has_its_room(self):
+        self.patch_seconds(Server_BODY_MEMORY=0)
+        self.start(None, MAX_BODY_BYTES=70000)
+        packed = request("POST", CHAT, zlib.compress(chat(user="x" * 69000)),
+                         "Content-Encoding: deflate")
+        held = [self.ask_stub(packed) for _ in range(8)]
+        self.assertEqual(self.ask(packed).status, 503)
+        for client, asked in held:
+            asked.answer()
+            self.assertEqual(client.read().status, 200)
 
     def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
         self.start()
@@ -6491,6 +6939,8 @@ class CommandsTest(ProcessCase):
     def test_a_signal_has_each_running_call_told_in_a_line(self):
         process = self.serve(answer=None, MAX_CONCURRENCY=1)
         self.begin(event(1))
+        process.stop(signal.SIGUSR1)
+        wait_for(lambda: process.said("1 call is running\n"))
         self.connect().send(call("k"))
         wait_for(lambda: b'"waiting": 1' in self.ask(HEALTH).body, "a call in line")
         process.stop(signal.SIGUSR1)
@@ -7059,7 +7509,7 @@ class FaultsTest(EnduranceCase):
         b"X-A: b\nX-Injected: evil",
         b"Content-Type: text/plain\x0bX-Injected: evil",
         b"X-A: " + b"x" * 70000,
-        b"X: y\r\n" * 100 + b"X: y")
+        b"X: y\r\n" * 500 + b"X: y")
     LENGTHS = b"+2", b"0 2", b"2, 2", b"9" * 20
     PIECES = (  # wrong ones of a body in chunks; the connection stays open
         b"XYZ\r\n{}\r\n",
