@@ -1493,7 +1493,8 @@ class Hold:
         return self
 
     def __exit__(self, *_):
-        self.give_back()
+        if not self.ended:
+            self.give_back()
 
 
 class Limits:
@@ -4151,11 +4152,13 @@ class Sized:
         self.trailing = b""
 
     def feed(self, data: bytes) -> Tuple[bytes, bytes]:
-        if len(data) > self.remaining:
-            self.trailing = data[self.remaining:]
-            data = data[:self.remaining]
-        self.remaining -= len(data)
-        self.ended = not self.remaining
+        left = self.remaining - len(data)
+        if left < 0:
+            self.trailing = data[left:]
+            data = data[:left]
+            left = 0
+        self.remaining = left
+        self.ended = not left
         return data, data
 
     def end_of_stream(self) -> bool:
@@ -4273,13 +4276,15 @@ class BodyAdapter:
         same, payload = self.framing.feed(data)
         if self.reader and payload:
             payload = self.reader.feed(payload)
-        ended = self.framing.ended
-        if ended and self.reader and self.style != self.AS_IS:
-            payload += self.reader.flush()
+        if self.style != self.AS_IS:
+            ended = self.framing.ended
+            if ended and self.reader:
+                payload += self.reader.flush()
+            same = self.frame(payload, ended)
         self.passed += len(payload)
         if self.events:
             self.tail = (self.tail + payload)[-4:]
-        return same if self.style == self.AS_IS else self.frame(payload, ended)
+        return same
 
     def frame(self, payload, ended):
         if self.style != self.CHUNKED:
@@ -5377,7 +5382,8 @@ class Response:
                 self.ticket.leave()
 
     def __exit__(self, *_):
-        self.release()
+        if not self.released:
+            self.release()
         framing, stream = self.framing, self.stream
         unread = framing.trailing or stream.read_buffer
         if self.reusable and framing.ended and not unread and not stream.ended:
@@ -6574,15 +6580,15 @@ class Reply:
 
     def take(self, request: Request):
         """Take the head of the request that is to be answered."""
+        entry, client, length = self.entry, self.client, request.length
         self.started = self.parts.clock.time_ns()
         self.request = request
         self.close_after = request.close_after
-        if "x-request-id" in request:
+        if "x-request-id" in request.lines:
             given = request.get("x-request-id")
-            self.entry.request_id = given if REQUEST_ID.fullmatch(given) else None
-        self.entry.method = request.method
-        self.entry.path = request.path
-        length, client = request.length, self.client
+            entry.request_id = given if REQUEST_ID.fullmatch(given) else None
+        entry.method = request.method
+        entry.path = request.path
         if request.plain and length is not None and length <= len(client.read_buffer):
             self.content = client.take(length) if length else b""
         else:
