@@ -2298,7 +2298,6 @@ class Call(Billable):
         self.query = query
         self.payload: Dict[str, Any] = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
-        self.model_in_path = dialect.MODEL_IN_PATH
 
     def __repr__(self) -> str:
         return "<Call %s %s, model %r as %r%s>" % (
@@ -2312,31 +2311,27 @@ class Call(Billable):
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
-        if self.endpoint in (UNKNOWN, UPLOAD) and not self.model:
-            return
+        if self.endpoint in (UNKNOWN, UPLOAD):
+            return self.prepare_unknown(model)
         if not model == self.model == payload.get("model"):
-            payload = self.name_model(model)
+            self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
             payload = rewrite(payload)
         if payload is not self.payload:
             self.upstream_body = to_json_bytes(payload)
 
-    def name_model(self, model: str) -> Dict[str, Any]:
-        """Puts a model in wherever the call names one, but for the payload; returns that."""
-        in_path = self.model_in_path.fullmatch(self.path)
-        if in_path:
-            self.path = in_path[1] + urllib.parse.quote(model, safe="@:") + in_path[3]
-        if self.put_model:
-            self.upstream_body = self.body if model == self.model else self.put_model(model)
-        named = self.payload.get("model", in_path and model)
-        if model and self.is_json and named != model and not (
-                in_path and not self.dialect.MODEL_IN_BOTH):
-            return {**self.payload, "model": model}
-        return self.payload
-
     def request_usage(self) -> None:
         """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
+
+    def prepare_unknown(self, model: str) -> None:
+        """Puts the model where the call names one, if it does."""
+        if self.put_model:
+            self.upstream_body = self.body if model == self.model else self.put_model(model)
+        elif self.model:
+            self.path, payload = UNKNOWN_DIALECT.with_model(self.path, self.payload, model)
+            if payload is not self.payload:
+                self.upstream_body = to_json_bytes(payload)
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
@@ -2571,9 +2566,8 @@ class Dialect:
     # The metered endpoints, by the end of their paths; in any spelling they are reached by that.
     ENDPOINTS = {}
     # What stands before the model in a path, the model, and what stands behind.
-    MODEL_IN_PATH = re.compile("(?!)")  # nothing
-    # Whether it may stand in the payload, too, under the same name.
-    MODEL_IN_BOTH = True
+    MODEL_IN_PATH = re.compile(
+        "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
     CREDENTIAL = "Authorization: Bearer %s"
@@ -2660,6 +2654,16 @@ class Dialect:
             raise BadRequest("stream must be true or false")
         in_path = self.MODEL_IN_PATH.fullmatch(path)
         return in_path[2] if in_path else payload.get("model"), bool(stream)
+
+    def with_model(self, path: str, payload: Dict[str, Any], model: str
+                   ) -> Tuple[str, Dict[str, Any]]:
+        """Returns the path and the payload of a call of this model, wherever they name one."""
+        in_path = self.MODEL_IN_PATH.fullmatch(path)
+        if in_path:
+            path = in_path[1] + urllib.parse.quote(model, safe="@:") + in_path[3]
+        if model and payload.get("model", in_path and model) != model:
+            payload = {**payload, "model": model}
+        return path, payload
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -3199,7 +3203,6 @@ class Gemini(Google):
         ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
     METHODS = tuple(map(str.lower, ENDPOINTS))
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
-    MODEL_IN_BOTH = False
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
     COUNTS = {
@@ -3222,6 +3225,10 @@ class Gemini(Google):
 
     def requested(self, path, payload):
         return super().requested(path, payload)[0], path.endswith(":streamGenerateContent")
+
+    def with_model(self, path, payload, model):
+        """In a payload it is never more than an echo, under a name of its own."""
+        return super().with_model(path, {}, model)[0], payload
 
     def place(self, path, dialect, metered):
         if dialect.name == "openai":
@@ -3370,9 +3377,6 @@ def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
-NAMED_IN_PATH = re.compile(  # of a call of an endpoint that is not known
-    "(.*/models/(?=[^/]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})(:[A-Za-z]+|/.+)",
-    re.IGNORECASE)
 FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
 # Bodies of these types are relayed as they come: nothing is in them that we could read.
 RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
@@ -3563,9 +3567,7 @@ class Dialects:
                            read_body: Callable[[], Awaitable[bytes]]) -> Any:
         """Reads what can be understood of a call of an endpoint that we do not know; returns the
         model, of any type. Raises as `read` does."""
-        call.model_in_path = NAMED_IN_PATH
-        named = NAMED_IN_PATH.fullmatch(call.path)
-        model = named and named[2]
+        model, _ = UNKNOWN_DIALECT.requested(call.path, {})
         kind = content_type.lower()
         if call.endpoint == UPLOAD or RELAYED_TYPES.match(kind):
             return model
@@ -6708,9 +6710,10 @@ class Reply:
     def may_tell_usage(self, head, streamed):
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
         call = self.call
-        if call.unmetered or call.endpoint != UNKNOWN:
-            return call.owes or not call.unmetered
-        return streamed or "json" in head.get("content-type", "").lower()
+        if call.unmetered or call.endpoint == UPLOAD:
+            return call.owes
+        return call.endpoint != UNKNOWN or streamed or (
+            "json" in head.get("content-type", "").lower())
 
     def kind_of(self, head):
         """Returns whether a response is a stream of events, and how its body is encoded."""
@@ -7216,11 +7219,10 @@ class Proxy:
             return known[2]
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
-        ours, replaced = self.lines_about_bodies(call)
-        lines = request.end_to_end(self.fields_to_drop(request, replaced))
+        lines = request.end_to_end(self.fields_to_drop(request, call))
         if dialect is upstream.dialect and "anthropic-version" not in request:
             lines += dialect.VERSION_LINES
-        lines += ours
+        lines += self.lines_of_ours(call)
         key = upstream.key
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
@@ -7229,27 +7231,25 @@ class Proxy:
         return head
 
     @staticmethod
-    def lines_about_bodies(call):
-        """Returns header lines of ours, and the fields of the caller's that do not go with them."""
-        lines, dropped = [], []
+    def lines_of_ours(call):
+        lines = []
         if call.is_json:
             lines.append("Content-Type: application/json")
-            dropped.append("content-type")
-        if call.body is not None:  # it was unpacked
-            dropped.append("content-encoding")
         if not call.unmetered or call.body is not None:  # what is metered must stay readable
             lines.append("Accept-Encoding: identity")
-            dropped += ["accept-encoding", Dialect.MASK_FIELD]
-        return lines, dropped
+        return lines
 
-    def fields_to_drop(self, head, replaced):
+    def fields_to_drop(self, head, call):
         # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
         dropped = [name for name in head.lines if "_" in name
                    or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
                    or name == self.callers.caller_header]
+        dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
+        if call.body is not None:
+            dropped += ["content-encoding", Dialect.MASK_FIELD]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
-        return NEVER_UPSTREAM.union(dropped, replaced)
+        return NEVER_UPSTREAM.union(dropped)
 
 
 def default_rule(config):
