@@ -2379,7 +2379,12 @@ class Call(Billable):
 
     def prompt_length(self) -> Tuple[int, List[int]]:
         if self.length is None:
-            self.length = text_length(self.payload, "model", PLAIN_KEYS, media_texts)
+            payload = self.payload
+            images = as_list(payload[IMAGES_KEY]) if IMAGES_KEY in payload else []
+            if images:
+                payload = {**payload, IMAGES_KEY: None}
+            weight, media = text_length(payload, "model", PLAIN_KEYS, media_texts)
+            self.length = weight, media + [0] * len(images)
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
@@ -2444,10 +2449,12 @@ OPTION_HOLDERS = frozenset((
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
-MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
+MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
 MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
 DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
-    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url"))
+    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url",
+    IMAGES_KEY))
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments

@@ -1962,6 +1962,10 @@ class UsageTest(ProxyCase):
             /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7} -> 660
             /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7, "n": 2} -> 1220
             GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 769
+            /v1/chat/completions/batch -> {"messages": [HELLO, HELLO], "max_tokens": 7} -> 20
+            /api/chat -> {"messages": HELLO, "options": {"num_predict": 100}} -> 103
+            /api/generate -> {"prompt": "user hello", "options": {"num_predict": -1}} -> 259
+            /v1/interactions -> {"input": "four", "generation_config": {"maxOutputTokens": 9}} -> 10
             {"messages": HELLO, "max_tokens": 100.0} -> 103
             {"messages": HELLO, "max_tokens": -1} -> 259
             {"messages": HELLO, "max_tokens": 7, "options": {"num_predict": -2}} -> 259
@@ -1986,6 +1990,9 @@ class UsageTest(ProxyCase):
             {"type": "input_file", "filename": "a.pdf", "file_data": DATA}"""
         row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
         rows = [row % part for part in parts.strip().splitlines()]
+        ollama = '"options": {"num_predict": 1}, "images": [DATA, DATA]}'
+        rows += ['/api/generate -> {"prompt": "text 12345", %s -> 1004' % ollama,
+                 '/api/chat -> {"messages": [{"content": "text 12345", %s]} -> 756' % ollama]
         self.assert_estimates("\n".join(rows), TEXT={"type": "text", "text": "12345"},
                               DATA="data:image/png;base64," + "x" * 100000)
 
