@@ -2211,33 +2211,31 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            limits = []
-            outputs = 1
+            most, outputs = None, 1
             for name, value in self.numbers():
-                if name in OUTPUT_LIMITS:
-                    limits.append(value)
-                elif value > outputs:
-                    outputs = value
-            for many in map(self.payload.get, ("prompt", "messages")):
-                if type(many) is list and many and type(many[0]) in (str, list):
-                    outputs *= len(many)
-            most = max(limits) if limits and min(limits) >= 0 else None
-            self.limit = most, outputs
+                if name in OUTPUT_COUNTS:
+                    outputs = max(outputs, value)
+                else:
+                    value = value if value >= 0 else math.inf
+                    most = value if most is None else max(most, value)
+            many = self.payload.get("messages" if self.endpoint == "batch" else "prompt")
+            if type(many) is list and many and type(many[0]) in (str, list):
+                outputs *= len(many)
+            self.limit = most if most != math.inf else None, outputs
         return self.limit
 
     def numbers(self) -> List[Tuple[str, int]]:
         """Returns what stands at the names of limits and counts, in the payload and in objects with
         options. Raises BadRequest for what is no number: a server might read it as one."""
+        if self.endpoint in NO_LIMIT_REPLY:
+            return []
         found = []
         holders = [self.payload]
-        if self.endpoint in NO_LIMIT_REPLY:
-            return found
         if not OPTION_HOLDERS.isdisjoint(self.payload):
-            for name in OPTION_HOLDERS.intersection(self.payload):
-                holders.append(self.payload[name] or {})
-                if not isinstance(holders[-1], dict):
-                    raise BadRequest("%s must be an object" % name)
+            holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
         for holder in holders:
+            if not isinstance(holder, dict):
+                raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
             for name in OUTPUT_NUMBERS.intersection(holder):
                 value = holder[name]
                 if type(value) is float and value.is_integer():
