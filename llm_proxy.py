@@ -1504,25 +1504,27 @@ class Limits:
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket. What of the costs is above `least` was not asked for but guessed: of
-        that, half of a bucket is enough, or a call might have to wait for a full one."""
+        touches no bucket. What of the costs is above `least` was not asked for but guessed: where
+        less than that is left, it is enough, or nobody would come to what is left."""
         matching = self.matching(caller, address, model, upstream)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
-        if least is not None and least is not costs:
-            costs = self.within_half(matching, costs, least)
         levels = await self.buckets.take(matching, costs)
         tightest = tightest_of(levels)
+        if tightest.level < 0 and least is not None and least is not costs:
+            costs = self.what_is_left(levels, costs, least)
+            levels = await self.buckets.take(matching, costs)
+            tightest = tightest_of(levels)
         if tightest.level < 0:
             raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
 
     @staticmethod
-    def within_half(matching, costs, least):
+    def what_is_left(levels, costs, least):
         bounded = list(costs)
-        for rule, _ in matching:
-            unit = rule.unit
-            bounded[unit] = max(least[unit], min(bounded[unit], rule.capacity // 2))
+        for one in levels:
+            unit = one.rule.unit
+            bounded[unit] = max(least[unit], min(bounded[unit], one.untaken().level))
         return tuple(bounded)
 
     def refusal(self, levels):
@@ -1703,18 +1705,18 @@ class Prices:
 
 class Habits:
     """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
-    token, `hidden` the share of output that nobody sees, `peak` the output of calls that do not
-    limit it: it rises at once and sinks slowly, so that few calls have more."""
-    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak")
-    MEMORY = 16
-    SINKING = 32
+    token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
+    of the `recent` calls exceeded that do not limit it."""
+    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak", "recent")
+    MEMORY = 20
 
     def __init__(self):
         self.calls = 0
         self.input_ratio: Optional[float] = None
         self.output_ratio: Optional[float] = None
         self.hidden = 0.0
-        self.peak = 0.0
+        self.peak = 0
+        self.recent = array.array("q")
 
     def move(self, name: str, value: float):
         """Moves a mean; the first calls count fully."""
@@ -1723,8 +1725,10 @@ class Habits:
             before = value
         setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
 
-    def note_peak(self, tokens: int):
-        self.peak = max(tokens, self.peak + (tokens - self.peak) / self.SINKING)
+    def note_output(self, tokens: int):
+        self.recent.append(tokens)
+        del self.recent[:-self.MEMORY]
+        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
 
 
 class ModelHabits:
@@ -1809,7 +1813,7 @@ class CostEstimator:
         prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if limit is None and habits.peak > output:
-            held = self.held(call, prompt, math.ceil(habits.peak) * outputs, estimate)
+            held = self.held(call, prompt, habits.peak * outputs, estimate)
         return held, least
 
     def held(self, call, prompt, output, estimate):
@@ -1876,7 +1880,7 @@ class CostEstimator:
         if self.needs_estimate:
             limit, outputs = call.output_limit()
             if limit is None or used.output > own.peak * outputs:
-                own.note_peak(used.output // outputs)
+                own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.learn_ratios(call, own, used, source)
             model.refresh()
