@@ -2230,16 +2230,16 @@ class Call(Billable):
 
     def numbers(self) -> List[Tuple[str, int]]:
         """Returns what stands at the names of limits and counts, in the payload and in objects with
-        options. Raises BadRequest for what is no number: a server might read it as one."""
-        if self.endpoint in NO_LIMIT_REPLY:
-            return []
+        options. Raises BadRequest for what is no number where text is generated: a server might
+        read it as one."""
         found = []
         holders = [self.payload]
         if not OPTION_HOLDERS.isdisjoint(self.payload):
             holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
         for holder in holders:
             if not isinstance(holder, dict):
-                raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+                self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+                continue
             for name in OUTPUT_NUMBERS.intersection(holder):
                 value = holder[name]
                 if type(value) is float and value.is_integer():
@@ -2247,8 +2247,13 @@ class Call(Billable):
                 if type(value) is int:
                     found.append((name, value))
                 elif value is not None:
-                    raise BadRequest("%s must be an integer" % name)
+                    self.complain("%s must be an integer" % name)
         return found
+
+    def complain(self, message):
+        """Raises BadRequest, but for calls of which we know too little."""
+        if self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest(message)
 
 
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server

@@ -1964,6 +1964,8 @@ class UsageTest(ProxyCase):
             {"messages": HELLO, "n": 2} -> 515
             /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7} -> 660
             /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7, "n": 2} -> 1220
+            /v1/images/generations -> {"prompt": "four", "n": 3} -> 769
+            /v1/images/generations -> {"prompt": "four", "n": "x", "options": []} -> 257
             GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 769
             {"messages": HELLO, "max_tokens": 100.0} -> 103
             {"messages": HELLO, "max_tokens": -1} -> 259
