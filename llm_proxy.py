@@ -1420,10 +1420,12 @@ class Hold:
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
 
     def settle(self, costs: Costs):
-        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt."""
+        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt. It does
+        not run any more."""
         if self.ended:
             return
         self.ended = True
+        costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:

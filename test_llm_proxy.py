@@ -1821,7 +1821,7 @@ class RulesTogetherTest(LimitsCase):
             self.clock.now += 10 ** 9
             self.refused(1, name=name)
             self.assertEqual(self.levels(), [])  # nothing that a restart would find
-            holds.pop().settle(costs(1, 0))
+            holds.pop().settle(costs(1))
             self.assertEqual(self.peek(1, name), ((places, 1, 0, 0, 0), 0))
             with self.admit(1, name=name):
                 self.assertEqual(self.peek(1, name)[1], 2)
@@ -1965,7 +1965,7 @@ class UsageTest(ProxyCase):
             /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7} -> 660
             /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7, "n": 2} -> 1220
             /v1/images/generations -> {"prompt": "four", "n": 3} -> 769
-            /v1/images/generations -> {"prompt": "four", "n": "x", "options": []} -> 257
+            /v1/images/generations -> {"prompt": "four", "n": "x", "options": []} -> 258
             GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 769
             {"messages": HELLO, "max_tokens": 100.0} -> 103
             {"messages": HELLO, "max_tokens": -1} -> 259
