@@ -5893,7 +5893,8 @@ class BalanceTest(LedgerCase):
         GEMINI + "generateContent": GEMINI_API,
         GEMINI + "streamGenerateContent": GEMINI_API,
     }
-    KINDS = ("ok",) * 6 + ("no usage", "error", "cut", "reset", "garbage", "gone", "gone early")
+    KINDS = ("ok",) * 6 + (
+        "no usage", "too little", "fault", "error", "cut", "reset", "garbage", "gone", "gone early")
     MODELS = "gpt-4o", "gpt-4o-mini", "claude-sonnet-4", "gemma4"
     CALLERS, CALLS = 50, 40
 
@@ -5907,7 +5908,8 @@ class BalanceTest(LedgerCase):
             return STREAM + b"".join(chunk(events(part)) for part in parts) + LAST
         number = body["number"]
         whole = '{"choices": [{"message": {"content": "%s"}}], ' + report + "}"
-        return answer((whole % ("y" * number, number)).encode())
+        text = "y" * (4000 if body["kind"] == "too little" else number)
+        return answer((whole % (text, number)).encode())
 
     def answer(self, asked):
         """Answer as the request says; where it is cut, after `number` bytes of the body."""
@@ -5918,6 +5920,8 @@ class BalanceTest(LedgerCase):
         asked.send({
             "ok": data,
             "no usage": data,
+            "too little": data,
+            "fault": answer(b'{"error": {"code": 400}}'),
             "error": answer(b'{"usage": {"prompt_tokens": 5}}', "%d No" % (400 + number % 200)),
             "garbage": b"HTTP/9 what\r\n\r\n",
             "gone early": b"",
@@ -5993,7 +5997,7 @@ class BalanceTest(LedgerCase):
         for row in rows:
             outcomes[row["outcome"]].add((row["charges"], row["input"]))
             if row["outcome"] == "upstream_status":
-                at_fault = row["status"] in llm_proxy.CALLERS_FAULTS
+                at_fault = row["status"] in (200, *llm_proxy.CALLERS_FAULTS)
                 self.assertEqual(" requests " in row["charges"], at_fault)
                 self.assertNotRegex(row["charges"], "tokens|usd")
         self.assertEqual(outcomes.keys(), {
