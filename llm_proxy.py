@@ -1898,7 +1898,9 @@ class CostEstimator:
             seen = max(1, used.output - used.reasoning)
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
                 seen = used.output  # reasoning is in the text, which is too long to be without
-            own.move("hidden", 1 - seen / used.output)
+            elif weight < seen * ModelHabits.OWN_RATIOS[0]:
+                seen = math.ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
+            own.move("hidden", min(0.9999, 1 - seen / used.output))
             own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 

@@ -2063,8 +2063,8 @@ class LearningTest(ProxyCase):
     """A model whose tokenizer is simulated, with 9 tokens around each prompt. `said` is what it
     says, of which `hidden` more is not seen; whether it `tells` is for each test to say."""
 
-    def start(self, said="", hidden=0, **settings):
-        self.said, self.hidden, self.tells = said, hidden, True
+    def start(self, said="", hidden=0, detail="reasoning_tokens", **settings):
+        self.said, self.hidden, self.detail, self.tells = said, hidden, detail, True
         super().start(self.answer, **{
             "TOKEN_COST_MODE": "usage", "MAX_TOKENS": 10 ** 9, **settings})
 
@@ -2072,7 +2072,7 @@ class LearningTest(ProxyCase):
         prompt = asked.json()["messages"][0]["content"]
         seen = tokens_of(self.said)
         usage = {"prompt_tokens": 9 + tokens_of(prompt), "completion_tokens": seen + self.hidden,
-                 "completion_tokens_details": {"reasoning_tokens": self.hidden}}
+                 "completion_tokens_details": {self.detail: self.hidden}}
         asked.answer(json.dumps({"choices": [{"message": {"content": self.said}}],
                                  **({"usage": usage} if self.tells else {})}).encode())
 
@@ -2113,12 +2113,14 @@ class LearningTest(ProxyCase):
             self.assertLess(max(medians), 0.1)
 
     def test_an_answer_that_does_not_tell_what_it_hid_is_charged_the_usual_share(self):
-        self.start("seen" + " seen" * 49, hidden=4950)
-        self.assertEqual(self.used("hi")[1], 5000)
-        self.tells = False
-        self.assertEqual(self.used("hi")[1] // 100, 50)
-        self.said = "seen" + " seen" * 99
-        self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
+        """Also where only the sum was told."""
+        for name in self.each(("reasoning_tokens", "other")):
+            self.start("seen" + " seen" * 49, hidden=4950, detail=name)
+            self.assertEqual(self.used("hi")[1], 5000)
+            self.tells = False
+            self.assertAlmostEqual(self.used("hi")[1], 5000, delta=200)
+            self.said = "seen" + " seen" * 99
+            self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
 
     def test_reasoning_that_passes_is_not_taken_for_hidden(self):
         self.start()
