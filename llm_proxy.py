@@ -1717,7 +1717,7 @@ class Habits:
         self.input_ratio: Optional[float] = None
         self.output_ratio: Optional[float] = None
         self.hidden = 0.0
-        self.peak = 0
+        self.peak: Optional[int] = None
         self.recent = array.array("q")
 
     def move(self, name: str, value: float):
@@ -1749,6 +1749,9 @@ class ModelHabits:
         """Returns what to expect of a caller."""
         own = self.callers.get(caller)
         return own if own and own.calls >= self.FEW else self.usual
+
+    def peak(self, caller: CallerKey) -> int:
+        return self.of(caller).peak or self.usual.peak or 0
 
     def own(self, caller: CallerKey) -> Habits:
         """Returns what a caller's calls are noted in."""
@@ -1794,28 +1797,29 @@ class CostEstimator:
         self.units = units
         self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
         self.unknown = ModelHabits()
+        self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def habits(self, call: Billable, caller: CallerKey) -> Habits:
-        return self.models.get(call.upstream_model, self.unknown).of(caller)
+    def habits(self, call: Billable) -> ModelHabits:
+        return self.models.get(call.upstream_model, self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         if not self.needs_estimate:
-            held = self.costs(Usage(), 0, 0, 1)
-            return held, held
+            return self.plain, self.plain
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
         estimate = 0
         if "estimate" in self.units:
             prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
-        habits = self.habits(call, caller)
-        prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
+        habits = self.habits(call)
+        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        prompt = self.prompt_tokens(call, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        if limit is None and habits.peak > output:
-            held = self.held(call, prompt, habits.peak * outputs, estimate)
+        if limit is None and habits.peak(caller) > output:
+            held = self.held(call, prompt, habits.peak(caller) * outputs, estimate)
         return held, least
 
     def held(self, call, prompt, output, estimate):
@@ -1846,7 +1850,7 @@ class CostEstimator:
         came, and the share of it that its model hides. A response that is not `whole` may have
         reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        habits = self.habits(call, caller)
+        habits = self.habits(call).of(caller)
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         if complete and not self.is_understated(call, reported, source, ratio):
             self.learn(call, caller, reported, source)
@@ -1877,11 +1881,12 @@ class CostEstimator:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
             model = self.models[call.upstream_model] = ModelHabits()
+        self.models.move_to_end(call.upstream_model)
         own = model.own(caller)
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > own.peak * outputs:
+            if limit is None or used.output > model.peak(caller) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.learn_ratios(call, own, used, source)

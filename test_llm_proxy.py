@@ -2165,6 +2165,14 @@ class LearningTest(ProxyCase):
         held = [self.held()[3] for _ in range(22)]
         self.assertEqual((held[:10], held[-1]), ([5000] * 10, 256))
 
+    def test_calls_with_a_maximum_teach_nobody_that_little_is_said(self):
+        self.start("seen" + " seen" * 4999)
+        self.held(key="bob")
+        self.said = "seen"
+        for _ in range(30):
+            self.held(key="alice", max_tokens=1)
+        self.assertEqual(self.held(key="alice")[3], 5000)
+
     def test_who_hangs_up_before_the_end_pays_what_such_calls_use(self):
         """What comes is 2 tokens of 5,000; 5 are the prompt's."""
         self.start("seen", hidden=4999, MAX_TOKENS=50000)
