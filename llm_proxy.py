@@ -1460,10 +1460,12 @@ class Hold:
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
 
     def settle(self, costs: Costs):
-        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt."""
+        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt. It does
+        not run any more."""
         if self.ended:
             return
         self.ended = True
+        costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
@@ -1548,25 +1550,27 @@ class Limits:
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket. What of the costs is above `least` was not asked for but guessed: of
-        that, half of a bucket is enough, or a call might have to wait for a full one."""
+        touches no bucket. What of the costs is above `least` was not asked for but guessed: where
+        less than that is left, it is enough, or nobody would come to what is left."""
         matching = self.matching(caller, address, model, upstream)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
-        if least is not None and least is not costs:
-            costs = self.within_half(matching, costs, least)
         levels = await self.buckets.take(matching, costs)
         tightest = tightest_of(levels)
+        if tightest.level < 0 and least is not None and least is not costs:
+            costs = self.what_is_left(levels, costs, least)
+            levels = await self.buckets.take(matching, costs)
+            tightest = tightest_of(levels)
         if tightest.level < 0:
             raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
 
     @staticmethod
-    def within_half(matching, costs, least):
+    def what_is_left(levels, costs, least):
         bounded = list(costs)
-        for rule, _ in matching:
-            unit = rule.unit
-            bounded[unit] = max(least[unit], min(bounded[unit], rule.capacity // 2))
+        for one in levels:
+            unit = one.rule.unit
+            bounded[unit] = max(least[unit], min(bounded[unit], one.untaken().level))
         return tuple(bounded)
 
     def refusal(self, levels):
@@ -1747,18 +1751,18 @@ class Prices:
 
 class Habits:
     """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
-    token, `hidden` the share of output that nobody sees, `peak` the output of calls that do not
-    limit it: it rises at once and sinks slowly, so that few calls have more."""
-    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak")
-    MEMORY = 16
-    SINKING = 32
+    token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
+    of the `recent` calls exceeded that do not limit it."""
+    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak", "recent")
+    MEMORY = 20
 
     def __init__(self):
         self.calls = 0
         self.input_ratio: Optional[float] = None
         self.output_ratio: Optional[float] = None
         self.hidden = 0.0
-        self.peak = 0.0
+        self.peak: Optional[int] = None
+        self.recent = array.array("q")
 
     def move(self, name: str, value: float):
         """Moves a mean; the first calls count fully."""
@@ -1767,8 +1771,10 @@ class Habits:
             before = value
         setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
 
-    def note_peak(self, tokens: int):
-        self.peak = max(tokens, self.peak + (tokens - self.peak) / self.SINKING)
+    def note_output(self, tokens: int):
+        self.recent.append(tokens)
+        del self.recent[:-self.MEMORY]
+        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
 
 
 class ModelHabits:
@@ -1787,6 +1793,9 @@ class ModelHabits:
         """Returns what to expect of a caller."""
         own = self.callers.get(caller)
         return own if own and own.calls >= self.FEW else self.usual
+
+    def peak(self, caller: CallerKey) -> int:
+        return self.of(caller).peak or self.usual.peak or 0
 
     def own(self, caller: CallerKey) -> Habits:
         """Returns what a caller's calls are noted in."""
@@ -1832,28 +1841,29 @@ class CostEstimator:
         self.units = units
         self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
         self.unknown = ModelHabits()
+        self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def habits(self, call: Billable, caller: CallerKey) -> Habits:
-        return self.models.get(call.upstream_model, self.unknown).of(caller)
+    def habits(self, call: Billable) -> ModelHabits:
+        return self.models.get(call.upstream_model, self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         if not self.needs_estimate:
-            held = self.costs(Usage(), 0, 0, 1)
-            return held, held
+            return self.plain, self.plain
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
         estimate = 0
         if "estimate" in self.units:
             prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
-        habits = self.habits(call, caller)
-        prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
+        habits = self.habits(call)
+        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        prompt = self.prompt_tokens(call, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        if limit is None and habits.peak > output:
-            held = self.held(call, prompt, math.ceil(habits.peak) * outputs, estimate)
+        if limit is None and habits.peak(caller) > output:
+            held = self.held(call, prompt, habits.peak(caller) * outputs, estimate)
         return held, least
 
     def held(self, call, prompt, output, estimate):
@@ -1884,7 +1894,7 @@ class CostEstimator:
         came, and the share of it that its model hides. A response that is not `whole` may have
         reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        habits = self.habits(call, caller)
+        habits = self.habits(call).of(caller)
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         if complete and not self.is_understated(call, reported, source, ratio):
             self.learn(call, caller, reported, source)
@@ -1915,12 +1925,13 @@ class CostEstimator:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
             model = self.models[call.upstream_model] = ModelHabits()
+        self.models.move_to_end(call.upstream_model)
         own = model.own(caller)
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > own.peak * outputs:
-                own.note_peak(used.output // outputs)
+            if limit is None or used.output > model.peak(caller) * outputs:
+                own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.learn_ratios(call, own, used, source)
             model.refresh()
@@ -1936,7 +1947,9 @@ class CostEstimator:
             seen = max(1, used.output - used.reasoning)
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
                 seen = used.output  # reasoning is in the text, which is too long to be without
-            own.move("hidden", 1 - seen / used.output)
+            elif weight < seen * ModelHabits.OWN_RATIOS[0]:
+                seen = math.ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
+            own.move("hidden", min(0.9999, 1 - seen / used.output))
             own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
@@ -2391,47 +2404,45 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            limits = []
-            outputs = 1
+            most, outputs = 0 if self.endpoint in (UNKNOWN, UPLOAD) else None, 1
             for name, value in self.numbers():
-                if name in OUTPUT_LIMITS:
-                    limits.append(value)
-                elif value > outputs:
-                    outputs = value
-            for many in map(self.payload.get, ("prompt", "messages")):
-                if type(many) is list and many and type(many[0]) in (str, list):
-                    outputs *= len(many)
-            most = max(limits) if limits and min(limits) >= 0 else None
-            if not limits and self.endpoint in (UNKNOWN, UPLOAD):
-                most = 0  # who knows whether it has an output
-            self.limit = most, outputs
+                if name in OUTPUT_COUNTS:
+                    outputs = max(outputs, value)
+                else:
+                    value = value if value >= 0 else math.inf
+                    most = value if most is None else max(most, value)
+            many = self.payload.get("messages" if self.endpoint == "batch" else "prompt")
+            if type(many) is list and many and type(many[0]) in (str, list):
+                outputs *= len(many)
+            self.limit = most if most != math.inf else None, outputs
         return self.limit
 
     def numbers(self) -> List[Tuple[str, int]]:
         """Returns what stands at the names of limits and counts, in the payload and in objects with
-        options. Raises BadRequest for what is no number: a server might read it as one."""
+        options. Raises BadRequest for what is no number where text is generated: a server might
+        read it as one."""
         found = []
         holders = [self.payload]
-        known = self.endpoint != UNKNOWN  # elsewhere these names may mean anything
-        if self.endpoint in NO_TEXT:
-            return found
         if not OPTION_HOLDERS.isdisjoint(self.payload):
-            for name in OPTION_HOLDERS.intersection(self.payload):
-                holder = self.payload[name] or {}
-                if isinstance(holder, dict):
-                    holders.append(holder)
-                elif known:
-                    raise BadRequest("%s must be an object" % name)
+            holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
         for holder in holders:
+            if not isinstance(holder, dict):
+                self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+                continue
             for name in OUTPUT_NUMBERS.intersection(holder):
                 value = holder[name]
                 if type(value) is float and value.is_integer():
                     value = int(value)
                 if type(value) is int:
                     found.append((name, value))
-                elif value is not None and known:
-                    raise BadRequest("%s must be an integer" % name)
+                elif value is not None:
+                    self.complain("%s must be an integer" % name)
         return found
+
+    def complain(self, message):
+        """Raises BadRequest, but for calls of which we know too little."""
+        if self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest(message)
 
 
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
