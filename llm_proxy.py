@@ -1460,10 +1460,12 @@ class Hold:
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
 
     def settle(self, costs: Costs):
-        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt."""
+        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt. It does
+        not run any more."""
         if self.ended:
             return
         self.ended = True
+        costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
@@ -1548,25 +1550,27 @@ class Limits:
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket. What of the costs is above `least` was not asked for but guessed: of
-        that, half of a bucket is enough, or a call might have to wait for a full one."""
+        touches no bucket. What of the costs is above `least` was not asked for but guessed: where
+        less than that is left, it is enough, or nobody would come to what is left."""
         matching = self.matching(caller, address, model, upstream)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
-        if least is not None and least is not costs:
-            costs = self.within_half(matching, costs, least)
         levels = await self.buckets.take(matching, costs)
         tightest = tightest_of(levels)
+        if tightest.level < 0 and least is not None and least is not costs:
+            costs = self.what_is_left(levels, costs, least)
+            levels = await self.buckets.take(matching, costs)
+            tightest = tightest_of(levels)
         if tightest.level < 0:
             raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
 
     @staticmethod
-    def within_half(matching, costs, least):
+    def what_is_left(levels, costs, least):
         bounded = list(costs)
-        for rule, _ in matching:
-            unit = rule.unit
-            bounded[unit] = max(least[unit], min(bounded[unit], rule.capacity // 2))
+        for one in levels:
+            unit = one.rule.unit
+            bounded[unit] = max(least[unit], min(bounded[unit], one.untaken().level))
         return tuple(bounded)
 
     def refusal(self, levels):
@@ -1747,18 +1751,18 @@ class Prices:
 
 class Habits:
     """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
-    token, `hidden` the share of output that nobody sees, `peak` the output of calls that do not
-    limit it: it rises at once and sinks slowly, so that few calls have more."""
-    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak")
-    MEMORY = 16
-    SINKING = 32
+    token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
+    of the `recent` calls exceeded that do not limit it."""
+    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak", "recent")
+    MEMORY = 20
 
     def __init__(self):
         self.calls = 0
         self.input_ratio: Optional[float] = None
         self.output_ratio: Optional[float] = None
         self.hidden = 0.0
-        self.peak = 0.0
+        self.peak: Optional[int] = None
+        self.recent = array.array("q")
 
     def move(self, name: str, value: float):
         """Moves a mean; the first calls count fully."""
@@ -1767,8 +1771,10 @@ class Habits:
             before = value
         setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
 
-    def note_peak(self, tokens: int):
-        self.peak = max(tokens, self.peak + (tokens - self.peak) / self.SINKING)
+    def note_output(self, tokens: int):
+        self.recent.append(tokens)
+        del self.recent[:-self.MEMORY]
+        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
 
 
 class ModelHabits:
@@ -1787,6 +1793,9 @@ class ModelHabits:
         """Returns what to expect of a caller."""
         own = self.callers.get(caller)
         return own if own and own.calls >= self.FEW else self.usual
+
+    def peak(self, caller: CallerKey) -> int:
+        return self.of(caller).peak or self.usual.peak or 0
 
     def own(self, caller: CallerKey) -> Habits:
         """Returns what a caller's calls are noted in."""
@@ -1832,28 +1841,29 @@ class CostEstimator:
         self.units = units
         self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
         self.unknown = ModelHabits()
+        self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def habits(self, call: Billable, caller: CallerKey) -> Habits:
-        return self.models.get(call.upstream_model, self.unknown).of(caller)
+    def habits(self, call: Billable) -> ModelHabits:
+        return self.models.get(call.upstream_model, self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         if not self.needs_estimate:
-            held = self.costs(Usage(), 0, 0, 1)
-            return held, held
+            return self.plain, self.plain
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
         estimate = 0
         if "estimate" in self.units:
             prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
-        habits = self.habits(call, caller)
-        prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
+        habits = self.habits(call)
+        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        prompt = self.prompt_tokens(call, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        if limit is None and habits.peak > output:
-            held = self.held(call, prompt, math.ceil(habits.peak) * outputs, estimate)
+        if limit is None and habits.peak(caller) > output:
+            held = self.held(call, prompt, habits.peak(caller) * outputs, estimate)
         return held, least
 
     def held(self, call, prompt, output, estimate):
@@ -1884,7 +1894,7 @@ class CostEstimator:
         came, and the share of it that its model hides. A response that is not `whole` may have
         reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        habits = self.habits(call, caller)
+        habits = self.habits(call).of(caller)
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         if complete and not self.is_understated(call, reported, source, ratio):
             self.learn(call, caller, reported, source)
@@ -1915,12 +1925,13 @@ class CostEstimator:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
             model = self.models[call.upstream_model] = ModelHabits()
+        self.models.move_to_end(call.upstream_model)
         own = model.own(caller)
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > own.peak * outputs:
-                own.note_peak(used.output // outputs)
+            if limit is None or used.output > model.peak(caller) * outputs:
+                own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.learn_ratios(call, own, used, source)
             model.refresh()
@@ -1936,7 +1947,9 @@ class CostEstimator:
             seen = max(1, used.output - used.reasoning)
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
                 seen = used.output  # reasoning is in the text, which is too long to be without
-            own.move("hidden", 1 - seen / used.output)
+            elif weight < seen * ModelHabits.OWN_RATIOS[0]:
+                seen = math.ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
+            own.move("hidden", min(0.9999, 1 - seen / used.output))
             own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
@@ -2379,54 +2392,57 @@ class Call(Billable):
 
     def prompt_length(self) -> Tuple[int, List[int]]:
         if self.length is None:
-            self.length = text_length(self.payload, "model", PLAIN_KEYS, media_texts)
+            payload = self.payload
+            images = as_list(payload[IMAGES_KEY]) if IMAGES_KEY in payload else []
+            if images:
+                payload = {**payload, IMAGES_KEY: None}
+            weight, media = text_length(payload, "model", PLAIN_KEYS, media_texts)
+            self.length = weight, media + [0] * len(images)
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            limits = []
-            outputs = 1
+            most, outputs = 0 if self.endpoint in (UNKNOWN, UPLOAD) else None, 1
             for name, value in self.numbers():
-                if name in OUTPUT_LIMITS:
-                    limits.append(value)
-                elif value > outputs:
-                    outputs = value
-            for many in map(self.payload.get, ("prompt", "messages")):
-                if type(many) is list and many and type(many[0]) in (str, list):
-                    outputs *= len(many)
-            most = max(limits) if limits and min(limits) >= 0 else None
-            if not limits and self.endpoint in (UNKNOWN, UPLOAD):
-                most = 0  # who knows whether it has an output
-            self.limit = most, outputs
+                if name in OUTPUT_COUNTS:
+                    outputs = max(outputs, value)
+                else:
+                    value = value if value >= 0 else math.inf
+                    most = value if most is None else max(most, value)
+            many = self.payload.get("messages" if self.endpoint == "batch" else "prompt")
+            if type(many) is list and many and type(many[0]) in (str, list):
+                outputs *= len(many)
+            self.limit = most if most != math.inf else None, outputs
         return self.limit
 
     def numbers(self) -> List[Tuple[str, int]]:
         """Returns what stands at the names of limits and counts, in the payload and in objects with
-        options. Raises BadRequest for what is no number: a server might read it as one."""
+        options. Raises BadRequest for what is no number where text is generated: a server might
+        read it as one."""
         found = []
         holders = [self.payload]
-        known = self.endpoint != UNKNOWN  # elsewhere these names may mean anything
-        if self.endpoint in NO_TEXT:
-            return found
         if not OPTION_HOLDERS.isdisjoint(self.payload):
-            for name in OPTION_HOLDERS.intersection(self.payload):
-                holder = self.payload[name] or {}
-                if isinstance(holder, dict):
-                    holders.append(holder)
-                elif known:
-                    raise BadRequest("%s must be an object" % name)
+            holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
         for holder in holders:
+            if not isinstance(holder, dict):
+                self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+                continue
             for name in OUTPUT_NUMBERS.intersection(holder):
                 value = holder[name]
                 if type(value) is float and value.is_integer():
                     value = int(value)
                 if type(value) is int:
                     found.append((name, value))
-                elif value is not None and known:
-                    raise BadRequest("%s must be an integer" % name)
+                elif value is not None:
+                    self.complain("%s must be an integer" % name)
         return found
+
+    def complain(self, message):
+        """Raises BadRequest, but for calls of which we know too little."""
+        if self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest(message)
 
 
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
@@ -2444,10 +2460,12 @@ OPTION_HOLDERS = frozenset((
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
-MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
+MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
 MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
 DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
-    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url"))
+    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url",
+    IMAGES_KEY))
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
@@ -3005,7 +3023,7 @@ def choice_count(payload: Dict[str, Any]) -> int:
 
 
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
-FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template", "/api/show")
+FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
 
 class OpenAI(Dialect):
@@ -3033,8 +3051,7 @@ class OpenAI(Dialect):
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
-        "suffix": (), "prediction": NOTHING,  # what is said goes into a file
-        "audio": NOTHING,
+        "suffix": (),  # what is filled in goes into a file
         **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
             "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
             "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
@@ -3338,7 +3355,7 @@ class Ollama(Dialect):
     name = "ollama"
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
-        "/api/embeddings": "embed"}
+        "/api/embeddings": "embed", "/api/show": "count"}
     MODELS_PATH = "/api/tags"
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
@@ -5859,9 +5876,8 @@ class Upstream:
                         probe: bool = False) -> Response:
         """Send one request and wait for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
-        the next one is asked; a question that met a stale spare connection is asked again on a
-        fresh one. A `probe` says nothing of how calls fare there. Raises UpstreamFailed,
-        UpstreamTimeout, BreakerOpen, and what `body` raises."""
+        the next one is asked. A `probe` says nothing of how calls fare there. Raises
+        UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
         stale = False
@@ -5881,13 +5897,11 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and self.is_repeatable(method, body, refusal)
-                if stale:
-                    continue
-                if not refusal.nothing_sent:
+                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
-                failed.append(address)
+                failed += [] if stale else [address]
             finally:
                 if not probe:  # a list of models says nothing of how calls fare
                     self.judge_head(address, good)
@@ -5895,11 +5909,11 @@ class Upstream:
                     address.running -= 1
 
     @staticmethod
-    def is_repeatable(method, body, refusal):
+    def is_repeatable(method, refusal):
         """Tells whether what a spare connection lost, because it was closed under us, can be asked
         again (RFC 9110 9.2.2)."""
-        return method in ("GET", "HEAD") and body == b"" and (
-            isinstance(refusal, UpstreamFailed) and refusal.broke_before_response)
+        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
+            refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
@@ -7369,25 +7383,16 @@ class Catalogue:
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
 
-    def __init__(self, routes: Routes, aliases: Dict[str, str], clock: Any):
+    def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
-        self.aliases = aliases
         self.clock = clock
         self.lists = [[] for _ in self.upstreams]
-        self.texts = {}  # dialect -> the list as it is there
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def text(self, dialect: Dialect, context: Context) -> Optional[bytes]:
-        """Returns the list as it is in a dialect, None where nobody told of any model."""
-        await self.refresh(context)
-        if dialect not in self.texts:
-            models = self.models()
-            self.texts[dialect] = dialect.models(models) if models else None
-        return self.texts[dialect]
-
-    async def refresh(self, context):
-        """Who asks while another one's question is under way takes what that brings."""
+    async def models(self, context: Context) -> Dict[str, Model]:
+        """Returns them by name; the first of a name counts. Who asks while another one's question
+        is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -7397,14 +7402,10 @@ class Catalogue:
             with contextlib.suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
-    def models(self) -> List[Model]:
-        """Returns them all, and the aliases; the first of a name counts."""
         found = {}
         for model in itertools.chain(*self.lists):
             found.setdefault(model.name, model)
-        for alias, name in self.aliases.items():
-            found.setdefault(alias, found.get(name, Model(alias))._replace(name=alias))
-        return list(found.values())
+        return found
 
     async def ask_all(self, loop):
         try:
@@ -7421,7 +7422,6 @@ class Catalogue:
         context.until = loop.time() + self.ASK_SECONDS
         try:
             self.lists[number] = await self.upstreams[number].models(context)
-            self.texts.clear()
             return True
         except (Refusal, ValueError):
             return False
@@ -7435,8 +7435,8 @@ class Pages:
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
+        self.catalogue = Catalogue(proxy.routes, proxy.clock)
         config = proxy.config
-        self.catalogue = Catalogue(proxy.routes, config.model_aliases or {}, proxy.clock)
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
@@ -7496,11 +7496,12 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        dialect = self.dialect(request)
-        text = await self.catalogue.text(dialect, reply.context)
-        if text is None and not self.lists_models:
+        models = await self.catalogue.models(reply.context)
+        if not models and not self.lists_models:
             return await proxy.serve(request, reply)  # it may speak the client's API alone
-        reply.send(200, text or dialect.models([]))
+        for alias, name in (proxy.config.model_aliases or {}).items():
+            models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
+        reply.send(200, self.dialect(request).models(list(models.values())))
 
 
 # --------------------------------------------------------------------------------------------------
