@@ -1581,8 +1581,8 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
                 ) -> Tuple[int, List[int]]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
-    list of numbers has as many tokens. Of images and the like, which are those of which `media_texts`
-    is not None, the second list has the weight of the text in each."""
+    list of numbers has as many tokens. Of images and the like, which are those of which
+    `media_texts` is not None, the second list has the weight of the text in each."""
     weight = 0
     media = []
     values = list({**payload, skip: None}.values())
