@@ -6862,7 +6862,8 @@ class ClientConnection:
             if not reply.reset:
                 await reply.drain()
         except (CallerGone, Stopped) as reason:
-            reply.entry.outcome = reason.outcome
+            if not reply.missed_nothing():
+                reply.entry.outcome = reason.outcome
             reply.close_after = reply.reset = True
         if self.proxy.books.is_full():
             await asyncio.sleep(self.LEDGER_SECONDS)

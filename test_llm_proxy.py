@@ -6036,6 +6036,18 @@ class EndingsTest(LedgerCase):
             asked.wait_for_hang_up()
             self.assertEqual(self.entry(number)["outcome"], outcome)
 
+    def test_the_last_chunk_may_come_before_or_after_a_caller_has_left(self):
+        self.start(None)
+        told = events(LAST_DELTA, "[DONE]")
+        for number, hang_up in enumerate(self.each(self.HANG_UPS * 5)):
+            client, asked = self.begin(told)
+            hang_up(client)
+            with contextlib.suppress(OSError):
+                asked.chunks(b": a\n\n")
+                asked.send(LAST)
+            self.assertEqual(self.entry(number)["outcome"], "ok")
+            asked.finish()
+
     CUTS = (  # what the upstream has sent, how it breaks off, tokens of output
         (CHUNKED, Asked.close, 2),
         (CHUNKED, Asked.reset, 2),
