@@ -2578,7 +2578,8 @@ class OpenAI(Dialect):
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
-        "suffix": (),  # what is filled in goes into a file
+        "suffix": (), "prediction": NOTHING,  # what is said goes into a file
+        "audio": NOTHING,
         **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
             "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
             "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
@@ -5132,8 +5133,9 @@ class Upstream:
                         probe: bool = False) -> Response:
         """Send one request and wait for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
-        the next one is asked. A `probe` says nothing of how calls fare there. Raises
-        UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
+        the next one is asked; a question that met a stale spare connection is asked again on a
+        fresh one. A `probe` says nothing of how calls fare there. Raises UpstreamFailed,
+        UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
         stale = False
@@ -5153,11 +5155,13 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and not body and self.is_repeatable(method, refusal)
-                if not (refusal.nothing_sent or stale):
+                stale = was_spare and self.is_repeatable(method, body, refusal)
+                if stale:
+                    continue
+                if not refusal.nothing_sent:
                     raise
                 failure = refusal
-                failed += [] if stale else [address]
+                failed.append(address)
             finally:
                 if not probe:  # a list of models says nothing of how calls fare
                     self.judge_head(address, good)
@@ -5165,11 +5169,11 @@ class Upstream:
                     address.running -= 1
 
     @staticmethod
-    def is_repeatable(method, refusal):
+    def is_repeatable(method, body, refusal):
         """Tells whether what a spare connection lost, because it was closed under us, can be asked
         again (RFC 9110 9.2.2)."""
-        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
-            refusal.broke_before_response)
+        return method in ("GET", "HEAD") and body == b"" and (
+            isinstance(refusal, UpstreamFailed) and refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
@@ -6524,16 +6528,25 @@ class Catalogue:
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
 
-    def __init__(self, routes: Routes, clock: Any):
+    def __init__(self, routes: Routes, aliases: Dict[str, str], clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
+        self.aliases = aliases
         self.clock = clock
         self.lists = [[] for _ in self.upstreams]
+        self.texts = {}  # dialect -> the list as it is there
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def models(self, context: Context) -> Dict[str, Model]:
-        """Returns them by name; the first of a name counts. Who asks while another one's question
-        is under way takes what that brings."""
+    async def text(self, dialect: Dialect, context: Context) -> Optional[bytes]:
+        """Returns the list as it is in a dialect, None where nobody told of any model."""
+        await self.refresh(context)
+        if dialect not in self.texts:
+            models = self.models()
+            self.texts[dialect] = dialect.models(models) if models else None
+        return self.texts[dialect]
+
+    async def refresh(self, context):
+        """Who asks while another one's question is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -6543,10 +6556,14 @@ class Catalogue:
             with contextlib.suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
+    def models(self) -> List[Model]:
+        """Returns them all, and the aliases; the first of a name counts."""
         found = {}
         for model in itertools.chain(*self.lists):
             found.setdefault(model.name, model)
-        return found
+        for alias, name in self.aliases.items():
+            found.setdefault(alias, found.get(name, Model(alias))._replace(name=alias))
+        return list(found.values())
 
     async def ask_all(self, loop):
         try:
@@ -6563,6 +6580,7 @@ class Catalogue:
         context.until = loop.time() + self.ASK_SECONDS
         try:
             self.lists[number] = await self.upstreams[number].models(context)
+            self.texts.clear()
             return True
         except (Refusal, ValueError):
             return False
@@ -6576,8 +6594,8 @@ class Pages:
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
-        self.catalogue = Catalogue(proxy.routes, proxy.clock)
         config = proxy.config
+        self.catalogue = Catalogue(proxy.routes, config.model_aliases or {}, proxy.clock)
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
@@ -6637,12 +6655,11 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        models = await self.catalogue.models(reply.context)
-        if not models and not self.lists_models:
+        dialect = self.dialect(request)
+        text = await self.catalogue.text(dialect, reply.context)
+        if text is None and not self.lists_models:
             return await proxy.serve(request, reply)  # it may speak the client's API alone
-        for alias, name in (proxy.config.model_aliases or {}).items():
-            models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        reply.send(200, self.dialect(request).models(list(models.values())))
+        reply.send(200, text or dialect.models([]))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2938,6 +2938,8 @@ class LimitReplyTest(ProxyCase):
             {"guided_regex": "a+"}
             {"guided_choice": ["a", "b"]}
             {"guided_grammar": "root ::= x"}
+            {"prediction": {"type": "content", "content": "def f(): pass"}}
+            {"audio": {"voice": "alloy", "format": "wav"}}
             {"stream": true, "guided_regex": "a+"}""",
         "/v1/completions": """
             {"suffix": "def f"}
@@ -4134,6 +4136,7 @@ class EarlyStreamTest(WaitingCase):
     def test_what_goes_wrong_then_is_an_error_event_and_a_clean_end(self):
         """Where the stream broke off after it, Open WebUI would show that instead."""
         anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
+        old = request("POST", CHAT, chat(stream=True), version="1.0")
         told = b'{"error":{"message":"too long","code":7}}'
         too_long = says(told, "400 Bad Request")
         no_stream = b"did not answer with a stream"
@@ -4144,6 +4147,7 @@ class EarlyStreamTest(WaitingCase):
                 (None, says(b"not JSON", "500 Oops"), no_stream, "upstream_status"),
                 (None, says(b'{"choices": []}'), no_stream, "upstream_status"),
                 (None, Asked.close, could_not, "upstream_failed"),
+                (old, Asked.close, could_not, "upstream_failed"),
                 (anthropic, too_long, b"event: error\ndata: " + told, "upstream_status"),
                 (anthropic, Asked.close, b'event: error\ndata: {"type": "error"',
                  "upstream_failed")])):
@@ -4549,6 +4553,7 @@ class UpstreamsTest(CallCase):
         found = []
         for descriptor in [*sockets]:
             with socket.socket(fileno=os.dup(descriptor)) as sock:
+                sock.setblocking(False)  # PyPy has made both descriptors block
                 if sock.family == socket.AF_INET:
                     found.append((sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
                                   sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)))
