@@ -311,7 +311,7 @@ def header_lines(text):
 
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
-UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "estimate")
+UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
@@ -321,7 +321,7 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, model:GLOB or upstream:GLOB"),
     ("N|unlimited", "an amount above 0, or unlimited"),
-    ("|".join(UNITS[:5]), "requests, tokens, input_tokens, output_tokens or usd"),
+    ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
      "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d"),
@@ -333,7 +333,8 @@ JOINED_SCOPES = "(all|(address)?,?(caller)?),?(model)?,?(upstream)?", "scopes th
 
 class Rule(NamedTuple):
     """One limit, as a kind of bucket: it holds `capacity`, gains `refill` every `interval` seconds;
-    the capacity is None where the rule says `unlimited`. `scopes` are (kind, glob) pairs, `unit` is
+    the capacity is None where the rule says `unlimited`. A bucket of calls that are `running` gains
+    nothing: its interval is endless. `scopes` are (kind, glob) pairs, `unit` is
     an index into UNITS, and `rate` is (amount, seconds) as the rule has it, for people. Of the
     rules of one `family` only the first that matches a call counts."""
     text: str
@@ -347,7 +348,8 @@ class Rule(NamedTuple):
 
 
 def rules(text):
-    """'SCOPE AMOUNT UNIT per DURATION [burst N]', by semicolons or lines."""
+    """'SCOPE AMOUNT UNIT per DURATION [burst N]' or 'SCOPE AMOUNT running', by semicolons or
+    lines."""
     found = [read_rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
@@ -364,17 +366,23 @@ def read_rule(text):
     scale = PICODOLLARS if unit == "usd" else 1
     rate, capacity = [int(decimal.Decimal(word.replace("unlimited", "1")) * scale)
                       for word in (amount, burst or amount)]
-    interval = DURATIONS.get(length) or int(length[:-1]) * DURATIONS[length[-1]]
+    interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 refill, interval * refill / rate, (rate, interval),
                 (tuple(kinds), unit, interval))
 
 
+def read_duration(word):
+    return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
 def check_rule(text, words, kinds):
     """Raises ValueError that names the first word which is wrong."""
     amount = USD_SHAPE if words[2] == "usd" else AMOUNT_SHAPE
     rows = RULE_WORDS if words[5] else RULE_WORDS[:6]
+    if words[2] == "running":
+        rows = RULE_WORDS[:3] + RULE_WORDS[-1:]
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
@@ -569,7 +577,8 @@ SETTING_ROWS = {
         ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
          "tokens to expect of an image, sound or file in a prompt"),
         ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N]; ..."),
+         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
+         " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
          "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
@@ -1042,6 +1051,7 @@ class LimitReached(Refusal):
 class CallerGone(Exception):
     """The caller hung up: nobody is left to answer."""
     outcome = "caller_gone"
+    nothing_sent = False  # to the upstream
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1214,6 +1224,8 @@ class Callers:
 # --------------------------------------------------------------------------------------------------
 
 USD = UNITS.index("usd")
+RUNNING = UNITS.index("running")
+RUNNING_SECONDS = 2  # until one who found too many calls running is to ask again: nobody knows
 NO_COST = (0,) * len(UNITS)
 Amount = Union[int, str]                       # str: in dollars
 Costs = Tuple[int, ...]                        # in the order of UNITS
@@ -1239,7 +1251,8 @@ def format_wait(wait):
 
 class Quota(NamedTuple):
     """One bucket at one moment, for headers: amounts as `format_amount` gives them, times in whole
-    seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full."""
+    seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full; all three
+    are 0 where there is none."""
     limit: Amount
     remaining: Amount
     refill_tokens: Amount
@@ -1271,8 +1284,8 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         rule = self.rule
-        amount, interval = rule.rate
-        full = self.level >= rule.capacity
+        amount, interval = (0, 0) if rule.unit == RUNNING else rule.rate
+        full = self.level >= rule.capacity or rule.unit == RUNNING
         reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
             return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
@@ -1282,6 +1295,8 @@ class Level(NamedTuple):
     @property
     def wait(self) -> float:
         """Seconds until nothing is missing."""
+        if self.rule.unit == RUNNING:
+            return RUNNING_SECONDS if self.level < 0 else 0
         refills = -(self.level // self.rule.refill)
         return max(0, self.refilled + refills * self.rule.interval - self.now)
 
@@ -1291,10 +1306,12 @@ class Level(NamedTuple):
 
 
 def tightest_of(levels):
-    """Returns the bucket that is emptiest, as a share of what it holds."""
+    """Returns the bucket that is emptiest, as a share of what it holds. One of running calls, which
+    says nothing of the day, comes last unless it is short."""
     if len(levels) == 1:
         return levels[0]
-    return min(levels, key=lambda one: one.level / one.rule.capacity)
+    return min(levels, key=lambda one: (
+        one.rule.unit == RUNNING and one.level >= 0, one.level / one.rule.capacity))
 
 
 class Buckets:
@@ -1373,11 +1390,12 @@ class Buckets:
             del self.levels[key]
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full."""
+        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
+        running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
         return {key: (level, refilled + wall - now)
                 for key, (level, refilled, rule) in self.levels.items()
-                if self.level_after(rule, key).level < rule.capacity}
+                if rule.unit != RUNNING and self.level_after(rule, key).level < rule.capacity}
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
@@ -1402,10 +1420,12 @@ class Hold:
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
 
     def settle(self, costs: Costs):
-        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt."""
+        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt. It does
+        not run any more."""
         if self.ended:
             return
         self.ended = True
+        costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
@@ -1420,6 +1440,12 @@ class Hold:
     def quota(self) -> Quota:
         return self.tightest.quota
 
+    @property
+    def output_tokens(self) -> int:
+        """The output that it is meant for."""
+        _, total, prompt, output, *_ = self.costs
+        return min(output, max(0, total - prompt))
+
     def describe_charges(self) -> str:
         """Returns what every bucket was charged, for the books."""
         return ";".join([f"{rule.text}={self.costs[rule.unit]}" for rule, _ in self.keyed_rules
@@ -1433,8 +1459,8 @@ class Hold:
 
 
 class Limits:
-    """Which rules a call must pass. Of each family the first that matches counts, so that the
-    special may stand before the general."""
+    """Which rules a call must pass. Of each family the first that matches counts, those for `each`
+    last, so that the special may stand before the general."""
     MAX_KNOWN = 4_000
 
     def __init__(self, ordered_rules: List[Rule], buckets: Buckets, message: str):
@@ -1464,7 +1490,7 @@ class Limits:
         names = {"key": name or "", "model": (model or "").casefold(), "upstream": upstream}
         owners = {"each": key, "key": key, "address": ("address", address)}
         families = {}
-        for rule in self.rules:
+        for rule in sorted(self.rules, key=lambda rule: ("each", "") in rule.scopes):
             globs = dict(rule.scopes)
             if "key" in globs and key[0] != "key":
                 continue
@@ -1474,20 +1500,34 @@ class Limits:
                    for kind, glob in rule.scopes):
                 whose = [owners[kind] for kind in owners if kind in globs]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
-        return [pair for pair in families.values() if pair[0].capacity is not None]
+        found = [pair for pair in families.values() if pair[0].capacity is not None]
+        return sorted(found, key=lambda pair: self.rules.index(pair[0]))
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
-                    upstream: str = "base") -> Hold:
+                    upstream: str = "base", least: Optional[Costs] = None) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket."""
+        touches no bucket. What of the costs is above `least` was not asked for but guessed: where
+        less than that is left, it is enough, or nobody would come to what is left."""
         matching = self.matching(caller, address, model, upstream)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
         levels = await self.buckets.take(matching, costs)
         tightest = tightest_of(levels)
+        if tightest.level < 0 and least is not None and least is not costs:
+            costs = self.what_is_left(levels, costs, least)
+            levels = await self.buckets.take(matching, costs)
+            tightest = tightest_of(levels)
         if tightest.level < 0:
             raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
+
+    @staticmethod
+    def what_is_left(levels, costs, least):
+        bounded = list(costs)
+        for one in levels:
+            unit = one.rule.unit
+            bounded[unit] = max(least[unit], min(bounded[unit], one.untaken().level))
+        return tuple(bounded)
 
     def refusal(self, levels):
         """Returns what to say of buckets that are short: the longest wait, in the operator's words,
@@ -1500,6 +1540,9 @@ class Limits:
                 format_amount(rule, worst.amount), unit.replace("_", " "),
                 format_amount(rule, rule.capacity))
             return LimitReached(text, None, worst)
+        if rule.unit == RUNNING:
+            text = "limit reached: %d running already" % rule.capacity
+            return LimitReached(text, worst.wait, worst)
         text = self.message
         for word, value in (
                 ("{wait}", format_wait(worst.wait)), ("{rule}", rule.text),
@@ -1533,26 +1576,33 @@ def text_weight(text: str) -> int:
     return len(text) + wide * 5 // 3
 
 
-def text_length(payload: Dict[str, Any], skip: str,
-                counts_whole: Callable[[Dict[str, Any]], bool]) -> Tuple[int, int]:
-    """Returns the weight of all string values anywhere in `payload`, joined by spaces, without
-    the top-level key `skip`; and of how many parts `counts_whole` is true: images and the like,
-    which are counted, not looked into."""
-    characters = 0
-    media = 0
+def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
+                media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
+                ) -> Tuple[int, List[int]]:
+    """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
+    key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
+    number in a list makes a token. Of images and the like, which are those of which `media_texts`
+    is not None, the second list has the weight of the text in each."""
+    weight = 0
+    media = []
     values = list({**payload, skip: None}.values())
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            characters += text_weight(value) + 1
+            weight += (len(value) if value.isascii() else text_weight(value)) + 1
         elif kind is list:
             values += value
+            kinds = list(map(type, value))
+            weight += CHARACTERS_PER_TOKEN * (kinds.count(int) + kinds.count(float))
         elif kind is dict:
-            if counts_whole(value):
-                media += 1
-            else:
-                values += value.values()
-    return max(0, characters - 1), media
+            texts = media_texts(value)
+            if texts is not None:
+                media.append(text_weight(" ".join(texts)))
+                continue
+            values += value.values()
+            if not names.issuperset(value):
+                values += value.keys() - names
+    return max(0, weight - 1), media
 
 
 class Usage(NamedTuple):
@@ -1581,23 +1631,30 @@ class Billable:
     __slots__ = ()
     upstream_model: str
 
-    def prompt_length(self) -> Tuple[int, int]:
-        """Returns the characters of the prompt, and how many images and the like are in it."""
+    def prompt_length(self) -> Tuple[int, List[int]]:
+        """Returns the weight of the prompt's text, and of that in each image and the like."""
         raise NotImplementedError
 
-    def output_limit(self) -> Optional[int]:
-        """Returns the most output tokens that the call asks for, None where it does not say."""
+    def output_limit(self) -> Tuple[Optional[int], int]:
+        """Returns the most tokens of one output, None where the call does not limit them, and how
+        many outputs it asks for."""
         raise NotImplementedError
 
 
 class UsageSource:
     """What a cost depends on once the response has ended."""
+    ended = False  # the response's own last event has passed, whatever came then
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
         raise NotImplementedError
 
+    def most_characters(self) -> int:
+        """Returns about how many characters of text can have passed, without a look at them."""
+        raise NotImplementedError
+
     def output_characters(self) -> int:
+        """Returns the weight of the text that passed."""
         raise NotImplementedError
 
 
@@ -1648,70 +1705,201 @@ class Prices:
                    + used.cache_write * found.cache_write + used.output * found.output), True
 
 
+class Habits:
+    """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
+    token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
+    of the `recent` calls exceeded that do not limit it."""
+    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak", "recent")
+    MEMORY = 20
+
+    def __init__(self):
+        self.calls = 0
+        self.input_ratio: Optional[float] = None
+        self.output_ratio: Optional[float] = None
+        self.hidden = 0.0
+        self.peak = 0
+        self.recent = array.array("q")
+
+    def move(self, name: str, value: float):
+        """Moves a mean; the first calls count fully."""
+        before = getattr(self, name)
+        if before is None:
+            before = value
+        setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
+
+    def note_output(self, tokens: int):
+        self.recent.append(tokens)
+        del self.recent[:-self.MEMORY]
+        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
+
+
+class ModelHabits:
+    """The habits of a model's callers, each for itself, so that nobody teaches what others pay. Who
+    has made few calls yet is taken for the one in the middle of all, within bounds."""
+    CALLERS = 50
+    FEW = 3
+    OWN_RATIOS = 0.5, 8
+    OTHERS_RATIOS = 2, 6
+
+    def __init__(self):
+        self.callers: "collections.OrderedDict[CallerKey, Habits]" = collections.OrderedDict()
+        self.usual = Habits()
+
+    def of(self, caller: CallerKey) -> Habits:
+        """Returns what to expect of a caller."""
+        own = self.callers.get(caller)
+        return own if own and own.calls >= self.FEW else self.usual
+
+    def own(self, caller: CallerKey) -> Habits:
+        """Returns what a caller's calls are noted in."""
+        found = self.callers.get(caller)
+        if found is None:
+            if len(self.callers) >= self.CALLERS:
+                self.callers.popitem(last=False)
+            found = self.callers[caller] = Habits()
+        self.callers.move_to_end(caller)
+        return found
+
+    def refresh(self):
+        """Finds the one in the middle again."""
+        for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, math.inf)),
+                             ("output_ratio", self.OTHERS_RATIOS), ("hidden", (0, 1))):
+            known = sorted([getattr(one, name) for one in self.callers.values()
+                            if getattr(one, name) is not None])
+            if known:
+                setattr(self.usual, name, clamp(known[len(known) // 2], bounds))
+
+
+def clamp(value: float, bounds: Tuple[float, float]) -> float:
+    return min(bounds[1], max(bounds[0], value))
+
+
 class CostEstimator:
     """What calls cost, by unit: estimated before, known after. An estimate counts characters; how
-    many of them make a token is learned, model by model, from calls that report their usage."""
+    many of them make a token, and how much a model says, is learned from calls that report their
+    usage."""
+    LEARN_ALL = 8       # of a caller's first calls to a model, and then
+    LEARN_SHARE = 0.05  # of its calls: counting takes time
+    NO_TEXT = 2048      # bytes of a response that are not worth counting
 
     def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
                  units: Set[str]):
-        """`reserve` is how many output tokens a call may have that does not limit them. `units` are
-        those that rules count in: no work is spent on others."""
+        """`reserve` is how many output tokens a call may have that does not limit them, as long as
+        its model was not seen to use more. `units` are those that rules count in: no work is spent
+        on others."""
         self.prices = prices
         self.request_cost = request_cost
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.ratios = {}  # model -> characters a token
-        self.needs_usage = not units <= {"requests", "estimate"}
+        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        self.unknown = ModelHabits()
+        self.needs_estimate = not units <= {"requests", "running"}
+        self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def estimate(self, call: Billable) -> Costs:
-        """Returns what to hold for a call."""
-        if self.units == {"requests"}:
-            return self.costs(Usage(), 0, 0)
-        limit = call.output_limit()
-        output = self.reserve if limit is None else min(limit, MAX_TOKENS_PER_CALL)
-        expected = Usage(self.prompt_tokens(call, CHARACTERS_PER_TOKEN), output)
+    def habits(self, call: Billable, caller: CallerKey) -> Habits:
+        return self.models.get(call.upstream_model, self.unknown).of(caller)
+
+    def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
+        """Returns what to hold for a call, and how much of that is not learned."""
+        if not self.needs_estimate:
+            held = self.costs(Usage(), 0, 0, 1)
+            return held, held
+        limit, outputs = call.output_limit()
+        output = self.reserve if limit is None else limit
+        estimate = 0
+        if "estimate" in self.units:
+            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
+        habits = self.habits(call, caller)
+        prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
+        least = held = self.held(call, prompt, output * outputs, estimate)
+        if limit is None and habits.peak > output:
+            held = self.held(call, prompt, habits.peak * outputs, estimate)
+        return held, least
+
+    def held(self, call, prompt, output, estimate):
+        expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
         picodollars = 0
         if "usd" in self.units:
             picodollars, _ = self.prices.cost(expected, call.upstream_model)
-        return self.costs(expected, picodollars, max(1, expected.input + output))
+        return self.costs(expected, picodollars, estimate, 1)
 
     def prompt_tokens(self, call, ratio):
-        characters, media = call.prompt_length()
-        return math.ceil(characters / ratio) + media * self.media_tokens
+        weight, media = call.prompt_length()
+        tokens = math.ceil(weight / ratio)
+        for one in media:
+            tokens += max(self.media_tokens, math.ceil(one / ratio))
+        return tokens
 
-    def costs(self, used: Usage, picodollars: int, estimate: int) -> Costs:
+    def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        total = used.input + used.output
-        return self.request_cost, total, used.input, used.output, picodollars, estimate
+        prompt, output = used.input, used.output
+        for other in used.others:
+            prompt += other.input
+            output += other.output
+        return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
-    def usage(self, call: Billable, source: Optional[UsageSource], whole: bool) -> Usage:
+    def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
+              held: int) -> Usage:
         """Returns what the call used: as reported, else estimated from its prompt and the text that
-        came. A response that is not `whole` may have reported its input alone."""
+        came, and the share of it that its model hides. A response that is not `whole` may have
+        reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        model = call.upstream_model
-        if complete:
-            self.learn(model, reported, source)
+        habits = self.habits(call, caller)
+        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
+        if complete and not self.is_understated(call, reported, source, ratio):
+            self.learn(call, caller, reported, source)
             return reported
-        ratio = self.ratios.get(model, CHARACTERS_PER_TOKEN)
         output = math.ceil(source.output_characters() / ratio) if source else 0
+        if source and (whole or source.ended):
+            output = math.ceil(output / (1 - habits.hidden))
+        else:
+            output = max(output, held)
         if reported is None:
+            ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
             reported = Usage(self.prompt_tokens(call, ratio))
         return reported._replace(output=max(reported.output, output), estimated=True)
 
-    def learn(self, model, used, source):
-        """Moves the ratio of a model an eighth of the way to that of one call. Of a known model few
-        calls are looked at: counting takes time."""
-        tokens = used.output - used.reasoning
-        if tokens < 16 or (model in self.ratios and random.random() >= 0.05):
-            return
-        characters = source.output_characters()
-        if characters:
-            ratio = min(8.0, max(1.0, characters / tokens))
-            if len(self.ratios) >= KNOWN_MODELS:
-                self.ratios.clear()
-            before = self.ratios.get(model, ratio)
-            self.ratios[model] = before + (ratio - before) / 8
+    def is_understated(self, call, told, source, ratio):
+        """Returns whether far more text passed than the tokens that were told can be. The text is
+        counted only where it may be so much, or servers are known to tell too little."""
+        if not self.needs_estimate:
+            return False
+        most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
+        may_be = call.output_limit()[1] > 1 or source.most_characters() > most + self.NO_TEXT
+        return may_be and source.output_characters() > most
+
+    def learn(self, call, caller, used, source):
+        """Notes what a call used. An output that its limit has cut says only what is possible."""
+        model = self.models.get(call.upstream_model)
+        if model is None:
+            if len(self.models) >= KNOWN_MODELS:
+                self.models.popitem(last=False)
+            model = self.models[call.upstream_model] = ModelHabits()
+        own = model.own(caller)
+        own.calls += 1
+        if self.needs_estimate:
+            limit, outputs = call.output_limit()
+            if limit is None or used.output > own.peak * outputs:
+                own.note_output(used.output // outputs)
+        if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+            self.learn_ratios(call, own, used, source)
+            model.refresh()
+
+    def learn_ratios(self, call, own, used, source):
+        """Leaves out what is short: what stands around it would count too much."""
+        if self.needs_estimate and used.input:
+            weight, media = call.prompt_length()
+            if weight >= 64 and not media:
+                own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
+        weight = source.output_characters() if used.output >= 16 else 0
+        if weight:
+            seen = max(1, used.output - used.reasoning)
+            if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
+                seen = used.output  # reasoning is in the text, which is too long to be without
+            own.move("hidden", 1 - seen / used.output)
+            own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1985,6 +2173,9 @@ class Call(Billable):
     upstream_body: Optional[bytes] = None
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
+    # What it asks for, once that is known:
+    length: Optional[Tuple[int, List[int]]] = None
+    limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None):
@@ -2019,45 +2210,111 @@ class Call(Billable):
         """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
-    def prompt_length(self) -> Tuple[int, int]:
-        """Returns the characters of the prompt, and how many images and the like are in it. A token
-        id of a prompt that is spelled in them stands for CHARACTERS_PER_TOKEN."""
-        characters, media = text_length(self.payload, "model", is_media)
-        ids = list(map(self.payload.get, ("prompt", "input")))
-        for part in ids:  # the list grows meanwhile
-            if type(part) is list:
-                ids += part
-        return characters + CHARACTERS_PER_TOKEN * list(map(type, ids)).count(int), media
+    def prompt_length(self) -> Tuple[int, List[int]]:
+        if self.length is None:
+            self.length = text_length(self.payload, "model", PLAIN_KEYS, media_texts)
+        return self.length
 
-    def output_limit(self) -> Optional[int]:
-        """Returns the most output tokens that the call asks for, None where it does not say; null
-        counts as unsaid, as at OpenAI."""
-        holder = self.payload
-        holders = self.dialect.LIMIT_HOLDERS
-        if holders:
-            holder = next(filter(None, map(holder.get, holders)), {})
+    def output_limit(self) -> Tuple[Optional[int], int]:
+        """Returns the largest limit that any server takes for one; null counts as unsaid, as at
+        OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
+        if self.limit is None:
+            most, outputs = None, 1
+            for name, value in self.numbers():
+                if name in OUTPUT_COUNTS:
+                    outputs = max(outputs, value)
+                else:
+                    value = value if value >= 0 else math.inf
+                    most = value if most is None else max(most, value)
+            many = self.payload.get("messages" if self.endpoint == "batch" else "prompt")
+            if type(many) is list and many and type(many[0]) in (str, list):
+                outputs *= len(many)
+            self.limit = most if most != math.inf else None, outputs
+        return self.limit
+
+    def numbers(self) -> List[Tuple[str, int]]:
+        """Returns what stands at the names of limits and counts, in the payload and in objects with
+        options. Raises BadRequest for what is no number where text is generated: a server might
+        read it as one."""
+        found = []
+        holders = [self.payload]
+        if not OPTION_HOLDERS.isdisjoint(self.payload):
+            holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
+        for holder in holders:
             if not isinstance(holder, dict):
-                raise BadRequest("%s must be an object" % holders[0])
-        for key in self.dialect.OUTPUT_LIMITS.get(self.endpoint, ()):
-            limit = holder.get(key)
-            if limit is not None:
-                if type(limit) is not int or limit < 0:
-                    raise BadRequest("%s must be an integer of at least 0" % key)
-                return limit
-        return None
+                self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+                continue
+            for name in OUTPUT_NUMBERS.intersection(holder):
+                value = holder[name]
+                if type(value) is float and value.is_integer():
+                    value = int(value)
+                if type(value) is int:
+                    found.append((name, value))
+                elif value is not None:
+                    self.complain("%s must be an integer" % name)
+        return found
+
+    def complain(self, message):
+        """Raises BadRequest, but for calls of which we know too little."""
+        if self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest(message)
 
 
+# The most tokens of an output, at servers of any kind: a caller may name several, and the server
+# may take any of them.
+OUTPUT_LIMITS = frozenset((
+    "max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens", "max_new_tokens",
+    "n_predict", "num_predict", "max_tokens_to_sample", "max_gen_len", "maxTokens"))
+# How many answers there are to one prompt.
+OUTPUT_COUNTS = frozenset((
+    "n", "best_of", "n_cmpl", "candidateCount", "candidate_count", "num_return_sequences"))
+OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
+# The objects in which either may stand.
+OPTION_HOLDERS = frozenset((
+    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig"))
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
 MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
+DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
+    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url"))
+# The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
+PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
+role content type text parts model name description id index function functions parameters arguments
+properties items required enum anyOf additionalProperties strict input_schema json_schema schema
+tool_calls tool_call_id tool_use_id tool_choice call_id status output input summary thinking
+signature cache_control ttl source media_type mimeType mime_type detail format input_audio file
+file_id file_uri fileUri filename title context citations annotations logprobs is_error
+functionCall functionResponse functionDeclarations args response include_usage effort
+budget_tokens""".split())
 
 
 def is_media(part: Dict[str, Any]) -> bool:
-    """Returns whether a part of a prompt is an image or the like, in any API."""
+    """Returns whether a part of a prompt is an image or the like, in any API; Anthropic's documents
+    may be plain text."""
     kind = part.get("type")
     return not MEDIA_KEYS.isdisjoint(part) or (
-        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part)
+        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part
+        and dig(part, "source", "type") not in ("text", "content"))
+
+
+def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
+    """Returns what is text in an image and the like; None where a part is none."""
+    if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
+        return None
+    texts = list(part.keys() - PLAIN_KEYS)
+    pairs = list(part.items())
+    for key, value in pairs:  # the list grows meanwhile
+        if type(value) is str:
+            if key not in DATA_KEYS or " " in value:
+                texts.append(value)
+        elif type(value) is list:
+            pairs += [(key, one) for one in value]
+        elif type(value) is dict:
+            pairs += value.items()
+            texts += value.keys() - PLAIN_KEYS
+    return texts
 
 
 class Model(NamedTuple):
@@ -2127,10 +2384,6 @@ class Dialect:
     MODEL_IN_PATH = re.compile("(?!)")  # nothing
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
-    # The keys of the most output tokens, by endpoint; the first that is set counts.
-    OUTPUT_LIMITS = {}
-    # The objects that may hold these keys; the payload does where there are none.
-    LIMIT_HOLDERS = ()
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
     VERSION_LINES = ()
@@ -2392,7 +2645,7 @@ class Dialect:
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
-        """Returns how many characters the model said in JSON or in events, cut ones too. One search
+        """Returns the weight of what the model said in JSON or in events, cut ones too. One search
         for all of them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
         text = data.decode("utf-8", "replace")
@@ -2560,10 +2813,6 @@ class OpenAI(Dialect):
         "/generations": "other"}
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
     MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
-    OUTPUT_LIMITS = {
-        "chat": ("max_completion_tokens", "max_tokens"),
-        "batch": ("max_completion_tokens", "max_tokens"), "fim": ("max_tokens",),
-        "completions": ("max_tokens",), "responses": ("max_output_tokens",)}
     LIST_PATHS = ("/v1/models", "/models")
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
@@ -2695,7 +2944,6 @@ class Anthropic(Dialect):
     """The Anthropic messages API (https://docs.anthropic.com/en/api/messages)."""
     name = "anthropic"
     ENDPOINTS = {"/messages": "messages", "/count_tokens": "count"}
-    OUTPUT_LIMITS = {"messages": ("max_tokens",)}
     PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
@@ -2776,8 +3024,6 @@ class Gemini(Google):
         ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
     METHODS = tuple(map(str.lower, ENDPOINTS))
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
-    OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
-    LIMIT_HOLDERS = ("generationConfig", "generation_config")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
     COUNTS = {
@@ -2848,8 +3094,6 @@ class Interactions(Google):
     not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    OUTPUT_LIMITS = {"interactions": ("max_output_tokens",)}
-    LIMIT_HOLDERS = ("generation_config",)
     COUNTS = {
         "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
         "total_output_tokens": "output", "total_thought_tokens": "reasoning",
@@ -2889,8 +3133,6 @@ class Ollama(Dialect):
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
         "/api/embeddings": "embed"}
-    OUTPUT_LIMITS = dict.fromkeys(("chat", "generate"), ("num_predict",))
-    LIMIT_HOLDERS = ("options",)
     MODELS_PATH = "/api/tags"
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
@@ -3344,8 +3586,9 @@ class UsageReader(UsageSource):
         return usage, usage is not None and bool(complete)
 
     def most_characters(self) -> int:
-        """Returns about how many characters of text can have passed, without a look at them."""
-        return self.characters + self.size
+        """Returns what was counted; of what is kept, all, or what is usual in events."""
+        density = self.density or (0.03 if self.streamed else 1)
+        return self.characters + round(self.size * density)
 
     def output_characters(self) -> int:
         """Returns the weight of the text that passed."""
@@ -4957,6 +5200,9 @@ class Address:
             raise UpstreamTimeout(nothing_sent=True) from None
         except (OSError, http.client.HTTPException) as failure:
             raise UpstreamFailed(failure, nothing_sent=True) from None
+        except CallerGone as gone:
+            gone.nothing_sent = True
+            raise
         keep_alive(sock)
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
@@ -6244,6 +6490,10 @@ class Reply:
 # constructors meet. They do not know http.server.
 # --------------------------------------------------------------------------------------------------
 
+# Statuses by which an upstream says that the request is wrong: it costs its caller a request.
+CALLERS_FAULTS = 400, 404, 413, 422
+
+
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
@@ -6286,11 +6536,13 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite)
-        costs = NO_COST if call.unmetered else self.estimator.estimate(call)
+        costs = least = NO_COST
+        if not call.unmetered:
+            costs, least = self.estimator.estimate(call, entry.caller.key)
         # What is not metered does not wait.
         send = self.send if upstream.queue is None or call.unmetered else self.send_in_turn
         with await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                     upstream.name) as entry.hold:                  # admit
+                                     upstream.name, least) as entry.hold:           # admit
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     ending = await self.pass_on(response, reply, entry)
@@ -6300,7 +6552,8 @@ class Proxy:
             except (CallerGone, Stopped) as reason:
                 if reply.missed_nothing():
                     reason.outcome = "ok"
-                self.settle(entry, reason.outcome)
+                if not reason.nothing_sent:
+                    self.settle(entry, reason.outcome)
                 raise
             self.settle(entry, ending)                                              # settle
             reply.end(ending)
@@ -6312,7 +6565,7 @@ class Proxy:
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
-            entry.hold.give_back()
+            entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
         elif adapter.framing.ended:
             ending = entry.reader.ending(whole=True) if entry.reader else "ok"
@@ -6412,14 +6665,20 @@ class Proxy:
         if call.unmetered or hold.ended:
             return
         if entry.reader and entry.reader.said_nothing:
-            return hold.give_back()
-        usage = self.estimator.usage(call, entry.reader, ending == "ok")
+            return hold.settle(self.fault_costs(entry.reader.fault))
+        # Nobody knows how much a call used whose caller did not wait for its end.
+        held = hold.output_tokens if ending == CallerGone.outcome else 0
+        usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
-        if ending != "ok":
+        if ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+
+    def fault_costs(self, status):
+        """Returns what a call costs that was refused: what its caller did wrong costs a request."""
+        return self.estimator.costs(Usage(), 0, 0) if status in CALLERS_FAULTS else NO_COST
 
     def request_head(self, request, call, upstream, address):
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept

@@ -1202,6 +1202,8 @@ class RulesTest(TableCase):
         key:alice 0.5 usd per hour burst 2 -> usd 2000000000000 7.2e-09
         key:a*,model:gpt-4 1 requests per month -> requests 1 2.592e+06
         each unlimited tokens per week -> tokens None 0
+        key:ci-* 5 running -> running 5 inf
+        all unlimited running -> running None 0
         """
 
     def test_a_rule_is_a_bucket(self):
@@ -1235,6 +1237,9 @@ class RulesTest(TableCase):
         all,address 1 requests per day -> 'all,address'
         each -> the end
         each 1 usd per day burst 0.0000001 -> '0.0000001'
+        each 2 running per day -> 'per'
+        each 2.5 running -> '2.5'
+        each 2 running burst 3 -> 'burst'
         """
 
     def test_a_faulty_rule_is_named_with_the_word_that_is_wrong(self):
@@ -1805,6 +1810,44 @@ class RulesTogetherTest(LimitsCase):
         self.assertEqual(hold.describe_charges(), charges + "each 50 tokens per day=5")
 
 
+    def test_so_many_calls_run_at_once_and_each_gives_its_place_back(self):
+        self.start("each 2 running; key:ci-* 3 running; key:root unlimited running")
+        for name, places in self.each((("ci-1", 3), ("bob", 2))):
+            holds = [self.admit(1, name=name) for _ in range(places)]
+            refusal = self.refused(1, name=name)
+            self.assertEqual(str(refusal), "limit reached: %d running already" % places)
+            self.assertEqual((refusal.wait, refusal.fields), (2, {"Retry-After": 2}))
+            self.assertEqual(holds[-1].quota, (places, 0, 0, 0, 0))
+            self.clock.now += 10 ** 9
+            self.refused(1, name=name)
+            self.assertEqual(self.levels(), [])  # nothing that a restart would find
+            holds.pop().settle(costs(1))
+            self.assertEqual(self.peek(1, name), ((places, 1, 0, 0, 0), 0))
+            with self.admit(1, name=name):
+                self.assertEqual(self.peek(1, name)[1], 2)
+        for _ in range(20):
+            self.admit(1, name="root")
+
+    def test_a_bucket_of_running_calls_is_the_tightest_only_where_it_is_short_or_alone(self):
+        self.start("each 2 running; each 9 requests per day; all 100 requests per day")
+        holds = [self.admit(1).tightest.rule.capacity for _ in range(2)]
+        self.assertEqual((holds, self.refused(1).tightest.rule.capacity), ([9, 9], 2))
+        self.assertEqual([level for _, level in self.levels()], [98, 7])
+
+    def test_what_was_guessed_takes_no_more_than_is_left(self):
+        for cost, least, left in self.each(((4, 1, 2), (8, 1, 0), (80, 6, 0), (4, 7, None))):
+            self.start()
+            self.admit(4)
+            admission = self.limits.admit(
+                caller("alice"), "1", "", costs(max(cost, least)), "base", costs(least))
+            if left is None:
+                self.assertRaises(LimitReached, awaited, admission)
+                continue
+            with awaited(admission):
+                self.assertEqual(self.left(), left)
+            self.assertEqual(self.left(), 6)
+
+
 class LimitsOverHttpTest(ProxyCase):
     def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
         self.start(MAX_TOKENS=50)
@@ -1828,6 +1871,22 @@ class LimitsOverHttpTest(ProxyCase):
             calls.append(self.stub.calls)
         self.assertEqual(calls, [1, 2, 2, 2, 3, 3, 4, 5, 5])
 
+    def test_a_call_runs_until_it_has_ended_however_it_ends(self):
+        self.start(None, LIMITS="each 1 running", LIMIT_REPLY="error")
+        ends = {
+            "answered": lambda client, asked: asked.chunks(event(1), end=True),
+            "cut": lambda client, asked: asked.close(),
+            "hung up": lambda client, asked: client.reset(),
+        }
+        for number, (name, end) in enumerate(self.each(ends.items())):
+            client, asked = self.begin(event(1))
+            answered = self.ask(call())
+            self.assertEqual((answered.status, answered.get("retry-after")), (429, "2"), name)
+            self.assertIn("1 running already", answered.error()["message"])
+            end(client, asked)
+            self.entry(2 * number + 1)
+            self.assertEqual(self.left(), 1)
+
     def test_a_rule_for_a_name_with_a_colon_holds_for_all_of_it(self):
         self.start(LIMITS="model:llama3:8b 1 requests per hour", LIMIT_REPLY="error")
         models = ("llama3:8b", "llama3", "llama3", "llama3:8b")
@@ -1850,14 +1909,18 @@ class UsageTest(ProxyCase):
         {"a": 1, "b": null, "c": true, "d": 1.5} -> 0
         {"model": "x", "a": {"model": "abc"}} -> 3
         {"messages": [{"role": "user", "content": "hello"}]} -> 10
-        {"a": ["x", ["y", {"z": "w"}]]} -> 5
+        {"a": ["x", ["y", {"text": "w"}]]} -> 5
+        {"tools": [{"parameters": {"properties": {"city": {"type": "string"}}}}]} -> 11
+        {"input": [1, 2.5, [3]], "seed": 4} -> 11
         {"a": "äöü€"} -> 4
         """
 
-    def test_the_length_of_a_payload_is_that_of_its_strings_joined_by_spaces_but_the_model(self):
+    def test_the_length_of_a_payload_is_that_of_its_words_joined_by_spaces_but_the_model(self):
+        """Keys that only a tool knows are words too, and a number in a list is a token."""
         for payload, length in self.each(self.LENGTHS):
-            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.is_media)
-            self.assertEqual(found, (int(length), 0))
+            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.PLAIN_KEYS,
+                                          llm_proxy.media_texts)
+            self.assertEqual(found, (int(length), []))
 
     def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
         for text, times, tokens in self.each("""
@@ -1877,6 +1940,7 @@ class UsageTest(ProxyCase):
         """Rows of `text`: a path, else CHAT, a body and its cost. `words` stand for longer ones."""
         for word, value in words.items():
             text = text.replace(word, json.dumps(value))
+        text = text.replace("GEMINI", "/v1beta/models/gemini-2.5-pro:generateContent")
         self.start(MAX_TOKENS=100000, TOKEN_COST_MODE="estimate", IMAGE_TOKENS=500)
         for number, (*path, body, cost) in enumerate(self.each(text)):
             data = request("POST", *path or [CHAT], body.encode(), key=str(number))
@@ -1887,15 +1951,32 @@ class UsageTest(ProxyCase):
         self.assert_estimates("""
             {"messages": HELLO} -> 259
             {"messages": HELLO, "max_tokens": 7} -> 10
-            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 5} -> 8
+            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 5} -> 10
             {"messages": HELLO, "max_tokens": 0} -> 3
-            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 0} -> 3
+            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 0} -> 10
+            {"messages": HELLO, "max_completion_tokens": 1, "max_tokens": 50000} -> 50003
+            {"messages": HELLO, "max_tokens": 1, "n_predict": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "max_new_tokens": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "maxOutputTokens": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "options": {"num_predict": 500}} -> 503
+            {"messages": HELLO, "max_tokens": 7, "n": 128} -> 899
+            {"messages": HELLO, "max_tokens": 7, "n": 2, "best_of": 5} -> 38
+            {"messages": HELLO, "n": 2} -> 515
+            /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7} -> 660
+            /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7, "n": 2} -> 1220
+            /v1/images/generations -> {"prompt": "four", "n": 3} -> 769
+            /v1/images/generations -> {"prompt": "four", "n": "x", "options": []} -> 258
+            GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 769
+            {"messages": HELLO, "max_tokens": 100.0} -> 103
+            {"messages": HELLO, "max_tokens": -1} -> 259
+            {"messages": HELLO, "max_tokens": 7, "options": {"num_predict": -2}} -> 259
             {"messages": HELLO, "max_tokens": null} -> 259
             {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": null} -> 10
             {"messages": "xxxxxxxx", "max_tokens": 1} -> 3
             {"messages": "xxxxxxxxx", "max_tokens": 1} -> 4
             {"messages": [], "max_tokens": 0} -> 1
-            """, HELLO=[{"role": "user", "content": "hello"}])  # 'user hello' is 3 tokens
+            """, HELLO=[{"role": "user", "content": "hello"}],  # 'user hello' is 3 tokens
+            PROMPTS=["four"] * 80)  # a hundred tokens, with the spaces between
 
     def test_images_and_the_like_count_a_fixed_number_and_never_their_length(self):
         """'user text 12345' is 4 tokens."""
@@ -1906,18 +1987,33 @@ class UsageTest(ProxyCase):
             {"inlineData": {"mimeType": "image/png", "data": DATA}}
             {"inline_data": {"data": DATA}}
             {"type": "input_audio", "input_audio": {"data": DATA}}
-            {"type": "document", "source": {"data": DATA}}"""
+            {"type": "document", "source": {"data": DATA}}
+            {"type": "input_file", "filename": "a.pdf", "file_data": DATA}"""
         row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
         rows = [row % part for part in parts.strip().splitlines()]
         self.assert_estimates("\n".join(rows), TEXT={"type": "text", "text": "12345"},
                               DATA="data:image/png;base64," + "x" * 100000)
+
+    def test_text_in_what_looks_like_an_image_counts_where_it_is_more(self):
+        """TEXT is 2,000 tokens, and 'user' another."""
+        parts = """
+            {"type": "text", "text": TEXT, "file_data": ""} -> 2003
+            {"type": "document", "source": {"type": "text", "data": TEXT}} -> 2005
+            {"type": "document", "source": {"data": TEXT}} -> 2004
+            {"type": "image", "source": {"data": "AAAA"}, "title": TEXT} -> 2003
+            {"type": "image_url", "image_url": {"url": TEXT}} -> 2004
+            {"type": "file", "file_data": "AAAA", TEXT: 1} -> 2003
+            {"type": "tool_use", "input": {TEXT: "file_data", "file_data": ""}} -> 2007"""
+        row = '{"max_tokens": 0, "messages": [{"role": "user", "content": [%s]}]} -> %s'
+        rows = [row % tuple(line.split(" -> ")) for line in parts.strip().splitlines()]
+        self.assert_estimates("\n".join(rows), TEXT="words   " * 1000)
 
     def test_an_estimate_cannot_be_talked_down(self):
         self.assert_estimates("""
             /v1/completions -> {"prompt": X40, "max_tokens": 500, "max_completion_tokens": 0} -> 510
             /v1/responses -> {"input": X40, "max_output_tokens": 4000, "max_tokens": 0} -> 4010
             /v1/completions -> {"prompt": RANGE, "max_tokens": 1} -> 2001
-            /v1/completions -> {"prompt": LISTS, "max_tokens": 1} -> 31
+            /v1/completions -> {"prompt": LISTS, "max_tokens": 1} -> 40
             {"messages": [MESSAGE], "max_tokens": 1} -> 10001
             """, X40="x" * 40, RANGE=list(range(2000)), LISTS=[[1, 2, 3]] * 10,
             MESSAGE={"role": "user", "type": "file", "content": "x" * 39990})
@@ -1929,8 +2025,8 @@ class UsageTest(ProxyCase):
 
     def test_a_maximum_that_is_no_whole_number_is_refused(self):
         self.start(TOKEN_COST_MODE="estimate")
-        names = ("max_tokens", "max_completion_tokens")
-        values = json.loads('[true, false, -1, "5", 1.5, 5.0, [], {}, ""]')
+        names = ("max_tokens", "max_completion_tokens", "n_predict", "n")
+        values = json.loads('[true, false, "5", 1.5, [], {}, ""]')
         for name, value in self.each(itertools.product(names, values)):
             answered = self.ask(call(**{name: value}))
             self.assertEqual(answered.status, 400)
@@ -1946,6 +2042,178 @@ class UsageTest(ProxyCase):
         self.assertNotIn("wait", said)
         self.assertIsNone(answered.get("retry-after"))
         self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+
+ENGLISH = """Many people share one machine and all of them want a turn. The proxy counts what each
+has used, lets the next one in, and says how long the others have to wait. """
+CODE = """def take(self, key, amount):\n    level = self.levels.get(key, self.capacity)
+    if level < amount:\n        raise LimitReached("wait %d s" % self.wait(level, amount))\n"""
+CHINESE = ("\u8bb8\u591a\u4eba\u5171\u7528\u4e00\u53f0\u673a\u5668\uff0c"
+           "\u5927\u5bb6\u90fd\u60f3\u8f6e\u5230\u81ea\u5df1\u3002"
+           "\u4ee3\u7406\u8bb0\u4e0b\u6bcf\u4e2a\u4eba\u7528\u4e86\u591a\u5c11\uff0c")
+WORDS = re.compile(r" ?[a-z]{1,6}|[0-9]{1,3}|\s+|[^\sa-z0-9]")
+
+
+def tokens_of(text):
+    """How many tokens a simulated tokenizer makes of a text."""
+    return len(WORDS.findall(text.lower()))
+
+
+class LearningTest(ProxyCase):
+    """A model whose tokenizer is simulated, with 9 tokens around each prompt. `said` is what it
+    says, of which `hidden` more is not seen; whether it `tells` is for each test to say."""
+
+    def start(self, said="", hidden=0, **settings):
+        self.said, self.hidden, self.tells = said, hidden, True
+        super().start(self.answer, **{
+            "TOKEN_COST_MODE": "usage", "MAX_TOKENS": 10 ** 9, **settings})
+
+    def answer(self, asked):
+        prompt = asked.json()["messages"][0]["content"]
+        seen = tokens_of(self.said)
+        usage = {"prompt_tokens": 9 + tokens_of(prompt), "completion_tokens": seen + self.hidden,
+                 "completion_tokens_details": {"reasoning_tokens": self.hidden}}
+        asked.answer(json.dumps({"choices": [{"message": {"content": self.said}}],
+                                 **({"usage": usage} if self.tells else {})}).encode())
+
+    def used(self, prompt, key="alice", **payload):
+        """The tokens of input and of output that a call is said to have used."""
+        answered = self.ask(call(key, messages=[{"role": "user", "content": prompt}], **payload))
+        self.assertEqual(answered.status, 200)
+        return [int(answered.get("x-llm-%s-tokens" % kind)) for kind in ("input", "output")]
+
+    def held(self, prompt="hello", key="alice", **payload):
+        """What would be held now: the costs of the call."""
+        payload = {"messages": [{"role": "user", "content": prompt}], **payload}
+        costs = []
+        estimate = self.proxy.estimator.estimate
+
+        def note(*arguments):
+            costs.append(estimate(*arguments)[0])
+            return estimate(*arguments)
+        with mock.patch.object(self.proxy.estimator, "estimate", note):
+            self.ask(call(key, **payload))
+        return costs[0]
+
+    def test_estimates_are_within_a_tenth_after_fifty_calls_in_any_language(self):
+        choose = random.Random(13)
+        for text in self.each((ENGLISH, CODE, CHINESE)):
+            self.start()
+            errors = []
+            for number in range(80):
+                self.tells = number < 50
+                start = choose.randrange(100)
+                prompt, self.said = [
+                    (text * 30)[start:start + choose.randrange(200, 3000)] for _ in range(2)]
+                found = self.used(prompt)
+                exact = 9 + tokens_of(prompt), tokens_of(self.said)
+                if not self.tells:
+                    errors.append([abs(one / other - 1) for one, other in zip(found, exact)])
+            medians = [sorted(side)[len(errors) // 2] for side in zip(*errors)]
+            self.assertLess(max(medians), 0.1)
+
+    def test_an_answer_that_does_not_tell_what_it_hid_is_charged_the_usual_share(self):
+        self.start("seen" + " seen" * 49, hidden=4950)
+        self.assertEqual(self.used("hi")[1], 5000)
+        self.tells = False
+        self.assertEqual(self.used("hi")[1] // 100, 50)
+        self.said = "seen" + " seen" * 99
+        self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
+
+    def test_reasoning_that_passes_is_not_taken_for_hidden(self):
+        self.start()
+
+        def answer(asked):
+            usage = {"prompt_tokens": 9, "completion_tokens": 1000,
+                     "completion_tokens_details": {"reasoning_tokens": 900}}
+            message = {"reasoning_content": "why " * 900, "content": "seen" + " seen" * 99}
+            asked.answer(json.dumps({"choices": [{"message": message}], **(
+                {"usage": usage} if self.tells else {})}).encode())
+        self.stub.answer = answer
+        for tells in (True, False):
+            self.tells = tells
+            self.assertEqual(self.used("hi")[1], 1000)
+
+    def test_nobody_teaches_what_others_pay(self):
+        """Mallory's text is 16 characters a token, and then 1."""
+        for said in self.each((" " * 6400, "+" * 400)):
+            self.start("seen " * 400)
+            self.tells = False
+            before = self.used("hi", "alice")[1]
+            self.tells = True
+            for _ in range(5):
+                self.used("hi", "alice")
+            self.said = said
+            for _ in range(100):
+                self.used(said, "mallory")
+            self.said = "seen " * 400
+            self.tells = False
+            self.assertAlmostEqual(self.used("hi", "alice")[1] / 400, 1, 1)
+            stranger = self.used("hi", "stranger")[1]
+            self.assertTrue(before * 4 / 6 <= stranger <= before * 4 / 2, stranger)
+
+    def test_what_a_model_was_seen_to_say_is_held_where_no_maximum_is_named(self):
+        self.start("seen" + " seen" * 4999)
+        self.assertEqual(self.held()[3], 256)
+        for key in ("alice", "bob"):
+            self.assertEqual(self.held(key=key)[3], 5000)
+        self.assertEqual(self.held(n=2)[3], 10000)
+        self.assertEqual(self.held(max_tokens=7)[3], 7)
+        self.said = "seen"
+        held = [self.held()[3] for _ in range(22)]
+        self.assertEqual((held[:10], held[-1]), ([5000] * 10, 256))
+
+    def test_who_hangs_up_before_the_end_pays_what_such_calls_use(self):
+        """What comes is 2 tokens of 5,000; 5 are the prompt's."""
+        self.start("seen", hidden=4999, MAX_TOKENS=50000)
+        self.assertEqual(self.used("hi")[1], 5000)
+        left = self.left("alice")
+        for number, stream in enumerate(self.each((True, False))):
+            self.stub.answer = None
+            client, asked = self.ask_stub(call("alice", stream=stream))
+            asked.send(STREAM + chunk(event(1)) if stream else answer(b"x" * 80)[:-1])
+            if stream:
+                client.head()
+                client.expect(event(1))
+            client.reset()
+            asked.wait_for_hang_up()
+            entry = self.entry(number + 1)
+            self.assertEqual((entry["outcome"], entry["output"]), ("caller_gone", 5000))
+            left -= 5000 + entry["input"]
+            self.assertEqual(self.left("alice"), left)
+
+    def test_sixty_calls_at_once_use_no_more_than_twice_the_bucket_once_ten_have_answered(self):
+        self.start("seen " * 5071, LIMITS="all 10000 tokens per day", LIMIT_REPLY="error")
+        gate = threading.Event()
+        answered = self.stub.answer
+        used = []
+
+        def answer(asked):
+            gate.wait(PATIENCE)
+            used.append(5080)
+            self.answer(asked)
+        clock = Clock()
+        self.proxy.limits.buckets.clock = clock
+        for _ in range(10):
+            clock.now += 10 ** 6
+            self.ask(call("teacher"))
+        clock.now += 10 ** 6
+        self.stub.answer = answer
+        with threads(functools.partial(self.ask, call("k%d" % number)) for number in range(60)):
+            wait_for(lambda: len(self.lines.entries()) >= 10 + 58, "all others")
+            gate.set()
+        self.assertEqual(sum(used), 10160)
+
+    def test_what_is_known_of_models_and_callers_is_bounded(self):
+        estimator = llm_proxy.CostEstimator(llm_proxy.Prices(None), 1, 256, 500, {"tokens"})
+        source = mock.Mock(most_characters=lambda: 400, output_characters=lambda: 400,
+                           reported_usage=lambda whole: (llm_proxy.Usage(100, 100), True))
+        asked = llm_proxy.Call(llm_proxy.OpenAI(), "chat", CHAT, "")
+        for number in range(2000):
+            asked.upstream_model = "m%d" % number if number < 1500 else "m"
+            estimator.usage(asked, ("key", b"%d" % number), source, True, 0)
+        self.assertEqual(len(estimator.models), llm_proxy.KNOWN_MODELS)
+        self.assertEqual(len(estimator.models["m"].callers), llm_proxy.ModelHabits.CALLERS)
 
 
 class PricesTest(TableCase):
@@ -5607,7 +5875,7 @@ class LedgerTest(LedgerCase):
 class BalanceTest(LedgerCase):
     """The books balance: each bucket lacks exactly what the ledger says was charged to it."""
     RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
-             "key:k1 900000 output_tokens per hour; all 5000 usd per month;"
+             "all 1000 running; key:k1 900000 output_tokens per hour; all 5000 usd per month;"
              "address 1000000000 input_tokens per week; model:gpt-4o* 500000 requests per hour")
     GEMINI = "/v1beta/models/gemini-2.5-pro:"
     CHAT_API = (
@@ -5625,7 +5893,8 @@ class BalanceTest(LedgerCase):
         GEMINI + "generateContent": GEMINI_API,
         GEMINI + "streamGenerateContent": GEMINI_API,
     }
-    KINDS = ("ok",) * 6 + ("no usage", "error", "cut", "reset", "garbage", "gone", "gone early")
+    KINDS = ("ok",) * 6 + (
+        "no usage", "too little", "fault", "error", "cut", "reset", "garbage", "gone", "gone early")
     MODELS = "gpt-4o", "gpt-4o-mini", "claude-sonnet-4", "gemma4"
     CALLERS, CALLS = 50, 40
 
@@ -5639,7 +5908,8 @@ class BalanceTest(LedgerCase):
             return STREAM + b"".join(chunk(events(part)) for part in parts) + LAST
         number = body["number"]
         whole = '{"choices": [{"message": {"content": "%s"}}], ' + report + "}"
-        return answer((whole % ("y" * number, number)).encode())
+        text = "y" * (4000 if body["kind"] == "too little" else number)
+        return answer((whole % (text, number)).encode())
 
     def answer(self, asked):
         """Answer as the request says; where it is cut, after `number` bytes of the body."""
@@ -5650,6 +5920,8 @@ class BalanceTest(LedgerCase):
         asked.send({
             "ok": data,
             "no usage": data,
+            "too little": data,
+            "fault": answer(b'{"error": {"code": 400}}'),
             "error": answer(b'{"usage": {"prompt_tokens": 5}}', "%d No" % (400 + number % 200)),
             "garbage": b"HTTP/9 what\r\n\r\n",
             "gone early": b"",
@@ -5665,7 +5937,8 @@ class BalanceTest(LedgerCase):
             "kind": choose.choice(self.KINDS),
             "number": choose.randrange(1, 400),
             "stream": choose.random() < 0.6,
-            "max_tokens": choose.randrange(50),
+            "n": choose.choice((1, 1, 2, 4)),
+            **({"max_tokens": choose.randrange(50)} if choose.random() < 0.6 else {}),
             "input": "words " * choose.randrange(20),
         }
         path = choose.choice([*self.API])
@@ -5713,6 +5986,8 @@ class BalanceTest(LedgerCase):
             pass
         wait_for(lambda: not self.server.open, "the end of every call")
         missing = sorted(self.missing())
+        running = self.proxy.limits.buckets.levels["all 1000 running",]
+        self.assertEqual(running[0], 1000)
         self.proxy.books.close(PATIENCE)
         self.assert_balance(self.rows(self.path), missing)
 
@@ -5721,10 +5996,13 @@ class BalanceTest(LedgerCase):
         outcomes = collections.defaultdict(set)
         for row in rows:
             outcomes[row["outcome"]].add((row["charges"], row["input"]))
+            if row["outcome"] == "upstream_status":
+                at_fault = row["status"] in (200, *llm_proxy.CALLERS_FAULTS)
+                self.assertEqual(" requests " in row["charges"], at_fault)
+                self.assertNotRegex(row["charges"], "tokens|usd")
         self.assertEqual(outcomes.keys(), {
             "ok", "upstream_status", "upstream_failed", "upstream_cut", "caller_gone"})
-        for outcome in ("upstream_status", "upstream_failed"):
-            self.assertEqual(outcomes[outcome], {("", 0)})
+        self.assertEqual(outcomes["upstream_failed"], {("", 0)})
         charged = self.charged(rows)
         found = [(rule, amount) for (rule, _), amount in charged.items() if amount]
         self.assertEqual((sorted(found), len(found)), (missing, 5 + 5 + 1 + 1 + 1 + 1))
@@ -5776,11 +6054,11 @@ class SettlingTest(LedgerCase):
             self.assertTrue(self.entry()["estimated"])
 
     def test_how_many_characters_make_a_token_is_learned_by_model(self):
-        """10 and 40 characters are 2 a token."""
+        """40 characters are 2 a token."""
         self.start(says(completion(5, 20)))
         self.ask(call(model="learned"))
         self.stub.answer = says(completion())
-        self.assert_used(self.ask(call(model="learned")), "5", "20", "true")
+        self.assert_used(self.ask(call(model="learned")), "3", "20", "true")
         self.assert_used(self.ask(call(model="other")), "3", "10", "true")
 
     def test_a_stream_is_asked_for_its_usage_and_the_caller_does_not_see_it(self):
@@ -5921,6 +6199,17 @@ class SettlingTest(LedgerCase):
         asked.finish()
         self.assert_ending("ok", 1000 - 24)
 
+    def test_what_was_told_is_believed_up_to_what_passed(self):
+        """The second column is the answer's text in characters, then come tokens told and used."""
+        for characters, told, used, marked in self.each((
+                (3200, 225, 800, "true"), (3200, 401, 401, ""), (400, 1, 100, "true"),
+                (256, 0, 0, ""), (1000, 190, 190, ""))):
+            body = json.dumps({"usage": {"prompt_tokens": 3, "completion_tokens": told},
+                               "choices": [{"message": {"content": "x" * characters}}]}).encode()
+            self.start(says(body), MAX_TOKENS=5000)
+            self.assert_used(self.ask(call(n=4)), "3", str(used), marked)
+            self.assert_ending("ok", 5000 - 3 - used)
+
     def test_money_is_counted_in_millionths_of_millionths(self):
         self.start(says(completion(3, 1)),
                    LIMITS="each 0.000002 usd per day", RESPONSE_TOKEN_RESERVE=1)
@@ -5957,20 +6246,37 @@ class EndingsTest(LedgerCase):
             "x-ratelimit-reset-seconds: 300")
         self.assert_status(200, request("GET", "/v1/x"), "x-ratelimit-limit:")
 
-    def test_an_error_of_the_upstream_passes_untouched_and_costs_nothing(self):
-        self.start()
+    def test_an_error_of_the_upstream_passes_untouched_and_costs_no_more_than_the_request(self):
+        """And that only where the request was at fault."""
         rows = (
-            ("400 Bad Request", b'{"error": {"message": "no"}}', "application/json"),
-            ("429 Too Many Requests", b"slow down", "text/plain"),
-            ("500 Internal Server Error", b"Internal", "text/plain; charset=utf-8"),
-            ("599 Odd", b"", "text/html"),
+            ("400 Bad Request", b'{"error": {"message": "no"}}', "application/json", 1),
+            ("401 Unauthorized", b"{}", "application/json", 0),
+            ("403 Forbidden", b"{}", "application/json", 0),
+            ("404 Not Found", b"", "text/plain", 1),
+            ("413 Content Too Large", b"{}", "application/json", 1),
+            ("422 Unprocessable Content", b"{}", "application/json", 1),
+            ("429 Too Many Requests", b"slow down", "text/plain", 0),
+            ("500 Internal Server Error", b"Internal", "text/plain; charset=utf-8", 0),
+            ("599 Odd", b"", "text/html", 0),
         )
-        for number, (status, body, kind) in enumerate(self.each(rows)):
+        self.start(REQUEST_TOKEN_COST=7)
+        for number, (status, body, kind, faults) in enumerate(self.each(rows)):
             self.stub.answer = says(body, status, "Content-Type: " + kind, "Retry-After: 7")
-            answered = self.assert_status(int(status[:3]), call(), "content-type: " + kind,
-                                          "retry-after: 7", "x-ratelimit-remaining: 1000")
+            key, left = str(number), 1000 - 7 * faults
+            answered = self.assert_status(int(status[:3]), call(key), "content-type: " + kind,
+                                          "retry-after: 7", "x-ratelimit-remaining: %d" % left)
             self.assertEqual(answered.body, body)
-            self.assert_ending("upstream_status", left=1000, number=number)
+            self.assert_ending("upstream_status", left, number, key)
+
+    def test_a_fault_of_the_callers_costs_neither_tokens_nor_money(self):
+        self.start(says(b"{}", "400 Bad Request"), LIMITS="each 100 requests per day;"
+                   "each 900 tokens per day; all 5 usd per day")
+        for _ in range(200):
+            self.ask(call(model="gpt-4o"))
+        self.assertEqual(self.stub.calls, 100)
+        self.assertEqual([*levels(self.proxy).values()], [0])
+        row = self.row()
+        self.assertEqual((row["charges"], row["picodollars"]), ("each 100 requests per day=1", 0))
 
     def test_an_upstream_that_refuses_connections_is_a_502_and_costs_nothing(self):
         self.start()
@@ -6008,6 +6314,14 @@ class EndingsTest(LedgerCase):
             self.left()
             self.assertIn(self.entry()["outcome"], ("upstream_status", "upstream_cut"))
             self.assert_ending(self.entry()["outcome"], left=1000)
+
+    def test_an_error_inside_a_200_that_is_the_callers_fault_costs_its_request(self):
+        for code, mode, left in self.each((
+                (400, "request", 999), (422, "request", 999), (429, "request", 1000),
+                (400, "usage", 1000))):
+            self.start(says(b'{"error": {"code": %d}}' % code), TOKEN_COST_MODE=mode)
+            self.assert_status(200, call())
+            self.assert_ending("upstream_status", left)
 
     def test_an_error_after_text_costs_the_prompt_and_that_text(self):
         text = delta("word 1")
@@ -6076,20 +6390,23 @@ class EndingsTest(LedgerCase):
             self.assertEqual((answered.whole, answered.body), (False, self.EVENT))
             self.assert_ending("upstream_cut", 1000 - 3 - output, number, key)
 
-    def test_a_caller_who_hangs_up_closes_the_upstream_and_pays_for_its_prompt_and_what_came(self):
-        rows = (  # whether it is a stream, what the upstream has sent, tokens of that
-            (False, b"", 0),
-            (True, b"", 0),
-            (True, self.CHUNKED, 2),
-            (True, self.SIZED, self.TEXT),
-            (False, self.HALF, 2),
+    def test_a_caller_who_hangs_up_closes_the_upstream_and_pays_what_was_held(self):
+        """Or what came, where that is more: 50 tokens may come, and nobody knows how many did."""
+        rows = (  # whether it is a stream, what the upstream has sent, the maximum, the charge
+            (False, b"", 50, 50),
+            (True, b"", 50, 50),
+            (True, self.CHUNKED, 50, 50),
+            (True, self.CHUNKED, 1, 2),
+            (True, self.SIZED, 50, 50),
+            (True, self.SIZED, 1, self.TEXT),
+            (False, self.HALF, 50, 50),
         )
         self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.05)
-        self.start(None, TOKEN_COST_MODE="estimate")
+        self.start(None, TOKEN_COST_MODE="usage")
         cases = itertools.product(rows, self.HANG_UPS)
-        for number, ((stream, begun, output), hang_up) in enumerate(self.each(cases)):
+        for number, ((stream, begun, most, output), hang_up) in enumerate(self.each(cases)):
             key = "key-%d" % number
-            client, asked = self.ask_stub(call(key, stream=stream, max_tokens=50))
+            client, asked = self.ask_stub(call(key, stream=stream, max_tokens=most))
             asked.send(begun)
             if stream and begun:
                 client.head()
@@ -6304,7 +6621,7 @@ class EveryAwaitTest(WaitingCase):
             a request | - | - | -
             the request's head | - | refused 0 | internal_error 0
             the request's body | caller_gone 0 | refused 0 | internal_error 0
-            a connection to | caller_gone 1 | upstream_failed 0 | internal_error 0
+            a connection to | caller_gone 0 | upstream_failed 0 | internal_error 0
             room for the request | caller_gone 1 | upstream_failed 0 | internal_error 0
             the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
             the body of | caller_gone 1 | ok 1 kept | internal_error 0
@@ -6315,7 +6632,7 @@ class EveryAwaitTest(WaitingCase):
         a request | - | - | -
         the request's head | - | refused 0 | internal_error 0
         the request's body | caller_gone 0 | refused 0 | internal_error 0
-        a connection to | caller_gone 1 | upstream_failed 0 | internal_error 0
+        a connection to | caller_gone 0 | upstream_failed 0 | internal_error 0
         the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
         the body of | caller_gone 1 | upstream_cut 1 | internal_error 0
         the client | caller_gone 1 kept | caller_gone 1 kept | internal_error 0 kept
@@ -6332,7 +6649,7 @@ class EveryAwaitTest(WaitingCase):
         self.spoil_each(call(), answer(self.LARGE), """
             a request | - | - | -
             its turn at | caller_gone 0 | refused 0 | internal_error 0
-            a connection to | caller_gone 1 | upstream_failed 0 | internal_error 0
+            a connection to | caller_gone 0 | upstream_failed 0 | internal_error 0
             the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
             the body of | caller_gone 1 | ok 1 kept | internal_error 0
             the client | caller_gone 1 kept | caller_gone 1 kept | internal_error 1 kept
@@ -8284,7 +8601,7 @@ class FaultsTest(EnduranceCase):
             self.ask(call(None, row + "10.1.2.3"))
         self.assertEqual((self.stub.calls, self.left()), (29 + 10, 0))
 
-    MAXIMA = b"""-1 -1000000000000000000000000000000 1.5 1e2 100.0 -0.0 "1" "" true false [1] {}
+    MAXIMA = b"""1.5 -1.5 1e2 100.0 "1" "" true false [1] {}
         {"x":1} NaN Infinity 1e999 01 +1 0x1 98 2147483648 9223372036854775808 18446744073709551616
         1000000000000000000000000000000""".split()
     NAMES = """MAX_TOKENS Max_Tokens max_Tokens max_to\u212aens max_token\u017f Model MODEL Stream
