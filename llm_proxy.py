@@ -1644,6 +1644,7 @@ class Billable:
 class UsageSource:
     """What a cost depends on once the response has ended."""
     ended = False  # the response's own last event has passed, whatever came then
+    model: Optional[str] = None  # the one that served, where the response says so
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
@@ -1858,7 +1859,7 @@ class CostEstimator:
             output = max(output, held)
         if reported is None:
             ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio))
+            reported = Usage(self.prompt_tokens(call, ratio), model=source and source.model)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
     def is_understated(self, call, told, source, ratio):
@@ -2352,7 +2353,7 @@ def fault_status(value: Any) -> int:
 
 def is_name(value: Any) -> bool:
     """Returns whether a value can be the name of a model or a tier."""
-    return isinstance(value, str) and 0 < len(value) <= 256
+    return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
 
 def is_money(value: Any) -> bool:
@@ -2416,8 +2417,10 @@ class Dialect:
     MODEL_LIST = ""
     MODEL = ""
     MODEL_KEYS = ("id",)  # at which its name stands
-    # The parts of a response or an event in which usage may stand: they hold no caller's words.
-    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq")
+    # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
+    # lists no more is read than there may be choices.
+    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq", "data",
+                     "result")
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {
         "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
@@ -2511,9 +2514,10 @@ class Dialect:
         found = payload.get(self.usage_key())
         if not isinstance(found, dict):
             found = {}
-            for part in itertools.chain(*[as_list(payload.get(one)) for one in self.USAGE_HOLDERS]):
-                if isinstance(part, dict):
-                    found = merged(found, self.counts_in(part))
+            for name in self.USAGE_HOLDERS:
+                for part in as_list(payload.get(name))[:128]:
+                    if isinstance(part, dict):
+                        found = merged(found, self.counts_in(part))
         if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
@@ -3366,7 +3370,8 @@ class UsageReader(UsageSource):
         self.streamed = streamed
         self.readable = readable
         self.unpacker = Unpacker() if packed else None
-        self.changes_stream = streamed and not packed and call.usage_requested_by_us
+        plain = streamed and readable and not packed
+        self.changes_stream = plain and call.usage_requested_by_us
         if self.changes_stream:
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
@@ -3472,9 +3477,9 @@ class UsageReader(UsageSource):
     def scan_for_usage(self, data: bytes) -> None:
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
-        if self.dialect.USAGE_MARK not in data:  # far sooner known than by an expression
-            return
-        found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
+        found = []
+        if self.dialect.USAGE_MARK in data:  # far sooner known than by an expression
+            found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
             payload = self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
@@ -3482,6 +3487,9 @@ class UsageReader(UsageSource):
                 event = data[self.events.last_end(data, match.start()):]
                 payload = self.events.payload(self.events.cut(event)[0])
             self.note(payload)
+        if self.counts and self.final is None:  # what was told before more text is not all of it
+            rest = data[found[-1].end():] if found else data
+            self.final = False if self.count_characters(rest) else None
 
     def note(self, payload: Dict[str, Any]) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
@@ -3539,6 +3547,7 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        self.model = self.model or self.dialect.served(payload)[0]
         if FAULT_MARK.search(data):
             self.fault = self.fault or self.dialect.fault(payload)
 

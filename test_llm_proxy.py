@@ -2700,6 +2700,12 @@ class UsageReaderTest(ProxyCase):
             found = reader.reported_usage(ending == "ok")
             self.assertEqual((found[0][:3], found[1]), ((25, output, 5), final))
             self.assertEqual(reader.output_characters(), 1800)
+        early = {**delta("a"), "usage": {"prompt_tokens": 20, "completion_tokens": 1}}
+        for number, final in self.each(((1, True), (0, True), (30, False), (999, False))):
+            told = [delta("b"), early, *[delta("word ")] * number, LAST_DELTA, "[DONE]"]
+            told[-3:-2] = [] if number == 1 else told[-3:-2]
+            self.hear(events(*told))
+            self.assertEqual(self.reader.reported_usage(True)[1], final)
 
     ENDINGS = json.loads(r"""[
         ["chat", ["LAST_DELTA"], "ended ok"],
