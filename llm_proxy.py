@@ -2785,8 +2785,8 @@ class UsageReader(UsageSource):
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
         self.pieces.append(payload)
-        self.size += len(payload)
-        if self.size > self.compact_above:
+        self.size = size = self.size + len(payload)
+        if size > self.compact_above:
             self.compact()
         return self.drop_usage_event(payload) if self.changes_stream else payload
 
@@ -3165,8 +3165,12 @@ class Chunked:
         if self.held:
             data = self.held + data
             self.held = b""
-        position = 0
         size = len(data)
+        if not self.remaining and data.endswith(b"\r\n"):  # one whole chunk, as nearly always
+            match = CHUNK_LINE.match(data)
+            if match and 2 < int(match[1], 16) + 2 == size - match.end():
+                return data, data[match.end():-2]
+        position = 0
         payload = b""
         remaining = self.remaining
         while position < size:
@@ -3559,22 +3563,20 @@ class Stream:
         """Send now what can be sent; the rest when the other side takes it."""
         if self.write_failed or not data:
             return
-        if self.write_buffer or self.encrypted:
-            idle = not self.write_buffer
+        if self.write_buffer:
             self.write_buffer += data
-            if idle:
-                self.flush()
             return
-        try:
-            sent = self.sock.send(data)
-        except WOULD_BLOCK:
-            sent = 0
-        except OSError:
-            return self.fail_writing()
+        sent = 0
+        if len(data) <= BLOCK or not self.encrypted:
+            try:
+                sent = self.sock.send(data)
+            except WOULD_BLOCK:
+                pass
+            except OSError:
+                return self.fail_writing()
         if sent < len(data):
             self.write_buffer += memoryview(data)[sent:]
-            self.wrote_at = self.loop.time()
-            self.wait_for_room()
+            self.flush()
 
     def flush(self):
         """Send block by block: a TLS record that was begun must be sent again as it was."""
@@ -3733,15 +3735,16 @@ class Transfer:
     def on_data(self, data):
         """The hot path: one look at the framing, one write."""
         self.came_at = self.loop.time()
+        adapter = self.adapter
         try:
-            out = self.adapter.feed(data)
+            out = adapter.feed(data)
         except Malformed:
             return self.finish(self.MALFORMED)
         except Exception as bug:  # the task that awaits us logs it, and ends the call
             return self.fail(bug)
         if out:
             self.target.write(out)
-        if self.adapter.framing.ended:
+        if adapter.framing.ended:
             self.finish(self.WHOLE)
 
     def on_source_end(self):
