@@ -2738,9 +2738,9 @@ class Dialects:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.payload = parse_json(call.body)
-        for key in call.payload:
-            if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
-                raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
+        others = call.payload.keys() - self.READ_KEYS
+        for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+            raise BadRequest("The key %s must be spelled in lower case" % key)
         model, call.stream = call.dialect.requested(call.path, call.payload)
         return model
 
@@ -3517,11 +3517,11 @@ class Stream:
     def take_head(self) -> Optional[bytes]:
         """Returns the bytes of a head that has come whole, as nearly all do. Empty lines before it
         are dropped (RFC 9112 2.2)."""
-        if self.read_buffer[:1] == b"\r":
-            self.read_buffer = EMPTY_LINES.sub(b"", self.read_buffer, 1)
         data = self.read_buffer
+        if data.startswith(b"\r"):
+            self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
         end = data.find(b"\r\n\r\n") + 4
-        if not 4 <= end <= MAX_HEAD:
+        if end < 4 or end > MAX_HEAD:
             return None
         self.read_buffer = data[end:]
         return data[:end]
@@ -6236,7 +6236,7 @@ class ClientConnection:
             self.client.give_up_tls()
             self.refuse(self.new_reply(), BadRequest("This port speaks https", close_after=True))
         else:
-            with contextlib.suppress(QuietEnd):
+            with contextlib.suppress(QuietEnd, TimeoutError):
                 while await self.exchange():
                     if self.client.read_buffer:  # requests that never wait would hold the loop
                         await asyncio.sleep(0)
@@ -6269,15 +6269,13 @@ class ClientConnection:
                 self.record(reply)
         return not reply.close_after
 
-    async def await_request(self) -> bool:
-        """Wait for the first byte of a request."""
+    def await_request(self) -> asyncio.Future:
+        """Wait for the first byte of a request; the result is False at the end. Raises
+        TimeoutError."""
         if self.server.draining:
             self.end_if_idle()
         seconds = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-        try:
-            return await self.client.more(self.context, seconds, "a request")
-        except TimeoutError:
-            return False
+        return self.client.more(self.context, seconds, "a request")
 
     async def answer(self, reply):
         """Read a request and answer it. Raises whatever is to be said instead."""
