@@ -2510,7 +2510,7 @@ class PathsTest(ManyCase):
         told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
         for mode, answered, cost, more in self.each((
                 ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
-                ("usage", {}, 10, {"options": 1, "n": "x", "stream": 1}),
+                ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
                 ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
             self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
             body = json.dumps({"model": "m", "input": "ten tokens" * 4, **more}).encode()
@@ -7124,7 +7124,7 @@ class EveryAwaitTest(WaitingCase):
         self.spoil_each(request("POST", "/v1/files", self.LARGE), answer(self.LARGE), """
             a request | - | - | -
             the request's head | - | refused 0 | internal_error 0
-            a connection to | caller_gone 1 | upstream_failed 0 | internal_error 0
+            a connection to | caller_gone 0 | upstream_failed 0 | internal_error 0
             the request's body | caller_gone 1 | refused 0 | internal_error 0
             the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
             the body of | caller_gone 1 | upstream_cut 1 | internal_error 0
