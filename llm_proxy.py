@@ -1621,8 +1621,8 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
                 ) -> Tuple[int, List[int]]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
-    number in a list makes a token. Of images and the like, which are those of which `media_texts`
-    is not None, the second list has the weight of the text in each."""
+    list of numbers has as many tokens. Of images and the like, which are those of which
+    `media_texts` is not None, the second list has the weight of the text in each."""
     weight = 0
     media = []
     values = list({**payload, skip: None}.values())
@@ -1632,8 +1632,8 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
             weight += (len(value) if value.isascii() else text_weight(value)) + 1
         elif kind is list:
             values += value
-            kinds = list(map(type, value))
-            weight += CHARACTERS_PER_TOKEN * (kinds.count(int) + kinds.count(float))
+            if value and type(value[0]) in (int, float):
+                weight += CHARACTERS_PER_TOKEN * len(value)
         elif kind is dict:
             texts = media_texts(value)
             if texts is not None:
@@ -1641,7 +1641,7 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
                 continue
             values += value.values()
             if not names.issuperset(value):
-                values += value.keys() - names
+                values += [key for key in value if key not in names]
     return max(0, weight - 1), media
 
 
@@ -1684,6 +1684,7 @@ class Billable:
 class UsageSource:
     """What a cost depends on once the response has ended."""
     ended = False  # the response's own last event has passed, whatever came then
+    model: Optional[str] = None  # the one that served, where the response says so
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
@@ -1902,7 +1903,7 @@ class CostEstimator:
             output = max(output, held)
         if reported is None:
             ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio))
+            reported = Usage(self.prompt_tokens(call, ratio), model=source and source.model)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
     def is_understated(self, call, told, source, ratio):
@@ -2162,7 +2163,8 @@ def is_outermost(data: bytes, place: int) -> bool:
 
 def is_count(value: Any) -> bool:
     """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
-    return type(value) in (int, float) and 0 <= value < MAX_TOKENS_PER_CALL and value % 1 == 0
+    return (type(value) is int or (type(value) is float and value.is_integer())) and (
+        0 <= value < MAX_TOKENS_PER_CALL)
 
 
 def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
@@ -2226,7 +2228,8 @@ class EventFraming(NamedTuple):
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
         lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
-        return object_in(b"\n".join([data for data in map(self.data, lines) if data is not None]))
+        data = [data for data in map(self.data, lines) if data is not None]
+        return object_in(data[0] if len(data) == 1 else b"\n".join(data))
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
@@ -2486,7 +2489,7 @@ def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
     """Returns what is text in an image and the like; None where a part is none."""
     if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
         return None
-    texts = list(part.keys() - PLAIN_KEYS)
+    texts = [key for key in part if key not in PLAIN_KEYS]
     pairs = list(part.items())
     for key, value in pairs:  # the list grows meanwhile
         if type(value) is str:
@@ -2496,7 +2499,7 @@ def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
             pairs += [(key, one) for one in value]
         elif type(value) is dict:
             pairs += value.items()
-            texts += value.keys() - PLAIN_KEYS
+            texts += [key for key in value if key not in PLAIN_KEYS]
     return texts
 
 
@@ -2581,7 +2584,7 @@ def fault_status(value: Any) -> int:
 
 def is_name(value: Any) -> bool:
     """Returns whether a value can be the name of a model or a tier."""
-    return isinstance(value, str) and 0 < len(value) <= 256
+    return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
 
 def is_money(value: Any) -> bool:
@@ -2646,8 +2649,10 @@ class Dialect:
     MODEL_LIST = ""
     MODEL = ""
     MODEL_KEYS = ("id",)  # at which its name stands
-    # The parts of a response or an event in which usage may stand: they hold no caller's words.
-    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq")
+    # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
+    # lists no more is read than there may be choices.
+    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq", "data",
+                     "result")
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {
         "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
@@ -2738,27 +2743,36 @@ class Dialect:
 
     def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
-        found = payload.get(self.USAGE_MARK[1:-1].decode())
+        found = payload.get(self.usage_key())
         if not isinstance(found, dict):
             found = {}
-            for part in itertools.chain(*[as_list(payload.get(one)) for one in self.USAGE_HOLDERS]):
-                if isinstance(part, dict):
-                    found = merged(found, self.counts_in(part))
-        beside = {name: payload[name] for name in payload if name in self.COUNTS}
-        return merged(beside, found) if beside else found
+            for name in self.USAGE_HOLDERS:
+                for part in as_list(payload.get(name))[:128]:
+                    if isinstance(part, dict):
+                        found = merged(found, self.counts_in(part))
+        if self.COUNTS.keys().isdisjoint(payload):
+            return found
+        return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
+
+    def usage_key(self) -> str:
+        return self.USAGE_MARK[1:-1].decode()
 
     def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
-        parts = [part for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:3]))
-                 if isinstance(part, dict)]
-        return tuple([next(filter(is_name, [part.get(key) for part in parts]), None)
-                      for key in (self.SERVED, self.TIERS[0])])
+        model = payload.get(self.SERVED)
+        if type(model) is str and is_name(model):
+            tier = payload.get(self.TIERS[0])
+            return model, tier if is_name(tier) else None
+        for name in self.USAGE_HOLDERS[:3]:
+            if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
+                return self.served(payload[name])
+        return None, None
 
     def is_finished(self, payload: Dict[str, Any]) -> bool:
         """Returns whether a response or an event says that the model has stopped."""
         holder, reason = self.REASON
-        return self.is_last(payload) or any(
-            [dig(one, reason) for one in as_list(payload.get(holder))])
+        return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
+            self.is_last(payload))
 
     def is_last(self, payload: Dict[str, Any]) -> bool:
         """Returns whether an event ends its stream."""
@@ -2813,16 +2827,19 @@ class Dialect:
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        tiers = filter(is_name, [tier, *map(counts.get, self.TIERS)])
+        tiers = [tier, *map(counts.get, self.TIERS)]
+        tiers = dict.fromkeys(filter(is_name, tiers)) if any(tiers) else ()
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
-                     min(written, found["hour"]), model, tuple(dict.fromkeys(tiers)),
-                     self.picodollars(parts))
+                     min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
     def found(self, parts: List[Dict[str, Any]]) -> Dict[str, int]:
         """Returns counts by what they are; what is not among them is 0."""
-        found = collections.defaultdict(int, sorted([
-            (self.COUNTS[name], int(value)) for part in parts for name, value in part.items()
-            if name in self.COUNTS and is_count(value)]))
+        found = collections.defaultdict(int)
+        for part in parts:
+            for name, value in part.items():
+                kind = self.COUNTS.get(name)
+                if kind and is_count(value) and value >= found[kind]:
+                    found[kind] = int(value)
         found["written"] = max(found["written"], found["minutes"] + found["hour"])
         return found
 
@@ -2834,9 +2851,11 @@ class Dialect:
         caches, reasoning = found["cached"] + found["written"], found["reasoning"]
         sent = sum([found[name] for name in self.INPUT])
         said = sum([found[name] for name in self.OUTPUT])
+        if sent + said == total and sent >= caches and said >= reasoning:
+            return sent, said  # as nearly always
         for pair in itertools.product(
-                (sent, prompt, prompt + caches, prompt + found["cached"],
-                 prompt + found["written"]), (said, output, output + reasoning)):
+                (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+                (said, output, output + reasoning)):
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
@@ -2846,28 +2865,29 @@ class Dialect:
 
     def picodollars(self, parts: List[Dict[str, Any]]) -> Optional[int]:
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * unit for part in parts
-                for name, unit in self.MONEY.items() if is_money(part.get(name))]
+        told = [part[name] * self.MONEY[name]
+                for part in parts if not self.MONEY.keys().isdisjoint(part)
+                for name in self.MONEY.keys() & part.keys() if is_money(part[name])]
+        if not told:
+            return None
         own = dig(parts[0], "cost_details", "upstream_inference_cost")
-        if told and dig(parts[0], "is_byok") is True and is_money(own):  # OpenRouter, by one's key
+        if parts[0].get("is_byok") is True and is_money(own):  # OpenRouter, by one's own key
             told = [max(told) + own * PICODOLLARS]
-        return min(MAX_COST, round(max(told))) if told else None
+        return min(MAX_COST, round(max(told)))
 
     def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns what an event says besides usage, {} where that is nothing."""
-        rest = {name: value for name, value in payload.items()
-                if name != self.USAGE_MARK[1:-1].decode()}
+        rest = {name: value for name, value in payload.items() if name != self.usage_key()}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
         """Returns the weight of what the model said in JSON or in events, cut ones too. One search
         for all of them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
-        texts = collections.defaultdict(list)
-        for key, text in re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")):
-            texts[key].append(text)
+        text = data.decode("utf-8", "replace")
+        said = {"".join(re.findall(TEXT_AT % key, text)) for key in keys if '"%s"' % key in text}
         # What several keys say in the same words is said once: some mirror reasoning.
-        return sum([self.weight("".join(said)) for said in set(map(tuple, texts.values()))])
+        return sum(map(self.weight, said))
 
     @staticmethod
     def weight(text: str) -> int:
@@ -2950,8 +2970,8 @@ class Dialect:
         return self.events.content_type if call.stream else "application/json"
 
 
-# A string of JSON at one of these keys, up to where it may be cut
-TEXT_AT = r'"(%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
+# A string of JSON at a key, up to where it may be cut
+TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
 "created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
 CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
@@ -3638,9 +3658,9 @@ class Dialects:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.payload = parse_json(call.body)
-        for key in call.payload:
-            if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
-                raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
+        others = call.payload.keys() - self.READ_KEYS
+        for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+            raise BadRequest("The key %s must be spelled in lower case" % key)
         if type(call.payload.get("stream")) not in (bool, type(None)) and call.endpoint != UNKNOWN:
             raise BadRequest("stream must be true or false")  # an upstream could take it for one
         call.is_json = True
@@ -3650,8 +3670,9 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
-FAULT_MARKS = (b'"error', b'"failed"', b'"base_resp"')  # JSON without them is no error
-NAMED_FAULT = re.compile(rb"event: ?error|error:.*")    # the latter is llama.cpp's
+NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
+# JSON without one of these is no error.
+FAULT_MARK = re.compile(rb'"(?:errors?"|failed"|base_resp"|response\.failed")')
 
 
 class Unpacker:
@@ -3717,7 +3738,10 @@ class UsageReader(UsageSource):
         self.streamed = streamed
         self.readable = readable
         self.unpacker = Unpacker() if packed else None
-        self.changes_stream = streamed and not packed and call.usage_requested_by_us
+        plain = streamed and readable and not packed
+        self.changes_stream = plain and call.usage_requested_by_us
+        if self.changes_stream:
+            self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
         self.counts: Dict[str, Any] = {}
 
@@ -3729,8 +3753,8 @@ class UsageReader(UsageSource):
         """Takes a piece of the body; returns what of it goes on to the caller."""
         piece = self.unpack(payload) if self.unpacker else payload
         self.pieces.append(piece)
-        self.size += len(piece)
-        if self.size > self.compact_above:
+        self.size = size = self.size + len(piece)
+        if size > self.compact_above:
             self.compact()
         return self.hide_usage(payload) if self.changes_stream else payload
 
@@ -3749,19 +3773,14 @@ class UsageReader(UsageSource):
         """Returns what is still held back at the end."""
         held = self.held
         self.held = b""
-        return self.shown(held)  # its line end may be missing
-
-    def find_usage(self, data: bytes) -> Optional["re.Match[bytes]"]:
-        """Returns where usage begins in a part of a stream."""
-        mark = self.dialect.USAGE_MARK
-        return re.search(mark + rb"\s*:\s*\{", data) if mark in data else None
+        return self.shown(held) if held else held  # its line end may be missing
 
     def hide_usage(self, payload: bytes) -> bytes:
         """Keeps back the usage that the caller did not ask for. An event that is not whole waits
         for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
-        found = self.find_usage(data)
         self.held = b""
+        found = self.dialect.USAGE_MARK in data and self.find_usage(data)
         if not found and self.events.at_boundary(data):  # as nearly always
             return data
         begin = self.events.last_end(data, found.start() if found else len(data))
@@ -3826,20 +3845,25 @@ class UsageReader(UsageSource):
     def scan_for_usage(self, data: bytes) -> None:
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
-        if self.dialect.USAGE_MARK not in data:  # far sooner known than by an expression
-            return
-        found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
+        found = []
+        if self.dialect.USAGE_MARK in data:  # far sooner known than by an expression
+            found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
-            event = data[self.events.last_end(data, match.start()):]
-            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
-                      or self.events.payload(self.events.cut(event)[0]))
+            payload = self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
+            if not payload:  # its JSON may stand in several lines
+                event = data[self.events.last_end(data, match.start()):]
+                payload = self.events.payload(self.events.cut(event)[0])
+            self.note(payload)
+        if self.counts and self.final is None:  # what was told before more text is not all of it
+            rest = data[found[-1].end():] if found else data
+            self.final = False if self.count_characters(rest) else None
 
     def note(self, payload: Dict[str, Any]) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
         if type(counts) is dict and counts:
-            self.counts = merged(self.counts, counts)
+            self.counts = merged(self.counts, counts) if self.counts else counts
             if final is not None or not self.final:
                 self.final = final
         model, tier = self.dialect.served(payload)
@@ -3863,10 +3887,11 @@ class UsageReader(UsageSource):
             self.read_json(data)
 
     def read_last_events(self, data: bytes) -> None:
-        """Notes what the last four events say of their stream's end."""
+        """Notes what the last three events say of their stream's end."""
         held = b""
         events = 0
-        for line in reversed(data.splitlines()[-self.LAST_LINES:]):
+        last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
+        for line in reversed(last.splitlines()[-self.LAST_LINES:]):
             data = self.events.data(line)
             if data is None:
                 held = held if line else b""
@@ -3874,19 +3899,25 @@ class UsageReader(UsageSource):
                     self.fault = self.fault or 502
                 continue
             held = data + held
-            payload = {} if held.strip() == LAST_DATA else object_in(held)
-            if payload:
-                self.closed = self.closed or self.dialect.is_last(payload)
-                self.ended = self.ended or self.dialect.is_finished(payload)
-                self.fault = self.fault or self.dialect.fault(payload)
-            elif held.strip() == LAST_DATA:
+            if held.strip() == LAST_DATA:
                 self.closed = True
-            else:
-                continue
+            elif not (self.closed and held.endswith(b"}") and not FAULT_MARK.search(held)):
+                payload = object_in(held)
+                if not payload:
+                    continue
+                self.note_end(payload, held)
             held = b""
             events += 1
-            if events == 4:
+            if events == 3:
                 break
+
+    def note_end(self, payload: Dict[str, Any], data: bytes) -> None:
+        """Notes what one of the last events says of its stream's end."""
+        self.closed = self.closed or self.dialect.is_last(payload)
+        self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        self.model = self.model or self.dialect.served(payload)[0]
+        if FAULT_MARK.search(data):
+            self.fault = self.fault or self.dialect.fault(payload)
 
     def read_json(self, data: bytes) -> None:
         """Notes what JSON reports. Of a large one, little is parsed."""
@@ -3899,7 +3930,7 @@ class UsageReader(UsageSource):
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
                     last_object(data))
         self.note(payload)
-        if any([mark in data for mark in FAULT_MARKS]):
+        if FAULT_MARK.search(data):
             self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
@@ -4239,8 +4270,12 @@ class Chunked:
         if self.held:
             data = self.held + data
             self.held = b""
-        position = 0
         size = len(data)
+        if not self.remaining and data.endswith(b"\r\n"):  # one whole chunk, as nearly always
+            match = CHUNK_LINE.match(data)
+            if match and 2 < int(match[1], 16) + 2 == size - match.end():
+                return data, data[match.end():-2]
+        position = 0
         payload = b""
         remaining = self.remaining
         while position < size:
@@ -4585,11 +4620,11 @@ class Stream:
     def take_head(self) -> Optional[bytes]:
         """Returns the bytes of a head that has come whole, as nearly all do. Empty lines before it
         are dropped (RFC 9112 2.2)."""
-        if self.read_buffer[:1] == b"\r":
-            self.read_buffer = EMPTY_LINES.sub(b"", self.read_buffer, 1)
         data = self.read_buffer
+        if data.startswith(b"\r"):
+            self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
         end = data.find(b"\r\n\r\n") + 4
-        if not 4 <= end <= MAX_HEAD:
+        if end < 4 or end > MAX_HEAD:
             return None
         self.read_buffer = data[end:]
         return data[:end]
@@ -4631,22 +4666,20 @@ class Stream:
         """Send now what can be sent; the rest when the other side takes it."""
         if self.write_failed or not data:
             return
-        if self.write_buffer or self.encrypted:
-            idle = not self.write_buffer
+        if self.write_buffer:
             self.write_buffer += data
-            if idle:
-                self.flush()
             return
-        try:
-            sent = self.sock.send(data)
-        except WOULD_BLOCK:
-            sent = 0
-        except OSError:
-            return self.fail_writing()
+        sent = 0
+        if len(data) <= BLOCK or not self.encrypted:
+            try:
+                sent = self.sock.send(data)
+            except WOULD_BLOCK:
+                pass
+            except OSError:
+                return self.fail_writing()
         if sent < len(data):
             self.write_buffer += memoryview(data)[sent:]
-            self.wrote_at = self.loop.time()
-            self.wait_for_room()
+            self.flush()
 
     def flush(self):
         """Send block by block: a TLS record that was begun must be sent again as it was."""
@@ -4805,15 +4838,16 @@ class Transfer:
     def on_data(self, data):
         """The hot path: one look at the framing, one write."""
         self.came_at = self.loop.time()
+        adapter = self.adapter
         try:
-            out = self.adapter.feed(data)
+            out = adapter.feed(data)
         except Malformed:
             return self.finish(self.MALFORMED)
         except Exception as bug:  # the task that awaits us logs it, and ends the call
             return self.fail(bug)
         if out:
             self.target.write(out)
-        if self.adapter.framing.ended:
+        if adapter.framing.ended:
             self.finish(self.WHOLE)
 
     def on_source_end(self):
@@ -7104,6 +7138,7 @@ class Proxy:
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
+        ending = "ok"
         adapter = await reply.receive(response)
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
@@ -7111,13 +7146,17 @@ class Proxy:
             entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
         elif adapter.framing.ended:
-            self.settle(entry, entry.reader.ending(whole=True) if entry.reader else "ok")
+            ending = entry.reader.ending(whole=True) if entry.reader else "ok"
+            self.settle(entry, ending)
         reply.begin(response)
         try:
-            ending = "ok" if adapter.framing.ended else await reply.carry(response)
+            if not adapter.framing.ended:
+                ending = await reply.carry(response)
+                if entry.reader:
+                    ending = entry.reader.ending(ending == "ok")
+            return ending
         finally:
             entry.passed = adapter.passed
-        return entry.reader.ending(ending == "ok") if entry.reader else ending
 
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
@@ -7616,7 +7655,7 @@ class ClientConnection:
             self.client.give_up_tls()
             self.refuse(self.new_reply(), BadRequest("This port speaks https", close_after=True))
         else:
-            with contextlib.suppress(QuietEnd):
+            with contextlib.suppress(QuietEnd, TimeoutError):
                 while await self.exchange():
                     if self.client.read_buffer:  # requests that never wait would hold the loop
                         await asyncio.sleep(0)
@@ -7649,15 +7688,13 @@ class ClientConnection:
                 self.record(reply)
         return not reply.close_after
 
-    async def await_request(self) -> bool:
-        """Wait for the first byte of a request."""
+    def await_request(self) -> asyncio.Future:
+        """Wait for the first byte of a request; the result is False at the end. Raises
+        TimeoutError."""
         if self.server.draining:
             self.end_if_idle()
         seconds = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-        try:
-            return await self.client.more(self.context, seconds, "a request")
-        except TimeoutError:
-            return False
+        return self.client.more(self.context, seconds, "a request")
 
     async def answer(self, reply):
         """Read a request and answer it. Raises whatever is to be said instead."""
@@ -7718,7 +7755,8 @@ class ClientConnection:
             if not reply.reset:
                 await reply.drain()
         except (CallerGone, Stopped) as reason:
-            reply.entry.outcome = reason.outcome
+            if not reply.missed_nothing():
+                reply.entry.outcome = reason.outcome
             reply.close_after = reply.reset = True
         if self.proxy.books.is_full():
             await asyncio.sleep(self.LEDGER_SECONDS)

@@ -1915,7 +1915,7 @@ class UsageTest(ProxyCase):
         {"messages": [{"role": "user", "content": "hello"}]} -> 10
         {"a": ["x", ["y", {"text": "w"}]]} -> 5
         {"tools": [{"parameters": {"properties": {"city": {"type": "string"}}}}]} -> 11
-        {"input": [1, 2.5, [3]], "seed": 4} -> 11
+        {"input": [[1, 2.5], [3]], "seed": 4} -> 11
         {"a": "äöü€"} -> 4
         """
 
@@ -2901,6 +2901,12 @@ class UsageReaderTest(ProxyCase):
             found = reader.reported_usage(ending == "ok")
             self.assertEqual((found[0][:3], found[1]), ((25, output, 5), final))
             self.assertEqual(reader.output_characters(), 1800)
+        early = {**delta("a"), "usage": {"prompt_tokens": 20, "completion_tokens": 1}}
+        for number, final in self.each(((1, True), (0, True), (30, False), (999, False))):
+            told = [delta("b"), early, *[delta("word ")] * number, LAST_DELTA, "[DONE]"]
+            told[-3:-2] = [] if number == 1 else told[-3:-2]
+            self.hear(events(*told))
+            self.assertEqual(self.reader.reported_usage(True)[1], final)
 
     ENDINGS = json.loads(r"""[
         ["chat", ["LAST_DELTA"], "ended ok"],
@@ -6821,6 +6827,18 @@ class EndingsTest(LedgerCase):
             hang_up(client)
             asked.wait_for_hang_up()
             self.assertEqual(self.entry(number)["outcome"], outcome)
+
+    def test_the_last_chunk_may_come_before_or_after_a_caller_has_left(self):
+        self.start(None)
+        told = events(LAST_DELTA, "[DONE]")
+        for number, hang_up in enumerate(self.each(self.HANG_UPS * 5)):
+            client, asked = self.begin(told)
+            hang_up(client)
+            with contextlib.suppress(OSError):
+                asked.chunks(b": a\n\n")
+                asked.send(LAST)
+            self.assertEqual(self.entry(number)["outcome"], "ok")
+            asked.finish()
 
     CUTS = (  # what the upstream has sent, how it breaks off, tokens of output
         (CHUNKED, Asked.close, 2),
