@@ -1571,9 +1571,10 @@ class Limits:
             if len(self.known) >= self.MAX_KNOWN:
                 self.known.clear()
             found = self.known[call] = self.find_rules(*call)
-        for other in others if "model" in kinds else ():
-            more = self.matching(caller, address, other, upstream)
-            found = found + [pair for pair in more if pair not in found]
+        if others and "model" in kinds:
+            for other in others:
+                more = self.matching(caller, address, other, upstream)
+                found = found + [pair for pair in more if pair not in found]
         return found
 
     def find_rules(self, key, name, address, model, upstream):
@@ -2234,7 +2235,7 @@ class Dialect:
     # What stands before the model in a path, the model, and what stands behind.
     MODEL_IN_PATH = re.compile("(?!)")  # nothing
     # The keys of lists that name more models which may serve: to fall back to, or as tools.
-    MODEL_LISTS = ("models", "fallbacks", "tools")
+    MODEL_LISTS = frozenset(("models", "fallbacks", "tools"))
     MAX_MODELS = 16
     # The keys of the most output tokens, by endpoint; the first that is set counts.
     OUTPUT_LIMITS = {}
@@ -2309,10 +2310,12 @@ class Dialect:
     def other_models(self, payload: Dict[str, Any]) -> List[str]:
         """Returns the models that may serve a call besides the one that it asks for. Raises
         BadRequest for too many."""
-        found = [one if isinstance(one, str) else dig(one, "model")
-                 for key in self.MODEL_LISTS if type(payload.get(key)) is list
+        if self.MODEL_LISTS.isdisjoint(payload):
+            return []
+        found = [one.get("model") if type(one) is dict else one
+                 for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list
                  for one in payload[key]]
-        names = list(dict.fromkeys([name for name in found if isinstance(name, str)]))
+        names = list(dict.fromkeys([name for name in found if type(name) is str]))
         if len(names) > self.MAX_MODELS or len("".join(names)) > 4096:
             raise BadRequest("The request names too many models")
         return names
@@ -6042,7 +6045,8 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite)
-        self.require_price(call, entry)
+        if "usd" in self.estimator.units:
+            self.require_price(call, entry)
         costs = NO_COST if call.unmetered else self.estimator.estimate(call)
         # What is not metered does not wait.
         send = self.send if upstream.queue is None or call.unmetered else self.send_in_turn
@@ -6079,8 +6083,7 @@ class Proxy:
 
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
-        if "usd" not in self.estimator.units or call.unmetered or all(
-                map(self.prices.knows, call.models)):
+        if call.unmetered or all(map(self.prices.knows, call.models)):
             return
         rules = self.limits.matching(entry.caller, entry.address, call.upstream_model,
                                      entry.upstream, call.models[1:])
@@ -7325,7 +7328,8 @@ def update_prices(path, url=PRICES_URL):
     except (OSError, ValueError, http.client.HTTPException) as failure:
         with contextlib.suppress(OSError):
             os.remove(part)
-        raise ConfigFaults("%s was not updated from %s: %s" % (path, url, failure)) from None
+        cause = ascii(str(failure))[1:-1]  # some are the words of who answered
+        raise ConfigFaults("%s was not updated from %s: %s" % (path, url, cause)) from None
     print("%s has %d prices now; PRICES=%s uses them" % (path, len(prices), path))
 
 

@@ -947,6 +947,7 @@ class ConfigTest(TableCase):
         CORS_ORIGINS  chat.example.org  *,https://a.example  ,
         LIMIT_MESSAGE  two\\nlines
         CPU_AFFINITY  none  -1
+        UNPRICED  free  -1  1e3  1000000  .5
         PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x
         MODEL_ALIASES  fast  =m  fast=  a=b,a=c  a=b,,  a=b,b=c
         UPSTREAM_TLS_VERIFY  no
