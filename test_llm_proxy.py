@@ -5582,7 +5582,8 @@ class BalanceTest(LedgerCase):
 
     def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
         keys = ",".join("k%d=sk-%d" % (number, number) for number in range(5))
-        self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text")
+        self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text",
+                   UNPRICED="0.5")
         self.proxy.limits.buckets.clock = Clock()  # nothing is refilled meanwhile
         with threads(functools.partial(self.converse, seed) for seed in range(self.CALLERS)):
             pass
