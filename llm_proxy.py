@@ -38,6 +38,7 @@ Contents, in reading order; a section uses only what stands above it:
     Wire        strict HTTP/1.1 in bytes: heads and framing of both sides
     Streams     sockets on the event loop: deadlines, reading, writing, carrying a body
     Line        the slots of a busy upstream, and the fair queue before them
+    Stored      what callers made that upstreams keep: whose it is, and where it is
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
     Reply       the way back to one caller
@@ -286,10 +287,10 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
     lambda match: (match[1], int(match[2])))
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
-proxy_keys = mapping(
+proxy_keys = word_or({"anyone": {}}, mapping(
     "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))([!-~]+)",
     "must be keys or name=key, separated by commas, none empty; a key with = in it needs a name",
-    lambda match: match.group(2, 1), "must not name the same key twice")
+    lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
 def model_aliases(text):
@@ -311,7 +312,8 @@ def header_lines(text):
 
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
-UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "estimate")
+UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
+UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
@@ -321,7 +323,7 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, model:GLOB or upstream:GLOB"),
     ("N|unlimited", "an amount above 0, or unlimited"),
-    ("|".join(UNITS[:5]), "requests, tokens, input_tokens, output_tokens or usd"),
+    ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
      "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d"),
@@ -333,7 +335,8 @@ JOINED_SCOPES = "(all|(address)?,?(caller)?),?(model)?,?(upstream)?", "scopes th
 
 class Rule(NamedTuple):
     """One limit, as a kind of bucket: it holds `capacity`, gains `refill` every `interval` seconds;
-    the capacity is None where the rule says `unlimited`. `scopes` are (kind, glob) pairs, `unit` is
+    the capacity is None where the rule says `unlimited`. A bucket of calls that are `running` gains
+    nothing: its interval is endless. `scopes` are (kind, glob) pairs, `unit` is
     an index into UNITS, and `rate` is (amount, seconds) as the rule has it, for people. Of the
     rules of one `family` only the first that matches a call counts."""
     text: str
@@ -347,7 +350,8 @@ class Rule(NamedTuple):
 
 
 def rules(text):
-    """'SCOPE AMOUNT UNIT per DURATION [burst N]', by semicolons or lines."""
+    """'SCOPE AMOUNT UNIT per DURATION [burst N]' or 'SCOPE AMOUNT running', by semicolons or
+    lines."""
     found = [read_rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
@@ -364,17 +368,23 @@ def read_rule(text):
     scale = PICODOLLARS if unit == "usd" else 1
     rate, capacity = [int(decimal.Decimal(word.replace("unlimited", "1")) * scale)
                       for word in (amount, burst or amount)]
-    interval = DURATIONS.get(length) or int(length[:-1]) * DURATIONS[length[-1]]
+    interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 refill, interval * refill / rate, (rate, interval),
                 (tuple(kinds), unit, interval))
 
 
+def read_duration(word):
+    return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
 def check_rule(text, words, kinds):
     """Raises ValueError that names the first word which is wrong."""
     amount = USD_SHAPE if words[2] == "usd" else AMOUNT_SHAPE
     rows = RULE_WORDS if words[5] else RULE_WORDS[:6]
+    if words[2] == "running":
+        rows = RULE_WORDS[:3] + RULE_WORDS[-1:]
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
@@ -597,7 +607,7 @@ SETTING_ROWS = {
          "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
         ("PROXY_API_KEYS", proxy_keys,
-         "keys that may call, as key or name=key, by commas; unset: anyone may call", SECRET),
+         "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
         ("MAX_BODY_BYTES=33554432", number_between(1, 1 << 40),
          "largest body of a metered call; others may have any size"),
         ("MAX_CONNECTIONS=1024", sixteen_bits,
@@ -630,7 +640,8 @@ SETTING_ROWS = {
         ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
          "tokens to expect of an image, sound or file in a prompt"),
         ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N]; ..."),
+         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
+         " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
          "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
@@ -639,6 +650,16 @@ SETTING_ROWS = {
         ("UNPRICED=refuse", unpriced_models,
          "what a usd rule does with a model that has no price: refuse; allow, for nothing; or a"
          " number, its price in USD per million tokens"),
+    ),
+    "What is passed on": (
+        ("UNKNOWN_CALLS=count", one_of("count", "pass", "refuse"),
+         "calls of endpoints that are not known here: they cost a request and wait in the queue"
+         " (count), are free (pass), or get a 403"),
+        ("STORED", one_of("pass", "own", "refuse"),
+         "files, batches, responses and all else that endpoints store: each caller has what it"
+         " made (own), all have all (pass), or nobody any; unset: own where keys are asked for"),
+        ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
+         "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
     "What is remembered": (
         ("DATABASE=" + DEFAULT_DATABASE, printable,
@@ -692,6 +713,12 @@ class Config(types.SimpleNamespace):
         """The scheme of URLs for callers."""
         return "https" if self.tls_cert_file else "http"
 
+    @property
+    def keys_are_asked_for(self) -> bool:
+        """Whether callers are told apart by keys: ours, or their own for an upstream."""
+        return bool(self.proxy_api_keys) or any(
+            upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
@@ -728,26 +755,38 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if not self.proxy_api_keys:
+        if self.proxy_api_keys is None:
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
-        yield from self.limit_doubts()
-
-    def limit_doubts(self):
-        kinds = {kind for rule in self.limits or () for kind, _ in rule.scopes}
-        hosts = {endpoints(url)[0].host for url in VENDORS.values()} - {"localhost"}
-        if "model" in kinds and not self.base_model and any(
-                url.host not in hosts for url in self.base_api_url or ()):
+        if self.unknown_calls == "count" and not self.counts_requests():
+            yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
+                   " counts requests: of these calls, what names no tokens is free")
+        if self.may_ignore_models():
             yield ("a rule names models, and BASE_MODEL is unset: where the endpoint answers any"
                    " name with its one model, another name passes that rule")
-        if self.limits:
-            return
+        if not self.limits:
+            yield from self.doubts_of_bucket()
+
+    def may_ignore_models(self):
+        """Tells whether rules name models, and the base, which is no vendor's, may not mind."""
+        kinds = {kind for rule in self.limits or () for kind, _ in rule.scopes}
+        hosts = {endpoints(url)[0].host for url in VENDORS.values()} - {"localhost"}
+        return "model" in kinds and not self.base_model and any(
+            url.host not in hosts for url in self.base_api_url or ())
+
+    def doubts_of_bucket(self):
         if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
             yield (f"REQUEST_TOKEN_COST {self.request_token_cost} is above MAX_TOKENS"
                    f" {self.max_tokens}: no call can ever be let in")
         if self.token_cost_mode != "request" and self.response_token_reserve > self.max_tokens:
             yield (f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
                    f" {self.max_tokens}: a call that names no max_tokens can never be let in")
+
+    def counts_requests(self):
+        """Tells whether a call without any tokens costs something."""
+        if not self.limits:
+            return self.token_cost_mode != "usage"
+        return any(UNITS[rule.unit] in UNITS_OF_CALLS for rule in self.limits)
 
     def contradictions(self):
         """Yields what is wrong between settings that are right one by one."""
@@ -962,6 +1001,17 @@ class UnsupportedExpectation(Refusal):
     message = "The only expectation understood is 100-continue"
 
 
+class Forbidden(Refusal):
+    """The caller is known, and what it asks for is nobody's here."""
+    status = 403
+    message = "This path is not passed on"
+
+
+class NothingStored(Refusal):
+    status = 404
+    message = "Nothing of this name is stored here for this caller"
+
+
 class MethodNotAllowed(Refusal):
     status = 405
     message = "The method is not passed on"
@@ -1122,6 +1172,7 @@ class LimitReached(Refusal):
 class CallerGone(Exception):
     """The caller hung up: nobody is left to answer."""
     outcome = "caller_gone"
+    nothing_sent = False  # to the upstream
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1294,6 +1345,8 @@ class Callers:
 # --------------------------------------------------------------------------------------------------
 
 USD = UNITS.index("usd")
+RUNNING = UNITS.index("running")
+RUNNING_SECONDS = 2  # until one who found too many calls running is to ask again: nobody knows
 NO_COST = (0,) * len(UNITS)
 Amount = Union[int, str]                       # str: in dollars
 Costs = Tuple[int, ...]                        # in the order of UNITS
@@ -1319,7 +1372,8 @@ def format_wait(wait):
 
 class Quota(NamedTuple):
     """One bucket at one moment, for headers: amounts as `format_amount` gives them, times in whole
-    seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full."""
+    seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full; all three
+    are 0 where there is none."""
     limit: Amount
     remaining: Amount
     refill_tokens: Amount
@@ -1351,8 +1405,8 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         rule = self.rule
-        amount, interval = rule.rate
-        full = self.level >= rule.capacity
+        amount, interval = (0, 0) if rule.unit == RUNNING else rule.rate
+        full = self.level >= rule.capacity or rule.unit == RUNNING
         reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
             return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
@@ -1362,6 +1416,8 @@ class Level(NamedTuple):
     @property
     def wait(self) -> float:
         """Seconds until nothing is missing."""
+        if self.rule.unit == RUNNING:
+            return RUNNING_SECONDS if self.level < 0 else 0
         refills = -(self.level // self.rule.refill)
         return max(0, self.refilled + refills * self.rule.interval - self.now)
 
@@ -1371,10 +1427,12 @@ class Level(NamedTuple):
 
 
 def tightest_of(levels):
-    """Returns the bucket that is emptiest, as a share of what it holds."""
+    """Returns the bucket that is emptiest, as a share of what it holds. One of running calls, which
+    says nothing of the day, comes last unless it is short."""
     if len(levels) == 1:
         return levels[0]
-    return min(levels, key=lambda one: one.level / one.rule.capacity)
+    return min(levels, key=lambda one: (
+        one.rule.unit == RUNNING and one.level >= 0, one.level / one.rule.capacity))
 
 
 class Buckets:
@@ -1453,11 +1511,12 @@ class Buckets:
             del self.levels[key]
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full."""
+        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
+        running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
         return {key: (level, refilled + wall - now)
                 for key, (level, refilled, rule) in self.levels.items()
-                if self.level_after(rule, key).level < rule.capacity}
+                if rule.unit != RUNNING and self.level_after(rule, key).level < rule.capacity}
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
@@ -1500,6 +1559,12 @@ class Hold:
     def quota(self) -> Quota:
         return self.tightest.quota
 
+    @property
+    def output_tokens(self) -> int:
+        """The output that it is meant for."""
+        _, total, prompt, output, *_ = self.costs
+        return min(output, max(0, total - prompt))
+
     def describe_charges(self) -> str:
         """Returns what every bucket was charged, for the books."""
         return ";".join([f"{rule.text}={self.costs[rule.unit]}" for rule, _ in self.keyed_rules
@@ -1509,7 +1574,8 @@ class Hold:
         return self
 
     def __exit__(self, *_):
-        self.give_back()
+        if not self.ended:
+            self.give_back()
 
 
 # Names of one model differ in who sells it, in its date and in how it is routed, none of which
@@ -1543,8 +1609,8 @@ def fold_glob(glob: str) -> str:
 
 
 class Limits:
-    """Which rules a call must pass. Of each family the first that matches counts, so that the
-    special may stand before the general."""
+    """Which rules a call must pass. Of each family the first that matches counts, those for `each`
+    last, so that the special may stand before the general."""
     MAX_KNOWN = 4_000
 
     def __init__(self, ordered_rules: List[Rule], buckets: Buckets, message: str):
@@ -1578,39 +1644,53 @@ class Limits:
         return found
 
     def find_rules(self, key, name, address, model, upstream):
-        names = {"key": name or "", "upstream": upstream}
-        # In no other spelling may a model slip through, but one that a rule spells out is that.
-        model = (model or "").casefold()
-        folded = None if model in self.models else fold_model(model)
+        names = {"key": name or "", "model": (model or "").casefold(), "upstream": upstream}
         owners = {"each": key, "key": key, "address": ("address", address)}
         families = {}
-        for rule in self.rules:
+        for rule in sorted(self.rules, key=lambda rule: ("each", "") in rule.scopes):
             globs = dict(rule.scopes)
             if "key" in globs and key[0] != "key":
                 continue
-            if all(self.names_model(glob.casefold(), model, folded) if kind == "model"
-                   else fnmatch.fnmatchcase(names.get(kind, ""), glob)
-                   for kind, glob in rule.scopes):
+            if all(self.means(kind, glob, names.get(kind, "")) for kind, glob in rule.scopes):
                 whose = [owners[kind] for kind in owners if kind in globs]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
-        return [pair for pair in families.values() if pair[0].capacity is not None]
+        found = [pair for pair in families.values() if pair[0].capacity is not None]
+        return sorted(found, key=lambda pair: self.rules.index(pair[0]))
 
-    def names_model(self, glob, model, folded):
-        return fnmatch.fnmatchcase(model, glob) or (
-            folded is not None and fnmatch.fnmatchcase(folded, self.models[glob]))
+    def means(self, kind, glob, name):
+        """Returns whether a scope means what is named. A model must not slip through in another
+        spelling, but one that a rule spells out is just that."""
+        if kind == "model":
+            glob = glob.casefold()
+            if name not in self.models and fnmatch.fnmatchcase(
+                    fold_model(name), self.models[glob]):
+                return True
+        return fnmatch.fnmatchcase(name, glob)
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
-                    upstream: str = "base", others: Sequence[str] = ()) -> Hold:
+                    upstream: str = "base", least: Optional[Costs] = None,
+                    others: Sequence[str] = ()) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket."""
+        touches no bucket. What of the costs is above `least` was not asked for but guessed: of
+        that, half of a bucket is enough, or a call might have to wait for a full one."""
         matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
+        if least is not None and least is not costs:
+            costs = self.within_half(matching, costs, least)
         levels = await self.buckets.take(matching, costs)
         tightest = tightest_of(levels)
         if tightest.level < 0:
             raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
+
+    @staticmethod
+    def within_half(matching, costs, least):
+        bounded = list(costs)
+        for rule, _ in matching:
+            unit = rule.unit
+            bounded[unit] = max(least[unit], min(bounded[unit], rule.capacity // 2))
+        return tuple(bounded)
 
     def refusal(self, levels):
         """Returns what to say of buckets that are short: the longest wait, in the operator's words,
@@ -1623,6 +1703,9 @@ class Limits:
                 format_amount(rule, worst.amount), unit.replace("_", " "),
                 format_amount(rule, rule.capacity))
             return LimitReached(text, None, worst)
+        if rule.unit == RUNNING:
+            text = "limit reached: %d running already" % rule.capacity
+            return LimitReached(text, worst.wait, worst)
         text = self.message
         for word, value in (
                 ("{wait}", format_wait(worst.wait)), ("{rule}", rule.text),
@@ -1641,27 +1724,49 @@ MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
+# First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
+# what stands between. b"\xe2" begins punctuation and signs.
+WIDE = {0xe0, 0xe1, *range(0xe3, 0xf5)}
+NOT_WIDE = bytes(set(range(256)) - WIDE)
 
-def text_length(payload: Dict[str, Any], skip: str,
-                counts_whole: Callable[[Dict[str, Any]], bool]) -> Tuple[int, int]:
-    """Returns the characters of all string values anywhere in `payload`, joined by spaces, without
-    the top-level key `skip`; and of how many parts `counts_whole` is true: images and the like,
-    which are counted, not looked into."""
-    characters = 0
-    media = 0
-    values = list({**payload, skip: None}.values())
+
+def text_weight(text: str) -> int:
+    """Returns the characters of a text, those of scripts that need more tokens counted 8/3 times:
+    CHARACTERS_PER_TOKEN of that make about one token."""
+    if text.isascii():
+        return len(text)
+    wide = len(text.encode("utf-8", "surrogatepass").translate(None, NOT_WIDE))
+    return len(text) + wide * 5 // 3
+
+
+def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
+                media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
+                ) -> Tuple[int, List[int]]:
+    """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
+    key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
+    number in a list makes a token. Of images and the like, which are those of which `media_texts`
+    is not None, the second list has the weight of the text in each."""
+    weight = 0
+    media = []
+    values = [value for key, value in payload.items()
+              if key != skip and type(value) in (str, list, dict)]
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            characters += len(value) + 1
+            weight += text_weight(value) + 1
         elif kind is list:
             values += value
         elif kind is dict:
-            if counts_whole(value):
-                media += 1
-            else:
-                values += value.values()
-    return max(0, characters - 1), media
+            texts = media_texts(value)
+            if texts is not None:
+                media.append(text_weight(" ".join(texts)))
+                continue
+            values += [one for one in value.values() if type(one) in (str, list, dict)]
+            if not names.issuperset(value):
+                values += value.keys() - names
+        elif kind is int or kind is float:
+            weight += CHARACTERS_PER_TOKEN
+    return max(0, weight - 1), media
 
 
 class Usage(NamedTuple):
@@ -1691,23 +1796,30 @@ class Billable:
     upstream_model: str
     models: Tuple[str, ...]
 
-    def prompt_length(self) -> Tuple[int, int]:
-        """Returns the characters of the prompt, and how many images and the like are in it."""
+    def prompt_length(self) -> Tuple[int, List[int]]:
+        """Returns the weight of the prompt's text, and of that in each image and the like."""
         raise NotImplementedError
 
-    def output_limit(self) -> Optional[int]:
-        """Returns the most output tokens that the call asks for, None where it does not say."""
+    def output_limit(self) -> Tuple[Optional[int], int]:
+        """Returns the most tokens of one output, None where the call does not limit them, and how
+        many outputs it asks for."""
         raise NotImplementedError
 
 
 class UsageSource:
     """What a cost depends on once the response has ended."""
+    ended = False  # the response's own last event has passed, whatever came then
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
         raise NotImplementedError
 
+    def most_characters(self) -> int:
+        """Returns about how many characters of text can have passed, without a look at them."""
+        raise NotImplementedError
+
     def output_characters(self) -> int:
+        """Returns the weight of the text that passed."""
         raise NotImplementedError
 
 
@@ -1902,70 +2014,193 @@ class Prices:
         return total if total < MAX_COST else MAX_COST, True
 
 
+class Habits:
+    """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
+    token, `hidden` the share of output that nobody sees, `peak` the output of calls that do not
+    limit it: it rises at once and sinks slowly, so that few calls have more."""
+    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak")
+    MEMORY = 16
+    SINKING = 32
+
+    def __init__(self):
+        self.calls = 0
+        self.input_ratio: Optional[float] = None
+        self.output_ratio: Optional[float] = None
+        self.hidden = 0.0
+        self.peak = 0.0
+
+    def move(self, name: str, value: float):
+        """Moves a mean; the first calls count fully."""
+        before = getattr(self, name)
+        if before is None:
+            before = value
+        setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
+
+    def note_peak(self, tokens: int):
+        self.peak = max(tokens, self.peak + (tokens - self.peak) / self.SINKING)
+
+
+class ModelHabits:
+    """The habits of a model's callers, each for itself, so that nobody teaches what others pay. Who
+    has made few calls yet is taken for the one in the middle of all, within bounds."""
+    CALLERS = 50
+    FEW = 3
+    OWN_RATIOS = 0.5, 8
+    OTHERS_RATIOS = 2, 6
+
+    def __init__(self):
+        self.callers: "collections.OrderedDict[CallerKey, Habits]" = collections.OrderedDict()
+        self.usual = Habits()
+
+    def of(self, caller: CallerKey) -> Habits:
+        """Returns what to expect of a caller."""
+        own = self.callers.get(caller)
+        return own if own and own.calls >= self.FEW else self.usual
+
+    def own(self, caller: CallerKey) -> Habits:
+        """Returns what a caller's calls are noted in."""
+        found = self.callers.pop(caller, None) or Habits()
+        if len(self.callers) >= self.CALLERS:
+            self.callers.popitem(last=False)
+        self.callers[caller] = found
+        return found
+
+    def refresh(self):
+        """Finds the one in the middle again."""
+        for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, math.inf)),
+                             ("output_ratio", self.OTHERS_RATIOS), ("hidden", (0, 1))):
+            known = sorted([getattr(one, name) for one in self.callers.values()
+                            if getattr(one, name) is not None])
+            if known:
+                setattr(self.usual, name, clamp(known[len(known) // 2], bounds))
+
+
+def clamp(value: float, bounds: Tuple[float, float]) -> float:
+    return min(bounds[1], max(bounds[0], value))
+
+
 class CostEstimator:
     """What calls cost, by unit: estimated before, known after. An estimate counts characters; how
-    many of them make a token is learned, model by model, from calls that report their usage."""
+    many of them make a token, and how much a model says, is learned from calls that report their
+    usage."""
+    LEARN_ALL = 8       # of a caller's first calls to a model, and then
+    LEARN_SHARE = 0.05  # of its calls: counting takes time
 
     def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
                  units: Set[str]):
-        """`reserve` is how many output tokens a call may have that does not limit them. `units` are
-        those that rules count in: no work is spent on others."""
+        """`reserve` is how many output tokens a call may have that does not limit them, as long as
+        its model was not seen to use more. `units` are those that rules count in: no work is spent
+        on others."""
         self.prices = prices
         self.request_cost = request_cost
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.ratios = {}  # model -> characters a token
-        self.needs_usage = not units <= {"requests", "estimate"}
+        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        self.unknown = ModelHabits()
+        self.needs_estimate = not units <= {"requests", "running"}
+        self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def estimate(self, call: Billable) -> Costs:
-        """Returns what to hold for a call."""
-        if self.units == {"requests"}:
-            return self.costs(Usage(), 0, 0)
-        limit = call.output_limit()
-        output = self.reserve if limit is None else min(limit, MAX_TOKENS_PER_CALL)
-        expected = Usage(self.prompt_tokens(call, CHARACTERS_PER_TOKEN), output)
+    def habits(self, call: Billable, caller: CallerKey) -> Habits:
+        return self.models.get(call.upstream_model, self.unknown).of(caller)
+
+    def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
+        """Returns what to hold for a call, and how much of that is not learned."""
+        if not self.needs_estimate:
+            held = self.costs(Usage(), 0, 0, 1)
+            return held, held
+        limit, outputs = call.output_limit()
+        output = self.reserve if limit is None else limit
+        plain = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+        estimate = max(1, plain + min(MAX_TOKENS_PER_CALL, output * outputs))
+        habits = self.habits(call, caller)
+        prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
+        least = held = self.held(call, prompt, output * outputs, estimate)
+        if limit is None and habits.peak > output:
+            held = self.held(call, prompt, math.ceil(habits.peak) * outputs, estimate)
+        return held, least
+
+    def held(self, call, prompt, output, estimate):
+        expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
         picodollars = 0
         if "usd" in self.units:
             picodollars = max([self.prices.cost(expected, name)[0] for name in call.models])
-        return self.costs(expected, picodollars, max(1, expected.input + output))
+        return self.costs(expected, picodollars, estimate, 1)
 
     def prompt_tokens(self, call, ratio):
-        characters, media = call.prompt_length()
-        return math.ceil(characters / ratio) + media * self.media_tokens
+        weight, media = call.prompt_length()
+        return math.ceil(weight / ratio) + sum(
+            [max(self.media_tokens, math.ceil(one / ratio)) for one in media])
 
-    def costs(self, used: Usage, picodollars: int, estimate: int) -> Costs:
+    def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
         total = used.input + used.output
-        return self.request_cost, total, used.input, used.output, picodollars, estimate
+        return self.request_cost, total, used.input, used.output, picodollars, running, estimate
 
-    def usage(self, call: Billable, source: Optional[UsageSource], whole: bool) -> Usage:
+    def fault_costs(self) -> Costs:
+        """Returns what a call costs that the upstream refused by its caller's fault."""
+        return self.costs(Usage(), 0, 0)
+
+    def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
+              held: int) -> Usage:
         """Returns what the call used: as reported, else estimated from its prompt and the text that
-        came. A response that is not `whole` may have reported its input alone."""
+        came, and the share of it that its model hides. A response that is not `whole` may have
+        reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        model = call.upstream_model
-        if complete:
-            self.learn(model, reported, source)
+        habits = self.habits(call, caller)
+        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
+        if complete and not self.is_understated(call, reported, source, ratio):
+            self.learn(call, caller, reported, source)
             return reported
-        ratio = self.ratios.get(model, CHARACTERS_PER_TOKEN)
         output = math.ceil(source.output_characters() / ratio) if source else 0
+        if source and (whole or source.ended):
+            output = math.ceil(output / (1 - habits.hidden))
+        else:
+            output = max(output, held)
         if reported is None:
+            ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
             reported = Usage(self.prompt_tokens(call, ratio))
         return reported._replace(output=max(reported.output, output), estimated=True)
 
-    def learn(self, model, used, source):
-        """Moves the ratio of a model an eighth of the way to that of one call. Of a known model few
-        calls are looked at: counting takes time."""
-        tokens = used.output - used.reasoning
-        if tokens < 16 or (model in self.ratios and random.random() >= 0.05):
-            return
-        characters = source.output_characters()
-        if characters:
-            ratio = min(8.0, max(1.0, characters / tokens))
-            if len(self.ratios) >= KNOWN_MODELS:
-                self.ratios.clear()
-            before = self.ratios.get(model, ratio)
-            self.ratios[model] = before + (ratio - before) / 8
+    def is_understated(self, call, told, source, ratio):
+        """Returns whether far more text passed than the tokens that were told can be. The text is
+        counted only where it may be so much, or servers are known to tell too little."""
+        if not self.needs_estimate:
+            return False
+        most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
+        return (source.most_characters() > most or call.output_limit()[1] > 1) and (
+            source.output_characters() > most)
+
+    def learn(self, call, caller, used, source):
+        """Notes what a call used. An output that its limit has cut says only what is possible."""
+        model = self.models.get(call.upstream_model)
+        if model is None:
+            if len(self.models) >= KNOWN_MODELS:
+                self.models.popitem(last=False)
+            model = self.models[call.upstream_model] = ModelHabits()
+        own = model.own(caller)
+        own.calls += 1
+        if self.needs_estimate:
+            limit, outputs = call.output_limit()
+            if limit is None or used.output > own.peak * outputs:
+                own.note_peak(used.output // outputs)
+        if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+            self.learn_ratios(call, own, used, source)
+            model.refresh()
+
+    def learn_ratios(self, call, own, used, source):
+        """Leaves out what is short: what stands around it would count too much."""
+        if self.needs_estimate and used.input:
+            weight, media = call.prompt_length()
+            if weight >= 64 and not media:
+                own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
+        weight = source.output_characters() if used.output >= 16 else 0
+        if weight:
+            seen = max(1, used.output - used.reasoning)
+            if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
+                seen = used.output  # reasoning is in the text, which is too long to be without
+            own.move("hidden", 1 - seen / used.output)
+            own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2055,6 +2290,32 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(b"\xef\xbb\xbf"))
 
 
+def parse_or_none(data: bytes) -> Any:
+    """Returns JSON of an upstream, None where it cannot be read."""
+    try:
+        return parse_response(data)
+    except ValueError:
+        return None
+
+
+def object_in(data: bytes) -> Dict[str, Any]:
+    """Returns a JSON object of an upstream, {} where there is none."""
+    found = parse_or_none(data)
+    return found if isinstance(found, dict) else {}
+
+
+def last_object(data: bytes) -> Dict[str, Any]:
+    """Returns the same, or the last of an array of them."""
+    found = parse_or_none(data)
+    found = found[-1] if isinstance(found, list) and found else found
+    return found if isinstance(found, dict) else {}
+
+
+def begin_of_line(data: bytes, place: int) -> int:
+    """Returns where the line begins in which a place is."""
+    return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
+
+
 def to_json_bytes(payload: Any) -> bytes:
     """Returns JSON without white space."""
     return json.dumps(payload, separators=(",", ":")).encode()
@@ -2065,6 +2326,107 @@ def dig(value: Any, *names: str) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def as_list(value: Any) -> List[Any]:
+    """Returns a list as it is, and anything else as the only one in a list."""
+    return value if isinstance(value, list) else [value]
+
+
+JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def is_outermost(data: bytes, place: int) -> bool:
+    """Returns whether what stands at a place of a JSON object is in no other object in it."""
+    outside = JSON_STRINGS.sub(b"", data[:place])
+    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
+    return depth == 1 and b'"' not in outside
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
+    return type(value) in (int, float) and 0 <= value < MAX_TOKENS_PER_CALL and value % 1 == 0
+
+
+def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
+    """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
+    nothing."""
+    found = dict(before)
+    for name, value in after.items():
+        old = found.get(name)
+        if type(old) is dict and type(value) is dict:
+            found[name] = merged(old, value)
+        elif value is not None and not (is_count(value) and is_count(old) and value < old):
+            found[name] = value
+    return found
+
+
+# RFC 2046 5.1.1; what could be taken for two boundaries is none.
+FORM_TYPE = re.compile(
+    r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
+    r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
+FIELD_NAME = re.compile(
+    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
+    rb"[ \t]*(?:;(?![ \t]*name\b)[^\r\n]*)?", re.IGNORECASE)
+MAX_FORM_FIELDS = 1000
+MAX_FIELD_HEAD = 4096
+MAX_QUERY = 65536
+
+
+def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, int]]:
+    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+    for what two readers might take apart differently."""
+    boundary = FORM_TYPE.fullmatch(content_type)
+    mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
+    at = len(mark) if body.startswith(mark) else len(body)
+    for _ in range(MAX_FORM_FIELDS):
+        end = body.find(mark, at)
+        if boundary and body[at:at + 2] == b"--" and end < 0:
+            return
+        head, blank, _ = body[at:min(end, at + MAX_FIELD_HEAD)].partition(b"\r\n\r\n")
+        start = at + len(head) + len(blank)
+        if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
+            break
+        yield head, start, end - 2
+        at = end + len(mark)
+    raise BadRequest("The request body is not a form as its Content-Type says")
+
+
+FoundModel = Tuple[Optional[str], Optional[Callable[[str], bytes]]]
+
+
+def form_model(body: bytes, content_type: str) -> FoundModel:
+    """Returns the model that a form names, if any, and what makes the form with another one. Raises
+    BadRequest."""
+    found = None
+    for head, start, end in form_fields(body, content_type):
+        lines = head[2:].split(b"\r\n")
+        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
+        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
+                head.count(b"\n") != len(lines)):
+            raise BadRequest("A field of the form is not named plainly")
+        name = names[0][names[0].lastindex]
+        if name.lower() == b"model":
+            if found or name != b"model" or b"encoding:" in head.lower():
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = start, end
+    if not found:
+        return None, None
+    start, end = found
+    return body[start:end].decode("utf-8", "replace"), (
+        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+
+
+def query_model(body: bytes) -> FoundModel:
+    """Does the same for a form that is spelled as a query is."""
+    if len(body) > MAX_QUERY:
+        raise BodyTooLarge()
+    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
+    found = [value for name, value in pairs if name.lower() == "model"]
+    if len(found) > 1:
+        raise BadRequest("The field model must stand once in the form, and plainly")
+    return "".join(found) or None, lambda model: urllib.parse.urlencode(
+        [(name, model if name == "model" else value) for name, value in pairs]).encode()
 
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
@@ -2092,8 +2454,8 @@ class EventFraming(NamedTuple):
     """Says how the streams of an API are cut into events."""
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
-    ends: Tuple[bytes, ...]  # what may end an event, our own first
-    end: "re.Pattern[bytes]"  # matches the place after one of these
+    ends: Tuple[bytes, ...]  # what may end an event, our own first,
+    marks: Tuple[bytes, ...]  # and what is in each of these: one of some that are as long
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -2107,37 +2469,97 @@ class EventFraming(NamedTuple):
         """Returns whether something can be put in after `tail`, the last 4 bytes that passed."""
         return not tail or tail.endswith(self.ends)
 
+    def data(self, line: bytes) -> Optional[bytes]:
+        """Returns what a line has of an event's JSON, None where it is another line."""
+        prefix = self.prefix.rstrip()  # others leave out the space
+        return line[len(prefix):] if line.startswith(prefix) else None
+
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
-        prefix = self.prefix.rstrip()  # others leave out the space
-        line = event[event.find(prefix) + len(prefix):].partition(b"\n")[0]
-        try:
-            found = parse_response(line)
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
+        return object_in(b"\n".join([data for data in map(self.data, lines) if data is not None]))
+
+    def replaced(self, event: bytes, data: bytes) -> bytes:
+        """Returns an event with other JSON in it."""
+        lines = event.splitlines(keepends=True)
+        places = [place for place, line in enumerate(lines) if self.data(line) is not None]
+        last = lines[places[-1]]
+        end = last[len(last.rstrip(b"\r\n")):]
+        lines[places[0]:places[-1] + 1] = [self.prefix + data + end]
+        return b"".join(lines)
+
+    def cut(self, data: bytes) -> List[bytes]:
+        """Returns events; the last may not be whole."""
+        events = []
+        lines: List[bytes] = []
+        for line in data.splitlines(keepends=True):
+            blank = not line.strip(b"\r\n")
+            if lines and not blank and self.is_whole(lines):
+                events.append(b"".join(lines))
+                lines = []
+            lines.append(line)
+            if blank:
+                events.append(b"".join(lines))
+                lines = []
+        return events + [b"".join(lines)] if lines else events
+
+    def last_end(self, data: bytes, before: int) -> int:
+        """Returns the place after the last event that ends before another place, 0 without one."""
+        place = max([data.rfind(mark, 0, before) for mark in self.marks])
+        return 0 if place < 0 else place + len(self.marks[0])
+
+    def is_whole(self, lines: List[bytes]) -> bool:
+        """Returns whether these lines are all of an event's, though what must end it is missing:
+        some servers end events with a line, or the rest is still to come."""
+        data = self.data(lines[-1])
+        return data is not None and (data.strip() == LAST_DATA or (
+            data.rstrip().endswith(b"}") and bool(self.payload(b"".join(lines)))))
 
 
-# WHATWG HTML, 9.2
+LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
+# WHATWG HTML, 9.2: a line ends with LF, CR or both, an event with an empty line.
 SSE = EventFraming(
-    "text/event-stream", b"data: ", (b"\n\n", b"\r\n\r\n"), re.compile(rb"(?<=\n\n)|(?<=\n\r\n)"))
+    "text/event-stream", b"data: ", (b"\n\n", b"\n\r\n", b"\r\r\n", b"\r\r", b"\n\r"),
+    (b"\n\n", b"\n\r", b"\r\r"))
 # Each line is an event.
-NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), re.compile(rb"(?<=\n)"))
+NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
+
+
+UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
+UPLOAD = "upload"    # that of a file to be stored
+
+
+class StoredPath(NamedTuple):
+    """What a path says of a thing that an upstream stores. `name` is empty where the path is that
+    of all its kind; `is_listed`: they are asked for, and none is made."""
+    collection: str
+    name: str
+    is_listed: bool
 
 
 class Call(Billable):
-    """One LLM request, parsed. `endpoint` is None where nothing is metered; then there is no
-    payload either. `prefix` names the upstream where the path did. `model` is what the caller asked
-    for, `resolved_model` what that stands for, and `upstream_model` what the upstream is asked for,
-    in `upstream_body`; `models` are that and those that may serve instead."""
+    """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
+    is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
+    the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
+    `upstream_model` what the upstream is asked for, in `upstream_body`; `models` are that and
+    those that may serve instead. `put_model` returns a form with another model in it."""
     model: Optional[str] = None
     resolved_model = ""
     upstream_model = ""
     models: Tuple[str, ...] = ()
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
+    put_model: Optional[Callable[[str], bytes]] = None
+    stored: Optional[StoredPath] = None
+    on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
+    made: Sequence[str] = ()                               # and these are they
+    owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
+    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
+    # What it asks for, once that is known:
+    length: Optional[Tuple[int, List[int]]] = None
+    limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None):
@@ -2162,6 +2584,8 @@ class Call(Billable):
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
+        if self.endpoint in (UNKNOWN, UPLOAD):
+            return self.prepare_unknown(model)
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
@@ -2170,48 +2594,139 @@ class Call(Billable):
             self.upstream_body = to_json_bytes(payload)
 
     def request_usage(self) -> None:
-        """Asks for the usage of a stream, unless the caller said whether it wants it."""
+        """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
-    def prompt_length(self) -> Tuple[int, int]:
-        """Returns the characters of the prompt, and how many images and the like are in it. A token
-        id of a prompt that is spelled in them stands for CHARACTERS_PER_TOKEN."""
-        characters, media = text_length(self.payload, "model", is_media)
-        ids = list(map(self.payload.get, ("prompt", "input")))
-        for part in ids:  # the list grows meanwhile
+    def prepare_unknown(self, model: str) -> None:
+        """Puts the model where the call names one, if it does."""
+        if self.put_model:
+            self.upstream_body = self.body if model == self.model else self.put_model(model)
+        elif self.model:
+            self.path, payload = UNKNOWN_DIALECT.with_model(self.path, self.payload, model)
+            if payload is not self.payload:
+                self.upstream_body = to_json_bytes(payload)
+
+    def runs_in_background(self) -> bool:
+        """Returns whether its answer will only be told to who asks for it later."""
+        return True in (self.payload.get("background"), self.payload.get("deferred"))
+
+    def makes_things(self) -> bool:
+        """Returns whether the upstream may store what comes of it, for the account."""
+        if self.endpoint == "chat":
+            return self.payload.get("store") is True or self.runs_in_background()
+        return (self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD)
+                or self.endpoint == "other" and "/videos/" in self.path
+                or self.stored is not None and not self.stored.is_listed and not self.stored.name)
+
+    def references(self) -> List[str]:
+        """Returns the names of stored things that the payload speaks of."""
+        found = []
+        if self.body is None or not any([mark in self.body for mark in REFERENCE_MARKS]):
+            return found
+        parts = [self.payload]
+        for part in parts:  # the list grows meanwhile
             if type(part) is list:
-                ids += part
-        return characters + CHARACTERS_PER_TOKEN * list(map(type, ids)).count(int), media
+                parts += part
+            elif type(part) is dict:
+                is_tool = str(part.get("type")).endswith("tool_use")
+                for key, value in part.items():
+                    if key in REFERENCES:
+                        found += names_of_things(value)
+                    if key not in CALLERS_OWN and not (is_tool and key == "input"):
+                        parts.append(value)
+        return found
 
-    def output_limit(self) -> Optional[int]:
-        """Returns the most output tokens that the call asks for, None where it does not say; null
-        counts as unsaid, as at OpenAI."""
-        holder = self.payload
-        holders = self.dialect.LIMIT_HOLDERS
-        if holders:
-            holder = next(filter(None, map(holder.get, holders)), {})
+    def prompt_length(self) -> Tuple[int, List[int]]:
+        if self.length is None:
+            self.length = text_length(self.payload, "model", PLAIN_KEYS, media_texts)
+        return self.length
+
+    def output_limit(self) -> Tuple[Optional[int], int]:
+        """Returns the largest limit that any server takes for one; null counts as unsaid, as at
+        OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
+        if self.endpoint in (UNKNOWN, UPLOAD):
+            return 0, 1
+        if self.limit is None:
+            limits = self.numbers(OUTPUT_LIMITS)
+            most = max(limits) if limits and min(limits) >= 0 else None
+            prompts = [type(one) for many in map(self.payload.get, ("prompt", "messages"))
+                       if type(many) is list for one in many]
+            count = max(1, prompts.count(str) + prompts.count(list))
+            self.limit = most, count * max([1, *self.numbers(OUTPUT_COUNTS)])
+        return self.limit
+
+    def numbers(self, names: FrozenSet[str]) -> List[int]:
+        """Returns what stands at these names, in the payload and in objects with options. Raises
+        BadRequest for what is no number: a server might read it as one."""
+        found = []
+        holders = self.payload, *filter(None, map(self.payload.get, OPTION_HOLDERS))
+        for holder in holders if self.endpoint not in NO_LIMIT_REPLY else ():
             if not isinstance(holder, dict):
-                raise BadRequest("%s must be an object" % holders[0])
-        for key in self.dialect.OUTPUT_LIMITS.get(self.endpoint, ()):
-            limit = holder.get(key)
-            if limit is not None:
-                if type(limit) is not int or limit < 0:
-                    raise BadRequest("%s must be an integer of at least 0" % key)
-                return limit
-        return None
+                raise BadRequest("%s must be objects" % " and ".join(OPTION_HOLDERS))
+            for name in names.intersection(holder):
+                value = holder[name]
+                if type(value) is float and value.is_integer():
+                    value = int(value)
+                if type(value) is int:
+                    found.append(value)
+                elif value is not None:
+                    raise BadRequest("%s must be an integer" % name)
+        return found
 
 
+# The most tokens of an output, at servers of any kind: a caller may name several, and the server
+# may take any of them.
+OUTPUT_LIMITS = frozenset((
+    "max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens", "max_new_tokens",
+    "n_predict", "num_predict", "max_tokens_to_sample", "max_gen_len", "maxTokens"))
+# How many answers there are to one prompt.
+OUTPUT_COUNTS = frozenset((
+    "n", "best_of", "n_cmpl", "candidateCount", "candidate_count", "num_return_sequences"))
+# The objects in which either may stand.
+OPTION_HOLDERS = (
+    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig")
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
 MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
+    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url"))
+# The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
+PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_LIMITS, OUTPUT_COUNTS, """\
+role content type text parts model name description id index function functions parameters arguments
+properties items required enum anyOf additionalProperties strict input_schema json_schema schema
+tool_calls tool_call_id tool_use_id tool_choice call_id status output input summary thinking
+signature cache_control ttl source media_type mimeType mime_type detail format input_audio file
+file_id file_uri fileUri filename title context citations annotations logprobs is_error
+functionCall functionResponse functionDeclarations args response include_usage effort
+budget_tokens""".split())
 
 
 def is_media(part: Dict[str, Any]) -> bool:
-    """Returns whether a part of a prompt is an image or the like, in any API."""
+    """Returns whether a part of a prompt is an image or the like, in any API; Anthropic's documents
+    may be plain text."""
     kind = part.get("type")
     return not MEDIA_KEYS.isdisjoint(part) or (
-        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part)
+        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part
+        and dig(part, "source", "type") not in ("text", "content"))
+
+
+def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
+    """Returns what is text in an image and the like; None where a part is none."""
+    if not is_media(part):
+        return None
+    texts = list(part.keys() - PLAIN_KEYS)
+    pairs = list(part.items())
+    for key, value in pairs:  # the list grows meanwhile
+        if type(value) is str:
+            if key not in DATA_KEYS or " " in value:
+                texts.append(value)
+        elif type(value) is list:
+            pairs += [(key, one) for one in value]
+        elif type(value) is dict:
+            pairs += value.items()
+            texts += value.keys() - PLAIN_KEYS
+    return texts
 
 
 class Model(NamedTuple):
@@ -2221,9 +2736,100 @@ class Model(NamedTuple):
     facts: Dict[str, Any] = {}
 
 
+# Keys at which a payload names what an upstream stores,
+REFERENCES = frozenset("""
+    previous_response_id response_id previous_interaction_id previousInteractionId conversation
+    conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
+    validation_file vector_store_id vector_store_ids container container_id cachedContent
+    cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
+# of which each has one of these in it; an escaped letter may be any.
+REFERENCE_MARKS = (
+    b"response_id", b"nteraction", b"conversation", b"thread_id", b"assistant_id", b"file_id",
+    b'_file"', b"store_id", b'"container', b"ached", b"fileUri", b"file_uri", b"earch", b"\\u00")
+# Here stands what callers and their tools have made up.
+CALLERS_OWN = frozenset("""
+    args arguments functionCall function_call functionResponse function_response parameters
+    input_schema inputSchema schema json_schema properties metadata""".split())
+# A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
+THING_NAME = re.compile(
+    r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"|([^/:]+)", re.IGNORECASE)
+RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
+NAME_KEYS = ("id", "request_id", "thread_id")
+# What an answer says was made may stand in these objects, too.
+MADE_IN = ("response", "interaction", "conversation", "container", "file")
+
+
+def names_of_things(value: Any) -> List[str]:
+    """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
+    of these."""
+    values = value if type(value) is list else [value]
+    names = [one.get("id") if type(one) is dict else one for one in values]
+    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    return [match[match.lastindex] for match in matches if match]
+
+
+def names_made(payload: Dict[str, Any]) -> List[str]:
+    """Returns the names of what a response or an event says was made."""
+    found = []
+    holders = [payload]
+    for holder in holders:  # the list grows meanwhile
+        if type(holder) is dict:
+            holders += map(holder.get, MADE_IN)
+            found += map(holder.get, NAME_KEYS)
+            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
+            found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
+
+
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
+# An answer or an event with one of these at one of these keys is an error.
+FAULT_KEYS = ("type", "object", "status", "finish_reason")
+FAULTS = frozenset(("error", "response.failed", "failed"))
+# Errors by which an upstream says that the caller is to blame, or its own account
+BLAMELESS = re.compile(
+    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic"
+    "|safety", re.IGNORECASE)
+
+
+def without_masks(query: str) -> str:
+    """Returns a query without what leaves out parts of a response at Google's servers."""
+    return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
+        part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
+
+
+def fault_status(value: Any) -> int:
+    """Returns the status of an error in a response: what it says itself, else 400 where its kind is
+    one that speaks of the caller, and 502."""
+    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
+    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
+    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
+
+
+def is_name(value: Any) -> bool:
+    """Returns whether a value can be the name of a model or a tier."""
+    return isinstance(value, str) and 0 < len(value) <= 256
+
+
+def is_money(value: Any) -> bool:
+    """Returns whether a value can be an amount of money."""
+    return type(value) in (int, float) and 0 <= value < MAX_COST
+
+
+def with_iterations(told: Usage, parts: List[Usage]) -> Usage:
+    """Returns the usage of a call that ran in several steps, some of them by another model. What
+    was told may leave out some (Anthropic's compaction)."""
+    own = [part for part in parts if part.model == told.model]
+    others = tuple([part for part in parts if part.model != told.model])
+    input, output, cached, cache_write, reasoning, hour_write = [
+        sum([getattr(part, name) for part in own])
+        for name in ("input", "output", "cached", "cache_write", "reasoning", "hour_write")]
+    if input + output > told.input + told.output:
+        told = told._replace(input=input, output=output, cached=cached, cache_write=cache_write,
+                             reasoning=reasoning, hour_write=hour_write)
+    return told._replace(others=others)
 
 
 class Dialect:
@@ -2233,14 +2839,13 @@ class Dialect:
     # The metered endpoints, by the end of their paths; in any spelling they are reached by that.
     ENDPOINTS = {}
     # What stands before the model in a path, the model, and what stands behind.
-    MODEL_IN_PATH = re.compile("(?!)")  # nothing
+    MODEL_IN_PATH = re.compile(
+        "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
+    # Asks Google's servers to leave out parts of a response, such as its usage.
+    MASK_FIELD = "x-goog-fieldmask"
     # The keys of lists that name more models which may serve: to fall back to, or as tools.
     MODEL_LISTS = frozenset(("models", "fallbacks", "tools"))
     MAX_MODELS = 16
-    # The keys of the most output tokens, by endpoint; the first that is set counts.
-    OUTPUT_LIMITS = {}
-    # The objects that may hold these keys; the payload does where there are none.
-    LIMIT_HOLDERS = ()
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
     VERSION_LINES = ()
@@ -2259,8 +2864,10 @@ class Dialect:
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
     USAGE_OPTION = b""
-    # Stands in events that do nothing but report usage.
-    USAGE_EVENT = re.compile(b"(?!)")  # nothing
+    # Stands in events that do more than report usage.
+    CONTENT = re.compile(b"(?!)")  # nothing
+    # What else stands in events that do no more than that.
+    ENVELOPE = frozenset()
     # Templates of errors, which are named by their status or the refusal's kind
     ERROR = ""
     ERRORS = {}
@@ -2271,8 +2878,20 @@ class Dialect:
     MODEL_LIST = ""
     MODEL = ""
     MODEL_KEYS = ("id",)  # at which its name stands
-    # What a count is; the largest of those that are the same counts.
-    COUNTS = {}
+    # The parts of a response or an event in which usage may stand: they hold no caller's words.
+    USAGE_HOLDERS = ("response", "message", "choices", "delta", "x_groq")
+    # What a count is, in any of the APIs; the largest of those that are the same counts.
+    COUNTS = {
+        "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
+        "completion_tokens": "output", "output_tokens": "output", "outputTokens": "output",
+        "total_tokens": "total", "totalTokens": "total",
+        "cached_tokens": "cached", "prompt_cache_hit_tokens": "cached",
+        "cache_read_input_tokens": "cached", "cache_read_tokens": "cached",
+        "cacheReadInputTokens": "cached",
+        "cache_write_tokens": "written", "cache_creation_input_tokens": "written",
+        "cache_creation_tokens": "written", "cacheWriteInputTokens": "written",
+        "ephemeral_5m_input_tokens": "minutes", "ephemeral_1h_input_tokens": "hour",
+        "reasoning_tokens": "reasoning", "thinking_tokens": "reasoning"}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt",)
     OUTPUT = ("output",)
@@ -2280,6 +2899,18 @@ class Dialect:
     NEEDED_COUNTS = frozenset(("prompt", "total"))
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
+    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra; xAI's ticks.
+    MONEY = {"cost": PICODOLLARS, "total_cost": PICODOLLARS, "estimated_cost": PICODOLLARS,
+             "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
+    # How it was served.
+    TIERS = ("service_tier", "speed", "inference_geo")
+    # The key of the model that served.
+    SERVED = "model"
+    # Where a response or an event says why the model stopped,
+    REASON = ("", "")
+    # and what events say that end a stream. Without either, nobody can tell whether one is whole.
+    TYPE = "type"
+    LAST_TYPES = frozenset()
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -2294,8 +2925,11 @@ class Dialect:
 
     def requested(self, path: str, payload: Dict[str, Any]) -> Tuple[Any, bool]:
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
+        stream = payload.get("stream")
+        if stream is not None and type(stream) is not bool:  # an upstream might take it for true
+            raise BadRequest("stream must be true or false")
         in_path = self.MODEL_IN_PATH.fullmatch(path)
-        return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
+        return in_path[2] if in_path else payload.get("model"), bool(stream)
 
     def with_model(self, path: str, payload: Dict[str, Any], model: str
                    ) -> Tuple[str, Dict[str, Any]]:
@@ -2344,61 +2978,154 @@ class Dialect:
         """Returns whether a response of this type is cut into events."""
         return content_type.lower().startswith(self.events.content_type)
 
-    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, bool]:
+    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, Optional[bool]]:
         """Returns what a response or an event reports of usage, by the API's own names, if
-        anything; and whether nothing more will come."""
-        # The last event of OpenAI's responses API has the whole response.
-        return payload.get("usage") or dig(payload, "response", "usage"), True
+        anything; and whether nothing more will come: None where that is known at the end."""
+        final = self.is_finished(payload) or not payload.get(self.REASON[0])
+        return self.counts_in(payload), final or None
+
+    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns the usage of a response or an event, with the counts that stand beside it."""
+        found = payload.get(self.USAGE_MARK[1:-1].decode())
+        if not isinstance(found, dict):
+            found = {}
+            for part in itertools.chain(*[as_list(payload.get(one)) for one in self.USAGE_HOLDERS]):
+                if isinstance(part, dict):
+                    found = merged(found, self.counts_in(part))
+        beside = {name: payload[name] for name in payload if name in self.COUNTS}
+        return merged(beside, found) if beside else found
+
+    def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+        """Returns the model that served, and the tier, as far as a response or an event says."""
+        parts = [part for part in (payload, *map(payload.get, self.USAGE_HOLDERS))
+                 if isinstance(part, dict)]
+        return tuple([next(filter(is_name, [part.get(key) for part in parts]), None)
+                      for key in (self.SERVED, self.TIERS[0])])
+
+    def is_finished(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether a response or an event says that the model has stopped."""
+        holder, reason = self.REASON
+        return self.is_last(payload) or any(
+            [dig(one, reason) for one in as_list(payload.get(holder))])
+
+    def is_last(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether an event ends its stream."""
+        kind = payload.get(self.TYPE)
+        return isinstance(kind, (str, bool)) and kind in self.LAST_TYPES
+
+    def fault(self, payload: Dict[str, Any]) -> int:
+        """Returns the status of the error that a response or an event with status 200 is, 0 where
+        it is none."""
+        for part in (payload, payload.get("response"), *as_list(payload.get("choices"))[:1]):
+            error = dig(part, "error") or dig(part, "errors")
+            code = dig(part, "base_resp", "status_code")  # MiniMax
+            if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
+                return fault_status(as_list(error)[0] if error else part)
+        return 0
 
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
         start = len(data)
+        served = b'"%b"' % self.SERVED.encode()
         for _ in range(5):  # so many may be planted; to try more would take long
             start = data.rfind(self.USAGE_MARK, 0, start)
             if start < 0:
                 break
-            for opening in openings:
-                try:
-                    return decode_json(opening + data[start:])
-                except ValueError:
-                    pass
+            before = data.rfind(served, max(0, start - 300), start)  # embeddings end with both
+            for begin, opening in itertools.product({before, start} - {-1}, openings):
+                found = object_in(opening + data[begin:])
+                if found:
+                    return found
         return {}
 
-    def usage(self, counts: Dict[str, Any]) -> Optional[Usage]:
+    def usage(self, counts: Dict[str, Any], model: Optional[str] = None,
+              tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
-        details = [part for part in counts.values() if type(part) is dict]
-        found = collections.defaultdict(int, sorted([
-            (self.COUNTS[name], value)
-            for part in (counts, *details) for name, value in part.items()
-            if name in self.COUNTS and type(value) is int and 0 <= value < MAX_TOKENS_PER_CALL]))
+        told = self.plain_usage(counts, model, tier)
+        iterations = counts.get("iterations")
+        if told is None or not isinstance(iterations, list):
+            return told
+        parts = [self.plain_usage(one, one.get(self.SERVED) or model, tier)
+                 for one in iterations if isinstance(one, dict)]
+        return with_iterations(told, [part for part in parts if part])
+
+    def plain_usage(self, counts: Dict[str, Any], model: Optional[str],
+                    tier: Optional[str]) -> Optional[Usage]:
+        """Returns the usage that counts and their details tell, but for iterations."""
+        parts = [counts, *[part for part in counts.values() if type(part) is dict]]
+        found = self.found(parts)
         if self.NEEDED_COUNTS.isdisjoint(found):
             return None
-        found.setdefault("prompt", max(0, found["total"] - found["output"]))
-        prompt = sum([found[name] for name in self.INPUT])
-        output = sum([found[name] for name in self.OUTPUT])
-        output = max(output, found["total"] - prompt)  # some count reasoning in the total alone
+        prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]))
+        tiers = filter(is_name, [tier, *map(counts.get, self.TIERS)])
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
+                     min(written, found["hour"]), model, tuple(dict.fromkeys(tiers)),
+                     self.picodollars(parts))
 
-    def is_usage_event(self, event: bytes) -> bool:
-        """Returns whether an event does nothing but report usage."""
-        payload = self.events.payload(event) if self.USAGE_EVENT.search(event) else {}
-        return payload.get("choices") == [] and isinstance(payload.get("usage"), dict)
+    def found(self, parts: List[Dict[str, Any]]) -> Dict[str, int]:
+        """Returns counts by what they are; what is not among them is 0."""
+        found = collections.defaultdict(int, sorted([
+            (self.COUNTS[name], int(value)) for part in parts for name, value in part.items()
+            if name in self.COUNTS and is_count(value)]))
+        found["written"] = max(found["written"], found["minutes"] + found["hour"])
+        return found
+
+    def sides(self, found: Dict[str, int]) -> Tuple[int, int]:
+        """Returns all of the input, and of the output. Whether caches and reasoning are parts of
+        the prompt and of the output or stand beside them is what a total tells; without one it is
+        as usual in this API, but for parts that are larger than the whole."""
+        prompt, output, total = found["prompt"], found["output"], found["total"]
+        caches, reasoning = found["cached"] + found["written"], found["reasoning"]
+        sent = sum([found[name] for name in self.INPUT])
+        said = sum([found[name] for name in self.OUTPUT])
+        for pair in itertools.product(
+                (sent, prompt, prompt + caches, prompt + found["cached"],
+                 prompt + found["written"]), (said, output, output + reasoning)):
+            if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
+                return pair
+        sent = max(sent, prompt + caches if caches > prompt else 0)
+        said = max(said, output + reasoning if reasoning > output else 0)
+        sent = sent or max(0, total - said)
+        return sent, max(said, total - sent)  # some count reasoning in the total alone
+
+    def picodollars(self, parts: List[Dict[str, Any]]) -> Optional[int]:
+        """Returns what a call cost, where the counts or their details say so."""
+        told = [part[name] * unit for part in parts
+                for name, unit in self.MONEY.items() if is_money(part.get(name))]
+        own = dig(parts[0], "cost_details", "upstream_inference_cost")
+        if told and dig(parts[0], "is_byok") is True and is_money(own):  # OpenRouter, by one's key
+            told = [max(told) + own * PICODOLLARS]
+        return min(MAX_COST, round(max(told))) if told else None
+
+    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns what an event says besides usage, {} where that is nothing."""
+        rest = {name: value for name, value in payload.items()
+                if name != self.USAGE_MARK[1:-1].decode()}
+        return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
-        """Returns how many characters the model said in JSON or in events, cut ones too. One search
+        """Returns the weight of what the model said in JSON or in events, cut ones too. One search
         for all of them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
-        text = "".join(re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")))
+        texts = collections.defaultdict(list)
+        for key, text in re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")):
+            texts[key].append(text)
+        # What several keys say in the same words is said once: some mirror reasoning.
+        return sum([self.weight("".join(said)) for said in set(map(tuple, texts.values()))])
+
+    @staticmethod
+    def weight(text: str) -> int:
+        """Returns the weight of a string of JSON."""
         if "\\" in text:
             try:
                 text = json.loads('"%s"' % text)
             except ValueError:
                 pass
-        return len(text)
+        return text_weight(text)
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
@@ -2433,7 +3160,7 @@ class Dialect:
     def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
         """Returns a whole answer in which the assistant says `text`, a stream where one was asked
         for; None where no assistant can speak. `created` is in unix seconds."""
-        if self.is_parsed(call.payload):
+        if call.endpoint in NO_LIMIT_REPLY or self.is_parsed(call.payload):
             return None
         model = call.model or call.upstream_model
         reply = self.limit_text(call, {
@@ -2472,7 +3199,7 @@ class Dialect:
 
 
 # A string of JSON at one of these keys, up to where it may be cut
-TEXT_AT = r'"(?:%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
+TEXT_AT = r'"(%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
 "created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
 CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
@@ -2539,6 +3266,10 @@ def choice_count(payload: Dict[str, Any]) -> int:
     return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
 
 
+# POSTs that cost nothing: they count tokens, spell them out, or describe a model.
+FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
@@ -2547,27 +3278,25 @@ class OpenAI(Dialect):
         "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
         "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
-        "/generations": "other"}
+        "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
     MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
-    OUTPUT_LIMITS = {
-        "chat": ("max_completion_tokens", "max_tokens"),
-        "batch": ("max_completion_tokens", "max_tokens"), "fim": ("max_tokens",),
-        "completions": ("max_tokens",), "responses": ("max_output_tokens",)}
     LIST_PATHS = ("/v1/models", "/models")
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
-    USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-    COUNTS = {
-        "prompt_tokens": "prompt", "input_tokens": "prompt", "completion_tokens": "output",
-        "output_tokens": "output", "total_tokens": "total", "cached_tokens": "cached",
-        "prompt_cache_hit_tokens": "cached", "cache_write_tokens": "written",
-        "reasoning_tokens": "reasoning"}
+    CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+    ENVELOPE = frozenset((
+        "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint",
+        "provider", "obfuscation", "p", "x_groq"))
+    REASON = ("choices", "finish_reason")
+    LAST_TYPES = frozenset(("response.completed", "response.incomplete", "response.failed",
+                            "response.cancelled"))
     PARSED = {
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
-        "suffix": (),  # what is filled in goes into a file
+        "suffix": (), "prediction": NOTHING,  # what is said goes into a file
+        "audio": NOTHING,
         **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
             "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
             "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
@@ -2581,11 +3310,16 @@ class OpenAI(Dialect):
     MODEL = '{"id": "%(name)s", "object": "model", "created": 0, "owned_by": "llm-proxy"}'
 
     def request_usage(self, call):
-        options = call.payload.get("stream_options", {})
-        if not call.stream or call.endpoint not in ("chat", "completions") or (
-                not isinstance(options, dict) or "include_usage" in options):
+        if not call.stream or call.endpoint not in ("chat", "completions"):
             return
-        call.usage_requested_by_us = True
+        options = call.payload.get("stream_options")
+        if not isinstance(options, dict):
+            options = {}
+        # OpenRouter has a question of its own.
+        asked = options.get("include_usage") or dig(call.payload, "usage", "include")
+        call.usage_requested_by_us = not asked
+        if options.get("include_usage") is True:
+            return
         if "stream_options" in call.payload:
             payload = json.loads(call.upstream_body)
             payload["stream_options"] = {**options, "include_usage": True}
@@ -2594,13 +3328,15 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
-    def usage(self, counts):
+    def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
             counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
         if len(counts) == 3 and type(prompt) is type(output) is type(total) is int and (
                 0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
-            return Usage(prompt, output)  # as most servers report it
-        return super().usage(counts)
+            return Usage(prompt, output, model=model, tiers=(tier,) if tier else ())
+        if counts.keys() >= {"input_tokens", "cache_read_input_tokens"}:
+            return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
+        return super().usage(counts, model, tier)
 
     def final_error(self, refusal, status, resets_at):
         """Returns what Codex takes for the end of a plan, and tells its user (openai/codex,
@@ -2676,16 +3412,14 @@ class Anthropic(Dialect):
     """The Anthropic messages API (https://docs.anthropic.com/en/api/messages)."""
     name = "anthropic"
     ENDPOINTS = {"/messages": "messages", "/count_tokens": "count"}
-    OUTPUT_LIMITS = {"messages": ("max_tokens",)}
     PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
-    COUNTS = {
-        "input_tokens": "prompt", "output_tokens": "output", "cache_read_input_tokens": "cached",
-        "cache_creation_input_tokens": "written", "thinking_tokens": "reasoning"}
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
+    REASON = ("delta", "stop_reason")
+    LAST_TYPES = frozenset(("message_stop",))
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
@@ -2704,9 +3438,9 @@ class Anthropic(Dialect):
         return "anthropic-version" in fields or bool(self.PATH.search(path))
 
     def usage_counts(self, payload):
-        """Takes the input from message_start, the rest from the last, cumulative message_delta."""
-        counts = payload.get("usage") or dig(payload, "message", "usage")
-        return counts, payload.get("type") != "message_start"
+        """What message_start tells of the output is no count of it."""
+        counts, final = super().usage_counts(payload)
+        return counts, False if payload.get("type") == "message_start" else final
 
     def limit_text(self, call, values):
         return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
@@ -2758,14 +3492,15 @@ class Gemini(Google):
         ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
     METHODS = tuple(map(str.lower, ENDPOINTS))
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
-    OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
-    LIMIT_HOLDERS = ("generationConfig", "generation_config")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
     COUNTS = {
         "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
         "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
+        "totalTokenCount": "total",
         "cachedContentTokenCount": "cached"}
+    SERVED = "modelVersion"
+    REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -2791,11 +3526,9 @@ class Gemini(Google):
             return path, DIALECTS["openai"]
         return super().place(path, dialect, metered)
 
-    def usage_counts(self, payload):
-        """Takes counts, which are cumulative: the event with finishReason has the final ones."""
-        candidates = payload.get("candidates")
-        return payload.get("usageMetadata"), isinstance(candidates, list) and any(
-            [dig(one, "finishReason") for one in candidates])
+    def is_last(self, payload):
+        return bool(dig(payload, "promptFeedback", "blockReason")) or any(
+            [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
 
     def limit_text(self, call, values):
         if call.endpoint != "generate":
@@ -2829,8 +3562,6 @@ class Interactions(Google):
     not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    OUTPUT_LIMITS = {"interactions": ("max_output_tokens",)}
-    LIMIT_HOLDERS = ("generation_config",)
     COUNTS = {
         "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
         "total_output_tokens": "output", "total_thought_tokens": "reasoning",
@@ -2839,12 +3570,15 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
+    USAGE_HOLDERS = ("interaction",)
+    TYPE = "event_type"
+    LAST_TYPES = frozenset(("interaction.completed", "interaction.complete"))
     TEXT_KEYS = ("text", "arguments")
 
     def usage_counts(self, payload):
-        """Takes those of the whole interaction, which its last event has."""
-        return payload.get("usage") or dig(payload, "interaction", "usage"), (
-            payload.get("event_type") in (None, "interaction.completed", "interaction.complete"))
+        """What events before the last one tell is so far only."""
+        counts, _ = super().usage_counts(payload)
+        return counts, self.TYPE not in payload or self.is_last(payload)
 
     def limit_text(self, call, values):
         if call.stream:
@@ -2868,9 +3602,7 @@ class Ollama(Dialect):
     name = "ollama"
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
-        "/api/embeddings": "embed"}
-    OUTPUT_LIMITS = dict.fromkeys(("chat", "generate"), ("num_predict",))
-    LIMIT_HOLDERS = ("options",)
+        "/api/embeddings": "embed", "/api/show": "count"}
     MODELS_PATH = "/api/tags"
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
@@ -2880,6 +3612,8 @@ class Ollama(Dialect):
     COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
+    TYPE = "done"
+    LAST_TYPES = frozenset((True,))
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -2891,8 +3625,8 @@ class Ollama(Dialect):
         return path.startswith("/api/")
 
     def requested(self, path, payload):
-        streams = "/api/embed" not in path and payload.get("stream") is not False
-        return payload.get("model"), streams
+        model, _ = super().requested(path, payload)
+        return model, "/api/embed" not in path and payload.get("stream") is not False
 
     def place(self, path, dialect, metered):
         if not path.startswith(("/api/", "/v1/")) and path != "/":
@@ -2901,10 +3635,6 @@ class Ollama(Dialect):
 
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
-
-    def usage_counts(self, payload):
-        """Takes the counts that the last line has beside all else."""
-        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
 
     def limit_text(self, call, values):
         if call.endpoint not in OLLAMA_SAYS:
@@ -2919,7 +3649,8 @@ class Ollama(Dialect):
 DIALECTS = {dialect.name: dialect for dialect in (
     Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
 UNKNOWN_DIALECT = Dialect()
-NO_LIMIT_REPLY = (None, "count", "other", "embed")  # endpoints at which no assistant speaks
+NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer with no text,
+NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no assistant speaks
 
 
 def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
@@ -2935,6 +3666,62 @@ def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
+FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
+# Bodies of these types are relayed as they come: nothing is in them that we could read.
+RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
+LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Unicode encoding
+
+# What upstreams store for an account, and where
+STORED_PATH = re.compile(
+    "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
+    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
+    "|cachedContents|interactions|tunedModels|fileSearchStores|operations)"
+    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+UPLOADED = ("files", "uploads")
+# These are no names of stored things.
+VERBS = ("input_tokens", "compact", "runs", "generations", "edits", "extensions")
+CANCEL = ("/cancel", ":cancel")
+
+# Paths that manage an upstream for all its users, show what others do there, or hand out
+# credentials: these segments wherever they stand,
+ADMIN_SEGMENTS = frozenset("""
+    client_secrets transcription_sessions auth_tokens organization organizations
+    slots cors-proxy
+    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
+    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
+    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
+    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
+    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
+    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
+    get_internal_state get_server_info start_expert_distribution_record
+    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
+    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
+    set_trace_level add_worker remove_worker stop-generation""".split())
+# two of these in a row,
+ADMIN_PAIRS = frozenset("""
+    realtime/sessions realtime/calls chatkit/sessions auth/keys
+    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
+    models/load models/unload models/sse models/download models/apply models/delete
+    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
+    template/unload override/switch override/unload backends/apply backends/delete
+    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
+ADMIN_ROOTS = frozenset("""
+    stream streams pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split())
+# and these at the end, where the method is no GET
+ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+
+
+def is_admin_path(method: str, path: str) -> bool:
+    """Returns whether a path, as `fold_path` has it, manages an upstream."""
+    segments = path[1:].split("/")
+    pairs = map("/".join, zip(segments, segments[1:]))
+    root = next((one for one in segments if one not in ("api", "v1")), "")
+    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
+            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
+            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
+            or (method == "DELETE" and "models" in segments[-3:-1]))
 
 
 class Dialects:
@@ -2947,10 +3734,14 @@ class Dialects:
         "max_output_tokens", "options"))
     MAX_MODEL = 256
 
-    def __init__(self, aliases: Dict[str, str], names: Dict[str, str]):
-        """`aliases` of models; `names` of upstreams, with the dialect of each."""
+    def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
+                 admin_paths: bool):
+        """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
+        to count, pass or refuse; `admin_paths`: whether they are passed on."""
         self.aliases = aliases
         self.names = names
+        self.unknown_calls = unknown_calls
+        self.admin_paths = admin_paths
         self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
@@ -2977,17 +3768,17 @@ class Dialects:
         return self.openai
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
-        """Returns the dialect and the endpoint of a metered request, None for others; and the path
-        to use. Raises BadRequest."""
+        """Returns the dialect, None where that is not known; the endpoint, None where nothing is
+        metered; and the path to use. Raises BadRequest."""
         if method == "POST" and path == "/v1/chat/completions":  # as nearly always
             return self.openai, "chat", path
         folded = fold_path(path)
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
-        if method != "POST" or endpoint is None or (
-                endpoint == "count" and not self.names) or (
-                re.search("/threads/[^/]+/messages$", folded)):
+        if method != "POST" or endpoint is None or re.search("/threads/[^/]+/messages$", folded):
+            return None, None if method in FREE_METHODS else UNKNOWN, path
+        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -2998,26 +3789,94 @@ class Dialects:
     async def read(self, method: str, path: str, query: str, fields: Fields,
                    read_body: Callable[[], Awaitable[bytes]]) -> Call:
         """Reads a request. `read_body` is only called, and the payload only parsed, where the call
-        is metered. Raises BadRequest, and what `read_body` raises."""
+        is metered. Raises BadRequest, Forbidden, and what `read_body` raises."""
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(query)[1] if query else ""
+        stored = model = None
+        if endpoint in (None, UNKNOWN):
+            stored = self.examine(method, path)
+            endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
-        model = None
-        if endpoint:
+        call.stored = stored
+        if endpoint in (UNKNOWN, UPLOAD):
+            model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
+        elif endpoint:
+            call.query = without_masks(call.query)
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
-            model = path.rpartition("/")[2]
-            call.path = path[:-len(model)] + urllib.parse.quote(
-                self.aliases.get(model, model), safe="@")
+            model = self.read_model_path(call)
+        self.note_model(call, model)
+        return call
+
+    def note_model(self, call, model):
+        """`model` is of any type. Raises BadRequest."""
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
             call.resolved_model = self.aliases.get(model, model)
-        return call
+
+    def read_model_path(self, call):
+        """Reads the path of one of the models; returns which."""
+        model = call.path.rpartition("/")[2]
+        call.path = call.path[:-len(model)] + urllib.parse.quote(
+            self.aliases.get(model, model), safe="@")
+        return model
+
+    def examine(self, method: str, path: str) -> Optional[StoredPath]:
+        """Returns what a path that is in no table says of stored things. Raises Forbidden."""
+        folded = fold_path(path)
+        if not self.admin_paths and is_admin_path(method, folded):
+            raise Forbidden()
+        is_plain = PLAIN_PATH.fullmatch(path)
+        match = STORED_PATH.search(path if is_plain else folded)
+        if not match:
+            return None
+        collection, name = match.groups("")
+        if name in VERBS:
+            name = ""
+        is_listed = not name and method in FREE_METHODS
+        # What is not named plainly is nobody's: nothing is named "/".
+        return StoredPath(collection, name if is_plain else name and "/", is_listed)
+
+    def cost_of_unknown(self, path: str, stored: Optional[StoredPath]) -> Optional[str]:
+        """Returns the endpoint of what is in no table, None where it is free. Raises Forbidden."""
+        if stored and stored.name not in ("", "/") and path.endswith(CANCEL):
+            return None
+        if stored and stored.collection.lower() in UPLOADED:
+            return UPLOAD
+        if self.unknown_calls == "refuse":
+            raise Forbidden("Calls of endpoints that are not known here are not passed on")
+        return None if self.unknown_calls == "pass" else UNKNOWN
+
+    async def read_unknown(self, call: Call, content_type: str,
+                           read_body: Callable[[], Awaitable[bytes]]) -> Any:
+        """Reads what can be understood of a call of an endpoint that we do not know; returns the
+        model, of any type. Raises as `read` does."""
+        model, _ = UNKNOWN_DIALECT.requested(call.path, {})
+        kind = content_type.lower()
+        if call.endpoint == UPLOAD or RELAYED_TYPES.match(kind):
+            return model
+        call.body = await read_body()
+        if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
+            found = self.read_payload(call)
+        else:
+            found = self.read_form(call, content_type)
+        return model or found
+
+    def read_form(self, call, content_type):
+        """Returns the model that a form names, None where it names none. Raises BadRequest."""
+        kind = content_type.lower()
+        if kind.startswith("multipart/form-data"):
+            model, call.put_model = form_model(call.body, content_type)
+        elif kind.startswith("application/x-www-form-urlencoded"):
+            model, call.put_model = query_model(call.body)
+        else:
+            return None
+        return model
 
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
@@ -3026,40 +3885,78 @@ class Dialects:
         for key in call.payload:
             if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
                 raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
-        model, call.stream = call.dialect.requested(call.path, call.payload)
+        call.is_json = True
+        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
+        model, call.stream = dialect.requested(call.path, call.payload)
         return model
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
+FAULT_MARKS = (b'"error', b'"failed"', b'"base_resp"')  # JSON without them is no error
+NAMED_FAULT = re.compile(rb"event: ?error|error:.*")    # the latter is llama.cpp's
+
+
+class Unpacker:
+    """Unpacks gzip and deflate (RFC 9110 8.4.1), piece by piece. One that has very much in it would
+    hold the loop: then what is left stays packed."""
+    MOST = 1 << 20
+
+    def __init__(self):
+        self.inflater = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises zlib.error."""
+        if self.inflater is None:
+            self.inflater = zlib.decompressobj(47)  # either format, by its header
+            try:
+                return self.feed(data)
+            except zlib.error:
+                self.inflater = zlib.decompressobj(-15)  # deflate as some send it: without a header
+        unpacked = self.inflater.decompress(data, self.MOST)
+        if self.inflater.unconsumed_tail:
+            raise zlib.error("too much")
+        return unpacked
 
 
 class UsageReader(UsageSource):
-    """Reads what a response reports of usage, and how much text it holds, from a copy of it on its
-    way past. What `feed` and `flush` return is what goes on to the caller: the one place where a
-    stream may be changed. What came is kept until MAX_KEPT, then searched and dropped, but for an
-    event that is not whole; of a line or JSON above MAX_LINE only the end is kept."""
+    """Reads what a response reports of usage, how much text it holds, and how it says that it
+    ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
+    caller: the one place where a stream may be changed. What came is kept until MAX_KEPT, then
+    searched and dropped, but for the last events; of a line or JSON above MAX_LINE only the end is
+    kept."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
+    LAST_EVENTS = 1 << 12
+    LAST_LINES = 64
     MAX_HELD = 1 << 14
 
     characters = 0
     size = 0
     compact_above = MAX_KEPT
-    cut = False    # the beginning of a line or of JSON is gone
-    final = False  # nothing more will be reported
+    cut = False     # the beginning of a line or of JSON is gone
+    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+    model: Optional[str] = None   # the one that served
+    tier: Optional[str] = None
+    end_is_read = False
+    ended = False         # the model has stopped,
+    closed = False        # and the stream's own last event has passed
+    fault = 0             # the status of the error that the response is
+    said_nothing = False  # it is an error, or has no end, and had no text
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = None
 
-    def __init__(self, call: Call, streamed: bool, readable: bool):
+    def __init__(self, call: Call, streamed: bool, readable: bool, packed: bool = False):
+        """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
         self.events = call.dialect.events
         self.endpoint = call.endpoint
         self.streamed = streamed
         self.readable = readable
-        self.changes_stream = streamed and call.usage_requested_by_us
+        self.unpacker = Unpacker() if packed else None
+        self.changes_stream = streamed and not packed and call.usage_requested_by_us
         self.pieces: List[bytes] = []
         self.counts: Dict[str, Any] = {}
 
@@ -3069,38 +3966,78 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        self.pieces.append(payload)
-        self.size += len(payload)
+        piece = self.unpack(payload) if self.unpacker else payload
+        self.pieces.append(piece)
+        self.size += len(piece)
         if self.size > self.compact_above:
             self.compact()
-        return self.drop_usage_event(payload) if self.changes_stream else payload
+        return self.hide_usage(payload) if self.changes_stream else payload
+
+    def unpack(self, payload: bytes) -> bytes:
+        """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
+        try:
+            return self.unpacker.feed(payload)
+        except zlib.error:
+            self.unpacker = None
+            self.readable = False
+            return payload
+
+    # -- what the caller did not ask for
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end."""
         held = self.held
         self.held = b""
-        return b"" if self.dialect.is_usage_event(held) else held  # its line end may be missing
+        return self.shown(held)  # its line end may be missing
 
-    def drop_usage_event(self, payload: bytes) -> bytes:
-        """Keeps back the event that the caller did not ask for. An event that is not whole waits
-        for its end: nobody could have used it before."""
+    def find_usage(self, data: bytes) -> Optional["re.Match[bytes]"]:
+        """Returns where usage begins in a part of a stream."""
+        mark = self.dialect.USAGE_MARK
+        return re.search(mark + rb"\s*:\s*\{", data) if mark in data else None
+
+    def hide_usage(self, payload: bytes) -> bytes:
+        """Keeps back the usage that the caller did not ask for. An event that is not whole waits
+        for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
-        if self.events.at_boundary(data) and (  # as nearly always
-                self.dialect.USAGE_MARK not in data or not self.dialect.USAGE_EVENT.search(data)):
-            self.held = b""
+        found = self.find_usage(data)
+        self.held = b""
+        if not found and self.events.at_boundary(data):  # as nearly always
             return data
-        *whole, self.held = self.events.end.split(data)
-        if len(self.held) > self.MAX_HELD:
-            whole.append(self.held)
-            self.held = b""
-        return b"".join([event for event in whole if not self.dialect.is_usage_event(event)])
+        begin = self.events.last_end(data, found.start() if found else len(data))
+        events = self.events.cut(data[begin:])
+        shown = list(map(self.shown, events))
+        if events and len(events[-1]) <= self.MAX_HELD and not self.is_over(events[-1], shown[-1]):
+            self.held = events[-1]
+            shown.pop()
+        return data[:begin] + b"".join(shown)
+
+    def is_over(self, event: bytes, shown: bytes) -> bool:
+        """Returns whether an event need not wait; one that is hidden goes with all of its end."""
+        if event != shown:
+            return self.events.at_boundary(event) and not event.endswith(b"\r")
+        return not event.strip() or self.events.at_boundary(event) or (
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event.splitlines(True)))
+
+    def shown(self, event: bytes) -> bytes:
+        """Returns what of an event the caller sees: it stays as it is where it has more to say."""
+        if not self.find_usage(event) or self.dialect.CONTENT.search(event):
+            return event
+        payload = self.events.payload(event)
+        rest = self.dialect.without_usage(payload)
+        if rest == payload:
+            return event
+        return self.events.replaced(event, to_json_bytes(rest)) if rest else b""
+
+    # -- what it says
 
     def compact(self) -> None:
-        """Drops what was kept, after a look at it; an incomplete line stays, or the end of one that
-        is too long."""
+        """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
+        too long."""
         data = b"".join(self.pieces)
-        end = data.rfind(b"\n") + 1 if self.streamed else 0
+        end = begin_of_line(data, len(data) - self.LAST_EVENTS) if self.streamed else 0
         if len(data) - end > self.MAX_LINE:
+            if not self.streamed and not self.cut:
+                self.note(self.front(data[:self.MAX_KEPT]))
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
@@ -3113,6 +4050,18 @@ class UsageReader(UsageSource):
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
+    def front(self, data: bytes) -> Dict[str, Any]:
+        """Returns what is of use in the beginning of JSON that is too large to be kept."""
+        found = {}
+        for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
+            keys = re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data)
+            match = next((one for one in keys if is_outermost(data, one.start())), None)
+            if match and not is_too_complex(data):
+                with contextlib.suppress(ValueError):
+                    text = data[match.end():].decode("utf-8", "replace")
+                    found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
+        return found
+
     def scan_for_usage(self, data: bytes) -> None:
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
@@ -3120,41 +4069,127 @@ class UsageReader(UsageSource):
             return
         found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
-            line = data[data.rfind(b"\n", 0, match.start()) + 1:].partition(b"\n")[0]
-            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS))
+            begin = begin_of_line(data, match.start())
+            line = data[begin:].partition(b"\n")[0]
+            event = data[self.events.last_end(data, match.start()):]
+            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
+                      or self.events.payload(self.events.cut(event)[0]))
 
     def note(self, payload: Dict[str, Any]) -> None:
-        """Takes the counts of a response, an event or a part of one, if it has any."""
+        """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
-        if type(counts) is dict:
-            if self.counts:  # what is reported later adds to what was reported before
-                new = {name: value for name, value in counts.items() if value is not None}
-                counts = {**self.counts, **new}
-            self.counts = counts
-            self.final = final
+        if type(counts) is dict and counts:
+            self.counts = merged(self.counts, counts)
+            if final is not None or not self.final:
+                self.final = final
+        model, tier = self.dialect.served(payload)
+        self.model = model or self.model
+        self.tier = tier or self.tier
 
-    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
-        """Returns the usage that was reported, if it was; and whether nothing is missing from it. A
-        response that is not `whole` is believed of events alone: in JSON it could be anybody's."""
+    def read_end(self, whole: bool) -> None:
+        """Reads what is still kept, when no more comes. A response that is not `whole` is believed
+        of events alone: in JSON it could be anybody's."""
+        if self.end_is_read or not self.readable:
+            return
+        self.end_is_read = True
         data = b"".join(self.pieces)
         self.pieces = [data]
-        if self.readable and self.streamed:
+        if self.streamed:
             self.scan_for_usage(data)
-        elif self.readable and whole:
-            data = data.rstrip(b"] \t\r\n")  # Gemini's stream is an array
-            self.note(self.dialect.find_usage(data, OPENINGS[:1]))
-        usage = self.dialect.usage(self.counts)
-        return usage, usage is not None and (whole or self.final)
+            self.read_last_events(data)
+            self.ended = self.ended or self.closed or bool(self.final)
+        elif whole:
+            self.ended = True
+            self.read_json(data)
+
+    def read_last_events(self, data: bytes) -> None:
+        """Notes what the last four events say of their stream's end."""
+        held = b""
+        events = 0
+        for line in reversed(data.splitlines()[-self.LAST_LINES:]):
+            data = self.events.data(line)
+            if data is None:
+                held = held if line else b""
+                if NAMED_FAULT.fullmatch(line):
+                    self.fault = self.fault or 502
+                continue
+            held = data + held
+            payload = {} if held.strip() == LAST_DATA else object_in(held)
+            if payload:
+                self.closed = self.closed or self.dialect.is_last(payload)
+                self.ended = self.ended or self.dialect.is_finished(payload)
+                self.fault = self.fault or self.dialect.fault(payload)
+            elif held.strip() == LAST_DATA:
+                self.closed = True
+            else:
+                continue
+            held = b""
+            events += 1
+            if events == 4:
+                break
+
+    def read_json(self, data: bytes) -> None:
+        """Notes what JSON reports. Of a large one, little is parsed."""
+        small = len(data) <= self.MAX_KEPT and not self.cut
+        payload = last_object(data) if small else {}
+        if not payload and self.dialect.USAGE_MARK in data:
+            # Gemini's stream is an array.
+            payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
+            if not self.cut:
+                payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
+                    last_object(data))
+        self.note(payload)
+        if any([mark in data for mark in FAULT_MARKS]):
+            self.fault = self.dialect.fault(payload)
+
+    def ending(self, whole: bool) -> str:
+        """Returns how a response ended by what it says itself; `whole`: its body has come."""
+        self.read_end(whole)
+        failed = self.fault or (whole and not self.ended and self.tells_end())
+        if failed and not self.said_nothing:
+            self.said_nothing = not self.output_characters()
+        if self.fault:
+            return "upstream_status"
+        return "ok" if whole and not failed else "upstream_cut"
+
+    def has_closed(self) -> bool:
+        """Returns whether a stream, though not whole, has come to its own end."""
+        self.ending(whole=False)
+        return self.closed
+
+    def tells_end(self) -> bool:
+        """Returns whether a response that is whole says so."""
+        known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
+        return bool(known and self.streamed and self.readable
+                    and self.endpoint not in NO_LIMIT_REPLY)
+
+    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
+        """Returns the usage that was reported, if it was; and whether nothing is missing from
+        it."""
+        self.read_end(whole)
+        usage = self.dialect.usage(self.counts, self.model, self.tier)
+        complete = self.final or (whole and self.final is None)
+        return usage, usage is not None and bool(complete)
+
+    def most_characters(self) -> int:
+        """Returns about how many characters of text can have passed, without a look at them."""
+        return self.characters + self.size
+
+    def most_characters(self) -> int:
+        """Returns what was counted; of what is kept, all, or what is usual in events."""
+        density = self.density or (0.03 if self.streamed else 1)
+        return self.characters + round(self.size * density)
 
     def output_characters(self) -> int:
-        """Returns how many characters of text passed."""
+        """Returns the weight of the text that passed."""
         self.characters += self.count_characters(b"".join(self.pieces))
         self.pieces = []
+        self.size = 0
         return self.characters
 
     def count_characters(self, data: bytes) -> int:
-        """Returns the characters of text in events or in JSON; of what cannot be read, all."""
-        if self.endpoint in NO_LIMIT_REPLY or (self.cut and not self.streamed):
+        """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
+        if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
         if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
             return len(data)
@@ -3408,11 +4443,13 @@ class Sized:
         self.trailing = b""
 
     def feed(self, data: bytes) -> Tuple[bytes, bytes]:
-        if len(data) > self.remaining:
-            self.trailing = data[self.remaining:]
-            data = data[:self.remaining]
-        self.remaining -= len(data)
-        self.ended = not self.remaining
+        left = self.remaining - len(data)
+        if left < 0:
+            self.trailing = data[left:]
+            data = data[:left]
+            left = 0
+        self.remaining = left
+        self.ended = not left
         return data, data
 
     def end_of_stream(self) -> bool:
@@ -3530,13 +4567,15 @@ class BodyAdapter:
         same, payload = self.framing.feed(data)
         if self.reader and payload:
             payload = self.reader.feed(payload)
-        ended = self.framing.ended
-        if ended and self.reader and self.style != self.AS_IS:
-            payload += self.reader.flush()
+        if self.style != self.AS_IS:
+            ended = self.framing.ended
+            if ended and self.reader:
+                payload += self.reader.flush()
+            same = self.frame(payload, ended)
         self.passed += len(payload)
         if self.events:
             self.tail = (self.tail + payload)[-4:]
-        return same if self.style == self.AS_IS else self.frame(payload, ended)
+        return same
 
     def frame(self, payload, ended):
         if self.style != self.CHUNKED:
@@ -4446,6 +5485,140 @@ class FairQueue:
 
 
 # --------------------------------------------------------------------------------------------------
+# Stored: what callers made that upstreams keep for the account (files, batches, responses ...):
+# whose it is, where it is, and what its making is yet to be charged. It knows no wire names.
+# --------------------------------------------------------------------------------------------------
+
+class Thing(NamedTuple):
+    """Who made something that is stored, and the upstream and the address that have it."""
+    owner: CallerKey
+    upstream: str
+    address: str
+
+
+class Bill(NamedTuple):
+    """What a call in the background was charged, until somebody hears what it used."""
+    hold: Hold
+    dialect: Dialect
+    model: str
+
+
+class Stored:
+    """Remembers things by name, the last ROOM that were made. `policy`: to `pass` all, let each
+    caller have its `own`, or `refuse` all. `unsaved` are things for the ledger."""
+    ROOM = 100_000
+    UNSAVED = 10_000
+    BILLS = 1_000
+    MAX_NAME = 256
+
+    def __init__(self, policy: str):
+        self.policy = policy
+        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
+        self.unsaved = collections.deque()
+        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
+
+    def __repr__(self) -> str:
+        return "<Stored: %s, %d things, %d bills>" % (
+            self.policy, len(self.things), len(self.bills))
+
+    def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
+        """Returns one of the things that a call speaks of, None where it is free to go anywhere.
+        Raises Forbidden, NothingStored."""
+        if self.policy == "pass" and not self.things:
+            return None
+        path, names = call.stored, call.references()
+        if self.policy == "refuse" and (path or names):
+            raise Forbidden("What upstreams store is not passed on")
+        found = list(map(self.things.get, names))
+        if path and path.name:
+            found.insert(0, self.things.get(path.name) or self.things.get("%s/%s" % path[:2]))
+        if self.policy == "own":
+            if path and path.is_listed:
+                raise Forbidden("Lists of what is stored are not passed on")
+            if any([one is None or one.owner != owner for one in found]):
+                raise NothingStored()
+        return next(filter(None, found), None)
+
+    def bill_for(self, call: Call) -> Optional[Bill]:
+        """Returns what is open of the call whose answer this one asks for."""
+        return self.bills.get(call.stored.name) if call.stored and self.bills else None
+
+    def owe(self, name: str, bill: Bill):
+        """Keeps a bill, of the last BILLS."""
+        self.bills[name] = bill
+        if len(self.bills) > self.BILLS:
+            self.bills.popitem(last=False)
+
+    def note(self, thing: Thing, names: List[str]):
+        """Remembers what was made. Who made it first has it: an answer may name older things."""
+        for name in names:
+            if name in self.things or len(name) > self.MAX_NAME:
+                continue
+            self.things[name] = thing
+            if len(self.things) > self.ROOM:
+                self.things.popitem(last=False)
+            if len(self.unsaved) < self.UNSAVED:
+                self.unsaved.append((name, thing))
+
+
+class NameReader:
+    """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
+    first event that names something. `reader`, if any, sees it as well."""
+    MAX_KEPT = 1 << 20
+    MAX_TRIES = 20
+    FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
+
+    def __init__(self, reader: Optional[UsageReader], events: Optional[EventFraming],
+                 found: Callable[[List[str]], None]):
+        """`events` is None where the response is no stream."""
+        self.reader = reader
+        self.events = events
+        self.found = found
+        self.kept: Optional[bytes] = b""
+        self.tries = 0
+
+    def feed(self, payload: bytes) -> bytes:
+        if self.kept is not None:
+            self.kept += payload
+            if self.events:
+                self.look_at_events()
+            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
+                self.tries += 1
+                self.look_at_json()
+            if self.kept and len(self.kept) > self.MAX_KEPT:
+                self.look_at_beginning()
+        return self.reader.feed(payload) if self.reader else payload
+
+    def flush(self) -> bytes:
+        if self.kept and not self.events:
+            self.look_at_json()
+        return self.reader.flush() if self.reader else b""
+
+    def look_at_events(self):
+        events = self.events.cut(self.kept)
+        self.kept = b"" if self.events.at_boundary(self.kept) else events.pop()
+        for event in events:
+            if self.tell(names_made(self.events.payload(event))):
+                return
+
+    def look_at_json(self):
+        with contextlib.suppress(ValueError):  # it has not come whole
+            found = parse_response(self.kept)
+            self.tell(names_made(found))
+
+    def look_at_beginning(self):
+        match = self.FIRST_NAME.match(self.kept)
+        self.tell([match[1].decode("utf-8", "replace")] if match else [])
+        self.kept = None
+
+    def tell(self, names):
+        if names:
+            self.found(names)
+            self.kept = None
+        return names
+
+
+# --------------------------------------------------------------------------------------------------
 # Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or
 # body of a caller can change host, port or scheme. http.client opens connections; responses are
 # read by Wire. An Address knows connections; an Upstream which of its addresses to ask; Routes
@@ -4500,7 +5673,8 @@ class Response:
                 self.ticket.leave()
 
     def __exit__(self, *_):
-        self.release()
+        if not self.released:
+            self.release()
         framing, stream = self.framing, self.stream
         unread = framing.trailing or stream.read_buffer
         if self.reusable and framing.ended and not unread and not stream.ended:
@@ -4640,6 +5814,7 @@ class Address:
         direct = not self.tls or urllib.request.proxy_bypass_environment(endpoint.host, bypass)
         self.tunnel = None if direct else transport.tunnel
         self.is_loopback = not self.tls and re.fullmatch(r"127\.[0-9.]+|::1", endpoint.host)
+        self.name = endpoint.origin + endpoint.path
         self.host_line = "Host: %s" % endpoint.origin.partition("://")[2]
         self.what_head = "the response of %s" % endpoint.origin
         self.what_body = "the body of the response of %s" % endpoint.origin
@@ -4755,6 +5930,9 @@ class Address:
             raise UpstreamTimeout(nothing_sent=True) from None
         except (OSError, http.client.HTTPException) as failure:
             raise UpstreamFailed(failure, nothing_sent=True) from None
+        except CallerGone as gone:
+            gone.nothing_sent = True
+            raise
         keep_alive(sock)
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
@@ -4857,6 +6035,16 @@ class Upstream:
 
     # -- which address
 
+    def only(self, name: str) -> "Upstream":
+        """Returns this upstream with the address of this name alone, if it has it."""
+        found = [one for one in self.addresses if one.name == name]
+        if not found or len(self.addresses) == 1:
+            return self
+        alone = copy.copy(self)
+        alone.addresses = found
+        alone.send = alone.send_patiently if self.retries else alone.send_once
+        return alone
+
     def enter(self, failed, probe):
         """Returns the address with the fewest running calls, which has one more now; None where
         none can be asked. A `probe` tells nothing of how calls fare there."""
@@ -4925,8 +6113,9 @@ class Upstream:
                         probe: bool = False) -> Response:
         """Send one request and wait for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
-        the next one is asked. A `probe` says nothing of how calls fare there. Raises
-        UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
+        the next one is asked; a question that met a stale spare connection is asked again on a
+        fresh one. A `probe` says nothing of how calls fare there. Raises UpstreamFailed,
+        UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
         stale = False
@@ -4946,23 +6135,30 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and not body and self.is_repeatable(method, refusal)
-                if not (refusal.nothing_sent or stale):
+                stale = was_spare and self.is_repeatable(method, body, refusal)
+                if stale:
+                    continue
+                if not refusal.nothing_sent:
                     raise
                 failure = refusal
-                failed += [] if stale else [address]
+                failed.append(address)
             finally:
-                if not probe:  # a list of models says nothing of how calls fare
-                    self.judge(address, good)
+                if not probe:  # a list of models tells nothing
+                    self.judge_head(address, good)
                 if response is None:
                     address.running -= 1
 
+    def judge_head(self, address, good):
+        """Whether a call went well is known at its end, but for an open breaker."""
+        if not good or address.breaker.opened is not None:
+            self.judge(address, good)
+
     @staticmethod
-    def is_repeatable(method, refusal):
+    def is_repeatable(method, body, refusal):
         """Tells whether what a spare connection lost, because it was closed under us, can be asked
         again (RFC 9110 9.2.2)."""
-        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
-            refusal.broke_before_response)
+        return method in ("GET", "HEAD") and body == b"" and (
+            isinstance(refusal, UpstreamFailed) and refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
@@ -5024,8 +6220,11 @@ class Routes:
         self.by_name = {upstream.name: upstream for upstream in named}
         self.known = {}
 
-    def find(self, call: Call) -> List[Upstream]:
-        """Raises NoRoute."""
+    def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
+        """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        for upstream in self.all if thing else ():
+            if thing.upstream == upstream.name and call.prefix in (None, upstream.name):
+                return [upstream.only(thing.address)]
         if call.prefix:
             return [self.by_name[call.prefix]]
         if self.base and not call.resolved_model:
@@ -5146,6 +6345,7 @@ class Entry:
         self.reader = None
         if self.call:
             self.call.payload = self.call.body = self.call.upstream_body = None
+            self.call.put_model = self.call.on_made = None
         return self
 
     def milliseconds(self, until):
@@ -5331,7 +6531,9 @@ class Database:
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
-        PRIMARY KEY (rule, subject))""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        PRIMARY KEY (rule, subject));
+        CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, owner TEXT, upstream TEXT,
+        address TEXT)""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -5416,10 +6618,20 @@ class Database:
             for key, (level, since) in changed.items()])
 
     @staticmethod
-    def spell_key(key):
-        """Returns the rule's text, and whose bucket it is: "key=HEX address=IP"."""
-        return key[0], " ".join([
-            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in key[1:]])
+    def spell_owners(keys):
+        """Returns callers' keys as text: "key=HEX address=IP"."""
+        return " ".join([
+            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in keys])
+
+    @staticmethod
+    def read_owners(text):
+        """Raises ValueError, TypeError or AttributeError for what somebody else has written."""
+        return [(kind, bytes.fromhex(name) if kind == "key" else name)
+                for kind, _, name in (part.partition("=") for part in text.split())]
+
+    def spell_key(self, key):
+        """Returns the rule's text, and whose bucket it is."""
+        return key[0], self.spell_owners(key[1:])
 
     def levels(self) -> Levels:
         """Returns what was saved."""
@@ -5427,9 +6639,24 @@ class Database:
         for rule, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
-                whose = [(kind, bytes.fromhex(name) if kind == "key" else name)
-                         for kind, _, name in (part.partition("=") for part in subject.split())]
-                found[(rule, *whose)] = int(level), float(since)
+                found[(rule, *self.read_owners(subject))] = int(level), float(since)
+        return found
+
+    def add_things(self, things, most):
+        """Inserts things, and removes the oldest above `most`."""
+        self.connection.executemany("INSERT OR IGNORE INTO things VALUES (?, ?, ?, ?)", [
+            (name, self.spell_owners([thing.owner]), thing.upstream, thing.address)
+            for name, thing in things])
+        self.connection.execute(
+            "DELETE FROM things WHERE rowid <= (SELECT max(rowid) FROM things) - ?", (most,))
+
+    def things(self) -> Dict[str, Thing]:
+        """Returns what was saved, oldest first."""
+        found = {}
+        for name, owner, *place in self.connection.execute(
+                "SELECT name, owner, upstream, address FROM things ORDER BY rowid"):
+            with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+                found[name] = Thing(self.read_owners(owner)[0], *place)
         return found
 
     def forget(self, before, most):
@@ -5440,16 +6667,18 @@ class Database:
 
 
 class Ledger(Writer):
-    """One row per call, and the levels of the buckets."""
+    """One row per call, the levels of the buckets, and what upstreams store."""
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
     forget_at = 0.0       # monotonic seconds
     complain_at = 0.0
 
-    def __init__(self, database: Database, limits: Limits, clock: Any, days: int, log: Log):
+    def __init__(self, database: Database, limits: Limits, stored: Stored, clock: Any, days: int,
+                 log: Log):
         super().__init__("ledger")
         self.database = database
         self.limits = limits
+        self.stored = stored
         self.clock = clock
         self.days = days
         self.log = log
@@ -5458,6 +6687,7 @@ class Ledger(Writer):
         self.saved = self.levels = database.levels()
         kept = {rule.text: rule for rule in limits.rules if rule.capacity is not None}
         now = clock.time_ns() / 1e9
+        stored.things.update(database.things())
         for key, (level, since) in self.saved.items():
             if key[0] in kept:
                 limits.buckets.restore(kept[key[0]], key, level, now - since)
@@ -5491,7 +6721,8 @@ class Ledger(Writer):
         """Writes calls and levels, and removes old calls, in one transaction."""
         levels = self.levels
         saved = self.saved
-        if not entries and levels is saved and now < self.forget_at:
+        things = self.stored.unsaved.copy()
+        if not (entries or things) and levels is saved and now < self.forget_at:
             return
         # The two clocks are not read at once: a hundredth of a second is no difference.
         changed = {key: (level, since) for key, (level, since) in levels.items()
@@ -5503,11 +6734,15 @@ class Ledger(Writer):
         with connection:
             self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
+            if things:
+                self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 before = self.clock.time_ns() / 1e9 - self.days * 86400
                 if self.database.forget(before, 1000) < 1000:
                     self.forget_at = now + self.FORGET_SECONDS
         self.saved = levels
+        for _ in things:
+            self.stored.unsaved.popleft()
 
     def close(self, wait: float):
         """Writes what is queued, and the levels as they are now."""
@@ -5601,6 +6836,12 @@ class ReplyParts(NamedTuple):
     budget: MemoryBudget
 
 
+IDENTITY, PACKED, UNREADABLE = range(3)
+ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
+    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
+    "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
+
+
 class Reply:
     """`begun`: a head was sent; `early`: it was ours, and comments followed. `close_after`: the
     connection cannot carry another request; `reset`: its end must not look like the body's."""
@@ -5630,15 +6871,15 @@ class Reply:
 
     def take(self, request: Request):
         """Take the head of the request that is to be answered."""
+        entry, client, length = self.entry, self.client, request.length
         self.started = self.parts.clock.time_ns()
         self.request = request
         self.close_after = request.close_after
-        if "x-request-id" in request:
+        if "x-request-id" in request.lines:
             given = request.get("x-request-id")
-            self.entry.request_id = given if REQUEST_ID.fullmatch(given) else None
-        self.entry.method = request.method
-        self.entry.path = request.path
-        length, client = request.length, self.client
+            entry.request_id = given if REQUEST_ID.fullmatch(given) else None
+        entry.method = request.method
+        entry.path = request.path
         if request.plain and length is not None and length <= len(client.read_buffer):
             self.content = client.take(length) if length else b""
         else:
@@ -5734,13 +6975,18 @@ class Reply:
         call = self.call
         self.stop_comments()
         self.context.until = self.end_at
-        streamed, readable = self.kind_of(response.head)
+        streamed, encoding = self.kind_of(response.head)
         response.streamed = streamed
-        if self.early and not (response.status == 200 and streamed and readable):
+        has_events = streamed and encoding == IDENTITY
+        if self.early and not (response.status == 200 and has_events):
             raise await self.not_a_stream(response)
-        if not call.unmetered and response.status < 400:
-            self.entry.reader = UsageReader(call, streamed, readable)
-        self.adapter = self.adapt(response, streamed and readable)
+        if response.status < 400 and self.may_tell_usage(response.head, streamed):
+            self.entry.reader = UsageReader(
+                call, streamed, encoding != UNREADABLE, encoding == PACKED)
+        self.adapter = self.adapt(response, has_events)
+        if call.on_made:
+            self.adapter.reader = NameReader(
+                self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
         try:
             self.first = self.adapter.feed(response.stream.take_all())
             whole = response.framing.ended or call.stream or streamed
@@ -5750,13 +6996,21 @@ class Reply:
             raise UpstreamFailed(failure) from None
         return self.adapter
 
+    def may_tell_usage(self, head, streamed):
+        """An answer to a call that we do not know may be anything, and sounds are not awaited."""
+        call = self.call
+        if call.unmetered or call.endpoint == UPLOAD:
+            return call.owes
+        return call.endpoint != UNKNOWN or streamed or (
+            "json" in head.get("content-type", "").lower())
+
     def kind_of(self, head):
-        """Returns whether a response is a stream of events, and whether its body can be read."""
+        """Returns whether a response is a stream of events, and how its body is encoded."""
         dialect = self.call.dialect
         if dialect not in head.cache:
-            head.cache[dialect] = (
-                dialect.is_stream(head.get("content-type", "")),
-                head.get("content-encoding", "identity") == "identity")
+            encoding = head.get("content-encoding", "").strip().lower()
+            head.cache[dialect] = (dialect.is_stream(head.get("content-type", "")),
+                                   ENCODINGS.get(encoding, UNREADABLE))
         return head.cache[dialect]
 
     def adapt(self, response, has_events):
@@ -5871,6 +7125,16 @@ class Reply:
             raise CallerGone()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
 
+    def went_well(self, response: Response, ending: str) -> Optional[bool]:
+        """Returns whether a call went well, None where that is known already or not the upstream's
+        doing. An error in a response is what its status would be."""
+        reader = self.entry.reader
+        if response.status in FAILING or not self.adapter.framing.ended:
+            return None
+        if reader and reader.fault:
+            return False if reader.fault in FAILING else None
+        return ending == "ok"
+
     async def drain(self):
         """Wait until the client has taken all. Raises CallerGone, and what the call is ended
         with."""
@@ -5881,6 +7145,18 @@ class Reply:
             taken = False
         if not taken:
             raise CallerGone()
+
+    def missed_nothing(self) -> bool:
+        """Returns whether a caller who left had all of a stream, up to its own end."""
+        reader = self.entry.reader
+        return reader is not None and reader.has_closed() and not self.client.write_buffer
+
+    def end(self, ending: str):
+        """Note how an answer ended, and cut one that is not whole."""
+        if ending != "ok":
+            self.entry.outcome = ending
+            if not self.adapter.framing.ended:
+                self.cut(UpstreamFailed("cut"))
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -6003,10 +7279,14 @@ class Reply:
 # constructors meet. They do not know http.server.
 # --------------------------------------------------------------------------------------------------
 
+# Statuses by which an upstream says that the request is wrong: it costs its caller a request.
+CALLERS_FAULTS = 400, 404, 413, 422
+
+
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -6015,6 +7295,7 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
+        self.stored = stored
         self.routes = routes
         self.books = books
         self.weights = config.key_weights or {}
@@ -6031,7 +7312,7 @@ class Proxy:
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
-        upstreams = self.routes.find(call)                                          # route
+        upstreams = self.routes.find(call, self.find_thing(call, entry.caller))     # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -6045,45 +7326,73 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite)
-        if "usd" in self.estimator.units:
-            self.require_price(call, entry)
-        costs = NO_COST if call.unmetered else self.estimator.estimate(call)
+        costs, least = self.estimate(call, entry)
         # What is not metered does not wait.
         send = self.send if upstream.queue is None or call.unmetered else self.send_in_turn
         with await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                     upstream.name, call.models[1:]) as entry.hold:  # admit
+                                     upstream.name, least,
+                                     call.models[1:]) as entry.hold:                # admit
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     ending = await self.pass_on(response, reply, entry)
+                    upstream.judge(response.address, reply.went_well(response, ending))
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped) as reason:
-                self.settle(entry, reason.outcome)
+                if reply.missed_nothing():
+                    reason.outcome = "ok"
+                if not reason.nothing_sent:
+                    self.settle(entry, reason.outcome)
                 raise
             self.settle(entry, ending)                                              # settle
-            if ending != "ok":
-                entry.outcome = ending
-                reply.cut(UpstreamFailed("cut"))
+            reply.end(ending)
 
     async def pass_on(self, response, reply, entry):
-        """Pass a response on; returns how its body ended."""
+        """Pass a response on; returns how it ended: its body, and by what it says itself."""
+        if response.status < 300 and reply.call.makes_things():
+            reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         adapter = await reply.receive(response)
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
-            entry.hold.give_back()
+            own_fault = response.status in CALLERS_FAULTS and not reply.call.unmetered
+            entry.hold.settle(self.estimator.fault_costs() if own_fault else NO_COST)
             entry.outcome = "upstream_status"
         elif adapter.framing.ended:
-            self.settle(entry, "ok")
+            self.settle(entry, entry.reader.ending(whole=True) if entry.reader else "ok")
         reply.begin(response)
         try:
-            return "ok" if adapter.framing.ended else await reply.carry(response)
+            ending = "ok" if adapter.framing.ended else await reply.carry(response)
         finally:
             entry.passed = adapter.passed
+        return entry.reader.ending(ending == "ok") if entry.reader else ending
+
+    def find_thing(self, call, caller):
+        """Returns what the call speaks of that an upstream stores, if it is known."""
+        thing = self.stored.find(call, caller.key)
+        bill = self.stored.bill_for(call)
+        if bill:
+            call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
+        return thing
+
+    def note_made(self, entry, address, names):
+        entry.call.made = names
+        self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
+
+    def estimate(self, call, entry):
+        """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
+        if call.unmetered:
+            return NO_COST, NO_COST
+        if "usd" in self.estimator.units:
+            self.require_price(call, entry)
+        return self.estimator.estimate(call, entry.caller.key)
 
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
-        if call.unmetered or all(map(self.prices.knows, call.models)):
+        names = [name for name in call.models if name]
+        if not names and call.endpoint not in (UNKNOWN, UPLOAD):
+            names = [""]  # the upstream will take what it likes
+        if all(map(self.prices.knows, names)):
             return
         rules = self.limits.matching(entry.caller, entry.address, call.upstream_model,
                                      entry.upstream, call.models[1:])
@@ -6147,7 +7456,7 @@ class Proxy:
         error is not asked again."""
         method, context = reply.request.method, reply.context
         head = functools.partial(self.request_head, reply.request, call, upstream)
-        if not call.endpoint:
+        if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
             return await send(method, head, body, context)
@@ -6172,43 +7481,80 @@ class Proxy:
     def settle(self, entry, ending):
         """Charge what the call used, and write that down. The second time, it does nothing."""
         call, hold = entry.call, entry.hold
+        if call.owes:
+            return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
             return
-        usage = self.estimator.usage(call, entry.reader, ending == "ok")
+        if entry.reader and entry.reader.said_nothing:
+            return hold.give_back()
+        if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
+            if call.made:
+                self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+            return hold.settle(hold.costs)
+        # Nobody knows how much a call used whose caller did not wait for its end.
+        held = hold.output_tokens if ending == CallerGone.outcome else 0
+        usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
-        if ending != "ok":
+        if ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+
+    @staticmethod
+    def told_usage(entry, ending):
+        reader = entry.reader
+        return reader.reported_usage(ending == "ok") if reader else (None, False)
+
+    def settle_bill(self, entry, ending):
+        """Charge what a call in the background used to whom it was charged before, once."""
+        usage, is_final = self.told_usage(entry, ending)
+        bill = is_final and self.stored.bills.pop(entry.call.stored.name, None)
+        if not bill:
+            return
+        entry.usage = usage
+        entry.picodollars, entry.priced = self.prices.cost(usage, bill.model)
+        before = bill.hold.costs
+        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
+        entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
 
     def request_head(self, request, call, upstream, address):
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path:
-            return known[1]
-        metered = call.endpoint is not None
-        path, dialect = upstream.dialect.place(call.path, call.dialect, metered)
-        lines = request.end_to_end(self.fields_to_drop(request, metered))
+        if known and known[0] == call.path and known[1] == call.is_json:
+            return known[2]
+        known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
+        path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
+        lines = request.end_to_end(self.fields_to_drop(request, call))
         if dialect is upstream.dialect and "anthropic-version" not in request:
             lines += dialect.VERSION_LINES
-        if metered:  # what is metered must stay readable
-            lines += ["Content-Type: application/json", "Accept-Encoding: identity"]
+        lines += self.lines_of_ours(call)
         key = upstream.key
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, head
+        request.cache[address] = call.path, call.is_json, head
         return head
 
-    def fields_to_drop(self, head, metered):
+    @staticmethod
+    def lines_of_ours(call):
+        lines = []
+        if call.is_json:
+            lines.append("Content-Type: application/json")
+        if not call.unmetered or call.body is not None:  # what is metered must stay readable
+            lines.append("Accept-Encoding: identity")
+        return lines
+
+    def fields_to_drop(self, head, call):
         # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
         dropped = [name for name in head.lines if "_" in name
                    or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
                    or name == self.callers.caller_header]
-        if metered:
-            dropped += ["content-type", "content-encoding", "accept-encoding"]
+        dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
+        if call.body is not None:
+            dropped += ["content-encoding", Dialect.MASK_FIELD]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
         return NEVER_UPSTREAM.union(dropped)
@@ -6248,14 +7594,20 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     request_cost = 1 if config.limits else config.request_token_cost
     estimator = CostEstimator(prices, request_cost, config.response_token_reserve,
                               config.image_tokens, limits.units())
-    ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
+    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
+    ledger = Ledger(database, limits, stored, clock, config.ledger_days, log) if database else None
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
-    callers = Callers(config.proxy_api_keys, os.urandom(32), config.trusted_proxies or (),
+    callers = Callers(config.proxy_api_keys or None, os.urandom(32), config.trusted_proxies or (),
                       config.caller_header, config.has_dialect("azure"))
-    dialects = Dialects(config.model_aliases or {},
-                        {one.name: one.dialect for one in config.upstreams})
-    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
-                 build_routes(config, clock, log.say), Books(log, ledger, usage_log))
+    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator,
+                 build_dialects(config), stored, build_routes(config, clock, log.say),
+                 Books(log, ledger, usage_log))
+
+
+def build_dialects(config: Config) -> Dialects:
+    names = {one.name: one.dialect for one in config.upstreams}
+    return Dialects(config.model_aliases or {}, names, config.unknown_calls,
+                    config.vendor_admin_paths == "on")
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
@@ -6288,16 +7640,25 @@ class Catalogue:
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
 
-    def __init__(self, routes: Routes, clock: Any):
+    def __init__(self, routes: Routes, aliases: Dict[str, str], clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
+        self.aliases = aliases
         self.clock = clock
         self.lists = [[] for _ in self.upstreams]
+        self.texts = {}  # dialect -> the list as it is there
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def models(self, context: Context) -> Dict[str, Model]:
-        """Returns them by name; the first of a name counts. Who asks while another one's question
-        is under way takes what that brings."""
+    async def text(self, dialect: Dialect, context: Context) -> Optional[bytes]:
+        """Returns the list as it is in a dialect, None where nobody told of any model."""
+        await self.refresh(context)
+        if dialect not in self.texts:
+            models = self.models()
+            self.texts[dialect] = dialect.models(models) if models else None
+        return self.texts[dialect]
+
+    async def refresh(self, context):
+        """Who asks while another one's question is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -6307,10 +7668,14 @@ class Catalogue:
             with contextlib.suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
+    def models(self) -> List[Model]:
+        """Returns them all, and the aliases; the first of a name counts."""
         found = {}
         for model in itertools.chain(*self.lists):
             found.setdefault(model.name, model)
-        return found
+        for alias, name in self.aliases.items():
+            found.setdefault(alias, found.get(name, Model(alias))._replace(name=alias))
+        return list(found.values())
 
     async def ask_all(self, loop):
         try:
@@ -6327,6 +7692,7 @@ class Catalogue:
         context.until = loop.time() + self.ASK_SECONDS
         try:
             self.lists[number] = await self.upstreams[number].models(context)
+            self.texts.clear()
             return True
         except (Refusal, ValueError):
             return False
@@ -6340,8 +7706,8 @@ class Pages:
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
-        self.catalogue = Catalogue(proxy.routes, proxy.clock)
         config = proxy.config
+        self.catalogue = Catalogue(proxy.routes, config.model_aliases or {}, proxy.clock)
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
@@ -6401,12 +7767,11 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        models = await self.catalogue.models(reply.context)
-        if not models and not self.lists_models:
+        dialect = self.dialect(request)
+        text = await self.catalogue.text(dialect, reply.context)
+        if text is None and not self.lists_models:
             return await proxy.serve(request, reply)  # it may speak the client's API alone
-        for alias, name in (proxy.config.model_aliases or {}).items():
-            models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        reply.send(200, self.dialect(request).models(list(models.values())))
+        reply.send(200, text or dialect.models([]))
 
 
 # --------------------------------------------------------------------------------------------------
