@@ -445,18 +445,22 @@ def read_price(cost: Dict[str, Any]) -> Price:
     return price
 
 
-MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai", "moonshotai", "alibaba",
-          "zai", "minimax")
+MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai", "moonshotai", "zai",
+          "minimax", "alibaba")  # who sells those of others comes last
 
 
 def makers_costs(providers):
     """{provider: {models: {id: {cost: {...}}}}} -> {id: cost}. Many sell a model under the same
     name, some for nothing: its maker's price counts, else the first that is not 0."""
-    rows = [(name, makers_cost(model))
-            for provider in sorted(providers, key=lambda provider: provider not in MAKERS)
+    order = [*MAKERS, *providers]
+    rows = [(name.casefold(), makers_cost(model))
+            for provider in sorted(providers, key=order.index)
             for name, model in providers[provider]["models"].items() if "cost" in model]
-    # the last row of a name wins
-    return dict(sorted(reversed(rows), key=lambda row: any(read_price(row[1])[:5])))
+    rows.sort(key=lambda row: not any(read_price(row[1])[:5]))
+    found = {}
+    for name, cost in rows:
+        found.setdefault(name, cost)
+    return dict(reversed(found.items()))  # of two spellings the maker's counts, too
 
 
 def makers_cost(model):
@@ -1945,7 +1949,7 @@ class Prices:
                     for name, price in (own or {}).items()}
         globs = [name for name in self.own if WILDCARD.search(name)]
         self.globs = [(glob, fold_glob(glob), self.own[glob]) for glob in globs]
-        # Of several spellings the shortest counts: it is the maker's, and has no date.
+        # Of several spellings the shortest counts, which has no date, and of these the last.
         self.folded = {self.fold(name): self.own[name]
                        for name in sorted(self.own, key=len, reverse=True)}
         self.allows_unpriced = unpriced == "allow"

@@ -1296,10 +1296,12 @@ class PriceFileTest(TableCase):
 
     def test_of_a_model_that_many_sell_the_makers_price_counts(self):
         found = self.read("""{
+            "alibaba": {"models": {"a": {"cost": {"input": 7}}}},
             "reseller": {"models": {"a": {"cost": {"input": 9, "output": 9}},
                                     "b": {"cost": {"input": 0, "output": 0}}}},
             "openai": {"models": {"a": {"cost": {"input": 2, "output": 8}}}},
             "other": {"models": {"a": {"cost": {"input": 0, "output": 0}},
+                                 "A": {"cost": {"input": 3, "output": 1}},
                                  "b": {"cost": {"input": 1, "output": 1}}}}}""")
         self.assertEqual((found["a"][0], found["b"][0]), (2000000, 1000000))
 
