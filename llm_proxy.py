@@ -3672,6 +3672,7 @@ class Ollama(Dialect):
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
         "/api/embeddings": "embed", "/api/show": "count"}
+    STREAMS = ("/chat", "/generate")
     MODELS_PATH = "/api/tags"
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
@@ -3694,7 +3695,7 @@ class Ollama(Dialect):
         return path.startswith("/api/")
 
     def requested(self, path, payload):
-        streams = "/api/embed" not in path and payload.get("stream") is not False
+        streams = path.endswith(self.STREAMS) and payload.get("stream") is not False
         return payload.get("model"), streams
 
     def place(self, path, dialect, metered):

@@ -5957,6 +5957,22 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
                 self.assertEqual(found, {field: prefix + sent} if sent else {})
                 self.assertNotIn("mine", asked.target)
 
+    def test_azures_clients_may_bring_their_own_key(self):
+        azure = self.stub_of("azure")
+        self.start(UPSTREAM_AZURE_URL=azure.url, UPSTREAM_AZURE_KEY="passthrough")
+        for field in self.each(("api-key: mine", "Authorization: Bearer mine")):
+            path = "/azure/openai/deployments/m/embeddings"
+            self.ask(request("POST", path, chat(), field))
+            self.assert_fields(azure.requests[-1], "api-key: mine", "authorization")
+
+    def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
+        self.start()
+        for number, (path, payload, stream) in enumerate(self.each((
+                ("/api/chat", {}, True), ("/api/generate", {"stream": None}, True),
+                ("/api/chat", {"stream": False}, False), ("/api/embed", {}, False)))):
+            self.ask(request("POST", path, json.dumps({"model": "m", **payload}).encode()))
+            self.assertEqual(self.entry(number)["stream"], stream)
+
     def test_a_caller_of_a_passthrough_upstream_is_its_own_credential(self):
         self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough MAX_TOKENS=5")
         self.ask(request("POST", "/openai" + CHAT, chat(), key="mine"))
