@@ -3581,9 +3581,9 @@ class UsageReader(UsageSource):
         return self.closed
 
     def tells_end(self) -> bool:
-        """Returns whether a response that is whole says so."""
+        """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
-        return bool(known and self.streamed and self.readable
+        return bool(known and self.streamed and self.readable and not self.cut
                     and self.endpoint not in NO_LIMIT_REPLY)
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
@@ -4129,7 +4129,8 @@ class Stream:
     wrote_at = 0.0        # when a slow peer last took something
     ended = False
     failure: Optional[OSError] = None
-    write_failed = False  # what is written is dropped
+    write_failed = False  # what is written is dropped,
+    unsent = 0            # and so were so many bytes
     discarding = False    # nobody will use what comes: the rest of a refused body
     waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
     write_waiter: Optional[asyncio.Future] = None  # or that something goes
@@ -4330,6 +4331,7 @@ class Stream:
     def fail_writing(self):
         """The peer takes no more, which does not say that it has said its last."""
         self.write_failed = True
+        self.unsent = len(self.write_buffer)
         self.write_buffer.clear()
         self.has_room()
         if self.on_write_failed:
@@ -6368,8 +6370,9 @@ class Reply:
 
     def missed_nothing(self) -> bool:
         """Returns whether a caller who left had all of a stream, up to its own end."""
-        reader = self.entry.reader
-        return reader is not None and reader.has_closed() and not self.client.write_buffer
+        reader, client = self.entry.reader, self.client
+        unsent = client.unsent + len(client.write_buffer)
+        return reader is not None and unsent <= len(LAST_CHUNK) and reader.has_closed()
 
     def end(self, ending: str):
         """Note how an answer ended, and cut one that is not whole."""
