@@ -38,6 +38,7 @@ Contents, in reading order; a section uses only what stands above it:
     Wire        strict HTTP/1.1 in bytes: heads and framing of both sides
     Streams     sockets on the event loop: deadlines, reading, writing, carrying a body
     Line        the slots of a busy upstream, and the fair queue before them
+    Stored      what callers made that upstreams keep: whose it is, and where it is
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
     Reply       the way back to one caller
@@ -286,10 +287,10 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
     lambda match: (match[1], int(match[2])))
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
-proxy_keys = mapping(
+proxy_keys = word_or({"anyone": {}}, mapping(
     "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))([!-~]+)",
     "must be keys or name=key, separated by commas, none empty; a key with = in it needs a name",
-    lambda match: match.group(2, 1), "must not name the same key twice")
+    lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
 def model_aliases(text):
@@ -312,6 +313,7 @@ def header_lines(text):
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
+UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
@@ -544,7 +546,7 @@ SETTING_ROWS = {
          "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
         ("PROXY_API_KEYS", proxy_keys,
-         "keys that may call, as key or name=key, by commas; unset: anyone may call", SECRET),
+         "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
         ("MAX_BODY_BYTES=33554432", number_between(1, 1 << 40),
          "largest body of a metered call; others may have any size"),
         ("MAX_CONNECTIONS=1024", sixteen_bits,
@@ -584,6 +586,16 @@ SETTING_ROWS = {
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
+    ),
+    "What is passed on": (
+        ("UNKNOWN_CALLS=count", one_of("count", "pass", "refuse"),
+         "calls of endpoints that are not known here: they cost a request and wait in the queue"
+         " (count), are free (pass), or get a 403"),
+        ("STORED", one_of("pass", "own", "refuse"),
+         "files, batches, responses and all else that endpoints store: each caller has what it"
+         " made (own), all have all (pass), or nobody any; unset: own where keys are asked for"),
+        ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
+         "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
     "What is remembered": (
         ("DATABASE=" + DEFAULT_DATABASE, printable,
@@ -637,6 +649,12 @@ class Config(types.SimpleNamespace):
         """The scheme of URLs for callers."""
         return "https" if self.tls_cert_file else "http"
 
+    @property
+    def keys_are_asked_for(self) -> bool:
+        """Whether callers are told apart by keys: ours, or their own for an upstream."""
+        return bool(self.proxy_api_keys) or any(
+            upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
@@ -673,17 +691,28 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if not self.proxy_api_keys:
+        if self.proxy_api_keys is None:
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
-        if self.limits:
-            return
+        if self.unknown_calls == "count" and not self.counts_requests():
+            yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
+                   " counts requests: of these calls, what names no tokens is free")
+        if not self.limits:
+            yield from self.doubts_of_bucket()
+
+    def doubts_of_bucket(self):
         if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
             yield (f"REQUEST_TOKEN_COST {self.request_token_cost} is above MAX_TOKENS"
                    f" {self.max_tokens}: no call can ever be let in")
         if self.token_cost_mode != "request" and self.response_token_reserve > self.max_tokens:
             yield (f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
                    f" {self.max_tokens}: a call that names no max_tokens can never be let in")
+
+    def counts_requests(self):
+        """Tells whether a call without any tokens costs something."""
+        if not self.limits:
+            return self.token_cost_mode != "usage"
+        return any(UNITS[rule.unit] in UNITS_OF_CALLS for rule in self.limits)
 
     def contradictions(self):
         """Yields what is wrong between settings that are right one by one."""
@@ -896,6 +925,17 @@ class UnsupportedEncoding(Refusal):
 class UnsupportedExpectation(Refusal):
     status = 417
     message = "The only expectation understood is 100-continue"
+
+
+class Forbidden(Refusal):
+    """The caller is known, and what it asks for is nobody's here."""
+    status = 403
+    message = "This path is not passed on"
+
+
+class NothingStored(Refusal):
+    status = 404
+    message = "Nothing of this name is stored here for this caller"
 
 
 class MethodNotAllowed(Refusal):
@@ -1436,6 +1476,10 @@ class Hold:
     def give_back(self):
         self.settle(NO_COST)
 
+    def keep(self):
+        """Charges all that was set aside; it runs no more."""
+        self.settle(self.costs[:RUNNING] + (0,) + self.costs[RUNNING + 1:])
+
     @property
     def quota(self) -> Quota:
         return self.tightest.quota
@@ -1581,8 +1625,8 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
                 ) -> Tuple[int, List[int]]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
-    number in a list makes a token. Of images and the like, which are those of which `media_texts`
-    is not None, the second list has the weight of the text in each."""
+    list of numbers has as many tokens. Of images and the like, which are those of which
+    `media_texts` is not None, the second list has the weight of the text in each."""
     weight = 0
     media = []
     values = list({**payload, skip: None}.values())
@@ -1592,8 +1636,8 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
             weight += (len(value) if value.isascii() else text_weight(value)) + 1
         elif kind is list:
             values += value
-            kinds = list(map(type, value))
-            weight += CHARACTERS_PER_TOKEN * (kinds.count(int) + kinds.count(float))
+            if value and type(value[0]) in (int, float):
+                weight += CHARACTERS_PER_TOKEN * len(value)
         elif kind is dict:
             texts = media_texts(value)
             if texts is not None:
@@ -1601,7 +1645,7 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
                 continue
             values += value.values()
             if not names.issuperset(value):
-                values += value.keys() - names
+                values += [key for key in value if key not in names]
     return max(0, weight - 1), media
 
 
@@ -1718,7 +1762,7 @@ class Habits:
         self.input_ratio: Optional[float] = None
         self.output_ratio: Optional[float] = None
         self.hidden = 0.0
-        self.peak = 0
+        self.peak: Optional[int] = None
         self.recent = array.array("q")
 
     def move(self, name: str, value: float):
@@ -1750,6 +1794,9 @@ class ModelHabits:
         """Returns what to expect of a caller."""
         own = self.callers.get(caller)
         return own if own and own.calls >= self.FEW else self.usual
+
+    def peak(self, caller: CallerKey) -> int:
+        return self.of(caller).peak or self.usual.peak or 0
 
     def own(self, caller: CallerKey) -> Habits:
         """Returns what a caller's calls are noted in."""
@@ -1795,28 +1842,29 @@ class CostEstimator:
         self.units = units
         self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
         self.unknown = ModelHabits()
+        self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def habits(self, call: Billable, caller: CallerKey) -> Habits:
-        return self.models.get(call.upstream_model, self.unknown).of(caller)
+    def habits(self, call: Billable) -> ModelHabits:
+        return self.models.get(call.upstream_model, self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         if not self.needs_estimate:
-            held = self.costs(Usage(), 0, 0, 1)
-            return held, held
+            return self.plain, self.plain
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
         estimate = 0
         if "estimate" in self.units:
             prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
-        habits = self.habits(call, caller)
-        prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
+        habits = self.habits(call)
+        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        prompt = self.prompt_tokens(call, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        if limit is None and habits.peak > output:
-            held = self.held(call, prompt, habits.peak * outputs, estimate)
+        if limit is None and habits.peak(caller) > output:
+            held = self.held(call, prompt, habits.peak(caller) * outputs, estimate)
         return held, least
 
     def held(self, call, prompt, output, estimate):
@@ -1847,7 +1895,7 @@ class CostEstimator:
         came, and the share of it that its model hides. A response that is not `whole` may have
         reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        habits = self.habits(call, caller)
+        habits = self.habits(call).of(caller)
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         if complete and not self.is_understated(call, reported, source, ratio):
             self.learn(call, caller, reported, source)
@@ -1878,11 +1926,12 @@ class CostEstimator:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
             model = self.models[call.upstream_model] = ModelHabits()
+        self.models.move_to_end(call.upstream_model)
         own = model.own(caller)
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > own.peak * outputs:
+            if limit is None or used.output > model.peak(caller) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.learn_ratios(call, own, used, source)
@@ -1899,7 +1948,9 @@ class CostEstimator:
             seen = max(1, used.output - used.reasoning)
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
                 seen = used.output  # reasoning is in the text, which is too long to be without
-            own.move("hidden", 1 - seen / used.output)
+            elif weight < seen * ModelHabits.OWN_RATIOS[0]:
+                seen = math.ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
+            own.move("hidden", min(0.9999, 1 - seen / used.output))
             own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
@@ -2029,6 +2080,74 @@ def dig(value: Any, *names: str) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+# RFC 2046 5.1.1; what could be taken for two boundaries is none.
+FORM_TYPE = re.compile(
+    r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
+    r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
+FIELD_NAME = re.compile(
+    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
+    rb"[ \t]*(?:$|(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)", re.IGNORECASE)
+MAX_FORM_FIELDS = 1000
+MAX_FIELD_HEAD = 4096
+MAX_QUERY = 65536
+
+
+def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, int]]:
+    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+    for what two readers might take apart differently."""
+    boundary = FORM_TYPE.fullmatch(content_type)
+    mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
+    at = len(mark) if body.startswith(mark) else len(body)
+    for _ in range(MAX_FORM_FIELDS):
+        end = body.find(mark, at)
+        if boundary and body[at:at + 2] == b"--" and end < 0:
+            return
+        head, blank, _ = body[at:min(end, at + MAX_FIELD_HEAD)].partition(b"\r\n\r\n")
+        start = at + len(head) + len(blank)
+        if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
+            break
+        yield head, start, end - 2
+        at = end + len(mark)
+    raise BadRequest("The request body is not a form as its Content-Type says")
+
+
+FoundModel = Tuple[Optional[str], Optional[Callable[[str], bytes]]]
+
+
+def form_model(body: bytes, content_type: str) -> FoundModel:
+    """Returns the model that a form names, if any, and what makes the form with another one. Raises
+    BadRequest."""
+    found = None
+    for head, start, end in form_fields(body, content_type):
+        lines = head[2:].split(b"\r\n")
+        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
+        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
+                head.count(b"\n") != len(lines)):
+            raise BadRequest("A field of the form is not named plainly")
+        name = names[0][names[0].lastindex]
+        if name.lower() == b"model":
+            if found or name != b"model" or b"encoding:" in head.lower():
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = start, end
+    if not found:
+        return None, None
+    start, end = found
+    return body[start:end].decode("utf-8", "replace"), (
+        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+
+
+def query_model(body: bytes) -> FoundModel:
+    """Does the same for a form that is spelled as a query is."""
+    if len(body) > MAX_QUERY:
+        raise BodyTooLarge()
+    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
+    found = [value for name, value in pairs if name.lower() == "model"]
+    if len(found) > 1:
+        raise BadRequest("The field model must stand once in the form, and plainly")
+    return "".join(found) or None, lambda model: urllib.parse.urlencode(
+        [(name, model if name == "model" else value) for name, value in pairs]).encode()
 
 
 def as_list(value: Any) -> List[Any]:
@@ -2162,16 +2281,35 @@ SSE = EventFraming(
 NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
 
 
+UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
+UPLOAD = "upload"    # that of a file to be stored
+
+
+class StoredPath(NamedTuple):
+    """What a path says of a thing that an upstream stores. `name` is empty where the path is that
+    of all its kind; `is_listed`: they are asked for, and none is made."""
+    collection: str
+    name: str
+    is_listed: bool
+
+
 class Call(Billable):
-    """One LLM request, parsed. `endpoint` is None where nothing is metered; then there is no
-    payload either. `prefix` names the upstream where the path did. `model` is what the caller asked
-    for, `resolved_model` what that stands for, and `upstream_model` what the upstream is asked for,
-    in `upstream_body`."""
+    """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
+    is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
+    the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
+    `upstream_model` what the upstream is asked for, in `upstream_body`; `put_model` returns a form
+    with another model in it."""
     model: Optional[str] = None
     resolved_model = ""
     upstream_model = ""
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
+    put_model: Optional[Callable[[str], bytes]] = None
+    stored: Optional[StoredPath] = None
+    on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
+    made: Sequence[str] = ()                               # and these are they
+    owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
+    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
@@ -2200,6 +2338,8 @@ class Call(Billable):
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
+        if self.endpoint in (UNKNOWN, UPLOAD):
+            return self.prepare_unknown(model)
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
@@ -2211,16 +2351,63 @@ class Call(Billable):
         """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
+    def prepare_unknown(self, model: str) -> None:
+        """Puts the model where the call names one, if it does."""
+        if self.put_model:
+            self.upstream_body = self.body if model == self.model else self.put_model(model)
+        elif self.model:
+            self.path, payload = UNKNOWN_DIALECT.with_model(self.path, self.payload, model)
+            if payload is not self.payload:
+                self.upstream_body = to_json_bytes(payload)
+
+    def runs_in_background(self) -> bool:
+        """Returns whether its answer will only be told to who asks for it later."""
+        return True in (self.payload.get("background"), self.payload.get("deferred"))
+
+    def makes_things(self) -> bool:
+        """Returns whether the upstream may store what comes of it, for the account."""
+        if self.endpoint == "chat":
+            return self.payload.get("store") is True or self.runs_in_background()
+        if self.stored and self.endpoint is None:
+            made = self.stored.name and self.stored.collection in HAVE_RESULTS
+            return self.path.endswith("/" + self.stored.name) if made else not (
+                self.stored.name or self.stored.is_listed)
+        return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
+            self.endpoint == "other" and "/videos/" in self.path)
+
+    def references(self) -> List[str]:
+        """Returns the names of stored things that the payload speaks of."""
+        found = []
+        parts = [self.payload]
+        for part in parts:  # the list grows meanwhile
+            values = part
+            if type(part) is dict:
+                values = part.values()
+                if not REFERENCES.isdisjoint(part):
+                    for key in REFERENCES.intersection(part):
+                        found += names_of_things(part[key])
+                if not CALLERS_OWN.isdisjoint(part):
+                    values = [part[key] for key in part.keys() - CALLERS_OWN]
+                elif "input" in part and str(part.get("type")).endswith("tool_use"):
+                    continue
+            parts += [one for one in values if type(one) in (list, dict)]
+        return found
+
     def prompt_length(self) -> Tuple[int, List[int]]:
         if self.length is None:
-            self.length = text_length(self.payload, "model", PLAIN_KEYS, media_texts)
+            payload = self.payload
+            images = as_list(payload[IMAGES_KEY]) if IMAGES_KEY in payload else []
+            if images:
+                payload = {**payload, IMAGES_KEY: None}
+            weight, media = text_length(payload, "model", PLAIN_KEYS, media_texts)
+            self.length = weight, media + [0] * len(images)
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            most, outputs = None, 1
+            most, outputs = 0 if self.endpoint in (UNKNOWN, UPLOAD) else None, 1
             for name, value in self.numbers():
                 if name in OUTPUT_COUNTS:
                     outputs = max(outputs, value)
@@ -2276,10 +2463,12 @@ OPTION_HOLDERS = frozenset((
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
-MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
+MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
 MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
 DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
-    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url"))
+    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url",
+    IMAGES_KEY))
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
@@ -2304,7 +2493,7 @@ def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
     """Returns what is text in an image and the like; None where a part is none."""
     if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
         return None
-    texts = list(part.keys() - PLAIN_KEYS)
+    texts = [key for key in part if key not in PLAIN_KEYS]
     pairs = list(part.items())
     for key, value in pairs:  # the list grows meanwhile
         if type(value) is str:
@@ -2314,7 +2503,7 @@ def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
             pairs += [(key, one) for one in value]
         elif type(value) is dict:
             pairs += value.items()
-            texts += value.keys() - PLAIN_KEYS
+            texts += [key for key in value if key not in PLAIN_KEYS]
     return texts
 
 
@@ -2323,6 +2512,52 @@ class Model(NamedTuple):
     name: str
     dialect: Optional["Dialect"] = None
     facts: Dict[str, Any] = {}
+
+
+# Keys at which a payload names what an upstream stores
+REFERENCES = frozenset("""
+    previous_response_id response_id previous_interaction_id previousInteractionId conversation
+    conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
+    validation_file vector_store_id vector_store_ids container container_id cachedContent
+    cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
+# Here stands what callers and their tools have made up.
+CALLERS_OWN = frozenset("""
+    args arguments functionCall function_call functionResponse function_response parameters
+    input_schema inputSchema schema json_schema properties metadata""".split())
+# A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
+THING_NAME = re.compile(
+    r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"|([^/:]+)", re.IGNORECASE)
+RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
+NAME_KEYS = (
+    "id", "request_id", "thread_id", "output_file_id", "error_file_id", "responsesFile")
+# These make files when they are done.
+HAVE_RESULTS = ("batches", "fine_tuning/jobs")
+# What an answer says was made may stand in these objects, too.
+MADE_IN = ("response", "interaction", "conversation", "container", "file")
+
+
+def names_of_things(value: Any) -> List[str]:
+    """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
+    of these."""
+    values = value if type(value) is list else [value]
+    names = [one.get("id") if type(one) is dict else one for one in values]
+    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    return [match[match.lastindex] for match in matches if match]
+
+
+def names_made(payload: Dict[str, Any]) -> List[str]:
+    """Returns the names of what a response or an event says was made."""
+    found = []
+    holders = [payload]
+    for holder in holders:  # the list grows meanwhile
+        if type(holder) is dict:
+            holders += map(holder.get, MADE_IN)
+            found += map(holder.get, NAME_KEYS)
+            found += names_of_things(holder.get("result_files"))
+            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
+            found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -2382,7 +2617,8 @@ class Dialect:
     # The metered endpoints, by the end of their paths; in any spelling they are reached by that.
     ENDPOINTS = {}
     # What stands before the model in a path, the model, and what stands behind.
-    MODEL_IN_PATH = re.compile("(?!)")  # nothing
+    MODEL_IN_PATH = re.compile(
+        "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
     CREDENTIAL = "Authorization: Bearer %s"
@@ -2700,7 +2936,7 @@ class Dialect:
     def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
         """Returns a whole answer in which the assistant says `text`, a stream where one was asked
         for; None where no assistant can speak. `created` is in unix seconds."""
-        if self.is_parsed(call.payload):
+        if call.endpoint in NO_LIMIT_REPLY or self.is_parsed(call.payload):
             return None
         model = call.model or call.upstream_model
         reply = self.limit_text(call, {
@@ -2806,6 +3042,10 @@ def choice_count(payload: Dict[str, Any]) -> int:
     return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
 
 
+# POSTs that cost nothing: they count tokens, spell them out, or describe a model.
+FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
@@ -2814,7 +3054,7 @@ class OpenAI(Dialect):
         "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
         "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
-        "/generations": "other"}
+        "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
     MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
     LIST_PATHS = ("/v1/models", "/models")
@@ -2831,8 +3071,7 @@ class OpenAI(Dialect):
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
-        "suffix": (), "prediction": NOTHING,  # what is said goes into a file
-        "audio": NOTHING,
+        "suffix": (),  # what is filled in goes into a file
         **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
             "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
             "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
@@ -3136,7 +3375,7 @@ class Ollama(Dialect):
     name = "ollama"
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
-        "/api/embeddings": "embed"}
+        "/api/embeddings": "embed", "/api/show": "count"}
     MODELS_PATH = "/api/tags"
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
@@ -3187,7 +3426,8 @@ class Ollama(Dialect):
 DIALECTS = {dialect.name: dialect for dialect in (
     Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
 UNKNOWN_DIALECT = Dialect()
-NO_LIMIT_REPLY = (None, "count", "other", "embed")  # endpoints at which no assistant speaks
+NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer with no text,
+NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no assistant speaks
 
 
 def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
@@ -3203,6 +3443,62 @@ def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
+FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
+# Bodies of these types are relayed as they come: nothing is in them that we could read.
+RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
+LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Unicode encoding
+
+# What upstreams store for an account, and where
+STORED_PATH = re.compile(
+    "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
+    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
+    "|cachedContents|interactions|tunedModels|fileSearchStores|operations)"
+    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+UPLOADED = ("files", "uploads")
+# These are no names of stored things.
+VERBS = ("input_tokens", "compact", "runs", "generations", "edits", "extensions")
+CANCEL = ("/cancel", ":cancel")
+
+# Paths that manage an upstream for all its users, show what others do there, or hand out
+# credentials: these segments wherever they stand,
+ADMIN_SEGMENTS = frozenset("""
+    client_secrets transcription_sessions auth_tokens organization organizations
+    slots cors-proxy
+    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
+    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
+    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
+    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
+    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
+    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
+    get_internal_state get_server_info start_expert_distribution_record
+    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
+    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
+    set_trace_level add_worker remove_worker stop-generation""".split())
+# two of these in a row,
+ADMIN_PAIRS = frozenset("""
+    realtime/sessions realtime/calls chatkit/sessions auth/keys
+    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
+    models/load models/unload models/sse models/download models/apply models/delete
+    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
+    template/unload override/switch override/unload backends/apply backends/delete
+    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
+ADMIN_ROOTS = frozenset("""
+    stream streams pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split())
+# and these at the end, where the method is no GET
+ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+
+
+def is_admin_path(method: str, path: str) -> bool:
+    """Returns whether a path, as `fold_path` has it, manages an upstream."""
+    segments = path[1:].split("/")
+    pairs = map("/".join, zip(segments, segments[1:]))
+    root = next((one for one in segments if one not in ("api", "v1")), "")
+    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
+            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
+            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
+            or (method == "DELETE" and "models" in segments[-3:-1]))
 
 
 class Dialects:
@@ -3215,10 +3511,15 @@ class Dialects:
         "max_output_tokens", "options"))
     MAX_MODEL = 256
 
-    def __init__(self, aliases: Dict[str, str], names: Dict[str, str]):
-        """`aliases` of models; `names` of upstreams, with the dialect of each."""
+    def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
+                 admin_paths: bool):
+        """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
+        to count, pass or refuse; `admin_paths`: whether they are passed on."""
         self.aliases = aliases
         self.names = names
+        self.unknown_calls = unknown_calls
+        self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
+            lambda method, path: not admin_paths and is_admin_path(method, path))
         self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
@@ -3245,17 +3546,19 @@ class Dialects:
         return self.openai
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
-        """Returns the dialect and the endpoint of a metered request, None for others; and the path
-        to use. Raises BadRequest."""
+        """Returns the dialect, None where that is not known; the endpoint, None where nothing is
+        metered; and the path to use. Raises BadRequest, Forbidden."""
         if method == "POST" and path == "/v1/chat/completions":  # as nearly always
             return self.openai, "chat", path
         folded = fold_path(path)
+        if self.is_admin_path(method, self.split(folded)[1]):
+            raise Forbidden()
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
-        if method != "POST" or endpoint is None or (
-                endpoint == "count" and not self.names) or (
-                re.search("/threads/[^/]+/messages$", folded)):
+        if method != "POST" or endpoint is None or re.search("/threads/[^/]+/messages$", folded):
+            return None, None if method in FREE_METHODS else UNKNOWN, path
+        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -3266,38 +3569,106 @@ class Dialects:
     async def read(self, method: str, path: str, query: str, fields: Fields,
                    read_body: Callable[[], Awaitable[bytes]]) -> Call:
         """Reads a request. `read_body` is only called, and the payload only parsed, where the call
-        is metered. Raises BadRequest, and what `read_body` raises."""
+        is metered. Raises BadRequest, Forbidden, and what `read_body` raises."""
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(query)[1] if query else ""
+        stored = model = None
+        if endpoint in (None, UNKNOWN):
+            stored = self.stored_at(method, path)
+            endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
-        model = None
+        call.stored = stored
         if endpoint:
             call.query = without_masks(call.query)
+        if endpoint in (UNKNOWN, UPLOAD):
+            model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
+        elif endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
-            model = path.rpartition("/")[2]
-            call.path = path[:-len(model)] + urllib.parse.quote(
-                self.aliases.get(model, model), safe="@")
+            model = self.read_model_path(call)
+        self.note_model(call, model)
+        return call
+
+    def note_model(self, call, model):
+        """`model` is of any type. Raises BadRequest."""
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
             call.resolved_model = self.aliases.get(model, model)
-        return call
+
+    def read_model_path(self, call):
+        """Reads the path of one of the models; returns which."""
+        model = call.path.rpartition("/")[2]
+        call.path = call.path[:-len(model)] + urllib.parse.quote(
+            self.aliases.get(model, model), safe="@")
+        return model
+
+    @staticmethod
+    def stored_at(method: str, path: str) -> Optional[StoredPath]:
+        """Returns what a path that is in no table says of stored things."""
+        is_plain = PLAIN_PATH.fullmatch(path)
+        match = STORED_PATH.search(path if is_plain else fold_path(path))
+        if not match:
+            return None
+        collection, name = match.groups("")
+        if name in VERBS:
+            name = ""
+        is_listed = not name and method in FREE_METHODS
+        # What is not named plainly is nobody's: nothing is named "/".
+        return StoredPath(collection, name if is_plain else name and "/", is_listed)
+
+    def cost_of_unknown(self, path: str, stored: Optional[StoredPath]) -> Optional[str]:
+        """Returns the endpoint of what is in no table, None where it is free. Raises Forbidden."""
+        if stored and stored.name not in ("", "/") and path.endswith(CANCEL):
+            return None
+        if stored and stored.collection.lower() in UPLOADED:
+            return UPLOAD
+        if self.unknown_calls == "refuse":
+            raise Forbidden("Calls of endpoints that are not known here are not passed on")
+        return None if self.unknown_calls == "pass" else UNKNOWN
+
+    async def read_unknown(self, call: Call, content_type: str,
+                           read_body: Callable[[], Awaitable[bytes]]) -> Any:
+        """Reads what can be understood of a call of an endpoint that we do not know; returns the
+        model, of any type. Raises as `read` does."""
+        model, _ = UNKNOWN_DIALECT.requested(call.path, {})
+        kind = content_type.lower()
+        if call.endpoint == UPLOAD or RELAYED_TYPES.match(kind):
+            return model
+        call.body = await read_body()
+        if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
+            found = self.read_payload(call)
+        else:
+            found = self.read_form(call, content_type)
+        return model or found
+
+    def read_form(self, call, content_type):
+        """Returns the model that a form names, None where it names none. Raises BadRequest."""
+        kind = content_type.lower()
+        if kind.startswith("multipart/form-data"):
+            model, call.put_model = form_model(call.body, content_type)
+        elif kind.startswith("application/x-www-form-urlencoded"):
+            model, call.put_model = query_model(call.body)
+        else:
+            return None
+        return model
 
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.payload = parse_json(call.body)
-        for key in call.payload:
-            if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
-                raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
-        if type(call.payload.get("stream")) not in (bool, type(None)):
+        others = call.payload.keys() - self.READ_KEYS
+        for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+            raise BadRequest("The key %s must be spelled in lower case" % key)
+        if type(call.payload.get("stream")) not in (bool, type(None)) and call.endpoint != UNKNOWN:
             raise BadRequest("stream must be true or false")  # an upstream could take it for one
-        model, call.stream = call.dialect.requested(call.path, call.payload)
+        call.is_json = True
+        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
+        model, call.stream = dialect.requested(call.path, call.payload)
         return model
 
 
@@ -3385,8 +3756,8 @@ class UsageReader(UsageSource):
         """Takes a piece of the body; returns what of it goes on to the caller."""
         piece = self.unpack(payload) if self.unpacker else payload
         self.pieces.append(piece)
-        self.size += len(piece)
-        if self.size > self.compact_above:
+        self.size = size = self.size + len(piece)
+        if size > self.compact_above:
             self.compact()
         return self.hide_usage(payload) if self.changes_stream else payload
 
@@ -3608,7 +3979,7 @@ class UsageReader(UsageSource):
 
     def count_characters(self, data: bytes) -> int:
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
-        if self.endpoint in NO_LIMIT_REPLY or (self.cut and not self.streamed):
+        if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
         if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
             return len(data)
@@ -3902,8 +4273,12 @@ class Chunked:
         if self.held:
             data = self.held + data
             self.held = b""
-        position = 0
         size = len(data)
+        if not self.remaining and data.endswith(b"\r\n"):  # one whole chunk, as nearly always
+            match = CHUNK_LINE.match(data)
+            if match and 2 < int(match[1], 16) + 2 == size - match.end():
+                return data, data[match.end():-2]
+        position = 0
         payload = b""
         remaining = self.remaining
         while position < size:
@@ -4249,11 +4624,11 @@ class Stream:
     def take_head(self) -> Optional[bytes]:
         """Returns the bytes of a head that has come whole, as nearly all do. Empty lines before it
         are dropped (RFC 9112 2.2)."""
-        if self.read_buffer[:1] == b"\r":
-            self.read_buffer = EMPTY_LINES.sub(b"", self.read_buffer, 1)
         data = self.read_buffer
+        if data.startswith(b"\r"):
+            self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
         end = data.find(b"\r\n\r\n") + 4
-        if not 4 <= end <= MAX_HEAD:
+        if end < 4 or end > MAX_HEAD:
             return None
         self.read_buffer = data[end:]
         return data[:end]
@@ -4295,22 +4670,20 @@ class Stream:
         """Send now what can be sent; the rest when the other side takes it."""
         if self.write_failed or not data:
             return
-        if self.write_buffer or self.encrypted:
-            idle = not self.write_buffer
+        if self.write_buffer:
             self.write_buffer += data
-            if idle:
-                self.flush()
             return
-        try:
-            sent = self.sock.send(data)
-        except WOULD_BLOCK:
-            sent = 0
-        except OSError:
-            return self.fail_writing()
+        sent = 0
+        if len(data) <= BLOCK or not self.encrypted:
+            try:
+                sent = self.sock.send(data)
+            except WOULD_BLOCK:
+                pass
+            except OSError:
+                return self.fail_writing()
         if sent < len(data):
             self.write_buffer += memoryview(data)[sent:]
-            self.wrote_at = self.loop.time()
-            self.wait_for_room()
+            self.flush()
 
     def flush(self):
         """Send block by block: a TLS record that was begun must be sent again as it was."""
@@ -4470,15 +4843,16 @@ class Transfer:
     def on_data(self, data):
         """The hot path: one look at the framing, one write."""
         self.came_at = self.loop.time()
+        adapter = self.adapter
         try:
-            out = self.adapter.feed(data)
+            out = adapter.feed(data)
         except Malformed:
             return self.finish(self.MALFORMED)
         except Exception as bug:  # the task that awaits us logs it, and ends the call
             return self.fail(bug)
         if out:
             self.target.write(out)
-        if self.adapter.framing.ended:
+        if adapter.framing.ended:
             self.finish(self.WHOLE)
 
     def on_source_end(self):
@@ -4902,6 +5276,143 @@ class FairQueue:
 
 
 # --------------------------------------------------------------------------------------------------
+# Stored: what callers made that upstreams keep for the account (files, batches, responses ...):
+# whose it is, where it is, and what its making is yet to be charged. It knows no wire names.
+# --------------------------------------------------------------------------------------------------
+
+class Thing(NamedTuple):
+    """Who made something that is stored, and the upstream and the address that have it."""
+    owner: CallerKey
+    upstream: str
+    address: str
+
+
+class Bill(NamedTuple):
+    """What a call in the background was charged, until somebody hears what it used."""
+    hold: Hold
+    dialect: Dialect
+    model: str
+
+
+class Stored:
+    """Remembers things by name, the last ROOM that were made. `policy`: to `pass` all, let each
+    caller have its `own`, or `refuse` all. `unsaved` are things for the ledger."""
+    ROOM = 100_000
+    UNSAVED = 10_000
+    BILLS = 1_000
+    NAME = re.compile("[!-~]{1,256}")
+
+    def __init__(self, policy: str):
+        self.policy = policy
+        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
+        self.unsaved = collections.deque()
+        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
+
+    def __repr__(self) -> str:
+        return "<Stored: %s, %d things, %d bills>" % (
+            self.policy, len(self.things), len(self.bills))
+
+    def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
+        """Returns one of the things that a call speaks of, None where it is free to go anywhere.
+        Raises Forbidden, NothingStored."""
+        if self.policy == "pass" and not self.things:
+            return None
+        path, names = call.stored, call.references()
+        if self.policy == "refuse" and (path or names):
+            raise Forbidden("What upstreams store is not passed on")
+        found = list(map(self.things.get, names))
+        if path and path.name:
+            found.insert(0, self.things.get(path.name) or self.things.get("%s/%s" % path[:2]))
+        if self.policy == "own":
+            if path and path.is_listed:
+                raise Forbidden("Lists of what is stored are not passed on")
+            if any([one is None or one.owner != owner for one in found]):
+                raise NothingStored()
+        return next(filter(None, found), None)
+
+    def bill_for(self, call: Call) -> Optional[Bill]:
+        """Returns what is open of the call whose answer this one asks for."""
+        return self.bills.get(call.stored.name) if call.stored and self.bills else None
+
+    def owe(self, name: str, bill: Bill):
+        """Keeps a bill, of the last BILLS."""
+        self.bills[name] = bill
+        if len(self.bills) > self.BILLS:
+            self.bills.popitem(last=False)
+
+    def note(self, thing: Thing, names: List[str]):
+        """Remembers what was made. Who made it first has it: an answer may name older things."""
+        for name in names:
+            if name in self.things or not self.NAME.fullmatch(name):
+                continue
+            self.things[name] = thing
+            if len(self.things) > self.ROOM:
+                self.things.popitem(last=False)
+            if len(self.unsaved) < self.UNSAVED:
+                self.unsaved.append((name, thing))
+
+
+class NameReader:
+    """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
+    first event that names something. `reader`, if any, sees it as well."""
+    MAX_KEPT = 1 << 20
+    MAX_TRIES = 20
+    FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
+
+    def __init__(self, reader: Optional[UsageReader], events: Optional[EventFraming],
+                 found: Callable[[List[str]], None]):
+        """`events` is None where the response is no stream."""
+        self.reader = reader
+        self.events = events
+        self.found = found
+        self.kept: Optional[bytes] = b""
+        self.tries = 0
+
+    def feed(self, payload: bytes) -> bytes:
+        if self.kept is not None:
+            self.kept += payload
+            if self.events:
+                self.look_at_events()
+            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
+                self.tries += 1
+                self.look_at_json()
+            if self.kept and len(self.kept) > self.MAX_KEPT:
+                self.look_at_beginning()
+        return self.reader.feed(payload) if self.reader else payload
+
+    def flush(self) -> bytes:
+        if self.kept and not self.events:
+            self.look_at_json()
+        return self.reader.flush() if self.reader else b""
+
+    def look_at_events(self):
+        events = self.events.cut(self.kept)
+        self.kept = events[-1]  # which may not be whole
+        for event in events:
+            self.tries += 1
+            if self.tell(names_made(self.events.payload(event))):
+                return
+        if self.tries > self.MAX_TRIES:
+            self.kept = None
+
+    def look_at_json(self):
+        with contextlib.suppress(ValueError):  # it has not come whole
+            found = parse_response(self.kept)
+            self.tell(names_made(found))
+
+    def look_at_beginning(self):
+        match = self.FIRST_NAME.match(self.kept)
+        self.tell([match[1].decode("utf-8", "replace")] if match else [])
+        self.kept = None
+
+    def tell(self, names):
+        if names:
+            self.found(names)
+            self.kept = None
+        return names
+
+
+# --------------------------------------------------------------------------------------------------
 # Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or
 # body of a caller can change host, port or scheme. http.client opens connections; responses are
 # read by Wire. An Address knows connections; an Upstream which of its addresses to ask; Routes
@@ -5096,6 +5607,7 @@ class Address:
         direct = not self.tls or urllib.request.proxy_bypass_environment(endpoint.host, bypass)
         self.tunnel = None if direct else transport.tunnel
         self.is_loopback = not self.tls and re.fullmatch(r"127\.[0-9.]+|::1", endpoint.host)
+        self.name = endpoint.origin + endpoint.path
         self.host_line = "Host: %s" % endpoint.origin.partition("://")[2]
         self.what_head = "the response of %s" % endpoint.origin
         self.what_body = "the body of the response of %s" % endpoint.origin
@@ -5316,6 +5828,16 @@ class Upstream:
 
     # -- which address
 
+    def only(self, name: str) -> "Upstream":
+        """Returns this upstream with the address of this name alone, if it has it."""
+        found = [one for one in self.addresses if one.name == name]
+        if not found or len(self.addresses) == 1:
+            return self
+        alone = copy.copy(self)
+        alone.addresses = found
+        alone.send = alone.send_patiently if self.retries else alone.send_once
+        return alone
+
     def enter(self, failed, probe):
         """Returns the address with the fewest running calls, which has one more now; None where
         none can be asked. A `probe` tells nothing of how calls fare there."""
@@ -5390,9 +5912,8 @@ class Upstream:
                         probe: bool = False) -> Response:
         """Send one request and wait for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
-        the next one is asked; a question that met a stale spare connection is asked again on a
-        fresh one. A `probe` says nothing of how calls fare there. Raises UpstreamFailed,
-        UpstreamTimeout, BreakerOpen, and what `body` raises."""
+        the next one is asked. A `probe` says nothing of how calls fare there. Raises
+        UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
         stale = False
@@ -5412,13 +5933,11 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and self.is_repeatable(method, body, refusal)
-                if stale:
-                    continue
-                if not refusal.nothing_sent:
+                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
-                failed.append(address)
+                failed += [] if stale else [address]
             finally:
                 if not probe:  # a list of models says nothing of how calls fare
                     self.judge_head(address, good)
@@ -5426,11 +5945,11 @@ class Upstream:
                     address.running -= 1
 
     @staticmethod
-    def is_repeatable(method, body, refusal):
+    def is_repeatable(method, refusal):
         """Tells whether what a spare connection lost, because it was closed under us, can be asked
         again (RFC 9110 9.2.2)."""
-        return method in ("GET", "HEAD") and body == b"" and (
-            isinstance(refusal, UpstreamFailed) and refusal.broke_before_response)
+        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
+            refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
@@ -5492,8 +6011,11 @@ class Routes:
         self.by_name = {upstream.name: upstream for upstream in named}
         self.known = {}
 
-    def find(self, call: Call) -> List[Upstream]:
-        """Raises NoRoute."""
+    def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
+        """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        for upstream in self.all if thing else ():
+            if thing.upstream == upstream.name and call.prefix in (None, upstream.name):
+                return [upstream.only(thing.address)]
         if call.prefix:
             return [self.by_name[call.prefix]]
         if self.base and not call.resolved_model:
@@ -5614,6 +6136,7 @@ class Entry:
         self.reader = None
         if self.call:
             self.call.payload = self.call.body = self.call.upstream_body = None
+            self.call.put_model = self.call.on_made = None
         return self
 
     def milliseconds(self, until):
@@ -5799,7 +6322,9 @@ class Database:
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
-        PRIMARY KEY (rule, subject))""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        PRIMARY KEY (rule, subject));
+        CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, owner TEXT, upstream TEXT,
+        address TEXT)""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -5884,10 +6409,20 @@ class Database:
             for key, (level, since) in changed.items()])
 
     @staticmethod
-    def spell_key(key):
-        """Returns the rule's text, and whose bucket it is: "key=HEX address=IP"."""
-        return key[0], " ".join([
-            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in key[1:]])
+    def spell_owners(keys):
+        """Returns callers' keys as text: "key=HEX address=IP"."""
+        return " ".join([
+            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in keys])
+
+    @staticmethod
+    def read_owners(text):
+        """Raises ValueError, TypeError or AttributeError for what somebody else has written."""
+        return [(kind, bytes.fromhex(name) if kind == "key" else name)
+                for kind, _, name in (part.partition("=") for part in text.split())]
+
+    def spell_key(self, key):
+        """Returns the rule's text, and whose bucket it is."""
+        return key[0], self.spell_owners(key[1:])
 
     def levels(self) -> Levels:
         """Returns what was saved."""
@@ -5895,9 +6430,24 @@ class Database:
         for rule, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
-                whose = [(kind, bytes.fromhex(name) if kind == "key" else name)
-                         for kind, _, name in (part.partition("=") for part in subject.split())]
-                found[(rule, *whose)] = int(level), float(since)
+                found[(rule, *self.read_owners(subject))] = int(level), float(since)
+        return found
+
+    def add_things(self, things, most):
+        """Inserts things, and removes the oldest above `most`."""
+        self.connection.executemany("INSERT OR IGNORE INTO things VALUES (?, ?, ?, ?)", [
+            (name, self.spell_owners([thing.owner]), thing.upstream, thing.address)
+            for name, thing in things])
+        self.connection.execute(
+            "DELETE FROM things WHERE rowid <= (SELECT max(rowid) FROM things) - ?", (most,))
+
+    def things(self) -> Dict[str, Thing]:
+        """Returns what was saved, oldest first."""
+        found = {}
+        for name, owner, *place in self.connection.execute(
+                "SELECT name, owner, upstream, address FROM things ORDER BY rowid"):
+            with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+                found[name] = Thing(self.read_owners(owner)[0], *place)
         return found
 
     def forget(self, before, most):
@@ -5908,16 +6458,18 @@ class Database:
 
 
 class Ledger(Writer):
-    """One row per call, and the levels of the buckets."""
+    """One row per call, the levels of the buckets, and what upstreams store."""
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
     forget_at = 0.0       # monotonic seconds
     complain_at = 0.0
 
-    def __init__(self, database: Database, limits: Limits, clock: Any, days: int, log: Log):
+    def __init__(self, database: Database, limits: Limits, stored: Stored, clock: Any, days: int,
+                 log: Log):
         super().__init__("ledger")
         self.database = database
         self.limits = limits
+        self.stored = stored
         self.clock = clock
         self.days = days
         self.log = log
@@ -5926,6 +6478,7 @@ class Ledger(Writer):
         self.saved = self.levels = database.levels()
         kept = {rule.text: rule for rule in limits.rules if rule.capacity is not None}
         now = clock.time_ns() / 1e9
+        stored.things.update(database.things())
         for key, (level, since) in self.saved.items():
             if key[0] in kept:
                 limits.buckets.restore(kept[key[0]], key, level, now - since)
@@ -5959,7 +6512,8 @@ class Ledger(Writer):
         """Writes calls and levels, and removes old calls, in one transaction."""
         levels = self.levels
         saved = self.saved
-        if not entries and levels is saved and now < self.forget_at:
+        things = self.stored.unsaved.copy()
+        if not (entries or things) and levels is saved and now < self.forget_at:
             return
         # The two clocks are not read at once: a hundredth of a second is no difference.
         changed = {key: (level, since) for key, (level, since) in levels.items()
@@ -5971,11 +6525,15 @@ class Ledger(Writer):
         with connection:
             self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
+            if things:
+                self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 before = self.clock.time_ns() / 1e9 - self.days * 86400
                 if self.database.forget(before, 1000) < 1000:
                     self.forget_at = now + self.FORGET_SECONDS
         self.saved = levels
+        for _ in things:
+            self.stored.unsaved.popleft()
 
     def close(self, wait: float):
         """Writes what is queued, and the levels as they are now."""
@@ -6213,10 +6771,13 @@ class Reply:
         has_events = streamed and encoding == IDENTITY
         if self.early and not (response.status == 200 and has_events):
             raise await self.not_a_stream(response)
-        if not call.unmetered and response.status < 400:
+        if response.status < 400 and self.may_tell_usage(response.head, streamed):
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         self.adapter = self.adapt(response, has_events)
+        if call.on_made:
+            self.adapter.reader = NameReader(
+                self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
         try:
             self.first = self.adapter.feed(response.stream.take_all())
             whole = response.framing.ended or call.stream or streamed
@@ -6225,6 +6786,14 @@ class Reply:
         except (Malformed, OSError) as failure:
             raise UpstreamFailed(failure) from None
         return self.adapter
+
+    def may_tell_usage(self, head, streamed):
+        """An answer to a call that we do not know may be anything, and sounds are not awaited."""
+        call = self.call
+        if call.unmetered or call.endpoint == UPLOAD:
+            return call.owes
+        return call.endpoint != UNKNOWN or streamed or (
+            "json" in head.get("content-type", "").lower())
 
     def kind_of(self, head):
         """Returns whether a response is a stream of events, and how its body is encoded."""
@@ -6509,7 +7078,7 @@ CALLERS_FAULTS = 400, 404, 413, 422
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -6518,6 +7087,7 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
+        self.stored = stored
         self.routes = routes
         self.books = books
         self.weights = config.key_weights or {}
@@ -6534,7 +7104,7 @@ class Proxy:
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
-        upstreams = self.routes.find(call)                                          # route
+        upstreams = self.routes.find(call, self.find_thing(call, entry.caller))     # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -6572,6 +7142,8 @@ class Proxy:
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
+        if response.status < 300 and reply.call.makes_things():
+            reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
         adapter = await reply.receive(response)
         if adapter.framing.ended:
@@ -6591,6 +7163,18 @@ class Proxy:
             return ending
         finally:
             entry.passed = adapter.passed
+
+    def find_thing(self, call, caller):
+        """Returns what the call speaks of that an upstream stores, if it is known."""
+        thing = self.stored.find(call, caller.key)
+        bill = self.stored.bill_for(call)
+        if bill:
+            call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
+        return thing
+
+    def note_made(self, entry, address, names):
+        entry.call.made = names
+        self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats."""
@@ -6649,7 +7233,7 @@ class Proxy:
         error is not asked again."""
         method, context = reply.request.method, reply.context
         head = functools.partial(self.request_head, reply.request, call, upstream)
-        if not call.endpoint:
+        if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
             return await send(method, head, body, context)
@@ -6674,10 +7258,14 @@ class Proxy:
     def settle(self, entry, ending):
         """Charge what the call used, and write that down. The second time, it does nothing."""
         call, hold = entry.call, entry.hold
+        if call.owes:
+            return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
             return
         if entry.reader and entry.reader.said_nothing:
             return hold.settle(self.fault_costs(entry.reader.fault))
+        if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
+            return self.await_usage(call, hold)
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
@@ -6688,6 +7276,30 @@ class Proxy:
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
 
+    def await_usage(self, call, hold):
+        """Leave the charge of a call in the background as it was held, until its usage is told."""
+        if call.made:
+            self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+        hold.keep()
+
+    @staticmethod
+    def told_usage(entry, ending):
+        reader = entry.reader
+        return reader.reported_usage(ending == "ok") if reader else (None, False)
+
+    def settle_bill(self, entry, ending):
+        """Charge what a call in the background used to whom it was charged before, once."""
+        usage, is_final = self.told_usage(entry, ending)
+        bill = is_final and self.stored.bills.pop(entry.call.stored.name, None)
+        if not bill:
+            return
+        entry.usage = usage
+        entry.picodollars, entry.priced = self.prices.cost(usage, bill.model)
+        before = bill.hold.costs
+        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
+        entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
+
     def fault_costs(self, status):
         """Returns what a call costs that was refused: what its caller did wrong costs a request."""
         return self.estimator.costs(Usage(), 0, 0) if status in CALLERS_FAULTS else NO_COST
@@ -6696,30 +7308,38 @@ class Proxy:
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path:
-            return known[1]
-        metered = call.endpoint is not None
-        path, dialect = upstream.dialect.place(call.path, call.dialect, metered)
-        lines = request.end_to_end(self.fields_to_drop(request, metered))
+        if known and known[0] == call.path and known[1] == call.is_json:
+            return known[2]
+        known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
+        path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
+        lines = request.end_to_end(self.fields_to_drop(request, call))
         if dialect is upstream.dialect and "anthropic-version" not in request:
             lines += dialect.VERSION_LINES
-        if metered:  # what is metered must stay readable
-            lines += ["Content-Type: application/json", "Accept-Encoding: identity"]
+        lines += self.lines_of_ours(call)
         key = upstream.key
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, head
+        request.cache[address] = call.path, call.is_json, head
         return head
 
-    def fields_to_drop(self, head, metered):
+    @staticmethod
+    def lines_of_ours(call):
+        lines = []
+        if call.is_json:
+            lines.append("Content-Type: application/json")
+        if not call.unmetered or call.body is not None:  # what is metered must stay readable
+            lines.append("Accept-Encoding: identity")
+        return lines
+
+    def fields_to_drop(self, head, call):
         # CGI-like upstreams take a_b for a-b: names with "_" would pass what the others may not.
         dropped = [name for name in head.lines if "_" in name
                    or name.startswith((USER_FIELD_PREFIX, OUR_FIELD_PREFIX))
                    or name == self.callers.caller_header]
-        if metered:
-            dropped += [
-                "content-type", "content-encoding", "accept-encoding", Dialect.MASK_FIELD]
+        dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
+        if call.body is not None:
+            dropped += ["content-encoding", Dialect.MASK_FIELD]
         if not REQUEST_ID.fullmatch(head.get("x-request-id", "")):
             dropped.append("x-request-id")
         return NEVER_UPSTREAM.union(dropped)
@@ -6759,14 +7379,20 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     request_cost = 1 if config.limits else config.request_token_cost
     estimator = CostEstimator(prices, request_cost, config.response_token_reserve,
                               config.image_tokens, limits.units())
-    ledger = Ledger(database, limits, clock, config.ledger_days, log) if database else None
+    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
+    ledger = Ledger(database, limits, stored, clock, config.ledger_days, log) if database else None
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
-    callers = Callers(config.proxy_api_keys, os.urandom(32), config.trusted_proxies or (),
+    callers = Callers(config.proxy_api_keys or None, os.urandom(32), config.trusted_proxies or (),
                       config.caller_header, config.has_dialect("azure"))
-    dialects = Dialects(config.model_aliases or {},
-                        {one.name: one.dialect for one in config.upstreams})
-    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
-                 build_routes(config, clock, log.say), Books(log, ledger, usage_log))
+    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator,
+                 build_dialects(config), stored, build_routes(config, clock, log.say),
+                 Books(log, ledger, usage_log))
+
+
+def build_dialects(config: Config) -> Dialects:
+    names = {one.name: one.dialect for one in config.upstreams}
+    return Dialects(config.model_aliases or {}, names, config.unknown_calls,
+                    config.vendor_admin_paths == "on")
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
@@ -6799,25 +7425,16 @@ class Catalogue:
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
 
-    def __init__(self, routes: Routes, aliases: Dict[str, str], clock: Any):
+    def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
-        self.aliases = aliases
         self.clock = clock
         self.lists = [[] for _ in self.upstreams]
-        self.texts = {}  # dialect -> the list as it is there
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def text(self, dialect: Dialect, context: Context) -> Optional[bytes]:
-        """Returns the list as it is in a dialect, None where nobody told of any model."""
-        await self.refresh(context)
-        if dialect not in self.texts:
-            models = self.models()
-            self.texts[dialect] = dialect.models(models) if models else None
-        return self.texts[dialect]
-
-    async def refresh(self, context):
-        """Who asks while another one's question is under way takes what that brings."""
+    async def models(self, context: Context) -> Dict[str, Model]:
+        """Returns them by name; the first of a name counts. Who asks while another one's question
+        is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -6827,14 +7444,10 @@ class Catalogue:
             with contextlib.suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
-    def models(self) -> List[Model]:
-        """Returns them all, and the aliases; the first of a name counts."""
         found = {}
         for model in itertools.chain(*self.lists):
             found.setdefault(model.name, model)
-        for alias, name in self.aliases.items():
-            found.setdefault(alias, found.get(name, Model(alias))._replace(name=alias))
-        return list(found.values())
+        return found
 
     async def ask_all(self, loop):
         try:
@@ -6851,7 +7464,6 @@ class Catalogue:
         context.until = loop.time() + self.ASK_SECONDS
         try:
             self.lists[number] = await self.upstreams[number].models(context)
-            self.texts.clear()
             return True
         except (Refusal, ValueError):
             return False
@@ -6865,8 +7477,8 @@ class Pages:
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
+        self.catalogue = Catalogue(proxy.routes, proxy.clock)
         config = proxy.config
-        self.catalogue = Catalogue(proxy.routes, config.model_aliases or {}, proxy.clock)
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
@@ -6926,11 +7538,12 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        dialect = self.dialect(request)
-        text = await self.catalogue.text(dialect, reply.context)
-        if text is None and not self.lists_models:
+        models = await self.catalogue.models(reply.context)
+        if not models and not self.lists_models:
             return await proxy.serve(request, reply)  # it may speak the client's API alone
-        reply.send(200, text or dialect.models([]))
+        for alias, name in (proxy.config.model_aliases or {}).items():
+            models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
+        reply.send(200, self.dialect(request).models(list(models.values())))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7048,7 +7661,7 @@ class ClientConnection:
             self.client.give_up_tls()
             self.refuse(self.new_reply(), BadRequest("This port speaks https", close_after=True))
         else:
-            with contextlib.suppress(QuietEnd):
+            with contextlib.suppress(QuietEnd, TimeoutError):
                 while await self.exchange():
                     if self.client.read_buffer:  # requests that never wait would hold the loop
                         await asyncio.sleep(0)
@@ -7081,15 +7694,13 @@ class ClientConnection:
                 self.record(reply)
         return not reply.close_after
 
-    async def await_request(self) -> bool:
-        """Wait for the first byte of a request."""
+    def await_request(self) -> asyncio.Future:
+        """Wait for the first byte of a request; the result is False at the end. Raises
+        TimeoutError."""
         if self.server.draining:
             self.end_if_idle()
         seconds = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-        try:
-            return await self.client.more(self.context, seconds, "a request")
-        except TimeoutError:
-            return False
+        return self.client.more(self.context, seconds, "a request")
 
     async def answer(self, reply):
         """Read a request and answer it. Raises whatever is to be said instead."""

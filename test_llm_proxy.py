@@ -1140,9 +1140,11 @@ class ConfigTest(TableCase):
         CALLER_HEADER=X-User -> CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset
         TOKEN_COST_MODE=estimate -> RESPONSE_TOKEN_RESERVE 256 is above MAX_TOKENS 10
         REQUEST_TOKEN_COST=11 -> REQUEST_TOKEN_COST 11 is above MAX_TOKENS 10
-        UPSTREAM_OPENAI_KEY=k | LIMITS=upstream:opnai 5 usd per day; upstream:o* 1 usd per day ->\
+        UPSTREAM_OPENAI_KEY=k | LIMITS=upstream:opnai 5 usd per day; each 9 requests per day ->\
  'upstream:opnai 5 usd per day' speaks of no upstream there is: base, openai
         UPSTREAM_OPENAI_KEY=k | BASE_API_URL= -> /openai/v1
+        LIMITS=each 5 usd per day -> no rule counts requests
+        TOKEN_COST_MODE=usage | MAX_TOKENS=256 -> no rule counts requests
         MAX_TOKEN=1 -> MAX_TOKEN is not a setting
         BREAKER_SECOND=1 -> BREAKER_SECOND is not a setting
         UPSTREAM_OPENAI_MODLES=1 -> UPSTREAM_OPENAI_MODLES is not a setting
@@ -1164,6 +1166,8 @@ class ConfigTest(TableCase):
 
     NO_WARNINGS = """
         PROXY_API_KEYS=sk-1
+        PROXY_API_KEYS=anyone
+        LIMITS=each 5 usd per day | UNKNOWN_CALLS=refuse
         MAX_CALL_SECONDS=300 | FIRST_BYTE_TIMEOUT=100
         TOKEN_COST_MODE=estimate | MAX_TOKENS=256
         PATH=1 | HOSTNAME=1 | HTTP_PROXY=1 | http_proxy=1 | OLDPWD=1 | LOGNAME=1 | TOKENS=1
@@ -1911,7 +1915,7 @@ class UsageTest(ProxyCase):
         {"messages": [{"role": "user", "content": "hello"}]} -> 10
         {"a": ["x", ["y", {"text": "w"}]]} -> 5
         {"tools": [{"parameters": {"properties": {"city": {"type": "string"}}}}]} -> 11
-        {"input": [1, 2.5, [3]], "seed": 4} -> 11
+        {"input": [[1, 2.5], [3]], "seed": 4} -> 11
         {"a": "äöü€"} -> 4
         """
 
@@ -1967,6 +1971,10 @@ class UsageTest(ProxyCase):
             /v1/images/generations -> {"prompt": "four", "n": 3} -> 769
             /v1/images/generations -> {"prompt": "four", "n": "x", "options": []} -> 258
             GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 769
+            /v1/chat/completions/batch -> {"messages": [HELLO, HELLO], "max_tokens": 7} -> 20
+            /api/chat -> {"messages": HELLO, "options": {"num_predict": 100}} -> 103
+            /api/generate -> {"prompt": "user hello", "options": {"num_predict": -1}} -> 259
+            /v1/interactions -> {"input": "four", "generation_config": {"maxOutputTokens": 9}} -> 10
             {"messages": HELLO, "max_tokens": 100.0} -> 103
             {"messages": HELLO, "max_tokens": -1} -> 259
             {"messages": HELLO, "max_tokens": 7, "options": {"num_predict": -2}} -> 259
@@ -1991,6 +1999,9 @@ class UsageTest(ProxyCase):
             {"type": "input_file", "filename": "a.pdf", "file_data": DATA}"""
         row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
         rows = [row % part for part in parts.strip().splitlines()]
+        ollama = '"options": {"num_predict": 1}, "images": [DATA, DATA]}'
+        rows += ['/api/generate -> {"prompt": "text 12345", %s -> 1004' % ollama,
+                 '/api/chat -> {"messages": [{"content": "text 12345", %s]} -> 756' % ollama]
         self.assert_estimates("\n".join(rows), TEXT={"type": "text", "text": "12345"},
                               DATA="data:image/png;base64," + "x" * 100000)
 
@@ -2063,8 +2074,8 @@ class LearningTest(ProxyCase):
     """A model whose tokenizer is simulated, with 9 tokens around each prompt. `said` is what it
     says, of which `hidden` more is not seen; whether it `tells` is for each test to say."""
 
-    def start(self, said="", hidden=0, **settings):
-        self.said, self.hidden, self.tells = said, hidden, True
+    def start(self, said="", hidden=0, detail="reasoning_tokens", **settings):
+        self.said, self.hidden, self.detail, self.tells = said, hidden, detail, True
         super().start(self.answer, **{
             "TOKEN_COST_MODE": "usage", "MAX_TOKENS": 10 ** 9, **settings})
 
@@ -2072,7 +2083,7 @@ class LearningTest(ProxyCase):
         prompt = asked.json()["messages"][0]["content"]
         seen = tokens_of(self.said)
         usage = {"prompt_tokens": 9 + tokens_of(prompt), "completion_tokens": seen + self.hidden,
-                 "completion_tokens_details": {"reasoning_tokens": self.hidden}}
+                 "completion_tokens_details": {self.detail: self.hidden}}
         asked.answer(json.dumps({"choices": [{"message": {"content": self.said}}],
                                  **({"usage": usage} if self.tells else {})}).encode())
 
@@ -2113,12 +2124,14 @@ class LearningTest(ProxyCase):
             self.assertLess(max(medians), 0.1)
 
     def test_an_answer_that_does_not_tell_what_it_hid_is_charged_the_usual_share(self):
-        self.start("seen" + " seen" * 49, hidden=4950)
-        self.assertEqual(self.used("hi")[1], 5000)
-        self.tells = False
-        self.assertEqual(self.used("hi")[1] // 100, 50)
-        self.said = "seen" + " seen" * 99
-        self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
+        """Also where only the sum was told."""
+        for name in self.each(("reasoning_tokens", "other")):
+            self.start("seen" + " seen" * 49, hidden=4950, detail=name)
+            self.assertEqual(self.used("hi")[1], 5000)
+            self.tells = False
+            self.assertAlmostEqual(self.used("hi")[1], 5000, delta=200)
+            self.said = "seen" + " seen" * 99
+            self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
 
     def test_reasoning_that_passes_is_not_taken_for_hidden(self):
         self.start()
@@ -2162,6 +2175,14 @@ class LearningTest(ProxyCase):
         self.said = "seen"
         held = [self.held()[3] for _ in range(22)]
         self.assertEqual((held[:10], held[-1]), ([5000] * 10, 256))
+
+    def test_calls_with_a_maximum_teach_nobody_that_little_is_said(self):
+        self.start("seen" + " seen" * 4999)
+        self.held(key="bob")
+        self.said = "seen"
+        for _ in range(30):
+            self.held(key="alice", max_tokens=1)
+        self.assertEqual(self.held(key="alice")[3], 5000)
 
     def test_who_hangs_up_before_the_end_pays_what_such_calls_use(self):
         """What comes is 2 tokens of 5,000; 5 are the prompt's."""
@@ -2323,7 +2344,7 @@ class JsonTest(ProxyCase):
         self.assertEqual([self.ask(data).status for _ in range(2)], [200, 200])
 
 
-class PathsTest(ProxyCase):
+class PathsTest(ManyCase):
     SAME_ENDPOINT = r"""
         /v1/chat/completions /v1/chat/completions?x=1 /v1/chat/completions/?x
         /v1/chat/completions/ /v1/chat/completions// //v1/chat/completions ///v1/chat/completions
@@ -2363,20 +2384,61 @@ class PathsTest(ProxyCase):
         http://proxy.test/v1/chat/completions -> /v1/chat/completions
         /chat/completions -> /chat/completions"""
     FORWARDED = """
-        GET -> /v1/chat/completions
-        PUT -> /v1/chat/completions
-        DELETE -> /v1/chat/completions/x
-        POST -> /v1/chat/completions/x/cancel
-        PATCH -> /a/b?c=/v1/chat/completions
-        POST -> /v1/xcompletions
-        POST -> /v1/files
-        HEAD -> /v1/files
-        POST -> /v1/files/a%20b?x=%2f
-        POST -> /v1//audio/./x
-        GET -> /
-        GET -> /v1/models
-        QUERY -> /v1/x
-        GET -> /x?a=b?c"""
+        0 GET /v1/chat/completions
+        1 PUT /v1/chat/completions
+        0 DELETE /v1/chat/completions/x
+        0 POST /v1/chat/completions/x/cancel
+        0 POST /v1/threads/t/runs/r/cancel
+        0 POST /v1beta/batches/b:cancel
+        1 POST /v1/chat/completions/x/cancel/
+        1 POST /v1/x/cancel
+        1 PATCH /a/b?c=/v1/chat/completions
+        1 POST /v1/xcompletions
+        1 POST /v1/files
+        0 HEAD /v1/files
+        1 POST /v1/files/a%20b?x=%2f
+        1 POST /v1//audio/./x
+        0 GET /
+        0 GET /v1/models
+        1 QUERY /v1/x
+        0 GET /x?a=b?c
+        0 POST /tokenize
+        0 POST /v1/responses/input_tokens
+        0 POST /detokenize
+        0 POST /apply-template
+        0 POST /api/show
+        0 POST /v1/messages/count_tokens
+        0 POST /v1beta/models/m:countTokens"""
+    # Whatever reaches a model by these costs something; what has a name in its path, by that.
+    UNKNOWN = """
+        POST /v1/chat/completions/batch, POST /v1/decisions, POST /v1/score, POST /score,
+        POST /v1/reranking, POST /reranking, POST /invocations, POST /v1/audio/speech,
+        POST /v1/audio/transcriptions, POST /v1/audio/translations, POST /v1/images/edits,
+        POST /v1/images/variations, POST /v1/videos, POST /v1/batches, POST /v1/messages/batches,
+        POST /v1beta/interactions, POST /v1beta/models/m:batchGenerateContent,
+        POST /v1beta/models/m:predictLongRunning, POST /v1beta/models/m:predict, POST /completion,
+        POST /infill, POST /embedding, POST /pooling, POST /classify, POST /generate,
+        POST /v1/moderations, POST /v1/ocr, POST /v1/threads/t/runs, POST /v1/threads/t/messages,
+        POST /v1/fine_tuning/jobs, PUT /v1/chat/completions, PATCH /v1/responses, POST /inference,
+        POST /v1/uploads/u/parts, PROPFIND /v1/chat/completions, POST /v1//score/, POST /%76%31/x
+        """
+    ADMIN = """
+        POST /v1/realtime/client_secrets, POST /V1/Realtime/Client_Secrets, GET /slots, GET /slots/0
+        POST /v1/realtime//client_secrets/, POST /v1/realtime/client%5fsecrets;x
+        POST /v1/x/../slots
+        POST /v1alpha/auth_tokens, POST /v1/realtime/sessions, POST /v1/realtime/calls
+        GET /v1/stream/x, DELETE /v1/stream/x, POST /v1/streams/lookup, GET /stream/x
+        POST /slots/0?action=save, POST /%73lots/0, POST /api/pull, POST /api/push, POST /api/create
+        POST /api/copy, DELETE /api/delete, HEAD /api/blobs/sha256:1, POST /pull, POST /api//pull/
+        POST /v1/load_lora_adapter, POST /v1/unload_lora_adapter, POST /sleep, POST /wake_up
+        POST /reset_prefix_cache, POST /collective_rpc, POST /update_weights_from_disk
+        POST /update_weights, GET /flush_cache, POST /start_profile, POST /models/load
+        POST /models/unload, POST /lora-adapters, POST /props, POST /v1/model/load, PUT /props
+        POST /api/v1/models/load, POST /models, DELETE /v1/models/m, GET /cors-proxy?url=x
+        POST /slots/0:countTokens?action=erase, POST /slots/0/count_tokens
+        POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
+            "\n", ",")
+    MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
 
     def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
         """Each is limited, in the assistant's words, or refused."""
@@ -2395,14 +2457,65 @@ class PathsTest(ProxyCase):
             self.assertEqual(self.stub.requests[-1].target, plain)
         self.assertEqual(self.left(), 1000 - 7)
 
-    def test_other_methods_and_paths_are_forwarded_as_they_are_and_unmetered(self):
-        self.start(MAX_TOKENS=1)
-        self.ask(call())
-        for method, path in self.each(self.FORWARDED):
+    def test_other_methods_and_paths_are_forwarded_as_they_are_and_cost_a_request_or_nothing(self):
+        self.start()
+        left = 1000
+        for cost, method, path in self.each(map(str.split, self.FORWARDED.strip().splitlines())):
             body = b"" if method in ("GET", "HEAD") else b"not json"
             self.assertEqual(self.ask(request(method, path, body)).status, 200)
             asked = self.stub.requests[-1]
-            self.assertEqual((asked.method, asked.target), (method, path))
+            self.assertEqual((asked.method, asked.target, asked.body), (method, path, body))
+            left -= int(cost)
+            self.assertEqual(self.left(), left)
+
+    def rows(self, text):
+        return self.each([row.split() for row in text.split(",") if row.strip()])
+
+    def test_what_is_unknown_gets_past_neither_an_empty_bucket_nor_a_full_queue(self):
+        self.start(MAX_TOKENS=1)
+        self.ask(call())
+        for method, path in self.rows(self.UNKNOWN):
+            answered = self.ask(request(method, path, chat()))
+            limited = answered.status == 429 or b"limit reached" in answered.body
+            self.assertEqual((limited, self.stub.calls), (True, 1))
+        self.start(None, MAX_CONCURRENCY=1, MAX_QUEUE=0)
+        _, running = self.ask_stub(call())
+        for method, path in self.rows(self.UNKNOWN):
+            answered = self.ask(request(method, path, chat()))
+            self.assertEqual((answered.status, self.stub.calls), (503, 1))
+        running.answer()
+
+    def test_what_manages_an_upstream_is_not_passed_on_in_whatever_spelling(self):
+        box = self.stub_of("box")
+        self.start_many({"box": box}, UPSTREAM_BOX_URL=box.url)
+        for method, path in self.rows(self.ADMIN):
+            for prefix in ("", "/box"):
+                answered = self.ask(request(method, prefix + path, chat()))
+                self.assertIn(answered.status, (403, 400 if ".." in path else 403))
+        self.assertEqual(self.stub.calls + box.calls, 0)
+        for method, path in self.rows(self.MANAGED_AND_FREE):
+            self.assertEqual(self.ask(request(method, "/box" + path)).status, 200)
+        self.start(VENDOR_ADMIN_PATHS="on")
+        self.assertEqual(self.ask(request("POST", "/api/pull")).status, 200)
+
+    def test_unknown_calls_are_free_or_refused_where_that_is_wanted(self):
+        said = {"count": (200, 999), "pass": (200, 1000), "refuse": (403, 1000)}
+        for setting, expected in self.each(said.items()):
+            self.start(UNKNOWN_CALLS=setting)
+            answered = self.ask(request("POST", "/v1/score", chat()))
+            self.assertEqual((answered.status, self.left()), expected)
+            self.assertEqual(self.ask(request("POST", "/v1/files", b"x")).status, 200)
+
+    def test_an_unknown_call_is_estimated_by_its_json_and_settled_by_what_is_told(self):
+        told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
+        for mode, answered, cost, more in self.each((
+                ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
+                ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
+                ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
+            self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
+            body = json.dumps({"model": "m", "input": "ten tokens" * 4, **more}).encode()
+            self.ask(request("POST", "/v1/score", body))
+            self.assertEqual(1000 - self.left(), cost)
 
     def test_the_method_cannot_be_overridden_further_on(self):
         self.start(MAX_TOKENS=1)
@@ -2410,6 +2523,91 @@ class PathsTest(ProxyCase):
         self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
         self.assertEqual(self.ask(request("post", CHAT, chat())).status, 400)
         self.assertEqual(self.stub.calls, 1)
+
+
+class FormsTest(ManyCase):
+    """Calls that are no JSON: what they name is found, and nothing else is changed."""
+    PART = '--B\r\nContent-Disposition: form-data; name=%s\r\n\r\n%s\r\n'
+    FILE = PART % ('"file"; filename="a.wav"\r\nContent-Type: audio/wav', "RIFF--B\0\xff")
+    # The second part of a form, and the status
+    FIELDS = [
+        ('"model"', "fast", 200), ("model", "fast", 200), ('"model"; filename="x"', "fast", 200),
+        ('"x"; filename="x"; name="model"', "fast", 400),
+        ('"Model"', "fast", 400), ('"mod\\el"', "fast", 400), ('"x"; name="model"', "fast", 400),
+        ('"model"\r\nContent-Transfer-Encoding: base64', "ZmFzdA==", 400),
+        ('"model"\r\nContent-Disposition: form-data; name="x"', "fast", 400),
+        ('"x"\nContent-Disposition: form-data; name="model"', "fast", 400),
+        ('"model"', "m\r\n--BX\r\n", 400), ('"model"', "m\n--B\r\n", 400),
+        ('"model"', "m" * 300, 400)]
+
+    def start_routed(self):
+        one = self.stub_of("one")
+        self.start_many({"one": one}, UPSTREAM_ONE_MODELS="real", MODEL_ALIASES="fast=real")
+        return one
+
+    def form(self, *parts, boundary="B", end="--B--\r\n"):
+        body = ("".join(parts) + end).encode("latin-1")
+        kind = "Content-Type: multipart/form-data; boundary=" + boundary
+        return request("POST", "/v1/audio/transcriptions", body, kind)
+
+    def test_a_form_is_routed_by_its_model_whose_alias_is_replaced(self):
+        one = self.start_routed()
+        file = self.FILE.replace("--B\0", "-B\0")
+        for name, model, status in self.each(self.FIELDS):
+            field, calls = self.PART % (name, model), one.calls
+            answered = self.ask(self.form(file, field))
+            self.assertEqual((answered.status, one.calls - calls), (status, status == 200))
+            if status == 200:
+                asked, body = one.requests[-1], file + field.replace("fast", "real") + "--B--\r\n"
+                self.assertEqual(asked.body, body.encode("latin-1"))
+                self.assertEqual(asked.get("content-type"), "multipart/form-data; boundary=B")
+        self.assertEqual(self.left(), 1000 - 3)
+
+    def test_a_form_that_two_readers_could_take_apart_differently_is_refused(self):
+        self.start()
+        model = self.PART % ('"model"', "m")
+        for data in self.each((
+                self.form(model, model), self.form(model, end=""), self.form(model, end="--B\r\n"),
+                self.form("x", model), self.form(model, boundary="C"), self.form(self.FILE, model),
+                self.form(model, boundary='B"'), self.form(model, boundary="B; boundary=C"),
+                self.form(model, end="--B--\r\n" + model), self.form(model * 1001))):
+            self.assertEqual(self.ask(data).status, 400)
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+    def test_json_is_read_whatever_its_type_says_and_must_be_sound(self):
+        one = self.start_routed()
+        for fields, body, status in self.each((
+                ((), b'{"model": "fast"}', 200),
+                (("Content-Type: text/plain",), b' {"model": "fast"}', 200),
+                (("Content-Type: application/x-www-form-urlencoded",), b'{"model": "fast"}', 200),
+                (("Content-Type: application/json",), b"model=fast", 400),
+                ((), b'{"model": "fast", "model": "m"}', 400), ((), b'{"Model": "fast"}', 400),
+                ((), '{"model": "fast"}'.encode("utf-16"), 400), ((), b'["fast"]', 400))):
+            self.assertEqual(self.ask(request("POST", "/v1/score", body, *fields)).status, status)
+            if status == 200:
+                self.assertEqual(one.requests[-1].body, b'{"model":"real"}')
+                self.assertEqual(one.requests[-1].get("content-type"), "application/json")
+        kind = "Content-Type: application/x-www-form-urlencoded"
+        self.ask(request("POST", "/v1/score", b"a=%26&model=fast", kind))
+        self.assertEqual(one.requests[-1].body, b"a=%26&model=real")
+        self.assertEqual(self.ask(request("POST", "/x", b"model=a&model=b", kind)).status, 400)
+
+    def test_sounds_are_relayed_as_they_come_and_what_is_no_json_as_it_is(self):
+        self.start(None, reads=False, MAX_BODY_BYTES=10)
+        kind = "Content-Type: audio/wav"
+        client, asked = self.ask_stub(unsized("/v1/x", CHUNKED, kind, "Content-Encoding: br"))
+        pieces = asked.reader.body(asked.fields)
+        for piece in (b"{one", b"two" * 10):
+            client.send(chunk(piece))
+            self.assertEqual(next(pieces), piece)
+        client.send(LAST)
+        self.assertEqual(list(pieces), [])
+        asked.answer(b"x", "200 OK", "Content-Type: audio/mpeg")
+        self.assertEqual(client.read().body, b"x")
+        self.assertEqual((asked.get("content-type"), asked.get("content-encoding")),
+                         ("audio/wav", "br"))
+        self.assertEqual(self.ask(request("POST", "/v1/x", b"x" * 11)).status, 413)
+        self.assertEqual(self.left(), 999)
 
 
 # Rows: an endpoint; what its API tells; input, output, cached, cache_write and reasoning tokens
@@ -2818,6 +3016,15 @@ class UsageReaderTest(ProxyCase):
             found = self.hear(whole.encode(), endpoint="ollama", streamed=False)
             self.assertEqual(found[1:], ((25, 7), True, 5))
 
+    def test_a_stream_of_lines_ends_with_the_one_that_is_done(self):
+        """An error in it is a line, too."""
+        error = {"error": "unexpected EOF"}
+        for told, ending in self.each((
+                (OLLAMA_LINES, "ok"), (OLLAMA_LINES[:2], "upstream_cut"),
+                ([*OLLAMA_LINES[:2], error], "upstream_status"), ([error], "upstream_status"))):
+            self.hear(lines_of(*told), endpoint="ollama")
+            self.assertEqual(self.reader.ending(True), ending)
+
     def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
         for endpoint, told, _, number, *expected in self.each(self.STREAMS):
             data = events(*told[:number]) + b'data: {"choi'
@@ -2978,12 +3185,12 @@ class DialectsTest(ProxyCase):
         /v1/messages /v1/Messages /messages /x/v1/messages
         /v1beta/models/m:generateContent /v1/models/m:streamGenerateContent
         /v1beta/tunedModels/m:generateContent /v1/rerank /v1/images/generations
+        /v1/threads/t/messages
         /v1beta/interactions /v1/interactions/ /v1/fim/completions /v1/agents/completions
         /v1/chat/completions/batch /api/chat /api/generate /api/embed /API//embeddings
         /openai/deployments/m/chat/completions /openai/deployments/m/embeddings"""
     UNMETERED = """
-        /v1/messages/count_tokens /v1beta/models/m:countTokens
-        /v1/threads/t/messages /v1/responses/r/cancel"""
+        /v1/messages/count_tokens /v1beta/models/m:countTokens /v1/responses/r/cancel"""
     SHOWN = """
         /v1/chat/completions -> Authorization: Bearer sk-1
         /v1/chat/completions -> x-api-key: sk-1
@@ -3225,8 +3432,6 @@ class LimitReplyTest(ProxyCase):
             {"guided_regex": "a+"}
             {"guided_choice": ["a", "b"]}
             {"guided_grammar": "root ::= x"}
-            {"prediction": {"type": "content", "content": "def f(): pass"}}
-            {"audio": {"voice": "alloy", "format": "wav"}}
             {"stream": true, "guided_regex": "a+"}""",
         "/v1/completions": """
             {"suffix": "def f"}
@@ -4423,7 +4628,6 @@ class EarlyStreamTest(WaitingCase):
     def test_what_goes_wrong_then_is_an_error_event_and_a_clean_end(self):
         """Where the stream broke off after it, Open WebUI would show that instead."""
         anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
-        old = request("POST", CHAT, chat(stream=True), version="1.0")
         told = b'{"error":{"message":"too long","code":7}}'
         too_long = says(told, "400 Bad Request")
         no_stream = b"did not answer with a stream"
@@ -4434,7 +4638,6 @@ class EarlyStreamTest(WaitingCase):
                 (None, says(b"not JSON", "500 Oops"), no_stream, "upstream_status"),
                 (None, says(b'{"choices": []}'), no_stream, "upstream_status"),
                 (None, Asked.close, could_not, "upstream_failed"),
-                (old, Asked.close, could_not, "upstream_failed"),
                 (anthropic, too_long, b"event: error\ndata: " + told, "upstream_status"),
                 (anthropic, Asked.close, b'event: error\ndata: {"type": "error"',
                  "upstream_failed")])):
@@ -4635,6 +4838,192 @@ class DeadlinesTest(WaitingCase):
         self.assertFalse(client.read().whole)
         self.assertEqual(self.entry()["outcome"], "upstream_cut")
         self.assertEqual(self.ask(call()).status, 504)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stored
+# --------------------------------------------------------------------------------------------------
+
+class StoredTest(ManyCase):
+    """What alice and bob made at the endpoint, and what the operator has there."""
+    KEYS = {"PROXY_API_KEYS": "alice=a,bob=b"}
+    MADE = [  # path, body, answer, and the paths and references by which that is used
+        ("/v1/files", None, {"id": "file-1"}, "/v1/files/file-1 /v1/files/file-1/content",
+         [{"training_file": "file-1"},
+          {"messages": [{"content": [{"file": {"file_id": "file-1"}}]}]},
+          {"tools": [{"container": {"type": "auto", "file_ids": ["file-1"]}}]}]),
+        ("/v1/responses", {}, {"id": "resp_1", "conversation": {"id": "conv_1"}},
+         "/v1/responses/resp_1 /v1/responses/resp_1/input_items /v1/conversations/conv_1/items",
+         [{"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
+          {"conversation": {"id": "conv_1"}}]),
+        ("/v1/batches", {}, {"id": "batch_1"}, "/v1/batches/batch_1", []),
+        ("/v1/messages/batches", {}, {"id": "msgbatch_1"},
+         "/v1/messages/batches/msgbatch_1/results", []),
+        ("/v1/chat/completions", {"store": True}, {"id": "chatcmpl-1"},
+         "/v1/chat/completions/chatcmpl-1", []),
+        ("/v1/chat/completions", {"deferred": True}, {"request_id": "r-1"},
+         "/v1/chat/deferred-completion/r-1", []),
+        ("/v1/vector_stores", {}, {"id": "vs_1"}, "/v1/vector_stores/vs_1/files",
+         [{"tools": [{"vector_store_ids": ["vs_1"]}]}]),
+        ("/upload/v1beta/files", None, {"file": {"name": "files/f1", "uri": "https://x/files/f1"}},
+         "/v1beta/files/f1 /v1beta/files/f1:download",
+         [{"contents": [{"parts": [{"fileData": {
+             "fileUri": "https://generativelanguage.googleapis.com/v1beta/files/f1"}}]}]}]),
+        ("/v1beta/cachedContents", {}, {"name": "cachedContents/c1"}, "/v1beta/cachedContents/c1",
+         [{"cachedContent": "cachedContents/c1"}]),
+        ("/v1beta/models/veo:predictLongRunning", {}, {"name": "models/veo/operations/o1"},
+         "/v1beta/models/veo/operations/o1", []),
+        ("/v1/threads/runs", {}, {"id": "run_1", "thread_id": "thread_1"},
+         "/v1/threads/thread_1/runs/run_1", [{"thread_id": "thread_1"}])]
+    # Callers and their tools say anything here.
+    NO_REFERENCES = [
+        {"messages": [{"content": [{"type": "tool_use", "input": {"file_id": "x"}}]}]},
+        {"tools": [{"input_schema": {"properties": {"file_id": {"id": "x"}}}}]},
+        {"metadata": {"file_id": "x"}}, {"messages": [{"content": "file_id: x"}]},
+        {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
+
+    def post(self, path, payload, key="a"):
+        body = b"x" if payload is None else json.dumps({"model": "m", **payload}).encode()
+        return self.ask(request("POST", path, body, key=key))
+
+    def status(self, method, path, key="a"):
+        return self.ask(request(method, path, key=key)).status
+
+    def answers(self, payload):
+        self.stub.answer = says(json.dumps(payload).encode())
+
+    def test_what_a_caller_made_is_its_own_and_everybody_else_s_is_a_404(self):
+        self.start(**self.KEYS)
+        for path, body, answered, paths, references in self.each(self.MADE):
+            self.assertEqual(self.status("GET", paths.split()[0]), 404)
+            self.answers(answered)
+            self.assertEqual(self.post(path, body).status, 200)
+            self.answers({})
+            for one in paths.split():
+                found = [self.status(method, one, key) for key in "ab"
+                         for method in ("GET", "DELETE")]
+                self.assertEqual(found, [200, 200, 404, 404])
+            for one in references:
+                found = [self.post("/v1/responses", one, key).status for key in "ab"]
+                self.assertEqual(found, [200, 404])
+
+    def test_lists_are_a_403_and_other_spellings_are_nobody_s(self):
+        self.start(**self.KEYS)
+        self.answers({"id": "file-1"})
+        self.post("/v1/files", None)
+        for path, status in self.each((
+                ("/v1/files", 403), ("/v1/files/", 403), ("/v1/Files?limit=1", 403),
+                ("/v1/chat/completions", 403), ("/v1beta/cachedContents", 403),
+                ("/v1/files/file%2D1", 404), ("/v1//files/file-1", 404), ("/v1/files/FILE-1", 404),
+                ("/v1/files/file-1", 200), ("/v1/models", 200))):
+            self.assertEqual(self.status("GET", path), status)
+        self.assertEqual(self.post("/v1/files/file-2", {}).status, 404)
+        escaped = b'{"file\\u005fid": "file-2"}'
+        self.assertEqual(self.ask(request("POST", "/v1/responses", escaped, key="a")).status, 404)
+        error = self.ask(request("GET", "/v1/messages/batches/x", key="a")).json()
+        self.assertEqual(error["error"]["type"], "not_found_error")
+
+    def test_what_callers_and_their_tools_say_is_no_reference(self):
+        self.start(**self.KEYS)
+        for payload in self.each(self.NO_REFERENCES):
+            self.assertEqual(self.post("/v1/responses", payload).status, 200)
+
+    def test_a_stream_names_what_it_makes_in_its_first_event(self):
+        self.start(None, **self.KEYS)
+        client = self.connect().send(request(
+            "POST", "/v1/responses", b'{"model": "m", "stream": true}', key="a"))
+        asked = self.stub.next()
+        first = b'data: {"type": "response.created", "response": {"id": "resp_1"}}\n\n'
+        asked.stream(first[:30], first[30:])
+        client.head()
+        client.expect(first)
+        self.answers({})
+        self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
+        self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
+        asked.chunks(end=True)
+
+    def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
+        self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
+        self.post("/v1/batches", {})
+        for path, answered in self.each((
+                ("/v1/batches/batch_1", {"id": "batch_1", "output_file_id": "file-2",
+                                         "metadata": {"output_file_id": "file-3"}}),
+                ("/v1/batches/batch_1/x", {"id": "file-3", "output_file_id": "file-3"}),
+                ("/v1/files/file-2/content", {"id": "file-3"}))):
+            self.answers(answered)
+            self.assertEqual(self.status("GET", path), 200)
+        self.assertEqual(self.status("GET", "/v1/files/file-2", "b"), 404)
+        self.assertEqual(self.status("GET", "/v1/files/file-3"), 404)
+
+    def test_a_name_that_no_path_could_have_is_no_thing(self):
+        for name in self.each(("\ud800", "a b", "x" * 300, "a\x00")):
+            self.start(says_json({"id": name}), **self.KEYS)
+            self.assertEqual(self.post("/v1/responses", {}).status, 200)
+            self.assertEqual(len(self.proxy.stored.things), 0)
+
+    def test_an_answer_cannot_make_a_thing_another_one_s(self):
+        self.start(says(b'{"id": "resp_1"}'), **self.KEYS)
+        for key in "ab":
+            self.post("/v1/responses", {}, key)
+        self.assertEqual([self.status("GET", "/v1/responses/resp_1", key) for key in "ab"],
+                         [200, 404])
+
+    def test_names_are_found_in_any_framing_and_beyond_the_first_megabyte(self):
+        large = b'{"id": "resp_1", "x": "%s"}' % (b"x" * (1 << 21))
+        self.patch_seconds(Reply_WHOLE_SECONDS=0)
+        for data in self.each((
+                answer(b'{\n"object": "response", "id": "resp_1"}\n'), answer(large),
+                STREAM.replace(b"text/event-stream", b"application/json") + chunk(b'{"a": {}')
+                + chunk(b',"id": "resp_1"}') + LAST)):
+            self.start(sends(data, close=False), **self.KEYS)
+            self.post("/v1/responses", {})
+            self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
+            self.assertEqual(self.status("GET", "/v1/responses/resp_2"), 404)
+
+    def test_who_may_have_what_is_stored_is_a_setting(self):
+        rows = [({}, "200 200 200"), ({"STORED": "own"}, "404 403 404"),
+                ({"STORED": "refuse"}, "403 403 403"), (self.KEYS, "404 403 404"),
+                ({"PROXY_API_KEYS": "anyone"}, "200 200 200"),
+                ({"BASE_API_KEY": "passthrough"}, "404 403 404"),
+                ({**self.KEYS, "STORED": "pass"}, "200 200 200")]
+        for settings, expected in self.each(rows):
+            self.start(**settings)
+            found = (self.status("GET", "/v1/files/file-1"), self.status("GET", "/v1/files"),
+                     self.post("/v1/responses", {"previous_response_id": "resp_1"}).status)
+            self.assertEqual("%d %d %d" % found, expected)
+
+    def test_calls_go_where_the_thing_they_speak_of_was_made(self):
+        """One upstream has two addresses; that model serves nothing else."""
+        first, second, other = self.stub_of("first"), self.stub_of("second"), self.stub_of("other")
+        self.start(says_json({"from": "base"}),
+                   UPSTREAM_BOX_URL="%s/v1,%s/v1" % (first.url, second.url),
+                   UPSTREAM_BOX_MODELS="m", UPSTREAM_OTHER_URL=other.url)
+        for stub in self.each((first, second) * 2):
+            for one in (first, second):
+                one.answer = says(b'{"id": "resp_%d"}' % one.port)
+            while self.post("/v1/responses", {}).json() != {"id": "resp_%d" % stub.port}:
+                pass
+            for one in (first, second):
+                one.answer = says(b'{"from": %d}' % one.port)
+            name = "resp_%d" % stub.port
+            for data in (request("GET", "/v1/responses/" + name),
+                         request("DELETE", "/v1/responses/" + name),
+                         request("POST", "/v1/responses/%s/cancel" % name),
+                         request("GET", "/box/v1/responses/" + name),
+                         request("POST", "/v1/responses", json.dumps(
+                             {"model": "x", "previous_response_id": name}).encode())):
+                self.assertEqual(self.came_from(data), stub.port)
+        self.assertEqual(self.came_from(request("GET", "/v1/responses/resp_0")), "base")
+        self.assertEqual(self.came_from(request("GET", "/other/v1/responses/" + name)), "other")
+
+    def test_only_the_last_things_are_remembered(self):
+        self.patch_seconds(Stored_ROOM=2)
+        self.start(**self.KEYS)
+        for number in range(3):
+            self.answers({"id": "resp_%d" % number})
+            self.post("/v1/responses", {})
+        found = [self.status("GET", "/v1/responses/resp_%d" % number) for number in range(3)]
+        self.assertEqual(found, [404, 200, 200])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4840,7 +5229,6 @@ class UpstreamsTest(CallCase):
         found = []
         for descriptor in [*sockets]:
             with socket.socket(fileno=os.dup(descriptor)) as sock:
-                sock.setblocking(False)  # PyPy has made both descriptors block
                 if sock.family == socket.AF_INET:
                     found.append((sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
                                   sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)))
@@ -4867,7 +5255,7 @@ class UpstreamsTest(CallCase):
 
     def test_a_metered_answer_stays_readable_and_the_coding_of_others_is_the_callers_choice(self):
         self.start()
-        for path, coding in ((CHAT, "identity"), ("/v1/files", "gzip")):
+        for path, coding in ((CHAT, "identity"), ("/v1/files", "identity"), ("/tokenize", "gzip")):
             self.ask(request("POST", path, chat(), "Accept-Encoding: gzip"))
             self.assert_fields(self.stub.requests[-1], "accept-encoding: " + coding)
 
@@ -4951,13 +5339,13 @@ class UploadTest(CallCase):
         body = self.BLOCK * blocks
         framing = CHUNKED if chunked else "Content-Length: %d" % len(body)
         fields = framing, "Content-Type: " + self.MULTIPART
-        client.send(unsized("/v1/audio/transcriptions", *fields))
+        client.send(unsized("/v1/files", *fields))
         client.send(chunk(self.BLOCK) * blocks + LAST if chunked else body)
         return hashlib.sha256(body).hexdigest()
 
-    def test_an_upload_of_any_framing_and_size_arrives_whole_and_unmetered(self):
+    def test_an_upload_of_any_framing_and_size_arrives_whole_and_costs_a_request(self):
         self.start(lambda asked: asked.send(answer(asked.digest.encode())),
-                   MAX_TOKENS=1, MAX_BODY_BYTES=1000)
+                   MAX_TOKENS=4, MAX_BODY_BYTES=1000)
         client = self.connect()
         for chunked in self.each((False, True, False)):
             digest = self.upload(client, chunked)
@@ -5291,7 +5679,11 @@ POST fast     two    claude-5 authorization  1 /v1/chat/completions         -
 POST o3-mini  base   served   authorization  1 /v1/chat/completions         -
 POST -        base   served   authorization  1 /v1/chat/completions         -
 POST slow     base   served   authorization  1 /v1/chat/completions         -
-POST m        base   m        authorization  0 /v1/audio/speech             -
+POST m        base   served   authorization  1 /v1/audio/speech             -
+POST fast     two    claude-5 authorization  1 /v1/audio/speech             -
+POST o3       one    o3       authorization  1 /v1/score                    -
+POST -        one    -        authorization  1 /v1beta/models/o3:predict    -
+POST -        two    -        authorization  1 /v1beta/models/fast:predict  -
 POST -        one    -        x-goog-api-key 1 /v1beta/models/o3:generateContent -
 POST -        two    -        x-goog-api-key 1 /v1beta/models/fast:generateContent -
 POST -        one    -        x-goog-api-key 0 /v1beta/models/o3:countTokens -
@@ -5314,6 +5706,7 @@ POST m        azure  m        api-key        1 /azure/openai/deployments/m/chat/
 POST deployed azure  deployed api-key        1 /openai/deployments/deployed/embeddings -
 POST deployed azure  deployed api-key        1 /v1/chat/completions         /azu/chat/completions
 POST m        azure  m        api-key        1 /azure/openai/responses      -
+POST -        azure  deployed api-key        1 /openai/deployments/deployed/audio/speech -
 GET  -        azure  -        api-key        0 /azure/v1/models             /azu/models
 GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
 """.replace("/oai", "/v1beta/openai").replace("/azu/", "/openai/v1/"))
@@ -5700,7 +6093,7 @@ queue_ms      None"""))
         (call("sk-1"), 200, "limited", "3"),
         (call("wrong"), 401, "refused", ""),
         (request("POST", CHAT, b"{", key="sk-1"), 400, "refused", ""),
-        (request("GET", "/v1/files", key="sk-1"), 200, "ok", ""),
+        (request("GET", "/v1/models", key="sk-1"), 200, "ok", ""),
         (request("OPTIONS", CHAT), 204, "ok", ""),
         (b"nonsense\r\n\r\n", 400, "refused", ""),
     )
@@ -5816,6 +6209,23 @@ class LedgerTest(LedgerCase):
         later.now += 5  # the tenth second
         self.assertEqual([*levels(self.proxy).values()], [-50])
         self.assertEqual(self.left("k"), 0)
+
+    def test_what_was_made_is_known_after_a_restart_as_far_as_there_is_room(self):
+        path = new_path(self, "llm_proxy.db")
+        schema = llm_proxy.Database.SCHEMA
+        with mock.patch.object(llm_proxy.Database, "SCHEMA", schema[:schema.rindex(";")]):
+            llm_proxy.Database(path).connection.close()  # of a version that knew no things
+        self.patch_seconds(Stored_ROOM=2)
+        keys = {"DATABASE": path, "PROXY_API_KEYS": "a,b"}
+        names = iter(range(9))
+        self.start(lambda asked: asked.send(answer(b'{"id": "resp_%d"}' % next(names))), **keys)
+        for key in "baa":
+            self.ask(request("POST", "/v1/responses", b"{}", key=key))
+        self.proxy.books.close(PATIENCE)
+        self.start(says(), **keys)
+        found = [self.ask(request("GET", "/v1/responses/resp_%d" % number, key=key)).status
+                 for key in "ab" for number in range(3)]
+        self.assertEqual(found, [404, 200, 200, 404, 404, 404])
 
     def test_old_calls_are_removed_in_the_background(self):
         path = new_path(self, "llm_proxy.db")
@@ -6057,6 +6467,55 @@ class SettlingTest(LedgerCase):
             self.assertEqual([*levels(self.proxy).values()], [level])
             self.assert_ending("ok", left)
             self.assertFalse(self.entry()["estimated"])
+
+    POLLED = [  # the call, its answer, where that is polled, how often nothing is told
+        (b'{"background": true, "max_output_tokens": 500}', {"id": "resp_1", "usage": None},
+         "/v1/responses", "/v1/responses/resp_1"),
+        (b'{"deferred": true, "max_tokens": 500}', {"request_id": "r-1"},
+         CHAT, "/v1/chat/deferred-completion/r-1")]
+
+    def test_a_call_in_the_background_is_settled_once_when_its_usage_is_told(self):
+        for body, answered, path, poll in self.each(self.POLLED):
+            self.start(says_json(answered))
+            self.ask(request("POST", path, body))
+            self.assert_ending("ok", 500)
+            for number, (told, left) in enumerate((
+                    ({"status": "queued"}, 500), ({"usage": None}, 500),
+                    ({"usage": {"input_tokens": 20, "output_tokens": 3}}, 1000 - 23),
+                    ({"usage": {"input_tokens": 20, "output_tokens": 3}}, 1000 - 23)), 1):
+                self.stub.answer = says_json(told)
+                self.ask(request("GET", poll))
+                self.assert_ending("ok", left, number)
+            self.assertEqual([row["charges"].rpartition("=")[2] for row in self.rows(self.path)],
+                             ["500", "", "", "-477", ""])
+            self.assertEqual([row["input"] for row in self.rows(self.path)], [0, 0, 0, 20, 0])
+
+    def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
+        self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
+        body = b'{"background": true, "max_output_tokens": 400}'
+        for _ in range(2):
+            self.ask(request("POST", "/v1/responses", body))
+        self.assertEqual(list(levels(self.proxy).values()), [100])
+
+    def test_a_stream_in_the_background_may_tell_its_usage_at_once_or_to_who_takes_it_up(self):
+        begun = events({"type": "response.created", "response": {"id": "resp_1"}})
+        ended = events({"type": "response.completed", "response": {
+            "id": "resp_1", "usage": {"input_tokens": 20, "output_tokens": 3}}})
+        body = b'{"background": true, "stream": true, "max_output_tokens": 500}'
+        for whole in self.each((True, False)):
+            self.start(None)
+            client, asked = self.ask_stub(request("POST", "/v1/responses", body))
+            asked.stream(begun, *[ended] * whole, end=whole)
+            client.head()
+            client.expect(begun)
+            if whole:
+                client.rest()
+            client.close()
+            self.assert_ending("ok" if whole else "caller_gone", 1000 - 23 if whole else 500)
+            client, asked = self.ask_stub(request("GET", "/v1/responses/resp_1?stream=true"))
+            asked.stream(ended, end=True)
+            client.read("GET")
+            self.assert_ending("ok", 1000 - 23, 1)
 
     def test_a_debt_is_waited_for(self):
         self.start(says(completion(1009, 1)), REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
@@ -6679,11 +7138,11 @@ class EveryAwaitTest(WaitingCase):
             a request | - | - | -
             the request's head | - | refused 0 | internal_error 0
             a connection to | caller_gone 0 | upstream_failed 0 | internal_error 0
-            the request's body | caller_gone 0 | refused 0 | internal_error 0
-            the response of | caller_gone 0 | upstream_failed 0 | internal_error 0
-            the body of | caller_gone 0 | upstream_cut 0 | internal_error 0
-            the client | caller_gone 0 kept | caller_gone 0 kept | internal_error 0 kept
-            a request | ok 0 kept | ok 0 kept | ok 0 kept""")
+            the request's body | caller_gone 1 | refused 0 | internal_error 0
+            the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
+            the body of | caller_gone 1 | upstream_cut 1 | internal_error 0
+            the client | caller_gone 1 kept | caller_gone 1 kept | internal_error 0 kept
+            a request | ok 1 kept | ok 1 kept | ok 1 kept""")
 
     def test_a_list_of_models_may_be_spoiled_at_any_await(self):
         data = answer(b'{"data": [{"id": "m"}]}')
@@ -7284,9 +7743,9 @@ class ServerTest(ServerCase):
         find = self.proxy.routes.find
         said = re.compile(r"the event loop was held for 0\.\d\d s by serve, line \d")
 
-        def find_slowly(call):
+        def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
-            return find(call)
+            return find(*arguments)
         with mock.patch.object(self.proxy.routes, "find", find_slowly):
             wait_for(lambda: self.ask(call()) and said.search(self.lines.text()), "its line")
 
@@ -7926,7 +8385,7 @@ class DoorTest(EnduranceCase):
     GEMINI = b'{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
     FORM = (b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--xyz\r\n'
             b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
-            b'Content-Type: audio/wav\r\n\r\n\x00\xff\r\n\x80\n--xyz--\r\n')
+            b'Content-Type: audio/wav\r\n\r\n\x00\xff\n\x80\r\n--xyz--\r\n')
     GOOD = (
         call("sk-1"), call(None, "X-A: 1", "X-A: 2", "Cookie: a=b", stream=True),
         unsized(CHAT, CHUNKED) + chunk(chat()[:20]) + chunk(chat()[20:]) + LAST,
