@@ -3409,9 +3409,9 @@ class Ollama(Dialect):
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
 
-    def usage_counts(self, payload):
-        """Takes the counts that the last line has beside all else."""
-        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
+    def counts_in(self, payload):
+        """Takes those that the last line has beside all else."""
+        return {name: payload[name] for name in self.COUNTS if name in payload}
 
     def limit_text(self, call, values):
         if call.endpoint not in OLLAMA_SAYS:
@@ -3869,6 +3869,10 @@ class UsageReader(UsageSource):
             self.counts = merged(self.counts, counts) if self.counts else counts
             if final is not None or not self.final:
                 self.final = final
+        self.note_server(payload)
+
+    def note_server(self, payload: Dict[str, Any]) -> None:
+        """Takes which model served, and how."""
         model, tier = self.dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
@@ -3918,7 +3922,7 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        self.model = self.model or self.dialect.served(payload)[0]
+        self.note_server(payload)
         if FAULT_MARK.search(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
@@ -3932,9 +3936,12 @@ class UsageReader(UsageSource):
             if not self.cut:
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
                     last_object(data))
-        self.note(payload)
-        if FAULT_MARK.search(data):
-            self.fault = self.dialect.fault(payload)
+        if payload:
+            found = self.dialect.counts_in(payload)
+            self.counts = merged(self.counts, found) if self.counts else found
+            self.note_server(payload)
+            if FAULT_MARK.search(data):
+                self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""

@@ -2951,7 +2951,7 @@ class UsageReaderTest(ProxyCase):
                 ("ollama", line % b"false" * 999 + line % b"true", "ended closed ok"),
                 ("ollama", line % b"false" * 999, "upstream_cut"),
                 ("ollama", line % b"false" + b'{"error": "no"}\n', "502 upstream_status"),
-                ("chat", large % (b"x" * 300_000), "ok")]):
+                ("chat", large % (b"x" * 900_000), "ok")]):
             reader = self.new_reader(endpoint)
             for at in range(0, len(data), 16384):
                 reader.feed(data[at:at + 16384])
