@@ -3837,7 +3837,7 @@ class UsageReader(UsageSource):
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
         for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
-            keys = re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data)
+            keys = itertools.islice(re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data), 5)
             match = next((one for one in keys if is_outermost(data, one.start())), None)
             if match and not is_too_complex(data):
                 with contextlib.suppress(ValueError):
@@ -3899,13 +3899,13 @@ class UsageReader(UsageSource):
         events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         for line in reversed(last.splitlines()[-self.LAST_LINES:]):
-            data = self.events.data(line)
-            if data is None:
+            part = self.events.data(line)
+            if part is None:
                 held = held if line else b""
                 if NAMED_FAULT.fullmatch(line):
                     self.fault = self.fault or 502
                 continue
-            held = data + held
+            held = part + held
             if held.strip() == LAST_DATA:
                 self.closed = True
             elif not (self.closed and held.endswith(b"}") and not FAULT_MARK.search(held)):
