@@ -3706,9 +3706,9 @@ class Ollama(Dialect):
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
 
-    def usage_counts(self, payload):
-        """Takes the counts that the last line has beside all else."""
-        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
+    def counts_in(self, payload):
+        """Takes those that the last line has beside all else."""
+        return {name: payload[name] for name in self.COUNTS if name in payload}
 
     def limit_text(self, call, values):
         if call.endpoint not in OLLAMA_SAYS:
@@ -4134,7 +4134,7 @@ class UsageReader(UsageSource):
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
         for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
-            keys = re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data)
+            keys = itertools.islice(re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data), 5)
             match = next((one for one in keys if is_outermost(data, one.start())), None)
             if match and not is_too_complex(data):
                 with contextlib.suppress(ValueError):
@@ -4166,6 +4166,10 @@ class UsageReader(UsageSource):
             self.counts = merged(self.counts, counts) if self.counts else counts
             if final is not None or not self.final:
                 self.final = final
+        self.note_server(payload)
+
+    def note_server(self, payload: Dict[str, Any]) -> None:
+        """Takes which model served, and how."""
         model, tier = self.dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
@@ -4192,13 +4196,13 @@ class UsageReader(UsageSource):
         events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         for line in reversed(last.splitlines()[-self.LAST_LINES:]):
-            data = self.events.data(line)
-            if data is None:
+            part = self.events.data(line)
+            if part is None:
                 held = held if line else b""
                 if NAMED_FAULT.fullmatch(line):
                     self.fault = self.fault or 502
                 continue
-            held = data + held
+            held = part + held
             if held.strip() == LAST_DATA:
                 self.closed = True
             elif not (self.closed and held.endswith(b"}") and not FAULT_MARK.search(held)):
@@ -4215,7 +4219,7 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        self.model = self.model or self.dialect.served(payload)[0]
+        self.note_server(payload)
         if FAULT_MARK.search(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
@@ -4229,9 +4233,12 @@ class UsageReader(UsageSource):
             if not self.cut:
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
                     last_object(data))
-        self.note(payload)
-        if FAULT_MARK.search(data):
-            self.fault = self.dialect.fault(payload)
+        if payload:
+            found = self.dialect.counts_in(payload)
+            self.counts = merged(self.counts, found) if self.counts else found
+            self.note_server(payload)
+            if FAULT_MARK.search(data):
+                self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
@@ -4249,9 +4256,9 @@ class UsageReader(UsageSource):
         return self.closed
 
     def tells_end(self) -> bool:
-        """Returns whether a response that is whole says so."""
+        """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
-        return bool(known and self.streamed and self.readable
+        return bool(known and self.streamed and self.readable and not self.cut
                     and self.endpoint not in NO_LIMIT_REPLY)
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
@@ -4801,7 +4808,8 @@ class Stream:
     wrote_at = 0.0        # when a slow peer last took something
     ended = False
     failure: Optional[OSError] = None
-    write_failed = False  # what is written is dropped
+    write_failed = False  # what is written is dropped,
+    unsent = 0            # and so were so many bytes
     discarding = False    # nobody will use what comes: the rest of a refused body
     waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
     write_waiter: Optional[asyncio.Future] = None  # or that something goes
@@ -5000,6 +5008,7 @@ class Stream:
     def fail_writing(self):
         """The peer takes no more, which does not say that it has said its last."""
         self.write_failed = True
+        self.unsent = len(self.write_buffer)
         self.write_buffer.clear()
         self.has_room()
         if self.on_write_failed:
@@ -7234,8 +7243,9 @@ class Reply:
 
     def missed_nothing(self) -> bool:
         """Returns whether a caller who left had all of a stream, up to its own end."""
-        reader = self.entry.reader
-        return reader is not None and reader.has_closed() and not self.client.write_buffer
+        reader, client = self.entry.reader, self.client
+        unsent = client.unsent + len(client.write_buffer)
+        return reader is not None and unsent <= len(LAST_CHUNK) and reader.has_closed()
 
     def end(self, ending: str):
         """Note how an answer ended, and cut one that is not whole."""

@@ -3128,6 +3128,19 @@ class UsageReaderTest(ProxyCase):
                     reader.feed(data)
                 self.assertEqual(self.how_it_ended(reader), expected)
 
+    def test_lines_of_json_and_events_too_large_to_be_kept_say_how_they_ended(self):
+        line = b'{"message": {"content": "a"}, "done": %b}\n'
+        large = b'data: {"type": "response.completed", "response": {"output": "%b"}}\n\n'
+        for endpoint, data, expected in self.each([
+                ("ollama", line % b"false" * 999 + line % b"true", "ended closed ok"),
+                ("ollama", line % b"false" * 999, "upstream_cut"),
+                ("ollama", line % b"false" + b'{"error": "no"}\n', "502 upstream_status"),
+                ("chat", large % (b"x" * 900_000), "ok")]):
+            reader = self.new_reader(endpoint)
+            for at in range(0, len(data), 16384):
+                reader.feed(data[at:at + 16384])
+            self.assertEqual(self.how_it_ended(reader), expected)
+
     def how_it_ended(self, reader):
         ending = reader.ending(True)
         words = "ended" * reader.ended, "closed" * reader.closed, str(reader.fault or ""), ending
