@@ -766,16 +766,18 @@ class Config(types.SimpleNamespace):
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
         if self.may_ignore_models():
-            yield ("a rule names models, and BASE_MODEL is unset: where the endpoint answers any"
-                   " name with its one model, another name passes that rule")
+            yield ("a rule names models or counts money, and BASE_MODEL is unset: where the"
+                   " endpoint answers any name with its one model, callers choose what the rule"
+                   " sees")
         if not self.limits:
             yield from self.doubts_of_bucket()
 
     def may_ignore_models(self):
-        """Tells whether rules name models, and the base, which is no vendor's, may not mind."""
-        kinds = {kind for rule in self.limits or () for kind, _ in rule.scopes}
+        """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
+        by_model = [rule for rule in self.limits or ()
+                    if UNITS[rule.unit] == "usd" or "model" in dict(rule.scopes)]
         hosts = {endpoints(url)[0].host for url in VENDORS.values()} - {"localhost"}
-        return "model" in kinds and not self.base_model and any(
+        return by_model and not self.base_model and any(
             url.host not in hosts for url in self.base_api_url or ())
 
     def doubts_of_bucket(self):
@@ -1585,7 +1587,7 @@ class Hold:
 # Names of one model differ in who sells it, in its date and in how it is routed, none of which
 # makes it another one. Tags of Ollama stay: they are sizes.
 MODEL_SELLER = re.compile(
-    r"(?:(?:us|us-gov|eu|ap|apac|au|ca|jp|sa|global)\.)?(?:ai21|amazon|anthropic|cohere|deepseek"
+    r"^(?:(?:us|us-gov|eu|ap|apac|au|ca|jp|sa|global)\.)?(?:ai21|amazon|anthropic|cohere|deepseek"
     r"|google|meta|minimax|mistral|moonshotai|moonshot|nvidia|openai|qwen|writer|xai|zai)\.")
 # No text is matched by two of these, else a name of many would take for ever.
 MODEL_VARIANT = re.compile(
@@ -1603,7 +1605,7 @@ def fold_model(name: str) -> str:
     folded = name.casefold().rpartition("/")[2]
     if folded.startswith("ft:"):
         folded = folded.split(":")[1]
-    folded = MODEL_SELLER.sub("", folded.partition("@")[0], 1)
+    folded = MODEL_SELLER.sub("", folded.partition("@")[0])
     return VERSION_DOT.sub("-", MODEL_VARIANT.sub("", folded)) or name.casefold()
 
 
@@ -1975,7 +1977,7 @@ class Prices:
             price for glob, _, price in self.globs if fnmatch.fnmatchcase(name, glob)] + [
             price for _, glob, price in self.globs if fnmatch.fnmatchcase(plain, glob)]), None)
         if found is None and name.endswith(":free"):
-            return self.FREE
+            return self.folded.get(plain, self.FREE)  # the operator knows better
         return found or self.usual.get(folded) or self.usual.get(plain) or self.default
 
     def find_served_price(self, served, asked, tiers):

@@ -1138,13 +1138,15 @@ class ConfigTest(TableCase):
         KEY_WEIGHTS=bob=2,alice=3 | PROXY_API_KEYS=alice=k -> KEY_WEIGHTS speaks of 'bob', which no\
  key in PROXY_API_KEYS is named
         CALLER_HEADER=X-User -> CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset
-        LIMITS=model:gpt* 9 requests per day -> a rule names models, and BASE_MODEL is unset
+        LIMITS=model:gpt* 9 requests per day -> callers choose what the rule sees
+        LIMITS=all 5 usd per day;each 9 requests per day -> callers choose what the rule sees
         TOKEN_COST_MODE=estimate -> RESPONSE_TOKEN_RESERVE 256 is above MAX_TOKENS 10
         REQUEST_TOKEN_COST=11 -> REQUEST_TOKEN_COST 11 is above MAX_TOKENS 10
-        UPSTREAM_OPENAI_KEY=k | LIMITS=upstream:opnai 5 usd per day; each 9 requests per day ->\
+        BASE_MODEL=m | UPSTREAM_OPENAI_KEY=k | LIMITS=upstream:opnai 5 usd per day;each 9 requests\
+ per day ->\
  'upstream:opnai 5 usd per day' speaks of no upstream there is: base, openai
         UPSTREAM_OPENAI_KEY=k | BASE_API_URL= -> /openai/v1
-        LIMITS=each 5 usd per day -> no rule counts requests
+        BASE_MODEL=m | LIMITS=each 5 usd per day -> no rule counts requests
         TOKEN_COST_MODE=usage | MAX_TOKENS=256 -> no rule counts requests
         MAX_TOKEN=1 -> MAX_TOKEN is not a setting
         BREAKER_SECOND=1 -> BREAKER_SECOND is not a setting
@@ -1168,7 +1170,7 @@ class ConfigTest(TableCase):
     NO_WARNINGS = """
         PROXY_API_KEYS=sk-1
         PROXY_API_KEYS=anyone
-        LIMITS=each 5 usd per day | UNKNOWN_CALLS=refuse
+        LIMITS=each 5 usd per day | UNKNOWN_CALLS=refuse | BASE_MODEL=m
         MAX_CALL_SECONDS=300 | FIRST_BYTE_TIMEOUT=100
         TOKEN_COST_MODE=estimate | MAX_TOKENS=256
         LIMITS=model:gpt* 9 requests per day | BASE_MODEL=gpt-5
@@ -2328,7 +2330,7 @@ class PricesTest(TableCase):
 
     def test_the_operators_prices_go_before_the_usual_ones_and_may_be_globs(self):
         rows = {"gpt-*": 1, "gpt-4o": 2, "openai/gpt-4o": 3, "claude-*-4.5": 4, "kimi-k9:free": 5,
-                "a/kimi-k8": 6, "kimi-k8": 7, "GPT-4o-2024-05-13": 8, "sonnet*": 0}
+                "a/kimi-k8": 6, "kimi-k8": 7, "my-meta.x": 9, "GPT-4o-2024-05-13": 8, "sonnet*": 0}
         prices = llm_proxy.Prices({
             name: llm_proxy.read_price({"input": usd}) for name, usd in rows.items()})
         for name, usd in self.each("""
@@ -2342,9 +2344,11 @@ class PricesTest(TableCase):
                 x/kimi-k9:free -> 5
                 x/kimi-k8 -> 7
                 a/kimi-k8 -> 6
+                b/kimi-k8:free -> 7
                 sonnet-x -> 0"""):
             self.assertEqual(prices.find(name).input, int(usd) * 10 ** 6)
-        self.assertIsNone(prices.find("kimi-k9"))
+        for name in self.each(["kimi-k9", "my-x", "x"]):
+            self.assertIsNone(prices.find(name))
 
     def test_the_model_that_served_is_paid_where_it_has_a_price_else_the_one_asked_for(self):
         prices = llm_proxy.Prices({"a": llm_proxy.read_price({"input": 1}),
