@@ -1547,10 +1547,12 @@ class Hold:
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
 
     def settle(self, costs: Costs):
-        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt."""
+        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt. It does
+        not run any more."""
         if self.ended:
             return
         self.ended = True
+        costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
@@ -1560,6 +1562,10 @@ class Hold:
 
     def give_back(self):
         self.settle(NO_COST)
+
+    def keep(self):
+        """Charges all that was set aside; it runs no more."""
+        self.settle(self.costs[:RUNNING] + (0,) + self.costs[RUNNING + 1:])
 
     @property
     def quota(self) -> Quota:
@@ -1580,8 +1586,7 @@ class Hold:
         return self
 
     def __exit__(self, *_):
-        if not self.ended:
-            self.give_back()
+        self.give_back()
 
 
 # Names of one model differ in who sells it, in its date and in how it is routed, none of which
@@ -1677,25 +1682,27 @@ class Limits:
                     upstream: str = "base", least: Optional[Costs] = None,
                     others: Sequence[str] = ()) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket. What of the costs is above `least` was not asked for but guessed: of
-        that, half of a bucket is enough, or a call might have to wait for a full one."""
+        touches no bucket. What of the costs is above `least` was not asked for but guessed: where
+        less than that is left, it is enough, or nobody would come to what is left."""
         matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
-        if least is not None and least is not costs:
-            costs = self.within_half(matching, costs, least)
         levels = await self.buckets.take(matching, costs)
         tightest = tightest_of(levels)
+        if tightest.level < 0 and least is not None and least is not costs:
+            costs = self.what_is_left(levels, costs, least)
+            levels = await self.buckets.take(matching, costs)
+            tightest = tightest_of(levels)
         if tightest.level < 0:
             raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
 
     @staticmethod
-    def within_half(matching, costs, least):
+    def what_is_left(levels, costs, least):
         bounded = list(costs)
-        for rule, _ in matching:
-            unit = rule.unit
-            bounded[unit] = max(least[unit], min(bounded[unit], rule.capacity // 2))
+        for one in levels:
+            unit = one.rule.unit
+            bounded[unit] = max(least[unit], min(bounded[unit], one.untaken().level))
         return tuple(bounded)
 
     def refusal(self, levels):
@@ -1754,24 +1761,23 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
     is not None, the second list has the weight of the text in each."""
     weight = 0
     media = []
-    values = [value for key, value in payload.items()
-              if key != skip and type(value) in (str, list, dict)]
+    values = list({**payload, skip: None}.values())
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            weight += text_weight(value) + 1
+            weight += (len(value) if value.isascii() else text_weight(value)) + 1
         elif kind is list:
             values += value
+            kinds = list(map(type, value))
+            weight += CHARACTERS_PER_TOKEN * (kinds.count(int) + kinds.count(float))
         elif kind is dict:
             texts = media_texts(value)
             if texts is not None:
                 media.append(text_weight(" ".join(texts)))
                 continue
-            values += [one for one in value.values() if type(one) in (str, list, dict)]
+            values += value.values()
             if not names.issuperset(value):
                 values += value.keys() - names
-        elif kind is int or kind is float:
-            weight += CHARACTERS_PER_TOKEN
     return max(0, weight - 1), media
 
 
@@ -1815,6 +1821,7 @@ class Billable:
 class UsageSource:
     """What a cost depends on once the response has ended."""
     ended = False  # the response's own last event has passed, whatever came then
+    model: Optional[str] = None  # the one that served, where the response says so
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
@@ -2022,18 +2029,18 @@ class Prices:
 
 class Habits:
     """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
-    token, `hidden` the share of output that nobody sees, `peak` the output of calls that do not
-    limit it: it rises at once and sinks slowly, so that few calls have more."""
-    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak")
-    MEMORY = 16
-    SINKING = 32
+    token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
+    of the `recent` calls exceeded that do not limit it."""
+    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak", "recent")
+    MEMORY = 20
 
     def __init__(self):
         self.calls = 0
         self.input_ratio: Optional[float] = None
         self.output_ratio: Optional[float] = None
         self.hidden = 0.0
-        self.peak = 0.0
+        self.peak: Optional[int] = None
+        self.recent = array.array("q")
 
     def move(self, name: str, value: float):
         """Moves a mean; the first calls count fully."""
@@ -2042,8 +2049,10 @@ class Habits:
             before = value
         setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
 
-    def note_peak(self, tokens: int):
-        self.peak = max(tokens, self.peak + (tokens - self.peak) / self.SINKING)
+    def note_output(self, tokens: int):
+        self.recent.append(tokens)
+        del self.recent[:-self.MEMORY]
+        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
 
 
 class ModelHabits:
@@ -2063,12 +2072,17 @@ class ModelHabits:
         own = self.callers.get(caller)
         return own if own and own.calls >= self.FEW else self.usual
 
+    def peak(self, caller: CallerKey) -> int:
+        return self.of(caller).peak or self.usual.peak or 0
+
     def own(self, caller: CallerKey) -> Habits:
         """Returns what a caller's calls are noted in."""
-        found = self.callers.pop(caller, None) or Habits()
-        if len(self.callers) >= self.CALLERS:
-            self.callers.popitem(last=False)
-        self.callers[caller] = found
+        found = self.callers.get(caller)
+        if found is None:
+            if len(self.callers) >= self.CALLERS:
+                self.callers.popitem(last=False)
+            found = self.callers[caller] = Habits()
+        self.callers.move_to_end(caller)
         return found
 
     def refresh(self):
@@ -2091,6 +2105,7 @@ class CostEstimator:
     usage."""
     LEARN_ALL = 8       # of a caller's first calls to a model, and then
     LEARN_SHARE = 0.05  # of its calls: counting takes time
+    NO_TEXT = 2048      # bytes of a response that are not worth counting
 
     def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
                  units: Set[str]):
@@ -2104,26 +2119,29 @@ class CostEstimator:
         self.units = units
         self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
         self.unknown = ModelHabits()
+        self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def habits(self, call: Billable, caller: CallerKey) -> Habits:
-        return self.models.get(call.upstream_model, self.unknown).of(caller)
+    def habits(self, call: Billable) -> ModelHabits:
+        return self.models.get(call.upstream_model, self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         if not self.needs_estimate:
-            held = self.costs(Usage(), 0, 0, 1)
-            return held, held
+            return self.plain, self.plain
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
-        plain = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
-        estimate = max(1, plain + min(MAX_TOKENS_PER_CALL, output * outputs))
-        habits = self.habits(call, caller)
-        prompt = self.prompt_tokens(call, habits.input_ratio or CHARACTERS_PER_TOKEN)
+        estimate = 0
+        if "estimate" in self.units:
+            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
+        habits = self.habits(call)
+        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        prompt = self.prompt_tokens(call, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        if limit is None and habits.peak > output:
-            held = self.held(call, prompt, math.ceil(habits.peak) * outputs, estimate)
+        if limit is None and habits.peak(caller) > output:
+            held = self.held(call, prompt, habits.peak(caller) * outputs, estimate)
         return held, least
 
     def held(self, call, prompt, output, estimate):
@@ -2135,17 +2153,18 @@ class CostEstimator:
 
     def prompt_tokens(self, call, ratio):
         weight, media = call.prompt_length()
-        return math.ceil(weight / ratio) + sum(
-            [max(self.media_tokens, math.ceil(one / ratio)) for one in media])
+        tokens = math.ceil(weight / ratio)
+        for one in media:
+            tokens += max(self.media_tokens, math.ceil(one / ratio))
+        return tokens
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        total = used.input + used.output
-        return self.request_cost, total, used.input, used.output, picodollars, running, estimate
-
-    def fault_costs(self) -> Costs:
-        """Returns what a call costs that the upstream refused by its caller's fault."""
-        return self.costs(Usage(), 0, 0)
+        prompt, output = used.input, used.output
+        for other in used.others:
+            prompt += other.input
+            output += other.output
+        return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
               held: int) -> Usage:
@@ -2153,7 +2172,7 @@ class CostEstimator:
         came, and the share of it that its model hides. A response that is not `whole` may have
         reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        habits = self.habits(call, caller)
+        habits = self.habits(call).of(caller)
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         if complete and not self.is_understated(call, reported, source, ratio):
             self.learn(call, caller, reported, source)
@@ -2165,7 +2184,7 @@ class CostEstimator:
             output = max(output, held)
         if reported is None:
             ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio))
+            reported = Usage(self.prompt_tokens(call, ratio), model=source and source.model)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
     def is_understated(self, call, told, source, ratio):
@@ -2174,8 +2193,8 @@ class CostEstimator:
         if not self.needs_estimate:
             return False
         most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
-        return (source.most_characters() > most or call.output_limit()[1] > 1) and (
-            source.output_characters() > most)
+        may_be = call.output_limit()[1] > 1 or source.most_characters() > most + self.NO_TEXT
+        return may_be and source.output_characters() > most
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
@@ -2184,12 +2203,13 @@ class CostEstimator:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
             model = self.models[call.upstream_model] = ModelHabits()
+        self.models.move_to_end(call.upstream_model)
         own = model.own(caller)
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > own.peak * outputs:
-                own.note_peak(used.output // outputs)
+            if limit is None or used.output > model.peak(caller) * outputs:
+                own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.learn_ratios(call, own, used, source)
             model.refresh()
@@ -2205,7 +2225,9 @@ class CostEstimator:
             seen = max(1, used.output - used.reasoning)
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
                 seen = used.output  # reasoning is in the text, which is too long to be without
-            own.move("hidden", 1 - seen / used.output)
+            elif weight < seen * ModelHabits.OWN_RATIOS[0]:
+                seen = math.ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
+            own.move("hidden", min(0.9999, 1 - seen / used.output))
             own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
@@ -2317,6 +2339,9 @@ def last_object(data: bytes) -> Dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+LINE = re.compile(rb"[^\r\n]*")
+
+
 def begin_of_line(data: bytes, place: int) -> int:
     """Returns where the line begins in which a place is."""
     return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
@@ -2334,46 +2359,13 @@ def dig(value: Any, *names: str) -> Any:
     return value
 
 
-def as_list(value: Any) -> List[Any]:
-    """Returns a list as it is, and anything else as the only one in a list."""
-    return value if isinstance(value, list) else [value]
-
-
-JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-
-
-def is_outermost(data: bytes, place: int) -> bool:
-    """Returns whether what stands at a place of a JSON object is in no other object in it."""
-    outside = JSON_STRINGS.sub(b"", data[:place])
-    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
-    return depth == 1 and b'"' not in outside
-
-
-def is_count(value: Any) -> bool:
-    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
-    return type(value) in (int, float) and 0 <= value < MAX_TOKENS_PER_CALL and value % 1 == 0
-
-
-def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
-    """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
-    nothing."""
-    found = dict(before)
-    for name, value in after.items():
-        old = found.get(name)
-        if type(old) is dict and type(value) is dict:
-            found[name] = merged(old, value)
-        elif value is not None and not (is_count(value) and is_count(old) and value < old):
-            found[name] = value
-    return found
-
-
 # RFC 2046 5.1.1; what could be taken for two boundaries is none.
 FORM_TYPE = re.compile(
     r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
 FIELD_NAME = re.compile(
     rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
-    rb"[ \t]*(?:;(?![ \t]*name\b)[^\r\n]*)?", re.IGNORECASE)
+    rb"[ \t]*(?:$|(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)", re.IGNORECASE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
@@ -2435,6 +2427,40 @@ def query_model(body: bytes) -> FoundModel:
         [(name, model if name == "model" else value) for name, value in pairs]).encode()
 
 
+def as_list(value: Any) -> List[Any]:
+    """Returns a list as it is, and anything else as the only one in a list."""
+    return value if isinstance(value, list) else [value]
+
+
+JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def is_outermost(data: bytes, place: int) -> bool:
+    """Returns whether what stands at a place of a JSON object is in no other object in it."""
+    outside = JSON_STRINGS.sub(b"", data[:place])
+    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
+    return depth == 1 and b'"' not in outside
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
+    return (type(value) is int or (type(value) is float and value.is_integer())) and (
+        0 <= value < MAX_TOKENS_PER_CALL)
+
+
+def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
+    """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
+    nothing."""
+    found = dict(before)
+    for name, value in after.items():
+        old = found.get(name)
+        if type(old) is dict and type(value) is dict:
+            found[name] = merged(old, value)
+        elif value is not None and not (is_count(value) and is_count(old) and value < old):
+            found[name] = value
+    return found
+
+
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
@@ -2461,7 +2487,7 @@ class EventFraming(NamedTuple):
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
     ends: Tuple[bytes, ...]  # what may end an event, our own first,
-    marks: Tuple[bytes, ...]  # and what is in each of these: one of some that are as long
+    pairs: Tuple[bytes, ...]  # and two bytes of which one is in each of these
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -2483,7 +2509,8 @@ class EventFraming(NamedTuple):
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
         lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
-        return object_in(b"\n".join([data for data in map(self.data, lines) if data is not None]))
+        data = [data for data in map(self.data, lines) if data is not None]
+        return object_in(data[0] if len(data) == 1 else b"\n".join(data))
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
@@ -2511,8 +2538,8 @@ class EventFraming(NamedTuple):
 
     def last_end(self, data: bytes, before: int) -> int:
         """Returns the place after the last event that ends before another place, 0 without one."""
-        place = max([data.rfind(mark, 0, before) for mark in self.marks])
-        return 0 if place < 0 else place + len(self.marks[0])
+        place = max([data.rfind(pair, 0, before) for pair in self.pairs])
+        return 0 if place < 0 else place + 2
 
     def is_whole(self, lines: List[bytes]) -> bool:
         """Returns whether these lines are all of an event's, though what must end it is missing:
@@ -2620,64 +2647,84 @@ class Call(Billable):
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
             return self.payload.get("store") is True or self.runs_in_background()
-        return (self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD)
-                or self.endpoint == "other" and "/videos/" in self.path
-                or self.stored is not None and not self.stored.is_listed and not self.stored.name)
+        if self.stored and self.endpoint is None:
+            made = self.stored.name and self.stored.collection in HAVE_RESULTS
+            return self.path.endswith("/" + self.stored.name) if made else not (
+                self.stored.name or self.stored.is_listed)
+        return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
+            self.endpoint == "other" and "/videos/" in self.path)
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
         found = []
-        if self.body is None or not any([mark in self.body for mark in REFERENCE_MARKS]):
-            return found
         parts = [self.payload]
         for part in parts:  # the list grows meanwhile
-            if type(part) is list:
-                parts += part
-            elif type(part) is dict:
-                is_tool = str(part.get("type")).endswith("tool_use")
-                for key, value in part.items():
-                    if key in REFERENCES:
-                        found += names_of_things(value)
-                    if key not in CALLERS_OWN and not (is_tool and key == "input"):
-                        parts.append(value)
+            values = part
+            if type(part) is dict:
+                values = part.values()
+                if not REFERENCES.isdisjoint(part):
+                    for key in REFERENCES.intersection(part):
+                        found += names_of_things(part[key])
+                if not CALLERS_OWN.isdisjoint(part):
+                    values = [part[key] for key in part.keys() - CALLERS_OWN]
+                elif "input" in part and str(part.get("type")).endswith("tool_use"):
+                    continue
+            parts += [one for one in values if type(one) in (list, dict)]
         return found
 
     def prompt_length(self) -> Tuple[int, List[int]]:
         if self.length is None:
-            self.length = text_length(self.payload, "model", PLAIN_KEYS, media_texts)
+            payload = self.payload
+            images = as_list(payload[IMAGES_KEY]) if IMAGES_KEY in payload else []
+            if images:
+                payload = {**payload, IMAGES_KEY: None}
+            weight, media = text_length(payload, "model", PLAIN_KEYS, media_texts)
+            self.length = weight, media + [0] * len(images)
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
-        if self.endpoint in (UNKNOWN, UPLOAD):
-            return 0, 1
         if self.limit is None:
-            limits = self.numbers(OUTPUT_LIMITS)
-            most = max(limits) if limits and min(limits) >= 0 else None
-            prompts = [type(one) for many in map(self.payload.get, ("prompt", "messages"))
-                       if type(many) is list for one in many]
-            count = max(1, prompts.count(str) + prompts.count(list))
-            self.limit = most, count * max([1, *self.numbers(OUTPUT_COUNTS)])
+            most, outputs = 0 if self.endpoint in (UNKNOWN, UPLOAD) else None, 1
+            for name, value in self.numbers():
+                if name in OUTPUT_COUNTS:
+                    outputs = max(outputs, value)
+                else:
+                    value = value if value >= 0 else math.inf
+                    most = value if most is None else max(most, value)
+            many = self.payload.get("messages" if self.endpoint == "batch" else "prompt")
+            if type(many) is list and many and type(many[0]) in (str, list):
+                outputs *= len(many)
+            self.limit = most if most != math.inf else None, outputs
         return self.limit
 
-    def numbers(self, names: FrozenSet[str]) -> List[int]:
-        """Returns what stands at these names, in the payload and in objects with options. Raises
-        BadRequest for what is no number: a server might read it as one."""
+    def numbers(self) -> List[Tuple[str, int]]:
+        """Returns what stands at the names of limits and counts, in the payload and in objects with
+        options. Raises BadRequest for what is no number where text is generated: a server might
+        read it as one."""
         found = []
-        holders = self.payload, *filter(None, map(self.payload.get, OPTION_HOLDERS))
-        for holder in holders if self.endpoint not in NO_LIMIT_REPLY else ():
+        holders = [self.payload]
+        if not OPTION_HOLDERS.isdisjoint(self.payload):
+            holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
+        for holder in holders:
             if not isinstance(holder, dict):
-                raise BadRequest("%s must be objects" % " and ".join(OPTION_HOLDERS))
-            for name in names.intersection(holder):
+                self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+                continue
+            for name in OUTPUT_NUMBERS.intersection(holder):
                 value = holder[name]
                 if type(value) is float and value.is_integer():
                     value = int(value)
                 if type(value) is int:
-                    found.append(value)
+                    found.append((name, value))
                 elif value is not None:
-                    raise BadRequest("%s must be an integer" % name)
+                    self.complain("%s must be an integer" % name)
         return found
+
+    def complain(self, message):
+        """Raises BadRequest, but for calls of which we know too little."""
+        if self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest(message)
 
 
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
@@ -2688,17 +2735,21 @@ OUTPUT_LIMITS = frozenset((
 # How many answers there are to one prompt.
 OUTPUT_COUNTS = frozenset((
     "n", "best_of", "n_cmpl", "candidateCount", "candidate_count", "num_return_sequences"))
+OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 # The objects in which either may stand.
-OPTION_HOLDERS = (
-    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig")
+OPTION_HOLDERS = frozenset((
+    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig"))
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
-MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
+MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
+MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
 DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
-    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url"))
+    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url",
+    IMAGES_KEY))
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
-PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_LIMITS, OUTPUT_COUNTS, """\
+PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
 properties items required enum anyOf additionalProperties strict input_schema json_schema schema
 tool_calls tool_call_id tool_use_id tool_choice call_id status output input summary thinking
@@ -2719,7 +2770,7 @@ def is_media(part: Dict[str, Any]) -> bool:
 
 def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
     """Returns what is text in an image and the like; None where a part is none."""
-    if not is_media(part):
+    if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
         return None
     texts = list(part.keys() - PLAIN_KEYS)
     pairs = list(part.items())
@@ -2742,16 +2793,12 @@ class Model(NamedTuple):
     facts: Dict[str, Any] = {}
 
 
-# Keys at which a payload names what an upstream stores,
+# Keys at which a payload names what an upstream stores
 REFERENCES = frozenset("""
     previous_response_id response_id previous_interaction_id previousInteractionId conversation
     conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
     validation_file vector_store_id vector_store_ids container container_id cachedContent
     cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
-# of which each has one of these in it; an escaped letter may be any.
-REFERENCE_MARKS = (
-    b"response_id", b"nteraction", b"conversation", b"thread_id", b"assistant_id", b"file_id",
-    b'_file"', b"store_id", b'"container', b"ached", b"fileUri", b"file_uri", b"earch", b"\\u00")
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -2761,7 +2808,10 @@ THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = ("id", "request_id", "thread_id")
+NAME_KEYS = (
+    "id", "request_id", "thread_id", "output_file_id", "error_file_id", "responsesFile")
+# These make files when they are done.
+HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = ("response", "interaction", "conversation", "container", "file")
 
@@ -2783,6 +2833,7 @@ def names_made(payload: Dict[str, Any]) -> List[str]:
         if type(holder) is dict:
             holders += map(holder.get, MADE_IN)
             found += map(holder.get, NAME_KEYS)
+            found += names_of_things(holder.get("result_files"))
             resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
             found.append(resource and resource[1])
     return [name for name in found if type(name) is str and name]
@@ -2792,7 +2843,7 @@ def names_made(payload: Dict[str, Any]) -> List[str]:
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
 # An answer or an event with one of these at one of these keys is an error.
-FAULT_KEYS = ("type", "object", "status", "finish_reason")
+FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
 FAULTS = frozenset(("error", "response.failed", "failed"))
 # Errors by which an upstream says that the caller is to blame, or its own account
 BLAMELESS = re.compile(
@@ -2816,7 +2867,7 @@ def fault_status(value: Any) -> int:
 
 def is_name(value: Any) -> bool:
     """Returns whether a value can be the name of a model or a tier."""
-    return isinstance(value, str) and 0 < len(value) <= 256
+    return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
 
 def is_money(value: Any) -> bool:
@@ -2884,8 +2935,10 @@ class Dialect:
     MODEL_LIST = ""
     MODEL = ""
     MODEL_KEYS = ("id",)  # at which its name stands
-    # The parts of a response or an event in which usage may stand: they hold no caller's words.
-    USAGE_HOLDERS = ("response", "message", "choices", "delta", "x_groq")
+    # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
+    # lists no more is read than there may be choices.
+    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq", "data",
+                     "result")
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {
         "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
@@ -2903,8 +2956,6 @@ class Dialect:
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
-    # Where a payload may ask for words that a machine parses, and what asks for none of that.
-    PARSED: Dict[str, Sequence[Any]] = {}
     # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra; xAI's ticks.
     MONEY = {"cost": PICODOLLARS, "total_cost": PICODOLLARS, "estimated_cost": PICODOLLARS,
              "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
@@ -2915,8 +2966,10 @@ class Dialect:
     # Where a response or an event says why the model stopped,
     REASON = ("", "")
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
-    TYPE = "type"
-    LAST_TYPES = frozenset()
+    LAST_KEY = "type"
+    LAST_TYPES = ()
+    # Where a payload may ask for words that a machine parses, and what asks for none of that.
+    PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -2931,11 +2984,8 @@ class Dialect:
 
     def requested(self, path: str, payload: Dict[str, Any]) -> Tuple[Any, bool]:
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
-        stream = payload.get("stream")
-        if stream is not None and type(stream) is not bool:  # an upstream might take it for true
-            raise BadRequest("stream must be true or false")
         in_path = self.MODEL_IN_PATH.fullmatch(path)
-        return in_path[2] if in_path else payload.get("model"), bool(stream)
+        return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
 
     def with_model(self, path: str, payload: Dict[str, Any], model: str
                    ) -> Tuple[str, Dict[str, Any]]:
@@ -2992,37 +3042,46 @@ class Dialect:
 
     def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
-        found = payload.get(self.USAGE_MARK[1:-1].decode())
+        found = payload.get(self.usage_key())
         if not isinstance(found, dict):
             found = {}
-            for part in itertools.chain(*[as_list(payload.get(one)) for one in self.USAGE_HOLDERS]):
-                if isinstance(part, dict):
-                    found = merged(found, self.counts_in(part))
-        beside = {name: payload[name] for name in payload if name in self.COUNTS}
-        return merged(beside, found) if beside else found
+            for name in self.USAGE_HOLDERS:
+                for part in as_list(payload.get(name))[:128]:
+                    if isinstance(part, dict):
+                        found = merged(found, self.counts_in(part))
+        if self.COUNTS.keys().isdisjoint(payload):
+            return found
+        return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
+
+    def usage_key(self) -> str:
+        return self.USAGE_MARK[1:-1].decode()
 
     def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
-        parts = [part for part in (payload, *map(payload.get, self.USAGE_HOLDERS))
-                 if isinstance(part, dict)]
-        return tuple([next(filter(is_name, [part.get(key) for part in parts]), None)
-                      for key in (self.SERVED, self.TIERS[0])])
+        model = payload.get(self.SERVED)
+        if type(model) is str and is_name(model):
+            tier = payload.get(self.TIERS[0])
+            return model, tier if is_name(tier) else None
+        for name in self.USAGE_HOLDERS[:3]:
+            if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
+                return self.served(payload[name])
+        return None, None
 
     def is_finished(self, payload: Dict[str, Any]) -> bool:
         """Returns whether a response or an event says that the model has stopped."""
         holder, reason = self.REASON
-        return self.is_last(payload) or any(
-            [dig(one, reason) for one in as_list(payload.get(holder))])
+        return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
+            self.is_last(payload))
 
     def is_last(self, payload: Dict[str, Any]) -> bool:
         """Returns whether an event ends its stream."""
-        kind = payload.get(self.TYPE)
-        return isinstance(kind, (str, bool)) and kind in self.LAST_TYPES
+        return payload.get(self.LAST_KEY) in self.LAST_TYPES
 
     def fault(self, payload: Dict[str, Any]) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, payload.get("response"), *as_list(payload.get("choices"))[:1]):
+        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:2]),
+                     *as_list(payload.get("choices"))[:1]):
             error = dig(part, "error") or dig(part, "errors")
             code = dig(part, "base_resp", "status_code")  # MiniMax
             if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
@@ -3067,16 +3126,19 @@ class Dialect:
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        tiers = filter(is_name, [tier, *map(counts.get, self.TIERS)])
+        tiers = [tier, *map(counts.get, self.TIERS)]
+        tiers = dict.fromkeys(filter(is_name, tiers)) if any(tiers) else ()
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
-                     min(written, found["hour"]), model, tuple(dict.fromkeys(tiers)),
-                     self.picodollars(parts))
+                     min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
     def found(self, parts: List[Dict[str, Any]]) -> Dict[str, int]:
         """Returns counts by what they are; what is not among them is 0."""
-        found = collections.defaultdict(int, sorted([
-            (self.COUNTS[name], int(value)) for part in parts for name, value in part.items()
-            if name in self.COUNTS and is_count(value)]))
+        found = collections.defaultdict(int)
+        for part in parts:
+            for name, value in part.items():
+                kind = self.COUNTS.get(name)
+                if kind and is_count(value) and value >= found[kind]:
+                    found[kind] = int(value)
         found["written"] = max(found["written"], found["minutes"] + found["hour"])
         return found
 
@@ -3088,9 +3150,11 @@ class Dialect:
         caches, reasoning = found["cached"] + found["written"], found["reasoning"]
         sent = sum([found[name] for name in self.INPUT])
         said = sum([found[name] for name in self.OUTPUT])
+        if sent + said == total and sent >= caches and said >= reasoning:
+            return sent, said  # as nearly always
         for pair in itertools.product(
-                (sent, prompt, prompt + caches, prompt + found["cached"],
-                 prompt + found["written"]), (said, output, output + reasoning)):
+                (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+                (said, output, output + reasoning)):
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
@@ -3100,28 +3164,29 @@ class Dialect:
 
     def picodollars(self, parts: List[Dict[str, Any]]) -> Optional[int]:
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * unit for part in parts
-                for name, unit in self.MONEY.items() if is_money(part.get(name))]
+        told = [part[name] * self.MONEY[name]
+                for part in parts if not self.MONEY.keys().isdisjoint(part)
+                for name in self.MONEY.keys() & part.keys() if is_money(part[name])]
+        if not told:
+            return None
         own = dig(parts[0], "cost_details", "upstream_inference_cost")
-        if told and dig(parts[0], "is_byok") is True and is_money(own):  # OpenRouter, by one's key
+        if parts[0].get("is_byok") is True and is_money(own):  # OpenRouter, by one's own key
             told = [max(told) + own * PICODOLLARS]
-        return min(MAX_COST, round(max(told))) if told else None
+        return min(MAX_COST, round(max(told)))
 
     def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns what an event says besides usage, {} where that is nothing."""
-        rest = {name: value for name, value in payload.items()
-                if name != self.USAGE_MARK[1:-1].decode()}
+        rest = {name: value for name, value in payload.items() if name != self.usage_key()}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
         """Returns the weight of what the model said in JSON or in events, cut ones too. One search
         for all of them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
-        texts = collections.defaultdict(list)
-        for key, text in re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")):
-            texts[key].append(text)
+        text = data.decode("utf-8", "replace")
+        said = {"".join(re.findall(TEXT_AT % key, text)) for key in keys if '"%s"' % key in text}
         # What several keys say in the same words is said once: some mirror reasoning.
-        return sum([self.weight("".join(said)) for said in set(map(tuple, texts.values()))])
+        return sum(map(self.weight, said))
 
     @staticmethod
     def weight(text: str) -> int:
@@ -3204,8 +3269,8 @@ class Dialect:
         return self.events.content_type if call.stream else "application/json"
 
 
-# A string of JSON at one of these keys, up to where it may be cut
-TEXT_AT = r'"(%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
+# A string of JSON at a key, up to where it may be cut
+TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
 "created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
 CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
@@ -3295,14 +3360,13 @@ class OpenAI(Dialect):
         "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint",
         "provider", "obfuscation", "p", "x_groq"))
     REASON = ("choices", "finish_reason")
-    LAST_TYPES = frozenset(("response.completed", "response.incomplete", "response.failed",
-                            "response.cancelled"))
+    LAST_TYPES = (
+        "response.completed", "response.incomplete", "response.failed", "response.cancelled")
     PARSED = {
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
-        "suffix": (), "prediction": NOTHING,  # what is said goes into a file
-        "audio": NOTHING,
+        "suffix": (),  # what is filled in goes into a file
         **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
             "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
             "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
@@ -3425,7 +3489,7 @@ class Anthropic(Dialect):
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     REASON = ("delta", "stop_reason")
-    LAST_TYPES = frozenset(("message_stop",))
+    LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
@@ -3576,15 +3640,13 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
-    USAGE_HOLDERS = ("interaction",)
-    TYPE = "event_type"
-    LAST_TYPES = frozenset(("interaction.completed", "interaction.complete"))
+    LAST_KEY = "event_type"
+    LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
 
     def usage_counts(self, payload):
-        """What events before the last one tell is so far only."""
-        counts, _ = super().usage_counts(payload)
-        return counts, self.TYPE not in payload or self.is_last(payload)
+        """Takes those of the whole interaction, which its last event has."""
+        return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
     def limit_text(self, call, values):
         if call.stream:
@@ -3618,8 +3680,8 @@ class Ollama(Dialect):
     COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
-    TYPE = "done"
-    LAST_TYPES = frozenset((True,))
+    LAST_KEY = "done"
+    LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -3631,8 +3693,8 @@ class Ollama(Dialect):
         return path.startswith("/api/")
 
     def requested(self, path, payload):
-        model, _ = super().requested(path, payload)
-        return model, "/api/embed" not in path and payload.get("stream") is not False
+        streams = "/api/embed" not in path and payload.get("stream") is not False
+        return payload.get("model"), streams
 
     def place(self, path, dialect, metered):
         if not path.startswith(("/api/", "/v1/")) and path != "/":
@@ -3641,6 +3703,10 @@ class Ollama(Dialect):
 
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
+
+    def usage_counts(self, payload):
+        """Takes the counts that the last line has beside all else."""
+        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
 
     def limit_text(self, call, values):
         if call.endpoint not in OLLAMA_SAYS:
@@ -3747,7 +3813,8 @@ class Dialects:
         self.aliases = aliases
         self.names = names
         self.unknown_calls = unknown_calls
-        self.admin_paths = admin_paths
+        self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
+            lambda method, path: not admin_paths and is_admin_path(method, path))
         self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
@@ -3775,10 +3842,12 @@ class Dialects:
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
-        metered; and the path to use. Raises BadRequest."""
+        metered; and the path to use. Raises BadRequest, Forbidden."""
         if method == "POST" and path == "/v1/chat/completions":  # as nearly always
             return self.openai, "chat", path
         folded = fold_path(path)
+        if self.is_admin_path(method, self.split(folded)[1]):
+            raise Forbidden()
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
@@ -3802,14 +3871,15 @@ class Dialects:
         query = split_query(query)[1] if query else ""
         stored = model = None
         if endpoint in (None, UNKNOWN):
-            stored = self.examine(method, path)
+            stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
         call.stored = stored
+        if endpoint:
+            call.query = without_masks(call.query)
         if endpoint in (UNKNOWN, UPLOAD):
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif endpoint:
-            call.query = without_masks(call.query)
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
@@ -3832,13 +3902,11 @@ class Dialects:
             self.aliases.get(model, model), safe="@")
         return model
 
-    def examine(self, method: str, path: str) -> Optional[StoredPath]:
-        """Returns what a path that is in no table says of stored things. Raises Forbidden."""
-        folded = fold_path(path)
-        if not self.admin_paths and is_admin_path(method, folded):
-            raise Forbidden()
+    @staticmethod
+    def stored_at(method: str, path: str) -> Optional[StoredPath]:
+        """Returns what a path that is in no table says of stored things."""
         is_plain = PLAIN_PATH.fullmatch(path)
-        match = STORED_PATH.search(path if is_plain else folded)
+        match = STORED_PATH.search(path if is_plain else fold_path(path))
         if not match:
             return None
         collection, name = match.groups("")
@@ -3888,9 +3956,11 @@ class Dialects:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.payload = parse_json(call.body)
-        for key in call.payload:
-            if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
-                raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
+        others = call.payload.keys() - self.READ_KEYS
+        for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+            raise BadRequest("The key %s must be spelled in lower case" % key)
+        if type(call.payload.get("stream")) not in (bool, type(None)) and call.endpoint != UNKNOWN:
+            raise BadRequest("stream must be true or false")  # an upstream could take it for one
         call.is_json = True
         dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
         model, call.stream = dialect.requested(call.path, call.payload)
@@ -3898,8 +3968,9 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
-FAULT_MARKS = (b'"error', b'"failed"', b'"base_resp"')  # JSON without them is no error
-NAMED_FAULT = re.compile(rb"event: ?error|error:.*")    # the latter is llama.cpp's
+NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
+# JSON without one of these is no error.
+FAULT_MARK = re.compile(rb'"(?:errors?"|failed"|base_resp"|response\.failed")')
 
 
 class Unpacker:
@@ -3909,15 +3980,18 @@ class Unpacker:
 
     def __init__(self):
         self.inflater = None
+        self.waiting = b""
 
     def feed(self, data: bytes) -> bytes:
         """Raises zlib.error."""
         if self.inflater is None:
-            self.inflater = zlib.decompressobj(47)  # either format, by its header
-            try:
-                return self.feed(data)
-            except zlib.error:
-                self.inflater = zlib.decompressobj(-15)  # deflate as some send it: without a header
+            data = self.waiting = self.waiting + data
+            if len(data) < 2:
+                return b""
+            # Deflate has a header (RFC 1950 2.2), which some leave out.
+            headed = data[:2] == b"\x1f\x8b" or (
+                data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)
+            self.inflater = zlib.decompressobj(47 if headed else -15)
         unpacked = self.inflater.decompress(data, self.MOST)
         if self.inflater.unconsumed_tail:
             raise zlib.error("too much")
@@ -3962,7 +4036,10 @@ class UsageReader(UsageSource):
         self.streamed = streamed
         self.readable = readable
         self.unpacker = Unpacker() if packed else None
-        self.changes_stream = streamed and not packed and call.usage_requested_by_us
+        plain = streamed and readable and not packed
+        self.changes_stream = plain and call.usage_requested_by_us
+        if self.changes_stream:
+            self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
         self.counts: Dict[str, Any] = {}
 
@@ -3974,8 +4051,8 @@ class UsageReader(UsageSource):
         """Takes a piece of the body; returns what of it goes on to the caller."""
         piece = self.unpack(payload) if self.unpacker else payload
         self.pieces.append(piece)
-        self.size += len(piece)
-        if self.size > self.compact_above:
+        self.size = size = self.size + len(piece)
+        if size > self.compact_above:
             self.compact()
         return self.hide_usage(payload) if self.changes_stream else payload
 
@@ -3994,19 +4071,14 @@ class UsageReader(UsageSource):
         """Returns what is still held back at the end."""
         held = self.held
         self.held = b""
-        return self.shown(held)  # its line end may be missing
-
-    def find_usage(self, data: bytes) -> Optional["re.Match[bytes]"]:
-        """Returns where usage begins in a part of a stream."""
-        mark = self.dialect.USAGE_MARK
-        return re.search(mark + rb"\s*:\s*\{", data) if mark in data else None
+        return self.shown(held) if held else held  # its line end may be missing
 
     def hide_usage(self, payload: bytes) -> bytes:
         """Keeps back the usage that the caller did not ask for. An event that is not whole waits
         for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
-        found = self.find_usage(data)
         self.held = b""
+        found = self.dialect.USAGE_MARK in data and self.find_usage(data)
         if not found and self.events.at_boundary(data):  # as nearly always
             return data
         begin = self.events.last_end(data, found.start() if found else len(data))
@@ -4071,21 +4143,25 @@ class UsageReader(UsageSource):
     def scan_for_usage(self, data: bytes) -> None:
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
-        if self.dialect.USAGE_MARK not in data:  # far sooner known than by an expression
-            return
-        found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
+        found = []
+        if self.dialect.USAGE_MARK in data:  # far sooner known than by an expression
+            found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
-            begin = begin_of_line(data, match.start())
-            line = data[begin:].partition(b"\n")[0]
-            event = data[self.events.last_end(data, match.start()):]
-            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
-                      or self.events.payload(self.events.cut(event)[0]))
+            line = LINE.match(data, begin_of_line(data, match.start()))[0]
+            payload = self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
+            if not payload:  # its JSON may stand in several lines
+                event = data[self.events.last_end(data, match.start()):]
+                payload = self.events.payload(self.events.cut(event)[0])
+            self.note(payload)
+        if self.counts and self.final is None:  # what was told before more text is not all of it
+            rest = data[found[-1].end():] if found else data
+            self.final = False if self.count_characters(rest) else None
 
     def note(self, payload: Dict[str, Any]) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
         if type(counts) is dict and counts:
-            self.counts = merged(self.counts, counts)
+            self.counts = merged(self.counts, counts) if self.counts else counts
             if final is not None or not self.final:
                 self.final = final
         model, tier = self.dialect.served(payload)
@@ -4109,10 +4185,11 @@ class UsageReader(UsageSource):
             self.read_json(data)
 
     def read_last_events(self, data: bytes) -> None:
-        """Notes what the last four events say of their stream's end."""
+        """Notes what the last three events say of their stream's end."""
         held = b""
         events = 0
-        for line in reversed(data.splitlines()[-self.LAST_LINES:]):
+        last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
+        for line in reversed(last.splitlines()[-self.LAST_LINES:]):
             data = self.events.data(line)
             if data is None:
                 held = held if line else b""
@@ -4120,19 +4197,25 @@ class UsageReader(UsageSource):
                     self.fault = self.fault or 502
                 continue
             held = data + held
-            payload = {} if held.strip() == LAST_DATA else object_in(held)
-            if payload:
-                self.closed = self.closed or self.dialect.is_last(payload)
-                self.ended = self.ended or self.dialect.is_finished(payload)
-                self.fault = self.fault or self.dialect.fault(payload)
-            elif held.strip() == LAST_DATA:
+            if held.strip() == LAST_DATA:
                 self.closed = True
-            else:
-                continue
+            elif not (self.closed and held.endswith(b"}") and not FAULT_MARK.search(held)):
+                payload = object_in(held)
+                if not payload:
+                    continue
+                self.note_end(payload, held)
             held = b""
             events += 1
-            if events == 4:
+            if events == 3:
                 break
+
+    def note_end(self, payload: Dict[str, Any], data: bytes) -> None:
+        """Notes what one of the last events says of its stream's end."""
+        self.closed = self.closed or self.dialect.is_last(payload)
+        self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        self.model = self.model or self.dialect.served(payload)[0]
+        if FAULT_MARK.search(data):
+            self.fault = self.fault or self.dialect.fault(payload)
 
     def read_json(self, data: bytes) -> None:
         """Notes what JSON reports. Of a large one, little is parsed."""
@@ -4145,7 +4228,7 @@ class UsageReader(UsageSource):
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
                     last_object(data))
         self.note(payload)
-        if any([mark in data for mark in FAULT_MARKS]):
+        if FAULT_MARK.search(data):
             self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
@@ -4176,10 +4259,6 @@ class UsageReader(UsageSource):
         usage = self.dialect.usage(self.counts, self.model, self.tier)
         complete = self.final or (whole and self.final is None)
         return usage, usage is not None and bool(complete)
-
-    def most_characters(self) -> int:
-        """Returns about how many characters of text can have passed, without a look at them."""
-        return self.characters + self.size
 
     def most_characters(self) -> int:
         """Returns what was counted; of what is kept, all, or what is usual in events."""
@@ -4449,13 +4528,11 @@ class Sized:
         self.trailing = b""
 
     def feed(self, data: bytes) -> Tuple[bytes, bytes]:
-        left = self.remaining - len(data)
-        if left < 0:
-            self.trailing = data[left:]
-            data = data[:left]
-            left = 0
-        self.remaining = left
-        self.ended = not left
+        if len(data) > self.remaining:
+            self.trailing = data[self.remaining:]
+            data = data[:self.remaining]
+        self.remaining -= len(data)
+        self.ended = not self.remaining
         return data, data
 
     def end_of_stream(self) -> bool:
@@ -4491,8 +4568,12 @@ class Chunked:
         if self.held:
             data = self.held + data
             self.held = b""
-        position = 0
         size = len(data)
+        if not self.remaining and data.endswith(b"\r\n"):  # one whole chunk, as nearly always
+            match = CHUNK_LINE.match(data)
+            if match and 2 < int(match[1], 16) + 2 == size - match.end():
+                return data, data[match.end():-2]
+        position = 0
         payload = b""
         remaining = self.remaining
         while position < size:
@@ -4573,15 +4654,13 @@ class BodyAdapter:
         same, payload = self.framing.feed(data)
         if self.reader and payload:
             payload = self.reader.feed(payload)
-        if self.style != self.AS_IS:
-            ended = self.framing.ended
-            if ended and self.reader:
-                payload += self.reader.flush()
-            same = self.frame(payload, ended)
+        ended = self.framing.ended
+        if ended and self.reader and self.style != self.AS_IS:
+            payload += self.reader.flush()
         self.passed += len(payload)
         if self.events:
             self.tail = (self.tail + payload)[-4:]
-        return same
+        return same if self.style == self.AS_IS else self.frame(payload, ended)
 
     def frame(self, payload, ended):
         if self.style != self.CHUNKED:
@@ -4839,11 +4918,11 @@ class Stream:
     def take_head(self) -> Optional[bytes]:
         """Returns the bytes of a head that has come whole, as nearly all do. Empty lines before it
         are dropped (RFC 9112 2.2)."""
-        if self.read_buffer[:1] == b"\r":
-            self.read_buffer = EMPTY_LINES.sub(b"", self.read_buffer, 1)
         data = self.read_buffer
+        if data.startswith(b"\r"):
+            self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
         end = data.find(b"\r\n\r\n") + 4
-        if not 4 <= end <= MAX_HEAD:
+        if end < 4 or end > MAX_HEAD:
             return None
         self.read_buffer = data[end:]
         return data[:end]
@@ -4885,22 +4964,20 @@ class Stream:
         """Send now what can be sent; the rest when the other side takes it."""
         if self.write_failed or not data:
             return
-        if self.write_buffer or self.encrypted:
-            idle = not self.write_buffer
+        if self.write_buffer:
             self.write_buffer += data
-            if idle:
-                self.flush()
             return
-        try:
-            sent = self.sock.send(data)
-        except WOULD_BLOCK:
-            sent = 0
-        except OSError:
-            return self.fail_writing()
+        sent = 0
+        if len(data) <= BLOCK or not self.encrypted:
+            try:
+                sent = self.sock.send(data)
+            except WOULD_BLOCK:
+                pass
+            except OSError:
+                return self.fail_writing()
         if sent < len(data):
             self.write_buffer += memoryview(data)[sent:]
-            self.wrote_at = self.loop.time()
-            self.wait_for_room()
+            self.flush()
 
     def flush(self):
         """Send block by block: a TLS record that was begun must be sent again as it was."""
@@ -5059,15 +5136,16 @@ class Transfer:
     def on_data(self, data):
         """The hot path: one look at the framing, one write."""
         self.came_at = self.loop.time()
+        adapter = self.adapter
         try:
-            out = self.adapter.feed(data)
+            out = adapter.feed(data)
         except Malformed:
             return self.finish(self.MALFORMED)
         except Exception as bug:  # the task that awaits us logs it, and ends the call
             return self.fail(bug)
         if out:
             self.target.write(out)
-        if self.adapter.framing.ended:
+        if adapter.framing.ended:
             self.finish(self.WHOLE)
 
     def on_source_end(self):
@@ -5515,7 +5593,7 @@ class Stored:
     ROOM = 100_000
     UNSAVED = 10_000
     BILLS = 1_000
-    MAX_NAME = 256
+    NAME = re.compile("[!-~]{1,256}")
 
     def __init__(self, policy: str):
         self.policy = policy
@@ -5558,7 +5636,7 @@ class Stored:
     def note(self, thing: Thing, names: List[str]):
         """Remembers what was made. Who made it first has it: an answer may name older things."""
         for name in names:
-            if name in self.things or len(name) > self.MAX_NAME:
+            if name in self.things or not self.NAME.fullmatch(name):
                 continue
             self.things[name] = thing
             if len(self.things) > self.ROOM:
@@ -5602,10 +5680,13 @@ class NameReader:
 
     def look_at_events(self):
         events = self.events.cut(self.kept)
-        self.kept = b"" if self.events.at_boundary(self.kept) else events.pop()
+        self.kept = events[-1]  # which may not be whole
         for event in events:
+            self.tries += 1
             if self.tell(names_made(self.events.payload(event))):
                 return
+        if self.tries > self.MAX_TRIES:
+            self.kept = None
 
     def look_at_json(self):
         with contextlib.suppress(ValueError):  # it has not come whole
@@ -5679,8 +5760,7 @@ class Response:
                 self.ticket.leave()
 
     def __exit__(self, *_):
-        if not self.released:
-            self.release()
+        self.release()
         framing, stream = self.framing, self.stream
         unread = framing.trailing or stream.read_buffer
         if self.reusable and framing.ended and not unread and not stream.ended:
@@ -6069,6 +6149,12 @@ class Upstream:
         address.running += 1
         return address
 
+    def judge_head(self, address, good):
+        """Whether a call went well is known at its end, but one that tries an open breaker must not
+        keep others waiting for that."""
+        if not good or address.breaker.opened is not None:
+            self.judge(address, good)
+
     def judge(self, address, good):
         breaker = address.breaker
         if good and not breaker.failures and breaker.opened is None:
@@ -6119,9 +6205,8 @@ class Upstream:
                         probe: bool = False) -> Response:
         """Send one request and wait for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
-        the next one is asked; a question that met a stale spare connection is asked again on a
-        fresh one. A `probe` says nothing of how calls fare there. Raises UpstreamFailed,
-        UpstreamTimeout, BreakerOpen, and what `body` raises."""
+        the next one is asked. A `probe` says nothing of how calls fare there. Raises
+        UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
         stale = False
@@ -6141,30 +6226,23 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and self.is_repeatable(method, body, refusal)
-                if stale:
-                    continue
-                if not refusal.nothing_sent:
+                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
-                failed.append(address)
+                failed += [] if stale else [address]
             finally:
-                if not probe:  # a list of models tells nothing
+                if not probe:  # a list of models says nothing of how calls fare
                     self.judge_head(address, good)
                 if response is None:
                     address.running -= 1
 
-    def judge_head(self, address, good):
-        """Whether a call went well is known at its end, but for an open breaker."""
-        if not good or address.breaker.opened is not None:
-            self.judge(address, good)
-
     @staticmethod
-    def is_repeatable(method, body, refusal):
+    def is_repeatable(method, refusal):
         """Tells whether what a spare connection lost, because it was closed under us, can be asked
         again (RFC 9110 9.2.2)."""
-        return method in ("GET", "HEAD") and body == b"" and (
-            isinstance(refusal, UpstreamFailed) and refusal.broke_before_response)
+        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
+            refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
@@ -6877,15 +6955,15 @@ class Reply:
 
     def take(self, request: Request):
         """Take the head of the request that is to be answered."""
-        entry, client, length = self.entry, self.client, request.length
         self.started = self.parts.clock.time_ns()
         self.request = request
         self.close_after = request.close_after
-        if "x-request-id" in request.lines:
+        if "x-request-id" in request:
             given = request.get("x-request-id")
-            entry.request_id = given if REQUEST_ID.fullmatch(given) else None
-        entry.method = request.method
-        entry.path = request.path
+            self.entry.request_id = given if REQUEST_ID.fullmatch(given) else None
+        self.entry.method = request.method
+        self.entry.path = request.path
+        length, client = request.length, self.client
         if request.plain and length is not None and length <= len(client.read_buffer):
             self.content = client.take(length) if length else b""
         else:
@@ -7357,21 +7435,25 @@ class Proxy:
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
+        ending = "ok"
         adapter = await reply.receive(response)
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
-            own_fault = response.status in CALLERS_FAULTS and not reply.call.unmetered
-            entry.hold.settle(self.estimator.fault_costs() if own_fault else NO_COST)
+            entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
         elif adapter.framing.ended:
-            self.settle(entry, entry.reader.ending(whole=True) if entry.reader else "ok")
+            ending = entry.reader.ending(whole=True) if entry.reader else "ok"
+            self.settle(entry, ending)
         reply.begin(response)
         try:
-            ending = "ok" if adapter.framing.ended else await reply.carry(response)
+            if not adapter.framing.ended:
+                ending = await reply.carry(response)
+                if entry.reader:
+                    ending = entry.reader.ending(ending == "ok")
+            return ending
         finally:
             entry.passed = adapter.passed
-        return entry.reader.ending(ending == "ok") if entry.reader else ending
 
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
@@ -7492,11 +7574,9 @@ class Proxy:
         if call.unmetered or hold.ended:
             return
         if entry.reader and entry.reader.said_nothing:
-            return hold.give_back()
+            return hold.settle(self.fault_costs(entry.reader.fault))
         if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
-            if call.made:
-                self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
-            return hold.settle(hold.costs)
+            return self.await_usage(call, hold)
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
@@ -7506,6 +7586,12 @@ class Proxy:
         if ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+
+    def await_usage(self, call, hold):
+        """Leave the charge of a call in the background as it was held, until its usage is told."""
+        if call.made:
+            self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+        hold.keep()
 
     @staticmethod
     def told_usage(entry, ending):
@@ -7524,6 +7610,10 @@ class Proxy:
         costs = self.estimator.costs(usage, entry.picodollars, before[-1])
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
         entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
+
+    def fault_costs(self, status):
+        """Returns what a call costs that was refused: what its caller did wrong costs a request."""
+        return self.estimator.costs(Usage(), 0, 0) if status in CALLERS_FAULTS else NO_COST
 
     def request_head(self, request, call, upstream, address):
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
@@ -7646,25 +7736,16 @@ class Catalogue:
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
 
-    def __init__(self, routes: Routes, aliases: Dict[str, str], clock: Any):
+    def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
-        self.aliases = aliases
         self.clock = clock
         self.lists = [[] for _ in self.upstreams]
-        self.texts = {}  # dialect -> the list as it is there
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def text(self, dialect: Dialect, context: Context) -> Optional[bytes]:
-        """Returns the list as it is in a dialect, None where nobody told of any model."""
-        await self.refresh(context)
-        if dialect not in self.texts:
-            models = self.models()
-            self.texts[dialect] = dialect.models(models) if models else None
-        return self.texts[dialect]
-
-    async def refresh(self, context):
-        """Who asks while another one's question is under way takes what that brings."""
+    async def models(self, context: Context) -> Dict[str, Model]:
+        """Returns them by name; the first of a name counts. Who asks while another one's question
+        is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -7674,14 +7755,10 @@ class Catalogue:
             with contextlib.suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
-    def models(self) -> List[Model]:
-        """Returns them all, and the aliases; the first of a name counts."""
         found = {}
         for model in itertools.chain(*self.lists):
             found.setdefault(model.name, model)
-        for alias, name in self.aliases.items():
-            found.setdefault(alias, found.get(name, Model(alias))._replace(name=alias))
-        return list(found.values())
+        return found
 
     async def ask_all(self, loop):
         try:
@@ -7698,7 +7775,6 @@ class Catalogue:
         context.until = loop.time() + self.ASK_SECONDS
         try:
             self.lists[number] = await self.upstreams[number].models(context)
-            self.texts.clear()
             return True
         except (Refusal, ValueError):
             return False
@@ -7712,8 +7788,8 @@ class Pages:
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
+        self.catalogue = Catalogue(proxy.routes, proxy.clock)
         config = proxy.config
-        self.catalogue = Catalogue(proxy.routes, config.model_aliases or {}, proxy.clock)
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
@@ -7773,11 +7849,12 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        dialect = self.dialect(request)
-        text = await self.catalogue.text(dialect, reply.context)
-        if text is None and not self.lists_models:
+        models = await self.catalogue.models(reply.context)
+        if not models and not self.lists_models:
             return await proxy.serve(request, reply)  # it may speak the client's API alone
-        reply.send(200, text or dialect.models([]))
+        for alias, name in (proxy.config.model_aliases or {}).items():
+            models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
+        reply.send(200, self.dialect(request).models(list(models.values())))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7895,7 +7972,7 @@ class ClientConnection:
             self.client.give_up_tls()
             self.refuse(self.new_reply(), BadRequest("This port speaks https", close_after=True))
         else:
-            with contextlib.suppress(QuietEnd):
+            with contextlib.suppress(QuietEnd, TimeoutError):
                 while await self.exchange():
                     if self.client.read_buffer:  # requests that never wait would hold the loop
                         await asyncio.sleep(0)
@@ -7928,15 +8005,13 @@ class ClientConnection:
                 self.record(reply)
         return not reply.close_after
 
-    async def await_request(self) -> bool:
-        """Wait for the first byte of a request."""
+    def await_request(self) -> asyncio.Future:
+        """Wait for the first byte of a request; the result is False at the end. Raises
+        TimeoutError."""
         if self.server.draining:
             self.end_if_idle()
         seconds = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-        try:
-            return await self.client.more(self.context, seconds, "a request")
-        except TimeoutError:
-            return False
+        return self.client.more(self.context, seconds, "a request")
 
     async def answer(self, reply):
         """Read a request and answer it. Raises whatever is to be said instead."""
@@ -7997,7 +8072,8 @@ class ClientConnection:
             if not reply.reset:
                 await reply.drain()
         except (CallerGone, Stopped) as reason:
-            reply.entry.outcome = reason.outcome
+            if not reply.missed_nothing():
+                reply.entry.outcome = reason.outcome
             reply.close_after = reply.reset = True
         if self.proxy.books.is_full():
             await asyncio.sleep(self.LEDGER_SECONDS)

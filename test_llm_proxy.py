@@ -22,6 +22,7 @@ import fcntl
 import fractions
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import io
@@ -1901,7 +1902,7 @@ class RulesTogetherTest(LimitsCase):
             self.clock.now += 10 ** 9
             self.refused(1, name=name)
             self.assertEqual(self.levels(), [])  # nothing that a restart would find
-            holds.pop().settle(costs(1, 0))
+            holds.pop().settle(costs(1))
             self.assertEqual(self.peek(1, name), ((places, 1, 0, 0, 0), 0))
             with self.admit(1, name=name):
                 self.assertEqual(self.peek(1, name)[1], 2)
@@ -1914,11 +1915,18 @@ class RulesTogetherTest(LimitsCase):
         self.assertEqual((holds, self.refused(1).tightest.rule.capacity), ([9, 9], 2))
         self.assertEqual([level for _, level in self.levels()], [98, 7])
 
-    def test_what_was_guessed_takes_no_more_than_half_of_a_bucket(self):
-        for cost, least, taken in self.each(((4, 1, 4), (8, 1, 5), (80, 1, 5), (80, 7, 7))):
+    def test_what_was_guessed_takes_no_more_than_is_left(self):
+        for cost, least, left in self.each(((4, 1, 2), (8, 1, 0), (80, 6, 0), (4, 7, None))):
             self.start()
-            awaited(self.limits.admit(caller("alice"), "1", "", costs(cost), "base", costs(least)))
-            self.assertEqual(self.left(), 10 - taken)
+            self.admit(4)
+            admission = self.limits.admit(
+                caller("alice"), "1", "", costs(max(cost, least)), "base", costs(least))
+            if left is None:
+                self.assertRaises(LimitReached, awaited, admission)
+                continue
+            with awaited(admission):
+                self.assertEqual(self.left(), left)
+            self.assertEqual(self.left(), 6)
 
 
 class LimitsOverHttpTest(ProxyCase):
@@ -2037,7 +2045,13 @@ class UsageTest(ProxyCase):
             {"messages": HELLO, "n": 2} -> 515
             /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7} -> 660
             /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7, "n": 2} -> 1220
+            /v1/images/generations -> {"prompt": "four", "n": 3} -> 769
+            /v1/images/generations -> {"prompt": "four", "n": "x", "options": []} -> 258
             GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 769
+            /v1/chat/completions/batch -> {"messages": [HELLO, HELLO], "max_tokens": 7} -> 20
+            /api/chat -> {"messages": HELLO, "options": {"num_predict": 100}} -> 103
+            /api/generate -> {"prompt": "user hello", "options": {"num_predict": -1}} -> 259
+            /v1/interactions -> {"input": "four", "generation_config": {"maxOutputTokens": 9}} -> 10
             {"messages": HELLO, "max_tokens": 100.0} -> 103
             {"messages": HELLO, "max_tokens": -1} -> 259
             {"messages": HELLO, "max_tokens": 7, "options": {"num_predict": -2}} -> 259
@@ -2062,6 +2076,9 @@ class UsageTest(ProxyCase):
             {"type": "input_file", "filename": "a.pdf", "file_data": DATA}"""
         row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
         rows = [row % part for part in parts.strip().splitlines()]
+        ollama = '"options": {"num_predict": 1}, "images": [DATA, DATA]}'
+        rows += ['/api/generate -> {"prompt": "text 12345", %s -> 1004' % ollama,
+                 '/api/chat -> {"messages": [{"content": "text 12345", %s]} -> 756' % ollama]
         self.assert_estimates("\n".join(rows), TEXT={"type": "text", "text": "12345"},
                               DATA="data:image/png;base64," + "x" * 100000)
 
@@ -2134,8 +2151,8 @@ class LearningTest(ProxyCase):
     """A model whose tokenizer is simulated, with 9 tokens around each prompt. `said` is what it
     says, of which `hidden` more is not seen; whether it `tells` is for each test to say."""
 
-    def start(self, said="", hidden=0, **settings):
-        self.said, self.hidden, self.tells = said, hidden, True
+    def start(self, said="", hidden=0, detail="reasoning_tokens", **settings):
+        self.said, self.hidden, self.detail, self.tells = said, hidden, detail, True
         super().start(self.answer, **{
             "TOKEN_COST_MODE": "usage", "MAX_TOKENS": 10 ** 9, **settings})
 
@@ -2143,7 +2160,7 @@ class LearningTest(ProxyCase):
         prompt = asked.json()["messages"][0]["content"]
         seen = tokens_of(self.said)
         usage = {"prompt_tokens": 9 + tokens_of(prompt), "completion_tokens": seen + self.hidden,
-                 "completion_tokens_details": {"reasoning_tokens": self.hidden}}
+                 "completion_tokens_details": {self.detail: self.hidden}}
         asked.answer(json.dumps({"choices": [{"message": {"content": self.said}}],
                                  **({"usage": usage} if self.tells else {})}).encode())
 
@@ -2184,12 +2201,14 @@ class LearningTest(ProxyCase):
             self.assertLess(max(medians), 0.1)
 
     def test_an_answer_that_does_not_tell_what_it_hid_is_charged_the_usual_share(self):
-        self.start("seen" + " seen" * 49, hidden=4950)
-        self.assertEqual(self.used("hi")[1], 5000)
-        self.tells = False
-        self.assertEqual(self.used("hi")[1] // 100, 50)
-        self.said = "seen" + " seen" * 99
-        self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
+        """Also where only the sum was told."""
+        for name in self.each(("reasoning_tokens", "other")):
+            self.start("seen" + " seen" * 49, hidden=4950, detail=name)
+            self.assertEqual(self.used("hi")[1], 5000)
+            self.tells = False
+            self.assertAlmostEqual(self.used("hi")[1], 5000, delta=200)
+            self.said = "seen" + " seen" * 99
+            self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
 
     def test_reasoning_that_passes_is_not_taken_for_hidden(self):
         self.start()
@@ -2231,10 +2250,35 @@ class LearningTest(ProxyCase):
         self.assertEqual(self.held(n=2)[3], 10000)
         self.assertEqual(self.held(max_tokens=7)[3], 7)
         self.said = "seen"
-        self.assertLess(self.held()[3], 5001)
-        for _ in range(200):
-            held = self.held()[3]
-        self.assertEqual(held, 256)
+        held = [self.held()[3] for _ in range(22)]
+        self.assertEqual((held[:10], held[-1]), ([5000] * 10, 256))
+
+    def test_calls_with_a_maximum_teach_nobody_that_little_is_said(self):
+        self.start("seen" + " seen" * 4999)
+        self.held(key="bob")
+        self.said = "seen"
+        for _ in range(30):
+            self.held(key="alice", max_tokens=1)
+        self.assertEqual(self.held(key="alice")[3], 5000)
+
+    def test_who_hangs_up_before_the_end_pays_what_such_calls_use(self):
+        """What comes is 2 tokens of 5,000; 5 are the prompt's."""
+        self.start("seen", hidden=4999, MAX_TOKENS=50000)
+        self.assertEqual(self.used("hi")[1], 5000)
+        left = self.left("alice")
+        for number, stream in enumerate(self.each((True, False))):
+            self.stub.answer = None
+            client, asked = self.ask_stub(call("alice", stream=stream))
+            asked.send(STREAM + chunk(event(1)) if stream else answer(b"x" * 80)[:-1])
+            if stream:
+                client.head()
+                client.expect(event(1))
+            client.reset()
+            asked.wait_for_hang_up()
+            entry = self.entry(number + 1)
+            self.assertEqual((entry["outcome"], entry["output"]), ("caller_gone", 5000))
+            left -= 5000 + entry["input"]
+            self.assertEqual(self.left("alice"), left)
 
     def test_sixty_calls_at_once_use_no_more_than_twice_the_bucket_once_ten_have_answered(self):
         self.start("seen " * 5071, LIMITS="all 10000 tokens per day", LIMIT_REPLY="error")
@@ -2555,7 +2599,7 @@ class PathsTest(ManyCase):
         POST /v1/reranking, POST /reranking, POST /invocations, POST /v1/audio/speech,
         POST /v1/audio/transcriptions, POST /v1/audio/translations, POST /v1/images/edits,
         POST /v1/images/variations, POST /v1/videos, POST /v1/batches, POST /v1/messages/batches,
-        POST /v1beta/models/m:batchGenerateContent,
+        POST /v1beta/interactions, POST /v1beta/models/m:batchGenerateContent,
         POST /v1beta/models/m:predictLongRunning, POST /v1beta/models/m:predict, POST /completion,
         POST /infill, POST /embedding, POST /pooling, POST /classify, POST /generate,
         POST /v1/moderations, POST /v1/ocr, POST /v1/threads/t/runs, POST /v1/threads/t/messages,
@@ -2575,6 +2619,7 @@ class PathsTest(ManyCase):
         POST /update_weights, GET /flush_cache, POST /start_profile, POST /models/load
         POST /models/unload, POST /lora-adapters, POST /props, POST /v1/model/load, PUT /props
         POST /api/v1/models/load, POST /models, DELETE /v1/models/m, GET /cors-proxy?url=x
+        POST /slots/0:countTokens?action=erase, POST /slots/0/count_tokens
         POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
             "\n", ",")
     MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
@@ -2647,11 +2692,12 @@ class PathsTest(ManyCase):
 
     def test_an_unknown_call_is_estimated_by_its_json_and_settled_by_what_is_told(self):
         told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
-        for mode, answered, cost in self.each((
-                ("estimate", {}, 10), ("usage", {}, 10), ("usage", {"text": "x" * 40}, 20),
-                ("usage", told, 35))):
+        for mode, answered, cost, more in self.each((
+                ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
+                ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
+                ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
             self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
-            body = json.dumps({"model": "m", "input": "ten tokens" * 4}).encode()
+            body = json.dumps({"model": "m", "input": "ten tokens" * 4, **more}).encode()
             self.ask(request("POST", "/v1/score", body))
             self.assertEqual(1000 - self.left(), cost)
 
@@ -2670,6 +2716,7 @@ class FormsTest(ManyCase):
     # The second part of a form, and the status
     FIELDS = [
         ('"model"', "fast", 200), ("model", "fast", 200), ('"model"; filename="x"', "fast", 200),
+        ('"x"; filename="x"; name="model"', "fast", 400),
         ('"Model"', "fast", 400), ('"mod\\el"', "fast", 400), ('"x"; name="model"', "fast", 400),
         ('"model"\r\nContent-Transfer-Encoding: base64', "ZmFzdA==", 400),
         ('"model"\r\nContent-Disposition: form-data; name="x"', "fast", 400),
@@ -2775,8 +2822,52 @@ USAGE_TABLE = json.loads("""[
     ["chat", {"prompt_tokens": true}, null],
     ["chat", {"prompt_tokens": 1e300}, null],
     ["chat", {}, null],
+    ["chat", {"prompt_tokens": 368, "completion_tokens": 19, "total_tokens": 10923,
+                "cache_read_input_tokens": 10536},
+        [10904, 19, 10536, 0, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 25, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 35, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "cache_read_input_tokens": 20},
+        [25, 2, 20, 0, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7,
+                "prompt_tokens_details": {"cached_tokens": 20}},
+        [25, 2, 20, 0, 0]],
+    ["chat", {"prompt_tokens": 14, "completion_tokens": 9, "total_tokens": 255,
+                "completion_tokens_details": {"reasoning_tokens": 232}},
+        [14, 241, 0, 0, 232]],
+    ["chat", {"prompt_tokens": 14, "completion_tokens": 9,
+                "completion_tokens_details": {"reasoning_tokens": 232}},
+        [14, 241, 0, 0, 232]],
+    ["chat", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 37,
+                "cached_tokens": 20, "reasoning_tokens": 5},
+        [30, 7, 20, 0, 5]],
+    ["chat", {"prompt_tokens": 0, "completion_tokens": 2, "total_tokens": 37},
+        [35, 2, 0, 0, 0]],
+    ["chat", {"prompt_tokens": 12.0, "completion_tokens": 2.0},
+        [12, 2, 0, 0, 0]],
+    ["chat", {"inputTokens": 12, "outputTokens": 2, "cacheReadInputTokens": 5},
+        [12, 2, 5, 0, 0]],
+    ["chat", {"input_tokens": 10, "cache_read_input_tokens": 5, "output_tokens": 2},
+        [15, 2, 5, 0, 0]],
+    ["messages", {"input_tokens": 15, "cache_read_input_tokens": 5, "output_tokens": 2,
+                   "total_tokens": 17},
+        [15, 2, 5, 0, 0]],
     ["messages", {"input_tokens": 10, "output_tokens": 5},
         [10, 5, 0, 0, 0]],
+    ["messages", {"input_tokens": 23000, "output_tokens": 1000, "iterations": [
+                    {"type": "compaction", "input_tokens": 180000, "output_tokens": 3500},
+                    {"type": "message", "input_tokens": 23000, "output_tokens": 1000}, "odd"]},
+        [203000, 4500, 0, 0, 0]],
+    ["messages", {"input_tokens": 23000, "output_tokens": 1000, "iterations": [
+                    {"type": "compaction", "input_tokens": 7, "output_tokens": 5}]},
+        [23000, 1000, 0, 0, 0]],
     ["messages", {"input_tokens": 1, "output_tokens": 5,
                    "output_tokens_details": {"thinking_tokens": 3}},
         [1, 5, 0, 0, 3]],
@@ -2884,10 +2975,10 @@ class UsageReaderTest(ProxyCase):
     def dialect(self, endpoint):
         return self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
 
-    def new_reader(self, endpoint="chat", streamed=True, dropping=False):
+    def new_reader(self, endpoint="chat", streamed=True, dropping=False, packed=False):
         asked = llm_proxy.Call(self.dialect(endpoint), endpoint, CHAT, "")
         asked.usage_requested_by_us = dropping
-        self.reader = llm_proxy.UsageReader(asked, streamed, True)
+        self.reader = llm_proxy.UsageReader(asked, streamed, True, packed)
         return self.reader
 
     def hear(self, data, step=None, whole=True, **options):
@@ -2903,6 +2994,178 @@ class UsageReaderTest(ProxyCase):
         for endpoint, told, expected in self.each(USAGE_TABLE):
             found = self.dialect(endpoint).usage(told)
             self.assertEqual(found and list(found[:5]), expected)
+
+    FACTS = json.loads("""[
+        [{"model": "served", "service_tier": "flex", "usage": {"prompt_tokens": 1}},
+            {"model": "served", "tiers": ["flex"]}],
+        [{"response": {"model": "served", "usage": {"input_tokens": 1, "total_tokens": 1}}},
+            {"model": "served"}],
+        [{"type": "message", "model": "served", "usage": {"input_tokens": 1, "speed": "fast",
+            "service_tier": "standard", "inference_geo": "us"}},
+            {"model": "served", "tiers": ["standard", "fast", "us"]}],
+        [{"modelVersion": "served", "usageMetadata": {"promptTokenCount": 1}},
+            {"model": "served"}],
+        [{"model": 7, "service_tier": null, "usage": {"prompt_tokens": 1}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0.00014}}, {"picodollars": 140000000}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0}}, {"picodollars": 0}],
+        [{"usage": {"prompt_tokens": 1, "cost": -1}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0.01, "is_byok": true,
+            "cost_details": {"upstream_inference_cost": 0.2}}}, {"picodollars": 210000000000}],
+        [{"usage": {"prompt_tokens": 1, "cost": {"total_cost": 0.006}}},
+            {"picodollars": 6000000000}],
+        [{"usage": {"prompt_tokens": 1, "cost_in_usd_ticks": 37756000}},
+            {"picodollars": 3775600000}],
+        [{"type": "message", "usage": {"input_tokens": 1,
+            "cache_creation": {"ephemeral_1h_input_tokens": 5, "ephemeral_5m_input_tokens": 3}}},
+            {"input": 9, "cache_write": 8, "hour_write": 5}]]""")
+
+    def endpoint_of(self, told):
+        return "messages" if "type" in told else "generate" if "modelVersion" in told else "chat"
+
+    def test_what_an_answer_says_of_how_it_was_served_is_part_of_its_usage(self):
+        for told, facts in self.each(self.FACTS):
+            endpoint = self.endpoint_of(told)
+            last = {**told, **self.LAST.get(endpoint, {})}
+            for data, streamed in ((json.dumps(told).encode(), False), (events(last), True)):
+                self.hear(data, streamed=streamed, endpoint=endpoint)
+                used, _ = self.reader.reported_usage(True)
+                facts = {"input": 1, **facts, "tiers": tuple(facts.get("tiers", ()))}
+                self.assertEqual(used, llm_proxy.Usage(**facts))
+
+    LAST = {"generate": {"candidates": [{"finishReason": "STOP"}]}}
+
+    def test_what_another_model_did_for_a_call_is_told_apart(self):
+        entry = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
+        told = {"input_tokens": 20, "output_tokens": 4, "iterations": [entry]}
+        used = llm_proxy.Anthropic().usage(told, "served")
+        other = llm_proxy.Usage(7, 8, model="other")
+        self.assertEqual(used, llm_proxy.Usage(20, 4, model="served", others=(other,)))
+
+    ODD_PLACES = json.loads("""[
+        {"choices": [{"index": 0, "finish_reason": "stop", "usage": "TOLD"}]},
+        {"choices": [{"finish_reason": "stop", "delta": {}}], "x_groq": {"usage": "TOLD"}},
+        {"choices": [{"finish_reason": "stop", "message": {"usage": "TOLD"}}], "usage": null},
+        {"cached_tokens": 7, "usage": "TOLD", "choices": []},
+        {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
+        {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
+
+    def test_usage_is_found_wherever_a_response_has_it_and_not_in_what_a_caller_wrote(self):
+        for told in self.each(self.ODD_PLACES):
+            data = json.dumps(told).replace('"TOLD"', json.dumps(TOLD)).encode()
+            for body, streamed in ((data, False), (b"data: %b\n\n" % data, True)):
+                self.hear(body, 50, streamed=streamed)
+                used, final = self.reader.reported_usage(True)
+                self.assertEqual((used, final), (
+                    llm_proxy.Usage(20, 4, 7 * (b"cache" in data)), True))
+        planted = {"usage": {"input_tokens": 1, "output_tokens": 1}}
+        response = {"metadata": planted, "tools": [planted], "input": [planted], "text": planted}
+        self.assert_nothing_told({"type": "response.completed", "response": response})
+        self.assert_nothing_told({"choices": [{"finish_reason": "stop", "text": planted}]})
+
+    def assert_nothing_told(self, payload):
+        self.hear(events(payload))
+        self.assertIsNone(self.reader.reported_usage(True)[0])
+
+    def test_what_comes_later_erases_nothing_and_what_is_provisional_is_not_final(self):
+        start, _, text, *_ = ANTHROPIC_EVENTS
+        nothing = {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+                   "usage": {"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 50}}
+        stop = {"type": "message_stop"}
+        error = {"type": "error", "error": {"type": "overloaded_error"}}
+        for after, output, final, ending in self.each([
+                ([nothing, stop], 50, True, "ok"), ([nothing], 50, True, "ok"),
+                ([stop], 1, False, "ok"), ([], 1, False, "upstream_cut"),
+                ([error], 1, False, "upstream_status")]):
+            reader = self.new_reader("messages")
+            reader.feed(events(start, *[text] * 200, *after))
+            self.assertEqual(reader.ending(True), ending)
+            found = reader.reported_usage(ending == "ok")
+            self.assertEqual((found[0][:3], found[1]), ((25, output, 5), final))
+            self.assertEqual(reader.output_characters(), 1800)
+        early = {**delta("a"), "usage": {"prompt_tokens": 20, "completion_tokens": 1}}
+        for number, final in self.each(((1, True), (0, True), (30, False), (999, False))):
+            told = [delta("b"), early, *[delta("word ")] * number, LAST_DELTA, "[DONE]"]
+            told[-3:-2] = [] if number == 1 else told[-3:-2]
+            self.hear(events(*told))
+            self.assertEqual(self.reader.reported_usage(True)[1], final)
+
+    ENDINGS = json.loads(r"""[
+        ["chat", ["LAST_DELTA"], "ended ok"],
+        ["chat", ["LAST_DELTA", "[DONE]"], "ended closed ok"],
+        ["chat", ["USAGE_EVENT"], "ended ok"],
+        ["chat", [{"type": "response.incomplete", "response": {}}], "ended closed ok"],
+        ["messages", [{"type": "message_delta", "delta": {"stop_reason": "x"}}], "ended ok"],
+        ["generate", [{"candidates": [{"finishReason": "STOP"}]}], "ended closed ok"],
+        ["generate", [{"promptFeedback": {"blockReason": "SAFETY"}}], "ended closed ok"],
+        ["other", ["text"], "ok"],
+        ["chat", ["text"], "upstream_cut"],
+        ["messages", ["text"], "upstream_cut"],
+        ["generate", ["text"], "upstream_cut"],
+        ["chat", [{"error": "no"}], "502 upstream_status"],
+        ["chat", [{"error": {"code": "server_error"}}, "[DONE]"],
+            "ended closed 502 upstream_status"],
+        ["chat", [{"error": {"code": 400}}], "400 upstream_status"],
+        ["chat", [{"error": {"type": "invalid_request_error"}}], "400 upstream_status"],
+        ["chat", [{"choices": [{"finish_reason": "error"}]}], "ended 502 upstream_status"],
+        ["chat", [{"type": "response.failed", "response": {"error": {"code": "x"}}}],
+            "ended closed 502 upstream_status"],
+        ["chat", ["LAST_DELTA", {"error": null}, "[DONE]"], "ended closed ok"],
+        ["messages", [{"type": "error", "error": {"type": "overloaded_error"}}],
+            "502 upstream_status"],
+        ["generate", [{"error": {"code": 503, "status": "UNAVAILABLE"}}], "503 upstream_status"],
+        ["interactions", ["text"], "upstream_cut"],
+        ["interactions", [{"event_type": "interaction.completed"}], "ended closed ok"],
+        ["interactions", [{"event_type": "error", "error": {"code": 429}}], "429 upstream_status"]
+        ]""")
+    NAMED = {"LAST_DELTA": LAST_DELTA, "USAGE_EVENT": USAGE_EVENT, "text": delta("hello")}
+
+    def test_a_stream_says_how_it_ended(self):
+        for endpoint, told, expected in self.each(self.ENDINGS):
+            told = [self.NAMED.get(one, one) if isinstance(one, str) else one for one in told]
+            for begun in (events(delta("a")), events(delta("a")) * 999):
+                reader = self.new_reader(endpoint)
+                for data in (begun, events(*told)):
+                    reader.feed(data)
+                self.assertEqual(self.how_it_ended(reader), expected)
+
+    def how_it_ended(self, reader):
+        ending = reader.ending(True)
+        words = "ended" * reader.ended, "closed" * reader.closed, str(reader.fault or ""), ending
+        return " ".join(filter(None, words))
+
+    def test_an_error_in_a_stream_may_be_no_json_and_no_stream_may_be_empty(self):
+        for data in self.each([b"event: error\ndata: no\n\n", b'error: {"code": 500}\n\n',
+                               b'data: {"error":\ndata: {}, "error": "no"}\n\n']):
+            reader = self.new_reader()
+            reader.feed(data)
+            self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_status", True))
+        for data in self.each([b"", b": ping\n\n"]):
+            reader = self.new_reader()
+            reader.feed(data)
+            self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_cut", True))
+
+    ERRORS = """
+        {"error": "no"} -> 502
+        {"error": {"code": 429}} -> 429
+        {"type": "error", "error": {"type": "overloaded_error"}} -> 502
+        {"object": "error", "message": "no", "code": 404} -> 404
+        {"errors": [{"code": 1000}], "success": false} -> 502
+        {"base_resp": {"status_code": 1004}} -> 502
+        {"status": "failed", "error": {"code": "server_error"}} -> 502
+        {"choices": [{"error": {"code": 502}, "message": {}}]} -> 502
+        [{"error": {"code": 503}}] -> 503
+        {"choices": [], "error": null, "errors": []} -> 0
+        {"choices": [], "base_resp": {"status_code": 0}} -> 0
+        {"choices": [{"message": {"content": "\\"error\\": {}"}}]} -> 0
+        {"content": [{"type": "tool_use", "input": {"error": "no"}}]} -> 0"""
+
+    def test_json_that_is_an_error_is_one_whatever_its_status(self):
+        for data, status in self.each(self.ERRORS):
+            reader = self.new_reader(streamed=False)
+            reader.feed(data.encode())
+            ending = reader.ending(True)
+            self.assertEqual((reader.fault, ending), (
+                int(status), "upstream_status" if int(status) else "ok"))
 
     def test_the_usage_of_a_stream_is_what_its_events_say_in_the_end(self):
         for row, end, step in self.each(itertools.product(
@@ -2969,6 +3232,7 @@ class UsageReaderTest(ProxyCase):
         many = events(*[delta("word ")] * 5000, USAGE_EVENT, "[DONE]")
         return [(many, 1 << 17, 25000, "chat", True),
                 (b'{"data": ["%b"], "usage": %b}' % (large, usage), 2 << 20, 0, "other", False),
+                (b'{"usage": %b, "data": ["%b"]}' % (usage, large), 2 << 20, 0, "other", False),
                 (picture, 5 << 20, 0, "generate", False),
                 (b"data: %b\n\n" % picture, 5 << 20, 0, "generate", True),
                 (response % large, 5 << 20, 0, "responses", True),
@@ -3020,6 +3284,62 @@ class UsageReaderTest(ProxyCase):
             data = events(*kept, USAGE_EVENT, "[DONE]", end=end)
             found = self.hear(data, step, dropping=True)
             self.assertEqual(found[:3], (events(*kept, "[DONE]", end=end), (20, 4), True))
+
+    LINE_ENDS = (r"\n\n \r\n\r\n \r\r \n\r\n \r\n\n \r\r\n \n\r \n \r \r\n"
+                 .encode().decode("unicode_escape").split(" "))
+
+    def test_an_event_may_end_with_any_line_ends_and_is_not_held_back(self):
+        kept = [delta("a"), delta("b", usage=None), LAST_DELTA]
+        for end, step in self.each(itertools.product(self.LINE_ENDS, (None, 1, 7, 64))):
+            data = events(*kept, USAGE_EVENT, "[DONE]", end=end)
+            found = self.hear(data, step, dropping=True)
+            self.assertEqual(found[:3], (events(*kept, "[DONE]", end=end), (20, 4), True))
+            reader = self.new_reader(dropping=True)
+            for one in (*kept, "[DONE]"):
+                self.assertEqual(reader.feed(events(one, end=end)), events(one, end=end))
+
+    STRIPPED = """
+        {"choices": [], "usage": {}, "model": "m", "citations": []} -> -
+        {"usage": {}, "id": "c"} -> -
+        {"choices": [], "usage": {}, "timings": {"n": 1}} -> {"choices":[],"timings":{"n":1}}
+        {"choices": [], "usage": {}, "citations": ["x"]} -> {"choices":[],"citations":["x"]}
+        {"usage": {}, "error": {"code": 1}} -> {"error":{"code":1}}
+        {"choices": [{"delta": {}}], "usage": {}} -> {"choices": [{"delta": {}}], "usage": {}}
+        {"choices": [], "usage": null} -> {"choices": [], "usage": null}
+        {"choices": [], "a": {"usage": {}}} -> {"choices": [], "a": {"usage": {}}}
+        """
+
+    def test_what_an_event_says_besides_usage_is_shown(self):
+        for told, shown in self.each(self.STRIPPED):
+            shown = "" if shown == "-" else "event: x\ndata: %s\n\n" % shown
+            for line in (told, told.replace(", ", ", \ndata: ", 1)):
+                data = "event: x\ndata: %s\n\n" % line
+                found = self.hear(data.encode() + b"data: [DONE]\n\n", 9, dropping=True)
+                whole = shown if '"usage": ' not in shown else data
+                self.assertEqual(found[0].decode(), whole + "data: [DONE]\n\n")
+
+    def test_what_is_packed_is_read_and_passes_as_it_is(self):
+        data = events(*[delta("word ")] * 3000, LAST_DELTA, USAGE_EVENT, "[DONE]")
+        packed = zlib.compress(data)
+        for body, step in self.each(itertools.product(
+                (gzip.compress(data), packed, packed[2:-4]), (None, 1, 1000))):
+            found = self.hear(body, step, dropping=True, packed=True)
+            self.assertEqual(found, (body, (20, 4), True, 15000))
+        for body in self.each((b"\x1f\x8b" + b"x" * 38, gzip.compress(bytes(5 << 20)))):
+            found = self.hear(body, packed=True)
+            self.assertEqual(found, (body, None, False, len(body)))
+            self.assertLess(sum(map(len, self.reader.pieces)), 2 << 20)
+
+    def test_what_is_said_twice_is_counted_once_and_scripts_have_their_weight(self):
+        for parts, weight in self.each([
+                ({"reasoning": "think", "reasoning_content": "think", "content": None}, 5),
+                ({"reasoning": "think", "reasoning_details": [{"text": "think"}]}, 5),
+                ({"reasoning": "think", "content": "say"}, 8),
+                ({"content": "\u4f60" * 600}, 1600)]):
+            chunks = events({"choices": [{"delta": parts}]}) * 2
+            self.assertEqual(self.hear(chunks)[3], 2 * weight)
+            whole = json.dumps({"choices": [{"message": parts}]}).encode()
+            self.assertEqual(self.hear(whole, streamed=False)[3], weight)
 
     def test_an_event_that_is_whole_is_never_held_back(self):
         reader = self.new_reader(dropping=True)
@@ -3283,8 +3603,6 @@ class LimitReplyTest(ProxyCase):
             {"guided_regex": "a+"}
             {"guided_choice": ["a", "b"]}
             {"guided_grammar": "root ::= x"}
-            {"prediction": {"type": "content", "content": "def f(): pass"}}
-            {"audio": {"voice": "alloy", "format": "wav"}}
             {"stream": true, "guided_regex": "a+"}""",
         "/v1/completions": """
             {"suffix": "def f"}
@@ -4481,7 +4799,6 @@ class EarlyStreamTest(WaitingCase):
     def test_what_goes_wrong_then_is_an_error_event_and_a_clean_end(self):
         """Where the stream broke off after it, Open WebUI would show that instead."""
         anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
-        old = request("POST", CHAT, chat(stream=True), version="1.0")
         told = b'{"error":{"message":"too long","code":7}}'
         too_long = says(told, "400 Bad Request")
         no_stream = b"did not answer with a stream"
@@ -4492,7 +4809,6 @@ class EarlyStreamTest(WaitingCase):
                 (None, says(b"not JSON", "500 Oops"), no_stream, "upstream_status"),
                 (None, says(b'{"choices": []}'), no_stream, "upstream_status"),
                 (None, Asked.close, could_not, "upstream_failed"),
-                (old, Asked.close, could_not, "upstream_failed"),
                 (anthropic, too_long, b"event: error\ndata: " + told, "upstream_status"),
                 (anthropic, Asked.close, b'event: error\ndata: {"type": "error"',
                  "upstream_failed")])):
@@ -4797,6 +5113,25 @@ class StoredTest(ManyCase):
         self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
         asked.chunks(end=True)
 
+    def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
+        self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
+        self.post("/v1/batches", {})
+        for path, answered in self.each((
+                ("/v1/batches/batch_1", {"id": "batch_1", "output_file_id": "file-2",
+                                         "metadata": {"output_file_id": "file-3"}}),
+                ("/v1/batches/batch_1/x", {"id": "file-3", "output_file_id": "file-3"}),
+                ("/v1/files/file-2/content", {"id": "file-3"}))):
+            self.answers(answered)
+            self.assertEqual(self.status("GET", path), 200)
+        self.assertEqual(self.status("GET", "/v1/files/file-2", "b"), 404)
+        self.assertEqual(self.status("GET", "/v1/files/file-3"), 404)
+
+    def test_a_name_that_no_path_could_have_is_no_thing(self):
+        for name in self.each(("\ud800", "a b", "x" * 300, "a\x00")):
+            self.start(says_json({"id": name}), **self.KEYS)
+            self.assertEqual(self.post("/v1/responses", {}).status, 200)
+            self.assertEqual(len(self.proxy.stored.things), 0)
+
     def test_an_answer_cannot_make_a_thing_another_one_s(self):
         self.start(says(b'{"id": "resp_1"}'), **self.KEYS)
         for key in "ab":
@@ -5065,7 +5400,6 @@ class UpstreamsTest(CallCase):
         found = []
         for descriptor in [*sockets]:
             with socket.socket(fileno=os.dup(descriptor)) as sock:
-                sock.setblocking(False)  # PyPy has made both descriptors block
                 if sock.family == socket.AF_INET:
                     found.append((sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
                                   sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)))
@@ -5316,6 +5650,17 @@ class AddressesTest(CallCase):
         self.assert_base("closed", addresses="2/2")
 
 
+def says_events(*payloads):
+    """A Stub's `answer` that is a stream of these."""
+    return sends(STREAM + (chunk(events(*payloads)) if payloads else b"") + LAST, close=False)
+
+
+FAULTS_IN_200 = (
+    says(b'{"error": {"message": "no"}}'), says_events({"error": {"message": "no"}}, "[DONE]"),
+    says_events({"type": "response.failed", "response": {"error": {"code": "server_error"}}}),
+    says_events(), says_events({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
+
+
 class BreakerTest(CallCase):
     VERDICTS = {"fails": False, "answers": True, "leaves": None}
     STEPS = table("""\
@@ -5388,6 +5733,10 @@ class BreakerTest(CallCase):
         statuses = "200 400 401 404 429 500 501 502 503 504 529".split()
         rows = [(says(b"{}", status + " x"), status > "501") for status in statuses]
         rows += [(Asked.reset, True), (Asked.close, True), (sends(b"no\r\n\r\n"), False)]
+        rows += [(act, True) for act in FAULTS_IN_200]
+        rows += [(says(b'{"error": {"code": %d}}' % code), code > 501) for code in (400, 500, 503)]
+        rows += [(says_events(delta("a"), {"error": {"type": "invalid_request_error"}}), False),
+                 (says_events(delta("a"), LAST_DELTA, "[DONE]"), False)]
         for act, opens in self.each(rows):
             self.start(act, BREAKER_FAILURES=2)
             for _ in range(3):
@@ -6144,7 +6493,8 @@ class BalanceTest(LedgerCase):
         GEMINI + "generateContent": GEMINI_API,
         GEMINI + "streamGenerateContent": GEMINI_API,
     }
-    KINDS = ("ok",) * 6 + ("no usage", "error", "cut", "reset", "garbage", "gone", "gone early")
+    KINDS = ("ok",) * 6 + (
+        "no usage", "too little", "fault", "error", "cut", "reset", "garbage", "gone", "gone early")
     MODELS = "gpt-4o", "gpt-4o-mini", "claude-sonnet-4", "gemma4"
     CALLERS, CALLS = 50, 40
 
@@ -6158,7 +6508,8 @@ class BalanceTest(LedgerCase):
             return STREAM + b"".join(chunk(events(part)) for part in parts) + LAST
         number = body["number"]
         whole = '{"choices": [{"message": {"content": "%s"}}], ' + report + "}"
-        return answer((whole % ("y" * number, number)).encode())
+        text = "y" * (4000 if body["kind"] == "too little" else number)
+        return answer((whole % (text, number)).encode())
 
     def answer(self, asked):
         """Answer as the request says; where it is cut, after `number` bytes of the body."""
@@ -6169,6 +6520,8 @@ class BalanceTest(LedgerCase):
         asked.send({
             "ok": data,
             "no usage": data,
+            "too little": data,
+            "fault": answer(b'{"error": {"code": 400}}'),
             "error": answer(b'{"usage": {"prompt_tokens": 5}}', "%d No" % (400 + number % 200)),
             "garbage": b"HTTP/9 what\r\n\r\n",
             "gone early": b"",
@@ -6245,7 +6598,7 @@ class BalanceTest(LedgerCase):
         for row in rows:
             outcomes[row["outcome"]].add((row["charges"], row["input"]))
             if row["outcome"] == "upstream_status":
-                at_fault = row["status"] in llm_proxy.CALLERS_FAULTS
+                at_fault = row["status"] in (200, *llm_proxy.CALLERS_FAULTS)
                 self.assertEqual(" requests " in row["charges"], at_fault)
                 self.assertNotRegex(row["charges"], "tokens|usd")
         self.assertEqual(outcomes.keys(), {
@@ -6309,6 +6662,13 @@ class SettlingTest(LedgerCase):
                              ["500", "", "", "-477", ""])
             self.assertEqual([row["input"] for row in self.rows(self.path)], [0, 0, 0, 20, 0])
 
+    def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
+        self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
+        body = b'{"background": true, "max_output_tokens": 400}'
+        for _ in range(2):
+            self.ask(request("POST", "/v1/responses", body))
+        self.assertEqual(list(levels(self.proxy).values()), [100])
+
     def test_a_stream_in_the_background_may_tell_its_usage_at_once_or_to_who_takes_it_up(self):
         begun = events({"type": "response.created", "response": {"id": "resp_1"}})
         ended = events({"type": "response.completed", "response": {
@@ -6366,6 +6726,45 @@ class SettlingTest(LedgerCase):
             asked = self.stub.requests[0].json()
             self.assertEqual(asked["stream_options"], {**options, "include_usage": True})
             self.assert_ending("ok", 1000 - 24)
+
+    def test_who_asks_in_openrouters_way_sees_what_it_asked_for(self):
+        self.start(sends(STREAM + chunk(self.WHOLE) + LAST, close=False))
+        answered = self.ask(call(stream=True, usage={"include": True}))
+        self.assertEqual(answered.body, self.WHOLE)
+        self.assert_ending("ok", 1000 - 24)
+
+    def test_whether_a_stream_is_asked_for_is_said_plainly(self):
+        self.start()
+        paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
+        for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
+            answered = self.ask(request("POST", path, chat(stream=value)))
+            self.assertEqual(answered.status, 400)
+        self.assertEqual(self.stub.calls, 0)
+        self.assertEqual(self.ask(call(stream=None)).status, 200)
+
+    def test_nobody_makes_an_upstream_of_googles_leave_out_usage(self):
+        self.start()
+        path = "/v1beta/models/m:generateContent?"
+        for query, left in self.each((
+                ("fields=candidates", ""), ("alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"),
+                ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"))):
+            self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
+            asked = self.stub.requests[-1]
+            self.assertEqual(asked.target, (path + left).rstrip("?"))
+            self.assertNotIn(b"fieldmask", asked.head.lower())
+
+    def test_what_is_packed_though_nobody_asked_is_read_and_passes_as_it_came(self):
+        packed = gzip.compress(self.WHOLE)
+        head = STREAM.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+        self.start(sends(head + chunk(packed[:20]) + chunk(packed[20:]) + LAST, close=False))
+        self.assertEqual(self.ask(call(stream=True)).body, packed)
+        self.assert_ending("ok", 1000 - 24)
+        for number, name in enumerate(self.each(("none", "utf-8", "Identity", "gzip", "deflate"))):
+            body = completion(20, 4)
+            body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(name, bytes)(body)
+            self.stub.answer = says(body, "200 OK", "Content-Encoding: " + name)
+            self.assert_used(self.ask(call()), "20", "4", "")
+            self.assert_ending("ok", 1000 - 24 * (number + 2), number + 1)
 
     def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
         self.start(sends(STREAM + LAST, close=False))
@@ -6625,6 +7024,67 @@ class EndingsTest(LedgerCase):
         self.assertFalse(client.rest().whole)
         asked.wait_for_hang_up()
         self.assert_ending("upstream_cut", left=999)
+
+    def test_an_error_inside_a_200_costs_nothing_and_passes_as_it_came(self):
+        for act, mode in self.each(itertools.product(FAULTS_IN_200, ("request", "usage"))):
+            self.start(act, TOKEN_COST_MODE=mode)
+            answered = self.assert_status(200, call(stream=True))
+            self.assertTrue(answered.whole)
+            self.left()
+            self.assertIn(self.entry()["outcome"], ("upstream_status", "upstream_cut"))
+            self.assert_ending(self.entry()["outcome"], left=1000)
+
+    def test_an_error_inside_a_200_that_is_the_callers_fault_costs_its_request(self):
+        for code, mode, left in self.each((
+                (400, "request", 999), (422, "request", 999), (429, "request", 1000),
+                (400, "usage", 1000))):
+            self.start(says(b'{"error": {"code": %d}}' % code), TOKEN_COST_MODE=mode)
+            self.assert_status(200, call())
+            self.assert_ending("upstream_status", left)
+
+    def test_an_error_after_text_costs_the_prompt_and_that_text(self):
+        text = delta("word 1")
+        for told, outcome in self.each([
+                ([text, {"error": {"message": "no"}}], "upstream_status"),
+                ([text, {"error": {"message": "no"}}, "[DONE]"], "upstream_status"),
+                ([text], "upstream_cut")]):
+            self.start(says_events(*told), TOKEN_COST_MODE="usage")
+            answered = self.assert_status(200, call(stream=True))
+            self.assertEqual((answered.whole, answered.body), (True, events(*told)))
+            self.assert_ending(outcome, left=1000 - 3 - 2)
+
+    LAST_WORDS = [  # path, the last event, outcome
+        (CHAT, [LAST_DELTA, USAGE_EVENT, "[DONE]"], "ok"),
+        (CHAT, [LAST_DELTA], "caller_gone"),
+        (CHAT, [], "caller_gone"),
+        ("/v1/responses", RESPONSE_EVENTS, "ok"),
+        ("/v1/messages", ANTHROPIC_EVENTS, "ok"),
+        ("/v1beta/models/m:streamGenerateContent?alt=sse", GEMINI_EVENTS, "ok")]
+
+    def test_a_caller_who_leaves_after_the_streams_own_end_missed_nothing(self):
+        self.start(None)
+        rows = itertools.product(self.LAST_WORDS, self.HANG_UPS)
+        for number, ((path, told, outcome), hang_up) in enumerate(self.each(rows)):
+            client = self.connect().send(request("POST", path, chat(stream=True)))
+            asked = self.stub.next()
+            asked.send(STREAM + chunk(self.EVENT + events(*told)))
+            client.head()
+            client.expect(self.EVENT + events(*told))
+            hang_up(client)
+            asked.wait_for_hang_up()
+            self.assertEqual(self.entry(number)["outcome"], outcome)
+
+    def test_the_last_chunk_may_come_before_or_after_a_caller_has_left(self):
+        self.start(None)
+        told = events(LAST_DELTA, "[DONE]")
+        for number, hang_up in enumerate(self.each(self.HANG_UPS * 5)):
+            client, asked = self.begin(told)
+            hang_up(client)
+            with contextlib.suppress(OSError):
+                asked.chunks(b": a\n\n")
+                asked.send(LAST)
+            self.assertEqual(self.entry(number)["outcome"], "ok")
+            asked.finish()
 
     CUTS = (  # what the upstream has sent, how it breaks off, tokens of output
         (CHUNKED, Asked.close, 2),
@@ -6918,7 +7378,7 @@ class EveryAwaitTest(WaitingCase):
         self.spoil_each(request("POST", "/v1/files", self.LARGE), answer(self.LARGE), """
             a request | - | - | -
             the request's head | - | refused 0 | internal_error 0
-            a connection to | caller_gone 1 | upstream_failed 0 | internal_error 0
+            a connection to | caller_gone 0 | upstream_failed 0 | internal_error 0
             the request's body | caller_gone 1 | refused 0 | internal_error 0
             the response of | caller_gone 1 | upstream_failed 0 | internal_error 0
             the body of | caller_gone 1 | upstream_cut 1 | internal_error 0
