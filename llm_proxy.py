@@ -1757,8 +1757,8 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
                 ) -> Tuple[int, List[int]]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
-    number in a list makes a token. Of images and the like, which are those of which `media_texts`
-    is not None, the second list has the weight of the text in each."""
+    list of numbers has as many tokens. Of images and the like, which are those of which
+    `media_texts` is not None, the second list has the weight of the text in each."""
     weight = 0
     media = []
     values = list({**payload, skip: None}.values())
@@ -1768,8 +1768,8 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
             weight += (len(value) if value.isascii() else text_weight(value)) + 1
         elif kind is list:
             values += value
-            kinds = list(map(type, value))
-            weight += CHARACTERS_PER_TOKEN * (kinds.count(int) + kinds.count(float))
+            if value and type(value[0]) in (int, float):
+                weight += CHARACTERS_PER_TOKEN * len(value)
         elif kind is dict:
             texts = media_texts(value)
             if texts is not None:
@@ -1777,7 +1777,7 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
                 continue
             values += value.values()
             if not names.issuperset(value):
-                values += value.keys() - names
+                values += [key for key in value if key not in names]
     return max(0, weight - 1), media
 
 
@@ -2772,7 +2772,7 @@ def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
     """Returns what is text in an image and the like; None where a part is none."""
     if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
         return None
-    texts = list(part.keys() - PLAIN_KEYS)
+    texts = [key for key in part if key not in PLAIN_KEYS]
     pairs = list(part.items())
     for key, value in pairs:  # the list grows meanwhile
         if type(value) is str:
@@ -2782,7 +2782,7 @@ def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
             pairs += [(key, one) for one in value]
         elif type(value) is dict:
             pairs += value.items()
-            texts += value.keys() - PLAIN_KEYS
+            texts += [key for key in value if key not in PLAIN_KEYS]
     return texts
 
 

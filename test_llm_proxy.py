@@ -1992,7 +1992,7 @@ class UsageTest(ProxyCase):
         {"messages": [{"role": "user", "content": "hello"}]} -> 10
         {"a": ["x", ["y", {"text": "w"}]]} -> 5
         {"tools": [{"parameters": {"properties": {"city": {"type": "string"}}}}]} -> 11
-        {"input": [1, 2.5, [3]], "seed": 4} -> 11
+        {"input": [[1, 2.5], [3]], "seed": 4} -> 11
         {"a": "äöü€"} -> 4
         """
 
