@@ -766,8 +766,9 @@ class Config(types.SimpleNamespace):
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
         if self.may_ignore_models():
-            yield ("a rule names models or counts money, and BASE_MODEL is unset: where the endpoint"
-                   " answers any name with its one model, callers choose what the rule sees")
+            yield ("a rule names models or counts money, and BASE_MODEL is unset: where the"
+                   " endpoint answers any name with its one model, callers choose what the rule"
+                   " sees")
         if not self.limits:
             yield from self.doubts_of_bucket()
 

@@ -1171,7 +1171,7 @@ class ConfigTest(TableCase):
     NO_WARNINGS = """
         PROXY_API_KEYS=sk-1
         PROXY_API_KEYS=anyone
-        LIMITS=each 5 usd per day | UNKNOWN_CALLS=refuse
+        LIMITS=each 5 usd per day | UNKNOWN_CALLS=refuse | BASE_MODEL=m
         MAX_CALL_SECONDS=300 | FIRST_BYTE_TIMEOUT=100
         TOKEN_COST_MODE=estimate | MAX_TOKENS=256
         LIMITS=model:gpt* 9 requests per day | BASE_MODEL=gpt-5
