@@ -392,35 +392,91 @@ def check_rule(text, words, kinds):
                     text, "the word '%s'" % word if word else "the end", right))
 
 
+# What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
+# tiers, Anthropic's speed and inference_geo.
+USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in {
+    "flex": "0.5", "batch": "0.5", "priority": "2", "fast": "2", "ultrafast": "6",
+    "us": "1.1"}.items()}
+
+
 class Price(NamedTuple):
-    """Picodollars a token; the last two are for input that a cache gave or took."""
+    """Picodollars a token; the last three are for input that a cache gave, took, or took for an
+    hour. A prompt of more than `above_tokens` costs what `above` says, all of it. `tiers` are
+    {what a response says of how it was served: a factor, or the price there}."""
     input: int
     output: int
     cache_read: int
     cache_write: int
+    hour_write: int
+    above_tokens: int = 1 << 62
+    above: Optional["Price"] = None
+    tiers: Dict[str, Union[decimal.Decimal, "Price"]] = {}
+
+    def times(self, factor: decimal.Decimal) -> "Price":
+        values = [round(value * factor) for value in self[:5]]
+        return Price(*values, self.above_tokens, self.above and self.above.times(factor),
+                     self.tiers)
+
+    def in_tier(self, name: str) -> "Price":
+        """Returns the price in a tier; of one that nobody knows, this one."""
+        found = self.tiers.get(name, USUAL_TIERS.get(name))
+        if isinstance(found, Price):
+            return found._replace(tiers=self.tiers)
+        return self.times(found) if found is not None else self
 
 
 def read_price(cost: Dict[str, Any]) -> Price:
-    """{input, output, cache_read, cache_write}, each in USD per million tokens -> Price. A cached
-    token costs what any other input does unless the table says otherwise."""
+    """{input, output, cache_read, cache_write, hour_write}, each in USD per million tokens, above:
+    {tokens, input, output ...}, tiers: {name: factor or {input, output ...}} -> Price. A cached
+    token costs what any other input does, and one that is kept for an hour twice that, unless the
+    table says otherwise."""
     usual = cost["input"]
-    costs = {"output": 0, "cache_read": usual, "cache_write": usual, **cost}
-    values = [costs[name] for name in Price._fields]
-    require(all(0 <= value < 1_000_000 for value in values), "not a price")
-    return Price._make([round(value * 1_000_000) for value in values])
+    costs = {"output": 0, "cache_read": usual, "cache_write": usual, "hour_write": 2 * usual,
+             **cost}
+    values = [costs[name] for name in Price._fields[:5]]
+    above = cost.get("above")
+    tiers = {name.casefold(): read_price(tier) if isinstance(tier, dict) else decimal.Decimal(tier)
+             for name, tier in cost.get("tiers", {}).items()}
+    factors = [tier for tier in tiers.values() if not isinstance(tier, Price)]
+    require(all(0 <= value < 1_000_000 for value in values + factors), "not a price")
+    price = Price(*[round(value * 1_000_000) for value in values], tiers=tiers)
+    if above:
+        return price._replace(above_tokens=int(above["tokens"]), above=read_price(above))
+    return price
 
 
-MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai")
+MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai", "moonshotai", "zai",
+          "minimax", "alibaba")  # who sells those of others comes last
 
 
 def makers_costs(providers):
     """{provider: {models: {id: {cost: {...}}}}} -> {id: cost}. Many sell a model under the same
     name, some for nothing: its maker's price counts, else the first that is not 0."""
-    rows = [(name, model["cost"])
-            for provider in sorted(providers, key=lambda provider: provider not in MAKERS)
+    order = [*MAKERS, *providers]
+    rows = [(name.casefold(), makers_cost(model))
+            for provider in sorted(providers, key=order.index)
             for name, model in providers[provider]["models"].items() if "cost" in model]
-    # the last row of a name wins
-    return dict(sorted(reversed(rows), key=lambda row: any(read_price(row[1]))))
+    rows.sort(key=lambda row: not any(read_price(row[1])[:5]))
+    found = {}
+    for name, cost in rows:
+        found.setdefault(name, cost)
+    return dict(reversed(found.items()))  # of two spellings the maker's counts, too
+
+
+def makers_cost(model):
+    """Returns the cost of a model as `read_price` takes it; models.dev says from which size of the
+    context on it is higher, and which option of a request costs more."""
+    cost = {**model["cost"], "tiers": {}}
+    sizes = [{**row, "tokens": row["tier"]["size"]} for row in model["cost"].get("tiers", ())]
+    if not sizes and "context_over_200k" in cost:
+        sizes = [{**cost["context_over_200k"], "tokens": 200_000}]
+    for row in sorted(sizes, key=lambda row: -row["tokens"]):
+        cost["above"] = {**row, "above": cost.get("above"), "tiers": {}}
+    for name, mode in model.get("experimental", {}).get("modes", {}).items():
+        options = mode.get("provider", {}).get("body", {}).values()
+        if "cost" in mode:
+            cost["tiers"].update(dict.fromkeys([name, *map(str, options)], makers_cost(mode)))
+    return cost
 
 
 def price_file(path):
@@ -433,9 +489,18 @@ def price_file(path):
         return {name: read_price(cost) for name, cost in table.items()}
     except OSError as failure:
         raise ValueError(f"must be a file that can be read: {failure.strerror}") from None
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError):
         raise ValueError("must be a JSON file of prices, as models.dev has it or as"
                          " {model: {input, output}}") from None
+
+
+def flat_price(text):
+    usd = number_between(0, 999_999, decimal.Decimal, r"[0-9]{1,6}(\.[0-9]{1,6})?",
+                         "must be refuse, allow, or USD per million tokens, below a million")(text)
+    return read_price({"input": usd, "output": usd, "hour_write": usd})
+
+
+unpriced_models = word_or({"refuse": "refuse", "allow": "allow"}, flat_price)
 
 
 DEFAULT_DATABASE = "llm_proxy.db"
@@ -586,6 +651,9 @@ SETTING_ROWS = {
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
+        ("UNPRICED=refuse", unpriced_models,
+         "what a usd rule does with a model that has no price: refuse; allow, for nothing; or a"
+         " number, its price in USD per million tokens"),
     ),
     "What is passed on": (
         ("UNKNOWN_CALLS=count", one_of("count", "pass", "refuse"),
@@ -697,8 +765,20 @@ class Config(types.SimpleNamespace):
         if self.unknown_calls == "count" and not self.counts_requests():
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
+        if self.may_ignore_models():
+            yield ("a rule names models or counts money, and BASE_MODEL is unset: where the"
+                   " endpoint answers any name with its one model, callers choose what the rule"
+                   " sees")
         if not self.limits:
             yield from self.doubts_of_bucket()
+
+    def may_ignore_models(self):
+        """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
+        by_model = [rule for rule in self.limits or ()
+                    if UNITS[rule.unit] == "usd" or "model" in dict(rule.scopes)]
+        hosts = {endpoints(url)[0].host for url in VENDORS.values()} - {"localhost"}
+        return by_model and not self.base_model and any(
+            url.host not in hosts for url in self.base_api_url or ())
 
     def doubts_of_bucket(self):
         if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
@@ -1072,6 +1152,13 @@ class NoRoute(Refusal):
     def __init__(self, model: Optional[str]):
         what = "the model '%s'" % model if model else "this path"
         super().__init__("No upstream serves " + what)
+
+
+class NoPrice(Refusal):
+    """What a call will cost is unknown, and a rule counts money."""
+    status = 403
+    code = "model_has_no_price"
+    message = "The model has no price here, and a limit counts money"
 
 
 class LimitReached(Refusal):
@@ -1498,6 +1585,36 @@ class Hold:
         self.give_back()
 
 
+# Names of one model differ in who sells it, in its date and in how it is routed, none of which
+# makes it another one. Tags of Ollama stay: they are sizes.
+MODEL_SELLER = re.compile(
+    r"^(?:(?:us|us-gov|eu|ap|apac|au|ca|jp|sa|global)\.)?(?:ai21|amazon|anthropic|cohere|deepseek"
+    r"|google|meta|minimax|mistral|moonshotai|moonshot|nvidia|openai|qwen|writer|xai|zai)\.")
+# No text is matched by two of these, else a name of many would take for ever.
+MODEL_VARIANT = re.compile(
+    r"(?:-latest|-00[0-9]|-[0-9]{4}-[0-9]{2}-[0-9]{2}|-[0-9]{8}"
+    r"|(?<=[0-9])-v[0-9]+|(?<![0-9])-v[0-9]+(?=:)"
+    r"|:(?:[0-9]+|latest|free|thinking|online|nitro|floor|beta|extended|exacto))+$")
+VERSION_DOT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
+WILDCARD = re.compile(r"[*?[]")
+
+
+def fold_model(name: str) -> str:
+    """Returns the one spelling for all of a model: 'us.anthropic.claude-sonnet-4-5-20250929-v1:0',
+    'anthropic/claude-sonnet-4.5' and 'claude-sonnet-4-5@20250929' -> 'claude-sonnet-4-5';
+    'ft:gpt-4o-mini:org::id' -> 'gpt-4o-mini'. An upstream may not mind the case."""
+    folded = name.casefold().rpartition("/")[2]
+    if folded.startswith("ft:"):
+        folded = folded.split(":")[1]
+    folded = MODEL_SELLER.sub("", folded.partition("@")[0])
+    return VERSION_DOT.sub("-", MODEL_VARIANT.sub("", folded)) or name.casefold()
+
+
+def fold_glob(glob: str) -> str:
+    """Returns a glob for folded names."""
+    return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
+
+
 class Limits:
     """Which rules a call must pass. Of each family the first that matches counts, those for `each`
     last, so that the special may stand before the general."""
@@ -1508,14 +1625,17 @@ class Limits:
         self.buckets = buckets
         self.message = message
         self.kinds = {kind for rule in ordered_rules for kind, _ in rule.scopes}
+        self.models = {glob.casefold(): fold_glob(glob)
+                       for rule in ordered_rules for kind, glob in rule.scopes if kind == "model"}
         self.known = {}
 
     def units(self) -> Set[str]:
         return {UNITS[rule.unit] for rule in self.rules}
 
     def matching(self, caller: Caller, address: str, model: Optional[str],
-                 upstream: str = "base") -> KeyedRules:
-        """Returns the rules that a call must pass, each with the key of its bucket."""
+                 upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
+        """Returns the rules that a call must pass, each with the key of its bucket: those of
+        `model`, and of the `others` that may serve it instead."""
         kinds = self.kinds  # what no rule names would only fill the table
         call = (caller.key, caller.name, address if "address" in kinds else None,
                 model if "model" in kinds else None, upstream)
@@ -1524,6 +1644,10 @@ class Limits:
             if len(self.known) >= self.MAX_KNOWN:
                 self.known.clear()
             found = self.known[call] = self.find_rules(*call)
+        if others and "model" in kinds:
+            for other in others:
+                more = self.matching(caller, address, other, upstream)
+                found = found + [pair for pair in more if pair not in found]
         return found
 
     def find_rules(self, key, name, address, model, upstream):
@@ -1534,21 +1658,29 @@ class Limits:
             globs = dict(rule.scopes)
             if "key" in globs and key[0] != "key":
                 continue
-            # "GPT-4" must not pass where an upstream takes it for "gpt-4"
-            if all(fnmatch.fnmatchcase(
-                    names.get(kind, ""), glob.casefold() if kind == "model" else glob)
-                   for kind, glob in rule.scopes):
+            if all(self.means(kind, glob, names.get(kind, "")) for kind, glob in rule.scopes):
                 whose = [owners[kind] for kind in owners if kind in globs]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
         found = [pair for pair in families.values() if pair[0].capacity is not None]
         return sorted(found, key=lambda pair: self.rules.index(pair[0]))
 
+    def means(self, kind, glob, name):
+        """Returns whether a scope means what is named. A model must not slip through in another
+        spelling, but one that a rule spells out is just that."""
+        if kind == "model":
+            glob = glob.casefold()
+            if name not in self.models and fnmatch.fnmatchcase(
+                    fold_model(name), self.models[glob]):
+                return True
+        return fnmatch.fnmatchcase(name, glob)
+
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
-                    upstream: str = "base", least: Optional[Costs] = None) -> Hold:
+                    upstream: str = "base", least: Optional[Costs] = None,
+                    others: Sequence[str] = ()) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
         touches no bucket. What of the costs is above `least` was not asked for but guessed: where
         less than that is left, it is enough, or nobody would come to what is left."""
-        matching = self.matching(caller, address, model, upstream)
+        matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
         levels = await self.buckets.take(matching, costs)
@@ -1667,9 +1799,10 @@ class Usage(NamedTuple):
 
 
 class Billable:
-    """What a cost depends on before the call is made."""
+    """What a cost depends on before the call is made: `models` are all that may serve it."""
     __slots__ = ()
     upstream_model: str
+    models: Tuple[str, ...]
 
     def prompt_length(self) -> Tuple[int, List[int]]:
         """Returns the weight of the prompt's text, and of that in each image and the like."""
@@ -1699,51 +1832,195 @@ class UsageSource:
         raise NotImplementedError
 
 
-# USD per million tokens: input, output, read from cache, written to cache. List prices as published
-# for text and short prompts, collected on 2026-11-20; of older models, as they were last listed.
-USUAL_PRICES = """\
-gpt-5.5 5 30 .5; gpt-5.4 2.5 15 .25; gpt-5.4-mini .75 4.5 .075; gpt-5.4-nano .2 1.25 .02
-claude-opus-5-5 4 20 .2 5; claude-opus-5 5 25 .5 6.25; claude-opus-4-7 5 25 .5 6.25
-claude-opus-4-6 5 25 .5 6.25; claude-sonnet-5-5 2 10 .1 2.5; claude-sonnet-5 2 10 .2 2.5
-claude-haiku-5-5 .1 .5 .01 .125
-gpt-5.1 1.25 10 .125; gpt-5 1.25 10 .125; gpt-5-mini .25 2 .025; gpt-5-nano .05 .4 .005
-gpt-4.1 2 8 .5; gpt-4.1-mini .4 1.6 .1; gpt-4.1-nano .1 .4 .025; gpt-4o 2.5 10 1.25
-gpt-4o-mini .15 .6 .075; o3 2 8 .5; o4-mini 1.1 4.4 .275; o3-mini 1.1 4.4 .55
-text-embedding-3-small .02 0; text-embedding-3-large .13 0
-claude-opus-4-5 5 25 .5 6.25; claude-opus-4-1 15 75 1.5 18.75; claude-opus-4 15 75 1.5 18.75
-claude-sonnet-4-5 3 15 .3 3.75; claude-sonnet-4 3 15 .3 3.75; claude-haiku-4-5 1 5 .1 1.25
-claude-3-5-haiku .8 4 .08 1; claude-3-haiku .25 1.25 .03 .3
-gemini-2.5-pro 1.25 10 .125; gemini-2.5-flash .3 2.5 .03; gemini-2.5-flash-lite .1 .4 .01
-gemini-2.0-flash .1 .4 .025; deepseek-chat .28 .42 .028; deepseek-reasoner .28 .42 .028"""
-DATED = re.compile(r"(?:-\d{4}-\d\d-\d\d|-\d{8}|-latest|@.*|:.*)$")
+# List prices as published for text, in USD per million tokens, collected on 2026-11-26: rows of a
+# name, input, output, read from a cache, written to one. Before them stands what all of them share:
+# the tokens of a prompt above which input and output cost so many times that, and tiers that are
+# not as usual. Prices that end within weeks are left out for those that follow.
+USUAL_PRICES = (
+    # https://developers.openai.com/api/docs/pricing and its pages of models
+    ("272000 2 1.5; ultrafast 3", "gpt-6.2-astra 8 40 .4 10; gpt-6.2-sol 2 10 .1 2.5"),
+    ("272000 2 1.5", """
+        gpt-6.1-sol 2 10 .1 2.5; gpt-6-astra 10 50 1 12.5; gpt-6-sol 2 10 .2 2.5
+        gpt-6-luna .1 .5 .01 .125; gpt-5.6 4 20 .4 5; gpt-5.6-sol 4 20 .4 5
+        gpt-5.6-terra 2 12 .2 2.5; gpt-5.6-luna .2 1.2 .02 .25; gpt-5.4 2.5 15 .25
+        gpt-5.4-pro 30 180; gpt-5.5-pro 30 180"""),
+    ("272000 2 1.5; priority 2.5; fast 2.5", "gpt-5.5 5 30 .5"),
+    ("priority 1.8; fast 1.8", "gpt-5-mini .25 2 .025"),
+    ("priority 1.75; fast 1.75", """
+        gpt-4.1 2 8 .5; gpt-4.1-mini .4 1.6 .1; o3 2 8 .5"""),
+    ("", """
+        gpt-5.4-mini .75 4.5 .075; gpt-5.4-nano .2 1.25 .02; gpt-5.3-codex 1.75 14 .175
+        gpt-5.2 1.75 14 .175; gpt-5.2-codex 1.75 14 .175; gpt-5.2-pro 21 168
+        gpt-5.1 1.25 10 .125; gpt-5.1-codex 1.25 10 .125; gpt-5.1-codex-max 1.25 10 .125
+        gpt-5.1-codex-mini .25 2 .025; gpt-5 1.25 10 .125; gpt-5-codex 1.25 10 .125
+        gpt-5-nano .05 .4 .005; gpt-5-pro 15 120; gpt-4.1-nano .1 .4 .025; gpt-4o 2.5 10 1.25
+        gpt-4o-mini .15 .6 .075; gpt-4-turbo 10 30; gpt-3.5-turbo .5 1.5; o4-mini 1.1 4.4 .275
+        o3-pro 20 80; o3-mini 1.1 4.4 .55; o1 15 60 7.5; text-embedding-3-small .02 0
+        text-embedding-3-large .13 0; text-embedding-ada-002 .1 0; ft:gpt-4.1 3 12 .75
+        ft:gpt-4.1-mini .8 3.2 .2; ft:gpt-4.1-nano .2 .8 .05; ft:gpt-4o 3.75 15 1.875
+        ft:gpt-4o-mini .3 1.2 .15"""),
+    # https://platform.claude.com/docs/en/about-claude/pricing; its priority tier is paid ahead
+    ("100000 5 5; priority 1", "claude-haiku-5.5 .1 .5 .01 .125"),
+    ("200000 2 1.5; priority 1", """
+        claude-sonnet-4.5 3 15 .3 3.75; claude-sonnet-4 3 15 .3 3.75
+        claude-sonnet-4.0 3 15 .3 3.75"""),
+    ("priority 1; fast 6", "claude-opus-4.7 5 25 .5 6.25; claude-opus-4.6 5 25 .5 6.25"),
+    ("priority 1", """
+        claude-fable-5.2 8 40 .2 10; claude-fable-5.1 10 50 .25 12.5; claude-fable-5 10 50 1 12.5
+        claude-mythos-5.2 8 40 .2 10; claude-mythos-5.1 10 50 .25 12.5
+        claude-mythos-5 10 50 1 12.5; claude-opus-5.5 4 20 .2 5; claude-opus-5 5 25 .5 6.25
+        claude-opus-4.8 5 25 .5 6.25; claude-opus-4.5 5 25 .5 6.25
+        claude-opus-4.1 15 75 1.5 18.75; claude-opus-4 15 75 1.5 18.75
+        claude-opus-4.0 15 75 1.5 18.75; claude-sonnet-5.5 2 10 .1 2.5; claude-sonnet-5 2 10 .2 2.5
+        claude-sonnet-4.6 3 15 .3 3.75; claude-3.7-sonnet 3 15 .3 3.75
+        claude-haiku-4.5 1 5 .1 1.25; claude-3.5-haiku .8 4 .08 1; claude-3-haiku .25 1.25 .03 .3
+        """),
+    # https://ai.google.dev/gemini-api/docs/pricing
+    ("200000 2 1.5; priority 1.8", """
+        gemini-3.1-pro 2 12 .2; gemini-3.1-pro-preview 2 12 .2; gemini-3-pro-preview 2 12 .2
+        gemini-2.5-pro 1.25 10 .125"""),
+    ("priority 1.8", """
+        gemini-4-argon 4 20 .2; gemini-4-neon 3 15 .15; gemini-4-hydrogen 1.5 7.5 .075
+        gemini-3.8-flash 1.5 7.5 .15; gemini-3.7-flash 1.5 7.5 .15; gemini-3.6-flash 1.5 7.5 .15
+        gemini-3.5-flash 1.5 9 .15; gemini-3.5-flash-lite .3 2.5 .03
+        gemini-3.1-flash-lite .25 1.5 .025; gemini-3.1-flash-lite-preview .25 1.5 .025
+        gemini-3-flash-preview .5 3 .05; gemini-2.5-flash .3 2.5 .03
+        gemini-2.5-flash-lite .1 .4 .01; gemini-2.0-flash .1 .4 .025
+        gemini-2.0-flash-lite .075 .3; gemini-embedding-001 .15 0"""),
+    # https://docs.x.ai/developers/models
+    ("199999 2 2", """
+        grok-4.7 2 6 .5; grok-4.6 2 6 .5; grok-4.5 2 6 .5; grok-4.3 1.25 2.5 .2
+        grok-4.20-reasoning 1.25 2.5 .2; grok-4.20-non-reasoning 1.25 2.5 .2
+        grok-4.20-0309-reasoning 1.25 2.5 .2; grok-4.20-0309-non-reasoning 1.25 2.5 .2
+        grok-build-0.1 1 2 .2"""),
+    ("127999 2 2", """
+        grok-4 3 15 .75; grok-4-fast .2 .5 .05; grok-4-fast-reasoning .2 .5 .05
+        grok-4-fast-non-reasoning .2 .5 .05; grok-4-1-fast-reasoning .2 .5 .05
+        grok-4-1-fast-non-reasoning .2 .5 .05"""),
+    ("", "grok-3 3 15 .75; grok-3-mini .3 .5 .075; grok-code-fast-1 .2 1.5 .02"),
+    # https://api-docs.deepseek.com/quick_start/pricing at peak hours; at others it is half
+    ("", """
+        deepseek-flash .3 1.2 .006; deepseek-v4-flash .3 1.2 .006; deepseek-chat .3 1.2 .006
+        deepseek-reasoner .3 1.2 .006; deepseek-v4-pro 1.32 3.96 .044"""),
+    # https://platform.kimi.ai/docs/pricing/chat
+    ("", """
+        kimi-k3.1-pro 2 10 .2 2; kimi-k3.1-pro-highspeed 4 20 .2 4; kimi-k3 3 15 .3
+        kimi-k2.7-code .95 4 .19; kimi-k2.7-code-highspeed 1.9 8 .38; kimi-k2.6 .95 4 .16
+        kimi-k2.5 .6 3 .1"""),
+    # Mistral, Alibaba, Z.ai and MiniMax, as others list them
+    ("", """
+        mistral-large-2512 .5 1.5; mistral-large-4 .68 2.09; mistral-large-4.0 .68 2.09
+        mistral-medium-3.5 1.5 7.5; mistral-medium 1.5 7.5; mistral-small .15 .6; codestral .3 .9
+        devstral .4 2; devstral-2512 .4 2; magistral-medium 2 5; mistral-embed .1 0
+        qwen3.8-max 2 6; qwen3.7-max 2.5 7.5 .5 3.125; qwen3-max 1.2 6; glm-5.3 1.4 4.4 .26
+        glm-5.3-flash .07 .25; glm-5.2 1.4 4.4 .26; glm-5.1 1.4 4.4 .26; glm-5 1 3.2 .2
+        glm-4.7 .6 2.2 .11; glm-4.6 .6 2.2 .11; glm-4.5-air .2 1.1 .03
+        minimax-m2.7 .3 1.2 .06 .375; minimax-m2.5 .3 1.2 .03 .375"""),
+    ("256000 4 2", "qwen3.7-plus .5 3 .05 .625; qwen3.6-plus .5 3"),
+    ("512000 2 2", "minimax-m3 .3 1.2 .06"))
+
+
+def usual_prices() -> Dict[str, Price]:
+    """Returns {name: Price} of the table, by the names as makers spell them."""
+    found = {}
+    for shared, rows in USUAL_PRICES:
+        words = [part.split() for part in shared.split(";") if part]
+        tiers = {name: factors[0] for name, *factors in words if not name.isdigit()}
+        for row in re.findall(r"[^;\n]*[^;\s]", rows):
+            name, *values = row.split()
+            cost = dict(zip(Price._fields, map(decimal.Decimal, values)), tiers=tiers)
+            price = read_price(cost)
+            for tokens, times, output_times in [part for part in words if part[0].isdigit()]:
+                above = price.times(decimal.Decimal(times))
+                output = round(price.output * decimal.Decimal(output_times))
+                price = price._replace(
+                    above_tokens=int(tokens), above=above._replace(output=output))
+            found[name] = price
+    return found
 
 
 class Prices:
     """What models cost, and therefore calls. The operator's own prices go before the usual ones. A
     model without a price costs nothing, and its calls are marked as unpriced."""
+    FREE = read_price({"input": 0})
 
-    def __init__(self, own: Optional[Dict[str, Price]]):
-        self.own = {name.casefold(): found for name, found in (own or {}).items()}
-        self.globs = [row for row in self.own.items() if re.search(r"[*?[]", row[0])]
-        self.usual = {
-            name: read_price(dict(zip(Price._fields, map(decimal.Decimal, values))))
-            for name, *values in map(str.split, re.split("[;\n]", USUAL_PRICES))}
+    def __init__(self, own: Optional[Dict[str, Price]] = None,
+                 unpriced: Union[str, Price] = "refuse"):
+        """`unpriced` is the price of models that have none, or whether to `allow` them where money
+        is counted."""
+        usual = usual_prices()
+        self.usual = {self.fold(name): price for name, price in usual.items()}
+        self.own = {name.casefold(): self.with_usual_tiers(name, price)
+                    for name, price in (own or {}).items()}
+        globs = [name for name in self.own if WILDCARD.search(name)]
+        self.globs = [(glob, fold_glob(glob), self.own[glob]) for glob in globs]
+        # Of several spellings the shortest counts, which has no date, and of these the last.
+        self.folded = {self.fold(name): self.own[name]
+                       for name in sorted(self.own, key=len, reverse=True)}
+        self.allows_unpriced = unpriced == "allow"
+        self.default = None if isinstance(unpriced, str) else unpriced
         self.find = functools.lru_cache(KNOWN_MODELS)(self.find_price)
+        self.find_served = functools.lru_cache(KNOWN_MODELS)(self.find_served_price)
+
+    @staticmethod
+    def fold(name):
+        """Folds the name of a model; what is free, or tuned by a caller, has a price of its own."""
+        name = name.casefold()
+        return "ft:" * name.startswith("ft:") + fold_model(name) + ":free" * name.endswith(":free")
+
+    def with_usual_tiers(self, name, price):
+        usual = self.usual.get(self.fold(name))
+        return price._replace(tiers={**usual.tiers, **price.tiers}) if usual else price
 
     def find_price(self, model):
-        name = model.casefold()  # an upstream may not mind the case, and would not be paid
-        by_glob = (found for glob, found in self.globs if fnmatch.fnmatchcase(name, glob))
-        undated = DATED.sub("", name.rpartition("/")[2])
-        return self.own.get(name) or next(by_glob, None) or self.usual.get(undated)
+        name = model.casefold()
+        folded = self.fold(name)
+        plain = fold_model(name)
+        found = self.own.get(name) or self.folded.get(folded) or next(iter([
+            price for glob, _, price in self.globs if fnmatch.fnmatchcase(name, glob)] + [
+            price for _, glob, price in self.globs if fnmatch.fnmatchcase(plain, glob)]), None)
+        if found is None and name.endswith(":free"):
+            return self.folded.get(plain, self.FREE)  # the operator knows better
+        return found or self.usual.get(folded) or self.usual.get(plain) or self.default
+
+    def find_served_price(self, served, asked, tiers):
+        """Returns the price of the model that served, or, where nobody knows that, of the one that
+        was asked for, in the tiers that the response names."""
+        price = self.find(served) if served else None
+        if price is None or price is self.default:
+            price = self.find(asked)
+        names = sorted(map(str.casefold, tiers),
+                       key=lambda name: not isinstance(price and price.tiers.get(name), Price))
+        for name in names:  # those with prices of their own before factors
+            price = price and price.in_tier(name)
+        return price
+
+    def knows(self, model: str) -> bool:
+        """Returns whether a call of this model may pass where money is counted."""
+        return self.allows_unpriced or self.find(model) is not None
 
     def cost(self, used: Usage, model: str) -> Tuple[int, bool]:
-        """Returns the cost in picodollars, exactly, and whether the model has a price."""
-        found = self.find(model)
-        if found is None:
+        """Returns the cost in picodollars, exactly, and whether it is known: what the response says
+        that it costs, else what the model that served does, which is `model` where it does not
+        say."""
+        prompt, output, cached, written, _, _, hour, served, tiers, told, others = used
+        if told is not None:
+            return min(MAX_COST, told), True
+        price = self.find_served(served, model, tiers)
+        if price is None:
             return 0, False
-        plain = max(0, used.input - used.cached - used.cache_write)
-        return min(MAX_COST, plain * found.input + used.cached * found.cache_read
-                   + used.cache_write * found.cache_write + used.output * found.output), True
+        while prompt > price.above_tokens:
+            price = price.above
+        plain = prompt - cached - written
+        total = ((plain if plain > 0 else 0) * price.input + cached * price.cache_read
+                 + (written - hour) * price.cache_write + output * price.output)
+        if hour:
+            total += hour * price.hour_write
+        if others:
+            costs = [self.cost(other, model) for other in others]
+            total += sum([cost for cost, _ in costs])
+            return min(MAX_COST, total), all([known for _, known in costs])
+        return total if total < MAX_COST else MAX_COST, True
 
 
 class Habits:
@@ -1867,7 +2144,7 @@ class CostEstimator:
         expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
         picodollars = 0
         if "usd" in self.units:
-            picodollars, _ = self.prices.cost(expected, call.upstream_model)
+            picodollars = max([self.prices.cost(expected, name)[0] for name in call.models])
         return self.costs(expected, picodollars, estimate, 1)
 
     def prompt_tokens(self, call, ratio):
@@ -2295,11 +2572,12 @@ class Call(Billable):
     """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
     is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
     the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
-    `upstream_model` what the upstream is asked for, in `upstream_body`; `put_model` returns a form
-    with another model in it."""
+    `upstream_model` what the upstream is asked for, in `upstream_body`; `models` are that and
+    those that may serve instead. `put_model` returns a form with another model in it."""
     model: Optional[str] = None
     resolved_model = ""
     upstream_model = ""
+    models: Tuple[str, ...] = ()
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
     put_model: Optional[Callable[[str], bytes]] = None
@@ -2333,6 +2611,7 @@ class Call(Billable):
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there."""
         self.upstream_model = model
+        self.models = (model, *self.dialect.other_models(self.payload))
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
@@ -2619,6 +2898,9 @@ class Dialect:
         "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
+    # The keys of lists that name more models which may serve: to fall back to, or as tools.
+    MODEL_LISTS = frozenset(("models", "fallbacks", "tools"))
+    MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
     VERSION_LINES = ()
@@ -2712,6 +2994,19 @@ class Dialect:
         if model and payload.get("model", in_path and model) != model:
             payload = {**payload, "model": model}
         return path, payload
+
+    def other_models(self, payload: Dict[str, Any]) -> List[str]:
+        """Returns the models that may serve a call besides the one that it asks for. Raises
+        BadRequest for too many."""
+        if self.MODEL_LISTS.isdisjoint(payload):
+            return []
+        found = [one.get("model") if type(one) is dict else one
+                 for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list
+                 for one in payload[key]]
+        names = list(dict.fromkeys([name for name in found if type(name) is str]))
+        if len(names) > self.MAX_MODELS or len("".join(names)) > 4096:
+            raise BadRequest("The request names too many models")
+        return names
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -3374,6 +3669,7 @@ class Ollama(Dialect):
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
         "/api/embeddings": "embed", "/api/show": "count"}
+    STREAMS = ("/chat", "/generate")
     MODELS_PATH = "/api/tags"
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
@@ -3396,7 +3692,7 @@ class Ollama(Dialect):
         return path.startswith("/api/")
 
     def requested(self, path, payload):
-        streams = "/api/embed" not in path and payload.get("stream") is not False
+        streams = path.endswith(self.STREAMS) and payload.get("stream") is not False
         return payload.get("model"), streams
 
     def place(self, path, dialect, metered):
@@ -3407,9 +3703,9 @@ class Ollama(Dialect):
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
 
-    def usage_counts(self, payload):
-        """Takes the counts that the last line has beside all else."""
-        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
+    def counts_in(self, payload):
+        """Takes those that the last line has beside all else."""
+        return {name: payload[name] for name in self.COUNTS if name in payload}
 
     def limit_text(self, call, values):
         if call.endpoint not in OLLAMA_SAYS:
@@ -3836,7 +4132,7 @@ class UsageReader(UsageSource):
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
         for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
-            keys = re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data)
+            keys = itertools.islice(re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data), 5)
             match = next((one for one in keys if is_outermost(data, one.start())), None)
             if match and not is_too_complex(data):
                 with contextlib.suppress(ValueError):
@@ -3868,6 +4164,10 @@ class UsageReader(UsageSource):
             self.counts = merged(self.counts, counts) if self.counts else counts
             if final is not None or not self.final:
                 self.final = final
+        self.note_server(payload)
+
+    def note_server(self, payload: Dict[str, Any]) -> None:
+        """Takes which model served, and how."""
         model, tier = self.dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
@@ -3894,13 +4194,13 @@ class UsageReader(UsageSource):
         events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         for line in reversed(last.splitlines()[-self.LAST_LINES:]):
-            data = self.events.data(line)
-            if data is None:
+            part = self.events.data(line)
+            if part is None:
                 held = held if line else b""
                 if NAMED_FAULT.fullmatch(line):
                     self.fault = self.fault or 502
                 continue
-            held = data + held
+            held = part + held
             if held.strip() == LAST_DATA:
                 self.closed = True
             elif not (self.closed and held.endswith(b"}") and not FAULT_MARK.search(held)):
@@ -3917,7 +4217,7 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        self.model = self.model or self.dialect.served(payload)[0]
+        self.note_server(payload)
         if FAULT_MARK.search(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
@@ -3931,9 +4231,12 @@ class UsageReader(UsageSource):
             if not self.cut:
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
                     last_object(data))
-        self.note(payload)
-        if FAULT_MARK.search(data):
-            self.fault = self.dialect.fault(payload)
+        if payload:
+            found = self.dialect.counts_in(payload)
+            self.counts = merged(self.counts, found) if self.counts else found
+            self.note_server(payload)
+            if FAULT_MARK.search(data):
+                self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
@@ -3951,9 +4254,9 @@ class UsageReader(UsageSource):
         return self.closed
 
     def tells_end(self) -> bool:
-        """Returns whether a response that is whole says so."""
+        """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
-        return bool(known and self.streamed and self.readable
+        return bool(known and self.streamed and self.readable and not self.cut
                     and self.endpoint not in NO_LIMIT_REPLY)
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
@@ -4503,7 +4806,8 @@ class Stream:
     wrote_at = 0.0        # when a slow peer last took something
     ended = False
     failure: Optional[OSError] = None
-    write_failed = False  # what is written is dropped
+    write_failed = False  # what is written is dropped,
+    unsent = 0            # and so were so many bytes
     discarding = False    # nobody will use what comes: the rest of a refused body
     waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
     write_waiter: Optional[asyncio.Future] = None  # or that something goes
@@ -4702,6 +5006,7 @@ class Stream:
     def fail_writing(self):
         """The peer takes no more, which does not say that it has said its last."""
         self.write_failed = True
+        self.unsent = len(self.write_buffer)
         self.write_buffer.clear()
         self.has_room()
         if self.on_write_failed:
@@ -6936,8 +7241,9 @@ class Reply:
 
     def missed_nothing(self) -> bool:
         """Returns whether a caller who left had all of a stream, up to its own end."""
-        reader = self.entry.reader
-        return reader is not None and reader.has_closed() and not self.client.write_buffer
+        reader, client = self.entry.reader, self.client
+        unsent = client.unsent + len(client.write_buffer)
+        return reader is not None and unsent <= len(LAST_CHUNK) and reader.has_closed()
 
     def end(self, ending: str):
         """Note how an answer ended, and cut one that is not whole."""
@@ -7114,13 +7420,12 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite)
-        costs = least = NO_COST
-        if not call.unmetered:
-            costs, least = self.estimator.estimate(call, entry.caller.key)
+        costs, least = self.estimate(call, entry)
         # What is not metered does not wait.
         send = self.send if upstream.queue is None or call.unmetered else self.send_in_turn
         with await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                     upstream.name, least) as entry.hold:           # admit
+                                     upstream.name, least,
+                                     call.models[1:]) as entry.hold:                # admit
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     ending = await self.pass_on(response, reply, entry)
@@ -7171,6 +7476,26 @@ class Proxy:
     def note_made(self, entry, address, names):
         entry.call.made = names
         self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
+
+    def estimate(self, call, entry):
+        """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
+        if call.unmetered:
+            return NO_COST, NO_COST
+        if "usd" in self.estimator.units:
+            self.require_price(call, entry)
+        return self.estimator.estimate(call, entry.caller.key)
+
+    def require_price(self, call, entry):
+        """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
+        names = [name for name in call.models if name]
+        if not names and call.endpoint not in (UNKNOWN, UPLOAD):
+            names = [""]  # the upstream will take what it likes
+        if all(map(self.prices.knows, names)):
+            return
+        rules = self.limits.matching(entry.caller, entry.address, call.upstream_model,
+                                     entry.upstream, call.models[1:])
+        if any([rule.unit == USD for rule, _ in rules]):
+            raise NoPrice()
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats."""
@@ -7371,7 +7696,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
     limits = Limits(config.limits or [default_rule(config)], Buckets(clock), config.limit_message)
-    prices = Prices(config.prices)
+    prices = Prices(config.prices, config.unpriced)
     request_cost = 1 if config.limits else config.request_token_cost
     estimator = CostEstimator(prices, request_cost, config.response_token_reserve,
                               config.image_tokens, limits.units())
@@ -8385,11 +8710,103 @@ def print_usage(options, path, now):
     elif options.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows([names, *rows])
     else:
-        texts = [tuple(ascii(str(value))[1:-1] for value in row) for row in [names, *rows]]
-        widths = [max(map(len, column)) for column in zip(*texts)]
-        line = ("%%-%ds" + "  %%%ds" * len(SUMS)) % tuple(widths)
-        for row in texts:
-            print(line % row)
+        print_table([names, *rows])
+    return 0
+
+
+def print_table(rows):
+    """Prints rows in columns, all but the first to the right."""
+    texts = [tuple(ascii(str(value))[1:-1] for value in row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    line = ("%%-%ds" + "  %%%ds" * (len(widths) - 1)) % tuple(widths)
+    for row in texts:
+        print((line % row).rstrip())
+
+
+PRICES_URL = "https://models.dev/api.json"
+MAX_PRICES_BYTES = 64 << 20
+
+
+def price_columns(price):
+    """Returns a price in USD per million tokens, by name."""
+    found = {name: format_usd(value * 1_000_000)
+             for name, value in zip(Price._fields[:5], price)}
+    if price.above:
+        above = price_columns(price.above._replace(tiers={}))
+        found["above"] = {"tokens": price.above_tokens, **above}
+    tiers = {name: price_columns(tier) if isinstance(tier, Price) else str(tier)
+             for name, tier in price.tiers.items()}
+    return {**found, "tiers": tiers} if tiers else found
+
+
+def known_prices(own):
+    """Returns rows of the operator's own prices, then of the usual ones that stay."""
+    known = Prices(own)
+    rows = [{"model": name, "from": "PRICES", **price_columns(price)}
+            for name, price in known.own.items()]
+    return rows + [
+        {"model": name, "from": "built in", **price_columns(price)}
+        for name, price in usual_prices().items()
+        if known.find(name) is known.usual[known.fold(name)]]
+
+
+def print_prices(rows):
+    """Prints them as a table, and of what costs more above a number of tokens, or in a tier, input
+    and output alone."""
+    names = ("model", "from", *Price._fields[:5], "above", "tiers")
+    texts = []
+    for row in rows:
+        above = row.get("above")
+        tiers = [(name, tier if isinstance(tier, str) else tier["input"])
+                 for name, tier in row.get("tiers", {}).items()]
+        texts.append([
+            *map(row.get, names[:-2]),
+            "{tokens}: {input} {output}".format(**above) if above else "",
+            " ".join(map(" ".join, tiers))])
+    print_table([names, *texts])
+
+
+def update_prices(path, url=PRICES_URL):
+    """Fetches a list of prices into a file, which stays as it was if that fails. Raises
+    ConfigFaults."""
+    if not re.match("https?://", url):
+        raise ConfigFaults("URL must be http://... or https://... (got %r)" % url)
+    part = path + ".part"
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "llm_proxy/" + VERSION})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            data = response.read(MAX_PRICES_BYTES + 1)
+        require(len(data) <= MAX_PRICES_BYTES, "is larger than prices would be")
+        with open(part, "wb") as file:
+            file.write(data)
+        prices = price_file(part)
+        require(prices, "holds no price")
+        os.replace(part, path)
+    except (OSError, ValueError, http.client.HTTPException) as failure:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        cause = ascii(str(failure))[1:-1]  # some are the words of who answered
+        raise ConfigFaults("%s was not updated from %s: %s" % (path, url, cause)) from None
+    print("%s has %d prices now; PRICES=%s uses them" % (path, len(prices), path))
+
+
+def prices_command(options, path):
+    """Shows the prices that are known, with those of the file PRICES at `path`, or updates a file
+    of them; returns the exit code. Raises ConfigFaults."""
+    if options.update:
+        if len(options.update) > 2:
+            raise ConfigFaults("--update takes a file and a URL at most")
+        update_prices(*options.update)
+        return 0
+    try:
+        own = price_file(path) if path else None
+    except ValueError as fault:
+        raise ConfigFaults("PRICES %s (got %r)" % (fault, path)) from None
+    rows = known_prices(own)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_prices(rows)
     return 0
 
 
@@ -8405,7 +8822,7 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage")
+    commands = parser.add_subparsers(dest="command", metavar="usage | prices")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", choices=GROUPS, default="caller")
@@ -8413,6 +8830,12 @@ def parse_arguments(arguments):
                         help="only the last minutes (30m), hours (12h) or days (7d)")
     for flag in ("--json", "--csv"):
         report.add_argument(flag, action="store_true")
+    prices = commands.add_parser(
+        "prices", help="print the prices that are known, or update a file of them")
+    prices.add_argument(
+        "--update", nargs="+", metavar=("FILE", "URL"),
+        help="fetch a list into FILE, by default from " + PRICES_URL)
+    prices.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -8438,9 +8861,11 @@ def run_command(options, environ, log_stream):
     """Does what the options say; returns the exit code. Raises ConfigFaults and DatabaseFault."""
     dotenv = read_dotenv_file()
     if options.command:
-        path = environ.get("DATABASE") or read_dotenv(dotenv)[0].get("DATABASE") or DEFAULT_DATABASE
         sys.stdout.reconfigure(errors="backslashreplace")
-        return print_usage(options, path, time.time())
+        found = set_variables(environ, read_dotenv(dotenv)[0])
+        if options.command == "prices":
+            return prices_command(options, found.get("PRICES"))
+        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
     if options.demo:
         environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
