@@ -4022,7 +4022,7 @@ class UsageReader(UsageSource):
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed
     fault = 0             # the status of the error that the response is
-    said_nothing = False  # it is an error, or has no end, and had no text
+    said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
@@ -4243,7 +4243,8 @@ class UsageReader(UsageSource):
         self.read_end(whole)
         failed = self.fault or (whole and not self.ended and self.tells_end())
         if failed and not self.said_nothing:
-            self.said_nothing = not self.output_characters()
+            used, complete = self.reported_usage(whole=False)
+            self.said_nothing = not (self.output_characters() or (complete and used.output))
         if self.fault:
             return "upstream_status"
         return "ok" if whole and not failed else "upstream_cut"

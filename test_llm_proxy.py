@@ -3346,6 +3346,13 @@ class UsageReaderTest(ProxyCase):
             self.assertEqual(found, (body, None, False, len(body)))
             self.assertLess(sum(map(len, self.reader.pieces)), 2 << 20)
 
+    def test_what_cannot_be_read_is_not_held_back(self):
+        asked = llm_proxy.Call(llm_proxy.OpenAI(), "chat", CHAT, "")
+        asked.usage_requested_by_us = True
+        reader = llm_proxy.UsageReader(asked, True, False)
+        self.assertEqual(reader.feed(b"\x0b\x02"), b"\x0b\x02")
+        self.assertEqual((reader.ending(True), reader.output_characters()), ("ok", 2))
+
     def test_what_is_said_twice_is_counted_once_and_scripts_have_their_weight(self):
         for parts, weight in self.each([
                 ({"reasoning": "think", "reasoning_content": "think", "content": None}, 5),
@@ -7078,6 +7085,13 @@ class EndingsTest(LedgerCase):
             self.start(says(b'{"error": {"code": %d}}' % code), TOKEN_COST_MODE=mode)
             self.assert_status(200, call())
             self.assert_ending("upstream_status", left)
+
+    def test_an_error_that_tells_what_it_used_costs_that(self):
+        used = {"input_tokens": 20, "output_tokens": 4}
+        failed = {"type": "response.failed", "response": {"error": {"code": "x"}, "usage": used}}
+        self.start(says_events(failed), TOKEN_COST_MODE="usage")
+        self.ask(request("POST", "/v1/responses", chat(stream=True)))
+        self.assert_ending("upstream_status", left=1000 - 24)
 
     def test_an_error_after_text_costs_the_prompt_and_that_text(self):
         text = delta("word 1")
