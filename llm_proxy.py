@@ -1563,10 +1563,6 @@ class Hold:
     def give_back(self):
         self.settle(NO_COST)
 
-    def keep(self):
-        """Charges all that was set aside; it runs no more."""
-        self.settle(self.costs[:RUNNING] + (0,) + self.costs[RUNNING + 1:])
-
     @property
     def quota(self) -> Quota:
         return self.tightest.quota
@@ -3926,7 +3922,8 @@ class Dialects:
             return UPLOAD
         if self.unknown_calls == "refuse":
             raise Forbidden("Calls of endpoints that are not known here are not passed on")
-        return None if self.unknown_calls == "pass" else UNKNOWN
+        # A payload that may speak of stored things must be read.
+        return None if self.unknown_calls == "pass" and not stored else UNKNOWN
 
     async def read_unknown(self, call: Call, content_type: str,
                            read_body: Callable[[], Awaitable[bytes]]) -> Any:
@@ -7593,7 +7590,7 @@ class Proxy:
         """Leave the charge of a call in the background as it was held, until its usage is told."""
         if call.made:
             self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
-        hold.keep()
+        hold.settle(hold.costs)
 
     @staticmethod
     def told_usage(entry, ending):

@@ -2689,6 +2689,9 @@ class PathsTest(ManyCase):
             answered = self.ask(request("POST", "/v1/score", chat()))
             self.assertEqual((answered.status, self.left()), expected)
             self.assertEqual(self.ask(request("POST", "/v1/files", b"x")).status, 200)
+            batch = self.ask(request("POST", "/v1/batches", b'{"input_file_id": "x"}'))
+            self.assertEqual(batch.status, answered.status)
+            self.assertEqual(self.left(), expected[1] - 1 - (batch.status == 200))
 
     def test_an_unknown_call_is_estimated_by_its_json_and_settled_by_what_is_told(self):
         told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
@@ -5042,6 +5045,8 @@ class StoredTest(ManyCase):
              "fileUri": "https://generativelanguage.googleapis.com/v1beta/files/f1"}}]}]}]),
         ("/v1beta/cachedContents", {}, {"name": "cachedContents/c1"}, "/v1beta/cachedContents/c1",
          [{"cachedContent": "cachedContents/c1"}]),
+        ("/v1beta/interactions", {}, {"id": "v1_x"}, "/v1beta/interactions/v1_x",
+         [{"previous_interaction_id": "v1_x"}]),
         ("/v1beta/models/veo:predictLongRunning", {}, {"name": "models/veo/operations/o1"},
          "/v1beta/models/veo/operations/o1", []),
         ("/v1/threads/runs", {}, {"id": "run_1", "thread_id": "thread_1"},
@@ -6644,17 +6649,20 @@ class SettlingTest(LedgerCase):
         (b'{"background": true, "max_output_tokens": 500}', {"id": "resp_1", "usage": None},
          "/v1/responses", "/v1/responses/resp_1"),
         (b'{"deferred": true, "max_tokens": 500}', {"request_id": "r-1"},
-         CHAT, "/v1/chat/deferred-completion/r-1")]
+         CHAT, "/v1/chat/deferred-completion/r-1"),
+        (b'{"background": true, "generation_config": {"max_output_tokens": 500}}', {"id": "v1_x"},
+         "/v1beta/interactions", "/v1beta/interactions/v1_x")]
 
     def test_a_call_in_the_background_is_settled_once_when_its_usage_is_told(self):
+        used = {"input_tokens": 20, "output_tokens": 3,
+                "total_input_tokens": 20, "total_output_tokens": 3}
         for body, answered, path, poll in self.each(self.POLLED):
             self.start(says_json(answered))
             self.ask(request("POST", path, body))
             self.assert_ending("ok", 500)
             for number, (told, left) in enumerate((
                     ({"status": "queued"}, 500), ({"usage": None}, 500),
-                    ({"usage": {"input_tokens": 20, "output_tokens": 3}}, 1000 - 23),
-                    ({"usage": {"input_tokens": 20, "output_tokens": 3}}, 1000 - 23)), 1):
+                    ({"usage": used}, 1000 - 23), ({"usage": used}, 1000 - 23)), 1):
                 self.stub.answer = says_json(told)
                 self.ask(request("GET", poll))
                 self.assert_ending("ok", left, number)
