@@ -4576,12 +4576,15 @@ class Chunked:
         if self.held:
             data = self.held + data
             self.held = b""
-        size = len(data)
-        if not self.remaining and data.endswith(b"\r\n"):  # one whole chunk, as nearly always
+        elif not self.remaining and data.endswith(b"\r\n"):  # one whole chunk, as nearly always
             match = CHUNK_LINE.match(data)
-            if match and 2 < int(match[1], 16) + 2 == size - match.end():
+            if match and 2 < int(match[1], 16) + 2 == len(data) - match.end():
                 return data, data[match.end():-2]
+        return self.feed_any(data)
+
+    def feed_any(self, data):
         position = 0
+        size = len(data)
         payload = b""
         remaining = self.remaining
         while position < size:
