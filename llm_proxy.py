@@ -38,6 +38,7 @@ Contents, in reading order; a section uses only what stands above it:
     Wire        strict HTTP/1.1 in bytes: heads and framing of both sides
     Streams     sockets on the event loop: deadlines, reading, writing, carrying a body
     Line        the slots of a busy upstream, and the fair queue before them
+    Stored      what callers made that upstreams keep: whose it is, and where it is
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
     Reply       the way back to one caller
@@ -289,10 +290,10 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
     lambda match: (match[1], int(match[2])))
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
-proxy_keys = mapping(
+proxy_keys = word_or({"anyone": {}}, mapping(
     "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))([!-~]+)",
     "must be keys or name=key, separated by commas, none empty; a key with = in it needs a name",
-    lambda match: match.group(2, 1), "must not name the same key twice")
+    lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
 def model_aliases(text):
@@ -314,7 +315,8 @@ def header_lines(text):
 
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
-UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "estimate")
+UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
+UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
@@ -324,7 +326,7 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, model:GLOB or upstream:GLOB"),
     ("N|unlimited", "an amount above 0, or unlimited"),
-    ("|".join(UNITS[:5]), "requests, tokens, input_tokens, output_tokens or usd"),
+    ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
      "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d"),
@@ -336,7 +338,8 @@ JOINED_SCOPES = "(all|(address)?,?(caller)?),?(model)?,?(upstream)?", "scopes th
 
 class Rule(NamedTuple):
     """One limit, as a kind of bucket: it holds `capacity`, gains `refill` every `interval` seconds;
-    the capacity is None where the rule says `unlimited`. `scopes` are (kind, glob) pairs, `unit` is
+    the capacity is None where the rule says `unlimited`. A bucket of calls that are `running` gains
+    nothing: its interval is endless. `scopes` are (kind, glob) pairs, `unit` is
     an index into UNITS, and `rate` is (amount, seconds) as the rule has it, for people. Of the
     rules of one `family` only the first that matches a call counts."""
     text: str
@@ -350,7 +353,8 @@ class Rule(NamedTuple):
 
 
 def rules(text):
-    """'SCOPE AMOUNT UNIT per DURATION [burst N]', by semicolons or lines."""
+    """'SCOPE AMOUNT UNIT per DURATION [burst N]' or 'SCOPE AMOUNT running', by semicolons or
+    lines."""
     found = [read_rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
@@ -367,17 +371,23 @@ def read_rule(text):
     scale = PICODOLLARS if unit == "usd" else 1
     rate, capacity = [int(decimal.Decimal(word.replace("unlimited", "1")) * scale)
                       for word in (amount, burst or amount)]
-    interval = DURATIONS.get(length) or int(length[:-1]) * DURATIONS[length[-1]]
+    interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 refill, interval * refill / rate, (rate, interval),
                 (tuple(kinds), unit, interval))
 
 
+def read_duration(word):
+    return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
 def check_rule(text, words, kinds):
     """Raises ValueError that names the first word which is wrong."""
     amount = USD_SHAPE if words[2] == "usd" else AMOUNT_SHAPE
     rows = RULE_WORDS if words[5] else RULE_WORDS[:6]
+    if words[2] == "running":
+        rows = RULE_WORDS[:3] + RULE_WORDS[-1:]
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
@@ -385,35 +395,91 @@ def check_rule(text, words, kinds):
                     text, "the word '%s'" % word if word else "the end", right))
 
 
+# What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
+# tiers, Anthropic's speed and inference_geo.
+USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in {
+    "flex": "0.5", "batch": "0.5", "priority": "2", "fast": "2", "ultrafast": "6",
+    "us": "1.1"}.items()}
+
+
 class Price(NamedTuple):
-    """Picodollars a token; the last two are for input that a cache gave or took."""
+    """Picodollars a token; the last three are for input that a cache gave, took, or took for an
+    hour. A prompt of more than `above_tokens` costs what `above` says, all of it. `tiers` are
+    {what a response says of how it was served: a factor, or the price there}."""
     input: int
     output: int
     cache_read: int
     cache_write: int
+    hour_write: int
+    above_tokens: int = 1 << 62
+    above: Optional["Price"] = None
+    tiers: Dict[str, Union[decimal.Decimal, "Price"]] = {}
+
+    def times(self, factor: decimal.Decimal) -> "Price":
+        values = [round(value * factor) for value in self[:5]]
+        return Price(*values, self.above_tokens, self.above and self.above.times(factor),
+                     self.tiers)
+
+    def in_tier(self, name: str) -> "Price":
+        """Returns the price in a tier; of one that nobody knows, this one."""
+        found = self.tiers.get(name, USUAL_TIERS.get(name))
+        if isinstance(found, Price):
+            return found._replace(tiers=self.tiers)
+        return self.times(found) if found is not None else self
 
 
 def read_price(cost: Dict[str, Any]) -> Price:
-    """{input, output, cache_read, cache_write}, each in USD per million tokens -> Price. A cached
-    token costs what any other input does unless the table says otherwise."""
+    """{input, output, cache_read, cache_write, hour_write}, each in USD per million tokens, above:
+    {tokens, input, output ...}, tiers: {name: factor or {input, output ...}} -> Price. A cached
+    token costs what any other input does, and one that is kept for an hour twice that, unless the
+    table says otherwise."""
     usual = cost["input"]
-    costs = {"output": 0, "cache_read": usual, "cache_write": usual, **cost}
-    values = [costs[name] for name in Price._fields]
-    require(all(0 <= value < 1_000_000 for value in values), "not a price")
-    return Price._make([round(value * 1_000_000) for value in values])
+    costs = {"output": 0, "cache_read": usual, "cache_write": usual, "hour_write": 2 * usual,
+             **cost}
+    values = [costs[name] for name in Price._fields[:5]]
+    above = cost.get("above")
+    tiers = {name.casefold(): read_price(tier) if isinstance(tier, dict) else decimal.Decimal(tier)
+             for name, tier in cost.get("tiers", {}).items()}
+    factors = [tier for tier in tiers.values() if not isinstance(tier, Price)]
+    require(all(0 <= value < 1_000_000 for value in values + factors), "not a price")
+    price = Price(*[round(value * 1_000_000) for value in values], tiers=tiers)
+    if above:
+        return price._replace(above_tokens=int(above["tokens"]), above=read_price(above))
+    return price
 
 
-MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai")
+MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai", "moonshotai", "zai",
+          "minimax", "alibaba")  # who sells those of others comes last
 
 
 def makers_costs(providers):
     """{provider: {models: {id: {cost: {...}}}}} -> {id: cost}. Many sell a model under the same
     name, some for nothing: its maker's price counts, else the first that is not 0."""
-    rows = [(name, model["cost"])
-            for provider in sorted(providers, key=lambda provider: provider not in MAKERS)
+    order = [*MAKERS, *providers]
+    rows = [(name.casefold(), makers_cost(model))
+            for provider in sorted(providers, key=order.index)
             for name, model in providers[provider]["models"].items() if "cost" in model]
-    # the last row of a name wins
-    return dict(sorted(reversed(rows), key=lambda row: any(read_price(row[1]))))
+    rows.sort(key=lambda row: not any(read_price(row[1])[:5]))
+    found = {}
+    for name, cost in rows:
+        found.setdefault(name, cost)
+    return dict(reversed(found.items()))  # of two spellings the maker's counts, too
+
+
+def makers_cost(model):
+    """Returns the cost of a model as `read_price` takes it; models.dev says from which size of the
+    context on it is higher, and which option of a request costs more."""
+    cost = {**model["cost"], "tiers": {}}
+    sizes = [{**row, "tokens": row["tier"]["size"]} for row in model["cost"].get("tiers", ())]
+    if not sizes and "context_over_200k" in cost:
+        sizes = [{**cost["context_over_200k"], "tokens": 200_000}]
+    for row in sorted(sizes, key=lambda row: -row["tokens"]):
+        cost["above"] = {**row, "above": cost.get("above"), "tiers": {}}
+    for name, mode in model.get("experimental", {}).get("modes", {}).items():
+        options = mode.get("provider", {}).get("body", {}).values()
+        if "cost" in mode:
+            cost["tiers"].update(dict.fromkeys([name, *map(str, options)], makers_cost(mode)))
+    return cost
 
 
 def price_file(path):
@@ -426,9 +492,18 @@ def price_file(path):
         return {name: read_price(cost) for name, cost in table.items()}
     except OSError as failure:
         raise ValueError(f"must be a file that can be read: {failure.strerror}") from None
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError):
         raise ValueError("must be a JSON file of prices, as models.dev has it or as"
                          " {model: {input, output}}") from None
+
+
+def flat_price(text):
+    usd = number_between(0, 999_999, decimal.Decimal, r"[0-9]{1,6}(\.[0-9]{1,6})?",
+                         "must be refuse, allow, or USD per million tokens, below a million")(text)
+    return read_price({"input": usd, "output": usd, "hour_write": usd})
+
+
+unpriced_models = word_or({"refuse": "refuse", "allow": "allow"}, flat_price)
 
 
 DEFAULT_DATABASE = "llm_proxy.db"
@@ -541,7 +616,7 @@ SETTING_ROWS = {
          "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
         ("PROXY_API_KEYS", proxy_keys,
-         "keys that may call, as key or name=key, by commas; unset: anyone may call", SECRET),
+         "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
         ("MAX_BODY_BYTES=33554432", number_between(1, 1 << 40),
          "largest body of a metered call; others may have any size"),
         ("MAX_CONNECTIONS=1024", sixteen_bits,
@@ -576,12 +651,26 @@ SETTING_ROWS = {
         ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
          "tokens to expect of an image, sound or file in a prompt"),
         ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N]; ..."),
+         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
+         " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
          "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
+        ("UNPRICED=refuse", unpriced_models,
+         "what a usd rule does with a model that has no price: refuse; allow, for nothing; or a"
+         " number, its price in USD per million tokens"),
+    ),
+    "What is passed on": (
+        ("UNKNOWN_CALLS=count", one_of("count", "pass", "refuse"),
+         "calls of endpoints that are not known here: they cost a request and wait in the queue"
+         " (count), are free (pass), or get a 403"),
+        ("STORED", one_of("pass", "own", "refuse"),
+         "files, batches, responses and all else that endpoints store: each caller has what it"
+         " made (own), all have all (pass), or nobody any; unset: own where keys are asked for"),
+        ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
+         "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
     "What is remembered": (
         ("DATABASE=" + DEFAULT_DATABASE, printable,
@@ -656,16 +745,18 @@ class Config(types.SimpleNamespace):
         here looks at could call."""
         if self.cors_origins is not None:
             return self.cors_origins
-        return ("*",) if self.asks_for_keys() else ("local",)
-
-    def asks_for_keys(self) -> bool:
-        return bool(self.proxy_api_keys) or any(
-            upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+        return ("*",) if self.keys_are_asked_for else ("local",)
 
     @property
     def scheme(self) -> str:
         """The scheme of URLs for callers."""
         return "https" if self.tls_cert_file else "http"
+
+    @property
+    def keys_are_asked_for(self) -> bool:
+        """Whether callers are told apart by keys: ours, or their own for an upstream."""
+        return bool(self.proxy_api_keys) or any(
+            upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
 
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
@@ -714,17 +805,40 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if not self.proxy_api_keys:
+        if self.proxy_api_keys is None:
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
-        if self.limits:
-            return
+        if self.unknown_calls == "count" and not self.counts_requests():
+            yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
+                   " counts requests: of these calls, what names no tokens is free")
+        if self.may_ignore_models():
+            yield ("a rule names models or counts money, and BASE_MODEL is unset: where the"
+                   " endpoint answers any name with its one model, callers choose what the rule"
+                   " sees")
+        if not self.limits:
+            yield from self.doubts_of_bucket()
+
+    def may_ignore_models(self):
+        """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
+        by_model = [rule for rule in self.limits or ()
+                    if UNITS[rule.unit] == "usd" or "model" in dict(rule.scopes)]
+        hosts = {endpoints(url)[0].host for url in VENDORS.values()} - {"localhost"}
+        return by_model and not self.base_model and any(
+            url.host not in hosts for url in self.base_api_url or ())
+
+    def doubts_of_bucket(self):
         if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
             yield (f"REQUEST_TOKEN_COST {self.request_token_cost} is above MAX_TOKENS"
                    f" {self.max_tokens}: no call can ever be let in")
         if self.token_cost_mode != "request" and self.response_token_reserve > self.max_tokens:
             yield (f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
                    f" {self.max_tokens}: a call that names no max_tokens can never be let in")
+
+    def counts_requests(self):
+        """Tells whether a call without any tokens costs something."""
+        if not self.limits:
+            return self.token_cost_mode != "usage"
+        return any(UNITS[rule.unit] in UNITS_OF_CALLS for rule in self.limits)
 
     def contradictions(self):
         """Yields what is wrong between settings that are right one by one."""
@@ -951,6 +1065,17 @@ class UnsupportedExpectation(Refusal):
     message = "The only expectation understood is 100-continue"
 
 
+class Forbidden(Refusal):
+    """The caller is known, and what it asks for is nobody's here."""
+    status = 403
+    message = "This path is not passed on"
+
+
+class NothingStored(Refusal):
+    status = 404
+    message = "Nothing of this name is stored here for this caller"
+
+
 class MethodNotAllowed(Refusal):
     status = 405
     message = "The method is not passed on"
@@ -1114,6 +1239,13 @@ class NoRoute(Refusal):
         super().__init__("No upstream serves " + what)
 
 
+class NoPrice(Refusal):
+    """What a call will cost is unknown, and a rule counts money."""
+    status = 403
+    code = "model_has_no_price"
+    message = "The model has no price here, and a limit counts money"
+
+
 class LimitReached(Refusal):
     """A bucket is short. `wait` is in seconds; None means that the call costs more than the bucket
     ever holds. `tightest` is as in a Hold: the bucket as it is without the call."""
@@ -1131,6 +1263,7 @@ class LimitReached(Refusal):
 class CallerGone(Exception):
     """The caller hung up: nobody is left to answer."""
     outcome = "caller_gone"
+    nothing_sent = False  # to the upstream
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1348,6 +1481,8 @@ class Origins:
 # --------------------------------------------------------------------------------------------------
 
 USD = UNITS.index("usd")
+RUNNING = UNITS.index("running")
+RUNNING_SECONDS = 2  # until one who found too many calls running is to ask again: nobody knows
 NO_COST = (0,) * len(UNITS)
 Amount = Union[int, str]                       # str: in dollars
 Costs = Tuple[int, ...]                        # in the order of UNITS
@@ -1373,7 +1508,8 @@ def format_wait(wait):
 
 class Quota(NamedTuple):
     """One bucket at one moment, for headers: amounts as `format_amount` gives them, times in whole
-    seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full."""
+    seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full; all three
+    are 0 where there is none."""
     limit: Amount
     remaining: Amount
     refill_tokens: Amount
@@ -1405,8 +1541,8 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         rule = self.rule
-        amount, interval = rule.rate
-        full = self.level >= rule.capacity
+        amount, interval = (0, 0) if rule.unit == RUNNING else rule.rate
+        full = self.level >= rule.capacity or rule.unit == RUNNING
         reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
             return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
@@ -1416,6 +1552,8 @@ class Level(NamedTuple):
     @property
     def wait(self) -> float:
         """Seconds until nothing is missing."""
+        if self.rule.unit == RUNNING:
+            return RUNNING_SECONDS if self.level < 0 else 0
         refills = -(self.level // self.rule.refill)
         return max(0, self.refilled + refills * self.rule.interval - self.now)
 
@@ -1425,10 +1563,12 @@ class Level(NamedTuple):
 
 
 def tightest_of(levels):
-    """Returns the bucket that is emptiest, as a share of what it holds."""
+    """Returns the bucket that is emptiest, as a share of what it holds. One of running calls, which
+    says nothing of the day, comes last unless it is short."""
     if len(levels) == 1:
         return levels[0]
-    return min(levels, key=lambda one: one.level / one.rule.capacity)
+    return min(levels, key=lambda one: (
+        one.rule.unit == RUNNING and one.level >= 0, one.level / one.rule.capacity))
 
 
 class Buckets:
@@ -1507,15 +1647,17 @@ class Buckets:
             del self.levels[key]
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full."""
+        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
+        running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
         return {key: (level, refilled + wall - now)
                 for key, (level, refilled, rule) in self.levels.items()
-                if self.level_after(rule, key).level < rule.capacity}
+                if rule.unit != RUNNING and self.level_after(rule, key).level < rule.capacity}
 
     def raw_levels(self, keyed_rules: KeyedRules) -> List[Tuple[BucketKey, int, float]]:
         """Returns (key, level, monotonic time of the last refill) of those that are not full."""
-        return [(key, *self.levels[key][:2]) for _, key in keyed_rules if key in self.levels]
+        return [(key, *self.levels[key][:2]) for rule, key in keyed_rules
+                if key in self.levels and rule.unit != RUNNING]
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
@@ -1540,10 +1682,12 @@ class Hold:
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
 
     def settle(self, costs: Costs):
-        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt."""
+        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt. It does
+        not run any more."""
         if self.ended:
             return
         self.ended = True
+        costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
@@ -1558,6 +1702,12 @@ class Hold:
     def quota(self) -> Quota:
         return self.tightest.quota
 
+    @property
+    def output_tokens(self) -> int:
+        """The output that it is meant for."""
+        _, total, prompt, output, *_ = self.costs
+        return min(output, max(0, total - prompt))
+
     def describe_charges(self) -> str:
         """Returns what every bucket was charged, for the books."""
         return ";".join([f"{rule.text}={self.costs[rule.unit]}" for rule, _ in self.keyed_rules
@@ -1570,9 +1720,39 @@ class Hold:
         self.give_back()
 
 
+# Names of one model differ in who sells it, in its date and in how it is routed, none of which
+# makes it another one. Tags of Ollama stay: they are sizes.
+MODEL_SELLER = re.compile(
+    r"^(?:(?:us|us-gov|eu|ap|apac|au|ca|jp|sa|global)\.)?(?:ai21|amazon|anthropic|cohere|deepseek"
+    r"|google|meta|minimax|mistral|moonshotai|moonshot|nvidia|openai|qwen|writer|xai|zai)\.")
+# No text is matched by two of these, else a name of many would take for ever.
+MODEL_VARIANT = re.compile(
+    r"(?:-latest|-00[0-9]|-[0-9]{4}-[0-9]{2}-[0-9]{2}|-[0-9]{8}"
+    r"|(?<=[0-9])-v[0-9]+|(?<![0-9])-v[0-9]+(?=:)"
+    r"|:(?:[0-9]+|latest|free|thinking|online|nitro|floor|beta|extended|exacto))+$")
+VERSION_DOT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
+WILDCARD = re.compile(r"[*?[]")
+
+
+def fold_model(name: str) -> str:
+    """Returns the one spelling for all of a model: 'us.anthropic.claude-sonnet-4-5-20250929-v1:0',
+    'anthropic/claude-sonnet-4.5' and 'claude-sonnet-4-5@20250929' -> 'claude-sonnet-4-5';
+    'ft:gpt-4o-mini:org::id' -> 'gpt-4o-mini'. An upstream may not mind the case."""
+    folded = name.casefold().rpartition("/")[2]
+    if folded.startswith("ft:"):
+        folded = folded.split(":")[1]
+    folded = MODEL_SELLER.sub("", folded.partition("@")[0])
+    return VERSION_DOT.sub("-", MODEL_VARIANT.sub("", folded)) or name.casefold()
+
+
+def fold_glob(glob: str) -> str:
+    """Returns a glob for folded names."""
+    return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
+
+
 class Limits:
-    """Which rules a call must pass. Of each family the first that matches counts, so that the
-    special may stand before the general."""
+    """Which rules a call must pass. Of each family the first that matches counts, those for `each`
+    last, so that the special may stand before the general."""
     MAX_KNOWN = 4_000
 
     def __init__(self, ordered_rules: List[Rule], buckets: Buckets, message: str):
@@ -1580,14 +1760,17 @@ class Limits:
         self.buckets = buckets
         self.message = message
         self.kinds = {kind for rule in ordered_rules for kind, _ in rule.scopes}
+        self.models = {glob.casefold(): fold_glob(glob)
+                       for rule in ordered_rules for kind, glob in rule.scopes if kind == "model"}
         self.known = {}
 
     def units(self) -> Set[str]:
         return {UNITS[rule.unit] for rule in self.rules}
 
     def matching(self, caller: Caller, address: str, model: Optional[str],
-                 upstream: str = "base") -> KeyedRules:
-        """Returns the rules that a call must pass, each with the key of its bucket."""
+                 upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
+        """Returns the rules that a call must pass, each with the key of its bucket: those of
+        `model`, and of the `others` that may serve it instead."""
         kinds = self.kinds  # what no rule names would only fill the table
         call = (caller.key, caller.name, address if "address" in kinds else None,
                 model if "model" in kinds else None, upstream)
@@ -1596,23 +1779,35 @@ class Limits:
             if len(self.known) >= self.MAX_KNOWN:
                 self.known.clear()
             found = self.known[call] = self.find_rules(*call)
+        if others and "model" in kinds:
+            for other in others:
+                more = self.matching(caller, address, other, upstream)
+                found = found + [pair for pair in more if pair not in found]
         return found
 
     def find_rules(self, key, name, address, model, upstream):
         names = {"key": name or "", "model": (model or "").casefold(), "upstream": upstream}
         owners = {"each": key, "key": key, "address": ("address", address)}
         families = {}
-        for rule in self.rules:
+        for rule in sorted(self.rules, key=lambda rule: ("each", "") in rule.scopes):
             globs = dict(rule.scopes)
             if "key" in globs and key[0] != "key":
                 continue
-            # "GPT-4" must not pass where an upstream takes it for "gpt-4"
-            if all(fnmatch.fnmatchcase(
-                    names.get(kind, ""), glob.casefold() if kind == "model" else glob)
-                   for kind, glob in rule.scopes):
+            if all(self.means(kind, glob, names.get(kind, "")) for kind, glob in rule.scopes):
                 whose = [owners[kind] for kind in owners if kind in globs]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
-        return [pair for pair in families.values() if pair[0].capacity is not None]
+        found = [pair for pair in families.values() if pair[0].capacity is not None]
+        return sorted(found, key=lambda pair: self.rules.index(pair[0]))
+
+    def means(self, kind, glob, name):
+        """Returns whether a scope means what is named. A model must not slip through in another
+        spelling, but one that a rule spells out is just that."""
+        if kind == "model":
+            glob = glob.casefold()
+            if name not in self.models and fnmatch.fnmatchcase(
+                    fold_model(name), self.models[glob]):
+                return True
+        return fnmatch.fnmatchcase(name, glob)
 
     def restore(self, saved: Dict[BucketKey, Tuple[int, float]], wall: float) -> int:
         """Puts back the buckets that were saved, with the refill of the time in between. One whose
@@ -1648,17 +1843,31 @@ class Limits:
         return found
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
-                    upstream: str = "base") -> Hold:
+                    upstream: str = "base", least: Optional[Costs] = None,
+                    others: Sequence[str] = ()) -> Hold:
         """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket."""
-        matching = self.matching(caller, address, model, upstream)
+        touches no bucket. What of the costs is above `least` was not asked for but guessed: where
+        less than that is left, it is enough, or nobody would come to what is left."""
+        matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
         levels = await self.buckets.take(matching, costs)
         tightest = tightest_of(levels)
+        if tightest.level < 0 and least is not None and least is not costs:
+            costs = self.what_is_left(levels, costs, least)
+            levels = await self.buckets.take(matching, costs)
+            tightest = tightest_of(levels)
         if tightest.level < 0:
             raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
+
+    @staticmethod
+    def what_is_left(levels, costs, least):
+        bounded = list(costs)
+        for one in levels:
+            unit = one.rule.unit
+            bounded[unit] = max(least[unit], min(bounded[unit], one.untaken().level))
+        return tuple(bounded)
 
     def refusal(self, levels):
         """Returns what to say of buckets that are short: the longest wait, in the operator's words,
@@ -1671,6 +1880,9 @@ class Limits:
                 format_amount(rule, worst.amount), unit.replace("_", " "),
                 format_amount(rule, rule.capacity))
             return LimitReached(text, None, worst)
+        if rule.unit == RUNNING:
+            text = "limit reached: %d running already" % rule.capacity
+            return LimitReached(text, worst.wait, worst)
         text = self.message
         for word, value in (
                 ("{wait}", format_wait(worst.wait)), ("{rule}", rule.text),
@@ -1707,27 +1919,48 @@ MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
+# First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
+# what stands between. b"\xe2" begins punctuation and signs.
+WIDE = {0xe0, 0xe1, *range(0xe3, 0xf5)}
+NOT_WIDE = bytes(set(range(256)) - WIDE)
 
-def text_length(payload: Dict[str, Any], skip: str,
-                counts_whole: Callable[[Dict[str, Any]], bool]) -> Tuple[int, int]:
-    """Returns the characters of all string values anywhere in `payload`, joined by spaces, without
-    the top-level key `skip`; and of how many parts `counts_whole` is true: images and the like,
-    which are counted, not looked into."""
-    characters = 0
-    media = 0
+
+def text_weight(text: str) -> int:
+    """Returns the characters of a text, those of scripts that need more tokens counted 8/3 times:
+    CHARACTERS_PER_TOKEN of that make about one token."""
+    if text.isascii():
+        return len(text)
+    wide = len(text.encode("utf-8", "surrogatepass").translate(None, NOT_WIDE))
+    return len(text) + wide * 5 // 3
+
+
+def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
+                media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
+                ) -> Tuple[int, List[int]]:
+    """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
+    key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
+    list of numbers has as many tokens. Of images and the like, which are those of which
+    `media_texts` is not None, the second list has the weight of the text in each."""
+    weight = 0
+    media = []
     values = list({**payload, skip: None}.values())
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            characters += len(value) + 1
+            weight += (len(value) if value.isascii() else text_weight(value)) + 1
         elif kind is list:
             values += value
+            if value and type(value[0]) in (int, float):
+                weight += CHARACTERS_PER_TOKEN * len(value)
         elif kind is dict:
-            if counts_whole(value):
-                media += 1
-            else:
-                values += value.values()
-    return max(0, characters - 1), media
+            texts = media_texts(value)
+            if texts is not None:
+                media.append(text_weight(" ".join(texts)))
+                continue
+            values += value.values()
+            if not names.issuperset(value):
+                values += [key for key in value if key not in names]
+    return max(0, weight - 1), media
 
 
 class Usage(NamedTuple):
@@ -1752,141 +1985,432 @@ class Usage(NamedTuple):
 
 
 class Billable:
-    """What a cost depends on before the call is made."""
+    """What a cost depends on before the call is made: `models` are all that may serve it."""
     __slots__ = ()
     upstream_model: str
+    models: Tuple[str, ...]
 
-    def prompt_length(self) -> Tuple[int, int]:
-        """Returns the characters of the prompt, and how many images and the like are in it."""
+    def prompt_length(self) -> Tuple[int, List[int]]:
+        """Returns the weight of the prompt's text, and of that in each image and the like."""
         raise NotImplementedError
 
-    def output_limit(self) -> Optional[int]:
-        """Returns the most output tokens that the call asks for, None where it does not say."""
+    def output_limit(self) -> Tuple[Optional[int], int]:
+        """Returns the most tokens of one output, None where the call does not limit them, and how
+        many outputs it asks for."""
         raise NotImplementedError
 
 
 class UsageSource:
     """What a cost depends on once the response has ended."""
+    ended = False  # the response's own last event has passed, whatever came then
+    model: Optional[str] = None  # the one that served, where the response says so
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
         raise NotImplementedError
 
+    def most_characters(self) -> int:
+        """Returns about how many characters of text can have passed, without a look at them."""
+        raise NotImplementedError
+
     def output_characters(self) -> int:
+        """Returns the weight of the text that passed."""
         raise NotImplementedError
 
 
-# USD per million tokens: input, output, read from cache, written to cache. List prices as published
-# for text and short prompts, collected on 2026-11-20; of older models, as they were last listed.
-USUAL_PRICES = """\
-gpt-5.5 5 30 .5; gpt-5.4 2.5 15 .25; gpt-5.4-mini .75 4.5 .075; gpt-5.4-nano .2 1.25 .02
-claude-opus-5-5 4 20 .2 5; claude-opus-5 5 25 .5 6.25; claude-opus-4-7 5 25 .5 6.25
-claude-opus-4-6 5 25 .5 6.25; claude-sonnet-5-5 2 10 .1 2.5; claude-sonnet-5 2 10 .2 2.5
-claude-haiku-5-5 .1 .5 .01 .125
-gpt-5.1 1.25 10 .125; gpt-5 1.25 10 .125; gpt-5-mini .25 2 .025; gpt-5-nano .05 .4 .005
-gpt-4.1 2 8 .5; gpt-4.1-mini .4 1.6 .1; gpt-4.1-nano .1 .4 .025; gpt-4o 2.5 10 1.25
-gpt-4o-mini .15 .6 .075; o3 2 8 .5; o4-mini 1.1 4.4 .275; o3-mini 1.1 4.4 .55
-text-embedding-3-small .02 0; text-embedding-3-large .13 0
-claude-opus-4-5 5 25 .5 6.25; claude-opus-4-1 15 75 1.5 18.75; claude-opus-4 15 75 1.5 18.75
-claude-sonnet-4-5 3 15 .3 3.75; claude-sonnet-4 3 15 .3 3.75; claude-haiku-4-5 1 5 .1 1.25
-claude-3-5-haiku .8 4 .08 1; claude-3-haiku .25 1.25 .03 .3
-gemini-2.5-pro 1.25 10 .125; gemini-2.5-flash .3 2.5 .03; gemini-2.5-flash-lite .1 .4 .01
-gemini-2.0-flash .1 .4 .025; deepseek-chat .28 .42 .028; deepseek-reasoner .28 .42 .028"""
-DATED = re.compile(r"(?:-\d{4}-\d\d-\d\d|-\d{8}|-latest|@.*|:.*)$")
+# List prices as published for text, in USD per million tokens, collected on 2026-11-26: rows of a
+# name, input, output, read from a cache, written to one. Before them stands what all of them share:
+# the tokens of a prompt above which input and output cost so many times that, and tiers that are
+# not as usual. Prices that end within weeks are left out for those that follow.
+USUAL_PRICES = (
+    # https://developers.openai.com/api/docs/pricing and its pages of models
+    ("272000 2 1.5; ultrafast 3", "gpt-6.2-astra 8 40 .4 10; gpt-6.2-sol 2 10 .1 2.5"),
+    ("272000 2 1.5", """
+        gpt-6.1-sol 2 10 .1 2.5; gpt-6-astra 10 50 1 12.5; gpt-6-sol 2 10 .2 2.5
+        gpt-6-luna .1 .5 .01 .125; gpt-5.6 4 20 .4 5; gpt-5.6-sol 4 20 .4 5
+        gpt-5.6-terra 2 12 .2 2.5; gpt-5.6-luna .2 1.2 .02 .25; gpt-5.4 2.5 15 .25
+        gpt-5.4-pro 30 180; gpt-5.5-pro 30 180"""),
+    ("272000 2 1.5; priority 2.5; fast 2.5", "gpt-5.5 5 30 .5"),
+    ("priority 1.8; fast 1.8", "gpt-5-mini .25 2 .025"),
+    ("priority 1.75; fast 1.75", """
+        gpt-4.1 2 8 .5; gpt-4.1-mini .4 1.6 .1; o3 2 8 .5"""),
+    ("", """
+        gpt-5.4-mini .75 4.5 .075; gpt-5.4-nano .2 1.25 .02; gpt-5.3-codex 1.75 14 .175
+        gpt-5.2 1.75 14 .175; gpt-5.2-codex 1.75 14 .175; gpt-5.2-pro 21 168
+        gpt-5.1 1.25 10 .125; gpt-5.1-codex 1.25 10 .125; gpt-5.1-codex-max 1.25 10 .125
+        gpt-5.1-codex-mini .25 2 .025; gpt-5 1.25 10 .125; gpt-5-codex 1.25 10 .125
+        gpt-5-nano .05 .4 .005; gpt-5-pro 15 120; gpt-4.1-nano .1 .4 .025; gpt-4o 2.5 10 1.25
+        gpt-4o-mini .15 .6 .075; gpt-4-turbo 10 30; gpt-3.5-turbo .5 1.5; o4-mini 1.1 4.4 .275
+        o3-pro 20 80; o3-mini 1.1 4.4 .55; o1 15 60 7.5; text-embedding-3-small .02 0
+        text-embedding-3-large .13 0; text-embedding-ada-002 .1 0; ft:gpt-4.1 3 12 .75
+        ft:gpt-4.1-mini .8 3.2 .2; ft:gpt-4.1-nano .2 .8 .05; ft:gpt-4o 3.75 15 1.875
+        ft:gpt-4o-mini .3 1.2 .15"""),
+    # https://platform.claude.com/docs/en/about-claude/pricing; its priority tier is paid ahead
+    ("100000 5 5; priority 1", "claude-haiku-5.5 .1 .5 .01 .125"),
+    ("200000 2 1.5; priority 1", """
+        claude-sonnet-4.5 3 15 .3 3.75; claude-sonnet-4 3 15 .3 3.75
+        claude-sonnet-4.0 3 15 .3 3.75"""),
+    ("priority 1; fast 6", "claude-opus-4.7 5 25 .5 6.25; claude-opus-4.6 5 25 .5 6.25"),
+    ("priority 1", """
+        claude-fable-5.2 8 40 .2 10; claude-fable-5.1 10 50 .25 12.5; claude-fable-5 10 50 1 12.5
+        claude-mythos-5.2 8 40 .2 10; claude-mythos-5.1 10 50 .25 12.5
+        claude-mythos-5 10 50 1 12.5; claude-opus-5.5 4 20 .2 5; claude-opus-5 5 25 .5 6.25
+        claude-opus-4.8 5 25 .5 6.25; claude-opus-4.5 5 25 .5 6.25
+        claude-opus-4.1 15 75 1.5 18.75; claude-opus-4 15 75 1.5 18.75
+        claude-opus-4.0 15 75 1.5 18.75; claude-sonnet-5.5 2 10 .1 2.5; claude-sonnet-5 2 10 .2 2.5
+        claude-sonnet-4.6 3 15 .3 3.75; claude-3.7-sonnet 3 15 .3 3.75
+        claude-haiku-4.5 1 5 .1 1.25; claude-3.5-haiku .8 4 .08 1; claude-3-haiku .25 1.25 .03 .3
+        """),
+    # https://ai.google.dev/gemini-api/docs/pricing
+    ("200000 2 1.5; priority 1.8", """
+        gemini-3.1-pro 2 12 .2; gemini-3.1-pro-preview 2 12 .2; gemini-3-pro-preview 2 12 .2
+        gemini-2.5-pro 1.25 10 .125"""),
+    ("priority 1.8", """
+        gemini-4-argon 4 20 .2; gemini-4-neon 3 15 .15; gemini-4-hydrogen 1.5 7.5 .075
+        gemini-3.8-flash 1.5 7.5 .15; gemini-3.7-flash 1.5 7.5 .15; gemini-3.6-flash 1.5 7.5 .15
+        gemini-3.5-flash 1.5 9 .15; gemini-3.5-flash-lite .3 2.5 .03
+        gemini-3.1-flash-lite .25 1.5 .025; gemini-3.1-flash-lite-preview .25 1.5 .025
+        gemini-3-flash-preview .5 3 .05; gemini-2.5-flash .3 2.5 .03
+        gemini-2.5-flash-lite .1 .4 .01; gemini-2.0-flash .1 .4 .025
+        gemini-2.0-flash-lite .075 .3; gemini-embedding-001 .15 0"""),
+    # https://docs.x.ai/developers/models
+    ("199999 2 2", """
+        grok-4.7 2 6 .5; grok-4.6 2 6 .5; grok-4.5 2 6 .5; grok-4.3 1.25 2.5 .2
+        grok-4.20-reasoning 1.25 2.5 .2; grok-4.20-non-reasoning 1.25 2.5 .2
+        grok-4.20-0309-reasoning 1.25 2.5 .2; grok-4.20-0309-non-reasoning 1.25 2.5 .2
+        grok-build-0.1 1 2 .2"""),
+    ("127999 2 2", """
+        grok-4 3 15 .75; grok-4-fast .2 .5 .05; grok-4-fast-reasoning .2 .5 .05
+        grok-4-fast-non-reasoning .2 .5 .05; grok-4-1-fast-reasoning .2 .5 .05
+        grok-4-1-fast-non-reasoning .2 .5 .05"""),
+    ("", "grok-3 3 15 .75; grok-3-mini .3 .5 .075; grok-code-fast-1 .2 1.5 .02"),
+    # https://api-docs.deepseek.com/quick_start/pricing at peak hours; at others it is half
+    ("", """
+        deepseek-flash .3 1.2 .006; deepseek-v4-flash .3 1.2 .006; deepseek-chat .3 1.2 .006
+        deepseek-reasoner .3 1.2 .006; deepseek-v4-pro 1.32 3.96 .044"""),
+    # https://platform.kimi.ai/docs/pricing/chat
+    ("", """
+        kimi-k3.1-pro 2 10 .2 2; kimi-k3.1-pro-highspeed 4 20 .2 4; kimi-k3 3 15 .3
+        kimi-k2.7-code .95 4 .19; kimi-k2.7-code-highspeed 1.9 8 .38; kimi-k2.6 .95 4 .16
+        kimi-k2.5 .6 3 .1"""),
+    # Mistral, Alibaba, Z.ai and MiniMax, as others list them
+    ("", """
+        mistral-large-2512 .5 1.5; mistral-large-4 .68 2.09; mistral-large-4.0 .68 2.09
+        mistral-medium-3.5 1.5 7.5; mistral-medium 1.5 7.5; mistral-small .15 .6; codestral .3 .9
+        devstral .4 2; devstral-2512 .4 2; magistral-medium 2 5; mistral-embed .1 0
+        qwen3.8-max 2 6; qwen3.7-max 2.5 7.5 .5 3.125; qwen3-max 1.2 6; glm-5.3 1.4 4.4 .26
+        glm-5.3-flash .07 .25; glm-5.2 1.4 4.4 .26; glm-5.1 1.4 4.4 .26; glm-5 1 3.2 .2
+        glm-4.7 .6 2.2 .11; glm-4.6 .6 2.2 .11; glm-4.5-air .2 1.1 .03
+        minimax-m2.7 .3 1.2 .06 .375; minimax-m2.5 .3 1.2 .03 .375"""),
+    ("256000 4 2", "qwen3.7-plus .5 3 .05 .625; qwen3.6-plus .5 3"),
+    ("512000 2 2", "minimax-m3 .3 1.2 .06"))
+
+
+def usual_prices() -> Dict[str, Price]:
+    """Returns {name: Price} of the table, by the names as makers spell them."""
+    found = {}
+    for shared, rows in USUAL_PRICES:
+        words = [part.split() for part in shared.split(";") if part]
+        tiers = {name: factors[0] for name, *factors in words if not name.isdigit()}
+        for row in re.findall(r"[^;\n]*[^;\s]", rows):
+            name, *values = row.split()
+            cost = dict(zip(Price._fields, map(decimal.Decimal, values)), tiers=tiers)
+            price = read_price(cost)
+            for tokens, times, output_times in [part for part in words if part[0].isdigit()]:
+                above = price.times(decimal.Decimal(times))
+                output = round(price.output * decimal.Decimal(output_times))
+                price = price._replace(
+                    above_tokens=int(tokens), above=above._replace(output=output))
+            found[name] = price
+    return found
 
 
 class Prices:
     """What models cost, and therefore calls. The operator's own prices go before the usual ones. A
     model without a price costs nothing, and its calls are marked as unpriced."""
+    FREE = read_price({"input": 0})
 
-    def __init__(self, own: Optional[Dict[str, Price]]):
-        self.own = {name.casefold(): found for name, found in (own or {}).items()}
-        self.globs = [row for row in self.own.items() if re.search(r"[*?[]", row[0])]
-        self.usual = {
-            name: read_price(dict(zip(Price._fields, map(decimal.Decimal, values))))
-            for name, *values in map(str.split, re.split("[;\n]", USUAL_PRICES))}
+    def __init__(self, own: Optional[Dict[str, Price]] = None,
+                 unpriced: Union[str, Price] = "refuse"):
+        """`unpriced` is the price of models that have none, or whether to `allow` them where money
+        is counted."""
+        usual = usual_prices()
+        self.usual = {self.fold(name): price for name, price in usual.items()}
+        self.own = {name.casefold(): self.with_usual_tiers(name, price)
+                    for name, price in (own or {}).items()}
+        globs = [name for name in self.own if WILDCARD.search(name)]
+        self.globs = [(glob, fold_glob(glob), self.own[glob]) for glob in globs]
+        # Of several spellings the shortest counts, which has no date, and of these the last.
+        self.folded = {self.fold(name): self.own[name]
+                       for name in sorted(self.own, key=len, reverse=True)}
+        self.allows_unpriced = unpriced == "allow"
+        self.default = None if isinstance(unpriced, str) else unpriced
         self.find = functools.lru_cache(KNOWN_MODELS)(self.find_price)
+        self.find_served = functools.lru_cache(KNOWN_MODELS)(self.find_served_price)
+
+    @staticmethod
+    def fold(name):
+        """Folds the name of a model; what is free, or tuned by a caller, has a price of its own."""
+        name = name.casefold()
+        return "ft:" * name.startswith("ft:") + fold_model(name) + ":free" * name.endswith(":free")
+
+    def with_usual_tiers(self, name, price):
+        usual = self.usual.get(self.fold(name))
+        return price._replace(tiers={**usual.tiers, **price.tiers}) if usual else price
 
     def find_price(self, model):
-        name = model.casefold()  # an upstream may not mind the case, and would not be paid
-        by_glob = (found for glob, found in self.globs if fnmatch.fnmatchcase(name, glob))
-        undated = DATED.sub("", name.rpartition("/")[2])
-        return self.own.get(name) or next(by_glob, None) or self.usual.get(undated)
+        name = model.casefold()
+        folded = self.fold(name)
+        plain = fold_model(name)
+        found = self.own.get(name) or self.folded.get(folded) or next(iter([
+            price for glob, _, price in self.globs if fnmatch.fnmatchcase(name, glob)] + [
+            price for _, glob, price in self.globs if fnmatch.fnmatchcase(plain, glob)]), None)
+        if found is None and name.endswith(":free"):
+            return self.folded.get(plain, self.FREE)  # the operator knows better
+        return found or self.usual.get(folded) or self.usual.get(plain) or self.default
+
+    def find_served_price(self, served, asked, tiers):
+        """Returns the price of the model that served, or, where nobody knows that, of the one that
+        was asked for, in the tiers that the response names."""
+        price = self.find(served) if served else None
+        if price is None or price is self.default:
+            price = self.find(asked)
+        names = sorted(map(str.casefold, tiers),
+                       key=lambda name: not isinstance(price and price.tiers.get(name), Price))
+        for name in names:  # those with prices of their own before factors
+            price = price and price.in_tier(name)
+        return price
+
+    def knows(self, model: str) -> bool:
+        """Returns whether a call of this model may pass where money is counted."""
+        return self.allows_unpriced or self.find(model) is not None
 
     def cost(self, used: Usage, model: str) -> Tuple[int, bool]:
-        """Returns the cost in picodollars, exactly, and whether the model has a price."""
-        found = self.find(model)
-        if found is None:
+        """Returns the cost in picodollars, exactly, and whether it is known: what the response says
+        that it costs, else what the model that served does, which is `model` where it does not
+        say."""
+        prompt, output, cached, written, _, _, hour, served, tiers, told, others = used
+        if told is not None:
+            return min(MAX_COST, told), True
+        price = self.find_served(served, model, tiers)
+        if price is None:
             return 0, False
-        plain = max(0, used.input - used.cached - used.cache_write)
-        return min(MAX_COST, plain * found.input + used.cached * found.cache_read
-                   + used.cache_write * found.cache_write + used.output * found.output), True
+        while prompt > price.above_tokens:
+            price = price.above
+        plain = prompt - cached - written
+        total = ((plain if plain > 0 else 0) * price.input + cached * price.cache_read
+                 + (written - hour) * price.cache_write + output * price.output)
+        if hour:
+            total += hour * price.hour_write
+        if others:
+            costs = [self.cost(other, model) for other in others]
+            total += sum([cost for cost, _ in costs])
+            return min(MAX_COST, total), all([known for _, known in costs])
+        return total if total < MAX_COST else MAX_COST, True
+
+
+class Habits:
+    """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
+    token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
+    of the `recent` calls exceeded that do not limit it."""
+    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak", "recent")
+    MEMORY = 20
+
+    def __init__(self):
+        self.calls = 0
+        self.input_ratio: Optional[float] = None
+        self.output_ratio: Optional[float] = None
+        self.hidden = 0.0
+        self.peak: Optional[int] = None
+        self.recent = array.array("q")
+
+    def move(self, name: str, value: float):
+        """Moves a mean; the first calls count fully."""
+        before = getattr(self, name)
+        if before is None:
+            before = value
+        setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
+
+    def note_output(self, tokens: int):
+        self.recent.append(tokens)
+        del self.recent[:-self.MEMORY]
+        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
+
+
+class ModelHabits:
+    """The habits of a model's callers, each for itself, so that nobody teaches what others pay. Who
+    has made few calls yet is taken for the one in the middle of all, within bounds."""
+    CALLERS = 50
+    FEW = 3
+    OWN_RATIOS = 0.5, 8
+    OTHERS_RATIOS = 2, 6
+
+    def __init__(self):
+        self.callers: "collections.OrderedDict[CallerKey, Habits]" = collections.OrderedDict()
+        self.usual = Habits()
+
+    def of(self, caller: CallerKey) -> Habits:
+        """Returns what to expect of a caller."""
+        own = self.callers.get(caller)
+        return own if own and own.calls >= self.FEW else self.usual
+
+    def peak(self, caller: CallerKey) -> int:
+        return self.of(caller).peak or self.usual.peak or 0
+
+    def own(self, caller: CallerKey) -> Habits:
+        """Returns what a caller's calls are noted in."""
+        found = self.callers.get(caller)
+        if found is None:
+            if len(self.callers) >= self.CALLERS:
+                self.callers.popitem(last=False)
+            found = self.callers[caller] = Habits()
+        self.callers.move_to_end(caller)
+        return found
+
+    def refresh(self):
+        """Finds the one in the middle again."""
+        for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, math.inf)),
+                             ("output_ratio", self.OTHERS_RATIOS), ("hidden", (0, 1))):
+            known = sorted([getattr(one, name) for one in self.callers.values()
+                            if getattr(one, name) is not None])
+            if known:
+                setattr(self.usual, name, clamp(known[len(known) // 2], bounds))
+
+
+def clamp(value: float, bounds: Tuple[float, float]) -> float:
+    return min(bounds[1], max(bounds[0], value))
 
 
 class CostEstimator:
     """What calls cost, by unit: estimated before, known after. An estimate counts characters; how
-    many of them make a token is learned, model by model, from calls that report their usage."""
+    many of them make a token, and how much a model says, is learned from calls that report their
+    usage."""
+    LEARN_ALL = 8       # of a caller's first calls to a model, and then
+    LEARN_SHARE = 0.05  # of its calls: counting takes time
+    NO_TEXT = 2048      # bytes of a response that are not worth counting
 
     def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
                  units: Set[str]):
-        """`reserve` is how many output tokens a call may have that does not limit them. `units` are
-        those that rules count in: no work is spent on others."""
+        """`reserve` is how many output tokens a call may have that does not limit them, as long as
+        its model was not seen to use more. `units` are those that rules count in: no work is spent
+        on others."""
         self.prices = prices
         self.request_cost = request_cost
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.ratios = {}  # model -> characters a token
-        self.needs_usage = not units <= {"requests", "estimate"}
+        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        self.unknown = ModelHabits()
+        self.plain = self.costs(Usage(), 0, 0, 1)
+        self.needs_estimate = not units <= {"requests", "running"}
+        self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def estimate(self, call: Billable) -> Costs:
-        """Returns what to hold for a call."""
-        if self.units == {"requests"}:
-            return self.costs(Usage(), 0, 0)
-        limit = call.output_limit()
-        output = self.reserve if limit is None else min(limit, MAX_TOKENS_PER_CALL)
-        expected = Usage(self.prompt_tokens(call, CHARACTERS_PER_TOKEN), output)
+    def habits(self, call: Billable) -> ModelHabits:
+        return self.models.get(call.upstream_model, self.unknown)
+
+    def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
+        """Returns what to hold for a call, and how much of that is not learned."""
+        if not self.needs_estimate:
+            return self.plain, self.plain
+        limit, outputs = call.output_limit()
+        output = self.reserve if limit is None else limit
+        estimate = 0
+        if "estimate" in self.units:
+            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
+        habits = self.habits(call)
+        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        prompt = self.prompt_tokens(call, ratio)
+        least = held = self.held(call, prompt, output * outputs, estimate)
+        if limit is None and habits.peak(caller) > output:
+            held = self.held(call, prompt, habits.peak(caller) * outputs, estimate)
+        return held, least
+
+    def held(self, call, prompt, output, estimate):
+        expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
         picodollars = 0
         if "usd" in self.units:
-            picodollars, _ = self.prices.cost(expected, call.upstream_model)
-        return self.costs(expected, picodollars, max(1, expected.input + output))
+            picodollars = max([self.prices.cost(expected, name)[0] for name in call.models])
+        return self.costs(expected, picodollars, estimate, 1)
 
     def prompt_tokens(self, call, ratio):
-        characters, media = call.prompt_length()
-        return math.ceil(characters / ratio) + media * self.media_tokens
+        weight, media = call.prompt_length()
+        tokens = math.ceil(weight / ratio)
+        for one in media:
+            tokens += max(self.media_tokens, math.ceil(one / ratio))
+        return tokens
 
-    def costs(self, used: Usage, picodollars: int, estimate: int) -> Costs:
+    def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        total = used.input + used.output
-        return self.request_cost, total, used.input, used.output, picodollars, estimate
+        prompt, output = used.input, used.output
+        for other in used.others:
+            prompt += other.input
+            output += other.output
+        return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
-    def usage(self, call: Billable, source: Optional[UsageSource], whole: bool) -> Usage:
+    def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
+              held: int) -> Usage:
         """Returns what the call used: as reported, else estimated from its prompt and the text that
-        came. A response that is not `whole` may have reported its input alone."""
+        came, and the share of it that its model hides. A response that is not `whole` may have
+        reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        model = call.upstream_model
-        if complete:
-            self.learn(model, reported, source)
+        habits = self.habits(call).of(caller)
+        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
+        if complete and not self.is_understated(call, reported, source, ratio):
+            self.learn(call, caller, reported, source)
             return reported
-        ratio = self.ratios.get(model, CHARACTERS_PER_TOKEN)
         output = math.ceil(source.output_characters() / ratio) if source else 0
+        if source and (whole or source.ended):
+            output = math.ceil(output / (1 - habits.hidden))
+        else:
+            output = max(output, held)
         if reported is None:
-            reported = Usage(self.prompt_tokens(call, ratio))
+            ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
+            reported = Usage(self.prompt_tokens(call, ratio), model=source and source.model)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
-    def learn(self, model, used, source):
-        """Moves the ratio of a model an eighth of the way to that of one call. Of a known model few
-        calls are looked at: counting takes time."""
-        tokens = used.output - used.reasoning
-        if tokens < 16 or (model in self.ratios and random.random() >= 0.05):
-            return
-        characters = source.output_characters()
-        if characters:
-            ratio = min(8.0, max(1.0, characters / tokens))
-            if len(self.ratios) >= KNOWN_MODELS:
-                self.ratios.clear()
-            before = self.ratios.get(model, ratio)
-            self.ratios[model] = before + (ratio - before) / 8
+    def is_understated(self, call, told, source, ratio):
+        """Returns whether far more text passed than the tokens that were told can be. The text is
+        counted only where it may be so much, or servers are known to tell too little."""
+        if not self.needs_estimate:
+            return False
+        most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
+        may_be = call.output_limit()[1] > 1 or source.most_characters() > most + self.NO_TEXT
+        return may_be and source.output_characters() > most
+
+    def learn(self, call, caller, used, source):
+        """Notes what a call used. An output that its limit has cut says only what is possible."""
+        model = self.models.get(call.upstream_model)
+        if model is None:
+            if len(self.models) >= KNOWN_MODELS:
+                self.models.popitem(last=False)
+            model = self.models[call.upstream_model] = ModelHabits()
+        self.models.move_to_end(call.upstream_model)
+        own = model.own(caller)
+        own.calls += 1
+        if self.needs_estimate:
+            limit, outputs = call.output_limit()
+            if limit is None or used.output > model.peak(caller) * outputs:
+                own.note_output(used.output // outputs)
+        if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+            self.learn_ratios(call, own, used, source)
+            model.refresh()
+
+    def learn_ratios(self, call, own, used, source):
+        """Leaves out what is short: what stands around it would count too much."""
+        if self.needs_estimate and used.input:
+            weight, media = call.prompt_length()
+            if weight >= 64 and not media:
+                own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
+        weight = source.output_characters() if used.output >= 16 else 0
+        if weight:
+            seen = max(1, used.output - used.reasoning)
+            if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
+                seen = used.output  # reasoning is in the text, which is too long to be without
+            elif weight < seen * ModelHabits.OWN_RATIOS[0]:
+                seen = math.ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
+            own.move("hidden", min(0.9999, 1 - seen / used.output))
+            own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1951,6 +2475,8 @@ def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
+        if decoder is PLAIN_JSON and not json.scanner.c_make_scanner:  # PyPy: ten times as fast
+            return json.loads(text)
         value, end = decoder.scan_once(text, 0)
         if end == len(text):
             return value
@@ -1976,6 +2502,35 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(b"\xef\xbb\xbf"))
 
 
+def parse_or_none(data: bytes) -> Any:
+    """Returns JSON of an upstream, None where it cannot be read."""
+    try:
+        return parse_response(data)
+    except ValueError:
+        return None
+
+
+def object_in(data: bytes) -> Dict[str, Any]:
+    """Returns a JSON object of an upstream, {} where there is none."""
+    found = parse_or_none(data)
+    return found if isinstance(found, dict) else {}
+
+
+def last_object(data: bytes) -> Dict[str, Any]:
+    """Returns the same, or the last of an array of them."""
+    found = parse_or_none(data)
+    found = found[-1] if isinstance(found, list) and found else found
+    return found if isinstance(found, dict) else {}
+
+
+LINE = re.compile(rb"[^\r\n]*")
+
+
+def begin_of_line(data: bytes, place: int) -> int:
+    """Returns where the line begins in which a place is."""
+    return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
+
+
 def to_json_bytes(payload: Any) -> bytes:
     """Returns JSON without white space."""
     return json.dumps(payload, separators=(",", ":")).encode()
@@ -1986,6 +2541,108 @@ def dig(value: Any, *names: str) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+# RFC 2046 5.1.1; what could be taken for two boundaries is none.
+FORM_TYPE = re.compile(
+    r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
+    r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
+FIELD_NAME = re.compile(
+    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
+    rb"[ \t]*(?:$|(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)", re.IGNORECASE)
+MAX_FORM_FIELDS = 1000
+MAX_FIELD_HEAD = 4096
+MAX_QUERY = 65536
+
+
+def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, int]]:
+    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+    for what two readers might take apart differently."""
+    boundary = FORM_TYPE.fullmatch(content_type)
+    mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
+    at = len(mark) if body.startswith(mark) else len(body)
+    for _ in range(MAX_FORM_FIELDS):
+        end = body.find(mark, at)
+        if boundary and body[at:at + 2] == b"--" and end < 0:
+            return
+        head, blank, _ = body[at:min(end, at + MAX_FIELD_HEAD)].partition(b"\r\n\r\n")
+        start = at + len(head) + len(blank)
+        if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
+            break
+        yield head, start, end - 2
+        at = end + len(mark)
+    raise BadRequest("The request body is not a form as its Content-Type says")
+
+
+FoundModel = Tuple[Optional[str], Optional[Callable[[str], bytes]]]
+
+
+def form_model(body: bytes, content_type: str) -> FoundModel:
+    """Returns the model that a form names, if any, and what makes the form with another one. Raises
+    BadRequest."""
+    found = None
+    for head, start, end in form_fields(body, content_type):
+        lines = head[2:].split(b"\r\n")
+        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
+        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
+                head.count(b"\n") != len(lines)):
+            raise BadRequest("A field of the form is not named plainly")
+        name = names[0][names[0].lastindex]
+        if name.lower() == b"model":
+            if found or name != b"model" or b"encoding:" in head.lower():
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = start, end
+    if not found:
+        return None, None
+    start, end = found
+    return body[start:end].decode("utf-8", "replace"), (
+        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+
+
+def query_model(body: bytes) -> FoundModel:
+    """Does the same for a form that is spelled as a query is."""
+    if len(body) > MAX_QUERY:
+        raise BodyTooLarge()
+    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
+    found = [value for name, value in pairs if name.lower() == "model"]
+    if len(found) > 1:
+        raise BadRequest("The field model must stand once in the form, and plainly")
+    return "".join(found) or None, lambda model: urllib.parse.urlencode(
+        [(name, model if name == "model" else value) for name, value in pairs]).encode()
+
+
+def as_list(value: Any) -> List[Any]:
+    """Returns a list as it is, and anything else as the only one in a list."""
+    return value if isinstance(value, list) else [value]
+
+
+JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def is_outermost(data: bytes, place: int) -> bool:
+    """Returns whether what stands at a place of a JSON object is in no other object in it."""
+    outside = JSON_STRINGS.sub(b"", data[:place])
+    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
+    return depth == 1 and b'"' not in outside
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
+    return (type(value) is int or (type(value) is float and value.is_integer())) and (
+        0 <= value < MAX_TOKENS_PER_CALL)
+
+
+def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
+    """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
+    nothing."""
+    found = dict(before)
+    for name, value in after.items():
+        old = found.get(name)
+        if type(old) is dict and type(value) is dict:
+            found[name] = merged(old, value)
+        elif value is not None and not (is_count(value) and is_count(old) and value < old):
+            found[name] = value
+    return found
 
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
@@ -2013,8 +2670,8 @@ class EventFraming(NamedTuple):
     """Says how the streams of an API are cut into events."""
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
-    ends: Tuple[bytes, ...]  # what may end an event, our own first
-    end: "re.Pattern[bytes]"  # matches the place after one of these
+    ends: Tuple[bytes, ...]  # what may end an event, our own first,
+    pairs: Tuple[bytes, ...]  # and two bytes of which one is in each of these
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -2028,36 +2685,98 @@ class EventFraming(NamedTuple):
         """Returns whether something can be put in after `tail`, the last 4 bytes that passed."""
         return not tail or tail.endswith(self.ends)
 
+    def data(self, line: bytes) -> Optional[bytes]:
+        """Returns what a line has of an event's JSON, None where it is another line."""
+        prefix = self.prefix.rstrip()  # others leave out the space
+        return line[len(prefix):] if line.startswith(prefix) else None
+
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
-        prefix = self.prefix.rstrip()  # others leave out the space
-        line = event[event.find(prefix) + len(prefix):].partition(b"\n")[0]
-        try:
-            found = parse_response(line)
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
+        data = [data for data in map(self.data, lines) if data is not None]
+        return object_in(data[0] if len(data) == 1 else b"\n".join(data))
+
+    def replaced(self, event: bytes, data: bytes) -> bytes:
+        """Returns an event with other JSON in it."""
+        lines = event.splitlines(keepends=True)
+        places = [place for place, line in enumerate(lines) if self.data(line) is not None]
+        last = lines[places[-1]]
+        end = last[len(last.rstrip(b"\r\n")):]
+        lines[places[0]:places[-1] + 1] = [self.prefix + data + end]
+        return b"".join(lines)
+
+    def cut(self, data: bytes) -> List[bytes]:
+        """Returns events; the last may not be whole."""
+        events = []
+        lines: List[bytes] = []
+        for line in data.splitlines(keepends=True):
+            blank = not line.strip(b"\r\n")
+            if lines and not blank and self.is_whole(lines):
+                events.append(b"".join(lines))
+                lines = []
+            lines.append(line)
+            if blank:
+                events.append(b"".join(lines))
+                lines = []
+        return events + [b"".join(lines)] if lines else events
+
+    def last_end(self, data: bytes, before: int) -> int:
+        """Returns the place after the last event that ends before another place, 0 without one."""
+        place = max([data.rfind(pair, 0, before) for pair in self.pairs])
+        return 0 if place < 0 else place + 2
+
+    def is_whole(self, lines: List[bytes]) -> bool:
+        """Returns whether these lines are all of an event's, though what must end it is missing:
+        some servers end events with a line, or the rest is still to come."""
+        data = self.data(lines[-1])
+        return data is not None and (data.strip() == LAST_DATA or (
+            data.rstrip().endswith(b"}") and bool(self.payload(b"".join(lines)))))
 
 
-# WHATWG HTML, 9.2
+LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
+# WHATWG HTML, 9.2: a line ends with LF, CR or both, an event with an empty line.
 SSE = EventFraming(
-    "text/event-stream", b"data: ", (b"\n\n", b"\r\n\r\n"), re.compile(rb"(?<=\n\n)|(?<=\n\r\n)"))
+    "text/event-stream", b"data: ", (b"\n\n", b"\n\r\n", b"\r\r\n", b"\r\r", b"\n\r"),
+    (b"\n\n", b"\n\r", b"\r\r"))
 # Each line is an event.
-NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), re.compile(rb"(?<=\n)"))
+NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
+
+
+UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
+UPLOAD = "upload"    # that of a file to be stored
+
+
+class StoredPath(NamedTuple):
+    """What a path says of a thing that an upstream stores. `name` is empty where the path is that
+    of all its kind; `is_listed`: they are asked for, and none is made."""
+    collection: str
+    name: str
+    is_listed: bool
 
 
 class Call(Billable):
-    """One LLM request, parsed. `endpoint` is None where nothing is metered; then there is no
-    payload either. `prefix` names the upstream where the path did. `model` is what the caller asked
-    for, `resolved_model` what that stands for, and `upstream_model` what the upstream is asked for,
-    in `upstream_body`."""
+    """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
+    is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
+    the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
+    `upstream_model` what the upstream is asked for, in `upstream_body`; `models` are that and
+    those that may serve instead. `put_model` returns a form with another model in it."""
     model: Optional[str] = None
     resolved_model = ""
     upstream_model = ""
+    models: Tuple[str, ...] = ()
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
+    put_model: Optional[Callable[[str], bytes]] = None
+    stored: Optional[StoredPath] = None
+    on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
+    made: Sequence[str] = ()                               # and these are they
+    owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
+    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
+    # What it asks for, once that is known:
+    length: Optional[Tuple[int, List[int]]] = None
+    limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None):
@@ -2078,9 +2797,12 @@ class Call(Billable):
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there."""
         self.upstream_model = model
+        self.models = (model, *self.dialect.other_models(self.payload))
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         payload = self.payload
+        if self.endpoint in (UNKNOWN, UPLOAD):
+            return self.prepare_unknown(model)
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
@@ -2089,48 +2811,163 @@ class Call(Billable):
             self.upstream_body = to_json_bytes(payload)
 
     def request_usage(self) -> None:
-        """Asks for the usage of a stream, unless the caller said whether it wants it."""
+        """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
-    def prompt_length(self) -> Tuple[int, int]:
-        """Returns the characters of the prompt, and how many images and the like are in it. A token
-        id of a prompt that is spelled in them stands for CHARACTERS_PER_TOKEN."""
-        characters, media = text_length(self.payload, "model", is_media)
-        ids = list(map(self.payload.get, ("prompt", "input")))
-        for part in ids:  # the list grows meanwhile
-            if type(part) is list:
-                ids += part
-        return characters + CHARACTERS_PER_TOKEN * list(map(type, ids)).count(int), media
+    def prepare_unknown(self, model: str) -> None:
+        """Puts the model where the call names one, if it does."""
+        if self.put_model:
+            self.upstream_body = self.body if model == self.model else self.put_model(model)
+        elif self.model:
+            self.path, payload = UNKNOWN_DIALECT.with_model(self.path, self.payload, model)
+            if payload is not self.payload:
+                self.upstream_body = to_json_bytes(payload)
 
-    def output_limit(self) -> Optional[int]:
-        """Returns the most output tokens that the call asks for, None where it does not say; null
-        counts as unsaid, as at OpenAI."""
-        holder = self.payload
-        holders = self.dialect.LIMIT_HOLDERS
-        if holders:
-            holder = next(filter(None, map(holder.get, holders)), {})
+    def runs_in_background(self) -> bool:
+        """Returns whether its answer will only be told to who asks for it later."""
+        return True in (self.payload.get("background"), self.payload.get("deferred"))
+
+    def makes_things(self) -> bool:
+        """Returns whether the upstream may store what comes of it, for the account."""
+        if self.endpoint == "chat":
+            return self.payload.get("store") is True or self.runs_in_background()
+        if self.stored and self.endpoint is None:
+            made = self.stored.name and self.stored.collection in HAVE_RESULTS
+            return self.path.endswith("/" + self.stored.name) if made else not (
+                self.stored.name or self.stored.is_listed)
+        return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
+            self.endpoint == "other" and "/videos/" in self.path)
+
+    def references(self) -> List[str]:
+        """Returns the names of stored things that the payload speaks of."""
+        found = []
+        parts = [self.payload]
+        for part in parts:  # the list grows meanwhile
+            values = part
+            if type(part) is dict:
+                values = part.values()
+                if not REFERENCES.isdisjoint(part):
+                    for key in REFERENCES.intersection(part):
+                        found += names_of_things(part[key])
+                if not CALLERS_OWN.isdisjoint(part):
+                    values = [part[key] for key in part.keys() - CALLERS_OWN]
+                elif "input" in part and str(part.get("type")).endswith("tool_use"):
+                    continue
+            parts += [one for one in values if type(one) in (list, dict)]
+        return found
+
+    def prompt_length(self) -> Tuple[int, List[int]]:
+        if self.length is None:
+            payload = self.payload
+            images = as_list(payload[IMAGES_KEY]) if IMAGES_KEY in payload else []
+            if images:
+                payload = {**payload, IMAGES_KEY: None}
+            weight, media = text_length(payload, "model", PLAIN_KEYS, media_texts)
+            self.length = weight, media + [0] * len(images)
+        return self.length
+
+    def output_limit(self) -> Tuple[Optional[int], int]:
+        """Returns the largest limit that any server takes for one; null counts as unsaid, as at
+        OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
+        if self.limit is None:
+            most, outputs = 0 if self.endpoint in (UNKNOWN, UPLOAD) else None, 1
+            for name, value in self.numbers():
+                if name in OUTPUT_COUNTS:
+                    outputs = max(outputs, value)
+                else:
+                    value = value if value >= 0 else math.inf
+                    most = value if most is None else max(most, value)
+            many = self.payload.get("messages" if self.endpoint == "batch" else "prompt")
+            if type(many) is list and many and type(many[0]) in (str, list):
+                outputs *= len(many)
+            self.limit = most if most != math.inf else None, outputs
+        return self.limit
+
+    def numbers(self) -> List[Tuple[str, int]]:
+        """Returns what stands at the names of limits and counts, in the payload and in objects with
+        options. Raises BadRequest for what is no number where text is generated: a server might
+        read it as one."""
+        found = []
+        holders = [self.payload]
+        if not OPTION_HOLDERS.isdisjoint(self.payload):
+            holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
+        for holder in holders:
             if not isinstance(holder, dict):
-                raise BadRequest("%s must be an object" % holders[0])
-        for key in self.dialect.OUTPUT_LIMITS.get(self.endpoint, ()):
-            limit = holder.get(key)
-            if limit is not None:
-                if type(limit) is not int or limit < 0:
-                    raise BadRequest("%s must be an integer of at least 0" % key)
-                return limit
-        return None
+                self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+                continue
+            for name in OUTPUT_NUMBERS.intersection(holder):
+                value = holder[name]
+                if type(value) is float and value.is_integer():
+                    value = int(value)
+                if type(value) is int:
+                    found.append((name, value))
+                elif value is not None:
+                    self.complain("%s must be an integer" % name)
+        return found
+
+    def complain(self, message):
+        """Raises BadRequest, but for calls of which we know too little."""
+        if self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest(message)
 
 
+# The most tokens of an output, at servers of any kind: a caller may name several, and the server
+# may take any of them.
+OUTPUT_LIMITS = frozenset((
+    "max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens", "max_new_tokens",
+    "n_predict", "num_predict", "max_tokens_to_sample", "max_gen_len", "maxTokens"))
+# How many answers there are to one prompt.
+OUTPUT_COUNTS = frozenset((
+    "n", "best_of", "n_cmpl", "candidateCount", "candidate_count", "num_return_sequences"))
+OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
+# The objects in which either may stand.
+OPTION_HOLDERS = frozenset((
+    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig"))
 MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
     "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
     "video_url", "audio_url"))
-MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
+MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
+MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
+DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
+    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url",
+    IMAGES_KEY))
+# The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
+PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
+role content type text parts model name description id index function functions parameters arguments
+properties items required enum anyOf additionalProperties strict input_schema json_schema schema
+tool_calls tool_call_id tool_use_id tool_choice call_id status output input summary thinking
+signature cache_control ttl source media_type mimeType mime_type detail format input_audio file
+file_id file_uri fileUri filename title context citations annotations logprobs is_error
+functionCall functionResponse functionDeclarations args response include_usage effort
+budget_tokens""".split())
 
 
 def is_media(part: Dict[str, Any]) -> bool:
-    """Returns whether a part of a prompt is an image or the like, in any API."""
+    """Returns whether a part of a prompt is an image or the like, in any API; Anthropic's documents
+    may be plain text."""
     kind = part.get("type")
     return not MEDIA_KEYS.isdisjoint(part) or (
-        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part)
+        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part
+        and dig(part, "source", "type") not in ("text", "content"))
+
+
+def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
+    """Returns what is text in an image and the like; None where a part is none."""
+    if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
+        return None
+    texts = [key for key in part if key not in PLAIN_KEYS]
+    pairs = list(part.items())
+    for key, value in pairs:  # the list grows meanwhile
+        if type(value) is str:
+            if key not in DATA_KEYS or " " in value:
+                texts.append(value)
+        elif type(value) is list:
+            pairs += [(key, one) for one in value]
+        elif type(value) is dict:
+            pairs += value.items()
+            texts += [key for key in value if key not in PLAIN_KEYS]
+    return texts
 
 
 class Model(NamedTuple):
@@ -2140,9 +2977,100 @@ class Model(NamedTuple):
     facts: Dict[str, Any] = {}
 
 
+# Keys at which a payload names what an upstream stores
+REFERENCES = frozenset("""
+    previous_response_id response_id previous_interaction_id previousInteractionId conversation
+    conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
+    validation_file vector_store_id vector_store_ids container container_id cachedContent
+    cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
+# Here stands what callers and their tools have made up.
+CALLERS_OWN = frozenset("""
+    args arguments functionCall function_call functionResponse function_response parameters
+    input_schema inputSchema schema json_schema properties metadata""".split())
+# A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
+THING_NAME = re.compile(
+    r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"|([^/:]+)", re.IGNORECASE)
+RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
+NAME_KEYS = (
+    "id", "request_id", "thread_id", "output_file_id", "error_file_id", "responsesFile")
+# These make files when they are done.
+HAVE_RESULTS = ("batches", "fine_tuning/jobs")
+# What an answer says was made may stand in these objects, too.
+MADE_IN = ("response", "interaction", "conversation", "container", "file")
+
+
+def names_of_things(value: Any) -> List[str]:
+    """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
+    of these."""
+    values = value if type(value) is list else [value]
+    names = [one.get("id") if type(one) is dict else one for one in values]
+    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    return [match[match.lastindex] for match in matches if match]
+
+
+def names_made(payload: Dict[str, Any]) -> List[str]:
+    """Returns the names of what a response or an event says was made."""
+    found = []
+    holders = [payload]
+    for holder in holders:  # the list grows meanwhile
+        if type(holder) is dict:
+            holders += map(holder.get, MADE_IN)
+            found += map(holder.get, NAME_KEYS)
+            found += names_of_things(holder.get("result_files"))
+            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
+            found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
+
+
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
+# An answer or an event with one of these at one of these keys is an error.
+FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
+FAULTS = frozenset(("error", "response.failed", "failed"))
+# Errors by which an upstream says that the caller is to blame, or its own account
+BLAMELESS = re.compile(
+    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic"
+    "|safety", re.IGNORECASE)
+
+
+def without_masks(query: str) -> str:
+    """Returns a query without what leaves out parts of a response at Google's servers."""
+    return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
+        part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
+
+
+def fault_status(value: Any) -> int:
+    """Returns the status of an error in a response: what it says itself, else 400 where its kind is
+    one that speaks of the caller, and 502."""
+    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
+    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
+    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
+
+
+def is_name(value: Any) -> bool:
+    """Returns whether a value can be the name of a model or a tier."""
+    return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
+
+
+def is_money(value: Any) -> bool:
+    """Returns whether a value can be an amount of money."""
+    return type(value) in (int, float) and 0 <= value < MAX_COST
+
+
+def with_iterations(told: Usage, parts: List[Usage]) -> Usage:
+    """Returns the usage of a call that ran in several steps, some of them by another model. What
+    was told may leave out some (Anthropic's compaction)."""
+    own = [part for part in parts if part.model == told.model]
+    others = tuple([part for part in parts if part.model != told.model])
+    input, output, cached, cache_write, reasoning, hour_write = [
+        sum([getattr(part, name) for part in own])
+        for name in ("input", "output", "cached", "cache_write", "reasoning", "hour_write")]
+    if input + output > told.input + told.output:
+        told = told._replace(input=input, output=output, cached=cached, cache_write=cache_write,
+                             reasoning=reasoning, hour_write=hour_write)
+    return told._replace(others=others)
 
 
 class Dialect:
@@ -2152,11 +3080,13 @@ class Dialect:
     # The metered endpoints, by the end of their paths; in any spelling they are reached by that.
     ENDPOINTS = {}
     # What stands before the model in a path, the model, and what stands behind.
-    MODEL_IN_PATH = re.compile("(?!)")  # nothing
-    # The keys of the most output tokens, by endpoint; the first that is set counts.
-    OUTPUT_LIMITS = {}
-    # The objects that may hold these keys; the payload does where there are none.
-    LIMIT_HOLDERS = ()
+    MODEL_IN_PATH = re.compile(
+        "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
+    # Asks Google's servers to leave out parts of a response, such as its usage.
+    MASK_FIELD = "x-goog-fieldmask"
+    # The keys of lists that name more models which may serve: to fall back to, or as tools.
+    MODEL_LISTS = frozenset(("models", "fallbacks", "tools"))
+    MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
     VERSION_LINES = ()
@@ -2175,8 +3105,10 @@ class Dialect:
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
     USAGE_OPTION = b""
-    # Stands in events that do nothing but report usage.
-    USAGE_EVENT = re.compile(b"(?!)")  # nothing
+    # Stands in events that do more than report usage.
+    CONTENT = re.compile(b"(?!)")  # nothing
+    # What else stands in events that do no more than that.
+    ENVELOPE = frozenset()
     # Templates of errors, which are named by their status or the refusal's kind
     ERROR = ""
     ERRORS = {}
@@ -2187,13 +3119,39 @@ class Dialect:
     MODEL_LIST = ""
     MODEL = ""
     MODEL_KEYS = ("id",)  # at which its name stands
-    # What a count is; the largest of those that are the same counts.
-    COUNTS = {}
+    # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
+    # lists no more is read than there may be choices.
+    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq", "data",
+                     "result")
+    # What a count is, in any of the APIs; the largest of those that are the same counts.
+    COUNTS = {
+        "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
+        "completion_tokens": "output", "output_tokens": "output", "outputTokens": "output",
+        "total_tokens": "total", "totalTokens": "total",
+        "cached_tokens": "cached", "prompt_cache_hit_tokens": "cached",
+        "cache_read_input_tokens": "cached", "cache_read_tokens": "cached",
+        "cacheReadInputTokens": "cached",
+        "cache_write_tokens": "written", "cache_creation_input_tokens": "written",
+        "cache_creation_tokens": "written", "cacheWriteInputTokens": "written",
+        "ephemeral_5m_input_tokens": "minutes", "ephemeral_1h_input_tokens": "hour",
+        "reasoning_tokens": "reasoning", "thinking_tokens": "reasoning"}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt",)
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
+    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra; xAI's ticks.
+    MONEY = {"cost": PICODOLLARS, "total_cost": PICODOLLARS, "estimated_cost": PICODOLLARS,
+             "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
+    # How it was served.
+    TIERS = ("service_tier", "speed", "inference_geo")
+    # The key of the model that served.
+    SERVED = "model"
+    # Where a response or an event says why the model stopped,
+    REASON = ("", "")
+    # and what events say that end a stream. Without either, nobody can tell whether one is whole.
+    LAST_KEY = "type"
+    LAST_TYPES = ()
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -2223,6 +3181,19 @@ class Dialect:
             payload = {**payload, "model": model}
         return path, payload
 
+    def other_models(self, payload: Dict[str, Any]) -> List[str]:
+        """Returns the models that may serve a call besides the one that it asks for. Raises
+        BadRequest for too many."""
+        if self.MODEL_LISTS.isdisjoint(payload):
+            return []
+        found = [one.get("model") if type(one) is dict else one
+                 for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list
+                 for one in payload[key]]
+        names = list(dict.fromkeys([name for name in found if type(name) is str]))
+        if len(names) > self.MAX_MODELS or len("".join(names)) > 4096:
+            raise BadRequest("The request names too many models")
+        return names
+
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
 
@@ -2247,61 +3218,169 @@ class Dialect:
         """Returns whether a response of this type is cut into events."""
         return content_type.lower().startswith(self.events.content_type)
 
-    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, bool]:
+    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, Optional[bool]]:
         """Returns what a response or an event reports of usage, by the API's own names, if
-        anything; and whether nothing more will come."""
-        # The last event of OpenAI's responses API has the whole response.
-        return payload.get("usage") or dig(payload, "response", "usage"), True
+        anything; and whether nothing more will come: None where that is known at the end."""
+        final = self.is_finished(payload) or not payload.get(self.REASON[0])
+        return self.counts_in(payload), final or None
+
+    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns the usage of a response or an event, with the counts that stand beside it."""
+        found = payload.get(self.usage_key())
+        if not isinstance(found, dict):
+            found = {}
+            for name in self.USAGE_HOLDERS:
+                for part in as_list(payload.get(name))[:128]:
+                    if isinstance(part, dict):
+                        found = merged(found, self.counts_in(part))
+        if self.COUNTS.keys().isdisjoint(payload):
+            return found
+        return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
+
+    def usage_key(self) -> str:
+        return self.USAGE_MARK[1:-1].decode()
+
+    def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+        """Returns the model that served, and the tier, as far as a response or an event says."""
+        model = payload.get(self.SERVED)
+        if type(model) is str and is_name(model):
+            tier = payload.get(self.TIERS[0])
+            return model, tier if is_name(tier) else None
+        for name in self.USAGE_HOLDERS[:3]:
+            if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
+                return self.served(payload[name])
+        return None, None
+
+    def is_finished(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether a response or an event says that the model has stopped."""
+        holder, reason = self.REASON
+        return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
+            self.is_last(payload))
+
+    def is_last(self, payload: Dict[str, Any]) -> bool:
+        """Returns whether an event ends its stream."""
+        return payload.get(self.LAST_KEY) in self.LAST_TYPES
+
+    def fault(self, payload: Dict[str, Any]) -> int:
+        """Returns the status of the error that a response or an event with status 200 is, 0 where
+        it is none."""
+        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:2]),
+                     *as_list(payload.get("choices"))[:1]):
+            error = dig(part, "error") or dig(part, "errors")
+            code = dig(part, "base_resp", "status_code")  # MiniMax
+            if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
+                return fault_status(as_list(error)[0] if error else part)
+        return 0
 
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
         start = len(data)
+        served = b'"%b"' % self.SERVED.encode()
         for _ in range(5):  # so many may be planted; to try more would take long
             start = data.rfind(self.USAGE_MARK, 0, start)
             if start < 0:
                 break
-            for opening in openings:
-                try:
-                    return decode_json(opening + data[start:])
-                except ValueError:
-                    pass
+            before = data.rfind(served, max(0, start - 300), start)  # embeddings end with both
+            for begin, opening in itertools.product({before, start} - {-1}, openings):
+                found = object_in(opening + data[begin:])
+                if found:
+                    return found
         return {}
 
-    def usage(self, counts: Dict[str, Any]) -> Optional[Usage]:
+    def usage(self, counts: Dict[str, Any], model: Optional[str] = None,
+              tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
-        details = [part for part in counts.values() if type(part) is dict]
-        found = collections.defaultdict(int, sorted([
-            (self.COUNTS[name], value)
-            for part in (counts, *details) for name, value in part.items()
-            if name in self.COUNTS and type(value) is int and 0 <= value < MAX_TOKENS_PER_CALL]))
+        told = self.plain_usage(counts, model, tier)
+        iterations = counts.get("iterations")
+        if told is None or not isinstance(iterations, list):
+            return told
+        parts = [self.plain_usage(one, one.get(self.SERVED) or model, tier)
+                 for one in iterations if isinstance(one, dict)]
+        return with_iterations(told, [part for part in parts if part])
+
+    def plain_usage(self, counts: Dict[str, Any], model: Optional[str],
+                    tier: Optional[str]) -> Optional[Usage]:
+        """Returns the usage that counts and their details tell, but for iterations."""
+        parts = [counts, *[part for part in counts.values() if type(part) is dict]]
+        found = self.found(parts)
         if self.NEEDED_COUNTS.isdisjoint(found):
             return None
-        found.setdefault("prompt", max(0, found["total"] - found["output"]))
-        prompt = sum([found[name] for name in self.INPUT])
-        output = sum([found[name] for name in self.OUTPUT])
-        output = max(output, found["total"] - prompt)  # some count reasoning in the total alone
+        prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]))
+        tiers = [tier, *map(counts.get, self.TIERS)]
+        tiers = dict.fromkeys(filter(is_name, tiers)) if any(tiers) else ()
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
+                     min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
-    def is_usage_event(self, event: bytes) -> bool:
-        """Returns whether an event does nothing but report usage."""
-        payload = self.events.payload(event) if self.USAGE_EVENT.search(event) else {}
-        return payload.get("choices") == [] and isinstance(payload.get("usage"), dict)
+    def found(self, parts: List[Dict[str, Any]]) -> Dict[str, int]:
+        """Returns counts by what they are; what is not among them is 0."""
+        found = collections.defaultdict(int)
+        for part in parts:
+            for name, value in part.items():
+                kind = self.COUNTS.get(name)
+                if kind and is_count(value) and value >= found[kind]:
+                    found[kind] = int(value)
+        found["written"] = max(found["written"], found["minutes"] + found["hour"])
+        return found
+
+    def sides(self, found: Dict[str, int]) -> Tuple[int, int]:
+        """Returns all of the input, and of the output. Whether caches and reasoning are parts of
+        the prompt and of the output or stand beside them is what a total tells; without one it is
+        as usual in this API, but for parts that are larger than the whole."""
+        prompt, output, total = found["prompt"], found["output"], found["total"]
+        caches, reasoning = found["cached"] + found["written"], found["reasoning"]
+        sent = sum([found[name] for name in self.INPUT])
+        said = sum([found[name] for name in self.OUTPUT])
+        if sent + said == total and sent >= caches and said >= reasoning:
+            return sent, said  # as nearly always
+        for pair in itertools.product(
+                (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+                (said, output, output + reasoning)):
+            if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
+                return pair
+        sent = max(sent, prompt + caches if caches > prompt else 0)
+        said = max(said, output + reasoning if reasoning > output else 0)
+        sent = sent or max(0, total - said)
+        return sent, max(said, total - sent)  # some count reasoning in the total alone
+
+    def picodollars(self, parts: List[Dict[str, Any]]) -> Optional[int]:
+        """Returns what a call cost, where the counts or their details say so."""
+        told = [part[name] * self.MONEY[name]
+                for part in parts if not self.MONEY.keys().isdisjoint(part)
+                for name in self.MONEY.keys() & part.keys() if is_money(part[name])]
+        if not told:
+            return None
+        own = dig(parts[0], "cost_details", "upstream_inference_cost")
+        if parts[0].get("is_byok") is True and is_money(own):  # OpenRouter, by one's own key
+            told = [max(told) + own * PICODOLLARS]
+        return min(MAX_COST, round(max(told)))
+
+    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns what an event says besides usage, {} where that is nothing."""
+        rest = {name: value for name, value in payload.items() if name != self.usage_key()}
+        return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
-        """Returns how many characters the model said in JSON or in events, cut ones too. One search
+        """Returns the weight of what the model said in JSON or in events, cut ones too. One search
         for all of them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
-        text = "".join(re.findall(TEXT_AT % "|".join(keys), data.decode("utf-8", "replace")))
+        text = data.decode("utf-8", "replace")
+        said = {"".join(re.findall(TEXT_AT % key, text)) for key in keys if '"%s"' % key in text}
+        # What several keys say in the same words is said once: some mirror reasoning.
+        return sum(map(self.weight, said))
+
+    @staticmethod
+    def weight(text: str) -> int:
+        """Returns the weight of a string of JSON."""
         if "\\" in text:
             try:
                 text = json.loads('"%s"' % text)
             except ValueError:
                 pass
-        return len(text)
+        return text_weight(text)
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
@@ -2336,7 +3415,7 @@ class Dialect:
     def limit_reply(self, call: Call, text: str, created: int) -> Optional[bytes]:
         """Returns a whole answer in which the assistant says `text`, a stream where one was asked
         for; None where no assistant can speak. `created` is in unix seconds."""
-        if self.is_parsed(call.payload):
+        if call.endpoint in NO_LIMIT_REPLY or self.is_parsed(call.payload):
             return None
         model = call.model or call.upstream_model
         reply = self.limit_text(call, {
@@ -2374,8 +3453,8 @@ class Dialect:
         return self.events.content_type if call.stream else "application/json"
 
 
-# A string of JSON at one of these keys, up to where it may be cut
-TEXT_AT = r'"(?:%s)"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
+# A string of JSON at a key, up to where it may be cut
+TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
 "created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
 CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
@@ -2442,6 +3521,10 @@ def choice_count(payload: Dict[str, Any]) -> int:
     return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
 
 
+# POSTs that cost nothing: they count tokens, spell them out, or describe a model.
+FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
@@ -2450,28 +3533,24 @@ class OpenAI(Dialect):
         "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
         "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
-        "/generations": "other"}
+        "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
     MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
-    OUTPUT_LIMITS = {
-        "chat": ("max_completion_tokens", "max_tokens"),
-        "batch": ("max_completion_tokens", "max_tokens"), "fim": ("max_tokens",),
-        "completions": ("max_tokens",), "responses": ("max_output_tokens",)}
     LIST_PATHS = ("/v1/models", "/models")
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
-    USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-    COUNTS = {
-        "prompt_tokens": "prompt", "input_tokens": "prompt", "completion_tokens": "output",
-        "output_tokens": "output", "total_tokens": "total", "cached_tokens": "cached",
-        "prompt_cache_hit_tokens": "cached", "cache_write_tokens": "written",
-        "reasoning_tokens": "reasoning"}
+    CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+    ENVELOPE = frozenset((
+        "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint",
+        "provider", "obfuscation", "p", "x_groq"))
+    REASON = ("choices", "finish_reason")
+    LAST_TYPES = (
+        "response.completed", "response.incomplete", "response.failed", "response.cancelled")
     PARSED = {
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
-        "suffix": (), "prediction": NOTHING,  # what is said goes into a file
-        "audio": NOTHING,
+        "suffix": (),  # what is filled in goes into a file
         **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
             "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
             "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
@@ -2485,11 +3564,16 @@ class OpenAI(Dialect):
     MODEL = '{"id": "%(name)s", "object": "model", "created": 0, "owned_by": "llm-proxy"}'
 
     def request_usage(self, call):
-        options = call.payload.get("stream_options", {})
-        if not call.stream or call.endpoint not in ("chat", "completions") or (
-                not isinstance(options, dict) or "include_usage" in options):
+        if not call.stream or call.endpoint not in ("chat", "completions"):
             return
-        call.usage_requested_by_us = True
+        options = call.payload.get("stream_options")
+        if not isinstance(options, dict):
+            options = {}
+        # OpenRouter has a question of its own.
+        asked = options.get("include_usage") or dig(call.payload, "usage", "include")
+        call.usage_requested_by_us = not asked
+        if options.get("include_usage") is True:
+            return
         if "stream_options" in call.payload:
             payload = json.loads(call.upstream_body)
             payload["stream_options"] = {**options, "include_usage": True}
@@ -2498,13 +3582,15 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
-    def usage(self, counts):
+    def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
             counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
         if len(counts) == 3 and type(prompt) is type(output) is type(total) is int and (
                 0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
-            return Usage(prompt, output)  # as most servers report it
-        return super().usage(counts)
+            return Usage(prompt, output, model=model, tiers=(tier,) if tier else ())
+        if counts.keys() >= {"input_tokens", "cache_read_input_tokens"}:
+            return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
+        return super().usage(counts, model, tier)
 
     def final_error(self, refusal, status, resets_at):
         """Returns what Codex takes for the end of a plan, and tells its user (openai/codex,
@@ -2580,16 +3666,14 @@ class Anthropic(Dialect):
     """The Anthropic messages API (https://docs.anthropic.com/en/api/messages)."""
     name = "anthropic"
     ENDPOINTS = {"/messages": "messages", "/count_tokens": "count"}
-    OUTPUT_LIMITS = {"messages": ("max_tokens",)}
     PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
-    COUNTS = {
-        "input_tokens": "prompt", "output_tokens": "output", "cache_read_input_tokens": "cached",
-        "cache_creation_input_tokens": "written", "thinking_tokens": "reasoning"}
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
+    REASON = ("delta", "stop_reason")
+    LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
@@ -2608,9 +3692,9 @@ class Anthropic(Dialect):
         return "anthropic-version" in fields or bool(self.PATH.search(path))
 
     def usage_counts(self, payload):
-        """Takes the input from message_start, the rest from the last, cumulative message_delta."""
-        counts = payload.get("usage") or dig(payload, "message", "usage")
-        return counts, payload.get("type") != "message_start"
+        """What message_start tells of the output is no count of it."""
+        counts, final = super().usage_counts(payload)
+        return counts, False if payload.get("type") == "message_start" else final
 
     def limit_text(self, call, values):
         return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
@@ -2662,14 +3746,15 @@ class Gemini(Google):
         ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
     METHODS = tuple(map(str.lower, ENDPOINTS))
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
-    OUTPUT_LIMITS = {"generate": ("maxOutputTokens", "max_output_tokens")}
-    LIMIT_HOLDERS = ("generationConfig", "generation_config")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
     COUNTS = {
         "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
         "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
+        "totalTokenCount": "total",
         "cachedContentTokenCount": "cached"}
+    SERVED = "modelVersion"
+    REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -2695,11 +3780,9 @@ class Gemini(Google):
             return path, DIALECTS["openai"]
         return super().place(path, dialect, metered)
 
-    def usage_counts(self, payload):
-        """Takes counts, which are cumulative: the event with finishReason has the final ones."""
-        candidates = payload.get("candidates")
-        return payload.get("usageMetadata"), isinstance(candidates, list) and any(
-            [dig(one, "finishReason") for one in candidates])
+    def is_last(self, payload):
+        return bool(dig(payload, "promptFeedback", "blockReason")) or any(
+            [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
 
     def limit_text(self, call, values):
         if call.endpoint != "generate":
@@ -2733,8 +3816,6 @@ class Interactions(Google):
     not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    OUTPUT_LIMITS = {"interactions": ("max_output_tokens",)}
-    LIMIT_HOLDERS = ("generation_config",)
     COUNTS = {
         "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
         "total_output_tokens": "output", "total_thought_tokens": "reasoning",
@@ -2743,12 +3824,13 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
+    LAST_KEY = "event_type"
+    LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
-        return payload.get("usage") or dig(payload, "interaction", "usage"), (
-            payload.get("event_type") in (None, "interaction.completed", "interaction.complete"))
+        return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
     def limit_text(self, call, values):
         if call.stream:
@@ -2772,9 +3854,8 @@ class Ollama(Dialect):
     name = "ollama"
     ENDPOINTS = {
         "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
-        "/api/embeddings": "embed"}
-    OUTPUT_LIMITS = dict.fromkeys(("chat", "generate"), ("num_predict",))
-    LIMIT_HOLDERS = ("options",)
+        "/api/embeddings": "embed", "/api/show": "count"}
+    STREAMS = ("/chat", "/generate")
     MODELS_PATH = "/api/tags"
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
@@ -2784,6 +3865,8 @@ class Ollama(Dialect):
     COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
+    LAST_KEY = "done"
+    LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
     MODEL_LIST = '{"models": [%(rows)s]}'
@@ -2795,7 +3878,7 @@ class Ollama(Dialect):
         return path.startswith("/api/")
 
     def requested(self, path, payload):
-        streams = "/api/embed" not in path and payload.get("stream") is not False
+        streams = path.endswith(self.STREAMS) and payload.get("stream") is not False
         return payload.get("model"), streams
 
     def place(self, path, dialect, metered):
@@ -2806,9 +3889,9 @@ class Ollama(Dialect):
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
 
-    def usage_counts(self, payload):
-        """Takes the counts that the last line has beside all else."""
-        return {name: payload.get(name) for name in self.COUNTS}, payload.get("done") is not False
+    def counts_in(self, payload):
+        """Takes those that the last line has beside all else."""
+        return {name: payload[name] for name in self.COUNTS if name in payload}
 
     def limit_text(self, call, values):
         if call.endpoint not in OLLAMA_SAYS:
@@ -2823,7 +3906,8 @@ class Ollama(Dialect):
 DIALECTS = {dialect.name: dialect for dialect in (
     Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
 UNKNOWN_DIALECT = Dialect()
-NO_LIMIT_REPLY = (None, "count", "other", "embed")  # endpoints at which no assistant speaks
+NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer with no text,
+NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no assistant speaks
 
 
 def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
@@ -2839,6 +3923,62 @@ def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
+FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
+# Bodies of these types are relayed as they come: nothing is in them that we could read.
+RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
+LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Unicode encoding
+
+# What upstreams store for an account, and where
+STORED_PATH = re.compile(
+    "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
+    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
+    "|cachedContents|interactions|tunedModels|fileSearchStores|operations)"
+    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+UPLOADED = ("files", "uploads")
+# These are no names of stored things.
+VERBS = ("input_tokens", "compact", "runs", "generations", "edits", "extensions")
+CANCEL = ("/cancel", ":cancel")
+
+# Paths that manage an upstream for all its users, show what others do there, or hand out
+# credentials: these segments wherever they stand,
+ADMIN_SEGMENTS = frozenset("""
+    client_secrets transcription_sessions auth_tokens organization organizations
+    slots cors-proxy
+    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
+    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
+    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
+    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
+    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
+    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
+    get_internal_state get_server_info start_expert_distribution_record
+    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
+    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
+    set_trace_level add_worker remove_worker stop-generation""".split())
+# two of these in a row,
+ADMIN_PAIRS = frozenset("""
+    realtime/sessions realtime/calls chatkit/sessions auth/keys
+    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
+    models/load models/unload models/sse models/download models/apply models/delete
+    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
+    template/unload override/switch override/unload backends/apply backends/delete
+    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
+ADMIN_ROOTS = frozenset("""
+    stream streams pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split())
+# and these at the end, where the method is no GET
+ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+
+
+def is_admin_path(method: str, path: str) -> bool:
+    """Returns whether a path, as `fold_path` has it, manages an upstream."""
+    segments = path[1:].split("/")
+    pairs = map("/".join, zip(segments, segments[1:]))
+    root = next((one for one in segments if one not in ("api", "v1")), "")
+    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
+            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
+            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
+            or (method == "DELETE" and "models" in segments[-3:-1]))
 
 
 class Dialects:
@@ -2851,10 +3991,15 @@ class Dialects:
         "max_output_tokens", "options"))
     MAX_MODEL = 256
 
-    def __init__(self, aliases: Dict[str, str], names: Dict[str, str]):
-        """`aliases` of models; `names` of upstreams, with the dialect of each."""
+    def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
+                 admin_paths: bool):
+        """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
+        to count, pass or refuse; `admin_paths`: whether they are passed on."""
         self.aliases = aliases
         self.names = names
+        self.unknown_calls = unknown_calls
+        self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
+            lambda method, path: not admin_paths and is_admin_path(method, path))
         self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
@@ -2881,17 +4026,19 @@ class Dialects:
         return self.openai
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
-        """Returns the dialect and the endpoint of a metered request, None for others; and the path
-        to use. Raises BadRequest."""
+        """Returns the dialect, None where that is not known; the endpoint, None where nothing is
+        metered; and the path to use. Raises BadRequest, Forbidden."""
         if method == "POST" and path == "/v1/chat/completions":  # as nearly always
             return self.openai, "chat", path
         folded = fold_path(path)
+        if self.is_admin_path(method, self.split(folded)[1]):
+            raise Forbidden()
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
-        if method != "POST" or endpoint is None or (
-                endpoint == "count" and not self.names) or (
-                re.search("/threads/[^/]+/messages$", folded)):
+        if method != "POST" or endpoint is None or re.search("/threads/[^/]+/messages$", folded):
+            return None, None if method in FREE_METHODS else UNKNOWN, path
+        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -2902,68 +4049,183 @@ class Dialects:
     async def read(self, method: str, path: str, query: str, fields: Fields,
                    read_body: Callable[[], Awaitable[bytes]]) -> Call:
         """Reads a request. `read_body` is only called, and the payload only parsed, where the call
-        is metered. Raises BadRequest, and what `read_body` raises."""
+        is metered. Raises BadRequest, Forbidden, and what `read_body` raises."""
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(query)[1] if query else ""
+        stored = model = None
+        if endpoint in (None, UNKNOWN):
+            stored = self.stored_at(method, path)
+            endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
-        model = None
+        call.stored = stored
         if endpoint:
+            call.query = without_masks(call.query)
+        if endpoint in (UNKNOWN, UPLOAD):
+            model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
+        elif endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
-            model = path.rpartition("/")[2]
-            call.path = path[:-len(model)] + urllib.parse.quote(
-                self.aliases.get(model, model), safe="@")
+            model = self.read_model_path(call)
+        self.note_model(call, model)
+        return call
+
+    def note_model(self, call, model):
+        """`model` is of any type. Raises BadRequest."""
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
             call.resolved_model = self.aliases.get(model, model)
-        return call
+
+    def read_model_path(self, call):
+        """Reads the path of one of the models; returns which."""
+        model = call.path.rpartition("/")[2]
+        call.path = call.path[:-len(model)] + urllib.parse.quote(
+            self.aliases.get(model, model), safe="@")
+        return model
+
+    @staticmethod
+    def stored_at(method: str, path: str) -> Optional[StoredPath]:
+        """Returns what a path that is in no table says of stored things."""
+        is_plain = PLAIN_PATH.fullmatch(path)
+        match = STORED_PATH.search(path if is_plain else fold_path(path))
+        if not match:
+            return None
+        collection, name = match.groups("")
+        if name in VERBS:
+            name = ""
+        is_listed = not name and method in FREE_METHODS
+        # What is not named plainly is nobody's: nothing is named "/".
+        return StoredPath(collection, name if is_plain else name and "/", is_listed)
+
+    def cost_of_unknown(self, path: str, stored: Optional[StoredPath]) -> Optional[str]:
+        """Returns the endpoint of what is in no table, None where it is free. Raises Forbidden."""
+        if stored and stored.name not in ("", "/") and path.endswith(CANCEL):
+            return None
+        if stored and stored.collection.lower() in UPLOADED:
+            return UPLOAD
+        if self.unknown_calls == "refuse":
+            raise Forbidden("Calls of endpoints that are not known here are not passed on")
+        # A payload that may speak of stored things must be read.
+        return None if self.unknown_calls == "pass" and not stored else UNKNOWN
+
+    async def read_unknown(self, call: Call, content_type: str,
+                           read_body: Callable[[], Awaitable[bytes]]) -> Any:
+        """Reads what can be understood of a call of an endpoint that we do not know; returns the
+        model, of any type. Raises as `read` does."""
+        model, _ = UNKNOWN_DIALECT.requested(call.path, {})
+        kind = content_type.lower()
+        if call.endpoint == UPLOAD or RELAYED_TYPES.match(kind):
+            return model
+        call.body = await read_body()
+        if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
+            found = self.read_payload(call)
+        else:
+            found = self.read_form(call, content_type)
+        return model or found
+
+    def read_form(self, call, content_type):
+        """Returns the model that a form names, None where it names none. Raises BadRequest."""
+        kind = content_type.lower()
+        if kind.startswith("multipart/form-data"):
+            model, call.put_model = form_model(call.body, content_type)
+        elif kind.startswith("application/x-www-form-urlencoded"):
+            model, call.put_model = query_model(call.body)
+        else:
+            return None
+        return model
 
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.payload = parse_json(call.body)
-        for key in call.payload:
-            if key not in self.READ_KEYS and key.casefold() in self.READ_KEYS:
-                raise BadRequest("The key %s must be spelled in lower case" % key.casefold())
-        model, call.stream = call.dialect.requested(call.path, call.payload)
+        others = call.payload.keys() - self.READ_KEYS
+        for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+            raise BadRequest("The key %s must be spelled in lower case" % key)
+        if type(call.payload.get("stream")) not in (bool, type(None)) and call.endpoint != UNKNOWN:
+            raise BadRequest("stream must be true or false")  # an upstream could take it for one
+        call.is_json = True
+        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
+        model, call.stream = dialect.requested(call.path, call.payload)
         return model
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
+NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
+# JSON without one of these is no error.
+FAULT_MARK = re.compile(rb'"(?:errors?"|failed"|base_resp"|response\.failed")')
+
+
+class Unpacker:
+    """Unpacks gzip and deflate (RFC 9110 8.4.1), piece by piece. One that has very much in it would
+    hold the loop: then what is left stays packed."""
+    MOST = 1 << 20
+
+    def __init__(self):
+        self.inflater = None
+        self.waiting = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises zlib.error."""
+        if self.inflater is None:
+            data = self.waiting = self.waiting + data
+            if len(data) < 2:
+                return b""
+            # Deflate has a header (RFC 1950 2.2), which some leave out.
+            headed = data[:2] == b"\x1f\x8b" or (
+                data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)
+            self.inflater = zlib.decompressobj(47 if headed else -15)
+        unpacked = self.inflater.decompress(data, self.MOST)
+        if self.inflater.unconsumed_tail:
+            raise zlib.error("too much")
+        return unpacked
 
 
 class UsageReader(UsageSource):
-    """Reads what a response reports of usage, and how much text it holds, from a copy of it on its
-    way past. What `feed` and `flush` return is what goes on to the caller: the one place where a
-    stream may be changed. What came is kept until MAX_KEPT, then searched and dropped, but for an
-    event that is not whole; of a line or JSON above MAX_LINE only the end is kept."""
+    """Reads what a response reports of usage, how much text it holds, and how it says that it
+    ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
+    caller: the one place where a stream may be changed. What came is kept until MAX_KEPT, then
+    searched and dropped, but for the last events; of a line or JSON above MAX_LINE only the end is
+    kept."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
+    LAST_EVENTS = 1 << 12
+    LAST_LINES = 64
     MAX_HELD = 1 << 14
 
     characters = 0
     size = 0
     compact_above = MAX_KEPT
-    cut = False    # the beginning of a line or of JSON is gone
-    final = False  # nothing more will be reported
+    cut = False     # the beginning of a line or of JSON is gone
+    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+    model: Optional[str] = None   # the one that served
+    tier: Optional[str] = None
+    end_is_read = False
+    ended = False         # the model has stopped,
+    closed = False        # and the stream's own last event has passed
+    fault = 0             # the status of the error that the response is
+    said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = None
 
-    def __init__(self, call: Call, streamed: bool, readable: bool):
+    def __init__(self, call: Call, streamed: bool, readable: bool, packed: bool = False):
+        """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
         self.events = call.dialect.events
         self.endpoint = call.endpoint
         self.streamed = streamed
         self.readable = readable
-        self.changes_stream = streamed and call.usage_requested_by_us
+        self.unpacker = Unpacker() if packed else None
+        plain = streamed and readable and not packed
+        self.changes_stream = plain and call.usage_requested_by_us
+        if self.changes_stream:
+            self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
         self.counts: Dict[str, Any] = {}
 
@@ -2973,38 +4235,73 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        self.pieces.append(payload)
-        self.size += len(payload)
-        if self.size > self.compact_above:
+        piece = self.unpack(payload) if self.unpacker else payload
+        self.pieces.append(piece)
+        self.size = size = self.size + len(piece)
+        if size > self.compact_above:
             self.compact()
-        return self.drop_usage_event(payload) if self.changes_stream else payload
+        return self.hide_usage(payload) if self.changes_stream else payload
+
+    def unpack(self, payload: bytes) -> bytes:
+        """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
+        try:
+            return self.unpacker.feed(payload)
+        except zlib.error:
+            self.unpacker = None
+            self.readable = False
+            return payload
+
+    # -- what the caller did not ask for
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end."""
         held = self.held
         self.held = b""
-        return b"" if self.dialect.is_usage_event(held) else held  # its line end may be missing
+        return self.shown(held) if held else held  # its line end may be missing
 
-    def drop_usage_event(self, payload: bytes) -> bytes:
-        """Keeps back the event that the caller did not ask for. An event that is not whole waits
-        for its end: nobody could have used it before."""
+    def hide_usage(self, payload: bytes) -> bytes:
+        """Keeps back the usage that the caller did not ask for. An event that is not whole waits
+        for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
-        if self.events.at_boundary(data) and (  # as nearly always
-                self.dialect.USAGE_MARK not in data or not self.dialect.USAGE_EVENT.search(data)):
-            self.held = b""
+        self.held = b""
+        found = self.dialect.USAGE_MARK in data and self.find_usage(data)
+        if not found and self.events.at_boundary(data):  # as nearly always
             return data
-        *whole, self.held = self.events.end.split(data)
-        if len(self.held) > self.MAX_HELD:
-            whole.append(self.held)
-            self.held = b""
-        return b"".join([event for event in whole if not self.dialect.is_usage_event(event)])
+        begin = self.events.last_end(data, found.start() if found else len(data))
+        events = self.events.cut(data[begin:])
+        shown = list(map(self.shown, events))
+        if events and len(events[-1]) <= self.MAX_HELD and not self.is_over(events[-1], shown[-1]):
+            self.held = events[-1]
+            shown.pop()
+        return data[:begin] + b"".join(shown)
+
+    def is_over(self, event: bytes, shown: bytes) -> bool:
+        """Returns whether an event need not wait; one that is hidden goes with all of its end."""
+        if event != shown:
+            return self.events.at_boundary(event) and not event.endswith(b"\r")
+        return not event.strip() or self.events.at_boundary(event) or (
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event.splitlines(True)))
+
+    def shown(self, event: bytes) -> bytes:
+        """Returns what of an event the caller sees: it stays as it is where it has more to say."""
+        if not self.find_usage(event) or self.dialect.CONTENT.search(event):
+            return event
+        payload = self.events.payload(event)
+        rest = self.dialect.without_usage(payload)
+        if rest == payload:
+            return event
+        return self.events.replaced(event, to_json_bytes(rest)) if rest else b""
+
+    # -- what it says
 
     def compact(self) -> None:
-        """Drops what was kept, after a look at it; an incomplete line stays, or the end of one that
-        is too long."""
+        """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
+        too long."""
         data = b"".join(self.pieces)
-        end = data.rfind(b"\n") + 1 if self.streamed else 0
+        end = begin_of_line(data, len(data) - self.LAST_EVENTS) if self.streamed else 0
         if len(data) - end > self.MAX_LINE:
+            if not self.streamed and not self.cut:
+                self.note(self.front(data[:self.MAX_KEPT]))
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
@@ -3017,48 +4314,161 @@ class UsageReader(UsageSource):
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
+    def front(self, data: bytes) -> Dict[str, Any]:
+        """Returns what is of use in the beginning of JSON that is too large to be kept."""
+        found = {}
+        for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
+            keys = itertools.islice(re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data), 5)
+            match = next((one for one in keys if is_outermost(data, one.start())), None)
+            if match and not is_too_complex(data):
+                with contextlib.suppress(ValueError):
+                    text = data[match.end():].decode("utf-8", "replace")
+                    found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
+        return found
+
     def scan_for_usage(self, data: bytes) -> None:
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
-        if self.dialect.USAGE_MARK not in data:  # far sooner known than by an expression
-            return
-        found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
+        found = []
+        if self.dialect.USAGE_MARK in data:  # far sooner known than by an expression
+            found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
-            line = data[data.rfind(b"\n", 0, match.start()) + 1:].partition(b"\n")[0]
-            self.note(self.events.payload(line) or self.dialect.find_usage(line, OPENINGS))
+            line = LINE.match(data, begin_of_line(data, match.start()))[0]
+            payload = self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
+            if not payload:  # its JSON may stand in several lines
+                event = data[self.events.last_end(data, match.start()):]
+                payload = self.events.payload(self.events.cut(event)[0])
+            self.note(payload)
+        if self.counts and self.final is None:  # what was told before more text is not all of it
+            rest = data[found[-1].end():] if found else data
+            self.final = False if self.count_characters(rest) else None
 
     def note(self, payload: Dict[str, Any]) -> None:
-        """Takes the counts of a response, an event or a part of one, if it has any."""
+        """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
-        if type(counts) is dict:
-            if self.counts:  # what is reported later adds to what was reported before
-                new = {name: value for name, value in counts.items() if value is not None}
-                counts = {**self.counts, **new}
-            self.counts = counts
-            self.final = final
+        if type(counts) is dict and counts:
+            self.counts = merged(self.counts, counts) if self.counts else counts
+            if final is not None or not self.final:
+                self.final = final
+        self.note_server(payload)
 
-    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
-        """Returns the usage that was reported, if it was; and whether nothing is missing from it. A
-        response that is not `whole` is believed of events alone: in JSON it could be anybody's."""
+    def note_server(self, payload: Dict[str, Any]) -> None:
+        """Takes which model served, and how."""
+        model, tier = self.dialect.served(payload)
+        self.model = model or self.model
+        self.tier = tier or self.tier
+
+    def read_end(self, whole: bool) -> None:
+        """Reads what is still kept, when no more comes. A response that is not `whole` is believed
+        of events alone: in JSON it could be anybody's."""
+        if self.end_is_read or not self.readable:
+            return
+        self.end_is_read = True
         data = b"".join(self.pieces)
         self.pieces = [data]
-        if self.readable and self.streamed:
+        if self.streamed:
             self.scan_for_usage(data)
-        elif self.readable and whole:
-            data = data.rstrip(b"] \t\r\n")  # Gemini's stream is an array
-            self.note(self.dialect.find_usage(data, OPENINGS[:1]))
-        usage = self.dialect.usage(self.counts)
-        return usage, usage is not None and (whole or self.final)
+            self.read_last_events(data)
+            self.ended = self.ended or self.closed or bool(self.final)
+        elif whole:
+            self.ended = True
+            self.read_json(data)
+
+    def read_last_events(self, data: bytes) -> None:
+        """Notes what the last three events say of their stream's end."""
+        held = b""
+        events = 0
+        last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
+        for line in reversed(last.splitlines()[-self.LAST_LINES:]):
+            part = self.events.data(line)
+            if part is None:
+                held = held if line else b""
+                if NAMED_FAULT.fullmatch(line):
+                    self.fault = self.fault or 502
+                continue
+            held = part + held
+            if held.strip() == LAST_DATA:
+                self.closed = True
+            elif not (self.closed and held.endswith(b"}") and not FAULT_MARK.search(held)):
+                payload = object_in(held)
+                if not payload:
+                    continue
+                self.note_end(payload, held)
+            held = b""
+            events += 1
+            if events == 3:
+                break
+
+    def note_end(self, payload: Dict[str, Any], data: bytes) -> None:
+        """Notes what one of the last events says of its stream's end."""
+        self.closed = self.closed or self.dialect.is_last(payload)
+        self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        self.note_server(payload)
+        if FAULT_MARK.search(data):
+            self.fault = self.fault or self.dialect.fault(payload)
+
+    def read_json(self, data: bytes) -> None:
+        """Notes what JSON reports. Of a large one, little is parsed."""
+        small = len(data) <= self.MAX_KEPT and not self.cut
+        payload = last_object(data) if small else {}
+        if not payload and self.dialect.USAGE_MARK in data:
+            # Gemini's stream is an array.
+            payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
+            if not self.cut:
+                payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
+                    last_object(data))
+        if payload:
+            found = self.dialect.counts_in(payload)
+            self.counts = merged(self.counts, found) if self.counts else found
+            self.note_server(payload)
+            if FAULT_MARK.search(data):
+                self.fault = self.dialect.fault(payload)
+
+    def ending(self, whole: bool) -> str:
+        """Returns how a response ended by what it says itself; `whole`: its body has come."""
+        self.read_end(whole)
+        failed = self.fault or (whole and not self.ended and self.tells_end())
+        if failed and not self.said_nothing:
+            used, complete = self.reported_usage(whole=False)
+            self.said_nothing = not (self.output_characters() or (complete and used.output))
+        if self.fault:
+            return "upstream_status"
+        return "ok" if whole and not failed else "upstream_cut"
+
+    def has_closed(self) -> bool:
+        """Returns whether a stream, though not whole, has come to its own end."""
+        self.ending(whole=False)
+        return self.closed
+
+    def tells_end(self) -> bool:
+        """Returns whether a response that is whole says so, and that could be read."""
+        known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
+        return bool(known and self.streamed and self.readable and not self.cut
+                    and self.endpoint not in NO_LIMIT_REPLY)
+
+    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
+        """Returns the usage that was reported, if it was; and whether nothing is missing from
+        it."""
+        self.read_end(whole)
+        usage = self.dialect.usage(self.counts, self.model, self.tier)
+        complete = self.final or (whole and self.final is None)
+        return usage, usage is not None and bool(complete)
+
+    def most_characters(self) -> int:
+        """Returns what was counted; of what is kept, all, or what is usual in events."""
+        density = self.density or (0.03 if self.streamed else 1)
+        return self.characters + round(self.size * density)
 
     def output_characters(self) -> int:
-        """Returns how many characters of text passed."""
+        """Returns the weight of the text that passed."""
         self.characters += self.count_characters(b"".join(self.pieces))
         self.pieces = []
+        self.size = 0
         return self.characters
 
     def count_characters(self, data: bytes) -> int:
-        """Returns the characters of text in events or in JSON; of what cannot be read, all."""
-        if self.endpoint in NO_LIMIT_REPLY or (self.cut and not self.streamed):
+        """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
+        if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
         if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
             return len(data)
@@ -3352,6 +4762,13 @@ class Chunked:
         if self.held:
             data = self.held + data
             self.held = b""
+        elif not self.remaining and data.endswith(b"\r\n"):  # one whole chunk, as nearly always
+            match = CHUNK_LINE.match(data)
+            if match and 2 < int(match[1], 16) + 2 == len(data) - match.end():
+                return data, data[match.end():-2]
+        return self.feed_any(data)
+
+    def feed_any(self, data):
         position = 0
         size = len(data)
         payload = b""
@@ -3585,7 +5002,8 @@ class Stream:
     wrote_at = 0.0        # when a slow peer last took something
     ended = False
     failure: Optional[OSError] = None
-    write_failed = False  # what is written is dropped
+    write_failed = False  # what is written is dropped,
+    unsent = 0            # and so were so many bytes
     discarding = False    # nobody will use what comes: the rest of a refused body
     waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
     write_waiter: Optional[asyncio.Future] = None  # or that something goes
@@ -3704,11 +5122,11 @@ class Stream:
     def take_head(self) -> Optional[bytes]:
         """Returns the bytes of a head that has come whole, as nearly all do. Empty lines before it
         are dropped (RFC 9112 2.2)."""
-        if self.read_buffer[:1] == b"\r":
-            self.read_buffer = EMPTY_LINES.sub(b"", self.read_buffer, 1)
         data = self.read_buffer
+        if data.startswith(b"\r"):
+            self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
         end = data.find(b"\r\n\r\n") + 4
-        if not 4 <= end <= MAX_HEAD:
+        if end < 4 or end > MAX_HEAD:
             return None
         self.read_buffer = data[end:]
         return data[:end]
@@ -3750,22 +5168,20 @@ class Stream:
         """Send now what can be sent; the rest when the other side takes it."""
         if self.write_failed or not data:
             return
-        if self.write_buffer or self.encrypted:
-            idle = not self.write_buffer
+        if self.write_buffer:
             self.write_buffer += data
-            if idle:
-                self.flush()
             return
-        try:
-            sent = self.sock.send(data)
-        except WOULD_BLOCK:
-            sent = 0
-        except OSError:
-            return self.fail_writing()
+        sent = 0
+        if len(data) <= BLOCK or not self.encrypted:
+            try:
+                sent = self.sock.send(data)
+            except WOULD_BLOCK:
+                pass
+            except OSError:
+                return self.fail_writing()
         if sent < len(data):
             self.write_buffer += memoryview(data)[sent:]
-            self.wrote_at = self.loop.time()
-            self.wait_for_room()
+            self.flush()
 
     def flush(self):
         """Send block by block: a TLS record that was begun must be sent again as it was."""
@@ -3786,6 +5202,7 @@ class Stream:
     def fail_writing(self):
         """The peer takes no more, which does not say that it has said its last."""
         self.write_failed = True
+        self.unsent = len(self.write_buffer)
         self.write_buffer.clear()
         self.has_room()
         if self.on_write_failed:
@@ -3924,15 +5341,16 @@ class Transfer:
     def on_data(self, data):
         """The hot path: one look at the framing, one write."""
         self.came_at = self.loop.time()
+        adapter = self.adapter
         try:
-            out = self.adapter.feed(data)
+            out = adapter.feed(data)
         except Malformed:
             return self.finish(self.MALFORMED)
         except Exception as bug:  # the task that awaits us logs it, and ends the call
             return self.fail(bug)
         if out:
             self.target.write(out)
-        if self.adapter.framing.ended:
+        if adapter.framing.ended:
             self.finish(self.WHOLE)
 
     def on_source_end(self):
@@ -4394,6 +5812,143 @@ class FairQueue:
 
 
 # --------------------------------------------------------------------------------------------------
+# Stored: what callers made that upstreams keep for the account (files, batches, responses ...):
+# whose it is, where it is, and what its making is yet to be charged. It knows no wire names.
+# --------------------------------------------------------------------------------------------------
+
+class Thing(NamedTuple):
+    """Who made something that is stored, and the upstream and the address that have it."""
+    owner: CallerKey
+    upstream: str
+    address: str
+
+
+class Bill(NamedTuple):
+    """What a call in the background was charged, until somebody hears what it used."""
+    hold: Hold
+    dialect: Dialect
+    model: str
+
+
+class Stored:
+    """Remembers things by name, the last ROOM that were made. `policy`: to `pass` all, let each
+    caller have its `own`, or `refuse` all. `unsaved` are things for the ledger."""
+    ROOM = 100_000
+    UNSAVED = 10_000
+    BILLS = 1_000
+    NAME = re.compile("[!-~]{1,256}")
+
+    def __init__(self, policy: str):
+        self.policy = policy
+        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
+        self.unsaved = collections.deque()
+        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
+
+    def __repr__(self) -> str:
+        return "<Stored: %s, %d things, %d bills>" % (
+            self.policy, len(self.things), len(self.bills))
+
+    def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
+        """Returns one of the things that a call speaks of, None where it is free to go anywhere.
+        Raises Forbidden, NothingStored."""
+        if self.policy == "pass" and not self.things:
+            return None
+        path, names = call.stored, call.references()
+        if self.policy == "refuse" and (path or names):
+            raise Forbidden("What upstreams store is not passed on")
+        found = list(map(self.things.get, names))
+        if path and path.name:
+            found.insert(0, self.things.get(path.name) or self.things.get("%s/%s" % path[:2]))
+        if self.policy == "own":
+            if path and path.is_listed:
+                raise Forbidden("Lists of what is stored are not passed on")
+            if any([one is None or one.owner != owner for one in found]):
+                raise NothingStored()
+        return next(filter(None, found), None)
+
+    def bill_for(self, call: Call) -> Optional[Bill]:
+        """Returns what is open of the call whose answer this one asks for."""
+        return self.bills.get(call.stored.name) if call.stored and self.bills else None
+
+    def owe(self, name: str, bill: Bill):
+        """Keeps a bill, of the last BILLS."""
+        self.bills[name] = bill
+        if len(self.bills) > self.BILLS:
+            self.bills.popitem(last=False)
+
+    def note(self, thing: Thing, names: List[str]):
+        """Remembers what was made. Who made it first has it: an answer may name older things."""
+        for name in names:
+            if name in self.things or not self.NAME.fullmatch(name):
+                continue
+            self.things[name] = thing
+            if len(self.things) > self.ROOM:
+                self.things.popitem(last=False)
+            if len(self.unsaved) < self.UNSAVED:
+                self.unsaved.append((name, thing))
+
+
+class NameReader:
+    """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
+    first event that names something. `reader`, if any, sees it as well."""
+    MAX_KEPT = 1 << 20
+    MAX_TRIES = 20
+    FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
+
+    def __init__(self, reader: Optional[UsageReader], events: Optional[EventFraming],
+                 found: Callable[[List[str]], None]):
+        """`events` is None where the response is no stream."""
+        self.reader = reader
+        self.events = events
+        self.found = found
+        self.kept: Optional[bytes] = b""
+        self.tries = 0
+
+    def feed(self, payload: bytes) -> bytes:
+        if self.kept is not None:
+            self.kept += payload
+            if self.events:
+                self.look_at_events()
+            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
+                self.tries += 1
+                self.look_at_json()
+            if self.kept and len(self.kept) > self.MAX_KEPT:
+                self.look_at_beginning()
+        return self.reader.feed(payload) if self.reader else payload
+
+    def flush(self) -> bytes:
+        if self.kept and not self.events:
+            self.look_at_json()
+        return self.reader.flush() if self.reader else b""
+
+    def look_at_events(self):
+        events = self.events.cut(self.kept)
+        self.kept = events[-1]  # which may not be whole
+        for event in events:
+            self.tries += 1
+            if self.tell(names_made(self.events.payload(event))):
+                return
+        if self.tries > self.MAX_TRIES:
+            self.kept = None
+
+    def look_at_json(self):
+        with contextlib.suppress(ValueError):  # it has not come whole
+            found = parse_response(self.kept)
+            self.tell(names_made(found))
+
+    def look_at_beginning(self):
+        match = self.FIRST_NAME.match(self.kept)
+        self.tell([match[1].decode("utf-8", "replace")] if match else [])
+        self.kept = None
+
+    def tell(self, names):
+        if names:
+            self.found(names)
+            self.kept = None
+        return names
+
+
+# --------------------------------------------------------------------------------------------------
 # Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or
 # body of a caller can change host, port or scheme. http.client opens connections; responses are
 # read by Wire. An Address knows connections; an Upstream which of its addresses to ask; Routes
@@ -4607,6 +6162,7 @@ class Address:
         direct = not self.tls or urllib.request.proxy_bypass_environment(endpoint.host, bypass)
         self.tunnel = None if direct else transport.tunnel
         self.is_loopback = not self.tls and re.fullmatch(r"127\.[0-9.]+|::1", endpoint.host)
+        self.name = endpoint.origin + endpoint.path
         self.host_line = "Host: %s" % endpoint.origin.partition("://")[2]
         self.what_head = "the response of %s" % endpoint.origin
         self.what_body = "the body of the response of %s" % endpoint.origin
@@ -4754,6 +6310,9 @@ class Address:
             raise UpstreamTimeout(nothing_sent=True) from None
         except (OSError, http.client.HTTPException) as failure:
             raise UpstreamFailed(failure, nothing_sent=True) from None
+        except CallerGone as gone:
+            gone.nothing_sent = True
+            raise
         keep_alive(sock)
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
@@ -4865,6 +6424,16 @@ class Upstream:
 
     # -- which address
 
+    def only(self, name: str) -> "Upstream":
+        """Returns this upstream with the address of this name alone, if it has it."""
+        found = [one for one in self.addresses if one.name == name]
+        if not found or len(self.addresses) == 1:
+            return self
+        alone = copy.copy(self)
+        alone.addresses = found
+        alone.send = alone.send_patiently if self.retries else alone.send_once
+        return alone
+
     def enter(self, failed, probe):
         """Returns the address with the fewest running calls, which has one more now; None where
         none can be asked. A `probe` tells nothing of how calls fare there."""
@@ -4882,6 +6451,12 @@ class Upstream:
                 address.breaker.enter(now)
         address.running += 1
         return address
+
+    def judge_head(self, address, good):
+        """Whether a call went well is known at its end, but one that tries an open breaker must not
+        keep others waiting for that."""
+        if not good or address.breaker.opened is not None:
+            self.judge(address, good)
 
     def judge(self, address, good):
         breaker = address.breaker
@@ -4942,9 +6517,8 @@ class Upstream:
                         probe: bool = False) -> Response:
         """Send one request and wait for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
-        the next one is asked; a question that met a stale spare connection is asked again on a
-        fresh one. A `probe` says nothing of how calls fare there. Raises UpstreamFailed,
-        UpstreamTimeout, BreakerOpen, and what `body` raises."""
+        the next one is asked. A `probe` says nothing of how calls fare there. Raises
+        UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
         stale = False
@@ -4964,25 +6538,23 @@ class Upstream:
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
                 good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and self.is_repeatable(method, body, refusal)
-                if stale:
-                    continue
-                if not refusal.nothing_sent:
+                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
-                failed.append(address)
+                failed += [] if stale else [address]
             finally:
                 if not probe:  # a list of models says nothing of how calls fare
-                    self.judge(address, good)
+                    self.judge_head(address, good)
                 if response is None:
                     address.running -= 1
 
     @staticmethod
-    def is_repeatable(method, body, refusal):
+    def is_repeatable(method, refusal):
         """Tells whether what a spare connection lost, because it was closed under us, can be asked
         again (RFC 9110 9.2.2)."""
-        return method in ("GET", "HEAD") and body == b"" and (
-            isinstance(refusal, UpstreamFailed) and refusal.broke_before_response)
+        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
+            refusal.broke_before_response)
 
     @staticmethod
     def verdict(refusal, was_spare, body, context):
@@ -5044,8 +6616,11 @@ class Routes:
         self.by_name = {upstream.name: upstream for upstream in named}
         self.known = {}
 
-    def find(self, call: Call) -> List[Upstream]:
-        """Raises NoRoute."""
+    def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
+        """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        for upstream in self.all if thing else ():
+            if thing.upstream == upstream.name and call.prefix in (None, upstream.name):
+                return [upstream.only(thing.address)]
         if call.prefix:
             return [self.by_name[call.prefix]]
         if self.base and not call.resolved_model:
@@ -5175,6 +6750,7 @@ class Entry:
         self.reader = None
         if self.call:
             self.call.payload = self.call.body = self.call.upstream_body = None
+            self.call.put_model = self.call.on_made = None
         return self
 
     def milliseconds(self, until):
@@ -5367,8 +6943,9 @@ class Database:
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
         PRIMARY KEY (rule, subject));
-        CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB)""" % (
-            APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
+        CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, owner TEXT, upstream TEXT,
+        address TEXT)""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -5466,10 +7043,20 @@ class Database:
             for key, (level, since) in changed.items()])
 
     @staticmethod
-    def spell_key(key):
-        """Returns the rule's text, and whose bucket it is: "key=HEX address=IP"."""
-        return key[0], " ".join([
-            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in key[1:]])
+    def spell_owners(keys):
+        """Returns callers' keys as text: "key=HEX address=IP"."""
+        return " ".join([
+            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in keys])
+
+    @staticmethod
+    def read_owners(text):
+        """Raises ValueError, TypeError or AttributeError for what somebody else has written."""
+        return [(kind, bytes.fromhex(name) if kind == "key" else name)
+                for kind, _, name in (part.partition("=") for part in text.split())]
+
+    def spell_key(self, key):
+        """Returns the rule's text, and whose bucket it is."""
+        return key[0], self.spell_owners(key[1:])
 
     def levels(self) -> Levels:
         """Returns what was saved."""
@@ -5477,9 +7064,24 @@ class Database:
         for rule, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
-                whose = [(kind, bytes.fromhex(name) if kind == "key" else name)
-                         for kind, _, name in (part.partition("=") for part in subject.split())]
-                found[(rule, *whose)] = int(level), float(since)
+                found[(rule, *self.read_owners(subject))] = int(level), float(since)
+        return found
+
+    def add_things(self, things, most):
+        """Inserts things, and removes the oldest above `most`."""
+        self.connection.executemany("INSERT OR IGNORE INTO things VALUES (?, ?, ?, ?)", [
+            (name, self.spell_owners([thing.owner]), thing.upstream, thing.address)
+            for name, thing in things])
+        self.connection.execute(
+            "DELETE FROM things WHERE rowid <= (SELECT max(rowid) FROM things) - ?", (most,))
+
+    def things(self) -> Dict[str, Thing]:
+        """Returns what was saved, oldest first."""
+        found = {}
+        for name, owner, *place in self.connection.execute(
+                "SELECT name, owner, upstream, address FROM things ORDER BY rowid"):
+            with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+                found[name] = Thing(self.read_owners(owner)[0], *place)
         return found
 
     def secret(self) -> bytes:
@@ -5515,7 +7117,8 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
 
 
 class Ledger(Writer):
-    """One row per call, and the levels of the buckets, in a database that may go and come back."""
+    """One row per call, the levels of the buckets, and what upstreams store, in a database that may
+    go and come back."""
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
     REOPEN_SECONDS = 60
@@ -5524,13 +7127,14 @@ class Ledger(Writer):
     reopen_at = 0.0
     snapshot_at = 0.0
 
-    def __init__(self, database: Optional[Database], path: str, limits: Limits, clock: Any,
-                 days: int, log: Log):
+    def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
+                 clock: Any, days: int, log: Log):
         """Without a database one is looked for at `path` once in a while."""
         super().__init__("ledger")
         self.database = database
         self.path = path
         self.limits = limits
+        self.stored = stored
         self.clock = clock
         self.days = days
         self.log = log
@@ -5540,7 +7144,9 @@ class Ledger(Writer):
         if ahead:
             log.say("%d buckets were saved by a clock that was ahead: they are taken as of now"
                     % ahead)
-        if database is None:
+        if database:
+            stored.things.update(database.things())
+        else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
     def record(self, entry: Entry):
@@ -5610,7 +7216,8 @@ class Ledger(Writer):
         snapshot = self.levels
         levels = self.recent_levels(entries)
         saved = self.saved
-        if not entries and levels is saved and now < self.forget_at:
+        things = self.stored.unsaved.copy()
+        if not (entries or things) and levels is saved and now < self.forget_at:
             return
         # The two clocks are not read at once: a hundredth of a second is no difference.
         changed = {key: (level, since) for key, (level, since) in levels.items()
@@ -5622,9 +7229,13 @@ class Ledger(Writer):
         with connection:
             self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
+            if things:
+                self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 self.forget_old(now)
         self.saved = levels
+        for _ in things:
+            self.stored.unsaved.popleft()
         if self.levels is snapshot:  # no newer one came meanwhile
             self.levels = levels
 
@@ -5762,6 +7373,12 @@ class ReplyParts(NamedTuple):
     origins: Origins
 
 
+IDENTITY, PACKED, UNREADABLE = range(3)
+ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
+    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
+    "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
+
+
 class Reply:
     """`begun`: a head was sent; `early`: it was ours, and comments followed. `close_after`: the
     connection cannot carry another request; `reset`: its end must not look like the body's."""
@@ -5896,13 +7513,18 @@ class Reply:
         call = self.call
         self.stop_comments()
         self.context.until = self.end_at
-        streamed, readable = self.kind_of(response.head)
+        streamed, encoding = self.kind_of(response.head)
         response.streamed = streamed
-        if self.early and not (response.status == 200 and streamed and readable):
+        has_events = streamed and encoding == IDENTITY
+        if self.early and not (response.status == 200 and has_events):
             raise await self.not_a_stream(response)
-        if not call.unmetered and response.status < 400:
-            self.entry.reader = UsageReader(call, streamed, readable)
-        self.adapter = self.adapt(response, streamed and readable)
+        if response.status < 400 and self.may_tell_usage(response.head, streamed):
+            self.entry.reader = UsageReader(
+                call, streamed, encoding != UNREADABLE, encoding == PACKED)
+        self.adapter = self.adapt(response, has_events)
+        if call.on_made:
+            self.adapter.reader = NameReader(
+                self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
         try:
             self.first = self.adapter.feed(response.stream.take_all())
             whole = response.framing.ended or call.stream or streamed
@@ -5912,13 +7534,21 @@ class Reply:
             raise UpstreamFailed(failure) from None
         return self.adapter
 
+    def may_tell_usage(self, head, streamed):
+        """An answer to a call that we do not know may be anything, and sounds are not awaited."""
+        call = self.call
+        if call.unmetered or call.endpoint == UPLOAD:
+            return call.owes
+        return call.endpoint != UNKNOWN or streamed or (
+            "json" in head.get("content-type", "").lower())
+
     def kind_of(self, head):
-        """Returns whether a response is a stream of events, and whether its body can be read."""
+        """Returns whether a response is a stream of events, and how its body is encoded."""
         dialect = self.call.dialect
         if dialect not in head.cache:
-            head.cache[dialect] = (
-                dialect.is_stream(head.get("content-type", "")),
-                head.get("content-encoding", "identity") == "identity")
+            encoding = head.get("content-encoding", "").strip().lower()
+            head.cache[dialect] = (dialect.is_stream(head.get("content-type", "")),
+                                   ENCODINGS.get(encoding, UNREADABLE))
         return head.cache[dialect]
 
     def adapt(self, response, has_events):
@@ -6033,6 +7663,16 @@ class Reply:
             raise CallerGone()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
 
+    def went_well(self, response: Response, ending: str) -> Optional[bool]:
+        """Returns whether a call went well, None where that is known already or not the upstream's
+        doing. An error in a response is what its status would be."""
+        reader = self.entry.reader
+        if response.status in FAILING or not self.adapter.framing.ended:
+            return None
+        if reader and reader.fault:
+            return False if reader.fault in FAILING else None
+        return ending == "ok"
+
     async def drain(self):
         """Wait until the client has taken all. Raises CallerGone, and what the call is ended
         with."""
@@ -6043,6 +7683,19 @@ class Reply:
             taken = False
         if not taken:
             raise CallerGone()
+
+    def missed_nothing(self) -> bool:
+        """Returns whether a caller who left had all of a stream, up to its own end."""
+        reader, client = self.entry.reader, self.client
+        unsent = client.unsent + len(client.write_buffer)
+        return reader is not None and unsent <= len(LAST_CHUNK) and reader.has_closed()
+
+    def end(self, ending: str):
+        """Note how an answer ended, and cut one that is not whole."""
+        if ending != "ok":
+            self.entry.outcome = ending
+            if not self.adapter.framing.ended:
+                self.cut(UpstreamFailed("cut"))
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -6166,10 +7819,14 @@ class Reply:
 # constructors meet. They do not know http.server.
 # --------------------------------------------------------------------------------------------------
 
+# Statuses by which an upstream says that the request is wrong: it costs its caller a request.
+CALLERS_FAULTS = 400, 404, 413, 422
+
+
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -6178,6 +7835,7 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
+        self.stored = stored
         self.routes = routes
         self.books = books
         self.weights = config.key_weights or {}
@@ -6195,7 +7853,7 @@ class Proxy:
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
-        upstreams = self.routes.find(call)                                          # route
+        upstreams = self.routes.find(call, self.find_thing(call, entry.caller))     # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -6209,40 +7867,83 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite)
-        costs = NO_COST if call.unmetered else self.estimator.estimate(call)
+        costs, least = self.estimate(call, entry)
         # What is not metered does not wait.
         send = self.send if upstream.queue is None or call.unmetered else self.send_in_turn
         with await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                     upstream.name) as entry.hold:                  # admit
+                                     upstream.name, least,
+                                     call.models[1:]) as entry.hold:                # admit
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     upstream.check_key(response)
                     ending = await self.pass_on(response, reply, entry)
+                    upstream.judge(response.address, reply.went_well(response, ending))
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped) as reason:
-                self.settle(entry, reason.outcome)
+                if reply.missed_nothing():
+                    reason.outcome = "ok"
+                if not reason.nothing_sent:
+                    self.settle(entry, reason.outcome)
                 raise
             self.settle(entry, ending)                                              # settle
-            if ending != "ok":
-                entry.outcome = ending
-                reply.cut(UpstreamFailed("cut"))
+            reply.end(ending)
 
     async def pass_on(self, response, reply, entry):
-        """Pass a response on; returns how its body ended."""
+        """Pass a response on; returns how it ended: its body, and by what it says itself."""
+        if response.status < 300 and reply.call.makes_things():
+            reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
+        ending = "ok"
         adapter = await reply.receive(response)
         if adapter.framing.ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
-            entry.hold.give_back()
+            entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
         elif adapter.framing.ended:
-            self.settle(entry, "ok")
+            ending = entry.reader.ending(whole=True) if entry.reader else "ok"
+            self.settle(entry, ending)
         reply.begin(response)
         try:
-            return "ok" if adapter.framing.ended else await reply.carry(response)
+            if not adapter.framing.ended:
+                ending = await reply.carry(response)
+                if entry.reader:
+                    ending = entry.reader.ending(ending == "ok")
+            return ending
         finally:
             entry.passed = adapter.passed
+
+    def find_thing(self, call, caller):
+        """Returns what the call speaks of that an upstream stores, if it is known."""
+        thing = self.stored.find(call, caller.key)
+        bill = self.stored.bill_for(call)
+        if bill:
+            call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
+        return thing
+
+    def note_made(self, entry, address, names):
+        entry.call.made = names
+        self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
+
+    def estimate(self, call, entry):
+        """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
+        if call.unmetered:
+            return NO_COST, NO_COST
+        if "usd" in self.estimator.units:
+            self.require_price(call, entry)
+        return self.estimator.estimate(call, entry.caller.key)
+
+    def require_price(self, call, entry):
+        """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
+        names = [name for name in call.models if name]
+        if not names and call.endpoint not in (UNKNOWN, UPLOAD):
+            names = [""]  # the upstream will take what it likes
+        if all(map(self.prices.knows, names)):
+            return
+        rules = self.limits.matching(entry.caller, entry.address, call.upstream_model,
+                                     entry.upstream, call.models[1:])
+        if any([rule.unit == USD for rule, _ in rules]):
+            raise NoPrice()
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats."""
@@ -6309,7 +8010,7 @@ class Proxy:
         error is not asked again."""
         method, context = reply.request.method, reply.context
         head = functools.partial(self.request_head, reply.request, call, upstream)
-        if not call.endpoint:
+        if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
             return await send(method, head, body, context)
@@ -6334,50 +8035,95 @@ class Proxy:
     def settle(self, entry, ending):
         """Charge what the call used, and write that down. The second time, it does nothing."""
         call, hold = entry.call, entry.hold
+        if call.owes:
+            return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
             return
-        usage = self.estimator.usage(call, entry.reader, ending == "ok")
+        if entry.reader and entry.reader.said_nothing:
+            return hold.settle(self.fault_costs(entry.reader.fault))
+        if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
+            return self.await_usage(call, hold)
+        # Nobody knows how much a call used whose caller did not wait for its end.
+        held = hold.output_tokens if ending == CallerGone.outcome else 0
+        usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
-        if ending != "ok":
+        if ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+
+    def await_usage(self, call, hold):
+        """Leave the charge of a call in the background as it was held, until its usage is told."""
+        if call.made:
+            self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+        hold.settle(hold.costs)
+
+    @staticmethod
+    def told_usage(entry, ending):
+        reader = entry.reader
+        return reader.reported_usage(ending == "ok") if reader else (None, False)
+
+    def settle_bill(self, entry, ending):
+        """Charge what a call in the background used to whom it was charged before, once."""
+        usage, is_final = self.told_usage(entry, ending)
+        bill = is_final and self.stored.bills.pop(entry.call.stored.name, None)
+        if not bill:
+            return
+        entry.usage = usage
+        entry.picodollars, entry.priced = self.prices.cost(usage, bill.model)
+        before = bill.hold.costs
+        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
+        entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
+
+    def fault_costs(self, status):
+        """Returns what a call costs that was refused: what its caller did wrong costs a request."""
+        return self.estimator.costs(Usage(), 0, 0) if status in CALLERS_FAULTS else NO_COST
 
     def request_head(self, request, call, upstream, address):
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path:
-            return known[1]
-        metered = call.endpoint is not None
-        path, dialect = upstream.dialect.place(call.path, call.dialect, metered)
-        lines = self.lines_to_pass(request, upstream, metered)
+        if known and known[0] == call.path and known[1] == call.is_json:
+            return known[2]
+        known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
+        path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
+        lines = self.lines_to_pass(request, upstream, call)
         if dialect is upstream.dialect and "anthropic-version" not in request:
             lines += dialect.VERSION_LINES
-        if metered:  # what is metered must stay readable
-            lines += ["Content-Type: application/json", "Accept-Encoding: identity"]
+        lines += self.lines_of_ours(call)
         key = upstream.key
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, head
+        request.cache[address] = call.path, call.is_json, head
         return head
 
-    def lines_to_pass(self, request, upstream, metered):
+    @staticmethod
+    def lines_of_ours(call):
+        lines = []
+        if call.is_json:
+            lines.append("Content-Type: application/json")
+        if not call.unmetered or call.body is not None:  # what is metered must stay readable
+            lines.append("Accept-Encoding: identity")
+        return lines
+
+    def lines_to_pass(self, request, upstream, call):
         """Returns the lines of a caller's head that go upstream. Names with "_" never do: CGI-like
         upstreams take a_b for a-b."""
         own_key = upstream.key == PASSTHROUGH
         passed = self.config.pass_headers or ()
-        dropped = {self.callers.caller_header}
-        if metered:
-            dropped.update(("content-type", "content-encoding", "accept-encoding"))
+        dropped = [self.callers.caller_header]
+        dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
+        if call.body is not None:
+            dropped += ["content-encoding", Dialect.MASK_FIELD]
         if not REQUEST_ID.fullmatch(request.get("x-request-id", "")):
-            dropped.add("x-request-id")
-        dropped.update(name for name in request.lines if "_" in name or not (
+            dropped.append("x-request-id")
+        dropped += [name for name in request.lines if "_" in name or not (
             UPSTREAM_FIELDS.fullmatch(name)
             or (own_key and ACCOUNT_FIELDS.fullmatch(name))
-            or any(fnmatch.fnmatchcase(name, glob) for glob in passed)))
+            or any(fnmatch.fnmatchcase(name, glob) for glob in passed))]
         return request.end_to_end(NEVER_UPSTREAM.union(dropped))
 
 
@@ -6411,25 +8157,30 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
     limits = Limits(config.limits or [default_rule(config)], Buckets(clock), config.limit_message)
-    prices = Prices(config.prices)
+    prices = Prices(config.prices, config.unpriced)
     request_cost = 1 if config.limits else config.request_token_cost
     estimator = CostEstimator(prices, request_cost, config.response_token_reserve,
                               config.image_tokens, limits.units())
+    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
     secret = database.secret() if database else os.urandom(32)
-    callers = Callers(config.proxy_api_keys, secret, config.trusted_proxies or (),
+    callers = Callers(config.proxy_api_keys or None, secret, config.trusted_proxies or (),
                       config.caller_header, config.has_dialect("azure"))
-    dialects = Dialects(config.model_aliases or {},
-                        {one.name: one.dialect for one in config.upstreams})
-    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator, dialects,
-                 build_routes(config, clock, log.say),
-                 build_books(config, clock, log, limits, database))
+    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator,
+                 build_dialects(config), stored, build_routes(config, clock, log.say),
+                 build_books(config, clock, log, limits, stored, database))
 
 
-def build_books(config, clock, log, limits, database):
+def build_books(config, clock, log, limits, stored, database):
     ledger = None
     if config.database != "off":
-        ledger = Ledger(database, config.database, limits, clock, config.ledger_days, log)
+        ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log)
     return Books(log, ledger, UsageLog(config.usage_log) if config.usage_log else None)
+
+
+def build_dialects(config: Config) -> Dialects:
+    names = {one.name: one.dialect for one in config.upstreams}
+    return Dialects(config.model_aliases or {}, names, config.unknown_calls,
+                    config.vendor_admin_paths == "on")
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
@@ -6462,25 +8213,16 @@ class Catalogue:
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
 
-    def __init__(self, routes: Routes, aliases: Dict[str, str], clock: Any):
+    def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
-        self.aliases = aliases
         self.clock = clock
         self.lists = [[] for _ in self.upstreams]
-        self.texts = {}  # dialect -> the list as it is there
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def text(self, dialect: Dialect, context: Context) -> Optional[bytes]:
-        """Returns the list as it is in a dialect, None where nobody told of any model."""
-        await self.refresh(context)
-        if dialect not in self.texts:
-            models = self.models()
-            self.texts[dialect] = dialect.models(models) if models else None
-        return self.texts[dialect]
-
-    async def refresh(self, context):
-        """Who asks while another one's question is under way takes what that brings."""
+    async def models(self, context: Context) -> Dict[str, Model]:
+        """Returns them by name; the first of a name counts. Who asks while another one's question
+        is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -6490,14 +8232,10 @@ class Catalogue:
             with contextlib.suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
-    def models(self) -> List[Model]:
-        """Returns them all, and the aliases; the first of a name counts."""
         found = {}
         for model in itertools.chain(*self.lists):
             found.setdefault(model.name, model)
-        for alias, name in self.aliases.items():
-            found.setdefault(alias, found.get(name, Model(alias))._replace(name=alias))
-        return list(found.values())
+        return found
 
     async def ask_all(self, loop):
         try:
@@ -6514,7 +8252,6 @@ class Catalogue:
         context.until = loop.time() + self.ASK_SECONDS
         try:
             self.lists[number] = await self.upstreams[number].models(context)
-            self.texts.clear()
             return True
         except (Refusal, ValueError):
             return False
@@ -6528,8 +8265,8 @@ class Pages:
 
     def __init__(self, proxy: Proxy):
         self.proxy = proxy
+        self.catalogue = Catalogue(proxy.routes, proxy.clock)
         config = proxy.config
-        self.catalogue = Catalogue(proxy.routes, config.model_aliases or {}, proxy.clock)
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
@@ -6591,11 +8328,12 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        dialect = self.dialect(request)
-        text = await self.catalogue.text(dialect, reply.context)
-        if text is None and not self.lists_models:
+        models = await self.catalogue.models(reply.context)
+        if not models and not self.lists_models:
             return await proxy.serve(request, reply)  # it may speak the client's API alone
-        reply.send(200, text or dialect.models([]))
+        for alias, name in (proxy.config.model_aliases or {}).items():
+            models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
+        reply.send(200, self.dialect(request).models(list(models.values())))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6725,7 +8463,7 @@ class ClientConnection:
             self.client.give_up_tls()
             self.refuse(self.new_reply(), BadRequest("This port speaks https", close_after=True))
         else:
-            with contextlib.suppress(QuietEnd):
+            with contextlib.suppress(QuietEnd, TimeoutError):
                 while await self.exchange():
                     if self.client.read_buffer:  # requests that never wait would hold the loop
                         await asyncio.sleep(0)
@@ -6758,15 +8496,13 @@ class ClientConnection:
                 self.record(reply)
         return not reply.close_after
 
-    async def await_request(self) -> bool:
-        """Wait for the first byte of a request."""
+    def await_request(self) -> asyncio.Future:
+        """Wait for the first byte of a request; the result is False at the end. Raises
+        TimeoutError."""
         if self.server.draining:
             self.end_if_idle()
         seconds = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-        try:
-            return await self.client.more(self.context, seconds, "a request")
-        except TimeoutError:
-            return False
+        return self.client.more(self.context, seconds, "a request")
 
     async def answer(self, reply):
         """Read a request and answer it. Raises whatever is to be said instead."""
@@ -6829,7 +8565,8 @@ class ClientConnection:
             if not reply.reset:
                 await reply.drain()
         except (CallerGone, Stopped) as reason:
-            reply.entry.outcome = reason.outcome
+            if not reply.missed_nothing():
+                reply.entry.outcome = reason.outcome
             reply.close_after = reply.reset = True
 
     def record(self, reply):
@@ -7603,6 +9340,93 @@ def print_usage(options, path, now):
     return 0
 
 
+PRICES_URL = "https://models.dev/api.json"
+MAX_PRICES_BYTES = 64 << 20
+
+
+def price_columns(price):
+    """Returns a price in USD per million tokens, by name."""
+    found = {name: format_usd(value * 1_000_000)
+             for name, value in zip(Price._fields[:5], price)}
+    if price.above:
+        above = price_columns(price.above._replace(tiers={}))
+        found["above"] = {"tokens": price.above_tokens, **above}
+    tiers = {name: price_columns(tier) if isinstance(tier, Price) else str(tier)
+             for name, tier in price.tiers.items()}
+    return {**found, "tiers": tiers} if tiers else found
+
+
+def known_prices(own):
+    """Returns rows of the operator's own prices, then of the usual ones that stay."""
+    known = Prices(own)
+    rows = [{"model": name, "from": "PRICES", **price_columns(price)}
+            for name, price in known.own.items()]
+    return rows + [
+        {"model": name, "from": "built in", **price_columns(price)}
+        for name, price in usual_prices().items()
+        if known.find(name) is known.usual[known.fold(name)]]
+
+
+def print_prices(rows):
+    """Prints them as a table, and of what costs more above a number of tokens, or in a tier, input
+    and output alone."""
+    names = ("model", "from", *Price._fields[:5], "above", "tiers")
+    texts = []
+    for row in rows:
+        above = row.get("above")
+        tiers = [(name, tier if isinstance(tier, str) else tier["input"])
+                 for name, tier in row.get("tiers", {}).items()]
+        texts.append([
+            *map(row.get, names[:-2]),
+            "{tokens}: {input} {output}".format(**above) if above else "",
+            " ".join(map(" ".join, tiers))])
+    print_table(names, texts)
+
+
+def update_prices(path, url=PRICES_URL):
+    """Fetches a list of prices into a file, which stays as it was if that fails. Raises
+    ConfigFaults."""
+    if not re.match("https?://", url):
+        raise ConfigFaults("URL must be http://... or https://... (got %r)" % url)
+    part = path + ".part"
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "llm_proxy/" + VERSION})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            data = response.read(MAX_PRICES_BYTES + 1)
+        require(len(data) <= MAX_PRICES_BYTES, "is larger than prices would be")
+        with open(part, "wb") as file:
+            file.write(data)
+        prices = price_file(part)
+        require(prices, "holds no price")
+        os.replace(part, path)
+    except (OSError, ValueError, http.client.HTTPException) as failure:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        cause = ascii(str(failure))[1:-1]  # some are the words of who answered
+        raise ConfigFaults("%s was not updated from %s: %s" % (path, url, cause)) from None
+    print("%s has %d prices now; PRICES=%s uses them" % (path, len(prices), path))
+
+
+def prices_command(options, path):
+    """Shows the prices that are known, with those of the file PRICES at `path`, or updates a file
+    of them; returns the exit code. Raises ConfigFaults."""
+    if options.update:
+        if len(options.update) > 2:
+            raise ConfigFaults("--update takes a file and a URL at most")
+        update_prices(*options.update)
+        return 0
+    try:
+        own = price_file(path) if path else None
+    except ValueError as fault:
+        raise ConfigFaults("PRICES %s (got %r)" % (fault, path)) from None
+    rows = known_prices(own)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_prices(rows)
+    return 0
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
@@ -7615,7 +9439,7 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage")
+    commands = parser.add_subparsers(dest="command", metavar="usage | prices")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", choices=GROUPS, action="append",
@@ -7626,6 +9450,12 @@ def parse_arguments(arguments):
     report.add_argument("--id", metavar="REQUEST_ID", help="all that is known of one call")
     for flag in ("--json", "--csv"):
         report.add_argument(flag, action="store_true")
+    prices = commands.add_parser(
+        "prices", help="print the prices that are known, or update a file of them")
+    prices.add_argument(
+        "--update", nargs="+", metavar=("FILE", "URL"),
+        help="fetch a list into FILE, by default from " + PRICES_URL)
+    prices.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -7651,9 +9481,11 @@ def run_command(options, environ, log_stream):
     """Does what the options say; returns the exit code. Raises ConfigFaults and DatabaseFault."""
     dotenv = read_dotenv_file()
     if options.command:
-        path = environ.get("DATABASE") or read_dotenv(dotenv)[0].get("DATABASE") or DEFAULT_DATABASE
         sys.stdout.reconfigure(errors="backslashreplace")
-        return print_usage(options, path, time.time())
+        found = set_variables(environ, read_dotenv(dotenv)[0])
+        if options.command == "prices":
+            return prices_command(options, found.get("PRICES"))
+        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
     if options.demo:
         environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
