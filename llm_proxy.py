@@ -164,8 +164,19 @@ def word_or(words, read):
 
 
 def listed(read, separator=","):
-    """Returns a reader of several texts with a separator between."""
-    return lambda text: tuple(read(part.strip()) for part in text.split(separator))
+    """Returns a reader of several texts with a separator between; which of them is at fault is told
+    by its number, because it may be a secret."""
+    def read_all(text):
+        parts = text.split(separator)
+        found = []
+        for number, part in enumerate(parts, 1):
+            try:
+                found.append(read(part.strip()))
+            except ValueError as fault:
+                which = f"; number {number} is at fault" if len(parts) > 1 else ""
+                raise ValueError(f"{fault}{which}") from None
+        return tuple(found)
+    return read_all
 
 
 def mapping(shape, message, convert=re.Match.groups, repeated=None):
@@ -612,8 +623,9 @@ SETTING_ROWS = {
          " gives up; 0: off"),
     ),
     "Where callers come in": (
-        ("HOST=0.0.0.0", listen_host,
-         "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4"),
+        ("HOST", listen_host,
+         "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4; unset:"
+         " 0.0.0.0, but 127.0.0.1 where anyone could spend our key at a vendor"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
         ("PROXY_API_KEYS", proxy_keys,
          "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
@@ -725,6 +737,16 @@ def unknown_setting(name):
         f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
 
 
+def is_hosted(url: Endpoint) -> bool:
+    """Tells whether a URL is that of somebody who sells, rather than of a machine nearby."""
+    if url.scheme != "https" or "." not in url.host or url.host.endswith((".local", ".lan")):
+        return False
+    try:
+        return ipaddress.ip_address(url.host).is_global
+    except ValueError:
+        return True
+
+
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
 
 
@@ -746,6 +768,18 @@ class Config(types.SimpleNamespace):
         if self.cors_origins is not None:
             return self.cors_origins
         return ("*",) if self.keys_are_asked_for else ("local",)
+
+    def choose_host(self):
+        self.host_is_narrowed = self.host is None and self.pays_for_anyone()
+        self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
+        self.texts["HOST"] = self.host
+
+    def pays_for_anyone(self) -> bool:
+        """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
+        nobody has said is meant."""
+        return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
+            upstream.key and is_hosted(url)
+            for upstream in self.all_upstreams() for url in upstream.url or ())
 
     @property
     def scheme(self) -> str:
@@ -805,7 +839,10 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if self.proxy_api_keys is None:
+        if self.host_is_narrowed:
+            yield ("it listens on this machine alone, because anyone could spend the key of a"
+                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
+        elif self.proxy_api_keys is None:
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
         if self.unknown_calls == "count" and not self.counts_requests():
@@ -996,6 +1033,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
             name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
+    config.choose_host()
     if not config.speaks_https():  # that proxy is meant for others, and may be of any kind
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]

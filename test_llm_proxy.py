@@ -1117,6 +1117,31 @@ class ConfigTest(TableCase):
         fault = self.fault({}, "BASE_API_URL='http://host'\nA='\n\n'\n\nBASE_API_KEY sk-secret")
         self.assertEqual(fault, ".env line 6 is not NAME=value")
 
+    HOSTS = """
+        BASE_API_URL=http://127.0.0.1:8000/v1 -> 0.0.0.0
+        BASE_API_URL=https://gpu.local/v1 | BASE_API_KEY=k -> 0.0.0.0
+        BASE_API_URL=https://gpu:1/v1 | BASE_API_KEY=k -> 0.0.0.0
+        BASE_API_URL=https://10.0.0.7/v1 | BASE_API_KEY=k -> 0.0.0.0
+        BASE_API_URL=https://api.example.com/v1 -> 0.0.0.0
+        BASE_API_URL=https://api.example.com/v1 | BASE_API_KEY=passthrough -> 0.0.0.0
+        BASE_API_URL=https://api.example.com/v1 | BASE_API_KEY=k -> 127.0.0.1
+        UPSTREAM_OPENAI_KEY=k -> 127.0.0.1
+        UPSTREAM_OPENAI_KEY=k | PROXY_API_KEYS=sk-0123456789abcdef -> 0.0.0.0
+        UPSTREAM_OPENAI_KEY=k | PROXY_API_KEYS=anyone -> 0.0.0.0
+        UPSTREAM_OPENAI_KEY=k | HOST=10.0.0.1 -> 10.0.0.1
+        """
+
+    def test_where_anyone_could_spend_a_vendors_key_it_listens_here_alone_and_says_so(self):
+        for settings, host in self.each(self.HOSTS):
+            config = read_config({**HERE, **settings_of(settings)})
+            said = [one for one in config.warnings() if "on this machine alone" in one]
+            self.assertEqual((config.host, len(said)), (host, host == "127.0.0.1"))
+
+    def test_of_a_list_the_one_at_fault_is_told_by_its_number(self):
+        fault = self.fault({**HERE, "PROXY_API_KEYS": "alice=sk-1, hush hush, bob=sk-2"})
+        self.assertRegex(fault, "^PROXY_API_KEYS must be .*; number 2 is at fault")
+        self.assertNotIn("hush", fault)
+
     def test_a_guard_that_is_misspelt_in_dotenv_is_a_fault(self):
         for name, meant in self.each("""
                 PROXY_API_KEY -> PROXY_API_KEYS
