@@ -4961,6 +4961,7 @@ class Context:
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
+    subject: Optional["Subject"] = None      # whose calls fare how, where that is of interest
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -6106,9 +6107,10 @@ class Response:
 
 
 class Breaker:
-    """Keeps calls from an address that fails. `most` failures in a row open it for `seconds`; then
-    one call tries whether it can be closed. One that takes longer than that to find out does not
-    keep others from trying, too."""
+    """Keeps calls from what fails. `most` failures in a row open it for `seconds`; then one call
+    tries whether it can be closed. One that takes longer than that to find out does not keep others
+    from trying, too. What failed for one caller alone is closed to that one alone: it may be the
+    calls that are at fault."""
 
     def __init__(self, most: int, seconds: float):
         self.most = most
@@ -6116,21 +6118,26 @@ class Breaker:
         self.failures = 0
         self.opened = None
         self.trying = False
+        self.callers = set()  # for whom it failed; two are enough to know
 
-    def seconds_left(self, now):
+    def concerns(self, caller):
+        return self.opened is not None and (
+            caller is None or caller in self.callers or len(self.callers) != 1)
+
+    def seconds_left(self, now, caller=None):
         """Returns how long no call may be made; 0 or less: it may."""
-        return 0 if self.opened is None else self.opened + self.seconds - now
+        return self.opened + self.seconds - now if self.concerns(caller) else 0
 
-    def allows(self, now):
-        return self.seconds_left(now) <= 0
+    def allows(self, now, caller=None):
+        return self.seconds_left(now, caller) <= 0
 
-    def enter(self, now):
+    def enter(self, now, caller=None):
         """A call is made."""
-        if self.opened is not None:
+        if self.concerns(caller):
             self.opened = now
             self.trying = True
 
-    def judge(self, good, now):
+    def judge(self, good, now, caller=None):
         """A call went well, or failed, or (None) ended before that was known."""
         if self.trying and good is None:
             self.opened = now - self.seconds  # the next one may try
@@ -6138,8 +6145,11 @@ class Breaker:
         if good:
             self.failures = 0
             self.opened = None
+            self.callers.clear()
         elif good is False:
             self.failures += 1
+            if caller is not None and len(self.callers) < 2:
+                self.callers.add(caller)
             if self.opened is not None or self.failures >= self.most:
                 self.opened = now
 
@@ -6147,6 +6157,79 @@ class Breaker:
         if self.opened is None:
             return "closed"
         return "half_open" if self.trying or self.allows(now) else "open"
+
+
+class Subject(NamedTuple):
+    """Which model is asked for whom."""
+    model: str
+    caller: CallerKey
+
+
+class Breakers:
+    """Those of one address: one for its connections, and one for each model that failed lately,
+    because what one caller asks for must not close it to the others."""
+
+    def __init__(self, most: int, seconds: float):
+        self.most = most
+        self.seconds = seconds
+        self.connections = Breaker(most, seconds)
+        self.models = collections.OrderedDict()
+
+    def nothing_failed(self) -> bool:
+        return not self.models and self.connections.opened is None and (
+            not self.connections.failures)
+
+    def is_tried(self, subject) -> bool:
+        """Tells whether one that is open waits for how this call goes."""
+        return any(one.trying for one, _ in self.concerning(subject))
+
+    def concerning(self, subject):
+        found = [(self.connections, None)]
+        if subject and subject.model in self.models:
+            found.append((self.models[subject.model], subject.caller))
+        return found
+
+    def seconds_left(self, now, subject):
+        return max([one.seconds_left(now, caller) for one, caller in self.concerning(subject)])
+
+    def enter(self, now, subject):
+        for one, caller in self.concerning(subject):
+            one.enter(now, caller)
+
+    def judge(self, good: Optional[bool], connected: bool, now: float,
+              subject: Subject) -> List[str]:
+        """A call went well, or failed, or (None) ended before that was known; `connected`: it came
+        as far as a connection. Returns what changed, in words."""
+        model, caller = subject
+        if good is False and connected and model not in self.models:
+            self.models[model] = Breaker(self.most, self.seconds)
+            if len(self.models) > KNOWN_MODELS:
+                self.models.popitem(last=False)
+        news = self.judge_one(self.connections, connected if good is False else good, now, None, "")
+        one = self.models.get(model)
+        if one and connected:
+            what = " with the model %s" % ascii(model[:80]) if model else ""
+            news += self.judge_one(one, good, now, caller, what)
+            if not one.failures:
+                del self.models[model]
+        return news
+
+    @staticmethod
+    def judge_one(one, good, now, caller, what):
+        before = one.opened
+        one.judge(good, now, caller)
+        if (before is None) == (one.opened is None):
+            return []
+        if before is not None:
+            return ["is well again" + what]
+        whom = " by its one caller" if len(one.callers) == 1 else ""
+        return ["failed %d times in a row%s, left alone%s for %g s" % (
+            one.failures, what, whom, one.seconds)]
+
+    def state(self, now: float) -> str:
+        """Returns the worst of them."""
+        states = [one.state(now) for one in (self.connections, *self.models.values())]
+        return max(states, key=("closed", "half_open", "open").index)
 
 
 class TransportConfig(NamedTuple):
@@ -6183,11 +6266,11 @@ class Address:
     DEAF_SECONDS = 1          # an upstream goes on sending after its caller left
     MAX_CONNECTING = 8        # connections that are opened at once, in helper threads
 
-    def __init__(self, endpoint: Endpoint, transport: TransportConfig, breaker: Breaker,
+    def __init__(self, endpoint: Endpoint, transport: TransportConfig, breakers: Breakers,
                  clock: Any):
         self.endpoint = endpoint
         self.transport = transport
-        self.breaker = breaker
+        self.breakers = breakers
         self.clock = clock
         self.running = 0     # calls
         self.connecting = 0  # jobs of helper threads: look-ups, connects and handshakes block
@@ -6208,7 +6291,7 @@ class Address:
     def __repr__(self) -> str:
         return "<Address %s running=%d connecting=%d spare=%d breaker %s>" % (
             self.endpoint.origin, self.running, self.connecting, len(self.spares),
-            self.breaker.state(self.clock.monotonic()))
+            self.breakers.state(self.clock.monotonic()))
 
     def target(self, path: str, query: str = "") -> str:
         """Returns the request's target. A base with a path replaces a leading /v1 of the call, and
@@ -6448,7 +6531,7 @@ class Upstream:
         self.say = say
         most = config.max_concurrency
         self.queue = FairQueue(most, limits, clock) if most else None
-        self.addresses = [Address(endpoint, transport, Breaker(*breaking), clock)
+        self.addresses = [Address(endpoint, transport, Breakers(*breaking), clock)
                           for endpoint in config.url]
         self.rotation = 0
         self.without_options = set()  # models that take stream_options for an error here
@@ -6472,43 +6555,47 @@ class Upstream:
         alone.send = alone.send_patiently if self.retries else alone.send_once
         return alone
 
-    def enter(self, failed, probe):
+    def enter(self, failed, subject):
         """Returns the address with the fewest running calls, which has one more now; None where
-        none can be asked. A `probe` tells nothing of how calls fare there."""
+        none can be asked. Without a subject it tells nothing of how calls fare there."""
         address = self.addresses[0]
-        if failed or len(self.addresses) > 1 or address.breaker.opened is not None:
+        if failed or len(self.addresses) > 1 or not address.breakers.nothing_failed():
             now = self.clock.monotonic()
-            able = [one for one in self.addresses
-                    if one.breaker.allows(now) and one not in failed]
+            able = [one for one in self.addresses if one not in failed
+                    and one.breakers.seconds_left(now, subject) <= 0]
             if not able:
                 return None
             self.rotation += 1
             first = self.rotation % len(able)
             address = min(able[first:] + able[:first], key=lambda one: one.running)
-            if not probe:
-                address.breaker.enter(now)
+            if subject:
+                address.breakers.enter(now, subject)
         address.running += 1
         return address
 
-    def judge_head(self, address, good):
+    def choose(self, failed, failure, context):
+        """Returns the address to ask next. Raises `failure`, that of the last one, BreakerOpen, and
+        UpstreamTimeout where nobody would wait for the response."""
+        if context.expired():
+            raise UpstreamTimeout()
+        address = self.enter(failed, context.subject)
+        if address is None:
+            raise failure or self.breaker_open(context.subject) or BreakerOpen(0)
+        return address
+
+    def judge_head(self, address, good, connected, subject):
         """Whether a call went well is known at its end, but one that tries an open breaker must not
         keep others waiting for that."""
-        if not good or address.breaker.opened is not None:
-            self.judge(address, good)
+        if not good or address.breakers.is_tried(subject):
+            self.judge(address, good, subject, connected)
 
-    def judge(self, address, good):
-        breaker = address.breaker
-        if good and not breaker.failures and breaker.opened is None:
+    def judge(self, address: Address, good: Optional[bool], subject: Subject,
+              connected: bool = True):
+        """A call went well there, or failed, or (None) nobody knows."""
+        if good and address.breakers.nothing_failed():
             return
-        before = breaker.opened
-        breaker.judge(good, self.clock.monotonic())
-        if (before is None) == (breaker.opened is None):
-            return
-        news = "is well again"
-        if before is None:
-            news = "failed %d times in a row, left alone for %g s" % (
-                breaker.failures, breaker.seconds)
-        self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
+        for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
+            self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
     def check_key(self, response: Response):
         """Raises KeyRefused. The operator is told, once a minute."""
@@ -6520,15 +6607,16 @@ class Upstream:
             self.say("UPSTREAM %s REFUSES ITS KEY (status 401): nobody can call it" % self.name)
         raise KeyRefused()
 
-    def seconds_to_breaker(self) -> float:
-        """Returns the seconds until an address may be asked; 0 or less: one may be now."""
+    def breaker_open(self, subject: Optional[Subject]) -> Optional[BreakerOpen]:
+        """Returns why no address may be asked yet, None where one may."""
         now = self.clock.monotonic()
-        return min([one.breaker.seconds_left(now) for one in self.addresses])
+        wait = min([one.breakers.seconds_left(now, subject) for one in self.addresses])
+        return BreakerOpen(wait) if wait > 0 else None
 
     def stats(self) -> Dict[str, Any]:
         """Returns what /health says of it."""
         now = self.clock.monotonic()
-        states = [one.breaker.state(now) for one in self.addresses]
+        states = [one.breakers.state(now) for one in self.addresses]
         found = {"state": min(states, key=("closed", "half_open", "open").index),
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
@@ -6551,21 +6639,16 @@ class Upstream:
         return await self.send_once(method, head, body, context)
 
     async def send_once(self, method: str, head: Callable[[Address], bytes],
-                        body: Union[bytes, RequestBody], context: Context,
-                        probe: bool = False) -> Response:
+                        body: Union[bytes, RequestBody], context: Context) -> Response:
         """Send one request and wait for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
-        the next one is asked. A `probe` says nothing of how calls fare there. Raises
+        the next one is asked. Without a subject it says nothing of how calls fare there. Raises
         UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
         failed = []
         failure = None
         stale = False
         while True:
-            if context.expired():
-                raise UpstreamTimeout()  # nobody would wait for the response
-            address = self.enter(failed, probe)
-            if address is None:
-                raise failure or BreakerOpen(self.seconds_to_breaker())
+            address = self.choose(failed, failure, context)
             response = good = None
             stream = None if stale else address.spare()
             was_spare = stream is not None
@@ -6582,8 +6665,8 @@ class Upstream:
                 failure = refusal
                 failed += [] if stale else [address]
             finally:
-                if not probe:  # a list of models says nothing of how calls fare
-                    self.judge_head(address, good)
+                if context.subject:
+                    self.judge_head(address, good, stream is not None, context.subject)
                 if response is None:
                     address.running -= 1
 
@@ -6634,7 +6717,7 @@ class Upstream:
         lines = ["Accept: application/json", "Accept-Encoding: identity", *dialect.VERSION_LINES]
         head = functools.partial(
             self.head, "GET", path, dialect.MODELS_QUERY, dialect, self.key, lines)
-        with await self.send_once("GET", head, b"", context, probe=True) as response:
+        with await self.send_once("GET", head, b"", context) as response:
             body = await response.read(context)
             try:
                 return dialect.listed_models(parse_response(body))
@@ -7905,17 +7988,14 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite)
-        costs, least = self.estimate(call, entry)
-        # What is not metered does not wait.
-        send = self.send if upstream.queue is None or call.unmetered else self.send_in_turn
-        with await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                     upstream.name, least,
-                                     call.models[1:]) as entry.hold:                # admit
+        subject = reply.context.subject = Subject(call.upstream_model, entry.caller.key)
+        send = self.sender(upstream, call)
+        with await self.admit(upstream, entry, call) as entry.hold:                 # admit
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     upstream.check_key(response)
                     ending = await self.pass_on(response, reply, entry)
-                    upstream.judge(response.address, reply.went_well(response, ending))
+                    upstream.judge(response.address, reply.went_well(response, ending), subject)
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped) as reason:
@@ -7997,6 +8077,16 @@ class Proxy:
             cache["caller"] = callers.end_user(request, entry.peer, caller), entry.address
         entry.caller, entry.address = cache["caller"]
 
+    async def admit(self, upstream, entry, call):
+        """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
+        costs, least = self.estimate(call, entry)
+        return await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
+                                       upstream.name, least, call.models[1:])
+
+    def sender(self, upstream, call):
+        """What is not metered does not wait."""
+        return self.send if upstream.queue is None or call.unmetered else self.send_in_turn
+
     async def send_in_turn(self, upstream, reply, call):
         ticket = reply.context.slot = await self.stand_in_line(upstream, reply)
         try:
@@ -8012,9 +8102,9 @@ class Proxy:
 
     async def stand_in_line(self, upstream, reply):
         """Raises QueueRefused, BreakerOpen, UpstreamTimeout, Stopped, CallerGone."""
-        seconds = upstream.seconds_to_breaker()
-        if seconds > 0:
-            raise BreakerOpen(seconds)
+        refusal = upstream.breaker_open(reply.context.subject)
+        if refusal:
+            raise refusal
         entry, context = reply.entry, reply.context
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream

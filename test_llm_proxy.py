@@ -4836,7 +4836,8 @@ class QueueTest(WaitingCase):
         first, asked = self.start_busy(BREAKER_FAILURES=1, FIRST_BYTE_TIMEOUT="0.2")
         asked.send(STREAM)
         first.head()
-        self.assertEqual(self.ask(request("GET", "/v1/files")).status, 504)
+        self.stub.refuse_connections()
+        self.assertEqual(self.ask(request("GET", "/v1/files")).status, 502)
         self.assert_turned_away(self.ask(call("next")), "upstream_open")
 
     def test_a_slow_reader_holds_no_slot_once_the_upstream_has_done_its_part(self):
@@ -6000,8 +6001,26 @@ class BreakerTest(CallCase):
         self.assert_status(200)
         self.assert_base("closed")
         here = "upstream base: http://127.0.0.1:%d " % self.stub.port
-        for what in ("failed 2 times in a row, left alone for 30 s\n", "is well again\n"):
+        model = " with the model 'm'"
+        for what in ("failed 2 times in a row%s, left alone by its one caller for 30 s\n" % model,
+                     "is well again%s\n" % model):
             self.assertEqual(wait_for(lambda: self.lines.text().count(here + what)), 1)
+
+    def test_what_fails_for_one_caller_or_one_model_is_closed_to_that_alone(self):
+        bad = {"model": "bad"}
+        self.start(lambda asked: asked.answer(b"{}", "502 x" if b"bad" in asked.body else "200 OK"),
+                   BREAKER_FAILURES=2)
+        for key, payload, status in self.each((
+                ("mallory", bad, 502), ("mallory", bad, 502), ("mallory", bad, 503),
+                ("mallory", {}, 200), ("alice", {}, 200), ("alice", bad, 502),
+                ("alice", bad, 503), ("bob", bad, 503), ("bob", {}, 200))):
+            self.assertEqual(self.ask(call(key, **payload)).status, status)
+
+    def test_what_cannot_be_reached_is_closed_to_all(self):
+        self.start(BREAKER_FAILURES=2)
+        self.stub.refuse_connections()
+        found = [self.ask(call(key, model=key)).status for key in ("a", "b", "c", "d")]
+        self.assertEqual(found, [502, 502, 503, 503])
 
     def test_a_list_of_models_neither_opens_nor_closes_a_breaker(self):
         clock = self.open_the_base(2, UPSTREAM_X_URL="http://127.0.0.1:1")
@@ -8104,8 +8123,8 @@ class ClientConnectionTest(ServerCase):
     def test_a_body_is_given_up_when_it_is_silent_or_slow_in_its_last_minute(self):
         much, pace = 1 << 20, 16384
         for steps, taken in self.each((
-                ([(0, much), (29, 1), (30, 0)], False),
-                ([(0, much), (29, 1), (29, 1), (3, 0)], False),
+                ([(0, much), (29, 1), (31, 0)], False),
+                ([(0, much), (29, 1), (29, 1), (4, 0)], False),
                 ([(0, 1), *[(20, 20 * pace)] * 9, (20, 0)], True))):
             clock = Clock()
             self.start(clock=clock)
