@@ -769,6 +769,24 @@ class Config(types.SimpleNamespace):
             return self.cors_origins
         return ("*",) if self.keys_are_asked_for else ("local",)
 
+    # What a running proxy can go by without a new start.
+    RELOADED = frozenset("""
+        PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
+        REFILL_TOKENS REFILL_INTERVAL_SECONDS TOKEN_COST_MODE REQUEST_TOKEN_COST
+        RESPONSE_TOKEN_RESERVE IMAGE_TOKENS""".split())
+
+    def take(self, new: "Config") -> List[str]:
+        """Takes what may change while it runs; returns the names of what else was changed. Raises
+        ConfigFaults where that would open a door without a word."""
+        if self.proxy_api_keys and new.proxy_api_keys is None:
+            raise ConfigFaults("PROXY_API_KEYS must not be unset while it runs: anyone opens the"
+                               " door to all")
+        for name in self.RELOADED:
+            self.texts[name] = new.texts.get(name)
+            setattr(self, name.lower(), getattr(new, name.lower()))
+        names = sorted({*self.texts, *new.texts})
+        return [name for name in names if self.texts.get(name) != new.texts.get(name)]
+
     def choose_host(self):
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
@@ -1863,6 +1881,13 @@ class Limits:
                 self.buckets.restore(
                     new, (new.text, *key[1:]), level * new.capacity // old.capacity, 0)
         return sum([since > wall + 60 for _, since in saved.values()])
+
+    def take_over(self, wall: float):
+        """Has the buckets of rules that came before these go over to these."""
+        self.restore(self.buckets.snapshot(wall), wall)
+        texts = {rule.text for rule in self.rules}
+        for key in [key for key in self.buckets.levels if key[0] not in texts]:
+            del self.buckets.levels[key]
 
     def successors(self, texts):
         """Returns {text of a rule that is no more: (that rule, the one that came in its place)}:
@@ -7020,14 +7045,29 @@ class Log(Writer):
 
 class UsageLog(Log):
     """The rows of the ledger as JSON lines in a file."""
+    moved = False
 
     def __init__(self, path: str):
         """'-' is stdout. Raises OSError."""
+        self.path = path
         file = 1 if path == "-" else path
         super().__init__(open(file, "ab", buffering=0, closefd=path != "-"), as_json=True)
 
     def format(self, entry):
         return json.dumps(entry.as_row()._asdict())
+
+    def reopen(self):
+        """Has the next lines go to a new file, where somebody has moved the old one."""
+        self.moved = self.path != "-"
+
+    def write(self, text):
+        if self.moved:
+            self.moved = False
+            with contextlib.suppress(OSError):
+                stream = open(self.path, "ab", buffering=0)
+                self.stream.close()
+                self.stream = stream
+        super().write(text)
 
     def run(self):
         super().run()
@@ -8065,17 +8105,16 @@ class Proxy:
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats."""
-        cache = request.cache
-        if "caller" not in cache:
-            callers = self.callers
+        cache, callers = request.cache, self.callers
+        if callers not in cache:
             entry.address = callers.address(request, entry.peer)  # also of those who are refused
             credential = callers.credential(request, request.query)
             try:
                 caller = callers.identify(credential, entry.address)
             except Unauthorized:
                 raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
-            cache["caller"] = callers.end_user(request, entry.peer, caller), entry.address
-        entry.caller, entry.address = cache["caller"]
+            cache[callers] = callers.end_user(request, entry.peer, caller), entry.address
+        entry.caller, entry.address = cache[callers]
 
     async def admit(self, upstream, entry, call):
         """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
@@ -8284,18 +8323,45 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
-    limits = Limits(config.limits or [default_rule(config)], Buckets(clock), config.limit_message)
+    limits = build_limits(config, Buckets(clock))
     prices = Prices(config.prices, config.unpriced)
-    request_cost = 1 if config.limits else config.request_token_cost
-    estimator = CostEstimator(prices, request_cost, config.response_token_reserve,
-                              config.image_tokens, limits.units())
     stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
     secret = database.secret() if database else os.urandom(32)
-    callers = Callers(config.proxy_api_keys or None, secret, config.trusted_proxies or (),
-                      config.caller_header, config.has_dialect("azure"))
-    return Proxy(config, clock, new_loop(clock, log), callers, limits, prices, estimator,
-                 build_dialects(config), stored, build_routes(config, clock, log.say),
+    return Proxy(config, clock, new_loop(clock, log), build_callers(config, secret), limits,
+                 prices, build_estimator(config, prices, limits), build_dialects(config), stored,
+                 build_routes(config, clock, log.say),
                  build_books(config, clock, log, limits, stored, database))
+
+
+def rebuild(proxy: Proxy, config: Config) -> List[str]:
+    """Has a running proxy go by new settings, as far as that can be; returns the names of those
+    that need a new start. Raises ConfigFaults."""
+    rest = proxy.config.take(config)
+    config = proxy.config
+    proxy.weights = config.key_weights or {}
+    proxy.callers = build_callers(config, proxy.callers.label_secret)
+    proxy.limits = build_limits(config, proxy.limits.buckets)
+    proxy.limits.take_over(proxy.clock.time_ns() / 1e9)
+    proxy.prices = Prices(config.prices, config.unpriced)
+    models = proxy.estimator.models
+    proxy.estimator = build_estimator(config, proxy.prices, proxy.limits)
+    proxy.estimator.models = models
+    return rest
+
+
+def build_callers(config: Config, secret: bytes) -> Callers:
+    return Callers(config.proxy_api_keys or None, secret, config.trusted_proxies or (),
+                   config.caller_header, config.has_dialect("azure"))
+
+
+def build_limits(config: Config, buckets: Buckets) -> Limits:
+    return Limits(config.limits or [default_rule(config)], buckets, config.limit_message)
+
+
+def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
+    request_cost = 1 if config.limits else config.request_token_cost
+    return CostEstimator(prices, request_cost, config.response_token_reserve,
+                         config.image_tokens, limits.units())
 
 
 def build_books(config, clock, log, limits, stored, database):
@@ -9289,9 +9355,10 @@ def open_patiently(path, log_stream, tries=12):
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
-def run(config: Config, log_stream: BinaryIO, remarks: List[str]) -> int:
+def run(config: Config, log_stream: BinaryIO, remarks: List[str],
+        reread: Callable[[], Config]) -> int:
     """Serve until a signal says stop; returns the exit code. `remarks` are for the start of the
-    log. Raises ConfigFaults and DatabaseFault."""
+    log; `reread` reads the settings again. Raises ConfigFaults and DatabaseFault."""
     take_one_cpu(config.cpu_affinity, config.port)
     raise_descriptor_limit()
     try:
@@ -9307,14 +9374,29 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str]) -> int:
         return 1
     for line in greeting(config) + remarks:
         log.say(line)
-    proxy.loop.run_until_complete(serve(server, config.drain_seconds))
+    proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread))
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
     return 0
 
 
-async def serve(server: Server, drain_seconds: float):
+def reload(server: Server, reread: Callable[[], Config]):
+    """Go by settings, certificates and a usage log that were changed, and say so."""
+    proxy, say = server.proxy, server.proxy.books.log.say
+    try:
+        rest = rebuild(proxy, reread())
+        server.reload()
+        say("settings and certificates were read again; " + describe_limits(proxy.config))
+        for name in rest:
+            say("%s was changed: it needs a new start" % name)
+    except (ConfigFaults, OSError, ValueError) as fault:
+        say("settings and certificates were not read again, the old ones stay: %s" % fault)
+    if proxy.books.usage_log:
+        proxy.books.usage_log.reopen()
+
+
+async def serve(server: Server, drain_seconds: float, reread: Callable[[], Config]):
     """Accept until a signal says stop, then drain."""
     say = server.proxy.books.log.say
     stopping = server.loop.create_future()
@@ -9328,16 +9410,10 @@ async def serve(server: Server, drain_seconds: float):
         for line in ["%d %s running" % (len(calls), noun), *calls]:
             say(line)
 
-    def reload_certificates():
-        try:
-            server.reload()
-            say("certificates were read again")
-        except (OSError, ValueError) as failure:
-            say("certificates were not read again, the old ones stay: %s" % failure)
-
-    actions = {"SIGTERM": stop, "SIGINT": stop, "SIGUSR1": report_calls}
-    if server.tls:  # else it means that the terminal was closed
-        actions["SIGHUP"] = reload_certificates
+    actions = {"SIGTERM": stop, "SIGINT": stop, "SIGUSR1": report_calls,
+               "SIGHUP": functools.partial(reload, server, reread)}
+    if is_at_a_terminal() and not server.tls:  # which was closed, then
+        actions["SIGHUP"] = stop
     handle_signals(server.loop, actions)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     probing = server.loop.create_task(probe(server), name="probe")
@@ -9358,6 +9434,11 @@ async def probe(server):
             server.proxy.books.log.say(fault)
 
     await asyncio.gather(*map(one, server.proxy.routes.addresses()))
+
+
+def is_at_a_terminal():
+    with contextlib.suppress(AttributeError, ValueError):  # stdin is closed
+        return sys.stdin.isatty()
 
 
 def handle_signals(loop, actions):
@@ -9624,7 +9705,7 @@ def run_command(options, environ, log_stream):
     remarks = []
     if options.demo:
         remarks.append(DEMO_HINT % (config.scheme, config.port))
-    return run(config, log_stream, remarks)
+    return run(config, log_stream, remarks, lambda: read_config(environ, read_dotenv_file()))
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

@@ -8542,13 +8542,13 @@ class TlsTest(ServerCase):
 class Process:
     """`python -I -S llm_proxy.py` as a process of its own, with no environment but the settings."""
 
-    def __init__(self, *arguments, cwd="/", before=(), **settings):
+    def __init__(self, *arguments, cwd="/", before=(), stdin=subprocess.DEVNULL, **settings):
         """`before` are words of a command that starts this one."""
         settings = {"DATABASE": "off", **settings}
         self.process = subprocess.Popen(
             [*before, sys.executable, "-I", "-S", FILE, *arguments], cwd=cwd,
             env={name: str(value) for name, value in settings.items()},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.rows = []
         self.reader = threading.Thread(
             target=lambda: self.rows.extend(self.process.stderr), daemon=True)
@@ -8886,11 +8886,46 @@ class CommandsTest(ProcessCase):
         process = self.serve(TLS_CERT_FILE=path)
         self.assertTrue(process.said("listens on https://127.0.0.1:"))
         process.stop(signal.SIGHUP)
-        wait_for(lambda: process.said("certificates were read again"))
+        wait_for(lambda: process.said("settings and certificates were read again"))
         os.remove(path)
         process.stop(signal.SIGHUP)
-        wait_for(lambda: process.said("certificates were not read again, the old ones stay"))
+        wait_for(lambda: process.said("were not read again, the old ones stay: TLS_CERT_FILE"))
         self.assertIsNone(process.process.poll())
+
+    def test_a_hang_up_signal_reads_keys_limits_and_prices_again(self):
+        folder = new_path(self)
+        usage_log = pathlib.Path(folder, "usage.jsonl")
+
+        def write(*rows):
+            with open(os.path.join(folder, ".env"), "w", encoding="utf-8") as file:
+                file.write("\n".join(rows))
+
+        def read_again(said):
+            seen = len(process.rows)
+            process.stop(signal.SIGHUP)
+            wait_for(lambda: any(said in row for row in process.rows[seen:]), said)
+
+        write("PROXY_API_KEYS=a", "LIMITS=each 100 requests per day")
+        process = self.serve(cwd=folder, USAGE_LOG=usage_log, DATABASE="off")
+        client = self.connect()
+        self.assertEqual(client.exchange(call("a")).status, 200)
+        wait_for(usage_log.read_bytes, "a row")
+        usage_log.rename(usage_log.with_suffix(".old"))
+        write("PROXY_API_KEYS=b", "LIMITS=each 10 requests per day", "MAX_QUEUE=7")
+        read_again("MAX_QUEUE was changed: it needs a new start")
+        self.assertEqual(client.exchange(call("a")).status, 401)
+        answered = client.exchange(call("b"))
+        self.assertEqual((answered.status, answered.get("x-ratelimit-limit")), (200, "10"))
+        wait_for(lambda: usage_log.exists() and usage_log.read_bytes().count(b"\n") == 2)
+        for rows, said in self.each((
+                (["PROXY_API_KEYS=b", "LIMITS=nonsense"], "the old ones stay: LIMITS must"),
+                (["LIMITS=each 10 requests per day"], "PROXY_API_KEYS must not be unset"),
+                (["PROXY_API_KEYS=anyone"], "were read again; each caller's bucket holds 10"))):
+            write(*rows)
+            read_again(said)
+            self.assertEqual(client.exchange(call("b")).status, 200)
+            self.assertEqual(client.exchange(call("c")).status,
+                             200 if rows[0].endswith("anyone") else 401)
 
     def test_a_signal_has_each_running_call_told_in_a_line(self):
         process = self.serve(answer=None, MAX_CONCURRENCY=1)
@@ -8907,8 +8942,13 @@ class CommandsTest(ProcessCase):
                 "s upstream=base awaits its turn at base for ")):
             wait_for(lambda: process.said(said))
 
-    def test_without_certificates_it_ends_with_its_terminal(self):
-        self.assertEqual(self.serve().stop(signal.SIGHUP).wait(), -signal.SIGHUP)
+    def test_without_certificates_it_drains_and_ends_with_its_terminal(self):
+        ours, theirs = os.openpty()
+        self.addCleanup(os.close, ours)
+        process = self.serve(stdin=theirs)
+        os.close(theirs)
+        self.assertEqual(process.stop(signal.SIGHUP).wait(), 0)
+        self.assertTrue(process.said("stopped"))
 
     def test_a_second_signal_ends_it_at_once(self):
         process = self.serve(answer=None)
