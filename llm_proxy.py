@@ -2801,7 +2801,7 @@ REFERENCES = frozenset("""
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
-    input_schema inputSchema schema json_schema properties metadata""".split())
+    input_schema inputSchema schema json_schema properties metadata client_metadata""".split())
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
