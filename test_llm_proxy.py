@@ -5205,7 +5205,8 @@ class StoredTest(ManyCase):
     NO_REFERENCES = [
         {"messages": [{"content": [{"type": "tool_use", "input": {"file_id": "x"}}]}]},
         {"tools": [{"input_schema": {"properties": {"file_id": {"id": "x"}}}}]},
-        {"metadata": {"file_id": "x"}}, {"messages": [{"content": "file_id: x"}]},
+        {"metadata": {"file_id": "x"}}, {"client_metadata": {"thread_id": "codex"}},
+        {"messages": [{"content": "file_id: x"}]},
         {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
 
     def post(self, path, payload, key="a"):
