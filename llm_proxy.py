@@ -1552,7 +1552,8 @@ class Hold:
         if self.ended:
             return
         self.ended = True
-        costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
+        if costs[RUNNING]:
+            costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
@@ -1582,7 +1583,8 @@ class Hold:
         return self
 
     def __exit__(self, *_):
-        self.give_back()
+        if not self.ended:
+            self.give_back()
 
 
 # Names of one model differ in who sells it, in its date and in how it is routed, none of which
@@ -2278,6 +2280,8 @@ def finite(text: str) -> float:
     return value
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = json.JSONDecoder(
     object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
@@ -2289,7 +2293,7 @@ def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if decoder is PLAIN_JSON and not json.scanner.c_make_scanner:  # PyPy: ten times as fast
+        if not HAS_SCANNER and decoder is PLAIN_JSON:  # PyPy: ten times as fast
             return json.loads(text)
         value, end = decoder.scan_once(text, 0)
         if end == len(text):
@@ -2313,13 +2317,13 @@ def parse_json(body: bytes) -> Dict[str, Any]:
 
 def parse_response(data: bytes) -> Any:
     """Reads JSON of an upstream, which may begin with a byte order mark; raises ValueError."""
-    return decode_json(data.lstrip(b"\xef\xbb\xbf"))
+    return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
 def parse_or_none(data: bytes) -> Any:
     """Returns JSON of an upstream, None where it cannot be read."""
     try:
-        return parse_response(data)
+        return decode_json(data.lstrip(BYTE_ORDER_MARK))
     except ValueError:
         return None
 
@@ -2333,8 +2337,9 @@ def object_in(data: bytes) -> Dict[str, Any]:
 def last_object(data: bytes) -> Dict[str, Any]:
     """Returns the same, or the last of an array of them."""
     found = parse_or_none(data)
-    found = found[-1] if isinstance(found, list) and found else found
-    return found if isinstance(found, dict) else {}
+    if type(found) is list and found:
+        found = found[-1]
+    return found if type(found) is dict else {}
 
 
 LINE = re.compile(rb"[^\r\n]*")
@@ -2973,6 +2978,9 @@ class Dialect:
     # ... and by endpoint, where the events that end a stream repeat it.
     DELTA_KEYS = {}
 
+    def __init__(self):
+        self.usage_key = self.USAGE_MARK[1:-1].decode()
+
     # -- requests
 
     def claims(self, path: str, fields: Fields) -> bool:
@@ -3040,7 +3048,7 @@ class Dialect:
 
     def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
-        found = payload.get(self.usage_key())
+        found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
             for name in self.USAGE_HOLDERS:
@@ -3051,15 +3059,12 @@ class Dialect:
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
 
-    def usage_key(self) -> str:
-        return self.USAGE_MARK[1:-1].decode()
-
     def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
         if type(model) is str and is_name(model):
             tier = payload.get(self.TIERS[0])
-            return model, tier if is_name(tier) else None
+            return model, tier if tier and is_name(tier) else None
         for name in self.USAGE_HOLDERS[:3]:
             if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
                 return self.served(payload[name])
@@ -3174,7 +3179,7 @@ class Dialect:
 
     def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns what an event says besides usage, {} where that is nothing."""
-        rest = {name: value for name, value in payload.items() if name != self.usage_key()}
+        rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
@@ -3874,8 +3879,8 @@ class Dialects:
             endpoint = endpoint and self.cost_of_unknown(path, stored)
         call = Call(dialect, endpoint, path, query, prefix)
         call.stored = stored
-        if endpoint:
-            call.query = without_masks(call.query)
+        if endpoint and query:
+            call.query = without_masks(query)
         if endpoint in (UNKNOWN, UPLOAD):
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif endpoint:
@@ -4241,6 +4246,8 @@ class UsageReader(UsageSource):
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
         self.read_end(whole)
+        if whole and self.ended and not self.fault:  # as nearly always
+            return "ok"
         failed = self.fault or (whole and not self.ended and self.tells_end())
         if failed and not self.said_nothing:
             used, complete = self.reported_usage(whole=False)
@@ -4263,7 +4270,8 @@ class UsageReader(UsageSource):
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if it was; and whether nothing is missing from
         it."""
-        self.read_end(whole)
+        if not self.end_is_read:
+            self.read_end(whole)
         usage = self.dialect.usage(self.counts, self.model, self.tier)
         complete = self.final or (whole and self.final is None)
         return usage, usage is not None and bool(complete)
@@ -5618,11 +5626,13 @@ class Stored:
         return "<Stored: %s, %d things, %d bills>" % (
             self.policy, len(self.things), len(self.bills))
 
+    def is_used(self) -> bool:
+        """Returns whether a call can speak of anything that is known, or must not be."""
+        return bool(self.things) or self.policy != "pass"
+
     def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
         """Returns one of the things that a call speaks of, None where it is free to go anywhere.
         Raises Forbidden, NothingStored."""
-        if self.policy == "pass" and not self.things:
-            return None
         path, names = call.stored, call.references()
         if self.policy == "refuse" and (path or names):
             raise Forbidden("What upstreams store is not passed on")
@@ -7225,12 +7235,12 @@ class Reply:
     def went_well(self, response: Response, ending: str) -> Optional[bool]:
         """Returns whether a call went well, None where that is known already or not the upstream's
         doing. An error in a response is what its status would be."""
-        reader = self.entry.reader
         if response.status in FAILING or not self.adapter.framing.ended:
             return None
-        if reader and reader.fault:
-            return False if reader.fault in FAILING else None
-        return ending == "ok"
+        if ending == "ok":
+            return True
+        reader = self.entry.reader
+        return None if reader and reader.fault and reader.fault not in FAILING else False
 
     async def drain(self):
         """Wait until the client has taken all. Raises CallerGone, and what the call is ended
@@ -7410,7 +7420,8 @@ class Proxy:
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
-        upstreams = self.routes.find(call, self.find_thing(call, entry.caller))     # route
+        thing = self.find_thing(call, entry.caller) if self.stored.is_used() else None
+        upstreams = self.routes.find(call, thing)                                   # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -7442,7 +7453,8 @@ class Proxy:
                 if not reason.nothing_sent:
                     self.settle(entry, reason.outcome)
                 raise
-            self.settle(entry, ending)                                              # settle
+            if not entry.hold.ended:
+                self.settle(entry, ending)                                          # settle
             reply.end(ending)
 
     async def pass_on(self, response, reply, entry):
@@ -7589,11 +7601,12 @@ class Proxy:
             return
         if entry.reader and entry.reader.said_nothing:
             return hold.settle(self.fault_costs(entry.reader.fault))
-        if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
-            return self.await_usage(call, hold)
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
+        if usage.estimated and call.runs_in_background() and (
+                not self.told_usage(entry, ending)[1]):
+            return self.await_usage(call, hold)
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
