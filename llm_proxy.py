@@ -1410,14 +1410,16 @@ class Level(NamedTuple):
 
     @property
     def quota(self) -> Quota:
-        rule = self.rule
-        amount, interval = (0, 0) if rule.unit == RUNNING else rule.rate
-        full = self.level >= rule.capacity or rule.unit == RUNNING
+        level, rule = self.level, self.rule
+        if rule.unit == RUNNING:
+            return Quota(rule.capacity, max(0, level), 0, 0, 0)
+        amount, interval = rule.rate
+        full = level >= rule.capacity
         reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
             return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
                          reset)
-        return Quota(rule.capacity, max(0, self.level), amount, interval, reset)
+        return Quota(rule.capacity, level if level > 0 else 0, amount, interval, reset)
 
     @property
     def wait(self) -> float:
@@ -2170,11 +2172,12 @@ class CostEstimator:
         came, and the share of it that its model hides. A response that is not `whole` may have
         reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        habits = self.habits(call).of(caller)
-        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
-        if complete and not self.is_understated(call, reported, source, ratio):
+        if complete and not (
+                self.needs_estimate and self.is_understated(call, caller, reported, source)):
             self.learn(call, caller, reported, source)
             return reported
+        habits = self.habits(call).of(caller)
+        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         output = math.ceil(source.output_characters() / ratio) if source else 0
         if source and (whole or source.ended):
             output = math.ceil(output / (1 - habits.hidden))
@@ -2185,14 +2188,16 @@ class CostEstimator:
             reported = Usage(self.prompt_tokens(call, ratio), model=source and source.model)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
-    def is_understated(self, call, told, source, ratio):
+    def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
         counted only where it may be so much, or servers are known to tell too little."""
-        if not self.needs_estimate:
-            return False
-        most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
-        may_be = call.output_limit()[1] > 1 or source.most_characters() > most + self.NO_TEXT
-        return may_be and source.output_characters() > most
+        tokens = max(2 * told.output, told.output + 64)
+        passed = math.inf if call.output_limit()[1] > 1 else source.most_characters() - self.NO_TEXT
+        if passed <= tokens * CHARACTERS_PER_TOKEN:
+            return False  # as nearly always
+        ratio = self.habits(call).of(caller).output_ratio or CHARACTERS_PER_TOKEN
+        most = tokens * max(ratio, CHARACTERS_PER_TOKEN)
+        return passed > most and source.output_characters() > most
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
@@ -2616,10 +2621,12 @@ class Call(Billable):
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there."""
         self.upstream_model = model
-        self.models = (model, *self.dialect.other_models(self.payload))
+        payload = self.payload
+        self.models = (model,)
+        if not self.dialect.MODEL_LISTS.isdisjoint(payload):
+            self.models += tuple(self.dialect.other_models(payload))
         self.upstream_body = self.body
         self.usage_requested_by_us = False
-        payload = self.payload
         if self.endpoint in (UNKNOWN, UPLOAD):
             return self.prepare_unknown(model)
         if not model == self.model == payload.get("model"):
@@ -2644,12 +2651,12 @@ class Call(Billable):
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
-        return True in (self.payload.get("background"), self.payload.get("deferred"))
+        return True in map(self.payload.get, LATER)
 
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
-            return self.payload.get("store") is True or self.runs_in_background()
+            return True in map(self.payload.get, KEPT)
         if self.stored and self.endpoint is None:
             made = self.stored.name and self.stored.collection in HAVE_RESULTS
             return self.path.endswith("/" + self.stored.name) if made else not (
@@ -2730,6 +2737,9 @@ class Call(Billable):
             raise BadRequest(message)
 
 
+# Where true stands at one of these, an answer will only be told later,
+LATER = ("background", "deferred")
+KEPT = (*LATER, "store")  # and at one of these it is stored.
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset((
@@ -3006,8 +3016,6 @@ class Dialect:
     def other_models(self, payload: Dict[str, Any]) -> List[str]:
         """Returns the models that may serve a call besides the one that it asks for. Raises
         BadRequest for too many."""
-        if self.MODEL_LISTS.isdisjoint(payload):
-            return []
         found = [one.get("model") if type(one) is dict else one
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list
                  for one in payload[key]]
@@ -3960,15 +3968,16 @@ class Dialects:
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
-        call.payload = parse_json(call.body)
-        others = call.payload.keys() - self.READ_KEYS
+        call.payload = payload = parse_json(call.body)
+        others = payload.keys() - self.READ_KEYS
         for key in self.READ_KEYS.intersection(map(str.casefold, others)):
             raise BadRequest("The key %s must be spelled in lower case" % key)
-        if type(call.payload.get("stream")) not in (bool, type(None)) and call.endpoint != UNKNOWN:
+        stream = payload.get("stream")
+        if stream is not None and type(stream) is not bool and call.endpoint != UNKNOWN:
             raise BadRequest("stream must be true or false")  # an upstream could take it for one
         call.is_json = True
         dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
-        model, call.stream = dialect.requested(call.path, call.payload)
+        model, call.stream = dialect.requested(call.path, payload)
         return model
 
 
@@ -4174,8 +4183,10 @@ class UsageReader(UsageSource):
     def note_server(self, payload: Dict[str, Any]) -> None:
         """Takes which model served, and how."""
         model, tier = self.dialect.served(payload)
-        self.model = model or self.model
-        self.tier = tier or self.tier
+        if model:
+            self.model = model
+        if tier:
+            self.tier = tier
 
     def read_end(self, whole: bool) -> None:
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
@@ -8063,8 +8074,10 @@ class ClientConnection:
             self.on_client_end()
         elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
-        self.refuse_other_protocols(request)
-        page = self.server.pages.find(request)
+        if "page" not in request.cache:
+            self.refuse_other_protocols(request)
+            request.cache["page"] = self.server.pages.find(request)
+        page = request.cache["page"]
         if page:
             await page(request, reply)
         else:
