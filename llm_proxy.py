@@ -2075,14 +2075,11 @@ class ModelHabits:
     def peak(self, caller: CallerKey) -> int:
         return self.of(caller).peak or self.usual.peak or 0
 
-    def own(self, caller: CallerKey) -> Habits:
-        """Returns what a caller's calls are noted in."""
-        found = self.callers.get(caller)
-        if found is None:
-            if len(self.callers) >= self.CALLERS:
-                self.callers.popitem(last=False)
-            found = self.callers[caller] = Habits()
-        self.callers.move_to_end(caller)
+    def add(self, caller: CallerKey) -> Habits:
+        """Returns what the calls of a new caller are noted in."""
+        if len(self.callers) >= self.CALLERS:
+            self.callers.popitem(last=False)
+        found = self.callers[caller] = Habits()
         return found
 
     def refresh(self):
@@ -2206,14 +2203,15 @@ class CostEstimator:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
             model = self.models[call.upstream_model] = ModelHabits()
-        self.models.move_to_end(call.upstream_model)
-        own = model.own(caller)
+        own = model.callers.get(caller) or model.add(caller)
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
             if limit is None or used.output > model.peak(caller) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+            self.models.move_to_end(call.upstream_model)  # who calls often is here often enough
+            model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
 
@@ -2591,7 +2589,6 @@ class Call(Billable):
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
     put_model: Optional[Callable[[str], bytes]] = None
-    stored: Optional[StoredPath] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
@@ -2603,10 +2600,11 @@ class Call(Billable):
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
-                 prefix: Optional[str] = None):
+                 prefix: Optional[str] = None, stored: Optional[StoredPath] = None):
         self.dialect = dialect
         self.endpoint = endpoint
         self.prefix = prefix
+        self.stored = stored
         self.path = path
         self.query = query
         self.payload: Dict[str, Any] = {}
@@ -3873,34 +3871,33 @@ class Dialects:
             raise BadRequest("The path must be spelled plainly")
         return dialect, endpoint, path
 
-    async def read(self, method: str, path: str, query: str, fields: Fields,
-                   read_body: Callable[[], Awaitable[bytes]]) -> Call:
-        """Reads a request. `read_body` is only called, and the payload only parsed, where the call
-        is metered. Raises BadRequest, Forbidden, and what `read_body` raises."""
+    def place(self, method: str, path: str, query: str, fields: Fields) -> Tuple[Any, ...]:
+        """Returns all that the head of a request says of its call: what a Call is made of. Raises
+        BadRequest, Forbidden."""
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(query)[1] if query else ""
-        stored = model = None
+        stored = None
         if endpoint in (None, UNKNOWN):
             stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
-        call = Call(dialect, endpoint, path, query, prefix)
-        call.stored = stored
         if endpoint and query:
-            call.query = without_masks(query)
-        if endpoint in (UNKNOWN, UPLOAD):
+            query = without_masks(query)
+        return dialect, endpoint, path, query, prefix, stored
+
+    async def read(self, call: Call, method: str, fields: Fields,
+                   read_body: Callable[[], Awaitable[bytes]]) -> None:
+        """Reads the rest of a call. `read_body` is only called, and the payload only parsed, where
+        it is metered. Raises BadRequest, and what `read_body` raises."""
+        model = None  # of any type
+        if call.endpoint in (UNKNOWN, UPLOAD):
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
-        elif endpoint:
+        elif call.endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
-        elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
+        elif self.names and method == "GET" and ONE_MODEL.fullmatch(call.path):
             model = self.read_model_path(call)
-        self.note_model(call, model)
-        return call
-
-    def note_model(self, call, model):
-        """`model` is of any type. Raises BadRequest."""
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
@@ -4036,6 +4033,8 @@ class UsageReader(UsageSource):
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed
     fault = 0             # the status of the error that the response is
+    unpacker: Optional[Unpacker] = None
+    changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
@@ -4047,12 +4046,13 @@ class UsageReader(UsageSource):
         self.dialect = call.dialect
         self.events = call.dialect.events
         self.endpoint = call.endpoint
+        self.asked = call.upstream_model
         self.streamed = streamed
         self.readable = readable
-        self.unpacker = Unpacker() if packed else None
-        plain = streamed and readable and not packed
-        self.changes_stream = plain and call.usage_requested_by_us
-        if self.changes_stream:
+        if packed:
+            self.unpacker = Unpacker()
+        if call.usage_requested_by_us and streamed and readable and not packed:
+            self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
         self.counts: Dict[str, Any] = {}
@@ -4182,11 +4182,13 @@ class UsageReader(UsageSource):
 
     def note_server(self, payload: Dict[str, Any]) -> None:
         """Takes which model served, and how."""
-        model, tier = self.dialect.served(payload)
-        if model:
-            self.model = model
-        if tier:
-            self.tier = tier
+        dialect = self.dialect
+        if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
+            self.model = self.asked  # as nearly always
+            return
+        model, tier = dialect.served(payload)
+        self.model = model or self.model
+        self.tier = tier or self.tier
 
     def read_end(self, whole: bool) -> None:
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
@@ -6992,7 +6994,7 @@ class Reply:
         self.started = self.parts.clock.time_ns()
         self.request = request
         self.close_after = request.close_after
-        if "x-request-id" in request:
+        if "x-request-id" in request.lines:
             given = request.get("x-request-id")
             self.entry.request_id = given if REQUEST_ID.fullmatch(given) else None
         self.entry.method = request.method
@@ -7426,8 +7428,8 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
             reply.set_deadlines()
-        call = await self.dialects.read(
-            request.method, request.path, request.query, request, reply.read_body)
+        call = self.new_call(request)
+        await self.dialects.read(call, request.method, request, reply.read_body)
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
@@ -7535,6 +7537,14 @@ class Proxy:
             cache["caller"] = callers.end_user(request, entry.peer, caller), entry.address
         entry.caller, entry.address = cache["caller"]
 
+    def new_call(self, request: Request) -> Call:
+        """Returns a call as its head tells of it, which is read once, too."""
+        cache = request.cache
+        if "call" not in cache:
+            cache["call"] = self.dialects.place(
+                request.method, request.path, request.query, request)
+        return Call(*cache["call"])
+
     async def send_in_turn(self, upstream, reply, call):
         ticket = await self.stand_in_line(upstream, reply)
         try:
@@ -7621,7 +7631,7 @@ class Proxy:
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
-        if ending not in ("ok", CallerGone.outcome):
+        if estimate and ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
 
