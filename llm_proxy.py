@@ -2125,8 +2125,6 @@ class CostEstimator:
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
-        if not self.needs_estimate:
-            return self.plain, self.plain
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
         estimate = 0
@@ -4683,16 +4681,18 @@ class BodyAdapter:
 
     def feed(self, data: bytes) -> bytes:
         """Raises Malformed as soon as the framing is broken."""
-        same, payload = self.framing.feed(data)
+        out, payload = self.framing.feed(data)
         if self.reader and payload:
             payload = self.reader.feed(payload)
-        ended = self.framing.ended
-        if ended and self.reader and self.style != self.AS_IS:
-            payload += self.reader.flush()
+        if self.style != self.AS_IS:
+            ended = self.framing.ended
+            if ended and self.reader:
+                payload += self.reader.flush()
+            out = self.frame(payload, ended)
         self.passed += len(payload)
         if self.events:
             self.tail = (self.tail + payload)[-4:]
-        return same if self.style == self.AS_IS else self.frame(payload, ended)
+        return out
 
     def frame(self, payload, ended):
         if self.style != self.CHUNKED:
@@ -5639,10 +5639,6 @@ class Stored:
         return "<Stored: %s, %d things, %d bills>" % (
             self.policy, len(self.things), len(self.bills))
 
-    def is_used(self) -> bool:
-        """Returns whether a call can speak of anything that is known, or must not be."""
-        return bool(self.things) or self.policy != "pass"
-
     def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
         """Returns one of the things that a call speaks of, None where it is free to go anywhere.
         Raises Forbidden, NothingStored."""
@@ -5789,14 +5785,14 @@ class Response:
 
     def release(self):
         """It came whole, or nobody wants it any more: the upstream has one call less."""
-        if not self.released:
-            self.released = True
-            self.address.running -= 1
-            if self.ticket:
-                self.ticket.leave()
+        self.released = True
+        self.address.running -= 1
+        if self.ticket:
+            self.ticket.leave()
 
     def __exit__(self, *_):
-        self.release()
+        if not self.released:
+            self.release()
         framing, stream = self.framing, self.stream
         unread = framing.trailing or stream.read_buffer
         if self.reusable and framing.ended and not unread and not stream.ended:
@@ -6342,6 +6338,8 @@ class Routes:
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
         """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        if self.base and not (self.named or thing):  # there is no choice
+            return self.all
         for upstream in self.all if thing else ():
             if thing.upstream == upstream.name and call.prefix in (None, upstream.name):
                 return [upstream.only(thing.address)]
@@ -6351,18 +6349,22 @@ class Routes:
             return [self.base]
         found = self.known.get(call.resolved_model)
         if found is None:
-            found = self.serving(call.resolved_model) or ([self.base] if self.base else [])
-            if len(self.known) >= KNOWN_MODELS:
-                self.known.clear()
-            self.known[call.resolved_model] = found
+            found = self.serving(call.resolved_model)
         if not found:
             raise NoRoute(call.model)
         return found
 
     def serving(self, model):
+        """Returns those that serve a model, else the base; that is known from then on."""
         found = [upstream for upstream in self.named if upstream.serves(model)]
         # Nobody's own key is for a second vendor.
-        return found[:1] + [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
+        found[1:] = [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
+        if self.base and not found:
+            found = [self.base]
+        if len(self.known) >= KNOWN_MODELS:
+            self.known.clear()
+        self.known[model] = found
+        return found
 
     def close_queues(self):
         for upstream in self.all:
@@ -7093,7 +7095,8 @@ class Reply:
     async def receive(self, response: Response) -> BodyAdapter:
         """Decide how a body goes on, and take in what has come of it. Raises UpstreamFailed."""
         call = self.call
-        self.stop_comments()
+        if self.comment_timer:
+            self.stop_comments()
         self.context.until = self.end_at
         streamed, encoding = self.kind_of(response.head)
         response.streamed = streamed
@@ -7273,11 +7276,10 @@ class Reply:
         return reader is not None and unsent <= len(LAST_CHUNK) and reader.has_closed()
 
     def end(self, ending: str):
-        """Note how an answer ended, and cut one that is not whole."""
-        if ending != "ok":
-            self.entry.outcome = ending
-            if not self.adapter.framing.ended:
-                self.cut(UpstreamFailed("cut"))
+        """Note how an answer ended that is not as it should be, and cut one that is not whole."""
+        self.entry.outcome = ending
+        if not self.adapter.framing.ended:
+            self.cut(UpstreamFailed("cut"))
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -7376,7 +7378,7 @@ class Reply:
             entry.request_id = new_request_id()
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
-        rate = RATE_LINES % hold.quota if hold and hold.tightest else ""
+        rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
         queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
         close = "Connection: close\r\n" if self.close_after else ""
         return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
@@ -7433,7 +7435,9 @@ class Proxy:
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
-        thing = self.find_thing(call, entry.caller) if self.stored.is_used() else None
+        thing = None
+        if self.stored.policy != "pass" or self.stored.things:
+            thing = self.find_thing(call, entry.caller)
         upstreams = self.routes.find(call, thing)                                   # route
         for upstream in upstreams:
             try:
@@ -7468,7 +7472,8 @@ class Proxy:
                 raise
             if not entry.hold.ended:
                 self.settle(entry, ending)                                          # settle
-            reply.end(ending)
+            if ending != "ok":
+                reply.end(ending)
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
@@ -7476,17 +7481,18 @@ class Proxy:
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
         adapter = await reply.receive(response)
-        if adapter.framing.ended:
+        ended = adapter.framing.ended
+        if ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
             entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
-        elif adapter.framing.ended:
+        elif ended:
             ending = entry.reader.ending(whole=True) if entry.reader else "ok"
             self.settle(entry, ending)
         reply.begin(response)
         try:
-            if not adapter.framing.ended:
+            if not ended:
                 ending = await reply.carry(response)
                 if entry.reader:
                     ending = entry.reader.ending(ending == "ok")
@@ -7510,9 +7516,12 @@ class Proxy:
         """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
         if call.unmetered:
             return NO_COST, NO_COST
-        if "usd" in self.estimator.units:
+        estimator = self.estimator
+        if not estimator.needs_estimate:
+            return estimator.plain, estimator.plain
+        if "usd" in estimator.units:
             self.require_price(call, entry)
-        return self.estimator.estimate(call, entry.caller.key)
+        return estimator.estimate(call, entry.caller.key)
 
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
@@ -7615,16 +7624,16 @@ class Proxy:
 
     def settle(self, entry, ending):
         """Charge what the call used, and write that down. The second time, it does nothing."""
-        call, hold = entry.call, entry.hold
+        call, hold, reader = entry.call, entry.hold, entry.reader
         if call.owes:
             return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
             return
-        if entry.reader and entry.reader.said_nothing:
-            return hold.settle(self.fault_costs(entry.reader.fault))
+        if reader and reader.said_nothing:
+            return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if ending == CallerGone.outcome else 0
-        usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
+        usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if usage.estimated and call.runs_in_background() and (
                 not self.told_usage(entry, ending)[1]):
             return self.await_usage(call, hold)
@@ -8130,7 +8139,8 @@ class ClientConnection:
 
     def record(self, reply):
         """Write down how it went."""
-        reply.stop_comments()
+        if reply.comment_timer:
+            reply.stop_comments()
         if self.leave_timer:
             self.leave_timer.cancel()
         if reply.body:
