@@ -1752,32 +1752,39 @@ def text_weight(text: str) -> int:
     return len(text) + wide * 5 // 3
 
 
-def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
+def sum_of_weights(texts: List[str]) -> int:
+    return sum(map(len if all(map(str.isascii, texts)) else text_weight, texts))
+
+
+def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
                 media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
                 ) -> Tuple[int, List[int]]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
     list of numbers has as many tokens. Of images and the like, which are those of which
-    `media_texts` is not None, the second list has the weight of the text in each."""
-    weight = 0
+    `media_texts` is not None, the second list has the weight of the text in each. None of them has
+    `plain` names alone."""
+    texts = []
+    numbers = 0
     media = []
     values = list({**payload, skip: None}.values())
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            weight += (len(value) if value.isascii() else text_weight(value)) + 1
+            texts.append(value)
+        elif kind is dict:
+            if not plain.issuperset(value):
+                found = media_texts(value)
+                if found is not None:
+                    media.append(text_weight(" ".join(found)))
+                    continue
+                values += [key for key in value if key not in names]
+            values += value.values()
         elif kind is list:
             values += value
             if value and type(value[0]) in (int, float):
-                weight += CHARACTERS_PER_TOKEN * len(value)
-        elif kind is dict:
-            texts = media_texts(value)
-            if texts is not None:
-                media.append(text_weight(" ".join(texts)))
-                continue
-            values += value.values()
-            if not names.issuperset(value):
-                values += [key for key in value if key not in names]
+                numbers += len(value)
+    weight = sum_of_weights(texts) + len(texts) + CHARACTERS_PER_TOKEN * numbers
     return max(0, weight - 1), media
 
 
@@ -2681,11 +2688,11 @@ class Call(Billable):
     def prompt_length(self) -> Tuple[int, List[int]]:
         if self.length is None:
             payload = self.payload
-            images = as_list(payload[IMAGES_KEY]) if IMAGES_KEY in payload else []
+            images = as_list(payload.get(IMAGES_KEY) or [])
             if images:
                 payload = {**payload, IMAGES_KEY: None}
-            weight, media = text_length(payload, "model", PLAIN_KEYS, media_texts)
-            self.length = weight, media + [0] * len(images)
+            self.length = text_length(payload, "model", TEXT_KEYS, PLAIN_KEYS, media_texts)
+            self.length[1].extend([0] * len(images))
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
@@ -2766,6 +2773,7 @@ signature cache_control ttl source media_type mimeType mime_type detail format i
 file_id file_uri fileUri filename title context citations annotations logprobs is_error
 functionCall functionResponse functionDeclarations args response include_usage effort
 budget_tokens""".split())
+TEXT_KEYS = PLAIN_KEYS - MEDIA_MARKS  # of parts that are text for sure
 
 
 def is_media(part: Dict[str, Any]) -> bool:
@@ -3978,8 +3986,11 @@ class Dialects:
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
-# JSON without one of these is no error.
-FAULT_MARK = re.compile(rb'"(?:errors?"|failed"|base_resp"|response\.failed")')
+
+
+def may_be_fault(data: bytes) -> bool:
+    """Returns whether something in JSON, or in a part of it, may say that it is an error."""
+    return b'"error' in data or b'failed"' in data or b'"base_resp"' in data
 
 
 class Unpacker:
@@ -4219,7 +4230,7 @@ class UsageReader(UsageSource):
             held = part + held
             if held.strip() == LAST_DATA:
                 self.closed = True
-            elif not (self.closed and held.endswith(b"}") and not FAULT_MARK.search(held)):
+            elif not (self.closed and held.endswith(b"}") and not may_be_fault(held)):
                 payload = object_in(held)
                 if not payload:
                     continue
@@ -4234,7 +4245,7 @@ class UsageReader(UsageSource):
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
         self.note_server(payload)
-        if FAULT_MARK.search(data):
+        if may_be_fault(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
     def read_json(self, data: bytes) -> None:
@@ -4251,7 +4262,7 @@ class UsageReader(UsageSource):
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
             self.note_server(payload)
-            if FAULT_MARK.search(data):
+            if may_be_fault(data):
                 self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
