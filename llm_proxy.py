@@ -4172,7 +4172,7 @@ class UsageReader(UsageSource):
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
         found = []
-        if self.dialect.USAGE_MARK in data:  # far sooner known than by an expression
+        if data.find(self.dialect.USAGE_MARK) >= 0:  # far sooner known than by an expression
             found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
@@ -4225,6 +4225,10 @@ class UsageReader(UsageSource):
         held = b""
         events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
+        if last.endswith(self.events.event(LAST_DATA)) and last.find(b"error") < 0 and (
+                not may_be_fault(last)):
+            self.closed = True  # as nearly always
+            return
         for line in reversed(last.splitlines()[-self.LAST_LINES:]):
             part = self.events.data(line)
             if part is None:
