@@ -3104,6 +3104,11 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
+    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
+        """Returns the usage of a response that is no error, where it can be told without parsing
+        all of it that `model` served, and that nothing else is of interest."""
+        return None
+
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
@@ -3413,6 +3418,16 @@ class OpenAI(Dialect):
         else:  # spliced in: nothing of what the caller wrote changes
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
+
+    def usual_counts(self, data, model):
+        """Finds three counts, as most servers tell no more, in what then ends the response."""
+        if data.count(b"_tokens") == 3 and data.count(b'"model"') == 1 and (
+                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) > 0
+                and data.find(b'"service_tier"') < 0):
+            start = data.rfind(self.USAGE_MARK)
+            counts = object_in(b"{" + data[start:]).get(self.usage_key)
+            return counts if type(counts) is dict else None
+        return None
 
     def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
@@ -4260,6 +4275,13 @@ class UsageReader(UsageSource):
     def read_json(self, data: bytes) -> None:
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
+        counts = None
+        if small and not may_be_fault(data):
+            counts = self.dialect.usual_counts(data, self.asked)
+        if counts:
+            self.counts = counts
+            self.model = self.asked
+            return
         payload = last_object(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
