@@ -1221,7 +1221,7 @@ class ConfigTest(TableCase):
         LIMITS=model:gpt* 9 requests per day | BASE_MODEL=gpt-5
         LIMITS=model:gpt* 9 requests per day | BASE_API_URL=https://api.openai.com/v1
         PATH=1 | HOSTNAME=1 | HTTP_PROXY=1 | http_proxy=1 | OLDPWD=1 | LOGNAME=1 | TOKENS=1
-        DATABASE_URL=1
+        DATABASE_URL=1 | SSL_CERT_FILE=1
         """
 
     def warnings(self, settings, dotenv=""):
