@@ -726,10 +726,13 @@ def is_secret(name: str) -> bool:
 # Settings that guard: who misspells one thinks that a door is shut.
 GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CERT_FILE",
           "TLS_KEY_FILE")
+OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
 def guard_meant_by(name: str) -> Optional[str]:
     """Returns the setting that guards and that a misspelt name means."""
+    if name == OPENSSL_FILE:
+        return None
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
     return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
 
@@ -964,6 +967,8 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
 
 def looks_like_a_setting(name):
     """Tells whether a variable of the environment, where most are not ours, is one misspelt."""
+    if name == OPENSSL_FILE:
+        return False
     return name.startswith("UPSTREAM_") or not name.upper().endswith("_PROXY") and (
         difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_meant_by(name))
 
