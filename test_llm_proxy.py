@@ -7708,6 +7708,8 @@ class EveryAwaitTest(WaitingCase):
         self.client.close()
         if self.proxy.routes.base.queue:
             self.end_busy()
+            for asked in self.stub.requests:  # it has noticed who left, and its slot is free
+                asked.over.set()
         expected = dict.fromkeys(self.what_is_held(seen), 0)
         expected["endings"] = [outcome] if outcome != "-" else []
         expected["spares"] = int(kept != "")
