@@ -3093,18 +3093,19 @@ class Call(Billable):
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
         found = []
+        meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
         parts = [self.payload]
         for part in parts:  # the list grows meanwhile
             values = part
             if type(part) is dict:
+                if "type" in part and ECHO.search(str(part["type"])):
+                    continue
                 values = part.values()
-                if not REFERENCES.isdisjoint(part):
-                    for key in REFERENCES.intersection(part):
+                if not meant.isdisjoint(part):
+                    for key in meant.intersection(part):
                         found += names_of_things(part[key])
                 if not CALLERS_OWN.isdisjoint(part):
                     values = [part[key] for key in part.keys() - CALLERS_OWN]
-                elif "input" in part and str(part.get("type")).endswith("tool_use"):
-                    continue
             parts += [one for one in values if type(one) in (list, dict)]
         return found
 
@@ -3267,7 +3268,12 @@ REFERENCES = frozenset("""
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
-    input_schema inputSchema schema json_schema properties metadata client_metadata""".split())
+    input_schema inputSchema schema json_schema properties metadata client_metadata
+    annotations""".split())
+# Chat has none of these, though some clients name theirs so.
+CONVERSATIONS = frozenset("conversation conversation_id thread_id assistant_id".split())
+# What an answer has said of its tools, which is told again with the next question.
+ECHO = re.compile("tool_use$|_call$|_call_output$|_tool_result$")
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
@@ -3301,7 +3307,22 @@ def names_made(payload: Dict[str, Any]) -> List[str]:
             found += names_of_things(holder.get("result_files"))
             resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
             found.append(resource and resource[1])
-    return [name for name in found if type(name) is str and name]
+    return [name for name in found + names_in_output(payload) if type(name) is str and name]
+
+
+def names_in_output(payload):
+    """Returns the names of what tools of the upstream's own have made."""
+    found = []
+    parts = [payload]
+    for part in parts:  # the list grows meanwhile
+        if len(parts) > 10_000:
+            break
+        if type(part) is dict:
+            found += [part.get("container_id"), part.get("file_id")]
+            parts += map(part.get, ("output", "content", "annotations", "results"))
+        elif type(part) is list:
+            parts += part
+    return found
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -3681,7 +3702,7 @@ class Dialect:
         `resets_at` is in unix seconds, None where no wait will do."""
         return self.error(refusal, status)
 
-    def error_event(self, body: bytes) -> bytes:
+    def error_event(self, body: bytes, endpoint: str) -> bytes:
         """Returns an error in a stream that has begun; `body` is what it would be without one."""
         return self.events.event(body, self.ERROR_LINE)
 
@@ -3892,6 +3913,16 @@ class OpenAI(Dialect):
         error = json.loads(self.error(refusal, status))["error"]
         return to_json_bytes({
             "error": {**error, "type": "usage_limit_reached", "resets_at": resets_at}})
+
+    def error_event(self, body, endpoint):
+        if endpoint != "responses":
+            return super().error_event(body, endpoint)
+        message = dig(object_in(body), "error", "message")  # Codex shows no other event
+        response = RESPONSE % {"number": "failed", "created": "0", "status": "failed",
+                               "model": '""', "item": "", "usage": "null"}
+        error = '"error": {"code": "server_error", "message": %s}' % json.dumps(str(message))
+        return self.limit_event(('{"type": "response.failed", "sequence_number": 0, "response": %s}'
+                                 % response.replace('"error": null', error)).encode())
 
     def limit_text(self, call, values):
         if call.endpoint == "responses":
@@ -7935,7 +7966,8 @@ class Reply:
 
     def error_event(self, refusal):
         dialect = self.call.dialect
-        return dialect.error_event(refusal.body or dialect.error(refusal, refusal.status))
+        body = refusal.body or dialect.error(refusal, refusal.status)
+        return dialect.error_event(body, self.call.endpoint)
 
     # -- what comes from upstream
 

@@ -5019,6 +5019,7 @@ class EarlyStreamTest(WaitingCase):
     def test_what_goes_wrong_then_is_an_error_event_and_a_clean_end(self):
         """Where the stream broke off after it, Open WebUI would show that instead."""
         anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
+        responses = request("POST", "/v1/responses", b'{"model": "m", "stream": true}')
         told = b'{"error":{"message":"too long","code":7}}'
         too_long = says(told, "400 Bad Request")
         no_stream = b"did not answer with a stream"
@@ -5030,6 +5031,8 @@ class EarlyStreamTest(WaitingCase):
                 (None, says(b'{"choices": []}'), no_stream, "upstream_status"),
                 (None, Asked.close, could_not, "upstream_failed"),
                 (anthropic, too_long, b"event: error\ndata: " + told, "upstream_status"),
+                (responses, too_long, b'event: response.failed\ndata: {"type": "response.failed"',
+                 "upstream_status"),
                 (anthropic, Asked.close, b'event: error\ndata: {"type": "error"',
                  "upstream_failed")])):
             client, asked = self.wait_early(data)
@@ -5273,6 +5276,8 @@ class StoredTest(ManyCase):
         {"messages": [{"content": [{"type": "tool_use", "input": {"file_id": "x"}}]}]},
         {"tools": [{"input_schema": {"properties": {"file_id": {"id": "x"}}}}]},
         {"metadata": {"file_id": "x"}}, {"client_metadata": {"thread_id": "codex"}},
+        {"input": [{"type": "code_interpreter_call", "container_id": "cntr_1"}]},
+        {"input": [{"content": [{"annotations": [{"file_id": "x"}]}]}]},
         {"messages": [{"content": "file_id: x"}]},
         {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
 
