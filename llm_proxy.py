@@ -2296,14 +2296,35 @@ STRICT_JSON = json.JSONDecoder(
     object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
 
 
+KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
+
+
+def was_strict(text: str, value: Any) -> bool:
+    """Returns whether the JSON that was read as `value` is sure to name no key twice, and to have
+    no number that is out of range."""
+    keys = 0
+    values = [value]
+    for one in values:  # the list grows meanwhile
+        if type(one) is dict:
+            keys += len(one)
+            values += one.values()
+        elif type(one) is list:
+            values += one
+        elif type(one) is float and not math.isfinite(one):
+            return False
+    return keys == len(KEY_END.findall(text))
+
+
 def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     if is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder is PLAIN_JSON:  # PyPy: ten times as fast
-            return json.loads(text)
+        if not HAS_SCANNER:  # PyPy: ten times as fast
+            value = json.loads(text)
+            if decoder is PLAIN_JSON or was_strict(text, value):
+                return value
         value, end = decoder.scan_once(text, 0)
         if end == len(text):
             return value

@@ -2494,6 +2494,14 @@ class JsonTest(ProxyCase):
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
             self.assertEqual(parse_json(text.encode()), json.loads(text))
 
+    def test_json_is_read_as_strictly_where_no_c_code_reads_it(self):
+        with mock.patch.object(llm_proxy, "HAS_SCANNER", False):
+            self.assertEqual(parse_json(b'{"a": "\\": ", "b": {"a": 1.5}}'),
+                             {"a": '": ', "b": {"a": 1.5}})
+            for body in self.each(self.REFUSED):
+                with self.assertRaises(llm_proxy.BadRequest):
+                    parse_json(body)
+
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
         self.start()
         for body in self.each(self.REFUSED):
@@ -2992,6 +3000,32 @@ class UsageReaderTest(ProxyCase):
         passed = b"".join(map(reader.feed, pieces)) + reader.flush()
         used, final = reader.reported_usage(whole)
         return passed, used and used[:2], final, reader.output_characters()
+
+    USUAL_ENDS = """
+        {"model":"m","choices":[],TOLD} -> True
+        {"model":"","choices":[],TOLD} -> False
+        {"model":"other","choices":[],TOLD} -> False
+        {"model":"other","metadata":{"model":"m"},TOLD} -> False
+        {"model":"m","service_tier":"flex",TOLD} -> False
+        {"model":"m",TOLD,"cached_tokens":5} -> False
+        {"model":"m","choices":[{TOLD}]} -> False
+        {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
+        [{"model":"m","choices":[],TOLD}] -> False"""
+
+    def test_the_end_of_an_answer_tells_what_all_of_it_does_or_all_of_it_is_read(self):
+        told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
+        for text, is_usual in self.each(self.USUAL_ENDS):
+            data = text.replace("TOLD", told).encode()
+            counts = llm_proxy.OpenAI().usual_counts(data, "m")
+            self.assertEqual(str(counts is not None), is_usual)
+            found = []
+            for short in (counts, None):
+                reader = self.new_reader(streamed=False)
+                reader.asked = "m"
+                reader.feed(data)
+                with mock.patch.object(llm_proxy.OpenAI, "usual_counts", return_value=short):
+                    found.append((reader.reported_usage(True), reader.fault))
+            self.assertEqual(found[0], found[1])
 
     def test_usage_is_read_in_every_dialect(self):
         for endpoint, told, expected in self.each(USAGE_TABLE):
