@@ -2213,7 +2213,7 @@ class CostEstimator:
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > model.peak(caller) * outputs:
+            if limit is None or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.models.move_to_end(call.upstream_model)  # who calls often is here often enough
@@ -6529,9 +6529,9 @@ class Entry:
         if self.started is None:
             self.started = self.ended  # no head ever came
         self.reader = None
-        if self.call:
-            self.call.payload = self.call.body = self.call.upstream_body = None
-            self.call.put_model = self.call.on_made = None
+        call = self.call
+        if call:
+            call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
         return self
 
     def milliseconds(self, until):
