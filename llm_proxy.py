@@ -1568,10 +1568,6 @@ class Hold:
         self.settle(NO_COST)
 
     @property
-    def quota(self) -> Quota:
-        return self.tightest.quota
-
-    @property
     def output_tokens(self) -> int:
         """The output that it is meant for."""
         _, total, prompt, output, *_ = self.costs
@@ -3897,8 +3893,6 @@ class Dialects:
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
         metered; and the path to use. Raises BadRequest, Forbidden."""
-        if method == "POST" and path == "/v1/chat/completions":  # as nearly always
-            return self.openai, "chat", path
         folded = fold_path(path)
         if self.is_admin_path(method, self.split(folded)[1]):
             raise Forbidden()
@@ -4297,12 +4291,9 @@ class UsageReader(UsageSource):
     def read_json(self, data: bytes) -> None:
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
-        counts = None
-        if small and not may_be_fault(data):
-            counts = self.dialect.usual_counts(data, self.asked)
+        counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
         if counts:
-            self.counts = counts
-            self.model = self.asked
+            self.counts, self.model = counts, self.asked
             return
         payload = last_object(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
@@ -5718,10 +5709,6 @@ class Stored:
             if any([one is None or one.owner != owner for one in found]):
                 raise NothingStored()
         return next(filter(None, found), None)
-
-    def bill_for(self, call: Call) -> Optional[Bill]:
-        """Returns what is open of the call whose answer this one asks for."""
-        return self.bills.get(call.stored.name) if call.stored and self.bills else None
 
     def owe(self, name: str, bill: Bill):
         """Keeps a bill, of the last BILLS."""
@@ -7567,8 +7554,8 @@ class Proxy:
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
         thing = self.stored.find(call, caller.key)
-        bill = self.stored.bill_for(call)
-        if bill:
+        bill = call.stored and self.stored.bills.get(call.stored.name)
+        if bill:  # it asks for the answer of that call
             call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
         return thing
 

@@ -1672,7 +1672,7 @@ class LimitsTest(LimitsCase):
                 self.clock.now += fractions.Fraction(steps, choose.choice((7, 10, 40)))
                 model.advance(self.clock.now)
                 tightest = self.take_some(model, choose).tightest
-                quota = llm_proxy.Hold(tightest=tightest).quota
+                quota = tightest.quota
                 self.assertEqual(quota.remaining, max(0, model.level), step)
 
     def test_no_wait_is_a_moment_too_short_or_too_long(self):
@@ -1884,9 +1884,9 @@ class RulesTogetherTest(LimitsCase):
     def test_the_quota_is_that_of_the_tightest_bucket(self):
         self.start("each 100 requests per day; all 2.5 usd per day; each 50 tokens per day")
         hold = self.admit(1, 5, 0, 0, 10 ** 11)
-        self.assertEqual(hold.quota, (50, 45, 50, 86400, 1728))
+        self.assertEqual(hold.tightest.quota, (50, 45, 50, 86400, 1728))
         hold.settle(costs(1, 5, 0, 0, 2 * 10 ** 12))
-        self.assertEqual(hold.quota, ("2.5", "0.5", "2.5", 86400, 1))
+        self.assertEqual(hold.tightest.quota, ("2.5", "0.5", "2.5", 86400, 1))
         charges = "each 100 requests per day=1;all 2.5 usd per day=2000000000000;"
         self.assertEqual(hold.describe_charges(), charges + "each 50 tokens per day=5")
 
@@ -1898,7 +1898,7 @@ class RulesTogetherTest(LimitsCase):
             refusal = self.refused(1, name=name)
             self.assertEqual(str(refusal), "limit reached: %d running already" % places)
             self.assertEqual((refusal.wait, refusal.fields), (2, {"Retry-After": 2}))
-            self.assertEqual(holds[-1].quota, (places, 0, 0, 0, 0))
+            self.assertEqual(holds[-1].tightest.quota, (places, 0, 0, 0, 0))
             self.clock.now += 10 ** 9
             self.refused(1, name=name)
             self.assertEqual(self.levels(), [])  # nothing that a restart would find
