@@ -1770,10 +1770,6 @@ class Hold:
         self.settle(NO_COST)
 
     @property
-    def quota(self) -> Quota:
-        return self.tightest.quota
-
-    @property
     def output_tokens(self) -> int:
         """The output that it is meant for."""
         _, total, prompt, output, *_ = self.costs
@@ -2486,7 +2482,7 @@ class CostEstimator:
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > model.peak(caller) * outputs:
+            if limit is None or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.models.move_to_end(call.upstream_model)  # who calls often is here often enough
@@ -2605,6 +2601,27 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = strict_decoder(unique)
+BY_LOADS = PLAIN_JSON, STRICT_JSON
+LONG_NUMBER = re.compile("[0-9]{400}")
+
+
+KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
+
+
+def was_strict(text: str, value: Any) -> bool:
+    """Returns whether the JSON that was read as `value` is sure to name no key twice, and to have
+    no number that is out of range."""
+    keys = 0
+    values = [value]
+    for one in values:  # the list grows meanwhile
+        if type(one) is dict:
+            keys += len(one)
+            values += one.values()
+        elif type(one) is list:
+            values += one
+        elif type(one) is float and not math.isfinite(one):
+            return False
+    return keys == len(KEY_END.findall(text))
 
 
 def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
@@ -2613,8 +2630,10 @@ def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder is PLAIN_JSON:  # PyPy: ten times as fast
-            return json.loads(text)
+        if not HAS_SCANNER and decoder in BY_LOADS and not LONG_NUMBER.search(text):
+            value = json.loads(text)  # PyPy: ten times as fast
+            if decoder is PLAIN_JSON or was_strict(text, value):
+                return value
         value, end = decoder.scan_once(text, 0)
         if end == len(text):
             return value
@@ -4355,8 +4374,6 @@ class Dialects:
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
         metered; and the path to use. Raises BadRequest, Forbidden."""
-        if method == "POST" and path == "/v1/chat/completions":  # as nearly always
-            return self.openai, "chat", path
         folded = fold_path(path)
         if self.is_admin_path(method, self.split(folded)[1]):
             raise Forbidden()
@@ -4758,12 +4775,9 @@ class UsageReader(UsageSource):
     def read_json(self, data: bytes) -> None:
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
-        counts = None
-        if small and not may_be_fault(data):
-            counts = self.dialect.usual_counts(data, self.asked)
+        counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
         if counts:
-            self.counts = counts
-            self.model = self.asked
+            self.counts, self.model = counts, self.asked
             return
         payload = last_object(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
@@ -6225,10 +6239,6 @@ class Stored:
                 raise NothingStored()
         return next(filter(None, found), None)
 
-    def bill_for(self, call: Call) -> Optional[Bill]:
-        """Returns what is open of the call whose answer this one asks for."""
-        return self.bills.get(call.stored.name) if call.stored and self.bills else None
-
     def owe(self, name: str, bill: Bill):
         """Keeps a bill, of the last BILLS."""
         self.bills[name] = bill
@@ -7195,9 +7205,10 @@ class Entry:
         if self.started is None:
             self.started = self.ended  # no head ever came
         self.reader = None
-        if self.call:
-            self.call.payload = self.call.body = self.call.upstream_body = None
-            self.call.put_model = self.call.on_made = self.call.json_body = None
+        call = self.call
+        if call:
+            call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
+            call.json_body = None
         return self
 
     def milliseconds(self, until):
@@ -8384,8 +8395,8 @@ class Proxy:
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
         thing = self.stored.find(call, caller.key)
-        bill = self.stored.bill_for(call)
-        if bill:
+        bill = call.stored and self.stored.bills.get(call.stored.name)
+        if bill:  # it asks for the answer of that call
             call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
         return thing
 
