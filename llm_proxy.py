@@ -1568,8 +1568,13 @@ class Hold:
         return self.tightest.quota
 
     @property
+    def prompt_tokens(self) -> int:
+        """The prompt that it is meant for,"""
+        return self.costs[2]
+
+    @property
     def output_tokens(self) -> int:
-        """The output that it is meant for."""
+        """and the output."""
         _, total, prompt, output, *_ = self.costs
         return min(output, max(0, total - prompt))
 
@@ -1797,6 +1802,16 @@ class Usage(NamedTuple):
     picodollars: Optional[int] = None
     others: Tuple["Usage", ...] = ()
 
+    def with_others(self) -> "Usage":
+        """Returns the same with what other models did in its counts."""
+        if not self.others:
+            return self
+        input, output, cached, cache_write, reasoning, _, hour_write = map(
+            sum, zip(*[one[:7] for one in (self, *self.others)]))
+        return self._replace(
+            input=input, output=output, cached=cached, cache_write=cache_write,
+            reasoning=reasoning, hour_write=hour_write, others=())
+
 
 class Billable:
     """What a cost depends on before the call is made: `models` are all that may serve it."""
@@ -1813,11 +1828,16 @@ class Billable:
         many outputs it asks for."""
         raise NotImplementedError
 
+    def tiers(self) -> Tuple[str, ...]:
+        """Returns how it asks to be served."""
+        raise NotImplementedError
+
 
 class UsageSource:
     """What a cost depends on once the response has ended."""
     ended = False  # the response's own last event has passed, whatever came then
-    model: Optional[str] = None  # the one that served, where the response says so
+    model: Optional[str] = None  # the one that served, where the response says so,
+    tier: Optional[str] = None   # and how
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
@@ -2144,7 +2164,9 @@ class CostEstimator:
         expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
         picodollars = 0
         if "usd" in self.units:
-            picodollars = max([self.prices.cost(expected, name)[0] for name in call.models])
+            # A cheaper tier that is asked for is not always what serves.
+            picodollars = max([self.prices.cost(expected._replace(tiers=tiers), name)[0]
+                               for name in call.models for tiers in {(), call.tiers()}])
         return self.costs(expected, picodollars, estimate, 1)
 
     def prompt_tokens(self, call, ratio):
@@ -2156,10 +2178,7 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        prompt, output = used.input, used.output
-        for other in used.others:
-            prompt += other.input
-            output += other.output
+        prompt, output, *_ = used.with_others() if used.others else used
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
@@ -2180,7 +2199,10 @@ class CostEstimator:
             output = max(output, held)
         if reported is None:
             ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio), model=source and source.model)
+            reported = Usage(self.prompt_tokens(call, ratio))
+            if source:
+                tiers = (source.tier,) if source.tier else ()
+                reported = reported._replace(model=source.model, tiers=tiers)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
     def is_understated(self, call, told, source, ratio):
@@ -2548,6 +2570,7 @@ class EventFraming(NamedTuple):
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
+EVENT_END = re.compile(rb"[}\]]")  # in comments and framing there is neither
 # WHATWG HTML, 9.2: a line ends with LF, CR or both, an event with an empty line.
 SSE = EventFraming(
     "text/event-stream", b"data: ", (b"\n\n", b"\n\r\n", b"\r\r\n", b"\r\r", b"\n\r"),
@@ -2584,7 +2607,8 @@ class Call(Billable):
     stored: Optional[StoredPath] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
-    owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
+    # That of a call in the background whose usage nobody knows yet, where this asks for its answer
+    owes: Optional[str] = None
     is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
@@ -2607,16 +2631,17 @@ class Call(Billable):
             self.dialect.name, self.endpoint, self.model, self.upstream_model,
             ", streamed" if self.stream else "")
 
-    def prepare_for(self, model: str, rewrite: Optional[Callable[[Dict], Dict]]) -> None:
+    def prepare_for(self, model: str, rewrite: Optional[Callable[[Dict], Dict]],
+                    rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
-        as it must be there."""
+        as it must be there, and `rename` the name of another model, None where none may serve."""
         self.upstream_model = model
-        self.models = (model, *self.dialect.other_models(self.payload))
         self.upstream_body = self.body
         self.usage_requested_by_us = False
-        payload = self.payload
+        payload = self.dialect.with_other_models(self.payload, rename)
+        self.models = (model, *self.dialect.other_models(payload))
         if self.endpoint in (UNKNOWN, UPLOAD):
-            return self.prepare_unknown(model)
+            return self.prepare_unknown(model, payload)
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
@@ -2628,14 +2653,15 @@ class Call(Billable):
         """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
-    def prepare_unknown(self, model: str) -> None:
+    def prepare_unknown(self, model: str, payload: Dict[str, Any]) -> None:
         """Puts the model where the call names one, if it does."""
         if self.put_model:
             self.upstream_body = self.body if model == self.model else self.put_model(model)
-        elif self.model:
-            self.path, payload = UNKNOWN_DIALECT.with_model(self.path, self.payload, model)
-            if payload is not self.payload:
-                self.upstream_body = to_json_bytes(payload)
+            return
+        if self.model:
+            self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
+        if payload is not self.payload:
+            self.upstream_body = to_json_bytes(payload)
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
@@ -2696,6 +2722,9 @@ class Call(Billable):
                 outputs *= len(many)
             self.limit = most if most != math.inf else None, outputs
         return self.limit
+
+    def tiers(self) -> Tuple[str, ...]:
+        return tuple(filter(is_name, map(self.payload.get, self.dialect.TIERS)))
 
     def numbers(self) -> List[Tuple[str, int]]:
         """Returns what stands at the names of limits and counts, in the payload and in objects with
@@ -2876,8 +2905,10 @@ def is_money(value: Any) -> bool:
 def with_iterations(told: Usage, parts: List[Usage]) -> Usage:
     """Returns the usage of a call that ran in several steps, some of them by another model. What
     was told may leave out some (Anthropic's compaction)."""
-    own = [part for part in parts if part.model == told.model]
-    others = tuple([part for part in parts if part.model != told.model])
+    served = fold_model(told.model or "")
+    names = [served and fold_model(part.model or told.model) for part in parts]
+    own = [part for part, name in zip(parts, names) if name == served]
+    others = tuple([part for part, name in zip(parts, names) if name != served])
     input, output, cached, cache_write, reasoning, hour_write = [
         sum([getattr(part, name) for part in own])
         for name in ("input", "output", "cached", "cache_write", "reasoning", "hour_write")]
@@ -2899,7 +2930,8 @@ class Dialect:
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
     # The keys of lists that name more models which may serve: to fall back to, or as tools.
-    MODEL_LISTS = frozenset(("models", "fallbacks", "tools"))
+    FALLBACKS = frozenset(("models", "fallbacks"))
+    MODEL_LISTS = FALLBACKS.union(("tools",))
     MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
@@ -2966,6 +2998,8 @@ class Dialect:
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
+    # The states of a call in the background that has ended.
+    LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -2979,6 +3013,10 @@ class Dialect:
         """Returns whether a request is one of this API, though nothing of it is metered; `path` is
         in lower case."""
         return False
+
+    def has_endpoint(self, path: str) -> bool:
+        """Returns whether a path, as `fold_path` has it, that ends like one of ENDPOINTS is one."""
+        return True
 
     def requested(self, path: str, payload: Dict[str, Any]) -> Tuple[Any, bool]:
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
@@ -3007,6 +3045,30 @@ class Dialect:
         if len(names) > self.MAX_MODELS or len("".join(names)) > 4096:
             raise BadRequest("The request names too many models")
         return names
+
+    def with_other_models(self, payload: Dict[str, Any],
+                          rename: Optional[Callable[[str], str]]) -> Dict[str, Any]:
+        """Returns a payload with other names of these models, None of which may serve where
+        `rename` is None."""
+        if self.MODEL_LISTS.isdisjoint(payload):
+            return payload
+        if rename is None and not self.FALLBACKS.isdisjoint(payload):
+            payload = {key: payload[key] for key in payload if key not in self.FALLBACKS}
+        lists = {key: [self.with_name(one, rename) for one in payload[key]]
+                 for key in self.MODEL_LISTS if type(payload.get(key)) is list}
+        same = all([lists[key] == payload[key] for key in lists])
+        return payload if same else {**payload, **lists}
+
+    @staticmethod
+    def with_name(one, rename):
+        """Returns a row of such a list, which is a name or an object with one, renamed."""
+        if type(one) is str and rename:
+            return rename(one)
+        if type(one) is not dict or type(one.get("model")) is not str:
+            return one
+        if rename is None:
+            return {key: one[key] for key in one if key != "model"}
+        return {**one, "model": rename(one["model"])}
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -3110,7 +3172,7 @@ class Dialect:
         iterations = counts.get("iterations")
         if told is None or not isinstance(iterations, list):
             return told
-        parts = [self.plain_usage(one, one.get(self.SERVED) or model, tier)
+        parts = [self.plain_usage(one, self.served(one)[0] or model, tier)
                  for one in iterations if isinstance(one, dict)]
         return with_iterations(told, [part for part in parts if part])
 
@@ -3505,6 +3567,9 @@ class Anthropic(Dialect):
     def claims(self, path, fields):
         return "anthropic-version" in fields or bool(self.PATH.search(path))
 
+    def has_endpoint(self, path):
+        return not path.endswith("/messages") or bool(self.PATH.search(path))
+
     def usage_counts(self, payload):
         """What message_start tells of the output is no count of it."""
         counts, final = super().usage_counts(payload)
@@ -3761,13 +3826,15 @@ ADMIN_SEGMENTS = frozenset("""
     load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
     reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
     scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
+    start_weight_update start_draft_weight_update finish_weight_update is_paused fault_tolerance
     flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
     init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
     get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
     get_internal_state get_server_info start_expert_distribution_record
     stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
     pause_generation continue_generation open_session close_session clear_hicache_storage_backend
-    set_trace_level add_worker remove_worker stop-generation""".split())
+    hicache get_load set_trace_level add_worker remove_worker add_external_corpus
+    remove_external_corpus list_external_corpora dumper stop-generation""".split())
 # two of these in a row,
 ADMIN_PAIRS = frozenset("""
     realtime/sessions realtime/calls chatkit/sessions auth/keys
@@ -3775,6 +3842,7 @@ ADMIN_PAIRS = frozenset("""
     models/load models/unload models/sse models/download models/apply models/delete
     model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
     template/unload override/switch override/unload backends/apply backends/delete
+    completions/control
     backend/shutdown api/admin extra/abort generate/check repository/models""".split())
 # these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
 ADMIN_ROOTS = frozenset("""
@@ -3850,7 +3918,7 @@ class Dialects:
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
-        if method != "POST" or endpoint is None or re.search("/threads/[^/]+/messages$", folded):
+        if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
         if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
             return None, None, path
@@ -3892,13 +3960,17 @@ class Dialects:
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.aliases.get(model, model)
+            call.resolved_model = self.resolve(model)
+
+    def resolve(self, model: str) -> str:
+        """Returns what a model's name stands for."""
+        return self.aliases.get(model, model)
 
     def read_model_path(self, call):
         """Reads the path of one of the models; returns which."""
         model = call.path.rpartition("/")[2]
         call.path = call.path[:-len(model)] + urllib.parse.quote(
-            self.aliases.get(model, model), safe="@")
+            self.resolve(model), safe="@")
         return model
 
     @staticmethod
@@ -4020,7 +4092,7 @@ class UsageReader(UsageSource):
     tier: Optional[str] = None
     end_is_read = False
     ended = False         # the model has stopped,
-    closed = False        # and the stream's own last event has passed
+    closed = False        # and the stream's own last event has passed, or that it has ended is told
     fault = 0             # the status of the error that the response is
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -4032,7 +4104,7 @@ class UsageReader(UsageSource):
         """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
         self.events = call.dialect.events
-        self.endpoint = call.endpoint
+        self.endpoint = call.owes or call.endpoint
         self.streamed = streamed
         self.readable = readable
         self.unpacker = Unpacker() if packed else None
@@ -4235,6 +4307,7 @@ class UsageReader(UsageSource):
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
             self.note_server(payload)
+            self.closed = payload.get("status") in self.dialect.LAST_STATES
             if FAULT_MARK.search(data):
                 self.fault = self.dialect.fault(payload)
 
@@ -4811,7 +4884,7 @@ class Stream:
     ended = False
     failure: Optional[OSError] = None
     write_failed = False  # what is written is dropped,
-    unsent = 0            # and so were so many bytes
+    unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
     waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
     write_waiter: Optional[asyncio.Future] = None  # or that something goes
@@ -4986,7 +5059,7 @@ class Stream:
             except WOULD_BLOCK:
                 pass
             except OSError:
-                return self.fail_writing()
+                return self.fail_writing(data)
         if sent < len(data):
             self.write_buffer += memoryview(data)[sent:]
             self.flush()
@@ -5007,10 +5080,10 @@ class Stream:
             return self.fail_writing()
         self.has_room()
 
-    def fail_writing(self):
+    def fail_writing(self, data: bytes = b""):
         """The peer takes no more, which does not say that it has said its last."""
         self.write_failed = True
-        self.unsent = len(self.write_buffer)
+        self.unsent = bytes(self.write_buffer) + data
         self.write_buffer.clear()
         self.has_room()
         if self.on_write_failed:
@@ -5596,8 +5669,8 @@ class Thing(NamedTuple):
 class Bill(NamedTuple):
     """What a call in the background was charged, until somebody hears what it used."""
     hold: Hold
-    dialect: Dialect
-    model: str
+    call: Call
+    characters: int = 0  # of its answer, as far as somebody has asked for that
 
 
 class Stored:
@@ -5638,7 +5711,10 @@ class Stored:
 
     def bill_for(self, call: Call) -> Optional[Bill]:
         """Returns what is open of the call whose answer this one asks for."""
-        return self.bills.get(call.stored.name) if call.stored and self.bills else None
+        if not (call.stored and self.bills):
+            return None
+        is_answer = call.path.endswith((call.stored.name, *CANCEL))
+        return self.bills.get(call.stored.name) if is_answer else None
 
     def owe(self, name: str, bill: Bill):
         """Keeps a bill, of the last BILLS."""
@@ -6453,10 +6529,11 @@ class Entry:
         call = self.call
         hold = self.hold
         usage = self.usage or NO_USAGE
+        served = usage.model and usage.model[:80] or call and call.upstream_model
         return Row._make((
             self.request_id, self.wall / 1e9, self.caller.label if self.caller else self.address,
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
-            call and clean(call.model), call and clean(call.upstream_model), self.upstream,
+            call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause,
             bool(call and call.stream), usage.input, usage.cached, usage.cache_write, usage.output,
             usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
@@ -7097,7 +7174,7 @@ class Reply:
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
         call = self.call
         if call.unmetered or call.endpoint == UPLOAD:
-            return call.owes
+            return call.owes is not None
         return call.endpoint != UNKNOWN or streamed or (
             "json" in head.get("content-type", "").lower())
 
@@ -7244,10 +7321,11 @@ class Reply:
             raise CallerGone()
 
     def missed_nothing(self) -> bool:
-        """Returns whether a caller who left had all of a stream, up to its own end."""
+        """Returns whether a caller who left had all of a stream, up to its own end: what could not
+        be sent holds no end of an event."""
         reader, client = self.entry.reader, self.client
-        unsent = client.unsent + len(client.write_buffer)
-        return reader is not None and unsent <= len(LAST_CHUNK) and reader.has_closed()
+        unsent = client.unsent + client.write_buffer
+        return reader is not None and not EVENT_END.search(unsent) and reader.has_closed()
 
     def end(self, ending: str):
         """Note how an answer ended, and cut one that is not whole."""
@@ -7423,7 +7501,7 @@ class Proxy:
         entry.upstream = upstream.name
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
-                             upstream.rewrite)
+                             upstream.rewrite, None if upstream.model else self.dialects.resolve)
         costs, least = self.estimate(call, entry)
         # What is not metered does not wait.
         send = self.send if upstream.queue is None or call.unmetered else self.send_in_turn
@@ -7474,7 +7552,8 @@ class Proxy:
         thing = self.stored.find(call, caller.key)
         bill = self.stored.bill_for(call)
         if bill:
-            call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
+            call.owes, call.dialect = bill.call.endpoint, bill.call.dialect
+            call.upstream_model = bill.call.upstream_model
         return thing
 
     def note_made(self, entry, address, names):
@@ -7594,7 +7673,7 @@ class Proxy:
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
-        entry.usage = usage
+        entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
         if ending not in ("ok", CallerGone.outcome):
@@ -7604,7 +7683,7 @@ class Proxy:
     def await_usage(self, call, hold):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
         if call.made:
-            self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+            self.stored.owe(call.made[0], Bill(hold, call))
         hold.settle(hold.costs)
 
     @staticmethod
@@ -7613,15 +7692,29 @@ class Proxy:
         return reader.reported_usage(ending == "ok") if reader else (None, False)
 
     def settle_bill(self, entry, ending):
-        """Charge what a call in the background used to whom it was charged before, once."""
-        usage, is_final = self.told_usage(entry, ending)
-        bill = is_final and self.stored.bills.pop(entry.call.stored.name, None)
-        if not bill:
+        """Charge what a call in the background used to whom it was charged before, once: when that
+        is told, or when it is told to have ended without."""
+        name, reader = entry.call.stored.name, entry.reader
+        bill = self.stored.bills.get(name)
+        entry.call.owes = None
+        if not (bill and reader):
             return
-        entry.usage = usage
-        entry.picodollars, entry.priced = self.prices.cost(usage, bill.model)
+        usage, is_final = self.told_usage(entry, ending)
+        if not is_final:
+            bill = bill._replace(characters=bill.characters + reader.output_characters())
+            self.stored.bills[name] = bill
+            if not reader.closed:
+                return
+            output = math.ceil(bill.characters / CHARACTERS_PER_TOKEN)
+            usage = Usage(bill.hold.prompt_tokens, min(output, bill.hold.output_tokens),
+                          estimated=True, model=reader.model)
+        del self.stored.bills[name]
+        entry.usage = usage.with_others()
+        entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
         before = bill.hold.costs
         costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        if reader.fault and not (is_final or bill.characters):
+            costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
         entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
 

@@ -6706,6 +6706,26 @@ class SettlingTest(LedgerCase):
                              ["500", "", "", "-477", ""])
             self.assertEqual([row["input"] for row in self.rows(self.path)], [0, 0, 0, 20, 0])
 
+    ENDED = [  # what is told where the answer is asked for, each in turn; what is charged at last
+        ([{"status": "failed", "error": {"code": "server_error"}}], 0),
+        ([{"status": "failed", "error": {"code": "invalid_image"}}], 0),
+        ([{"status": "cancelled"}], 0), ([{"status": "incomplete"}, {"status": "failed"}], 0),
+        ([{"status": "in_progress"}], 500), ([{"status": ["failed"]}], 500),
+        ([{"status": "cancelled", "output": [{"text": "x" * 40}]}], 10),
+        ([{"status": "in_progress", "text": "x" * 400}, {"status": "failed"}], 100),
+        ([{"status": "completed", "text": "x" * 4000}], 500)]
+
+    def test_a_call_in_the_background_that_ends_without_usage_is_charged_what_was_seen(self):
+        for told, charged in self.each(self.ENDED):
+            self.start(says_json({"id": "resp_1", "usage": None}))
+            body = b'{"background": true, "max_output_tokens": 500}'
+            self.ask(request("POST", "/v1/responses", body))
+            for number, payload in enumerate(told, 1):
+                for path in ("/v1/responses/resp_1/input_items", "/v1/responses/resp_1"):
+                    self.stub.answer = says_json({"id": "resp_1", **payload})
+                    self.ask(request("GET", path))
+            self.assertEqual(1000 - self.left(), charged)
+
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
         body = b'{"background": true, "max_output_tokens": 400}'
