@@ -2968,11 +2968,13 @@ class Dialect:
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq", "data",
-                     "result")
+                     "result", "stats", "meta_info", "meta", "tokens")
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {
         "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
+        "tokens_evaluated": "prompt",
         "completion_tokens": "output", "output_tokens": "output", "outputTokens": "output",
+        "tokens_predicted": "output", "total_output_tokens": "output",
         "total_tokens": "total", "totalTokens": "total",
         "cached_tokens": "cached", "prompt_cache_hit_tokens": "cached",
         "cache_read_input_tokens": "cached", "cache_read_tokens": "cached",
@@ -2980,7 +2982,8 @@ class Dialect:
         "cache_write_tokens": "written", "cache_creation_input_tokens": "written",
         "cache_creation_tokens": "written", "cacheWriteInputTokens": "written",
         "ephemeral_5m_input_tokens": "minutes", "ephemeral_1h_input_tokens": "hour",
-        "reasoning_tokens": "reasoning", "thinking_tokens": "reasoning"}
+        "reasoning_tokens": "reasoning", "thinking_tokens": "reasoning",
+        "reasoning_output_tokens": "reasoning"}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt",)
     OUTPUT = ("output",)
@@ -3754,7 +3757,7 @@ class Ollama(Dialect):
 "modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "", "details": {}}"""
 
     def claims(self, path, fields):
-        return path.startswith("/api/")
+        return bool(re.match("/api/(?!v[0-9])", path))  # others have versions there
 
     def requested(self, path, payload):
         streams = path.endswith(self.STREAMS) and payload.get("stream") is not False
@@ -4289,7 +4292,10 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        self.note_server(payload)
+        if self.counts:
+            self.note_server(payload)
+        else:  # it may be told without a mark
+            self.note(payload)
         if FAULT_MARK.search(data):
             self.fault = self.fault or self.dialect.fault(payload)
 

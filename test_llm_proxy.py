@@ -2821,6 +2821,10 @@ USAGE_TABLE = json.loads("""[
     ["chat", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12,
                 "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 5}},
         [10, 2, 4, 5, 0]],
+    ["chat", {"tokens_evaluated": 10, "tokens_predicted": 2, "tokens_cached": 11},
+        [10, 2, 0, 0, 0]],
+    ["chat", {"input_tokens": 10, "total_output_tokens": 5, "reasoning_output_tokens": 4},
+        [10, 5, 0, 0, 4]],
     ["chat", {"prompt_tokens": -1, "completion_tokens": "2"}, null],
     ["chat", {"prompt_tokens": true}, null],
     ["chat", {"prompt_tokens": 1e300}, null],
@@ -3043,11 +3047,20 @@ class UsageReaderTest(ProxyCase):
         used = llm_proxy.Anthropic().usage(told, "served")
         other = llm_proxy.Usage(7, 8, model="other")
         self.assertEqual(used, llm_proxy.Usage(20, 4, model="served", others=(other,)))
+        self.assertEqual(used.with_others(), llm_proxy.Usage(27, 12, model="served"))
+        for name, served in self.each((
+                ("claude-sonnet-4.5", "claude-sonnet-4-5-20250929"), ("x", "X"), (None, "x"),
+                ("x", None), (["x"], "x"), (7, None), ("a", "a"))):
+            told["iterations"] = [{**entry, "model": name}, {**entry, "input_tokens": 30}] if (
+                served is None) else [{**entry, "model": name}]
+            used = llm_proxy.Anthropic().usage(told, served)
+            self.assertEqual(used.others, ())
 
     ODD_PLACES = json.loads("""[
         {"choices": [{"index": 0, "finish_reason": "stop", "usage": "TOLD"}]},
         {"choices": [{"finish_reason": "stop", "delta": {}}], "x_groq": {"usage": "TOLD"}},
         {"choices": [{"finish_reason": "stop", "message": {"usage": "TOLD"}}], "usage": null},
+        {"meta": "TOLD"}, {"stats": "TOLD"}, {"text": "", "meta_info": "TOLD"},
         {"cached_tokens": 7, "usage": "TOLD", "choices": []},
         {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
         {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
