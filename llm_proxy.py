@@ -445,8 +445,8 @@ def read_price(cost: Dict[str, Any]) -> Price:
     return price
 
 
-MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai", "moonshotai", "zai",
-          "minimax", "alibaba")  # who sells those of others comes last
+# Who sells those of others comes last.
+MAKERS = "openai anthropic google deepseek mistral xai moonshotai zai minimax alibaba".split()
 
 
 def makers_costs(providers):
@@ -2607,8 +2607,8 @@ class Call(Billable):
     stored: Optional[StoredPath] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
-    # That of a call in the background whose usage nobody knows yet, where this asks for its answer
-    owes: Optional[str] = None
+    # A call in the background whose usage nobody knows yet, where this asks for its answer
+    owes: Optional["Call"] = None
     is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
@@ -2665,7 +2665,8 @@ class Call(Billable):
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
-        return True in (self.payload.get("background"), self.payload.get("deferred"))
+        return True in (self.payload.get("background"), self.payload.get("deferred")) or (
+            self.endpoint == UNKNOWN and bool(BATCH_PATH.search(self.path)))
 
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
@@ -2710,42 +2711,53 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            most, outputs = 0 if self.endpoint in (UNKNOWN, UPLOAD) else None, 1
-            for name, value in self.numbers():
-                if name in OUTPUT_COUNTS:
-                    outputs = max(outputs, value)
-                else:
-                    value = value if value >= 0 else math.inf
-                    most = value if most is None else max(most, value)
-            many = self.payload.get("messages" if self.endpoint == "batch" else "prompt")
-            if type(many) is list and many and type(many[0]) in (str, list):
-                outputs *= len(many)
+            found, outputs = [], 1
+            for holder in self.holders():
+                for name, value in self.numbers(holder):
+                    if name in OUTPUT_COUNTS:
+                        outputs = max(outputs, value)
+                    else:
+                        found.append(value if value >= 0 else math.inf)
+            most = max(found, default=None)
+            if self.endpoint in (UNKNOWN, UPLOAD):  # it may be a batch of calls, or have no output
+                most = sum(found)
+            for name in ("messages",) if self.endpoint == "batch" else PROMPTS:
+                many = self.payload.get(name)
+                if type(many) is list and many and type(many[0]) in (str, list, dict):
+                    outputs *= len(many)
             self.limit = most if most != math.inf else None, outputs
         return self.limit
 
     def tiers(self) -> Tuple[str, ...]:
         return tuple(filter(is_name, map(self.payload.get, self.dialect.TIERS)))
 
-    def numbers(self) -> List[Tuple[str, int]]:
-        """Returns what stands at the names of limits and counts, in the payload and in objects with
-        options. Raises BadRequest for what is no number where text is generated: a server might
-        read it as one."""
-        found = []
-        holders = [self.payload]
+    def holders(self) -> List[Dict[str, Any]]:
+        """Returns the objects in which limits may stand: of a call that we do not know, all."""
+        found = [self.payload]
+        if self.endpoint == UNKNOWN:
+            for part in found:  # the list grows meanwhile
+                values = part.values() if type(part) is dict else part
+                found += [one for one in values if type(one) in (dict, list)]
+            return [part for part in found if type(part) is dict]
         if not OPTION_HOLDERS.isdisjoint(self.payload):
-            holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
-        for holder in holders:
-            if not isinstance(holder, dict):
-                self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-                continue
-            for name in OUTPUT_NUMBERS.intersection(holder):
-                value = holder[name]
-                if type(value) is float and value.is_integer():
-                    value = int(value)
-                if type(value) is int:
-                    found.append((name, value))
-                elif value is not None:
-                    self.complain("%s must be an integer" % name)
+            found += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
+        return found
+
+    def numbers(self, holder: Dict[str, Any]) -> List[Tuple[str, int]]:
+        """Returns what stands at the names of limits and counts in an object. Raises BadRequest for
+        what is no number where text is generated: a server might read it as one."""
+        found = []
+        if not isinstance(holder, dict):
+            self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+            return found
+        for name in OUTPUT_NUMBERS.intersection(holder):
+            value = holder[name]
+            if type(value) is float and value.is_integer():
+                value = int(value)
+            if type(value) is int:
+                found.append((name, value))
+            elif value is not None:
+                self.complain("%s must be an integer" % name)
         return found
 
     def complain(self, message):
@@ -2754,21 +2766,25 @@ class Call(Billable):
             raise BadRequest(message)
 
 
+BATCH_PATH = re.compile("/batches/*$|:batchGenerateContent$", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
-OUTPUT_LIMITS = frozenset((
-    "max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens", "max_new_tokens",
-    "n_predict", "num_predict", "max_tokens_to_sample", "max_gen_len", "maxTokens"))
+OUTPUT_LIMITS = frozenset("""
+    max_tokens max_completion_tokens max_output_tokens maxOutputTokens max_new_tokens n_predict
+    num_predict max_tokens_to_sample max_gen_len maxTokens maxTokenCount max_length
+    min_tokens""".split())
 # How many answers there are to one prompt.
-OUTPUT_COUNTS = frozenset((
-    "n", "best_of", "n_cmpl", "candidateCount", "candidate_count", "num_return_sequences"))
+OUTPUT_COUNTS = frozenset("""
+    n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
+    numResults""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
+PROMPTS = ("prompt", "text", "inputs", "instances")  # lists of them: each has an output
 # The objects in which either may stand.
-OPTION_HOLDERS = frozenset((
-    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig"))
-MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
-    "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
-    "video_url", "audio_url"))
+OPTION_HOLDERS = frozenset(
+    "generationConfig generation_config options parameters inferenceConfig".split())
+MEDIA_TYPES = frozenset("""
+    image_url input_image image input_audio file input_file document video_url
+    audio_url""".split())  # of parts of a prompt: what is in them is no text
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
 MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
 MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
@@ -2835,12 +2851,11 @@ THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = (
-    "id", "request_id", "thread_id", "output_file_id", "error_file_id", "responsesFile")
+NAME_KEYS = "id request_id thread_id output_file_id error_file_id responsesFile".split()
 # These make files when they are done.
 HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
-MADE_IN = ("response", "interaction", "conversation", "container", "file")
+MADE_IN = "response interaction conversation container file".split()
 
 
 def names_of_things(value: Any) -> List[str]:
@@ -2907,14 +2922,11 @@ def with_iterations(told: Usage, parts: List[Usage]) -> Usage:
     was told may leave out some (Anthropic's compaction)."""
     served = fold_model(told.model or "")
     names = [served and fold_model(part.model or told.model) for part in parts]
-    own = [part for part, name in zip(parts, names) if name == served]
+    own = tuple([part for part, name in zip(parts, names) if name == served])
     others = tuple([part for part, name in zip(parts, names) if name != served])
-    input, output, cached, cache_write, reasoning, hour_write = [
-        sum([getattr(part, name) for part in own])
-        for name in ("input", "output", "cached", "cache_write", "reasoning", "hour_write")]
-    if input + output > told.input + told.output:
-        told = told._replace(input=input, output=output, cached=cached, cache_write=cache_write,
-                             reasoning=reasoning, hour_write=hour_write)
+    steps = Usage(others=own).with_others()
+    if steps.input + steps.output > told.input + told.output:
+        told = steps._replace(model=told.model, tiers=told.tiers, picodollars=told.picodollars)
     return told._replace(others=others)
 
 
@@ -2967,23 +2979,21 @@ class Dialect:
     MODEL_KEYS = ("id",)  # at which its name stands
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
-    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq", "data",
-                     "result", "stats", "meta_info", "meta", "tokens")
+    USAGE_HOLDERS = """response interaction message choices delta x_groq data result stats meta_info
+        meta tokens""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
-    COUNTS = {
-        "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
-        "tokens_evaluated": "prompt",
-        "completion_tokens": "output", "output_tokens": "output", "outputTokens": "output",
-        "tokens_predicted": "output", "total_output_tokens": "output",
-        "total_tokens": "total", "totalTokens": "total",
-        "cached_tokens": "cached", "prompt_cache_hit_tokens": "cached",
-        "cache_read_input_tokens": "cached", "cache_read_tokens": "cached",
-        "cacheReadInputTokens": "cached",
-        "cache_write_tokens": "written", "cache_creation_input_tokens": "written",
-        "cache_creation_tokens": "written", "cacheWriteInputTokens": "written",
-        "ephemeral_5m_input_tokens": "minutes", "ephemeral_1h_input_tokens": "hour",
-        "reasoning_tokens": "reasoning", "thinking_tokens": "reasoning",
-        "reasoning_output_tokens": "reasoning"}
+    COUNTS = {name: kind for kind, names in {
+        "prompt": "prompt_tokens input_tokens inputTokens tokens_evaluated",
+        "output": "completion_tokens output_tokens outputTokens tokens_predicted "
+                  "total_output_tokens",
+        "total": "total_tokens totalTokens",
+        "cached": "cached_tokens prompt_cache_hit_tokens cache_read_input_tokens "
+                  "cache_read_tokens cacheReadInputTokens",
+        "written": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens "
+                   "cacheWriteInputTokens",
+        "minutes": "ephemeral_5m_input_tokens", "hour": "ephemeral_1h_input_tokens",
+        "reasoning": "reasoning_tokens thinking_tokens reasoning_output_tokens",
+    }.items() for name in names.split()}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt",)
     OUTPUT = ("output",)
@@ -3419,9 +3429,9 @@ class OpenAI(Dialect):
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
     CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
-    ENVELOPE = frozenset((
-        "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint",
-        "provider", "obfuscation", "p", "x_groq"))
+    ENVELOPE = frozenset("""
+        id object created model choices service_tier system_fingerprint provider obfuscation p
+        x_groq""".split())
     REASON = ("choices", "finish_reason")
     LAST_TYPES = (
         "response.completed", "response.incomplete", "response.failed", "response.cancelled")
@@ -3430,9 +3440,8 @@ class OpenAI(Dialect):
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
         "suffix": (),  # what is filled in goes into a file
-        **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
-            "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
-            "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
+        **dict.fromkeys("""grammar json_schema structured_outputs guided_json guided_regex
+            guided_choice guided_grammar regex ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
     MAX_CHOICES = 4  # in a limit reply
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
@@ -3818,7 +3827,7 @@ STORED_PATH = re.compile(
     "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
-VERBS = ("input_tokens", "compact", "runs", "generations", "edits", "extensions")
+VERBS = "input_tokens compact runs generations edits extensions".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
@@ -3871,9 +3880,9 @@ class Dialects:
     for a metered endpoint is that endpoint, under its plain name; what cannot be named plainly is
     refused."""
     # An upstream in Go would take "MODEL" for "model", and we would have read another one.
-    READ_KEYS = frozenset((
-        "model", "stream", "stream_options", "max_tokens", "max_completion_tokens",
-        "max_output_tokens", "options"))
+    READ_KEYS = frozenset("""
+        model stream stream_options max_tokens max_completion_tokens max_output_tokens
+        options""".split())
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
@@ -4096,6 +4105,7 @@ class UsageReader(UsageSource):
     end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
+    running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -4107,7 +4117,7 @@ class UsageReader(UsageSource):
         """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
         self.events = call.dialect.events
-        self.endpoint = call.owes or call.endpoint
+        self.endpoint = (call.owes or call).endpoint
         self.streamed = streamed
         self.readable = readable
         self.unpacker = Unpacker() if packed else None
@@ -4313,7 +4323,9 @@ class UsageReader(UsageSource):
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
             self.note_server(payload)
-            self.closed = payload.get("status") in self.dialect.LAST_STATES
+            state = payload.get("status")
+            self.closed = state in self.dialect.LAST_STATES
+            self.running = type(state) is str and not self.closed
             if FAULT_MARK.search(data):
                 self.fault = self.dialect.fault(payload)
 
@@ -4395,12 +4407,14 @@ TRAILER_LINES = re.compile(FIELD_LINES.pattern.encode("latin-1"))
 TRAILERS = re.compile(TRAILER_LINES.pattern + rb"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 
-HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
-    "close", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
-    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"))
+# RFC 9110 7.6.1: they speak of one connection, not of the message.
+HOP_BY_HOP = frozenset("""
+    close connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer
+    transfer-encoding upgrade""".split())
 LONG_FIELDS = frozenset(CREDENTIAL_FIELDS).union(["cookie"])
-SINGLE = frozenset((      # a second one would leave the choice to whoever reads it next
-    "host", "content-length", "transfer-encoding", "authorization", "x-api-key", "expect"))
+# A second one would leave the choice to whoever reads it next.
+SINGLE = frozenset(
+    "host content-length transfer-encoding authorization x-api-key expect".split())
 
 
 class Head(Fields):
@@ -5707,7 +5721,7 @@ class Stored:
             raise Forbidden("What upstreams store is not passed on")
         found = list(map(self.things.get, names))
         if path and path.name:
-            found.insert(0, self.things.get(path.name) or self.things.get("%s/%s" % path[:2]))
+            found.insert(0, self.things.get(self.full_name(path.collection, path.name)))
         if self.policy == "own":
             if path and path.is_listed:
                 raise Forbidden("Lists of what is stored are not passed on")
@@ -5719,8 +5733,14 @@ class Stored:
         """Returns what is open of the call whose answer this one asks for."""
         if not (call.stored and self.bills):
             return None
-        is_answer = call.path.endswith((call.stored.name, *CANCEL))
-        return self.bills.get(call.stored.name) if is_answer else None
+        collection, name, _ = call.stored
+        is_answer = call.path.endswith((name, *CANCEL))
+        return self.bills.get(self.full_name(collection, name)) if is_answer else None
+
+    def full_name(self, collection: str, name: str) -> str:
+        """Returns the name of a thing as its maker was told it: some begin with the collection."""
+        full = "%s/%s" % (collection, name)
+        return full if full in self.things else name
 
     def owe(self, name: str, bill: Bill):
         """Keeps a bill, of the last BILLS."""
@@ -5808,11 +5828,10 @@ class NameReader:
 # --------------------------------------------------------------------------------------------------
 
 # The caller's secrets, what we write ourselves, and what would name the caller.
-NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, (
-    AZURE_CREDENTIAL_FIELD, "cookie", "cookie2", "host", "content-length", "expect",
-    "x-http-method", "x-http-method-override", "x-method-override", "forwarded", "via",
-    "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip",
-    "true-client-ip", "cf-connecting-ip"))
+NEVER_UPSTREAM = HOP_BY_HOP.union(CREDENTIAL_FIELDS, [AZURE_CREDENTIAL_FIELD], """
+    cookie cookie2 host content-length expect x-http-method x-http-method-override x-method-override
+    forwarded via x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port x-real-ip
+    true-client-ip cf-connecting-ip""".split())
 MAX_INTERIM_RESPONSES = 16  # 1xx, before the real one
 
 
@@ -6988,13 +7007,13 @@ RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n"
 ONE_ORIGIN = "Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\n"
 CRLF = "\r\n"
-REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
-    "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
-    "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
-    "x-llm-estimated", "x-queue-ms"), map(str.lower, RATE_FIELDS))
-REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
-    "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers",
-    "max-age", "allow-private-network"))
+REPLACED = HOP_BY_HOP.union("""
+    content-length location content-location x-request-id x-upstream-request-start
+    x-upstream-request-stop x-llm-input-tokens x-llm-output-tokens x-llm-cost-usd x-llm-estimated
+    x-queue-ms""".split(), map(str.lower, RATE_FIELDS))  # we write these of a response ourselves
+REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in """
+    allow-origin allow-headers allow-methods allow-credentials expose-headers max-age
+    allow-private-network""".split())
 EVENT_TYPES = tuple({dialect.events.content_type for dialect in DIALECTS.values()})
 UNBUFFERED = "X-Accel-Buffering: no"  # nginx would hold events back
 STREAM_LINES = ["Cache-Control: no-cache", UNBUFFERED]
@@ -7558,7 +7577,7 @@ class Proxy:
         thing = self.stored.find(call, caller.key)
         bill = self.stored.bill_for(call)
         if bill:
-            call.owes, call.dialect = bill.call.endpoint, bill.call.dialect
+            call.owes, call.dialect = bill.call, bill.call.dialect
             call.upstream_model = bill.call.upstream_model
         return thing
 
@@ -7700,13 +7719,13 @@ class Proxy:
     def settle_bill(self, entry, ending):
         """Charge what a call in the background used to whom it was charged before, once: when that
         is told, or when it is told to have ended without."""
-        name, reader = entry.call.stored.name, entry.reader
+        name, reader = entry.call.owes.made[0], entry.reader
         bill = self.stored.bills.get(name)
         entry.call.owes = None
         if not (bill and reader):
             return
         usage, is_final = self.told_usage(entry, ending)
-        if not is_final:
+        if not is_final or reader.running:
             bill = bill._replace(characters=bill.characters + reader.output_characters())
             self.stored.bills[name] = bill
             if not reader.closed:
@@ -7719,7 +7738,7 @@ class Proxy:
         entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
         before = bill.hold.costs
         costs = self.estimator.costs(usage, entry.picodollars, before[-1])
-        if reader.fault and not (is_final or bill.characters):
+        if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
         entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))

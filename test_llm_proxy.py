@@ -6724,6 +6724,7 @@ class SettlingTest(LedgerCase):
         ([{"status": "failed", "error": {"code": "invalid_image"}}], 0),
         ([{"status": "cancelled"}], 0), ([{"status": "incomplete"}, {"status": "failed"}], 0),
         ([{"status": "in_progress"}], 500), ([{"status": ["failed"]}], 500),
+        ([{"status": "running", "usage": {"input_tokens": 9, "total_tokens": 9}}], 500),
         ([{"status": "cancelled", "output": [{"text": "x" * 40}]}], 10),
         ([{"status": "in_progress", "text": "x" * 400}, {"status": "failed"}], 100),
         ([{"status": "completed", "text": "x" * 4000}], 500)]
@@ -6738,6 +6739,24 @@ class SettlingTest(LedgerCase):
                     self.stub.answer = says_json({"id": "resp_1", **payload})
                     self.ask(request("GET", path))
             self.assertEqual(1000 - self.left(), charged)
+
+    BATCHES = [  # path, body, what is answered, where it is polled
+        ("/v1/messages/batches", {"requests": [{"params": {"max_tokens": 50, "model": "m"}}] * 10},
+         {"id": "msgbatch_1"}, "/v1/messages/batches/msgbatch_1"),
+        ("/v1beta/models/m:batchGenerateContent", {"batch": {"requests": [
+            {"request": {"generationConfig": {"maxOutputTokens": 50}}}] * 10}},
+         {"name": "batches/b1", "metadata": {}}, "/v1beta/batches/b1")]
+
+    def test_a_batch_is_charged_what_its_calls_may_use_until_that_is_told(self):
+        for path, body, answered, poll in self.each(self.BATCHES):
+            self.start(says_json(answered))
+            self.ask(request("POST", path, json.dumps(body).encode()))
+            self.assertLess(self.left(), 500)
+            self.stub.answer = says_json({
+                "usage": {"prompt_tokens": 20, "total_tokens": 25},
+                "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25}})
+            self.ask(request("GET", poll))
+            self.assertEqual(self.left(), 975)
 
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
