@@ -613,7 +613,7 @@ SETTING_ROWS = {
         ("PROXY_API_KEYS", proxy_keys,
          "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
         ("MAX_BODY_BYTES=33554432", number_between(1, 1 << 40),
-         "largest body of a metered call; others may have any size"),
+         "largest body of a call that is read; uploads of files may have any size"),
         ("MAX_CONNECTIONS=1024", sixteen_bits,
          "connections of callers at once; more get a 503, or with TLS are closed"),
         ("MAX_CONNECTIONS_PER_ADDRESS", sixteen_bits,
@@ -658,10 +658,11 @@ SETTING_ROWS = {
     "What is passed on": (
         ("UNKNOWN_CALLS=count", one_of("count", "pass", "refuse"),
          "calls of endpoints that are not known here: they cost a request and wait in the queue"
-         " (count), are free (pass), or get a 403"),
+         " (count), are free (pass), or get a 403 (refuse)"),
         ("STORED", one_of("pass", "own", "refuse"),
          "files, batches, responses and all else that endpoints store: each caller has what it"
-         " made (own), all have all (pass), or nobody any; unset: own where keys are asked for"),
+         " made (own), all have all (pass), or nobody has any (refuse); unset: own where keys are"
+         " asked for, else pass"),
         ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
          "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
@@ -2845,7 +2846,7 @@ REFERENCES = frozenset("""
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
-    input_schema inputSchema schema json_schema properties metadata""".split())
+    input_schema inputSchema schema json_schema properties metadata client_metadata""".split())
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"

@@ -5088,7 +5088,8 @@ class StoredTest(ManyCase):
     NO_REFERENCES = [
         {"messages": [{"content": [{"type": "tool_use", "input": {"file_id": "x"}}]}]},
         {"tools": [{"input_schema": {"properties": {"file_id": {"id": "x"}}}}]},
-        {"metadata": {"file_id": "x"}}, {"messages": [{"content": "file_id: x"}]},
+        {"metadata": {"file_id": "x"}}, {"client_metadata": {"thread_id": "codex"}},
+        {"messages": [{"content": "file_id: x"}]},
         {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
 
     def post(self, path, payload, key="a"):
@@ -5438,6 +5439,7 @@ class UpstreamsTest(CallCase):
         found = []
         for descriptor in [*sockets]:
             with socket.socket(fileno=os.dup(descriptor)) as sock:
+                sock.setblocking(False)  # PyPy changed that, for the proxy, too
                 if sock.family == socket.AF_INET:
                     found.append((sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
                                   sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)))
