@@ -1605,6 +1605,7 @@ VERSION_DOT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
 WILDCARD = re.compile(r"[*?[]")
 
 
+@functools.lru_cache(1000)
 def fold_model(name: str) -> str:
     """Returns the one spelling for all of a model: 'us.anthropic.claude-sonnet-4-5-20250929-v1:0',
     'anthropic/claude-sonnet-4.5' and 'claude-sonnet-4-5@20250929' -> 'claude-sonnet-4-5';
@@ -2141,7 +2142,7 @@ class CostEstimator:
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
     def habits(self, call: Billable) -> ModelHabits:
-        return self.models.get(call.upstream_model, self.unknown)
+        return self.models.get(fold_model(call.upstream_model), self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
@@ -2217,12 +2218,13 @@ class CostEstimator:
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
-        model = self.models.get(call.upstream_model)
+        name = fold_model(call.upstream_model)
+        model = self.models.get(name)
         if model is None:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
-            model = self.models[call.upstream_model] = ModelHabits()
-        self.models.move_to_end(call.upstream_model)
+            model = self.models[name] = ModelHabits()
+        self.models.move_to_end(name)
         own = model.own(caller)
         own.calls += 1
         if self.needs_estimate:
@@ -5693,6 +5695,12 @@ class Bill(NamedTuple):
     call: Call
     characters: int = 0  # of its answer, as far as somebody has asked for that
 
+    def seen_usage(self, model: Optional[str]) -> Usage:
+        """Returns what it used at least, where nobody tells."""
+        output = math.ceil(self.characters / CHARACTERS_PER_TOKEN)
+        return Usage(self.hold.prompt_tokens, min(output, self.hold.output_tokens), estimated=True,
+                     model=model)
+
 
 class Stored:
     """Remembers things by name, the last ROOM that were made. `policy`: to `pass` all, let each
@@ -7058,6 +7066,7 @@ class Reply:
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
     begun = early = close_after = until_close = reset = False
+    gave_up = False                         # the caller did not wait for the end
     patience = math.inf                     # seconds that the caller has for one wait
     end_at = math.inf                       # when the call is to be over, in the loop's time
     started = 0                             # unix nanoseconds, when the request's head was there
@@ -7323,7 +7332,13 @@ class Reply:
                 ending = Transfer.SILENT
         if ending == Transfer.SLOW:
             raise CallerGone()
+        self.gave_up = ending == Transfer.SILENT and self.is_impatient()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
+
+    def is_impatient(self) -> bool:
+        """Returns whether the caller waits less long than we would."""
+        config = self.parts.config
+        return self.patience < (config.first_byte_timeout or config.read_timeout)
 
     def went_well(self, response: Response, ending: str) -> Optional[bool]:
         """Returns whether a call went well, None where that is known already or not the upstream's
@@ -7546,7 +7561,11 @@ class Proxy:
                 if not reason.nothing_sent:
                     self.settle(entry, reason.outcome)
                 raise
-            self.settle(entry, ending)                                              # settle
+            except UpstreamTimeout as reason:
+                if reply.is_impatient() and not reason.nothing_sent:
+                    self.settle(entry, CallerGone.outcome)
+                raise
+            self.settle(entry, CallerGone.outcome if reply.gave_up else ending)         # settle
             reply.end(ending)
 
     async def pass_on(self, response, reply, entry):
@@ -7731,9 +7750,7 @@ class Proxy:
             self.stored.bills[name] = bill
             if not reader.closed:
                 return
-            output = math.ceil(bill.characters / CHARACTERS_PER_TOKEN)
-            usage = Usage(bill.hold.prompt_tokens, min(output, bill.hold.output_tokens),
-                          estimated=True, model=reader.model)
+            usage = bill.seen_usage(reader.model)
         del self.stored.bills[name]
         entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
@@ -7742,7 +7759,7 @@ class Proxy:
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
-        entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
+        entry.hold.settle(tuple(map(int.__sub__, costs, before)))
 
     def fault_costs(self, status):
         """Returns what a call costs that was refused: what its caller did wrong costs a request."""
