@@ -2141,7 +2141,7 @@ class CostEstimator:
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def habits(self, call: Billable) -> ModelHabits:
+    def habits(self, call):
         return self.models.get(fold_model(call.upstream_model), self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
@@ -2656,7 +2656,7 @@ class Call(Billable):
         """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
-    def prepare_unknown(self, model: str, payload: Dict[str, Any]) -> None:
+    def prepare_unknown(self, model, payload):
         """Puts the model where the call names one, if it does."""
         if self.put_model:
             self.upstream_body = self.body if model == self.model else self.put_model(model)
@@ -2734,7 +2734,7 @@ class Call(Billable):
     def tiers(self) -> Tuple[str, ...]:
         return tuple(filter(is_name, map(self.payload.get, self.dialect.TIERS)))
 
-    def holders(self) -> List[Dict[str, Any]]:
+    def holders(self):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
         found = [self.payload]
         if self.endpoint == UNKNOWN:
@@ -2746,7 +2746,7 @@ class Call(Billable):
             found += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
         return found
 
-    def numbers(self, holder: Dict[str, Any]) -> List[Tuple[str, int]]:
+    def numbers(self, holder):
         """Returns what stands at the names of limits and counts in an object. Raises BadRequest for
         what is no number where text is generated: a server might read it as one."""
         found = []
@@ -3192,8 +3192,7 @@ class Dialect:
                  for one in iterations if isinstance(one, dict)]
         return with_iterations(told, [part for part in parts if part])
 
-    def plain_usage(self, counts: Dict[str, Any], model: Optional[str],
-                    tier: Optional[str]) -> Optional[Usage]:
+    def plain_usage(self, counts, model, tier):
         """Returns the usage that counts and their details tell, but for iterations."""
         parts = [counts, *[part for part in counts.values() if type(part) is dict]]
         found = self.found(parts)
@@ -3207,7 +3206,7 @@ class Dialect:
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
-    def found(self, parts: List[Dict[str, Any]]) -> Dict[str, int]:
+    def found(self, parts):
         """Returns counts by what they are; what is not among them is 0."""
         found = collections.defaultdict(int)
         for part in parts:
@@ -3218,7 +3217,7 @@ class Dialect:
         found["written"] = max(found["written"], found["minutes"] + found["hour"])
         return found
 
-    def sides(self, found: Dict[str, int]) -> Tuple[int, int]:
+    def sides(self, found):
         """Returns all of the input, and of the output. Whether caches and reasoning are parts of
         the prompt and of the output or stand beside them is what a total tells; without one it is
         as usual in this API, but for parts that are larger than the whole."""
@@ -3238,7 +3237,7 @@ class Dialect:
         sent = sent or max(0, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
 
-    def picodollars(self, parts: List[Dict[str, Any]]) -> Optional[int]:
+    def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
         told = [part[name] * self.MONEY[name]
                 for part in parts if not self.MONEY.keys().isdisjoint(part)
@@ -3265,7 +3264,7 @@ class Dialect:
         return sum(map(self.weight, said))
 
     @staticmethod
-    def weight(text: str) -> int:
+    def weight(text):
         """Returns the weight of a string of JSON."""
         if "\\" in text:
             try:
@@ -3320,7 +3319,7 @@ class Dialect:
             return b"".join(map(self.limit_event, reply.encode().split(b"\n")))
         return reply and reply.encode()
 
-    def is_parsed(self, payload: Dict[str, Any]) -> bool:
+    def is_parsed(self, payload):
         """Returns whether a machine will parse what the model says, so that no sentence fits."""
         for path, free in self.PARSED.items():
             value = dig(payload, *path.split("."))
@@ -3335,7 +3334,7 @@ class Dialect:
         what its templates are filled with, as JSON."""
         return None
 
-    def limit_event(self, line: bytes) -> bytes:
+    def limit_event(self, line):
         """Returns an event of a limit reply; one that says its type first is named by it."""
         named = re.match(rb'{"(?:event_)?type": "([^"]*)', line)
         return self.events.event(line, b"event: %b\n" % named[1] if named else b"")
@@ -3497,7 +3496,7 @@ class OpenAI(Dialect):
             return self.completion(call, values)
         return None
 
-    def completion(self, call: Call, values: Dict[str, str]) -> str:
+    def completion(self, call, values):
         """Returns the limit reply of chat and completions."""
         chunk, steps = COMPLETIONS[call.endpoint, call.stream]
         count = min(self.MAX_CHOICES, choice_count(call.payload))
@@ -3513,7 +3512,7 @@ class OpenAI(Dialect):
                   for choice, usage in parts]
         return "\n".join(chunks + ["[DONE]"] * call.stream)
 
-    def response(self, call: Call, values: Dict[str, str]) -> str:
+    def response(self, call, values):
         """Returns the limit reply of the responses API; a stream has all events of a real one."""
         values["part"] = RESPONSE_PART % values
         values["item"] = RESPONSE_ITEM % values
@@ -3989,7 +3988,7 @@ class Dialects:
         return model
 
     @staticmethod
-    def stored_at(method: str, path: str) -> Optional[StoredPath]:
+    def stored_at(method, path):
         """Returns what a path that is in no table says of stored things."""
         is_plain = PLAIN_PATH.fullmatch(path)
         match = STORED_PATH.search(path if is_plain else fold_path(path))
@@ -4002,7 +4001,7 @@ class Dialects:
         # What is not named plainly is nobody's: nothing is named "/".
         return StoredPath(collection, name if is_plain else name and "/", is_listed)
 
-    def cost_of_unknown(self, path: str, stored: Optional[StoredPath]) -> Optional[str]:
+    def cost_of_unknown(self, path, stored):
         """Returns the endpoint of what is in no table, None where it is free. Raises Forbidden."""
         if stored and stored.name not in ("", "/") and path.endswith(CANCEL):
             return None
@@ -4013,8 +4012,7 @@ class Dialects:
         # A payload that may speak of stored things must be read.
         return None if self.unknown_calls == "pass" and not stored else UNKNOWN
 
-    async def read_unknown(self, call: Call, content_type: str,
-                           read_body: Callable[[], Awaitable[bytes]]) -> Any:
+    async def read_unknown(self, call, content_type, read_body):
         """Reads what can be understood of a call of an endpoint that we do not know; returns the
         model, of any type. Raises as `read` does."""
         model, _ = UNKNOWN_DIALECT.requested(call.path, {})
@@ -4144,7 +4142,7 @@ class UsageReader(UsageSource):
             self.compact()
         return self.hide_usage(payload) if self.changes_stream else payload
 
-    def unpack(self, payload: bytes) -> bytes:
+    def unpack(self, payload):
         """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
         try:
             return self.unpacker.feed(payload)
@@ -4161,7 +4159,7 @@ class UsageReader(UsageSource):
         self.held = b""
         return self.shown(held) if held else held  # its line end may be missing
 
-    def hide_usage(self, payload: bytes) -> bytes:
+    def hide_usage(self, payload):
         """Keeps back the usage that the caller did not ask for. An event that is not whole waits
         for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
@@ -4177,7 +4175,7 @@ class UsageReader(UsageSource):
             shown.pop()
         return data[:begin] + b"".join(shown)
 
-    def is_over(self, event: bytes, shown: bytes) -> bool:
+    def is_over(self, event, shown):
         """Returns whether an event need not wait; one that is hidden goes with all of its end."""
         if event != shown:
             return self.events.at_boundary(event) and not event.endswith(b"\r")
@@ -4228,7 +4226,7 @@ class UsageReader(UsageSource):
                     found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
         return found
 
-    def scan_for_usage(self, data: bytes) -> None:
+    def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
         found = []
@@ -4276,7 +4274,7 @@ class UsageReader(UsageSource):
             self.ended = True
             self.read_json(data)
 
-    def read_last_events(self, data: bytes) -> None:
+    def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
         held = b""
         events = 0
@@ -4301,7 +4299,7 @@ class UsageReader(UsageSource):
             if events == 3:
                 break
 
-    def note_end(self, payload: Dict[str, Any], data: bytes) -> None:
+    def note_end(self, payload, data):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
@@ -4312,7 +4310,7 @@ class UsageReader(UsageSource):
         if FAULT_MARK.search(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
-    def read_json(self, data: bytes) -> None:
+    def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
         payload = last_object(data) if small else {}
@@ -4374,7 +4372,7 @@ class UsageReader(UsageSource):
         self.size = 0
         return self.characters
 
-    def count_characters(self, data: bytes) -> int:
+    def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
@@ -4875,7 +4873,7 @@ class Context:
         else:
             self.future.set_exception(TimeoutError())
 
-    def is_waiting(self) -> bool:
+    def is_waiting(self):
         return self.future is not None and not self.future.done()
 
     def end(self, reason: Exception):
@@ -5103,7 +5101,7 @@ class Stream:
             return self.fail_writing()
         self.has_room()
 
-    def fail_writing(self, data: bytes = b""):
+    def fail_writing(self, data=b''):
         """The peer takes no more, which does not say that it has said its last."""
         self.write_failed = True
         self.unsent = bytes(self.write_buffer) + data
@@ -5746,7 +5744,7 @@ class Stored:
         is_answer = call.path.endswith((name, *CANCEL))
         return self.bills.get(self.full_name(collection, name)) if is_answer else None
 
-    def full_name(self, collection: str, name: str) -> str:
+    def full_name(self, collection, name):
         """Returns the name of a thing as its maker was told it: some begin with the collection."""
         full = "%s/%s" % (collection, name)
         return full if full in self.things else name
@@ -7124,7 +7122,7 @@ class Reply:
             self.end_at = now + seconds
         self.context.until = min(self.end_at, now + self.patience)
 
-    def comment_seconds(self) -> float:
+    def comment_seconds(self):
         """Returns how long a stream may be silent before a comment is put in, where its client
         knows what comments are."""
         call = self.call
@@ -7335,7 +7333,7 @@ class Reply:
         self.gave_up = ending == Transfer.SILENT and self.is_impatient()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
 
-    def is_impatient(self) -> bool:
+    def is_impatient(self):
         """Returns whether the caller waits less long than we would."""
         config = self.parts.config
         return self.patience < (config.first_byte_timeout or config.read_timeout)
@@ -7451,13 +7449,13 @@ class Reply:
                 body = dialect.final_error(refusal, refusal.status, resets_at)
         self.send(refusal.status, body, self.lines_of(fields))
 
-    def wants_assistant(self) -> bool:
+    def wants_assistant(self):
         wanted = self.parts.config.limit_reply
         return wanted == "assistant" or wanted == "auto" and bool(
             PEOPLES_AGENTS.search(self.user_agent())
             or any(name.startswith(USER_FIELD_PREFIX) for name in self.request.lines))
 
-    def user_agent(self) -> str:
+    def user_agent(self):
         return self.request.get("user-agent", "").lower()
 
     # -- both
@@ -7478,10 +7476,10 @@ class Reply:
         return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
                 f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
 
-    def date_line(self) -> str:
+    def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
 
-    def cors_lines(self) -> str:
+    def cors_lines(self):
         allowed = self.parts.config.cors_origins
         if allowed == ("*",):
             return ANY_ORIGIN
@@ -7555,15 +7553,9 @@ class Proxy:
                     upstream.judge(response.address, reply.went_well(response, ending))
                 if reply.client.write_buffer:
                     await reply.drain()
-            except (CallerGone, Stopped) as reason:
-                if reply.missed_nothing():
-                    reason.outcome = "ok"
+            except (CallerGone, Stopped, UpstreamTimeout) as reason:
                 if not reason.nothing_sent:
-                    self.settle(entry, reason.outcome)
-                raise
-            except UpstreamTimeout as reason:
-                if reply.is_impatient() and not reason.nothing_sent:
-                    self.settle(entry, CallerGone.outcome)
+                    self.settle_unended(reply, entry, reason)
                 raise
             self.settle(entry, CallerGone.outcome if reply.gave_up else ending)         # settle
             reply.end(ending)
@@ -7725,6 +7717,16 @@ class Proxy:
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
 
+    def settle_unended(self, reply, entry, reason):
+        """Do so for a call whose caller has left, or did not want to wait so long."""
+        if isinstance(reason, UpstreamTimeout):
+            if reply.is_impatient():
+                self.settle(entry, CallerGone.outcome)
+            return
+        if reply.missed_nothing():
+            reason.outcome = "ok"
+        self.settle(entry, reason.outcome)
+
     def await_usage(self, call, hold):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
         if call.made:
@@ -7752,9 +7754,12 @@ class Proxy:
                 return
             usage = bill.seen_usage(reader.model)
         del self.stored.bills[name]
+        self.charge_bill(entry, bill, usage)
+
+    def charge_bill(self, entry, bill, usage):
+        reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
-        before = bill.hold.costs
         costs = self.estimator.costs(usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
@@ -8155,7 +8160,7 @@ class ClientConnection:
                 self.record(reply)
         return not reply.close_after
 
-    def await_request(self) -> asyncio.Future:
+    def await_request(self):
         """Wait for the first byte of a request; the result is False at the end. Raises
         TimeoutError."""
         if self.server.draining:
