@@ -1353,6 +1353,7 @@ class Callers:
 
 USD = UNITS.index("usd")
 RUNNING = UNITS.index("running")
+PROMPT = UNITS.index("input_tokens")
 RUNNING_SECONDS = 2  # until one who found too many calls running is to ask again: nobody knows
 NO_COST = (0,) * len(UNITS)
 Amount = Union[int, str]                       # str: in dollars
@@ -1569,13 +1570,8 @@ class Hold:
         return self.tightest.quota
 
     @property
-    def prompt_tokens(self) -> int:
-        """The prompt that it is meant for,"""
-        return self.costs[2]
-
-    @property
     def output_tokens(self) -> int:
-        """and the output."""
+        """The output that it is meant for."""
         _, total, prompt, output, *_ = self.costs
         return min(output, max(0, total - prompt))
 
@@ -2416,9 +2412,9 @@ def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, in
 FoundModel = Tuple[Optional[str], Optional[Callable[[str], bytes]]]
 
 
-def form_model(body: bytes, content_type: str) -> FoundModel:
-    """Returns the model that a form names, if any, and what makes the form with another one. Raises
-    BadRequest."""
+def form_model(body: bytes, content_type: str, named: Dict[str, Any]) -> FoundModel:
+    """Returns the model that a form names, if any, and what makes the form with another one. Puts
+    into `named` what it says of stored things. Raises BadRequest."""
     found = None
     for head, start, end in form_fields(body, content_type):
         lines = head[2:].split(b"\r\n")
@@ -2427,6 +2423,7 @@ def form_model(body: bytes, content_type: str) -> FoundModel:
                 head.count(b"\n") != len(lines)):
             raise BadRequest("A field of the form is not named plainly")
         name = names[0][names[0].lastindex]
+        note_reference(name.decode("latin-1"), body[start:end], named)
         if name.lower() == b"model":
             if found or name != b"model" or b"encoding:" in head.lower():
                 raise BadRequest("The field model must stand once in the form, and plainly")
@@ -2438,11 +2435,19 @@ def form_model(body: bytes, content_type: str) -> FoundModel:
         lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
 
 
-def query_model(body: bytes) -> FoundModel:
+def note_reference(name, value, named):
+    """Notes what stands in a field of a form, such as file_id or images[0][file_id]."""
+    for key in REFERENCES.intersection(re.split(r"[][.]+", name)):
+        named.setdefault(key, []).append(value.decode("latin-1"))
+
+
+def query_model(body: bytes, named: Dict[str, Any]) -> FoundModel:
     """Does the same for a form that is spelled as a query is."""
     if len(body) > MAX_QUERY:
         raise BodyTooLarge()
     pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
+    for name, value in pairs:
+        note_reference(name, value.encode("utf-8", "replace"), named)
     found = [value for name, value in pairs if name.lower() == "model"]
     if len(found) > 1:
         raise BadRequest("The field model must stand once in the form, and plainly")
@@ -2641,8 +2646,8 @@ class Call(Billable):
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
-        payload = self.dialect.with_other_models(self.payload, rename)
-        self.models = (model, *self.dialect.other_models(payload))
+        payload, others = self.dialect.with_other_models(self.payload, rename)
+        self.models = (model, *others)
         if self.endpoint in (UNKNOWN, UPLOAD):
             return self.prepare_unknown(model, payload)
         if not model == self.model == payload.get("model"):
@@ -2842,16 +2847,18 @@ class Model(NamedTuple):
 # Keys at which a payload names what an upstream stores
 REFERENCES = frozenset("""
     previous_response_id response_id previous_interaction_id previousInteractionId conversation
-    conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
-    validation_file vector_store_id vector_store_ids container container_id cachedContent
-    cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
+    conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
+    training_file validation_file video_id vector_store_id vector_store_ids container container_id
+    cachedContent cached_content fileUri file_uri fileSearchStoreNames
+    file_search_store_names""".split())
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
     input_schema inputSchema schema json_schema properties metadata client_metadata""".split())
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
-    r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"(?:https?://[^/]*google[^/]*/.*/|projects/.*/)?"
+    r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
 NAME_KEYS = "id request_id thread_id output_file_id error_file_id responsesFile".split()
@@ -3049,42 +3056,36 @@ class Dialect:
             payload = {**payload, "model": model}
         return path, payload
 
-    def other_models(self, payload: Dict[str, Any]) -> List[str]:
-        """Returns the models that may serve a call besides the one that it asks for. Raises
-        BadRequest for too many."""
+    def with_other_models(self, payload: Dict[str, Any], rename: Optional[Callable[[str], str]]
+                          ) -> Tuple[Dict[str, Any], List[str]]:
+        """Returns a payload in which the models that may serve besides the one that is asked for
+        are renamed, and their names there; `rename` is None where none may. Raises BadRequest for
+        too many."""
         if self.MODEL_LISTS.isdisjoint(payload):
-            return []
-        found = [one.get("model") if type(one) is dict else one
-                 for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list
-                 for one in payload[key]]
-        names = list(dict.fromkeys([name for name in found if type(name) is str]))
-        if len(names) > self.MAX_MODELS or len("".join(names)) > 4096:
-            raise BadRequest("The request names too many models")
-        return names
-
-    def with_other_models(self, payload: Dict[str, Any],
-                          rename: Optional[Callable[[str], str]]) -> Dict[str, Any]:
-        """Returns a payload with other names of these models, None of which may serve where
-        `rename` is None."""
-        if self.MODEL_LISTS.isdisjoint(payload):
-            return payload
+            return payload, []
         if rename is None and not self.FALLBACKS.isdisjoint(payload):
             payload = {key: payload[key] for key in payload if key not in self.FALLBACKS}
-        lists = {key: [self.with_name(one, rename) for one in payload[key]]
-                 for key in self.MODEL_LISTS if type(payload.get(key)) is list}
+        names = []
+        lists = {key: [self.renamed(one, rename, names) for one in payload[key]]
+                 for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
+        names = list(dict.fromkeys(names))
+        if len(names) > self.MAX_MODELS or len("".join(names)) > 4096:
+            raise BadRequest("The request names too many models")
         same = all([lists[key] == payload[key] for key in lists])
-        return payload if same else {**payload, **lists}
+        return payload if same else {**payload, **lists}, names
 
     @staticmethod
-    def with_name(one, rename):
-        """Returns a row of such a list, which is a name or an object with one, renamed."""
+    def renamed(one, rename, names):
+        """Returns a row of such a list, which is a name or an object with one."""
         if type(one) is str and rename:
-            return rename(one)
+            names.append(rename(one))
+            return names[-1]
         if type(one) is not dict or type(one.get("model")) is not str:
             return one
         if rename is None:
             return {key: one[key] for key in one if key != "model"}
-        return {**one, "model": rename(one["model"])}
+        names.append(rename(one["model"]))
+        return {**one, "model": names[-1]}
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -3825,7 +3826,8 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
-    "|cachedContents|interactions|tunedModels|fileSearchStores|operations)"
+    "|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora|skills|agents"
+    "|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections|predictions)"
     "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
@@ -3836,7 +3838,7 @@ CANCEL = ("/cancel", ":cancel")
 # credentials: these segments wherever they stand,
 ADMIN_SEGMENTS = frozenset("""
     client_secrets transcription_sessions auth_tokens organization organizations
-    slots cors-proxy
+    credits billing slots cors-proxy
     load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
     reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
     scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
@@ -3851,7 +3853,7 @@ ADMIN_SEGMENTS = frozenset("""
     remove_external_corpus list_external_corpora dumper stop-generation""".split())
 # two of these in a row,
 ADMIN_PAIRS = frozenset("""
-    realtime/sessions realtime/calls chatkit/sessions auth/keys
+    realtime/sessions realtime/calls chatkit/sessions auth/keys v1/key v1/activity
     v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
     models/load models/unload models/sse models/download models/apply models/delete
     model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
@@ -3883,8 +3885,8 @@ class Dialects:
     refused."""
     # An upstream in Go would take "MODEL" for "model", and we would have read another one.
     READ_KEYS = frozenset("""
-        model stream stream_options max_tokens max_completion_tokens max_output_tokens
-        options""".split())
+        model models fallbacks stream stream_options options background
+        previous_response_id conversation""".split()) | OUTPUT_NUMBERS
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
@@ -4030,9 +4032,9 @@ class Dialects:
         """Returns the model that a form names, None where it names none. Raises BadRequest."""
         kind = content_type.lower()
         if kind.startswith("multipart/form-data"):
-            model, call.put_model = form_model(call.body, content_type)
+            model, call.put_model = form_model(call.body, content_type, call.payload)
         elif kind.startswith("application/x-www-form-urlencoded"):
-            model, call.put_model = query_model(call.body)
+            model, call.put_model = query_model(call.body, call.payload)
         else:
             return None
         return model
@@ -5695,9 +5697,8 @@ class Bill(NamedTuple):
 
     def seen_usage(self, model: Optional[str]) -> Usage:
         """Returns what it used at least, where nobody tells."""
-        output = math.ceil(self.characters / CHARACTERS_PER_TOKEN)
-        return Usage(self.hold.prompt_tokens, min(output, self.hold.output_tokens), estimated=True,
-                     model=model)
+        output = min(self.hold.output_tokens, math.ceil(self.characters / CHARACTERS_PER_TOKEN))
+        return Usage(self.hold.costs[PROMPT], output, estimated=True, model=model)
 
 
 class Stored:
