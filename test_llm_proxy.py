@@ -2604,7 +2604,8 @@ class PathsTest(ManyCase):
         POST /infill, POST /embedding, POST /pooling, POST /classify, POST /generate,
         POST /v1/moderations, POST /v1/ocr, POST /v1/threads/t/runs, POST /v1/threads/t/messages,
         POST /v1/fine_tuning/jobs, PUT /v1/chat/completions, PATCH /v1/responses, POST /inference,
-        POST /v1/uploads/u/parts, PROPFIND /v1/chat/completions, POST /v1//score/, POST /%76%31/x
+        POST /v1/uploads/u/parts, PROPFIND /v1/chat/completions, POST /v1//score/, POST /%76%31/x,
+        POST /v1/chat/completions/x/messages
         """
     ADMIN = """
         POST /v1/realtime/client_secrets, POST /V1/Realtime/Client_Secrets, GET /slots, GET /slots/0
@@ -2620,6 +2621,10 @@ class PathsTest(ManyCase):
         POST /models/unload, POST /lora-adapters, POST /props, POST /v1/model/load, PUT /props
         POST /api/v1/models/load, POST /models, DELETE /v1/models/m, GET /cors-proxy?url=x
         POST /slots/0:countTokens?action=erase, POST /slots/0/count_tokens
+        POST /resume, GET /is_paused, POST /start_weight_update, POST /finish_weight_update
+        POST /fault_tolerance/apply, POST /v1/chat/completions/control, PUT /hicache/storage-backend
+        POST /v1/download, POST /v1/model/embedding/unload, POST /v1/sampling/override/switch
+        GET /api/v1/credits, GET /api/v1/key, POST /api/v1/models/unload, GET /models/sse
         POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
             "\n", ",")
     MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
@@ -2697,6 +2702,9 @@ class PathsTest(ManyCase):
         told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
         for mode, answered, cost, more in self.each((
                 ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
+                ("estimate", {}, 311, {"sampling_params": {"max_new_tokens": 50, "n": 3},
+                                       "text": ["a", "b"]}),
+                ("estimate", {}, 84, {"requests": [{"params": {"max_tokens": 35}}] * 2}),
                 ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
                 ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
             self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
@@ -4981,6 +4989,19 @@ class DeadlinesTest(WaitingCase):
         self.start(None, READ_TIMEOUT="0.1")
         self.assertEqual(self.ask(self.in_time(60000)).status, 504)
 
+    def test_who_wants_to_wait_no_longer_pays_as_if_it_had_left(self):
+        self.start(None, TOKEN_COST_MODE="usage", READ_TIMEOUT=5)
+        self.assertEqual(self.ask(self.in_time(100, max_tokens=50)).status, 504)
+        self.assert_ending("upstream_failed", 1000 - 53)
+        self.stub.next()
+        client, asked = self.ask_stub(self.in_time(200, stream=True, max_tokens=50))
+        asked.stream(event(1))
+        self.assertFalse(client.read().whole)
+        self.assert_ending("upstream_cut", 1000 - 2 * 53, 1)
+        self.start(None, TOKEN_COST_MODE="usage", READ_TIMEOUT="0.1")
+        self.assertEqual(self.ask(self.in_time(60000, max_tokens=50)).status, 504)
+        self.assert_ending("upstream_failed", 1000)
+
     def test_nothing_is_sent_when_nobody_would_wait_for_the_answer(self):
         self.start(None)
         client = self.connect()
@@ -5077,7 +5098,10 @@ class StoredTest(ManyCase):
          [{"contents": [{"parts": [{"fileData": {
              "fileUri": "https://generativelanguage.googleapis.com/v1beta/files/f1"}}]}]}]),
         ("/v1beta/cachedContents", {}, {"name": "cachedContents/c1"}, "/v1beta/cachedContents/c1",
-         [{"cachedContent": "cachedContents/c1"}]),
+         [{"cachedContent": "cachedContents/c1"},
+          {"cachedContent": "projects/p/locations/l/cachedContents/c1"}]),
+        ("/v1/sessions", {}, {"id": "sesn_1"}, "/v1/sessions/sesn_1/events", []),
+        ("/v1/predictions", {}, {"id": "p1"}, "/v1/predictions/p1", []),
         ("/v1beta/interactions", {}, {"id": "v1_x"}, "/v1beta/interactions/v1_x",
          [{"previous_interaction_id": "v1_x"}]),
         ("/v1beta/models/veo:predictLongRunning", {}, {"name": "models/veo/operations/o1"},
@@ -5132,6 +5156,20 @@ class StoredTest(ManyCase):
         self.assertEqual(self.ask(request("POST", "/v1/responses", escaped, key="a")).status, 404)
         error = self.ask(request("GET", "/v1/messages/batches/x", key="a")).json()
         self.assertEqual(error["error"]["type"], "not_found_error")
+
+    def test_a_form_may_speak_of_stored_things_too(self):
+        self.start(**self.KEYS)
+        self.answers({"id": "file-1"})
+        self.post("/v1/files", None)
+        part = '--B\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n--B--\r\n'
+        for name, key, status in self.each((
+                ("file_id", "a", 200), ("file_id", "b", 404), ("images[0][file_id]", "b", 404),
+                ("file_ids[]", "b", 404), ("x", "b", 200))):
+            for body, kind in ((part % (name, "file-1"), "multipart/form-data; boundary=B"),
+                               (name + "=file-1", "application/x-www-form-urlencoded")):
+                answered = self.ask(request("POST", "/v1/audio/transcriptions", body.encode(),
+                                            "Content-Type: " + kind, key=key))
+                self.assertEqual(answered.status, status)
 
     def test_what_callers_and_their_tools_say_is_no_reference(self):
         self.start(**self.KEYS)
@@ -6413,6 +6451,19 @@ class LedgerTest(LedgerCase):
         found = [row["model"] for row in self.wait_for_rows(4)]
         self.assertEqual(found, ["\\ud800", *models[1:]])
 
+    def test_the_ledger_knows_who_served_and_what_others_did_for_the_call(self):
+        part = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
+        self.start()
+        for served, written in self.each((
+                ("m-2026", "m-2026"), ("m" * 99, "m" * 80), ("a\nb", "asked"), (7, "asked"))):
+            self.stub.answer = says(json.dumps({"model": served, "usage": {
+                "input_tokens": 20, "output_tokens": 4, "iterations": [part]}}).encode())
+            self.ask(request("POST", "/v1/messages", chat(model="asked", max_tokens=1)))
+            row = self.wait_for_rows(self.stub.calls)[-1]
+            self.assertEqual((row["served"], row["model"]), (written, "asked"))
+            used = (27, 12) if written != "asked" else (20, 4)  # nobody knows who the others are
+            self.assertEqual((row["input"], row["output"]), used)
+
     def test_the_ledger_and_limits_know_the_upstream(self):
         self.start_named("one", UPSTREAM_ONE_MODELS="m",
                          LIMITS="upstream:o* 1 requests per day; each 5 requests per day")
@@ -6966,6 +7017,26 @@ class SettlingTest(LedgerCase):
         self.assertIn(b"limit reached, wait", self.ask(call(model="gpt-4o-mini")).body)
         self.assert_status(200, call(model="x/free:free"))
 
+    TIERS = """
+        {} -> 1
+        {"service_tier": "flex"} -> 1
+        {"service_tier": "Priority"} -> 2
+        {"service_tier": ["priority"]} -> 1
+        {"speed": "fast"} -> 2
+        {"inference_geo": "us", "service_tier": "priority"} -> 2.2
+        """
+
+    def test_the_dearer_way_of_serving_that_is_asked_for_is_held(self):
+        for asked, times in self.each(self.TIERS):
+            self.start(None, LIMITS="each 1 usd per day", UNPRICED="1")
+            path = "/v1/messages" if "geo" in asked or "speed" in asked else CHAT
+            client, up = self.ask_stub(request("POST", path, chat(
+                max_tokens=100000, **json.loads(asked))))
+            level, = levels(self.proxy).values()
+            self.assertEqual(round((10 ** 12 - level) / 10 ** 11, 2), float(times))
+            up.answer()
+            client.read()
+
     TOLD = """
         {} -> 0.0000075
         {"model": "gpt-4o-2024-08-06"} -> 0.000125
@@ -6991,6 +7062,25 @@ class FallbackTest(CallCase):
             self.start(LIMITS=self.RULES, LIMIT_REPLY="error")
             statuses = [self.ask(call(model="cheap", **payload)).status for _ in range(2)]
             self.assertEqual(statuses + [self.ask(call(model="cheap")).status], [200, 429, 200])
+
+    # What a call names, and what goes up where the model is pinned, and where "a" stands for "b"
+    RENAMED = [
+        ({"models": ["a", "c"]}, {}, {"models": ["b", "c"]}),
+        ({"fallbacks": [{"model": "a", "x": 1}, 7]}, {},
+         {"fallbacks": [{"model": "b", "x": 1}, 7]}),
+        ({"models": "a", "fallbacks": None}, {}, {"models": "a", "fallbacks": None}),
+        ({"tools": [{"type": "x", "model": "a"}, {"type": "y"}]},
+         {"tools": [{"type": "x"}, {"type": "y"}]},
+         {"tools": [{"type": "x", "model": "b"}, {"type": "y"}]})]
+
+    def test_a_pin_holds_for_other_models_too_and_so_do_aliases(self):
+        paths = CHAT, "/v1/score", "/v1/responses"
+        for pinned, settings in ((1, {"BASE_MODEL": "m"}), (2, {"MODEL_ALIASES": "a=b"})):
+            self.start(**settings)
+            for row, path in self.each(itertools.product(self.RENAMED, paths)):
+                body = json.dumps({"model": "m", **row[0]}).encode()
+                self.ask(request("POST", path, body))
+                self.assertEqual(self.stub.requests[-1].json(), {"model": "m", **row[pinned]})
 
     def test_what_names_no_model_is_left_alone_and_too_many_are_refused(self):
         self.start(LIMITS=self.RULES)
@@ -7190,6 +7280,25 @@ class EndingsTest(LedgerCase):
                 asked.send(LAST)
             self.assertEqual(self.entry(number)["outcome"], "ok")
             asked.finish()
+
+    def test_a_caller_who_could_not_be_sent_the_last_event_missed_it(self):
+        """Each piece is written apart; the one that is refused is all that the caller misses."""
+        last = events("[DONE]")
+        refused = [(last, "caller_gone"), (last[:-9], "caller_gone"), (b": a\n\n", "ok")]
+        write = llm_proxy.Stream.write
+        self.start(None)
+        for number, (piece, outcome) in enumerate(self.each(refused)):
+            def write_or_fail(stream, data):
+                if piece in data and stream.on_write_failed:  # it is a caller's
+                    return stream.fail_writing(data)
+                return write(stream, data)
+            with mock.patch.object(llm_proxy.Stream, "write", write_or_fail):
+                client, asked = self.begin(self.EVENT)
+                asked.chunks(events(LAST_DELTA) + last * (piece == b": a\n\n"))
+                asked.chunks(piece)
+                self.assertEqual(self.entry(number)["outcome"], outcome)
+            client.close()
+            asked.over.set()
 
     CUTS = (  # what the upstream has sent, how it breaks off, tokens of output
         (CHUNKED, Asked.close, 2),
