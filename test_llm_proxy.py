@@ -7282,20 +7282,14 @@ class EndingsTest(LedgerCase):
             asked.finish()
 
     def test_a_caller_who_could_not_be_sent_the_last_event_missed_it(self):
-        """Each piece is written apart; the one that is refused is all that the caller misses."""
-        last = events("[DONE]")
-        refused = [(last, "caller_gone"), (last[:-9], "caller_gone"), (b": a\n\n", "ok")]
-        write = llm_proxy.Stream.write
+        last = events(LAST_DELTA, "[DONE]")
         self.start(None)
-        for number, (piece, outcome) in enumerate(self.each(refused)):
-            def write_or_fail(stream, data):
-                if piece in data and stream.on_write_failed:  # it is a caller's
-                    return stream.fail_writing(data)
-                return write(stream, data)
-            with mock.patch.object(llm_proxy.Stream, "write", write_or_fail):
-                client, asked = self.begin(self.EVENT)
-                asked.chunks(events(LAST_DELTA) + last * (piece == b": a\n\n"))
-                asked.chunks(piece)
+        for number, (sent, unsent, outcome) in enumerate(self.each((
+                (self.EVENT, last, "caller_gone"), (self.EVENT + last[:-5], last[-5:], "caller_gone"),
+                (self.EVENT + last, b": a\n\n", "ok")))):
+            client, asked = self.begin(sent)
+            with mock.patch.object(llm_proxy.Stream, "write", llm_proxy.Stream.fail_writing):
+                asked.chunks(unsent)
                 self.assertEqual(self.entry(number)["outcome"], outcome)
             client.close()
             asked.over.set()
