@@ -7285,7 +7285,8 @@ class EndingsTest(LedgerCase):
         last = events(LAST_DELTA, "[DONE]")
         self.start(None)
         for number, (sent, unsent, outcome) in enumerate(self.each((
-                (self.EVENT, last, "caller_gone"), (self.EVENT + last[:-5], last[-5:], "caller_gone"),
+                (self.EVENT, last, "caller_gone"),
+                (self.EVENT + last[:-5], last[-5:], "caller_gone"),
                 (self.EVENT + last, b": a\n\n", "ok")))):
             client, asked = self.begin(sent)
             with mock.patch.object(llm_proxy.Stream, "write", llm_proxy.Stream.fail_writing):
