@@ -1701,7 +1701,8 @@ class Limits:
         bounded = list(costs)
         for one in levels:
             unit = one.rule.unit
-            bounded[unit] = max(least[unit], min(bounded[unit], one.untaken().level))
+            left = max(1, one.untaken().level)  # of nothing, nothing is enough
+            bounded[unit] = max(least[unit], min(bounded[unit], left))
         return tuple(bounded)
 
     def refusal(self, levels):
@@ -2154,9 +2155,17 @@ class CostEstimator:
         ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
         prompt = self.prompt_tokens(call, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        if limit is None and habits.peak(caller) > output:
-            held = self.held(call, prompt, habits.peak(caller) * outputs, estimate)
+        peak = 0 if limit else self.peak(call, caller)
+        if peak > output:
+            held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
+
+    def peak(self, call, caller):
+        """Returns the output to expect of a call that does not limit it: what its model was seen to
+        say, or, as a server may answer to any name, what those did that were called last."""
+        known = self.models.get(fold_model(call.upstream_model))
+        models = [known] if known else itertools.islice(reversed(self.models.values()), 8)
+        return max([model.peak(caller) for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
         expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
@@ -2225,7 +2234,7 @@ class CostEstimator:
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > model.peak(caller) * outputs:
+            if not limit or used.output > model.peak(caller) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.learn_ratios(call, own, used, source)
@@ -3157,7 +3166,7 @@ class Dialect:
     def fault(self, payload: Dict[str, Any]) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:2]),
+        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:6]),
                      *as_list(payload.get("choices"))[:1]):
             error = dig(part, "error") or dig(part, "errors")
             code = dig(part, "base_resp", "status_code")  # MiniMax

@@ -2253,6 +2253,12 @@ class LearningTest(ProxyCase):
         held = [self.held()[3] for _ in range(22)]
         self.assertEqual((held[:10], held[-1]), ([5000] * 10, 256))
 
+    def test_a_new_name_or_another_spelling_hides_nothing_of_what_is_known(self):
+        self.start("seen" + " seen" * 4999)
+        self.held(model="learned-1.5")
+        for model in self.each(("new", "LEARNED-1-5", "x/learned-1.5:free", "")):
+            self.assertEqual(self.held(model=model, max_tokens=None)[3], 5000)
+
     def test_calls_with_a_maximum_teach_nobody_that_little_is_said(self):
         self.start("seen" + " seen" * 4999)
         self.held(key="bob")
