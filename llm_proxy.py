@@ -1207,7 +1207,7 @@ class Fields:
         return self.get(name) is not None
 
 
-def split_query(query: str) -> Tuple[List[str], str]:
+def split_query(query):
     """Returns the keys in a query, as Google's clients may send them, and the rest of it."""
     keys = []
     rest = []
@@ -1220,7 +1220,7 @@ def split_query(query: str) -> Tuple[List[str], str]:
     return keys, "&".join(rest)
 
 
-def plain_ip(host: str) -> "ipaddress.IPv4Address | ipaddress.IPv6Address":
+def plain_ip(host):
     """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip
@@ -2292,7 +2292,7 @@ def is_too_complex(data: bytes) -> bool:
     return max(levels, default=0) > MAX_JSON_DEPTH
 
 
-def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def unique(pairs):
     """Returns an object of JSON. Two parsers may disagree on which of two equal keys counts."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -2370,7 +2370,7 @@ def last_object(data: bytes) -> Dict[str, Any]:
 LINE = re.compile(rb"[^\r\n]*")
 
 
-def begin_of_line(data: bytes, place: int) -> int:
+def begin_of_line(data, place):
     """Returns where the line begins in which a place is."""
     return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
 
@@ -2399,7 +2399,7 @@ MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, int]]:
+def form_fields(body, content_type):
     """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
@@ -2418,10 +2418,7 @@ def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, in
     raise BadRequest("The request body is not a form as its Content-Type says")
 
 
-FoundModel = Tuple[Optional[str], Optional[Callable[[str], bytes]]]
-
-
-def form_model(body: bytes, content_type: str, named: Dict[str, Any]) -> FoundModel:
+def form_model(body, content_type, named):
     """Returns the model that a form names, if any, and what makes the form with another one. Puts
     into `named` what it says of stored things. Raises BadRequest."""
     found = None
@@ -2450,7 +2447,7 @@ def note_reference(name, value, named):
         named.setdefault(key, []).append(value.decode("latin-1"))
 
 
-def query_model(body: bytes, named: Dict[str, Any]) -> FoundModel:
+def query_model(body, named):
     """Does the same for a form that is spelled as a query is."""
     if len(body) > MAX_QUERY:
         raise BodyTooLarge()
@@ -2464,7 +2461,7 @@ def query_model(body: bytes, named: Dict[str, Any]) -> FoundModel:
         [(name, model if name == "model" else value) for name, value in pairs]).encode()
 
 
-def as_list(value: Any) -> List[Any]:
+def as_list(value):
     """Returns a list as it is, and anything else as the only one in a list."""
     return value if isinstance(value, list) else [value]
 
@@ -2472,7 +2469,7 @@ def as_list(value: Any) -> List[Any]:
 JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
-def is_outermost(data: bytes, place: int) -> bool:
+def is_outermost(data, place):
     """Returns whether what stands at a place of a JSON object is in no other object in it."""
     outside = JSON_STRINGS.sub(b"", data[:place])
     depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
@@ -2819,7 +2816,7 @@ functionCall functionResponse functionDeclarations args response include_usage e
 budget_tokens""".split())
 
 
-def is_media(part: Dict[str, Any]) -> bool:
+def is_media(part):
     """Returns whether a part of a prompt is an image or the like, in any API; Anthropic's documents
     may be plain text."""
     kind = part.get("type")
@@ -2828,7 +2825,7 @@ def is_media(part: Dict[str, Any]) -> bool:
         and dig(part, "source", "type") not in ("text", "content"))
 
 
-def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
+def media_texts(part):
     """Returns what is text in an image and the like; None where a part is none."""
     if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
         return None
@@ -2877,7 +2874,7 @@ HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 MADE_IN = "response interaction conversation container file".split()
 
 
-def names_of_things(value: Any) -> List[str]:
+def names_of_things(value):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
     values = value if type(value) is list else [value]
@@ -2886,7 +2883,7 @@ def names_of_things(value: Any) -> List[str]:
     return [match[match.lastindex] for match in matches if match]
 
 
-def names_made(payload: Dict[str, Any]) -> List[str]:
+def names_made(payload):
     """Returns the names of what a response or an event says was made."""
     found = []
     holders = [payload]
@@ -2912,13 +2909,13 @@ BLAMELESS = re.compile(
     "|safety", re.IGNORECASE)
 
 
-def without_masks(query: str) -> str:
+def without_masks(query):
     """Returns a query without what leaves out parts of a response at Google's servers."""
     return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
         part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
 
 
-def fault_status(value: Any) -> int:
+def fault_status(value):
     """Returns the status of an error in a response: what it says itself, else 400 where its kind is
     one that speaks of the caller, and 502."""
     found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
@@ -2931,12 +2928,12 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
 
-def is_money(value: Any) -> bool:
+def is_money(value):
     """Returns whether a value can be an amount of money."""
     return type(value) in (int, float) and 0 <= value < MAX_COST
 
 
-def with_iterations(told: Usage, parts: List[Usage]) -> Usage:
+def with_iterations(told, parts):
     """Returns the usage of a call that ran in several steps, some of them by another model. What
     was told may leave out some (Anthropic's compaction)."""
     served = fold_model(told.model or "")
@@ -3330,7 +3327,10 @@ class Dialect:
         return reply and reply.encode()
 
     def is_parsed(self, payload):
-        """Returns whether a machine will parse what the model says, so that no sentence fits."""
+        """Returns whether a machine will parse what the model says, so that no sentence fits, or an
+        editor will put it into a file."""
+        if FILL_IN.search(str(payload.get("prompt"))):
+            return True
         for path, free in self.PARSED.items():
             value = dig(payload, *path.split("."))
             if isinstance(value, dict):
@@ -3412,9 +3412,11 @@ RESPONSE_EVENTS = """\
 FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
 NOTHING = ("", {}, [], False)
+# Marks of what stands around a gap, as models are trained to fill it
+FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
-def choice_count(payload: Dict[str, Any]) -> int:
+def choice_count(payload):
     """Returns how many choices were asked for, for clients that count on them."""
     count = payload.get("n")
     prompt = payload.get("prompt")
@@ -3453,7 +3455,8 @@ class OpenAI(Dialect):
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
         "suffix": (),  # what is filled in goes into a file
         **dict.fromkeys("""grammar json_schema structured_outputs guided_json guided_regex
-            guided_choice guided_grammar regex ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
+            guided_choice guided_grammar guided_decoding nvext prediction regex
+            ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
     MAX_CHOICES = 4  # in a limit reply
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
@@ -3767,7 +3770,7 @@ class Ollama(Dialect):
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
     COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
-    PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
+    PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
     LAST_KEY = "done"
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
@@ -3813,7 +3816,7 @@ NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer wit
 NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no assistant speaks
 
 
-def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
+def content_never_null(payload):
     """Returns a payload for upstreams that refuse "content": null beside tool calls."""
     messages = payload.get("messages")
     if not isinstance(messages, list):

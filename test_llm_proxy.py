@@ -3656,6 +3656,9 @@ class LimitReplyTest(ProxyCase):
             {"stream": true, "guided_regex": "a+"}""",
         "/v1/completions": """
             {"suffix": "def f"}
+            {"prompt": "<|fim_prefix|>x<|fim_suffix|>y<|fim_middle|>"}
+            {"prediction": {"type": "content", "content": "x"}}
+            {"guided_decoding": {"json": {}}}
             {"suffix": ""}
             {"grammar": "root ::= x"}""",
         "/v1/responses": """
@@ -3690,7 +3693,8 @@ class LimitReplyTest(ProxyCase):
             {"format": "json"}
             {"format": {"type": "object"}, "stream": false}""",
         "/api/generate": """
-            {"suffix": "return"}""",
+            {"suffix": "return"}
+            {"raw": true}""",
         "/api/embed": """
             {"input": "hello"}"""}
     SPOKEN = {
