@@ -2655,7 +2655,7 @@ class Call(Billable):
         payload, others = self.dialect.with_other_models(self.payload, rename)
         self.models = (model, *others)
         if self.endpoint in (UNKNOWN, UPLOAD):
-            return self.prepare_unknown(model, payload)
+            return self.prepare_unknown(model, payload, rename or (lambda name: model))
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
@@ -2667,14 +2667,19 @@ class Call(Billable):
         """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
-    def prepare_unknown(self, model, payload):
-        """Puts the model where the call names one, if it does."""
+    def prepare_unknown(self, model, payload, rename):
+        """Puts the models where the call names some, which may be a batch of calls."""
         if self.put_model:
             self.upstream_body = self.body if model == self.model else self.put_model(model)
             return
+        named = [one["model"] for one in self.holders() if is_name(one.get("model"))]
+        if named and named != [self.model]:
+            self.models = tuple(self.dialect.few([*self.models, *map(rename, named)]))
+            payload = json.loads(to_json_bytes(payload), object_hook=lambda one: (
+                {**one, "model": rename(one["model"])} if is_name(one.get("model")) else one))
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
-        if payload is not self.payload:
+        if payload != self.payload:
             self.upstream_body = to_json_bytes(payload)
 
     def runs_in_background(self) -> bool:
@@ -3074,11 +3079,15 @@ class Dialect:
         names = []
         lists = {key: [self.renamed(one, rename, names) for one in payload[key]]
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
+        same = all([lists[key] == payload[key] for key in lists])
+        return payload if same else {**payload, **lists}, self.few(names)
+
+    def few(self, names):
+        """Returns each of these names once. Raises BadRequest for too many."""
         names = list(dict.fromkeys(names))
         if len(names) > self.MAX_MODELS or len("".join(names)) > 4096:
             raise BadRequest("The request names too many models")
-        same = all([lists[key] == payload[key] for key in lists])
-        return payload if same else {**payload, **lists}, names
+        return names
 
     @staticmethod
     def renamed(one, rename, names):

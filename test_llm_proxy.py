@@ -7092,6 +7092,20 @@ class FallbackTest(CallCase):
                 self.ask(request("POST", path, body))
                 self.assertEqual(self.stub.requests[-1].json(), {"model": "m", **row[pinned]})
 
+    def test_the_models_of_a_batch_of_calls_count_and_are_replaced_too(self):
+        batch = {"requests": [{"params": {"model": "a"}}, {"params": {"model": 7}}]}
+        for settings, model in self.each((
+                ({"BASE_MODEL": "m"}, "m"), ({"MODEL_ALIASES": "a=b"}, "b"), ({}, "a"))):
+            self.start(LIMITS="model:b 9 requests per day; each 1 usd per day", UNPRICED="1",
+                       **settings)
+            self.ask(request("POST", "/v1/messages/batches", json.dumps(batch).encode()))
+            asked = self.stub.requests[-1].json()["requests"]
+            self.assertEqual([one["params"]["model"] for one in asked], [model, 7])
+            self.assertEqual(len(levels(self.proxy)), 1 + (model == "b"))
+        self.start(LIMITS="each 1 usd per day")
+        body = json.dumps(batch).encode()
+        self.assert_status(403, request("POST", "/v1/messages/batches", body))
+
     def test_what_names_no_model_is_left_alone_and_too_many_are_refused(self):
         self.start(LIMITS=self.RULES)
         for payload in self.each(({"models": "dear"}, {"models": [1, None, ["dear"]]},
