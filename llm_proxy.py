@@ -2110,7 +2110,7 @@ class ModelHabits:
                 setattr(self.usual, name, clamp(known[len(known) // 2], bounds))
 
 
-def clamp(value: float, bounds: Tuple[float, float]) -> float:
+def clamp(value, bounds):
     return min(bounds[1], max(bounds[0], value))
 
 
@@ -2482,7 +2482,7 @@ def is_count(value: Any) -> bool:
         0 <= value < MAX_TOKENS_PER_CALL)
 
 
-def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
+def merged(before, after):
     """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
     nothing."""
     found = dict(before)
@@ -2570,12 +2570,12 @@ class EventFraming(NamedTuple):
                 lines = []
         return events + [b"".join(lines)] if lines else events
 
-    def last_end(self, data: bytes, before: int) -> int:
+    def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
         return 0 if place < 0 else place + 2
 
-    def is_whole(self, lines: List[bytes]) -> bool:
+    def is_whole(self, lines):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
         data = self.data(lines[-1])
@@ -2627,6 +2627,7 @@ class Call(Billable):
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
+    objects: Optional[List[Dict[str, Any]]] = None
     length: Optional[Tuple[int, List[int]]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
@@ -2673,13 +2674,15 @@ class Call(Billable):
             self.upstream_body = self.body if model == self.model else self.put_model(model)
             return
         named = [one["model"] for one in self.holders() if is_name(one.get("model"))]
-        if named and named != [self.model]:
-            self.models = tuple(self.dialect.few([*self.models, *map(rename, named)]))
+        names = list(map(rename, named))
+        if named != [self.model]:
+            self.models = tuple(self.dialect.few([*self.models, *names]))
+        if named != names:
             payload = json.loads(to_json_bytes(payload), object_hook=lambda one: (
                 {**one, "model": rename(one["model"])} if is_name(one.get("model")) else one))
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
-        if payload != self.payload:
+        if payload is not self.payload:
             self.upstream_body = to_json_bytes(payload)
 
     def runs_in_background(self) -> bool:
@@ -2752,15 +2755,18 @@ class Call(Billable):
 
     def holders(self):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
-        found = [self.payload]
-        if self.endpoint == UNKNOWN:
-            for part in found:  # the list grows meanwhile
-                values = part.values() if type(part) is dict else part
-                found += [one for one in values if type(one) in (dict, list)]
-            return [part for part in found if type(part) is dict]
-        if not OPTION_HOLDERS.isdisjoint(self.payload):
-            found += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
-        return found
+        if self.objects is None:
+            self.objects = [self.payload]
+            if self.endpoint == UNKNOWN:
+                parts = [self.payload]
+                for part in parts:  # the list grows meanwhile
+                    values = part.values() if type(part) is dict else part
+                    parts += [one for one in values if type(one) in (dict, list)]
+                self.objects = [part for part in parts if type(part) is dict]
+            else:
+                self.objects += [self.payload[name] or {} for name in OPTION_HOLDERS
+                                 if name in self.payload]
+        return self.objects
 
     def numbers(self, holder):
         """Returns what stands at the names of limits and counts in an object. Raises BadRequest for
@@ -3048,17 +3054,16 @@ class Dialect:
         in lower case."""
         return False
 
-    def has_endpoint(self, path: str) -> bool:
+    def has_endpoint(self, path):
         """Returns whether a path, as `fold_path` has it, that ends like one of ENDPOINTS is one."""
         return True
 
-    def requested(self, path: str, payload: Dict[str, Any]) -> Tuple[Any, bool]:
+    def requested(self, path, payload):
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
         in_path = self.MODEL_IN_PATH.fullmatch(path)
         return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
 
-    def with_model(self, path: str, payload: Dict[str, Any], model: str
-                   ) -> Tuple[str, Dict[str, Any]]:
+    def with_model(self, path, payload, model):
         """Returns the path and the payload of a call of this model, wherever they name one."""
         in_path = self.MODEL_IN_PATH.fullmatch(path)
         if in_path:
@@ -3067,8 +3072,7 @@ class Dialect:
             payload = {**payload, "model": model}
         return path, payload
 
-    def with_other_models(self, payload: Dict[str, Any], rename: Optional[Callable[[str], str]]
-                          ) -> Tuple[Dict[str, Any], List[str]]:
+    def with_other_models(self, payload, rename):
         """Returns a payload in which the models that may serve besides the one that is asked for
         are renamed, and their names there; `rename` is None where none may. Raises BadRequest for
         too many."""
@@ -3126,7 +3130,7 @@ class Dialect:
         """Returns whether a response of this type is cut into events."""
         return content_type.lower().startswith(self.events.content_type)
 
-    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, Optional[bool]]:
+    def usage_counts(self, payload):
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
         final = self.is_finished(payload) or not payload.get(self.REASON[0])
@@ -3159,13 +3163,13 @@ class Dialect:
                 return self.served(payload[name])
         return None, None
 
-    def is_finished(self, payload: Dict[str, Any]) -> bool:
+    def is_finished(self, payload):
         """Returns whether a response or an event says that the model has stopped."""
         holder, reason = self.REASON
         return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
             self.is_last(payload))
 
-    def is_last(self, payload: Dict[str, Any]) -> bool:
+    def is_last(self, payload):
         """Returns whether an event ends its stream."""
         return payload.get(self.LAST_KEY) in self.LAST_TYPES
 
@@ -6572,7 +6576,7 @@ class Entry:
         self.reader = None
         if self.call:
             self.call.payload = self.call.body = self.call.upstream_body = None
-            self.call.put_model = self.call.on_made = None
+            self.call.put_model = self.call.on_made = self.call.objects = None
         return self
 
     def milliseconds(self, until):
