@@ -1999,8 +1999,8 @@ class UsageTest(ProxyCase):
     def test_the_length_of_a_payload_is_that_of_its_words_joined_by_spaces_but_the_model(self):
         """Keys that only a tool knows are words too, and a number in a list is a token."""
         for payload, length in self.each(self.LENGTHS):
-            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.PLAIN_KEYS,
-                                          llm_proxy.media_texts)
+            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.TEXT_KEYS,
+                                          llm_proxy.PLAIN_KEYS, llm_proxy.media_texts)
             self.assertEqual(found, (int(length), []))
 
     def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
