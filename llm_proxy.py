@@ -394,9 +394,8 @@ def check_rule(text, words, kinds):
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
 # tiers, Anthropic's speed and inference_geo.
-USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in {
-    "flex": "0.5", "batch": "0.5", "priority": "2", "fast": "2", "ultrafast": "6",
-    "us": "1.1"}.items()}
+USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in map(
+    str.split, "flex 0.5, batch 0.5, priority 2, fast 2, ultrafast 6, us 1.1".split(","))}
 
 
 class Price(NamedTuple):
@@ -1756,7 +1755,7 @@ def text_weight(text: str) -> int:
     return len(text) + wide * 5 // 3
 
 
-def sum_of_weights(texts: List[str]) -> int:
+def sum_of_weights(texts):
     return sum(map(len if all(map(str.isascii, texts)) else text_weight, texts))
 
 
@@ -1846,8 +1845,8 @@ class Billable:
 class UsageSource:
     """What a cost depends on once the response has ended."""
     ended = False  # the response's own last event has passed, whatever came then
-    model: Optional[str] = None  # the one that served, where the response says so,
-    tier: Optional[str] = None   # and how
+    model = None                 # the one that served, where the response says so,
+    tier = None                  # and how
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
@@ -2062,10 +2061,10 @@ class Habits:
 
     def __init__(self):
         self.calls = 0
-        self.input_ratio: Optional[float] = None
-        self.output_ratio: Optional[float] = None
+        self.input_ratio = None
+        self.output_ratio = None
         self.hidden = 0.0
-        self.peak: Optional[int] = None
+        self.peak = None
         self.recent = array.array("q")
 
     def move(self, name: str, value: float):
@@ -2090,7 +2089,7 @@ class ModelHabits:
     OTHERS_RATIOS = 2, 6
 
     def __init__(self):
-        self.callers: "collections.OrderedDict[CallerKey, Habits]" = collections.OrderedDict()
+        self.callers = collections.OrderedDict()
         self.usual = Habits()
 
     def of(self, caller: CallerKey) -> Habits:
@@ -2140,7 +2139,7 @@ class CostEstimator:
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        self.models = collections.OrderedDict()
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
@@ -2286,7 +2285,7 @@ NO_MARKS = bytes(set(range(256)) - set(MARKS))
 STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 
 
-def is_too_complex(data: bytes) -> bool:
+def is_too_complex(data):
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
     if len(data) <= MAX_JSON_PARTS and data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
@@ -2310,7 +2309,7 @@ def unique(pairs):
     return found
 
 
-def finite(text: str) -> float:
+def finite(text):
     """Returns a number of JSON, which is none of the NaN and Infinity that Python would read."""
     value = float(text)
     if not math.isfinite(value):
@@ -2325,7 +2324,7 @@ STRICT_JSON = json.JSONDecoder(
     object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
 
 
-def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
+def decode_json(data, decoder=PLAIN_JSON):
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     if is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
@@ -2358,7 +2357,7 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def parse_or_none(data: bytes) -> Any:
+def parse_or_none(data):
     """Returns JSON of an upstream, None where it cannot be read."""
     try:
         return decode_json(data.lstrip(BYTE_ORDER_MARK))
@@ -2366,13 +2365,13 @@ def parse_or_none(data: bytes) -> Any:
         return None
 
 
-def object_in(data: bytes) -> Dict[str, Any]:
+def object_in(data):
     """Returns a JSON object of an upstream, {} where there is none."""
     found = parse_or_none(data)
     return found if isinstance(found, dict) else {}
 
 
-def last_object(data: bytes) -> Dict[str, Any]:
+def last_object(data):
     """Returns the same, or the last of an array of them."""
     found = parse_or_none(data)
     if type(found) is list and found:
@@ -2489,7 +2488,7 @@ def is_outermost(data, place):
     return depth == 1 and b'"' not in outside
 
 
-def is_count(value: Any) -> bool:
+def is_count(value):
     """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
     return (type(value) is int or (type(value) is float and value.is_integer())) and (
         0 <= value < MAX_TOKENS_PER_CALL)
@@ -2511,7 +2510,7 @@ def merged(before, after):
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
-def fold_path(path: str) -> str:
+def fold_path(path):
     """Returns a path as the most forgiving upstream might read it: escapes decoded again and again,
     back slashes turned, parameters, empty and dot segments dropped, lower case. Raises
     BadRequest."""
@@ -2624,24 +2623,20 @@ class Call(Billable):
     the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
     `upstream_model` what the upstream is asked for, in `upstream_body`; `models` are that and
     those that may serve instead. `put_model` returns a form with another model in it."""
-    model: Optional[str] = None
+    model = None
     resolved_model = ""
     upstream_model = ""
-    models: Tuple[str, ...] = ()
-    body: Optional[bytes] = None
-    upstream_body: Optional[bytes] = None
-    put_model: Optional[Callable[[str], bytes]] = None
-    on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
-    made: Sequence[str] = ()                               # and these are they
+    models = ()
+    body = upstream_body = put_model = None
+    on_made = None                                         # is told the names of what was made,
+    made = ()                                              # and these are they
     # A call in the background whose usage nobody knows yet, where this asks for its answer
-    owes: Optional["Call"] = None
+    owes = None
     is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects: Optional[List[Dict[str, Any]]] = None
-    length: Optional[Tuple[int, List[int]]] = None
-    limit: Optional[Tuple[Optional[int], int]] = None
+    objects = length = limit = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None, stored: Optional[StoredPath] = None):
@@ -2651,7 +2646,7 @@ class Call(Billable):
         self.stored = stored
         self.path = path
         self.query = query
-        self.payload: Dict[str, Any] = {}
+        self.payload = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
 
     def __repr__(self) -> str:
@@ -2954,7 +2949,7 @@ def fault_status(value):
     return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
 
 
-def is_name(value: Any) -> bool:
+def is_name(value):
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
@@ -3061,7 +3056,7 @@ class Dialect:
     # The states of a call in the background that has ended.
     LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
-    PARSED: Dict[str, Sequence[Any]] = {}
+    PARSED = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -3158,7 +3153,7 @@ class Dialect:
         final = self.is_finished(payload) or not payload.get(self.REASON[0])
         return self.counts_in(payload), final or None
 
-    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
@@ -3203,12 +3198,12 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
+    def usual_counts(self, data, model):
         """Returns the usage of a response that is no error, where it can be told without parsing
         all of it that `model` served, and that nothing else is of interest."""
         return None
 
-    def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
+    def find_usage(self, data, openings):
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
@@ -3293,7 +3288,7 @@ class Dialect:
             told = [max(told) + own * PICODOLLARS]
         return min(MAX_COST, round(max(told)))
 
-    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
         rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
@@ -3659,9 +3654,9 @@ GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role
 "responseId": "limit-%(number)s"}"""
 # Google takes each key in two spellings, and mixed.
 GEMINI_FORMATS = dict.fromkeys(map(".".join, itertools.product(
-    ("generationConfig", "generation_config"),
-    ("responseMimeType", "response_mime_type", "responseSchema", "response_schema",
-     "responseJsonSchema", "response_json_schema"))), ("", {}, "text/plain"))
+    "generationConfig generation_config".split(), """responseMimeType response_mime_type
+    responseSchema response_schema responseJsonSchema response_json_schema""".split())),
+    ("", {}, "text/plain"))
 GEMINI_CHOICES = dict.fromkeys(map(".".join, itertools.product(
     ("toolConfig", "tool_config"), ("functionCallingConfig", "function_calling_config"),
     ("mode",))), ("", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))
@@ -3927,7 +3922,7 @@ ADMIN_ROOTS = frozenset("""
 ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
 
 
-def is_admin_path(method: str, path: str) -> bool:
+def is_admin_path(method, path):
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
     segments = path[1:].split("/")
     pairs = map("/".join, zip(segments, segments[1:]))
@@ -4097,7 +4092,7 @@ class Dialects:
             return None
         return model
 
-    def read_payload(self, call: Call) -> Any:
+    def read_payload(self, call):
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.payload = payload = parse_json(call.body)
@@ -4117,7 +4112,7 @@ WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
 
 
-def may_be_fault(data: bytes) -> bool:
+def may_be_fault(data):
     """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
@@ -4166,15 +4161,15 @@ class UsageReader(UsageSource):
     size = 0
     compact_above = MAX_KEPT
     cut = False     # the beginning of a line or of JSON is gone
-    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
-    model: Optional[str] = None   # the one that served
-    tier: Optional[str] = None
+    final = None                  # whether nothing more will be reported, by usage_counts
+    model = None                  # the one that served
+    tier = None
     end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
-    unpacker: Optional[Unpacker] = None
+    unpacker = None
     changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -4195,8 +4190,8 @@ class UsageReader(UsageSource):
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
-        self.pieces: List[bytes] = []
-        self.counts: Dict[str, Any] = {}
+        self.pieces = []
+        self.counts = {}
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -4323,7 +4318,7 @@ class UsageReader(UsageSource):
                 self.final = final
         self.note_server(payload)
 
-    def note_server(self, payload: Dict[str, Any]) -> None:
+    def note_server(self, payload):
         """Takes which model served, and how."""
         dialect = self.dialect
         if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
@@ -4333,7 +4328,7 @@ class UsageReader(UsageSource):
         self.model = model or self.model
         self.tier = tier or self.tier
 
-    def read_end(self, whole: bool) -> None:
+    def read_end(self, whole):
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
         of events alone: in JSON it could be anybody's."""
         if self.end_is_read or not self.readable:
@@ -4434,7 +4429,7 @@ class UsageReader(UsageSource):
         self.ending(whole=False)
         return self.closed
 
-    def tells_end(self) -> bool:
+    def tells_end(self):
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
         return bool(known and self.streamed and self.readable and not self.cut
@@ -4913,14 +4908,14 @@ class Context:
     """Goes through a call, as Go's context does: every await for a peer is one of `wait`, so it
     ends at its deadline or when the call is ended, and can be seen. The timer is moved only when it
     fires, so that a wait costs none."""
-    future: Optional[asyncio.Future] = None  # what is awaited,
+    future = None                            # what is awaited,
     what = "nothing"                         # in words,
     since = 0.0                              # from when
     deadline = math.inf                      # to when, in the loop's time
     until = math.inf                         # when all of the call is to be over
     timer = None
     timer_at = math.inf                      # when it fires
-    reason: Optional[Exception] = None       # for which it was ended
+    reason = None                            # for which it was ended
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -4994,13 +4989,13 @@ class Stream:
     writing = False       # whether it tells when there is room
     wrote_at = 0.0        # when a slow peer last took something
     ended = False
-    failure: Optional[OSError] = None
+    failure = None
     write_failed = False  # what is written is dropped,
     unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
-    write_waiter: Optional[asyncio.Future] = None  # or that something goes
-    source: Optional["Stream"] = None              # the stream to pause while this one is slow
+    waiter = None                                  # of who awaits that more comes,
+    write_waiter = None                            # or that something goes
+    source = None                                  # the stream to pause while this one is slow
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -5433,7 +5428,7 @@ class RequestBody:
         self.client = client
         self.budget = budget
         self.length = request.length
-        self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
+        self.framing = Chunked() if request.length is None else Sized(request.length)
         self.coding = request.get("content-encoding", "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
@@ -5637,7 +5632,7 @@ class CallerQueue:
 class Ticket:
     """One call's place: first it waits, then it is `running`, until it leaves. `on_ready` is called
     once, when a waiting call may run or the queue closes. `since` is when it began to wait."""
-    on_ready: Optional[Callable[[], None]] = None
+    on_ready = None
     running = False
     left = False
 
@@ -5800,9 +5795,9 @@ class Stored:
 
     def __init__(self, policy: str):
         self.policy = policy
-        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
+        self.things = collections.OrderedDict()
         self.unsaved = collections.deque()
-        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
+        self.bills = collections.OrderedDict()
 
     def __repr__(self) -> str:
         return "<Stored: %s, %d things, %d bills>" % (
@@ -5868,10 +5863,10 @@ class NameReader:
         self.reader = reader
         self.events = events
         self.found = found
-        self.kept: Optional[bytes] = b""
+        self.kept = b""
         self.tries = 0
 
-    def feed(self, payload: bytes) -> bytes:
+    def feed(self, payload):
         if self.kept is not None:
             self.kept += payload
             if self.events:
@@ -5883,7 +5878,7 @@ class NameReader:
                 self.look_at_beginning()
         return self.reader.feed(payload) if self.reader else payload
 
-    def flush(self) -> bytes:
+    def flush(self):
         if self.kept and not self.events:
             self.look_at_json()
         return self.reader.flush() if self.reader else b""
@@ -5934,7 +5929,7 @@ class Response:
     """An upstream's response: a checked head, and a body that is still arriving. As a with-block it
     keeps the connection for the next call if, and only if, the body came whole and nothing
     after."""
-    ticket: Optional[Ticket] = None  # the place of its call, which ends with it
+    ticket = None                    # the place of its call, which ends with it
     streamed = False                 # whether its body is a stream of events
     released = False
 
@@ -6609,17 +6604,18 @@ class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     request_id = None
-    caller: Optional[Caller] = None
+    caller = None
     method = None
     path = None
-    call: Optional[Call] = None
+    call = None
     upstream = None     # its name
-    hold: Optional[Hold] = None
+    hold = None
     status = 0
     outcome = "ok"
     cause = None
-    reader: Optional[UsageReader] = None
-    usage: Optional[Usage] = None
+    gave_up = False     # the caller did not wait for the end
+    reader = None
+    usage = None
     picodollars = 0
     priced = None       # whether the price is known; None where nothing was used
     passed = 0          # bytes of body sent to the caller
@@ -7138,8 +7134,8 @@ class ReplyParts(NamedTuple):
 
 IDENTITY, PACKED, UNREADABLE = range(3)
 ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
-    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
-    "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
+    **dict.fromkeys(" identity none utf-8 utf8".split(" "), IDENTITY),
+    **dict.fromkeys("gzip x-gzip deflate".split(), PACKED)}
 
 
 class Reply:
@@ -7149,22 +7145,21 @@ class Reply:
     MAX_WHOLE = 1 << 18   # and how large it may be, so that its head can say what it cost
     WAITING = "waiting for the model"
 
-    request: Optional[Request] = None
-    content: Optional[bytes] = None         # its body, where that came with its head,
-    body: Optional[RequestBody] = None      # or what is still to come of it
-    call: Optional[Call] = None
-    ticket: Optional[Ticket] = None         # its place in the queue
-    adapter: Optional[BodyAdapter] = None   # of the response's body,
+    request = None
+    content = None                          # its body, where that came with its head,
+    body = None                             # or what is still to come of it
+    call = None
+    ticket = None                           # its place in the queue
+    adapter = None                          # of the response's body,
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
     begun = early = close_after = until_close = reset = False
-    gave_up = False                         # the caller did not wait for the end
     patience = math.inf                     # seconds that the caller has for one wait
     end_at = math.inf                       # when the call is to be over, in the loop's time
     started = 0                             # unix nanoseconds, when the request's head was there
     comment_timer = None
 
-    def __init__(self, client: Stream, context: Context, parts: ReplyParts, entry: Entry):
+    def __init__(self, client, context, parts, entry):
         self.client = client
         self.context = context
         self.parts = parts
@@ -7425,7 +7420,7 @@ class Reply:
                 ending = Transfer.SILENT
         if ending == Transfer.SLOW:
             raise CallerGone()
-        self.gave_up = ending == Transfer.SILENT and self.is_impatient()
+        self.entry.gave_up = ending == Transfer.SILENT and self.is_impatient()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
 
     def is_impatient(self):
@@ -7593,9 +7588,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 
 class Proxy:
-    def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
-                 callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
+    def __init__(self, config, clock, loop, callers, limits, prices, estimator, dialects, stored,
+                 routes, books):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -7654,8 +7648,8 @@ class Proxy:
                 if not reason.nothing_sent:
                     self.settle_unended(reply, entry, reason)
                 raise
-            if not entry.hold.ended:                                                    # settle
-                self.settle(entry, CallerGone.outcome if reply.gave_up else ending)
+            if not entry.hold.ended:
+                self.settle(entry, ending)                                          # settle
             if ending != "ok":
                 reply.end(ending)
 
@@ -7731,7 +7725,7 @@ class Proxy:
             cache["caller"] = callers.end_user(request, entry.peer, caller), entry.address
         entry.caller, entry.address = cache["caller"]
 
-    def new_call(self, request: Request) -> Call:
+    def new_call(self, request):
         """Returns a call as its head tells of it, which is read once, too."""
         cache = request.cache
         if "call" not in cache:
@@ -7817,12 +7811,12 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if ending == CallerGone.outcome else 0
+        gone = entry.gave_up or ending == CallerGone.outcome
+        held = gone * hold.output_tokens
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
-        is_told = not usage.estimated or self.told_usage(entry, ending)[1]
-        if not (is_told and reader and not reader.running) and call.runs_in_background():
+        if call.runs_in_background() and self.may_run(entry, usage, ending):
             return self.await_usage(call, hold)
-        entry.usage = usage.with_others() if usage.others else usage
+        entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
         if estimate and ending not in ("ok", CallerGone.outcome):
@@ -7838,6 +7832,12 @@ class Proxy:
         if reply.missed_nothing():
             reason.outcome = "ok"
         self.settle(entry, reason.outcome)
+
+    def may_run(self, entry, usage, ending):
+        """Returns whether a call in the background has not told that it ended."""
+        reader = entry.reader
+        return not reader or reader.running or (
+            usage.estimated and not self.told_usage(entry, ending)[1])
 
     def await_usage(self, call, hold):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
@@ -7967,7 +7967,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                  Books(log, ledger, usage_log))
 
 
-def build_dialects(config: Config) -> Dialects:
+def build_dialects(config):
     names = {one.name: one.dialect for one in config.upstreams}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on")
@@ -8146,8 +8146,8 @@ class ClientConnection:
     LEDGER_SECONDS = 0.05     # for room in the ledger; then the call's row is dropped
     GOODBYE_SECONDS = 1       # for a last answer to be read, before the connection is closed
 
-    reply: Optional[Reply] = None   # while a request is answered
-    last: Optional[Request] = None
+    reply = None                    # while a request is answered
+    last = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
     began = 0.0                     # when the request's head was there
@@ -8436,7 +8436,7 @@ class Server(http.server.ThreadingHTTPServer):
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
-    tls: Optional[ssl.SSLContext] = None
+    tls = None
     draining = False
     emptied = None  # a future of that no connection is open
 
@@ -8449,7 +8449,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.parts = ReplyParts(proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory))
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
-        self.open: Set[ClientConnection] = set()
+        self.open = set()
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
