@@ -1845,8 +1845,8 @@ class Billable:
 class UsageSource:
     """What a cost depends on once the response has ended."""
     ended = False  # the response's own last event has passed, whatever came then
-    model = None                 # the one that served, where the response says so,
-    tier = None                  # and how
+    model = None   # the one that served, where the response says so,
+    tier = None    # and how
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
@@ -2628,8 +2628,8 @@ class Call(Billable):
     upstream_model = ""
     models = ()
     body = upstream_body = put_model = None
-    on_made = None                                         # is told the names of what was made,
-    made = ()                                              # and these are they
+    on_made = None  # is told the names of what was made,
+    made = ()       # and these are they
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes = None
     is_json = False
@@ -4161,8 +4161,8 @@ class UsageReader(UsageSource):
     size = 0
     compact_above = MAX_KEPT
     cut = False     # the beginning of a line or of JSON is gone
-    final = None                  # whether nothing more will be reported, by usage_counts
-    model = None                  # the one that served
+    final = None    # whether nothing more will be reported, by usage_counts
+    model = None    # the one that served
     tier = None
     end_is_read = False
     ended = False         # the model has stopped,
@@ -4908,14 +4908,14 @@ class Context:
     """Goes through a call, as Go's context does: every await for a peer is one of `wait`, so it
     ends at its deadline or when the call is ended, and can be seen. The timer is moved only when it
     fires, so that a wait costs none."""
-    future = None                            # what is awaited,
-    what = "nothing"                         # in words,
-    since = 0.0                              # from when
-    deadline = math.inf                      # to when, in the loop's time
-    until = math.inf                         # when all of the call is to be over
+    future = None         # what is awaited,
+    what = "nothing"      # in words,
+    since = 0.0           # from when
+    deadline = math.inf   # to when, in the loop's time
+    until = math.inf      # when all of the call is to be over
     timer = None
-    timer_at = math.inf                      # when it fires
-    reason = None                            # for which it was ended
+    timer_at = math.inf   # when it fires
+    reason = None         # for which it was ended
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -4993,9 +4993,9 @@ class Stream:
     write_failed = False  # what is written is dropped,
     unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter = None                                  # of who awaits that more comes,
-    write_waiter = None                            # or that something goes
-    source = None                                  # the stream to pause while this one is slow
+    waiter = None         # the future of who awaits that more comes,
+    write_waiter = None   # or that something goes
+    source = None         # the stream to pause while this one is slow
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -5929,8 +5929,8 @@ class Response:
     """An upstream's response: a checked head, and a body that is still arriving. As a with-block it
     keeps the connection for the next call if, and only if, the body came whole and nothing
     after."""
-    ticket = None                    # the place of its call, which ends with it
-    streamed = False                 # whether its body is a stream of events
+    ticket = None     # the place of its call, which ends with it
+    streamed = False  # whether its body is a stream of events
     released = False
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
@@ -7146,17 +7146,17 @@ class Reply:
     WAITING = "waiting for the model"
 
     request = None
-    content = None                          # its body, where that came with its head,
-    body = None                             # or what is still to come of it
+    content = None        # its body, where that came with its head,
+    body = None           # or what is still to come of it
     call = None
-    ticket = None                           # its place in the queue
-    adapter = None                          # of the response's body,
-    first = b""                             # what has come of that,
-    framing_line = ""                       # and how it is framed
+    ticket = None         # its place in the queue
+    adapter = None        # of the response's body,
+    first = b""           # what has come of that,
+    framing_line = ""     # and how it is framed
     begun = early = close_after = until_close = reset = False
-    patience = math.inf                     # seconds that the caller has for one wait
-    end_at = math.inf                       # when the call is to be over, in the loop's time
-    started = 0                             # unix nanoseconds, when the request's head was there
+    patience = math.inf   # seconds that the caller has for one wait
+    end_at = math.inf     # when the call is to be over, in the loop's time
+    started = 0           # unix nanoseconds, when the request's head was there
     comment_timer = None
 
     def __init__(self, client, context, parts, entry):
@@ -7645,8 +7645,7 @@ class Proxy:
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped, UpstreamTimeout) as reason:
-                if not reason.nothing_sent:
-                    self.settle_unended(reply, entry, reason)
+                self.settle_unended(reply, entry, reason)
                 raise
             if not entry.hold.ended:
                 self.settle(entry, ending)                                          # settle
@@ -7825,6 +7824,8 @@ class Proxy:
 
     def settle_unended(self, reply, entry, reason):
         """Do so for a call whose caller has left, or did not want to wait so long."""
+        if reason.nothing_sent:
+            return
         if isinstance(reason, UpstreamTimeout):
             if reply.is_impatient():
                 self.settle(entry, CallerGone.outcome)
@@ -8146,11 +8147,11 @@ class ClientConnection:
     LEDGER_SECONDS = 0.05     # for room in the ledger; then the call's row is dropped
     GOODBYE_SECONDS = 1       # for a last answer to be read, before the connection is closed
 
-    reply = None                    # while a request is answered
+    reply = None    # while a request is answered
     last = None
-    served = False                  # whether one was
-    idle = True                     # nothing has come whole that the server's end must wait for
-    began = 0.0                     # when the request's head was there
+    served = False  # whether one was
+    idle = True     # nothing has come whole that the server's end must wait for
+    began = 0.0     # when the request's head was there
     leave_timer = None
     full_timer = None
 
