@@ -2160,16 +2160,15 @@ class CostEstimator:
         ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
         prompt = self.prompt_tokens(call, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        peak = 0 if limit else self.peak(call, caller)
+        peak = 0 if limit else habits.peak(caller) or self.last_peak(caller)
         if peak > output:
             held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
 
-    def peak(self, call, caller):
-        """Returns the output to expect of a call that does not limit it: what its model was seen to
-        say, or, as a server may answer to any name, what those did that were called last."""
-        known = self.models.get(fold_model(call.upstream_model))
-        models = [known] if known else itertools.islice(reversed(self.models.values()), 8)
+    def last_peak(self, caller):
+        """Returns the output to expect of a model that nobody knows: what those said that were
+        called last, as a server may answer to any name."""
+        models = itertools.islice(reversed(self.models.values()), 8)
         return max([model.peak(caller) for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
@@ -2754,8 +2753,9 @@ class Call(Billable):
             most = max(found, default=None)
             if self.endpoint in (UNKNOWN, UPLOAD):  # it may be a batch of calls, or have no output
                 most = sum(found)
-            for name in ("messages",) if self.endpoint == "batch" else PROMPTS:
-                many = self.payload.get(name)
+            prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
+            for name in self.payload.keys() & prompts:
+                many = self.payload[name]
                 if type(many) is list and many and type(many[0]) in (str, list, dict):
                     outputs *= len(many)
             self.limit = most if most != math.inf else None, outputs
@@ -2774,9 +2774,9 @@ class Call(Billable):
                     values = part.values() if type(part) is dict else part
                     parts += [one for one in values if type(one) in (dict, list)]
                 self.objects = [part for part in parts if type(part) is dict]
-            else:
-                self.objects += [self.payload[name] or {} for name in OPTION_HOLDERS
-                                 if name in self.payload]
+            elif not OPTION_HOLDERS.isdisjoint(self.payload):
+                self.objects += [self.payload[name] or {}
+                                 for name in OPTION_HOLDERS & self.payload.keys()]
         return self.objects
 
     def numbers(self, holder):
@@ -2817,7 +2817,7 @@ OUTPUT_COUNTS = frozenset("""
     n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
     numResults""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
-PROMPTS = ("prompt", "text", "inputs", "instances")  # lists of them: each has an output
+PROMPTS = frozenset(("prompt", "text", "inputs", "instances"))  # lists of them: each has an output
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
     "generationConfig generation_config options parameters inferenceConfig".split())
@@ -5779,7 +5779,7 @@ class Bill(NamedTuple):
     call: Call
     characters: int = 0  # of its answer, as far as somebody has asked for that
 
-    def seen_usage(self, model: Optional[str]) -> Usage:
+    def seen_usage(self, model):
         """Returns what it used at least, where nobody tells."""
         output = min(self.hold.output_tokens, math.ceil(self.characters / CHARACTERS_PER_TOKEN))
         return Usage(self.hold.costs[PROMPT], output, estimated=True, model=model)
@@ -7810,12 +7810,11 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        gone = entry.gave_up or ending == CallerGone.outcome
-        held = gone * hold.output_tokens
+        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if call.runs_in_background() and self.may_run(entry, usage, ending):
             return self.await_usage(call, hold)
-        entry.usage = usage.with_others()
+        entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
         if estimate and ending not in ("ok", CallerGone.outcome):
