@@ -1568,10 +1568,6 @@ class Hold:
         self.settle(NO_COST)
 
     @property
-    def quota(self) -> Quota:
-        return self.tightest.quota
-
-    @property
     def output_tokens(self) -> int:
         """The output that it is meant for."""
         _, total, prompt, output, *_ = self.costs
@@ -2240,7 +2236,7 @@ class CostEstimator:
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if not limit or used.output > model.peak(caller) * outputs:
+            if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.models.move_to_end(name)  # who calls often is here often enough
@@ -2323,14 +2319,35 @@ STRICT_JSON = json.JSONDecoder(
     object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
 
 
+KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
+
+
+def was_strict(text, value):
+    """Returns whether the JSON that was read as `value` is sure to name no key twice, and to have
+    no number that is out of range."""
+    keys = 0
+    values = [value]
+    for one in values:  # the list grows meanwhile
+        if type(one) is dict:
+            keys += len(one)
+            values += one.values()
+        elif type(one) is list:
+            values += one
+        elif type(one) is float and not math.isfinite(one):
+            return False
+    return keys == len(KEY_END.findall(text))
+
+
 def decode_json(data, decoder=PLAIN_JSON):
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     if is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder is PLAIN_JSON:  # PyPy: ten times as fast
-            return json.loads(text)
+        if not HAS_SCANNER:  # PyPy: ten times as fast
+            value = json.loads(text)
+            if decoder is PLAIN_JSON or was_strict(text, value):
+                return value
         value, end = decoder.scan_once(text, 0)
         if end == len(text):
             return value
@@ -2631,8 +2648,7 @@ class Call(Billable):
     made = ()       # and these are they
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes = None
-    is_json = False
-    stream = False
+    is_json = stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
     objects = length = limit = None
@@ -3980,8 +3996,6 @@ class Dialects:
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
         metered; and the path to use. Raises BadRequest, Forbidden."""
-        if method == "POST" and path == "/v1/chat/completions":  # as nearly always
-            return self.openai, "chat", path
         folded = fold_path(path)
         if self.is_admin_path(method, self.split(folded)[1]):
             raise Forbidden()
@@ -4177,7 +4191,7 @@ class UsageReader(UsageSource):
     # because counting all of it would cost 8 us an event.
     density = None
 
-    def __init__(self, call: Call, streamed: bool, readable: bool, packed: bool = False):
+    def __init__(self, call, streamed, readable, packed=False):
         """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
         self.events = call.dialect.events
@@ -4387,12 +4401,9 @@ class UsageReader(UsageSource):
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
-        counts = None
-        if small and not may_be_fault(data):
-            counts = self.dialect.usual_counts(data, self.asked)
+        counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
         if counts:
-            self.counts = counts
-            self.model = self.asked
+            self.counts, self.model = counts, self.asked
             return
         payload = last_object(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
@@ -5803,7 +5814,7 @@ class Stored:
         return "<Stored: %s, %d things, %d bills>" % (
             self.policy, len(self.things), len(self.bills))
 
-    def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
+    def find(self, call, owner):
         """Returns one of the things that a call speaks of, None where it is free to go anywhere.
         Raises Forbidden, NothingStored."""
         path, names = call.stored, call.references()
@@ -5819,7 +5830,7 @@ class Stored:
                 raise NothingStored()
         return next(filter(None, found), None)
 
-    def bill_for(self, call: Call) -> Optional[Bill]:
+    def bill_for(self, call):
         """Returns what is open of the call whose answer this one asks for."""
         if not (call.stored and self.bills):
             return None
@@ -5832,13 +5843,13 @@ class Stored:
         full = "%s/%s" % (collection, name)
         return full if full in self.things else name
 
-    def owe(self, name: str, bill: Bill):
+    def owe(self, name, bill):
         """Keeps a bill, of the last BILLS."""
         self.bills[name] = bill
         if len(self.bills) > self.BILLS:
             self.bills.popitem(last=False)
 
-    def note(self, thing: Thing, names: List[str]):
+    def note(self, thing, names):
         """Remembers what was made. Who made it first has it: an answer may name older things."""
         for name in names:
             if name in self.things or not self.NAME.fullmatch(name):
@@ -5857,8 +5868,7 @@ class NameReader:
     MAX_TRIES = 20
     FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
 
-    def __init__(self, reader: Optional[UsageReader], events: Optional[EventFraming],
-                 found: Callable[[List[str]], None]):
+    def __init__(self, reader, events, found):
         """`events` is None where the response is no stream."""
         self.reader = reader
         self.events = events
@@ -6638,9 +6648,10 @@ class Entry:
         if self.started is None:
             self.started = self.ended  # no head ever came
         self.reader = None
-        if self.call:
-            self.call.payload = self.call.body = self.call.upstream_body = None
-            self.call.put_model = self.call.on_made = self.call.objects = None
+        call = self.call
+        if call:
+            call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
+            call.objects = None
         return self
 
     def milliseconds(self, until):
