@@ -6284,6 +6284,18 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         self.start(says_json({"from": "base"}), **settings)
         return {"base": self.stub, **stubs}
 
+    def test_the_next_upstream_is_sent_all_of_a_large_call(self):
+        first, second = self.start_named(
+            "one two", "UPSTREAM_ONE_MODELS=real,other UPSTREAM_TWO_MODELS=real,other",
+            MODEL_ALIASES="fast=real,slow=other")
+        first.refuse_connections()
+        sent = {"model": "fast", "models": ["slow"], "messages": [{"content": "x " * 10000}] * 3}
+        self.assert_status(200, request("POST", CHAT, json.dumps(sent).encode()))
+        self.assertEqual((first.calls, second.calls), (0, 1))
+        whole = json.dumps({**sent, "model": "real", "models": ["other"]}, separators=(",", ":"))
+        asked = second.requests[0]
+        self.assertEqual(asked.digest, hashlib.sha256(whole.encode()).hexdigest())
+
     def test_prefix_and_model_decide_where_a_call_goes_with_which_key_and_model_at_what_cost(self):
         """Of the upstreams that serve a model the first is asked, else the base. One connection
         may reach them all, even by the same head."""
