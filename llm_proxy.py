@@ -10232,10 +10232,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
     log_stream = open_log_stream()  # before another file could get the number of stderr
     try:
-        return run_command(options, dict(os.environ), log_stream)
+        code = run_command(options, dict(os.environ), log_stream)
+        sys.stdout.flush()
+        return code
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr)
         return 1 if isinstance(fault, InUse) else 2
+    except BrokenPipeError:  # who reads has enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter has yet to flush
+        return 1
 
 
 if __name__ == "__main__":
