@@ -408,8 +408,9 @@ def check_rule(text, words, kinds):
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
 # tiers, Anthropic's speed and inference_geo.
-USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in map(
-    str.split, "flex 0.5, batch 0.5, priority 2, fast 2, ultrafast 6, us 1.1".split(","))}
+USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in {
+    "flex": "0.5", "batch": "0.5", "priority": "2", "fast": "2", "ultrafast": "6",
+    "us": "1.1"}.items()}
 
 
 class Price(NamedTuple):
@@ -2114,8 +2115,8 @@ class Billable:
 class UsageSource:
     """What a cost depends on once the response has ended."""
     ended = False  # the response's own last event has passed, whatever came then
-    model = None   # the one that served, where the response says so,
-    tier = None    # and how
+    model: Optional[str] = None  # the one that served, where the response says so,
+    tier: Optional[str] = None   # and how
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
@@ -2330,10 +2331,10 @@ class Habits:
 
     def __init__(self):
         self.calls = 0
-        self.input_ratio = None
-        self.output_ratio = None
+        self.input_ratio: Optional[float] = None
+        self.output_ratio: Optional[float] = None
         self.hidden = 0.0
-        self.peak = None
+        self.peak: Optional[int] = None
         self.recent = array.array("q")
 
     def move(self, name: str, value: float):
@@ -2358,7 +2359,7 @@ class ModelHabits:
     OTHERS_RATIOS = 2, 6
 
     def __init__(self):
-        self.callers = collections.OrderedDict()
+        self.callers: "collections.OrderedDict[CallerKey, Habits]" = collections.OrderedDict()
         self.usual = Habits()
 
     def of(self, caller: CallerKey) -> Habits:
@@ -2408,7 +2409,7 @@ class CostEstimator:
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.models = collections.OrderedDict()
+        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
@@ -2553,7 +2554,7 @@ NO_MARKS = bytes(set(range(256)) - set(MARKS))
 STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 
 
-def is_too_complex(data):
+def is_too_complex(data: bytes) -> bool:
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
     if len(data) <= MAX_JSON_PARTS and data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
@@ -2588,7 +2589,7 @@ def unique(pairs):
     return found
 
 
-def finite(text):
+def finite(text: str) -> float:
     """Returns a number of JSON, which is none of the NaN and Infinity that Python would read."""
     value = float(text)
     if not math.isfinite(value):
@@ -2651,7 +2652,7 @@ def was_strict(text, value):
     return keys == len(KEY_END.findall(text))
 
 
-def decode_json(data, decoder=PLAIN_JSON):
+def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     if is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
@@ -2786,7 +2787,7 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def parse_or_none(data):
+def parse_or_none(data: bytes) -> Any:
     """Returns JSON of an upstream, None where it cannot be read."""
     try:
         return decode_json(data.lstrip(BYTE_ORDER_MARK))
@@ -2794,13 +2795,13 @@ def parse_or_none(data):
         return None
 
 
-def object_in(data):
+def object_in(data: bytes) -> Dict[str, Any]:
     """Returns a JSON object of an upstream, {} where there is none."""
     found = parse_or_none(data)
     return found if isinstance(found, dict) else {}
 
 
-def last_object(data):
+def last_object(data: bytes) -> Dict[str, Any]:
     """Returns the same, or the last of an array of them."""
     found = parse_or_none(data)
     if type(found) is list and found:
@@ -2917,7 +2918,7 @@ def is_outermost(data, place):
     return depth == 1 and b'"' not in outside
 
 
-def is_count(value):
+def is_count(value: Any) -> bool:
     """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
     return (type(value) is int or (type(value) is float and value.is_integer())) and (
         0 <= value < MAX_TOKENS_PER_CALL)
@@ -2939,7 +2940,7 @@ def merged(before, after):
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
-def fold_path(path):
+def fold_path(path: str) -> str:
     """Returns a path as the most forgiving upstream might read it: escapes decoded again and again,
     back slashes turned, parameters, empty and dot segments dropped, lower case. Raises
     BadRequest."""
@@ -3052,7 +3053,7 @@ class Call(Billable):
     the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
     `upstream_model` what the upstream is asked for, in `upstream_body`; `models` are that and
     those that may serve instead. `put_model` returns a form with another model in it."""
-    model = None
+    model: Optional[str] = None
     resolved_model = ""
     upstream_model = ""
     models: Tuple[str, ...] = ()
@@ -3069,7 +3070,9 @@ class Call(Billable):
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects = length = limit = None
+    objects: Optional[List[Dict[str, Any]]] = None
+    length: Optional[Tuple[int, List[int]]] = None
+    limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None, stored: Optional[StoredPath] = None):
@@ -3079,7 +3082,7 @@ class Call(Billable):
         self.stored = stored
         self.path = path
         self.query = query
-        self.payload = {}
+        self.payload: Dict[str, Any] = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
 
     def __repr__(self) -> str:
@@ -3445,7 +3448,7 @@ def fault_status(value):
     return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
 
 
-def is_name(value):
+def is_name(value: Any) -> bool:
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
@@ -3552,7 +3555,7 @@ class Dialect:
     # The states of a call in the background that has ended.
     LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
-    PARSED = {}
+    PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -3649,7 +3652,7 @@ class Dialect:
         final = self.is_finished(payload) or not payload.get(self.REASON[0])
         return self.counts_in(payload), final or None
 
-    def counts_in(self, payload):
+    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
@@ -3694,12 +3697,12 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_counts(self, data, model):
+    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
         """Returns the usage of a response that is no error, where it can be told without parsing
         all of it that `model` served, and that nothing else is of interest."""
         return None
 
-    def find_usage(self, data, openings):
+    def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
@@ -3784,7 +3787,7 @@ class Dialect:
             told = [max(told) + own * PICODOLLARS]
         return min(MAX_COST, round(max(told)))
 
-    def without_usage(self, payload):
+    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns what an event says besides usage, {} where that is nothing."""
         rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
@@ -4159,9 +4162,9 @@ GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role
 "responseId": "limit-%(number)s"}"""
 # Google takes each key in two spellings, and mixed.
 GEMINI_FORMATS = dict.fromkeys(map(".".join, itertools.product(
-    "generationConfig generation_config".split(), """responseMimeType response_mime_type
-    responseSchema response_schema responseJsonSchema response_json_schema""".split())),
-    ("", {}, "text/plain"))
+    ("generationConfig", "generation_config"),
+    ("responseMimeType", "response_mime_type", "responseSchema", "response_schema",
+     "responseJsonSchema", "response_json_schema"))), ("", {}, "text/plain"))
 GEMINI_CHOICES = dict.fromkeys(map(".".join, itertools.product(
     ("toolConfig", "tool_config"), ("functionCallingConfig", "function_calling_config"),
     ("mode",))), ("", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))
@@ -4427,7 +4430,7 @@ ADMIN_ROOTS = frozenset("""
 ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
 
 
-def is_admin_path(method, path):
+def is_admin_path(method: str, path: str) -> bool:
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
     segments = path[1:].split("/")
     pairs = map("/".join, zip(segments, segments[1:]))
@@ -4597,7 +4600,7 @@ class Dialects:
             return None
         return model
 
-    def read_payload(self, call):
+    def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.json_body = JsonBody(call.body)
@@ -4620,7 +4623,7 @@ WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
 
 
-def may_be_fault(data):
+def may_be_fault(data: bytes) -> bool:
     """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
@@ -4669,15 +4672,15 @@ class UsageReader(UsageSource):
     size = 0
     compact_above = MAX_KEPT
     cut = False     # the beginning of a line or of JSON is gone
-    final = None    # whether nothing more will be reported, by usage_counts
-    model = None    # the one that served
-    tier = None
+    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+    model: Optional[str] = None   # the one that served
+    tier: Optional[str] = None
     end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
-    unpacker = None
+    unpacker: Optional[Unpacker] = None
     changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -4698,8 +4701,8 @@ class UsageReader(UsageSource):
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
-        self.pieces = []
-        self.counts = {}
+        self.pieces: List[bytes] = []
+        self.counts: Dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -4826,7 +4829,7 @@ class UsageReader(UsageSource):
                 self.final = final
         self.note_server(payload)
 
-    def note_server(self, payload):
+    def note_server(self, payload: Dict[str, Any]) -> None:
         """Takes which model served, and how."""
         dialect = self.dialect
         if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
@@ -4836,7 +4839,7 @@ class UsageReader(UsageSource):
         self.model = model or self.model
         self.tier = tier or self.tier
 
-    def read_end(self, whole):
+    def read_end(self, whole: bool) -> None:
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
         of events alone: in JSON it could be anybody's."""
         if self.end_is_read or not self.readable:
@@ -4934,7 +4937,7 @@ class UsageReader(UsageSource):
         self.ending(whole=False)
         return self.closed
 
-    def tells_end(self):
+    def tells_end(self) -> bool:
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
         return bool(known and self.streamed and self.readable and not self.cut
@@ -5413,11 +5416,11 @@ class Context:
     """Goes through a call, as Go's context does: every await for a peer is one of `wait`, so it
     ends at its deadline or when the call is ended, and can be seen. The timer is moved only when it
     fires, so that a wait costs none."""
-    future = None         # what is awaited,
-    what = "nothing"      # in words,
-    since = 0.0           # from when
-    deadline = math.inf   # to when, in the loop's time
-    until = math.inf      # when all of the call is to be over
+    future: Optional[asyncio.Future] = None  # what is awaited,
+    what = "nothing"                         # in words,
+    since = 0.0                              # from when
+    deadline = math.inf                      # to when, in the loop's time
+    until = math.inf                         # when all of the call is to be over
     timer = None
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
@@ -5501,13 +5504,13 @@ class Stream:
     writing = False       # whether it tells when there is room
     wrote_at = 0.0        # when a slow peer last took something
     ended = False
-    failure = None
+    failure: Optional[OSError] = None
     write_failed = False  # what is written is dropped,
     unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter = None         # the future of who awaits that more comes,
-    write_waiter = None   # or that something goes
-    source = None         # the stream to pause while this one is slow
+    waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
+    write_waiter: Optional[asyncio.Future] = None  # or that something goes
+    source: Optional["Stream"] = None              # the stream to pause while this one is slow
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -5948,7 +5951,7 @@ class RequestBody:
         self.client = client
         self.budget = budget
         self.length = request.length
-        self.framing = Chunked() if request.length is None else Sized(request.length)
+        self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
         self.coding = request.get("content-encoding", "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
@@ -6345,9 +6348,9 @@ class Stored:
 
     def __init__(self, policy: str):
         self.policy = policy
-        self.things = collections.OrderedDict()
+        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
         self.unsaved = collections.deque()
-        self.bills = collections.OrderedDict()
+        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
 
     def __repr__(self) -> str:
         return "<Stored: %s, %d things, %d bills>" % (
@@ -6412,10 +6415,10 @@ class NameReader:
         self.reader = reader
         self.events = events
         self.found = found
-        self.kept = b""
+        self.kept: Optional[bytes] = b""
         self.tries = 0
 
-    def feed(self, payload):
+    def feed(self, payload: bytes) -> bytes:
         if self.kept is not None:
             self.kept += payload
             if self.events:
@@ -6427,7 +6430,7 @@ class NameReader:
                 self.look_at_beginning()
         return self.reader.feed(payload) if self.reader else payload
 
-    def flush(self):
+    def flush(self) -> bytes:
         if self.kept and not self.events:
             self.look_at_json()
         return self.reader.flush() if self.reader else b""
@@ -7313,18 +7316,18 @@ class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     request_id = None
-    caller = None
+    caller: Optional[Caller] = None
     method = None
     path = None
-    call = None
+    call: Optional[Call] = None
     upstream = None     # its name
-    hold = None
+    hold: Optional[Hold] = None
     status = 0
     outcome = "ok"
     cause = None
     gave_up = False     # the caller did not wait for the end
-    reader = None
-    usage = None
+    reader: Optional[UsageReader] = None
+    usage: Optional[Usage] = None
     picodollars = 0
     priced = None       # whether the price is known; None where nothing was used
     passed = 0          # bytes of body sent to the caller
@@ -7992,8 +7995,8 @@ class ReplyParts(NamedTuple):
 
 IDENTITY, PACKED, UNREADABLE = range(3)
 ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
-    **dict.fromkeys(" identity none utf-8 utf8".split(" "), IDENTITY),
-    **dict.fromkeys("gzip x-gzip deflate".split(), PACKED)}
+    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
+    "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
 
 
 class Reply:
@@ -8003,21 +8006,21 @@ class Reply:
     MAX_WHOLE = 1 << 18   # and how large it may be, so that its head can say what it cost
     WAITING = "waiting for the model"
 
-    request = None
-    content = None        # its body, where that came with its head,
-    body = None           # or what is still to come of it
-    call = None
-    ticket = None         # its place in the queue
-    adapter = None        # of the response's body,
-    first = b""           # what has come of that,
-    framing_line = ""     # and how it is framed
+    request: Optional[Request] = None
+    content: Optional[bytes] = None         # its body, where that came with its head,
+    body: Optional[RequestBody] = None      # or what is still to come of it
+    call: Optional[Call] = None
+    ticket: Optional[Ticket] = None         # its place in the queue
+    adapter: Optional[BodyAdapter] = None   # of the response's body,
+    first = b""                             # what has come of that,
+    framing_line = ""                       # and how it is framed
     begun = early = close_after = until_close = reset = False
-    patience = math.inf   # seconds that the caller has for one wait
-    end_at = math.inf     # when the call is to be over, in the loop's time
-    started = 0           # unix nanoseconds, when the request's head was there
+    patience = math.inf                     # seconds that the caller has for one wait
+    end_at = math.inf                       # when the call is to be over, in the loop's time
+    started = 0                             # unix nanoseconds, when the request's head was there
     comment_timer = None
 
-    def __init__(self, client, context, parts, entry):
+    def __init__(self, client: Stream, context: Context, parts: ReplyParts, entry: Entry):
         self.client = client
         self.context = context
         self.parts = parts
@@ -8449,8 +8452,9 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 
 class Proxy:
-    def __init__(self, config, clock, loop, callers, limits, prices, estimator, dialects, stored,
-                 routes, books):
+    def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
+                 callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -8598,7 +8602,7 @@ class Proxy:
         """What is not metered does not wait."""
         return self.send if upstream.queue is None or call.unmetered else self.send_in_turn
 
-    def new_call(self, request):
+    def new_call(self, request: Request) -> Call:
         """Returns a call as its head tells of it, which is read once, too."""
         cache = request.cache
         if "call" not in cache:
@@ -8884,7 +8888,7 @@ def build_books(config, clock, log, limits, stored, database):
     return Books(log, ledger, UsageLog(config.usage_log) if config.usage_log else None)
 
 
-def build_dialects(config):
+def build_dialects(config: Config) -> Dialects:
     names = {one.name: one.dialect for one in config.upstreams}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on", config.max_text_bytes)
@@ -9064,11 +9068,11 @@ class ClientConnection:
     MAX_LINGER_BYTES = 64 << 20
     GOODBYE_SECONDS = 1       # for a last answer to be read, before the connection is closed
 
-    reply = None    # while a request is answered
-    last = None
-    served = False  # whether one was
-    idle = True     # nothing has come whole that the server's end must wait for
-    began = 0.0     # when the request's head was there
+    reply: Optional[Reply] = None   # while a request is answered
+    last: Optional[Request] = None
+    served = False                  # whether one was
+    idle = True                     # nothing has come whole that the server's end must wait for
+    began = 0.0                     # when the request's head was there
     leave_timer = None
     full_timer = None
 
@@ -9392,7 +9396,7 @@ class Server(http.server.ThreadingHTTPServer):
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
-    tls = None
+    tls: Optional[ssl.SSLContext] = None
     draining = False
     emptied = None  # a future of that no connection is open
 
