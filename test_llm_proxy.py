@@ -9092,6 +9092,99 @@ class EnduranceCase(ProcessCase):
         self.assertGreater(len(statuses), 5)
 
 
+class Fuzz:
+    """Requests with faults, from a generator of random numbers with a seed."""
+    GEMINI = b'{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
+    FORM = (b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--xyz\r\n'
+            b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
+            b'Content-Type: audio/wav\r\n\r\n\x00\xff\n\x80\r\n--xyz--\r\n')
+    GOOD = (
+        call("sk-1"), call(None, "X-A: 1", "X-A: 2", "Cookie: a=b", stream=True),
+        unsized(CHAT, CHUNKED) + chunk(chat()[:20]) + chunk(chat()[20:]) + LAST,
+        unsized(CHAT, CHUNKED, "Trailer: X-Sum") + b"0f;a=b\r\n" + chat()[:15] + b"\r\n"
+        + chunk(chat()[15:]) + b"0\r\nX-Sum: 1\r\n\r\n",
+        unsized("/v1/files", CHUNKED) + chunk(b"\r\n0\r\n\r\n") + LAST,
+        request("POST", "http://proxy.test" + CHAT, chat()), call(None, "Expect: 100-continue"),
+        unsized(CHAT, CHUNKED, "Expect: 100-continue") + chunk(chat()) + LAST,
+        call() + HEALTH + call(),
+        request("GET", "/v1/x?key=sk-1&a=%2e%2e") + call(stream=True),
+        request("POST", CHAT, chat(stream=True), "Connection: keep-alive", version="1.0"),
+        request("GET", "/", version="1.0"),
+        request("POST", "/v1beta/models/g:generateContent?key=sk-1", GEMINI),
+        request("POST", "/v1beta/models/g:streamGenerateContent?alt=sse", GEMINI,
+                "X-Goog-Api-Key: sk-1"),
+        request("POST", "/v1/messages", chat(max_tokens=5), "X-Api-Key: sk-1",
+                "Anthropic-Version: 2023-06-01"),
+        request("POST", "/v1/audio/transcriptions", FORM,
+                "Content-Type: multipart/form-data; boundary=xyz"),
+        request("OPTIONS", CHAT, b"", "Origin: http://a.test",
+                "Access-Control-Request-Headers: X-A"),
+        request("POST", "/v1/files", call("sk-1") + call("sk-1")),  # one within another
+        request("HEAD", "/v1/files/1", b"", "Connection: X-Hop, close", "X-Hop: 1"))
+    SPELLINGS = (  # what is replaced by what: framing, line ends, folding, methods, targets
+        (rb"Content-Length: \d+|Transfer-Encoding: chunked", (
+            b"Content-Length: -1|Content-Length: 0|Content-Length: 1|Content-Length:|"
+            b"Content-Length: 5, 5|Content-Length: 0x5|Content-Length: 1e1|Content-Length : 5|"
+            b"Content-Length: 99999999999999999999|Transfer-Encoding : chunked|"
+            b"Transfer-Encoding: chunked, chunked|Transfer-Encoding: xchunked|"
+            b"Transfer-Encoding:\x0bchunked|Transfer-Encoding: chunked;q=1|"
+            b"Transfer-Encoding: gzip, chunked|Transfer-Encoding: Chunked|Transfer-Encoding:")),
+        (rb"\r\n", b"\n|\r|\r\r\n|\n\r|\r\n\r\n|\r\n |\r\n\t|\0\r\n| \r\n|\xc2\x85"),
+        (rb"(?<=\r\n)[0-9a-f]+(?=[\r;])", (
+            b"0|00|+5|-1|0x5|5 |\t5|5_0|1;a=\"\n\"|ffffffffffffffff|10000000000000000|5\x00|5;|G")),
+        (rb": ", b":|: \t|:  |\t: | : |:\r\n |: \x00|: ,"),
+        (rb"\A[A-Z]+", b"GET|HEAD|PUT|post|TRACE|CONNECT|PRI|M-SEARCH|POST\t|DELETE|X|QUERY"),
+        (rb"(?<= )/\S*", (
+            b"*|//evil.test/|/../health|/v1/%2e%2e/x|/v1/x?a b|http://a@proxy.test/v1/x|/v1/\xe9|"
+            b"proxy.test:80|/v1/x#y|\\v1|/%00|/v1/x%0d%0aX:y|/health|/" + b"a" * 9000)),
+        (rb"HTTP/1\.[01]", b"HTTP/1.0|HTTP/0.9|HTTP/1.2|HTTP/2.0|HTTP/1,1|http/1.1||HTTP/01.1"),
+        (rb"Host: [a-z.]+", b"Host:|Host: a, b|Host: x\r\nHost: x|Host: a@b|Host: a/b|X: y"))
+    ODD_BYTES = (b"\r|\n|\0|\t| |:|,|0|\r\n|\n\n|\r\n\r\n|\x0b|\x7f|\x80|\xff").split(b"|")
+    ODD_LINES = (
+        b"Transfer-Encoding: chunked|Transfer-Encoding: identity, chunked|Content-Length: 3|"
+        b"Transfer_Encoding: chunked|Content-Length: +3|Content-Length: 99999|Host: other.test|"
+        b" folded|Expect: 100-continue|Connection: content-length|Upgrade: h2c|TE: trailers|"
+        b"Content-Encoding: gzip|X: \xe9").split(b"|")
+
+    @classmethod
+    def mutate(cls, chance):
+        """Returns one of the good requests with one to four faults, mostly one."""
+        data = chance.choice(cls.GOOD)
+        for _ in range(chance.choice((1, 1, 1, 2, 3, 4))):
+            data = chance.choice((cls.spell_otherwise, cls.damage))(data, chance) or b"\0"
+        return data
+
+    @classmethod
+    def spell_otherwise(cls, data, chance):
+        """Replaces, or doubles, one of the parts that say where a request ends or goes."""
+        shape, others = chance.choice(cls.SPELLINGS)
+        found = list(re.finditer(shape, data))
+        if not found:
+            return cls.damage(data, chance)
+        match, other = chance.choice(found), chance.choice(others.split(b"|"))
+        if chance.random() < 0.2:
+            other = match[0] + b"\r\n" + other
+        return data[:match.start()] + other + data[match.end():]
+
+    @classmethod
+    def damage(cls, data, chance):
+        """Changes any bytes, or inserts a line."""
+        # Most bytes of a request matter less than those of its start.
+        place = min(len(data) - 1, chance.randrange(chance.choice((60, 500, 500))))
+        end = place + chance.choice((1, 1, 2, 8, 40))
+        before, behind = data[:place], data[place:]
+        other, rows = chance.choice(cls.GOOD), data.split(b"\r\n")
+        row = chance.choice(cls.ODD_LINES + rows)
+        rows.insert(chance.randrange(1, len(rows) + 1), row)
+        return chance.choice((
+            before + bytes([behind[0] ^ 1 << chance.randrange(8)]) + behind[1:],
+            before + data[end:],
+            data[:end] + behind,
+            before + chance.choice(cls.ODD_BYTES) + behind,
+            before + other[chance.randrange(len(other)):],
+            b"\r\n".join(rows)))
+
+
 class DoorTest(EnduranceCase):
     """Connections and requests of callers."""
 
@@ -9188,59 +9281,6 @@ class DoorTest(EnduranceCase):
         self.assertLessEqual(len(limits.buckets.levels), 50)
         self.assertLessEqual(len(limits.known), 40)
 
-    GEMINI = b'{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
-    FORM = (b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--xyz\r\n'
-            b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
-            b'Content-Type: audio/wav\r\n\r\n\x00\xff\n\x80\r\n--xyz--\r\n')
-    GOOD = (
-        call("sk-1"), call(None, "X-A: 1", "X-A: 2", "Cookie: a=b", stream=True),
-        unsized(CHAT, CHUNKED) + chunk(chat()[:20]) + chunk(chat()[20:]) + LAST,
-        unsized(CHAT, CHUNKED, "Trailer: X-Sum") + b"0f;a=b\r\n" + chat()[:15] + b"\r\n"
-        + chunk(chat()[15:]) + b"0\r\nX-Sum: 1\r\n\r\n",
-        unsized("/v1/files", CHUNKED) + chunk(b"\r\n0\r\n\r\n") + LAST,
-        request("POST", "http://proxy.test" + CHAT, chat()), call(None, "Expect: 100-continue"),
-        unsized(CHAT, CHUNKED, "Expect: 100-continue") + chunk(chat()) + LAST,
-        call() + HEALTH + call(),
-        request("GET", "/v1/x?key=sk-1&a=%2e%2e") + call(stream=True),
-        request("POST", CHAT, chat(stream=True), "Connection: keep-alive", version="1.0"),
-        request("GET", "/", version="1.0"),
-        request("POST", "/v1beta/models/g:generateContent?key=sk-1", GEMINI),
-        request("POST", "/v1beta/models/g:streamGenerateContent?alt=sse", GEMINI,
-                "X-Goog-Api-Key: sk-1"),
-        request("POST", "/v1/messages", chat(max_tokens=5), "X-Api-Key: sk-1",
-                "Anthropic-Version: 2023-06-01"),
-        request("POST", "/v1/audio/transcriptions", FORM,
-                "Content-Type: multipart/form-data; boundary=xyz"),
-        request("OPTIONS", CHAT, b"", "Origin: http://a.test",
-                "Access-Control-Request-Headers: X-A"),
-        request("HEAD", "/v1/files/1", b"", "Connection: X-Hop, close", "X-Hop: 1"))
-    ODD_BYTES = (b"\r|\n|\0|\t| |:|,|0|\r\n|\n\n|\r\n\r\n|\x0b|\x7f|\x80|\xff").split(b"|")
-    ODD_LINES = (
-        b"Transfer-Encoding: chunked|Transfer-Encoding: identity, chunked|Content-Length: 3|"
-        b"Transfer_Encoding: chunked|Content-Length: +3|Content-Length: 99999|Host: other.test|"
-        b" folded|Expect: 100-continue|Connection: content-length|Upgrade: h2c|TE: trailers|"
-        b"Content-Encoding: gzip|X: \xe9").split(b"|")
-
-    def mutate(self, chance):
-        """Returns one of the good requests with one to four faults, mostly one."""
-        data = chance.choice(self.GOOD)
-        for _ in range(chance.choice((1, 1, 1, 2, 3, 4))):
-            # Most bytes of a request matter less than those of its start.
-            place = min(len(data) - 1, chance.randrange(chance.choice((60, 500, 500))))
-            end = place + chance.choice((1, 1, 2, 8, 40))
-            before, behind = data[:place], data[place:]
-            other, rows = chance.choice(self.GOOD), data.split(b"\r\n")
-            row = chance.choice(self.ODD_LINES + rows)
-            rows.insert(chance.randrange(1, len(rows) + 1), row)
-            data = chance.choice((
-                before + bytes([behind[0] ^ 1 << chance.randrange(8)]) + behind[1:],
-                before + data[end:],
-                data[:end] + behind,
-                before + chance.choice(self.ODD_BYTES) + behind,
-                before + other[chance.randrange(len(other)):],
-                b"\r\n".join(rows))) or b"\0"
-        return data
-
     ALLOWED = {100, 200, 204, 400, 404, 405, 408, 413, 414, 415, 417, 431, 501, 505}
     ONLY_OURS = {"authorization", "x-api-key", "x-goog-api-key", "cookie", "te", "upgrade",
                  "expect"}
@@ -9280,7 +9320,7 @@ class DoorTest(EnduranceCase):
 
     def test_requests_of_every_sound_form_are_answered(self):
         self.start_strictly()
-        for data, answered in self.each(zip(self.GOOD, self.converse(self.GOOD))):
+        for data, answered in self.each(zip(Fuzz.GOOD, self.converse(Fuzz.GOOD))):
             self.assertRegex(answered, rb"\AHTTP/1\.1 (100|20[04]) ")
         self.assertEqual(self.stub.faults, [])
 
@@ -9288,7 +9328,7 @@ class DoorTest(EnduranceCase):
         self.start_strictly()
         before, chance, statuses = self.left_open(), random.Random(20240229), collections.Counter()
         for _ in range(self.size(2, 100)):
-            requests = [self.mutate(chance) for _ in range(100)]
+            requests = [Fuzz.mutate(chance) for _ in range(100)]
             with self.within(2):
                 answers = self.converse(requests)
             # A caller that did not close its sending side is answered.
@@ -10033,9 +10073,437 @@ class FaultsTest(EnduranceCase):
             self.assertLessEqual(max(settled) - settled[0], 10)
 
 
+class Attacker:
+    """A hostile caller that runs in a process of its own: `test_llm_proxy.py --attack` reads the
+    name of an attack, a port and seconds from each line of stdin, and prints what it was answered.
+    Its first line tells the port of the endpoint that its calls go to, by the path /sink."""
+    KEY = "a-key-of-the-attacker"
+    EMPTY_KEY = "a-key-that-used-up-its-bucket"
+    LARGE = (32 << 20) - 4096
+    KINDS = {  # of bodies: what stands before, again and again, and behind
+        "pairs": (b'{"model": "m", "messages": [', b'{"":0},', b"0]}"),
+        "open": (b"", b"[", b""),
+        "brackets": (b'{"model": "m", "messages": [', b"[],", b"0]}"),
+        "digits": (b'{"model": "fast", "messages": [', b"9" * 4299 + b",", b"0]}"),
+        "text": (b'{"model": "m", "messages": [{"role": "user", "content": "', b"word ", b'"}]}'),
+        "picture": (
+            b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url",'
+            b' "image_url": {"url": "data:image/png;base64,', b"iVBORw0KGgo+", b'"}}]}]}')}
+    BODIES = {  # an attack of these: the kind, bytes of each, how many at once, key
+        "40 bodies of 2.3 MB of pairs": ("pairs", 2300000, 40, KEY),
+        "the same with an empty bucket": ("pairs", 2300000, 40, EMPTY_KEY),
+        "400 bodies of 64 KB of pairs": ("pairs", 65000, 400, KEY),
+        "64 KB of [[[": ("open", 65000, 1, KEY),
+        "2 MB of brackets": ("brackets", 2 << 20, 1, KEY),
+        "32 MB of 4,299-digit integers": ("digits", LARGE, 1, KEY),
+        "32 MB of text": ("text", LARGE, 1, KEY),
+        "a 32 MB picture": ("picture", LARGE, 1, KEY)}
+    SINK = "/sink" + CHAT
+
+    def __init__(self):
+        self.seen = collections.Counter()
+        self.chance = random.Random(14)
+        self.attacks = {
+            "nothing": lambda: time.sleep(self.end - time.monotonic()),
+            **{name: functools.partial(self.send_bodies, *row)
+               for name, row in self.BODIES.items()},
+            "8,000 wrong keys a second": self.guess,
+            "TLS handshakes without end": self.shake_hands,
+            "bodies that stop early": lambda: self.hold(
+                request("POST", self.SINK, b"x" * 2000000, key=self.KEY)[:-4096], 12),
+            "idle connections": lambda: self.hold(b"", 200),
+            "heads that stop early": lambda: self.hold(b"POST / HTTP/1.1\r\nX: ", 200),
+            "calls that leave": self.leave,
+            "a full line": lambda: self.at_once(self.ask_many, 30, [call_at("/line" + CHAT)]),
+            "a model that fails": lambda: self.at_once(self.ask_many, 2, [
+                call(self.KEY, model="broken")]),
+            "slow readers": lambda: self.at_once(self.read_slowly, 10),
+            "foreign pages and fields": lambda: self.at_once(self.ask_many, 4, [
+                call_at(self.SINK, field) for field in self.FIELDS]),
+            "malformed requests": lambda: self.at_once(self.send_malformed, 4)}
+
+    FIELDS = ("Origin: http://foreign.test", "Origin: null", "OpenAI-Organization: x",
+              "X-Original-URL: /admin", "Remote-User: root", "Cookie: a=b", "X: " + "y" * 60000)
+
+    # -- its process
+
+    def main(self):
+        os.nice(10)  # whoever measures comes first
+
+        def answer_late(asked):
+            time.sleep(0.5)  # so that what came at once is held at once
+            asked.answer(b"x" * (4 << 20) if b'"large": true' in asked.body else b"{}")
+            self.sink.requests.clear()
+        self.sink = Stub(answer_late)
+        print(self.sink.port, flush=True)
+        for row in sys.stdin:
+            name, port, seconds = json.loads(row)
+            self.address, self.end = ("127.0.0.1", port), time.monotonic() + seconds
+            self.seen.clear()
+            self.attacks[name]()
+            print(json.dumps(dict(self.seen)), flush=True)
+
+    # -- attacks
+
+    def connect(self, number=0):
+        """From one of several addresses: each may have 256 connections."""
+        client = Client(self.address, source="127.0.0.%d" % (2 + number // 128))
+        client.sock.settimeout(60)
+        return client
+
+    def at_once(self, act, number, *arguments):
+        """Has `act(number, *arguments)` called again and again to the end, in so many threads."""
+        def run(one):
+            while time.monotonic() < self.end:
+                self.note(act, one, *arguments)
+        FaultsTest.at_once(run, number)
+
+    def note(self, act, *arguments):
+        """Counts what an act was answered, or how it failed."""
+        try:
+            answered = act(*arguments)
+            if answered:
+                self.seen[answered.status] += 1
+        except (Cut, OSError, AssertionError) as failure:
+            self.seen[type(failure).__name__] += 1
+            time.sleep(0.01)
+
+    def ask_many(self, number, requests):
+        client = self.connect(number)
+        with contextlib.closing(client):
+            while time.monotonic() < self.end:
+                answered = client.exchange(self.chance.choice(requests))
+                self.seen[answered.status] += 1
+                if answered.get("connection") == "close":
+                    break
+
+    def send_bodies(self, kind, size, number, key):
+        """Sends bodies of this kind, so many at once."""
+        start, part, rest = self.KINDS[kind]
+        data = request("POST", self.SINK, start + part * (size // len(part)) + rest, key=key)
+
+        def send(number):
+            with contextlib.closing(self.connect(number)) as client:
+                with contextlib.suppress(OSError, threading.BrokenBarrierError):
+                    client.send(data[:-1])
+                    together.wait(20)  # so that all are there when the last byte comes
+                    client.send(data[-1:])
+                together.abort()
+                self.note(client.read)
+        while time.monotonic() < self.end:
+            together = threading.Barrier(number)
+            FaultsTest.at_once(send, number)
+
+    def guess(self):
+        """Sends 80 requests each 10 ms, over eight connections, whatever is answered."""
+        clients, turn = [], time.monotonic()
+        while turn < self.end:
+            for place in range(8):
+                try:
+                    if place == len(clients):
+                        clients.append(self.connect())
+                        clients[place].sock.setblocking(False)
+                    clients[place].sock.send(b"".join(
+                        call("wrong-%d" % self.chance.getrandbits(60)) for _ in range(10)))
+                    self.seen["sent"] += 10
+                    found = clients[place].sock.recv(1 << 18)
+                    for status in re.findall(rb"HTTP/1.1 (\d+)", found):
+                        self.seen[int(status)] += 1
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    clients[place:place + 1] = []
+            turn += 0.01
+            time.sleep(max(0, turn - time.monotonic()))
+        for client in clients:
+            client.close()
+
+    def shake_hands(self):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+        def act(number):
+            with contextlib.closing(self.connect()) as client:
+                client.sock.settimeout(2)
+                client.sock = context.wrap_socket(client.sock)
+                self.seen["handshakes"] += 1
+        self.at_once(act, 100)
+
+    def hold(self, data, number):
+        """Begins so many requests, and goes on with none."""
+        clients = [self.connect(place) for place in range(number)]
+        for client in clients:
+            with contextlib.suppress(OSError):
+                client.send(data)
+        time.sleep(max(0, self.end - time.monotonic()))
+        for client in clients:
+            client.close()
+
+    def leave(self):
+        def act(number):
+            with contextlib.closing(self.connect(number)) as client:
+                client.send(call_at(self.SINK, stream=self.chance.random() < 0.5))
+                time.sleep(self.chance.random() * 0.2)
+                if self.chance.random() < 0.5:
+                    client.reset()
+        self.at_once(act, 10)
+
+    def read_slowly(self, number):
+        with contextlib.closing(self.connect(number)) as client:
+            client.send(call_at(self.SINK, large=True))
+            while time.monotonic() < self.end:
+                client.sock.recv(1000)
+                time.sleep(0.1)
+
+    def send_malformed(self, number):
+        with contextlib.closing(self.connect(number)) as client:
+            client.sock.settimeout(1)
+            client.send(Fuzz.mutate(self.chance))
+            self.seen[len(read_to_the_end(client) or b"") > 0] += 1
+
+
+def call_at(path, *fields, **payload):
+    return request("POST", path, chat(**payload), *fields, key=Attacker.KEY)
+
+
+class Metronome:
+    """An upstream and its callers in one thread: streams with an event each 10 ms. `latest`: the
+    seconds that the latest event took, `lag`: by how much it was late itself."""
+    PERIOD = 0.01
+    STAMP = re.compile(rb"data: (\d{8}\.\d{6})\n\n")
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.asked, self.clients = [], {}
+
+    def begin(self, client):
+        client.send(request("POST", "/beat" + CHAT, chat(stream=True), key="an-honest-caller-0"))
+        asked = None
+        while not asked:
+            sock, _ = self.listener.accept()
+            with contextlib.suppress(Cut):  # it was the probe at the start
+                asked = Asked(sock, Reader(sock))
+        asked.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        asked.read_body()
+        asked.stream(event(1))
+        client.head()
+        client.expect(event(1))
+        client.sock.setblocking(False)
+        self.asked.append(asked)
+        self.clients[client.sock.fileno()] = client.sock
+
+    def close(self):
+        for sock in (self.listener, *self.clients.values(), *[one.sock for one in self.asked]):
+            sock.close()
+
+    def beat(self):
+        for asked in self.asked:
+            asked.chunks(b"data: %015.6f\n\n" % time.monotonic())
+
+    def read(self, number):
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+            data = self.clients[number].recv(1 << 20)
+            assert data, "a stream was cut"
+            now = time.monotonic()
+            for stamp in self.STAMP.findall(data):
+                self.latest = max(self.latest, now - float(stamp))
+
+    def run(self, until, look):
+        """Goes on until this file can be read, and a second longer; looks at each beat."""
+        poll, over, turn = select.poll(), math.inf, time.monotonic()
+        for number in (until, *self.clients):
+            poll.register(number, select.POLLIN)
+        self.latest = self.lag = 0
+        while turn < over:
+            self.beat()
+            look()
+            turn += self.PERIOD
+            while time.monotonic() < turn:
+                for number, _ in poll.poll(max(0, 1000 * (turn - time.monotonic()))):
+                    if number == until:
+                        poll.unregister(until)
+                        over = time.monotonic() + 1
+                    else:
+                        self.read(number)
+            self.lag = max(self.lag, time.monotonic() - turn)
+
+
+class HostileTest(EnduranceCase):
+    """Honest callers beside hostile ones, for `--soak` alone."""
+    STREAMS = 20
+    LATEST = 0.05 if sys.implementation.name == "cpython" else 0.1  # seconds
+    MEMORY = 300  # MiB
+    SECONDS = 30  # of attacks at random
+    KEYS = ["an-honest-caller-%d" % number for number in range(10)]
+    RULES = ("key:empty 1 requests per month; each 1 requests per month burst 100000000;"
+             "all 1 tokens per month burst 100000000000")
+
+    def setUp(self):
+        if not self.LONG:
+            self.skipTest("it takes minutes: --soak")
+
+    def start_attacker(self):
+        self.attacker = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--attack"], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(self.attacker.communicate)
+        self.addCleanup(self.attacker.kill)
+        return "http://127.0.0.1:" + self.attacker.stdout.readline().strip()
+
+    def attack(self, name, seconds):
+        self.attacker.stdin.write(json.dumps([name, self.address[1], seconds]) + "\n")
+        self.attacker.stdin.flush()
+
+    def answered(self):
+        """Returns what the attack that runs was answered, when it is over."""
+        return json.loads(self.attacker.stdout.readline())
+
+    def serve_both(self, sink, **settings):
+        keys = ["honest%d=%s" % row for row in enumerate(self.KEYS)]
+        keys += ["evil=" + Attacker.KEY, "sk=sk-1", "empty=" + Attacker.EMPTY_KEY]
+        process = self.serve(**{
+            "UPSTREAM_SINK_URL": sink, "UPSTREAM_LINE_URL": sink,
+            "UPSTREAM_LINE_MAX_CONCURRENCY": 2, "MODEL_ALIASES": "fast=m",
+            "PROXY_API_KEYS": ",".join(keys), "LIMITS": self.RULES,
+            "LOG_FORMAT": "json", **settings})
+        self.pid = process.process.pid
+        self.ask(call(Attacker.EMPTY_KEY))  # which is all that this bucket held
+        return process
+
+    def begin_streams(self, sink, **settings):
+        """Returns a Metronome whose streams go through a new proxy."""
+        metronome = Metronome()
+        self.addCleanup(metronome.close)
+        return metronome, self.serve_both(sink, UPSTREAM_BEAT_URL=metronome.url, **settings)
+
+    def test_no_request_makes_the_events_of_others_late_or_fills_the_memory(self):
+        sink, path = self.start_attacker(), pem_file(self)
+        self.context = ssl.create_default_context(cafile=path)
+        rows = dict.fromkeys(("nothing", *Attacker.BODIES, "8,000 wrong keys a second"),
+                             (self.connect, {}))
+        rows["TLS handshakes without end"] = self.connect_tls, {"TLS_CERT_FILE": path}
+        faults = []
+        for number, (name, (connect, settings)) in enumerate(rows.items()):
+            metronome, process = self.begin_streams(sink, **settings)
+            for _ in range(self.STREAMS):
+                metronome.begin(connect())
+            memory = self.MEMORY if 0 < number < 4 else math.inf
+            faults += self.measure(metronome, name, memory)
+            process.stop(signal.SIGKILL).wait()
+        self.assertEqual(faults, [])
+
+    def measure(self, metronome, name, memory, seconds=5):
+        """Yields what is wrong with the events beside an attack, or with the memory."""
+        before, sizes = self.resident(), []
+        self.attack(name, seconds)
+        metronome.run(self.attacker.stdout.fileno(), lambda: sizes.append(self.resident()))
+        self.report("%-30s latest event %6.1f ms (own lag %4.1f); MiB %5.1f, %6.1f, %6.1f; %r",
+                    name, 1000 * metronome.latest, 1000 * metronome.lag, before, max(sizes),
+                    self.resident(), self.answered())
+        if metronome.latest > self.LATEST:
+            yield "%s: an event took %.0f ms" % (name, 1000 * metronome.latest)
+        if max(sizes) > memory:
+            yield "%s: %.0f MiB" % (name, max(sizes))
+
+    # -- many attacks at random
+
+    def answer_honestly(self, asked):
+        """Answers each call by its own name, streams and others; notes how long that took."""
+        began, name = time.monotonic(), asked.get("x-request-id") or ""
+        del self.stub.requests[:]
+        if b'"broken"' in asked.body:
+            return asked.answer(b"{}", "503 Busy")
+        body, stream = self.words_of(name)
+        data = STREAM + b"".join(map(chunk, body.splitlines(True))) + LAST if stream else \
+            answer(body)
+        self.took[name] = time.monotonic() - began
+        asked.send(data)
+        asked.finish()
+
+    @staticmethod
+    def words_of(name):
+        """Returns what is sent to the call of this name alone, and whether as a stream."""
+        body, kind = FaultsTest.words_of(name)
+        return body + b"data: [DONE]\n\n", kind % 2 == 1
+
+    def ask_honestly(self, number):
+        """Makes a call each 50 ms to the end; notes those that went wrong, and the seconds to the
+        first byte that the proxy added."""
+        client, chance = self.connect(), random.Random(number)
+        for count in itertools.count():
+            if time.monotonic() > self.end:
+                return
+            name = "honest-%d:%d" % (number, count)
+            body, stream = self.words_of(name)
+            began = time.monotonic()
+            try:
+                client.send(call(self.KEYS[number], "X-Request-ID: " + name, stream=stream))
+                client.head()
+                self.added.append(time.monotonic() - began - self.took.pop(name, 0))
+                answered = client.rest()
+                found = answered.status, answered.whole, answered.body == body
+            except Exception as failure:
+                found, client = repr(failure), self.connect()
+            if found != (200, True, True):
+                self.wrong.append((name, found))
+            time.sleep(chance.random() * 0.1)  # callers read, too
+
+    def run_attacks(self):
+        """Has attacks follow at random to the end; returns how often each was there."""
+        chance, counts = random.Random(14), collections.Counter()
+        names = [name for name in Attacker().attacks if name not in (
+            "nothing", "TLS handshakes without end")]
+        while time.monotonic() < self.end:
+            name = chance.choice(names)
+            counts[name] += 1
+            self.attack(name, min(5, max(0.1, self.end - time.monotonic())))
+            self.answered()
+        return counts
+
+    def test_every_honest_call_is_right_beside_attacks_at_random_and_the_books_balance(self):
+        sink, path = self.start_attacker(), new_path(self, "llm_proxy.db")
+        self.took, self.added, self.wrong, sizes, counts = {}, [], [], [], {}
+        process = self.serve_both(sink, answer=self.answer_honestly, DATABASE=path)
+        self.end = time.monotonic() + self.SECONDS
+        acts = [functools.partial(self.ask_honestly, number) for number in range(10)]
+        acts.append(lambda: counts.update(self.run_attacks()))
+        FaultsTest.at_once(lambda number: acts[number](), len(acts),
+                           lambda: sizes.append(self.resident()))
+        self.assertEqual(process.stop().wait(), 0)
+        fifth = len(sizes) // 5
+        floors = [min(sizes[place:place + fifth]) for place in (fifth, 4 * fifth)]
+        self.report("%d calls, %d wrong, p99 of what was added %.1f ms, latest %.1f ms; %r",
+                    len(self.added), len(self.wrong), self.p99_milliseconds(self.added),
+                    1000 * max(self.added), counts)
+        self.report("MiB at most %.1f, at least %.1f and at last %.1f", max(sizes), *floors)
+        self.assert_books_balance(path)
+        self.assertEqual(self.wrong[:3], [])
+        self.assertFalse(process.said("Traceback"))
+        self.assertLess(self.p99_milliseconds(self.added), 50)
+        self.assertLess(floors[1] - floors[0], 30)
+
+    def assert_books_balance(self, path):
+        charged = BalanceTest.charged(LedgerCase.rows(path))
+        rules = read_config({"BASE_API_URL": "http://x", "LIMITS": self.RULES}).limits
+        capacities = {rule.text: rule.capacity for rule in rules}
+        with contextlib.closing(llm_proxy.Database(path, reading=True).connection) as connection:
+            rows = connection.execute("SELECT rule, level FROM buckets").fetchall()
+        missing = [(rule, capacities[rule] - level) for rule, level in rows]
+        self.assertEqual(sorted(missing), sorted(
+            (rule, amount) for (rule, _), amount in charged.items() if amount))
+
+
 if __name__ == "__main__":
-    if "--soak" in sys.argv:
-        sys.argv.remove("--soak")
+    if "--attack" in sys.argv:
+        Attacker().main()
+    elif "--soak" in sys.argv:
         EnduranceCase.LONG = True
-        unittest.main(defaultTest=["DoorTest", "FaultsTest"], verbosity=2)
-    unittest.main()
+        names = ["DoorTest", "FaultsTest", "HostileTest"]
+        if "long" in sys.argv:
+            HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
+            names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
+            names = ["HostileTest." + name for name in names]
+        unittest.main(argv=sys.argv[:1] + names, verbosity=2)
+    else:
+        unittest.main()
