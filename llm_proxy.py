@@ -4583,6 +4583,7 @@ class Head(Fields):
                  "close_after")
     MAX_LINE = MAX_HEAD  # bytes of a field's line
     MAX_FIELDS = 500
+    SINGLE = SINGLE      # fields that may not be repeated
 
     def __init__(self, data: bytes):
         """`data` runs from the start line through the blank line. Raises Malformed."""
@@ -4616,7 +4617,7 @@ class Head(Fields):
         for line in lines:
             name = line[:line.index(":")].lower()
             if name in self.lines:
-                if name in SINGLE:
+                if name in self.SINGLE:
                     raise Malformed()
                 line = self.lines[name] + "\r\n" + line
             self.lines[name] = line
@@ -4729,6 +4730,8 @@ class Request(Head):
     __slots__ = ("method", "path", "query", "version", "plain")
     MAX_LINE = 8192
     MAX_FIELDS = 100
+    # A form is read here and by an upstream: with two types, each could take another one.
+    SINGLE = SINGLE | {"content-type"}
 
     def __init__(self, data: bytes):
         super().__init__(data)

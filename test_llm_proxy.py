@@ -25,6 +25,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -36,6 +37,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import sqlite3
@@ -3992,6 +3994,7 @@ class HeadTest(ProxyCase):
         400 POST /v1/files HTTP/1.1 | Host: a@x | Content-Length: 0
         400 POST /v1/files HTTP/1.1 | Host: a b | Content-Length: 0
         400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | Content-Length: 5
+        400 GET / HTTP/1.1 | Host: x | Content-Type: a/b | content-type: a/b
         400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | content-length: 6
         400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | Transfer-Encoding: chunked
         400 POST /v1/files HTTP/1.1 | Host: x | Transfer-Encoding: chunked | Content-Length: 5
@@ -9098,6 +9101,10 @@ class Fuzz:
     FORM = (b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--xyz\r\n'
             b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
             b'Content-Type: audio/wav\r\n\r\n\x00\xff\n\x80\r\n--xyz--\r\n')
+    METHODS = "GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS"
+    MARK = b"12345678"  # stands for the number of its connection
+    MARKED = chat(user="mark-" + MARK.decode())
+    NAMED = "X-Request-ID: mark-" + MARK.decode()
     GOOD = (
         call("sk-1"), call(None, "X-A: 1", "X-A: 2", "Cookie: a=b", stream=True),
         unsized(CHAT, CHUNKED) + chunk(chat()[:20]) + chunk(chat()[20:]) + LAST,
@@ -9119,6 +9126,9 @@ class Fuzz:
                 "Content-Type: multipart/form-data; boundary=xyz"),
         request("OPTIONS", CHAT, b"", "Origin: http://a.test",
                 "Access-Control-Request-Headers: X-A"),
+        request("POST", CHAT, MARKED, NAMED),
+        unsized(CHAT, CHUNKED, NAMED) + chunk(MARKED) + LAST,
+        request("POST", CHAT, MARKED, NAMED) + request("POST", CHAT, MARKED) * 2,
         request("POST", "/v1/files", call("sk-1") + call("sk-1")),  # one within another
         request("HEAD", "/v1/files/1", b"", "Connection: X-Hop, close", "X-Hop: 1"))
     SPELLINGS = (  # what is replaced by what: framing, line ends, folding, methods, targets
@@ -9145,6 +9155,50 @@ class Fuzz:
         b"Transfer_Encoding: chunked|Content-Length: +3|Content-Length: 99999|Host: other.test|"
         b" folded|Expect: 100-continue|Connection: content-length|Upgrade: h2c|TE: trailers|"
         b"Content-Encoding: gzip|X: \xe9").split(b"|")
+
+    APPLICATION = '''
+import os, re
+def echo(name, target, body):
+    with open(os.environ["NAMES"], "ab") as file:
+        file.write(name + b"\\n")
+    marks = re.findall(rb"mark-[0-9]{8}", body)
+    return b'{"echo": "%b %b"}' % (name, b" ".join(marks))
+async def asgi(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    body, more = b"", True
+    while more:
+        event = await receive()
+        body, more = body + event.get("body", b""), event.get("more_body")
+    told = echo(dict(scope["headers"]).get(b"x-request-id", b"none"), scope["raw_path"], body)
+    fields = [(b"content-length", b"%d" % len(told)), (b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": fields})
+    await send({"type": "http.response.body", "body": told})
+def wsgi(environ, start):
+    body = environ["wsgi.input"].read()
+    told = echo(environ.get("HTTP_X_REQUEST_ID", "none").encode("latin-1"), b"", body)
+    start("200 OK", [("Content-Length", str(len(told))), ("Content-Type", "application/json")])
+    return [told]
+'''
+    NODE = '''
+const fs = require("fs");
+require("http").createServer((asked, answer) => {
+  const parts = [], name = asked.headers["x-request-id"] || "none";
+  asked.on("data", part => parts.push(part)).on("end", () => {
+    fs.appendFileSync(process.env.NAMES, name + "\\n");
+    const marks = Buffer.concat(parts).toString("latin1").match(/mark-[0-9]{8}/g) || [];
+    const body = JSON.stringify({echo: name + " " + marks.join(" ")});
+    answer.writeHead(200, {"Content-Type": "application/json", "Content-Length": body.length});
+    answer.end(body);
+  });
+}).listen(+process.argv[2], "127.0.0.1");
+'''
+
+    @staticmethod
+    def echo(name, *parts):
+        """Returns what tells a request's name, and by which connection it came."""
+        marks = re.findall(rb"mark-\d{8}", b"".join(parts))
+        return b'{"echo": "%b %b"}' % (name.encode(), b" ".join(marks))
 
     @classmethod
     def mutate(cls, chance):
@@ -9281,7 +9335,7 @@ class DoorTest(EnduranceCase):
         self.assertLessEqual(len(limits.buckets.levels), 50)
         self.assertLessEqual(len(limits.known), 40)
 
-    ALLOWED = {100, 200, 204, 400, 404, 405, 408, 413, 414, 415, 417, 431, 501, 505}
+    ALLOWED = {100, 200, 204, 400, 403, 404, 405, 408, 413, 414, 415, 417, 431, 501, 505}
     ONLY_OURS = {"authorization", "x-api-key", "x-goog-api-key", "cookie", "te", "upgrade",
                  "expect"}
 
@@ -9296,27 +9350,56 @@ class DoorTest(EnduranceCase):
         self.assertFalse(self.ONLY_OURS & set(names))
         self.assertNotIn(asked.method, ("TRACE", "CONNECT"))
         if asked.method == "HEAD":
-            asked.answer(b"")
-        elif b'"stream": true' in asked.body:
-            asked.stream(event(1), end=True)
+            return asked.answer(b"")
+        said = Fuzz.echo(asked.get("x-request-id") or "none", asked.body)
+        if b'"stream": true' in asked.body:
+            asked.stream(b"data: %b\n\n" % said, end=True)
         else:
-            asked.answer(b'{"data": [{"id": "m"}]}')
+            asked.answer(said)
 
     def converse(self, requests):
         """Sends each request on a connection of its own; every other caller closes its sending
         side. Returns the answers as bytes, None for a reset."""
         clients = [self.connect() for _ in requests]
         for number, data in enumerate(requests):
+            data = data.replace(Fuzz.MARK, b"%08d" % number)
             with contextlib.suppress(OSError):  # it may have been refused by its first bytes
                 clients[number].send(data)
                 if number % 2:
                     clients[number].sock.shutdown(socket.SHUT_WR)
         return [read_to_the_end(client) for client in clients]
 
-    def start_strictly(self):
-        self.patch_seconds(ClientConnection_HEAD_SECONDS=0.3, ClientConnection_IDLE_SECONDS=0.05,
-                           ClientConnection_LINGER_SECONDS=0.05, RequestBody_FREE_SECONDS=0.3)
-        self.start(self.answer_strictly, MAX_TOKENS=10 ** 9)
+    def start_strictly(self, **settings):
+        seconds = self.size(0.3, 0.6)
+        self.patch_seconds(ClientConnection_HEAD_SECONDS=seconds,
+                           ClientConnection_IDLE_SECONDS=0.05,
+                           ClientConnection_LINGER_SECONDS=0.05, RequestBody_FREE_SECONDS=seconds)
+        self.start(self.answer_strictly, MAX_TOKENS=10 ** 9, **settings)
+
+    def assert_none_was_smuggled(self, answers):
+        """Fails unless each answer of the upstream went to the request that it belongs to."""
+        for number, data in enumerate(answers):
+            for mark in re.findall(rb"mark-(\d{8})", data or b""):
+                if int(mark) < len(answers):  # else it was damaged
+                    self.assertEqual(int(mark), number, data)
+            for told, body in re.findall(
+                    rb"(?i)x-request-id: (\S+)\r\n(?:\S.*\r\n)*\r\n(.*)", data or b""):
+                if b'"echo"' in body and b"none" not in body:
+                    self.assertIn(told, body)
+
+    def assert_each_was_logged(self, names):
+        """Fails unless each request that an upstream got is one line of the log. Returns what was
+        sent to an upstream. `names` are the requests' own, or "none"."""
+        wait_for(lambda: not self.server.open, "the end of every connection")
+        self.proxy.books.log.say("the last line")
+        wait_for(lambda: "the last line" in self.lines.text(), "the last line")
+        names = collections.Counter(name or "none" for name in names)
+        rows = map(json.loads, self.lines.text().splitlines())
+        entries = [row for row in rows if row.get("upstream")]
+        logged = collections.Counter(
+            entry["id"] if entry["id"] in names else "none" for entry in entries)
+        self.assertEqual(names - logged, collections.Counter())
+        return entries
 
     def test_requests_of_every_sound_form_are_answered(self):
         self.start_strictly()
@@ -9331,6 +9414,7 @@ class DoorTest(EnduranceCase):
             requests = [Fuzz.mutate(chance) for _ in range(100)]
             with self.within(2):
                 answers = self.converse(requests)
+            self.assert_none_was_smuggled(answers)
             # A caller that did not close its sending side is answered.
             open_ones = list(zip(requests, answers))[::2]
             self.assertEqual([row for row in open_ones if not row[1]], [])
@@ -9342,7 +9426,70 @@ class DoorTest(EnduranceCase):
         self.assertGreater(len(statuses), 5)
         self.assert_nothing_left(before)
         self.assertEqual(self.in_flight(), 0)
+        self.assert_each_was_logged([asked.get("x-request-id") for asked in self.stub.requests])
         self.report("%r; %d at the upstream", statuses, self.stub.calls)
+
+    def assert_sound_before(self, *command, **environ):
+        """Has requests with faults go to a real server: fails as before the strict stub, and where
+        that server found fault with what it was sent."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = free.getsockname()
+        self.start_strictly(BASE_API_URL="http://127.0.0.1:%d" % address[1])
+        path = new_path(self, "names")
+        server = subprocess.Popen(
+            [part % {"port": address[1]} for part in command], cwd=os.path.dirname(path),
+            env={**os.environ, "NAMES": path, **environ},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.kill)
+        wait_for(lambda: self.is_there(address), "the server")
+        chance = random.Random(14)
+        for _ in range(self.size(1, 60)):
+            requests = [Fuzz.mutate(chance) for _ in range(100)]
+            self.assert_none_was_smuggled(self.converse(requests))
+        names = pathlib.Path(path).read_text("latin-1").splitlines()
+        entries = self.assert_each_was_logged(names)
+        self.report("%d requests came there: %r", len(names), collections.Counter(
+            (entry["status"], entry["outcome"]) for entry in entries))
+        faults = [entry for entry in entries if entry["outcome"].startswith("upstream")
+                  and entry["method"] in Fuzz.METHODS]  # they refuse those that they do not know
+        self.assertEqual(faults, [])
+
+    @staticmethod
+    def is_there(address):
+        with contextlib.suppress(OSError):
+            socket.create_connection(address, PATIENCE).close()
+            return True
+        return False
+
+    def write_application(self, text, name):
+        path = new_path(self, name)
+        pathlib.Path(path).write_text(text, "ascii")
+        return path
+
+    def python_server(self, name):
+        """Returns the folder of an application for it, where it is installed."""
+        if not importlib.util.find_spec(name):
+            self.skipTest("%s is not installed" % name)
+        return os.path.dirname(self.write_application(Fuzz.APPLICATION, "echo_all.py"))
+
+    def test_nothing_is_smuggled_to_uvicorn(self):
+        for parser in self.each(("h11", "httptools")):
+            if importlib.util.find_spec(parser) or parser == "h11":
+                self.assert_sound_before(
+                    sys.executable, "-m", "uvicorn", "echo_all:asgi", "--port", "%(port)d",
+                    "--http", parser, PYTHONPATH=self.python_server("uvicorn"))
+
+    def test_nothing_is_smuggled_to_gunicorn(self):
+        self.assert_sound_before(
+            sys.executable, "-m", "gunicorn", "echo_all:wsgi", "-b", "127.0.0.1:%(port)d",
+            "-k", "gthread", "--threads", "8", PYTHONPATH=self.python_server("gunicorn"))
+
+    def test_nothing_is_smuggled_to_node(self):
+        if not shutil.which("node"):
+            self.skipTest("node is not installed")
+        path = self.write_application(Fuzz.NODE, "echo.js")
+        self.assert_sound_before("node", path, "%(port)d")
 
     def test_a_refusal_among_pipelined_requests_can_be_read_every_time(self):
         self.start(MAX_BODY_BYTES=1000, MAX_TOKENS=10 ** 9)
@@ -10440,7 +10587,8 @@ class HostileTest(EnduranceCase):
             try:
                 client.send(call(self.KEYS[number], "X-Request-ID: " + name, stream=stream))
                 client.head()
-                self.added.append(time.monotonic() - began - self.took.pop(name, 0))
+                took = time.monotonic() - began - self.took.pop(name, 0)
+                self.added[self.running].append(took)
                 answered = client.rest()
                 found = answered.status, answered.whole, answered.body == body
             except Exception as failure:
@@ -10450,37 +10598,39 @@ class HostileTest(EnduranceCase):
             time.sleep(chance.random() * 0.1)  # callers read, too
 
     def run_attacks(self):
-        """Has attacks follow at random to the end; returns how often each was there."""
-        chance, counts = random.Random(14), collections.Counter()
+        """Has attacks follow at random to the end."""
+        chance = random.Random(14)
         names = [name for name in Attacker().attacks if name not in (
             "nothing", "TLS handshakes without end")]
         while time.monotonic() < self.end:
-            name = chance.choice(names)
-            counts[name] += 1
-            self.attack(name, min(5, max(0.1, self.end - time.monotonic())))
+            self.running = chance.choice(names)
+            self.attack(self.running, min(5, max(0.1, self.end - time.monotonic())))
             self.answered()
-        return counts
 
     def test_every_honest_call_is_right_beside_attacks_at_random_and_the_books_balance(self):
         sink, path = self.start_attacker(), new_path(self, "llm_proxy.db")
-        self.took, self.added, self.wrong, sizes, counts = {}, [], [], [], {}
+        self.took, self.wrong, sizes = {}, [], []
+        self.added, self.running = collections.defaultdict(list), "nothing"
         process = self.serve_both(sink, answer=self.answer_honestly, DATABASE=path)
         self.end = time.monotonic() + self.SECONDS
         acts = [functools.partial(self.ask_honestly, number) for number in range(10)]
-        acts.append(lambda: counts.update(self.run_attacks()))
+        acts.append(self.run_attacks)
         FaultsTest.at_once(lambda number: acts[number](), len(acts),
                            lambda: sizes.append(self.resident()))
         self.assertEqual(process.stop().wait(), 0)
         fifth = len(sizes) // 5
         floors = [min(sizes[place:place + fifth]) for place in (fifth, 4 * fifth)]
-        self.report("%d calls, %d wrong, p99 of what was added %.1f ms, latest %.1f ms; %r",
-                    len(self.added), len(self.wrong), self.p99_milliseconds(self.added),
-                    1000 * max(self.added), counts)
+        for name, seconds in self.added.items():
+            self.report("%-30s p99 of what was added %6.1f ms, latest %6.1f ms, %d calls", name,
+                        self.p99_milliseconds(seconds), 1000 * max(seconds), len(seconds))
+        added = list(itertools.chain(*self.added.values()))
+        p99 = self.p99_milliseconds(added)
+        self.report("%d calls, %d wrong, p99 %.1f ms", len(added), len(self.wrong), p99)
         self.report("MiB at most %.1f, at least %.1f and at last %.1f", max(sizes), *floors)
         self.assert_books_balance(path)
         self.assertEqual(self.wrong[:3], [])
         self.assertFalse(process.said("Traceback"))
-        self.assertLess(self.p99_milliseconds(self.added), 50)
+        self.assertLess(p99, 50)
         self.assertLess(floors[1] - floors[0], 30)
 
     def assert_books_balance(self, path):
