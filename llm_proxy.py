@@ -7004,6 +7004,7 @@ class Log(Writer):
     """Lines on stderr."""
     PAUSE = 0.05
     BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
+    cut = False  # whether the last line was not written to its end
 
     def __init__(self, stream: BinaryIO, as_json: bool):
         """`stream` is unbuffered: a buffer has a lock, which a blocked writer would hold when the
@@ -7015,7 +7016,10 @@ class Log(Writer):
 
     def say(self, text: str):
         """Queues a line."""
-        self.record(json.dumps({"message": text}) if self.as_json else text)
+        self.record(self.message(text))
+
+    def message(self, text):
+        return json.dumps({"message": text}) if self.as_json else text
 
     def report(self):
         """Queues the traceback of the exception being handled: a bug of ours."""
@@ -7027,15 +7031,17 @@ class Log(Writer):
     def write_queued(self):
         while self.queue:
             batch = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
-            if self.dropped:
-                dropped = self.dropped
-                self.dropped = 0
-                self.say("%d log lines dropped" % dropped)
             lines = [line if isinstance(line, str) else self.format(line) for line in batch]
-            self.write("\n".join(lines + [""]))
+            dropped = self.dropped
+            if dropped:
+                lines.append(self.message("%d log lines dropped" % dropped))
+            left = self.write("\n".join(lines + [""]))
+            self.dropped += left - bool(dropped) if left else -dropped
 
     def write(self, text):
-        data = memoryview(visible(text).encode("ascii", "backslashreplace"))
+        """Returns how many lines could not be written. A full disk may take half a line."""
+        text = "\n" * self.cut + visible(text)
+        data = whole = memoryview(text.encode("ascii", "backslashreplace"))
         try:
             while data:
                 written = self.stream.write(data)
@@ -7045,6 +7051,11 @@ class Log(Writer):
                 data = data[written or 0:]
         except (OSError, ValueError):
             pass  # a closed or full log is no reason to stop serving
+        left = bytes(data).count(b"\n")
+        if len(data) == len(whole):
+            return left - self.cut
+        self.cut = whole[len(whole) - len(data) - 1] != ord("\n")
+        return left
 
 
 class UsageLog(Log):
@@ -7071,7 +7082,7 @@ class UsageLog(Log):
                 stream = open(self.path, "ab", buffering=0)
                 self.stream.close()
                 self.stream = stream
-        super().write(text)
+        return super().write(text)
 
     def run(self):
         super().run()

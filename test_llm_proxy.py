@@ -6763,6 +6763,69 @@ class LedgerTest(LedgerCase):
         self.assertEqual(self.row()["status"], 200)
         self.assertEqual(self.lines.text().count("cannot be written"), 1)
 
+    @contextlib.contextmanager
+    def small_disk(self):
+        """Makes a folder on a disk of 1 MB, where that is allowed; returns the folder, or None."""
+        folder = new_path(self)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run(mount, check=True, stderr=subprocess.DEVNULL)
+            try:
+                yield folder
+            finally:
+                subprocess.run(["umount", "-l", folder], check=True)
+            return
+        yield None
+
+    @contextlib.contextmanager
+    def full_disk(self, folder):
+        """Meanwhile nothing more can be written to `folder`, or, without one, to the ledger."""
+        if folder:
+            path = os.path.join(folder, "filler")
+            with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            yield
+            os.remove(path)
+        else:
+            execute = self.proxy.books.ledger.database.connection.execute
+            execute("PRAGMA max_page_count = 1").fetchall()
+            yield
+            execute("PRAGMA max_page_count = 1000000").fetchall()
+
+    def test_a_full_disk_holds_up_no_call_drops_and_counts_rows_and_comes_back_by_itself(self):
+        with self.small_disk() as folder:
+            path = os.path.join(folder or new_path(self), "llm_proxy.db")
+            usage_log = path + ".jsonl"
+            self.start(DATABASE=path, USAGE_LOG=usage_log, MAX_TOKENS=10 ** 6)
+            self.ask(call("k"))
+            self.wait_for_rows(1)
+            ledger, client = self.proxy.books.ledger, self.connect()
+            ledger.ROOM = 20
+            with self.full_disk(folder):
+                took = []
+                for _ in range(60):
+                    began = time.monotonic()
+                    self.assertEqual(client.exchange(call("k")).status, 200)
+                    took.append(time.monotonic() - began)
+                said = "the database cannot be written: database or disk is full"
+                wait_for(lambda: said in self.lines.text(), said)
+                self.assertLess(sorted(took)[-6], 0.025)
+                dropped = self.ask(HEALTH).json()["ledger"]["dropped"]
+                self.assertGreater(dropped, 0)
+            rows = self.wait_for_rows(61 - dropped)
+            self.assertEqual(len(rows), 61 - dropped)
+            self.ask(call("k", "X-Request-ID: the-last"))
+            wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
+            lines = pathlib.Path(usage_log).read_text("ascii").splitlines()
+            lost = [int(line.split()[1][1:]) for line in lines if line.endswith('dropped"}')]
+            self.assertEqual(sum(line[:6] == '{"id":' for line in lines) + sum(lost),
+                             62 + (len(lost) and 1))  # one was cut
+            self.proxy.books.close(PATIENCE)
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                found = connection.execute("SELECT level FROM buckets").fetchall()
+            self.assertEqual(found, [(10 ** 6 - 62,)])
+
     def test_the_same_entries_go_to_a_file_of_json_lines(self):
         path = new_path(self, "llm_proxy.db") + ".jsonl"
         self.start(says(completion(20, 4)), USAGE_LOG=path)
@@ -8884,6 +8947,20 @@ class CommandsTest(ProcessCase):
             client.close()
             process.stop(stop).wait()
             self.assertEqual(len(LedgerCase.rows(path)), done)
+
+    def test_a_kill_loses_the_last_quarter_second_of_calls_at_most_and_levels_match_the_rows(self):
+        path, ended = new_path(self, "books.db"), []
+        process = self.serve(DATABASE=path, MAX_TOKENS=10 ** 6)
+        client, end = self.connect(), time.monotonic() + 0.7
+        while time.monotonic() < end:
+            self.assertEqual(client.exchange(call("k")).status, 200)
+            ended.append(time.monotonic())
+        process.stop(signal.SIGKILL).wait()
+        killed = time.monotonic()
+        rows = len(LedgerCase.rows(path))
+        self.assertLess(rows, len(ended))
+        self.assertLess(killed - ended[rows], llm_proxy.Ledger.PAUSE + 0.15)
+        self.assertEqual(self.level(path), 10 ** 6 - rows)
 
     def test_a_hang_up_signal_reads_the_certificates_again_and_ends_nothing(self):
         path = pem_file(self)
