@@ -631,6 +631,8 @@ SETTING_ROWS = {
          "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
         ("MAX_BODY_BYTES=33554432", number_between(1, 1 << 40),
          "largest body of a call that is read; uploads of files may have any size"),
+        ("MAX_TEXT_BYTES=8388608", number_between(1, 1 << 30),
+         "what may be left of it without images and the like"),
         ("MAX_CONNECTIONS=1024", sixteen_bits,
          "connections of callers at once; more get a 503, or with TLS are closed"),
         ("MAX_CONNECTIONS_PER_ADDRESS", sixteen_bits,
@@ -1180,6 +1182,10 @@ class RequestTimeout(Refusal):
 class BodyTooLarge(Refusal):
     status = 413
     message = "The request body is larger than this proxy accepts"
+
+
+class TextTooLarge(BodyTooLarge):
+    message = "The text in the request body is larger than this proxy accepts (MAX_TEXT_BYTES)"
 
 
 class Overloaded(Refusal):
@@ -1998,6 +2004,17 @@ def text_weight(text: str) -> int:
     return len(text) + wide * 5 // 3
 
 
+class CutText(str):
+    """A long string without spaces of which only the beginning was read; `size` is its length."""
+    size = 0
+
+    @classmethod
+    def of(cls, text: str, size: int) -> "CutText":
+        found = cls(text)
+        found.size = size
+        return found
+
+
 def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
                 media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
                 ) -> Tuple[int, List[int]]:
@@ -2024,6 +2041,8 @@ def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
             values += value.values()
             if not names.issuperset(value):
                 values += [key for key in value if key not in names]
+        elif kind is CutText:
+            weight += value.size + 1
     return max(0, weight - 1), media
 
 
@@ -2508,8 +2527,19 @@ def is_too_complex(data: bytes) -> bool:
     outside = b'""'.join(strings[::2])  # what lies between the strings
     if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
         return True
-    levels = itertools.accumulate(array.array("b", outside.translate(STEPS)))
-    return max(levels, default=0) > MAX_JSON_DEPTH
+    return is_deep(outside)
+
+
+def is_deep(outside: bytes) -> bool:
+    """Returns whether brackets are nested too deeply; it looks no further than where they are."""
+    level = 0
+    for start in range(0, len(outside), 4096):
+        steps = array.array("b", outside[start:start + 4096].translate(STEPS))
+        levels = list(itertools.accumulate(steps, initial=level))
+        if max(levels) > MAX_JSON_DEPTH:
+            return True
+        level = levels[-1]
+    return False
 
 
 def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -2528,9 +2558,36 @@ def finite(text: str) -> float:
     return value
 
 
+def short_integer(text: str) -> int:
+    """Returns an integer of JSON: to read one of thousands of digits takes long."""
+    if len(text) > 400:
+        raise ValueError("a number is too long")
+    return int(text)
+
+
+def with_cuts(sizes: Dict[str, int], pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """Returns an object of JSON in which what was cut out says so; `sizes` are by mark."""
+    found = unique(pairs)
+    for key, value in found.items():
+        if type(value) is list:
+            found[key] = [cut_text(one, sizes) for one in value]
+        else:
+            found[key] = cut_text(value, sizes)
+    return found
+
+
+def cut_text(value, sizes):
+    size = sizes.get(value[32:]) if type(value) is str else None
+    return value if size is None else CutText.of(value, size)
+
+
+def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]]) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=short_integer,
+                            parse_constant=finite)
+
+
 PLAIN_JSON = json.JSONDecoder()
-STRICT_JSON = json.JSONDecoder(
-    object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+STRICT_JSON = strict_decoder(unique)
 
 
 def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
@@ -2552,13 +2609,113 @@ def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
 def parse_json(body: bytes) -> Dict[str, Any]:
     """Reads a JSON object in UTF-8 (RFC 8259); raises BadRequest for anything else that json.loads
     would take or choke on."""
-    try:
-        payload = decode_json(body, STRICT_JSON)
-    except ValueError as error:
-        raise BadRequest("The request body is %s" % error) from None
-    if not isinstance(payload, dict):
-        raise BadRequest("The request body must be a JSON object")
-    return payload
+    return JsonBody(body).parse()
+
+
+# How long a string without spaces must be to be cut out, where it stands at a key of media.
+MEDIA_BYTES = 1 << 15
+BEFORE_MEDIA = re.compile(
+    rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
+    rb'\s*:\s*\[?\s*|,\s*)"$')
+MARK = "<%s:%d>"  # stands for one that was cut out
+
+
+class JsonBody:
+    """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
+    media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
+    spelled again. `cuts` are (place in `short`, its mark, what was cut)."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.cuts: List[Tuple[int, bytes, bytes]] = []
+        self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
+
+    def cut_media(self):
+        """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
+        the last look."""
+        data, secret = self.data, "%016x" % random.getrandbits(64)
+        pieces, taken, place = [], 0, MEDIA_BYTES
+        while place < len(data):
+            start = data.rfind(b'"', taken, place) + 1
+            end = data.find(b'"', place)
+            if start and end - start > MEDIA_BYTES and self.is_media(start, end):
+                mark = (MARK % (secret, len(self.cuts))).encode()
+                pieces += data[taken:start + 32], mark
+                self.cuts.append((sum(map(len, pieces)) - len(mark), mark, data[start + 32:end]))
+                taken = end
+            place = max(place, end) + MEDIA_BYTES
+        return b"".join((*pieces, data[taken:]))
+
+    def parse(self) -> Dict[str, Any]:
+        """Raises BadRequest."""
+        decoder = STRICT_JSON
+        if self.cuts:
+            sizes = {mark.decode(): 32 + len(cut) for _, mark, cut in self.cuts}
+            decoder = strict_decoder(functools.partial(with_cuts, sizes))
+        try:
+            payload = decode_json(self.short, decoder)
+        except ValueError as error:
+            raise BadRequest("The request body is %s" % error) from None
+        if not isinstance(payload, dict):
+            raise BadRequest("The request body must be a JSON object")
+        return payload
+
+    def is_media(self, start, end):
+        """Judges by what stands before and behind it, and by its beginning and end."""
+        data = self.data
+        sample = data[start:start + 1024] + data[end - 1024:end]
+        return (BEFORE_MEDIA.search(data, max(0, start - 64), start) is not None
+                and sample.isascii() and data[end + 1:end + 64].lstrip()[:1] != b":"
+                and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
+
+    def with_value(self, key: str, value: Any, known: Dict[str, Any]) -> bytes:
+        """Returns the object with another value at a top-level key; `known` is what it has. Raises
+        BadRequest for a key that is there, but spelled with escapes."""
+        spelled = to_json_bytes(value)
+        if key not in known:
+            start = self.short.index(b"{") + 1
+            rest = self.short[start:].lstrip(b" \t\r\n")
+            comma = b"" if rest.startswith(b"}") else b","
+            return self.splice(start, start, b'"%b":%b%b' % (key.encode(), spelled, comma))
+        return self.splice(*self.span(key), spelled)
+
+    def span(self, key):
+        """Returns where the value of a top-level key stands in `short`."""
+        place = -1
+        name = b'"%b"' % key.encode()
+        for _ in range(16):
+            place = self.short.find(name, place + 1)
+            if place < 0:
+                break
+            colon = re.compile(rb"\s*:\s*").match(self.short, place + len(name))
+            if colon and level_at(self.short, place) == 1:
+                text = self.short[colon.end():colon.end() + 65536].decode("utf-8", "ignore")
+                length = len(text[:PLAIN_JSON.raw_decode(text)[1]].encode())
+                return colon.end(), colon.end() + length
+        raise BadRequest("The key %s must be spelled plainly, and stand near the front" % key)
+
+    def splice(self, start, end, spelled):
+        """Returns the bytes with `spelled` between two places of `short`."""
+        added = sum([len(cut) - len(mark) for place, mark, cut in self.cuts if place < start])
+        return b"".join((self.data[:start + added], spelled, self.data[end + added:]))
+
+    def spell(self, payload: Dict[str, Any]) -> bytes:
+        """Returns a changed payload as JSON, with what was cut out in its place."""
+        data = to_json_bytes(payload)
+        for _, mark, cut in self.cuts:
+            data = data.replace(mark, cut, 1)
+        return data
+
+
+def level_at(data: bytes, place: int) -> int:
+    """Returns how deep a place of JSON stands; -1 within a string."""
+    marks = data[:place].translate(None, NO_MARKS).replace(b"\\\\", b"").replace(b'\\"', b"")
+    strings = marks.split(b'"')
+    if not len(strings) % 2:
+        return -1
+    outside = b"".join(strings[::2])
+    return (outside.count(b"{") + outside.count(b"[")
+            - outside.count(b"}") - outside.count(b"]"))
 
 
 def parse_response(data: bytes) -> Any:
@@ -2830,6 +2987,7 @@ class Call(Billable):
     models: Tuple[str, ...] = ()
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
+    json_body: Optional[JsonBody] = None
     put_model: Optional[Callable[[str], bytes]] = None
     stored: Optional[StoredPath] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
@@ -2871,8 +3029,19 @@ class Call(Billable):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
             payload = rewrite(payload)
-        if payload is not self.payload:
-            self.upstream_body = to_json_bytes(payload)
+        self.spell(payload)
+
+    def spell(self, payload):
+        """Puts a changed payload into the upstream's body: a model alone is spliced in."""
+        before = self.payload
+        if payload is before:
+            return
+        same = {**payload, "model": None} == {**before, "model": None} if (
+            payload.keys() - {"model"} == before.keys() - {"model"}) else False
+        if same and "model" in payload:
+            self.upstream_body = self.json_body.with_value("model", payload["model"], before)
+        else:
+            self.upstream_body = self.json_body.spell(payload)
 
     def request_usage(self) -> None:
         """Asks for the usage of a stream, where the caller did not."""
@@ -2884,8 +3053,7 @@ class Call(Billable):
             self.upstream_body = self.body if model == self.model else self.put_model(model)
         elif self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, self.payload, model)
-            if payload is not self.payload:
-                self.upstream_body = to_json_bytes(payload)
+            self.spell(payload)
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
@@ -2969,10 +3137,35 @@ class Call(Billable):
                     self.complain("%s must be an integer" % name)
         return found
 
+    LARGE = 8192  # bytes of a body whose payload is not kept
+
+    def forget(self):
+        """Drops what is large of the payload, once it is known what the call asks for: it takes 40
+        times the room of its bytes, and the call may wait long."""
+        if self.body is not None and len(self.body) > self.LARGE:
+            self.prompt_length()
+            self.output_limit()
+            self.payload = {key: value for key, value in self.payload.items() if is_small(value)}
+
     def complain(self, message):
         """Raises BadRequest, but for calls of which we know too little."""
         if self.endpoint not in NO_LIMIT_REPLY:
             raise BadRequest(message)
+
+
+def is_small(value: Any) -> bool:
+    """Tells whether a part of a payload takes little room."""
+    parts = [value]
+    size = 0
+    for part in parts:  # the list grows meanwhile
+        size += len(part) if isinstance(part, str) else 8
+        if size > 1024:
+            return False
+        if type(part) is dict:
+            parts += [*part, *part.values()]
+        elif type(part) is list:
+            parts += part
+    return True
 
 
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
@@ -3639,9 +3832,8 @@ class OpenAI(Dialect):
         if options.get("include_usage") is True:
             return
         if "stream_options" in call.payload:
-            payload = json.loads(call.upstream_body)
-            payload["stream_options"] = {**options, "include_usage": True}
-            call.upstream_body = to_json_bytes(payload)
+            call.upstream_body = JsonBody(call.upstream_body).with_value(
+                "stream_options", {**options, "include_usage": True}, call.payload)
         else:  # spliced in: nothing of what the caller wrote changes
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
@@ -4056,9 +4248,11 @@ class Dialects:
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
-                 admin_paths: bool):
+                 admin_paths: bool, max_text: int):
         """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
-        to count, pass or refuse; `admin_paths`: whether they are passed on."""
+        to count, pass or refuse; `admin_paths`: whether they are passed on; `max_text`: the most
+        bytes of a payload without its media."""
+        self.max_text = max_text
         self.aliases = aliases
         self.names = names
         self.unknown_calls = unknown_calls
@@ -4205,7 +4399,10 @@ class Dialects:
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
-        call.payload = parse_json(call.body)
+        call.json_body = JsonBody(call.body)
+        if len(call.json_body.short) > self.max_text:
+            raise TextTooLarge()
+        call.payload = call.json_body.parse()
         others = call.payload.keys() - self.READ_KEYS
         for key in self.READ_KEYS.intersection(map(str.casefold, others)):
             raise BadRequest("The key %s must be spelled in lower case" % key)
@@ -6900,7 +7097,7 @@ class Entry:
         self.reader = None
         if self.call:
             self.call.payload = self.call.body = self.call.upstream_body = None
-            self.call.put_model = self.call.on_made = None
+            self.call.put_model = self.call.on_made = self.call.json_body = None
         return self
 
     def milliseconds(self, until):
@@ -8046,6 +8243,8 @@ class Proxy:
         subject = reply.context.subject = Subject(call.upstream_model, entry.caller.key)
         send = self.sender(upstream, call)
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
+            if not upstream.rewrite:
+                call.forget()
             try:
                 with await send(upstream, reply, call) as response:                 # forward
                     upstream.check_key(response)
@@ -8389,7 +8588,7 @@ def build_books(config, clock, log, limits, stored, database):
 def build_dialects(config: Config) -> Dialects:
     names = {one.name: one.dialect for one in config.upstreams}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
-                    config.vendor_admin_paths == "on")
+                    config.vendor_admin_paths == "on", config.max_text_bytes)
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
