@@ -7644,6 +7644,31 @@ class EndingsTest(LedgerCase):
         asked.wait_for_hang_up()
         self.assert_ending("internal_error", left=1000)
 
+    def test_a_slow_reader_that_goes_on_is_not_cut_and_pays_for_what_it_took(self):
+        """It reads 10 KB each 4 ms, of 4 MB; if the system took more of those ahead, the reader
+        would be silent for longer than a reader may be."""
+        self.patch_seconds(Transfer_SLOW_READER_SECONDS=0.3)
+        data = chunk(events(delta("word " * 200))) * 4000 + chunk(events(LAST_DELTA, "[DONE]"))
+        costs = []
+        for number, (share, outcome) in enumerate(self.each(((1, "ok"), (0.2, "caller_gone")))):
+            if not number:
+                self.start(sends(STREAM + data + LAST, close=False), TOKEN_COST_MODE="usage",
+                           MAX_TOKENS=10 ** 8)
+            client = self.connect(receive_buffer=32768)
+            client.send(call(stream=True, max_tokens=1)).head()
+            found = client.reader.data
+            while len(found) < 0.9 * share * len(data) or share == 1 and found[-5:] != LAST:
+                time.sleep(0.004)
+                part = client.sock.recv(10000)
+                self.assertTrue(part, "it was cut")
+                found += part
+            client.reset()
+            row = self.row(number)
+            self.assertEqual(row["outcome"], outcome)
+            costs.append(row["output"])
+            self.assertLess(row["bytes"] - len(found), 400000)
+        self.assertLess(costs[1], 0.3 * costs[0])
+
 
 class EveryAwaitTest(WaitingCase):
     """A caller who leaves, a deadline and a bug of ours, at every await of a call.
