@@ -5692,6 +5692,33 @@ class MemoryBudget:
             del self.held[owner]
 
 
+class Turns:
+    """Has those whose bodies take long to understand go one by one, each caller in its turn, with a
+    round of the loop for everybody else in between."""
+    SMALL = 8192  # bytes of a body that needs none
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.waiting = collections.OrderedDict()  # owner -> futures, whose turn is next first
+
+    def wait(self, owner: Optional[CallerKey], context: Context) -> asyncio.Future:
+        turn = context.wait(self.loop.create_future(), math.inf, "its turn to be understood")
+        if not self.waiting:
+            self.loop.call_soon(self.next)
+        self.waiting.setdefault(owner, collections.deque()).append(turn)
+        return turn
+
+    def next(self):
+        woken = False
+        while self.waiting and not woken:
+            owner, turns = self.waiting.popitem(last=False)
+            woken = Stream.wake(turns.popleft())  # else it has left
+            if turns:
+                self.waiting[owner] = turns
+        if self.waiting:
+            self.loop.call_soon(self.next)
+
+
 WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # for zlib, by content coding
 
 
@@ -7743,6 +7770,7 @@ class ReplyParts(NamedTuple):
     clock: Any
     dialects: Dialects
     budget: MemoryBudget
+    turns: Turns
     origins: Origins
 
 
@@ -7799,8 +7827,11 @@ class Reply:
         """Returns the body of a metered call."""
         most = self.parts.config.max_body_bytes
         if self.content is None:
-            self.body.owner = self.entry.caller.key
-            return await self.body.read(most, self.context)
+            self.body.owner = owner = self.entry.caller.key
+            content = await self.body.read(most, self.context)
+            if len(content) > Turns.SMALL:
+                await self.parts.turns.wait(owner, self.context)
+            return content
         if len(self.content) > most:
             raise BodyTooLarge()
         return self.content
@@ -9098,7 +9129,8 @@ class Server(http.server.ThreadingHTTPServer):
         memory = max(self.BODY_MEMORY, 8 * proxy.config.max_body_bytes)
         origins = Origins(proxy.config.web_origins, socket.gethostname())
         self.parts = ReplyParts(
-            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), origins)
+            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), Turns(self.loop),
+            origins)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)

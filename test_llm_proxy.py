@@ -3,6 +3,7 @@
     python -m unittest                      # all of them, in about a minute
     python -m unittest -k limit_reply       # those with this in their name
     python test_llm_proxy.py --soak         # those of the last section for minutes, with figures
+    python test_llm_proxy.py --soak long    # attacks at random beside honest callers: half an hour
 
 Most go through real sockets on loopback: a Client that is strict about what it gets, the proxy, and
 a Stub in place of the endpoint, whose every byte the test decides. No test sleeps until a bucket is
@@ -4429,6 +4430,30 @@ class StreamTest(ProxyCase):
                 self.assertEqual((answered.body, answered.whole), (b"", True))
                 self.assertEqual(answered.get("content-length"), length or None)
                 self.assertIsNone(answered.get("transfer-encoding"))
+
+    def test_large_bodies_are_understood_one_in_each_round_of_the_loop_and_callers_in_turn(self):
+        loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
+        self.addCleanup(loop.close)
+        turns, gone = llm_proxy.Turns(loop), llm_proxy.Context(loop)
+
+        def next_round():
+            rounds.append(loop.call_soon(next_round))
+
+        async def understand(name, context):
+            await turns.wait(name[0], context)
+            seen.append((name, len(rounds)))
+
+        async def understand_all():
+            next_round()
+            tasks = [loop.create_task(understand(name, gone if name == "a2" else
+                     llm_proxy.Context(loop))) for name in ("a1", "a2", "a3", "a4", "b1")]
+            loop.call_soon(gone.end, llm_proxy.CallerGone())
+            return await asyncio.gather(*tasks, return_exceptions=True)
+        ended = loop.run_until_complete(understand_all())
+        self.assertEqual([name for name, _ in seen], ["a1", "b1", "a3", "a4"])
+        self.assertEqual(len({number for _, number in seen}), 4)
+        self.assertIsInstance(ended[1], llm_proxy.CallerGone)
+        self.assertFalse(turns.waiting)
 
     def test_trailers_are_dropped(self):
         trailers = b"0\r\nX-Trailer: y\r\nSet-Cookie: z\r\n\r\n"
@@ -9146,7 +9171,8 @@ class CommandsTest(ProcessCase):
 
 # --------------------------------------------------------------------------------------------------
 # Endurance: everything at its worst. Each test has a short form here, and those with a `size` have
-# a long one: `python test_llm_proxy.py --soak`, about ten minutes, prints their figures.
+# a long one: `python test_llm_proxy.py --soak`, about 15 minutes, prints their figures. `--soak long
+# [SECONDS]` runs attacks at random beside honest callers alone, for half an hour.
 # --------------------------------------------------------------------------------------------------
 
 class EnduranceCase(ProcessCase):
@@ -10488,11 +10514,13 @@ class Attacker:
 
         def send(number):
             with contextlib.closing(self.connect(number)) as client:
-                with contextlib.suppress(OSError, threading.BrokenBarrierError):
+                try:
                     client.send(data[:-1])
-                    together.wait(20)  # so that all are there when the last byte comes
+                    with contextlib.suppress(threading.BrokenBarrierError):
+                        together.wait(20)  # so that all are there when the last byte comes
                     client.send(data[-1:])
-                together.abort()
+                except OSError:
+                    together.abort()  # it was refused before
                 self.note(client.read)
         while time.monotonic() < self.end:
             together = threading.Barrier(number)
