@@ -726,10 +726,13 @@ def is_secret(name: str) -> bool:
 # Settings that guard: who misspells one thinks that a door is shut.
 GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CERT_FILE",
           "TLS_KEY_FILE")
+OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
 def guard_meant_by(name: str) -> Optional[str]:
     """Returns the setting that guards and that a misspelt name means."""
+    if name == OPENSSL_FILE:
+        return None
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
     return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
 
@@ -964,6 +967,8 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
 
 def looks_like_a_setting(name):
     """Tells whether a variable of the environment, where most are not ours, is one misspelt."""
+    if name == OPENSSL_FILE:
+        return False
     return name.startswith("UPSTREAM_") or not name.upper().endswith("_PROXY") and (
         difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_meant_by(name))
 
@@ -1603,14 +1608,16 @@ class Level(NamedTuple):
 
     @property
     def quota(self) -> Quota:
-        rule = self.rule
-        amount, interval = (0, 0) if rule.unit == RUNNING else rule.rate
-        full = self.level >= rule.capacity or rule.unit == RUNNING
+        level, rule = self.level, self.rule
+        if rule.unit == RUNNING:
+            return Quota(rule.capacity, max(0, level), 0, 0, 0)
+        amount, interval = rule.rate
+        full = level >= rule.capacity
         reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
             return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
                          reset)
-        return Quota(rule.capacity, max(0, self.level), amount, interval, reset)
+        return Quota(rule.capacity, level if level > 0 else 0, amount, interval, reset)
 
     @property
     def wait(self) -> float:
@@ -1750,7 +1757,8 @@ class Hold:
         if self.ended:
             return
         self.ended = True
-        costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
+        if costs[RUNNING]:
+            costs = (*costs[:RUNNING], 0, *costs[RUNNING + 1:])
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
@@ -1780,7 +1788,8 @@ class Hold:
         return self
 
     def __exit__(self, *_):
-        self.give_back()
+        if not self.ended:
+            self.give_back()
 
 
 # Names of one model differ in who sells it, in its date and in how it is routed, none of which
@@ -2015,34 +2024,41 @@ class CutText(str):
         return found
 
 
-def text_length(payload: Dict[str, Any], skip: str, names: FrozenSet[str],
+def sum_of_weights(texts: List[str]) -> int:
+    return sum(map(len if all(map(str.isascii, texts)) else text_weight, texts))
+
+
+def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
                 media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
                 ) -> Tuple[int, List[int]]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
     list of numbers has as many tokens. Of images and the like, which are those of which
-    `media_texts` is not None, the second list has the weight of the text in each."""
-    weight = 0
+    `media_texts` is not None, the second list has the weight of the text in each. None of them has
+    `plain` names alone."""
+    texts = []
+    numbers = cut = 0
     media = []
     values = list({**payload, skip: None}.values())
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
-            weight += (len(value) if value.isascii() else text_weight(value)) + 1
+            texts.append(value)
+        elif kind is dict:
+            if not plain.issuperset(value):
+                found = media_texts(value)
+                if found is not None:
+                    media.append(text_weight(" ".join(found)))
+                    continue
+                values += [key for key in value if key not in names]
+            values += value.values()
         elif kind is list:
             values += value
             if value and type(value[0]) in (int, float):
-                weight += CHARACTERS_PER_TOKEN * len(value)
-        elif kind is dict:
-            texts = media_texts(value)
-            if texts is not None:
-                media.append(text_weight(" ".join(texts)))
-                continue
-            values += value.values()
-            if not names.issuperset(value):
-                values += [key for key in value if key not in names]
+                numbers += len(value)
         elif kind is CutText:
-            weight += value.size + 1
+            cut += value.size + 1
+    weight = sum_of_weights(texts) + len(texts) + CHARACTERS_PER_TOKEN * numbers + cut
     return max(0, weight - 1), media
 
 
@@ -2092,7 +2108,7 @@ class UsageSource:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
         raise NotImplementedError
 
-    def most_characters(self) -> int:
+    def most_characters(self) -> float:
         """Returns about how many characters of text can have passed, without a look at them."""
         raise NotImplementedError
 
@@ -2340,14 +2356,11 @@ class ModelHabits:
     def peak(self, caller: CallerKey) -> int:
         return self.of(caller).peak or self.usual.peak or 0
 
-    def own(self, caller: CallerKey) -> Habits:
-        """Returns what a caller's calls are noted in."""
-        found = self.callers.get(caller)
-        if found is None:
-            if len(self.callers) >= self.CALLERS:
-                self.callers.popitem(last=False)
-            found = self.callers[caller] = Habits()
-        self.callers.move_to_end(caller)
+    def add(self, caller: CallerKey) -> Habits:
+        """Returns what the calls of a new caller are noted in."""
+        if len(self.callers) >= self.CALLERS:
+            self.callers.popitem(last=False)
+        found = self.callers[caller] = Habits()
         return found
 
     def refresh(self):
@@ -2393,8 +2406,6 @@ class CostEstimator:
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
-        if not self.needs_estimate:
-            return self.plain, self.plain
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
         estimate = 0
@@ -2437,11 +2448,12 @@ class CostEstimator:
         came, and the share of it that its model hides. A response that is not `whole` may have
         reported its input alone; where it was not seen to end, its output is `held` at least."""
         reported, complete = source.reported_usage(whole) if source else (None, False)
-        habits = self.habits(call).of(caller)
-        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
-        if complete and not self.is_understated(call, reported, source, ratio):
+        if complete and not (
+                self.needs_estimate and self.is_understated(call, caller, reported, source)):
             self.learn(call, caller, reported, source)
             return reported
+        habits = self.habits(call).of(caller)
+        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         output = math.ceil(source.output_characters() / ratio) if source else 0
         if source and (whole or source.ended):
             output = math.ceil(output / (1 - habits.hidden))
@@ -2452,14 +2464,16 @@ class CostEstimator:
             reported = Usage(self.prompt_tokens(call, ratio), model=source and source.model)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
-    def is_understated(self, call, told, source, ratio):
+    def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
         counted only where it may be so much, or servers are known to tell too little."""
-        if not self.needs_estimate:
-            return False
+        many = call.output_limit()[1] > 1
+        passed = source.most_characters() - self.NO_TEXT
+        if passed <= 0 and not many:
+            return False  # as nearly always
+        ratio = self.habits(call).of(caller).output_ratio or 0
         most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
-        may_be = call.output_limit()[1] > 1 or source.most_characters() > most + self.NO_TEXT
-        return may_be and source.output_characters() > most
+        return (many or passed > most) and source.output_characters() > most
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
@@ -2468,14 +2482,15 @@ class CostEstimator:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
             model = self.models[call.upstream_model] = ModelHabits()
-        self.models.move_to_end(call.upstream_model)
-        own = model.own(caller)
+        own = model.callers.get(caller) or model.add(caller)
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
             if limit is None or used.output > model.peak(caller) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+            self.models.move_to_end(call.upstream_model)  # who calls often is here often enough
+            model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
 
@@ -2586,6 +2601,8 @@ def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]]) -> j
                             parse_constant=finite)
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = strict_decoder(unique)
 
@@ -2596,7 +2613,7 @@ def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if decoder is PLAIN_JSON and not json.scanner.c_make_scanner:  # PyPy: ten times as fast
+        if not HAS_SCANNER and decoder is PLAIN_JSON:  # PyPy: ten times as fast
             return json.loads(text)
         value, end = decoder.scan_once(text, 0)
         if end == len(text):
@@ -2720,13 +2737,13 @@ def level_at(data: bytes, place: int) -> int:
 
 def parse_response(data: bytes) -> Any:
     """Reads JSON of an upstream, which may begin with a byte order mark; raises ValueError."""
-    return decode_json(data.lstrip(b"\xef\xbb\xbf"))
+    return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
 def parse_or_none(data: bytes) -> Any:
     """Returns JSON of an upstream, None where it cannot be read."""
     try:
-        return parse_response(data)
+        return decode_json(data.lstrip(BYTE_ORDER_MARK))
     except ValueError:
         return None
 
@@ -2740,8 +2757,9 @@ def object_in(data: bytes) -> Dict[str, Any]:
 def last_object(data: bytes) -> Dict[str, Any]:
     """Returns the same, or the last of an array of them."""
     found = parse_or_none(data)
-    found = found[-1] if isinstance(found, list) and found else found
-    return found if isinstance(found, dict) else {}
+    if type(found) is list and found:
+        found = found[-1]
+    return found if type(found) is dict else {}
 
 
 LINE = re.compile(rb"[^\r\n]*")
@@ -2989,7 +3007,6 @@ class Call(Billable):
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
     put_model: Optional[Callable[[str], bytes]] = None
-    stored: Optional[StoredPath] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
@@ -3001,10 +3018,11 @@ class Call(Billable):
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
-                 prefix: Optional[str] = None):
+                 prefix: Optional[str] = None, stored: Optional[StoredPath] = None):
         self.dialect = dialect
         self.endpoint = endpoint
         self.prefix = prefix
+        self.stored = stored
         self.path = path
         self.query = query
         self.payload: Dict[str, Any] = {}
@@ -3019,10 +3037,12 @@ class Call(Billable):
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there."""
         self.upstream_model = model
-        self.models = (model, *self.dialect.other_models(self.payload))
+        payload = self.payload
+        self.models = (model,)
+        if not self.dialect.MODEL_LISTS.isdisjoint(payload):
+            self.models += tuple(self.dialect.other_models(payload))
         self.upstream_body = self.body
         self.usage_requested_by_us = False
-        payload = self.payload
         if self.endpoint in (UNKNOWN, UPLOAD):
             return self.prepare_unknown(model)
         if not model == self.model == payload.get("model"):
@@ -3057,12 +3077,12 @@ class Call(Billable):
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
-        return True in (self.payload.get("background"), self.payload.get("deferred"))
+        return True in map(self.payload.get, LATER)
 
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
-            return self.payload.get("store") is True or self.runs_in_background()
+            return True in map(self.payload.get, KEPT)
         if self.stored and self.endpoint is None:
             made = self.stored.name and self.stored.collection in HAVE_RESULTS
             return self.path.endswith("/" + self.stored.name) if made else not (
@@ -3091,11 +3111,11 @@ class Call(Billable):
     def prompt_length(self) -> Tuple[int, List[int]]:
         if self.length is None:
             payload = self.payload
-            images = as_list(payload[IMAGES_KEY]) if IMAGES_KEY in payload else []
-            if images:
+            if payload.get(IMAGES_KEY):
                 payload = {**payload, IMAGES_KEY: None}
-            weight, media = text_length(payload, "model", PLAIN_KEYS, media_texts)
-            self.length = weight, media + [0] * len(images)
+            self.length = text_length(payload, "model", TEXT_KEYS, PLAIN_KEYS, media_texts)
+            if payload is not self.payload:
+                self.length[1].extend([0] * len(as_list(self.payload[IMAGES_KEY])))
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
@@ -3129,10 +3149,10 @@ class Call(Billable):
                 continue
             for name in OUTPUT_NUMBERS.intersection(holder):
                 value = holder[name]
-                if type(value) is float and value.is_integer():
-                    value = int(value)
                 if type(value) is int:
                     found.append((name, value))
+                elif type(value) is float and value.is_integer():
+                    found.append((name, int(value)))
                 elif value is not None:
                     self.complain("%s must be an integer" % name)
         return found
@@ -3168,6 +3188,9 @@ def is_small(value: Any) -> bool:
     return True
 
 
+# Where true stands at one of these, an answer will only be told later,
+LATER = ("background", "deferred")
+KEPT = (*LATER, "store")  # and at one of these it is stored.
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset((
@@ -3198,6 +3221,7 @@ signature cache_control ttl source media_type mimeType mime_type detail format i
 file_id file_uri fileUri filename title context citations annotations logprobs is_error
 functionCall functionResponse functionDeclarations args response include_usage effort
 budget_tokens""".split())
+TEXT_KEYS = PLAIN_KEYS - MEDIA_MARKS  # of parts that are text for sure
 
 
 def is_media(part: Dict[str, Any]) -> bool:
@@ -3416,6 +3440,10 @@ class Dialect:
     # ... and by endpoint, where the events that end a stream repeat it.
     DELTA_KEYS = {}
 
+    def __init__(self):
+        self.usage_key = self.USAGE_MARK[1:-1].decode()
+        self.count_names = frozenset(self.COUNTS)
+
     # -- requests
 
     def claims(self, path: str, fields: Fields) -> bool:
@@ -3441,8 +3469,6 @@ class Dialect:
     def other_models(self, payload: Dict[str, Any]) -> List[str]:
         """Returns the models that may serve a call besides the one that it asks for. Raises
         BadRequest for too many."""
-        if self.MODEL_LISTS.isdisjoint(payload):
-            return []
         found = [one.get("model") if type(one) is dict else one
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list
                  for one in payload[key]]
@@ -3483,26 +3509,23 @@ class Dialect:
 
     def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
-        found = payload.get(self.usage_key())
+        found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
             for name in self.USAGE_HOLDERS:
                 for part in as_list(payload.get(name))[:128]:
                     if isinstance(part, dict):
                         found = merged(found, self.counts_in(part))
-        if self.COUNTS.keys().isdisjoint(payload):
+        if self.count_names.isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
-
-    def usage_key(self) -> str:
-        return self.USAGE_MARK[1:-1].decode()
 
     def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
         if type(model) is str and is_name(model):
             tier = payload.get(self.TIERS[0])
-            return model, tier if is_name(tier) else None
+            return model, tier if tier and is_name(tier) else None
         for name in self.USAGE_HOLDERS[:3]:
             if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
                 return self.served(payload[name])
@@ -3528,6 +3551,11 @@ class Dialect:
             if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
                 return fault_status(as_list(error)[0] if error else part)
         return 0
+
+    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
+        """Returns the usage of a response that is no error, where it can be told without parsing
+        all of it that `model` served, and that nothing else is of interest."""
+        return None
 
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
@@ -3617,7 +3645,7 @@ class Dialect:
 
     def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns what an event says besides usage, {} where that is nothing."""
-        rest = {name: value for name, value in payload.items() if name != self.usage_key()}
+        rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
     def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
@@ -3837,6 +3865,16 @@ class OpenAI(Dialect):
         else:  # spliced in: nothing of what the caller wrote changes
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
+
+    def usual_counts(self, data, model):
+        """Finds three counts, as most servers tell no more, in what then ends the response."""
+        if data.count(b"_tokens") == 3 and data.count(b'"model"') == 1 and (
+                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) > 0
+                and data.find(b'"service_tier"') < 0):
+            start = data.rfind(self.USAGE_MARK)
+            counts = object_in(b"{" + data[start:]).get(self.usage_key)
+            return counts if type(counts) is dict else None
+        return None
 
     def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
@@ -4304,34 +4342,33 @@ class Dialects:
             raise BadRequest("The path must be spelled plainly")
         return dialect, endpoint, path
 
-    async def read(self, method: str, path: str, query: str, fields: Fields,
-                   read_body: Callable[[], Awaitable[bytes]]) -> Call:
-        """Reads a request. `read_body` is only called, and the payload only parsed, where the call
-        is metered. Raises BadRequest, Forbidden, and what `read_body` raises."""
+    def place(self, method: str, path: str, query: str, fields: Fields) -> Tuple[Any, ...]:
+        """Returns all that the head of a request says of its call: what a Call is made of. Raises
+        BadRequest, Forbidden."""
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
         query = split_query(query)[1] if query else ""
-        stored = model = None
+        stored = None
         if endpoint in (None, UNKNOWN):
             stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
-        call = Call(dialect, endpoint, path, query, prefix)
-        call.stored = stored
-        if endpoint:
-            call.query = without_masks(call.query)
-        if endpoint in (UNKNOWN, UPLOAD):
+        if endpoint and query:
+            query = without_masks(query)
+        return dialect, endpoint, path, query, prefix, stored
+
+    async def read(self, call: Call, method: str, fields: Fields,
+                   read_body: Callable[[], Awaitable[bytes]]) -> None:
+        """Reads the rest of a call. `read_body` is only called, and the payload only parsed, where
+        it is metered. Raises BadRequest, and what `read_body` raises."""
+        model = None  # of any type
+        if call.endpoint in (UNKNOWN, UPLOAD):
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
-        elif endpoint:
+        elif call.endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
-        elif self.names and method == "GET" and ONE_MODEL.fullmatch(path):
+        elif self.names and method == "GET" and ONE_MODEL.fullmatch(call.path):
             model = self.read_model_path(call)
-        self.note_model(call, model)
-        return call
-
-    def note_model(self, call, model):
-        """`model` is of any type. Raises BadRequest."""
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
@@ -4402,22 +4439,28 @@ class Dialects:
         call.json_body = JsonBody(call.body)
         if len(call.json_body.short) > self.max_text:
             raise TextTooLarge()
-        call.payload = call.json_body.parse()
-        others = call.payload.keys() - self.READ_KEYS
+        call.payload = payload = call.json_body.parse()
+        others = payload.keys() - self.READ_KEYS
         for key in self.READ_KEYS.intersection(map(str.casefold, others)):
             raise BadRequest("The key %s must be spelled in lower case" % key)
-        if type(call.payload.get("stream")) not in (bool, type(None)) and call.endpoint != UNKNOWN:
+        stream = payload.get("stream")
+        if stream is not None and type(stream) is not bool and call.endpoint != UNKNOWN:
             raise BadRequest("stream must be true or false")  # an upstream could take it for one
         call.is_json = True
         dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
-        model, call.stream = dialect.requested(call.path, call.payload)
+        model, call.stream = dialect.requested(call.path, payload)
         return model
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
-# JSON without one of these is no error.
-FAULT_MARK = re.compile(rb'"(?:errors?"|failed"|base_resp"|response\.failed")')
+
+
+def may_be_fault(data: bytes) -> bool:
+    """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
+    times as long: CPython raises an exception for what is no number, and drops it."""
+    find = data.find
+    return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
 class Unpacker:
@@ -4469,6 +4512,8 @@ class UsageReader(UsageSource):
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed
     fault = 0             # the status of the error that the response is
+    unpacker: Optional[Unpacker] = None
+    changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
@@ -4480,12 +4525,13 @@ class UsageReader(UsageSource):
         self.dialect = call.dialect
         self.events = call.dialect.events
         self.endpoint = call.endpoint
+        self.asked = call.upstream_model
         self.streamed = streamed
         self.readable = readable
-        self.unpacker = Unpacker() if packed else None
-        plain = streamed and readable and not packed
-        self.changes_stream = plain and call.usage_requested_by_us
-        if self.changes_stream:
+        if packed:
+            self.unpacker = Unpacker()
+        if call.usage_requested_by_us and streamed and readable and not packed:
+            self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
         self.counts: Dict[str, Any] = {}
@@ -4525,7 +4571,9 @@ class UsageReader(UsageSource):
         for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
         self.held = b""
-        found = self.dialect.USAGE_MARK in data and self.find_usage(data)
+        found = None
+        if data.find(self.dialect.USAGE_MARK) >= 0:  # as in `may_be_fault`
+            found = self.find_usage(data)
         if not found and self.events.at_boundary(data):  # as nearly always
             return data
         begin = self.events.last_end(data, found.start() if found else len(data))
@@ -4591,7 +4639,7 @@ class UsageReader(UsageSource):
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
         found = []
-        if self.dialect.USAGE_MARK in data:  # far sooner known than by an expression
+        if data.find(self.dialect.USAGE_MARK) >= 0:  # far sooner known than by an expression
             found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
@@ -4615,7 +4663,11 @@ class UsageReader(UsageSource):
 
     def note_server(self, payload: Dict[str, Any]) -> None:
         """Takes which model served, and how."""
-        model, tier = self.dialect.served(payload)
+        dialect = self.dialect
+        if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
+            self.model = self.asked  # as nearly always
+            return
+        model, tier = dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
 
@@ -4640,6 +4692,10 @@ class UsageReader(UsageSource):
         held = b""
         events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
+        if last.endswith(self.events.event(LAST_DATA)) and last.find(b"error") < 0 and (
+                not may_be_fault(last)):
+            self.closed = True  # as nearly always
+            return
         for line in reversed(last.splitlines()[-self.LAST_LINES:]):
             part = self.events.data(line)
             if part is None:
@@ -4650,7 +4706,7 @@ class UsageReader(UsageSource):
             held = part + held
             if held.strip() == LAST_DATA:
                 self.closed = True
-            elif not (self.closed and held.endswith(b"}") and not FAULT_MARK.search(held)):
+            elif not (self.closed and held.endswith(b"}") and not may_be_fault(held)):
                 payload = object_in(held)
                 if not payload:
                     continue
@@ -4665,12 +4721,19 @@ class UsageReader(UsageSource):
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
         self.note_server(payload)
-        if FAULT_MARK.search(data):
+        if may_be_fault(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
     def read_json(self, data: bytes) -> None:
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
+        counts = None
+        if small and not may_be_fault(data):
+            counts = self.dialect.usual_counts(data, self.asked)
+        if counts:
+            self.counts = counts
+            self.model = self.asked
+            return
         payload = last_object(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
@@ -4682,12 +4745,14 @@ class UsageReader(UsageSource):
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
             self.note_server(payload)
-            if FAULT_MARK.search(data):
+            if may_be_fault(data):
                 self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
         self.read_end(whole)
+        if whole and self.ended and not self.fault:  # as nearly always
+            return "ok"
         failed = self.fault or (whole and not self.ended and self.tells_end())
         if failed and not self.said_nothing:
             used, complete = self.reported_usage(whole=False)
@@ -4710,15 +4775,16 @@ class UsageReader(UsageSource):
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if it was; and whether nothing is missing from
         it."""
-        self.read_end(whole)
+        if not self.end_is_read:
+            self.read_end(whole)
         usage = self.dialect.usage(self.counts, self.model, self.tier)
         complete = self.final or (whole and self.final is None)
         return usage, usage is not None and bool(complete)
 
-    def most_characters(self) -> int:
+    def most_characters(self) -> float:
         """Returns what was counted; of what is kept, all, or what is usual in events."""
         density = self.density or (0.03 if self.streamed else 1)
-        return self.characters + round(self.size * density)
+        return self.characters + self.size * density
 
     def output_characters(self) -> int:
         """Returns the weight of the text that passed."""
@@ -5112,16 +5178,18 @@ class BodyAdapter:
 
     def feed(self, data: bytes) -> bytes:
         """Raises Malformed as soon as the framing is broken."""
-        same, payload = self.framing.feed(data)
+        out, payload = self.framing.feed(data)
         if self.reader and payload:
             payload = self.reader.feed(payload)
-        ended = self.framing.ended
-        if ended and self.reader and self.style != self.AS_IS:
-            payload += self.reader.flush()
+        if self.style != self.AS_IS:
+            ended = self.framing.ended
+            if ended and self.reader:
+                payload += self.reader.flush()
+            out = self.frame(payload, ended)
         self.passed += len(payload)
         if self.events:
             self.tail = (self.tail + payload)[-4:]
-        return same if self.style == self.AS_IS else self.frame(payload, ended)
+        return out
 
     def frame(self, payload, ended):
         if self.style != self.CHUNKED:
@@ -6143,8 +6211,6 @@ class Stored:
     def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
         """Returns one of the things that a call speaks of, None where it is free to go anywhere.
         Raises Forbidden, NothingStored."""
-        if self.policy == "pass" and not self.things:
-            return None
         path, names = call.stored, call.references()
         if self.policy == "refuse" and (path or names):
             raise Forbidden("What upstreams store is not passed on")
@@ -6299,11 +6365,10 @@ class Response:
 
     def release(self):
         """It came whole, or nobody wants it any more: the upstream has one call less."""
-        if not self.released:
-            self.released = True
-            self.address.running -= 1
-            if self.ticket:
-                self.ticket.leave()
+        self.released = True
+        self.address.running -= 1
+        if self.ticket:
+            self.ticket.leave()
 
     def __exit__(self, kind, *_):
         framing, stream = self.framing, self.stream
@@ -6311,7 +6376,8 @@ class Response:
             self.address.part_with(stream, self.ticket, framing=framing)
             self.ticket = None
             return self.release()
-        self.release()
+        if not self.released:
+            self.release()
         unread = framing.trailing or stream.read_buffer
         if self.reusable and framing.ended and not unread and not stream.ended:
             self.address.keep(stream, self.streamed or self.bodiless)
@@ -6992,6 +7058,8 @@ class Routes:
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
         """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        if self.base and not (self.named or thing):  # there is no choice
+            return self.all
         for upstream in self.all if thing else ():
             if thing.upstream == upstream.name and call.prefix in (None, upstream.name):
                 return [upstream.only(thing.address)]
@@ -7001,18 +7069,22 @@ class Routes:
             return [self.base]
         found = self.known.get(call.resolved_model)
         if found is None:
-            found = self.serving(call.resolved_model) or ([self.base] if self.base else [])
-            if len(self.known) >= KNOWN_MODELS:
-                self.known.clear()
-            self.known[call.resolved_model] = found
+            found = self.serving(call.resolved_model)
         if not found:
             raise NoRoute(call.model)
         return found
 
     def serving(self, model):
+        """Returns those that serve a model, else the base; that is known from then on."""
         found = [upstream for upstream in self.named if upstream.serves(model)]
         # Nobody's own key is for a second vendor.
-        return found[:1] + [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
+        found[1:] = [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
+        if self.base and not found:
+            found = [self.base]
+        if len(self.known) >= KNOWN_MODELS:
+            self.known.clear()
+        self.known[model] = found
+        return found
 
     def close_queues(self):
         for upstream in self.all:
@@ -7812,7 +7884,7 @@ class Reply:
         self.started = self.parts.clock.time_ns()
         self.request = request
         self.close_after = request.close_after
-        if "x-request-id" in request:
+        if "x-request-id" in request.lines:
             given = request.get("x-request-id")
             self.entry.request_id = given if REQUEST_ID.fullmatch(given) else None
         self.entry.method = request.method
@@ -7915,7 +7987,8 @@ class Reply:
     async def receive(self, response: Response) -> BodyAdapter:
         """Decide how a body goes on, and take in what has come of it. Raises UpstreamFailed."""
         call = self.call
-        self.stop_comments()
+        if self.comment_timer:
+            self.stop_comments()
         self.context.until = self.end_at
         streamed, encoding = self.kind_of(response.head)
         response.streamed = streamed
@@ -8070,12 +8143,12 @@ class Reply:
     def went_well(self, response: Response, ending: str) -> Optional[bool]:
         """Returns whether a call went well, None where that is known already or not the upstream's
         doing. An error in a response is what its status would be."""
-        reader = self.entry.reader
         if response.status in FAILING or not self.adapter.framing.ended:
             return None
-        if reader and reader.fault:
-            return False if reader.fault in FAILING else None
-        return ending == "ok"
+        if ending == "ok":
+            return True
+        reader = self.entry.reader
+        return None if reader and reader.fault and reader.fault not in FAILING else False
 
     async def drain(self):
         """Wait until the client has taken all. Raises CallerGone, and what the call is ended
@@ -8095,11 +8168,10 @@ class Reply:
         return reader is not None and unsent <= len(LAST_CHUNK) and reader.has_closed()
 
     def end(self, ending: str):
-        """Note how an answer ended, and cut one that is not whole."""
-        if ending != "ok":
-            self.entry.outcome = ending
-            if not self.adapter.framing.ended:
-                self.cut(UpstreamFailed("cut"))
+        """Note how an answer ended that is not as it should be, and cut one that is not whole."""
+        self.entry.outcome = ending
+        if not self.adapter.framing.ended:
+            self.cut(UpstreamFailed("cut"))
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -8198,7 +8270,7 @@ class Reply:
             entry.request_id = new_request_id()
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
-        rate = RATE_LINES % hold.quota if hold and hold.tightest else ""
+        rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
         queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
         close = "Connection: close\r\n" if self.close_after else ""
         return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
@@ -8252,12 +8324,15 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
             reply.set_deadlines()
-        call = await self.dialects.read(
-            request.method, request.path, request.query, request, reply.read_body)
+        call = self.new_call(request)
+        await self.dialects.read(call, request.method, request, reply.read_body)
         reply.call = entry.call = call
         if call.stream:
             reply.start_comments()
-        upstreams = self.routes.find(call, self.find_thing(call, entry.caller))     # route
+        thing = None
+        if self.stored.policy != "pass" or self.stored.things:
+            thing = self.find_thing(call, entry.caller)
+        upstreams = self.routes.find(call, thing)                                   # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -8289,8 +8364,10 @@ class Proxy:
                 if not reason.nothing_sent:
                     self.settle(entry, reason.outcome)
                 raise
-            self.settle(entry, ending)                                              # settle
-            reply.end(ending)
+            if not entry.hold.ended:
+                self.settle(entry, ending)                                          # settle
+            if ending != "ok":
+                reply.end(ending)
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
@@ -8298,17 +8375,18 @@ class Proxy:
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
         adapter = await reply.receive(response)
-        if adapter.framing.ended:
+        ended = adapter.framing.ended
+        if ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
             entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
-        elif adapter.framing.ended:
+        elif ended:
             ending = entry.reader.ending(whole=True) if entry.reader else "ok"
             self.settle(entry, ending)
         reply.begin(response)
         try:
-            if not adapter.framing.ended:
+            if not ended:
                 ending = await reply.carry(response)
                 if entry.reader:
                     ending = entry.reader.ending(ending == "ok")
@@ -8332,9 +8410,12 @@ class Proxy:
         """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
         if call.unmetered:
             return NO_COST, NO_COST
-        if "usd" in self.estimator.units:
+        estimator = self.estimator
+        if not estimator.needs_estimate:
+            return estimator.plain, estimator.plain
+        if "usd" in estimator.units:
             self.require_price(call, entry)
-        return self.estimator.estimate(call, entry.caller.key)
+        return estimator.estimate(call, entry.caller.key)
 
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
@@ -8370,6 +8451,14 @@ class Proxy:
     def sender(self, upstream, call):
         """What is not metered does not wait."""
         return self.send if upstream.queue is None or call.unmetered else self.send_in_turn
+
+    def new_call(self, request: Request) -> Call:
+        """Returns a call as its head tells of it, which is read once, too."""
+        cache = request.cache
+        if "call" not in cache:
+            cache["call"] = self.dialects.place(
+                request.method, request.path, request.query, request)
+        return Call(*cache["call"])
 
     async def send_in_turn(self, upstream, reply, call):
         ticket = reply.context.slot = await self.stand_in_line(upstream, reply)
@@ -8446,22 +8535,23 @@ class Proxy:
 
     def settle(self, entry, ending):
         """Charge what the call used, and write that down. The second time, it does nothing."""
-        call, hold = entry.call, entry.hold
+        call, hold, reader = entry.call, entry.hold, entry.reader
         if call.owes:
             return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
             return
-        if entry.reader and entry.reader.said_nothing:
-            return hold.settle(self.fault_costs(entry.reader.fault))
-        if call.runs_in_background() and not self.told_usage(entry, ending)[1]:
-            return self.await_usage(call, hold)
+        if reader and reader.said_nothing:
+            return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if ending == CallerGone.outcome else 0
-        usage = self.estimator.usage(call, entry.caller.key, entry.reader, ending == "ok", held)
+        usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
+        if usage.estimated and call.runs_in_background() and (
+                not self.told_usage(entry, ending)[1]):
+            return self.await_usage(call, hold)
         entry.usage = usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
-        if ending not in ("ok", CallerGone.outcome):
+        if estimate and ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
 
@@ -8966,14 +9056,20 @@ class ClientConnection:
             self.on_client_end()
         elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
-        if "origin" in request.lines:
-            self.server.parts.origins.check(request.method, request)
-        self.refuse_other_protocols(request)
-        page = self.server.pages.find(request)
+        if "page" not in request.cache:
+            request.cache["page"] = self.find_page(request)
+        page = request.cache["page"]
         if page:
             await page(request, reply)
         else:
             await self.proxy.serve(request, reply)
+
+    def find_page(self, request):
+        """Returns the page that answers, None where an upstream does. Raises a Refusal for what is
+        answered by neither."""
+        self.server.parts.origins.check(request.method, request)
+        self.refuse_other_protocols(request)
+        return self.server.pages.find(request)
 
     @staticmethod
     def refuse_other_protocols(request):
@@ -9010,7 +9106,8 @@ class ClientConnection:
 
     def record(self, reply):
         """Write down how it went."""
-        reply.stop_comments()
+        if reply.comment_timer:
+            reply.stop_comments()
         if self.leave_timer:
             self.leave_timer.cancel()
         if reply.body:

@@ -85,7 +85,7 @@ def streamed(chunks):
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
 def answer():
-    need(head("x-ratelimit-remaining"), "no X-RateLimit-Remaining")
+    need(head("x-ratelimit-remaining") or not left, "no X-RateLimit-Remaining")
     message = json.loads(body)["choices"][0]["message"]
     need(message["role"] == "assistant", "no assistant")
     return "%d characters" % len(message.get("content") or "")
@@ -97,6 +97,8 @@ def stream():
 def limit():
     need(limited, "not limited")
     need(head("x-ratelimit-remaining"), "no X-RateLimit-Remaining")
+    if status == 429:  # LIMIT_REPLY is error, or auto
+        return json.loads(body)["error"]["message"]
     choice = json.loads(body)["choices"][0]
     need(choice["finish_reason"] == "stop" and choice["message"]["content"], "no message")
     return choice["message"]["content"]
@@ -106,9 +108,10 @@ def limit_stream():
     return streamed(events()) + ", streamed"
 
 def unauthorized():
-    need(status == 401, "a call without a valid key is let in")
-    need(json.loads(body)["error"]["code"] == "invalid_api_key", "no invalid_api_key")
-    return "invalid_api_key"
+    need(status in (401, 429), "a call without a valid key is let in")
+    code = json.loads(body)["error"]["code"]
+    need(code in ("invalid_api_key", "too_many_wrong_keys"), "no invalid_api_key")
+    return code
 
 def health():
     need(status == 200 and json.loads(body)["ok"] is True, "not ok")
@@ -118,7 +121,8 @@ def health():
     return "%s of %s left" % (quota["remaining"], quota["limit"])
 
 def remaining():
-    return int(float(json.loads(body).get("quota", {}).get("remaining", 1000)))
+    quota = json.loads(body).get("quota")
+    return int(float(quota["remaining"])) if quota else ""
 
 def models():
     names = [row["id"] for row in json.loads(body)["data"]]
@@ -128,8 +132,8 @@ def models():
 def first_model():
     return json.dumps(json.loads(body)["data"][0]["id"])
 
-what, status, body = sys.argv[1], int(read("status")), read("body")
-limited = status == 200 and ('"chatcmpl-limit-' in body)
+what, left, status, body = sys.argv[1], sys.argv[3], int(read("status")), read("body")
+limited = '"chatcmpl-limit-' in body if status == 200 else status == 429 and bool(head("x-ratelimit-remaining"))
 if status == 401 and "proxy API key" in body and what != "unauthorized":
     print("the proxy asks for a key: give it as second argument or in API_KEY")
     sys.exit(4)
@@ -137,12 +141,12 @@ if limited and what in ("answer", "stream"):
     sys.exit(3)
 try:
     if what not in ("unauthorized", "health"):
-        need(status == 200, "no answer")
+        need(status == 200 or limited, "no answer")
     print(globals()[what]())
 except (ValueError, LookupError, TypeError, AttributeError) as fault:
     need(False, "not what it should be: %r" % fault)
 PYTHON
-judge() { "$python" "$dir/judge.py" "$1" "$dir"; }
+judge() { "$python" "$dir/judge.py" "$1" "$dir" "${left-}"; }
 
 # check NAME WHAT: one line, or the end.
 check() {
@@ -162,7 +166,7 @@ check_call() {
     esac
 }
 
-# look: how much this caller has left, into $left.
+# look: how much this caller has left, into $left; empty where no rule counts for it.
 look() {
     request "$key" /health
     left=$(judge remaining)
@@ -209,10 +213,15 @@ look
 before=$left
 check_call answer answer "$call}"
 look
-cost=$((before - left))
+cost=$((${before:-0} - ${left:-0}))
 check_call stream stream "$call,\"stream\":true}"
 
 look
+if [ -z "$left" ]; then
+    say "limit reply: skipped, no rule counts for this caller"
+    say ok
+    exit
+fi
 if [ "$cost" -gt 0 ] && [ "$left" -ge $((most_calls * cost)) ]; then
     say "limit reply: skipped, $left tokens are left and a call costs $cost: more than $most_calls calls to go"
     say ok

@@ -48,6 +48,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import tokenize
@@ -1223,7 +1224,7 @@ class ConfigTest(TableCase):
         LIMITS=model:gpt* 9 requests per day | BASE_MODEL=gpt-5
         LIMITS=model:gpt* 9 requests per day | BASE_API_URL=https://api.openai.com/v1
         PATH=1 | HOSTNAME=1 | HTTP_PROXY=1 | http_proxy=1 | OLDPWD=1 | LOGNAME=1 | TOKENS=1
-        DATABASE_URL=1
+        DATABASE_URL=1 | SSL_CERT_FILE=1
         """
 
     def warnings(self, settings, dotenv=""):
@@ -1246,6 +1247,17 @@ class ConfigTest(TableCase):
         readme = source(os.path.join(FOLDER, "README.md"))
         for rows in readme_rows():
             self.assertIn("\n%s\n\n" % "\n".join(rows), readme)
+
+    def test_the_examples_of_readme_are_without_a_fault(self):
+        readme = source(os.path.join(FOLDER, "README.md"))
+
+        def example(heading):
+            text = readme[readme.index("\n## %s\n" % heading):]
+            return textwrap.dedent(re.search("(?:\n    .*)+", text)[0])
+
+        config = read_config({}, example("Five friends and a GPU"))
+        self.assertEqual((len(config.proxy_api_keys), config.warnings()), (5, []))
+        self.assertEqual(len(read_config(HERE, example("Rules")).limits), 8)
 
 
 class RulesTest(TableCase):
@@ -2063,8 +2075,8 @@ class UsageTest(ProxyCase):
     def test_the_length_of_a_payload_is_that_of_its_words_joined_by_spaces_but_the_model(self):
         """Keys that only a tool knows are words too, and a number in a list is a token."""
         for payload, length in self.each(self.LENGTHS):
-            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.PLAIN_KEYS,
-                                          llm_proxy.media_texts)
+            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.TEXT_KEYS,
+                                          llm_proxy.PLAIN_KEYS, llm_proxy.media_texts)
             self.assertEqual(found, (int(length), []))
 
     def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
@@ -7812,6 +7824,8 @@ class EveryAwaitTest(WaitingCase):
         self.client.close()
         if self.proxy.routes.base.queue:
             self.end_busy()
+            for asked in self.stub.requests:  # it has noticed who left, and its slot is free
+                asked.over.set()
         expected = dict.fromkeys(self.what_is_held(seen), 0)
         expected["endings"] = [outcome] if outcome != "-" else []
         expected["spares"] = int(kept != "")
@@ -8797,6 +8811,17 @@ class CommandsTest(ProcessCase):
             self.assertIn("\n%s:\n" % group, out)
         for option in ("--version", "--check", "--demo"):
             self.assertIn(option, out)
+
+    def test_run_local_serves_this_machine_alone_and_gives_way_to_the_environment(self):
+        settings = {"PYTHON": sys.executable, "DATABASE": "off", "BASE_API_URL": self.NOWHERE,
+                    "MAX_TOKENS": ""}
+        found = subprocess.run(
+            ["sh", os.path.join(FOLDER, "run_local.sh"), "--check"], cwd="/",
+            env={"PATH": os.environ["PATH"], **settings}, stdout=subprocess.PIPE, text=True)
+        rows = [row.split() for row in found.stdout.splitlines()]
+        for row in self.each(("HOST 127.0.0.1", "BASE_API_URL " + self.NOWHERE, "MAX_TOKENS 10",
+                              "REFILL_TOKENS 1", "BASE_API_KEY not set")):
+            self.assertIn(row.split(), rows)
 
     def test_version_is_told(self):
         said = "llm_proxy %s\n" % llm_proxy.VERSION
