@@ -5761,9 +5761,11 @@ class MemoryBudget:
 
 
 class Turns:
-    """Has those whose bodies take long to understand go one by one, each caller in its turn, with a
-    round of the loop for everybody else in between."""
+    """Has those whose bodies take long to understand go one by one, each caller in its turn. As
+    long as one took, the loop is left to everybody else before the next."""
     SMALL = 8192  # bytes of a body that needs none
+    handle = None
+    began = 0.0
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -5771,9 +5773,9 @@ class Turns:
 
     def wait(self, owner: Optional[CallerKey], context: Context) -> asyncio.Future:
         turn = context.wait(self.loop.create_future(), math.inf, "its turn to be understood")
-        if not self.waiting:
-            self.loop.call_soon(self.next)
         self.waiting.setdefault(owner, collections.deque()).append(turn)
+        if self.handle is None:
+            self.handle = self.loop.call_soon(self.next)
         return turn
 
     def next(self):
@@ -5783,8 +5785,12 @@ class Turns:
             woken = Stream.wake(turns.popleft())  # else it has left
             if turns:
                 self.waiting[owner] = turns
-        if self.waiting:
-            self.loop.call_soon(self.next)
+        self.began = self.loop.time()
+        self.handle = self.loop.call_soon(self.pause) if woken else None
+
+    def pause(self):
+        """Runs right behind whoever was woken."""
+        self.handle = self.loop.call_later(self.loop.time() - self.began, self.next)
 
 
 WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # for zlib, by content coding

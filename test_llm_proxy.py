@@ -4443,7 +4443,7 @@ class StreamTest(ProxyCase):
                 self.assertEqual(answered.get("content-length"), length or None)
                 self.assertIsNone(answered.get("transfer-encoding"))
 
-    def test_large_bodies_are_understood_one_in_each_round_of_the_loop_and_callers_in_turn(self):
+    def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
         loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
         self.addCleanup(loop.close)
         turns, gone = llm_proxy.Turns(loop), llm_proxy.Context(loop)
@@ -9196,8 +9196,8 @@ class CommandsTest(ProcessCase):
 
 # --------------------------------------------------------------------------------------------------
 # Endurance: everything at its worst. Each test has a short form here, and those with a `size` have
-# a long one: `python test_llm_proxy.py --soak`, about 15 minutes, prints their figures. `--soak long
-# [SECONDS]` runs attacks at random beside honest callers alone, for half an hour.
+# a long one: `python test_llm_proxy.py --soak`, about 15 minutes, prints their figures.
+# `--soak long [SECONDS]` runs attacks at random beside honest callers alone, for half an hour.
 # --------------------------------------------------------------------------------------------------
 
 class EnduranceCase(ProcessCase):
