@@ -1770,10 +1770,6 @@ class Hold:
         self.settle(NO_COST)
 
     @property
-    def quota(self) -> Quota:
-        return self.tightest.quota
-
-    @property
     def output_tokens(self) -> int:
         """The output that it is meant for."""
         _, total, prompt, output, *_ = self.costs
@@ -2486,7 +2482,7 @@ class CostEstimator:
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > model.peak(caller) * outputs:
+            if limit is None or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.models.move_to_end(call.upstream_model)  # who calls often is here often enough
@@ -2605,6 +2601,27 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = strict_decoder(unique)
+BY_LOADS = PLAIN_JSON, STRICT_JSON
+LONG_NUMBER = re.compile("[0-9]{400}")
+
+
+KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
+
+
+def was_strict(text: str, value: Any) -> bool:
+    """Returns whether the JSON that was read as `value` is sure to name no key twice, and to have
+    no number that is out of range."""
+    keys = 0
+    values = [value]
+    for one in values:  # the list grows meanwhile
+        if type(one) is dict:
+            keys += len(one)
+            values += one.values()
+        elif type(one) is list:
+            values += one
+        elif type(one) is float and not math.isfinite(one):
+            return False
+    return keys == len(KEY_END.findall(text))
 
 
 def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
@@ -2613,8 +2630,10 @@ def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder is PLAIN_JSON:  # PyPy: ten times as fast
-            return json.loads(text)
+        if not HAS_SCANNER and decoder in BY_LOADS and not LONG_NUMBER.search(text):
+            value = json.loads(text)  # PyPy: ten times as fast
+            if decoder is PLAIN_JSON or was_strict(text, value):
+                return value
         value, end = decoder.scan_once(text, 0)
         if end == len(text):
             return value
@@ -3093,18 +3112,19 @@ class Call(Billable):
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
         found = []
+        meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
         parts = [self.payload]
         for part in parts:  # the list grows meanwhile
             values = part
             if type(part) is dict:
+                if "type" in part and ECHO.search(str(part["type"])):
+                    continue
                 values = part.values()
-                if not REFERENCES.isdisjoint(part):
-                    for key in REFERENCES.intersection(part):
+                if not meant.isdisjoint(part):
+                    for key in meant.intersection(part):
                         found += names_of_things(part[key])
                 if not CALLERS_OWN.isdisjoint(part):
                     values = [part[key] for key in part.keys() - CALLERS_OWN]
-                elif "input" in part and str(part.get("type")).endswith("tool_use"):
-                    continue
             parts += [one for one in values if type(one) in (list, dict)]
         return found
 
@@ -3267,7 +3287,12 @@ REFERENCES = frozenset("""
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
-    input_schema inputSchema schema json_schema properties metadata client_metadata""".split())
+    input_schema inputSchema schema json_schema properties metadata client_metadata
+    annotations""".split())
+# Chat has none of these, though some clients name theirs so.
+CONVERSATIONS = frozenset("conversation conversation_id thread_id assistant_id".split())
+# What an answer has said of its tools, which is told again with the next question.
+ECHO = re.compile("tool_use$|_call$|_call_output$|_tool_result$")
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
@@ -3301,7 +3326,22 @@ def names_made(payload: Dict[str, Any]) -> List[str]:
             found += names_of_things(holder.get("result_files"))
             resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
             found.append(resource and resource[1])
-    return [name for name in found if type(name) is str and name]
+    return [name for name in found + names_in_output(payload) if type(name) is str and name]
+
+
+def names_in_output(payload):
+    """Returns the names of what tools of the upstream's own have made."""
+    found = []
+    parts = [payload]
+    for part in parts:  # the list grows meanwhile
+        if len(parts) > 10_000:
+            break
+        if type(part) is dict:
+            found += [part.get("container_id"), part.get("file_id")]
+            parts += map(part.get, ("output", "content", "annotations", "results"))
+        elif type(part) is list:
+            parts += part
+    return found
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -3681,7 +3721,7 @@ class Dialect:
         `resets_at` is in unix seconds, None where no wait will do."""
         return self.error(refusal, status)
 
-    def error_event(self, body: bytes) -> bytes:
+    def error_event(self, body: bytes, endpoint: str) -> bytes:
         """Returns an error in a stream that has begun; `body` is what it would be without one."""
         return self.events.event(body, self.ERROR_LINE)
 
@@ -3892,6 +3932,16 @@ class OpenAI(Dialect):
         error = json.loads(self.error(refusal, status))["error"]
         return to_json_bytes({
             "error": {**error, "type": "usage_limit_reached", "resets_at": resets_at}})
+
+    def error_event(self, body, endpoint):
+        if endpoint != "responses":
+            return super().error_event(body, endpoint)
+        message = dig(object_in(body), "error", "message")  # Codex shows no other event
+        response = RESPONSE % {"number": "failed", "created": "0", "status": "failed",
+                               "model": '""', "item": "", "usage": "null"}
+        error = '"error": {"code": "server_error", "message": %s}' % json.dumps(str(message))
+        return self.limit_event(('{"type": "response.failed", "sequence_number": 0, "response": %s}'
+                                 % response.replace('"error": null', error)).encode())
 
     def limit_text(self, call, values):
         if call.endpoint == "responses":
@@ -4324,8 +4374,6 @@ class Dialects:
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
         metered; and the path to use. Raises BadRequest, Forbidden."""
-        if method == "POST" and path == "/v1/chat/completions":  # as nearly always
-            return self.openai, "chat", path
         folded = fold_path(path)
         if self.is_admin_path(method, self.split(folded)[1]):
             raise Forbidden()
@@ -4727,12 +4775,9 @@ class UsageReader(UsageSource):
     def read_json(self, data: bytes) -> None:
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
-        counts = None
-        if small and not may_be_fault(data):
-            counts = self.dialect.usual_counts(data, self.asked)
+        counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
         if counts:
-            self.counts = counts
-            self.model = self.asked
+            self.counts, self.model = counts, self.asked
             return
         payload = last_object(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
@@ -6230,10 +6275,6 @@ class Stored:
                 raise NothingStored()
         return next(filter(None, found), None)
 
-    def bill_for(self, call: Call) -> Optional[Bill]:
-        """Returns what is open of the call whose answer this one asks for."""
-        return self.bills.get(call.stored.name) if call.stored and self.bills else None
-
     def owe(self, name: str, bill: Bill):
         """Keeps a bill, of the last BILLS."""
         self.bills[name] = bill
@@ -7200,9 +7241,10 @@ class Entry:
         if self.started is None:
             self.started = self.ended  # no head ever came
         self.reader = None
-        if self.call:
-            self.call.payload = self.call.body = self.call.upstream_body = None
-            self.call.put_model = self.call.on_made = self.call.json_body = None
+        call = self.call
+        if call:
+            call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
+            call.json_body = None
         return self
 
     def milliseconds(self, until):
@@ -7986,7 +8028,8 @@ class Reply:
 
     def error_event(self, refusal):
         dialect = self.call.dialect
-        return dialect.error_event(refusal.body or dialect.error(refusal, refusal.status))
+        body = refusal.body or dialect.error(refusal, refusal.status)
+        return dialect.error_event(body, self.call.endpoint)
 
     # -- what comes from upstream
 
@@ -8403,8 +8446,8 @@ class Proxy:
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
         thing = self.stored.find(call, caller.key)
-        bill = self.stored.bill_for(call)
-        if bill:
+        bill = call.stored and self.stored.bills.get(call.stored.name)
+        if bill:  # it asks for the answer of that call
             call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
         return thing
 

@@ -1748,7 +1748,7 @@ class LimitsTest(LimitsCase):
                 self.clock.now += fractions.Fraction(steps, choose.choice((7, 10, 40)))
                 model.advance(self.clock.now)
                 tightest = self.take_some(model, choose).tightest
-                quota = llm_proxy.Hold(tightest=tightest).quota
+                quota = tightest.quota
                 self.assertEqual(quota.remaining, max(0, model.level), step)
 
     def test_no_wait_is_a_moment_too_short_or_too_long(self):
@@ -1960,9 +1960,9 @@ class RulesTogetherTest(LimitsCase):
     def test_the_quota_is_that_of_the_tightest_bucket(self):
         self.start("each 100 requests per day; all 2.5 usd per day; each 50 tokens per day")
         hold = self.admit(1, 5, 0, 0, 10 ** 11)
-        self.assertEqual(hold.quota, (50, 45, 50, 86400, 1728))
+        self.assertEqual(hold.tightest.quota, (50, 45, 50, 86400, 1728))
         hold.settle(costs(1, 5, 0, 0, 2 * 10 ** 12))
-        self.assertEqual(hold.quota, ("2.5", "0.5", "2.5", 86400, 1))
+        self.assertEqual(hold.tightest.quota, ("2.5", "0.5", "2.5", 86400, 1))
         charges = "each 100 requests per day=1;all 2.5 usd per day=2000000000000;"
         self.assertEqual(hold.describe_charges(), charges + "each 50 tokens per day=5")
 
@@ -1974,7 +1974,7 @@ class RulesTogetherTest(LimitsCase):
             refusal = self.refused(1, name=name)
             self.assertEqual(str(refusal), "limit reached: %d running already" % places)
             self.assertEqual((refusal.wait, refusal.fields), (2, {"Retry-After": 2}))
-            self.assertEqual(holds[-1].quota, (places, 0, 0, 0, 0))
+            self.assertEqual(holds[-1].tightest.quota, (places, 0, 0, 0, 0))
             self.clock.now += 10 ** 9
             self.refused(1, name=name)
             self.assertEqual(self.levels(), [])  # nothing that a restart would find
@@ -2570,6 +2570,14 @@ class JsonTest(ProxyCase):
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
             self.assertEqual(parse_json(text.encode()), json.loads(text))
 
+    def test_json_is_read_as_strictly_where_no_c_code_reads_it(self):
+        with mock.patch.object(llm_proxy, "HAS_SCANNER", False):
+            self.assertEqual(parse_json(b'{"a": "\\": ", "b": {"a": 1.5}}'),
+                             {"a": '": ', "b": {"a": 1.5}})
+            for body in self.each(self.REFUSED):
+                with self.assertRaises(llm_proxy.BadRequest):
+                    parse_json(body)
+
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
         self.start()
         for body in self.each(self.REFUSED):
@@ -3123,6 +3131,32 @@ class UsageReaderTest(ProxyCase):
         passed = b"".join(map(reader.feed, pieces)) + reader.flush()
         used, final = reader.reported_usage(whole)
         return passed, used and used[:2], final, reader.output_characters()
+
+    USUAL_ENDS = """
+        {"model":"m","choices":[],TOLD} -> True
+        {"model":"","choices":[],TOLD} -> False
+        {"model":"other","choices":[],TOLD} -> False
+        {"model":"other","metadata":{"model":"m"},TOLD} -> False
+        {"model":"m","service_tier":"flex",TOLD} -> False
+        {"model":"m",TOLD,"cached_tokens":5} -> False
+        {"model":"m","choices":[{TOLD}]} -> False
+        {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
+        [{"model":"m","choices":[],TOLD}] -> False"""
+
+    def test_the_end_of_an_answer_tells_what_all_of_it_does_or_all_of_it_is_read(self):
+        told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
+        for text, is_usual in self.each(self.USUAL_ENDS):
+            data = text.replace("TOLD", told).encode()
+            counts = llm_proxy.OpenAI().usual_counts(data, "m")
+            self.assertEqual(str(counts is not None), is_usual)
+            found = []
+            for short in (counts, None):
+                reader = self.new_reader(streamed=False)
+                reader.asked = "m"
+                reader.feed(data)
+                with mock.patch.object(llm_proxy.OpenAI, "usual_counts", return_value=short):
+                    found.append((reader.reported_usage(True), reader.fault))
+            self.assertEqual(found[0], found[1])
 
     def test_usage_is_read_in_every_dialect(self):
         for endpoint, told, expected in self.each(USAGE_TABLE):
@@ -5047,6 +5081,7 @@ class EarlyStreamTest(WaitingCase):
     def test_what_goes_wrong_then_is_an_error_event_and_a_clean_end(self):
         """Where the stream broke off after it, Open WebUI would show that instead."""
         anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
+        responses = request("POST", "/v1/responses", b'{"model": "m", "stream": true}')
         told = b'{"error":{"message":"too long","code":7}}'
         too_long = says(told, "400 Bad Request")
         no_stream = b"did not answer with a stream"
@@ -5058,6 +5093,8 @@ class EarlyStreamTest(WaitingCase):
                 (None, says(b'{"choices": []}'), no_stream, "upstream_status"),
                 (None, Asked.close, could_not, "upstream_failed"),
                 (anthropic, too_long, b"event: error\ndata: " + told, "upstream_status"),
+                (responses, too_long, b'event: response.failed\ndata: {"type": "response.failed"',
+                 "upstream_status"),
                 (anthropic, Asked.close, b'event: error\ndata: {"type": "error"',
                  "upstream_failed")])):
             client, asked = self.wait_early(data)
@@ -5301,6 +5338,8 @@ class StoredTest(ManyCase):
         {"messages": [{"content": [{"type": "tool_use", "input": {"file_id": "x"}}]}]},
         {"tools": [{"input_schema": {"properties": {"file_id": {"id": "x"}}}}]},
         {"metadata": {"file_id": "x"}}, {"client_metadata": {"thread_id": "codex"}},
+        {"input": [{"type": "code_interpreter_call", "container_id": "cntr_1"}]},
+        {"input": [{"content": [{"annotations": [{"file_id": "x"}]}]}]},
         {"messages": [{"content": "file_id: x"}]},
         {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
 
