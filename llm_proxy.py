@@ -5810,32 +5810,34 @@ class Turns:
     long as one took, the loop is left to everybody else before the next."""
     SMALL = 8192  # bytes of a body that needs none
     handle = None
-    began = 0.0
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
         self.waiting = collections.OrderedDict()  # owner -> futures, whose turn is next first
 
-    def wait(self, owner: Optional[CallerKey], context: Context) -> asyncio.Future:
+    async def take(self, owner: Optional[CallerKey], context: Context):
+        """Raises as `Context.wait` does."""
+        if self.handle is None:
+            return self.begin()
         turn = context.wait(self.loop.create_future(), math.inf, "its turn to be understood")
         self.waiting.setdefault(owner, collections.deque()).append(turn)
-        if self.handle is None:
-            self.handle = self.loop.call_soon(self.next)
-        return turn
+        await turn
 
-    def next(self):
-        woken = False
-        while self.waiting and not woken:
-            owner, turns = self.waiting.popitem(last=False)
-            woken = Stream.wake(turns.popleft())  # else it has left
-            if turns:
-                self.waiting[owner] = turns
+    def begin(self):
         self.began = self.loop.time()
-        self.handle = self.loop.call_soon(self.pause) if woken else None
+        self.handle = self.loop.call_soon(self.pause)  # right behind whose turn it is
 
     def pause(self):
-        """Runs right behind whoever was woken."""
         self.handle = self.loop.call_later(self.loop.time() - self.began, self.next)
+
+    def next(self):
+        self.handle = None
+        while self.waiting and self.handle is None:
+            owner, turns = self.waiting.popitem(last=False)
+            if Stream.wake(turns.popleft()):  # else it has left
+                self.begin()
+            if turns:
+                self.waiting[owner] = turns
 
 
 WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # for zlib, by content coding
@@ -7950,7 +7952,10 @@ class Reply:
             self.body.owner = owner = self.entry.caller.key
             content = await self.body.read(most, self.context)
             if len(content) > Turns.SMALL:
-                await self.parts.turns.wait(owner, self.context)
+                try:
+                    await self.parts.turns.take(owner, self.context)
+                except TimeoutError:  # its own time is over
+                    raise Overloaded() from None
             return content
         if len(self.content) > most:
             raise BodyTooLarge()
