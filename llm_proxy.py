@@ -408,9 +408,8 @@ def check_rule(text, words, kinds):
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
 # tiers, Anthropic's speed and inference_geo.
-USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in {
-    "flex": "0.5", "batch": "0.5", "priority": "2", "fast": "2", "ultrafast": "6",
-    "us": "1.1"}.items()}
+USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in map(
+    str.split, "flex 0.5, batch 0.5, priority 2, fast 2, ultrafast 6, us 1.1".split(","))}
 
 
 class Price(NamedTuple):
@@ -459,8 +458,8 @@ def read_price(cost: Dict[str, Any]) -> Price:
     return price
 
 
-MAKERS = ("openai", "anthropic", "google", "deepseek", "mistral", "xai", "moonshotai", "zai",
-          "minimax", "alibaba")  # who sells those of others comes last
+# Who sells those of others comes last.
+MAKERS = "openai anthropic google deepseek mistral xai moonshotai zai minimax alibaba".split()
 
 
 def makers_costs(providers):
@@ -1359,7 +1358,7 @@ class Fields:
         return self.get(name) is not None
 
 
-def split_query(query: str) -> Tuple[List[str], str]:
+def split_query(query):
     """Returns the keys in a query, as Google's clients may send them, and the rest of it."""
     keys = []
     rest = []
@@ -1372,7 +1371,7 @@ def split_query(query: str) -> Tuple[List[str], str]:
     return keys, "&".join(rest)
 
 
-def plain_ip(host: str) -> "ipaddress.IPv4Address | ipaddress.IPv6Address":
+def plain_ip(host):
     """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip
@@ -1550,6 +1549,7 @@ class Origins:
 
 USD = UNITS.index("usd")
 RUNNING = UNITS.index("running")
+PROMPT = UNITS.index("input_tokens")
 RUNNING_SECONDS = 2  # until one who found too many calls running is to ask again: nobody knows
 NO_COST = (0,) * len(UNITS)
 Amount = Union[int, str]                       # str: in dollars
@@ -1802,6 +1802,7 @@ VERSION_DOT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
 WILDCARD = re.compile(r"[*?[]")
 
 
+@functools.lru_cache(1000)
 def fold_model(name: str) -> str:
     """Returns the one spelling for all of a model: 'us.anthropic.claude-sonnet-4-5-20250929-v1:0',
     'anthropic/claude-sonnet-4.5' and 'claude-sonnet-4-5@20250929' -> 'claude-sonnet-4-5';
@@ -1941,7 +1942,8 @@ class Limits:
         bounded = list(costs)
         for one in levels:
             unit = one.rule.unit
-            bounded[unit] = max(least[unit], min(bounded[unit], one.untaken().level))
+            left = max(1, one.untaken().level)  # of nothing, nothing is enough
+            bounded[unit] = max(least[unit], min(bounded[unit], left))
         return tuple(bounded)
 
     def refusal(self, levels):
@@ -2078,6 +2080,16 @@ class Usage(NamedTuple):
     picodollars: Optional[int] = None
     others: Tuple["Usage", ...] = ()
 
+    def with_others(self) -> "Usage":
+        """Returns the same with what other models did in its counts."""
+        if not self.others:
+            return self
+        input, output, cached, cache_write, reasoning, _, hour_write = map(
+            sum, zip(*[one[:7] for one in (self, *self.others)]))
+        return self._replace(
+            input=input, output=output, cached=cached, cache_write=cache_write,
+            reasoning=reasoning, hour_write=hour_write, others=())
+
 
 class Billable:
     """What a cost depends on before the call is made: `models` are all that may serve it."""
@@ -2094,11 +2106,16 @@ class Billable:
         many outputs it asks for."""
         raise NotImplementedError
 
+    def tiers(self) -> Tuple[str, ...]:
+        """Returns how it asks to be served."""
+        raise NotImplementedError
+
 
 class UsageSource:
     """What a cost depends on once the response has ended."""
     ended = False  # the response's own last event has passed, whatever came then
-    model: Optional[str] = None  # the one that served, where the response says so
+    model = None   # the one that served, where the response says so,
+    tier = None    # and how
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
@@ -2313,10 +2330,10 @@ class Habits:
 
     def __init__(self):
         self.calls = 0
-        self.input_ratio: Optional[float] = None
-        self.output_ratio: Optional[float] = None
+        self.input_ratio = None
+        self.output_ratio = None
         self.hidden = 0.0
-        self.peak: Optional[int] = None
+        self.peak = None
         self.recent = array.array("q")
 
     def move(self, name: str, value: float):
@@ -2341,7 +2358,7 @@ class ModelHabits:
     OTHERS_RATIOS = 2, 6
 
     def __init__(self):
-        self.callers: "collections.OrderedDict[CallerKey, Habits]" = collections.OrderedDict()
+        self.callers = collections.OrderedDict()
         self.usual = Habits()
 
     def of(self, caller: CallerKey) -> Habits:
@@ -2369,7 +2386,7 @@ class ModelHabits:
                 setattr(self.usual, name, clamp(known[len(known) // 2], bounds))
 
 
-def clamp(value: float, bounds: Tuple[float, float]) -> float:
+def clamp(value, bounds):
     return min(bounds[1], max(bounds[0], value))
 
 
@@ -2391,14 +2408,14 @@ class CostEstimator:
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        self.models = collections.OrderedDict()
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def habits(self, call: Billable) -> ModelHabits:
-        return self.models.get(call.upstream_model, self.unknown)
+    def habits(self, call):
+        return self.models.get(fold_model(call.upstream_model), self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
@@ -2412,15 +2429,24 @@ class CostEstimator:
         ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
         prompt = self.prompt_tokens(call, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        if limit is None and habits.peak(caller) > output:
-            held = self.held(call, prompt, habits.peak(caller) * outputs, estimate)
+        peak = 0 if limit else habits.peak(caller) or self.last_peak(caller)
+        if peak > output:
+            held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
+
+    def last_peak(self, caller):
+        """Returns the output to expect of a model that nobody knows: what those said that were
+        called last, as a server may answer to any name."""
+        models = itertools.islice(reversed(self.models.values()), 8)
+        return max([model.peak(caller) for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
         expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
         picodollars = 0
         if "usd" in self.units:
-            picodollars = max([self.prices.cost(expected, name)[0] for name in call.models])
+            # A cheaper tier that is asked for is not always what serves.
+            picodollars = max([self.prices.cost(expected._replace(tiers=tiers), name)[0]
+                               for name in call.models for tiers in {(), call.tiers()}])
         return self.costs(expected, picodollars, estimate, 1)
 
     def prompt_tokens(self, call, ratio):
@@ -2432,10 +2458,7 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        prompt, output = used.input, used.output
-        for other in used.others:
-            prompt += other.input
-            output += other.output
+        prompt, output, *_ = used.with_others() if used.others else used
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
@@ -2457,7 +2480,10 @@ class CostEstimator:
             output = max(output, held)
         if reported is None:
             ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio), model=source and source.model)
+            reported = Usage(self.prompt_tokens(call, ratio))
+            if source:
+                tiers = (source.tier,) if source.tier else ()
+                reported = reported._replace(model=source.model, tiers=tiers)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
     def is_understated(self, call, caller, told, source):
@@ -2473,19 +2499,20 @@ class CostEstimator:
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
-        model = self.models.get(call.upstream_model)
+        name = fold_model(call.upstream_model)
+        model = self.models.get(name)
         if model is None:
             if len(self.models) >= KNOWN_MODELS:
                 self.models.popitem(last=False)
-            model = self.models[call.upstream_model] = ModelHabits()
+            model = self.models[name] = ModelHabits()
         own = model.callers.get(caller) or model.add(caller)
         own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if limit is None or used.output > (own.peak or model.usual.peak or 0) * outputs:
+            if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
-            self.models.move_to_end(call.upstream_model)  # who calls often is here often enough
+            self.models.move_to_end(name)  # who calls often is here often enough
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
@@ -2526,7 +2553,7 @@ NO_MARKS = bytes(set(range(256)) - set(MARKS))
 STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 
 
-def is_too_complex(data: bytes) -> bool:
+def is_too_complex(data):
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
     if len(data) <= MAX_JSON_PARTS and data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
@@ -2553,7 +2580,7 @@ def is_deep(outside: bytes) -> bool:
     return False
 
 
-def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def unique(pairs):
     """Returns an object of JSON. Two parsers may disagree on which of two equal keys counts."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -2561,7 +2588,7 @@ def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return found
 
 
-def finite(text: str) -> float:
+def finite(text):
     """Returns a number of JSON, which is none of the NaN and Infinity that Python would read."""
     value = float(text)
     if not math.isfinite(value):
@@ -2608,7 +2635,7 @@ LONG_NUMBER = re.compile("[0-9]{400}")
 KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
 
 
-def was_strict(text: str, value: Any) -> bool:
+def was_strict(text, value):
     """Returns whether the JSON that was read as `value` is sure to name no key twice, and to have
     no number that is out of range."""
     keys = 0
@@ -2624,7 +2651,7 @@ def was_strict(text: str, value: Any) -> bool:
     return keys == len(KEY_END.findall(text))
 
 
-def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
+def decode_json(data, decoder=PLAIN_JSON):
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     if is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
@@ -2759,7 +2786,7 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def parse_or_none(data: bytes) -> Any:
+def parse_or_none(data):
     """Returns JSON of an upstream, None where it cannot be read."""
     try:
         return decode_json(data.lstrip(BYTE_ORDER_MARK))
@@ -2767,13 +2794,13 @@ def parse_or_none(data: bytes) -> Any:
         return None
 
 
-def object_in(data: bytes) -> Dict[str, Any]:
+def object_in(data):
     """Returns a JSON object of an upstream, {} where there is none."""
     found = parse_or_none(data)
     return found if isinstance(found, dict) else {}
 
 
-def last_object(data: bytes) -> Dict[str, Any]:
+def last_object(data):
     """Returns the same, or the last of an array of them."""
     found = parse_or_none(data)
     if type(found) is list and found:
@@ -2784,7 +2811,7 @@ def last_object(data: bytes) -> Dict[str, Any]:
 LINE = re.compile(rb"[^\r\n]*")
 
 
-def begin_of_line(data: bytes, place: int) -> int:
+def begin_of_line(data, place):
     """Returns where the line begins in which a place is."""
     return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
 
@@ -2813,7 +2840,7 @@ MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, int]]:
+def form_fields(body, content_type):
     """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
@@ -2832,12 +2859,9 @@ def form_fields(body: bytes, content_type: str) -> Iterable[Tuple[bytes, int, in
     raise BadRequest("The request body is not a form as its Content-Type says")
 
 
-FoundModel = Tuple[Optional[str], Optional[Callable[[str], bytes]]]
-
-
-def form_model(body: bytes, content_type: str) -> FoundModel:
-    """Returns the model that a form names, if any, and what makes the form with another one. Raises
-    BadRequest."""
+def form_model(body, content_type, named):
+    """Returns the model that a form names, if any, and what makes the form with another one. Puts
+    into `named` what it says of stored things. Raises BadRequest."""
     found = None
     for head, start, end in form_fields(body, content_type):
         lines = head[2:].split(b"\r\n")
@@ -2846,6 +2870,7 @@ def form_model(body: bytes, content_type: str) -> FoundModel:
                 head.count(b"\n") != len(lines)):
             raise BadRequest("A field of the form is not named plainly")
         name = names[0][names[0].lastindex]
+        note_reference(name.decode("latin-1"), body[start:end], named)
         if name.lower() == b"model":
             if found or name != b"model" or b"encoding:" in head.lower():
                 raise BadRequest("The field model must stand once in the form, and plainly")
@@ -2857,11 +2882,19 @@ def form_model(body: bytes, content_type: str) -> FoundModel:
         lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
 
 
-def query_model(body: bytes) -> FoundModel:
+def note_reference(name, value, named):
+    """Notes what stands in a field of a form, such as file_id or images[0][file_id]."""
+    for key in REFERENCES.intersection(re.split(r"[][.]+", name)):
+        named.setdefault(key, []).append(value.decode("latin-1"))
+
+
+def query_model(body, named):
     """Does the same for a form that is spelled as a query is."""
     if len(body) > MAX_QUERY:
         raise BodyTooLarge()
     pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
+    for name, value in pairs:
+        note_reference(name, value.encode("utf-8", "replace"), named)
     found = [value for name, value in pairs if name.lower() == "model"]
     if len(found) > 1:
         raise BadRequest("The field model must stand once in the form, and plainly")
@@ -2869,7 +2902,7 @@ def query_model(body: bytes) -> FoundModel:
         [(name, model if name == "model" else value) for name, value in pairs]).encode()
 
 
-def as_list(value: Any) -> List[Any]:
+def as_list(value):
     """Returns a list as it is, and anything else as the only one in a list."""
     return value if isinstance(value, list) else [value]
 
@@ -2877,20 +2910,20 @@ def as_list(value: Any) -> List[Any]:
 JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
-def is_outermost(data: bytes, place: int) -> bool:
+def is_outermost(data, place):
     """Returns whether what stands at a place of a JSON object is in no other object in it."""
     outside = JSON_STRINGS.sub(b"", data[:place])
     depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
     return depth == 1 and b'"' not in outside
 
 
-def is_count(value: Any) -> bool:
+def is_count(value):
     """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
     return (type(value) is int or (type(value) is float and value.is_integer())) and (
         0 <= value < MAX_TOKENS_PER_CALL)
 
 
-def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
+def merged(before, after):
     """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
     nothing."""
     found = dict(before)
@@ -2906,7 +2939,7 @@ def merged(before: Dict[str, Any], after: Dict[str, Any]) -> Dict[str, Any]:
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
-def fold_path(path: str) -> str:
+def fold_path(path):
     """Returns a path as the most forgiving upstream might read it: escapes decoded again and again,
     back slashes turned, parameters, empty and dot segments dropped, lower case. Raises
     BadRequest."""
@@ -2978,12 +3011,12 @@ class EventFraming(NamedTuple):
                 lines = []
         return events + [b"".join(lines)] if lines else events
 
-    def last_end(self, data: bytes, before: int) -> int:
+    def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
         return 0 if place < 0 else place + 2
 
-    def is_whole(self, lines: List[bytes]) -> bool:
+    def is_whole(self, lines):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
         data = self.data(lines[-1])
@@ -2992,6 +3025,7 @@ class EventFraming(NamedTuple):
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
+EVENT_END = re.compile(rb"[}\]]")  # in comments and framing there is neither
 # WHATWG HTML, 9.2: a line ends with LF, CR or both, an event with an empty line.
 SSE = EventFraming(
     "text/event-stream", b"data: ", (b"\n\n", b"\n\r\n", b"\r\r\n", b"\r\r", b"\n\r"),
@@ -3018,23 +3052,24 @@ class Call(Billable):
     the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
     `upstream_model` what the upstream is asked for, in `upstream_body`; `models` are that and
     those that may serve instead. `put_model` returns a form with another model in it."""
-    model: Optional[str] = None
+    model = None
     resolved_model = ""
     upstream_model = ""
     models: Tuple[str, ...] = ()
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
+    forgotten = False  # what is large of the payload
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
-    owes = False  # it asks for the answer of a call in the background whose usage nobody knows yet
+    # A call in the background whose usage nobody knows yet, where this asks for its answer
+    owes: Optional["Call"] = None
     is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    length: Optional[Tuple[int, List[int]]] = None
-    limit: Optional[Tuple[Optional[int], int]] = None
+    objects = length = limit = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None, stored: Optional[StoredPath] = None):
@@ -3044,7 +3079,7 @@ class Call(Billable):
         self.stored = stored
         self.path = path
         self.query = query
-        self.payload: Dict[str, Any] = {}
+        self.payload = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
 
     def __repr__(self) -> str:
@@ -3052,18 +3087,23 @@ class Call(Billable):
             self.dialect.name, self.endpoint, self.model, self.upstream_model,
             ", streamed" if self.stream else "")
 
-    def prepare_for(self, model: str, rewrite: Optional[Callable[[Dict], Dict]]) -> None:
+    def prepare_for(self, model: str, rewrite: Optional[Callable[[Dict], Dict]],
+                    rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
-        as it must be there."""
+        as it must be there, and `rename` the name of another model, None where none may serve."""
+        if self.forgotten:
+            self.payload = self.json_body.parse()
+            self.forgotten = False
         self.upstream_model = model
-        payload = self.payload
-        self.models = (model,)
-        if not self.dialect.MODEL_LISTS.isdisjoint(payload):
-            self.models += tuple(self.dialect.other_models(payload))
         self.upstream_body = self.body
         self.usage_requested_by_us = False
+        self.models = (model,)
+        payload = self.payload
+        if not self.dialect.MODEL_LISTS.isdisjoint(payload):
+            payload, others = self.dialect.with_other_models(payload, rename)
+            self.models += tuple(others)
         if self.endpoint in (UNKNOWN, UPLOAD):
-            return self.prepare_unknown(model)
+            return self.prepare_unknown(model, payload, rename or (lambda name: model))
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
@@ -3086,17 +3126,26 @@ class Call(Billable):
         """Asks for the usage of a stream, where the caller did not."""
         self.dialect.request_usage(self)
 
-    def prepare_unknown(self, model: str) -> None:
-        """Puts the model where the call names one, if it does."""
+    def prepare_unknown(self, model, payload, rename):
+        """Puts the models where the call names some, which may be a batch of calls."""
         if self.put_model:
             self.upstream_body = self.body if model == self.model else self.put_model(model)
-        elif self.model:
-            self.path, payload = UNKNOWN_DIALECT.with_model(self.path, self.payload, model)
-            self.spell(payload)
+            return
+        named = [one["model"] for one in self.holders() if is_name(one.get("model"))]
+        names = list(map(rename, named))
+        if named != [self.model]:
+            self.models = tuple(self.dialect.few([*self.models, *names]))
+        if named != names:
+            payload = json.loads(to_json_bytes(payload), object_hook=lambda one: (
+                {**one, "model": rename(one["model"])} if is_name(one.get("model")) else one))
+        if self.model:
+            self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
+        self.spell(payload)
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
-        return True in map(self.payload.get, LATER)
+        return True in map(self.payload.get, LATER) or (
+            self.endpoint == UNKNOWN and bool(BATCH_PATH.search(self.path)))
 
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
@@ -3142,39 +3191,57 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            most, outputs = 0 if self.endpoint in (UNKNOWN, UPLOAD) else None, 1
-            for name, value in self.numbers():
-                if name in OUTPUT_COUNTS:
-                    outputs = max(outputs, value)
-                else:
-                    value = value if value >= 0 else math.inf
-                    most = value if most is None else max(most, value)
-            many = self.payload.get("messages" if self.endpoint == "batch" else "prompt")
-            if type(many) is list and many and type(many[0]) in (str, list):
-                outputs *= len(many)
+            found, outputs = [], 1
+            for holder in self.holders():
+                for name, value in self.numbers(holder):
+                    if name in OUTPUT_COUNTS:
+                        outputs = max(outputs, value)
+                    else:
+                        found.append(value if value >= 0 else math.inf)
+            most = max(found, default=None)
+            if self.endpoint in (UNKNOWN, UPLOAD):  # it may be a batch of calls, or have no output
+                most = sum(found)
+            prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
+            for name in self.payload.keys() & prompts:
+                many = self.payload[name]
+                if type(many) is list and many and type(many[0]) in (str, list, dict):
+                    outputs *= len(many)
             self.limit = most if most != math.inf else None, outputs
         return self.limit
 
-    def numbers(self) -> List[Tuple[str, int]]:
-        """Returns what stands at the names of limits and counts, in the payload and in objects with
-        options. Raises BadRequest for what is no number where text is generated: a server might
-        read it as one."""
+    def tiers(self) -> Tuple[str, ...]:
+        return tuple(filter(is_name, map(self.payload.get, self.dialect.TIERS)))
+
+    def holders(self):
+        """Returns the objects in which limits may stand: of a call that we do not know, all."""
+        if self.objects is None:
+            self.objects = [self.payload]
+            if self.endpoint == UNKNOWN:
+                parts = [self.payload]
+                for part in parts:  # the list grows meanwhile
+                    values = part.values() if type(part) is dict else part
+                    parts += [one for one in values if type(one) in (dict, list)]
+                self.objects = [part for part in parts if type(part) is dict]
+            elif not OPTION_HOLDERS.isdisjoint(self.payload):
+                self.objects += [self.payload[name] or {}
+                                 for name in OPTION_HOLDERS & self.payload.keys()]
+        return self.objects
+
+    def numbers(self, holder):
+        """Returns what stands at the names of limits and counts in an object. Raises BadRequest for
+        what is no number where text is generated: a server might read it as one."""
         found = []
-        holders = [self.payload]
-        if not OPTION_HOLDERS.isdisjoint(self.payload):
-            holders += [self.payload[name] or {} for name in OPTION_HOLDERS & self.payload.keys()]
-        for holder in holders:
-            if not isinstance(holder, dict):
-                self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-                continue
-            for name in OUTPUT_NUMBERS.intersection(holder):
-                value = holder[name]
-                if type(value) is int:
-                    found.append((name, value))
-                elif type(value) is float and value.is_integer():
-                    found.append((name, int(value)))
-                elif value is not None:
-                    self.complain("%s must be an integer" % name)
+        if not isinstance(holder, dict):
+            self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+            return found
+        for name in OUTPUT_NUMBERS.intersection(holder):
+            value = holder[name]
+            if type(value) is int:
+                found.append((name, value))
+            elif type(value) is float and value.is_integer():
+                found.append((name, int(value)))
+            elif value is not None:
+                self.complain("%s must be an integer" % name)
         return found
 
     LARGE = 8192  # bytes of a body whose payload is not kept
@@ -3182,10 +3249,13 @@ class Call(Billable):
     def forget(self):
         """Drops what is large of the payload, once it is known what the call asks for: it takes 40
         times the room of its bytes, and the call may wait long."""
-        if self.body is not None and len(self.body) > self.LARGE:
+        if self.json_body and len(self.body) > self.LARGE:
             self.prompt_length()
-            self.output_limit()
+            with contextlib.suppress(BadRequest):
+                self.output_limit()
             self.payload = {key: value for key, value in self.payload.items() if is_small(value)}
+            self.objects = None
+            self.forgotten = True
 
     def complain(self, message):
         """Raises BadRequest, but for calls of which we know too little."""
@@ -3211,21 +3281,25 @@ def is_small(value: Any) -> bool:
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
 KEPT = (*LATER, "store")  # and at one of these it is stored.
+BATCH_PATH = re.compile("/batches/*$|:batchGenerateContent$", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
-OUTPUT_LIMITS = frozenset((
-    "max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens", "max_new_tokens",
-    "n_predict", "num_predict", "max_tokens_to_sample", "max_gen_len", "maxTokens"))
+OUTPUT_LIMITS = frozenset("""
+    max_tokens max_completion_tokens max_output_tokens maxOutputTokens max_new_tokens n_predict
+    num_predict max_tokens_to_sample max_gen_len maxTokens maxTokenCount max_length
+    min_tokens""".split())
 # How many answers there are to one prompt.
-OUTPUT_COUNTS = frozenset((
-    "n", "best_of", "n_cmpl", "candidateCount", "candidate_count", "num_return_sequences"))
+OUTPUT_COUNTS = frozenset("""
+    n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
+    numResults""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
+PROMPTS = frozenset(("prompt", "text", "inputs", "instances"))  # lists of them: each has an output
 # The objects in which either may stand.
-OPTION_HOLDERS = frozenset((
-    "generationConfig", "generation_config", "options", "parameters", "inferenceConfig"))
-MEDIA_TYPES = frozenset((  # of parts of a prompt: what is in them is no text
-    "image_url", "input_image", "image", "input_audio", "file", "input_file", "document",
-    "video_url", "audio_url"))
+OPTION_HOLDERS = frozenset(
+    "generationConfig generation_config options parameters inferenceConfig".split())
+MEDIA_TYPES = frozenset("""
+    image_url input_image image input_audio file input_file document video_url
+    audio_url""".split())  # of parts of a prompt: what is in them is no text
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
 MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
 MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
@@ -3244,7 +3318,7 @@ budget_tokens""".split())
 TEXT_KEYS = PLAIN_KEYS - MEDIA_MARKS  # of parts that are text for sure
 
 
-def is_media(part: Dict[str, Any]) -> bool:
+def is_media(part):
     """Returns whether a part of a prompt is an image or the like, in any API; Anthropic's documents
     may be plain text."""
     kind = part.get("type")
@@ -3253,7 +3327,7 @@ def is_media(part: Dict[str, Any]) -> bool:
         and dig(part, "source", "type") not in ("text", "content"))
 
 
-def media_texts(part: Dict[str, Any]) -> Optional[List[str]]:
+def media_texts(part):
     """Returns what is text in an image and the like; None where a part is none."""
     if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
         return None
@@ -3281,9 +3355,10 @@ class Model(NamedTuple):
 # Keys at which a payload names what an upstream stores
 REFERENCES = frozenset("""
     previous_response_id response_id previous_interaction_id previousInteractionId conversation
-    conversation_id thread_id assistant_id file_id file_ids input_file_id training_file
-    validation_file vector_store_id vector_store_ids container container_id cachedContent
-    cached_content fileUri file_uri fileSearchStoreNames file_search_store_names""".split())
+    conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
+    training_file validation_file video_id vector_store_id vector_store_ids container container_id
+    cachedContent cached_content fileUri file_uri fileSearchStoreNames
+    file_search_store_names""".split())
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -3295,18 +3370,18 @@ CONVERSATIONS = frozenset("conversation conversation_id thread_id assistant_id".
 ECHO = re.compile("tool_use$|_call$|_call_output$|_tool_result$")
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
-    r"(?:https?://[^/]*google[^/]*/.*/)?((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"(?:https?://[^/]*google[^/]*/.*/|projects/.*/)?"
+    r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = (
-    "id", "request_id", "thread_id", "output_file_id", "error_file_id", "responsesFile")
+NAME_KEYS = "id request_id thread_id output_file_id error_file_id responsesFile".split()
 # These make files when they are done.
 HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
-MADE_IN = ("response", "interaction", "conversation", "container", "file")
+MADE_IN = "response interaction conversation container file".split()
 
 
-def names_of_things(value: Any) -> List[str]:
+def names_of_things(value):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
     values = value if type(value) is list else [value]
@@ -3315,7 +3390,7 @@ def names_of_things(value: Any) -> List[str]:
     return [match[match.lastindex] for match in matches if match]
 
 
-def names_made(payload: Dict[str, Any]) -> List[str]:
+def names_made(payload):
     """Returns the names of what a response or an event says was made."""
     found = []
     holders = [payload]
@@ -3356,13 +3431,13 @@ BLAMELESS = re.compile(
     "|safety", re.IGNORECASE)
 
 
-def without_masks(query: str) -> str:
+def without_masks(query):
     """Returns a query without what leaves out parts of a response at Google's servers."""
     return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
         part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
 
 
-def fault_status(value: Any) -> int:
+def fault_status(value):
     """Returns the status of an error in a response: what it says itself, else 400 where its kind is
     one that speaks of the caller, and 502."""
     found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
@@ -3370,27 +3445,26 @@ def fault_status(value: Any) -> int:
     return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
 
 
-def is_name(value: Any) -> bool:
+def is_name(value):
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
 
-def is_money(value: Any) -> bool:
+def is_money(value):
     """Returns whether a value can be an amount of money."""
     return type(value) in (int, float) and 0 <= value < MAX_COST
 
 
-def with_iterations(told: Usage, parts: List[Usage]) -> Usage:
+def with_iterations(told, parts):
     """Returns the usage of a call that ran in several steps, some of them by another model. What
     was told may leave out some (Anthropic's compaction)."""
-    own = [part for part in parts if part.model == told.model]
-    others = tuple([part for part in parts if part.model != told.model])
-    input, output, cached, cache_write, reasoning, hour_write = [
-        sum([getattr(part, name) for part in own])
-        for name in ("input", "output", "cached", "cache_write", "reasoning", "hour_write")]
-    if input + output > told.input + told.output:
-        told = told._replace(input=input, output=output, cached=cached, cache_write=cache_write,
-                             reasoning=reasoning, hour_write=hour_write)
+    served = fold_model(told.model or "")
+    names = [served and fold_model(part.model or told.model) for part in parts]
+    own = tuple([part for part, name in zip(parts, names) if name == served])
+    others = tuple([part for part, name in zip(parts, names) if name != served])
+    steps = Usage(others=own).with_others()
+    if steps.input + steps.output > told.input + told.output:
+        told = steps._replace(model=told.model, tiers=told.tiers, picodollars=told.picodollars)
     return told._replace(others=others)
 
 
@@ -3406,7 +3480,8 @@ class Dialect:
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
     # The keys of lists that name more models which may serve: to fall back to, or as tools.
-    MODEL_LISTS = frozenset(("models", "fallbacks", "tools"))
+    FALLBACKS = frozenset(("models", "fallbacks"))
+    MODEL_LISTS = FALLBACKS.union(("tools",))
     MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
@@ -3442,20 +3517,21 @@ class Dialect:
     MODEL_KEYS = ("id",)  # at which its name stands
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
-    USAGE_HOLDERS = ("response", "interaction", "message", "choices", "delta", "x_groq", "data",
-                     "result")
+    USAGE_HOLDERS = """response interaction message choices delta x_groq data result stats meta_info
+        meta tokens""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
-    COUNTS = {
-        "prompt_tokens": "prompt", "input_tokens": "prompt", "inputTokens": "prompt",
-        "completion_tokens": "output", "output_tokens": "output", "outputTokens": "output",
-        "total_tokens": "total", "totalTokens": "total",
-        "cached_tokens": "cached", "prompt_cache_hit_tokens": "cached",
-        "cache_read_input_tokens": "cached", "cache_read_tokens": "cached",
-        "cacheReadInputTokens": "cached",
-        "cache_write_tokens": "written", "cache_creation_input_tokens": "written",
-        "cache_creation_tokens": "written", "cacheWriteInputTokens": "written",
-        "ephemeral_5m_input_tokens": "minutes", "ephemeral_1h_input_tokens": "hour",
-        "reasoning_tokens": "reasoning", "thinking_tokens": "reasoning"}
+    COUNTS = {name: kind for kind, names in {
+        "prompt": "prompt_tokens input_tokens inputTokens tokens_evaluated",
+        "output": "completion_tokens output_tokens outputTokens tokens_predicted "
+                  "total_output_tokens",
+        "total": "total_tokens totalTokens",
+        "cached": "cached_tokens prompt_cache_hit_tokens cache_read_input_tokens "
+                  "cache_read_tokens cacheReadInputTokens",
+        "written": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens "
+                   "cacheWriteInputTokens",
+        "minutes": "ephemeral_5m_input_tokens", "hour": "ephemeral_1h_input_tokens",
+        "reasoning": "reasoning_tokens thinking_tokens reasoning_output_tokens",
+    }.items() for name in names.split()}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt",)
     OUTPUT = ("output",)
@@ -3473,8 +3549,10 @@ class Dialect:
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
+    # The states of a call in the background that has ended.
+    LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
-    PARSED: Dict[str, Sequence[Any]] = {}
+    PARSED = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -3491,13 +3569,16 @@ class Dialect:
         in lower case."""
         return False
 
-    def requested(self, path: str, payload: Dict[str, Any]) -> Tuple[Any, bool]:
+    def has_endpoint(self, path):
+        """Returns whether a path, as `fold_path` has it, that ends like one of ENDPOINTS is one."""
+        return True
+
+    def requested(self, path, payload):
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
         in_path = self.MODEL_IN_PATH.fullmatch(path)
         return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
 
-    def with_model(self, path: str, payload: Dict[str, Any], model: str
-                   ) -> Tuple[str, Dict[str, Any]]:
+    def with_model(self, path, payload, model):
         """Returns the path and the payload of a call of this model, wherever they name one."""
         in_path = self.MODEL_IN_PATH.fullmatch(path)
         if in_path:
@@ -3506,16 +3587,37 @@ class Dialect:
             payload = {**payload, "model": model}
         return path, payload
 
-    def other_models(self, payload: Dict[str, Any]) -> List[str]:
-        """Returns the models that may serve a call besides the one that it asks for. Raises
-        BadRequest for too many."""
-        found = [one.get("model") if type(one) is dict else one
-                 for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list
-                 for one in payload[key]]
-        names = list(dict.fromkeys([name for name in found if type(name) is str]))
+    def with_other_models(self, payload, rename):
+        """Returns a payload in which the models that may serve besides the one that is asked for
+        are renamed, and their names there; `rename` is None where none may. Raises BadRequest for
+        too many."""
+        if rename is None and not self.FALLBACKS.isdisjoint(payload):
+            payload = {key: payload[key] for key in payload if key not in self.FALLBACKS}
+        names = []
+        lists = {key: [self.renamed(one, rename, names) for one in payload[key]]
+                 for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
+        same = all([lists[key] == payload[key] for key in lists])
+        return payload if same else {**payload, **lists}, self.few(names)
+
+    def few(self, names):
+        """Returns each of these names once. Raises BadRequest for too many."""
+        names = list(dict.fromkeys(names))
         if len(names) > self.MAX_MODELS or len("".join(names)) > 4096:
             raise BadRequest("The request names too many models")
         return names
+
+    @staticmethod
+    def renamed(one, rename, names):
+        """Returns a row of such a list, which is a name or an object with one."""
+        if type(one) is str and rename:
+            names.append(rename(one))
+            return names[-1]
+        if type(one) is not dict or type(one.get("model")) is not str:
+            return one
+        if rename is None:
+            return {key: one[key] for key in one if key != "model"}
+        names.append(rename(one["model"]))
+        return {**one, "model": names[-1]}
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -3541,13 +3643,13 @@ class Dialect:
         """Returns whether a response of this type is cut into events."""
         return content_type.lower().startswith(self.events.content_type)
 
-    def usage_counts(self, payload: Dict[str, Any]) -> Tuple[Any, Optional[bool]]:
+    def usage_counts(self, payload):
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
         final = self.is_finished(payload) or not payload.get(self.REASON[0])
         return self.counts_in(payload), final or None
 
-    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
@@ -3571,20 +3673,20 @@ class Dialect:
                 return self.served(payload[name])
         return None, None
 
-    def is_finished(self, payload: Dict[str, Any]) -> bool:
+    def is_finished(self, payload):
         """Returns whether a response or an event says that the model has stopped."""
         holder, reason = self.REASON
         return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
             self.is_last(payload))
 
-    def is_last(self, payload: Dict[str, Any]) -> bool:
+    def is_last(self, payload):
         """Returns whether an event ends its stream."""
         return payload.get(self.LAST_KEY) in self.LAST_TYPES
 
     def fault(self, payload: Dict[str, Any]) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:2]),
+        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:6]),
                      *as_list(payload.get("choices"))[:1]):
             error = dig(part, "error") or dig(part, "errors")
             code = dig(part, "base_resp", "status_code")  # MiniMax
@@ -3592,12 +3694,12 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
+    def usual_counts(self, data, model):
         """Returns the usage of a response that is no error, where it can be told without parsing
         all of it that `model` served, and that nothing else is of interest."""
         return None
 
-    def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
+    def find_usage(self, data, openings):
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
@@ -3621,12 +3723,11 @@ class Dialect:
         iterations = counts.get("iterations")
         if told is None or not isinstance(iterations, list):
             return told
-        parts = [self.plain_usage(one, one.get(self.SERVED) or model, tier)
+        parts = [self.plain_usage(one, self.served(one)[0] or model, tier)
                  for one in iterations if isinstance(one, dict)]
         return with_iterations(told, [part for part in parts if part])
 
-    def plain_usage(self, counts: Dict[str, Any], model: Optional[str],
-                    tier: Optional[str]) -> Optional[Usage]:
+    def plain_usage(self, counts, model, tier):
         """Returns the usage that counts and their details tell, but for iterations."""
         parts = [counts, *[part for part in counts.values() if type(part) is dict]]
         found = self.found(parts)
@@ -3640,7 +3741,7 @@ class Dialect:
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
-    def found(self, parts: List[Dict[str, Any]]) -> Dict[str, int]:
+    def found(self, parts):
         """Returns counts by what they are; what is not among them is 0."""
         found = collections.defaultdict(int)
         for part in parts:
@@ -3651,7 +3752,7 @@ class Dialect:
         found["written"] = max(found["written"], found["minutes"] + found["hour"])
         return found
 
-    def sides(self, found: Dict[str, int]) -> Tuple[int, int]:
+    def sides(self, found):
         """Returns all of the input, and of the output. Whether caches and reasoning are parts of
         the prompt and of the output or stand beside them is what a total tells; without one it is
         as usual in this API, but for parts that are larger than the whole."""
@@ -3671,7 +3772,7 @@ class Dialect:
         sent = sent or max(0, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
 
-    def picodollars(self, parts: List[Dict[str, Any]]) -> Optional[int]:
+    def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
         told = [part[name] * self.MONEY[name]
                 for part in parts if not self.MONEY.keys().isdisjoint(part)
@@ -3683,7 +3784,7 @@ class Dialect:
             told = [max(told) + own * PICODOLLARS]
         return min(MAX_COST, round(max(told)))
 
-    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
         rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
@@ -3698,7 +3799,7 @@ class Dialect:
         return sum(map(self.weight, said))
 
     @staticmethod
-    def weight(text: str) -> int:
+    def weight(text):
         """Returns the weight of a string of JSON."""
         if "\\" in text:
             try:
@@ -3753,8 +3854,11 @@ class Dialect:
             return b"".join(map(self.limit_event, reply.encode().split(b"\n")))
         return reply and reply.encode()
 
-    def is_parsed(self, payload: Dict[str, Any]) -> bool:
-        """Returns whether a machine will parse what the model says, so that no sentence fits."""
+    def is_parsed(self, payload):
+        """Returns whether a machine will parse what the model says, so that no sentence fits, or an
+        editor will put it into a file."""
+        if FILL_IN.search(str(payload.get("prompt"))):
+            return True
         for path, free in self.PARSED.items():
             value = dig(payload, *path.split("."))
             if isinstance(value, dict):
@@ -3768,7 +3872,7 @@ class Dialect:
         what its templates are filled with, as JSON."""
         return None
 
-    def limit_event(self, line: bytes) -> bytes:
+    def limit_event(self, line):
         """Returns an event of a limit reply; one that says its type first is named by it."""
         named = re.match(rb'{"(?:event_)?type": "([^"]*)', line)
         return self.events.event(line, b"event: %b\n" % named[1] if named else b"")
@@ -3836,9 +3940,11 @@ RESPONSE_EVENTS = """\
 FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
 NOTHING = ("", {}, [], False)
+# Marks of what stands around a gap, as models are trained to fill it
+FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
-def choice_count(payload: Dict[str, Any]) -> int:
+def choice_count(payload):
     """Returns how many choices were asked for, for clients that count on them."""
     count = payload.get("n")
     prompt = payload.get("prompt")
@@ -3865,9 +3971,9 @@ class OpenAI(Dialect):
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
     CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
-    ENVELOPE = frozenset((
-        "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint",
-        "provider", "obfuscation", "p", "x_groq"))
+    ENVELOPE = frozenset("""
+        id object created model choices service_tier system_fingerprint provider obfuscation p
+        x_groq""".split())
     REASON = ("choices", "finish_reason")
     LAST_TYPES = (
         "response.completed", "response.incomplete", "response.failed", "response.cancelled")
@@ -3876,9 +3982,9 @@ class OpenAI(Dialect):
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
         "suffix": (),  # what is filled in goes into a file
-        **dict.fromkeys((  # of vLLM, SGLang and llama.cpp
-            "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex",
-            "guided_choice", "guided_grammar", "regex", "ebnf"), NOTHING)}
+        **dict.fromkeys("""grammar json_schema structured_outputs guided_json guided_regex
+            guided_choice guided_grammar guided_decoding nvext prediction regex
+            ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
     MAX_CHOICES = 4  # in a limit reply
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
@@ -3910,7 +4016,7 @@ class OpenAI(Dialect):
         """Finds three counts, as most servers tell no more, in what then ends the response."""
         if data.count(b"_tokens") == 3 and data.count(b'"model"') == 1 and (
                 data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) > 0
-                and data.find(b'"service_tier"') < 0):
+                and data.find(b'"service_tier"') < 0 and data.find(b'"status"') < 0):
             start = data.rfind(self.USAGE_MARK)
             counts = object_in(b"{" + data[start:]).get(self.usage_key)
             return counts if type(counts) is dict else None
@@ -3950,7 +4056,7 @@ class OpenAI(Dialect):
             return self.completion(call, values)
         return None
 
-    def completion(self, call: Call, values: Dict[str, str]) -> str:
+    def completion(self, call, values):
         """Returns the limit reply of chat and completions."""
         chunk, steps = COMPLETIONS[call.endpoint, call.stream]
         count = min(self.MAX_CHOICES, choice_count(call.payload))
@@ -3966,7 +4072,7 @@ class OpenAI(Dialect):
                   for choice, usage in parts]
         return "\n".join(chunks + ["[DONE]"] * call.stream)
 
-    def response(self, call: Call, values: Dict[str, str]) -> str:
+    def response(self, call, values):
         """Returns the limit reply of the responses API; a stream has all events of a real one."""
         values["part"] = RESPONSE_PART % values
         values["item"] = RESPONSE_ITEM % values
@@ -4035,6 +4141,9 @@ class Anthropic(Dialect):
     def claims(self, path, fields):
         return "anthropic-version" in fields or bool(self.PATH.search(path))
 
+    def has_endpoint(self, path):
+        return not path.endswith("/messages") or bool(self.PATH.search(path))
+
     def usage_counts(self, payload):
         """What message_start tells of the output is no count of it."""
         counts, final = super().usage_counts(payload)
@@ -4050,9 +4159,9 @@ GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role
 "responseId": "limit-%(number)s"}"""
 # Google takes each key in two spellings, and mixed.
 GEMINI_FORMATS = dict.fromkeys(map(".".join, itertools.product(
-    ("generationConfig", "generation_config"),
-    ("responseMimeType", "response_mime_type", "responseSchema", "response_schema",
-     "responseJsonSchema", "response_json_schema"))), ("", {}, "text/plain"))
+    "generationConfig generation_config".split(), """responseMimeType response_mime_type
+    responseSchema response_schema responseJsonSchema response_json_schema""".split())),
+    ("", {}, "text/plain"))
 GEMINI_CHOICES = dict.fromkeys(map(".".join, itertools.product(
     ("toolConfig", "tool_config"), ("functionCallingConfig", "function_calling_config"),
     ("mode",))), ("", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))
@@ -4208,7 +4317,7 @@ class Ollama(Dialect):
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
     COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
-    PARSED = {"format": FREE_FORMAT, "suffix": ("",)}
+    PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
     LAST_KEY = "done"
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
@@ -4219,7 +4328,7 @@ class Ollama(Dialect):
 "modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "", "details": {}}"""
 
     def claims(self, path, fields):
-        return path.startswith("/api/")
+        return bool(re.match("/api/(?!v[0-9])", path))  # others have versions there
 
     def requested(self, path, payload):
         streams = path.endswith(self.STREAMS) and payload.get("stream") is not False
@@ -4254,7 +4363,7 @@ NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer wit
 NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no assistant speaks
 
 
-def content_never_null(payload: Dict[str, Any]) -> Dict[str, Any]:
+def content_never_null(payload):
     """Returns a payload for upstreams that refuse "content": null beside tool calls."""
     messages = payload.get("messages")
     if not isinstance(messages, list):
@@ -4276,35 +4385,39 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
-    "|cachedContents|interactions|tunedModels|fileSearchStores|operations)"
+    "|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora|skills|agents"
+    "|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections|predictions)"
     "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
-VERBS = ("input_tokens", "compact", "runs", "generations", "edits", "extensions")
+VERBS = "input_tokens compact runs generations edits extensions".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
 # credentials: these segments wherever they stand,
 ADMIN_SEGMENTS = frozenset("""
     client_secrets transcription_sessions auth_tokens organization organizations
-    slots cors-proxy
+    credits billing slots cors-proxy
     load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
     reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
     scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
+    start_weight_update start_draft_weight_update finish_weight_update is_paused fault_tolerance
     flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
     init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
     get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
     get_internal_state get_server_info start_expert_distribution_record
     stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
     pause_generation continue_generation open_session close_session clear_hicache_storage_backend
-    set_trace_level add_worker remove_worker stop-generation""".split())
+    hicache get_load set_trace_level add_worker remove_worker add_external_corpus
+    remove_external_corpus list_external_corpora dumper stop-generation""".split())
 # two of these in a row,
 ADMIN_PAIRS = frozenset("""
-    realtime/sessions realtime/calls chatkit/sessions auth/keys
+    realtime/sessions realtime/calls chatkit/sessions auth/keys v1/key v1/activity
     v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
     models/load models/unload models/sse models/download models/apply models/delete
     model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
     template/unload override/switch override/unload backends/apply backends/delete
+    completions/control
     backend/shutdown api/admin extra/abort generate/check repository/models""".split())
 # these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
 ADMIN_ROOTS = frozenset("""
@@ -4314,7 +4427,7 @@ ADMIN_ROOTS = frozenset("""
 ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
 
 
-def is_admin_path(method: str, path: str) -> bool:
+def is_admin_path(method, path):
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
     segments = path[1:].split("/")
     pairs = map("/".join, zip(segments, segments[1:]))
@@ -4330,9 +4443,9 @@ class Dialects:
     for a metered endpoint is that endpoint, under its plain name; what cannot be named plainly is
     refused."""
     # An upstream in Go would take "MODEL" for "model", and we would have read another one.
-    READ_KEYS = frozenset((
-        "model", "stream", "stream_options", "max_tokens", "max_completion_tokens",
-        "max_output_tokens", "options"))
+    READ_KEYS = frozenset("""
+        model models fallbacks stream stream_options options background
+        previous_response_id conversation""".split()) | OUTPUT_NUMBERS
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
@@ -4380,7 +4493,7 @@ class Dialects:
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
-        if method != "POST" or endpoint is None or re.search("/threads/[^/]+/messages$", folded):
+        if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
         if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
             return None, None, path
@@ -4421,17 +4534,21 @@ class Dialects:
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.aliases.get(model, model)
+            call.resolved_model = self.resolve(model)
+
+    def resolve(self, model: str) -> str:
+        """Returns what a model's name stands for."""
+        return self.aliases.get(model, model)
 
     def read_model_path(self, call):
         """Reads the path of one of the models; returns which."""
         model = call.path.rpartition("/")[2]
         call.path = call.path[:-len(model)] + urllib.parse.quote(
-            self.aliases.get(model, model), safe="@")
+            self.resolve(model), safe="@")
         return model
 
     @staticmethod
-    def stored_at(method: str, path: str) -> Optional[StoredPath]:
+    def stored_at(method, path):
         """Returns what a path that is in no table says of stored things."""
         is_plain = PLAIN_PATH.fullmatch(path)
         match = STORED_PATH.search(path if is_plain else fold_path(path))
@@ -4444,7 +4561,7 @@ class Dialects:
         # What is not named plainly is nobody's: nothing is named "/".
         return StoredPath(collection, name if is_plain else name and "/", is_listed)
 
-    def cost_of_unknown(self, path: str, stored: Optional[StoredPath]) -> Optional[str]:
+    def cost_of_unknown(self, path, stored):
         """Returns the endpoint of what is in no table, None where it is free. Raises Forbidden."""
         if stored and stored.name not in ("", "/") and path.endswith(CANCEL):
             return None
@@ -4455,8 +4572,7 @@ class Dialects:
         # A payload that may speak of stored things must be read.
         return None if self.unknown_calls == "pass" and not stored else UNKNOWN
 
-    async def read_unknown(self, call: Call, content_type: str,
-                           read_body: Callable[[], Awaitable[bytes]]) -> Any:
+    async def read_unknown(self, call, content_type, read_body):
         """Reads what can be understood of a call of an endpoint that we do not know; returns the
         model, of any type. Raises as `read` does."""
         model, _ = UNKNOWN_DIALECT.requested(call.path, {})
@@ -4474,14 +4590,14 @@ class Dialects:
         """Returns the model that a form names, None where it names none. Raises BadRequest."""
         kind = content_type.lower()
         if kind.startswith("multipart/form-data"):
-            model, call.put_model = form_model(call.body, content_type)
+            model, call.put_model = form_model(call.body, content_type, call.payload)
         elif kind.startswith("application/x-www-form-urlencoded"):
-            model, call.put_model = query_model(call.body)
+            model, call.put_model = query_model(call.body, call.payload)
         else:
             return None
         return model
 
-    def read_payload(self, call: Call) -> Any:
+    def read_payload(self, call):
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.json_body = JsonBody(call.body)
@@ -4504,7 +4620,7 @@ WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
 
 
-def may_be_fault(data: bytes) -> bool:
+def may_be_fault(data):
     """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
@@ -4553,14 +4669,15 @@ class UsageReader(UsageSource):
     size = 0
     compact_above = MAX_KEPT
     cut = False     # the beginning of a line or of JSON is gone
-    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
-    model: Optional[str] = None   # the one that served
-    tier: Optional[str] = None
+    final = None    # whether nothing more will be reported, by usage_counts
+    model = None    # the one that served
+    tier = None
     end_is_read = False
     ended = False         # the model has stopped,
-    closed = False        # and the stream's own last event has passed
+    closed = False        # and the stream's own last event has passed, or that it has ended is told
+    running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
-    unpacker: Optional[Unpacker] = None
+    unpacker = None
     changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -4568,11 +4685,11 @@ class UsageReader(UsageSource):
     # because counting all of it would cost 8 us an event.
     density = None
 
-    def __init__(self, call: Call, streamed: bool, readable: bool, packed: bool = False):
+    def __init__(self, call, streamed, readable, packed=False):
         """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
         self.events = call.dialect.events
-        self.endpoint = call.endpoint
+        self.endpoint = (call.owes or call).endpoint
         self.asked = call.upstream_model
         self.streamed = streamed
         self.readable = readable
@@ -4581,8 +4698,8 @@ class UsageReader(UsageSource):
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
-        self.pieces: List[bytes] = []
-        self.counts: Dict[str, Any] = {}
+        self.pieces = []
+        self.counts = {}
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -4597,7 +4714,7 @@ class UsageReader(UsageSource):
             self.compact()
         return self.hide_usage(payload) if self.changes_stream else payload
 
-    def unpack(self, payload: bytes) -> bytes:
+    def unpack(self, payload):
         """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
         try:
             return self.unpacker.feed(payload)
@@ -4614,7 +4731,7 @@ class UsageReader(UsageSource):
         self.held = b""
         return self.shown(held) if held else held  # its line end may be missing
 
-    def hide_usage(self, payload: bytes) -> bytes:
+    def hide_usage(self, payload):
         """Keeps back the usage that the caller did not ask for. An event that is not whole waits
         for its end, or for that of its JSON: nobody could have used it before."""
         data = self.held + payload
@@ -4632,7 +4749,7 @@ class UsageReader(UsageSource):
             shown.pop()
         return data[:begin] + b"".join(shown)
 
-    def is_over(self, event: bytes, shown: bytes) -> bool:
+    def is_over(self, event, shown):
         """Returns whether an event need not wait; one that is hidden goes with all of its end."""
         if event != shown:
             return self.events.at_boundary(event) and not event.endswith(b"\r")
@@ -4683,7 +4800,7 @@ class UsageReader(UsageSource):
                     found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
         return found
 
-    def scan_for_usage(self, data: bytes) -> None:
+    def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
         found = []
@@ -4709,7 +4826,7 @@ class UsageReader(UsageSource):
                 self.final = final
         self.note_server(payload)
 
-    def note_server(self, payload: Dict[str, Any]) -> None:
+    def note_server(self, payload):
         """Takes which model served, and how."""
         dialect = self.dialect
         if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
@@ -4719,7 +4836,7 @@ class UsageReader(UsageSource):
         self.model = model or self.model
         self.tier = tier or self.tier
 
-    def read_end(self, whole: bool) -> None:
+    def read_end(self, whole):
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
         of events alone: in JSON it could be anybody's."""
         if self.end_is_read or not self.readable:
@@ -4735,7 +4852,7 @@ class UsageReader(UsageSource):
             self.ended = True
             self.read_json(data)
 
-    def read_last_events(self, data: bytes) -> None:
+    def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
         held = b""
         events = 0
@@ -4764,15 +4881,18 @@ class UsageReader(UsageSource):
             if events == 3:
                 break
 
-    def note_end(self, payload: Dict[str, Any], data: bytes) -> None:
+    def note_end(self, payload, data):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        self.note_server(payload)
+        if self.counts:
+            self.note_server(payload)
+        else:  # it may be told without a mark
+            self.note(payload)
         if may_be_fault(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
-    def read_json(self, data: bytes) -> None:
+    def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
         counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
@@ -4790,6 +4910,9 @@ class UsageReader(UsageSource):
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
             self.note_server(payload)
+            state = payload.get("status")
+            self.closed = state in self.dialect.LAST_STATES
+            self.running = type(state) is str and not self.closed
             if may_be_fault(data):
                 self.fault = self.dialect.fault(payload)
 
@@ -4811,7 +4934,7 @@ class UsageReader(UsageSource):
         self.ending(whole=False)
         return self.closed
 
-    def tells_end(self) -> bool:
+    def tells_end(self):
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
         return bool(known and self.streamed and self.readable and not self.cut
@@ -4838,7 +4961,7 @@ class UsageReader(UsageSource):
         self.size = 0
         return self.characters
 
-    def count_characters(self, data: bytes) -> int:
+    def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
@@ -4874,12 +4997,14 @@ TRAILER_LINES = re.compile(FIELD_LINES.pattern.encode("latin-1"))
 TRAILERS = re.compile(TRAILER_LINES.pattern + rb"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 
-HOP_BY_HOP = frozenset((  # RFC 9110 7.6.1: they speak of one connection, not of the message
-    "close", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
-    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"))
+# RFC 9110 7.6.1: they speak of one connection, not of the message.
+HOP_BY_HOP = frozenset("""
+    close connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer
+    transfer-encoding upgrade""".split())
 LONG_FIELDS = frozenset(CREDENTIAL_FIELDS).union(["cookie"])
-SINGLE = frozenset((      # a second one would leave the choice to whoever reads it next
-    "host", "content-length", "transfer-encoding", "authorization", "x-api-key", "expect"))
+# A second one would leave the choice to whoever reads it next.
+SINGLE = frozenset(
+    "host content-length transfer-encoding authorization x-api-key expect".split())
 
 
 class Head(Fields):
@@ -5291,11 +5416,11 @@ class Context:
     """Goes through a call, as Go's context does: every await for a peer is one of `wait`, so it
     ends at its deadline or when the call is ended, and can be seen. The timer is moved only when it
     fires, so that a wait costs none."""
-    future: Optional[asyncio.Future] = None  # what is awaited,
-    what = "nothing"                         # in words,
-    since = 0.0                              # from when
-    deadline = math.inf                      # to when, in the loop's time
-    until = math.inf                         # when all of the call is to be over
+    future = None         # what is awaited,
+    what = "nothing"      # in words,
+    since = 0.0           # from when
+    deadline = math.inf   # to when, in the loop's time
+    until = math.inf      # when all of the call is to be over
     timer = None
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
@@ -5349,7 +5474,7 @@ class Context:
         else:
             self.future.set_exception(TimeoutError())
 
-    def is_waiting(self) -> bool:
+    def is_waiting(self):
         return self.future is not None and not self.future.done()
 
     def end(self, reason: Exception):
@@ -5379,13 +5504,13 @@ class Stream:
     writing = False       # whether it tells when there is room
     wrote_at = 0.0        # when a slow peer last took something
     ended = False
-    failure: Optional[OSError] = None
+    failure = None
     write_failed = False  # what is written is dropped,
-    unsent = 0            # and so were so many bytes
+    unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
-    write_waiter: Optional[asyncio.Future] = None  # or that something goes
-    source: Optional["Stream"] = None              # the stream to pause while this one is slow
+    waiter = None         # the future of who awaits that more comes,
+    write_waiter = None   # or that something goes
+    source = None         # the stream to pause while this one is slow
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -5556,7 +5681,7 @@ class Stream:
             except WOULD_BLOCK:
                 pass
             except OSError:
-                return self.fail_writing()
+                return self.fail_writing(data)
         if sent < len(data):
             self.write_buffer += memoryview(data)[sent:]
             self.flush()
@@ -5577,10 +5702,10 @@ class Stream:
             return self.fail_writing()
         self.has_room()
 
-    def fail_writing(self):
+    def fail_writing(self, data=b''):
         """The peer takes no more, which does not say that it has said its last."""
         self.write_failed = True
-        self.unsent = len(self.write_buffer)
+        self.unsent = bytes(self.write_buffer) + data
         self.write_buffer.clear()
         self.has_room()
         if self.on_write_failed:
@@ -5861,7 +5986,7 @@ class RequestBody:
         self.client = client
         self.budget = budget
         self.length = request.length
-        self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
+        self.framing = Chunked() if request.length is None else Sized(request.length)
         self.coding = request.get("content-encoding", "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
@@ -6239,8 +6364,13 @@ class Thing(NamedTuple):
 class Bill(NamedTuple):
     """What a call in the background was charged, until somebody hears what it used."""
     hold: Hold
-    dialect: Dialect
-    model: str
+    call: Call
+    characters: int = 0  # of its answer, as far as somebody has asked for that
+
+    def seen_usage(self, model):
+        """Returns what it used at least, where nobody tells."""
+        output = min(self.hold.output_tokens, math.ceil(self.characters / CHARACTERS_PER_TOKEN))
+        return Usage(self.hold.costs[PROMPT], output, estimated=True, model=model)
 
 
 class Stored:
@@ -6253,15 +6383,15 @@ class Stored:
 
     def __init__(self, policy: str):
         self.policy = policy
-        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
+        self.things = collections.OrderedDict()
         self.unsaved = collections.deque()
-        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
+        self.bills = collections.OrderedDict()
 
     def __repr__(self) -> str:
         return "<Stored: %s, %d things, %d bills>" % (
             self.policy, len(self.things), len(self.bills))
 
-    def find(self, call: Call, owner: CallerKey) -> Optional[Thing]:
+    def find(self, call, owner):
         """Returns one of the things that a call speaks of, None where it is free to go anywhere.
         Raises Forbidden, NothingStored."""
         path, names = call.stored, call.references()
@@ -6269,7 +6399,7 @@ class Stored:
             raise Forbidden("What upstreams store is not passed on")
         found = list(map(self.things.get, names))
         if path and path.name:
-            found.insert(0, self.things.get(path.name) or self.things.get("%s/%s" % path[:2]))
+            found.insert(0, self.things.get(self.full_name(path.collection, path.name)))
         if self.policy == "own":
             if path and path.is_listed:
                 raise Forbidden("Lists of what is stored are not passed on")
@@ -6277,13 +6407,26 @@ class Stored:
                 raise NothingStored()
         return next(filter(None, found), None)
 
-    def owe(self, name: str, bill: Bill):
+    def bill_for(self, call):
+        """Returns what is open of the call whose answer this one asks for."""
+        if not (call.stored and self.bills):
+            return None
+        collection, name, _ = call.stored
+        is_answer = call.path.endswith((name, *CANCEL))
+        return self.bills.get(self.full_name(collection, name)) if is_answer else None
+
+    def full_name(self, collection, name):
+        """Returns the name of a thing as its maker was told it: some begin with the collection."""
+        full = "%s/%s" % (collection, name)
+        return full if full in self.things else name
+
+    def owe(self, name, bill):
         """Keeps a bill, of the last BILLS."""
         self.bills[name] = bill
         if len(self.bills) > self.BILLS:
             self.bills.popitem(last=False)
 
-    def note(self, thing: Thing, names: List[str]):
+    def note(self, thing, names):
         """Remembers what was made. Who made it first has it: an answer may name older things."""
         for name in names:
             if name in self.things or not self.NAME.fullmatch(name):
@@ -6302,16 +6445,15 @@ class NameReader:
     MAX_TRIES = 20
     FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
 
-    def __init__(self, reader: Optional[UsageReader], events: Optional[EventFraming],
-                 found: Callable[[List[str]], None]):
+    def __init__(self, reader, events, found):
         """`events` is None where the response is no stream."""
         self.reader = reader
         self.events = events
         self.found = found
-        self.kept: Optional[bytes] = b""
+        self.kept = b""
         self.tries = 0
 
-    def feed(self, payload: bytes) -> bytes:
+    def feed(self, payload):
         if self.kept is not None:
             self.kept += payload
             if self.events:
@@ -6323,7 +6465,7 @@ class NameReader:
                 self.look_at_beginning()
         return self.reader.feed(payload) if self.reader else payload
 
-    def flush(self) -> bytes:
+    def flush(self):
         if self.kept and not self.events:
             self.look_at_json()
         return self.reader.flush() if self.reader else b""
@@ -7209,17 +7351,18 @@ class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     request_id = None
-    caller: Optional[Caller] = None
+    caller = None
     method = None
     path = None
-    call: Optional[Call] = None
+    call = None
     upstream = None     # its name
-    hold: Optional[Hold] = None
+    hold = None
     status = 0
     outcome = "ok"
     cause = None
-    reader: Optional[UsageReader] = None
-    usage: Optional[Usage] = None
+    gave_up = False     # the caller did not wait for the end
+    reader = None
+    usage = None
     picodollars = 0
     priced = None       # whether the price is known; None where nothing was used
     passed = 0          # bytes of body sent to the caller
@@ -7246,7 +7389,7 @@ class Entry:
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = None
+            call.json_body = call.objects = None
         return self
 
     def milliseconds(self, until):
@@ -7257,10 +7400,11 @@ class Entry:
         call = self.call
         hold = self.hold
         usage = self.usage or NO_USAGE
+        served = usage.model and usage.model[:80] or call and call.upstream_model
         return Row._make((
             self.request_id, self.wall / 1e9, self.caller.label if self.caller else self.address,
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
-            call and clean(call.model), call and clean(call.upstream_model), self.upstream,
+            call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause,
             bool(call and call.stream), usage.input, usage.cached, usage.cache_write, usage.output,
             usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
@@ -7898,8 +8042,8 @@ class ReplyParts(NamedTuple):
 
 IDENTITY, PACKED, UNREADABLE = range(3)
 ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
-    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
-    "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
+    **dict.fromkeys(" identity none utf-8 utf8".split(" "), IDENTITY),
+    **dict.fromkeys("gzip x-gzip deflate".split(), PACKED)}
 
 
 class Reply:
@@ -7909,21 +8053,21 @@ class Reply:
     MAX_WHOLE = 1 << 18   # and how large it may be, so that its head can say what it cost
     WAITING = "waiting for the model"
 
-    request: Optional[Request] = None
-    content: Optional[bytes] = None         # its body, where that came with its head,
-    body: Optional[RequestBody] = None      # or what is still to come of it
-    call: Optional[Call] = None
-    ticket: Optional[Ticket] = None         # its place in the queue
-    adapter: Optional[BodyAdapter] = None   # of the response's body,
-    first = b""                             # what has come of that,
-    framing_line = ""                       # and how it is framed
+    request = None
+    content = None        # its body, where that came with its head,
+    body = None           # or what is still to come of it
+    call = None
+    ticket = None         # its place in the queue
+    adapter = None        # of the response's body,
+    first = b""           # what has come of that,
+    framing_line = ""     # and how it is framed
     begun = early = close_after = until_close = reset = False
-    patience = math.inf                     # seconds that the caller has for one wait
-    end_at = math.inf                       # when the call is to be over, in the loop's time
-    started = 0                             # unix nanoseconds, when the request's head was there
+    patience = math.inf   # seconds that the caller has for one wait
+    end_at = math.inf     # when the call is to be over, in the loop's time
+    started = 0           # unix nanoseconds, when the request's head was there
     comment_timer = None
 
-    def __init__(self, client: Stream, context: Context, parts: ReplyParts, entry: Entry):
+    def __init__(self, client, context, parts, entry):
         self.client = client
         self.context = context
         self.parts = parts
@@ -7982,7 +8126,7 @@ class Reply:
             self.end_at = now + seconds
         self.context.until = min(self.end_at, now + self.patience)
 
-    def comment_seconds(self) -> float:
+    def comment_seconds(self):
         """Returns how long a stream may be silent before a comment is put in, where its client
         knows what comments are."""
         call = self.call
@@ -8069,7 +8213,7 @@ class Reply:
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
         call = self.call
         if call.unmetered or call.endpoint == UPLOAD:
-            return call.owes
+            return call.owes is not None
         return call.endpoint != UNKNOWN or streamed or (
             "json" in head.get("content-type", "").lower())
 
@@ -8192,7 +8336,13 @@ class Reply:
                 ending = Transfer.SILENT
         if ending == Transfer.SLOW:
             raise CallerGone()
+        self.entry.gave_up = ending == Transfer.SILENT and self.is_impatient()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
+
+    def is_impatient(self):
+        """Returns whether the caller waits less long than we would."""
+        config = self.parts.config
+        return self.patience < (config.first_byte_timeout or config.read_timeout)
 
     def went_well(self, response: Response, ending: str) -> Optional[bool]:
         """Returns whether a call went well, None where that is known already or not the upstream's
@@ -8216,10 +8366,11 @@ class Reply:
             raise CallerGone()
 
     def missed_nothing(self) -> bool:
-        """Returns whether a caller who left had all of a stream, up to its own end."""
+        """Returns whether a caller who left had all of a stream, up to its own end: what could not
+        be sent holds no end of an event."""
         reader, client = self.entry.reader, self.client
-        unsent = client.unsent + len(client.write_buffer)
-        return reader is not None and unsent <= len(LAST_CHUNK) and reader.has_closed()
+        unsent = client.unsent + client.write_buffer
+        return reader is not None and not EVENT_END.search(unsent) and reader.has_closed()
 
     def end(self, ending: str):
         """Note how an answer ended that is not as it should be, and cut one that is not whole."""
@@ -8303,13 +8454,13 @@ class Reply:
                 body = dialect.final_error(refusal, refusal.status, resets_at)
         self.send(refusal.status, body, self.lines_of(fields))
 
-    def wants_assistant(self) -> bool:
+    def wants_assistant(self):
         wanted = self.parts.config.limit_reply
         return wanted == "assistant" or wanted == "auto" and bool(
             PEOPLES_AGENTS.search(self.user_agent())
             or any(name.startswith(USER_FIELD_PREFIX) for name in self.request.lines))
 
-    def user_agent(self) -> str:
+    def user_agent(self):
         return self.request.get("user-agent", "").lower()
 
     # -- both
@@ -8330,7 +8481,7 @@ class Reply:
         return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
                 f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
 
-    def date_line(self) -> str:
+    def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
 
     def cors_lines(self) -> str:
@@ -8354,9 +8505,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 
 class Proxy:
-    def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
-                 callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
+    def __init__(self, config, clock, loop, callers, limits, prices, estimator, dialects, stored,
+                 routes, books):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -8399,7 +8549,7 @@ class Proxy:
         entry.upstream = upstream.name
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
-                             upstream.rewrite)
+                             upstream.rewrite, None if upstream.model else self.dialects.resolve)
         subject = reply.context.subject = Subject(call.upstream_model, entry.caller.key)
         send = self.sender(upstream, call)
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
@@ -8412,11 +8562,8 @@ class Proxy:
                     upstream.judge(response.address, reply.went_well(response, ending), subject)
                 if reply.client.write_buffer:
                     await reply.drain()
-            except (CallerGone, Stopped) as reason:
-                if reply.missed_nothing():
-                    reason.outcome = "ok"
-                if not reason.nothing_sent:
-                    self.settle(entry, reason.outcome)
+            except (CallerGone, Stopped, UpstreamTimeout) as reason:
+                self.settle_unended(reply, entry, reason)
                 raise
             if not entry.hold.ended:
                 self.settle(entry, ending)                                          # settle
@@ -8451,9 +8598,10 @@ class Proxy:
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
         thing = self.stored.find(call, caller.key)
-        bill = call.stored and self.stored.bills.get(call.stored.name)
-        if bill:  # it asks for the answer of that call
-            call.owes, call.dialect, call.upstream_model = True, bill.dialect, bill.model
+        bill = self.stored.bill_for(call)
+        if bill:
+            call.owes, call.dialect = bill.call, bill.call.dialect
+            call.upstream_model = bill.call.upstream_model
         return thing
 
     def note_made(self, entry, address, names):
@@ -8506,7 +8654,7 @@ class Proxy:
         """What is not metered does not wait."""
         return self.send if upstream.queue is None or call.unmetered else self.send_in_turn
 
-    def new_call(self, request: Request) -> Call:
+    def new_call(self, request):
         """Returns a call as its head tells of it, which is read once, too."""
         cache = request.cache
         if "call" not in cache:
@@ -8597,22 +8745,39 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if ending == CallerGone.outcome else 0
+        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
-        if usage.estimated and call.runs_in_background() and (
-                not self.told_usage(entry, ending)[1]):
+        if call.runs_in_background() and self.may_run(entry, usage, ending):
             return self.await_usage(call, hold)
-        entry.usage = usage
+        entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
         if estimate and ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
 
+    def settle_unended(self, reply, entry, reason):
+        """Do so for a call whose caller has left, or did not want to wait so long."""
+        if reason.nothing_sent:
+            return
+        if isinstance(reason, UpstreamTimeout):
+            if reply.is_impatient():
+                self.settle(entry, CallerGone.outcome)
+            return
+        if reply.missed_nothing():
+            reason.outcome = "ok"
+        self.settle(entry, reason.outcome)
+
+    def may_run(self, entry, usage, ending):
+        """Returns whether a call in the background has not told that it ended."""
+        reader = entry.reader
+        return not reader or reader.running or (
+            usage.estimated and not self.told_usage(entry, ending)[1])
+
     def await_usage(self, call, hold):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
         if call.made:
-            self.stored.owe(call.made[0], Bill(hold, call.dialect, call.upstream_model))
+            self.stored.owe(call.made[0], Bill(hold, call))
         hold.settle(hold.costs)
 
     @staticmethod
@@ -8621,17 +8786,32 @@ class Proxy:
         return reader.reported_usage(ending == "ok") if reader else (None, False)
 
     def settle_bill(self, entry, ending):
-        """Charge what a call in the background used to whom it was charged before, once."""
-        usage, is_final = self.told_usage(entry, ending)
-        bill = is_final and self.stored.bills.pop(entry.call.stored.name, None)
-        if not bill:
+        """Charge what a call in the background used to whom it was charged before, once: when that
+        is told, or when it is told to have ended without."""
+        name, reader = entry.call.owes.made[0], entry.reader
+        bill = self.stored.bills.get(name)
+        entry.call.owes = None
+        if not (bill and reader):
             return
-        entry.usage = usage
-        entry.picodollars, entry.priced = self.prices.cost(usage, bill.model)
-        before = bill.hold.costs
+        usage, is_final = self.told_usage(entry, ending)
+        if not is_final or reader.running:
+            bill = bill._replace(characters=bill.characters + reader.output_characters())
+            self.stored.bills[name] = bill
+            if not reader.closed:
+                return
+            usage = bill.seen_usage(reader.model)
+        del self.stored.bills[name]
+        self.charge_bill(entry, bill, usage)
+
+    def charge_bill(self, entry, bill, usage):
+        reader, before = entry.reader, bill.hold.costs
+        entry.usage = usage.with_others()
+        entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
         costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        if reader.fault and usage.estimated and not bill.characters:
+            costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
-        entry.hold.settle(tuple([new - old for new, old in zip(costs, before)]))
+        entry.hold.settle(tuple(map(int.__sub__, costs, before)))
 
     def fault_costs(self, status):
         """Returns what a call costs that was refused: what its caller did wrong costs a request."""
@@ -8760,7 +8940,7 @@ def build_books(config, clock, log, limits, stored, database):
     return Books(log, ledger, UsageLog(config.usage_log) if config.usage_log else None)
 
 
-def build_dialects(config: Config) -> Dialects:
+def build_dialects(config):
     names = {one.name: one.dialect for one in config.upstreams}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on", config.max_text_bytes)
@@ -8940,11 +9120,11 @@ class ClientConnection:
     MAX_LINGER_BYTES = 64 << 20
     GOODBYE_SECONDS = 1       # for a last answer to be read, before the connection is closed
 
-    reply: Optional[Reply] = None   # while a request is answered
-    last: Optional[Request] = None
-    served = False                  # whether one was
-    idle = True                     # nothing has come whole that the server's end must wait for
-    began = 0.0                     # when the request's head was there
+    reply = None    # while a request is answered
+    last = None
+    served = False  # whether one was
+    idle = True     # nothing has come whole that the server's end must wait for
+    began = 0.0     # when the request's head was there
     leave_timer = None
     full_timer = None
 
@@ -9079,7 +9259,7 @@ class ClientConnection:
                 self.record(reply)
         return not reply.close_after
 
-    def await_request(self) -> asyncio.Future:
+    def await_request(self):
         """Wait for the first byte of a request; the result is False at the end. Raises
         TimeoutError."""
         if self.server.draining:
@@ -9268,7 +9448,7 @@ class Server(http.server.ThreadingHTTPServer):
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
-    tls: Optional[ssl.SSLContext] = None
+    tls = None
     draining = False
     emptied = None  # a future of that no connection is open
 
@@ -10109,10 +10289,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
     log_stream = open_log_stream()  # before another file could get the number of stderr
     try:
-        return run_command(options, dict(os.environ), log_stream)
+        code = run_command(options, dict(os.environ), log_stream)
+        sys.stdout.flush()
+        return code
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr)
         return 1 if isinstance(fault, InUse) else 2
+    except BrokenPipeError:  # who reads has enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter has yet to flush
+        return 1
 
 
 if __name__ == "__main__":

@@ -2329,6 +2329,12 @@ class LearningTest(ProxyCase):
         held = [self.held()[3] for _ in range(22)]
         self.assertEqual((held[:10], held[-1]), ([5000] * 10, 256))
 
+    def test_a_new_name_or_another_spelling_hides_nothing_of_what_is_known(self):
+        self.start("seen" + " seen" * 4999)
+        self.held(model="learned-1.5")
+        for model in self.each(("new", "LEARNED-1-5", "x/learned-1.5:free", "")):
+            self.assertEqual(self.held(model=model, max_tokens=None)[3], 5000)
+
     def test_calls_with_a_maximum_teach_nobody_that_little_is_said(self):
         self.start("seen" + " seen" * 4999)
         self.held(key="bob")
@@ -2743,7 +2749,8 @@ class PathsTest(ManyCase):
         POST /infill, POST /embedding, POST /pooling, POST /classify, POST /generate,
         POST /v1/moderations, POST /v1/ocr, POST /v1/threads/t/runs, POST /v1/threads/t/messages,
         POST /v1/fine_tuning/jobs, PUT /v1/chat/completions, PATCH /v1/responses, POST /inference,
-        POST /v1/uploads/u/parts, PROPFIND /v1/chat/completions, POST /v1//score/, POST /%76%31/x
+        POST /v1/uploads/u/parts, PROPFIND /v1/chat/completions, POST /v1//score/, POST /%76%31/x,
+        POST /v1/chat/completions/x/messages
         """
     ADMIN = """
         POST /v1/realtime/client_secrets, POST /V1/Realtime/Client_Secrets, GET /slots, GET /slots/0
@@ -2759,6 +2766,10 @@ class PathsTest(ManyCase):
         POST /models/unload, POST /lora-adapters, POST /props, POST /v1/model/load, PUT /props
         POST /api/v1/models/load, POST /models, DELETE /v1/models/m, GET /cors-proxy?url=x
         POST /slots/0:countTokens?action=erase, POST /slots/0/count_tokens
+        POST /resume, GET /is_paused, POST /start_weight_update, POST /finish_weight_update
+        POST /fault_tolerance/apply, POST /v1/chat/completions/control, PUT /hicache/storage-backend
+        POST /v1/download, POST /v1/model/embedding/unload, POST /v1/sampling/override/switch
+        GET /api/v1/credits, GET /api/v1/key, POST /api/v1/models/unload, GET /models/sse
         POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
             "\n", ",")
     MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
@@ -2836,6 +2847,9 @@ class PathsTest(ManyCase):
         told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
         for mode, answered, cost, more in self.each((
                 ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
+                ("estimate", {}, 311, {"sampling_params": {"max_new_tokens": 50, "n": 3},
+                                       "text": ["a", "b"]}),
+                ("estimate", {}, 84, {"requests": [{"params": {"max_tokens": 35}}] * 2}),
                 ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
                 ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
             self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
@@ -2960,6 +2974,10 @@ USAGE_TABLE = json.loads("""[
     ["chat", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12,
                 "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 5}},
         [10, 2, 4, 5, 0]],
+    ["chat", {"tokens_evaluated": 10, "tokens_predicted": 2, "tokens_cached": 11},
+        [10, 2, 0, 0, 0]],
+    ["chat", {"input_tokens": 10, "total_output_tokens": 5, "reasoning_output_tokens": 4},
+        [10, 5, 0, 0, 4]],
     ["chat", {"prompt_tokens": -1, "completion_tokens": "2"}, null],
     ["chat", {"prompt_tokens": true}, null],
     ["chat", {"prompt_tokens": 1e300}, null],
@@ -3208,11 +3226,20 @@ class UsageReaderTest(ProxyCase):
         used = llm_proxy.Anthropic().usage(told, "served")
         other = llm_proxy.Usage(7, 8, model="other")
         self.assertEqual(used, llm_proxy.Usage(20, 4, model="served", others=(other,)))
+        self.assertEqual(used.with_others(), llm_proxy.Usage(27, 12, model="served"))
+        for name, served in self.each((
+                ("claude-sonnet-4.5", "claude-sonnet-4-5-20250929"), ("x", "X"), (None, "x"),
+                ("x", None), (["x"], "x"), (7, None), ("a", "a"))):
+            told["iterations"] = [{**entry, "model": name}, {**entry, "input_tokens": 30}] if (
+                served is None) else [{**entry, "model": name}]
+            used = llm_proxy.Anthropic().usage(told, served)
+            self.assertEqual(used.others, ())
 
     ODD_PLACES = json.loads("""[
         {"choices": [{"index": 0, "finish_reason": "stop", "usage": "TOLD"}]},
         {"choices": [{"finish_reason": "stop", "delta": {}}], "x_groq": {"usage": "TOLD"}},
         {"choices": [{"finish_reason": "stop", "message": {"usage": "TOLD"}}], "usage": null},
+        {"meta": "TOLD"}, {"stats": "TOLD"}, {"text": "", "meta_info": "TOLD"},
         {"cached_tokens": 7, "usage": "TOLD", "choices": []},
         {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
         {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
@@ -3794,6 +3821,9 @@ class LimitReplyTest(ProxyCase):
             {"stream": true, "guided_regex": "a+"}""",
         "/v1/completions": """
             {"suffix": "def f"}
+            {"prompt": "<|fim_prefix|>x<|fim_suffix|>y<|fim_middle|>"}
+            {"prediction": {"type": "content", "content": "x"}}
+            {"guided_decoding": {"json": {}}}
             {"suffix": ""}
             {"grammar": "root ::= x"}""",
         "/v1/responses": """
@@ -3828,7 +3858,8 @@ class LimitReplyTest(ProxyCase):
             {"format": "json"}
             {"format": {"type": "object"}, "stream": false}""",
         "/api/generate": """
-            {"suffix": "return"}""",
+            {"suffix": "return"}
+            {"raw": true}""",
         "/api/embed": """
             {"input": "hello"}"""}
     SPOKEN = {
@@ -5230,6 +5261,19 @@ class DeadlinesTest(WaitingCase):
         self.start(None, READ_TIMEOUT="0.1")
         self.assertEqual(self.ask(self.in_time(60000)).status, 504)
 
+    def test_who_wants_to_wait_no_longer_pays_as_if_it_had_left(self):
+        self.start(None, TOKEN_COST_MODE="usage", READ_TIMEOUT=5)
+        self.assertEqual(self.ask(self.in_time(100, max_tokens=50)).status, 504)
+        self.assert_ending("upstream_failed", 1000 - 53)
+        self.stub.next()
+        client, asked = self.ask_stub(self.in_time(200, stream=True, max_tokens=50))
+        asked.stream(event(1))
+        self.assertFalse(client.read().whole)
+        self.assert_ending("upstream_cut", 1000 - 2 * 53, 1)
+        self.start(None, TOKEN_COST_MODE="usage", READ_TIMEOUT="0.1")
+        self.assertEqual(self.ask(self.in_time(60000, max_tokens=50)).status, 504)
+        self.assert_ending("upstream_failed", 1000)
+
     def test_nothing_is_sent_when_nobody_would_wait_for_the_answer(self):
         self.start(None)
         client = self.connect()
@@ -5326,7 +5370,10 @@ class StoredTest(ManyCase):
          [{"contents": [{"parts": [{"fileData": {
              "fileUri": "https://generativelanguage.googleapis.com/v1beta/files/f1"}}]}]}]),
         ("/v1beta/cachedContents", {}, {"name": "cachedContents/c1"}, "/v1beta/cachedContents/c1",
-         [{"cachedContent": "cachedContents/c1"}]),
+         [{"cachedContent": "cachedContents/c1"},
+          {"cachedContent": "projects/p/locations/l/cachedContents/c1"}]),
+        ("/v1/sessions", {}, {"id": "sesn_1"}, "/v1/sessions/sesn_1/events", []),
+        ("/v1/predictions", {}, {"id": "p1"}, "/v1/predictions/p1", []),
         ("/v1beta/interactions", {}, {"id": "v1_x"}, "/v1beta/interactions/v1_x",
          [{"previous_interaction_id": "v1_x"}]),
         ("/v1beta/models/veo:predictLongRunning", {}, {"name": "models/veo/operations/o1"},
@@ -5383,6 +5430,20 @@ class StoredTest(ManyCase):
         self.assertEqual(self.ask(request("POST", "/v1/responses", escaped, key="a")).status, 404)
         error = self.ask(request("GET", "/v1/messages/batches/x", key="a")).json()
         self.assertEqual(error["error"]["type"], "not_found_error")
+
+    def test_a_form_may_speak_of_stored_things_too(self):
+        self.start(**self.KEYS)
+        self.answers({"id": "file-1"})
+        self.post("/v1/files", None)
+        part = '--B\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n--B--\r\n'
+        for name, key, status in self.each((
+                ("file_id", "a", 200), ("file_id", "b", 404), ("images[0][file_id]", "b", 404),
+                ("file_ids[]", "b", 404), ("x", "b", 200))):
+            for body, kind in ((part % (name, "file-1"), "multipart/form-data; boundary=B"),
+                               (name + "=file-1", "application/x-www-form-urlencoded")):
+                answered = self.ask(request("POST", "/v1/audio/transcriptions", body.encode(),
+                                            "Content-Type: " + kind, key=key))
+                self.assertEqual(answered.status, status)
 
     def test_what_callers_and_their_tools_say_is_no_reference(self):
         self.start(**self.KEYS)
@@ -6251,6 +6312,18 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         self.start(says_json({"from": "base"}), **settings)
         return {"base": self.stub, **stubs}
 
+    def test_the_next_upstream_is_sent_all_of_a_large_call(self):
+        first, second = self.start_named(
+            "one two", "UPSTREAM_ONE_MODELS=real,other UPSTREAM_TWO_MODELS=real,other",
+            MODEL_ALIASES="fast=real,slow=other")
+        first.refuse_connections()
+        sent = {"model": "fast", "models": ["slow"], "messages": [{"content": "x " * 10000}] * 3}
+        self.assert_status(200, request("POST", CHAT, json.dumps(sent).encode()))
+        self.assertEqual((first.calls, second.calls), (0, 1))
+        whole = json.dumps({**sent, "model": "real", "models": ["other"]}, separators=(",", ":"))
+        asked = second.requests[0]
+        self.assertEqual(asked.digest, hashlib.sha256(whole.encode()).hexdigest())
+
     def test_prefix_and_model_decide_where_a_call_goes_with_which_key_and_model_at_what_cost(self):
         """Of the upstreams that serve a model the first is asked, else the base. One connection
         may reach them all, even by the same head."""
@@ -6751,6 +6824,19 @@ class LedgerTest(LedgerCase):
         found = [row["model"] for row in self.wait_for_rows(4)]
         self.assertEqual(found, ["\\ud800", *models[1:]])
 
+    def test_the_ledger_knows_who_served_and_what_others_did_for_the_call(self):
+        part = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
+        self.start()
+        for served, written in self.each((
+                ("m-2026", "m-2026"), ("m" * 99, "m" * 80), ("a\nb", "asked"), (7, "asked"))):
+            self.stub.answer = says(json.dumps({"model": served, "usage": {
+                "input_tokens": 20, "output_tokens": 4, "iterations": [part]}}).encode())
+            self.ask(request("POST", "/v1/messages", chat(model="asked", max_tokens=1)))
+            row = self.wait_for_rows(self.stub.calls)[-1]
+            self.assertEqual((row["served"], row["model"]), (written, "asked"))
+            used = (27, 12) if written != "asked" else (20, 4)  # nobody knows who the others are
+            self.assertEqual((row["input"], row["output"]), used)
+
     def test_the_ledger_and_limits_know_the_upstream(self):
         self.start_named("one", UPSTREAM_ONE_MODELS="m",
                          LIMITS="upstream:o* 1 requests per day; each 5 requests per day")
@@ -7188,6 +7274,45 @@ class SettlingTest(LedgerCase):
                              ["500", "", "", "-477", ""])
             self.assertEqual([row["input"] for row in self.rows(self.path)], [0, 0, 0, 20, 0])
 
+    ENDED = [  # what is told where the answer is asked for, each in turn; what is charged at last
+        ([{"status": "failed", "error": {"code": "server_error"}}], 0),
+        ([{"status": "failed", "error": {"code": "invalid_image"}}], 0),
+        ([{"status": "cancelled"}], 0), ([{"status": "incomplete"}, {"status": "failed"}], 0),
+        ([{"status": "in_progress"}], 500), ([{"status": ["failed"]}], 500),
+        ([{"status": "running", "usage": {"input_tokens": 9, "total_tokens": 9}}], 500),
+        ([{"status": "cancelled", "output": [{"text": "x" * 40}]}], 10),
+        ([{"status": "in_progress", "text": "x" * 400}, {"status": "failed"}], 100),
+        ([{"status": "completed", "text": "x" * 4000}], 500)]
+
+    def test_a_call_in_the_background_that_ends_without_usage_is_charged_what_was_seen(self):
+        for told, charged in self.each(self.ENDED):
+            self.start(says_json({"id": "resp_1", "usage": None}))
+            body = b'{"background": true, "max_output_tokens": 500}'
+            self.ask(request("POST", "/v1/responses", body))
+            for number, payload in enumerate(told, 1):
+                for path in ("/v1/responses/resp_1/input_items", "/v1/responses/resp_1"):
+                    self.stub.answer = says_json({"id": "resp_1", **payload})
+                    self.ask(request("GET", path))
+            self.assertEqual(1000 - self.left(), charged)
+
+    BATCHES = [  # path, body, what is answered, where it is polled
+        ("/v1/messages/batches", {"requests": [{"params": {"max_tokens": 50, "model": "m"}}] * 10},
+         {"id": "msgbatch_1"}, "/v1/messages/batches/msgbatch_1"),
+        ("/v1beta/models/m:batchGenerateContent", {"batch": {"requests": [
+            {"request": {"generationConfig": {"maxOutputTokens": 50}}}] * 10}},
+         {"name": "batches/b1", "metadata": {}}, "/v1beta/batches/b1")]
+
+    def test_a_batch_is_charged_what_its_calls_may_use_until_that_is_told(self):
+        for path, body, answered, poll in self.each(self.BATCHES):
+            self.start(says_json(answered))
+            self.ask(request("POST", path, json.dumps(body).encode()))
+            self.assertLess(self.left(), 500)
+            self.stub.answer = says_json({
+                "usage": {"prompt_tokens": 20, "total_tokens": 25},
+                "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25}})
+            self.ask(request("GET", poll))
+            self.assertEqual(self.left(), 975)
+
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
         body = b'{"background": true, "max_output_tokens": 400}'
@@ -7394,6 +7519,26 @@ class SettlingTest(LedgerCase):
         self.assertIn(b"limit reached, wait", self.ask(call(model="gpt-4o-mini")).body)
         self.assert_status(200, call(model="x/free:free"))
 
+    TIERS = """
+        {} -> 1
+        {"service_tier": "flex"} -> 1
+        {"service_tier": "Priority"} -> 2
+        {"service_tier": ["priority"]} -> 1
+        {"speed": "fast"} -> 2
+        {"inference_geo": "us", "service_tier": "priority"} -> 2.2
+        """
+
+    def test_the_dearer_way_of_serving_that_is_asked_for_is_held(self):
+        for asked, times in self.each(self.TIERS):
+            self.start(None, LIMITS="each 1 usd per day", UNPRICED="1")
+            path = "/v1/messages" if "geo" in asked or "speed" in asked else CHAT
+            client, up = self.ask_stub(request("POST", path, chat(
+                max_tokens=100000, **json.loads(asked))))
+            level, = levels(self.proxy).values()
+            self.assertEqual(round((10 ** 12 - level) / 10 ** 11, 2), float(times))
+            up.answer()
+            client.read()
+
     TOLD = """
         {} -> 0.0000075
         {"model": "gpt-4o-2024-08-06"} -> 0.000125
@@ -7419,6 +7564,39 @@ class FallbackTest(CallCase):
             self.start(LIMITS=self.RULES, LIMIT_REPLY="error")
             statuses = [self.ask(call(model="cheap", **payload)).status for _ in range(2)]
             self.assertEqual(statuses + [self.ask(call(model="cheap")).status], [200, 429, 200])
+
+    # What a call names, and what goes up where the model is pinned, and where "a" stands for "b"
+    RENAMED = [
+        ({"models": ["a", "c"]}, {}, {"models": ["b", "c"]}),
+        ({"fallbacks": [{"model": "a", "x": 1}, 7]}, {},
+         {"fallbacks": [{"model": "b", "x": 1}, 7]}),
+        ({"models": "a", "fallbacks": None}, {}, {"models": "a", "fallbacks": None}),
+        ({"tools": [{"type": "x", "model": "a"}, {"type": "y"}]},
+         {"tools": [{"type": "x"}, {"type": "y"}]},
+         {"tools": [{"type": "x", "model": "b"}, {"type": "y"}]})]
+
+    def test_a_pin_holds_for_other_models_too_and_so_do_aliases(self):
+        paths = CHAT, "/v1/score", "/v1/responses"
+        for pinned, settings in ((1, {"BASE_MODEL": "m"}), (2, {"MODEL_ALIASES": "a=b"})):
+            self.start(**settings)
+            for row, path in self.each(itertools.product(self.RENAMED, paths)):
+                body = json.dumps({"model": "m", **row[0]}).encode()
+                self.ask(request("POST", path, body))
+                self.assertEqual(self.stub.requests[-1].json(), {"model": "m", **row[pinned]})
+
+    def test_the_models_of_a_batch_of_calls_count_and_are_replaced_too(self):
+        batch = {"requests": [{"params": {"model": "a"}}, {"params": {"model": 7}}]}
+        for settings, model in self.each((
+                ({"BASE_MODEL": "m"}, "m"), ({"MODEL_ALIASES": "a=b"}, "b"), ({}, "a"))):
+            self.start(LIMITS="model:b 9 requests per day; each 1 usd per day", UNPRICED="1",
+                       **settings)
+            self.ask(request("POST", "/v1/messages/batches", json.dumps(batch).encode()))
+            asked = self.stub.requests[-1].json()["requests"]
+            self.assertEqual([one["params"]["model"] for one in asked], [model, 7])
+            self.assertEqual(len(levels(self.proxy)), 1 + (model == "b"))
+        self.start(LIMITS="each 1 usd per day")
+        body = json.dumps(batch).encode()
+        self.assert_status(403, request("POST", "/v1/messages/batches", body))
 
     def test_what_names_no_model_is_left_alone_and_too_many_are_refused(self):
         self.start(LIMITS=self.RULES)
@@ -7618,6 +7796,20 @@ class EndingsTest(LedgerCase):
                 asked.send(LAST)
             self.assertEqual(self.entry(number)["outcome"], "ok")
             asked.finish()
+
+    def test_a_caller_who_could_not_be_sent_the_last_event_missed_it(self):
+        last = events(LAST_DELTA, "[DONE]")
+        self.start(None)
+        for number, (sent, unsent, outcome) in enumerate(self.each((
+                (self.EVENT, last, "caller_gone"),
+                (self.EVENT + last[:-5], last[-5:], "caller_gone"),
+                (self.EVENT + last, b": a\n\n", "ok")))):
+            client, asked = self.begin(sent)
+            with mock.patch.object(llm_proxy.Stream, "write", llm_proxy.Stream.fail_writing):
+                asked.chunks(unsent)
+                self.assertEqual(self.entry(number)["outcome"], outcome)
+            client.close()
+            asked.over.set()
 
     CUTS = (  # what the upstream has sent, how it breaks off, tokens of output
         (CHUNKED, Asked.close, 2),
