@@ -5019,6 +5019,7 @@ class Head(Fields):
                  "close_after")
     MAX_LINE = MAX_HEAD  # bytes of a field's line
     MAX_FIELDS = 500
+    SINGLE = SINGLE      # fields that may not be repeated
 
     def __init__(self, data: bytes):
         """`data` runs from the start line through the blank line. Raises Malformed."""
@@ -5052,7 +5053,7 @@ class Head(Fields):
         for line in lines:
             name = line[:line.index(":")].lower()
             if name in self.lines:
-                if name in SINGLE:
+                if name in self.SINGLE:
                     raise Malformed()
                 line = self.lines[name] + "\r\n" + line
             self.lines[name] = line
@@ -5165,6 +5166,8 @@ class Request(Head):
     __slots__ = ("method", "path", "query", "version", "plain")
     MAX_LINE = 8192
     MAX_FIELDS = 100
+    # A form is read here and by an upstream: with two types, each could take another one.
+    SINGLE = SINGLE | {"content-type"}
 
     def __init__(self, data: bytes):
         super().__init__(data)
@@ -5928,6 +5931,41 @@ class MemoryBudget:
         self.held[owner] -= size
         if not self.held[owner]:
             del self.held[owner]
+
+
+class Turns:
+    """Has those whose bodies take long to understand go one by one, each caller in its turn. As
+    long as one took, the loop is left to everybody else before the next."""
+    SMALL = 8192  # bytes of a body that needs none
+    handle = None
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.waiting = collections.OrderedDict()  # owner -> futures, whose turn is next first
+
+    async def take(self, owner: Optional[CallerKey], context: Context):
+        """Raises as `Context.wait` does."""
+        if self.handle is None:
+            return self.begin()
+        turn = context.wait(self.loop.create_future(), math.inf, "its turn to be understood")
+        self.waiting.setdefault(owner, collections.deque()).append(turn)
+        await turn
+
+    def begin(self):
+        self.began = self.loop.time()
+        self.handle = self.loop.call_soon(self.pause)  # right behind whose turn it is
+
+    def pause(self):
+        self.handle = self.loop.call_later(self.loop.time() - self.began, self.next)
+
+    def next(self):
+        self.handle = None
+        while self.waiting and self.handle is None:
+            owner, turns = self.waiting.popitem(last=False)
+            if Stream.wake(turns.popleft()):  # else it has left
+                self.begin()
+            if turns:
+                self.waiting[owner] = turns
 
 
 WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # for zlib, by content coding
@@ -7459,6 +7497,7 @@ class Log(Writer):
     """Lines on stderr."""
     PAUSE = 0.05
     BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
+    cut = False  # whether the last line was not written to its end
 
     def __init__(self, stream: BinaryIO, as_json: bool):
         """`stream` is unbuffered: a buffer has a lock, which a blocked writer would hold when the
@@ -7470,7 +7509,10 @@ class Log(Writer):
 
     def say(self, text: str):
         """Queues a line."""
-        self.record(json.dumps({"message": text}) if self.as_json else text)
+        self.record(self.message(text))
+
+    def message(self, text):
+        return json.dumps({"message": text}) if self.as_json else text
 
     def report(self):
         """Queues the traceback of the exception being handled: a bug of ours."""
@@ -7482,15 +7524,17 @@ class Log(Writer):
     def write_queued(self):
         while self.queue:
             batch = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
-            if self.dropped:
-                dropped = self.dropped
-                self.dropped = 0
-                self.say("%d log lines dropped" % dropped)
             lines = [line if isinstance(line, str) else self.format(line) for line in batch]
-            self.write("\n".join(lines + [""]))
+            dropped = self.dropped
+            if dropped:
+                lines.append(self.message("%d log lines dropped" % dropped))
+            left = self.write("\n".join(lines + [""]))
+            self.dropped += left - bool(dropped) if left else -dropped
 
     def write(self, text):
-        data = memoryview(visible(text).encode("ascii", "backslashreplace"))
+        """Returns how many lines could not be written. A full disk may take half a line."""
+        text = "\n" * self.cut + visible(text)
+        data = whole = memoryview(text.encode("ascii", "backslashreplace"))
         try:
             while data:
                 written = self.stream.write(data)
@@ -7500,6 +7544,11 @@ class Log(Writer):
                 data = data[written or 0:]
         except (OSError, ValueError):
             pass  # a closed or full log is no reason to stop serving
+        left = bytes(data).count(b"\n")
+        if len(data) == len(whole):
+            return left - self.cut
+        self.cut = whole[len(whole) - len(data) - 1] != ord("\n")
+        return left
 
 
 class UsageLog(Log):
@@ -7526,7 +7575,7 @@ class UsageLog(Log):
                 stream = open(self.path, "ab", buffering=0)
                 self.stream.close()
                 self.stream = stream
-        super().write(text)
+        return super().write(text)
 
     def run(self):
         super().run()
@@ -7990,6 +8039,7 @@ class ReplyParts(NamedTuple):
     clock: Any
     dialects: Dialects
     budget: MemoryBudget
+    turns: Turns
     origins: Origins
 
 
@@ -8046,8 +8096,14 @@ class Reply:
         """Returns the body of a metered call."""
         most = self.parts.config.max_body_bytes
         if self.content is None:
-            self.body.owner = self.entry.caller.key
-            return await self.body.read(most, self.context)
+            self.body.owner = owner = self.entry.caller.key
+            content = await self.body.read(most, self.context)
+            if len(content) > Turns.SMALL:
+                try:
+                    await self.parts.turns.take(owner, self.context)
+                except TimeoutError:  # its own time is over
+                    raise Overloaded() from None
+            return content
         if len(self.content) > most:
             raise BodyTooLarge()
         return self.content
@@ -9408,7 +9464,8 @@ class Server(http.server.ThreadingHTTPServer):
         memory = max(self.BODY_MEMORY, 8 * proxy.config.max_body_bytes)
         origins = Origins(proxy.config.web_origins, socket.gethostname())
         self.parts = ReplyParts(
-            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), origins)
+            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), Turns(self.loop),
+            origins)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)

@@ -3,6 +3,7 @@
     python -m unittest                      # all of them, in about a minute
     python -m unittest -k limit_reply       # those with this in their name
     python test_llm_proxy.py --soak         # those of the last section for minutes, with figures
+    python test_llm_proxy.py --soak long    # attacks at random beside honest callers: half an hour
 
 Most go through real sockets on loopback: a Client that is strict about what it gets, the proxy, and
 a Stub in place of the endpoint, whose every byte the test decides. No test sleeps until a bucket is
@@ -25,6 +26,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -36,6 +38,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import sqlite3
@@ -4124,6 +4127,7 @@ class HeadTest(ProxyCase):
         400 POST /v1/files HTTP/1.1 | Host: a@x | Content-Length: 0
         400 POST /v1/files HTTP/1.1 | Host: a b | Content-Length: 0
         400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | Content-Length: 5
+        400 GET / HTTP/1.1 | Host: x | Content-Type: a/b | content-type: a/b
         400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | content-length: 6
         400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | Transfer-Encoding: chunked
         400 POST /v1/files HTTP/1.1 | Host: x | Transfer-Encoding: chunked | Content-Length: 5
@@ -4503,6 +4507,30 @@ class StreamTest(ProxyCase):
                 self.assertEqual((answered.body, answered.whole), (b"", True))
                 self.assertEqual(answered.get("content-length"), length or None)
                 self.assertIsNone(answered.get("transfer-encoding"))
+
+    def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
+        loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
+        self.addCleanup(loop.close)
+        turns, gone = llm_proxy.Turns(loop), llm_proxy.Context(loop)
+
+        def next_round():
+            rounds.append(loop.call_soon(next_round))
+
+        async def understand(name, context):
+            await turns.take(name[0], context)
+            seen.append((name, len(rounds)))
+
+        async def understand_all():
+            next_round()
+            tasks = [loop.create_task(understand(name, gone if name == "a2" else
+                     llm_proxy.Context(loop))) for name in ("a1", "a2", "a3", "a4", "b1")]
+            loop.call_soon(gone.end, llm_proxy.CallerGone())
+            return await asyncio.gather(*tasks, return_exceptions=True)
+        ended = loop.run_until_complete(understand_all())
+        self.assertEqual([name for name, _ in seen], ["a1", "b1", "a3", "a4"])
+        self.assertEqual(len({number for _, number in seen}), 4)
+        self.assertIsInstance(ended[1], llm_proxy.CallerGone)
+        self.assertFalse(turns.waiting)
 
     def test_trailers_are_dropped(self):
         trailers = b"0\r\nX-Trailer: y\r\nSet-Cookie: z\r\n\r\n"
@@ -6952,6 +6980,69 @@ class LedgerTest(LedgerCase):
         self.assertEqual(self.row()["status"], 200)
         self.assertEqual(self.lines.text().count("cannot be written"), 1)
 
+    @contextlib.contextmanager
+    def small_disk(self):
+        """Makes a folder on a disk of 1 MB, where that is allowed; returns the folder, or None."""
+        folder = new_path(self)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run(mount, check=True, stderr=subprocess.DEVNULL)
+            try:
+                yield folder
+            finally:
+                subprocess.run(["umount", "-l", folder], check=True)
+            return
+        yield None
+
+    @contextlib.contextmanager
+    def full_disk(self, folder):
+        """Meanwhile nothing more can be written to `folder`, or, without one, to the ledger."""
+        if folder:
+            path = os.path.join(folder, "filler")
+            with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            yield
+            os.remove(path)
+        else:
+            execute = self.proxy.books.ledger.database.connection.execute
+            execute("PRAGMA max_page_count = 1").fetchall()
+            yield
+            execute("PRAGMA max_page_count = 1000000").fetchall()
+
+    def test_a_full_disk_holds_up_no_call_drops_and_counts_rows_and_comes_back_by_itself(self):
+        with self.small_disk() as folder:
+            path = os.path.join(folder or new_path(self), "llm_proxy.db")
+            usage_log = path + ".jsonl"
+            self.start(DATABASE=path, USAGE_LOG=usage_log, MAX_TOKENS=10 ** 6)
+            self.ask(call("k"))
+            self.wait_for_rows(1)
+            ledger, client = self.proxy.books.ledger, self.connect()
+            ledger.ROOM = 20
+            with self.full_disk(folder):
+                took = []
+                for _ in range(60):
+                    began = time.monotonic()
+                    self.assertEqual(client.exchange(call("k")).status, 200)
+                    took.append(time.monotonic() - began)
+                said = "the database cannot be written: database or disk is full"
+                wait_for(lambda: said in self.lines.text(), said)
+                self.assertLess(sorted(took)[-6], 0.025)
+                dropped = self.ask(HEALTH).json()["ledger"]["dropped"]
+                self.assertGreater(dropped, 0)
+            rows = self.wait_for_rows(61 - dropped)
+            self.assertEqual(len(rows), 61 - dropped)
+            self.ask(call("k", "X-Request-ID: the-last"))
+            wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
+            lines = pathlib.Path(usage_log).read_text("ascii").splitlines()
+            lost = [int(line.split()[1][1:]) for line in lines if line.endswith('dropped"}')]
+            self.assertEqual(sum(line[:6] == '{"id":' for line in lines) + sum(lost),
+                             62 + (len(lost) and 1))  # one was cut
+            self.proxy.books.close(PATIENCE)
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                found = connection.execute("SELECT level FROM buckets").fetchall()
+            self.assertEqual(found, [(10 ** 6 - 62,)])
+
     def test_the_same_entries_go_to_a_file_of_json_lines(self):
         path = new_path(self, "llm_proxy.db") + ".jsonl"
         self.start(says(completion(20, 4)), USAGE_LOG=path)
@@ -7820,6 +7911,31 @@ class EndingsTest(LedgerCase):
         self.tracebacks = 1
         asked.wait_for_hang_up()
         self.assert_ending("internal_error", left=1000)
+
+    def test_a_slow_reader_that_goes_on_is_not_cut_and_pays_for_what_it_took(self):
+        """It reads 10 KB each 4 ms, of 4 MB; if the system took more of those ahead, the reader
+        would be silent for longer than a reader may be."""
+        self.patch_seconds(Transfer_SLOW_READER_SECONDS=0.3)
+        data = chunk(events(delta("word " * 200))) * 4000 + chunk(events(LAST_DELTA, "[DONE]"))
+        costs = []
+        for number, (share, outcome) in enumerate(self.each(((1, "ok"), (0.2, "caller_gone")))):
+            if not number:
+                self.start(sends(STREAM + data + LAST, close=False), TOKEN_COST_MODE="usage",
+                           MAX_TOKENS=10 ** 8)
+            client = self.connect(receive_buffer=32768)
+            client.send(call(stream=True, max_tokens=1)).head()
+            found = client.reader.data
+            while len(found) < 0.9 * share * len(data) or share == 1 and found[-5:] != LAST:
+                time.sleep(0.004)
+                part = client.sock.recv(10000)
+                self.assertTrue(part, "it was cut")
+                found += part
+            client.reset()
+            row = self.row(number)
+            self.assertEqual(row["outcome"], outcome)
+            costs.append(row["output"])
+            self.assertLess(row["bytes"] - len(found), 400000)
+        self.assertLess(costs[1], 0.3 * costs[0])
 
 
 class EveryAwaitTest(WaitingCase):
@@ -9193,6 +9309,20 @@ class CommandsTest(ProcessCase):
             process.stop(stop).wait()
             self.assertEqual(len(LedgerCase.rows(path)), done)
 
+    def test_a_kill_loses_the_last_quarter_second_of_calls_at_most_and_levels_match_the_rows(self):
+        path, ended = new_path(self, "books.db"), []
+        process = self.serve(DATABASE=path, MAX_TOKENS=10 ** 6)
+        client, end = self.connect(), time.monotonic() + 0.7
+        while time.monotonic() < end:
+            self.assertEqual(client.exchange(call("k")).status, 200)
+            ended.append(time.monotonic())
+        process.stop(signal.SIGKILL).wait()
+        killed = time.monotonic()
+        rows = len(LedgerCase.rows(path))
+        self.assertLess(rows, len(ended))
+        self.assertLess(killed - ended[rows], llm_proxy.Ledger.PAUSE + 0.15)
+        self.assertEqual(self.level(path), 10 ** 6 - rows)
+
     def test_a_hang_up_signal_reads_the_certificates_again_and_ends_nothing(self):
         path = pem_file(self)
         process = self.serve(TLS_CERT_FILE=path)
@@ -9297,7 +9427,8 @@ class CommandsTest(ProcessCase):
 
 # --------------------------------------------------------------------------------------------------
 # Endurance: everything at its worst. Each test has a short form here, and those with a `size` have
-# a long one: `python test_llm_proxy.py --soak`, about ten minutes, prints their figures.
+# a long one: `python test_llm_proxy.py --soak`, about 15 minutes, prints their figures.
+# `--soak long [SECONDS]` runs attacks at random beside honest callers alone, for half an hour.
 # --------------------------------------------------------------------------------------------------
 
 class EnduranceCase(ProcessCase):
@@ -9403,6 +9534,150 @@ class EnduranceCase(ProcessCase):
         self.assertGreater(len(statuses), 5)
 
 
+class Fuzz:
+    """Requests with faults, from a generator of random numbers with a seed."""
+    GEMINI = b'{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
+    FORM = (b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--xyz\r\n'
+            b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
+            b'Content-Type: audio/wav\r\n\r\n\x00\xff\n\x80\r\n--xyz--\r\n')
+    METHODS = "GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS"
+    MARK = b"12345678"  # stands for the number of its connection
+    MARKED = chat(user="mark-" + MARK.decode())
+    NAMED = "X-Request-ID: mark-" + MARK.decode()
+    GOOD = (
+        call("sk-1"), call(None, "X-A: 1", "X-A: 2", "Cookie: a=b", stream=True),
+        unsized(CHAT, CHUNKED) + chunk(chat()[:20]) + chunk(chat()[20:]) + LAST,
+        unsized(CHAT, CHUNKED, "Trailer: X-Sum") + b"0f;a=b\r\n" + chat()[:15] + b"\r\n"
+        + chunk(chat()[15:]) + b"0\r\nX-Sum: 1\r\n\r\n",
+        unsized("/v1/files", CHUNKED) + chunk(b"\r\n0\r\n\r\n") + LAST,
+        request("POST", "http://proxy.test" + CHAT, chat()), call(None, "Expect: 100-continue"),
+        unsized(CHAT, CHUNKED, "Expect: 100-continue") + chunk(chat()) + LAST,
+        call() + HEALTH + call(),
+        request("GET", "/v1/x?key=sk-1&a=%2e%2e") + call(stream=True),
+        request("POST", CHAT, chat(stream=True), "Connection: keep-alive", version="1.0"),
+        request("GET", "/", version="1.0"),
+        request("POST", "/v1beta/models/g:generateContent?key=sk-1", GEMINI),
+        request("POST", "/v1beta/models/g:streamGenerateContent?alt=sse", GEMINI,
+                "X-Goog-Api-Key: sk-1"),
+        request("POST", "/v1/messages", chat(max_tokens=5), "X-Api-Key: sk-1",
+                "Anthropic-Version: 2023-06-01"),
+        request("POST", "/v1/audio/transcriptions", FORM,
+                "Content-Type: multipart/form-data; boundary=xyz"),
+        request("OPTIONS", CHAT, b"", "Origin: http://a.test",
+                "Access-Control-Request-Headers: X-A"),
+        request("POST", CHAT, MARKED, NAMED),
+        unsized(CHAT, CHUNKED, NAMED) + chunk(MARKED) + LAST,
+        request("POST", CHAT, MARKED, NAMED) + request("POST", CHAT, MARKED) * 2,
+        request("POST", "/v1/files", call("sk-1") + call("sk-1")),  # one within another
+        request("HEAD", "/v1/files/1", b"", "Connection: X-Hop, close", "X-Hop: 1"))
+    SPELLINGS = (  # what is replaced by what: framing, line ends, folding, methods, targets
+        (rb"Content-Length: \d+|Transfer-Encoding: chunked", (
+            b"Content-Length: -1|Content-Length: 0|Content-Length: 1|Content-Length:|"
+            b"Content-Length: 5, 5|Content-Length: 0x5|Content-Length: 1e1|Content-Length : 5|"
+            b"Content-Length: 99999999999999999999|Transfer-Encoding : chunked|"
+            b"Transfer-Encoding: chunked, chunked|Transfer-Encoding: xchunked|"
+            b"Transfer-Encoding:\x0bchunked|Transfer-Encoding: chunked;q=1|"
+            b"Transfer-Encoding: gzip, chunked|Transfer-Encoding: Chunked|Transfer-Encoding:")),
+        (rb"\r\n", b"\n|\r|\r\r\n|\n\r|\r\n\r\n|\r\n |\r\n\t|\0\r\n| \r\n|\xc2\x85"),
+        (rb"(?<=\r\n)[0-9a-f]+(?=[\r;])", (
+            b"0|00|+5|-1|0x5|5 |\t5|5_0|1;a=\"\n\"|ffffffffffffffff|10000000000000000|5\x00|5;|G")),
+        (rb": ", b":|: \t|:  |\t: | : |:\r\n |: \x00|: ,"),
+        (rb"\A[A-Z]+", b"GET|HEAD|PUT|post|TRACE|CONNECT|PRI|M-SEARCH|POST\t|DELETE|X|QUERY"),
+        (rb"(?<= )/\S*", (
+            b"*|//evil.test/|/../health|/v1/%2e%2e/x|/v1/x?a b|http://a@proxy.test/v1/x|/v1/\xe9|"
+            b"proxy.test:80|/v1/x#y|\\v1|/%00|/v1/x%0d%0aX:y|/health|/" + b"a" * 9000)),
+        (rb"HTTP/1\.[01]", b"HTTP/1.0|HTTP/0.9|HTTP/1.2|HTTP/2.0|HTTP/1,1|http/1.1||HTTP/01.1"),
+        (rb"Host: [a-z.]+", b"Host:|Host: a, b|Host: x\r\nHost: x|Host: a@b|Host: a/b|X: y"))
+    ODD_BYTES = (b"\r|\n|\0|\t| |:|,|0|\r\n|\n\n|\r\n\r\n|\x0b|\x7f|\x80|\xff").split(b"|")
+    ODD_LINES = (
+        b"Transfer-Encoding: chunked|Transfer-Encoding: identity, chunked|Content-Length: 3|"
+        b"Transfer_Encoding: chunked|Content-Length: +3|Content-Length: 99999|Host: other.test|"
+        b" folded|Expect: 100-continue|Connection: content-length|Upgrade: h2c|TE: trailers|"
+        b"Content-Encoding: gzip|X: \xe9").split(b"|")
+
+    APPLICATION = '''
+import os, re
+def echo(name, target, body):
+    with open(os.environ["NAMES"], "ab") as file:
+        file.write(name + b"\\n")
+    marks = re.findall(rb"mark-[0-9]{8}", body)
+    return b'{"echo": "%b %b"}' % (name, b" ".join(marks))
+async def asgi(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    body, more = b"", True
+    while more:
+        event = await receive()
+        body, more = body + event.get("body", b""), event.get("more_body")
+    told = echo(dict(scope["headers"]).get(b"x-request-id", b"none"), scope["raw_path"], body)
+    fields = [(b"content-length", b"%d" % len(told)), (b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": fields})
+    await send({"type": "http.response.body", "body": told})
+def wsgi(environ, start):
+    body = environ["wsgi.input"].read()
+    told = echo(environ.get("HTTP_X_REQUEST_ID", "none").encode("latin-1"), b"", body)
+    start("200 OK", [("Content-Length", str(len(told))), ("Content-Type", "application/json")])
+    return [told]
+'''
+    NODE = '''
+const fs = require("fs");
+require("http").createServer((asked, answer) => {
+  const parts = [], name = asked.headers["x-request-id"] || "none";
+  asked.on("data", part => parts.push(part)).on("end", () => {
+    fs.appendFileSync(process.env.NAMES, name + "\\n");
+    const marks = Buffer.concat(parts).toString("latin1").match(/mark-[0-9]{8}/g) || [];
+    const body = JSON.stringify({echo: name + " " + marks.join(" ")});
+    answer.writeHead(200, {"Content-Type": "application/json", "Content-Length": body.length});
+    answer.end(body);
+  });
+}).listen(+process.argv[2], "127.0.0.1");
+'''
+
+    @staticmethod
+    def echo(name, *parts):
+        """Returns what tells a request's name, and by which connection it came."""
+        marks = re.findall(rb"mark-\d{8}", b"".join(parts))
+        return b'{"echo": "%b %b"}' % (name.encode(), b" ".join(marks))
+
+    @classmethod
+    def mutate(cls, chance):
+        """Returns one of the good requests with one to four faults, mostly one."""
+        data = chance.choice(cls.GOOD)
+        for _ in range(chance.choice((1, 1, 1, 2, 3, 4))):
+            data = chance.choice((cls.spell_otherwise, cls.damage))(data, chance) or b"\0"
+        return data
+
+    @classmethod
+    def spell_otherwise(cls, data, chance):
+        """Replaces, or doubles, one of the parts that say where a request ends or goes."""
+        shape, others = chance.choice(cls.SPELLINGS)
+        found = list(re.finditer(shape, data))
+        if not found:
+            return cls.damage(data, chance)
+        match, other = chance.choice(found), chance.choice(others.split(b"|"))
+        if chance.random() < 0.2:
+            other = match[0] + b"\r\n" + other
+        return data[:match.start()] + other + data[match.end():]
+
+    @classmethod
+    def damage(cls, data, chance):
+        """Changes any bytes, or inserts a line."""
+        # Most bytes of a request matter less than those of its start.
+        place = min(len(data) - 1, chance.randrange(chance.choice((60, 500, 500))))
+        end = place + chance.choice((1, 1, 2, 8, 40))
+        before, behind = data[:place], data[place:]
+        other, rows = chance.choice(cls.GOOD), data.split(b"\r\n")
+        row = chance.choice(cls.ODD_LINES + rows)
+        rows.insert(chance.randrange(1, len(rows) + 1), row)
+        return chance.choice((
+            before + bytes([behind[0] ^ 1 << chance.randrange(8)]) + behind[1:],
+            before + data[end:],
+            data[:end] + behind,
+            before + chance.choice(cls.ODD_BYTES) + behind,
+            before + other[chance.randrange(len(other)):],
+            b"\r\n".join(rows)))
+
+
 class DoorTest(EnduranceCase):
     """Connections and requests of callers."""
 
@@ -9499,60 +9774,7 @@ class DoorTest(EnduranceCase):
         self.assertLessEqual(len(limits.buckets.levels), 50)
         self.assertLessEqual(len(limits.known), 40)
 
-    GEMINI = b'{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
-    FORM = (b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--xyz\r\n'
-            b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
-            b'Content-Type: audio/wav\r\n\r\n\x00\xff\n\x80\r\n--xyz--\r\n')
-    GOOD = (
-        call("sk-1"), call(None, "X-A: 1", "X-A: 2", "Cookie: a=b", stream=True),
-        unsized(CHAT, CHUNKED) + chunk(chat()[:20]) + chunk(chat()[20:]) + LAST,
-        unsized(CHAT, CHUNKED, "Trailer: X-Sum") + b"0f;a=b\r\n" + chat()[:15] + b"\r\n"
-        + chunk(chat()[15:]) + b"0\r\nX-Sum: 1\r\n\r\n",
-        unsized("/v1/files", CHUNKED) + chunk(b"\r\n0\r\n\r\n") + LAST,
-        request("POST", "http://proxy.test" + CHAT, chat()), call(None, "Expect: 100-continue"),
-        unsized(CHAT, CHUNKED, "Expect: 100-continue") + chunk(chat()) + LAST,
-        call() + HEALTH + call(),
-        request("GET", "/v1/x?key=sk-1&a=%2e%2e") + call(stream=True),
-        request("POST", CHAT, chat(stream=True), "Connection: keep-alive", version="1.0"),
-        request("GET", "/", version="1.0"),
-        request("POST", "/v1beta/models/g:generateContent?key=sk-1", GEMINI),
-        request("POST", "/v1beta/models/g:streamGenerateContent?alt=sse", GEMINI,
-                "X-Goog-Api-Key: sk-1"),
-        request("POST", "/v1/messages", chat(max_tokens=5), "X-Api-Key: sk-1",
-                "Anthropic-Version: 2023-06-01"),
-        request("POST", "/v1/audio/transcriptions", FORM,
-                "Content-Type: multipart/form-data; boundary=xyz"),
-        request("OPTIONS", CHAT, b"", "Origin: http://a.test",
-                "Access-Control-Request-Headers: X-A"),
-        request("HEAD", "/v1/files/1", b"", "Connection: X-Hop, close", "X-Hop: 1"))
-    ODD_BYTES = (b"\r|\n|\0|\t| |:|,|0|\r\n|\n\n|\r\n\r\n|\x0b|\x7f|\x80|\xff").split(b"|")
-    ODD_LINES = (
-        b"Transfer-Encoding: chunked|Transfer-Encoding: identity, chunked|Content-Length: 3|"
-        b"Transfer_Encoding: chunked|Content-Length: +3|Content-Length: 99999|Host: other.test|"
-        b" folded|Expect: 100-continue|Connection: content-length|Upgrade: h2c|TE: trailers|"
-        b"Content-Encoding: gzip|X: \xe9").split(b"|")
-
-    def mutate(self, chance):
-        """Returns one of the good requests with one to four faults, mostly one."""
-        data = chance.choice(self.GOOD)
-        for _ in range(chance.choice((1, 1, 1, 2, 3, 4))):
-            # Most bytes of a request matter less than those of its start.
-            place = min(len(data) - 1, chance.randrange(chance.choice((60, 500, 500))))
-            end = place + chance.choice((1, 1, 2, 8, 40))
-            before, behind = data[:place], data[place:]
-            other, rows = chance.choice(self.GOOD), data.split(b"\r\n")
-            row = chance.choice(self.ODD_LINES + rows)
-            rows.insert(chance.randrange(1, len(rows) + 1), row)
-            data = chance.choice((
-                before + bytes([behind[0] ^ 1 << chance.randrange(8)]) + behind[1:],
-                before + data[end:],
-                data[:end] + behind,
-                before + chance.choice(self.ODD_BYTES) + behind,
-                before + other[chance.randrange(len(other)):],
-                b"\r\n".join(rows))) or b"\0"
-        return data
-
-    ALLOWED = {100, 200, 204, 400, 404, 405, 408, 413, 414, 415, 417, 431, 501, 505}
+    ALLOWED = {100, 200, 204, 400, 403, 404, 405, 408, 413, 414, 415, 417, 431, 501, 505}
     ONLY_OURS = {"authorization", "x-api-key", "x-goog-api-key", "cookie", "te", "upgrade",
                  "expect"}
 
@@ -9567,31 +9789,60 @@ class DoorTest(EnduranceCase):
         self.assertFalse(self.ONLY_OURS & set(names))
         self.assertNotIn(asked.method, ("TRACE", "CONNECT"))
         if asked.method == "HEAD":
-            asked.answer(b"")
-        elif b'"stream": true' in asked.body:
-            asked.stream(event(1), end=True)
+            return asked.answer(b"")
+        said = Fuzz.echo(asked.get("x-request-id") or "none", asked.body)
+        if b'"stream": true' in asked.body:
+            asked.stream(b"data: %b\n\n" % said, end=True)
         else:
-            asked.answer(b'{"data": [{"id": "m"}]}')
+            asked.answer(said)
 
     def converse(self, requests):
         """Sends each request on a connection of its own; every other caller closes its sending
         side. Returns the answers as bytes, None for a reset."""
         clients = [self.connect() for _ in requests]
         for number, data in enumerate(requests):
+            data = data.replace(Fuzz.MARK, b"%08d" % number)
             with contextlib.suppress(OSError):  # it may have been refused by its first bytes
                 clients[number].send(data)
                 if number % 2:
                     clients[number].sock.shutdown(socket.SHUT_WR)
         return [read_to_the_end(client) for client in clients]
 
-    def start_strictly(self):
-        self.patch_seconds(ClientConnection_HEAD_SECONDS=0.3, ClientConnection_IDLE_SECONDS=0.05,
-                           ClientConnection_LINGER_SECONDS=0.05, RequestBody_FREE_SECONDS=0.3)
-        self.start(self.answer_strictly, MAX_TOKENS=10 ** 9)
+    def start_strictly(self, **settings):
+        seconds = self.size(0.3, 0.6)
+        self.patch_seconds(ClientConnection_HEAD_SECONDS=seconds,
+                           ClientConnection_IDLE_SECONDS=0.05,
+                           ClientConnection_LINGER_SECONDS=0.05, RequestBody_FREE_SECONDS=seconds)
+        self.start(self.answer_strictly, MAX_TOKENS=10 ** 9, **settings)
+
+    def assert_none_was_smuggled(self, answers):
+        """Fails unless each answer of the upstream went to the request that it belongs to."""
+        for number, data in enumerate(answers):
+            for mark in re.findall(rb"mark-(\d{8})", data or b""):
+                if int(mark) < len(answers):  # else it was damaged
+                    self.assertEqual(int(mark), number, data)
+            for told, body in re.findall(
+                    rb"(?i)x-request-id: (\S+)\r\n(?:\S.*\r\n)*\r\n(.*)", data or b""):
+                if b'"echo"' in body and b"none" not in body:
+                    self.assertIn(told, body)
+
+    def assert_each_was_logged(self, names):
+        """Fails unless each request that an upstream got is one line of the log. Returns what was
+        sent to an upstream. `names` are the requests' own, or "none"."""
+        wait_for(lambda: not self.server.open, "the end of every connection")
+        self.proxy.books.log.say("the last line")
+        wait_for(lambda: "the last line" in self.lines.text(), "the last line")
+        names = collections.Counter(name or "none" for name in names)
+        rows = map(json.loads, self.lines.text().splitlines())
+        entries = [row for row in rows if row.get("upstream")]
+        logged = collections.Counter(
+            entry["id"] if entry["id"] in names else "none" for entry in entries)
+        self.assertEqual(names - logged, collections.Counter())
+        return entries
 
     def test_requests_of_every_sound_form_are_answered(self):
         self.start_strictly()
-        for data, answered in self.each(zip(self.GOOD, self.converse(self.GOOD))):
+        for data, answered in self.each(zip(Fuzz.GOOD, self.converse(Fuzz.GOOD))):
             self.assertRegex(answered, rb"\AHTTP/1\.1 (100|20[04]) ")
         self.assertEqual(self.stub.faults, [])
 
@@ -9599,9 +9850,10 @@ class DoorTest(EnduranceCase):
         self.start_strictly()
         before, chance, statuses = self.left_open(), random.Random(20240229), collections.Counter()
         for _ in range(self.size(2, 100)):
-            requests = [self.mutate(chance) for _ in range(100)]
+            requests = [Fuzz.mutate(chance) for _ in range(100)]
             with self.within(2):
                 answers = self.converse(requests)
+            self.assert_none_was_smuggled(answers)
             # A caller that did not close its sending side is answered.
             open_ones = list(zip(requests, answers))[::2]
             self.assertEqual([row for row in open_ones if not row[1]], [])
@@ -9613,7 +9865,70 @@ class DoorTest(EnduranceCase):
         self.assertGreater(len(statuses), 5)
         self.assert_nothing_left(before)
         self.assertEqual(self.in_flight(), 0)
+        self.assert_each_was_logged([asked.get("x-request-id") for asked in self.stub.requests])
         self.report("%r; %d at the upstream", statuses, self.stub.calls)
+
+    def assert_sound_before(self, *command, **environ):
+        """Has requests with faults go to a real server: fails as before the strict stub, and where
+        that server found fault with what it was sent."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = free.getsockname()
+        self.start_strictly(BASE_API_URL="http://127.0.0.1:%d" % address[1])
+        path = new_path(self, "names")
+        server = subprocess.Popen(
+            [part % {"port": address[1]} for part in command], cwd=os.path.dirname(path),
+            env={**os.environ, "NAMES": path, **environ},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.kill)
+        wait_for(lambda: self.is_there(address), "the server")
+        chance = random.Random(14)
+        for _ in range(self.size(1, 60)):
+            requests = [Fuzz.mutate(chance) for _ in range(100)]
+            self.assert_none_was_smuggled(self.converse(requests))
+        names = pathlib.Path(path).read_text("latin-1").splitlines()
+        entries = self.assert_each_was_logged(names)
+        self.report("%d requests came there: %r", len(names), collections.Counter(
+            (entry["status"], entry["outcome"]) for entry in entries))
+        faults = [entry for entry in entries if entry["outcome"].startswith("upstream")
+                  and entry["method"] in Fuzz.METHODS]  # they refuse those that they do not know
+        self.assertEqual(faults, [])
+
+    @staticmethod
+    def is_there(address):
+        with contextlib.suppress(OSError):
+            socket.create_connection(address, PATIENCE).close()
+            return True
+        return False
+
+    def write_application(self, text, name):
+        path = new_path(self, name)
+        pathlib.Path(path).write_text(text, "ascii")
+        return path
+
+    def python_server(self, name):
+        """Returns the folder of an application for it, where it is installed."""
+        if not importlib.util.find_spec(name):
+            self.skipTest("%s is not installed" % name)
+        return os.path.dirname(self.write_application(Fuzz.APPLICATION, "echo_all.py"))
+
+    def test_nothing_is_smuggled_to_uvicorn(self):
+        folder = self.python_server("uvicorn")
+        for parser in self.each(filter(importlib.util.find_spec, ("h11", "httptools"))):
+            self.assert_sound_before(
+                sys.executable, "-m", "uvicorn", "echo_all:asgi", "--port", "%(port)d",
+                "--http", parser, PYTHONPATH=folder)
+
+    def test_nothing_is_smuggled_to_gunicorn(self):
+        self.assert_sound_before(
+            sys.executable, "-m", "gunicorn", "echo_all:wsgi", "-b", "127.0.0.1:%(port)d",
+            "-k", "gthread", "--threads", "8", PYTHONPATH=self.python_server("gunicorn"))
+
+    def test_nothing_is_smuggled_to_node(self):
+        if not shutil.which("node"):
+            self.skipTest("node is not installed")
+        path = self.write_application(Fuzz.NODE, "echo.js")
+        self.assert_sound_before("node", path, "%(port)d")
 
     def test_a_refusal_among_pipelined_requests_can_be_read_every_time(self):
         self.start(MAX_BODY_BYTES=1000, MAX_TOKENS=10 ** 9)
@@ -10344,9 +10659,442 @@ class FaultsTest(EnduranceCase):
             self.assertLessEqual(max(settled) - settled[0], 10)
 
 
+class Attacker:
+    """A hostile caller that runs in a process of its own: `test_llm_proxy.py --attack` reads the
+    name of an attack, a port and seconds from each line of stdin, and prints what it was answered.
+    Its first line tells the port of the endpoint that its calls go to, by the path /sink."""
+    KEY = "a-key-of-the-attacker"
+    EMPTY_KEY = "a-key-that-used-up-its-bucket"
+    LARGE = (32 << 20) - 4096
+    KINDS = {  # of bodies: what stands before, again and again, and behind
+        "pairs": (b'{"model": "m", "messages": [', b'{"":0},', b"0]}"),
+        "open": (b"", b"[", b""),
+        "brackets": (b'{"model": "m", "messages": [', b"[],", b"0]}"),
+        "digits": (b'{"model": "fast", "messages": [', b"9" * 4299 + b",", b"0]}"),
+        "text": (b'{"model": "m", "messages": [{"role": "user", "content": "', b"word ", b'"}]}'),
+        "picture": (
+            b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url",'
+            b' "image_url": {"url": "data:image/png;base64,', b"iVBORw0KGgo+", b'"}}]}]}')}
+    BODIES = {  # an attack of these: the kind, bytes of each, how many at once, key
+        "40 bodies of 2.3 MB of pairs": ("pairs", 2300000, 40, KEY),
+        "the same with an empty bucket": ("pairs", 2300000, 40, EMPTY_KEY),
+        "400 bodies of 64 KB of pairs": ("pairs", 65000, 400, KEY),
+        "64 KB of [[[": ("open", 65000, 1, KEY),
+        "2 MB of brackets": ("brackets", 2 << 20, 1, KEY),
+        "32 MB of 4,299-digit integers": ("digits", LARGE, 1, KEY),
+        "32 MB of text": ("text", LARGE, 1, KEY),
+        "a 32 MB picture": ("picture", LARGE, 1, KEY)}
+    SINK = "/sink" + CHAT
+
+    def __init__(self):
+        self.seen = collections.Counter()
+        self.chance = random.Random(14)
+        self.attacks = {
+            "nothing": lambda: time.sleep(self.end - time.monotonic()),
+            **{name: functools.partial(self.send_bodies, *row)
+               for name, row in self.BODIES.items()},
+            "8,000 wrong keys a second": self.guess,
+            "TLS handshakes without end": self.shake_hands,
+            "bodies that stop early": lambda: self.hold(
+                request("POST", self.SINK, b"x" * 2000000, key=self.KEY)[:-4096], 12),
+            "idle connections": lambda: self.hold(b"", 200),
+            "heads that stop early": lambda: self.hold(b"POST / HTTP/1.1\r\nX: ", 200),
+            "calls that leave": self.leave,
+            "a full line": lambda: self.at_once(self.ask_many, 30, [call_at("/line" + CHAT)]),
+            "a model that fails": lambda: self.at_once(self.ask_many, 2, [
+                call(self.KEY, model="broken")]),
+            "slow readers": lambda: self.at_once(self.read_slowly, 10),
+            "foreign pages and fields": lambda: self.at_once(self.ask_many, 4, [
+                call_at(self.SINK, field) for field in self.FIELDS]),
+            "malformed requests": lambda: self.at_once(self.send_malformed, 4)}
+
+    FIELDS = ("Origin: http://foreign.test", "Origin: null", "OpenAI-Organization: x",
+              "X-Original-URL: /admin", "Remote-User: root", "Cookie: a=b", "X: " + "y" * 60000)
+
+    # -- its process
+
+    def main(self):
+        os.nice(10)  # whoever measures comes first
+
+        def answer_late(asked):
+            time.sleep(0.5)  # so that what came at once is held at once
+            asked.answer(b"x" * (4 << 20) if b'"large": true' in asked.body else b"{}")
+            self.sink.requests.clear()
+        self.sink = Stub(answer_late)
+        print(self.sink.port, flush=True)
+        for row in sys.stdin:
+            name, port, seconds = json.loads(row)
+            self.address, self.end = ("127.0.0.1", port), time.monotonic() + seconds
+            self.seen.clear()
+            self.attacks[name]()
+            print(json.dumps(dict(self.seen)), flush=True)
+
+    # -- attacks
+
+    def connect(self, number=0):
+        """From one of several addresses: each may have 256 connections."""
+        client = Client(self.address, source="127.0.0.%d" % (2 + number // 128))
+        client.sock.settimeout(60)
+        return client
+
+    def at_once(self, act, number, *arguments):
+        """Has `act(number, *arguments)` called again and again to the end, in so many threads."""
+        def run(one):
+            while time.monotonic() < self.end:
+                self.note(act, one, *arguments)
+        FaultsTest.at_once(run, number)
+
+    def note(self, act, *arguments):
+        """Counts what an act was answered, or how it failed."""
+        try:
+            answered = act(*arguments)
+            if answered:
+                self.seen[answered.status] += 1
+        except (Cut, OSError, AssertionError) as failure:
+            self.seen[type(failure).__name__] += 1
+            time.sleep(0.01)
+
+    def ask_many(self, number, requests):
+        client = self.connect(number)
+        with contextlib.closing(client):
+            while time.monotonic() < self.end:
+                answered = client.exchange(self.chance.choice(requests))
+                self.seen[answered.status] += 1
+                if answered.get("connection") == "close":
+                    break
+
+    def send_bodies(self, kind, size, number, key):
+        """Sends bodies of this kind, so many at once."""
+        start, part, rest = self.KINDS[kind]
+        data = request("POST", self.SINK, start + part * (size // len(part)) + rest, key=key)
+
+        def send(number):
+            with contextlib.closing(self.connect(number)) as client:
+                try:
+                    client.send(data[:-1])
+                    with contextlib.suppress(threading.BrokenBarrierError):
+                        together.wait(20)  # so that all are there when the last byte comes
+                    client.send(data[-1:])
+                except OSError:
+                    together.abort()  # it was refused before
+                self.note(client.read)
+        while time.monotonic() < self.end:
+            together = threading.Barrier(number)
+            FaultsTest.at_once(send, number)
+
+    def guess(self):
+        """Sends 80 requests each 10 ms, over eight connections, whatever is answered."""
+        clients, turn = [], time.monotonic()
+        while turn < self.end:
+            for place in range(8):
+                try:
+                    if place == len(clients):
+                        clients.append(self.connect())
+                        clients[place].sock.setblocking(False)
+                    clients[place].sock.send(b"".join(
+                        call("wrong-%d" % self.chance.getrandbits(60)) for _ in range(10)))
+                    self.seen["sent"] += 10
+                    found = clients[place].sock.recv(1 << 18)
+                    for status in re.findall(rb"HTTP/1.1 (\d+)", found):
+                        self.seen[int(status)] += 1
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    clients[place:place + 1] = []
+            turn += 0.01
+            time.sleep(max(0, turn - time.monotonic()))
+        for client in clients:
+            client.close()
+
+    def shake_hands(self):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+        def act(number):
+            with contextlib.closing(self.connect()) as client:
+                client.sock.settimeout(2)
+                client.sock = context.wrap_socket(client.sock)
+                self.seen["handshakes"] += 1
+        self.at_once(act, 100)
+
+    def hold(self, data, number):
+        """Begins so many requests, and goes on with none."""
+        clients = [self.connect(place) for place in range(number)]
+        for client in clients:
+            with contextlib.suppress(OSError):
+                client.send(data)
+        time.sleep(max(0, self.end - time.monotonic()))
+        for client in clients:
+            client.close()
+
+    def leave(self):
+        def act(number):
+            with contextlib.closing(self.connect(number)) as client:
+                client.send(call_at(self.SINK, stream=self.chance.random() < 0.5))
+                time.sleep(self.chance.random() * 0.2)
+                if self.chance.random() < 0.5:
+                    client.reset()
+        self.at_once(act, 10)
+
+    def read_slowly(self, number):
+        with contextlib.closing(self.connect(number)) as client:
+            client.send(call_at(self.SINK, large=True))
+            while time.monotonic() < self.end:
+                client.sock.recv(1000)
+                time.sleep(0.1)
+
+    def send_malformed(self, number):
+        with contextlib.closing(self.connect(number)) as client:
+            client.sock.settimeout(1)
+            client.send(Fuzz.mutate(self.chance))
+            self.seen[len(read_to_the_end(client) or b"") > 0] += 1
+
+
+def call_at(path, *fields, **payload):
+    return request("POST", path, chat(**payload), *fields, key=Attacker.KEY)
+
+
+class Metronome:
+    """An upstream and its callers in one thread: streams with an event each 10 ms. `latest`: the
+    seconds that the latest event took, `lag`: by how much it was late itself."""
+    PERIOD = 0.01
+    STAMP = re.compile(rb"data: (\d{8}\.\d{6})\n\n")
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.asked, self.clients = [], {}
+
+    def begin(self, client):
+        client.send(request("POST", "/beat" + CHAT, chat(stream=True), key="an-honest-caller-0"))
+        asked = None
+        while not asked:
+            sock, _ = self.listener.accept()
+            with contextlib.suppress(Cut):  # it was the probe at the start
+                asked = Asked(sock, Reader(sock))
+        asked.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        asked.read_body()
+        asked.stream(event(1))
+        client.head()
+        client.expect(event(1))
+        client.sock.setblocking(False)
+        self.asked.append(asked)
+        self.clients[client.sock.fileno()] = client.sock
+
+    def close(self):
+        for sock in (self.listener, *self.clients.values(), *[one.sock for one in self.asked]):
+            sock.close()
+
+    def beat(self):
+        for asked in self.asked:
+            asked.chunks(b"data: %015.6f\n\n" % time.monotonic())
+
+    def read(self, number):
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+            data = self.clients[number].recv(1 << 20)
+            assert data, "a stream was cut"
+            now = time.monotonic()
+            for stamp in self.STAMP.findall(data):
+                self.latest = max(self.latest, now - float(stamp))
+
+    def run(self, until, look):
+        """Goes on until this file can be read, and a second longer; looks at each beat."""
+        poll, over, turn = select.poll(), math.inf, time.monotonic()
+        for number in (until, *self.clients):
+            poll.register(number, select.POLLIN)
+        self.latest = self.lag = 0
+        while turn < over:
+            self.beat()
+            look()
+            turn += self.PERIOD
+            while time.monotonic() < turn:
+                for number, _ in poll.poll(max(0, 1000 * (turn - time.monotonic()))):
+                    if number == until:
+                        poll.unregister(until)
+                        over = time.monotonic() + 1
+                    else:
+                        self.read(number)
+            self.lag = max(self.lag, time.monotonic() - turn)
+
+
+class HostileTest(EnduranceCase):
+    """Honest callers beside hostile ones, for `--soak` alone."""
+    STREAMS = 20
+    LATEST = 0.05 if sys.implementation.name == "cpython" else 0.1  # seconds
+    MEMORY = 300  # MiB
+    SECONDS = 30  # of attacks at random
+    KEYS = ["an-honest-caller-%d" % number for number in range(10)]
+    RULES = ("key:empty 1 requests per month; each 1 requests per month burst 100000000;"
+             "all 1 tokens per month burst 100000000000")
+
+    def setUp(self):
+        if not self.LONG:
+            self.skipTest("it takes minutes: --soak")
+
+    def start_attacker(self):
+        self.attacker = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--attack"], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(self.attacker.communicate)
+        self.addCleanup(self.attacker.kill)
+        return "http://127.0.0.1:" + self.attacker.stdout.readline().strip()
+
+    def attack(self, name, seconds):
+        self.attacker.stdin.write(json.dumps([name, self.address[1], seconds]) + "\n")
+        self.attacker.stdin.flush()
+
+    def answered(self):
+        """Returns what the attack that runs was answered, when it is over."""
+        return json.loads(self.attacker.stdout.readline())
+
+    def serve_both(self, sink, **settings):
+        keys = ["honest%d=%s" % row for row in enumerate(self.KEYS)]
+        keys += ["evil=" + Attacker.KEY, "sk=sk-1", "empty=" + Attacker.EMPTY_KEY]
+        process = self.serve(**{
+            "UPSTREAM_SINK_URL": sink, "UPSTREAM_LINE_URL": sink,
+            "UPSTREAM_LINE_MAX_CONCURRENCY": 2, "MODEL_ALIASES": "fast=m",
+            "PROXY_API_KEYS": ",".join(keys), "LIMITS": self.RULES,
+            "LOG_FORMAT": "json", **settings})
+        self.pid = process.process.pid
+        self.ask(call(Attacker.EMPTY_KEY))  # which is all that this bucket held
+        return process
+
+    def begin_streams(self, sink, **settings):
+        """Returns a Metronome whose streams go through a new proxy."""
+        metronome = Metronome()
+        self.addCleanup(metronome.close)
+        return metronome, self.serve_both(sink, UPSTREAM_BEAT_URL=metronome.url, **settings)
+
+    def test_no_request_makes_the_events_of_others_late_or_fills_the_memory(self):
+        sink, path = self.start_attacker(), pem_file(self)
+        self.context = ssl.create_default_context(cafile=path)
+        rows = dict.fromkeys(("nothing", *Attacker.BODIES, "8,000 wrong keys a second"),
+                             (self.connect, {}))
+        rows["TLS handshakes without end"] = self.connect_tls, {"TLS_CERT_FILE": path}
+        faults = []
+        for number, (name, (connect, settings)) in enumerate(rows.items()):
+            metronome, process = self.begin_streams(sink, **settings)
+            for _ in range(self.STREAMS):
+                metronome.begin(connect())
+            memory = self.MEMORY if 0 < number < 4 else math.inf
+            faults += self.measure(metronome, name, memory)
+            process.stop(signal.SIGKILL).wait()
+        self.assertEqual(faults, [])
+
+    def measure(self, metronome, name, memory, seconds=5):
+        """Yields what is wrong with the events beside an attack, or with the memory."""
+        before, sizes = self.resident(), []
+        self.attack(name, seconds)
+        metronome.run(self.attacker.stdout.fileno(), lambda: sizes.append(self.resident()))
+        self.report("%-30s latest event %6.1f ms (own lag %4.1f); MiB %5.1f, %6.1f, %6.1f; %r",
+                    name, 1000 * metronome.latest, 1000 * metronome.lag, before, max(sizes),
+                    self.resident(), self.answered())
+        if metronome.latest > self.LATEST:
+            yield "%s: an event took %.0f ms" % (name, 1000 * metronome.latest)
+        if max(sizes) > memory:
+            yield "%s: %.0f MiB" % (name, max(sizes))
+
+    # -- many attacks at random
+
+    def answer_honestly(self, asked):
+        """Answers each call by its own name, streams and others; notes how long that took."""
+        began, name = time.monotonic(), asked.get("x-request-id") or ""
+        del self.stub.requests[:]
+        if b'"broken"' in asked.body:
+            return asked.answer(b"{}", "503 Busy")
+        body, stream = self.words_of(name)
+        data = STREAM + b"".join(map(chunk, body.splitlines(True))) + LAST if stream else \
+            answer(body)
+        self.took[name] = time.monotonic() - began
+        asked.send(data)
+        asked.finish()
+
+    @staticmethod
+    def words_of(name):
+        """Returns what is sent to the call of this name alone, and whether as a stream."""
+        body, kind = FaultsTest.words_of(name)
+        return body + b"data: [DONE]\n\n", kind % 2 == 1
+
+    def ask_honestly(self, number):
+        """Makes a call each 50 ms to the end; notes those that went wrong, and the seconds to the
+        first byte that the proxy added."""
+        client, chance = self.connect(), random.Random(number)
+        for count in itertools.count():
+            if time.monotonic() > self.end:
+                return
+            name = "honest-%d:%d" % (number, count)
+            body, stream = self.words_of(name)
+            began = time.monotonic()
+            try:
+                client.send(call(self.KEYS[number], "X-Request-ID: " + name, stream=stream))
+                client.head()
+                took = time.monotonic() - began - self.took.pop(name, 0)
+                self.added[self.running].append(took)
+                answered = client.rest()
+                found = answered.status, answered.whole, answered.body == body
+            except Exception as failure:
+                found, client = repr(failure), self.connect()
+            if found != (200, True, True):
+                self.wrong.append((name, found))
+            time.sleep(chance.random() * 0.1)  # callers read, too
+
+    def run_attacks(self):
+        """Has attacks follow at random to the end."""
+        chance = random.Random(14)
+        names = [name for name in Attacker().attacks if name not in (
+            "nothing", "TLS handshakes without end")]
+        while time.monotonic() < self.end:
+            self.running = chance.choice(names)
+            self.attack(self.running, min(5, max(0.1, self.end - time.monotonic())))
+            self.answered()
+
+    def test_every_honest_call_is_right_beside_attacks_at_random_and_the_books_balance(self):
+        sink, path = self.start_attacker(), new_path(self, "llm_proxy.db")
+        self.took, self.wrong, sizes = {}, [], []
+        self.added, self.running = collections.defaultdict(list), "nothing"
+        process = self.serve_both(sink, answer=self.answer_honestly, DATABASE=path)
+        self.end = time.monotonic() + self.SECONDS
+        acts = [functools.partial(self.ask_honestly, number) for number in range(10)]
+        acts.append(self.run_attacks)
+        FaultsTest.at_once(lambda number: acts[number](), len(acts),
+                           lambda: sizes.append(self.resident()))
+        self.assertEqual(process.stop().wait(), 0)
+        fifth = len(sizes) // 5
+        floors = [min(sizes[place:place + fifth]) for place in (fifth, 4 * fifth)]
+        for name, seconds in self.added.items():
+            self.report("%-30s p99 of what was added %6.1f ms, latest %6.1f ms, %d calls", name,
+                        self.p99_milliseconds(seconds), 1000 * max(seconds), len(seconds))
+        added = list(itertools.chain(*self.added.values()))
+        p99 = self.p99_milliseconds(added)
+        self.report("%d calls, %d wrong, p99 %.1f ms", len(added), len(self.wrong), p99)
+        self.report("MiB at most %.1f, at least %.1f and at last %.1f", max(sizes), *floors)
+        self.assert_books_balance(path)
+        self.assertEqual(self.wrong[:3], [])
+        self.assertFalse(process.said("Traceback"))
+        self.assertLess(p99, 50)
+        self.assertLess(floors[1] - floors[0], 30)
+
+    def assert_books_balance(self, path):
+        charged = BalanceTest.charged(LedgerCase.rows(path))
+        rules = read_config({"BASE_API_URL": "http://x", "LIMITS": self.RULES}).limits
+        capacities = {rule.text: rule.capacity for rule in rules}
+        with contextlib.closing(llm_proxy.Database(path, reading=True).connection) as connection:
+            rows = connection.execute("SELECT rule, level FROM buckets").fetchall()
+        missing = [(rule, capacities[rule] - level) for rule, level in rows]
+        self.assertEqual(sorted(missing), sorted(
+            (rule, amount) for (rule, _), amount in charged.items() if amount))
+
+
 if __name__ == "__main__":
-    if "--soak" in sys.argv:
-        sys.argv.remove("--soak")
+    if "--attack" in sys.argv:
+        Attacker().main()
+    elif "--soak" in sys.argv:
         EnduranceCase.LONG = True
-        unittest.main(defaultTest=["DoorTest", "FaultsTest"], verbosity=2)
-    unittest.main()
+        names = ["DoorTest", "FaultsTest", "HostileTest"]
+        if "long" in sys.argv:
+            HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
+            names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
+            names = ["HostileTest." + name for name in names]
+        unittest.main(argv=sys.argv[:1] + names, verbosity=2)
+    else:
+        unittest.main()
