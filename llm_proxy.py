@@ -2687,26 +2687,31 @@ MARK = "<%s:%d>"  # stands for one that was cut out
 class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
-    spelled again. `cuts` are (place in `short`, its mark, what was cut)."""
+    spelled again. `cuts` are (place in `short`, its mark, where it stands in `data`)."""
 
     def __init__(self, data: bytes):
         self.data = data
-        self.cuts: List[Tuple[int, bytes, bytes]] = []
+        self.cuts: List[Tuple[int, bytes, slice]] = []
         self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
         data, secret = self.data, "%016x" % random.getrandbits(64)
-        pieces, taken, place = [], 0, MEDIA_BYTES
+        pieces, taken, length = [], 0, 0
+        looked, start, place = 0, 0, MEDIA_BYTES
         while place < len(data):
-            start = data.rfind(b'"', taken, place) + 1
+            start = data.rfind(b'"', looked, place) + 1 or start
             end = data.find(b'"', place)
+            if end < 0:
+                break
             if start and end - start > MEDIA_BYTES and self.is_media(start, end):
                 mark = (MARK % (secret, len(self.cuts))).encode()
                 pieces += data[taken:start + 32], mark
-                self.cuts.append((sum(map(len, pieces)) - len(mark), mark, data[start + 32:end]))
+                length += start + 32 - taken + len(mark)
+                self.cuts.append((length - len(mark), mark, slice(start + 32, end)))
                 taken = end
+            looked = max(looked, end)
             place = max(place, end) + MEDIA_BYTES
         return b"".join((*pieces, data[taken:]))
 
@@ -2714,7 +2719,7 @@ class JsonBody:
         """Raises BadRequest."""
         decoder = STRICT_JSON
         if self.cuts:
-            sizes = {mark.decode(): 32 + len(cut) for _, mark, cut in self.cuts}
+            sizes = {mark.decode(): 32 + cut.stop - cut.start for _, mark, cut in self.cuts}
             decoder = strict_decoder(functools.partial(with_cuts, sizes))
         try:
             payload = decode_json(self.short, decoder)
@@ -2730,6 +2735,7 @@ class JsonBody:
         sample = data[start:start + 1024] + data[end - 1024:end]
         return (BEFORE_MEDIA.search(data, max(0, start - 64), start) is not None
                 and sample.isascii() and data[end + 1:end + 64].lstrip()[:1] != b":"
+                and data.find(b",", start + 256, end) < 0  # else it is what stands between strings
                 and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
 
     def with_value(self, key: str, value: Any, known: Dict[str, Any]) -> bytes:
@@ -2760,14 +2766,15 @@ class JsonBody:
 
     def splice(self, start, end, spelled):
         """Returns the bytes with `spelled` between two places of `short`."""
-        added = sum([len(cut) - len(mark) for place, mark, cut in self.cuts if place < start])
+        added = sum([cut.stop - cut.start - len(mark)
+                     for place, mark, cut in self.cuts if place < start])
         return b"".join((self.data[:start + added], spelled, self.data[end + added:]))
 
     def spell(self, payload: Dict[str, Any]) -> bytes:
         """Returns a changed payload as JSON, with what was cut out in its place."""
         data = to_json_bytes(payload)
         for _, mark, cut in self.cuts:
-            data = data.replace(mark, cut, 1)
+            data = data.replace(mark, self.data[cut], 1)
         return data
 
 
@@ -6823,7 +6830,7 @@ class Address:
                 length = b"\r\n"
                 if body or method in ("POST", "PUT", "PATCH"):
                     length = b"Content-Length: %d\r\n\r\n" % len(body)
-                stream.write(b"%b%b%b" % (head, length, body))
+                self.write(stream, head + length, body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
                     request_was_sent = await stream.drain(
@@ -6872,6 +6879,14 @@ class Address:
             context.close()
             stream.close()
             slot.leave()
+
+    @staticmethod
+    def write(stream, head, body):
+        """Send both, at once where they are small: what is large is not copied for that."""
+        if len(body) <= BLOCK:
+            return stream.write(head + body)
+        stream.write(head)
+        stream.write(body)
 
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
