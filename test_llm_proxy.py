@@ -7995,7 +7995,9 @@ class EveryAwaitTest(WaitingCase):
         wait, connect = llm_proxy.Context.wait, http.client.HTTPConnection.connect
 
         def record(context, future, seconds, what):
-            if context is not self.busy_context and [(context, what)] != self.waits[-1:]:
+            # Only a slow machine makes the next large body wait.
+            counts = context is not self.busy_context and "its turn to be" not in what
+            if counts and [(context, what)] != self.waits[-1:]:
                 self.waits.append((context, what))
             return wait(context, future, seconds, what)
 
