@@ -8024,6 +8024,7 @@ RATE_FIELDS = (  # in the order of Quota
 RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n"
 ONE_ORIGIN = "Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\n"
+VARY = "Vary: Origin\r\n"
 CRLF = "\r\n"
 REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
     "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
@@ -8507,9 +8508,10 @@ class Reply:
             return ANY_ORIGIN
         if origins.none:
             return ""
-        origin = self.request and self.request.get("origin")
-        allowed = origin and origins.allows(origin)
-        return (ONE_ORIGIN % origin if allowed else "") + "Vary: Origin\r\n"
+        if self.request is None or "origin" not in self.request.lines:
+            return VARY
+        origin = self.request.get("origin")
+        return (ONE_ORIGIN % origin if origins.allows(origin) else "") + VARY
 
 
 # --------------------------------------------------------------------------------------------------
