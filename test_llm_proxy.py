@@ -8561,6 +8561,8 @@ class ClientConnectionTest(ServerCase):
             for seconds, size in steps:
                 clock.now += seconds
                 self.send_apart(client, b"x" * size)
+                for _ in range(3):  # what was read has been taken, then
+                    self.on_loop(bool)
             self.assertEqual(client.read().status, 400 if taken else 408)
 
     def test_a_continue_comes_once_and_only_when_the_body_is_wanted(self):
