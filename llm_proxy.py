@@ -9969,9 +9969,8 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
-    for line in greeting(config) + remarks:
-        log.say(line)
-    proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread))
+    words = greeting(config) + remarks
+    proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
@@ -9993,8 +9992,9 @@ def reload(server: Server, reread: Callable[[], Config]):
         proxy.books.usage_log.reopen()
 
 
-async def serve(server: Server, drain_seconds: float, reread: Callable[[], Config]):
-    """Accept until a signal says stop, then drain."""
+async def serve(server: Server, drain_seconds: float, reread: Callable[[], Config],
+                words: List[str]):
+    """Accept until a signal says stop, then drain. The `words` are said when signals are heard."""
     say = server.proxy.books.log.say
     stopping = server.loop.create_future()
 
@@ -10012,6 +10012,8 @@ async def serve(server: Server, drain_seconds: float, reread: Callable[[], Confi
     if is_at_a_terminal() and not server.tls:  # which was closed, then
         actions["SIGHUP"] = stop
     handle_signals(server.loop, actions)
+    for line in words:
+        say(line)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     probing = server.loop.create_task(probe(server), name="probe")
     await stopping
