@@ -1890,10 +1890,10 @@ class Limits:
                 self.buckets.restore(kept[key[0]], key, level, wall - since)
             elif key[0] in successors:
                 old, new = successors[key[0]]
-                steps = int(max(0, wall - since) / old.interval)
-                level = min(old.capacity, level + steps * old.refill)
-                self.buckets.restore(
-                    new, (new.text, *key[1:]), level * new.capacity // old.capacity, 0)
+                self.buckets.restore(old, key, level, wall - since)
+                level = self.buckets.level_after(old, key).level * new.capacity // old.capacity
+                del self.buckets.levels[key]
+                self.buckets.restore(new, (new.text, *key[1:]), level, 0)
         return sum([since > wall + 60 for _, since in saved.values()])
 
     def take_over(self, wall: float):
@@ -2562,11 +2562,24 @@ def is_too_complex(data: bytes) -> bool:
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
-    strings = marks.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', 2 * MAX_JSON_PARTS)
-    outside = b'""'.join(strings[::2])  # what lies between the strings
+    outside = b'""'.join(split_at_quotes(marks, 2 * MAX_JSON_PARTS)[::2])
     if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
         return True
     return is_deep(outside)
+
+
+def split_at_quotes(marks: bytes, most: int = -1) -> List[bytes]:
+    """Returns what JSON, stripped by NO_MARKS, has outside of strings, within one, and so on."""
+    return marks.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', most)
+
+
+def is_outermost(data: bytes, place: int) -> bool:
+    """Returns whether what stands at a place of a JSON object is in no other object in it, nor in a
+    string."""
+    parts = split_at_quotes(data[:place].translate(None, NO_MARKS))
+    outside = b"".join(parts[::2])
+    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
+    return depth == 1 and len(parts) % 2 == 1
 
 
 def is_deep(outside: bytes) -> bool:
@@ -2681,6 +2694,7 @@ MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
     rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
     rb'\s*:\s*\[?\s*|,\s*)"$')
+COLON = re.compile(rb"\s*:\s*")
 MARK = "<%s:%d>"  # stands for one that was cut out
 
 
@@ -2757,8 +2771,8 @@ class JsonBody:
             place = self.short.find(name, place + 1)
             if place < 0:
                 break
-            colon = re.compile(rb"\s*:\s*").match(self.short, place + len(name))
-            if colon and level_at(self.short, place) == 1:
+            colon = COLON.match(self.short, place + len(name))
+            if colon and is_outermost(self.short, place):
                 text = self.short[colon.end():colon.end() + 65536].decode("utf-8", "ignore")
                 length = len(text[:PLAIN_JSON.raw_decode(text)[1]].encode())
                 return colon.end(), colon.end() + length
@@ -2776,17 +2790,6 @@ class JsonBody:
         for _, mark, cut in self.cuts:
             data = data.replace(mark, self.data[cut], 1)
         return data
-
-
-def level_at(data: bytes, place: int) -> int:
-    """Returns how deep a place of JSON stands; -1 within a string."""
-    marks = data[:place].translate(None, NO_MARKS).replace(b"\\\\", b"").replace(b'\\"', b"")
-    strings = marks.split(b'"')
-    if not len(strings) % 2:
-        return -1
-    outside = b"".join(strings[::2])
-    return (outside.count(b"{") + outside.count(b"[")
-            - outside.count(b"}") - outside.count(b"]"))
 
 
 def parse_response(data: bytes) -> Any:
@@ -2913,16 +2916,6 @@ def query_model(body, named):
 def as_list(value):
     """Returns a list as it is, and anything else as the only one in a list."""
     return value if isinstance(value, list) else [value]
-
-
-JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-
-
-def is_outermost(data, place):
-    """Returns whether what stands at a place of a JSON object is in no other object in it."""
-    outside = JSON_STRINGS.sub(b"", data[:place])
-    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
-    return depth == 1 and b'"' not in outside
 
 
 def is_count(value: Any) -> bool:

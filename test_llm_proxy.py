@@ -2365,7 +2365,6 @@ class LearningTest(ProxyCase):
     def test_sixty_calls_at_once_use_no_more_than_twice_the_bucket_once_ten_have_answered(self):
         self.start("seen " * 5071, LIMITS="all 10000 tokens per day", LIMIT_REPLY="error")
         gate = threading.Event()
-        answered = self.stub.answer
         used = []
 
         def answer(asked):
