@@ -41,9 +41,12 @@ Contents, in reading order; a section uses only what stands above it:
     Stored      what callers made that upstreams keep: whose it is, and where it is
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
+    Signals     what is told outside of the books: metrics, traces, warnings, the feed of events
     Reply       the way back to one caller
     Proxy       serve: the life of one call; build: the parts list
-    Pages       health and models
+    Pages       health, models, metrics, one's own quota
+    Admin       the admin API: who uses what, keys, upstreams, live events
+    Dashboard   the source of the page that shows it
     Server      clients' connections, caps, TLS, draining
     Demo        a small endpoint to try things on
     Commands    the command line
@@ -324,6 +327,19 @@ def header_lines(text):
         lambda match: (match[1].lower(), "%s: %s" % match.groups())), "|")(text))
 
 
+web_address = pattern("https?://" + HOST_SHAPE + "(/[!-~]*)?",
+                      "must be http://HOST[:PORT][/PATH] or https://...")
+public_url = pattern("https?://" + HOST_SHAPE + "/?",
+                     "must be http://HOST[:PORT] or https://...",
+                     lambda match: match[0].rstrip("/"))
+otlp_headers = mapping(
+    "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
+    lambda match: (match[1], urllib.parse.unquote(match[2])))
+shares = listed(pattern(  # '80%' -> 0.8
+    "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
+    lambda match: int(match[1]) / 100))
+
+
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
@@ -538,8 +554,8 @@ AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\
 RESERVED = {
     "": "", "base": "; the base is set by BASE_API_URL, BASE_API_KEY ...",
     **{name: ": /%s is a path of its own" % name for name in (
-        "v1 v1beta health models metrics chat completions messages responses embeddings rerank"
-        " generations images audio files threads").split()}}
+        "v1 v1beta health healthz readyz admin dashboard me models metrics chat completions"
+        " messages responses embeddings rerank generations images audio files threads").split()}}
 
 
 class UpstreamConfig(NamedTuple):
@@ -692,6 +708,24 @@ SETTING_ROWS = {
          "SQLite file of calls and buckets; off: they are kept in memory alone"),
         ("LEDGER_DAYS=90", number_between(1, 36500), "days that a call stays in it"),
         ("USAGE_LOG", printable, "file to append a JSON line to for each call; -: stdout"),
+    ),
+    "Who may look and steer": (
+        ("ADMIN_KEY", visible_ascii,
+         "key of /dashboard and /admin/api, which may change things; unset, and no stored key of"
+         " that role: a new one at each start, told where it starts", SECRET),
+        ("VIEWER_KEY", visible_ascii, "key that may look at them, and change nothing", SECRET),
+        ("METRICS=keys", one_of("keys", "open"),
+         "keys: /metrics asks for a viewer's or an admin's key; open: for none"),
+        ("PUBLIC_URL", public_url,
+         "URL by which callers reach this proxy, for links such as {me} in LIMIT_MESSAGE"),
+        ("WARN_AT", shares,
+         "shares of a limit in tokens or usd, such as 80% or 50%,90%, at which to warn"),
+        ("WEBHOOK_URL", web_address, "URL that gets a POST of JSON for each warning", SECRET),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", web_address,
+         "URL of an OpenTelemetry collector; a span for each call goes to its /v1/traces"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", otlp_headers,
+         "header fields for it, as name=value, by commas", SECRET),
+        ("OTEL_SERVICE_NAME=llm_proxy", printable, "name of this service there"),
     ),
     "How it runs": (
         ("LOG_FORMAT=text", one_of("text", "json"),
@@ -7959,14 +7993,31 @@ class RefusalSums:
             self.counts.clear()
 
 
-class Books:
-    """The log, the ledger and the usage log; each has a thread, so that none waits for another."""
+class Watcher:
+    """Somebody whom the books tell of calls, on the loop: it must not wait."""
 
-    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
+    def begin(self, entry: Entry):
+        """A call was read and is about to be routed."""
+
+    def record(self, entry: Entry):
+        """A call has ended; it is in the ledger, too."""
+
+    def close(self, wait: float):
+        """Nothing more will come."""
+
+
+class Books:
+    """The log, the ledger and the usage log; each has a thread, so that none waits for another.
+    `running` are the entries of calls that run, oldest first."""
+
+    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log],
+                 watchers: Sequence[Watcher] = ()):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
+        self.watchers = watchers
+        self.running: Dict[Entry, None] = {}
 
     def open(self):
         """Begins to write the ledger: called when it is sure that this process will serve, because
@@ -7974,7 +8025,15 @@ class Books:
         if self.ledger:
             self.ledger.thread.start()
 
+    def begin(self, entry: Entry):
+        """A call runs from now on."""
+        self.running[entry] = None
+        for watcher in self.watchers:
+            watcher.begin(entry)
+
     def record(self, entry: Entry):
+        if entry.call:
+            self.running.pop(entry, None)
         if self.refusals.counts_only(entry):
             return
         self.log.record(entry)
@@ -7984,6 +8043,8 @@ class Books:
                 self.ledger.record(entry)
             if self.usage_log:
                 self.usage_log.record(entry)
+            for watcher in self.watchers:
+                watcher.record(entry)
 
     def save(self, levels: Levels):
         """Hands the levels of buckets to the ledger; to be called every Ledger.SAVE_SECONDS."""
@@ -7993,8 +8054,38 @@ class Books:
 
     def close(self, wait: float):
         self.refusals.report()
-        for part in filter(None, (self.ledger, self.usage_log, self.log)):
+        for part in filter(None, (self.ledger, self.usage_log, *self.watchers, self.log)):
             part.close(wait)
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals: what is told of calls outside of the books, to monitors, collectors and whoever looks at
+# the page: metrics, traces, warnings, and the feed of events. It does not know sockets.
+# --------------------------------------------------------------------------------------------------
+
+class Feed(Watcher):
+    """Events, the last ROOM of them, for pages that show what happens now. Each has a number, by
+    which a page that was cut off goes on."""
+    ROOM = 1000
+
+    def __init__(self):
+        self.number = 0
+        self.events = collections.deque(maxlen=self.ROOM)  # (number, name, what it is about)
+        self.listeners: Set["asyncio.Future[bool]"] = set()
+
+    def tell(self, name: str, about: Union[Entry, Dict[str, Any]]):
+        """Adds an event, and wakes who listens."""
+        self.number += 1
+        self.events.append((self.number, name, about))
+        for listener in self.listeners:
+            Stream.wake(listener)
+        self.listeners.clear()
+
+    def begin(self, entry):
+        self.tell("begin", entry)
+
+    def record(self, entry):
+        self.tell("end", entry)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8544,6 +8635,7 @@ class Proxy:
         call = self.new_call(request)
         await self.dialects.read(call, request.method, request, reply.read_body)
         reply.call = entry.call = call
+        self.books.begin(entry)
         if call.stream:
             reply.start_comments()
         thing = None
@@ -8950,7 +9042,12 @@ def build_books(config, clock, log, limits, stored, database):
     ledger = None
     if config.database != "off":
         ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log)
-    return Books(log, ledger, UsageLog(config.usage_log) if config.usage_log else None)
+    usage_log = UsageLog(config.usage_log) if config.usage_log else None
+    return Books(log, ledger, usage_log, build_watchers(config))
+
+
+def build_watchers(config: Config) -> List[Watcher]:
+    return [Feed()]
 
 
 def build_dialects(config: Config) -> Dialects:
@@ -9110,6 +9207,29 @@ class Pages:
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
         reply.send(200, self.dialect(request).models(list(models.values())))
+
+
+# --------------------------------------------------------------------------------------------------
+# Admin: the API of whoever owns the box: who uses what, keys, upstreams, live events. Reads are for
+# viewers, writes for admins, and every write leaves a row in the audit. What reads the database
+# runs in a pool, not on the loop.
+# --------------------------------------------------------------------------------------------------
+
+class AdminPage(NamedTuple):
+    """One row of the admin API."""
+    method: str
+    path: str  # with NAME or ID for what varies
+    role: str  # that it takes at least
+    does: str  # for people
+
+
+# --------------------------------------------------------------------------------------------------
+# Dashboard: the source of the page, which asks the admin API for all that it shows.
+# --------------------------------------------------------------------------------------------------
+
+DASHBOARD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>llm_proxy</title></html>
+"""
 
 
 # --------------------------------------------------------------------------------------------------
