@@ -684,7 +684,8 @@ SETTING_ROWS = {
          "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
          " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
-         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
+         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, where"
+         " it sees what it used"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
@@ -958,6 +959,8 @@ class Config(types.SimpleNamespace):
                        " not encrypted: %s" % failure)
         elif self.tls_key_file:
             yield "TLS_KEY_FILE needs TLS_CERT_FILE"
+        if "{me}" in self.limit_message and not self.public_url:
+            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
 
 
 def server_context(certificates: str, key: Optional[str]) -> ssl.SSLContext:
@@ -1172,6 +1175,11 @@ class Forbidden(Refusal):
 class NothingStored(Refusal):
     status = 404
     message = "Nothing of this name is stored here for this caller"
+
+
+class NoSuchPage(Refusal):
+    status = 404
+    message = "There is no such page: GET /admin/api lists them all"
 
 
 class MethodNotAllowed(Refusal):
@@ -1428,11 +1436,13 @@ class Caller:
     spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, which people may
     share. `label` is for logs: a name, the address, or key:1a2b3c4d, a digest against which nobody
     can test guesses without `secret`."""
-    __slots__ = ("key", "name", "key_name", "label")
+    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
-                 key_name: Optional[str] = None):
+                 key_name: Optional[str] = None, role: str = "caller"):
         self.key = key
+        self.role = role
+        self.team = self.tag = None
         self.name = name
         self.key_name = key_name
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
@@ -1566,6 +1576,11 @@ class Origins:
             return "." not in host or host == self.host_name or (
                 host.endswith((".local", ".localhost")))
         return not ip.is_global
+
+    @staticmethod
+    def is_own(fields: Fields) -> bool:
+        """Tells whether a page of ours asks, which shows a key in a field of its own."""
+        return fields.get("origin", "").partition("://")[2].lower() == fields.get("host").lower()
 
     def check(self, method: str, fields: Fields):
         """Raises ForeignOrigin for a request that a page makes which may not. Reading is the
@@ -4493,6 +4508,7 @@ class Dialects:
         self.max_text = max_text
         self.aliases = aliases
         self.names = names
+        self.chooses = bool(names.keys() - {"base"})  # by models, which upstream is asked
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
@@ -4532,7 +4548,7 @@ class Dialects:
         # Counting is read for its model alone, where that chooses the upstream.
         if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
-        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
+        if endpoint == "count" and not self.chooses and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -4565,7 +4581,7 @@ class Dialects:
         elif call.endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
-        elif self.names and method == "GET" and ONE_MODEL.fullmatch(call.path):
+        elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
             model = self.read_model_path(call)
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
@@ -7088,6 +7104,7 @@ class Upstream:
         self.addresses = [Address(endpoint, transport, Breakers(*breaking), clock)
                           for endpoint in config.url]
         self.rotation = 0
+        self.disabled = False
         self.without_options = set()  # models that take stream_options for an error here
 
     def __repr__(self) -> str:
@@ -7171,7 +7188,8 @@ class Upstream:
         """Returns what /health says of it."""
         now = self.clock.monotonic()
         states = [one.breakers.state(now) for one in self.addresses]
-        found = {"state": min(states, key=("closed", "half_open", "open").index),
+        best = min(states, key=("closed", "half_open", "open").index)
+        found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
         if self.queue:
@@ -7288,11 +7306,26 @@ class Routes:
         self.base = base
         self.named = named
         self.all = ([base] if base else []) + named
-        self.by_name = {upstream.name: upstream for upstream in named}
+        self.by_name = {upstream.name: upstream for upstream in self.all}
         self.known = {}
+        self.some_are_disabled = False
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
         """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        found = self.candidates(call, thing)
+        if self.some_are_disabled:
+            found = [one for one in found if not one.disabled]
+            if not found:
+                raise NoRoute(call.model)
+        return found
+
+    def switch(self, name: str, on: bool):
+        """Enables or disables an upstream. Raises LookupError."""
+        {one.name: one for one in self.all}[name].disabled = not on
+        self.some_are_disabled = any(one.disabled for one in self.all)
+        self.known.clear()  # the next one of the model's serves it
+
+    def candidates(self, call, thing):
         if self.base and not (self.named or thing):  # there is no choice
             return self.all
         for upstream in self.all if thing else ():
@@ -7311,7 +7344,8 @@ class Routes:
 
     def serving(self, model):
         """Returns those that serve a model, else the base; that is known from then on."""
-        found = [upstream for upstream in self.named if upstream.serves(model)]
+        found = [upstream for upstream in self.named
+                 if upstream.serves(model) and not upstream.disabled]
         # Nobody's own key is for a second vendor.
         found[1:] = [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
         if self.base and not found:
@@ -7394,6 +7428,9 @@ def format_second(second):
 class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
+    # By how what is awaited begins.
+    STATES = (("its turn at", "line"), ("a connection", "connecting"),
+              ("the response of", "first byte"), ("the body of", "first byte"))
     request_id = None
     caller: Optional[Caller] = None
     method = None
@@ -7414,6 +7451,9 @@ class Entry:
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
     levels = ()         # of its buckets, for the ledger
+    context: Optional[Context] = None      # while it runs, these three
+    ticket: Optional[Ticket] = None
+    adapter: Optional[BodyAdapter] = None
 
     def __init__(self, address: str, peer: str):
         """`peer` is where the connection comes from, `address` who that stands for."""
@@ -7429,7 +7469,7 @@ class Entry:
         self.wall = clock.time_ns()
         if self.started is None:
             self.started = self.ended  # no head ever came
-        self.reader = None
+        self.reader = self.context = self.ticket = self.adapter = None
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
@@ -7456,6 +7496,26 @@ class Entry:
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued))
+
+    def state(self) -> str:
+        """Returns where a running call stands."""
+        if self.first_byte is not None:
+            return "streaming"
+        awaits = self.context.what if self.context else ""
+        return next((state for begin, state in self.STATES if awaits.startswith(begin)), "reading")
+
+    def tokens_so_far(self) -> int:
+        """Returns about how many tokens have passed: an event holds one, nearly always."""
+        reader = self.reader
+        return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
+
+    def progress(self, clock: Any) -> Dict[str, Any]:
+        """Returns what changes while it runs."""
+        self.request_id = self.request_id or new_request_id()
+        place = self.ticket.queue.position(self.ticket) if self.ticket else None
+        return {"id": self.request_id, "state": self.state(), "position": place,
+                "seconds": round(clock.monotonic() - self.started, 3),
+                "tokens": self.tokens_so_far()}
 
     def moment(self):
         """Returns the end in UTC, as logs have it."""
@@ -8010,13 +8070,13 @@ class Books:
     """The log, the ledger and the usage log; each has a thread, so that none waits for another.
     `running` are the entries of calls that run, oldest first."""
 
-    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log],
-                 watchers: Sequence[Watcher] = ()):
+    watchers: Sequence[Watcher] = ()
+
+    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
-        self.watchers = watchers
         self.running: Dict[Entry, None] = {}
 
     def open(self):
@@ -8063,29 +8123,185 @@ class Books:
 # the page: metrics, traces, warnings, and the feed of events. It does not know sockets.
 # --------------------------------------------------------------------------------------------------
 
+def dollars(entry: Entry) -> str:
+    return format_usd(entry.picodollars)
+
+
+def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
+    """Returns what the page shows of a call that runs."""
+    call = entry.call
+    return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
+            "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
+            "started": clock.time_ns() / 1e9 - (clock.monotonic() - entry.started)}
+
+
+def ended_call(entry: Entry) -> Dict[str, Any]:
+    """Returns what the page shows of a call that has ended: its row in the ledger."""
+    return {**entry.as_row()._asdict(), "row": None, "usd": dollars(entry)}
+
+
+class Event:
+    """Something that happened. Its text is made once, for the first who asks."""
+    __slots__ = ("number", "name", "about", "text")
+
+    def __init__(self, number: int, name: str, about: Union[Entry, Dict[str, Any]]):
+        self.number = number
+        self.name = name
+        self.about = about
+        self.text: Optional[bytes] = None
+
+    def encoded(self) -> bytes:
+        """Returns it as a server-sent event (WHATWG HTML 9.2)."""
+        if self.text is None:
+            about = self.about
+            payload = ended_call(about) if isinstance(about, Entry) else about
+            self.text = b"id: %d\nevent: %s\ndata: %s\n\n" % (
+                self.number, self.name.encode(), json.dumps(payload).encode())
+            self.about = None
+        return self.text
+
+
 class Feed(Watcher):
     """Events, the last ROOM of them, for pages that show what happens now. Each has a number, by
     which a page that was cut off goes on."""
     ROOM = 1000
+    PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
 
-    def __init__(self):
-        self.number = 0
-        self.events = collections.deque(maxlen=self.ROOM)  # (number, name, what it is about)
-        self.listeners: Set["asyncio.Future[bool]"] = set()
+    def __init__(self, clock: Any):
+        self.clock = clock
+        self.number = clock.time_ns() // 10 ** 6  # above all that were before the last start
+        self.events: "collections.deque[Event]" = collections.deque(maxlen=self.ROOM)
+        self.told = 0       # of calls, in this second
+        self.listeners = 0  # pages that are open
+        self.waiting: Set["asyncio.Future[bool]"] = set()
+        self.closed = False
 
     def tell(self, name: str, about: Union[Entry, Dict[str, Any]]):
-        """Adds an event, and wakes who listens."""
+        """Adds an event, and wakes who waits for one."""
         self.number += 1
-        self.events.append((self.number, name, about))
-        for listener in self.listeners:
-            Stream.wake(listener)
-        self.listeners.clear()
+        self.events.append(Event(self.number, name, about))
+        if self.waiting:
+            self.wake()
+
+    def wake(self):
+        for future in self.waiting:
+            Stream.wake(future)
+        self.waiting.clear()
 
     def begin(self, entry):
-        self.tell("begin", entry)
+        if self.listeners and self.told < self.PER_SECOND:
+            self.told += 1
+            self.tell("begin", running_call(entry, self.clock))
 
     def record(self, entry):
-        self.tell("end", entry)
+        if entry.call and self.told < self.PER_SECOND:
+            self.told += 1
+            self.tell("end", entry)
+
+    def pulse(self, payload: Dict[str, Any]):
+        """A second is over."""
+        self.told = 0
+        if self.listeners:
+            self.tell("pulse", payload)
+
+    def close(self, wait):
+        self.closed = True
+        self.wake()
+
+    def since(self, number: int) -> Optional[List[Event]]:
+        """Returns the events after a number, None where some of them are forgotten."""
+        if number > self.number or number < self.number - len(self.events):
+            return None
+        first = len(self.events) - (self.number - number)
+        return list(itertools.islice(self.events, first, None))
+
+
+class Pulse(Watcher):
+    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
+    and which buckets changed. `labels` are the names of those who called lately."""
+    MINUTE = 60
+    MAX_TIMES = 5_000
+    MAX_CALLERS = 1_000
+    MAX_SHOWN = 100
+
+    def __init__(self, clock: Any, buckets: Buckets, feed: Feed):
+        self.clock = clock
+        self.buckets = buckets
+        self.feed = feed
+        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, ms, upstream)
+        self.callers: "collections.OrderedDict[CallerKey, Caller]" = collections.OrderedDict()
+        self.last_seen: Dict[CallerKey, float] = {}
+        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+        self.refused = collections.Counter()  # calls, by the text of the rule
+        self.calls = self.tokens = self.failed = self.picodollars = 0
+
+    def record(self, entry):
+        if not entry.call:
+            return
+        self.calls += 1
+        if entry.outcome == "limited":
+            self.refused[entry.cause] += 1
+        if entry.outcome not in ("ok", "limited", "caller_gone"):
+            self.failed += 1
+        if entry.usage:
+            self.tokens += entry.usage.input + entry.usage.output
+            self.picodollars += entry.picodollars
+        if entry.first_byte is not None:
+            self.times.append((entry.ended, entry.milliseconds(entry.first_byte), entry.upstream))
+        caller = entry.caller
+        self.callers[caller.key] = caller
+        self.last_seen[caller.key] = entry.wall / 1e9
+        if len(self.callers) > self.MAX_CALLERS:
+            del self.last_seen[self.callers.popitem(last=False)[0]]
+        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
+            for rule, key in entry.hold.keyed_rules:
+                self.changed[key] = rule, caller
+
+    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
+        """Returns percentiles of the last minute, in milliseconds."""
+        oldest = self.clock.monotonic() - self.MINUTE
+        found = sorted([ms for ended, ms, name in self.times
+                        if ended >= oldest and upstream in (None, name)])
+        return {"first_p%d" % share: found[len(found) * share // 100] if found else None
+                for share in (50, 95)}
+
+    def tick(self, running: int, line: int) -> Dict[str, Any]:
+        """A second is over; returns what was in it."""
+        found = {"now": self.clock.time_ns() / 1e9, "calls": self.calls, "tokens": self.tokens,
+                 "failed": self.failed, "in_flight": running, "line": line,
+                 "usd": format_usd(self.picodollars), **self.first_bytes()}
+        self.calls = self.tokens = self.failed = self.picodollars = 0
+        self.seconds.append(found)
+        return found
+
+    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+        """Returns a bucket as the page shows it."""
+        level = self.buckets.level_after(rule, key)
+        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        missing = -(-(rule.capacity - level.level) // rule.refill)
+        runs = rule.unit == RUNNING
+        return {"rule": rule.text, "unit": UNITS[rule.unit],
+                "level": format_amount(rule, level.level),
+                "capacity": format_amount(rule, rule.capacity),
+                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "interval": 0 if runs else rule.interval,
+                "refilled": wall - (now - level.refilled),
+                "full_in": 0 if runs else max(
+                    0, round(level.refilled + missing * rule.interval - now, 3))}
+
+    def changed_buckets(self) -> List[Dict[str, Any]]:
+        """Returns those of the last second."""
+        changed = self.changed
+        self.changed = {}
+        return [{"caller": caller.label, **self.bucket(rule, key)}
+                for key, (rule, caller) in changed.items()]
+
+
+class Watchers(NamedTuple):
+    """All whom the books tell of calls."""
+    feed: Feed
+    pulse: Pulse
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8263,14 +8479,17 @@ class Reply:
             self.entry.queued = self.ticket.waited()
         if not self.begun:
             self.early = True
-            if self.request.version == 0:
-                self.close_after = self.until_close = True
-            lines = [self.date_line(), "Content-Type: " + self.call.dialect.events.content_type]
-            lines += STREAM_LINES
-            if not self.until_close:
-                lines.append("Transfer-Encoding: chunked")
-            head = self.head(200, "OK", "".join([line + CRLF for line in lines]))
+            head = self.stream_head(self.call.dialect.events.content_type)
         self.client.write(head + self.framed(self.call.dialect.events.comment(text)))
+
+    def stream_head(self, content_type: str) -> bytes:
+        """Returns the head of a stream of ours."""
+        if self.request.version == 0:
+            self.close_after = self.until_close = True
+        lines = [self.date_line(), "Content-Type: " + content_type, *STREAM_LINES]
+        if not self.until_close:
+            lines.append("Transfer-Encoding: chunked")
+        return self.head(200, "OK", "".join([line + CRLF for line in lines]))
 
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
@@ -8610,7 +8829,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books,
+                 watchers: Watchers):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -8622,6 +8842,7 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
+        self.watchers = books.watchers = watchers
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
 
@@ -8635,6 +8856,7 @@ class Proxy:
         call = self.new_call(request)
         await self.dialects.read(call, request.method, request, reply.read_body)
         reply.call = entry.call = call
+        entry.context = reply.context
         self.books.begin(entry)
         if call.stream:
             reply.start_comments()
@@ -8749,6 +8971,19 @@ class Proxy:
             cache[callers] = callers.end_user(request, entry.peer, caller), entry.address
         entry.caller, entry.address = cache[callers]
 
+    def require_role(self, request: Request, entry: Entry, role: str):
+        """Finds out who asks for a page. Raises Unauthorized, TooManyGuesses, Forbidden."""
+        entry.address = self.callers.address(request, entry.peer)
+        credential = self.callers.credential(request, request.query)
+        config = self.config
+        for key, has in ((config.admin_key, "admin"), (config.viewer_key, "viewer")):
+            if key and hmac.compare_digest(credential or b"", self.callers.digest(key)):
+                entry.caller = Caller(("key", credential), has, role=has)
+                if role == "admin" != has:
+                    raise Forbidden("This takes an admin's key")
+                return
+        raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+
     async def admit(self, upstream, entry, call):
         """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
         costs, least = self.estimate(call, entry)
@@ -8789,7 +9024,7 @@ class Proxy:
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
-        ticket = reply.ticket = upstream.queue.enter(caller.key, weight, before)
+        ticket = reply.ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
         try:
             if not ticket.running:
                 turn = context.loop.create_future()
@@ -8810,7 +9045,7 @@ class Proxy:
                 raise UpstreamTimeout(nothing_sent=True) from None
             raise QueueRefused("queue timeout") from None
         finally:
-            reply.ticket = None
+            reply.ticket = entry.ticket = None
             entry.queued = ticket.waited()
 
     async def send(self, upstream, reply, call):
@@ -9004,7 +9239,8 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     return Proxy(config, clock, new_loop(clock, log), build_callers(config, secret), limits,
                  prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                  build_routes(config, clock, log.say),
-                 build_books(config, clock, log, limits, stored, database))
+                 build_books(config, clock, log, limits, stored, database),
+                 build_watchers(config, clock, limits))
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -9029,7 +9265,8 @@ def build_callers(config: Config, secret: bytes) -> Callers:
 
 
 def build_limits(config: Config, buckets: Buckets) -> Limits:
-    return Limits(config.limits or [default_rule(config)], buckets, config.limit_message)
+    message = config.limit_message.replace("{me}", "%s/me" % config.public_url)
+    return Limits(config.limits or [default_rule(config)], buckets, message)
 
 
 def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
@@ -9043,15 +9280,16 @@ def build_books(config, clock, log, limits, stored, database):
     if config.database != "off":
         ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log)
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
-    return Books(log, ledger, usage_log, build_watchers(config))
+    return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config) -> List[Watcher]:
-    return [Feed()]
+def build_watchers(config: Config, clock: Any, limits: Limits) -> Watchers:
+    feed = Feed(clock)
+    return Watchers(feed, Pulse(clock, limits.buckets, feed))
 
 
 def build_dialects(config: Config) -> Dialects:
-    names = {one.name: one.dialect for one in config.upstreams}
+    names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on", config.max_text_bytes)
 
@@ -9218,9 +9456,277 @@ class Pages:
 class AdminPage(NamedTuple):
     """One row of the admin API."""
     method: str
-    path: str  # with NAME or ID for what varies
+    path: str  # below /admin/api; NAME stands for what varies
     role: str  # that it takes at least
+    handler: str
     does: str  # for people
+
+
+ADMIN_PAGES = [AdminPage(*row) for row in (
+    ("GET", "", "viewer", "contents", "this list, and who you are"),
+    ("GET", "/summary", "viewer", "summary", "today, the last minute, running calls, upstreams"),
+    ("GET", "/events", "viewer", "events", "what happens, as server-sent events"),
+    ("GET", "/calls", "viewer", "calls", "calls, the latest first: ?before= limit= and filters"),
+    ("GET", "/calls/NAME", "viewer", "call", "all that is known of one call, by its id"),
+    ("GET", "/usage", "viewer", "usage", "who used what: ?by= step= from= to= zone= format=csv"),
+    ("GET", "/callers", "viewer", "callers", "who called lately, with their buckets"),
+    ("POST", "/callers/NAME/give", "admin", "give", "more for one caller: amount, unit, for"),
+    ("POST", "/callers/NAME/reset", "admin", "reset", "fills the buckets of one caller"),
+    ("GET", "/keys", "viewer", "keys", "stored keys, without their secrets"),
+    ("POST", "/keys", "admin", "add_key", "makes one, and tells its secret this once"),
+    ("GET", "/keys/NAME", "viewer", "key", "one of them"),
+    ("PATCH", "/keys/NAME", "admin", "set_key", "changes fields of it"),
+    ("DELETE", "/keys/NAME", "admin", "remove_key", "removes it"),
+    ("POST", "/keys/NAME/revoke", "admin", "revoke_key", "it is valid no more"),
+    ("POST", "/keys/NAME/restore", "admin", "restore_key", "and is again"),
+    ("POST", "/keys/NAME/rotate", "admin", "rotate_key", "another secret: grace"),
+    ("POST", "/keys/NAME/give", "admin", "give", "more for it: amount, unit, for"),
+    ("POST", "/keys/NAME/reset", "admin", "reset", "fills its buckets"),
+    ("GET", "/upstreams", "viewer", "upstreams", "upstreams, how they are and how quick"),
+    ("POST", "/upstreams/NAME/enable", "admin", "enable", "calls go there again"),
+    ("POST", "/upstreams/NAME/disable", "admin", "disable", "no more calls go there"),
+    ("POST", "/upstreams/NAME/test", "admin", "test", "asks it for its models"),
+    ("GET", "/limits", "viewer", "limits", "the rules, and how often each refused"),
+    ("GET", "/audit", "viewer", "audit", "who changed what: ?before="),
+    ("GET", "/config", "viewer", "config", "the settings, without secrets"))]
+
+
+class Ask(NamedTuple):
+    """One request to the admin API; `name` is what stood in the path."""
+    request: Request
+    reply: Reply
+    caller: Caller
+    name: str
+    query: Dict[str, str]
+    body: Dict[str, Any]
+
+
+class Admin:
+    """Answers the admin API. A handler returns what is sent as JSON; it may refuse by raising, also
+    ValueError, whose message says what would be right."""
+    ROOT = "/admin/api"
+    MAX_BODY = 1 << 16
+    MAX_SHOWN = 200
+    POOL_SECONDS = 30
+    BEAT_SECONDS = 0.25     # events that come within it go out together
+    SILENT_SECONDS = 15     # then a comment shows that the stream lives
+
+    def __init__(self, proxy: Proxy):
+        self.proxy = proxy
+        self.clock = proxy.clock
+        self.feed, self.pulse, *_ = proxy.watchers
+        self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
+        self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
+
+    def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+        """Returns what answers a request, None where it is not for the admin API."""
+        is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
+        return self.answer if is_ours else None
+
+    def find(self, method, path):
+        """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
+        MethodNotAllowed."""
+        found = [(match, row) for shape, row in self.rows
+                 for match in [shape.fullmatch(path)] if match]
+        if not found:
+            raise NoSuchPage()
+        for match, row in found:
+            if row.method == method or (row.method, method) == ("GET", "HEAD"):
+                return row, urllib.parse.unquote("".join(match.groups()))
+        raise MethodNotAllowed()
+
+    async def answer(self, request: Request, reply: Reply):
+        """A page: any of the admin API."""
+        entry = reply.entry
+        self.proxy.require_role(request, entry, "viewer")
+        row, name = self.find(request.method, request.path[len(self.ROOT):])
+        self.proxy.require_role(request, entry, row.role)
+        body = await self.read_body(reply) if row.method in ("POST", "PATCH") else {}
+        query = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=False))
+        ask = Ask(request, reply, entry.caller, name, query, body)
+        try:
+            found = await getattr(self, row.handler)(ask)
+        except (ValueError, LookupError) as fault:
+            raise BadRequest(str(fault)) from None
+        if found is not None:
+            status = 201 if row.handler == "add_key" else 200
+            reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+
+    async def read_body(self, reply):
+        """Returns the JSON object that was posted. Raises BadRequest."""
+        if reply.content is None and reply.body.length is not None and (
+                reply.body.length > self.MAX_BODY):
+            raise BodyTooLarge()
+        content = await reply.read_body()
+        if len(content) > self.MAX_BODY:
+            raise BodyTooLarge()
+        return parse_json(content) if content.strip() else {}
+
+    async def in_pool(self, ask, act, *arguments):
+        """Returns what `act` does, in a helper thread."""
+        context = ask.reply.context
+        job = context.loop.run_in_executor(self.pool, act, *arguments)
+        try:
+            return await context.wait(job, self.POOL_SECONDS, "the database")
+        except TimeoutError:
+            raise Overloaded() from None
+
+    # -- what happens now
+
+    async def contents(self, ask):
+        return {"version": VERSION, "you": self.you(ask), "endpoints": [
+            {"method": row.method, "path": self.ROOT + row.path, "role": row.role,
+             "does": row.does} for row in ADMIN_PAGES]}
+
+    @staticmethod
+    def you(ask):
+        return {"name": ask.caller.label, "role": ask.caller.role}
+
+    def running(self):
+        """Returns the calls that run, the latest last."""
+        first = max(0, len(self.proxy.books.running) - self.MAX_SHOWN)
+        return itertools.islice(self.proxy.books.running, first, None)
+
+    async def events(self, ask):
+        """A stream of events that goes on until either side ends it."""
+        reply, feed = ask.reply, self.feed
+        text = ask.request.get("last-event-id", "")
+        number = int(text) if re.fullmatch("[0-9]{1,18}", text) else feed.number
+        reply.client.write(reply.stream_head("text/event-stream") + reply.framed(b": hello\n\n"))
+        feed.listeners += 1
+        try:
+            while not feed.closed:
+                data, number = self.events_since(number)
+                if data:
+                    reply.client.write(reply.framed(data))
+                    await reply.drain()
+                    await reply.context.sleep(self.BEAT_SECONDS, "more events")
+                else:
+                    await self.next_event(reply)
+        finally:
+            feed.listeners -= 1
+        reply.close_after = True
+        if not reply.until_close:
+            reply.client.write(LAST_CHUNK)
+
+    def events_since(self, number):
+        """Returns the events after a number, and the last number."""
+        events = self.feed.since(number)
+        if events is None:
+            return b"event: lost\ndata: {}\n\n", self.feed.number
+        return b"".join([event.encoded() for event in events]), self.feed.number
+
+    async def next_event(self, reply):
+        future = reply.context.loop.create_future()
+        self.feed.waiting.add(future)
+        try:
+            await reply.context.wait(future, self.SILENT_SECONDS, "events")
+        except TimeoutError:
+            reply.client.write(reply.framed(b": still here\n\n"))
+        finally:
+            self.feed.waiting.discard(future)
+
+    def beat(self):
+        """A second is over: tell those who look what was in it."""
+        proxy = self.proxy
+        queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
+        found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        if self.feed.listeners:
+            found = {**found, "buckets": self.pulse.changed_buckets(),
+                     "running": [entry.progress(self.clock) for entry in self.running()],
+                     "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+        self.feed.pulse(found)
+
+    @staticmethod
+    def upstream_now(upstream):
+        stats = upstream.stats()
+        return {"name": upstream.name, "state": stats["state"], "in_flight": stats["in_flight"],
+                "waiting": stats.get("queue", {}).get("waiting", 0)}
+
+    # -- upstreams
+
+    def describe(self, upstream):
+        stats = upstream.stats()
+        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
+        return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
+                "models": list(upstream.globs), "model": upstream.model,
+                "max_concurrency": upstream.queue.most if upstream.queue else 0}
+
+    async def upstreams(self, _):
+        return {"upstreams": list(map(self.describe, self.proxy.routes.all))}
+
+    def upstream(self, name):
+        found = self.proxy.routes.by_name.get(name)
+        require(found, "there is no upstream of this name")
+        return found
+
+    async def enable(self, ask):
+        return self.switch(ask, on=True)
+
+    async def disable(self, ask):
+        return self.switch(ask, on=False)
+
+    def switch(self, ask, on):
+        upstream = self.upstream(ask.name)
+        self.proxy.routes.switch(ask.name, on)
+        self.feed.tell("change", {"what": "upstreams"})
+        return self.describe(upstream)
+
+    async def test(self, ask):
+        upstream = copy.copy(self.upstream(ask.name))
+        upstream.model = None  # its own list is asked for
+        context = Context(ask.reply.context.loop)
+        context.until = context.loop.time() + 10
+        began = self.clock.monotonic()
+        try:
+            names = [clean(model.name) for model in await upstream.models(context)]
+            found = {"ok": True, "models": names[:self.MAX_SHOWN], "fault": None}
+        except (Refusal, ValueError) as refusal:
+            found = {"ok": False, "models": [], "fault": "%s (%s)" % (
+                refusal, getattr(refusal, "cause", None) or "no more is known")}
+        finally:
+            context.close()
+        return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
+
+    # -- callers and limits
+
+    def buckets_by_owner(self):
+        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
+        found = collections.defaultdict(dict)
+        for key, (_, _, rule) in self.proxy.limits.buckets.levels.items():
+            for owner in key[1:]:
+                found[owner][key] = rule
+        return found
+
+    def buckets_of(self, caller, not_full):
+        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
+        address = caller.key[1] if caller.key[0] == "address" else None
+        usual = self.proxy.limits.matching(caller, address, self.proxy.config.base_model)
+        rules = {key: rule for rule, key in usual
+                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
+        rules.update(not_full.get(caller.key, {}))
+        return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
+
+    async def limits(self, _):
+        refused = self.pulse.refused
+        return {"rules": [
+            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused[rule.text],
+             "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
+            for rule in self.proxy.limits.rules]}
+
+    # -- settings
+
+    async def config(self, _):
+        config = self.proxy.config
+        groups = {setting.name: group for group, rows in SETTINGS.items() for setting in rows}
+        rows = []
+        for name, text in config.texts.items():
+            setting = find_setting(name)
+            hidden = text is not None and setting.secret
+            rows.append({"name": name, "group": groups[setting.name],
+                         "value": "set, not shown" if hidden else text,
+                         "is_default": text == setting.default, "sentence": setting.sentence})
+        return {"settings": rows, "warnings": config.warnings()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9434,9 +9940,12 @@ class ClientConnection:
     def find_page(self, request):
         """Returns the page that answers, None where an upstream does. Raises a Refusal for what is
         answered by neither."""
-        self.server.parts.origins.check(request.method, request)
+        origins = self.server.parts.origins
+        page = self.server.admin.page(request)
+        if page is None or not origins.is_own(request):
+            origins.check(request.method, request)
         self.refuse_other_protocols(request)
-        return self.server.pages.find(request)
+        return page or self.server.pages.find(request)
 
     @staticmethod
     def refuse_other_protocols(request):
@@ -9589,12 +10098,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
+        self.admin = Admin(proxy)
         self.most = most
-        memory = max(self.BODY_MEMORY, 8 * proxy.config.max_body_bytes)
-        origins = Origins(proxy.config.web_origins, socket.gethostname())
-        self.parts = ReplyParts(
-            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), Turns(self.loop),
-            origins)
+        self.parts = self.make_parts()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)
@@ -9605,8 +10111,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop_watch = LoopWatch(self.loop, proxy.books.log.say)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
-        self.loop.call_soon_threadsafe(self.loop_watch.tick)
-        self.loop.call_soon_threadsafe(self.sweep)
+        for act in (self.loop_watch.tick, self.sweep, self.beat):
+            self.loop.call_soon_threadsafe(act)
+
+    def make_parts(self) -> ReplyParts:
+        proxy, config = self.proxy, self.proxy.config
+        memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
+        origins = Origins(config.web_origins, socket.gethostname())
+        return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
+                          Turns(self.loop), origins)
 
     def server_bind(self):
         """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
@@ -9723,6 +10236,11 @@ class Server(http.server.ThreadingHTTPServer):
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
 
+    def beat(self):
+        """Runs every second."""
+        self.beat_timer = self.loop.call_later(1, self.beat)
+        self.admin.beat()
+
     def reload(self):
         """Read the certificates again; connections that are open keep theirs. Raises OSError,
         ValueError."""
@@ -9741,6 +10259,7 @@ class Server(http.server.ThreadingHTTPServer):
         cut them; returns how many were cut."""
         await self.stop_accepting()
         self.draining = True
+        self.proxy.watchers.feed.close(0)
         for connection in [*self.open, *self.lingering]:
             connection.end_if_idle()
         await self.emptying(seconds)
@@ -9753,17 +10272,22 @@ class Server(http.server.ThreadingHTTPServer):
             connection.client.close()  # it took nothing more
             connection.on_client_lost()
         await self.emptying(1)
+        await self.part()
+        for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
+            timer.cancel()
+        helpers = [address.helpers for address in self.proxy.routes.addresses()]
+        for pool in (self.admin.pool, *helpers):
+            pool.shutdown(wait=False)
+        return len(cut)
+
+    async def part(self):
+        """Leave all upstreams."""
         self.proxy.routes.close_stale(everything=True)
         partings = set().union(*[one.partings for one in self.proxy.routes.addresses()])
         for parting in partings:
             parting.cancel()
         if partings:
             await asyncio.wait(partings)
-        self.loop_watch.timer.cancel()
-        self.sweep_timer.cancel()
-        for address in self.proxy.routes.addresses():
-            address.helpers.shutdown(wait=False)
-        return len(cut)
 
     async def stop_accepting(self):
         stopped = self.loop.create_future()
@@ -10348,13 +10872,21 @@ def prices_command(options, path):
     return 0
 
 
+def version_line():
+    """Returns which file this is, and what runs it."""
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return "llm_proxy %s, sha256 %s, %s %s" % (
+        VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Let many people share an LLM endpoint fairly."
                     "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py")
-    parser.add_argument("--version", action="version", version="llm_proxy " + VERSION)
+    parser.add_argument("--version", action="version", version=version_line())
     parser.add_argument(
         "--check", action="store_true",
         help="print what would be used, ask the endpoint for its models, and exit")
