@@ -684,8 +684,8 @@ SETTING_ROWS = {
          "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
          " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
-         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, where"
-         " it sees what it used"),
+         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the"
+         " page where it sees what it used"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
@@ -951,6 +951,11 @@ class Config(types.SimpleNamespace):
                 if name.endswith("_KEY") and text == PASSTHROUGH:
                     yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
                            " a caller shows one key only")
+        if "{me}" in (self.limit_message or "") and not self.public_url:
+            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        yield from self.tls_faults()
+
+    def tls_faults(self):
         if self.tls_cert_file:
             try:
                 server_context(self.tls_cert_file, self.tls_key_file)
@@ -959,8 +964,6 @@ class Config(types.SimpleNamespace):
                        " not encrypted: %s" % failure)
         elif self.tls_key_file:
             yield "TLS_KEY_FILE needs TLS_CERT_FILE"
-        if "{me}" in self.limit_message and not self.public_url:
-            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
 
 
 def server_context(certificates: str, key: Optional[str]) -> ssl.SSLContext:
