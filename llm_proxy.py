@@ -2562,24 +2562,11 @@ def is_too_complex(data: bytes) -> bool:
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
-    outside = b'""'.join(split_at_quotes(marks, 2 * MAX_JSON_PARTS)[::2])
+    marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = b'""'.join(marks.split(b'"', 2 * MAX_JSON_PARTS)[::2])
     if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
         return True
     return is_deep(outside)
-
-
-def split_at_quotes(marks: bytes, most: int = -1) -> List[bytes]:
-    """Returns what JSON, stripped by NO_MARKS, has outside of strings, within one, and so on."""
-    return marks.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', most)
-
-
-def is_outermost(data: bytes, place: int) -> bool:
-    """Returns whether what stands at a place of a JSON object is in no other object in it, nor in a
-    string."""
-    parts = split_at_quotes(data[:place].translate(None, NO_MARKS))
-    outside = b"".join(parts[::2])
-    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
-    return depth == 1 and len(parts) % 2 == 1
 
 
 def is_deep(outside: bytes) -> bool:
@@ -2694,46 +2681,57 @@ MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
     rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
     rb'\s*:\s*\[?\s*|,\s*)"$')
-COLON = re.compile(rb"\s*:\s*")
-MARK = "<%s:%d>"  # stands for one that was cut out
+# A string, up to where it may be cut, and whether it is a key; or a bracket
+JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
+
+
+def value_start(data: bytes, key: str) -> int:
+    """Returns where the value at a key of a JSON object begins, however deep the same key stands
+    before it; -1 without one, or where that is spelled with escapes."""
+    depth = 0
+    name = b'"%b"' % key.encode()
+    for step in JSON_STEP.finditer(data):
+        if step[1] is None:
+            depth += 1 if step[0] in b"{[" else -1
+        elif depth == 1 and step[1] == name and step[2]:
+            return step.end()
+    return -1
 
 
 class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
-    spelled again. `cuts` are (place in `short`, its mark, where it stands in `data`)."""
+    spelled again. `cuts` are by the mark that stands for each."""
 
     def __init__(self, data: bytes):
         self.data = data
-        self.cuts: List[Tuple[int, bytes, slice]] = []
+        self.cuts: Dict[bytes, bytes] = {}
+        self.secret = b"%016x" % random.getrandbits(64)
         self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
-        data, secret = self.data, "%016x" % random.getrandbits(64)
-        pieces, taken, length = [], 0, 0
-        looked, start, place = 0, 0, MEDIA_BYTES
-        while place < len(data):
-            start = data.rfind(b'"', looked, place) + 1 or start
-            end = data.find(b'"', place)
-            if end < 0:
-                break
+        data = self.data
+        pieces = []
+        taken = 0
+        start = data.rfind(b'"', 0, MEDIA_BYTES) + 1
+        end = data.find(b'"', MEDIA_BYTES)
+        while end >= 0:
             if start and end - start > MEDIA_BYTES and self.is_media(start, end):
-                mark = (MARK % (secret, len(self.cuts))).encode()
+                mark = b"<%b:%d>" % (self.secret, len(self.cuts))
                 pieces += data[taken:start + 32], mark
-                length += start + 32 - taken + len(mark)
-                self.cuts.append((length - len(mark), mark, slice(start + 32, end)))
+                self.cuts[mark] = data[start + 32:end]
                 taken = end
-            looked = max(looked, end)
-            place = max(place, end) + MEDIA_BYTES
+            start = data.rfind(b'"', end, end + MEDIA_BYTES) + 1
+            end = data.find(b'"', end + MEDIA_BYTES)
         return b"".join((*pieces, data[taken:]))
 
     def parse(self) -> Dict[str, Any]:
         """Raises BadRequest."""
         decoder = STRICT_JSON
         if self.cuts:
-            sizes = {mark.decode(): 32 + cut.stop - cut.start for _, mark, cut in self.cuts}
+            sizes = {mark.decode(): 32 + len(cut) for mark, cut in self.cuts.items()}
             decoder = strict_decoder(functools.partial(with_cuts, sizes))
         try:
             payload = decode_json(self.short, decoder)
@@ -2757,39 +2755,25 @@ class JsonBody:
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
         if key not in known:
-            start = self.short.index(b"{") + 1
-            rest = self.short[start:].lstrip(b" \t\r\n")
-            comma = b"" if rest.startswith(b"}") else b","
-            return self.splice(start, start, b'"%b":%b%b' % (key.encode(), spelled, comma))
-        return self.splice(*self.span(key), spelled)
-
-    def span(self, key):
-        """Returns where the value of a top-level key stands in `short`."""
-        place = -1
-        name = b'"%b"' % key.encode()
-        for _ in range(16):
-            place = self.short.find(name, place + 1)
-            if place < 0:
-                break
-            colon = COLON.match(self.short, place + len(name))
-            if colon and is_outermost(self.short, place):
-                text = self.short[colon.end():colon.end() + 65536].decode("utf-8", "ignore")
-                length = len(text[:PLAIN_JSON.raw_decode(text)[1]].encode())
-                return colon.end(), colon.end() + length
-        raise BadRequest("The key %s must be spelled plainly, and stand near the front" % key)
-
-    def splice(self, start, end, spelled):
-        """Returns the bytes with `spelled` between two places of `short`."""
-        added = sum([cut.stop - cut.start - len(mark)
-                     for place, mark, cut in self.cuts if place < start])
-        return b"".join((self.data[:start + added], spelled, self.data[end + added:]))
+            start = end = self.short.index(b"{") + 1
+            spelled = b'"%b":%b%b' % (key.encode(), spelled, b"," if known else b"")
+        else:
+            start = value_start(self.short, key)
+            if start < 0:
+                raise BadRequest("The key %s must be spelled plainly" % key)
+            # Each byte is a character.
+            end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
+        return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
 
     def spell(self, payload: Dict[str, Any]) -> bytes:
-        """Returns a changed payload as JSON, with what was cut out in its place."""
-        data = to_json_bytes(payload)
-        for _, mark, cut in self.cuts:
-            data = data.replace(mark, self.data[cut], 1)
-        return data
+        """Returns a changed payload as JSON."""
+        return self.whole(to_json_bytes(payload))
+
+    def whole(self, short):
+        """Returns JSON with what was cut out in its place."""
+        if not self.cuts:
+            return short
+        return re.sub(b"<%b:[0-9]+>" % self.secret, lambda mark: self.cuts[mark[0]], short)
 
 
 def parse_response(data: bytes) -> Any:
@@ -4796,13 +4780,12 @@ class UsageReader(UsageSource):
     def front(self, data: bytes) -> Dict[str, Any]:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
-        for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
-            keys = itertools.islice(re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data), 5)
-            match = next((one for one in keys if is_outermost(data, one.start())), None)
-            if match and not is_too_complex(data):
+        for key in (self.dialect.usage_key, "model"):
+            start = value_start(data, key)
+            if start >= 0 and not is_too_complex(data):
                 with contextlib.suppress(ValueError):
-                    text = data[match.end():].decode("utf-8", "replace")
-                    found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
+                    text = data[start:].decode("utf-8", "replace")
+                    found[key] = PLAIN_JSON.raw_decode(text)[0]
         return found
 
     def scan_for_usage(self, data):
