@@ -2705,14 +2705,14 @@ class JsonBody:
 
     def __init__(self, data: bytes):
         self.data = data
-        self.cuts: Dict[bytes, bytes] = {}
-        self.secret = b"%016x" % random.getrandbits(64)
+        self.cuts: Dict[bytes, slice] = {}
         self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
         data = self.data
+        self.secret = b"%016x" % random.getrandbits(64)
         pieces = []
         taken = 0
         start = data.rfind(b'"', 0, MEDIA_BYTES) + 1
@@ -2721,7 +2721,7 @@ class JsonBody:
             if start and end - start > MEDIA_BYTES and self.is_media(start, end):
                 mark = b"<%b:%d>" % (self.secret, len(self.cuts))
                 pieces += data[taken:start + 32], mark
-                self.cuts[mark] = data[start + 32:end]
+                self.cuts[mark] = slice(start + 32, end)
                 taken = end
             start = data.rfind(b'"', end, end + MEDIA_BYTES) + 1
             end = data.find(b'"', end + MEDIA_BYTES)
@@ -2731,7 +2731,7 @@ class JsonBody:
         """Raises BadRequest."""
         decoder = STRICT_JSON
         if self.cuts:
-            sizes = {mark.decode(): 32 + len(cut) for mark, cut in self.cuts.items()}
+            sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
             decoder = strict_decoder(functools.partial(with_cuts, sizes))
         try:
             payload = decode_json(self.short, decoder)
@@ -2773,7 +2773,8 @@ class JsonBody:
         """Returns JSON with what was cut out in its place."""
         if not self.cuts:
             return short
-        return re.sub(b"<%b:[0-9]+>" % self.secret, lambda mark: self.cuts[mark[0]], short)
+        return re.sub(b"<%b:[0-9]+>" % self.secret,
+                      lambda mark: self.data[self.cuts[mark[0]]], short)
 
 
 def parse_response(data: bytes) -> Any:
