@@ -2828,16 +2828,18 @@ def dig(value: Any, *names: str) -> Any:
 FORM_TYPE = re.compile(
     r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
-FIELD_NAME = re.compile(
-    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
-    rb"[ \t]*(?:$|(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)", re.IGNORECASE)
+FIELD_HEAD = re.compile(rb"""
+    (?:(?!.*content-disposition)[^\r\n]*\r\n)*
+    content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\\r\n]*)"|([^\s;"\\]+))
+    [ \t]*(?:(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)?
+    (?:\r\n(?!.*content-disposition)[^\r\n]*)*""", re.IGNORECASE | re.VERBOSE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_fields(body, content_type):
-    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+def form_parts(body, content_type):
+    """Yields (head, start, end of its value) of each part of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
     mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
@@ -2850,52 +2852,56 @@ def form_fields(body, content_type):
         start = at + len(head) + len(blank)
         if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
             break
-        yield head, start, end - 2
+        yield head[2:], start, end - 2
         at = end + len(mark)
     raise BadRequest("The request body is not a form as its Content-Type says")
 
 
-def form_model(body, content_type, named):
-    """Returns the model that a form names, if any, and what makes the form with another one. Puts
-    into `named` what it says of stored things. Raises BadRequest."""
-    found = None
-    for head, start, end in form_fields(body, content_type):
-        lines = head[2:].split(b"\r\n")
-        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
-        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
-                head.count(b"\n") != len(lines)):
+def form_fields(body, content_type):
+    """Yields (name, start, end of its value) of each field. Raises BadRequest."""
+    for head, start, end in form_parts(body, content_type):
+        match = FIELD_HEAD.fullmatch(head)
+        name = match and match[match.lastindex].decode("latin-1")
+        if not match or (name == "model" and b"encoding:" in head.lower()):
             raise BadRequest("A field of the form is not named plainly")
-        name = names[0][names[0].lastindex]
-        note_reference(name.decode("latin-1"), body[start:end], named)
-        if name.lower() == b"model":
-            if found or name != b"model" or b"encoding:" in head.lower():
-                raise BadRequest("The field model must stand once in the form, and plainly")
-            found = start, end
-    if not found:
-        return None, None
-    start, end = found
-    return body[start:end].decode("utf-8", "replace"), (
-        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+        yield name, start, end
 
 
-def note_reference(name, value, named):
-    """Notes what stands in a field of a form, such as file_id or images[0][file_id]."""
-    for key in REFERENCES.intersection(re.split(r"[][.]+", name)):
-        named.setdefault(key, []).append(value.decode("latin-1"))
-
-
-def query_model(body, named):
-    """Does the same for a form that is spelled as a query is."""
+def query_fields(body):
+    """Yields the same of a form that is spelled as a query is."""
     if len(body) > MAX_QUERY:
         raise BodyTooLarge()
-    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
-    for name, value in pairs:
-        note_reference(name, value.encode("utf-8", "replace"), named)
-    found = [value for name, value in pairs if name.lower() == "model"]
-    if len(found) > 1:
-        raise BadRequest("The field model must stand once in the form, and plainly")
-    return "".join(found) or None, lambda model: urllib.parse.urlencode(
-        [(name, model if name == "model" else value) for name, value in pairs]).encode()
+    for field in re.finditer(b"([^=&]+)=?([^&]*)", body):
+        yield (urllib.parse.unquote_plus(field[1].decode("latin-1")), *field.span(2))
+
+
+def read_form(body, content_type, named):
+    """Returns the model that a form names, and what makes the form with another one, None and None
+    where it names none. Puts into `named` what it says of stored things. Raises BadRequest."""
+    kind = content_type.lower()
+    decode = encode = str
+    fields = ()
+    if kind.startswith("multipart/form-data"):
+        fields = form_fields(body, content_type)
+    elif kind.startswith("application/x-www-form-urlencoded"):
+        fields = query_fields(body)
+        decode, encode = urllib.parse.unquote_plus, urllib.parse.quote_plus
+    found = None
+    for name, *place in fields:
+        keys = REFERENCES.intersection(re.split(r"[][.]+", name))  # such as images[0][file_id]
+        is_model = name.lower() == "model"
+        if keys or is_model:
+            value = decode(body[slice(*place)].decode("utf-8", "replace"))
+        for key in keys:
+            named.setdefault(key, []).append(value)
+        if is_model:
+            if found or name != "model":
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = value, place
+    if not found:
+        return None, None
+    model, (start, end) = found
+    return model, lambda other: b"%b%b%b" % (body[:start], encode(other).encode(), body[end:])
 
 
 def as_list(value):
@@ -4573,19 +4579,8 @@ class Dialects:
         if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
             found = self.read_payload(call)
         else:
-            found = self.read_form(call, content_type)
+            found, call.put_model = read_form(call.body, content_type, call.payload)
         return model or found
-
-    def read_form(self, call, content_type):
-        """Returns the model that a form names, None where it names none. Raises BadRequest."""
-        kind = content_type.lower()
-        if kind.startswith("multipart/form-data"):
-            model, call.put_model = form_model(call.body, content_type, call.payload)
-        elif kind.startswith("application/x-www-form-urlencoded"):
-            model, call.put_model = query_model(call.body, call.payload)
-        else:
-            return None
-        return model
 
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
