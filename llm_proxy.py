@@ -4388,48 +4388,42 @@ VERBS = "input_tokens compact runs generations edits extensions".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
-# credentials: these segments wherever they stand,
-ADMIN_SEGMENTS = frozenset("""
-    client_secrets transcription_sessions auth_tokens organization organizations
-    credits billing slots cors-proxy
-    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
-    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
-    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
-    start_weight_update start_draft_weight_update finish_weight_update is_paused fault_tolerance
-    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
-    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
-    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
-    get_internal_state get_server_info start_expert_distribution_record
-    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
-    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
-    hicache get_load set_trace_level add_worker remove_worker add_external_corpus
-    remove_external_corpus list_external_corpora dumper stop-generation""".split())
-# two of these in a row,
-ADMIN_PAIRS = frozenset("""
-    realtime/sessions realtime/calls chatkit/sessions auth/keys v1/key v1/activity
-    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
-    models/load models/unload models/sse models/download models/apply models/delete
-    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
-    template/unload override/switch override/unload backends/apply backends/delete
-    completions/control
-    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# credentials: these wherever they stand,
+ADMIN_PARTS = """
+    client_secrets transcription_sessions auth_tokens organizations? credits billing slots
+    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_up collective_rpc scale_elastic_ep
+    is_(sleeping|scaling_elastic_ep|paused) reset_(prefix|mm|encoder)_cache (start|stop)_profile
+    init_weights?_(transfer_engine|update_group|send_group_for_remote_instance)
+    (start|finish)_(draft_)?weight_update destroy_weights_update_group weights_checker
+    update_weight.* send_weights_to_remote_instance get_weights_by_name
+    abort_requests? fault_tolerance flush_cache freeze_gc slow_down
+    (release|resume)_memory_occupation (get_)?server_info (set|get)_internal_state
+    (start|stop|dump)_expert_distribution_record configure_logging
+    (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
+    get_load set_trace_level (add|remove)_worker
+    (add|remove|list)_external_(corpus|corpora) dumper stop-generation
+    realtime/(sessions|calls) chatkit/sessions auth/keys v1/(key|activity|streams?)
+    api/(pull|push|create|copy|delete|blobs|signout|admin)
+    models/(load|unload|sse|download|apply|delete)
+    (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
+    backends/(apply|delete) completions/control backend/shutdown extra/abort generate/check
+    repository/models""".split()
 # these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
-ADMIN_ROOTS = frozenset("""
-    stream streams pull push create copy delete blobs signout sleep pause resume download unload
-    shutdown keys workers""".split())
+ADMIN_ROOTS = """
+    streams? pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split()
+ADMIN_PATH = re.compile("(.*/(%s)|(/api|/v1)*/(%s))(/.*)?" % (
+    "|".join(ADMIN_PARTS), "|".join(ADMIN_ROOTS)))
 # and these at the end, where the method is no GET
-ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
+MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
 
 
 def is_admin_path(method: str, path: str) -> bool:
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
-    segments = path[1:].split("/")
-    pairs = map("/".join, zip(segments, segments[1:]))
-    root = next((one for one in segments if one not in ("api", "v1")), "")
-    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
-            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
-            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
-            or (method == "DELETE" and "models" in segments[-3:-1]))
+    return bool(ADMIN_PATH.fullmatch(path)
+                or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
+                or (method == "DELETE" and MODEL_REMOVAL.fullmatch(path)))
 
 
 class Dialects:
