@@ -1090,9 +1090,12 @@ class Refusal(Exception):
     body: Optional[bytes] = None      # the upstream's own words, where they are known
     fields: Dict[str, Any] = {}       # more header fields of the reply
 
-    def __init__(self, message: str = "", **attributes: Any):
+    def __init__(self, message: str = "", wait: Optional[float] = None, **attributes: Any):
+        """`wait`: in so many seconds it may be asked again."""
         super().__init__(message or self.message)
-        vars(self).update(attributes)
+        vars(self).update(attributes, wait=wait)
+        if wait is not None:
+            self.fields = {"Retry-After": max(1, math.ceil(wait)), **self.fields}
 
 
 class BadRequest(Refusal):
@@ -1108,9 +1111,6 @@ class Malformed(BadRequest):
 
 class HeadTooLarge(Malformed):
     message = "The request head is too large"
-
-    def __init__(self, status: int):
-        super().__init__(status=status)
 
 
 class BrokenBody(BadRequest):
@@ -1166,9 +1166,7 @@ class TooManyGuesses(Refusal):
     kind = "rate_limit_error"
     code = "too_many_wrong_keys"
     message = "Too many wrong keys came from this address, wait a minute"
-
-    def __init__(self, wait: float):
-        super().__init__(fields={"Retry-After": math.ceil(wait), "x-should-retry": "false"})
+    fields = {"x-should-retry": "false"}
 
 
 class ForeignOrigin(Refusal):
@@ -1262,17 +1260,14 @@ class UpstreamTimeout(Refusal):
 
 
 class BreakerOpen(Refusal):
-    """Every address that could be asked has failed too often; `wait` is in seconds."""
+    """Every address that could be asked has failed too often."""
     status = 503
     kind = "upstream_error"
     outcome = "upstream_failed"
     cause = "breaker open"
     nothing_sent = True
     message = "The upstream is failing, try again in a moment"
-
-    def __init__(self, wait: float):
-        super().__init__(fields={"Retry-After": max(1, math.ceil(wait)),
-                                 "X-LLM-Proxy-Error-Class": "upstream_open"})
+    fields = {"X-LLM-Proxy-Error-Class": "upstream_open"}
 
 
 class QueueRefused(Refusal):
@@ -1315,17 +1310,15 @@ class NoPrice(Refusal):
 
 
 class LimitReached(Refusal):
-    """A bucket is short. `wait` is in seconds; None means that the call costs more than the bucket
-    ever holds. `tightest` is as in a Hold: the bucket as it is without the call."""
+    """A bucket is short. Without `wait` the call costs more than the bucket ever holds. `tightest`
+    is as in a Hold: the bucket as it is without the call."""
     status = 429
     kind = "rate_limit_error"
     outcome = "limited"
     code = "rate_limit_exceeded"
 
     def __init__(self, message: str, wait: Optional[float], short: "Level"):
-        super().__init__(
-            message, wait=wait, cause=short.rule.text, tightest=short.untaken(),
-            fields={} if wait is None else {"Retry-After": math.ceil(wait)})
+        super().__init__(message, wait, cause=short.rule.text, tightest=short.untaken())
 
 
 class CallerGone(Exception):
@@ -1982,7 +1975,7 @@ class WrongKeys:
         """Returns what to say of one more."""
         level = self.buckets.level_after(self.RULE, (self.RULE.text, ("address", address)), 1)
         if level.level < 0:
-            return TooManyGuesses(level.wait)
+            return TooManyGuesses(wait=level.wait)
         self.buckets.store([level])
         return Unauthorized()
 
@@ -5006,10 +4999,10 @@ class Head(Fields):
         lines = block.split("\r\n")
         lines.pop()
         if len(self.start) > MAX_START_LINE:
-            raise HeadTooLarge(414)
+            raise HeadTooLarge(status=414)
         if len(lines) > self.MAX_FIELDS or (
                 len(data) > self.MAX_LINE and any(map(self.is_too_long, lines))):
-            raise HeadTooLarge(431)
+            raise HeadTooLarge(status=431)
         self.lines = {line[:line.index(":")].lower(): line for line in lines}
         if len(self.lines) < len(lines):
             self.join_repeated(lines)
@@ -5117,7 +5110,7 @@ class HeadScanner:
         line_end = data.rfind(b"\r\n", max(self.checked, self.scanned - 1))
         if len(data) > MAX_HEAD or (not self.checked and line_end < 0
                                     and len(data) > MAX_START_LINE):
-            raise HeadTooLarge(431 if self.checked else 414)
+            raise HeadTooLarge(status=431 if self.checked else 414)
         if BARE_LINE_END.search(data, max(0, self.scanned - 1)):
             raise Malformed()
         self.scanned = len(data)
@@ -7073,7 +7066,7 @@ class Upstream:
             raise UpstreamTimeout()
         address = self.enter(failed, context.subject)
         if address is None:
-            raise failure or self.breaker_open(context.subject) or BreakerOpen(0)
+            raise failure or self.breaker_open(context.subject) or BreakerOpen(wait=0)
         return address
 
     def judge_head(self, address, good, connected, subject):
@@ -7104,7 +7097,7 @@ class Upstream:
         """Returns why no address may be asked yet, None where one may."""
         now = self.clock.monotonic()
         wait = min([one.breakers.seconds_left(now, subject) for one in self.addresses])
-        return BreakerOpen(wait) if wait > 0 else None
+        return BreakerOpen(wait=wait) if wait > 0 else None
 
     def stats(self) -> Dict[str, Any]:
         """Returns what /health says of it."""
