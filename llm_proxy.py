@@ -3498,6 +3498,10 @@ class Dialect:
     OTHER_ERRORS = ("", "")
     ERROR_LINE = b""  # before an error in a stream
     RETRY_DETAILS = ""  # in an error, where it is known when to ask again
+    # ... of limit replies, by endpoint: whole, and in a stream one line for each event; and of what
+    # stands in them more than once
+    LIMIT_REPLIES: Dict[str, Tuple[str, str]] = {}
+    REPLY_PARTS: Dict[str, str] = {}
     # ... and of lists of models.
     MODEL_LIST = ""
     MODEL = ""
@@ -3854,10 +3858,13 @@ class Dialect:
                 return True
         return False
 
-    def limit_text(self, call: Call, values: Dict[str, str]) -> Optional[str]:
+    def limit_text(self, call, values):
         """Returns a limit reply as JSON, in a stream one line for each event, or None; `values` are
         what its templates are filled with, as JSON."""
-        return None
+        for name, template in self.REPLY_PARTS.items():
+            values[name] = template % values
+        templates = self.LIMIT_REPLIES.get(call.endpoint)
+        return templates and templates[call.stream] % values
 
     def limit_event(self, line):
         """Returns an event of a limit reply; one that says its type first is named by it."""
@@ -3871,72 +3878,64 @@ class Dialect:
 
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
-COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-TEXT_COMPLETION = """{"id": "cmpl-limit-%(number)s", "object": "text_completion", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-# Limit replies of OpenAI, by endpoint and whether they are streamed: what each chunk is, and what
-# it says of each choice.
+CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
+"model": %%(model)s, "choices": [%%(choices)s]%%(usage)s}"""
+COMPLETION = CHUNK % ("cmpl", "text_completion")
+# Limit replies of OpenAI with choices, by endpoint, whole and in a stream: what each chunk is, and
+# what it says of each choice.
 COMPLETIONS = {
-    ("chat", False): (COMPLETION, """\
+    "chat": ((CHUNK % ("chatcmpl", "chat.completion"), """\
 "finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s}"""),
-    ("chat", True): (CHUNK, """\
+             (CHUNK % ("chatcmpl", "chat.completion.chunk"), """\
 "finish_reason": null, "delta": {"role": "assistant", "content": ""}
 "finish_reason": null, "delta": {"content": %(text)s}
-"finish_reason": "stop", "delta": {}"""),
-    ("completions", False): (TEXT_COMPLETION, """\
+"finish_reason": "stop", "delta": {}""")),
+    "completions": ((COMPLETION, """\
 "finish_reason": "stop", "text": %(text)s"""),
-    ("completions", True): (TEXT_COMPLETION, """\
+                    (COMPLETION, """\
 "finish_reason": null, "text": %(text)s
-"finish_reason": "stop", "text": \"\"""")}
+"finish_reason": "stop", "text": \"\""""))}
 ZERO_USAGE = ', "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}'
-RESPONSE = """{"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
-"status": "%(status)s", "model": %(model)s, "output": [%(item)s], "error": null, \
-"incomplete_details": null, "instructions": null, "metadata": {}, "parallel_tool_calls": true, \
-"temperature": null, "tool_choice": "auto", "tools": [], "top_p": null, \
-"previous_response_id": null, "usage": %(usage)s}"""
-RESPONSE_USAGE = """{"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
+RESPONSE = """"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
+"model": %(model)s, "incomplete_details": null, "instructions": null, "metadata": {}, \
+"parallel_tool_calls": true, "temperature": null, "tool_choice": "auto", "tools": [], \
+"top_p": null, "previous_response_id": null"""
+RESPONSE_PARTS = {
+    "part": """{"type": "output_text", "text": %(text)s, "annotations": [], "logprobs": []}""",
+    "item": """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
+"status": "completed", "content": [%(part)s]}""",
+    "place": """"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0""",
+    "response": RESPONSE,
+    "begun": """{%(response)s, "status": "in_progress", "output": [], "error": null, \
+"usage": null}""",
+    "completed": """{%(response)s, "status": "completed", "output": [%(item)s], "error": null, \
+"usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}, \
-"output_tokens_details": {"reasoning_tokens": 0}}"""
-RESPONSE_ITEM = """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
-"status": "completed", "content": [%(part)s]}"""
-RESPONSE_PART = '''{"type": "output_text", "text": %(text)s, "annotations": [], \
-"logprobs": []}'''
+"output_tokens_details": {"reasoning_tokens": 0}}}"""}
+RESPONSE_FAILED = """{"type": "response.failed", "sequence_number": 0, "response": {%s, \
+"status": "failed", "output": [], "usage": null, \
+"error": {"code": "server_error", "message": %%(message)s}}}""" % RESPONSE
 RESPONSE_EVENTS = """\
 {"type": "response.created", "sequence_number": 0, "response": %(begun)s}
 {"type": "response.in_progress", "sequence_number": 1, "response": %(begun)s}
 {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, \
 "item": {"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
 "status": "in_progress", "content": []}}
-{"type": "response.content_part.added", "sequence_number": 3, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.content_part.added", "sequence_number": 3, %(place)s, \
 "part": {"type": "output_text", "text": "", "annotations": [], "logprobs": []}}
-{"type": "response.output_text.delta", "sequence_number": 4, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.output_text.delta", "sequence_number": 4, %(place)s, \
 "delta": %(text)s, "logprobs": []}
-{"type": "response.output_text.done", "sequence_number": 5, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.output_text.done", "sequence_number": 5, %(place)s, \
 "text": %(text)s, "logprobs": []}
-{"type": "response.content_part.done", "sequence_number": 6, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, "part": %(part)s}
+{"type": "response.content_part.done", "sequence_number": 6, %(place)s, "part": %(part)s}
 {"type": "response.output_item.done", "sequence_number": 7, "output_index": 0, "item": %(item)s}
-{"type": "response.completed", "sequence_number": 8, "response": %(response)s}"""
+{"type": "response.completed", "sequence_number": 8, "response": %(completed)s}"""
 # What leaves the model free to say what it likes, at the keys of PARSED
 FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
 NOTHING = ("", {}, [], False)
 # Marks of what stands around a gap, as models are trained to fill it
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
-
-
-def choice_count(payload):
-    """Returns how many choices were asked for, for clients that count on them."""
-    count = payload.get("n")
-    prompt = payload.get("prompt")
-    prompts = sum([type(one) in (str, list) for one in prompt]) if type(prompt) is list else 1
-    return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
 
 
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
@@ -3973,6 +3972,8 @@ class OpenAI(Dialect):
             guided_choice guided_grammar guided_decoding nvext prediction regex
             ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
     MAX_CHOICES = 4  # in a limit reply
+    LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
+    REPLY_PARTS = RESPONSE_PARTS
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
 
@@ -4030,43 +4031,30 @@ class OpenAI(Dialect):
         if endpoint != "responses":
             return super().error_event(body, endpoint)
         message = dig(object_in(body), "error", "message")  # Codex shows no other event
-        response = RESPONSE % {"number": "failed", "created": "0", "status": "failed",
-                               "model": '""', "item": "", "usage": "null"}
-        error = '"error": {"code": "server_error", "message": %s}' % json.dumps(str(message))
-        return self.limit_event(('{"type": "response.failed", "sequence_number": 0, "response": %s}'
-                                 % response.replace('"error": null', error)).encode())
+        return self.limit_event((RESPONSE_FAILED % {
+            "number": "failed", "created": "0", "model": '""',
+            "message": json.dumps(str(message))}).encode())
 
     def limit_text(self, call, values):
-        if call.endpoint == "responses":
-            return self.response(call, values)
-        if call.endpoint in ("chat", "completions"):
-            return self.completion(call, values)
-        return None
-
-    def completion(self, call, values):
-        """Returns the limit reply of chat and completions."""
-        chunk, steps = COMPLETIONS[call.endpoint, call.stream]
-        count = min(self.MAX_CHOICES, choice_count(call.payload))
+        """In chat and completions there are as many choices as were asked for, for clients that
+        count on them."""
+        if call.endpoint not in COMPLETIONS:
+            return super().limit_text(call, values)
+        chunk, steps = COMPLETIONS[call.endpoint][call.stream]
+        count = 1
+        with contextlib.suppress(BadRequest):
+            count = min(self.MAX_CHOICES, call.output_limit()[1])
         choices = ['{"index": %d, "logprobs": null, %s}' % (index, step)
                    for step in (steps % values).split("\n")
                    for index in range(count)]
-        parts = [(", ".join(choices), ZERO_USAGE)]
-        if call.stream:
-            asked = dig(call.payload, "stream_options", "include_usage") is True
-            usage = ', "usage": null' if asked else ""
-            parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
+        if not call.stream:
+            return chunk % {**values, "choices": ", ".join(choices), "usage": ZERO_USAGE}
+        asked = dig(call.payload, "stream_options", "include_usage") is True
+        usage = ', "usage": null' if asked else ""
+        parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
         chunks = [chunk % {**values, "choices": choice, "usage": usage}
                   for choice, usage in parts]
-        return "\n".join(chunks + ["[DONE]"] * call.stream)
-
-    def response(self, call, values):
-        """Returns the limit reply of the responses API; a stream has all events of a real one."""
-        values["part"] = RESPONSE_PART % values
-        values["item"] = RESPONSE_ITEM % values
-        values["begun"] = RESPONSE % {
-            **values, "status": "in_progress", "item": "", "usage": "null"}
-        values["response"] = RESPONSE % {**values, "status": "completed", "usage": RESPONSE_USAGE}
-        return RESPONSE_EVENTS % values if call.stream else values["response"]
+        return "\n".join([*chunks, "[DONE]"])
 
 
 class Azure(OpenAI):
@@ -4120,6 +4108,7 @@ class Anthropic(Dialect):
         413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
     OTHER_ERRORS = ("invalid_request_error", "api_error")
     ERROR_LINE = b"event: error\n"
+    LIMIT_REPLIES = {"messages": (MESSAGE, MESSAGE_EVENTS)}
     MODEL_LIST = """{"data": [%(rows)s], "has_more": false, "first_id": %(first)s, \
 "last_id": %(last)s}"""
     MODEL = """{"type": "model", "id": "%(name)s", "display_name": "%(name)s", \
@@ -4135,9 +4124,6 @@ class Anthropic(Dialect):
         """What message_start tells of the output is no count of it."""
         counts, final = super().usage_counts(payload)
         return counts, False if payload.get("type") == "message_start" else final
-
-    def limit_text(self, call, values):
-        return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
 
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
@@ -4197,6 +4183,7 @@ class Gemini(Google):
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
+    LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
     MODEL_KEYS = ("name",)
@@ -4225,29 +4212,30 @@ class Gemini(Google):
             [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
 
     def limit_text(self, call, values):
-        if call.endpoint != "generate":
-            return None
-        whole = call.stream and not self.is_stream(self.limit_type(call))
-        return ("[%s]" if whole else "%s") % (GENERATED % values)
+        """A stream without events is an array."""
+        text = super().limit_text(call, values)
+        is_array = text and call.stream and not self.is_stream(self.limit_type(call))
+        return "[%s]" % text if is_array else text
 
     def limit_type(self, call):
         events = "alt=sse" in call.query.lower().split("&")
         return super().limit_type(call) if events else "application/json"
 
 
-INTERACTION = """{"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
-"status": "completed", "role": "model", "created": "%(date)s", "updated": "%(date)s", \
-"steps": [%(step)s], "usage": {"total_input_tokens": 0, "total_output_tokens": 0, \
-"total_thought_tokens": 0, "total_cached_tokens": 0, "total_tool_use_tokens": 0, \
-"total_tokens": 0}}"""
-INTERACTION_STEP = """{"type": "model_output", "content": [{"type": "text", "text": %(text)s}]}"""
+INTERACTION_PARTS = {
+    "begun": """"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
+"created": "%(date)s\"""",
+    "completed": """{%(begun)s, "status": "completed", "role": "model", "updated": "%(date)s", \
+"usage": {"total_input_tokens": 0, "total_output_tokens": 0, "total_thought_tokens": 0, \
+"total_cached_tokens": 0, "total_tool_use_tokens": 0, "total_tokens": 0}, "steps\""""}
+INTERACTION = """%(completed)s: [{"type": "model_output", \
+"content": [{"type": "text", "text": %(text)s}]}]}"""
 INTERACTION_EVENTS = """\
-{"event_type": "interaction.created", "interaction": {"id": "limit-%(number)s", \
-"object": "interaction", "model": %(model)s, "status": "in_progress", "created": "%(date)s"}}
+{"event_type": "interaction.created", "interaction": {%(begun)s, "status": "in_progress"}}
 {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}}
 {"event_type": "step.delta", "index": 0, "delta": {"type": "text", "text": %(text)s}}
 {"event_type": "step.stop", "index": 0}
-{"event_type": "interaction.completed", "interaction": %(interaction)s}
+{"event_type": "interaction.completed", "interaction": %(completed)s: []}}
 [DONE]"""
 
 
@@ -4267,25 +4255,25 @@ class Interactions(Google):
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
+    LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
+    REPLY_PARTS = INTERACTION_PARTS
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
         return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
-    def limit_text(self, call, values):
-        if call.stream:
-            values["interaction"] = INTERACTION % {**values, "step": ""}
-            return INTERACTION_EVENTS % values
-        return INTERACTION % {**values, "step": INTERACTION_STEP % values}
 
-
-GENERATED_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": false}"""
-LAST_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": true, \
-"done_reason": "stop", "total_duration": 0, "load_duration": 0, "prompt_eval_count": 0, \
-"prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""
-OLLAMA_SAYS = {  # by endpoint
-    "chat": '"message": {"role": "assistant", "content": %s}',
-    "generate": '"response": %s'}
+OLLAMA_PARTS = {
+    "head": """{"model": %(model)s, "created_at": "%(date)s\"""",
+    "last": """"done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0, \
+"prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""}
+OLLAMA_REPLIES = {
+    "chat": ("""%(head)s, "message": {"role": "assistant", "content": %(text)s}, %(last)s""", """\
+%(head)s, "message": {"role": "assistant", "content": %(text)s}, "done": false}
+%(head)s, "message": {"role": "assistant", "content": ""}, %(last)s"""),
+    "generate": ("""%(head)s, "response": %(text)s, %(last)s""", """\
+%(head)s, "response": %(text)s, "done": false}
+%(head)s, "response": "", %(last)s""")}
 
 
 class Ollama(Dialect):
@@ -4309,6 +4297,8 @@ class Ollama(Dialect):
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
+    LIMIT_REPLIES = OLLAMA_REPLIES
+    REPLY_PARTS = OLLAMA_PARTS
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL_KEYS = ("name", "model")
     MODEL = """{"name": "%(name)s", "model": "%(name)s", \
@@ -4332,15 +4322,6 @@ class Ollama(Dialect):
     def counts_in(self, payload):
         """Takes those that the last line has beside all else."""
         return {name: payload[name] for name in self.COUNTS if name in payload}
-
-    def limit_text(self, call, values):
-        if call.endpoint not in OLLAMA_SAYS:
-            return None
-        said = OLLAMA_SAYS[call.endpoint]
-        last = LAST_LINE % {**values, "said": said % ('""' if call.stream else values["text"])}
-        if not call.stream:
-            return last
-        return GENERATED_LINE % {**values, "said": said % values["text"]} + "\n" + last
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
