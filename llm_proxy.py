@@ -2897,6 +2897,22 @@ def read_form(body, content_type, named):
     return model, lambda other: b"%b%b%b" % (body[:start], encode(other).encode(), body[end:])
 
 
+def objects_in(value, values_of=dict.values):
+    """Returns the objects in a value of JSON, outer ones first. What else to look at in one is
+    what `values_of` returns of it; None leaves it out."""
+    found = []
+    parts = [value]
+    for part in parts:  # the list grows meanwhile
+        if type(part) is list:
+            parts += part
+        elif type(part) is dict:
+            values = values_of(part)
+            if values is not None:
+                found.append(part)
+                parts += values
+    return found
+
+
 def as_list(value):
     """Returns a list as it is, and anything else as the only one in a list."""
     return value if isinstance(value, list) else [value]
@@ -3149,19 +3165,10 @@ class Call(Billable):
         """Returns the names of stored things that the payload speaks of."""
         found = []
         meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
-        parts = [self.payload]
-        for part in parts:  # the list grows meanwhile
-            values = part
-            if type(part) is dict:
-                if "type" in part and ECHO.search(str(part["type"])):
-                    continue
-                values = part.values()
-                if not meant.isdisjoint(part):
-                    for key in meant.intersection(part):
-                        found += names_of_things(part[key])
-                if not CALLERS_OWN.isdisjoint(part):
-                    values = [part[key] for key in part.keys() - CALLERS_OWN]
-            parts += [one for one in values if type(one) in (list, dict)]
+        for part in objects_in(self.payload, says_of_things):
+            if not meant.isdisjoint(part):
+                for key in meant.intersection(part):
+                    found += names_of_things(part[key])
         return found
 
     def prompt_length(self) -> Tuple[int, List[int]]:
@@ -3204,11 +3211,7 @@ class Call(Billable):
         if self.objects is None:
             self.objects = [self.payload]
             if self.endpoint == UNKNOWN:
-                parts = [self.payload]
-                for part in parts:  # the list grows meanwhile
-                    values = part.values() if type(part) is dict else part
-                    parts += [one for one in values if type(one) in (dict, list)]
-                self.objects = [part for part in parts if type(part) is dict]
+                self.objects = objects_in(self.payload)
             elif not OPTION_HOLDERS.isdisjoint(self.payload):
                 self.objects += [self.payload[name] or {}
                                  for name in OPTION_HOLDERS & self.payload.keys()]
@@ -3361,11 +3364,22 @@ THING_NAME = re.compile(
     r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = "id request_id thread_id output_file_id error_file_id responsesFile".split()
+NAME_KEYS = """id request_id thread_id output_file_id error_file_id responsesFile container_id
+    file_id""".split()
 # These make files when they are done.
 HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
-MADE_IN = "response interaction conversation container file".split()
+MADE_IN = """response interaction conversation container file output content annotations
+    results""".split()
+
+
+def says_of_things(part):
+    """Returns the values in an object that may speak of stored things, None where none can."""
+    if "type" in part and ECHO.search(str(part["type"])):
+        return None
+    if CALLERS_OWN.isdisjoint(part):
+        return part.values()
+    return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
 def names_of_things(value):
@@ -3378,32 +3392,15 @@ def names_of_things(value):
 
 
 def names_made(payload):
-    """Returns the names of what a response or an event says was made."""
+    """Returns the names of what a response or an event says was made, also by tools of the
+    upstream's own."""
     found = []
-    holders = [payload]
-    for holder in holders:  # the list grows meanwhile
-        if type(holder) is dict:
-            holders += map(holder.get, MADE_IN)
-            found += map(holder.get, NAME_KEYS)
-            found += names_of_things(holder.get("result_files"))
-            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
-            found.append(resource and resource[1])
-    return [name for name in found + names_in_output(payload) if type(name) is str and name]
-
-
-def names_in_output(payload):
-    """Returns the names of what tools of the upstream's own have made."""
-    found = []
-    parts = [payload]
-    for part in parts:  # the list grows meanwhile
-        if len(parts) > 10_000:
-            break
-        if type(part) is dict:
-            found += [part.get("container_id"), part.get("file_id")]
-            parts += map(part.get, ("output", "content", "annotations", "results"))
-        elif type(part) is list:
-            parts += part
-    return found
+    for part in objects_in(payload, lambda part: map(part.get, MADE_IN))[:10_000]:
+        found += map(part.get, NAME_KEYS)
+        found += names_of_things(part.get("result_files"))
+        resource = RESOURCE_NAME.fullmatch(str(part.get("name")))
+        found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
