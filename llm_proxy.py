@@ -2984,9 +2984,12 @@ class EventFraming(NamedTuple):
 
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
-        lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
-        data = [data for data in map(self.data, lines) if data is not None]
-        return object_in(data[0] if len(data) == 1 else b"\n".join(data))
+        return object_in(self.all_data(event))
+
+    def all_data(self, event):
+        """Returns the JSON of an event or its line."""
+        lines = event.lstrip(BYTE_ORDER_MARK).splitlines()
+        return b"\n".join([data for data in map(self.data, lines) if data is not None])
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
@@ -3637,15 +3640,18 @@ class Dialect:
         final = self.is_finished(payload) or not payload.get(self.REASON[0])
         return self.counts_in(payload), final or None
 
+    def parts(self, payload):
+        """Returns the objects in a response or an event in which usage and the like may stand."""
+        found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
+        return [part for part in found if isinstance(part, dict)]
+
     def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
-            for name in self.USAGE_HOLDERS:
-                for part in as_list(payload.get(name))[:128]:
-                    if isinstance(part, dict):
-                        found = merged(found, self.counts_in(part))
+            for part in self.parts(payload):
+                found = merged(found, self.counts_in(part))
         if self.count_names.isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
@@ -3656,16 +3662,18 @@ class Dialect:
         if type(model) is str and is_name(model):
             tier = payload.get(self.TIERS[0])
             return model, tier if tier and is_name(tier) else None
-        for name in self.USAGE_HOLDERS[:3]:
-            if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
-                return self.served(payload[name])
+        for part in self.parts(payload):
+            if self.SERVED in part:
+                return self.served(part)
         return None, None
 
     def is_finished(self, payload):
         """Returns whether a response or an event says that the model has stopped."""
+        return self.has_reason(payload) or self.is_last(payload)
+
+    def has_reason(self, payload):
         holder, reason = self.REASON
-        return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
-            self.is_last(payload))
+        return any([dig(one, reason) for one in as_list(payload.get(holder))])
 
     def is_last(self, payload):
         """Returns whether an event ends its stream."""
@@ -3674,11 +3682,10 @@ class Dialect:
     def fault(self, payload: Dict[str, Any]) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:6]),
-                     *as_list(payload.get("choices"))[:1]):
-            error = dig(part, "error") or dig(part, "errors")
+        for part in (payload, *self.parts(payload)):
+            error = part.get("error") or part.get("errors")
             code = dig(part, "base_resp", "status_code")  # MiniMax
-            if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
+            if error or code or FAULTS.intersection([str(part.get(key)) for key in FAULT_KEYS]):
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
@@ -3748,11 +3755,10 @@ class Dialect:
         caches, reasoning = found["cached"] + found["written"], found["reasoning"]
         sent = sum([found[name] for name in self.INPUT])
         said = sum([found[name] for name in self.OUTPUT])
-        if sent + said == total and sent >= caches and said >= reasoning:
-            return sent, said  # as nearly always
-        for pair in itertools.product(
-                (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
-                (said, output, output + reasoning)):
+        pairs = itertools.product(
+            (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+            (said, output, output + reasoning))
+        for pair in ((sent, said), *pairs):  # the first as nearly always
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
@@ -4205,8 +4211,7 @@ class Gemini(Google):
         return super().place(path, dialect, metered)
 
     def is_last(self, payload):
-        return bool(dig(payload, "promptFeedback", "blockReason")) or any(
-            [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
+        return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
 
     def limit_text(self, call, values):
         """A stream without events is an array."""
@@ -4567,7 +4572,8 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
-NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
+# The latter is llama.cpp's.
+NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
 
 
 def may_be_fault(data: bytes) -> bool:
@@ -4803,29 +4809,24 @@ class UsageReader(UsageSource):
 
     def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
-        held = b""
-        events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(self.events.event(LAST_DATA)) and last.find(b"error") < 0 and (
                 not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
-        for line in reversed(last.splitlines()[-self.LAST_LINES:]):
-            part = self.events.data(line)
-            if part is None:
-                held = held if line else b""
-                if NAMED_FAULT.fullmatch(line):
-                    self.fault = self.fault or 502
-                continue
-            held = part + held
-            if held.strip() == LAST_DATA:
+        lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
+        events = 0
+        for event in reversed(self.events.cut(b"".join(lines))):
+            if NAMED_FAULT.search(event):
+                self.fault = self.fault or 502
+            found = self.events.all_data(event)
+            payload = object_in(found)
+            if found.strip() == LAST_DATA:
                 self.closed = True
-            elif not (self.closed and held.endswith(b"}") and not may_be_fault(held)):
-                payload = object_in(held)
-                if not payload:
-                    continue
-                self.note_end(payload, held)
-            held = b""
+            elif payload:
+                self.note_end(payload, found)
+            else:
+                continue
             events += 1
             if events == 3:
                 break
