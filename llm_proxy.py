@@ -1130,9 +1130,12 @@ class Refusal(Exception):
     body: Optional[bytes] = None      # the upstream's own words, where they are known
     fields: Dict[str, Any] = {}       # more header fields of the reply
 
-    def __init__(self, message: str = "", **attributes: Any):
+    def __init__(self, message: str = "", wait: Optional[float] = None, **attributes: Any):
+        """`wait`: in so many seconds it may be asked again."""
         super().__init__(message or self.message)
-        vars(self).update(attributes)
+        vars(self).update(attributes, wait=wait)
+        if wait is not None:
+            self.fields = {"Retry-After": max(1, math.ceil(wait)), **self.fields}
 
 
 class BadRequest(Refusal):
@@ -1148,9 +1151,6 @@ class Malformed(BadRequest):
 
 class HeadTooLarge(Malformed):
     message = "The request head is too large"
-
-    def __init__(self, status: int):
-        super().__init__(status=status)
 
 
 class BrokenBody(BadRequest):
@@ -1211,9 +1211,7 @@ class TooManyGuesses(Refusal):
     kind = "rate_limit_error"
     code = "too_many_wrong_keys"
     message = "Too many wrong keys came from this address, wait a minute"
-
-    def __init__(self, wait: float):
-        super().__init__(fields={"Retry-After": math.ceil(wait), "x-should-retry": "false"})
+    fields = {"x-should-retry": "false"}
 
 
 class ForeignOrigin(Refusal):
@@ -1307,17 +1305,14 @@ class UpstreamTimeout(Refusal):
 
 
 class BreakerOpen(Refusal):
-    """Every address that could be asked has failed too often; `wait` is in seconds."""
+    """Every address that could be asked has failed too often."""
     status = 503
     kind = "upstream_error"
     outcome = "upstream_failed"
     cause = "breaker open"
     nothing_sent = True
     message = "The upstream is failing, try again in a moment"
-
-    def __init__(self, wait: float):
-        super().__init__(fields={"Retry-After": max(1, math.ceil(wait)),
-                                 "X-LLM-Proxy-Error-Class": "upstream_open"})
+    fields = {"X-LLM-Proxy-Error-Class": "upstream_open"}
 
 
 class QueueRefused(Refusal):
@@ -1360,17 +1355,15 @@ class NoPrice(Refusal):
 
 
 class LimitReached(Refusal):
-    """A bucket is short. `wait` is in seconds; None means that the call costs more than the bucket
-    ever holds. `tightest` is as in a Hold: the bucket as it is without the call."""
+    """A bucket is short. Without `wait` the call costs more than the bucket ever holds. `tightest`
+    is as in a Hold: the bucket as it is without the call."""
     status = 429
     kind = "rate_limit_error"
     outcome = "limited"
     code = "rate_limit_exceeded"
 
     def __init__(self, message: str, wait: Optional[float], short: "Level"):
-        super().__init__(
-            message, wait=wait, cause=short.rule.text, tightest=short.untaken(),
-            fields={} if wait is None else {"Retry-After": math.ceil(wait)})
+        super().__init__(message, wait, cause=short.rule.text, tightest=short.untaken())
 
 
 class CallerGone(Exception):
@@ -2034,7 +2027,7 @@ class WrongKeys:
         """Returns what to say of one more."""
         level = self.buckets.level_after(self.RULE, (self.RULE.text, ("address", address)), 1)
         if level.level < 0:
-            return TooManyGuesses(level.wait)
+            return TooManyGuesses(wait=level.wait)
         self.buckets.store([level])
         return Unauthorized()
 
@@ -2614,24 +2607,11 @@ def is_too_complex(data: bytes) -> bool:
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
-    outside = b'""'.join(split_at_quotes(marks, 2 * MAX_JSON_PARTS)[::2])
+    marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = b'""'.join(marks.split(b'"', 2 * MAX_JSON_PARTS)[::2])
     if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
         return True
     return is_deep(outside)
-
-
-def split_at_quotes(marks: bytes, most: int = -1) -> List[bytes]:
-    """Returns what JSON, stripped by NO_MARKS, has outside of strings, within one, and so on."""
-    return marks.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', most)
-
-
-def is_outermost(data: bytes, place: int) -> bool:
-    """Returns whether what stands at a place of a JSON object is in no other object in it, nor in a
-    string."""
-    parts = split_at_quotes(data[:place].translate(None, NO_MARKS))
-    outside = b"".join(parts[::2])
-    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
-    return depth == 1 and len(parts) % 2 == 1
 
 
 def is_deep(outside: bytes) -> bool:
@@ -2746,46 +2726,57 @@ MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
     rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
     rb'\s*:\s*\[?\s*|,\s*)"$')
-COLON = re.compile(rb"\s*:\s*")
-MARK = "<%s:%d>"  # stands for one that was cut out
+# A string, up to where it may be cut, and whether it is a key; or a bracket
+JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
+
+
+def value_start(data: bytes, key: str) -> int:
+    """Returns where the value at a key of a JSON object begins, however deep the same key stands
+    before it; -1 without one, or where that is spelled with escapes."""
+    depth = 0
+    name = b'"%b"' % key.encode()
+    for step in JSON_STEP.finditer(data):
+        if step[1] is None:
+            depth += 1 if step[0] in b"{[" else -1
+        elif depth == 1 and step[1] == name and step[2]:
+            return step.end()
+    return -1
 
 
 class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
-    spelled again. `cuts` are (place in `short`, its mark, where it stands in `data`)."""
+    spelled again. `cuts` are by the mark that stands for each."""
 
     def __init__(self, data: bytes):
         self.data = data
-        self.cuts: List[Tuple[int, bytes, slice]] = []
+        self.cuts: Dict[bytes, slice] = {}
         self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
-        data, secret = self.data, "%016x" % random.getrandbits(64)
-        pieces, taken, length = [], 0, 0
-        looked, start, place = 0, 0, MEDIA_BYTES
-        while place < len(data):
-            start = data.rfind(b'"', looked, place) + 1 or start
-            end = data.find(b'"', place)
-            if end < 0:
-                break
+        data = self.data
+        self.secret = b"%016x" % random.getrandbits(64)
+        pieces = []
+        taken = 0
+        start = data.rfind(b'"', 0, MEDIA_BYTES) + 1
+        end = data.find(b'"', MEDIA_BYTES)
+        while end >= 0:
             if start and end - start > MEDIA_BYTES and self.is_media(start, end):
-                mark = (MARK % (secret, len(self.cuts))).encode()
+                mark = b"<%b:%d>" % (self.secret, len(self.cuts))
                 pieces += data[taken:start + 32], mark
-                length += start + 32 - taken + len(mark)
-                self.cuts.append((length - len(mark), mark, slice(start + 32, end)))
+                self.cuts[mark] = slice(start + 32, end)
                 taken = end
-            looked = max(looked, end)
-            place = max(place, end) + MEDIA_BYTES
+            start = data.rfind(b'"', end, end + MEDIA_BYTES) + 1
+            end = data.find(b'"', end + MEDIA_BYTES)
         return b"".join((*pieces, data[taken:]))
 
     def parse(self) -> Dict[str, Any]:
         """Raises BadRequest."""
         decoder = STRICT_JSON
         if self.cuts:
-            sizes = {mark.decode(): 32 + cut.stop - cut.start for _, mark, cut in self.cuts}
+            sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
             decoder = strict_decoder(functools.partial(with_cuts, sizes))
         try:
             payload = decode_json(self.short, decoder)
@@ -2809,39 +2800,26 @@ class JsonBody:
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
         if key not in known:
-            start = self.short.index(b"{") + 1
-            rest = self.short[start:].lstrip(b" \t\r\n")
-            comma = b"" if rest.startswith(b"}") else b","
-            return self.splice(start, start, b'"%b":%b%b' % (key.encode(), spelled, comma))
-        return self.splice(*self.span(key), spelled)
-
-    def span(self, key):
-        """Returns where the value of a top-level key stands in `short`."""
-        place = -1
-        name = b'"%b"' % key.encode()
-        for _ in range(16):
-            place = self.short.find(name, place + 1)
-            if place < 0:
-                break
-            colon = COLON.match(self.short, place + len(name))
-            if colon and is_outermost(self.short, place):
-                text = self.short[colon.end():colon.end() + 65536].decode("utf-8", "ignore")
-                length = len(text[:PLAIN_JSON.raw_decode(text)[1]].encode())
-                return colon.end(), colon.end() + length
-        raise BadRequest("The key %s must be spelled plainly, and stand near the front" % key)
-
-    def splice(self, start, end, spelled):
-        """Returns the bytes with `spelled` between two places of `short`."""
-        added = sum([cut.stop - cut.start - len(mark)
-                     for place, mark, cut in self.cuts if place < start])
-        return b"".join((self.data[:start + added], spelled, self.data[end + added:]))
+            start = end = self.short.index(b"{") + 1
+            spelled = b'"%b":%b%b' % (key.encode(), spelled, b"," if known else b"")
+        else:
+            start = value_start(self.short, key)
+            if start < 0:
+                raise BadRequest("The key %s must be spelled plainly" % key)
+            # Each byte is a character.
+            end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
+        return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
 
     def spell(self, payload: Dict[str, Any]) -> bytes:
-        """Returns a changed payload as JSON, with what was cut out in its place."""
-        data = to_json_bytes(payload)
-        for _, mark, cut in self.cuts:
-            data = data.replace(mark, self.data[cut], 1)
-        return data
+        """Returns a changed payload as JSON."""
+        return self.whole(to_json_bytes(payload))
+
+    def whole(self, short):
+        """Returns JSON with what was cut out in its place."""
+        if not self.cuts:
+            return short
+        return re.sub(b"<%b:[0-9]+>" % self.secret,
+                      lambda mark: self.data[self.cuts[mark[0]]], short)
 
 
 def parse_response(data: bytes) -> Any:
@@ -2895,16 +2873,18 @@ def dig(value: Any, *names: str) -> Any:
 FORM_TYPE = re.compile(
     r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
-FIELD_NAME = re.compile(
-    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
-    rb"[ \t]*(?:$|(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)", re.IGNORECASE)
+FIELD_HEAD = re.compile(rb"""
+    (?:(?!.*content-disposition)[^\r\n]*\r\n)*
+    content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\\r\n]*)"|([^\s;"\\]+))
+    [ \t]*(?:(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)?
+    (?:\r\n(?!.*content-disposition)[^\r\n]*)*""", re.IGNORECASE | re.VERBOSE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_fields(body, content_type):
-    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+def form_parts(body, content_type):
+    """Yields (head, start, end of its value) of each part of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
     mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
@@ -2917,52 +2897,72 @@ def form_fields(body, content_type):
         start = at + len(head) + len(blank)
         if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
             break
-        yield head, start, end - 2
+        yield head[2:], start, end - 2
         at = end + len(mark)
     raise BadRequest("The request body is not a form as its Content-Type says")
 
 
-def form_model(body, content_type, named):
-    """Returns the model that a form names, if any, and what makes the form with another one. Puts
-    into `named` what it says of stored things. Raises BadRequest."""
-    found = None
-    for head, start, end in form_fields(body, content_type):
-        lines = head[2:].split(b"\r\n")
-        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
-        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
-                head.count(b"\n") != len(lines)):
+def form_fields(body, content_type):
+    """Yields (name, start, end of its value) of each field. Raises BadRequest."""
+    for head, start, end in form_parts(body, content_type):
+        match = FIELD_HEAD.fullmatch(head)
+        name = match and match[match.lastindex].decode("latin-1")
+        if not match or (name == "model" and b"encoding:" in head.lower()):
             raise BadRequest("A field of the form is not named plainly")
-        name = names[0][names[0].lastindex]
-        note_reference(name.decode("latin-1"), body[start:end], named)
-        if name.lower() == b"model":
-            if found or name != b"model" or b"encoding:" in head.lower():
-                raise BadRequest("The field model must stand once in the form, and plainly")
-            found = start, end
-    if not found:
-        return None, None
-    start, end = found
-    return body[start:end].decode("utf-8", "replace"), (
-        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+        yield name, start, end
 
 
-def note_reference(name, value, named):
-    """Notes what stands in a field of a form, such as file_id or images[0][file_id]."""
-    for key in REFERENCES.intersection(re.split(r"[][.]+", name)):
-        named.setdefault(key, []).append(value.decode("latin-1"))
-
-
-def query_model(body, named):
-    """Does the same for a form that is spelled as a query is."""
+def query_fields(body):
+    """Yields the same of a form that is spelled as a query is."""
     if len(body) > MAX_QUERY:
         raise BodyTooLarge()
-    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
-    for name, value in pairs:
-        note_reference(name, value.encode("utf-8", "replace"), named)
-    found = [value for name, value in pairs if name.lower() == "model"]
-    if len(found) > 1:
-        raise BadRequest("The field model must stand once in the form, and plainly")
-    return "".join(found) or None, lambda model: urllib.parse.urlencode(
-        [(name, model if name == "model" else value) for name, value in pairs]).encode()
+    for field in re.finditer(b"([^=&]+)=?([^&]*)", body):
+        yield (urllib.parse.unquote_plus(field[1].decode("latin-1")), *field.span(2))
+
+
+def read_form(body, content_type, named):
+    """Returns the model that a form names, and what makes the form with another one, None and None
+    where it names none. Puts into `named` what it says of stored things. Raises BadRequest."""
+    kind = content_type.lower()
+    decode = encode = str
+    fields = ()
+    if kind.startswith("multipart/form-data"):
+        fields = form_fields(body, content_type)
+    elif kind.startswith("application/x-www-form-urlencoded"):
+        fields = query_fields(body)
+        decode, encode = urllib.parse.unquote_plus, urllib.parse.quote_plus
+    found = None
+    for name, *place in fields:
+        keys = REFERENCES.intersection(re.split(r"[][.]+", name))  # such as images[0][file_id]
+        is_model = name.lower() == "model"
+        if keys or is_model:
+            value = decode(body[slice(*place)].decode("utf-8", "replace"))
+        for key in keys:
+            named.setdefault(key, []).append(value)
+        if is_model:
+            if found or name != "model":
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = value, place
+    if not found:
+        return None, None
+    model, (start, end) = found
+    return model, lambda other: b"%b%b%b" % (body[:start], encode(other).encode(), body[end:])
+
+
+def objects_in(value, values_of=dict.values):
+    """Returns the objects in a value of JSON, outer ones first. What else to look at in one is
+    what `values_of` returns of it; None leaves it out."""
+    found = []
+    parts = [value]
+    for part in parts:  # the list grows meanwhile
+        if type(part) is list:
+            parts += part
+        elif type(part) is dict:
+            values = values_of(part)
+            if values is not None:
+                found.append(part)
+                parts += values
+    return found
 
 
 def as_list(value):
@@ -3036,9 +3036,12 @@ class EventFraming(NamedTuple):
 
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
-        lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
-        data = [data for data in map(self.data, lines) if data is not None]
-        return object_in(data[0] if len(data) == 1 else b"\n".join(data))
+        return object_in(self.all_data(event))
+
+    def all_data(self, event):
+        """Returns the JSON of an event or its line."""
+        lines = event.lstrip(BYTE_ORDER_MARK).splitlines()
+        return b"\n".join([data for data in map(self.data, lines) if data is not None])
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
@@ -3217,19 +3220,10 @@ class Call(Billable):
         """Returns the names of stored things that the payload speaks of."""
         found = []
         meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
-        parts = [self.payload]
-        for part in parts:  # the list grows meanwhile
-            values = part
-            if type(part) is dict:
-                if "type" in part and ECHO.search(str(part["type"])):
-                    continue
-                values = part.values()
-                if not meant.isdisjoint(part):
-                    for key in meant.intersection(part):
-                        found += names_of_things(part[key])
-                if not CALLERS_OWN.isdisjoint(part):
-                    values = [part[key] for key in part.keys() - CALLERS_OWN]
-            parts += [one for one in values if type(one) in (list, dict)]
+        for part in objects_in(self.payload, says_of_things):
+            if not meant.isdisjoint(part):
+                for key in meant.intersection(part):
+                    found += names_of_things(part[key])
         return found
 
     def prompt_length(self) -> Tuple[int, List[int]]:
@@ -3272,11 +3266,7 @@ class Call(Billable):
         if self.objects is None:
             self.objects = [self.payload]
             if self.endpoint == UNKNOWN:
-                parts = [self.payload]
-                for part in parts:  # the list grows meanwhile
-                    values = part.values() if type(part) is dict else part
-                    parts += [one for one in values if type(one) in (dict, list)]
-                self.objects = [part for part in parts if type(part) is dict]
+                self.objects = objects_in(self.payload)
             elif not OPTION_HOLDERS.isdisjoint(self.payload):
                 self.objects += [self.payload[name] or {}
                                  for name in OPTION_HOLDERS & self.payload.keys()]
@@ -3429,11 +3419,22 @@ THING_NAME = re.compile(
     r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = "id request_id thread_id output_file_id error_file_id responsesFile".split()
+NAME_KEYS = """id request_id thread_id output_file_id error_file_id responsesFile container_id
+    file_id""".split()
 # These make files when they are done.
 HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
-MADE_IN = "response interaction conversation container file".split()
+MADE_IN = """response interaction conversation container file output content annotations
+    results""".split()
+
+
+def says_of_things(part):
+    """Returns the values in an object that may speak of stored things, None where none can."""
+    if "type" in part and ECHO.search(str(part["type"])):
+        return None
+    if CALLERS_OWN.isdisjoint(part):
+        return part.values()
+    return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
 def names_of_things(value):
@@ -3446,32 +3447,15 @@ def names_of_things(value):
 
 
 def names_made(payload):
-    """Returns the names of what a response or an event says was made."""
+    """Returns the names of what a response or an event says was made, also by tools of the
+    upstream's own."""
     found = []
-    holders = [payload]
-    for holder in holders:  # the list grows meanwhile
-        if type(holder) is dict:
-            holders += map(holder.get, MADE_IN)
-            found += map(holder.get, NAME_KEYS)
-            found += names_of_things(holder.get("result_files"))
-            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
-            found.append(resource and resource[1])
-    return [name for name in found + names_in_output(payload) if type(name) is str and name]
-
-
-def names_in_output(payload):
-    """Returns the names of what tools of the upstream's own have made."""
-    found = []
-    parts = [payload]
-    for part in parts:  # the list grows meanwhile
-        if len(parts) > 10_000:
-            break
-        if type(part) is dict:
-            found += [part.get("container_id"), part.get("file_id")]
-            parts += map(part.get, ("output", "content", "annotations", "results"))
-        elif type(part) is list:
-            parts += part
-    return found
+    for part in objects_in(payload, lambda part: map(part.get, MADE_IN))[:10_000]:
+        found += map(part.get, NAME_KEYS)
+        found += names_of_things(part.get("result_files"))
+        resource = RESOURCE_NAME.fullmatch(str(part.get("name")))
+        found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -3566,6 +3550,10 @@ class Dialect:
     OTHER_ERRORS = ("", "")
     ERROR_LINE = b""  # before an error in a stream
     RETRY_DETAILS = ""  # in an error, where it is known when to ask again
+    # ... of limit replies, by endpoint: whole, and in a stream one line for each event; and of what
+    # stands in them more than once
+    LIMIT_REPLIES: Dict[str, Tuple[str, str]] = {}
+    REPLY_PARTS: Dict[str, str] = {}
     # ... and of lists of models.
     MODEL_LIST = ""
     MODEL = ""
@@ -3704,15 +3692,18 @@ class Dialect:
         final = self.is_finished(payload) or not payload.get(self.REASON[0])
         return self.counts_in(payload), final or None
 
+    def parts(self, payload):
+        """Returns the objects in a response or an event in which usage and the like may stand."""
+        found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
+        return [part for part in found if isinstance(part, dict)]
+
     def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
-            for name in self.USAGE_HOLDERS:
-                for part in as_list(payload.get(name))[:128]:
-                    if isinstance(part, dict):
-                        found = merged(found, self.counts_in(part))
+            for part in self.parts(payload):
+                found = merged(found, self.counts_in(part))
         if self.count_names.isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
@@ -3723,16 +3714,18 @@ class Dialect:
         if type(model) is str and is_name(model):
             tier = payload.get(self.TIERS[0])
             return model, tier if tier and is_name(tier) else None
-        for name in self.USAGE_HOLDERS[:3]:
-            if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
-                return self.served(payload[name])
+        for part in self.parts(payload):
+            if self.SERVED in part:
+                return self.served(part)
         return None, None
 
     def is_finished(self, payload):
         """Returns whether a response or an event says that the model has stopped."""
+        return self.has_reason(payload) or self.is_last(payload)
+
+    def has_reason(self, payload):
         holder, reason = self.REASON
-        return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
-            self.is_last(payload))
+        return any([dig(one, reason) for one in as_list(payload.get(holder))])
 
     def is_last(self, payload):
         """Returns whether an event ends its stream."""
@@ -3741,11 +3734,10 @@ class Dialect:
     def fault(self, payload: Dict[str, Any]) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:6]),
-                     *as_list(payload.get("choices"))[:1]):
-            error = dig(part, "error") or dig(part, "errors")
+        for part in (payload, *self.parts(payload)):
+            error = part.get("error") or part.get("errors")
             code = dig(part, "base_resp", "status_code")  # MiniMax
-            if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
+            if error or code or FAULTS.intersection([str(part.get(key)) for key in FAULT_KEYS]):
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
@@ -3815,11 +3807,10 @@ class Dialect:
         caches, reasoning = found["cached"] + found["written"], found["reasoning"]
         sent = sum([found[name] for name in self.INPUT])
         said = sum([found[name] for name in self.OUTPUT])
-        if sent + said == total and sent >= caches and said >= reasoning:
-            return sent, said  # as nearly always
-        for pair in itertools.product(
-                (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
-                (said, output, output + reasoning)):
+        pairs = itertools.product(
+            (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+            (said, output, output + reasoning))
+        for pair in ((sent, said), *pairs):  # the first as nearly always
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
@@ -3922,10 +3913,13 @@ class Dialect:
                 return True
         return False
 
-    def limit_text(self, call: Call, values: Dict[str, str]) -> Optional[str]:
+    def limit_text(self, call, values):
         """Returns a limit reply as JSON, in a stream one line for each event, or None; `values` are
         what its templates are filled with, as JSON."""
-        return None
+        for name, template in self.REPLY_PARTS.items():
+            values[name] = template % values
+        templates = self.LIMIT_REPLIES.get(call.endpoint)
+        return templates and templates[call.stream] % values
 
     def limit_event(self, line):
         """Returns an event of a limit reply; one that says its type first is named by it."""
@@ -3939,72 +3933,64 @@ class Dialect:
 
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
-COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-TEXT_COMPLETION = """{"id": "cmpl-limit-%(number)s", "object": "text_completion", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-# Limit replies of OpenAI, by endpoint and whether they are streamed: what each chunk is, and what
-# it says of each choice.
+CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
+"model": %%(model)s, "choices": [%%(choices)s]%%(usage)s}"""
+COMPLETION = CHUNK % ("cmpl", "text_completion")
+# Limit replies of OpenAI with choices, by endpoint, whole and in a stream: what each chunk is, and
+# what it says of each choice.
 COMPLETIONS = {
-    ("chat", False): (COMPLETION, """\
+    "chat": ((CHUNK % ("chatcmpl", "chat.completion"), """\
 "finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s}"""),
-    ("chat", True): (CHUNK, """\
+             (CHUNK % ("chatcmpl", "chat.completion.chunk"), """\
 "finish_reason": null, "delta": {"role": "assistant", "content": ""}
 "finish_reason": null, "delta": {"content": %(text)s}
-"finish_reason": "stop", "delta": {}"""),
-    ("completions", False): (TEXT_COMPLETION, """\
+"finish_reason": "stop", "delta": {}""")),
+    "completions": ((COMPLETION, """\
 "finish_reason": "stop", "text": %(text)s"""),
-    ("completions", True): (TEXT_COMPLETION, """\
+                    (COMPLETION, """\
 "finish_reason": null, "text": %(text)s
-"finish_reason": "stop", "text": \"\"""")}
+"finish_reason": "stop", "text": \"\""""))}
 ZERO_USAGE = ', "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}'
-RESPONSE = """{"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
-"status": "%(status)s", "model": %(model)s, "output": [%(item)s], "error": null, \
-"incomplete_details": null, "instructions": null, "metadata": {}, "parallel_tool_calls": true, \
-"temperature": null, "tool_choice": "auto", "tools": [], "top_p": null, \
-"previous_response_id": null, "usage": %(usage)s}"""
-RESPONSE_USAGE = """{"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
+RESPONSE = """"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
+"model": %(model)s, "incomplete_details": null, "instructions": null, "metadata": {}, \
+"parallel_tool_calls": true, "temperature": null, "tool_choice": "auto", "tools": [], \
+"top_p": null, "previous_response_id": null"""
+RESPONSE_PARTS = {
+    "part": """{"type": "output_text", "text": %(text)s, "annotations": [], "logprobs": []}""",
+    "item": """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
+"status": "completed", "content": [%(part)s]}""",
+    "place": """"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0""",
+    "response": RESPONSE,
+    "begun": """{%(response)s, "status": "in_progress", "output": [], "error": null, \
+"usage": null}""",
+    "completed": """{%(response)s, "status": "completed", "output": [%(item)s], "error": null, \
+"usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}, \
-"output_tokens_details": {"reasoning_tokens": 0}}"""
-RESPONSE_ITEM = """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
-"status": "completed", "content": [%(part)s]}"""
-RESPONSE_PART = '''{"type": "output_text", "text": %(text)s, "annotations": [], \
-"logprobs": []}'''
+"output_tokens_details": {"reasoning_tokens": 0}}}"""}
+RESPONSE_FAILED = """{"type": "response.failed", "sequence_number": 0, "response": {%s, \
+"status": "failed", "output": [], "usage": null, \
+"error": {"code": "server_error", "message": %%(message)s}}}""" % RESPONSE
 RESPONSE_EVENTS = """\
 {"type": "response.created", "sequence_number": 0, "response": %(begun)s}
 {"type": "response.in_progress", "sequence_number": 1, "response": %(begun)s}
 {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, \
 "item": {"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
 "status": "in_progress", "content": []}}
-{"type": "response.content_part.added", "sequence_number": 3, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.content_part.added", "sequence_number": 3, %(place)s, \
 "part": {"type": "output_text", "text": "", "annotations": [], "logprobs": []}}
-{"type": "response.output_text.delta", "sequence_number": 4, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.output_text.delta", "sequence_number": 4, %(place)s, \
 "delta": %(text)s, "logprobs": []}
-{"type": "response.output_text.done", "sequence_number": 5, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.output_text.done", "sequence_number": 5, %(place)s, \
 "text": %(text)s, "logprobs": []}
-{"type": "response.content_part.done", "sequence_number": 6, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, "part": %(part)s}
+{"type": "response.content_part.done", "sequence_number": 6, %(place)s, "part": %(part)s}
 {"type": "response.output_item.done", "sequence_number": 7, "output_index": 0, "item": %(item)s}
-{"type": "response.completed", "sequence_number": 8, "response": %(response)s}"""
+{"type": "response.completed", "sequence_number": 8, "response": %(completed)s}"""
 # What leaves the model free to say what it likes, at the keys of PARSED
 FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
 NOTHING = ("", {}, [], False)
 # Marks of what stands around a gap, as models are trained to fill it
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
-
-
-def choice_count(payload):
-    """Returns how many choices were asked for, for clients that count on them."""
-    count = payload.get("n")
-    prompt = payload.get("prompt")
-    prompts = sum([type(one) in (str, list) for one in prompt]) if type(prompt) is list else 1
-    return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
 
 
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
@@ -4041,6 +4027,8 @@ class OpenAI(Dialect):
             guided_choice guided_grammar guided_decoding nvext prediction regex
             ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
     MAX_CHOICES = 4  # in a limit reply
+    LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
+    REPLY_PARTS = RESPONSE_PARTS
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
 
@@ -4098,43 +4086,30 @@ class OpenAI(Dialect):
         if endpoint != "responses":
             return super().error_event(body, endpoint)
         message = dig(object_in(body), "error", "message")  # Codex shows no other event
-        response = RESPONSE % {"number": "failed", "created": "0", "status": "failed",
-                               "model": '""', "item": "", "usage": "null"}
-        error = '"error": {"code": "server_error", "message": %s}' % json.dumps(str(message))
-        return self.limit_event(('{"type": "response.failed", "sequence_number": 0, "response": %s}'
-                                 % response.replace('"error": null', error)).encode())
+        return self.limit_event((RESPONSE_FAILED % {
+            "number": "failed", "created": "0", "model": '""',
+            "message": json.dumps(str(message))}).encode())
 
     def limit_text(self, call, values):
-        if call.endpoint == "responses":
-            return self.response(call, values)
-        if call.endpoint in ("chat", "completions"):
-            return self.completion(call, values)
-        return None
-
-    def completion(self, call, values):
-        """Returns the limit reply of chat and completions."""
-        chunk, steps = COMPLETIONS[call.endpoint, call.stream]
-        count = min(self.MAX_CHOICES, choice_count(call.payload))
+        """In chat and completions there are as many choices as were asked for, for clients that
+        count on them."""
+        if call.endpoint not in COMPLETIONS:
+            return super().limit_text(call, values)
+        chunk, steps = COMPLETIONS[call.endpoint][call.stream]
+        count = 1
+        with contextlib.suppress(BadRequest):
+            count = min(self.MAX_CHOICES, call.output_limit()[1])
         choices = ['{"index": %d, "logprobs": null, %s}' % (index, step)
                    for step in (steps % values).split("\n")
                    for index in range(count)]
-        parts = [(", ".join(choices), ZERO_USAGE)]
-        if call.stream:
-            asked = dig(call.payload, "stream_options", "include_usage") is True
-            usage = ', "usage": null' if asked else ""
-            parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
+        if not call.stream:
+            return chunk % {**values, "choices": ", ".join(choices), "usage": ZERO_USAGE}
+        asked = dig(call.payload, "stream_options", "include_usage") is True
+        usage = ', "usage": null' if asked else ""
+        parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
         chunks = [chunk % {**values, "choices": choice, "usage": usage}
                   for choice, usage in parts]
-        return "\n".join(chunks + ["[DONE]"] * call.stream)
-
-    def response(self, call, values):
-        """Returns the limit reply of the responses API; a stream has all events of a real one."""
-        values["part"] = RESPONSE_PART % values
-        values["item"] = RESPONSE_ITEM % values
-        values["begun"] = RESPONSE % {
-            **values, "status": "in_progress", "item": "", "usage": "null"}
-        values["response"] = RESPONSE % {**values, "status": "completed", "usage": RESPONSE_USAGE}
-        return RESPONSE_EVENTS % values if call.stream else values["response"]
+        return "\n".join([*chunks, "[DONE]"])
 
 
 class Azure(OpenAI):
@@ -4188,6 +4163,7 @@ class Anthropic(Dialect):
         413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
     OTHER_ERRORS = ("invalid_request_error", "api_error")
     ERROR_LINE = b"event: error\n"
+    LIMIT_REPLIES = {"messages": (MESSAGE, MESSAGE_EVENTS)}
     MODEL_LIST = """{"data": [%(rows)s], "has_more": false, "first_id": %(first)s, \
 "last_id": %(last)s}"""
     MODEL = """{"type": "model", "id": "%(name)s", "display_name": "%(name)s", \
@@ -4203,9 +4179,6 @@ class Anthropic(Dialect):
         """What message_start tells of the output is no count of it."""
         counts, final = super().usage_counts(payload)
         return counts, False if payload.get("type") == "message_start" else final
-
-    def limit_text(self, call, values):
-        return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
 
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
@@ -4265,6 +4238,7 @@ class Gemini(Google):
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
+    LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
     MODEL_KEYS = ("name",)
@@ -4289,33 +4263,33 @@ class Gemini(Google):
         return super().place(path, dialect, metered)
 
     def is_last(self, payload):
-        return bool(dig(payload, "promptFeedback", "blockReason")) or any(
-            [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
+        return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
 
     def limit_text(self, call, values):
-        if call.endpoint != "generate":
-            return None
-        whole = call.stream and not self.is_stream(self.limit_type(call))
-        return ("[%s]" if whole else "%s") % (GENERATED % values)
+        """A stream without events is an array."""
+        text = super().limit_text(call, values)
+        is_array = text and call.stream and not self.is_stream(self.limit_type(call))
+        return "[%s]" % text if is_array else text
 
     def limit_type(self, call):
         events = "alt=sse" in call.query.lower().split("&")
         return super().limit_type(call) if events else "application/json"
 
 
-INTERACTION = """{"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
-"status": "completed", "role": "model", "created": "%(date)s", "updated": "%(date)s", \
-"steps": [%(step)s], "usage": {"total_input_tokens": 0, "total_output_tokens": 0, \
-"total_thought_tokens": 0, "total_cached_tokens": 0, "total_tool_use_tokens": 0, \
-"total_tokens": 0}}"""
-INTERACTION_STEP = """{"type": "model_output", "content": [{"type": "text", "text": %(text)s}]}"""
+INTERACTION_PARTS = {
+    "begun": """"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
+"created": "%(date)s\"""",
+    "completed": """{%(begun)s, "status": "completed", "role": "model", "updated": "%(date)s", \
+"usage": {"total_input_tokens": 0, "total_output_tokens": 0, "total_thought_tokens": 0, \
+"total_cached_tokens": 0, "total_tool_use_tokens": 0, "total_tokens": 0}, "steps\""""}
+INTERACTION = """%(completed)s: [{"type": "model_output", \
+"content": [{"type": "text", "text": %(text)s}]}]}"""
 INTERACTION_EVENTS = """\
-{"event_type": "interaction.created", "interaction": {"id": "limit-%(number)s", \
-"object": "interaction", "model": %(model)s, "status": "in_progress", "created": "%(date)s"}}
+{"event_type": "interaction.created", "interaction": {%(begun)s, "status": "in_progress"}}
 {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}}
 {"event_type": "step.delta", "index": 0, "delta": {"type": "text", "text": %(text)s}}
 {"event_type": "step.stop", "index": 0}
-{"event_type": "interaction.completed", "interaction": %(interaction)s}
+{"event_type": "interaction.completed", "interaction": %(completed)s: []}}
 [DONE]"""
 
 
@@ -4335,25 +4309,25 @@ class Interactions(Google):
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
+    LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
+    REPLY_PARTS = INTERACTION_PARTS
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
         return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
-    def limit_text(self, call, values):
-        if call.stream:
-            values["interaction"] = INTERACTION % {**values, "step": ""}
-            return INTERACTION_EVENTS % values
-        return INTERACTION % {**values, "step": INTERACTION_STEP % values}
 
-
-GENERATED_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": false}"""
-LAST_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": true, \
-"done_reason": "stop", "total_duration": 0, "load_duration": 0, "prompt_eval_count": 0, \
-"prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""
-OLLAMA_SAYS = {  # by endpoint
-    "chat": '"message": {"role": "assistant", "content": %s}',
-    "generate": '"response": %s'}
+OLLAMA_PARTS = {
+    "head": """{"model": %(model)s, "created_at": "%(date)s\"""",
+    "last": """"done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0, \
+"prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""}
+OLLAMA_REPLIES = {
+    "chat": ("""%(head)s, "message": {"role": "assistant", "content": %(text)s}, %(last)s""", """\
+%(head)s, "message": {"role": "assistant", "content": %(text)s}, "done": false}
+%(head)s, "message": {"role": "assistant", "content": ""}, %(last)s"""),
+    "generate": ("""%(head)s, "response": %(text)s, %(last)s""", """\
+%(head)s, "response": %(text)s, "done": false}
+%(head)s, "response": "", %(last)s""")}
 
 
 class Ollama(Dialect):
@@ -4377,6 +4351,8 @@ class Ollama(Dialect):
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
+    LIMIT_REPLIES = OLLAMA_REPLIES
+    REPLY_PARTS = OLLAMA_PARTS
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL_KEYS = ("name", "model")
     MODEL = """{"name": "%(name)s", "model": "%(name)s", \
@@ -4400,15 +4376,6 @@ class Ollama(Dialect):
     def counts_in(self, payload):
         """Takes those that the last line has beside all else."""
         return {name: payload[name] for name in self.COUNTS if name in payload}
-
-    def limit_text(self, call, values):
-        if call.endpoint not in OLLAMA_SAYS:
-            return None
-        said = OLLAMA_SAYS[call.endpoint]
-        last = LAST_LINE % {**values, "said": said % ('""' if call.stream else values["text"])}
-        if not call.stream:
-            return last
-        return GENERATED_LINE % {**values, "said": said % values["text"]} + "\n" + last
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
@@ -4449,48 +4416,42 @@ VERBS = "input_tokens compact runs generations edits extensions".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
-# credentials: these segments wherever they stand,
-ADMIN_SEGMENTS = frozenset("""
-    client_secrets transcription_sessions auth_tokens organization organizations
-    credits billing slots cors-proxy
-    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
-    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
-    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
-    start_weight_update start_draft_weight_update finish_weight_update is_paused fault_tolerance
-    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
-    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
-    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
-    get_internal_state get_server_info start_expert_distribution_record
-    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
-    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
-    hicache get_load set_trace_level add_worker remove_worker add_external_corpus
-    remove_external_corpus list_external_corpora dumper stop-generation""".split())
-# two of these in a row,
-ADMIN_PAIRS = frozenset("""
-    realtime/sessions realtime/calls chatkit/sessions auth/keys v1/key v1/activity
-    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
-    models/load models/unload models/sse models/download models/apply models/delete
-    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
-    template/unload override/switch override/unload backends/apply backends/delete
-    completions/control
-    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# credentials: these wherever they stand,
+ADMIN_PARTS = """
+    client_secrets transcription_sessions auth_tokens organizations? credits billing slots
+    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_up collective_rpc scale_elastic_ep
+    is_(sleeping|scaling_elastic_ep|paused) reset_(prefix|mm|encoder)_cache (start|stop)_profile
+    init_weights?_(transfer_engine|update_group|send_group_for_remote_instance)
+    (start|finish)_(draft_)?weight_update destroy_weights_update_group weights_checker
+    update_weight.* send_weights_to_remote_instance get_weights_by_name
+    abort_requests? fault_tolerance flush_cache freeze_gc slow_down
+    (release|resume)_memory_occupation (get_)?server_info (set|get)_internal_state
+    (start|stop|dump)_expert_distribution_record configure_logging
+    (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
+    get_load set_trace_level (add|remove)_worker
+    (add|remove|list)_external_(corpus|corpora) dumper stop-generation
+    realtime/(sessions|calls) chatkit/sessions auth/keys v1/(key|activity|streams?)
+    api/(pull|push|create|copy|delete|blobs|signout|admin)
+    models/(load|unload|sse|download|apply|delete)
+    (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
+    backends/(apply|delete) completions/control backend/shutdown extra/abort generate/check
+    repository/models""".split()
 # these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
-ADMIN_ROOTS = frozenset("""
-    stream streams pull push create copy delete blobs signout sleep pause resume download unload
-    shutdown keys workers""".split())
+ADMIN_ROOTS = """
+    streams? pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split()
+ADMIN_PATH = re.compile("(.*/(%s)|(/api|/v1)*/(%s))(/.*)?" % (
+    "|".join(ADMIN_PARTS), "|".join(ADMIN_ROOTS)))
 # and these at the end, where the method is no GET
-ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
+MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
 
 
 def is_admin_path(method: str, path: str) -> bool:
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
-    segments = path[1:].split("/")
-    pairs = map("/".join, zip(segments, segments[1:]))
-    root = next((one for one in segments if one not in ("api", "v1")), "")
-    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
-            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
-            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
-            or (method == "DELETE" and "models" in segments[-3:-1]))
+    return bool(ADMIN_PATH.fullmatch(path)
+                or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
+                or (method == "DELETE" and MODEL_REMOVAL.fullmatch(path)))
 
 
 class Dialects:
@@ -4641,19 +4602,8 @@ class Dialects:
         if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
             found = self.read_payload(call)
         else:
-            found = self.read_form(call, content_type)
+            found, call.put_model = read_form(call.body, content_type, call.payload)
         return model or found
-
-    def read_form(self, call, content_type):
-        """Returns the model that a form names, None where it names none. Raises BadRequest."""
-        kind = content_type.lower()
-        if kind.startswith("multipart/form-data"):
-            model, call.put_model = form_model(call.body, content_type, call.payload)
-        elif kind.startswith("application/x-www-form-urlencoded"):
-            model, call.put_model = query_model(call.body, call.payload)
-        else:
-            return None
-        return model
 
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
@@ -4675,7 +4625,8 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
-NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
+# The latter is llama.cpp's.
+NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
 
 
 def may_be_fault(data: bytes) -> bool:
@@ -4849,13 +4800,12 @@ class UsageReader(UsageSource):
     def front(self, data: bytes) -> Dict[str, Any]:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
-        for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
-            keys = itertools.islice(re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data), 5)
-            match = next((one for one in keys if is_outermost(data, one.start())), None)
-            if match and not is_too_complex(data):
+        for key in (self.dialect.usage_key, "model"):
+            start = value_start(data, key)
+            if start >= 0 and not is_too_complex(data):
                 with contextlib.suppress(ValueError):
-                    text = data[match.end():].decode("utf-8", "replace")
-                    found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
+                    text = data[start:].decode("utf-8", "replace")
+                    found[key] = PLAIN_JSON.raw_decode(text)[0]
         return found
 
     def scan_for_usage(self, data):
@@ -4912,29 +4862,24 @@ class UsageReader(UsageSource):
 
     def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
-        held = b""
-        events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(self.events.event(LAST_DATA)) and last.find(b"error") < 0 and (
                 not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
-        for line in reversed(last.splitlines()[-self.LAST_LINES:]):
-            part = self.events.data(line)
-            if part is None:
-                held = held if line else b""
-                if NAMED_FAULT.fullmatch(line):
-                    self.fault = self.fault or 502
-                continue
-            held = part + held
-            if held.strip() == LAST_DATA:
+        lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
+        events = 0
+        for event in reversed(self.events.cut(b"".join(lines))):
+            if NAMED_FAULT.search(event):
+                self.fault = self.fault or 502
+            found = self.events.all_data(event)
+            payload = object_in(found)
+            if found.strip() == LAST_DATA:
                 self.closed = True
-            elif not (self.closed and held.endswith(b"}") and not may_be_fault(held)):
-                payload = object_in(held)
-                if not payload:
-                    continue
-                self.note_end(payload, held)
-            held = b""
+            elif payload:
+                self.note_end(payload, found)
+            else:
+                continue
             events += 1
             if events == 3:
                 break
@@ -5086,10 +5031,10 @@ class Head(Fields):
         lines = block.split("\r\n")
         lines.pop()
         if len(self.start) > MAX_START_LINE:
-            raise HeadTooLarge(414)
+            raise HeadTooLarge(status=414)
         if len(lines) > self.MAX_FIELDS or (
                 len(data) > self.MAX_LINE and any(map(self.is_too_long, lines))):
-            raise HeadTooLarge(431)
+            raise HeadTooLarge(status=431)
         self.lines = {line[:line.index(":")].lower(): line for line in lines}
         if len(self.lines) < len(lines):
             self.join_repeated(lines)
@@ -5197,7 +5142,7 @@ class HeadScanner:
         line_end = data.rfind(b"\r\n", max(self.checked, self.scanned - 1))
         if len(data) > MAX_HEAD or (not self.checked and line_end < 0
                                     and len(data) > MAX_START_LINE):
-            raise HeadTooLarge(431 if self.checked else 414)
+            raise HeadTooLarge(status=431 if self.checked else 414)
         if BARE_LINE_END.search(data, max(0, self.scanned - 1)):
             raise Malformed()
         self.scanned = len(data)
@@ -7154,7 +7099,7 @@ class Upstream:
             raise UpstreamTimeout()
         address = self.enter(failed, context.subject)
         if address is None:
-            raise failure or self.breaker_open(context.subject) or BreakerOpen(0)
+            raise failure or self.breaker_open(context.subject) or BreakerOpen(wait=0)
         return address
 
     def judge_head(self, address, good, connected, subject):
@@ -7185,7 +7130,7 @@ class Upstream:
         """Returns why no address may be asked yet, None where one may."""
         now = self.clock.monotonic()
         wait = min([one.breakers.seconds_left(now, subject) for one in self.addresses])
-        return BreakerOpen(wait) if wait > 0 else None
+        return BreakerOpen(wait=wait) if wait > 0 else None
 
     def stats(self) -> Dict[str, Any]:
         """Returns what /health says of it."""
