@@ -802,14 +802,6 @@ class Config(types.SimpleNamespace):
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
-    @property
-    def web_origins(self) -> Sequence[str]:
-        """What CORS_ORIGINS holds, or stands for: where nobody needs a key, any page that somebody
-        here looks at could call."""
-        if self.cors_origins is not None:
-            return self.cors_origins
-        return ("*",) if self.keys_are_asked_for else ("local",)
-
     # What a running proxy can go by without a new start.
     RELOADED = frozenset("""
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
@@ -828,10 +820,21 @@ class Config(types.SimpleNamespace):
         names = sorted({*self.texts, *new.texts})
         return [name for name in names if self.texts.get(name) != new.texts.get(name)]
 
-    def choose_host(self):
+    def choose_defaults(self):
+        """Sets what depends on other settings."""
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
-        self.texts["HOST"] = self.host
+        keyed = self.keys_are_asked_for
+        self.stored = self.stored or ("own" if keyed else "pass")
+        if self.cors_origins is None:  # without keys, any page that somebody here sees could call
+            self.cors_origins = ("*",) if keyed else ("local",)
+        self.texts.update(HOST=self.host, STORED=self.stored,
+                          CORS_ORIGINS=",".join(self.cors_origins) or "off")
+
+    def is_open(self) -> bool:
+        """Tells whether others than this machine may call without a key, be it by a proxy here."""
+        is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
@@ -901,7 +904,7 @@ class Config(types.SimpleNamespace):
         if self.host_is_narrowed:
             yield ("it listens on this machine alone, because anyone could spend the key of a"
                    " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.proxy_api_keys is None:
+        elif self.is_open():
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
         if self.unknown_calls == "count" and not self.counts_requests():
@@ -1099,7 +1102,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
             name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
-    config.choose_host()
+    config.choose_defaults()
     if not config.speaks_https():  # that proxy is meant for others, and may be of any kind
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
@@ -7670,9 +7673,13 @@ class Database:
         SELECT max(time) FROM calls;
         SELECT * FROM calls ORDER BY rowid DESC LIMIT 1;"""
 
-    def __init__(self, path: str, reading: bool = False):
-        """Raises DatabaseFault; FileNotFoundError where there is nothing to read."""
+    connection: Optional[sqlite3.Connection] = None
+
+    def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False):
+        """`lock` as `lock_for_service` has it. Raises DatabaseFault; FileNotFoundError where there
+        is nothing to read."""
         self.path = path
+        self.lock = lock
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -7687,20 +7694,29 @@ class Database:
                 self.prepare()
                 self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
+            if self.connection:
+                self.connection.close()
             if "locked" in str(failure):
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
 
+    def close(self):
+        self.connection.close()
+        if self.lock:
+            self.lock.close()
+
     def file_identity(self):
-        """Returns what tells this file from another one of its name; None without one."""
+        """Returns what tells this file, and its lock, from others of their names; None where one
+        is not there."""
+        names = [self.path, self.lock.name] if self.lock else [self.path]
         try:
-            found = os.stat(self.path)
+            found = list(map(os.stat, names))
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return [(one.st_dev, one.st_ino) for one in found]
 
     def is_gone(self) -> bool:
-        """Tells whether the file was deleted or replaced."""
+        """Tells whether the file was deleted or replaced, or its lock."""
         return self.file_identity() != self.identity
 
     def connect(self, mode):
@@ -7816,6 +7832,11 @@ class Database:
             (before, most)).rowcount
 
 
+def lock_name(path: str) -> str:
+    """Returns the name of a database's lock, which is one, whatever links lead to it."""
+    return os.path.realpath(path) + ".lock"
+
+
 def lock_for_service(path: str) -> Optional[BinaryIO]:
     """Returns a file that is locked while it stays open, so that one service alone writes the
     levels of a database; commands may read it. Raises DatabaseFault. Windows has no such lock."""
@@ -7824,7 +7845,7 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
     except ImportError:
         return None
     try:
-        file = open(path + ".lock", "ab")
+        file = open(lock_name(path), "ab", opener=lambda *how: os.open(*how, 0o600))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
@@ -7832,6 +7853,18 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
         raise InUse("DATABASE %s is used by another llm_proxy that runs" % path) from None
     except OSError as failure:
         raise Unwritable(path, failure) from None
+
+
+def open_for_service(path: str, opening: Callable[[str, Optional[BinaryIO]], Database] = Database
+                     ) -> Database:
+    """Returns a database that no other service writes while it is open. Raises DatabaseFault."""
+    lock = lock_for_service(path)
+    try:
+        return opening(path, lock)
+    except DatabaseFault:
+        if lock:
+            lock.close()
+        raise
 
 
 class Ledger(Writer):
@@ -7882,7 +7915,7 @@ class Ledger(Writer):
     def run(self):
         super().run()
         if self.database:
-            self.database.connection.close()
+            self.database.close()
 
     def write_queued(self):
         """Writes what is there. What cannot be written stays in the queue until that is full."""
@@ -7906,13 +7939,13 @@ class Ledger(Writer):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
         written at the start."""
         if self.database and self.database.is_gone():
-            self.log.say("DATABASE was deleted or replaced: a new one is begun")
-            self.database.connection.close()
+            self.log.say("DATABASE or its lock was deleted or replaced: a new one is begun")
+            self.database.close()
             self.database = None
         if self.database is None and now >= self.reopen_at:
             self.reopen_at = now + self.REOPEN_SECONDS
             try:
-                self.database = Database(self.path)
+                self.database = open_for_service(self.path)
                 self.saved = {}
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
@@ -8618,9 +8651,9 @@ class Reply:
         doing. An error in a response is what its status would be."""
         if response.status in FAILING or not self.adapter.framing.ended:
             return None
-        if ending == "ok":
-            return True
         reader = self.entry.reader
+        if ending == "ok" or reader and not (reader.fault or reader.said_nothing):
+            return True  # some servers never say that their streams ended
         return None if reader and reader.fault and reader.fault not in FAILING else False
 
     async def drain(self):
@@ -8646,6 +8679,8 @@ class Reply:
         self.entry.outcome = ending
         if not self.adapter.framing.ended:
             self.cut(UpstreamFailed("cut"))
+        elif ending == "upstream_cut":
+            self.entry.cause = "ended without its mark"
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -9182,7 +9217,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     log = Log(stream, config.log_format == "json")
     limits = build_limits(config, Buckets(clock))
     prices = Prices(config.prices, config.unpriced)
-    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
+    stored = Stored(config.stored)
     secret = database.secret() if database else os.urandom(32)
     return Proxy(config, clock, new_loop(clock, log), build_callers(config, secret), limits,
                  prices, build_estimator(config, prices, limits), build_dialects(config), stored,
@@ -10065,7 +10100,7 @@ class Server(http.server.ThreadingHTTPServer):
     def make_parts(self) -> ReplyParts:
         proxy, config = self.proxy, self.proxy.config
         memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
-        origins = Origins(config.web_origins, socket.gethostname())
+        origins = Origins(config.cors_origins, socket.gethostname())
         return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
                           Turns(self.loop), origins)
 
@@ -10402,17 +10437,25 @@ def ask_models(upstream):
     context = Context(loop)
     context.until = loop.time() + 10
     with contextlib.closing(loop):
-        return loop.run_until_complete(upstream.models(context))
+        try:
+            return loop.run_until_complete(upstream.models(context))
+        finally:
+            upstream.addresses[0].close_stale(everything=True)
+
+
+def shown(name, text):
+    """Returns the text of a setting on one line, without a secret."""
+    if text is None:
+        return "not set"
+    if is_secret(name):
+        return "set, not shown"
+    return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     for name, text in config.texts.items():
-        if text is None:
-            text = "not set"
-        elif is_secret(name):
-            text = "set, not shown"
-        print("%-24s %s" % (name, text))
+        print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
@@ -10454,8 +10497,8 @@ def database_faults(config):
         if path == "off":
             return
         if os.path.exists(path) and os.path.getsize(path):
-            Database(path, reading=True).connection.close()
-        if os.path.exists(path + ".lock"):
+            Database(path, reading=True).close()
+        if os.path.exists(lock_name(path)):
             with lock_for_service(path) or contextlib.nullcontext():
                 pass
         if not os.access(path if os.path.exists(path) else folder, os.W_OK):
@@ -10514,22 +10557,19 @@ def open_database(config, log_stream, remarks):
     if config.database == "off":
         return None
     try:
-        lock = lock_for_service(config.database)
-        database = open_patiently(config.database, log_stream)
-        database.lock = lock  # as long as the process lives
-        return database
+        return open_for_service(config.database, functools.partial(open_patiently, log_stream))
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
         remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
 
 
-def open_patiently(path, log_stream, tries=12):
+def open_patiently(log_stream, path, lock, tries=12):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
     while True:
         try:
-            return Database(path)
+            return Database(path, lock)
         except InUse as fault:
             tries -= 1
             if not tries:
@@ -10625,18 +10665,23 @@ def is_at_a_terminal():
         return sys.stdin.isatty()
 
 
+ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+
+
 def handle_signals(loop, actions):
     """Have signals, by name, act on the loop. They come by way of the wake-up descriptor, which
-    works on every system. The second one that says stop ends the process at once, even where
-    something holds the loop."""
+    works on every system. A second one that says stop ends the process at once, even where
+    something holds the loop; but `timeout` of GNU sends each to a process and then to its group."""
     receiver, sender = socket.socketpair()
     receiver.setblocking(False)
     sender.setblocking(False)
-    stops = itertools.count()
+    stops = []
 
     def handle(number, _):
-        if number in (signal.SIGTERM, signal.SIGINT) and next(stops):
-            os._exit(1)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            stops.append(loop.time())
+            if stops[-1] - stops[0] > ONE_SIGNAL_SECONDS:
+                os._exit(1)
 
     def on_signals(_):
         for number in receiver.recv(64):
