@@ -1658,15 +1658,18 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
+        capacity = rule.capacity
+        left = level if level > 0 else 0
         if rule.unit == RUNNING:
-            return Quota(rule.capacity, max(0, level), 0, 0, 0)
+            return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
-        full = level >= rule.capacity
-        reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
+        reset = 0
+        if level < capacity:
+            reset = math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
-            return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
+            return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
-        return Quota(rule.capacity, level if level > 0 else 0, amount, interval, reset)
+        return Quota(capacity, left, amount, interval, reset)
 
     @property
     def wait(self) -> float:
@@ -1678,7 +1681,11 @@ class Level(NamedTuple):
 
     def untaken(self):
         """Returns the same bucket with the amount still in it."""
-        return self._replace(amount=0, level=self.level + self.amount)
+        return self.less(-self.amount)
+
+    def less(self, amount):
+        """Returns the same bucket once `amount` more is taken of it."""
+        return self._replace(amount=self.amount + amount, level=self.level - amount)
 
 
 def tightest_of(levels):
@@ -1697,34 +1704,40 @@ class Buckets:
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
         self.room = room
-        # key -> (level, time of the last refill, rule); least recently used first
-        self.levels = collections.OrderedDict()
-
-    def level_after(self, rule, key, amount=0, taken=0):
-        """Returns what is in a bucket once a call took `amount` instead of `taken`. The time of the
-        last refill moves by whole intervals, so nothing drifts. It starts when the bucket stops
-        being full."""
-        now = self.clock.monotonic()
-        capacity = rule.capacity
-        level, refilled, _ = self.levels.get(key) or (capacity, now, rule)
-        steps = int((now - refilled + 1e-6) / rule.interval)  # a microsecond for what floats lose
-        if steps > 0:
-            level += steps * rule.refill
-            refilled += steps * rule.interval
-        if level >= capacity:
-            level = capacity
-            refilled = now
-        level += taken - amount
-        if level > capacity:
-            level = capacity
-        return Level(level, refilled, rule, key, amount, now)
+        self.levels: "collections.OrderedDict[BucketKey, Level]" = (
+            collections.OrderedDict())  # as they were last seen; least recently used first
 
     def levels_after(self, keyed_rules, costs, taken):
-        """Returns what all buckets hold once `costs` are charged instead of what was taken."""
+        """Returns what the buckets hold once `costs` are charged instead of what was taken. The
+        time of the last refill moves by whole intervals, so nothing drifts. It starts when the
+        bucket stops being full."""
+        now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            levels.append(self.level_after(rule, key, costs[rule.unit], taken[rule.unit]))
+            unit, capacity = rule.unit, rule.capacity
+            known = self.levels.get(key)
+            if known is None:
+                level, refilled = capacity, now
+            else:
+                level, refilled, _, _, _, _ = known
+                passed = now - refilled + 1e-6  # a microsecond for what floats lose
+                if passed >= rule.interval:
+                    steps = int(passed / rule.interval)
+                    level += steps * rule.refill
+                    refilled += steps * rule.interval
+                if level >= capacity:
+                    level = capacity
+                    refilled = now
+            cost = costs[unit]
+            level += taken[unit] - cost
+            if level > capacity:
+                level = capacity
+            levels.append(Level(level, refilled, rule, key, cost, now))
         return levels
+
+    def level_of(self, rule, key):
+        """Returns what is in a bucket."""
+        return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
 
     async def take(self, keyed_rules: KeyedRules, costs: Costs) -> List[Level]:
         """Takes `costs` of all buckets, or nothing where one would hold less than 0 then; returns
@@ -1744,43 +1757,48 @@ class Buckets:
     def peek(self, charges: List[Charge]) -> Tuple[Quota, int]:
         """Returns the tightest bucket as it is, and the whole seconds until all of `charges` could
         be taken. It makes no bucket."""
-        levels = [self.level_after(*charge) for charge in charges]
-        tightest = tightest_of([one.untaken() for one in levels])
-        return tightest.quota, math.ceil(max([one.wait for one in levels]))
+        levels = [self.level_of(rule, key) for rule, key, _ in charges]
+        waits = [one.less(charge.amount).wait for one, charge in zip(levels, charges)]
+        return tightest_of(levels).quota, math.ceil(max(waits))
 
     def store(self, levels):
         """Keeps `levels`; their buckets are then those used last."""
-        for level, refilled, rule, key, _, _ in levels:
-            if not self.levels.pop(key, None):
+        for level in levels:
+            key = level.key
+            if self.levels.pop(key, None) is None:
                 self.make_room()
-            self.levels[key] = level, refilled, rule
+            self.levels[key] = level
 
     def make_room(self):
         """Drops old buckets that are full by now: two for each that is added, so this never takes
         long. In a table without room the least recently used goes even when it is not full, which
         errs in its caller's favour."""
         for key in list(itertools.islice(self.levels, 2)):
-            rule = self.levels[key][2]
-            if len(self.levels) < self.room and self.level_after(rule, key).level < rule.capacity:
+            if len(self.levels) < self.room and not self.is_full(self.levels[key]):
                 break
             del self.levels[key]
+
+    def is_full(self, found):
+        """Returns whether a bucket is full by now."""
+        return self.level_of(found.rule, found.key).level >= found.rule.capacity
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
         running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (level, refilled + wall - now)
-                for key, (level, refilled, rule) in self.levels.items()
-                if rule.unit != RUNNING and self.level_after(rule, key).level < rule.capacity}
+        return {key: (found.level, found.refilled + wall - now)
+                for key, found in self.levels.items()
+                if found.rule.unit != RUNNING and not self.is_full(found)}
 
-    def raw_levels(self, keyed_rules: KeyedRules) -> List[Tuple[BucketKey, int, float]]:
-        """Returns (key, level, monotonic time of the last refill) of those that are not full."""
-        return [(key, *self.levels[key][:2]) for rule, key in keyed_rules
-                if key in self.levels and rule.unit != RUNNING]
+    def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
+        """Returns buckets as they were last seen, those that are there. Any thread may ask: what
+        is in the table is never changed, only replaced."""
+        return [one for one in map(self.levels.get, keys) if one is not None]
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
-        self.levels[key] = level, self.clock.monotonic() - max(0, since), rule
+        now = self.clock.monotonic()
+        self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
 class Hold:
@@ -1939,7 +1957,7 @@ class Limits:
             elif key[0] in successors:
                 old, new = successors[key[0]]
                 self.buckets.restore(old, key, level, wall - since)
-                level = self.buckets.level_after(old, key).level * new.capacity // old.capacity
+                level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
                 self.buckets.restore(new, (new.text, *key[1:]), level, 0)
         return sum([since > wall + 60 for _, since in saved.values()])
@@ -2028,7 +2046,7 @@ class WrongKeys:
 
     def refusal(self, address: str) -> Refusal:
         """Returns what to say of one more."""
-        level = self.buckets.level_after(self.RULE, (self.RULE.text, ("address", address)), 1)
+        level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
         if level.level < 0:
             return TooManyGuesses(wait=level.wait)
         self.buckets.store([level])
@@ -7401,7 +7419,6 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    levels = ()         # of its buckets, for the ledger
     context: Optional[Context] = None      # while it runs, these three
     ticket: Optional[Ticket] = None
     adapter: Optional[BodyAdapter] = None
@@ -7876,7 +7893,6 @@ class Ledger(Writer):
     forget_at = 0.0       # monotonic seconds, as are the others
     complain_at = 0.0
     reopen_at = 0.0
-    snapshot_at = 0.0
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
                  clock: Any, days: int, log: Log):
@@ -7900,16 +7916,9 @@ class Ledger(Writer):
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
-    def record(self, entry: Entry):
-        """Takes the levels of its buckets along: what a call took is not lost with the process."""
-        if entry.hold:
-            entry.levels = self.limits.buckets.raw_levels(entry.hold.keyed_rules)
-        super().record(entry)
-
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
         what changed, and deletes what is gone."""
-        self.snapshot_at = self.clock.monotonic()
         self.levels = levels
 
     def run(self):
@@ -7953,14 +7962,13 @@ class Ledger(Writer):
         return self.database is not None
 
     def recent_levels(self, entries):
-        """Returns the levels as they were saved last, but for buckets of calls that ended since."""
-        recent = {}
+        """Returns the levels as they were saved last, but for buckets of calls that ended: what
+        these took is not lost with the process."""
+        keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
         offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
-        for entry in entries:
-            if entry.ended >= self.snapshot_at:
-                for key, level, refilled in entry.levels:
-                    recent[key] = level, refilled + offset
-        return {**self.levels, **recent} if recent else self.levels
+        return {**self.levels, **{one.key: (one.level, one.refilled + offset)
+                                  for one in self.limits.buckets.latest(keys)
+                                  if one.rule.unit != RUNNING}} if keys else self.levels
 
     def write(self, entries, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
@@ -8258,7 +8266,7 @@ class Pulse(Watcher):
 
     def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
         """Returns a bucket as the page shows it."""
-        level = self.buckets.level_after(rule, key)
+        level = self.buckets.level_of(rule, key)
         now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
         missing = -(-(rule.capacity - level.level) // rule.refill)
         runs = rule.unit == RUNNING

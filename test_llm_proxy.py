@@ -7656,7 +7656,7 @@ class UnpricedTest(CallCase):
         self.assertEqual((self.stub.calls, self.levels()), (0, []))
 
     def levels(self):
-        return [level for level, _, _ in self.proxy.limits.buckets.levels.values()]
+        return [found.level for found in self.proxy.limits.buckets.levels.values()]
 
     def test_it_may_pass_by_the_operators_word_by_its_price_or_where_no_money_is_counted(self):
         path = pem_file(self, '{"m": {"input": 0}}')
