@@ -5182,7 +5182,7 @@ class HeadScanner:
 class Request(Head):
     """A request head that every RFC 9112 reader would read the same way. `path` and `query` come
     from its target; `length` is None for a chunked body; `plain`: nothing is said of the body but
-    how it is framed."""
+    its length."""
     __slots__ = ("method", "path", "query", "version", "plain")
     MAX_LINE = 8192
     MAX_FIELDS = 100
@@ -5205,7 +5205,8 @@ class Request(Head):
         self.read_framing(self.version)
         if not self.chunked:
             self.length = self.length or 0
-        self.plain = "expect" not in self.lines and "content-encoding" not in self.lines
+        self.plain = not self.chunked and (
+            "expect" not in self.lines and "content-encoding" not in self.lines)
 
     def origin_form(self, target, host):
         """Reads RFC 9112 3.2. The absolute form is taken when it names the Host; nothing in it ever
@@ -5446,7 +5447,8 @@ class Context:
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
-    subject: Optional["Subject"] = None      # whose calls fare how, where that is of interest
+    # Which model is asked for whom, where it is of interest how such calls fare
+    subject: Optional[Tuple[str, CallerKey]] = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -5696,7 +5698,7 @@ class Stream:
             self.write_buffer += data
             return
         sent = 0
-        if len(data) <= BLOCK or not self.encrypted:
+        if not self.encrypted or len(data) <= BLOCK:
             try:
                 sent = self.sock.send(data)
             except WOULD_BLOCK:
@@ -6557,7 +6559,6 @@ class Response:
         self.address = address
         self.stream = stream
         self.head = head
-        self.length = head.length
         self.status = head.status
         self.reusable = request_was_sent and not head.close_after
         if method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
@@ -6690,15 +6691,13 @@ class Breaker:
         return "half_open" if self.trying or self.allows(now) else "open"
 
 
-class Subject(NamedTuple):
-    """Which model is asked for whom."""
-    model: str
-    caller: CallerKey
+Subject = Tuple[str, CallerKey]  # which model is asked for whom
 
 
 class Breakers:
     """Those of one address: one for its connections, and one for each model that failed lately,
     because what one caller asks for must not close it to the others."""
+    troubled = False  # whether anything failed lately
 
     def __init__(self, most: int, seconds: float):
         self.most = most
@@ -6706,18 +6705,15 @@ class Breakers:
         self.connections = Breaker(most, seconds)
         self.models = collections.OrderedDict()
 
-    def nothing_failed(self) -> bool:
-        return not self.models and self.connections.opened is None and (
-            not self.connections.failures)
-
     def is_tried(self, subject) -> bool:
         """Tells whether one that is open waits for how this call goes."""
         return any(one.trying for one, _ in self.concerning(subject))
 
     def concerning(self, subject):
         found = [(self.connections, None)]
-        if subject and subject.model in self.models:
-            found.append((self.models[subject.model], subject.caller))
+        if subject and subject[0] in self.models:
+            model, caller = subject
+            found.append((self.models[model], caller))
         return found
 
     def seconds_left(self, now, subject):
@@ -6743,6 +6739,7 @@ class Breakers:
             news += self.judge_one(one, good, now, caller, what)
             if not one.failures:
                 del self.models[model]
+        self.troubled = bool(self.models or self.connections.failures)
         return news
 
     @staticmethod
@@ -6838,10 +6835,12 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                length = b"\r\n"
                 if body or method in ("POST", "PUT", "PATCH"):
-                    length = b"Content-Length: %d\r\n\r\n" % len(body)
-                self.write(stream, head + length, body)
+                    head += b"Content-Length: %d\r\n" % len(body)
+                at_once = body if len(body) <= BLOCK else b""  # what is large is not copied
+                stream.write(b"%b\r\n%b" % (head, at_once))
+                if at_once is not body:
+                    stream.write(body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
                     request_was_sent = await stream.drain(
@@ -6891,14 +6890,6 @@ class Address:
             stream.close()
             slot.leave()
 
-    @staticmethod
-    def write(stream, head, body):
-        """Send both, at once where they are small: what is large is not copied for that."""
-        if len(body) <= BLOCK:
-            return stream.write(head + body)
-        stream.write(head)
-        stream.write(body)
-
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
         stopped reading, before it had it all (RFC 9112 9.5)."""
@@ -6939,8 +6930,10 @@ class Address:
 
     def keep(self, stream, in_doubt):
         """Keep a connection; one that may yet say or do something is used again a little later."""
-        delay = self.REUSE_DELAY if in_doubt else 0
-        self.spares.append((self.clock.monotonic() + delay, stream))
+        reusable = self.clock.monotonic()
+        if in_doubt:
+            reusable += self.REUSE_DELAY
+        self.spares.append((reusable, stream))
 
     def close_stale(self, everything: bool = False):
         """Close spare connections that are too old to be used again; called once in a while."""
@@ -7095,32 +7088,33 @@ class Upstream:
         alone.send = alone.send_patiently if self.retries else alone.send_once
         return alone
 
-    def enter(self, failed, subject):
-        """Returns the address with the fewest running calls, which has one more now; None where
-        none can be asked. Without a subject it tells nothing of how calls fare there."""
+    def choose(self, failed, failure, context):
+        """Returns the address to ask next, which has one more running call now. Raises `failure`,
+        that of the last one, BreakerOpen, and UpstreamTimeout where nobody would wait for the
+        response."""
+        if context.expired():
+            raise UpstreamTimeout()
         address = self.addresses[0]
-        if failed or len(self.addresses) > 1 or not address.breakers.nothing_failed():
-            now = self.clock.monotonic()
-            able = [one for one in self.addresses if one not in failed
-                    and one.breakers.seconds_left(now, subject) <= 0]
-            if not able:
-                return None
-            self.rotation += 1
-            first = self.rotation % len(able)
-            address = min(able[first:] + able[:first], key=lambda one: one.running)
-            if subject:
-                address.breakers.enter(now, subject)
+        if failed or len(self.addresses) > 1 or address.breakers.troubled:
+            address = self.least_busy(failed, context.subject)
+            if address is None:
+                raise failure or self.breaker_open(context.subject) or BreakerOpen(wait=0)
         address.running += 1
         return address
 
-    def choose(self, failed, failure, context):
-        """Returns the address to ask next. Raises `failure`, that of the last one, BreakerOpen, and
-        UpstreamTimeout where nobody would wait for the response."""
-        if context.expired():
-            raise UpstreamTimeout()
-        address = self.enter(failed, context.subject)
-        if address is None:
-            raise failure or self.breaker_open(context.subject) or BreakerOpen(wait=0)
+    def least_busy(self, failed, subject):
+        """Returns the address with the fewest running calls, None where none can be asked. Without
+        a subject it tells nothing of how calls fare there."""
+        now = self.clock.monotonic()
+        able = [one for one in self.addresses if one not in failed
+                and one.breakers.seconds_left(now, subject) <= 0]
+        if not able:
+            return None
+        self.rotation += 1
+        first = self.rotation % len(able)
+        address = min(able[first:] + able[:first], key=lambda one: one.running)
+        if subject:
+            address.breakers.enter(now, subject)
         return address
 
     def judge_head(self, address, good, connected, subject):
@@ -7132,14 +7126,15 @@ class Upstream:
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
         """A call went well there, or failed, or (None) nobody knows."""
-        if good and address.breakers.nothing_failed():
+        if good and not address.breakers.troubled:
             return
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
-    def check_key(self, response: Response):
-        """Raises KeyRefused. The operator is told, once a minute."""
-        if response.status != 401 or self.key in (None, PASSTHROUGH):
+    def refuse_key(self):
+        """Raises KeyRefused where a 401 is about our own key. The operator is told, once a
+        minute."""
+        if self.key in (None, PASSTHROUGH):
             return
         now = self.clock.monotonic()
         if now >= self.complain_at:
@@ -7206,7 +7201,7 @@ class Upstream:
                 failure = refusal
                 failed += [] if stale else [address]
             finally:
-                if context.subject:
+                if context.subject and (not good or address.breakers.troubled):
                     self.judge_head(address, good, stream is not None, context.subject)
                 if response is None:
                     address.running -= 1
@@ -8390,9 +8385,9 @@ class Reply:
             self.entry.request_id = given if REQUEST_ID.fullmatch(given) else None
         self.entry.method = request.method
         self.entry.path = request.path
-        length, client = request.length, self.client
-        if request.plain and length is not None and length <= len(client.read_buffer):
-            self.content = client.take(length) if length else b""
+        client = self.client
+        if request.plain and request.length <= len(client.read_buffer):
+            self.content = client.take(request.length)
         else:
             self.body = RequestBody(client, request, self.parts.budget)
 
@@ -8492,7 +8487,7 @@ class Reply:
 
     # -- what comes from upstream
 
-    async def receive(self, response: Response) -> BodyAdapter:
+    def receive(self, response: Response) -> BodyAdapter:
         """Decide how a body goes on, and take in what has come of it. Raises UpstreamFailed."""
         call = self.call
         if self.comment_timer:
@@ -8500,24 +8495,18 @@ class Reply:
         self.context.until = self.end_at
         streamed, encoding = self.kind_of(response.head)
         response.streamed = streamed
-        has_events = streamed and encoding == IDENTITY
-        if self.early and not (response.status == 200 and has_events):
-            raise await self.not_a_stream(response)
         if response.status < 400 and self.may_tell_usage(response.head, streamed):
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        self.adapter = self.adapt(response, has_events)
+        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
         if call.on_made:
-            self.adapter.reader = NameReader(
-                self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
+            adapter.reader = NameReader(
+                adapter.reader, call.dialect.events if streamed else None, call.on_made)
         try:
-            self.first = self.adapter.feed(response.stream.take_all())
-            whole = response.framing.ended or call.stream or streamed
-            if self.entry.reader and not whole:
-                await self.receive_whole(response)
-        except (Malformed, OSError) as failure:
+            self.first = adapter.feed(response.stream.take_all())
+        except Malformed as failure:
             raise UpstreamFailed(failure) from None
-        return self.adapter
+        return adapter
 
     def may_tell_usage(self, head, streamed):
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
@@ -8545,8 +8534,8 @@ class Reply:
         events = self.call.dialect.events if comments or self.early else None
         style = BodyAdapter.AS_IS
         if type(framing) is Sized and not drops and not events:
-            if response.length is not None and response.status != 204:
-                self.framing_line = f"Content-Length: {response.length}\r\n"
+            if response.head.length is not None and response.status != 204:
+                self.framing_line = f"Content-Length: {response.head.length}\r\n"
         elif self.request.version == 0:  # HTTP/1.0 knows no chunks: closing ends the body
             style = BodyAdapter.PLAIN
             self.close_after = self.until_close = True
@@ -8555,37 +8544,50 @@ class Reply:
                 style = BodyAdapter.CHUNKED
             self.framing_line = "Transfer-Encoding: chunked\r\n"
         adapter = BodyAdapter(framing, style, reader, events)
-        adapter.passed = self.entry.passed  # comments, where the stream began with some
+        if self.early:
+            adapter.passed = self.entry.passed  # comments
         return adapter
 
-    async def receive_whole(self, response):
-        """Await a metered answer that is no stream, unless it is large or takes its time."""
+    async def receive_whole(self, response: Response):
+        """Await a metered answer that is no stream, unless it is large or takes its time. Raises
+        UpstreamFailed."""
         stream, adapter, loop = response.stream, self.adapter, self.context.loop
+        if not self.entry.reader or self.call.stream or response.streamed:
+            return
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
         deadline = loop.time() + seconds
         while not adapter.framing.ended and len(self.first) < self.MAX_WHOLE:
             try:
                 alive = await stream.more(
                     self.context, deadline - loop.time(), response.address.what_body)
+                payload = adapter.feed(stream.take_all()) if alive else self.last_of(adapter)
             except TimeoutError:
                 return
-            if alive:
-                self.first += adapter.feed(stream.take_all())
-                continue
-            whole, rest = adapter.end_of_stream()
-            if not whole:
-                raise UpstreamFailed("closed in the middle of its answer")
-            self.first += rest
+            except (Malformed, OSError) as failure:
+                raise UpstreamFailed(failure) from None
+            self.first += payload
 
-    async def not_a_stream(self, response):
-        """Returns what a response says that is no stream, for a caller whose stream has begun."""
+    @staticmethod
+    def last_of(adapter):
+        whole, rest = adapter.end_of_stream()
+        if not whole:
+            raise UpstreamFailed("closed in the middle of its answer")
+        return rest
+
+    async def require_stream(self, response: Response):
+        """Raises NotAStream with what a response says that is none, for a caller whose stream has
+        begun."""
+        self.stop_comments()
+        self.context.until = self.end_at
+        if response.status == 200 and self.kind_of(response.head) == (True, IDENTITY):
+            return
         body = await response.read(self.context, 65536, self.patience)
         try:
             found = parse_response(body)
         except ValueError:
             found = None
         is_error = isinstance(found, dict) and response.status >= 400
-        return NotAStream(response.status, to_json_bytes(found) if is_error else None)
+        raise NotAStream(response.status, to_json_bytes(found) if is_error else None)
 
     def begin(self, response: Response):
         """Send the head of a response, together with what has come of its body."""
@@ -8868,14 +8870,14 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite, None if upstream.model else self.dialects.resolve)
-        subject = reply.context.subject = Subject(call.upstream_model, entry.caller.key)
-        send = self.sender(upstream, call)
+        subject = reply.context.subject = call.upstream_model, entry.caller.key
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
             if not upstream.rewrite:
                 call.forget()
             try:
-                with await send(upstream, reply, call) as response:                 # forward
-                    upstream.check_key(response)
+                with await self.forward(upstream, reply, call) as response:         # forward
+                    if response.status == 401:
+                        upstream.refuse_key()
                     ending = await self.pass_on(response, reply, entry)
                     upstream.judge(response.address, reply.went_well(response, ending), subject)
                 if reply.client.write_buffer:
@@ -8893,7 +8895,11 @@ class Proxy:
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
-        adapter = await reply.receive(response)
+        if reply.early:
+            await reply.require_stream(response)
+        adapter = reply.receive(response)
+        if not adapter.framing.ended:
+            await reply.receive_whole(response)
         ended = adapter.framing.ended
         if ended:
             response.release()  # before the caller knows, who may call again at once
@@ -8975,15 +8981,11 @@ class Proxy:
                 return
         raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
 
-    async def admit(self, upstream, entry, call):
+    def admit(self, upstream, entry, call):
         """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
         costs, least = self.estimate(call, entry)
-        return await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                       upstream.name, least, call.models[1:])
-
-    def sender(self, upstream, call):
-        """What is not metered does not wait."""
-        return self.send if upstream.queue is None or call.unmetered else self.send_in_turn
+        return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
+                                 upstream.name, least, call.models[1:])
 
     def new_call(self, request: Request) -> Call:
         """Returns a call as its head tells of it, which is read once, too."""
@@ -8992,6 +8994,13 @@ class Proxy:
             cache["call"] = self.dialects.place(
                 request.method, request.path, request.query, request)
         return Call(*cache["call"])
+
+    def forward(self, upstream, reply, call):
+        """Sends a call, in its turn where the upstream is busy: what is not metered does not
+        wait."""
+        if upstream.queue is None or call.unmetered:
+            return self.send(upstream, reply, call)
+        return self.send_in_turn(upstream, reply, call)
 
     async def send_in_turn(self, upstream, reply, call):
         ticket = reply.context.slot = await self.stand_in_line(upstream, reply)
@@ -9039,19 +9048,23 @@ class Proxy:
             reply.ticket = entry.ticket = None
             entry.queued = ticket.waited()
 
-    async def send(self, upstream, reply, call):
-        """A stream reports its usage only when asked; an upstream that takes the question for an
-        error is not asked again."""
+    def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
         head = functools.partial(self.request_head, reply.request, call, upstream)
         if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
-            return await send(method, head, body, context)
+            return send(method, head, body, context)
+        if call.stream and self.estimator.needs_usage and (
+                call.upstream_model not in upstream.without_options):
+            return self.send_with_question(upstream, method, head, call, context)
+        return upstream.send(method, head, call.upstream_body, context)
+
+    async def send_with_question(self, upstream, method, head, call, context):
+        """A stream reports its usage only when asked; an upstream that takes the question for an
+        error is not asked again."""
         plain = call.upstream_body
-        if (call.stream and self.estimator.needs_usage
-                and call.upstream_model not in upstream.without_options):
-            call.request_usage()
+        call.request_usage()
         response = await upstream.send(method, head, call.upstream_body, context)
         if not call.usage_requested_by_us or response.status not in (400, 422):
             return response
@@ -9915,28 +9928,26 @@ class ClientConnection:
         self.began = reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
         reply.take(request)
-        reply.close_after = reply.close_after or self.server.draining
+        if self.server.draining:
+            reply.close_after = True
         if client.ended:
             self.on_client_end()
         elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
-        if "page" not in request.cache:
-            request.cache["page"] = self.find_page(request)
-        page = request.cache["page"]
-        if page:
-            await page(request, reply)
-        else:
-            await self.proxy.serve(request, reply)
+        respond = request.cache.get("respond") or self.find_responder(request)
+        await respond(request, reply)
 
-    def find_page(self, request):
-        """Returns the page that answers, None where an upstream does. Raises a Refusal for what is
-        answered by neither."""
+    def find_responder(self, request):
+        """Returns what answers requests with this head, a page or the proxy. Raises a Refusal for
+        what is answered by neither."""
         origins = self.server.parts.origins
-        page = self.server.admin.page(request)
-        if page is None or not origins.is_own(request):
+        respond = self.server.admin.page(request)
+        if respond is None or not origins.is_own(request):
             origins.check(request.method, request)
         self.refuse_other_protocols(request)
-        return page or self.server.pages.find(request)
+        respond = respond or self.server.pages.find(request) or self.proxy.serve
+        request.cache["respond"] = respond
+        return respond
 
     @staticmethod
     def refuse_other_protocols(request):
