@@ -9283,7 +9283,9 @@ class CommandsTest(ProcessCase):
             self.assertIn(row.split(), rows)
 
     def test_version_is_told(self):
-        said = "llm_proxy %s\n" % llm_proxy.VERSION
+        digest = hashlib.sha256(source().encode()).hexdigest()
+        said = "llm_proxy %s, sha256 %s, %s %s\n" % (
+            llm_proxy.VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
         self.assertEqual(self.command("--version").finish(), (0, said, ""))
 
     CALLS = (
@@ -9555,7 +9557,8 @@ class CommandsTest(ProcessCase):
         rows = len(LedgerCase.rows(path))
         self.assertLess(rows, len(ended))
         self.assertLess(killed - ended[rows], llm_proxy.Ledger.PAUSE + 0.15)
-        self.assertEqual(self.level(path), 10 ** 6 - rows)
+        # One more call may have been running: what it holds is taken already.
+        self.assertIn(10 ** 6 - rows - self.level(path), (0, 1))
 
     def test_a_hang_up_signal_reads_the_certificates_again_and_ends_nothing(self):
         path = pem_file(self)
