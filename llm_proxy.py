@@ -2154,20 +2154,19 @@ class Limits:
                 found = found + [pair for pair in more if pair not in found]
         return found
 
-    def find_rules(self, key, name, address, model, upstream, stored_key=None):
+    def find_rules(self, key, name, address, model, upstream, stored_key):
         own, team = (stored_key.rules, stored_key.team) if stored_key else ((), None)
-        names = {"key": name or "", "team": team, "model": (model or "").casefold(),
-                 "upstream": upstream}
+        names = {"key": name, "team": team, "model": (model or "").casefold(), "upstream": upstream}
         owners = {"each": key, "key": key if key[0] == "key" else None,
                   "address": ("address", address), "team": team and ("team", team)}
         families = {}
         for rule in [*own, *self.special_first]:
-            if all(owners.get(kind, key) and self.means(kind, glob, names.get(kind, ""))
+            if all(owners.get(kind, key) and self.means(kind, glob, names.get(kind) or "")
                    for kind, glob in rule.scopes):
                 whose = [owners[kind] for kind in owners if kind in dict(rule.scopes)]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
-        found = [pair for pair in families.values() if pair[0].capacity is not None]
-        return sorted(found, key=lambda pair: [*own, *self.rules].index(pair[0]))
+        return sorted([pair for pair in families.values() if pair[0].capacity is not None],
+                      key=lambda pair: [*own, *self.rules].index(pair[0]))
 
     def buckets_of(self, caller: Caller) -> KeyedRules:
         """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
