@@ -2157,8 +2157,7 @@ class Limits:
     def find_rules(self, key, name, address, model, upstream, stored_key):
         own, team = (stored_key.rules, stored_key.team) if stored_key else ((), None)
         names = {"key": name, "team": team, "model": (model or "").casefold(), "upstream": upstream}
-        owners = {"each": key, "key": key if key[0] == "key" else None,
-                  "address": ("address", address), "team": team and ("team", team)}
+        owners = self.owners(key, address, team)
         families = {}
         for rule in [*own, *self.special_first]:
             if all(owners.get(kind, key) and self.means(kind, glob, names.get(kind) or "")
@@ -2167,6 +2166,12 @@ class Limits:
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
         return sorted([pair for pair in families.values() if pair[0].capacity is not None],
                       key=lambda pair: [*own, *self.rules].index(pair[0]))
+
+    @staticmethod
+    def owners(key, address, team):
+        """Returns whose bucket it is by each kind of scope, None where there is nobody such."""
+        return {"each": key, "key": key if key[0] == "key" else None,
+                "address": ("address", address), "team": team and ("team", team)}
 
     def buckets_of(self, caller: Caller) -> KeyedRules:
         """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
