@@ -346,12 +346,12 @@ UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running"
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
-SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
+SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
-     "each, all, address, key:GLOB, model:GLOB or upstream:GLOB"),
+     "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
     ("N|unlimited", "an amount above 0, or unlimited"),
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
@@ -360,7 +360,8 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     ("(burst)?", "burst N or the end"),
     ("N", "an amount above 0"),
     ("", "burst N or the end"))
-JOINED_SCOPES = "(all|(address)?,?(caller)?),?(model)?,?(upstream)?", "scopes that can be joined"
+JOINED_SCOPES = ("(all|(address)?,?(caller)?),?(model)?,?(team)?,?(upstream)?",
+                 "scopes that can be joined")
 
 
 class Rule(NamedTuple):
@@ -407,6 +408,26 @@ def read_rule(text):
 
 def read_duration(word):
     return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
+age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
+              lambda match: read_duration(match[0]))
+
+
+def read_amount(text, unit):
+    """Returns an amount of a unit, of money in picodollars."""
+    require(unit in UNITS[:5], "must be in requests, tokens, input_tokens, output_tokens or usd")
+    shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
+    scale = PICODOLLARS if unit == "usd" else 1
+    return pattern(shape, "must be an amount above 0, such as 2",
+                   lambda match: int(decimal.Decimal(match[0]) * scale))(text)
+
+
+def rules_of_one(text):
+    """'60 requests per minute; 2 usd per day' -> rules of one caller, which has no need of scopes.
+    """
+    parts = [part.strip() for part in re.split("[;\n]", text) if part.strip()]
+    return tuple(rules("; ".join(["each " + part for part in parts])))
 
 
 def check_rule(text, words, kinds):
@@ -794,6 +815,13 @@ NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
+    left_to_us: Sequence[str] = ()  # what nobody has set, and depends on the rest
+    keys_are_stored = False  # in DATABASE, at the start: nobody else may call
+
+    def note_stored_keys(self):
+        """Keys of callers are stored, so that no stranger spends the operator's key."""
+        self.keys_are_stored = True
+        self.choose_defaults()
 
     def all_upstreams(self) -> List[UpstreamConfig]:
         """Returns the base first, where it is set."""
@@ -821,7 +849,11 @@ class Config(types.SimpleNamespace):
         return [name for name in names if self.texts.get(name) != new.texts.get(name)]
 
     def choose_defaults(self):
-        """Sets what depends on other settings."""
+        """Sets what depends on other settings, and on whether keys are stored."""
+        if not self.left_to_us:
+            self.left_to_us = [name for name in ("host", "stored", "cors_origins")
+                               if getattr(self, name) is None]
+        vars(self).update(dict.fromkeys(self.left_to_us))
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
         keyed = self.keys_are_asked_for
@@ -851,7 +883,8 @@ class Config(types.SimpleNamespace):
     @property
     def keys_are_asked_for(self) -> bool:
         """Whether callers are told apart by keys: ours, or their own for an upstream."""
-        return bool(self.proxy_api_keys) or any(
+        own = self.keys_are_stored if self.proxy_api_keys is None else self.proxy_api_keys
+        return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
 
     def speaks_https(self) -> bool:
@@ -874,7 +907,7 @@ class Config(types.SimpleNamespace):
               if kind == "upstream" and not fnmatch.filter(names, glob)),
             *(f"KEY_WEIGHTS speaks of '{name}', which no key in PROXY_API_KEYS is named"
               for name in self.key_weights or ()
-              if name not in (self.proxy_api_keys or {}).values()),
+              if name not in (self.proxy_api_keys or {}).values() and not self.keys_are_stored),
             *self.mistakes(), *self.doubts()]
 
     def mistakes(self):
@@ -887,6 +920,9 @@ class Config(types.SimpleNamespace):
             if len(key) < 16:
                 yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
                        " characters: it can be guessed")
+        for name in ("ADMIN_KEY", "VIEWER_KEY"):
+            if len(getattr(self, name.lower()) or name * 2) < 16:
+                yield name + " has less than 16 characters: it can be guessed"
 
     def doubts(self):
         """Yields the warnings of which each is given once at most."""
@@ -901,12 +937,7 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if self.host_is_narrowed:
-            yield ("it listens on this machine alone, because anyone could spend the key of a"
-                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.is_open():
-            yield ("callers are not checked: whoever reaches this port can call, and every invented"
-                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
+        yield from self.doubts_of_callers()
         if self.unknown_calls == "count" and not self.counts_requests():
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
@@ -916,6 +947,18 @@ class Config(types.SimpleNamespace):
                    " sees")
         if not self.limits:
             yield from self.doubts_of_bucket()
+
+    def doubts_of_callers(self):
+        if self.host_is_narrowed:
+            yield ("it listens on this machine alone, because anyone could spend the key of a"
+                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
+        elif self.is_open() and not self.keys_are_stored:
+            yield ("callers are not checked: whoever reaches this port can call, and every invented"
+                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
+        if self.proxy_api_keys is None and self.keys_are_stored and any(
+                upstream.key == PASSTHROUGH for upstream in self.all_upstreams()):
+            yield ("nobody can call by a key of their own (passthrough): keys are stored, and no"
+                   " others may call unless PROXY_API_KEYS=anyone")
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -954,11 +997,14 @@ class Config(types.SimpleNamespace):
                 if name.endswith("_KEY") and text == PASSTHROUGH:
                     yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
                            " a caller shows one key only")
+        own = [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
+        if len(set(own)) < len(own):
+            yield "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"
         if "{me}" in (self.limit_message or "") and not self.public_url:
             yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
-        yield from self.tls_faults()
+        yield from self.contradictions_of_tls()
 
-    def tls_faults(self):
+    def contradictions_of_tls(self):
         if self.tls_cert_file:
             try:
                 server_context(self.tls_cert_file, self.tls_key_file)
@@ -1176,6 +1222,26 @@ class Forbidden(Refusal):
     """The caller is known, and what it asks for is nobody's here."""
     status = 403
     message = "This path is not passed on"
+
+
+class NotForCalls(Forbidden):
+    code = "key_not_for_calls"
+    message = "This key is for looking at this proxy and steering it: it makes no calls"
+
+
+class RoleTooLow(Forbidden):
+    code = "role_too_low"
+    message = "This key may not do that here"
+
+
+class ModelNotAllowed(Forbidden):
+    code = "model_not_allowed"
+    message = "This key may not use the model, or the call names none"
+
+
+class UpstreamNotAllowed(Forbidden):
+    code = "upstream_not_allowed"
+    message = "This key may not use the upstream"
 
 
 class NothingStored(Refusal):
@@ -1430,24 +1496,156 @@ def address_of(host: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
+ROLES = ("caller", "viewer", "admin")  # the later one may do all that the former may, but call
+
+
+class Key(NamedTuple):
+    """What is known of a stored key but its secrets. Times are in seconds since 1970. `models` are
+    globs, none: all; `rules` are what `limits` say. `subject` is whose bucket it has: it outlives
+    the secrets, and is the digest of the first one."""
+    name: str
+    role: str = "caller"
+    team: Optional[str] = None
+    created: float = 0.0
+    expires: Optional[float] = None
+    disabled: bool = False
+    models: Tuple[str, ...] = ()
+    upstream: Optional[str] = None
+    limits: Optional[str] = None
+    tag: Optional[str] = None
+    note: Optional[str] = None
+    last_used: Optional[float] = None
+    subject: bytes = b""
+    rules: Tuple[Rule, ...] = ()
+
+    def __hash__(self):
+        return hash(self.subject)
+
+    def as_dict(self) -> Dict[str, Any]:
+        """Returns what may be shown of it."""
+        found = dict(zip(self._fields[:-2], self))
+        found["models"] = ",".join(self.models) or None
+        return found
+
+    def end(self, valid_until: Optional[float]) -> Optional[float]:
+        """Returns when it is good no more by a secret that is valid so long; None: never."""
+        ends = [0.0] if self.disabled else [self.expires, valid_until]
+        return min([one for one in ends if one is not None], default=None)
+
+
+def short_text(most):
+    def read(text):
+        require(text.isprintable() and len(text) <= most,
+                "must be one line of at most %d printable characters" % most)
+        return text
+    return read
+
+
+# What can be said of a key: a reader of its text, and a sentence.
+KEY_NAME = pattern("[A-Za-z0-9_.@-]{1,64}", "must be 1 to 64 of A-Z a-z 0-9 _ . @ -")
+KEY_FIELDS = {
+    "role": (one_of(*ROLES), "caller: makes calls; viewer, admin: for /dashboard and /admin/api"),
+    "team": (KEY_NAME, "its team, for rules such as team:NAME"),
+    "expires": (word_or({"never": None}, age),
+                "how long it is good from when it was made, such as 15m or 30d; never"),
+    "models": (model_globs, "the only models that it may use, such as 'gemma*,gpt-4*'"),
+    "limits": (rules_of_one, "rules without a scope, such as '2 usd per day', each instead of the"
+                             " general one of its unit and duration"),
+    "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
+                 "the only upstream that its calls go to"),
+    "tag": (short_text(64), "a word to add up usage by"),
+    "note": (short_text(500), "a line for people")}
+TEXT_FIELDS = [field for field in KEY_FIELDS if field not in ("role", "expires")]
+
+
+@functools.lru_cache(20_000)
+def read_key(*values: Any) -> Key:
+    """Returns a key of what is stored of it. Raises ValueError or TypeError for what somebody else
+    has written."""
+    key = Key(*values)
+    for field in ("role", *TEXT_FIELDS):
+        text = getattr(key, field)
+        if text is not None:
+            KEY_FIELDS[field][0](text)
+    numbers = [key.created, *[one for one in (key.expires, key.last_used) if one is not None]]
+    require(KEY_NAME(key.name) and key.role and key.disabled in (0, 1) and len(key.subject) == 32
+            and all([type(one) in (int, float) for one in numbers]), "no key")
+    return key._replace(
+        disabled=bool(key.disabled), subject=bytes(key.subject),
+        models=model_globs(key.models) if key.models else (),
+        rules=rules_of_one(key.limits) if key.limits else ())
+
+
 class Caller:
     """A person or program that calls. `key` finds its bucket. It says what it is, so a bearer that
-    spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, which people may
-    share. `label` is for logs: a name, the address, or key:1a2b3c4d, a digest against which nobody
-    can test guesses without `secret`."""
-    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag")
+    spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, or its name where
+    it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
+    digest against which nobody can test guesses without `secret`. `role` is None where the key is
+    none that was given out. `until`: when that ends, in seconds since 1970."""
+    __slots__ = ("key", "name", "key_name", "label", "role", "stored_key", "until")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
-                 key_name: Optional[str] = None, role: str = "caller"):
+                 key_name: Optional[str] = None, role: Optional[str] = None,
+                 stored_key: Optional[Key] = None, until: Optional[float] = None):
         self.key = key
         self.role = role
         self.team = self.tag = None
         self.name = name
         self.key_name = key_name
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
+        self.role = role
+        self.stored_key = stored_key
+        self.until = until
 
     def __repr__(self):
         return f"<Caller {self.label}>"
+
+    @property
+    def team(self) -> Optional[str]:
+        return self.stored_key and self.stored_key.team
+
+    @property
+    def tag(self) -> Optional[str]:
+        return self.stored_key and self.stored_key.tag
+
+
+Known = Dict[bytes, Tuple[bytes, Caller]]  # blinded digest of a secret -> that digest, and whose
+
+
+def digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("latin-1")).digest()
+
+
+def new_secret() -> str:
+    return "sk-" + base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
+
+
+def blinded(credential: bytes, secret: bytes) -> bytes:
+    """Returns what a table may be searched by, of a digest: nobody can choose how a guess of theirs
+    comes out, so the time that a search takes tells them nothing."""
+    return hashlib.blake2b(credential, key=secret).digest()
+
+
+class StoredKeys:
+    """The keys of DATABASE as they were when they were read. `closed`: nobody else may call."""
+
+    def __init__(self, secret: bytes, keys: Sequence[Key] = (),
+                 secrets: Sequence[Tuple[bytes, str, Optional[float]]] = (), closed: bool = False):
+        """`secrets` are (digest, name of the key, valid until). One of a key that cannot be read
+        lets nobody in, not even where anyone may call."""
+        self.closed = closed
+        self.keys = {key.name: key for key in keys}
+        self.rules = {key.subject: key.rules for key in keys if key.rules}
+        self.known: Known = {}
+        for one, name, valid_until in secrets:
+            key = self.keys.get(name) or Key(name, disabled=True, subject=one)
+            self.known[blinded(one, secret)] = one, Caller(
+                ("key", key.subject), name, key_name=name, role=key.role, stored_key=key,
+                until=key.end(valid_until))
+
+    def has_admin(self, wall: float) -> bool:
+        return any([caller.role == "admin" and (caller.until is None or caller.until > wall)
+                    for _, caller in self.known.values()])
 
 
 class Callers:
@@ -1456,20 +1654,30 @@ class Callers:
 
     def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes,
                  trusted: Sequence["ipaddress.IPv4Network | ipaddress.IPv6Network"] = (),
-                 caller_header: Optional[str] = None, azure: bool = False):
+                 caller_header: Optional[str] = None, azure: bool = False,
+                 stored: Optional[StoredKeys] = None, steering: Optional[Texts] = None):
         """`keys` is {key: its name or None}, or None where anyone may call. `trusted` are the
         networks of proxies that are believed for whom they speak: for which address, and, in
         `caller_header`, for which of the people that share a key. `azure`: its clients call,
-        too."""
+        too. `stored` are keys beside these, and `steering` is {key: its role} of those that are for
+        pages alone."""
         self.credential_fields = CREDENTIAL_FIELDS[1:] + (AZURE_CREDENTIAL_FIELD,) * azure
         self.trusted = trusted
         self.caller_header = caller_header
         self.label_secret = label_secret
-        self.names = keys and {self.digest(key): name for key, name in keys.items()}
+        self.stored = stored or StoredKeys(label_secret)
+        self.is_open = keys is None
+        self.known: Known = {}
+        for key, name in (keys or {}).items():
+            self.add(key, name, "caller")
+        for key, role in (steering or {}).items():
+            name = role.upper() + "_KEY"
+            self.add(key, name, role, Key(name, role))
 
-    @staticmethod
-    def digest(key):
-        return hashlib.sha256(key.encode("latin-1")).digest()
+    def add(self, key, name, role, stored_key=None):
+        one = digest(key)
+        self.known[blinded(one, self.label_secret)] = one, Caller(
+            ("key", one), name, self.label_secret, name, role, stored_key)
 
     def credential_in(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
@@ -1491,7 +1699,7 @@ class Callers:
     def credential(self, fields: Fields, query: str) -> Optional[bytes]:
         """Returns the digest of the credential of a request, None without one."""
         credential = self.credential_in(fields, query)
-        return credential and self.digest(credential)
+        return credential and digest(credential)
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
@@ -1520,24 +1728,44 @@ class Callers:
         if not name:
             return caller
         keyed = caller.key[0] == "key"
-        digest = hashlib.sha256(repr((caller.key if keyed else None, name)).encode())
+        owner = hashlib.sha256(repr((caller.key if keyed else None, name)).encode())
         if len(name) > 64:
-            name = f"{name[:55]}~{digest.hexdigest()[:8]}"
+            name = f"{name[:55]}~{owner.hexdigest()[:8]}"
         name = urllib.parse.quote(name, safe="@:+~", encoding="latin-1")
         label = caller.label if keyed else "-"
-        return Caller(("key", digest.digest()), f"{label}/{name}", key_name=caller.key_name)
+        return Caller(("key", owner.digest()), f"{label}/{name}", key_name=caller.key_name,
+                      role=caller.role, stored_key=caller.stored_key, until=caller.until)
 
-    def identify(self, credential: Optional[bytes], address: str) -> Caller:
-        """Returns who calls. Raises Unauthorized where keys are asked for and `credential`, a
-        digest, is none of them."""
-        # All are compared, always: else the time taken would tell how close a guess was.
-        if self.names is not None and not any(
-                [hmac.compare_digest(credential or b"", one) for one in self.names]):
+    def identify(self, credential: Optional[bytes], address: str, wall: float = 0.0) -> Caller:
+        """Returns who calls at the time `wall`. Raises Unauthorized where keys are asked for and
+        `credential`, a digest, is none of them, and for one that was, wherever it comes."""
+        caller = self.known_by(credential) if credential else None
+        if caller:
+            if caller.until is not None and caller.until <= wall:
+                raise Unauthorized()
+            return caller
+        if not self.is_open:
             raise Unauthorized()
         if credential is None:
             return Caller(("address", address), address)
-        name = self.names and self.names[credential]
-        return Caller(("key", credential), name, self.label_secret, name)
+        return Caller(("key", credential), None, self.label_secret)
+
+    def known_by(self, credential):
+        """Returns whose secret has this digest, None where it is nobody's."""
+        blind = blinded(credential, self.label_secret)
+        found = self.known.get(blind) or self.stored.known.get(blind)
+        return found[1] if found and hmac.compare_digest(found[0], credential) else None
+
+    def named(self, label: str) -> List[Caller]:
+        """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
+        name is found by the address alone."""
+        everybody = [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
+        found = {caller.key: caller for caller in everybody if caller.label == label}
+        if not found:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_network(label)
+                return [Caller(("address", label), label)]
+        return list(found.values())
 
 
 class Origins:
@@ -1706,6 +1934,28 @@ class Buckets:
         self.room = room
         self.levels: "collections.OrderedDict[BucketKey, Level]" = (
             collections.OrderedDict())  # as they were last seen; least recently used first
+        # key -> (amount, until) of what a bucket holds beyond its rule
+        self.given: Dict[BucketKey, List[Tuple[int, float]]] = {}
+
+    def given_to(self, key, now):
+        """Returns how much more than its rule says a bucket holds, for a time."""
+        found = [one for one in self.given.pop(key, ()) if one[1] > now]
+        if found:
+            self.given[key] = found
+        return sum([amount for amount, _ in found])
+
+    def give(self, rule: Rule, key: BucketKey, amount: int, until: float, again: bool = False):
+        """Lets a bucket hold so much more until then, and adds that, unless it was added before.
+        What is left of it afterwards is kept as far as the rule lets it."""
+        one = self.level_of(rule, key)
+        self.given.setdefault(key, []).append((amount, until))
+        self.levels[key] = one if again else one._replace(level=one.level + amount)
+
+    def fill(self, owner: CallerKey):
+        """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
+        for key in [one.key for one in self.levels.values()
+                    if owner in one.key[1:] and one.rule.unit != RUNNING]:
+            del self.levels[key]
 
     def levels_after(self, keyed_rules, costs, taken):
         """Returns what the buckets hold once `costs` are charged instead of what was taken. The
@@ -1715,6 +1965,8 @@ class Buckets:
         levels = []
         for rule, key in keyed_rules:
             unit, capacity = rule.unit, rule.capacity
+            if self.given:
+                capacity += self.given_to(key, now)
             known = self.levels.get(key)
             if known is None:
                 level, refilled = capacity, now
@@ -1780,7 +2032,8 @@ class Buckets:
 
     def is_full(self, found):
         """Returns whether a bucket is full by now."""
-        return self.level_of(found.rule, found.key).level >= found.rule.capacity
+        return found.key not in self.given and (
+            self.level_of(found.rule, found.key).level >= found.rule.capacity)
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
@@ -1881,18 +2134,28 @@ def fold_model(name: str) -> str:
     return VERSION_DOT.sub("-", MODEL_VARIANT.sub("", folded)) or name.casefold()
 
 
+@functools.lru_cache(1000)
 def fold_glob(glob: str) -> str:
     """Returns a glob for folded names."""
     return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
 
 
+def names_model(glob: str, name: str) -> bool:
+    """Tells whether a glob means a model, in whichever spelling."""
+    return fnmatch.fnmatchcase(name.casefold(), glob.casefold()) or (
+        fnmatch.fnmatchcase(fold_model(name), fold_glob(glob)))
+
+
 class Limits:
     """Which rules a call must pass. Of each family the first that matches counts, those for `each`
-    last, so that the special may stand before the general."""
+    last, so that the special may stand before the general; those of the caller's own key, which are
+    in `own` by its subject, come before all."""
     MAX_KNOWN = 4_000
+    own: Dict[bytes, Tuple[Rule, ...]] = {}
 
     def __init__(self, ordered_rules: List[Rule], buckets: Buckets, message: str):
         self.rules = ordered_rules
+        self.special_first = sorted(ordered_rules, key=lambda rule: ("each", "") in rule.scopes)
         self.buckets = buckets
         self.message = message
         self.kinds = {kind for rule in ordered_rules for kind, _ in rule.scopes}
@@ -1901,7 +2164,7 @@ class Limits:
         self.known = {}
 
     def units(self) -> Set[str]:
-        return {UNITS[rule.unit] for rule in self.rules}
+        return {UNITS[rule.unit] for rule in itertools.chain(self.rules, *self.own.values())}
 
     def matching(self, caller: Caller, address: str, model: Optional[str],
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
@@ -1909,7 +2172,7 @@ class Limits:
         `model`, and of the `others` that may serve it instead."""
         kinds = self.kinds  # what no rule names would only fill the table
         call = (caller.key, caller.name, address if "address" in kinds else None,
-                model if "model" in kinds else None, upstream)
+                model if "model" in kinds else None, upstream, caller.stored_key)
         found = self.known.get(call)
         if found is None:
             if len(self.known) >= self.MAX_KNOWN:
@@ -1921,19 +2184,41 @@ class Limits:
                 found = found + [pair for pair in more if pair not in found]
         return found
 
-    def find_rules(self, key, name, address, model, upstream):
-        names = {"key": name or "", "model": (model or "").casefold(), "upstream": upstream}
-        owners = {"each": key, "key": key, "address": ("address", address)}
+    def find_rules(self, key, name, address, model, upstream, stored_key):
+        own, team = (stored_key.rules, stored_key.team) if stored_key else ((), None)
+        names = {"key": name, "team": team, "model": (model or "").casefold(), "upstream": upstream}
+        owners = self.owners(key, address, team)
         families = {}
-        for rule in sorted(self.rules, key=lambda rule: ("each", "") in rule.scopes):
-            globs = dict(rule.scopes)
-            if "key" in globs and key[0] != "key":
-                continue
-            if all(self.means(kind, glob, names.get(kind, "")) for kind, glob in rule.scopes):
-                whose = [owners[kind] for kind in owners if kind in globs]
+        for rule in [*own, *self.special_first]:
+            if all(owners.get(kind, key) and self.means(kind, glob, names.get(kind) or "")
+                   for kind, glob in rule.scopes):
+                whose = [owners[kind] for kind in owners if kind in dict(rule.scopes)]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
-        found = [pair for pair in families.values() if pair[0].capacity is not None]
-        return sorted(found, key=lambda pair: self.rules.index(pair[0]))
+        return sorted([pair for pair in families.values() if pair[0].capacity is not None],
+                      key=lambda pair: [*own, *self.rules].index(pair[0]))
+
+    @staticmethod
+    def owners(key, address, team):
+        """Returns whose bucket it is by each kind of scope, None where there is nobody such."""
+        return {"each": key, "key": key if key[0] == "key" else None,
+                "address": ("address", address), "team": team and ("team", team)}
+
+    def buckets_of(self, caller: Caller) -> KeyedRules:
+        """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
+        are buckets."""
+        pairs = [*self.matching(caller, "", None), *[
+            (one.rule, one.key) for one in self.buckets.levels.values()]]
+        return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
+
+    def give(self, caller: Caller, unit: str, amount: int, until: float,
+             again: bool = False) -> int:
+        """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
+        returns how many there are."""
+        found = [(rule, key) for rule, key in self.buckets_of(caller)
+                 if unit in (UNITS[rule.unit], rule.text.split(" ")[2])]
+        for rule, key in found:
+            self.buckets.give(rule, key, amount, until, again)
+        return len(found)
 
     def means(self, kind, glob, name):
         """Returns whether a scope means what is named. A model must not slip through in another
@@ -1949,14 +2234,13 @@ class Limits:
         """Puts back the buckets that were saved, with the refill of the time in between. One whose
         rule was changed keeps its share: it is as full, of the new, as it would be of the old.
         Returns how many were saved in the future."""
-        kept = {rule.text: rule for rule in self.rules if rule.capacity is not None}
-        successors = self.successors({key[0] for key in saved} - kept.keys())
+        find = functools.lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
-            if key[0] in kept:
-                self.buckets.restore(kept[key[0]], key, level, wall - since)
-            elif key[0] in successors:
-                old, new = successors[key[0]]
+            owner = key[1] if len(key) == 2 else None
+            old, new = find(key[0], self.own.get(owner[1], ()) if owner else ())
+            if new:
                 self.buckets.restore(old, key, level, wall - since)
+            if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
                 self.buckets.restore(new, (new.text, *key[1:]), level, 0)
@@ -1965,25 +2249,42 @@ class Limits:
     def take_over(self, wall: float):
         """Has the buckets of rules that came before these go over to these."""
         self.restore(self.buckets.snapshot(wall), wall)
-        texts = {rule.text for rule in self.rules}
+        texts = {rule.text for rule in itertools.chain(self.rules, *self.own.values())}
         for key in [key for key in self.buckets.levels if key[0] not in texts]:
             del self.buckets.levels[key]
 
-    def successors(self, texts):
-        """Returns {text of a rule that is no more: (that rule, the one that came in its place)}:
-        the one of the same scopes and unit, of the same duration if there is one."""
-        found = {}
-        for text in texts:
-            try:
-                old = read_rule(text)
-            except ValueError:
-                continue
-            new = [rule for rule in self.rules if rule.capacity is not None
-                   and rule.scopes == old.scopes and rule.text.split(" ")[2] == text.split(" ")[2]]
-            new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
-            if new and old.capacity is not None:
-                found[text] = old, new[0]
-        return found
+    def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
+        """Goes by other rules of keys; the buckets of those that were changed go over."""
+        changed = {subject for subject in {*self.own, *own}
+                   if self.own.get(subject) != own.get(subject)}
+        self.own = own
+        self.known.clear()
+        if changed:
+            moved = {key: found for key, found in self.buckets.snapshot(wall).items()
+                     if len(key) == 2 and key[1][1] in changed}
+            for key in moved:
+                del self.buckets.levels[key]
+            self.restore(moved, wall)
+
+    def successor(self, text, own):
+        """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
+        has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
+        duration if there is one. Both are None where there is none."""
+        families = {rule.family for rule in own}
+        now = [*own, *[rule for rule in self.rules if rule.family not in families]]
+        others = itertools.chain(*self.own.values())  # of the key behind which a person stands
+        same = next((rule for rule in [*now, *others] if rule.text == text), None)
+        if same:
+            return (same, same) if same.capacity is not None else (None, None)
+        try:
+            old = read_rule(text)
+        except ValueError:
+            return None, None
+        new = [rule for rule in now if rule.capacity is not None
+               and rule.text.split(" ")[2] == text.split(" ")[2]
+               and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
+        new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+        return (old, new[0]) if new and old.capacity is not None else (None, None)
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -7678,7 +7979,17 @@ class Database:
         PRIMARY KEY (rule, subject));
         CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, owner TEXT, upstream TEXT,
-        address TEXT)""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        address TEXT);
+        CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, role TEXT, team TEXT, created REAL,
+        expires REAL, disabled INTEGER, models TEXT, upstream TEXT, limits TEXT, tag TEXT,
+        note TEXT, last_used REAL, subject BLOB);
+        CREATE TABLE IF NOT EXISTS secrets (digest BLOB PRIMARY KEY, name TEXT, valid_until REAL);
+        CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, caller TEXT, unit TEXT,
+        amount INTEGER, until REAL, done INTEGER);
+        CREATE TABLE IF NOT EXISTS audit (id INTEGER PRIMARY KEY,
+        time REAL DEFAULT ((julianday('now') - 2440587.5) * 86400), who TEXT, role TEXT,
+        address TEXT, what TEXT, target TEXT, detail TEXT)""" % (
+            APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -7837,6 +8148,54 @@ class Database:
         (found,), = execute("SELECT value FROM facts WHERE name = 'secret'").fetchall()
         return bytes(found)
 
+    def key_rows(self) -> Tuple[Sequence[Any], Sequence[Any], bool]:
+        """Returns (rows of keys, of their secrets, whether nobody else may call), all of one
+        moment."""
+        execute = self.connection.execute
+        execute("BEGIN")
+        with self.connection:
+            return (execute(KEYS_QUERY + " ORDER BY name").fetchall(),
+                    execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
+                    self.is_closed())
+
+    def is_closed(self) -> bool:
+        return bool(self.connection.execute(
+            "SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
+
+    def close_door(self):
+        """Notes that a key of a caller was stored: nobody else may call, for good."""
+        self.connection.execute("INSERT OR IGNORE INTO facts VALUES ('closed', 1)")
+
+    def note_use(self, used):
+        """{name of a key: when it was used last}"""
+        self.connection.executemany("UPDATE keys SET last_used = ? WHERE name = ?", [
+            (wall, name) for name, wall in used.items()])
+
+    def take_orders(self, now: float, again: bool = False) -> List["Order"]:
+        """Returns what is to be done, which counts as done from then on; `again`: also what was
+        given before and is good still."""
+        execute = self.connection.execute
+        if not execute("SELECT 1 FROM orders WHERE done = 0 OR ? LIMIT 1", (again,)).fetchall():
+            return []
+        execute("BEGIN IMMEDIATE")
+        with self.connection:
+            found = execute("SELECT * FROM orders WHERE done = 0 OR until > ? ORDER BY id",
+                            (now if again else math.inf,)).fetchall()
+            execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
+            execute("UPDATE orders SET done = 1")
+        return list(map(Order._make, found))
+
+    def audit(self, who: str, role: str, address: str, what: str, target: str, detail: str):
+        """Notes who did what, from where, to what."""
+        self.connection.execute(
+            "INSERT INTO audit (who, role, address, what, target, detail)"
+            " VALUES (?, ?, ?, ?, ?, ?)", (who, role, address, what, target, detail))
+
+    def data_version(self) -> int:
+        """Returns a number that changes when another connection has written."""
+        (found,), = self.connection.execute("PRAGMA data_version").fetchall()
+        return found
+
     def forget(self, before, most):
         """Removes up to `most` calls from before a wall-clock time; returns how many."""
         return self.connection.execute(
@@ -7847,6 +8206,212 @@ class Database:
 def lock_name(path: str) -> str:
     """Returns the name of a database's lock, which is one, whatever links lead to it."""
     return os.path.realpath(path) + ".lock"
+
+
+KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-1])
+
+
+class Order(NamedTuple):
+    """What the running proxy is to do with the buckets of a caller: let those of a unit hold so
+    much more until then (seconds since 1970), or, without a unit, fill all."""
+    id: int
+    caller: str  # its label
+    unit: Optional[str]
+    amount: Optional[int]
+    until: Optional[float]
+    done: int
+
+
+def read_keys(rows: Tuple[Sequence[Any], Sequence[Any], bool], secret: bytes
+              ) -> Tuple[StoredKeys, List[str]]:
+    """Returns the keys of a database, and sentences about those that cannot be read."""
+    keys, secrets, closed = rows
+    found = []
+    faults = []
+    for row in keys:
+        try:
+            found.append(read_key(*row))
+        except (ValueError, TypeError):
+            faults.append("the key %.80r in DATABASE cannot be read: it lets nobody in" % row[:1])
+    good = [(one, name, until if type(until) in (int, float, type(None)) else 0.0)
+            for one, name, until in secrets if type(one) is bytes]
+    return StoredKeys(secret, found, good, closed), faults
+
+
+class KeyFault(ValueError):
+    """Why something cannot be done with keys, in a sentence for whoever asked."""
+
+
+class Actor(NamedTuple):
+    """Who does what the audit keeps."""
+    who: str
+    role: str
+    address: str
+
+
+class NewKey(NamedTuple):
+    """A key that was made; its secret is told once. `closes`: from now on nobody else may call,
+    unless PROXY_API_KEYS says so."""
+    key: Key
+    secret: str
+    closes: bool = False
+
+
+class KeyStore:
+    """What can be done with stored keys: each in one transaction, with a row of the audit. A
+    running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
+    None or empty for none. Raises KeyFault, and sqlite3.Error."""
+    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is known for so long: as no stranger
+
+    def __init__(self, database: Database, clock: Any, actor: Actor):
+        self.database = database
+        self.clock = clock
+        self.actor = actor
+
+    @contextlib.contextmanager
+    def change(self, what, name, detail=""):
+        """One transaction, to which the audit belongs."""
+        execute = self.database.connection.execute
+        execute("BEGIN IMMEDIATE")
+        with self.database.connection:
+            yield execute
+            self.database.audit(*self.actor, what, name, detail)
+
+    def list(self) -> List[Key]:
+        """Returns all that can be read, by name."""
+        keys, _ = read_keys((self.database.key_rows()[0], (), False), b"")
+        return list(keys.keys.values())
+
+    def find(self, name: str) -> Key:
+        rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
+        if not rows:
+            raise KeyFault("no key is stored by the name %s" % ascii(name)[1:-1])
+        try:
+            return read_key(*rows[0])
+        except (ValueError, TypeError):
+            raise KeyFault("the key %s cannot be read: remove it, and add it anew" % name) from None
+
+    def add(self, name: str, **fields: Optional[str]) -> NewKey:
+        secret = new_secret()
+        self.check_field("name", KEY_NAME, name)
+        created = self.now()
+        key = self.with_fields(Key(name, created=created, subject=digest(secret)), fields)
+        with self.change("add key", name, describe_fields(fields)) as execute:
+            if execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchall():
+                raise KeyFault("a key by the name %s is stored already" % name)
+            self.write(key)
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (key.subject, name))
+            closes = key.role == "caller" and not self.database.is_closed()
+            if closes:
+                self.database.close_door()
+        return NewKey(key, secret, closes)
+
+    def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
+        """Changes these fields; `reset`: its buckets are full then."""
+        with self.change("set key", name, describe_fields(fields) + " reset" * reset) as execute:
+            key = self.with_fields(self.find(name), fields)
+            self.write(key)
+            if key.role == "caller":
+                self.database.close_door()
+            if reset:
+                self.order(execute, name)
+        return key
+
+    def revoke(self, name: str) -> Key:
+        """It lets nobody in until it is restored."""
+        return self.disable("revoke key", name, True)
+
+    def restore(self, name: str) -> Key:
+        return self.disable("restore key", name, False)
+
+    def disable(self, what, name, disabled):
+        with self.change(what, name):
+            key = self.find(name)._replace(disabled=disabled)
+            self.write(key)
+        return key
+
+    def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
+        """Gives it another secret; those before are good for the `grace`, such as 1h. All else
+        stays."""
+        secret = new_secret()
+        now = self.now()
+        until = now + (self.check_field("grace", age, grace) if grace else 0)
+        with self.change("rotate key", name, "grace %s" % grace if grace else "") as execute:
+            key = self.find(name)
+            execute("DELETE FROM secrets WHERE name = ? AND valid_until < ?",
+                    (name, now - self.KEEP_SECONDS))
+            execute("UPDATE secrets SET valid_until = min(coalesce(valid_until, ?), ?)"
+                    " WHERE name = ?", (until, until, name))
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+        return NewKey(key, secret)
+
+    def remove(self, name: str):
+        """Forgets it: the books keep what it used."""
+        with self.change("remove key", name) as execute:
+            if not execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
+                self.find(name)
+            execute("DELETE FROM secrets WHERE name = ?", (name,))
+
+    def give(self, name: str, amount: str, unit: str, seconds: Optional[str] = None):
+        """Lets a caller's buckets of a unit hold so much more for a time, such as 1d, and adds
+        that."""
+        value = self.check_field("amount", lambda text: read_amount(text, unit), amount)
+        length = seconds or "1d"
+        until = self.now() + self.check_field("time", age, length)
+        detail = "%s %s for %s" % (amount, unit, length)
+        with self.change("give", name, detail) as execute:
+            self.order(execute, name, unit, value, until)
+
+    def reset(self, name: str):
+        """Fills a caller's buckets."""
+        with self.change("reset", name) as execute:
+            self.order(execute, name)
+
+    # -- what these have in common
+
+    def now(self):
+        return self.clock.time_ns() / 1e9
+
+    def order(self, execute, name, unit=None, amount=None, until=None):
+        execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
+                (name, unit, amount, until))
+
+    def write(self, key):
+        values = [*key[:-1]]
+        values[key._fields.index("models")] = ",".join(key.models) or None
+        self.database.connection.execute("INSERT OR REPLACE INTO keys VALUES (%s)" % ", ".join(
+            "?" * len(values)), values)
+
+    @staticmethod
+    def check_field(field, read, text):
+        try:
+            require(isinstance(text, str), "must be text")
+            return read(text)
+        except ValueError as fault:
+            raise KeyFault("%s %s" % (field, fault)) from None
+
+    def with_fields(self, key, fields):
+        """Returns a key with these fields in it."""
+        for field, text in fields.items():
+            if field not in KEY_FIELDS:
+                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
+            value = None if text in (None, "") else self.check_field(
+                field, KEY_FIELDS[field][0], text)
+            if field == "expires":
+                value = value and key.created + value
+            elif field == "role":
+                value = value or "caller"
+            elif field == "models":
+                value = value or ()
+            elif field == "limits":
+                key = key._replace(rules=value or ())
+                value = text or None
+            key = key._replace(**{field: value})
+        return key
+
+
+def describe_fields(fields):
+    return " ".join(["%s=%s" % (field, text or "none") for field, text in fields.items()])
 
 
 def lock_for_service(path: str) -> Optional[BinaryIO]:
@@ -7888,10 +8453,12 @@ class Ledger(Writer):
     forget_at = 0.0       # monotonic seconds, as are the others
     complain_at = 0.0
     reopen_at = 0.0
+    version = -1          # of the database, when keys were read
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
-                 clock: Any, days: int, log: Log):
-        """Without a database one is looked for at `path` once in a while."""
+                 clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes):
+        """`secret` is what digests of keys are blinded by. Without a database one is looked for at
+        `path` once in a while."""
         super().__init__("ledger")
         self.database = database
         self.path = path
@@ -7900,6 +8467,12 @@ class Ledger(Writer):
         self.clock = clock
         self.days = days
         self.log = log
+        self.keys = keys
+        self.secret = secret
+        self.key_rows = ()
+        self.used: Dict[str, float] = {}  # when keys were, by name
+        # Is told of keys that were changed and of orders, in the ledger's thread.
+        self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
         ahead = limits.restore(self.saved, clock.time_ns() / 1e9)
@@ -7928,12 +8501,11 @@ class Ledger(Writer):
         try:
             if not self.is_open(now):
                 return
+            self.look_at_keys(now)
             self.write(batch, now)
+            self.note_use(batch, now)
         except sqlite3.Error as failure:
-            if now >= self.complain_at:
-                self.complain_at = now + 60
-                self.log.say("the database cannot be written: %s" % failure)
-            return
+            return self.complain(now, "the database cannot be written: %s" % failure)
         except Exception:
             self.log.report()  # and go on without these
         for _ in batch:
@@ -7951,10 +8523,53 @@ class Ledger(Writer):
             try:
                 self.database = open_for_service(self.path)
                 self.saved = {}
+                self.version = -1
+                if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
+                    self.database.close_door()
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
         return self.database is not None
+
+    def look_at_keys(self, now):
+        """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
+        nobody is let in by that, and nobody shut out."""
+        try:
+            version = self.database.data_version()
+            if version == self.version:
+                return
+            rows = self.database.key_rows()
+            orders = self.database.take_orders(self.clock.time_ns() / 1e9)
+        except sqlite3.Error as failure:
+            return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
+        self.version = version
+        if rows == self.key_rows and not orders:
+            return
+        self.key_rows = rows
+        keys, faults = read_keys((*rows[:2], rows[2] or self.keys.closed), self.secret)
+        for fault in faults:
+            self.log.say(fault)
+        self.keys = keys
+        self.on_news(keys, orders)
+
+    def note_use(self, entries, now):
+        """Writes when keys were used, to the minute."""
+        used = {}
+        for entry in entries:
+            key = entry.caller and entry.caller.stored_key
+            wall = entry.wall / 1e9
+            if key and wall > self.used.get(key.name, 0) + 60:
+                used[key.name] = self.used[key.name] = wall
+        try:
+            if used:
+                self.database.note_use(used)
+        except sqlite3.Error as failure:  # which is no reason to write the calls again
+            self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
+
+    def complain(self, now, text):
+        if now >= self.complain_at:
+            self.complain_at = now + 60
+            self.log.say(text)
 
     def recent_levels(self, entries):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
@@ -8844,6 +9459,9 @@ class Proxy:
         before anything was sent leaves the call to the next upstream that it may go to."""
         entry = reply.entry
         self.identify(request, entry)                                               # identify
+        key = entry.caller.stored_key
+        if key and key.role != "caller":
+            raise NotForCalls()
         if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
             reply.set_deadlines()
         call = self.new_call(request)
@@ -8856,7 +9474,11 @@ class Proxy:
         thing = None
         if self.stored.policy != "pass" or self.stored.things:
             thing = self.find_thing(call, entry.caller)
+        if key and key.upstream:
+            self.bind(call, key.upstream)
         upstreams = self.routes.find(call, thing)                                   # route
+        if key:
+            upstreams = self.own_secrets_only(upstreams)
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -8956,33 +9578,98 @@ class Proxy:
             raise NoPrice()
 
     def identify(self, request: Request, entry: Entry):
-        """Finds out who asks, which is decided once for each head that a connection repeats."""
-        cache, callers = request.cache, self.callers
-        if callers not in cache:
-            entry.address = callers.address(request, entry.peer)  # also of those who are refused
-            credential = callers.credential(request, request.query)
-            try:
-                caller = callers.identify(credential, entry.address)
-            except Unauthorized:
-                raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
-            cache[callers] = callers.end_user(request, entry.peer, caller), entry.address
-        entry.caller, entry.address = cache[callers]
+        """Finds out who asks, which is decided once for each head that a connection repeats, until
+        keys are changed."""
+        known = request.cache.get("caller")
+        if known is None or known[0] is not self.callers or (
+                known[1].until is not None and known[1].until <= self.wall()):
+            known = request.cache["caller"] = self.identify_anew(request, entry)
+        _, entry.caller, entry.address = known
+
+    def identify_anew(self, request, entry):
+        callers = self.callers
+        entry.address = callers.address(request, entry.peer)  # also of those who are refused
+        credential = callers.credential(request, request.query)
+        try:
+            caller = callers.identify(credential, entry.address, self.wall())
+        except Unauthorized:
+            raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        return callers, callers.end_user(request, entry.peer, caller), entry.address
 
     def require_role(self, request: Request, entry: Entry, role: str):
-        """Finds out who asks for a page. Raises Unauthorized, TooManyGuesses, Forbidden."""
-        entry.address = self.callers.address(request, entry.peer)
-        credential = self.callers.credential(request, request.query)
-        config = self.config
-        for key, has in ((config.admin_key, "admin"), (config.viewer_key, "viewer")):
-            if key and hmac.compare_digest(credential or b"", self.callers.digest(key)):
-                entry.caller = Caller(("key", credential), has, role=has)
-                if role == "admin" != has:
-                    raise Forbidden("This takes an admin's key")
-                return
-        raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        """Finds out who asks for a page that is for this role and those above it. Raises
+        Unauthorized, TooManyGuesses, RoleTooLow."""
+        self.identify(request, entry)
+        has = entry.caller.role
+        if has is None:  # anyone may call, and nobody else
+            raise (self.wrong_keys.refusal(entry.address) if entry.caller.key[0] == "key"
+                   else Unauthorized())
+        if ROLES.index(has) < ROLES.index(role):
+            raise RoleTooLow()
+
+    def wall(self) -> float:
+        return self.clock.time_ns() / 1e9
+
+    def bind(self, call, name):
+        """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
+        if call.prefix not in (None, name) or name not in self.routes.by_name:
+            raise UpstreamNotAllowed()
+        call.prefix = name
+
+    @staticmethod
+    def own_secrets_only(upstreams):
+        """Returns those upstreams that are not shown what a caller shows us: its key is one of
+        ours. Raises UpstreamNotAllowed."""
+        found = [one for one in upstreams if one.key != PASSTHROUGH]
+        if not found:
+            raise UpstreamNotAllowed()
+        return found
+
+    def check_models(self, call, method, globs):
+        """Raises ModelNotAllowed for a call of another model than these, or of nobody knows
+        which."""
+        names = [name for name in call.models if name]
+        if call.endpoint is None:  # what is not read
+            if method not in FREE_METHODS and self.config.unknown_calls == "pass":
+                raise ModelNotAllowed()
+            return
+        if call.model != call.resolved_model and may_use(globs, call.model):
+            names[:1] = [call.model]  # an alias
+        if not names or not all([may_use(globs, name) for name in names]):
+            raise ModelNotAllowed()
+
+    def take_keys(self, keys: StoredKeys, orders: Sequence[Order]):
+        """Goes by keys as they are now, and does what was ordered."""
+        if keys.closed > self.callers.stored.closed and self.config.proxy_api_keys is None:
+            self.books.log.say("a key is stored: nobody may call without one from now on")
+        self.callers = build_callers(self.config, self.callers.label_secret, keys)
+        self.limits.take_keys(keys.rules, self.wall())
+        models = self.estimator.models
+        self.estimator = build_estimator(self.config, self.prices, self.limits)
+        self.estimator.models = models
+        for order in orders:
+            self.carry_out(order)
+
+    def carry_out(self, order: Order):
+        """Fills or adds to the buckets of a caller."""
+        count = 0
+        for caller in self.callers.named(order.caller):
+            if order.unit is None:
+                self.limits.buckets.fill(caller.key)
+                count += 1
+            else:
+                until = self.clock.monotonic() + order.until - self.wall()
+                count += self.limits.give(
+                    caller, order.unit, order.amount, until, bool(order.done))
+        if not count:
+            self.books.log.say("%s has no bucket%s here: it was given nothing" % (
+                ascii(order.caller)[1:-1], " in " + order.unit if order.unit else ""))
 
     def admit(self, upstream, entry, call):
-        """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
+        """Sets aside what the call will cost. Raises LimitReached, NoPrice, ModelNotAllowed."""
+        key = entry.caller.stored_key
+        if key and key.models:
+            self.check_models(call, entry.method, key.models)
         costs, least = self.estimate(call, entry)
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
                                  upstream.name, least, call.models[1:])
@@ -9207,13 +9894,19 @@ class Proxy:
         return request.end_to_end(NEVER_UPSTREAM.union(dropped))
 
 
+def may_use(globs: Sequence[str], model: str) -> bool:
+    """Tells whether a key of these models may use one."""
+    return any([names_model(glob, model) for glob in globs])
+
+
 def default_rule(config):
     """Returns the plain settings as a rule: whole intervals, several tokens each."""
     units = {"request": "requests", "estimate": "estimate", "usage": "tokens"}
     rate = config.refill_tokens, config.refill_interval_seconds
     text = "each %d tokens per %ds burst %d" % (*rate, config.max_tokens)
-    unit = UNITS.index(units[config.token_cost_mode])
-    return Rule(text, (("each", ""),), unit, config.max_tokens, *rate, rate)
+    unit = units[config.token_cost_mode]
+    return Rule(text, (("each", ""),), UNITS.index(unit), config.max_tokens, *rate, rate,
+                (("caller",), unit, rate[1]))
 
 
 def new_loop(clock, log):
@@ -9236,15 +9929,45 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
-    limits = build_limits(config, Buckets(clock))
+    secret = database.secret() if database else os.urandom(32)
+    keys = stored_keys(database, secret)
+    if keys.closed:
+        config.note_stored_keys()
+    limits = build_limits(config, Buckets(clock), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
-    secret = database.secret() if database else os.urandom(32)
-    return Proxy(config, clock, new_loop(clock, log), build_callers(config, secret), limits,
-                 prices, build_estimator(config, prices, limits), build_dialects(config), stored,
-                 build_routes(config, clock, log.say),
-                 build_books(config, clock, log, limits, stored, database),
-                 build_watchers(config, clock, limits))
+    proxy = Proxy(config, clock, new_loop(clock, log), build_callers(config, secret, keys), limits,
+                  prices, build_estimator(config, prices, limits), build_dialects(config), stored,
+                  build_routes(config, clock, log.say),
+                  build_books(config, clock, log, limits, stored, database, keys, secret),
+                  build_watchers(config, clock, limits))
+    hear_of_keys(proxy, database)
+    return proxy
+
+
+def stored_keys(database: Optional[Database], secret: bytes) -> StoredKeys:
+    """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
+    let in."""
+    if database is None:
+        return StoredKeys(secret)
+    try:
+        return read_keys(database.key_rows(), secret)[0]
+    except sqlite3.Error:
+        return StoredKeys(secret, closed=True)
+
+
+def hear_of_keys(proxy: Proxy, database: Optional[Database]):
+    """Has the ledger tell the loop what it reads of keys and orders; what was given before is given
+    again before a call could find less."""
+    def tell(keys, orders):
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
+
+    if proxy.books.ledger:
+        proxy.books.ledger.on_news = tell
+    with contextlib.suppress(sqlite3.Error):
+        for order in database.take_orders(proxy.wall(), again=True) if database else ():
+            proxy.carry_out(order)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -9253,8 +9976,8 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     rest = proxy.config.take(config)
     config = proxy.config
     proxy.weights = config.key_weights or {}
-    proxy.callers = build_callers(config, proxy.callers.label_secret)
-    proxy.limits = build_limits(config, proxy.limits.buckets)
+    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
+    proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
     proxy.limits.take_over(proxy.clock.time_ns() / 1e9)
     proxy.prices = Prices(config.prices, config.unpriced)
     models = proxy.estimator.models
@@ -9263,14 +9986,23 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     return rest
 
 
-def build_callers(config: Config, secret: bytes) -> Callers:
-    return Callers(config.proxy_api_keys or None, secret, config.trusted_proxies or (),
-                   config.caller_header, config.has_dialect("azure"))
+def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
+    keys = config.proxy_api_keys
+    if keys is None and stored.closed:
+        keys = {}
+    elif not keys:
+        keys = None
+    steering = {config.viewer_key: "viewer", config.admin_key: "admin"}
+    steering.pop(None, None)
+    return Callers(keys, secret, config.trusted_proxies or (), config.caller_header,
+                   config.has_dialect("azure"), stored, steering)
 
 
-def build_limits(config: Config, buckets: Buckets) -> Limits:
+def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, ...]]) -> Limits:
     message = config.limit_message.replace("{me}", "%s/me" % config.public_url)
-    return Limits(config.limits or [default_rule(config)], buckets, message)
+    limits = Limits(config.limits or [default_rule(config)], buckets, message)
+    limits.own = own
+    return limits
 
 
 def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
@@ -9279,10 +10011,11 @@ def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstim
                          config.image_tokens, limits.units())
 
 
-def build_books(config, clock, log, limits, stored, database):
+def build_books(config, clock, log, limits, stored, database, keys, secret):
     ledger = None
     if config.database != "off":
-        ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log)
+        ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log,
+                        keys, secret)
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
     return Books(log, ledger, usage_log)
 
@@ -9335,9 +10068,9 @@ class Catalogue:
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def models(self, context: Context) -> Dict[str, Model]:
-        """Returns them by name; the first of a name counts. Who asks while another one's question
-        is under way takes what that brings."""
+    async def models(self, context: Context, upstream: Optional[str] = None) -> Dict[str, Model]:
+        """Returns them by name, or those of one upstream; the first of a name counts. Who asks
+        while another one's question is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -9348,7 +10081,9 @@ class Catalogue:
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
-        for model in itertools.chain(*self.lists):
+        lists = [models for one, models in zip(self.upstreams, self.lists)
+                 if upstream in (None, one.name)]
+        for model in itertools.chain(*lists):
             found.setdefault(model.name, model)
         return found
 
@@ -9393,8 +10128,7 @@ class Pages:
             return None
         if request.path == "/health":
             return self.health
-        if request.path in self.MODELS_PATHS and (
-                self.lists_models or not self.dialect(request).OWN_LIST):
+        if request.path in self.MODELS_PATHS:
             return self.models
         return None
 
@@ -9443,12 +10177,18 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        models = await self.catalogue.models(reply.context)
-        if not models and not self.lists_models:
+        key = reply.entry.caller.stored_key
+        own = key and (key.models or key.upstream)
+        if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
+            return await proxy.serve(request, reply)
+        models = await self.catalogue.models(reply.context, key and key.upstream)
+        if not (own or models or self.lists_models):
             return await proxy.serve(request, reply)  # it may speak the client's API alone
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        reply.send(200, self.dialect(request).models(list(models.values())))
+        found = [model for model in models.values()
+                 if not (key and key.models) or may_use(key.models, model.name)]
+        reply.send(200, self.dialect(request).models(found))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9697,9 +10437,9 @@ class Admin:
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
         found = collections.defaultdict(dict)
-        for key, (_, _, rule) in self.proxy.limits.buckets.levels.items():
-            for owner in key[1:]:
-                found[owner][key] = rule
+        for one in self.proxy.limits.buckets.levels.values():
+            for owner in one.key[1:]:
+                found[owner][one.key] = one.rule
         return found
 
     def buckets_of(self, caller, not_full):
@@ -10596,6 +11336,59 @@ def open_patiently(log_stream, path, lock, tries=12):
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
+class AdminKey:
+    """The key of whoever started this process, where no other admin's key is set or stored: another
+    one at each start, told on the terminal, else in a file that its owner alone can read."""
+    path: Optional[str] = None
+
+    def __init__(self, proxy: Proxy):
+        self.proxy = proxy
+        self.is_needed = not proxy.config.admin_key and not (
+            proxy.callers.stored.has_admin(proxy.wall()))
+
+    def words(self, at_terminal: bool) -> List[str]:
+        """Makes it, if it is needed; returns what the log is to say of it."""
+        config = self.proxy.config
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+        page = "%s/dashboard" % (
+            config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+        if not self.is_needed:
+            return ["dashboard: %s" % page]
+        key = new_secret()
+        if not at_terminal:
+            fault = self.write(key)
+            if fault:
+                return ["dashboard: %s needs ADMIN_KEY to be set: %s" % (page, fault)]
+        config.admin_key = key
+        self.proxy.callers = build_callers(
+            config, self.proxy.callers.label_secret, self.proxy.callers.stored)
+        return ["dashboard: %s with the key %s" % (
+            page, "in " + self.path if self.path else key)]
+
+    def write(self, key):
+        """Puts it into a file of this process's own; returns why that cannot be done."""
+        ledger = self.proxy.books.ledger
+        if not (ledger and ledger.database):
+            return "there is no DATABASE beside which a key could be kept"
+        path = ledger.path + ".admin-key"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+            # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(file, "w", encoding="ascii") as stream:
+                stream.write(key + "\n")
+        except OSError as failure:
+            return "%s cannot be written: %s" % (path, failure.strerror or failure)
+        self.path = path
+        return None
+
+    def forget(self):
+        if self.path:
+            with contextlib.suppress(OSError):
+                os.remove(self.path)
+
+
 def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         reread: Callable[[], Config]) -> int:
     """Serve until a signal says stop; returns the exit code. `remarks` are for the start of the
@@ -10613,8 +11406,10 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
-    words = greeting(config) + remarks
+    admin_key = AdminKey(proxy)
+    words = greeting(config) + remarks + admin_key.words(log_stream.isatty())
     proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
+    admin_key.forget()
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
@@ -10892,6 +11687,108 @@ def version_line():
         VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
 
 
+def add_keys_command(commands):
+    """Adds `keys`, and what can be done with them."""
+    acts = commands.add_parser(
+        "keys", help="make, list and change keys in DATABASE; see keys --help").add_subparsers(
+            dest="act", metavar="|".join(KEY_ACTS), required=True)
+    for act, sentence in KEY_ACTS.items():
+        parser = acts.add_parser(act, help=sentence, description=sentence)
+        if act != "list":
+            parser.add_argument("name", metavar="NAME")
+        for field, (_, meaning) in KEY_FIELDS.items() if act in ("add", "set") else ():
+            parser.add_argument("--" + field, metavar="TEXT", help=meaning)
+    for act, words, options in KEY_OPTIONS:
+        acts.choices[act].add_argument(*words, **options)
+
+
+KEY_ACTS = {
+    "add": "make a key, and print it, once",
+    "list": "print all keys",
+    "show": "print what is known of a key",
+    "set": "change what a key may do; an empty text takes it away",
+    "revoke": "let a key in no more, until it is restored",
+    "restore": "let a revoked key in again",
+    "rotate": "make another secret for a key, and print it, once; all else stays",
+    "remove": "forget a key; the books keep what it used",
+    "give": "let a caller's buckets of a unit hold more for a time, and add that",
+    "reset": "fill a caller's buckets"}
+KEY_OPTIONS = (
+    ("list", ["--json"], {"action": "store_true"}),
+    ("show", ["--json"], {"action": "store_true"}),
+    ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
+    ("rotate", ["--grace"], {"metavar": "1h", "help": "how long the old secret is good still"}),
+    ("give", ["amount"], {"metavar": "AMOUNT"}),
+    ("give", ["unit"], {"choices": UNITS[:5]}),
+    ("give", ["--for"], {"dest": "seconds", "metavar": "1d", "help": "how long; 1d if not said"}))
+CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY_API_KEYS"
+          " (PROXY_API_KEYS=anyone lets all in)")
+
+
+def keys_command(options, found, log_stream):
+    """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
+    path = found.get("DATABASE", DEFAULT_DATABASE)
+    if path == "off":
+        raise ConfigFaults("keys are stored in DATABASE, and that is off")
+    user = found.get("USER") or found.get("LOGNAME") or found.get("USERNAME") or "somebody"
+    database = open_patiently(path, log_stream)
+    store = KeyStore(database, time, Actor(user, "admin", "command line"))
+    given = {name: value for name, value in vars(options).items()
+             if name not in ("act", "command", "check", "demo", "json") and value is not None}
+    try:
+        with contextlib.closing(database.connection):
+            if options.act in ("give", "reset"):
+                require_caller(store, options.name, found)
+            show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
+                **given), found)
+    except KeyFault as fault:
+        print(fault, file=sys.stderr)
+        return 1
+    except sqlite3.Error as failure:
+        raise Unwritable(path, failure) from None
+    return 0
+
+
+def require_caller(store, name, found):
+    """Raises KeyFault where nobody who is known here has this name: it may be misspelt."""
+    try:
+        keys = proxy_keys(found.get("PROXY_API_KEYS", "anyone"))
+        names = [*filter(None, keys.values()), str(read_network(name).network_address)]
+    except ValueError:
+        names = list(filter(None, keys.values()))
+    if name not in names:
+        store.find(name)
+
+
+def show_keys(options, result, found):
+    """Prints what came of it: of a new key the secret alone on stdout."""
+    if isinstance(result, NewKey):
+        print(result.secret)
+        if result.closes and not found.get("PROXY_API_KEYS"):
+            print(CLOSED, file=sys.stderr)
+    elif options.act in ("list", "show"):
+        keys = result if options.act == "list" else [result]
+        rows = [key.as_dict() for key in keys]
+        if options.json:
+            print(json.dumps(rows if options.act == "list" else rows[0], indent=2))
+        elif options.act == "show":
+            print_table(("field", "value"), list(map_times(rows[0]).items()))
+        elif rows:
+            print_table(list(rows[0]), [list(map_times(row).values()) for row in rows])
+        else:
+            print("no keys yet")
+
+
+def map_times(row):
+    """Returns a key's fields as people read them."""
+    found = {name: "-" if value is None else value for name, value in row.items()}
+    for name in ("created", "expires", "last_used"):
+        if row[name]:
+            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name]))
+    found["disabled"] = "yes" if row["disabled"] else "-"
+    return found
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
@@ -10904,7 +11801,7 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage | prices")
+    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", choices=GROUPS, action="append",
@@ -10921,6 +11818,7 @@ def parse_arguments(arguments):
         "--update", nargs="+", metavar=("FILE", "URL"),
         help="fetch a list into FILE, by default from " + PRICES_URL)
     prices.add_argument("--json", action="store_true")
+    add_keys_command(commands)
     return parser.parse_args(arguments)
 
 
@@ -10950,6 +11848,8 @@ def run_command(options, environ, log_stream):
         found = set_variables(environ, read_dotenv(dotenv)[0])
         if options.command == "prices":
             return prices_command(options, found.get("PRICES"))
+        if options.command == "keys":
+            return keys_command(options, found, log_stream)
         return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
     if options.demo:
         environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
