@@ -992,6 +992,12 @@ class Config(types.SimpleNamespace):
         if self.texts["BASE_API_URL"] is None and not names:
             yield ("BASE_API_URL is not set. Start like this:"
                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
+        if "{me}" in (self.limit_message or "") and not self.public_url:
+            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        yield from self.contradictions_of_keys()
+        yield from self.contradictions_of_tls()
+
+    def contradictions_of_keys(self):
         if self.proxy_api_keys:
             for name, text in self.texts.items():
                 if name.endswith("_KEY") and text == PASSTHROUGH:
@@ -1000,9 +1006,6 @@ class Config(types.SimpleNamespace):
         own = [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
         if len(set(own)) < len(own):
             yield "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"
-        if "{me}" in (self.limit_message or "") and not self.public_url:
-            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
-        yield from self.contradictions_of_tls()
 
     def contradictions_of_tls(self):
         if self.tls_cert_file:
@@ -1588,8 +1591,6 @@ class Caller:
                  key_name: Optional[str] = None, role: Optional[str] = None,
                  stored_key: Optional[Key] = None, until: Optional[float] = None):
         self.key = key
-        self.role = role
-        self.team = self.tag = None
         self.name = name
         self.key_name = key_name
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
@@ -7136,12 +7137,7 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                if body or method in ("POST", "PUT", "PATCH"):
-                    head += b"Content-Length: %d\r\n" % len(body)
-                at_once = body if len(body) <= BLOCK else b""  # what is large is not copied
-                stream.write(b"%b\r\n%b" % (head, at_once))
-                if at_once is not body:
-                    stream.write(body)
+                self.write(stream, method, head, body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
                     request_was_sent = await stream.drain(
@@ -7162,6 +7158,16 @@ class Address:
             if isinstance(failure, (OSError, Malformed)):
                 raise UpstreamFailed(failure) from None
             raise
+
+    @staticmethod
+    def write(stream, method, head, body):
+        """Send both, at once where they are small: what is large is not copied for that."""
+        if body or method in ("POST", "PUT", "PATCH"):
+            head += b"Content-Length: %d\r\n" % len(body)
+        at_once = body if len(body) <= BLOCK else b""
+        stream.write(b"%b\r\n%b" % (head, at_once))
+        if at_once is not body:
+            stream.write(body)
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leave a connection whose caller left."""
