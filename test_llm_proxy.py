@@ -1272,6 +1272,8 @@ class RulesTest(TableCase):
         each unlimited tokens per week -> tokens None 0
         key:ci-* 5 running -> running 5 inf
         all unlimited running -> running None 0
+        team:red 2 usd per day -> usd 2000000000000 4.32e-08
+        each,team:* 3 tokens per day -> tokens 3 28800
         """
 
     def test_a_rule_is_a_bucket(self):
@@ -1303,6 +1305,7 @@ class RulesTest(TableCase):
         key: 1 requests per day -> 'key:'
         each,key:a 1 requests per day -> 'each,key:a'
         all,address 1 requests per day -> 'all,address'
+        team: 1 requests per day -> 'team:'
         each -> the end
         each 1 usd per day burst 0.0000001 -> '0.0000001'
         each 2 running per day -> 'per'
@@ -2003,6 +2006,99 @@ class RulesTogetherTest(LimitsCase):
             with awaited(admission):
                 self.assertEqual(self.left(), left)
             self.assertEqual(self.left(), 6)
+
+
+class KeysRulesTest(LimitsCase):
+    """Rules of teams, and of keys themselves."""
+
+    def key(self, name, limits=None, team=None):
+        rules = llm_proxy.rules_of_one(limits) if limits else ()
+        return llm_proxy.Key(name, team=team, limits=limits, subject=name.encode(), rules=rules)
+
+    def caller(self, name, **fields):
+        key = self.key(name, **fields)
+        return llm_proxy.Caller(("key", key.subject), name, stored_key=key)
+
+    def ask(self, one, *amounts):
+        return awaited(self.limits.admit(one, "1", "m", costs(*amounts)))
+
+    def test_a_team_is_charged_beside_its_members(self):
+        self.start("each 5 requests per hour; team:r* 3 requests per hour")
+        for name, team, left in self.each((
+                ("ann", "red", 2), ("ben", "red", 1), ("cem", "blue", 4), ("dan", None, 4))):
+            self.assertEqual(self.ask(self.caller(name, team=team), 1).tightest.level, left)
+        self.ask(self.caller("ann", team="red"), 1)
+        with self.assertRaises(LimitReached) as caught:
+            self.ask(self.caller("ben", team="red"), 1)
+        self.assertEqual(caught.exception.cause, "team:r* 3 requests per hour")
+
+    def test_each_member_of_a_team_may_have_a_bucket(self):
+        self.start("each,team:red 1 requests per hour")
+        for name in ("ann", "ben"):
+            self.ask(self.caller(name, team="red"), 1)
+        self.ask(self.caller("cem"), 9)
+        self.assertEqual([level for _, level in self.levels()], [0, 0])
+
+    def test_a_keys_own_rule_replaces_the_general_one_of_its_unit_and_duration(self):
+        self.start("each 5 requests per hour; key:ann 7 requests per hour; each 9 tokens per day;"
+                   "all 99 requests per hour")
+        for limits, expected in self.each("""
+                3 requests per hour -> each 3 requests per hour, each 9 tokens per day
+                unlimited requests per hour -> each 9 tokens per day
+                3 requests per 1h; 1 usd per day -> each 3 requests per 1h, each 1 usd per day, \
+each 9 tokens per day
+                3 requests per day -> each 3 requests per day, key:ann 7 requests per hour, \
+each 9 tokens per day"""):
+            found = self.limits.matching(self.caller("ann", limits=limits), "1", "m")
+            texts = [rule.text for rule, _ in found]
+            self.assertEqual(texts[:-1], expected.split(", "))
+
+    def test_the_one_bucket_of_the_plain_settings_is_a_general_rule_too(self):
+        config = read_config({**HERE, "MAX_TOKENS": "5"})
+        limits = llm_proxy.build_limits(config, Buckets(Clock()), {})
+        one = self.caller("ann", limits="9 requests per 5m")
+        texts = [rule.text for rule, _ in limits.matching(one, "1", "m")]
+        self.assertEqual(texts, ["each 9 requests per 5m"])
+
+    def change(self, old, new, general="each 10 requests per hour"):
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        self.start(general)
+        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.ask(self.caller("ann", limits=old), 2)
+        rules = llm_proxy.rules_of_one(new) if new else ()
+        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        return self.levels()
+
+    def test_a_changed_rules_bucket_keeps_its_share(self):
+        for old, new, left in self.each((
+                ("10 requests per hour", "100 requests per hour", 80),
+                ("20 requests per hour", "5 requests per day", 9),  # the general one counts now
+                (None, "20 requests per hour", 16), ("20 requests per hour", None, 9),
+                ("10 requests per hour", "10 requests per hour; 5 usd per day", 8))):
+            self.assertEqual([level for _, level in self.change(old, new)], [left])
+        self.assertEqual(self.change("10 requests per day", "5 tokens per day"),
+                         [("each 10 requests per hour", 8)])
+
+    def test_what_is_given_is_beyond_the_rule_for_a_time(self):
+        self.start("each 5 requests per hour")
+        ann = self.caller("ann")
+        self.ask(ann, 4)
+        self.assertEqual(self.limits.give(ann, "requests", 6, self.clock.now + 100), 1)
+        self.assertEqual(self.limits.give(ann, "usd", 6, self.clock.now + 100), 0)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 6)
+        self.assertEqual([level for _, level in self.levels()], [6])  # and is saved, though full
+        self.clock.now += 100
+        self.assertEqual(self.ask(ann, 0).tightest.level, 5)
+        self.assertEqual(self.buckets.given, {})
+
+    def test_what_is_given_lifts_a_debt_and_ends_with_its_time(self):
+        self.start("each 5 requests per 5h")
+        ann = self.caller("ann")
+        self.ask(ann, 5).settle(costs(9))
+        self.limits.give(ann, "requests", 6, self.clock.now + 10)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+        self.clock.now += 3600
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
 
 
 class LimitsOverHttpTest(ProxyCase):
@@ -7088,6 +7184,137 @@ class LedgerTest(LedgerCase):
             self.assertEqual(path.read_bytes(), data)
 
 
+class KeysCase(LedgerCase):
+    """A proxy with a ledger, whose keys are changed by another connection, as a command does."""
+    ACTOR = llm_proxy.Actor("ida", "admin", "command line")
+
+    def store(self, path=None, clock=None):
+        database = llm_proxy.Database(path or self.path)
+        self.addCleanup(database.connection.close)
+        return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
+
+    def change(self, act, *arguments, **fields):
+        """Changes keys; returns what came of it when the proxy knows."""
+        before = self.proxy.callers
+        result = getattr(self.store(), act)(*arguments, **fields)
+        wait_for(lambda: self.proxy.callers is not before, "the change")
+        return result
+
+    def add(self, name="ann", **fields):
+        """Returns the secret of a new key."""
+        return self.change("add", name, **fields).secret
+
+    def execute(self, *statements, path=None):
+        with contextlib.closing(sqlite3.connect(path or self.path)) as connection:
+            found = [connection.execute(statement).fetchall() for statement in statements]
+            connection.commit()
+        return found[-1]
+
+    def statuses(self, *keys):
+        return [self.ask(call(key)).status for key in keys]
+
+
+class KeyStoreTest(KeysCase):
+    def setUp(self):
+        self.path, self.clock = new_path(self, "llm_proxy.db"), Clock()
+        self.keys = self.store(clock=self.clock)
+
+    def fails(self, said, act, *arguments, **fields):
+        with self.assertRaisesRegex(llm_proxy.KeyFault, said):
+            getattr(self.keys, act)(*arguments, **fields)
+
+    FIELDS = {"role": "caller", "team": "red", "expires": "30d", "models": "gemma*,gpt-4*",
+              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web app",
+              "note": "ann's laptop"}
+
+    def test_what_is_said_of_a_key_is_kept_and_can_be_changed_and_taken_away(self):
+        made = self.keys.add("ann", **self.FIELDS)
+        self.assertRegex(made.secret, "^sk-[A-Za-z0-9_-]{43}$")
+        now = self.clock.time_ns() / 1e9
+        expected = {"name": "ann", **self.FIELDS, "created": now, "expires": now + 30 * 86400,
+                    "disabled": False, "last_used": None}
+        self.assertEqual(self.keys.find("ann").as_dict(), expected)
+        self.assertEqual([key.as_dict() for key in self.keys.list()], [expected])
+        self.clock.now += 99
+        self.keys.set("ann", expires="1h", team="", models=None, limits="7 running")
+        changed = {**expected, "expires": now + 3600, "team": None, "models": None,
+                   "limits": "7 running"}
+        self.assertEqual(self.keys.find("ann").as_dict(), changed)
+        self.keys.set("ann", **dict.fromkeys(self.FIELDS, ""))
+        bare = {**changed, **dict.fromkeys(self.FIELDS), "role": "caller"}
+        self.assertEqual(self.keys.find("ann").as_dict(), bare)
+
+    def test_no_secret_is_stored(self):
+        made = self.keys.add("ann")
+        again = self.keys.rotate("ann", "1h")
+        self.keys.database.connection.close()
+        with open(self.path, "rb") as file:
+            data = file.read()
+        for secret in (made.secret, again.secret):
+            self.assertNotIn(secret.encode(), data)
+            self.assertIn(llm_proxy.digest(secret), data)
+
+    def test_what_is_wrong_is_said_and_changes_nothing(self):
+        self.keys.add("ann")
+        for act, name, fields, said in self.each((
+                ("add", "ann", {}, "stored already"), ("add", "a b", {}, "name must be"),
+                ("add", "", {}, "name must be"), ("add", "a" * 65, {}, "name must be"),
+                ("add", None, {}, "name must be text"), ("add", "ben", {"role": "root"}, "role must"),
+                ("add", "ben", {"expires": "soon"}, "expires must be such as"),
+                ("add", "ben", {"expires": 7}, "expires must be text"),
+                ("add", "ben", {"limits": "each 1 usd per day"}, "limits must be rules"),
+                ("add", "ben", {"models": "a,,b"}, "models must be"),
+                ("add", "ben", {"note": "a\nb"}, "note must be one line"),
+                ("add", "ben", {"tag": "x" * 65}, "tag must be one line"),
+                ("add", "ben", {"upstream": "A/B"}, "upstream must be"),
+                ("add", "ben", {"secret": "x"}, "no field secret"),
+                ("set", "ann", {"subject": "x"}, "no field subject"),
+                ("set", "ben", {}, "no key is stored by the name ben"),
+                ("rotate", "ben", {}, "no key"), ("rotate", "ann", {"grace": "1x"}, "grace must be"),
+                ("revoke", "ben", {}, "no key"), ("remove", "ben", {}, "no key"))):
+            self.fails(said, act, name, **fields)
+        for amount, unit, time in self.each((("0", "usd", None), ("1.5", "tokens", None),
+                                             ("1", "running", None), ("1", "usd", "1x"))):
+            self.fails("must be", "give", "ann", amount, unit, time)
+        self.assertEqual([key.name for key in self.keys.list()], ["ann"])
+        self.assertEqual(self.execute("SELECT count(*) FROM audit"), [(1,)])
+
+    def test_every_change_is_in_the_audit(self):
+        self.keys.add("ann", team="red")
+        for act, *arguments in (("revoke",), ("restore",), ("rotate", "1h"), ("reset",),
+                                ("give", "2", "usd", "1h"), ("remove",)):
+            getattr(self.keys, act)("ann", *arguments)
+        rows = self.execute("SELECT who, role, address, what, target, detail FROM audit ORDER BY id")
+        self.assertEqual({row[:3] + row[4:5] for row in rows}, {(*self.ACTOR, "ann")})
+        self.assertEqual([(row[3], row[5]) for row in rows], [
+            ("add key", "team=red"), ("revoke key", ""), ("restore key", ""),
+            ("rotate key", "grace 1h"), ("reset", ""), ("give", "2 usd for 1h"),
+            ("remove key", "")])
+        (found,), = self.execute("SELECT max(time) FROM audit")
+        self.assertLess(abs(found - time.time()), 60)
+
+    def test_a_hundred_keys_made_at_once_are_all_there(self):
+        made = []
+
+        def make(number):
+            keys = self.store(clock=self.clock)
+            made.extend(keys.add("%d.%d" % (number, one)).secret for one in range(5))
+        with threads([functools.partial(make, number) for number in range(20)]):
+            pass
+        self.assertEqual((len(self.keys.list()), len(set(made))), (100, 100))
+        digests = {row[0] for row in self.execute("SELECT digest FROM secrets")}
+        self.assertEqual(digests, set(map(llm_proxy.digest, made)))
+
+    def test_the_first_key_of_a_caller_closes_the_door_for_good(self):
+        self.assertFalse(self.keys.add("boss", role="admin").closes)
+        self.assertFalse(self.keys.database.is_closed())
+        self.assertTrue(self.keys.add("ann").closes)
+        self.assertFalse(self.keys.add("ben").closes)
+        for name in ("ann", "ben"):
+            self.keys.remove(name)
+        self.assertTrue(self.keys.database.is_closed())
+
+
 class BalanceTest(LedgerCase):
     """The books balance: each bucket lacks exactly what the ledger says was charged to it."""
     RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
@@ -7559,6 +7786,6778 @@ class SettlingTest(LedgerCase):
             body = {**json.loads(completion(50, 0)), **json.loads(told)}
             self.start(says(json.dumps(body).encode()))
             self.assert_status(200, call(model="gpt-4o-mini"), "x-llm-cost-usd: " + usd)
+
+
+class KeysTest(KeysCase):
+    def test_the_first_key_closes_the_door_and_keys_of_the_settings_go_on_working(self):
+        self.start()
+        self.assertEqual(self.statuses("x", None), [200, 200])
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
+        self.assertIn("nobody may call without one from now on", self.lines.text())
+        self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
+        self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
+        self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
+
+    def test_the_door_stays_open_where_anyone_may_call(self):
+        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day", LIMIT_REPLY="error")
+        ann = self.add()
+        self.assertEqual(self.statuses("x", None, ann, ann), [200, 200, 200, 429])
+
+    def test_the_door_is_closed_at_the_next_start_too(self):
+        self.start()
+        self.add()
+        self.change("remove", "ann")
+        self.assertEqual(self.statuses("x"), [401])
+        self.start(DATABASE=self.path)
+        self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
+        self.assertEqual(self.proxy.config.web_origins, ("*",))
+
+    def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
+        config = read_config({"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"})
+        self.assertEqual(config.host, "127.0.0.1")
+        config.note_stored_keys()
+        self.assertEqual(config.host, "0.0.0.0")
+        self.assertEqual(config.warnings(), [])
+
+    def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
+        for policy, act in self.each(itertools.product(
+                ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
+            if (policy, act) == ("anyone", "remove"):
+                continue  # nobody knows it any more
+            clock = Clock()
+            self.start(clock=clock, PROXY_API_KEYS=policy)
+            ann = self.add(expires="30d")
+            client = self.connect()
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            clock.now += 60
+            self.change(act, "ann", **{"expires": "1m"} if act == "set" else {})
+            self.assertEqual(client.exchange(call(ann)).status, 401)
+            self.assertEqual(self.stub.calls, 1)
+
+    def test_a_key_that_expires_is_a_401_from_then_on(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, client = self.add(expires="15m"), self.connect()
+        for seconds, status in self.each(((899, 200), (1, 401), (60, 401))):
+            clock.now += seconds
+            self.assertEqual(client.exchange(call(ann)).status, status)
+        self.change("set", "ann", expires="never")
+        self.assertEqual(client.exchange(call(ann)).status, 200)
+
+    def test_a_revoked_key_is_let_in_again_when_it_is_restored(self):
+        self.start()
+        ann = self.add()
+        self.change("revoke", "ann")
+        self.assertEqual(self.statuses(ann), [401])
+        self.change("restore", "ann")
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_rotation_changes_the_secret_and_nothing_else(self):
+        self.start(clock=Clock(), MAX_TOKENS=10)
+        first = self.add(team="red")
+        self.ask(call(first))
+        second = self.change("rotate", "ann").secret
+        third = self.change("rotate", "ann", "1h").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 200, 200])
+        self.assertEqual((self.left(second), self.left(third)), (7, 7))
+        rows = self.wait_for_rows(4)
+        self.assertEqual([row["caller"] for row in rows], ["ann", "127.0.0.1", "ann", "ann"])
+        self.proxy.clock.now += 3600
+        self.assertEqual(self.statuses(second, third), [401, 200])
+
+    def test_a_rotation_without_grace_ends_all_secrets_before(self):
+        self.start()
+        first = self.add()
+        second = self.change("rotate", "ann", "1h").secret
+        third = self.change("rotate", "ann").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 401, 200])
+
+    STEERING = {"ADMIN_KEY": "sk-admin-0123456789", "VIEWER_KEY": "sk-viewer-0123456789"}
+
+    def test_keys_of_viewers_and_admins_make_no_calls_and_never_go_upstream(self):
+        for settings in self.each(({"PROXY_API_KEYS": "anyone"}, {"BASE_API_KEY": "passthrough"},
+                                   {"PROXY_API_KEYS": "ann=sk-1"})):
+            self.start(**self.STEERING, **settings)
+            stored = [self.add(role, role=role) for role in ("viewer", "admin")]
+            for key in [*self.STEERING.values(), *stored]:
+                for data in (call(key), request("GET", "/v1/files", key=key)):
+                    self.assertEqual(self.ask(data).error()["code"], "key_not_for_calls")
+            self.assertEqual(self.stub.calls, 0)
+            self.assertFalse(self.execute("SELECT * FROM facts WHERE name = 'closed'"))
+
+    def test_a_stored_key_never_goes_up_where_callers_show_their_own(self):
+        stubs = self.start_named("free", "UPSTREAM_FREE_MODELS=m BASE_API_KEY=passthrough"
+                                 " PROXY_API_KEYS=anyone")
+        ann = self.add()
+        self.assertEqual(self.ask(call(ann, model="x")).error()["code"], "upstream_not_allowed")
+        self.assertEqual(self.statuses(ann), [200])
+        self.assertEqual((self.stub.calls, stubs[0].requests[0].get("authorization")), (0, None))
+
+    def start_page(self, role, **settings):
+        """A page at /v1/x for a role."""
+        self.start(**{**self.STEERING, **settings})
+
+        async def page(request, reply):
+            self.proxy.require_role(request, reply.entry, role)
+            reply.send(200, json.dumps({"who": reply.entry.caller.label}).encode())
+        self.server.pages.find = lambda request: page
+
+    def test_a_page_asks_for_a_role(self):
+        for role, statuses in self.each((("caller", [200, 200, 200]), ("viewer", [403, 200, 200]),
+                                         ("admin", [403, 403, 200]))):
+            self.start_page(role)
+            keys = [self.add(one, role=one) for one in llm_proxy.ROLES]
+            for three in (keys, [keys[0], *reversed([*self.STEERING.values()])]):
+                self.assertEqual(self.statuses(*three), statuses)
+        self.assertEqual(self.ask(call(self.STEERING["ADMIN_KEY"])).json(), {"who": "ADMIN_KEY"})
+
+    def test_wrong_keys_are_counted_at_pages_too_even_where_anyone_may_call(self):
+        for policy in self.each(("anyone", "ann=sk-1")):
+            self.start_page("viewer", PROXY_API_KEYS=policy)
+            self.assertEqual(self.statuses(None), [401])
+            found = self.statuses(*["sk-x%d" % number for number in range(11)])
+            self.assertEqual(found, [401] * 10 + [429])
+            self.assertEqual(self.statuses(self.STEERING["VIEWER_KEY"], None), [200, 401])
+
+    def test_a_key_that_is_no_more_opens_no_page(self):
+        self.start_page("admin")
+        secret = self.add("boss", role="admin")
+        new = self.change("rotate", "boss").secret
+        self.assertEqual(self.statuses(secret, new), [401, 200])
+        self.change("revoke", "boss")
+        self.assertEqual(self.statuses(new), [401])
+
+    MODELS = (
+        ("gemma-3", 200), ("GEMMA-3", 200), ("google/gemma-3", 200), ("gpt-4o", 200),
+        ("openai/gpt-4o-2024-08-06", 200), ("gpt-4o-mini", 403), ("llama", 403), (None, 403),
+        ("cheap", 200), ("dear", 403))
+
+    def test_a_key_may_use_its_models_alone_in_every_spelling(self):
+        self.start(MODEL_ALIASES="cheap=gemma-3,dear=gpt-5")
+        ann, ben = self.add(models="gemma*,gpt-4o"), self.add("ben")
+        for model, status in self.each(self.MODELS):
+            answered = self.ask(call(ann, model=model))
+            self.assertEqual(answered.status, status)
+            if status == 403:
+                self.assertEqual(answered.error()["code"], "model_not_allowed")
+        called = self.stub.calls
+        for payload in self.each((
+                {"models": ["gemma-3", "llama"]}, {"fallbacks": ["llama"]},
+                {"fallbacks": [{"model": "llama"}]})):
+            self.assertEqual(self.ask(call(ann, model="gemma-3", **payload)).status, 403)
+        for path in self.each(("/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/unknown",
+                               "/v1beta/models/llama:generateContent", "/api/chat")):
+            self.assertEqual(self.ask(request("POST", path, chat(model="llama"), key=ann)).status, 403)
+        self.assertEqual(self.ask(request("POST", "/v1/files", b"x", key=ann)).status, 403)
+        self.assertEqual(self.stub.calls, called)
+        self.assertEqual(self.statuses(ben), [200])
+
+    def test_the_list_of_models_shows_what_a_key_may_use(self):
+        listed = {"object": "list", "data": [{"id": name} for name in ("gemma-3", "llama")]}
+        self.start(says_json(listed))
+        ann, ben, bound = self.add(models="gemma*"), self.add("ben"), self.add(
+            "cem", upstream="base")
+        for key, names in self.each(((ann, ["gemma-3"]), (ben, ["gemma-3", "llama"]),
+                                     (bound, ["gemma-3", "llama"]))):
+            for path in ("/v1/models", "/models"):
+                found = self.ask(request("GET", path, key=key)).json()
+                self.assertEqual([one["id"] for one in found["data"]], names)
+
+    def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
+        one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
+        ann, base, lost = self.add(upstream="two"), self.add("b", upstream="base"), self.add(
+            "c", upstream="gone")
+        for key, path, expected in self.each((
+                (ann, CHAT, "two"), (ann, "/two" + CHAT, "two"), (ann, "/one" + CHAT, 403),
+                (base, CHAT, "base"), (base, "/two" + CHAT, 403), (lost, CHAT, 403))):
+            answered = self.ask(request("POST", path, chat(), key=key))
+            found = answered.json()["from"] if answered.status == 200 else answered.status
+            self.assertEqual(found, expected)
+        self.assertEqual(two.requests[0].get("authorization"), "Bearer sk-two")
+        self.assertEqual(one.calls, 0)
+
+    def test_limits_of_a_key_and_of_its_team_hold_at_once(self):
+        self.start(LIMITS="each 9 requests per day; team:red 3 requests per day",
+                   LIMIT_REPLY="error")
+        ann, ben = self.add(team="red"), self.add("ben", team="red")
+        self.assertEqual(self.statuses(ann, ann, ben, ben), [200, 200, 200, 429])
+        self.change("set", "ann", team="", limits="4 requests per day")
+        self.assertEqual(self.statuses(*[ann] * 4), [200, 200, 200, 429])  # 7 of 9 were left
+        self.change("set", "ann", reset=True)
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_a_keys_rule_may_count_what_no_other_does(self):
+        self.start(says(completion(60, 0)), clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="100 tokens per day")
+        self.ask(call(ann, max_tokens=1))
+        self.assertEqual(self.left(ann), 40)
+        self.proxy.books.close(PATIENCE)
+        self.start(DATABASE=self.path, clock=self.proxy.clock, LIMITS="each 9 requests per day")
+        self.assertEqual(self.left(ann), 40)
+
+    def test_what_is_given_and_reset_counts_at_once_and_after_a_restart(self):
+        self.start(clock=Clock(), LIMITS="each 2 requests per day", LIMIT_REPLY="error",
+                   PROXY_API_KEYS="old=sk-old")
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, ann, ann), [200, 200, 429])
+        self.change("give", "ann", "5", "requests")
+        self.assertEqual(self.statuses(ann, "sk-old", "sk-old", "sk-old"), [200, 200, 200, 429])
+        self.change("reset", "old")
+        self.assertEqual(self.statuses("sk-old"), [200])
+        self.proxy.books.close(PATIENCE)
+        self.start(clock=self.proxy.clock, DATABASE=self.path, LIMITS="each 2 requests per day")
+        self.assertEqual(self.left(ann), 4)
+        self.proxy.clock.now += 86400
+        self.assertEqual(self.left(ann), 2)
+
+    def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
+        self.start()
+        self.change("give", "nobody", "5", "usd")
+        wait_for(lambda: "nobody has no bucket in usd here" in self.lines.text())
+
+    def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
+        for column, value in self.each((
+                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"), ("expires", "soon"),
+                ("subject", "x"), ("disabled", "no"), ("created", None), ("team", "a b"))):
+            self.start(PROXY_API_KEYS="anyone")
+            ann, ben = self.add(), self.add("ben")
+            before = self.proxy.callers
+            self.execute("UPDATE keys SET %s = %s WHERE name = 'ann'" % (
+                column, "NULL" if value is None else repr(value)))
+            wait_for(lambda: self.proxy.callers is not before)
+            self.assertEqual(self.statuses(ann, ben), [401, 200])
+            self.assertIn("in DATABASE cannot be read: it lets nobody in", self.lines.text())
+
+    def test_keys_that_cannot_be_read_any_more_change_nothing(self):
+        self.start()
+        ann = self.add()
+        self.execute("ALTER TABLE keys RENAME TO old")
+        wait_for(lambda: "the keys in DATABASE cannot be read" in self.lines.text())
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+        self.assertEqual(len(self.wait_for_rows(2)), 2)
+        self.execute("ALTER TABLE old RENAME TO keys")
+        self.add("ben")
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+
+    def test_keys_that_cannot_be_read_at_the_start_let_nobody_in(self):
+        self.start()
+        ann = self.add()
+        self.proxy.books.close(PATIENCE)
+        with mock.patch.object(llm_proxy.Database, "key_rows", side_effect=sqlite3.DatabaseError):
+            self.start(DATABASE=self.path)
+            self.assertEqual(self.statuses(ann, "x"), [401, 401])
+        wait_for(lambda: self.statuses(ann) == [200])
+
+    def test_a_database_that_is_deleted_opens_no_door(self):
+        self.start()
+        ann = self.add()
+        os.remove(self.path)
+        wait_for(lambda: self.statuses(ann) == [401])
+        self.assertEqual(self.statuses("x"), [401])
+        self.assertEqual(self.statuses(self.add("ben")), [200])
+
+    def test_when_a_key_was_used_is_known_to_the_minute(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, keys = self.add(), self.store()
+        for seconds, used in self.each(((0, 1000), (59, 1000), (2, 1061))):
+            clock.now += seconds
+            self.ask(call(ann))
+            wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
+
+    def test_people_behind_a_key_have_its_weight(self):
+        self.start(None, MAX_CONCURRENCY=1, PROXY_API_KEYS="webui=a", KEY_WEIGHTS="webui=5",
+                   CALLER_HEADER="X-User")
+        self.ask_stub(call("a", "X-User: u"))
+        callers = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual([one.weight for one in callers], [5])
+
+    def test_two_people_are_not_one_because_their_key_and_name_join_alike(self):
+        callers = llm_proxy.Callers(None, b"", llm_proxy.networks("127.0.0.1"), "x-user")
+        keys = [(llm_proxy.Caller(("key", b"a"), None), "bc"),
+                (llm_proxy.Caller(("key", b"ab"), None), "c")]
+        one, two = [callers.end_user({"x-user": name}, "127.0.0.1", key) for key, name in keys]
+        self.assertNotEqual(one.key, two.key)
+
+    def test_addresses_are_told_apart_as_their_owners_are(self):
+        for host, address in self.each("""
+                192.0.2.1 -> 192.0.2.1
+                ::ffff:192.0.2.1 -> 192.0.2.1
+                ::1 -> ::1
+                2001:db8::1 -> 2001:db8::/64
+                2001:db8:0:0:ffff::1 -> 2001:db8::/64
+                fe80::1%eth0 -> fe80::1
+                fd00:1:2:3:4::5 -> fd00:1:2:3::/64"""):
+            self.assertEqual(llm_proxy.address_of(host), address)
+
+
+# --------------------------------------------------------------------------------------------------
+# Limits
+# --------------------------------------------------------------------------------------------------
+
+class ModelBucket:
+    """What Buckets is compared with: the rule in its plainest form, tick by tick, in fractions."""
+
+    def __init__(self, capacity, refill, interval):
+        self.capacity = capacity
+        self.refill = refill
+        self.interval = interval
+        self.level = capacity
+        self.tick = None
+
+    def advance(self, now):
+        while self.tick is not None and self.tick <= now:
+            self.level = min(self.capacity, self.level + self.refill)
+            self.tick = None if self.level == self.capacity else self.tick + self.interval
+
+    def add(self, now, amount):
+        self.level = min(self.capacity, self.level + amount)
+        if self.level == self.capacity:
+            self.tick = None
+        elif self.tick is None:
+            self.tick = now + self.interval
+
+
+def caller(name, kind="key"):
+    return llm_proxy.Caller((kind, name), name)
+
+
+def costs(*amounts):
+    """Costs in the order of UNITS; the last amount is also that of all units that follow."""
+    return (amounts + amounts[-1:] * len(UNITS))[:len(UNITS)]
+
+
+def awaited(coroutine):
+    """What a coroutine returns that never waits."""
+    with contextlib.closing(coroutine):
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            return end.value
+    raise AssertionError("it waits")
+
+
+class LimitsCase(TableCase):
+    MESSAGE = "limit reached, wait {wait}"
+
+    def start(self, text=None, capacity=10, refill=2, interval=300, message=MESSAGE, **options):
+        """Limits by these rules, or by one with a bucket for each caller."""
+        rule = llm_proxy.Rule("each N tokens", (("each", ""),), UNITS.index("tokens"), capacity,
+                              refill, interval, (refill, interval))
+        self.clock = Clock()
+        self.buckets = Buckets(self.clock, **options)
+        self.limits = Limits(llm_proxy.rules(text) if text else [rule], self.buckets, message)
+
+    def admit(self, *amounts, name="alice", address="1", model=""):
+        """Returns the Hold of a call that costs `amounts`, or raises LimitReached."""
+        return awaited(self.limits.admit(caller(name), address, model, costs(*amounts)))
+
+    def refused(self, *amounts, **whom):
+        """Returns the LimitReached of a call that costs `amounts`."""
+        with self.assertRaises(LimitReached) as caught:
+            self.admit(*amounts, **whom)
+        return caught.exception
+
+    def peek(self, cost=0, name="alice"):
+        """Returns (Quota, seconds until `cost` can be had)."""
+        pairs = self.limits.matching(caller(name), "1", "")
+        return self.buckets.peek([llm_proxy.Charge(*pair, cost) for pair in pairs])
+
+    def left(self, name="alice"):
+        return self.peek(0, name)[0].remaining
+
+    def levels(self):
+        """Returns [(text of the rule, level)] of the buckets that are not full."""
+        return sorted((key[0], found[0]) for key, found in self.buckets.snapshot(0).items())
+
+
+class LimitsTest(LimitsCase):
+    def test_it_gains_by_whole_intervals_from_the_moment_it_stopped_being_full(self):
+        self.start()
+        self.admit(10)
+        for seconds, found in self.each("""
+                0 -> 0, reset in 300
+                299.875 -> 0, reset in 1
+                0.125 -> 2, reset in 300
+                299.5 -> 2, reset in 1
+                0.5 -> 4, reset in 300
+                900 -> 10, reset in 0
+                9999 -> 10, reset in 0"""):
+            self.clock.now += float(seconds)
+            quota, _ = self.peek()
+            self.assertEqual("%d, reset in %d" % (quota.remaining, quota.reset_seconds), found)
+
+    def take_some(self, model, choose):
+        """A call of any cost, which may also turn out to cost more or less."""
+        cost = choose.randint(1, model.capacity)
+        if model.level < cost:
+            return self.refused(cost)
+        hold = self.admit(cost)
+        model.add(self.clock.now, -cost)
+        if choose.random() < 0.3:
+            back = choose.randint(-3, cost)
+            hold.settle(costs(cost - back))
+            model.add(self.clock.now, back)
+        return hold
+
+    def test_any_schedule_gives_what_the_exact_model_gives(self):
+        choose = random.Random(20)
+        rows = [(10, 2, 300), (7, 3, 1), (100, 7, 60), (1, 1, 5), (5, 100, 10)]
+        for capacity, refill, interval in self.each(rows):
+            self.start(None, capacity, refill, interval)
+            model = ModelBucket(capacity, refill, interval)
+            self.assertEqual(self.left(), capacity)
+            self.clock.now = fractions.Fraction(1, 3)
+            for step in range(500):
+                steps = choose.randrange(interval * 20)
+                self.clock.now += fractions.Fraction(steps, choose.choice((7, 10, 40)))
+                model.advance(self.clock.now)
+                tightest = self.take_some(model, choose).tightest
+                quota = tightest.quota
+                self.assertEqual(quota.remaining, max(0, model.level), step)
+
+    def test_no_wait_is_a_moment_too_short_or_too_long(self):
+        choose = random.Random(3)
+        for text, in self.each("""
+                each 200 requests per minute
+                each 7 requests per hour
+                each 1000000 tokens per day
+                each 0.3 usd per day
+                each 10 requests per second"""):
+            self.start(text)
+            rule, = self.limits.rules
+            for _ in range(200):
+                self.clock.now += choose.random() * rule.interval * 3
+                cost = choose.randint(1, rule.capacity)
+                seconds = self.peek(cost)[1]
+                if not seconds:
+                    self.admit(cost)
+                    continue
+                wait = self.refused(cost).wait
+                self.assertEqual(seconds, math.ceil(wait))
+                self.clock.now += wait - rule.interval / 2
+                self.refused(cost)
+                self.clock.now += rule.interval / 2
+                self.admit(cost)
+
+    def test_a_hold_ends_once(self):
+        self.start()
+        hold = self.admit(5)
+        hold.settle(costs(3))
+        hold.settle(costs(1))
+        hold.give_back()
+        self.assertEqual(self.left(), 7)
+
+    def test_a_hold_that_nobody_settled_is_given_back(self):
+        self.start()
+        with self.assertRaises(ZeroDivisionError), self.admit(5):
+            self.assertEqual(self.left(), 5)
+            1 / 0
+        self.assertEqual(self.left(), 10)
+
+    def test_a_call_that_cost_more_than_it_held_leaves_a_debt_that_is_waited_for(self):
+        self.start()
+        self.admit(10).settle(costs(13))
+        quota, wait = self.peek(1)
+        self.assertEqual((quota.remaining, wait), (0, 600))
+
+    def test_giving_back_never_overfills(self):
+        self.start()
+        with self.admit(5):
+            self.clock.now += 3000
+        self.assertEqual(self.left(), 10)
+
+    def test_a_cost_above_the_capacity_is_said_to_be_one_and_has_no_wait(self):
+        self.start()
+        refusal = self.refused(11)
+        self.assertRegex(str(refusal), "11.*10")
+        self.assertNotIn("wait", str(refusal))
+        self.assertEqual((refusal.wait, refusal.fields), (None, {}))
+
+    def test_a_limit_says_the_wait_in_the_words_of_the_operator(self):
+        self.start(message="{wait}, {please}: 100%")
+        self.admit(10)
+        refusal = self.refused(1)
+        self.assertEqual(str(refusal), "5 min, {please}: 100%")
+        self.assertEqual(refusal.fields, {"Retry-After": 300})
+
+    def test_waits_are_in_seconds_below_a_minute_and_in_minutes_rounded_up_above(self):
+        texts = [llm_proxy.format_wait(wait) for wait in (0.2, 12, 59, 59.5, 61, 300, 300.1)]
+        self.assertEqual(", ".join(texts), "1s, 12s, 59s, 1 min, 2 min, 5 min, 6 min")
+
+    def test_any_number_of_keys_fits_into_a_bounded_table(self):
+        self.start()
+        for number in range(12000):
+            self.admit(1, name=str(number))
+        self.assertLessEqual(len(self.buckets.levels), 10000)
+        self.assertEqual(self.left("11999"), 9)
+
+    def test_the_least_recently_used_bucket_goes_first(self):
+        self.start(room=3)
+        for name in "abcabda":
+            self.admit(1, name=name)
+        self.assertEqual([self.left(name) for name in "abcd"], [7, 8, 10, 9])
+
+    def test_buckets_that_are_full_by_now_are_dropped(self):
+        self.start()
+        for number in range(160):
+            self.clock.now += 300 * (number == 100)
+            self.admit(1, name=str(number))
+        self.assertEqual(len(self.buckets.levels), 60)
+        self.assertEqual(self.levels(), [("each N tokens", 9)] * 60)
+
+    def test_a_snapshot_loses_no_refill(self):
+        self.start()
+        self.admit(10)
+        self.clock.now += 700
+        (key, (level, since)), = self.buckets.snapshot(5000).items()
+        found = self.peek(5)
+        self.buckets.levels.clear()
+        self.buckets.restore(self.limits.rules[0], key, level, 5000 - since)
+        self.assertEqual((self.peek(5), found[0][1:]), (found, (4, 2, 300, 200)))
+
+    def test_looking_at_a_bucket_makes_none(self):
+        self.start()
+        quota, wait = self.peek(1)
+        self.assertEqual((quota.remaining, wait, len(self.buckets.levels)), (10, 0, 0))
+
+
+class RulesTogetherTest(LimitsCase):
+    RULES = """key:alice unlimited requests per minute; key:b* 5 requests per 60s;
+        each 2 requests per minute; each 9 tokens per minute; each 100 requests per day;
+        model:gpt-4* 3 requests per minute; model:* 4 requests per minute;
+        all 7 requests per minute; key:alice,model:o* 1 requests per hour"""
+
+    def test_the_first_rule_of_a_family_that_matches_counts(self):
+        self.start(self.RULES)
+        order = [rule.text for rule in self.limits.rules]
+        rows = """
+            alice -> gpt-4o -> 3 4 5 7
+            bob -> GPT-4 -> 1 3 4 5 7
+            carl ->  -> 2 3 4 6 7
+            alice -> o3 -> 3 4 6 7 8
+            bob -> openai/gpt-4 -> 1 3 4 5 7
+            """
+        for name, model, numbers in self.each(rows * 2):  # the second time from memory
+            found = self.limits.matching(caller(name), "10.0.0.1", model)
+            places = sorted(order.index(rule.text) for rule, _ in found)
+            self.assertEqual(" ".join(map(str, places)), numbers)
+
+    SPELLINGS = """
+        claude-sonnet-4.5 -> anthropic/Claude-Sonnet-4.5:beta
+        claude-sonnet-4-5 -> us.anthropic.claude-sonnet-4-5-20250929-v1:0
+        anthropic/claude-sonnet-4.5 -> claude-sonnet-4-5@20250929
+        claude-*-4.5* -> claude-sonnet-4-5-latest
+        gemini-2.0-flash -> publishers/google/models/gemini-2.0-flash-001
+        gpt-4o-mini -> ft:gpt-4o-mini-2024-07-18:org::id
+        gpt-4o-mini-2024-07-18 -> gpt-4o-mini
+        deepseek-r1 -> deepseek/deepseek-r1:free
+        """
+
+    def test_a_rule_names_a_model_in_all_its_spellings(self):
+        for glob, model in self.each(self.SPELLINGS):
+            self.start("model:%s 1 requests per day; model:* 2 requests per day" % glob)
+            (rule, _), = self.limits.matching(caller("a"), "10.0.0.1", model)
+            self.assertEqual(rule, self.limits.rules[0])
+
+    def test_a_spelling_that_a_rule_has_is_not_folded(self):
+        self.start("model:gpt-4o 1 requests per day; model:openai/gpt-4o 2 requests per day")
+        for model, number in self.each((("openai/gpt-4o", 1), ("azure/gpt-4o", 0))):
+            (rule, _), = self.limits.matching(caller("a"), "10.0.0.1", model)
+            self.assertEqual(rule, self.limits.rules[number])
+
+    def test_sizes_are_models_of_their_own(self):
+        self.start("model:llama3:70b 1 requests per day")
+        self.assertEqual(self.limits.matching(caller("a"), "10.0.0.1", "llama3:8b"), [])
+
+    def test_no_name_is_folded_slowly(self):
+        seconds = time.thread_time()
+        for part in ("-v1:0", "-001", "-00000000", "1-v1:0", "@", ":free", "us.", "1.1", "ft:"):
+            llm_proxy.fold_model(part * (256 // len(part)) + "!")
+        self.assertLess(time.thread_time() - seconds, 0.5)
+
+    def test_a_call_that_several_models_may_serve_must_pass_the_rules_of_each(self):
+        self.start("model:cheap 9 requests per day; model:dear* 2 requests per day;"
+                   "all 50 requests per day")
+        for others, numbers in self.each((
+                ((), [0, 2]), (("dear-1", "cheap", "dear-2"), [0, 2, 1]))):
+            found = self.limits.matching(caller("a"), "10.0.0.1", "cheap", "base", others)
+            self.assertEqual([self.limits.rules.index(rule) for rule, _ in found], numbers)
+
+    def test_an_address_is_no_key_whatever_it_spells(self):
+        self.start("key:* 1 requests per day")
+        address = "10.0.0.1"
+        self.assertEqual(self.limits.matching(caller(address, "address"), address, ""), [])
+
+    def test_buckets_are_shared_by_those_whom_their_scope_names(self):
+        scopes = ["address", "all", "each", "each,address", "model:a*"]
+        self.start(";".join(scope + " 9 requests per day" for scope in scopes))
+        for name, address, model in (("a", "1", "ab"), ("b", "1", "ac"), ("a", "2", "b")):
+            self.admit(1, name=name, address=address, model=model)
+        levels = ["%s %d" % (text.split(" ")[0], level) for text, level in self.levels()]
+        self.assertEqual("; ".join(levels), "address 7; address 8; all 6; each 7; each 8; "
+                         "each,address 8; each,address 8; each,address 8; model:a* 7")
+
+    def test_a_call_refused_by_one_rule_leaves_every_other_bucket_untouched(self):
+        self.start("all 50 requests per day; each 70 requests per day; each 90 tokens per day")
+        held = [self.admit(1, 1) for _ in range(50)]
+        for _ in range(5):
+            self.refused(1, 1)
+        self.assertEqual([level for _, level in self.levels()], [0, 20, 40])
+        for hold in held:
+            hold.give_back()
+        self.assertEqual(self.levels(), [])
+
+    def test_the_longest_wait_is_said_with_its_rule(self):
+        text = "each 1 requests per minute; all 1 requests per hour; address 1 requests per second"
+        self.start(text, message="{wait} {rule} {limit} {unit}")
+        self.admit(1)
+        refusal = self.refused(1)
+        self.assertEqual(str(refusal), "60 min all 1 requests per hour 1 requests")
+        self.assertEqual(refusal.fields, {"Retry-After": 3600})
+
+    def test_a_cost_of_nothing_is_taken_from_an_empty_table(self):
+        self.start("all 5 usd per day")
+        for _ in range(3):
+            with self.admit(1, 0) as hold:
+                hold.settle(costs(1, 0))
+
+    def test_the_quota_is_that_of_the_tightest_bucket(self):
+        self.start("each 100 requests per day; all 2.5 usd per day; each 50 tokens per day")
+        hold = self.admit(1, 5, 0, 0, 10 ** 11)
+        self.assertEqual(hold.tightest.quota, (50, 45, 50, 86400, 1728))
+        hold.settle(costs(1, 5, 0, 0, 2 * 10 ** 12))
+        self.assertEqual(hold.tightest.quota, ("2.5", "0.5", "2.5", 86400, 1))
+        charges = "each 100 requests per day=1;all 2.5 usd per day=2000000000000;"
+        self.assertEqual(hold.describe_charges(), charges + "each 50 tokens per day=5")
+
+
+    def test_so_many_calls_run_at_once_and_each_gives_its_place_back(self):
+        self.start("each 2 running; key:ci-* 3 running; key:root unlimited running")
+        for name, places in self.each((("ci-1", 3), ("bob", 2))):
+            holds = [self.admit(1, name=name) for _ in range(places)]
+            refusal = self.refused(1, name=name)
+            self.assertEqual(str(refusal), "limit reached: %d running already" % places)
+            self.assertEqual((refusal.wait, refusal.fields), (2, {"Retry-After": 2}))
+            self.assertEqual(holds[-1].tightest.quota, (places, 0, 0, 0, 0))
+            self.clock.now += 10 ** 9
+            self.refused(1, name=name)
+            self.assertEqual(self.levels(), [])  # nothing that a restart would find
+            holds.pop().settle(costs(1))
+            self.assertEqual(self.peek(1, name), ((places, 1, 0, 0, 0), 0))
+            with self.admit(1, name=name):
+                self.assertEqual(self.peek(1, name)[1], 2)
+        for _ in range(20):
+            self.admit(1, name="root")
+
+    def test_a_bucket_of_running_calls_is_the_tightest_only_where_it_is_short_or_alone(self):
+        self.start("each 2 running; each 9 requests per day; all 100 requests per day")
+        holds = [self.admit(1).tightest.rule.capacity for _ in range(2)]
+        self.assertEqual((holds, self.refused(1).tightest.rule.capacity), ([9, 9], 2))
+        self.assertEqual([level for _, level in self.levels()], [98, 7])
+
+    def test_what_was_guessed_takes_no_more_than_is_left(self):
+        for cost, least, left in self.each(((4, 1, 2), (8, 1, 0), (80, 6, 0), (4, 7, None))):
+            self.start()
+            self.admit(4)
+            admission = self.limits.admit(
+                caller("alice"), "1", "", costs(max(cost, least)), "base", costs(least))
+            if left is None:
+                self.assertRaises(LimitReached, awaited, admission)
+                continue
+            with awaited(admission):
+                self.assertEqual(self.left(), left)
+            self.assertEqual(self.left(), 6)
+
+
+class KeysRulesTest(LimitsCase):
+    """Rules of teams, and of keys themselves."""
+
+    def key(self, name, limits=None, team=None):
+        rules = llm_proxy.rules_of_one(limits) if limits else ()
+        return llm_proxy.Key(name, team=team, limits=limits, subject=name.encode(), rules=rules)
+
+    def caller(self, name, **fields):
+        key = self.key(name, **fields)
+        return llm_proxy.Caller(("key", key.subject), name, stored_key=key)
+
+    def ask(self, one, *amounts):
+        return awaited(self.limits.admit(one, "1", "m", costs(*amounts)))
+
+    def test_a_team_is_charged_beside_its_members(self):
+        self.start("each 5 requests per hour; team:r* 3 requests per hour")
+        for name, team, left in self.each((
+                ("ann", "red", 2), ("ben", "red", 1), ("cem", "blue", 4), ("dan", None, 4))):
+            self.assertEqual(self.ask(self.caller(name, team=team), 1).tightest.level, left)
+        self.ask(self.caller("ann", team="red"), 1)
+        with self.assertRaises(LimitReached) as caught:
+            self.ask(self.caller("ben", team="red"), 1)
+        self.assertEqual(caught.exception.cause, "team:r* 3 requests per hour")
+
+    def test_each_member_of_a_team_may_have_a_bucket(self):
+        self.start("each,team:red 1 requests per hour")
+        for name in ("ann", "ben"):
+            self.ask(self.caller(name, team="red"), 1)
+        self.ask(self.caller("cem"), 9)
+        self.assertEqual([level for _, level in self.levels()], [0, 0])
+
+    def test_a_keys_own_rule_replaces_the_general_one_of_its_unit_and_duration(self):
+        self.start("each 5 requests per hour; key:ann 7 requests per hour; each 9 tokens per day;"
+                   "all 99 requests per hour")
+        for limits, expected in self.each("""
+                3 requests per hour -> each 3 requests per hour, each 9 tokens per day
+                unlimited requests per hour -> each 9 tokens per day
+                3 requests per 1h; 1 usd per day -> each 3 requests per 1h, each 1 usd per day, \
+each 9 tokens per day
+                3 requests per day -> each 3 requests per day, key:ann 7 requests per hour, \
+each 9 tokens per day"""):
+            found = self.limits.matching(self.caller("ann", limits=limits), "1", "m")
+            texts = [rule.text for rule, _ in found]
+            self.assertEqual(texts[:-1], expected.split(", "))
+
+    def test_the_one_bucket_of_the_plain_settings_is_a_general_rule_too(self):
+        config = read_config({**HERE, "MAX_TOKENS": "5"})
+        limits = llm_proxy.build_limits(config, Buckets(Clock()), {})
+        one = self.caller("ann", limits="9 requests per 5m")
+        texts = [rule.text for rule, _ in limits.matching(one, "1", "m")]
+        self.assertEqual(texts, ["each 9 requests per 5m"])
+
+    def change(self, old, new, general="each 10 requests per hour"):
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        self.start(general)
+        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.ask(self.caller("ann", limits=old), 2)
+        rules = llm_proxy.rules_of_one(new) if new else ()
+        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        return self.levels()
+
+    def test_a_changed_rules_bucket_keeps_its_share(self):
+        for old, new, left in self.each((
+                ("10 requests per hour", "100 requests per hour", 80),
+                ("20 requests per hour", "5 requests per day", 9),  # the general one counts now
+                (None, "20 requests per hour", 16), ("20 requests per hour", None, 9),
+                ("10 requests per hour", "10 requests per hour; 5 usd per day", 8))):
+            self.assertEqual([level for _, level in self.change(old, new)], [left])
+        self.assertEqual(self.change("10 requests per day", "5 tokens per day"),
+                         [("each 10 requests per hour", 8)])
+
+    def test_what_is_given_is_beyond_the_rule_for_a_time(self):
+        self.start("each 5 requests per hour")
+        ann = self.caller("ann")
+        self.ask(ann, 4)
+        self.assertEqual(self.limits.give(ann, "requests", 6, self.clock.now + 100), 1)
+        self.assertEqual(self.limits.give(ann, "usd", 6, self.clock.now + 100), 0)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 6)
+        self.assertEqual([level for _, level in self.levels()], [6])  # and is saved, though full
+        self.clock.now += 100
+        self.assertEqual(self.ask(ann, 0).tightest.level, 5)
+        self.assertEqual(self.buckets.given, {})
+
+    def test_what_is_given_lifts_a_debt_and_ends_with_its_time(self):
+        self.start("each 5 requests per 5h")
+        ann = self.caller("ann")
+        self.ask(ann, 5).settle(costs(9))
+        self.limits.give(ann, "requests", 6, self.clock.now + 10)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+        self.clock.now += 3600
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+
+
+class LimitsOverHttpTest(ProxyCase):
+    def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
+        self.start(MAX_TOKENS=50)
+        gate = threading.Barrier(200)
+
+        def run(_):
+            gate.wait(PATIENCE)
+            return self.ask(call("k")).body
+        with concurrent.futures.ThreadPoolExecutor(200) as pool:
+            bodies = list(pool.map(run, range(200)))
+        limited = [body for body in bodies if b"limit reached" in body]
+        self.assertEqual((len(limited), self.stub.calls), (150, 50))
+
+    def test_a_refill_lets_the_next_calls_in(self):
+        clock = Clock()
+        self.start(clock=clock, MAX_TOKENS=2, REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
+        calls = []
+        for seconds in (0, 0, 0, 59, 1, 0, 600, 0, 0):
+            clock.now += seconds
+            self.ask(call())
+            calls.append(self.stub.calls)
+        self.assertEqual(calls, [1, 2, 2, 2, 3, 3, 4, 5, 5])
+
+    def test_a_call_runs_until_it_has_ended_however_it_ends(self):
+        self.start(None, LIMITS="each 1 running", LIMIT_REPLY="error")
+        ends = {
+            "answered": lambda client, asked: asked.chunks(event(1), end=True),
+            "cut": lambda client, asked: asked.close(),
+            "hung up": lambda client, asked: client.reset(),
+        }
+        for number, (name, end) in enumerate(self.each(ends.items())):
+            client, asked = self.begin(event(1))
+            answered = self.ask(call())
+            self.assertEqual((answered.status, answered.get("retry-after")), (429, "2"), name)
+            self.assertIn("1 running already", answered.error()["message"])
+            end(client, asked)
+            self.entry(2 * number + 1)
+            self.assertEqual(self.left(), 1)
+
+    def test_a_rule_for_a_name_with_a_colon_holds_for_all_of_it(self):
+        self.start(LIMITS="model:llama3:8b 1 requests per hour", LIMIT_REPLY="error")
+        models = ("llama3:8b", "llama3", "llama3", "llama3:8b")
+        statuses = [self.ask(call(model=model)).status for model in models]
+        self.assertEqual(statuses, [200, 200, 200, 429])
+
+
+# --------------------------------------------------------------------------------------------------
+# Usage
+# --------------------------------------------------------------------------------------------------
+
+class UsageTest(ProxyCase):
+    LENGTHS = """
+        {} -> 0
+        {"model": "long-name"} -> 0
+        {"a": "abc"} -> 3
+        {"a": "abc", "b": "de"} -> 6
+        {"a": ""} -> 0
+        {"a": ["", ""]} -> 1
+        {"a": 1, "b": null, "c": true, "d": 1.5} -> 0
+        {"model": "x", "a": {"model": "abc"}} -> 3
+        {"messages": [{"role": "user", "content": "hello"}]} -> 10
+        {"a": ["x", ["y", {"text": "w"}]]} -> 5
+        {"tools": [{"parameters": {"properties": {"city": {"type": "string"}}}}]} -> 11
+        {"input": [[1, 2.5], [3]], "seed": 4} -> 11
+        {"a": "äöü€"} -> 4
+        """
+
+    def test_the_length_of_a_payload_is_that_of_its_words_joined_by_spaces_but_the_model(self):
+        """Keys that only a tool knows are words too, and a number in a list is a token."""
+        for payload, length in self.each(self.LENGTHS):
+            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.TEXT_KEYS,
+                                          llm_proxy.PLAIN_KEYS, llm_proxy.media_texts)
+            self.assertEqual(found, (int(length), []))
+
+    def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
+        for text, times, tokens in self.each("""
+                four -> 600 -> 600
+                na\u00efve caf\u00e9 -> 4 -> 10
+                \u043f\u0440\u0438\u0432\u0435\u0442\u0438\u043a -> 100 -> 200
+                \u4e2d\u6587 -> 300 -> 400
+                \u304b\u30ab -> 300 -> 400
+                \ud55c\uae00 -> 300 -> 400
+                \U0001f642 -> 60 -> 40
+                \u201chm\u201d -> 8 -> 8"""):
+            weight = llm_proxy.text_weight(text * int(times))
+            self.assertEqual(weight / llm_proxy.CHARACTERS_PER_TOKEN, int(tokens))
+        self.assertEqual(llm_proxy.text_weight("\ud800"), 2)  # half of a pair
+
+    def assert_estimates(self, text, **words):
+        """Rows of `text`: a path, else CHAT, a body and its cost. `words` stand for longer ones."""
+        for word, value in words.items():
+            text = text.replace(word, json.dumps(value))
+        text = text.replace("GEMINI", "/v1beta/models/gemini-2.5-pro:generateContent")
+        self.start(MAX_TOKENS=100000, TOKEN_COST_MODE="estimate", IMAGE_TOKENS=500)
+        for number, (*path, body, cost) in enumerate(self.each(text)):
+            data = request("POST", *path or [CHAT], body.encode(), key=str(number))
+            self.assertEqual(self.ask(data).status, 200)
+            self.assertEqual(100000 - self.left(str(number)), int(cost))
+
+    def test_an_estimate_is_the_prompt_and_the_output_it_may_have(self):
+        self.assert_estimates("""
+            {"messages": HELLO} -> 259
+            {"messages": HELLO, "max_tokens": 7} -> 10
+            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 5} -> 10
+            {"messages": HELLO, "max_tokens": 0} -> 3
+            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": 0} -> 10
+            {"messages": HELLO, "max_completion_tokens": 1, "max_tokens": 50000} -> 50003
+            {"messages": HELLO, "max_tokens": 1, "n_predict": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "max_new_tokens": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "maxOutputTokens": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "options": {"num_predict": 500}} -> 503
+            {"messages": HELLO, "max_tokens": 7, "n": 128} -> 899
+            {"messages": HELLO, "max_tokens": 7, "n": 2, "best_of": 5} -> 38
+            {"messages": HELLO, "n": 2} -> 515
+            /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7} -> 660
+            /v1/completions -> {"prompt": PROMPTS, "max_tokens": 7, "n": 2} -> 1220
+            /v1/images/generations -> {"prompt": "four", "n": 3} -> 769
+            /v1/images/generations -> {"prompt": "four", "n": "x", "options": []} -> 258
+            GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 769
+            /v1/chat/completions/batch -> {"messages": [HELLO, HELLO], "max_tokens": 7} -> 20
+            /api/chat -> {"messages": HELLO, "options": {"num_predict": 100}} -> 103
+            /api/generate -> {"prompt": "user hello", "options": {"num_predict": -1}} -> 259
+            /v1/interactions -> {"input": "four", "generation_config": {"maxOutputTokens": 9}} -> 10
+            {"messages": HELLO, "max_tokens": 100.0} -> 103
+            {"messages": HELLO, "max_tokens": -1} -> 259
+            {"messages": HELLO, "max_tokens": 7, "options": {"num_predict": -2}} -> 259
+            {"messages": HELLO, "max_tokens": null} -> 259
+            {"messages": HELLO, "max_tokens": 7, "max_completion_tokens": null} -> 10
+            {"messages": "xxxxxxxx", "max_tokens": 1} -> 3
+            {"messages": "xxxxxxxxx", "max_tokens": 1} -> 4
+            {"messages": [], "max_tokens": 0} -> 1
+            """, HELLO=[{"role": "user", "content": "hello"}],  # 'user hello' is 3 tokens
+            PROMPTS=["four"] * 80)  # a hundred tokens, with the spaces between
+
+    def test_images_and_the_like_count_a_fixed_number_and_never_their_length(self):
+        """'user text 12345' is 4 tokens."""
+        parts = """
+            {"type": "image_url", "image_url": {"url": DATA}}
+            {"type": "input_image", "image_url": DATA}
+            {"type": "image", "source": {"type": "base64", "data": DATA}}
+            {"inlineData": {"mimeType": "image/png", "data": DATA}}
+            {"inline_data": {"data": DATA}}
+            {"type": "input_audio", "input_audio": {"data": DATA}}
+            {"type": "document", "source": {"data": DATA}}
+            {"type": "input_file", "filename": "a.pdf", "file_data": DATA}"""
+        row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
+        rows = [row % part for part in parts.strip().splitlines()]
+        ollama = '"options": {"num_predict": 1}, "images": [DATA, DATA]}'
+        rows += ['/api/generate -> {"prompt": "text 12345", %s -> 1004' % ollama,
+                 '/api/chat -> {"messages": [{"content": "text 12345", %s]} -> 756' % ollama]
+        self.assert_estimates("\n".join(rows), TEXT={"type": "text", "text": "12345"},
+                              DATA="data:image/png;base64," + "x" * 100000)
+
+    def test_text_in_what_looks_like_an_image_counts_where_it_is_more(self):
+        """TEXT is 2,000 tokens, and 'user' another."""
+        parts = """
+            {"type": "text", "text": TEXT, "file_data": ""} -> 2003
+            {"type": "document", "source": {"type": "text", "data": TEXT}} -> 2005
+            {"type": "document", "source": {"data": TEXT}} -> 2004
+            {"type": "image", "source": {"data": "AAAA"}, "title": TEXT} -> 2003
+            {"type": "image_url", "image_url": {"url": TEXT}} -> 2004
+            {"type": "file", "file_data": "AAAA", TEXT: 1} -> 2003
+            {"type": "tool_use", "input": {TEXT: "file_data", "file_data": ""}} -> 2007"""
+        row = '{"max_tokens": 0, "messages": [{"role": "user", "content": [%s]}]} -> %s'
+        rows = [row % tuple(line.split(" -> ")) for line in parts.strip().splitlines()]
+        self.assert_estimates("\n".join(rows), TEXT="words   " * 1000)
+
+    def test_an_estimate_cannot_be_talked_down(self):
+        self.assert_estimates("""
+            /v1/completions -> {"prompt": X40, "max_tokens": 500, "max_completion_tokens": 0} -> 510
+            /v1/responses -> {"input": X40, "max_output_tokens": 4000, "max_tokens": 0} -> 4010
+            /v1/completions -> {"prompt": RANGE, "max_tokens": 1} -> 2001
+            /v1/completions -> {"prompt": LISTS, "max_tokens": 1} -> 40
+            {"messages": [MESSAGE], "max_tokens": 1} -> 10001
+            """, X40="x" * 40, RANGE=list(range(2000)), LISTS=[[1, 2, 3]] * 10,
+            MESSAGE={"role": "user", "type": "file", "content": "x" * 39990})
+
+    def test_a_fixed_price_is_the_same_for_every_call(self):
+        self.start(REQUEST_TOKEN_COST=7)
+        self.ask(call(messages="x" * 1000, max_tokens=5))
+        self.assertEqual(self.left(), 993)
+
+    def test_a_maximum_that_is_no_whole_number_is_refused(self):
+        self.start(TOKEN_COST_MODE="estimate")
+        names = ("max_tokens", "max_completion_tokens", "n_predict", "n")
+        values = json.loads('[true, false, "5", 1.5, [], {}, ""]')
+        for name, value in self.each(itertools.product(names, values)):
+            answered = self.ask(call(**{name: value}))
+            self.assertEqual(answered.status, 400)
+            self.assertEqual(answered.error()["type"], "invalid_request_error")
+            self.assertIn(name, answered.error()["message"])
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+    def test_a_maximum_beyond_every_bucket_is_said_to_be_one(self):
+        self.start(TOKEN_COST_MODE="estimate")
+        answered = self.ask(call(max_tokens=10 ** 30))
+        said = answered.json()["choices"][0]["message"]["content"]
+        self.assertIn("the limit is 1000", said)
+        self.assertNotIn("wait", said)
+        self.assertIsNone(answered.get("retry-after"))
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+
+ENGLISH = """Many people share one machine and all of them want a turn. The proxy counts what each
+has used, lets the next one in, and says how long the others have to wait. """
+CODE = """def take(self, key, amount):\n    level = self.levels.get(key, self.capacity)
+    if level < amount:\n        raise LimitReached("wait %d s" % self.wait(level, amount))\n"""
+CHINESE = ("\u8bb8\u591a\u4eba\u5171\u7528\u4e00\u53f0\u673a\u5668\uff0c"
+           "\u5927\u5bb6\u90fd\u60f3\u8f6e\u5230\u81ea\u5df1\u3002"
+           "\u4ee3\u7406\u8bb0\u4e0b\u6bcf\u4e2a\u4eba\u7528\u4e86\u591a\u5c11\uff0c")
+WORDS = re.compile(r" ?[a-z]{1,6}|[0-9]{1,3}|\s+|[^\sa-z0-9]")
+
+
+def tokens_of(text):
+    """How many tokens a simulated tokenizer makes of a text."""
+    return len(WORDS.findall(text.lower()))
+
+
+class LearningTest(ProxyCase):
+    """A model whose tokenizer is simulated, with 9 tokens around each prompt. `said` is what it
+    says, of which `hidden` more is not seen; whether it `tells` is for each test to say."""
+
+    def start(self, said="", hidden=0, detail="reasoning_tokens", **settings):
+        self.said, self.hidden, self.detail, self.tells = said, hidden, detail, True
+        super().start(self.answer, **{
+            "TOKEN_COST_MODE": "usage", "MAX_TOKENS": 10 ** 9, **settings})
+
+    def answer(self, asked):
+        prompt = asked.json()["messages"][0]["content"]
+        seen = tokens_of(self.said)
+        usage = {"prompt_tokens": 9 + tokens_of(prompt), "completion_tokens": seen + self.hidden,
+                 "completion_tokens_details": {self.detail: self.hidden}}
+        asked.answer(json.dumps({"choices": [{"message": {"content": self.said}}],
+                                 **({"usage": usage} if self.tells else {})}).encode())
+
+    def used(self, prompt, key="alice", **payload):
+        """The tokens of input and of output that a call is said to have used."""
+        answered = self.ask(call(key, messages=[{"role": "user", "content": prompt}], **payload))
+        self.assertEqual(answered.status, 200)
+        return [int(answered.get("x-llm-%s-tokens" % kind)) for kind in ("input", "output")]
+
+    def held(self, prompt="hello", key="alice", **payload):
+        """What would be held now: the costs of the call."""
+        payload = {"messages": [{"role": "user", "content": prompt}], **payload}
+        costs = []
+        estimate = self.proxy.estimator.estimate
+
+        def note(*arguments):
+            costs.append(estimate(*arguments)[0])
+            return estimate(*arguments)
+        with mock.patch.object(self.proxy.estimator, "estimate", note):
+            self.ask(call(key, **payload))
+        return costs[0]
+
+    def test_estimates_are_within_a_tenth_after_fifty_calls_in_any_language(self):
+        choose = random.Random(13)
+        for text in self.each((ENGLISH, CODE, CHINESE)):
+            self.start()
+            errors = []
+            for number in range(80):
+                self.tells = number < 50
+                start = choose.randrange(100)
+                prompt, self.said = [
+                    (text * 30)[start:start + choose.randrange(200, 3000)] for _ in range(2)]
+                found = self.used(prompt)
+                exact = 9 + tokens_of(prompt), tokens_of(self.said)
+                if not self.tells:
+                    errors.append([abs(one / other - 1) for one, other in zip(found, exact)])
+            medians = [sorted(side)[len(errors) // 2] for side in zip(*errors)]
+            self.assertLess(max(medians), 0.1)
+
+    def test_an_answer_that_does_not_tell_what_it_hid_is_charged_the_usual_share(self):
+        """Also where only the sum was told."""
+        for name in self.each(("reasoning_tokens", "other")):
+            self.start("seen" + " seen" * 49, hidden=4950, detail=name)
+            self.assertEqual(self.used("hi")[1], 5000)
+            self.tells = False
+            self.assertAlmostEqual(self.used("hi")[1], 5000, delta=200)
+            self.said = "seen" + " seen" * 99
+            self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
+
+    def test_reasoning_that_passes_is_not_taken_for_hidden(self):
+        self.start()
+
+        def answer(asked):
+            usage = {"prompt_tokens": 9, "completion_tokens": 1000,
+                     "completion_tokens_details": {"reasoning_tokens": 900}}
+            message = {"reasoning_content": "why " * 900, "content": "seen" + " seen" * 99}
+            asked.answer(json.dumps({"choices": [{"message": message}], **(
+                {"usage": usage} if self.tells else {})}).encode())
+        self.stub.answer = answer
+        for tells in (True, False):
+            self.tells = tells
+            self.assertEqual(self.used("hi")[1], 1000)
+
+    def test_nobody_teaches_what_others_pay(self):
+        """Mallory's text is 16 characters a token, and then 1."""
+        for said in self.each((" " * 6400, "+" * 400)):
+            self.start("seen " * 400)
+            self.tells = False
+            before = self.used("hi", "alice")[1]
+            self.tells = True
+            for _ in range(5):
+                self.used("hi", "alice")
+            self.said = said
+            for _ in range(100):
+                self.used(said, "mallory")
+            self.said = "seen " * 400
+            self.tells = False
+            self.assertAlmostEqual(self.used("hi", "alice")[1] / 400, 1, 1)
+            stranger = self.used("hi", "stranger")[1]
+            self.assertTrue(before * 4 / 6 <= stranger <= before * 4 / 2, stranger)
+
+    def test_what_a_model_was_seen_to_say_is_held_where_no_maximum_is_named(self):
+        self.start("seen" + " seen" * 4999)
+        self.assertEqual(self.held()[3], 256)
+        for key in ("alice", "bob"):
+            self.assertEqual(self.held(key=key)[3], 5000)
+        self.assertEqual(self.held(n=2)[3], 10000)
+        self.assertEqual(self.held(max_tokens=7)[3], 7)
+        self.said = "seen"
+        held = [self.held()[3] for _ in range(22)]
+        self.assertEqual((held[:10], held[-1]), ([5000] * 10, 256))
+
+    def test_a_new_name_or_another_spelling_hides_nothing_of_what_is_known(self):
+        self.start("seen" + " seen" * 4999)
+        self.held(model="learned-1.5")
+        for model in self.each(("new", "LEARNED-1-5", "x/learned-1.5:free", "")):
+            self.assertEqual(self.held(model=model, max_tokens=None)[3], 5000)
+
+    def test_calls_with_a_maximum_teach_nobody_that_little_is_said(self):
+        self.start("seen" + " seen" * 4999)
+        self.held(key="bob")
+        self.said = "seen"
+        for _ in range(30):
+            self.held(key="alice", max_tokens=1)
+        self.assertEqual(self.held(key="alice")[3], 5000)
+
+    def test_who_hangs_up_before_the_end_pays_what_such_calls_use(self):
+        """What comes is 2 tokens of 5,000; 5 are the prompt's."""
+        self.start("seen", hidden=4999, MAX_TOKENS=50000)
+        self.assertEqual(self.used("hi")[1], 5000)
+        left = self.left("alice")
+        for number, stream in enumerate(self.each((True, False))):
+            self.stub.answer = None
+            client, asked = self.ask_stub(call("alice", stream=stream))
+            asked.send(STREAM + chunk(event(1)) if stream else answer(b"x" * 80)[:-1])
+            if stream:
+                client.head()
+                client.expect(event(1))
+            client.reset()
+            asked.wait_for_hang_up()
+            entry = self.entry(number + 1)
+            self.assertEqual((entry["outcome"], entry["output"]), ("caller_gone", 5000))
+            left -= 5000 + entry["input"]
+            self.assertEqual(self.left("alice"), left)
+
+    def test_sixty_calls_at_once_use_no_more_than_twice_the_bucket_once_ten_have_answered(self):
+        self.start("seen " * 5071, LIMITS="all 10000 tokens per day", LIMIT_REPLY="error")
+        gate = threading.Event()
+        used = []
+
+        def answer(asked):
+            gate.wait(PATIENCE)
+            used.append(5080)
+            self.answer(asked)
+        clock = Clock()
+        self.proxy.limits.buckets.clock = clock
+        for _ in range(10):
+            clock.now += 10 ** 6
+            self.ask(call("teacher"))
+        clock.now += 10 ** 6
+        self.stub.answer = answer
+        with threads(functools.partial(self.ask, call("k%d" % number)) for number in range(60)):
+            wait_for(lambda: len(self.lines.entries()) >= 10 + 58, "all others")
+            gate.set()
+        self.assertEqual(sum(used), 10160)
+
+    def test_what_is_known_of_models_and_callers_is_bounded(self):
+        estimator = llm_proxy.CostEstimator(llm_proxy.Prices(None), 1, 256, 500, {"tokens"})
+        source = mock.Mock(most_characters=lambda: 400, output_characters=lambda: 400,
+                           reported_usage=lambda whole: (llm_proxy.Usage(100, 100), True))
+        asked = llm_proxy.Call(llm_proxy.OpenAI(), "chat", CHAT, "")
+        for number in range(2000):
+            asked.upstream_model = "m%d" % number if number < 1500 else "m"
+            estimator.usage(asked, ("key", b"%d" % number), source, True, 0)
+        self.assertEqual(len(estimator.models), llm_proxy.KNOWN_MODELS)
+        self.assertEqual(len(estimator.models["m"].callers), llm_proxy.ModelHabits.CALLERS)
+
+
+class PricesTest(TableCase):
+    USED = llm_proxy.Usage(input=1000, output=10, cached=300, cache_write=200, reasoning=5)
+
+    def test_a_cost_is_exact_and_cached_tokens_have_their_own_price(self):
+        prices = llm_proxy.Prices({
+            "m": llm_proxy.Price(3000000, 15000000, 1000000, 4000000, 9000000)})
+        picodollars = (500 * 3 + 10 * 15 + 300 * 1 + 200 * 4) * 10 ** 6
+        self.assertEqual(prices.cost(self.USED, "m"), (picodollars, True))
+        used = self.USED._replace(hour_write=150)
+        self.assertEqual(prices.cost(used, "m"), (picodollars + 150 * 5 * 10 ** 6, True))
+
+    def test_a_thousandth_of_a_cent_is_not_lost(self):
+        cost, _ = llm_proxy.Prices(None).cost(llm_proxy.Usage(1, 1), "gpt-4o-mini")
+        self.assertEqual((cost, llm_proxy.format_usd(cost * 3)), (750000, "0.00000225"))
+
+    def test_all_spellings_of_a_model_have_its_price_and_others_are_unpriced(self):
+        prices = llm_proxy.Prices(None)
+        for name, same in self.each("""
+                gpt-4o-2024-08-06 -> gpt-4o
+                openai/gpt-4o -> gpt-4o
+                GPT-4o -> gpt-4o
+                claude-sonnet-4-5-20250929 -> claude-sonnet-4-5
+                claude-sonnet-4.5 -> claude-sonnet-4-5
+                us.anthropic.claude-sonnet-4-5-20250929-v1:0 -> claude-sonnet-4-5
+                anthropic.claude-opus-4-6-v1 -> claude-opus-4-6
+                claude-sonnet-4@20250514 -> claude-sonnet-4
+                anthropic/claude-sonnet-4:thinking -> claude-sonnet-4
+                anthropic/claude-sonnet-4:beta -> claude-sonnet-4
+                models/gemini-2.5-pro -> gemini-2.5-pro
+                publishers/google/models/gemini-2.0-flash-001 -> gemini-2.0-flash
+                ft:gpt-3.5-turbo:org::id -> gpt-3.5-turbo
+                ft:gpt-4o-mini-2024-07-18:org::id -> ft:gpt-4o-mini
+                claude-3-5-haiku-latest -> claude-3-5-haiku"""):
+            self.assertIsNotNone(prices.find(name))
+            self.assertEqual(prices.find(name), prices.find(same))
+        for name in self.each(["", "gemma4", "gpt-4o-audio-preview", "gpt-4o:70b", "x" * 300]):
+            self.assertEqual(prices.cost(self.USED, name), (0, False))
+        for name in self.each(["openai/gpt-4o:free", "gemma4:free"]):
+            self.assertEqual(prices.cost(self.USED, name), (0, True))
+
+    def test_the_usual_prices_are_what_a_million_tokens_cost(self):
+        rows = """
+            gpt-6.2-astra -> 100000 -> 8 0.4 10 16 40
+            gpt-6.2-astra -> 272001 -> 16 0.8 20 32 60
+            gpt-5.5 -> 272000 -> 5 0.5 5 10 30
+            claude-opus-5.5 -> 900000 -> 4 0.2 5 8 20
+            claude-haiku-5-5 -> 100001 -> 0.5 0.05 0.625 1 2.5
+            gemini-2.5-pro -> 200001 -> 2.5 0.25 2.5 5 15
+            grok-4.7 -> 200000 -> 4 1 4 8 12"""
+        for model, prompt, usd in self.each(rows):
+            prompt = int(prompt)
+            costs = [llm_proxy.Prices().cost(llm_proxy.Usage(prompt, *counts), model)[0]
+                     for counts in ((0,), (0, prompt), (0, 0, prompt),
+                                    (0, 0, prompt, 0, False, prompt), (prompt,))]
+            costs[-1] -= costs[0]
+            found = [llm_proxy.format_usd(cost * 10 ** 6 // prompt) for cost in costs]
+            self.assertEqual(" ".join(found), usd)
+
+    def test_the_operators_prices_go_before_the_usual_ones_and_may_be_globs(self):
+        rows = {"gpt-*": 1, "gpt-4o": 2, "openai/gpt-4o": 3, "claude-*-4.5": 4, "kimi-k9:free": 5,
+                "a/kimi-k8": 6, "kimi-k8": 7, "my-meta.x": 9, "GPT-4o-2024-05-13": 8, "sonnet*": 0}
+        prices = llm_proxy.Prices({
+            name: llm_proxy.read_price({"input": usd}) for name, usd in rows.items()})
+        for name, usd in self.each("""
+                gpt-4o -> 2
+                GPT-4O-2024-11-20 -> 2
+                gpt-4o-2024-05-13 -> 8
+                openai/gpt-4o -> 3
+                azure/gpt-4o -> 2
+                gpt-4o-mini -> 1
+                anthropic/claude-sonnet-4-5-20250929 -> 4
+                x/kimi-k9:free -> 5
+                x/kimi-k8 -> 7
+                a/kimi-k8 -> 6
+                b/kimi-k8:free -> 7
+                sonnet-x -> 0"""):
+            self.assertEqual(prices.find(name).input, int(usd) * 10 ** 6)
+        for name in self.each(["kimi-k9", "my-x", "x"]):
+            self.assertIsNone(prices.find(name))
+
+    def test_the_model_that_served_is_paid_where_it_has_a_price_else_the_one_asked_for(self):
+        prices = llm_proxy.Prices({"a": llm_proxy.read_price({"input": 1}),
+                                   "b": llm_proxy.read_price({"input": 2})})
+        for asked, served, found in self.each((
+                ("a", None, (1, True)), ("a", "b-2026-01-01", (2, True)), ("a", "x", (1, True)),
+                ("x", "b", (2, True)), ("x", "y", (0, False)), ("x", "", (0, False)))):
+            cost, known = prices.cost(llm_proxy.Usage(1, model=served), asked)
+            self.assertEqual((cost / 10 ** 6, known), found)
+
+    TIERS = """
+        gpt-5.4 -> default -> 2.5
+        gpt-5.4 -> flex -> 1.25
+        gpt-5.4 -> BATCH -> 1.25
+        gpt-5.4 -> priority -> 5
+        gpt-5.5 -> fast -> 12.5
+        gpt-6.2-sol -> ultrafast -> 6
+        gemini-3.5-flash -> PRIORITY -> 2.7
+        claude-opus-5 -> standard standard global -> 5
+        claude-opus-5 -> priority standard not_available -> 5
+        claude-opus-5 -> batch us -> 2.75
+        claude-opus-5 -> fast us -> 11
+        claude-opus-4-6 -> fast -> 30
+        own -> fast -> 9
+        own -> batch fast -> 4.5
+        own -> flex -> 3
+        """
+
+    def test_how_it_was_served_is_paid(self):
+        prices = llm_proxy.Prices({"own": llm_proxy.read_price({
+            "input": 1, "tiers": {"flex": 3, "fast": {"input": 9}}})})
+        for model, tiers, usd in self.each(self.TIERS):
+            cost, _ = prices.cost(llm_proxy.Usage(1, tiers=tuple(tiers.split())), model)
+            self.assertEqual(llm_proxy.format_usd(cost * 10 ** 6), usd)
+
+    def test_own_prices_keep_the_usual_tiers_and_a_tier_of_a_long_prompt_is_that_times_its_price(
+            self):
+        prices = llm_proxy.Prices({"claude-opus-4.6": llm_proxy.read_price({"input": 1})})
+        for model, tokens, usd in self.each((("claude-opus-4-6", 1, 6), ("gpt-5.4", 272001, 10))):
+            cost, _ = prices.cost(llm_proxy.Usage(tokens, tiers=("fast",)), model)
+            self.assertEqual(cost, tokens * usd * 10 ** 6)
+
+    def test_what_others_did_is_added_and_what_the_upstream_tells_is_the_bill(self):
+        prices = llm_proxy.Prices({"a": llm_proxy.read_price({"input": 1}),
+                                   "b": llm_proxy.read_price({"input": 5})})
+        one = llm_proxy.Usage(2, model="b")
+        for others, told, found in self.each((
+                ((one, one), None, (30, True)), ((one._replace(model=None),), None, (12, True)),
+                ((one,), 7 * 10 ** 6, (7, True)), ((), 0, (0, True)))):
+            used = llm_proxy.Usage(10, model="a", others=others, picodollars=told)
+            cost, known = prices.cost(used, "a")
+            self.assertEqual((cost / 10 ** 6, known), found)
+        cost = prices.cost(llm_proxy.Usage(model="x", picodollars=1 << 80), "x")
+        self.assertEqual(cost, (llm_proxy.MAX_COST, True))
+        cost = prices.cost(llm_proxy.Usage(1 << 39, 1 << 39, model="b"), "b")
+        self.assertEqual(cost, (llm_proxy.MAX_COST, True))
+
+    def test_invented_models_do_not_fill_the_memory(self):
+        prices = llm_proxy.Prices(None)
+        for number in range(5000):
+            prices.find("model-%d" % number)
+            prices.cost(llm_proxy.Usage(model="served-%d" % number), "m")
+        for find in (prices.find, prices.find_served):
+            self.assertLessEqual(find.cache_info().currsize, llm_proxy.KNOWN_MODELS)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dialects
+# --------------------------------------------------------------------------------------------------
+
+def rows(text):
+    """A table that is written as text: its lines."""
+    return [row.strip() for row in text.strip().splitlines()]
+
+
+def refusal(answered):
+    """An OpenAI error, in short."""
+    return answered.status, answered.error()["type"]
+
+
+class JsonTest(ProxyCase):
+    REFUSED = [
+        b"", b"  ", b"[]", b'"x"', b"1", b"null", b"{", b"\xff",
+        b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}',
+        b'{"a": 1, "a": 2}', b'{"x": [{"a": 1, "\\u0061": 2}]}',  # the same key twice
+        '{"a": 1}'.encode("utf-16"), '{"a": 1}'.encode("utf-16-le"), b'{"a": "\xe4"}',
+        b'\xef\xbb\xbf{"a": 1}',  # a byte order mark
+        b'{} {}', b'{"a": 1,}', b'{"a": "\n"}', b"{'a': 1}", b'{} // x', b'{"a": "x',
+        b'{"a": ' + b"[" * 128 + b"]" * 128 + b"}",  # 129 deep
+        b'{"a": ' + b"[" * 100000 + b"]" * 100000 + b"}",
+        b'{"a":' * 100000 + b"1" + b"}" * 100000,
+        b"[" * 1000000,
+        b'{"a": "\\"", "b": ' + b"[" * 200 + b"]" * 200 + b"}"]  # deep behind a quote
+
+    def test_plain_objects_are_read(self):
+        brackets_in_a_string = '{"a": "%s\\"["}' % ("[" * 1000)
+        for text in self.each([
+                '{}', ' {"a": [1, -2.5e3, true, null, "\\u00e4"]} ',
+                '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
+            self.assertEqual(parse_json(text.encode()), json.loads(text))
+
+    def test_json_is_read_as_strictly_where_no_c_code_reads_it(self):
+        with mock.patch.object(llm_proxy, "HAS_SCANNER", False):
+            self.assertEqual(parse_json(b'{"a": "\\": ", "b": {"a": 1.5}}'),
+                             {"a": '": ', "b": {"a": 1.5}})
+            for body in self.each(self.REFUSED):
+                with self.assertRaises(llm_proxy.BadRequest):
+                    parse_json(body)
+
+    def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
+        self.start()
+        for body in self.each(self.REFUSED):
+            answered = self.ask(request("POST", CHAT, body))
+            self.assertEqual(refusal(answered), (400, "invalid_request_error"))
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+    def test_an_integer_of_5000_digits_is_no_crash(self):
+        """Newer Pythons refuse to read it, older ones read it; both are fine."""
+        self.start(TOKEN_COST_MODE="estimate")
+        for name in self.each([b"max_tokens", b"seed"]):
+            body = b'{"%b": %b}' % (name, b"9" * 5000)
+            self.assertIn(self.ask(request("POST", CHAT, body)).status, (200, 400))
+
+    PICTURE = "data:image/png;base64," + "QUJD" * 30000
+
+    def test_what_changes_is_spliced_into_what_the_caller_wrote(self):
+        self.start(MODEL_ALIASES="fast=real", LIMITS="each 9 tokens per minute burst 999999")
+        picture = '{"content": [{"type": "image_url", "image_url": {"url": "%s"}}]}' % self.PICTURE
+        for text in self.each((
+                '{"model": "fast",  "messages": [%s]}' % picture,
+                ' {"messages": [%s, %s], "a": {"model": "fast"}, "model" : "fast"\n}' % (
+                    picture, picture),
+                '{"x": "\\"model\\": \\"fast\\"", "y\\\\": ["model"], "model":"fast"}',
+                '{"x": ["\\\\", "model"], "messages": [%s], "model": "fast", "e": "\\u00e4"}'
+                % picture)):
+            self.ask(request("POST", CHAT, text.encode()))
+            there = text[::-1].replace('"tsaf"', '"laer"', 1)[::-1]
+            asked = self.stub.requests[-1]
+            self.assertEqual(asked.digest, hashlib.sha256(there.encode()).hexdigest())
+        body = b' { "messages": [], "stream_options": {"a": [1]},"stream":true}'
+        self.ask(request("POST", CHAT, body))
+        body = body.replace(b'{"a": [1]}', b'{"a":[1],"include_usage":true}')
+        self.assertEqual(self.stub.requests[-1].body, body)
+        answered = self.ask(request("POST", CHAT, b'{"\\u006dodel": "fast"}'))
+        self.assertIn("model must be spelled plainly", answered.error()["message"])
+
+    def test_a_long_string_is_media_only_where_media_stand(self):
+        self.start(says(b"{}"), TOKEN_COST_MODE="estimate", IMAGE_TOKENS=500, MAX_TOKENS=10 ** 6,
+                   RESPONSE_TOKEN_RESERVE=1)
+        picture = {"type": "image_url", "image_url": {"url": self.PICTURE}}
+        for payload, least, most in self.each((
+                ({"messages": [{"content": [picture, {"text": "x" * 400}]}]}, 600, 610),
+                ({"messages": [{"content": self.PICTURE}]}, 30000, 30020),
+                ({"messages": [{"url": "x" * 100000}]}, 25000, 25020),
+                ({"prompt": ["a", "x" * 100000]}, 25000, 25020))):
+            before = self.left()
+            self.ask(request("POST", CHAT, json.dumps({"model": "m", **payload}).encode()))
+            cost = before - self.left()
+            self.assertTrue(least <= cost <= most, cost)
+
+    def test_text_has_a_limit_of_its_own(self):
+        self.start(MAX_TEXT_BYTES=100000)
+        picture = {"type": "image_url", "image_url": {"url": self.PICTURE}}
+        for content, status in self.each((([picture], 200), ("x" * 110000, 413))):
+            answered = self.ask(call(messages=[{"role": "user", "content": content}]))
+            self.assertEqual(answered.status, status)
+        self.assertIn("MAX_TEXT_BYTES", answered.error()["message"])
+
+    def test_what_would_take_long_to_read_is_refused_soon(self):
+        for body in self.each((
+                b"[" * 65536, b"[" * (2 << 20), b"[" + b"[]," * 700000 + b"1]",
+                b'{"a":[' + (b"1" * 4299 + b",") * 1000 + b"1]}",
+                b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
+            began = time.thread_time()
+            with self.assertRaises(llm_proxy.BadRequest):
+                parse_json(body)
+            self.assertLess(time.thread_time() - began, CPU_SECONDS)
+
+    def test_a_key_in_another_case_is_refused_where_we_read_it(self):
+        """An upstream in Go would take "MODEL" for "model", and we would have read another one."""
+        self.start()
+        table = ["Model", "MAX_TOKENS", "Stream", "max_Completion_tokens", "\u017ftream"]
+        for key in self.each(table):
+            self.assertEqual(self.ask(call(**{key: 1})).status, 400)
+        self.assertEqual(self.ask(call(Temperature=1)).status, 200)
+        self.assertEqual(self.stub.calls, 1)
+
+    def test_a_model_has_at_most_256_characters(self):
+        self.start()
+        statuses = [self.ask(call(model="x" * size)).status for size in (256, 257)]
+        self.assertEqual(statuses, [200, 400])
+
+    def test_half_of_a_surrogate_pair_is_no_crash(self):
+        self.start(MAX_TOKENS=1, LOG_FORMAT="text", BASE_MODEL="m")
+        data = request("POST", CHAT, b'{"model": "\\ud800", "messages": [{"content": "\\udfff"}]}')
+        self.assertEqual([self.ask(data).status for _ in range(2)], [200, 200])
+
+
+class PathsTest(ManyCase):
+    SAME_ENDPOINT = r"""
+        /v1/chat/completions /v1/chat/completions?x=1 /v1/chat/completions/?x
+        /v1/chat/completions/ /v1/chat/completions// //v1/chat/completions ///v1/chat/completions
+        /v1//chat/completions /v1/chat//completions /v1/chat/completions/. /v1/chat/completions/./
+        /./v1/chat/completions /v1/./chat/./completions /v1/%2e/chat/completions
+        /v1/chat/%63ompletions /v1/%63hat/completions /%76%31/%63%68%61%74/completions
+        /v1/chat/%2563ompletions /v1/chat/%252563ompletions /v1/chat/COMPLETION%53
+        /v1%2fchat%2fcompletions /v1%2Fchat/completions /v1/chat%252Fcompletions
+        /%2fv1/chat/completions /v1/chat/completions%2f /v1/chat/completions%2F%2F
+        /v1/chat/completions/%2e /v1/chat/completions/%2E/
+        /V1/CHAT/COMPLETIONS /v1/Chat/Completions
+        /v1/chat/completions;x /v1/chat/completions;x=1 /v1/chat/completions/;x
+        /v1/chat/completions%3bx=1 /v1;a/chat;b/completions;c
+        /v1\chat\completions /v1/chat%5ccompletions \v1/chat/completions
+        /v1/chat/completions\ /v1/chat/completions%5C
+        /v1/x/../chat/completions /v1/chat/x/../completions /v1/x%3F/../chat/completions
+        /v1/x%23/../../admin /v1/%2e%2e/v1/chat/completions /v1/.%2E/v1/chat/completions
+        /v1/x/%252e%252e/chat/completions /v1/x/..;/chat/completions /v1/x/..\chat/completions
+        /v1/chat/completions/x/..
+        /v1/chat/completions%00 /v1/chat/completions%0a /v1/chat/completions%0d%0aX:%20y
+        /v1/chat/completions%09 /%00/v1/chat/completions
+        /v1/chat/completions%20 /v1/chat%20/completions
+        /v1/chat/completions#x /v1/chat/completions%3f /v1/chat/completions%3Fx=1
+        /v1/chat/completions%23x
+        /chat/completions /chat//completions/ /openai/v1/chat/completions
+        /any/prefix/v1/chat/completions /v1/engines/davinci/completions
+        /v1/completions /v1/completions/ /v1//completions /v1/Completions /v1/%63ompletions
+        /completions v1/chat/completions *
+        http://proxy.test/v1/chat/completions HTTP://PROXY.test/v1//chat/completions
+        https://proxy.test/v1/completions/ http://other.test/v1/chat/completions""".split()
+    PLAIN_NAMES = """
+        /v1/chat/completions?x=1 -> /v1/chat/completions?x=1
+        /v1//chat/./completions/ -> /v1/chat/completions
+        /V1/Chat/%43ompletions -> /v1/chat/completions
+        /v1%2fcompletions;x -> /v1/completions
+        /pre/v1/chat/completions -> /pre/v1/chat/completions
+        http://proxy.test/v1/chat/completions -> /v1/chat/completions
+        /chat/completions -> /chat/completions"""
+    FORWARDED = """
+        0 GET /v1/chat/completions
+        1 PUT /v1/chat/completions
+        0 DELETE /v1/chat/completions/x
+        0 POST /v1/chat/completions/x/cancel
+        0 POST /v1/threads/t/runs/r/cancel
+        0 POST /v1beta/batches/b:cancel
+        1 POST /v1/chat/completions/x/cancel/
+        1 POST /v1/x/cancel
+        1 PATCH /a/b?c=/v1/chat/completions
+        1 POST /v1/xcompletions
+        1 POST /v1/files
+        0 HEAD /v1/files
+        1 POST /v1/files/a%20b?x=%2f
+        1 POST /v1//audio/./x
+        0 GET /
+        0 GET /v1/models
+        1 QUERY /v1/x
+        0 GET /x?a=b?c
+        0 POST /tokenize
+        0 POST /v1/responses/input_tokens
+        0 POST /detokenize
+        0 POST /apply-template
+        0 POST /api/show
+        0 POST /v1/messages/count_tokens
+        0 POST /v1beta/models/m:countTokens"""
+    # Whatever reaches a model by these costs something; what has a name in its path, by that.
+    UNKNOWN = """
+        POST /v1/chat/completions/batch, POST /v1/decisions, POST /v1/score, POST /score,
+        POST /v1/reranking, POST /reranking, POST /invocations, POST /v1/audio/speech,
+        POST /v1/audio/transcriptions, POST /v1/audio/translations, POST /v1/images/edits,
+        POST /v1/images/variations, POST /v1/videos, POST /v1/batches, POST /v1/messages/batches,
+        POST /v1beta/interactions, POST /v1beta/models/m:batchGenerateContent,
+        POST /v1beta/models/m:predictLongRunning, POST /v1beta/models/m:predict, POST /completion,
+        POST /infill, POST /embedding, POST /pooling, POST /classify, POST /generate,
+        POST /v1/moderations, POST /v1/ocr, POST /v1/threads/t/runs, POST /v1/threads/t/messages,
+        POST /v1/fine_tuning/jobs, PUT /v1/chat/completions, PATCH /v1/responses, POST /inference,
+        POST /v1/uploads/u/parts, PROPFIND /v1/chat/completions, POST /v1//score/, POST /%76%31/x,
+        POST /v1/chat/completions/x/messages
+        """
+    ADMIN = """
+        POST /v1/realtime/client_secrets, POST /V1/Realtime/Client_Secrets, GET /slots, GET /slots/0
+        POST /v1/realtime//client_secrets/, POST /v1/realtime/client%5fsecrets;x
+        POST /v1/x/../slots
+        POST /v1alpha/auth_tokens, POST /v1/realtime/sessions, POST /v1/realtime/calls
+        GET /v1/stream/x, DELETE /v1/stream/x, POST /v1/streams/lookup, GET /stream/x
+        POST /slots/0?action=save, POST /%73lots/0, POST /api/pull, POST /api/push, POST /api/create
+        POST /api/copy, DELETE /api/delete, HEAD /api/blobs/sha256:1, POST /pull, POST /api//pull/
+        POST /v1/load_lora_adapter, POST /v1/unload_lora_adapter, POST /sleep, POST /wake_up
+        POST /reset_prefix_cache, POST /collective_rpc, POST /update_weights_from_disk
+        POST /update_weights, GET /flush_cache, POST /start_profile, POST /models/load
+        POST /models/unload, POST /lora-adapters, POST /props, POST /v1/model/load, PUT /props
+        POST /api/v1/models/load, POST /models, DELETE /v1/models/m, GET /cors-proxy?url=x
+        POST /slots/0:countTokens?action=erase, POST /slots/0/count_tokens
+        POST /resume, GET /is_paused, POST /start_weight_update, POST /finish_weight_update
+        POST /fault_tolerance/apply, POST /v1/chat/completions/control, PUT /hicache/storage-backend
+        POST /v1/download, POST /v1/model/embedding/unload, POST /v1/sampling/override/switch
+        GET /api/v1/credits, GET /api/v1/key, POST /api/v1/models/unload, GET /models/sse
+        POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
+            "\n", ",")
+    MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
+
+    def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
+        """Each is limited, in the assistant's words, or refused."""
+        self.start(MAX_TOKENS=1)
+        self.ask(call())
+        for path in self.each(self.SAME_ENDPOINT):
+            answered = self.ask(request("POST", path, chat(prompt="x")))
+            said = {200: b"limit reached", 400: b'"error"'}[answered.status]
+            self.assertIn(said, answered.body)
+            self.assertEqual(self.stub.calls, 1)
+
+    def test_a_spelled_out_path_goes_upstream_under_its_plain_name(self):
+        self.start()
+        for path, plain in self.each(self.PLAIN_NAMES):
+            self.assertEqual(self.ask(request("POST", path, chat())).status, 200)
+            self.assertEqual(self.stub.requests[-1].target, plain)
+        self.assertEqual(self.left(), 1000 - 7)
+
+    def test_other_methods_and_paths_are_forwarded_as_they_are_and_cost_a_request_or_nothing(self):
+        self.start()
+        left = 1000
+        for cost, method, path in self.each(map(str.split, self.FORWARDED.strip().splitlines())):
+            body = b"" if method in ("GET", "HEAD") else b"not json"
+            self.assertEqual(self.ask(request(method, path, body)).status, 200)
+            asked = self.stub.requests[-1]
+            self.assertEqual((asked.method, asked.target, asked.body), (method, path, body))
+            left -= int(cost)
+            self.assertEqual(self.left(), left)
+
+    def rows(self, text):
+        return self.each([row.split() for row in text.split(",") if row.strip()])
+
+    def test_what_is_unknown_gets_past_neither_an_empty_bucket_nor_a_full_queue(self):
+        self.start(MAX_TOKENS=1)
+        self.ask(call())
+        for method, path in self.rows(self.UNKNOWN):
+            answered = self.ask(request(method, path, chat()))
+            limited = answered.status == 429 or b"limit reached" in answered.body
+            self.assertEqual((limited, self.stub.calls), (True, 1))
+        self.start(None, MAX_CONCURRENCY=1, MAX_QUEUE=0)
+        _, running = self.ask_stub(call())
+        for method, path in self.rows(self.UNKNOWN):
+            answered = self.ask(request(method, path, chat()))
+            self.assertEqual((answered.status, self.stub.calls), (503, 1))
+        running.answer()
+
+    def test_what_manages_an_upstream_is_not_passed_on_in_whatever_spelling(self):
+        box = self.stub_of("box")
+        self.start_many({"box": box}, UPSTREAM_BOX_URL=box.url)
+        for method, path in self.rows(self.ADMIN):
+            for prefix in ("", "/box"):
+                answered = self.ask(request(method, prefix + path, chat()))
+                self.assertIn(answered.status, (403, 400 if ".." in path else 403))
+        self.assertEqual(self.stub.calls + box.calls, 0)
+        for method, path in self.rows(self.MANAGED_AND_FREE):
+            self.assertEqual(self.ask(request(method, "/box" + path)).status, 200)
+        self.start(VENDOR_ADMIN_PATHS="on")
+        self.assertEqual(self.ask(request("POST", "/api/pull")).status, 200)
+
+    def test_unknown_calls_are_free_or_refused_where_that_is_wanted(self):
+        said = {"count": (200, 999), "pass": (200, 1000), "refuse": (403, 1000)}
+        for setting, expected in self.each(said.items()):
+            self.start(UNKNOWN_CALLS=setting)
+            answered = self.ask(request("POST", "/v1/score", chat()))
+            self.assertEqual((answered.status, self.left()), expected)
+            self.assertEqual(self.ask(request("POST", "/v1/files", b"x")).status, 200)
+            batch = self.ask(request("POST", "/v1/batches", b'{"input_file_id": "x"}'))
+            self.assertEqual(batch.status, answered.status)
+            self.assertEqual(self.left(), expected[1] - 1 - (batch.status == 200))
+
+    def test_an_unknown_call_is_estimated_by_its_json_and_settled_by_what_is_told(self):
+        told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
+        for mode, answered, cost, more in self.each((
+                ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
+                ("estimate", {}, 311, {"sampling_params": {"max_new_tokens": 50, "n": 3},
+                                       "text": ["a", "b"]}),
+                ("estimate", {}, 84, {"requests": [{"params": {"max_tokens": 35}}] * 2}),
+                ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
+                ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
+            self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
+            body = json.dumps({"model": "m", "input": "ten tokens" * 4, **more}).encode()
+            self.ask(request("POST", "/v1/score", body))
+            self.assertEqual(1000 - self.left(), cost)
+
+    def test_the_method_cannot_be_overridden_further_on(self):
+        self.start(MAX_TOKENS=1)
+        self.ask(request("GET", CHAT, b"", "X-HTTP-Method-Override: POST"))
+        self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
+        self.assertEqual(self.ask(request("post", CHAT, chat())).status, 400)
+        self.assertEqual(self.stub.calls, 1)
+
+
+class FormsTest(ManyCase):
+    """Calls that are no JSON: what they name is found, and nothing else is changed."""
+    PART = '--B\r\nContent-Disposition: form-data; name=%s\r\n\r\n%s\r\n'
+    FILE = PART % ('"file"; filename="a.wav"\r\nContent-Type: audio/wav', "RIFF--B\0\xff")
+    # The second part of a form, and the status
+    FIELDS = [
+        ('"model"', "fast", 200), ("model", "fast", 200), ('"model"; filename="x"', "fast", 200),
+        ('"x"; filename="x"; name="model"', "fast", 400),
+        ('"Model"', "fast", 400), ('"mod\\el"', "fast", 400), ('"x"; name="model"', "fast", 400),
+        ('"model"\r\nContent-Transfer-Encoding: base64', "ZmFzdA==", 400),
+        ('"model"\r\nContent-Disposition: form-data; name="x"', "fast", 400),
+        ('"x"\nContent-Disposition: form-data; name="model"', "fast", 400),
+        ('"model"', "m\r\n--BX\r\n", 400), ('"model"', "m\n--B\r\n", 400),
+        ('"model"', "m" * 300, 400)]
+
+    def start_routed(self):
+        one = self.stub_of("one")
+        self.start_many({"one": one}, UPSTREAM_ONE_MODELS="real", MODEL_ALIASES="fast=real")
+        return one
+
+    def form(self, *parts, boundary="B", end="--B--\r\n"):
+        body = ("".join(parts) + end).encode("latin-1")
+        kind = "Content-Type: multipart/form-data; boundary=" + boundary
+        return request("POST", "/v1/audio/transcriptions", body, kind)
+
+    def test_a_body_has_one_type(self):
+        self.start()
+        for kinds, status in self.each((
+                (["a/b"], 200), (["audio/x", "multipart/form-data; boundary=x"], 400),
+                (["a/b, c/d"], 400))):
+            fields = ["Content-Type: " + kind for kind in kinds]
+            answered = self.ask(request("POST", "/v1/audio/transcriptions", b"x", *fields))
+            self.assertEqual((answered.status, self.stub.calls), (status, 1))
+
+    def test_a_form_is_routed_by_its_model_whose_alias_is_replaced(self):
+        one = self.start_routed()
+        file = self.FILE.replace("--B\0", "-B\0")
+        for name, model, status in self.each(self.FIELDS):
+            field, calls = self.PART % (name, model), one.calls
+            answered = self.ask(self.form(file, field))
+            self.assertEqual((answered.status, one.calls - calls), (status, status == 200))
+            if status == 200:
+                asked, body = one.requests[-1], file + field.replace("fast", "real") + "--B--\r\n"
+                self.assertEqual(asked.body, body.encode("latin-1"))
+                self.assertEqual(asked.get("content-type"), "multipart/form-data; boundary=B")
+        self.assertEqual(self.left(), 1000 - 3)
+
+    def test_a_form_that_two_readers_could_take_apart_differently_is_refused(self):
+        self.start()
+        model = self.PART % ('"model"', "m")
+        for data in self.each((
+                self.form(model, model), self.form(model, end=""), self.form(model, end="--B\r\n"),
+                self.form("x", model), self.form(model, boundary="C"), self.form(self.FILE, model),
+                self.form(model, boundary='B"'), self.form(model, boundary="B; boundary=C"),
+                self.form(model, end="--B--\r\n" + model), self.form(model * 1001))):
+            self.assertEqual(self.ask(data).status, 400)
+        self.assertEqual((self.stub.calls, self.left()), (0, 1000))
+
+    def test_json_is_read_whatever_its_type_says_and_must_be_sound(self):
+        one = self.start_routed()
+        for fields, body, status in self.each((
+                ((), b'{"model": "fast"}', 200),
+                (("Content-Type: text/plain",), b' {"model": "fast"}', 200),
+                (("Content-Type: application/x-www-form-urlencoded",), b'{"model": "fast"}', 200),
+                (("Content-Type: application/json",), b"model=fast", 400),
+                ((), b'{"model": "fast", "model": "m"}', 400), ((), b'{"Model": "fast"}', 400),
+                ((), '{"model": "fast"}'.encode("utf-16"), 400), ((), b'["fast"]', 400))):
+            self.assertEqual(self.ask(request("POST", "/v1/score", body, *fields)).status, status)
+            if status == 200:
+                self.assertEqual(one.requests[-1].body.strip(), b'{"model": "real"}')
+                self.assertEqual(one.requests[-1].get("content-type"), "application/json")
+        kind = "Content-Type: application/x-www-form-urlencoded"
+        self.ask(request("POST", "/v1/score", b"a=%26&model=fast", kind))
+        self.assertEqual(one.requests[-1].body, b"a=%26&model=real")
+        self.assertEqual(self.ask(request("POST", "/x", b"model=a&model=b", kind)).status, 400)
+
+    def test_sounds_are_relayed_as_they_come_and_what_is_no_json_as_it_is(self):
+        self.start(None, reads=False, MAX_BODY_BYTES=10)
+        kind = "Content-Type: audio/wav"
+        client, asked = self.ask_stub(unsized("/v1/x", CHUNKED, kind, "Content-Encoding: br"))
+        pieces = asked.reader.body(asked.fields)
+        for piece in (b"{one", b"two" * 10):
+            client.send(chunk(piece))
+            self.assertEqual(next(pieces), piece)
+        client.send(LAST)
+        self.assertEqual(list(pieces), [])
+        asked.answer(b"x", "200 OK", "Content-Type: audio/mpeg")
+        self.assertEqual(client.read().body, b"x")
+        self.assertEqual((asked.get("content-type"), asked.get("content-encoding")),
+                         ("audio/wav", "br"))
+        self.assertEqual(self.ask(request("POST", "/v1/x", b"x" * 11)).status, 413)
+        self.assertEqual(self.left(), 999)
+
+
+# Rows: an endpoint; what its API tells; input, output, cached, cache_write and reasoning tokens
+USAGE_TABLE = json.loads("""[
+    ["chat", {"prompt_tokens": 12, "completion_tokens": 2, "total_tokens": 14},
+        [12, 2, 0, 0, 0]],
+    ["chat", {"prompt_tokens": 12, "completion_tokens": 9, "total_tokens": 21,
+                "prompt_tokens_details": {"cached_tokens": 8},
+                "completion_tokens_details": {"reasoning_tokens": 5}},
+        [12, 9, 8, 0, 5]],
+    ["chat", {"input_tokens": 12, "input_tokens_details": {"cached_tokens": 8},
+                "output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 5},
+                "total_tokens": 21},
+        [12, 9, 8, 0, 5]],
+    ["chat", {"prompt_tokens": 7, "total_tokens": 7},
+        [7, 0, 0, 0, 0]],
+    ["chat", {"total_tokens": 7},
+        [7, 0, 0, 0, 0]],
+    ["chat", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 40},
+        [10, 30, 0, 0, 0]],
+    ["chat", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12,
+                "prompt_cache_hit_tokens": 4, "prompt_tokens_details": null},
+        [10, 2, 4, 0, 0]],
+    ["chat", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12,
+                "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 5}},
+        [10, 2, 4, 5, 0]],
+    ["chat", {"tokens_evaluated": 10, "tokens_predicted": 2, "tokens_cached": 11},
+        [10, 2, 0, 0, 0]],
+    ["chat", {"input_tokens": 10, "total_output_tokens": 5, "reasoning_output_tokens": 4},
+        [10, 5, 0, 0, 4]],
+    ["chat", {"prompt_tokens": -1, "completion_tokens": "2"}, null],
+    ["chat", {"prompt_tokens": true}, null],
+    ["chat", {"prompt_tokens": 1e300}, null],
+    ["chat", {}, null],
+    ["chat", {"prompt_tokens": 368, "completion_tokens": 19, "total_tokens": 10923,
+                "cache_read_input_tokens": 10536},
+        [10904, 19, 10536, 0, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 25, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 35, "completion_tokens": 2, "total_tokens": 37,
+                "cache_read_input_tokens": 20, "cache_creation_input_tokens": 10},
+        [35, 2, 20, 10, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "cache_read_input_tokens": 20},
+        [25, 2, 20, 0, 0]],
+    ["chat", {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7,
+                "prompt_tokens_details": {"cached_tokens": 20}},
+        [25, 2, 20, 0, 0]],
+    ["chat", {"prompt_tokens": 14, "completion_tokens": 9, "total_tokens": 255,
+                "completion_tokens_details": {"reasoning_tokens": 232}},
+        [14, 241, 0, 0, 232]],
+    ["chat", {"prompt_tokens": 14, "completion_tokens": 9,
+                "completion_tokens_details": {"reasoning_tokens": 232}},
+        [14, 241, 0, 0, 232]],
+    ["chat", {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 37,
+                "cached_tokens": 20, "reasoning_tokens": 5},
+        [30, 7, 20, 0, 5]],
+    ["chat", {"prompt_tokens": 0, "completion_tokens": 2, "total_tokens": 37},
+        [35, 2, 0, 0, 0]],
+    ["chat", {"prompt_tokens": 12.0, "completion_tokens": 2.0},
+        [12, 2, 0, 0, 0]],
+    ["chat", {"inputTokens": 12, "outputTokens": 2, "cacheReadInputTokens": 5},
+        [12, 2, 5, 0, 0]],
+    ["chat", {"input_tokens": 10, "cache_read_input_tokens": 5, "output_tokens": 2},
+        [15, 2, 5, 0, 0]],
+    ["messages", {"input_tokens": 15, "cache_read_input_tokens": 5, "output_tokens": 2,
+                   "total_tokens": 17},
+        [15, 2, 5, 0, 0]],
+    ["messages", {"input_tokens": 10, "output_tokens": 5},
+        [10, 5, 0, 0, 0]],
+    ["messages", {"input_tokens": 23000, "output_tokens": 1000, "iterations": [
+                    {"type": "compaction", "input_tokens": 180000, "output_tokens": 3500},
+                    {"type": "message", "input_tokens": 23000, "output_tokens": 1000}, "odd"]},
+        [203000, 4500, 0, 0, 0]],
+    ["messages", {"input_tokens": 23000, "output_tokens": 1000, "iterations": [
+                    {"type": "compaction", "input_tokens": 7, "output_tokens": 5}]},
+        [23000, 1000, 0, 0, 0]],
+    ["messages", {"input_tokens": 1, "output_tokens": 5,
+                   "output_tokens_details": {"thinking_tokens": 3}},
+        [1, 5, 0, 0, 3]],
+    ["messages", {"input_tokens": 10, "cache_read_input_tokens": 100,
+                   "cache_creation_input_tokens": 20, "output_tokens": 5},
+        [130, 5, 100, 20, 0]],
+    ["generate", {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 15},
+        [10, 5, 0, 0, 0]],
+    ["generate", {"promptTokenCount": 10, "candidatesTokenCount": 5, "thoughtsTokenCount": 7,
+                "cachedContentTokenCount": 4, "toolUsePromptTokenCount": 3,
+                "totalTokenCount": 25},
+        [13, 12, 4, 0, 7]],
+    ["generate", {"candidatesTokenCount": 5}, null],
+    ["interactions", {"total_input_tokens": 9, "total_output_tokens": 79,
+                "total_thought_tokens": 12, "total_tokens": 100},
+        [9, 91, 0, 0, 12]],
+    ["interactions", {"total_input_tokens": 10, "total_output_tokens": 5,
+                "total_cached_tokens": 4, "total_tool_use_tokens": 3,
+                "input_tokens_by_modality": [{"modality": "text", "tokens": 10}]},
+        [13, 5, 4, 0, 0]],
+    ["ollama", {"prompt_eval_count": 26, "eval_count": 9, "total_duration": 5}, [26, 9, 0, 0, 0]],
+    ["ollama", {"prompt_eval_count": 8, "eval_count": null}, [8, 0, 0, 0, 0]],
+    ["ollama", {"prompt_eval_count": null, "eval_count": null}, null]]""")
+
+
+def events(*payloads, end="\n\n"):
+    """An event stream."""
+    texts = [one if one == "[DONE]" else json.dumps(one) for one in payloads]
+    return "".join("data: " + text + end for text in texts).encode()
+
+
+def delta(text, **more):
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    return {"id": "c", "choices": [choice], **more}
+
+
+TOLD = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
+LAST_DELTA = {"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+USAGE_EVENT = {"id": "c", "choices": [], "usage": TOLD}
+ANTHROPIC_EVENTS = json.loads("""[
+    {"type": "message_start", "message": {"id": "m", "usage": {
+        "input_tokens": 20, "cache_read_input_tokens": 5, "output_tokens": 1}}},
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 0,
+     "delta": {"type": "text_delta", "text": "hello you"}},
+    {"type": "message_delta", "delta": {"stop_reason": null}, "usage": {"output_tokens": 3}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 7}},
+    {"type": "message_stop"}]""")
+RESPONSE_EVENTS = json.loads("""[
+    {"type": "response.created",
+     "response": {"id": "r", "usage": null, "tools": [{"usage": {"input_tokens": 1}}]}},
+    {"type": "response.output_text.delta", "delta": "hello you"},
+    {"type": "response.output_text.done", "text": "hello you"},
+    {"type": "response.completed",
+     "response": {"id": "r", "output": [{"content": [{"text": "hello you"}]}],
+                  "usage": {"input_tokens": 25, "output_tokens": 7, "total_tokens": 32}}}]""")
+GEMINI_EVENTS = json.loads("""[
+    {"candidates": [{"content": {"parts": [{"text": "hello"}]}}],
+     "usageMetadata": {"promptTokenCount": 25, "candidatesTokenCount": 1}},
+    {"candidates": [{"content": {"parts": [{"text": " you"}]}, "finishReason": "STOP"}],
+     "usageMetadata": {"promptTokenCount": 25, "candidatesTokenCount": 7}}]""")
+
+
+INTERACTION_EVENTS = json.loads("""[
+    {"event_type": "interaction.created", "interaction": {"id": "i", "status": "in_progress"}},
+    {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}},
+    {"event_type": "step.delta", "index": 0, "delta": {"text": "hello you", "type": "text"}},
+    {"event_type": "interaction.completed", "interaction": {"id": "i", "status": "completed",
+     "usage": {"total_input_tokens": 25, "total_output_tokens": 4, "total_thought_tokens": 3}}}]""")
+OLLAMA_LINES = json.loads("""[
+    {"model": "m", "message": {"role": "assistant", "content": "hello"}, "done": false},
+    {"model": "m", "message": {"role": "assistant", "content": " you"}, "done": false},
+    {"model": "m", "message": {"role": "assistant", "content": ""}, "done_reason": "stop",
+     "done": true, "total_duration": 9, "load_duration": 1, "prompt_eval_count": 25,
+     "prompt_eval_duration": 2, "eval_count": 7, "eval_duration": 6}]""")
+
+
+def lines_of(*payloads):
+    """A stream of Ollama."""
+    return b"".join(json.dumps(one, separators=(",", ":")).encode() + b"\n" for one in payloads)
+
+
+class UsageReaderTest(ProxyCase):
+    """What is understood of an answer, in whatever pieces it comes."""
+    DIALECTS = {"messages": llm_proxy.Anthropic(), "generate": llm_proxy.Gemini(),
+                "interactions": llm_proxy.Interactions(), "ollama": llm_proxy.Ollama()}
+    STREAMS = [  # endpoint, events, usage; of the first events: number, usage, characters
+        ("chat", [delta("hello you"), LAST_DELTA, USAGE_EVENT, "[DONE]"],
+         (20, 4), 1, None, 9),
+        ("chat", [delta("hello", usage=None), delta(" you"), {**LAST_DELTA, "usage": TOLD},
+                  "[DONE]"],
+         (20, 4), 2, None, 9),
+        ("responses", RESPONSE_EVENTS, (25, 7), 2, None, 9),
+        ("messages", ANTHROPIC_EVENTS, (25, 7), 3, (25, 1), 9),
+        ("generate", GEMINI_EVENTS, (25, 7), 1, (25, 1), 5),
+        ("interactions", INTERACTION_EVENTS, (25, 7), 3, None, 9)]
+    JSON_ANSWERS = """
+        {"choices": [SAID], "usage": TOLD}
+        {"usage": TOLD, "choices": [SAID]}
+        {"choices": [SAID], "usage": TOLD, "metadata": PLANTED}
+        {"usage": TOLD, "tools": [PLANTED]}
+        {"choices": [SAID], "usage": TOLD, "timings": {"n": 1}}
+        {"usage": TOLD, "data": [LONG]}"""
+
+    def dialect(self, endpoint):
+        return self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
+
+    def new_reader(self, endpoint="chat", streamed=True, dropping=False, packed=False):
+        asked = llm_proxy.Call(self.dialect(endpoint), endpoint, CHAT, "")
+        asked.usage_requested_by_us = dropping
+        self.reader = llm_proxy.UsageReader(asked, streamed, True, packed)
+        return self.reader
+
+    def hear(self, data, step=None, whole=True, **options):
+        """What goes on of `data`; (input, output) tokens; whether they are final; characters."""
+        reader = self.new_reader(**options)
+        step = step or len(data)
+        pieces = [data[at:at + step] for at in range(0, len(data), step)]
+        passed = b"".join(map(reader.feed, pieces)) + reader.flush()
+        used, final = reader.reported_usage(whole)
+        return passed, used and used[:2], final, reader.output_characters()
+
+    USUAL_ENDS = """
+        {"model":"m","choices":[],TOLD} -> True
+        {"model":"","choices":[],TOLD} -> False
+        {"model":"other","choices":[],TOLD} -> False
+        {"model":"other","metadata":{"model":"m"},TOLD} -> False
+        {"model":"m","service_tier":"flex",TOLD} -> False
+        {"model":"m",TOLD,"cached_tokens":5} -> False
+        {"model":"m","choices":[{TOLD}]} -> False
+        {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
+        [{"model":"m","choices":[],TOLD}] -> False"""
+
+    def test_the_end_of_an_answer_tells_what_all_of_it_does_or_all_of_it_is_read(self):
+        told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
+        for text, is_usual in self.each(self.USUAL_ENDS):
+            data = text.replace("TOLD", told).encode()
+            counts = llm_proxy.OpenAI().usual_counts(data, "m")
+            self.assertEqual(str(counts is not None), is_usual)
+            found = []
+            for short in (counts, None):
+                reader = self.new_reader(streamed=False)
+                reader.asked = "m"
+                reader.feed(data)
+                with mock.patch.object(llm_proxy.OpenAI, "usual_counts", return_value=short):
+                    found.append((reader.reported_usage(True), reader.fault))
+            self.assertEqual(found[0], found[1])
+
+    def test_usage_is_read_in_every_dialect(self):
+        for endpoint, told, expected in self.each(USAGE_TABLE):
+            found = self.dialect(endpoint).usage(told)
+            self.assertEqual(found and list(found[:5]), expected)
+
+    FACTS = json.loads("""[
+        [{"model": "served", "service_tier": "flex", "usage": {"prompt_tokens": 1}},
+            {"model": "served", "tiers": ["flex"]}],
+        [{"response": {"model": "served", "usage": {"input_tokens": 1, "total_tokens": 1}}},
+            {"model": "served"}],
+        [{"type": "message", "model": "served", "usage": {"input_tokens": 1, "speed": "fast",
+            "service_tier": "standard", "inference_geo": "us"}},
+            {"model": "served", "tiers": ["standard", "fast", "us"]}],
+        [{"modelVersion": "served", "usageMetadata": {"promptTokenCount": 1}},
+            {"model": "served"}],
+        [{"model": 7, "service_tier": null, "usage": {"prompt_tokens": 1}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0.00014}}, {"picodollars": 140000000}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0}}, {"picodollars": 0}],
+        [{"usage": {"prompt_tokens": 1, "cost": -1}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": 0.01, "is_byok": true,
+            "cost_details": {"upstream_inference_cost": 0.2}}}, {"picodollars": 210000000000}],
+        [{"usage": {"prompt_tokens": 1, "cost": {"total_cost": 0.006}}},
+            {"picodollars": 6000000000}],
+        [{"usage": {"prompt_tokens": 1, "cost_in_usd_ticks": 37756000}},
+            {"picodollars": 3775600000}],
+        [{"type": "message", "usage": {"input_tokens": 1,
+            "cache_creation": {"ephemeral_1h_input_tokens": 5, "ephemeral_5m_input_tokens": 3}}},
+            {"input": 9, "cache_write": 8, "hour_write": 5}]]""")
+
+    def endpoint_of(self, told):
+        return "messages" if "type" in told else "generate" if "modelVersion" in told else "chat"
+
+    def test_what_an_answer_says_of_how_it_was_served_is_part_of_its_usage(self):
+        for told, facts in self.each(self.FACTS):
+            endpoint = self.endpoint_of(told)
+            last = {**told, **self.LAST.get(endpoint, {})}
+            for data, streamed in ((json.dumps(told).encode(), False), (events(last), True)):
+                self.hear(data, streamed=streamed, endpoint=endpoint)
+                used, _ = self.reader.reported_usage(True)
+                facts = {"input": 1, **facts, "tiers": tuple(facts.get("tiers", ()))}
+                self.assertEqual(used, llm_proxy.Usage(**facts))
+
+    LAST = {"generate": {"candidates": [{"finishReason": "STOP"}]}}
+
+    def test_what_another_model_did_for_a_call_is_told_apart(self):
+        entry = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
+        told = {"input_tokens": 20, "output_tokens": 4, "iterations": [entry]}
+        used = llm_proxy.Anthropic().usage(told, "served")
+        other = llm_proxy.Usage(7, 8, model="other")
+        self.assertEqual(used, llm_proxy.Usage(20, 4, model="served", others=(other,)))
+        self.assertEqual(used.with_others(), llm_proxy.Usage(27, 12, model="served"))
+        for name, served in self.each((
+                ("claude-sonnet-4.5", "claude-sonnet-4-5-20250929"), ("x", "X"), (None, "x"),
+                ("x", None), (["x"], "x"), (7, None), ("a", "a"))):
+            told["iterations"] = [{**entry, "model": name}, {**entry, "input_tokens": 30}] if (
+                served is None) else [{**entry, "model": name}]
+            used = llm_proxy.Anthropic().usage(told, served)
+            self.assertEqual(used.others, ())
+
+    ODD_PLACES = json.loads("""[
+        {"choices": [{"index": 0, "finish_reason": "stop", "usage": "TOLD"}]},
+        {"choices": [{"finish_reason": "stop", "delta": {}}], "x_groq": {"usage": "TOLD"}},
+        {"choices": [{"finish_reason": "stop", "message": {"usage": "TOLD"}}], "usage": null},
+        {"meta": "TOLD"}, {"stats": "TOLD"}, {"text": "", "meta_info": "TOLD"},
+        {"cached_tokens": 7, "usage": "TOLD", "choices": []},
+        {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
+        {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
+
+    def test_usage_is_found_wherever_a_response_has_it_and_not_in_what_a_caller_wrote(self):
+        for told in self.each(self.ODD_PLACES):
+            data = json.dumps(told).replace('"TOLD"', json.dumps(TOLD)).encode()
+            for body, streamed in ((data, False), (b"data: %b\n\n" % data, True)):
+                self.hear(body, 50, streamed=streamed)
+                used, final = self.reader.reported_usage(True)
+                self.assertEqual((used, final), (
+                    llm_proxy.Usage(20, 4, 7 * (b"cache" in data)), True))
+        planted = {"usage": {"input_tokens": 1, "output_tokens": 1}}
+        response = {"metadata": planted, "tools": [planted], "input": [planted], "text": planted}
+        self.assert_nothing_told({"type": "response.completed", "response": response})
+        self.assert_nothing_told({"choices": [{"finish_reason": "stop", "text": planted}]})
+
+    def assert_nothing_told(self, payload):
+        self.hear(events(payload))
+        self.assertIsNone(self.reader.reported_usage(True)[0])
+
+    def test_what_comes_later_erases_nothing_and_what_is_provisional_is_not_final(self):
+        start, _, text, *_ = ANTHROPIC_EVENTS
+        nothing = {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+                   "usage": {"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 50}}
+        stop = {"type": "message_stop"}
+        error = {"type": "error", "error": {"type": "overloaded_error"}}
+        for after, output, final, ending in self.each([
+                ([nothing, stop], 50, True, "ok"), ([nothing], 50, True, "ok"),
+                ([stop], 1, False, "ok"), ([], 1, False, "upstream_cut"),
+                ([error], 1, False, "upstream_status")]):
+            reader = self.new_reader("messages")
+            reader.feed(events(start, *[text] * 200, *after))
+            self.assertEqual(reader.ending(True), ending)
+            found = reader.reported_usage(ending == "ok")
+            self.assertEqual((found[0][:3], found[1]), ((25, output, 5), final))
+            self.assertEqual(reader.output_characters(), 1800)
+        early = {**delta("a"), "usage": {"prompt_tokens": 20, "completion_tokens": 1}}
+        for number, final in self.each(((1, True), (0, True), (30, False), (999, False))):
+            told = [delta("b"), early, *[delta("word ")] * number, LAST_DELTA, "[DONE]"]
+            told[-3:-2] = [] if number == 1 else told[-3:-2]
+            self.hear(events(*told))
+            self.assertEqual(self.reader.reported_usage(True)[1], final)
+
+    ENDINGS = json.loads(r"""[
+        ["chat", ["LAST_DELTA"], "ended ok"],
+        ["chat", ["LAST_DELTA", "[DONE]"], "ended closed ok"],
+        ["chat", ["USAGE_EVENT"], "ended ok"],
+        ["chat", [{"type": "response.incomplete", "response": {}}], "ended closed ok"],
+        ["messages", [{"type": "message_delta", "delta": {"stop_reason": "x"}}], "ended ok"],
+        ["generate", [{"candidates": [{"finishReason": "STOP"}]}], "ended closed ok"],
+        ["generate", [{"promptFeedback": {"blockReason": "SAFETY"}}], "ended closed ok"],
+        ["other", ["text"], "ok"],
+        ["chat", ["text"], "upstream_cut"],
+        ["messages", ["text"], "upstream_cut"],
+        ["generate", ["text"], "upstream_cut"],
+        ["chat", [{"error": "no"}], "502 upstream_status"],
+        ["chat", [{"error": {"code": "server_error"}}, "[DONE]"],
+            "ended closed 502 upstream_status"],
+        ["chat", [{"error": {"code": 400}}], "400 upstream_status"],
+        ["chat", [{"error": {"type": "invalid_request_error"}}], "400 upstream_status"],
+        ["chat", [{"choices": [{"finish_reason": "error"}]}], "ended 502 upstream_status"],
+        ["chat", [{"type": "response.failed", "response": {"error": {"code": "x"}}}],
+            "ended closed 502 upstream_status"],
+        ["chat", ["LAST_DELTA", {"error": null}, "[DONE]"], "ended closed ok"],
+        ["messages", [{"type": "error", "error": {"type": "overloaded_error"}}],
+            "502 upstream_status"],
+        ["generate", [{"error": {"code": 503, "status": "UNAVAILABLE"}}], "503 upstream_status"],
+        ["interactions", ["text"], "upstream_cut"],
+        ["interactions", [{"event_type": "interaction.completed"}], "ended closed ok"],
+        ["interactions", [{"event_type": "error", "error": {"code": 429}}], "429 upstream_status"]
+        ]""")
+    NAMED = {"LAST_DELTA": LAST_DELTA, "USAGE_EVENT": USAGE_EVENT, "text": delta("hello")}
+
+    def test_a_stream_says_how_it_ended(self):
+        for endpoint, told, expected in self.each(self.ENDINGS):
+            told = [self.NAMED.get(one, one) if isinstance(one, str) else one for one in told]
+            for begun in (events(delta("a")), events(delta("a")) * 999):
+                reader = self.new_reader(endpoint)
+                for data in (begun, events(*told)):
+                    reader.feed(data)
+                self.assertEqual(self.how_it_ended(reader), expected)
+
+    def test_lines_of_json_and_events_too_large_to_be_kept_say_how_they_ended(self):
+        line = b'{"message": {"content": "a"}, "done": %b}\n'
+        large = b'data: {"type": "response.completed", "response": {"output": "%b"}}\n\n'
+        for endpoint, data, expected in self.each([
+                ("ollama", line % b"false" * 999 + line % b"true", "ended closed ok"),
+                ("ollama", line % b"false" * 999, "upstream_cut"),
+                ("ollama", line % b"false" + b'{"error": "no"}\n', "502 upstream_status"),
+                ("chat", large % (b"x" * 900_000), "ok")]):
+            reader = self.new_reader(endpoint)
+            for at in range(0, len(data), 16384):
+                reader.feed(data[at:at + 16384])
+            self.assertEqual(self.how_it_ended(reader), expected)
+
+    def how_it_ended(self, reader):
+        ending = reader.ending(True)
+        words = "ended" * reader.ended, "closed" * reader.closed, str(reader.fault or ""), ending
+        return " ".join(filter(None, words))
+
+    def test_an_error_in_a_stream_may_be_no_json_and_no_stream_may_be_empty(self):
+        for data in self.each([b"event: error\ndata: no\n\n", b'error: {"code": 500}\n\n',
+                               b'data: {"error":\ndata: {}, "error": "no"}\n\n']):
+            reader = self.new_reader()
+            reader.feed(data)
+            self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_status", True))
+        for data in self.each([b"", b": ping\n\n"]):
+            reader = self.new_reader()
+            reader.feed(data)
+            self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_cut", True))
+
+    ERRORS = """
+        {"error": "no"} -> 502
+        {"error": {"code": 429}} -> 429
+        {"type": "error", "error": {"type": "overloaded_error"}} -> 502
+        {"object": "error", "message": "no", "code": 404} -> 404
+        {"errors": [{"code": 1000}], "success": false} -> 502
+        {"base_resp": {"status_code": 1004}} -> 502
+        {"status": "failed", "error": {"code": "server_error"}} -> 502
+        {"choices": [{"error": {"code": 502}, "message": {}}]} -> 502
+        [{"error": {"code": 503}}] -> 503
+        {"choices": [], "error": null, "errors": []} -> 0
+        {"choices": [], "base_resp": {"status_code": 0}} -> 0
+        {"choices": [{"message": {"content": "\\"error\\": {}"}}]} -> 0
+        {"content": [{"type": "tool_use", "input": {"error": "no"}}]} -> 0"""
+
+    def test_json_that_is_an_error_is_one_whatever_its_status(self):
+        for data, status in self.each(self.ERRORS):
+            reader = self.new_reader(streamed=False)
+            reader.feed(data.encode())
+            ending = reader.ending(True)
+            self.assertEqual((reader.fault, ending), (
+                int(status), "upstream_status" if int(status) else "ok"))
+
+    def test_the_usage_of_a_stream_is_what_its_events_say_in_the_end(self):
+        for row, end, step in self.each(itertools.product(
+                self.STREAMS, ("\n\n", "\r\n\r\n"), (None, 1, 7, 64))):
+            endpoint, told, usage, *_ = row
+            data = b": ping" + end.encode() + events(*told, end=end)
+            found = self.hear(data, step, endpoint=endpoint)
+            self.assertEqual(found, (data, usage, True, 9))
+
+    def test_ollama_streams_lines_of_which_the_last_tells_the_usage(self):
+        data = lines_of(*OLLAMA_LINES)
+        for step in self.each((None, 1, 7, 64)):
+            found = self.hear(data, step, endpoint="ollama")
+            self.assertEqual(found, (data, (25, 7), True, 9))
+        _, used, final, characters = self.hear(data[:-200], whole=False, endpoint="ollama")
+        self.assertEqual((used, final, characters), (None, False, 9))
+        for indent in self.each((None, 2)):
+            whole = json.dumps({**OLLAMA_LINES[-1], **OLLAMA_LINES[0], "done": True}, indent=indent)
+            found = self.hear(whole.encode(), endpoint="ollama", streamed=False)
+            self.assertEqual(found[1:], ((25, 7), True, 5))
+
+    def test_a_stream_of_lines_ends_with_the_one_that_is_done(self):
+        """An error in it is a line, too."""
+        error = {"error": "unexpected EOF"}
+        for told, ending in self.each((
+                (OLLAMA_LINES, "ok"), (OLLAMA_LINES[:2], "upstream_cut"),
+                ([*OLLAMA_LINES[:2], error], "upstream_status"), ([error], "upstream_status"))):
+            self.hear(lines_of(*told), endpoint="ollama")
+            self.assertEqual(self.reader.ending(True), ending)
+
+    def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
+        for endpoint, told, _, number, *expected in self.each(self.STREAMS):
+            data = events(*told[:number]) + b'data: {"choi'
+            _, used, final, characters = self.hear(data, whole=False, endpoint=endpoint)
+            self.assertEqual(([used, characters], final), (expected, False))
+
+    def test_the_usage_of_json_is_that_of_the_answer_and_no_other(self):
+        planted = '{"usage": {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}}'
+        words = {"PLANTED": planted, "SAID": json.dumps({"message": {"content": planted}}),
+                 "TOLD": json.dumps(TOLD), "LONG": ", ".join(['{"embedding": [0.5]}'] * 200)}
+        for row, in self.each(self.JSON_ANSWERS):
+            told = json.loads(re.sub("[A-Z]+", lambda match: words[match[0]], row))
+            compact = json.dumps(told, separators=(",", ":"))
+            for text in (json.dumps(told), json.dumps(told, indent=2) + "\n", compact):
+                self.hear(text.encode(), 50, streamed=False)
+                self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(20, 4), True))
+
+    def test_a_stream_of_gemini_as_a_json_array_is_understood(self):
+        data = json.dumps(GEMINI_EVENTS).encode()
+        found = self.hear(data, 30, endpoint="generate", streamed=False)
+        self.assertEqual(found, (data, (25, 7), True, 9))
+
+    def large_answers(self):
+        """Rows: an answer, how much of it may be kept, characters of text, endpoint, streamed."""
+        large = b"x" * (3 << 20)
+        picture = (
+            b'{"candidates": [{"content": {"parts": [{"inlineData": {"data": "%b"}}]}, '
+            b'"finishReason": "STOP"}], '
+            b'"usageMetadata": {"promptTokenCount": 20, "candidatesTokenCount": 4}}' % large)
+        response = (
+            b'data: {"type": "response.completed", "response": {"instructions": "%b", '
+            b'"usage": {"input_tokens": 20, "output_tokens": 4, "total_tokens": 24}}}\n\n')
+        usage = json.dumps(TOLD).encode()
+        many = events(*[delta("word ")] * 5000, USAGE_EVENT, "[DONE]")
+        return [(many, 1 << 17, 25000, "chat", True),
+                (b'{"data": ["%b"], "usage": %b}' % (large, usage), 2 << 20, 0, "other", False),
+                (b'{"usage": %b, "data": ["%b"]}' % (usage, large), 2 << 20, 0, "other", False),
+                (picture, 5 << 20, 0, "generate", False),
+                (b"data: %b\n\n" % picture, 5 << 20, 0, "generate", True),
+                (response % large, 5 << 20, 0, "responses", True),
+                (response % large[:100000], 5 << 20, 0, "responses", True)]
+
+    def test_large_answers_are_not_kept_and_tell_their_usage_all_the_same(self):
+        """Pictures are not counted as text."""
+        for data, most, expected, endpoint, streamed in self.each(self.large_answers()):
+            passed, *found, characters = self.hear(
+                data, 16384, endpoint=endpoint, streamed=streamed)
+            self.assertEqual((passed == data, found), (True, [(20, 4), True]))
+            self.assertLess(sum(map(len, self.reader.pieces)), most)
+            self.assertEqual(characters, expected)
+
+    def test_what_is_said_in_chunks_is_counted_as_a_parser_would(self):
+        said = ["hello", "", "\n\t\"\\", "ä€\U0001f600", '"content": "x"', "\x7f", "a" * 1000]
+        odd = json.loads(r"""[
+            {"choices": [{"text": "more", "delta": {"content": null, "role": "assistant"}}]},
+            {"choices": [{"delta": {
+                "tool_calls": [{"function": {"name": "f", "arguments": "{\"a\": \"b\"}"}}],
+                "reasoning_content": "why"}}]}]""")
+        chunks = [*map(delta, said), *odd]
+        expected = llm_proxy.text_weight("".join([*said, "more", '{"a": "b"}', "why"]))
+        for ascii_only in self.each([True, False]):
+            texts = [json.dumps(one, ensure_ascii=ascii_only).encode() for one in chunks]
+            data = b"".join(b"data: %b\n\n" % text for text in texts)
+            found = llm_proxy.OpenAI().output_characters(data, "chat", True)
+            self.assertEqual(found, expected)
+
+    def test_an_answer_nested_too_deeply_for_a_parser_is_no_crash(self):
+        deep = b"[" * 100000
+        closed = deep + b"]" * 100000
+        for data in self.each([
+                b'{"usage": %b}' % closed, deep, b'{"usage": {"a": ' + deep,
+                b'{"a": %b, "usage": {"prompt_tokens": 1}, "x": 1}' % closed]):
+            self.hear(b"data: %b\n\n" % data, dropping=True)
+            self.hear(data, streamed=False)
+
+    def test_what_json_tells_that_was_cut_is_not_believed(self):
+        data = b'{"tools": [{"usage": {"input_tokens": 0, "output_tokens": 0}}], "usa'
+        found = self.hear(data, whole=False, endpoint="responses", streamed=False)
+        self.assertEqual(found[1:3], (None, False))
+
+    def test_only_the_event_that_was_not_asked_for_is_kept_from_the_caller(self):
+        azure = {"choices": [], "prompt_filter_results": []}
+        kept = [azure, delta("a", usage=None), delta('"choices":[]'), LAST_DELTA]
+        steps = (None, *range(1, 40), 200)
+        for end, step in self.each(itertools.product(("\n\n", "\r\n\r\n"), steps)):
+            data = events(*kept, USAGE_EVENT, "[DONE]", end=end)
+            found = self.hear(data, step, dropping=True)
+            self.assertEqual(found[:3], (events(*kept, "[DONE]", end=end), (20, 4), True))
+
+    LINE_ENDS = (r"\n\n \r\n\r\n \r\r \n\r\n \r\n\n \r\r\n \n\r \n \r \r\n"
+                 .encode().decode("unicode_escape").split(" "))
+
+    def test_an_event_may_end_with_any_line_ends_and_is_not_held_back(self):
+        kept = [delta("a"), delta("b", usage=None), LAST_DELTA]
+        for end, step in self.each(itertools.product(self.LINE_ENDS, (None, 1, 7, 64))):
+            data = events(*kept, USAGE_EVENT, "[DONE]", end=end)
+            found = self.hear(data, step, dropping=True)
+            self.assertEqual(found[:3], (events(*kept, "[DONE]", end=end), (20, 4), True))
+            reader = self.new_reader(dropping=True)
+            for one in (*kept, "[DONE]"):
+                self.assertEqual(reader.feed(events(one, end=end)), events(one, end=end))
+
+    STRIPPED = """
+        {"choices": [], "usage": {}, "model": "m", "citations": []} -> -
+        {"usage": {}, "id": "c"} -> -
+        {"choices": [], "usage": {}, "timings": {"n": 1}} -> {"choices":[],"timings":{"n":1}}
+        {"choices": [], "usage": {}, "citations": ["x"]} -> {"choices":[],"citations":["x"]}
+        {"usage": {}, "error": {"code": 1}} -> {"error":{"code":1}}
+        {"choices": [{"delta": {}}], "usage": {}} -> {"choices": [{"delta": {}}], "usage": {}}
+        {"choices": [], "usage": null} -> {"choices": [], "usage": null}
+        {"choices": [], "a": {"usage": {}}} -> {"choices": [], "a": {"usage": {}}}
+        """
+
+    def test_what_an_event_says_besides_usage_is_shown(self):
+        for told, shown in self.each(self.STRIPPED):
+            shown = "" if shown == "-" else "event: x\ndata: %s\n\n" % shown
+            for line in (told, told.replace(", ", ", \ndata: ", 1)):
+                data = "event: x\ndata: %s\n\n" % line
+                found = self.hear(data.encode() + b"data: [DONE]\n\n", 9, dropping=True)
+                whole = shown if '"usage": ' not in shown else data
+                self.assertEqual(found[0].decode(), whole + "data: [DONE]\n\n")
+
+    def test_what_is_packed_is_read_and_passes_as_it_is(self):
+        data = events(*[delta("word ")] * 3000, LAST_DELTA, USAGE_EVENT, "[DONE]")
+        packed = zlib.compress(data)
+        for body, step in self.each(itertools.product(
+                (gzip.compress(data), packed, packed[2:-4]), (None, 1, 1000))):
+            found = self.hear(body, step, dropping=True, packed=True)
+            self.assertEqual(found, (body, (20, 4), True, 15000))
+        for body in self.each((b"\x1f\x8b" + b"x" * 38, gzip.compress(bytes(5 << 20)))):
+            found = self.hear(body, packed=True)
+            self.assertEqual(found, (body, None, False, len(body)))
+            self.assertLess(sum(map(len, self.reader.pieces)), 2 << 20)
+
+    def test_what_cannot_be_read_is_not_held_back(self):
+        asked = llm_proxy.Call(llm_proxy.OpenAI(), "chat", CHAT, "")
+        asked.usage_requested_by_us = True
+        reader = llm_proxy.UsageReader(asked, True, False)
+        self.assertEqual(reader.feed(b"\x0b\x02"), b"\x0b\x02")
+        self.assertEqual((reader.ending(True), reader.output_characters()), ("ok", 2))
+
+    def test_what_is_said_twice_is_counted_once_and_scripts_have_their_weight(self):
+        for parts, weight in self.each([
+                ({"reasoning": "think", "reasoning_content": "think", "content": None}, 5),
+                ({"reasoning": "think", "reasoning_details": [{"text": "think"}]}, 5),
+                ({"reasoning": "think", "content": "say"}, 8),
+                ({"content": "\u4f60" * 600}, 1600)]):
+            chunks = events({"choices": [{"delta": parts}]}) * 2
+            self.assertEqual(self.hear(chunks)[3], 2 * weight)
+            whole = json.dumps({"choices": [{"message": parts}]}).encode()
+            self.assertEqual(self.hear(whole, streamed=False)[3], weight)
+
+    def test_an_event_that_is_whole_is_never_held_back(self):
+        reader = self.new_reader(dropping=True)
+        for data in (events(delta("a")), b": ping\n\n"):
+            self.assertEqual(reader.feed(data), data)
+        self.assertEqual(reader.feed(events(delta("b")) + b"data: {"), events(delta("b")))
+        self.assertEqual(reader.flush(), b"data: {")
+
+
+class DialectsTest(ProxyCase):
+    GENERATE = "/v1beta/models/m:generateContent"
+    METERED = """
+        /v1/responses //v1/responses/ /v1/embeddings /v1/%65mbeddings
+        /v1/messages /v1/Messages /messages /x/v1/messages
+        /v1beta/models/m:generateContent /v1/models/m:streamGenerateContent
+        /v1beta/tunedModels/m:generateContent /v1/rerank /v1/images/generations
+        /v1/threads/t/messages
+        /v1beta/interactions /v1/interactions/ /v1/fim/completions /v1/agents/completions
+        /v1/chat/completions/batch /api/chat /api/generate /api/embed /API//embeddings
+        /openai/deployments/m/chat/completions /openai/deployments/m/embeddings"""
+    UNMETERED = """
+        /v1/messages/count_tokens /v1beta/models/m:countTokens /v1/responses/r/cancel"""
+    SHOWN = """
+        /v1/chat/completions -> Authorization: Bearer sk-1
+        /v1/chat/completions -> x-api-key: sk-1
+        /v1/chat/completions -> x-goog-api-key: sk-1
+        /v1/chat/completions?key=sk-1 -> X-A: b
+        /v1/chat/completions?a=b&key=sk%2D1&c=d -> X-A: b
+        /v1/chat/completions?k%65y=sk-1 -> x-api-key: sk-1"""
+    SHOWN_UPSTREAM = """
+        /v1/chat/completions -> X-A: b -> authorization: Bearer sk-up
+        /v1/messages -> X-A: b -> x-api-key: sk-up
+        /v1/messages/count_tokens -> X-A: b -> x-api-key: sk-up
+        /v1beta/models/m:generateContent -> X-A: b -> x-goog-api-key: sk-up
+        /v1/models -> x-goog-api-key: k -> x-goog-api-key: sk-up
+        /v1beta/interactions -> X-A: b -> x-goog-api-key: sk-up
+        /api/chat -> X-A: b -> authorization: Bearer sk-up
+        /v1/messages/batches/b/cancel -> X-A: b -> x-api-key: sk-up
+        //v1/./Messages/batches/b/cancel -> X-A: b -> x-api-key: sk-up
+        /v1/threads/t/messages -> X-A: b -> authorization: Bearer sk-up
+        /v1/chat/completions/c/messages/m -> X-A: b -> authorization: Bearer sk-up"""
+    ESTIMATES = json.loads("""[
+        ["/v1/responses",
+            {"input": "PROMPT", "max_output_tokens": 100}, 110],
+        ["/v1/messages",
+            {"messages": "PROMPT", "max_tokens": 100}, 110],
+        ["/v1beta/models/m:generateContent",
+            {"contents": "PROMPT", "generationConfig": {"maxOutputTokens": 100}}, 110],
+        ["/v1beta/models/m:generateContent",
+            {"contents": "PROMPT", "generation_config": {"max_output_tokens": 5}}, 15],
+        ["/v1beta/models/m:generateContent",
+            {"contents": "PROMPT"}, 266],
+        ["/v1beta/interactions",
+            {"input": "PROMPT", "generation_config": {"max_output_tokens": 100}}, 110],
+        ["/v1/fim/completions",
+            {"prompt": "PROMPT", "max_tokens": 100}, 110],
+        ["/api/chat",
+            {"messages": "PROMPT", "options": {"num_predict": 100}}, 110],
+        ["/api/generate",
+            {"prompt": "PROMPT", "options": null}, 266],
+        ["/api/embed",
+            {"input": "PROMPT"}, 266]]""".replace("PROMPT", "ten tokens" * 4))
+    MISSPELLED = """
+        /v1beta/models/m%3AgenerateContent /v1beta/models/m:generatecontent
+        /v1beta//models/m:generateContent /openai/deployments/m//chat/completions"""
+
+    def ask_at(self, path, *fields, key="k", **payload):
+        return self.ask(request("POST", path, json.dumps(payload).encode(), *fields, key=key))
+
+    def test_errors_come_in_the_shape_of_the_dialect(self):
+        self.start(PROXY_API_KEYS="sk-1")
+        for path, expected in self.each([
+                ("/v1/messages", '{"type": "error", "error": {"type": "authentication_error"}}'),
+                (self.GENERATE, '{"error": {"code": 401, "status": "UNAUTHENTICATED"}}'),
+                ("/v1/responses", '{"error": {"type": "authentication_error", '
+                                  '"code": "invalid_api_key", "param": null}}')]):
+            answered = self.ask_at(path, key="wrong")
+            told = answered.json()
+            self.assertIn("API key", told["error"].pop("message"))
+            self.assertEqual((answered.status, told), (401, json.loads(expected)))
+        for path in self.each(["/api/chat", "/api/pull"]):
+            told = self.ask_at(path, key="wrong").json()
+            self.assertEqual(told, {"error": "Missing or invalid proxy API key"})
+            self.assertEqual(answered.get("x-should-retry"), "false")
+
+    def test_every_kind_of_credential_is_the_same_caller_and_none_goes_upstream(self):
+        self.start(MAX_TOKENS=10)
+        for number, row in enumerate(self.each(self.SHOWN)):
+            answered = self.ask_at(*row, key=None, model="m")
+            self.assertEqual(answered.get("x-ratelimit-remaining"), str(9 - number))
+            asked = self.stub.requests[-1]
+            self.assertNotIn(b"sk-1", asked.head)
+            self.assertNotIn("key", asked.target)
+        self.assertEqual(self.stub.requests[4].target, CHAT + "?a=b&c=d")
+        self.assertNotIn("sk-1", self.lines.text())
+        self.assertEqual(self.ask_at(CHAT + "?key=sk-2", key="sk-1").status, 400)
+
+    def test_our_own_key_is_shown_as_each_api_wants_it(self):
+        """Google's clients are known by their header under any path."""
+        self.start(BASE_API_KEY="sk-up")
+        names = ("authorization", "x-api-key", "x-goog-api-key")
+        for path, field, expected in self.each(self.SHOWN_UPSTREAM):
+            self.ask_at(path, field, key=None)
+            fields = self.stub.requests[-1].fields
+            shown = ["%s: %s" % one for one in fields if one[0] in names]
+            self.assertEqual(shown, [expected])
+
+    def test_every_api_is_metered_in_whatever_spelling_and_counting_tokens_is_not(self):
+        self.start(MAX_TOKENS=1)
+        for path in self.each(self.METERED.split()):
+            self.ask_at(path, key=path, model="m")
+            calls = self.stub.calls
+            self.ask_at(path, key=path, model="m")
+            self.assertEqual(self.stub.calls, calls)
+        for path in self.each(self.MISSPELLED.split()):
+            self.assertEqual(self.ask_at(path).status, 400)
+        for path in self.each(self.UNMETERED.split() * 3):
+            self.assertIsNone(self.ask_at(path, key=path).get("x-ratelimit-limit"))
+
+    def test_the_model_is_replaced_wherever_it_stands(self):
+        self.start(BASE_MODEL="real")
+        for path in self.each("""/v1/responses /v1/messages /v1/embeddings /v1beta/interactions
+                /api/chat /v1/chat/completions/batch""".split()):
+            self.ask_at(path, model="asked")
+            self.assertEqual(self.stub.requests[-1].json()["model"], "real")
+        for target in self.each(["/v1beta/models/%s:streamGenerateContent?alt=sse",
+                                 "/openai/deployments/%s/chat/completions?api-version=1"]):
+            self.ask_at(target % "asked")
+            self.assertEqual(self.stub.requests[-1].target, target % "real")
+
+    def test_a_path_and_a_payload_cannot_name_two_models(self):
+        self.start(MODEL_ALIASES="fast=gpt-5")
+        for path, asked, served in self.each(itertools.product(
+                ("/openai/deployments/%s/completions", "/OpenAI/Deployments/%s/completions"),
+                ("fast", "gpt-5"), ("gpt-5",))):
+            self.ask_at(path % asked, model="other")
+            asked = self.stub.requests[-1]
+            self.assertEqual((asked.target, asked.json()), (path % served, {"model": served}))
+
+    def test_estimates_know_each_api_s_maximum(self):
+        for path, payload, cost in self.each(self.ESTIMATES):
+            self.start(TOKEN_COST_MODE="estimate")
+            self.assertEqual(self.ask_at(path, **payload).status, 200)
+            self.assertEqual(1000 - self.left("k"), cost)
+        self.assertEqual(self.ask_at(self.GENERATE, generationConfig=3).status, 400)
+
+    def test_who_the_callers_user_is_does_not_go_upstream(self):
+        self.start()
+        self.ask(call("k", "X-OpenWebUI-User-Email: a@example.org"))
+        self.assertNotIn(b"example.org", self.stub.requests[-1].head)
+
+
+class LimitReplyTest(ProxyCase):
+    """The assistant that says 'limit reached', in the shape of every API."""
+    SAID = "limit reached, wait 5 min"
+    GEMINI = "/v1beta/models/asked:"
+    GEMINI_REPLY = """{
+        "candidates": [{
+            "content": {"parts": [{"text": "limit reached, wait 5 min"}], "role": "model"},
+            "finishReason": "STOP", "index": 0}],
+        "usageMetadata": {"promptTokenCount": 0, "candidatesTokenCount": 0,
+                          "totalTokenCount": 0},
+        "modelVersion": "asked", "responseId": "limit-ID"}"""
+    WHOLE = {
+        CHAT: """{
+            "id": "chatcmpl-limit-ID", "created": 1700001000, "object": "chat.completion",
+            "model": "asked",
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+            "choices": [{
+                "index": 0, "logprobs": null, "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "limit reached, wait 5 min"}}]}""",
+        "/v1/completions": """{
+            "id": "cmpl-limit-ID", "created": 1700001000, "object": "text_completion",
+            "model": "asked",
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+            "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop",
+                         "text": "limit reached, wait 5 min"}]}""",
+        "/v1/responses": """{
+            "id": "resp_limit_ID", "object": "response", "created_at": 1700001000,
+            "status": "completed", "model": "asked",
+            "output": [{
+                "type": "message", "id": "msg_limit_ID", "role": "assistant",
+                "status": "completed",
+                "content": [{"type": "output_text", "text": "limit reached, wait 5 min",
+                             "annotations": [], "logprobs": []}]}],
+            "error": null, "incomplete_details": null, "instructions": null, "metadata": {},
+            "parallel_tool_calls": true, "temperature": null, "tool_choice": "auto",
+            "tools": [], "top_p": null, "previous_response_id": null,
+            "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0,
+                      "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                      "output_tokens_details": {"reasoning_tokens": 0}}}""",
+        "/v1/messages": """{
+            "id": "msg_limit_ID", "type": "message", "role": "assistant", "model": "asked",
+            "content": [{"type": "text", "text": "limit reached, wait 5 min"}],
+            "stop_reason": "end_turn", "stop_sequence": null,
+            "usage": {"input_tokens": 0, "output_tokens": 0}}""",
+        "/v1beta/models/asked:generateContent": GEMINI_REPLY,
+        "/v1beta/models/asked:streamGenerateContent": "[%s]" % GEMINI_REPLY,
+        "/openai/deployments/asked/completions": """{
+            "id": "cmpl-limit-ID", "created": 1700001000, "object": "text_completion",
+            "model": "asked",
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+            "choices": [{"index": 0, "logprobs": null, "finish_reason": "stop",
+                         "text": "limit reached, wait 5 min"}]}""",
+        "/v1beta/interactions": """{
+            "id": "limit-ID", "object": "interaction", "model": "asked", "status": "completed",
+            "role": "model", "created": "2023-11-14T22:30:00Z", "updated": "2023-11-14T22:30:00Z",
+            "steps": [{"type": "model_output",
+                       "content": [{"type": "text", "text": "limit reached, wait 5 min"}]}],
+            "usage": {"total_input_tokens": 0, "total_output_tokens": 0, "total_thought_tokens": 0,
+                      "total_cached_tokens": 0, "total_tool_use_tokens": 0, "total_tokens": 0}}""",
+        "/api/chat": """{
+            "model": "asked", "created_at": "2023-11-14T22:30:00Z",
+            "message": {"role": "assistant", "content": "limit reached, wait 5 min"},
+            "done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0,
+            "prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0,
+            "eval_duration": 0}""",
+        "/api/generate": """{
+            "model": "asked", "created_at": "2023-11-14T22:30:00Z",
+            "response": "limit reached, wait 5 min",
+            "done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0,
+            "prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0,
+            "eval_duration": 0}"""}
+    CHOICES = {  # of each event of a stream
+        CHAT: """[
+            [{"index": 0, "logprobs": null, "finish_reason": null,
+              "delta": {"role": "assistant", "content": ""}}],
+            [{"index": 0, "logprobs": null, "finish_reason": null,
+              "delta": {"content": "limit reached, wait 5 min"}}],
+            [{"index": 0, "logprobs": null, "finish_reason": "stop", "delta": {}}]]""",
+        "/v1/completions": """[
+            [{"index": 0, "logprobs": null, "finish_reason": null,
+              "text": "limit reached, wait 5 min"}],
+            [{"index": 0, "logprobs": null, "finish_reason": "stop", "text": ""}]]"""}
+    ODD_OPTIONS = """
+        {"n": 0}
+        {"n": -5}
+        {"n": true}
+        {"n": "3"}
+        {"n": null}
+        {"n": 1000000000}
+        {"stream_options": []}
+        {"response_format": null, "tool_choice": "auto", "grammar": "", "json_schema": {}}
+        {"response_format": {"type": "text"}, "function_call": "none", "suffix": null}
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}"""
+    # What a machine parses, by path
+    PARSED = {
+        CHAT: """
+            {"response_format": 1}
+            {"response_format": {"type": "json_object"}}
+            {"response_format": {"type": "json_schema", "json_schema": {}}}
+            {"tool_choice": "required"}
+            {"tool_choice": "any"}
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}}
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required"}}}
+            {"function_call": {"name": "f"}}
+            {"grammar": "root ::= x"}
+            {"json_schema": {"type": "object"}}
+            {"structured_outputs": {"choice": ["a"]}}
+            {"guided_json": {"type": "object"}}
+            {"guided_regex": "a+"}
+            {"guided_choice": ["a", "b"]}
+            {"guided_grammar": "root ::= x"}
+            {"stream": true, "guided_regex": "a+"}""",
+        "/v1/completions": """
+            {"suffix": "def f"}
+            {"prompt": "<|fim_prefix|>x<|fim_suffix|>y<|fim_middle|>"}
+            {"prediction": {"type": "content", "content": "x"}}
+            {"guided_decoding": {"json": {}}}
+            {"suffix": ""}
+            {"grammar": "root ::= x"}""",
+        "/v1/responses": """
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}
+            {"text": {"format": {"type": "json_object"}}}
+            {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}}
+            {"tool_choice": {"type": "file_search"}}""",
+        "/v1/messages": """
+            {"output_format": {"type": "json_schema", "schema": {}}}
+            {"output_config": {"format": {"type": "json_schema", "schema": {}}}}
+            {"tool_choice": {"type": "any"}}
+            {"tool_choice": {"type": "tool", "name": "f"}}""",
+        "/v1beta/models/asked:generateContent": """
+            {"generationConfig": {"responseMimeType": "application/json"}}
+            {"generationConfig": {"response_mime_type": "text/x.enum"}}
+            {"generation_config": {"responseSchema": {"type": "OBJECT"}}}
+            {"generationConfig": {"responseJsonSchema": {"type": "object"}}}
+            {"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}}
+            {"tool_config": {"function_calling_config": {"mode": "ANY"}}}""",
+        "/v1beta/interactions": """
+            {"response_format": {"type": "text", "mime_type": "application/json"}}
+            {"response_mime_type": "application/json"}
+            {"generation_config": {"tool_choice": "any"}}
+            {"background": true}""",
+        "/v1/agents/completions": """
+            {"tool_choice": "any"}""",
+        "/v1/fim/completions": """
+            {"prompt": "def f("}""",
+        "/v1/chat/completions/batch": """
+            {"messages": [[{"role": "user", "content": "hello"}]]}""",
+        "/api/chat": """
+            {"format": "json"}
+            {"format": {"type": "object"}, "stream": false}""",
+        "/api/generate": """
+            {"suffix": "return"}
+            {"raw": true}""",
+        "/api/embed": """
+            {"input": "hello"}"""}
+    SPOKEN = {
+        "/v1/responses": """
+            {"text": {"format": {"type": "text"}, "verbosity": "low"}}
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}""",
+        "/v1/messages": """
+            {"output_config": {"effort": "low"}, "tool_choice": {"type": "auto"}}""",
+        "/v1beta/models/asked:generateContent": """
+            {"generationConfig": {"responseMimeType": "text/plain"}}
+            {"toolConfig": {"functionCallingConfig": {"mode": "AUTO"}}}"""}
+    MODES = """
+        assistant -> X-A: b -> 200
+        error -> X-A: b -> 429
+        error -> User-Agent: Mozilla/5.0 (X11) -> 429
+        auto -> X-A: b -> 429
+        auto -> User-Agent: OpenAI/Python 1.0 -> 429
+        auto -> User-Agent: Mozilla/5.0 (X11) -> 200
+        auto -> User-Agent: claude-cli/2.0.1 (external, cli) -> 200
+        auto -> User-Agent: codex_cli_rs/0.99.0 (Debian 12) -> 200
+        auto -> User-Agent: codex-tui/0.150.1 (Mac OS 26.5.0) -> 200
+        auto -> User-Agent: GeminiCLI/0.20.0/gemini-2.5-pro (linux; x64) -> 200
+        auto -> User-Agent: opencode/1.0.1 ai-sdk/provider-utils/3.0 -> 200
+        auto -> User-Agent: QwenCode/0.2.0 (linux; x64) -> 200
+        auto -> X-OpenWebUI-User-Id: 7 -> 200"""
+    EVENT_NAMES = {
+        "/v1/responses": """
+            response.created response.in_progress response.output_item.added
+            response.content_part.added response.output_text.delta response.output_text.done
+            response.content_part.done response.output_item.done response.completed""",
+        "/v1/messages": """
+            message_start content_block_start content_block_delta
+            content_block_stop message_delta message_stop"""}
+
+    def limited(self, path=CHAT, *fields, **payload):
+        """The answer to a call at an empty bucket."""
+        data = request("POST", path, json.dumps({"model": "asked", **payload}).encode(), *fields)
+        self.ask(data)
+        answered = self.ask(data)
+        self.assertEqual((answered.whole, self.stub.calls), (True, 1))
+        return answered
+
+    def start_empty(self, **settings):
+        self.start(clock=Clock(), MAX_TOKENS=1, **settings)
+        self.ask(call())
+
+    def events(self, answered):
+        """[(the event's name or None, its data)] of a stream."""
+        self.assertEqual(answered.get("content-type"), "text/event-stream")
+        *blocks, rest = answered.body.decode().split("\n\n")
+        self.assertEqual(rest, "")
+        return [re.fullmatch("(?:event: (.*)\n)?data: (.*)", block).groups() for block in blocks]
+
+    def chunks(self, *arguments, **payload):
+        """The events of a stream that OpenAI's older endpoints give."""
+        answered = self.limited(*arguments, stream=True, **payload)
+        *found, done = self.events(answered)
+        self.assertEqual((answered.status, done), (200, (None, "[DONE]")))
+        return [json.loads(data) for _, data in found]
+
+    def assert_reply(self, data, expected):
+        data = re.sub("[0-9a-f]{24}", "ID", data)
+        self.assertEqual(json.loads(data), json.loads(expected))
+
+    def test_the_reply_of_each_api_as_json(self):
+        self.start_empty()
+        for path, expected in self.each(self.WHOLE.items()):
+            answered = self.limited(path, stream=False)
+            found = answered.status, answered.get("content-type"), answered.get("retry-after")
+            self.assertEqual(found, (200, "application/json", "300"))
+            self.assert_reply(answered.body.decode(), expected)
+
+    def test_chat_and_completions_as_a_stream(self):
+        self.start_empty()
+        for path, choices in self.each(self.CHOICES.items()):
+            chunks = self.chunks(path)
+            self.assertEqual([one.pop("choices") for one in chunks], json.loads(choices))
+            kind = "chat.completion.chunk" if path == CHAT else "text_completion"
+            rest = {"id": chunks[0]["id"], "created": 1700001000, "object": kind, "model": "asked"}
+            self.assertEqual(chunks, [rest] * len(chunks))
+
+    def test_the_streams_of_responses_and_messages_name_their_events(self):
+        self.start_empty()
+        for path, kinds in self.each(self.EVENT_NAMES.items()):
+            found = self.events(self.limited(path, stream=True))
+            self.assertEqual([name for name, _ in found], kinds.split())
+            told = [json.loads(data) for _, data in found]
+            self.assertEqual([one["type"] for one in told], kinds.split())
+            self.assertIn(self.SAID, json.dumps(told))
+
+    def test_interactions_stream_named_events_and_an_end(self):
+        self.start_empty()
+        *found, end = self.events(self.limited("/v1beta/interactions", stream=True))
+        self.assertEqual(end, (None, "[DONE]"))
+        told = [json.loads(data) for _, data in found]
+        self.assertEqual([name for name, _ in found], [one["event_type"] for one in told])
+        self.assertEqual(told[2]["delta"], {"type": "text", "text": self.SAID})
+        self.assertEqual(told[-1]["interaction"]["status"], "completed")
+
+    def test_ollama_streams_lines_unless_it_is_told_not_to(self):
+        self.start_empty()
+        for path, payload in self.each(itertools.product(
+                ("/api/chat", "/api/generate"), ({}, {"stream": True}, {"stream": None}))):
+            answered = self.limited(path, **payload)
+            self.assertEqual(answered.get("content-type"), "application/x-ndjson")
+            told = [json.loads(line) for line in answered.body.splitlines()]
+            said = [one["response"] if path == "/api/generate" else one["message"]["content"]
+                    for one in told]
+            found = [(one["done"], text) for one, text in zip(told, said)]
+            self.assertEqual(found, [(False, self.SAID), (True, "")])
+
+    def test_gemini_streams_events_where_they_were_asked_for(self):
+        self.start_empty()
+        answered = self.limited(self.GEMINI + "streamGenerateContent?alt=sse")
+        (_, data), = self.events(answered)
+        self.assert_reply(data, self.GEMINI_REPLY)
+
+    def test_a_stream_tells_its_usage_where_that_was_asked_for(self):
+        self.start_empty()
+        nothing = json.loads(self.WHOLE[CHAT])["usage"]
+        for path in self.each([CHAT, "/v1/completions"]):
+            *chunks, last = self.chunks(path, stream_options={"include_usage": True})
+            self.assertEqual((last["choices"], last["usage"]), ([], nothing))
+            self.assertEqual({one["usage"] for one in chunks}, {None})
+
+    def test_as_many_choices_are_given_as_were_asked_for(self):
+        self.start_empty()
+        choices = self.limited(n=3).json()["choices"]
+        self.assertEqual([choice["index"] for choice in choices], [0, 1, 2])
+        choices = [choice for one in self.chunks(n=2) for choice in one["choices"]]
+        self.assertEqual({choice["index"] for choice in choices}, {0, 1})
+        payload = self.limited("/v1/completions", prompt=["a", "b"], n=2).json()
+        self.assertEqual(len(payload["choices"]), 4)
+
+    def test_a_small_call_does_not_make_a_large_reply(self):
+        self.start_empty()
+        chunks = self.chunks(n=128, model="m" * 256)
+        self.assertEqual({one["model"] for one in chunks}, {"m" * 64})
+        self.assertEqual(len(chunks), 12)
+
+    def test_odd_options_do_not_break_it(self):
+        self.start_empty()
+        for odd, in self.each(self.ODD_OPTIONS):
+            choices = self.limited(**json.loads(odd)).json()["choices"]
+            self.assertEqual(choices[0]["message"]["content"], self.SAID)
+            self.assertLessEqual(len(choices), 4)
+
+    def test_where_a_machine_parses_the_words_the_limit_is_an_error(self):
+        self.start_empty()
+        for tables, status in ((self.PARSED, 429), (self.SPOKEN, 200)):
+            rows = [(path, payload) for path, text in tables.items()
+                    for payload in text.strip().splitlines()]
+            for path, payload in self.each(rows):
+                answered = self.limited(path, **json.loads(payload))
+                self.assertEqual(answered.status, status)
+
+    def test_where_no_assistant_can_speak_the_limit_is_an_error(self):
+        self.start_empty()
+        answered = self.limited("/v1/embeddings", input="x")
+        self.assertEqual(refusal(answered), (429, "rate_limit_error"))
+        self.assertEqual(answered.get("retry-after"), "300")
+
+    def test_gemini_embeddings_are_metered_and_limited_by_an_error(self):
+        for method in self.each(["embedContent", "batchEmbedContents"]):
+            self.start(MAX_TOKENS=1)
+            answered = self.limited(self.GEMINI + method, content={"parts": [{"text": "x" * 40}]})
+            self.assertEqual(self.entry()["input"], 10)
+            found = answered.status, answered.json()["error"]["status"]
+            self.assertEqual(found, (429, "RESOURCE_EXHAUSTED"))
+
+    def test_programs_may_be_told_by_an_error(self):
+        for mode, field, status in self.each(self.MODES):
+            self.start_empty(LIMIT_REPLY=mode)
+            answered = self.limited(CHAT, field, stream=True)
+            found = answered.status, answered.get("retry-after"), answered.get("x-should-retry")
+            expected = {"200": (200, "300", None), "429": (429, "300", "false")}
+            self.assertEqual(found, expected[status])
+
+    def test_programs_are_not_told_to_stop_trying_where_the_wait_is_short(self):
+        self.start_empty(LIMIT_REPLY="error", REFILL_INTERVAL_SECONDS=60)
+        answered = self.limited("/v1/messages")
+        self.assertIsNone(answered.get("x-should-retry"))
+        self.assertEqual(answered.json()["error"]["type"], "rate_limit_error")
+
+    def test_codex_is_told_when_to_come_again_where_it_would_sleep_so_long(self):
+        """It reads the error's type and resets_at; otherwise it sleeps as Retry-After says."""
+        codex = "User-Agent: codex_cli_rs/0.99.0"
+        for seconds, fields, wait, told in self.each([
+                (3600, (codex,), None, ("usage_limit_reached", 1700004600)),
+                (3600, (), "3600", ("rate_limit_error", None)),
+                (30, (codex,), "30", ("rate_limit_error", None))]):
+            self.start_empty(LIMIT_REPLY="error", REFILL_INTERVAL_SECONDS=seconds)
+            answered = self.limited("/v1/responses", *fields)
+            error = answered.json()["error"]
+            found = answered.get("retry-after"), (error["type"], error.get("resets_at"))
+            self.assertEqual((answered.status, *found), (429, wait, told))
+        self.start(LIMIT_REPLY="error", LIMITS="each 5 tokens per day")
+        answered = self.ask(call(None, codex, max_tokens=100))
+        self.assertEqual(answered.json()["error"]["resets_at"], None)
+
+    def test_geminis_clients_are_told_the_wait_as_google_tells_it(self):
+        """Gemini CLI gives up at once where it is above 5 minutes."""
+        self.start_empty(LIMIT_REPLY="error", REFILL_INTERVAL_SECONDS=3600)
+        answered = self.limited(self.GEMINI + "generateContent")
+        self.assertEqual(answered.json()["error"]["details"], [{
+            "@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3600s"}])
+
+    def test_it_tells_the_bucket_in_its_header(self):
+        self.start_empty()
+        answered = self.limited()
+        names = ("limit", "remaining", "refill-tokens", "refill-seconds", "reset-seconds")
+        found = [answered.get("x-ratelimit-" + name) for name in names]
+        self.assertEqual(found, ["1", "0", "2", "300", "300"])
+
+    def test_a_message_of_the_operator_is_sent_whatever_it_contains(self):
+        message = 'dis "donc" – {wait} \\ 100% {x}'
+        self.start_empty(LIMIT_MESSAGE=message, REFILL_INTERVAL_SECONDS=7)
+        said = self.limited().json()["choices"][0]["message"]["content"]
+        self.assertEqual(said, message.replace("{wait}", "7s"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Wire
+# --------------------------------------------------------------------------------------------------
+
+def raw_head(text, body=b""):
+    """A head written in one line, with ' | ' for every line end, and the body behind it."""
+    return text.replace(" | ", "\r\n").encode("latin-1") + b"\r\n\r\n" + body
+
+
+POST = "POST /v1/files HTTP/1.1 | "
+USUAL = POST + "Host: x | Content-Length: 0 | "
+
+
+class HeadTest(ProxyCase):
+    TAKEN = """
+        POST /v1/files HTTP/1.1 | Host: x | Content-Length: 0
+        POST /v1/files HTTP/1.1 | Host:x | Content-Length:0
+        POST /v1/files HTTP/1.1 | hOST: x | CONTENT-length: 0
+        POST /v1/files HTTP/1.1 | Host: x | Content-Length: 0 | X-Empty:
+        POST /v1/files HTTP/1.1 | Host: x | Content-Length: 0 | !#$%&'*+-.^_`|~09AZaz: x
+        POST /v1/files HTTP/1.1 | Host: x | Content-Length: 0 | Accept: a | Accept: b
+        POST /v1/files HTTP/1.1 | Host: x.example:8899 | Content-Length: 0
+        POST /v1/files HTTP/1.1 | Host: [::1]:8899 | Content-Length: 0
+        POST /v1/files HTTP/1.1 | Host: | Content-Length: 0
+        POST http://x:1/v1/files HTTP/1.1 | Host: x:1 | Content-Length: 0
+        POST /v1/files HTTP/1.0 | Host: x | Content-Length: 0
+        POST /v1/files HTTP/1.0 | Content-Length: 0
+        OPTIONS * HTTP/1.1 | Host: x"""
+    TAKEN_TOO = [
+        POST + "Host:\t x \t | Content-Length: 0",
+        USUAL + "X-Name: \xe4\xff",
+        USUAL + " | ".join("X-%d: x" % number for number in range(98)),
+        USUAL + "X-Long: " + "x" * 8000,
+        USUAL + "Authorization: Bearer " + "x" * 9000,
+        USUAL + "Cookie: " + "x" * 32000,
+        USUAL + " | ".join(["X-Long: " + "x" * 8000] * 7),
+        "POST /v1/%s HTTP/1.1 | Host: x | Content-Length: 0" % ("x" * 8000)]
+    REFUSED = """
+        400 POST /v1/files HTTP/1.1 |  Host: x | Content-Length: 0
+        400 POST /v1/files HTTP/1.1 | Host: x | Content-Length : 0
+        400 POST /v1/files HTTP/1.1 | host: a | HOST: b | Content-Length: 0
+        400 POST /v1/files HTTP/1.1 | Content-Length: 0
+        400 POST /v1/files HTTP/1.1 | Host: x/y | Content-Length: 0
+        400 POST /v1/files HTTP/1.1 | Host: a@x | Content-Length: 0
+        400 POST /v1/files HTTP/1.1 | Host: a b | Content-Length: 0
+        400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | Content-Length: 5
+        400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | content-length: 6
+        400 POST /v1/files HTTP/1.1 | Host: x | Content-Length: 5 | Transfer-Encoding: chunked
+        400 POST /v1/files HTTP/1.1 | Host: x | Transfer-Encoding: chunked | Content-Length: 5
+        400 POST /v1/x HTTP/1.1 | Host: x | Transfer-Encoding: chunked | Transfer-Encoding: chunked
+        501 POST /v1/files HTTP/1.1 | Host: x | Transfer-Encoding: gzip
+        501 POST /v1/files HTTP/1.1 | Host: x | Transfer-Encoding: gzip, chunked
+        501 POST /v1/files HTTP/1.1 | Host: x | Transfer-Encoding: xchunked
+        501 POST /v1/files HTTP/1.1 | Host: x | Transfer-Encoding:
+        400 POST /v1/x HTTP/1.0 | Host: x | Transfer-Encoding: chunked
+        400 GET / | Host: x
+        400 GET / http/1.1 | Host: x
+        400 GET  / HTTP/1.1 | Host: x
+        400 GET / HTTP/1.1  | Host: x
+        400 GET /a b HTTP/1.1 | Host: x
+        400 GET /#x HTTP/1.1 | Host: x
+        400 GET x HTTP/1.1 | Host: x
+        400 GET http://y/ HTTP/1.1 | Host: x
+        400 GET http://a@x/ HTTP/1.1 | Host: x
+        400 GET * HTTP/1.1 | Host: x
+        400 get / HTTP/1.1 | Host: x
+        501 CONNECT x:443 HTTP/1.1 | Host: x
+        505 GET / HTTP/2.0 | Host: x
+        505 GET / HTTP/1.2 | Host: x"""
+    REFUSED_TOO = [
+        "GET / HTTP/1.1\nHost: x\n\n",
+        "GET /v1/x HTTP/1.1\nHost: x",
+        "GET\t/ HTTP/1.1 | Host: x",
+        "GET /\xe4 HTTP/1.1 | Host: x",
+        "GET /\x01 HTTP/1.1 | Host: x",
+        POST + "Host\t: x | Content-Length: 0",
+        POST + "Host: x | Transfer-Encoding: \x0bchunked",
+        "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]  # TLS
+    REFUSED_FIELDS = [  # after the usual ones
+        "X-A: b\nX-C: d", "X-A: b\rX-C: d", "X-A: b |  folded", "X-A", ": x", "X(A): x",
+        "X-\xe4: x", "X-A: b\x00c", "X-A: b\x1bc", "X-A: b\x7fc", "Host: x",
+        "Authorization: Bearer a | Authorization: Bearer b"]
+    REFUSED_LENGTHS = [
+        "+5", "-1", "-0", "1_0", "0x10", "5,5", "5, 5", "", "²", "5 5", "5;", "5.0", "9" * 27]
+    TOO_LARGE = [
+        ("431", USUAL + " | ".join("X-%d: x" % number for number in range(99))),
+        ("431", USUAL + " | ".join(["X-A: " + "x" * 1000] * 70)),
+        ("431", USUAL + "X-A: " + "x" * 10000),
+        ("431", USUAL + "Cookie: " + "x" * 40000),
+        ("431", USUAL + "X-A: " + "x" * 70000),
+        ("414", "GET /%s HTTP/1.1 | Host: x" % ("x" * 10000)),
+        ("414", "GET /%s HTTP/1.1 | Host: x" % ("x" * 70000))]
+
+    def test_well_formed_heads_are_taken(self):
+        self.start()
+        table = [raw_head(text) for text in rows(self.TAKEN) + self.TAKEN_TOO]
+        table += [b"\r\n" * number + table[0] for number in (1, 3)]
+        table.append(raw_head(POST + "Host: x | Content-Length: 0002", b"{}"))
+        for field in ("Transfer-Encoding: chunked", "transfer-encoding: CHUNKED"):
+            table.append(raw_head(POST + "Host: x | " + field, chunk(b"{}") + LAST))
+        for data in self.each(table):
+            self.assertLess(self.ask(data, "POST").status, 300)
+
+    def test_empty_lines_before_a_head_are_skipped_on_both_sides(self):
+        """Some clients send one after a body (RFC 9112 2.2)."""
+        self.start(sends(b"\r\n" + answer(), close=False))
+        client = self.connect()
+        for data in self.each([call() + b"\r\n", call() + b"\r\n", b"\r\n\r\n" + call()]):
+            self.assertEqual(client.exchange(data).status, 200)
+        client = self.connect()
+        for byte in b"\r\n\r\n" + call():
+            client.send(bytes([byte]))
+        self.assertEqual(client.read().status, 200)
+        self.assertEqual(self.connect().exchange(b"\r\n" * 20 + call()).status, 400)
+        self.patch_seconds(ClientConnection_HEAD_SECONDS=0.1)
+        client.send(b"\r\n")
+        self.assertEqual(client.ending(), "closed")
+
+    def test_an_answer_with_long_lines_and_many_fields_is_passed_on(self):
+        fields = ["X-Long: " + "x" * 20000] + ["X-%d: x" % number for number in range(400)]
+        self.start(says(b"{}", "200 OK", *fields))
+        answered = self.ask(call())
+        self.assertEqual((answered.get("x-long"), answered.get("x-399")), ("x" * 20000, "x"))
+
+    def test_everything_else_is_refused_and_ends_the_connection(self):
+        self.patch_seconds(RefusalSums_SHOWN=999)
+        self.start()
+        heads = self.REFUSED_TOO + [USUAL + field for field in self.REFUSED_FIELDS]
+        heads += [POST + "Host: x | Content-Length: " + text for text in self.REFUSED_LENGTHS]
+        table = self.TOO_LARGE + [("400", text) for text in heads]
+        table += [row.split(" ", 1) for row in rows(self.REFUSED)]
+        for status, text in self.each(table):
+            client = self.connect()
+            body = LAST if text.startswith("POST") else b""
+            answered = client.exchange(raw_head(text, body), "GET")
+            self.assertEqual(refusal(answered), (int(status), "invalid_request_error"))
+            self.assertEqual(answered.get("connection"), "close")
+            self.assertEqual(client.ending(), "closed")
+        self.assertEqual(self.stub.calls, 0)
+        wait_for(lambda: len(self.lines.entries()) == len(table), "a line for each")
+        self.assertEqual({entry["outcome"] for entry in self.lines.entries()}, {"refused"})
+
+    def test_a_line_that_cannot_be_right_is_refused_before_the_head_is_complete(self):
+        self.start()
+        for start in self.each([
+                b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n", b"GET / HTTP/1.1\r\nHost: x\nX: y",
+                b"GET / HTTP/1.1\nHost: x", b"GET / HTTP/1.1\r\n folded: x\r\n",
+                b"GET / HTTP/1.1\r\nHost: x\rX", b"GET / HTTP/1.1\r\nX-A : x\r\nX", b"\r\n\n"]):
+            client = self.connect()
+            self.assertEqual(client.exchange(start).status, 400)
+            self.assertEqual(client.ending(), "closed")
+
+    def test_methods_that_make_an_upstream_echo_what_it_got_are_not_passed_on(self):
+        self.start(BASE_API_KEY="sk-up")
+        for method in self.each(["TRACE", "TRACK", "CONNECT"]):
+            answered = self.ask(request(method, "/v1/x"))
+            self.assertEqual(refusal(answered), (405, "invalid_request_error"))
+        self.assertEqual(self.stub.calls, 0)
+
+    def test_a_websocket_is_answered_by_what_to_do_instead_and_other_upgrades_are_ignored(self):
+        self.start()
+        for method, upgrade in self.each(itertools.product(
+                ("GET", "POST"), ("websocket", "h2c, WebSocket/13"))):
+            fields = "Connection: Upgrade", "Upgrade: " + upgrade
+            answered = self.ask(request(method, "/v1/responses", b"", *fields))
+            self.assertEqual(refusal(answered), (426, "invalid_request_error"))
+            found = answered.get("upgrade"), answered.get("connection")
+            self.assertEqual(found, ("HTTP/1.1", "upgrade"))
+        self.assertEqual((self.stub.calls, self.entry()["outcome"]), (0, "refused"))
+        fields = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"
+        self.assertEqual(self.ask(call(None, *fields)).status, 200)
+        rows = "GET", "/v1/x", b"", "Upgrade: websocket"
+        self.assertEqual(self.ask(request(*rows, version="1.0")).status, 200)
+
+    def test_a_request_may_come_one_byte_at_a_time(self):
+        self.start()
+        client = self.connect()
+        for byte in call("k"):
+            client.send(bytes([byte]))
+        self.assertEqual(client.read().status, 200)
+        self.assertEqual(self.stub.requests[0].body, chat())
+
+    def test_a_head_may_come_in_any_three_pieces(self):
+        """Each piece is sent when the one before it was read. Of all ways, each 13th is tried."""
+        self.start()
+        data = raw_head("GET /v1/x HTTP/1.1 | Host: x | X-A: b")
+        ways = list(itertools.combinations(range(1, len(data)), 2))
+        for first, second in self.each(ways[::13]):
+            client = self.connect()
+            self.send_apart(client, data[:first], data[first:second], data[second:])
+            self.assertEqual(client.read("GET").status, 200)
+            client.close()
+
+    def test_a_caller_who_leaves_within_a_head_or_between_calls_is_no_error_of_ours(self):
+        self.start()
+        for hang_up in self.each([Client.close, Client.reset]):
+            hang_up(self.connect().send(b"POST /v1/x HTTP/1.1\r\nHost:"))
+            client = self.connect()
+            self.assertEqual(client.exchange(call()).status, 200)
+            hang_up(client)
+        wait_for(lambda: not self.server.open, "the end of the connections")
+
+    def test_ten_requests_in_one_segment_are_answered_in_order(self):
+        self.start(lambda asked: asked.send(answer(asked.body)))
+        client = self.connect()
+        client.send(b"".join(request("POST", path, chat(seed=seed))
+                             for seed in range(5) for path in (CHAT, "/v1/files")))
+        seeds = [client.read().json()["seed"] for _ in range(10)]
+        self.assertEqual(seeds, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+
+
+class RepeatedHeadTest(ProxyCase):
+    """Nothing learned from one head of a connection is used for the next, however alike."""
+
+    def test_the_framing_of_one_request_is_not_that_of_the_next(self):
+        five = raw_head(POST + "Host: x | Content-Length: 5", b"hello")
+        chunked = raw_head(POST + "Host: x | Transfer-Encoding: chunked", chunk(b"hello") + LAST)
+        for first, fields, body, status in self.each([
+                (five, " | Content-Length: 2", b"ho", 200),
+                (five, "", b"", 200),
+                (five, " | Content-Length: 2 | Content-Length:5", b"hello", 400),
+                (five, " | Content-Length: +5", b"hello", 400),
+                (chunked, " | Transfer-Encoding: chunked | Content-Length: 2", LAST, 400)]):
+            self.start()
+            client = self.connect()
+            self.assertEqual(client.exchange(first).status, 200)
+            second = client.exchange(raw_head(POST + "Host: x" + fields, body))
+            self.assertEqual(second.status, status)
+            bodies = [asked.body for asked in self.stub.requests]
+            self.assertEqual(bodies, [b"hello", body][:1 + (status == 200)])
+
+    def test_another_key_is_another_caller(self):
+        self.start()
+        client = self.connect()
+        for key in "abb":
+            client.exchange(call(key))
+        self.assertEqual((self.left("a"), self.left("b")), (999, 998))
+
+    def test_a_length_in_an_unusual_spelling_is_a_length_the_second_time_too(self):
+        for field in self.each([
+                "Content-length: 2", "CONTENT-LENGTH: 2", "Content-Length:2",
+                "Content-Length:  2", "Content-Length: 2 ", "content-length: 2",
+                "Content-Length: 02"]):
+            self.start(sends(raw_head("HTTP/1.1 200 OK | " + field, b"{}"), close=False))
+            client = self.connect()
+            for _ in range(3):
+                answered = client.exchange(request("GET", "/v1/files"), "GET")
+                self.assertEqual((answered.get("content-length"), answered.body), ("2", b"{}"))
+            self.assertEqual(self.stub.connections, 1)
+
+    def test_the_length_of_one_answer_is_not_that_of_the_next(self):
+        self.start(lambda asked: asked.send(answer(b"x" * int(asked.target[4:]))))
+        client = self.connect()
+        for length in self.each([1, 10, 9, 100, 0, 99]):
+            answered = client.exchange(request("GET", "/v1/%d" % length), "GET")
+            self.assertEqual(answered.body, b"x" * length)
+
+
+class FramingTest(ProxyCase):
+    """The framing of bodies: how they are read, and how they are passed on."""
+    BODY = (b"5;name=value\r\nhello\r\n0006 ; x=\"y\"\r\n world\r\nA\r\n0123456789\r\n"
+            b"0\r\nX-Trailer: x\r\n\r\n")
+    PASSED = BODY.replace(b"X-Trailer: x\r\n", b"")
+    PAYLOAD = b"hello world0123456789"
+    BROKEN = [
+        # sizes
+        b"\r\nhello\r\n", b"5\nhello\r\n", b"+5\r\nhello\r\n", b"-5\r\nhello\r\n",
+        b"0x5\r\nhello\r\n", b"0_5\r\nhello\r\n", b"g\r\n", b" 5\r\nhello\r\n",
+        b"5 \r\nhello\r\n", b"00000000000000005\r\nhello\r\n", b"5,5\r\nhello\r\n",
+        b"5\rhello\r\n",
+        # extensions
+        b"5;a\x00\r\nhello\r\n", b"5;a\rb\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
+        b"5;" + b"x" * 2000,
+        # the end of a chunk
+        b"6\r\nhello\r\n0\r\n\r\n", b"4\r\nhello\r\n0\r\n\r\n", b"5\r\nhello0\r\n\r\n",
+        b"5\r\nhello\n0\r\n\r\n", b"5\r\nhello\r0\r\n\r\n", b"5\r\nhelloX\r\n",
+        # the end of the body
+        b"0\n\n", b"0\r\n\n", b"0\r\nX: y\n\r\n", b"0\r\nno colon\r\n\r\n",
+        b"0\r\nX: y\r\n z\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\nX: \x00\r\n\r\n",
+        b"0\r\n" + b"X: y\r\n" * 2000]
+
+    def feed(self, *pieces):
+        """(What was passed on, the payload); what comes after the end is `trailing`."""
+        self.framing = framing = llm_proxy.Chunked()
+        passed = payload = b""
+        for piece in pieces:
+            if framing.ended:
+                framing.trailing += piece
+                continue
+            same, part = framing.feed(piece)
+            passed += same
+            payload += part
+        return passed, payload
+
+    def ends(self):
+        return self.framing.ended, self.framing.end_of_stream()
+
+    def test_every_split_of_chunks_gives_the_same_payload_and_no_trailers(self):
+        data = self.BODY + b"NEXT"
+        every = range(len(data))
+        ways = ((first, second) for first in every for second in every[first::5])
+        for first, second in self.each(ways):
+            found = self.feed(data[:first], data[first:second], data[second:])
+            self.assertEqual(found, (self.PASSED, self.PAYLOAD))
+            self.assertEqual((self.ends(), self.framing.trailing), ((True, True), b"NEXT"))
+        found = self.feed(*(bytes([byte]) for byte in self.BODY))
+        self.assertEqual(found, (self.PASSED, self.PAYLOAD))
+
+    def test_chunks_that_stop_anywhere_have_not_ended(self):
+        for size in self.each(range(len(self.BODY))):
+            passed, _ = self.feed(self.BODY[:size])
+            self.assertEqual(self.ends(), (False, False))
+            self.assertFalse(passed.endswith(LAST), "the last chunk had not come")
+
+    def test_broken_chunks_are_malformed_however_they_come(self):
+        for data in self.each(self.BROKEN):
+            step = 1 if len(data) < 100 else 97
+            pieces = [data[at:at + step] for at in range(0, len(data), step)]
+            self.assertRaises(Malformed, self.feed, data)
+            self.assertRaises(Malformed, self.feed, *pieces)
+
+    def test_a_sized_body_ends_at_its_size(self):
+        self.framing = framing = llm_proxy.Sized(5)
+        self.assertEqual(framing.feed(b"hel"), (b"hel", b"hel"))
+        self.assertEqual(self.ends(), (False, False))
+        self.assertEqual(framing.feed(b"loNEXT"), (b"lo", b"lo"))
+        self.assertEqual((framing.ended, framing.trailing), (True, b"NEXT"))
+        self.assertTrue(llm_proxy.Sized(0).ended)
+
+    def test_a_body_until_the_close_ends_with_it(self):
+        self.framing = framing = llm_proxy.UntilClose()
+        self.assertEqual(framing.feed(b"hello"), (b"hello", b"hello"))
+        self.assertEqual(self.ends(), (False, True))
+
+    def test_framing_is_kept_dropped_or_made_as_the_two_sides_need_it(self):
+        passage, until_close = llm_proxy.BodyAdapter, llm_proxy.UntilClose
+        chunks = b"5\r\nhello\r\n1;x\r\n!\r\n" + LAST
+        for framing, style, data, expected in self.each([
+                (llm_proxy.Chunked(), passage.AS_IS, chunks, chunks),
+                (llm_proxy.Chunked(), passage.PLAIN, chunks, b"hello!"),
+                (llm_proxy.Sized(6), passage.AS_IS, b"hello!", b"hello!"),
+                (until_close(), passage.AS_IS, b"hello!", b"hello!"),
+                (until_close(), passage.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
+            one = passage(framing, style)
+            found = one.feed(data)
+            if not framing.ended:
+                whole, rest = one.end_of_stream()
+                self.assertTrue(whole)
+                found += rest
+            self.assertEqual((found, one.passed), (expected, 6))
+
+
+# --------------------------------------------------------------------------------------------------
+# Streams
+# --------------------------------------------------------------------------------------------------
+
+class StreamTest(ProxyCase):
+    BODILESS = """
+        HEAD HTTP/1.1 200 OK | Content-Length: 1000
+        HEAD HTTP/1.1 200 OK
+        HEAD HTTP/1.1 200 OK | Transfer-Encoding: chunked
+        POST HTTP/1.1 204 No Content
+        GET HTTP/1.1 304 Not Modified | ETag: x
+        GET HTTP/1.1 304 Not Modified | Content-Length: 9
+        POST HTTP/1.1 200 OK | Content-Length: 0"""
+
+    def test_every_event_reaches_the_caller_before_the_next_one_is_sent(self):
+        """Text that looks like the end of a stream does not end it."""
+        self.start(None)
+        client, asked = self.begin()
+        payloads = [*map(event, range(20)), b"data: [DONE]\n\n", b"0\r\n\r\n",
+                    b'data: {"text": " [DONE]"}\n\n']
+        for payload in payloads:
+            asked.chunks(payload)
+            client.expect(payload)
+        asked.chunks(end=True)
+        answered = client.rest()
+        self.assertEqual((answered.whole, answered.get("content-type")),
+                         (True, "text/event-stream"))
+        entry = self.entry()
+        self.assertEqual((entry["bytes"], entry["stream"]), (sum(map(len, payloads)), True))
+
+    def test_the_bytes_of_a_stream_pass_unchanged_chunk_by_chunk(self):
+        self.start(None)
+        client, asked = self.begin()
+        chunks = (event(1) + event(2), event(3)[:7], event(3)[7:], b"data: [DONE]\n\n")
+        body = b"2;x=y\r\n: \r\n" + b"".join(map(chunk, chunks)) + LAST
+        for byte in body:
+            asked.send(bytes([byte]))
+        self.assertEqual(client.reader.until(b"\r\n0\r\n\r\n"), body)
+
+    def test_answers_of_every_framing_reach_callers_of_both_versions(self):
+        """Where the caller's version allows it, the connection carries another call."""
+        self.start()
+        payload = b"".join(map(event, range(50)))
+        sized = "HTTP/1.0 200 OK | Content-Length: %d" % len(payload)
+        answers = [
+            sends(answer(payload), close=False),
+            sends(STREAM + chunk(payload) + LAST, close=False),
+            sends(raw_head("HTTP/1.1 200 OK", payload)),
+            sends(raw_head("HTTP/1.0 200 OK", payload)),
+            sends(raw_head(sized, payload))]
+        for self.stub.answer, version in self.each(itertools.product(answers, ("1.1", "1.0"))):
+            client = self.connect()
+            data = request("POST", CHAT, chat(), version=version)
+            for _ in range(2 if version == "1.1" else 1):
+                answered = client.exchange(data)
+                self.assertEqual((answered.status, answered.whole), (200, True))
+                self.assertEqual(answered.body, payload)
+            if version == "1.0":
+                self.assertIsNone(answered.get("transfer-encoding"))
+                self.assertEqual(client.ending(), "closed")
+
+    def test_answers_without_a_body_end_with_their_head(self):
+        self.start()
+        for row in self.each(rows(self.BODILESS)):
+            method, text = row.split(" ", 1)
+            _, _, length = row.partition("Content-Length: ")
+            self.stub.answer = sends(raw_head(text), close=False)
+            client = self.connect()
+            for _ in range(2):
+                answered = client.exchange(request(method, "/v1/x"), method)
+                self.assertEqual((answered.body, answered.whole), (b"", True))
+                self.assertEqual(answered.get("content-length"), length or None)
+                self.assertIsNone(answered.get("transfer-encoding"))
+
+    def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
+        loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
+        self.addCleanup(loop.close)
+        turns, gone = llm_proxy.Turns(loop), llm_proxy.Context(loop)
+
+        def next_round():
+            rounds.append(loop.call_soon(next_round))
+
+        async def understand(name, context):
+            await turns.take(name[0], context)
+            seen.append((name, len(rounds)))
+
+        async def understand_all():
+            next_round()
+            tasks = [loop.create_task(understand(name, gone if name == "a2" else
+                     llm_proxy.Context(loop))) for name in ("a1", "a2", "a3", "a4", "b1")]
+            loop.call_soon(gone.end, llm_proxy.CallerGone())
+            return await asyncio.gather(*tasks, return_exceptions=True)
+        ended = loop.run_until_complete(understand_all())
+        self.assertEqual([name for name, _ in seen], ["a1", "b1", "a3", "a4"])
+        self.assertEqual(len({number for _, number in seen}), 4)
+        self.assertIsInstance(ended[1], llm_proxy.CallerGone)
+        self.assertFalse(turns.waiting)
+
+    def test_trailers_are_dropped(self):
+        trailers = b"0\r\nX-Trailer: y\r\nSet-Cookie: z\r\n\r\n"
+        self.start(sends(STREAM + chunk(b"x") + trailers, close=False))
+        client = self.connect().send(call())
+        client.head()
+        self.assertEqual(client.reader.until(b"0\r\n\r\n"), chunk(b"x") + LAST)
+        self.assertEqual(client.exchange(call()).body, b"x")
+
+    def test_a_caller_may_send_its_next_request_while_a_stream_is_running(self):
+        self.start(None)
+        client, asked = self.begin(b"one")
+        client.send(call(seed=2))
+        asked.chunks(b"two")
+        client.expect(b"two")
+        self.assertEqual(self.stub.calls, 1)
+        asked.chunks(end=True)
+        self.assertEqual(client.rest().body, b"onetwo")
+        asked = self.stub.next()
+        self.assertEqual(asked.json()["seed"], 2)
+        asked.answer(b"three")
+        self.assertEqual(client.read().body, b"three")
+
+    def blocks(self, number=1024):
+        """So many blocks of 64 KiB, each of its own."""
+        return (b"%08d" % one * 8192 for one in range(number))
+
+    def flood(self, asked):
+        """Send 64 MiB, as far as they are taken; -> ([bytes sent], the thread that sends)"""
+        sent = [0]
+
+        def run():
+            with contextlib.suppress(OSError):
+                for block in self.blocks():
+                    asked.chunks(block)
+                    sent[0] += len(block)
+                asked.chunks(end=True)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return sent, thread
+
+    def digest(self, pieces):
+        found = hashlib.sha256()
+        for piece in pieces:
+            found.update(piece)
+        return found.hexdigest()
+
+    def test_a_caller_who_does_not_read_stops_its_own_upstream_and_nobody_elses(self):
+        """What is on its way is bounded by socket buffers, not by what the upstream has."""
+        self.start(None)
+        slow, flooding = self.begin(client=self.connect(receive_buffer=65536))
+        sent, thread = self.flood(flooding)
+        quick, asked = self.begin()
+        seen = list(range(-10, 0))
+        while len(set(seen)) > 1:  # until nothing moved for a while, or all was taken
+            seen = seen[1:] + [sent[0]]
+            asked.chunks(event(1))
+            quick.expect(event(1))
+            time.sleep(0.02)
+        self.assertLess(sent[0], 48 << 20)
+        self.assertEqual(self.digest(slow.pieces), self.digest(self.blocks()))
+        thread.join(PATIENCE)
+
+    def test_a_caller_who_does_not_read_and_leaves_closes_its_upstream(self):
+        self.start(None)
+        for number, hang_up in self.each(enumerate([Client.close, Client.reset])):
+            slow, flooding = self.begin(client=self.connect(receive_buffer=65536))
+            sent, thread = self.flood(flooding)
+            wait_for(lambda: sent[0] > 1 << 20)
+            hang_up(slow)
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive())
+            self.assertLess(sent[0], 64 << 20)
+            self.assertEqual(self.entry(number)["outcome"], "caller_gone")
+
+    def test_a_large_download_passes_whole(self):
+        def large(asked):
+            asked.send(raw_head("HTTP/1.1 200 OK | Content-Length: %d" % (20 << 20)))
+            for block in self.blocks(320):
+                asked.send(block)
+        self.start(large)
+        client = self.connect().send(request("GET", "/v1/files/1/content"))
+        client.head("GET")
+        self.assertEqual(self.digest(client.pieces), self.digest(self.blocks(320)))
+
+    def test_many_streams_run_at_once(self):
+        self.start(None, MAX_TOKENS=100)
+        streams = [self.begin() for _ in range(40)]
+        for number in range(5):
+            for _, asked in streams:
+                asked.chunks(event(number))
+            for client, _ in streams:
+                client.expect(event(number))
+        for client, asked in streams:
+            asked.chunks(end=True)
+            self.assertTrue(client.rest().whole)
+
+
+# --------------------------------------------------------------------------------------------------
+# Line
+# --------------------------------------------------------------------------------------------------
+
+class LineTest(ProxyCase):
+    """Turns, as steps: who enters, who leaves, who runs then."""
+
+    def start_line(self, most=1, queue=100, per_caller=100):
+        self.limits = llm_proxy.QueueLimits(queue, per_caller, 30)
+        self.line = llm_proxy.FairQueue(most, self.limits, Clock())
+        self.running = []
+        self.waiting = []
+        return self.line
+
+    def enter(self, key, weight=1):
+        slot = self.line.enter(key, weight)
+        (self.running if slot.running else self.waiting).append(slot)
+        return slot
+
+    def leave(self, number=0):
+        """One of the running calls ends, the oldest first; -> the keys whose call begins then."""
+        self.running.pop(number).leave()
+        begun = [slot for slot in self.waiting if slot.running]
+        for slot in begun:
+            first = next(one for one in self.waiting if one.owner is slot.owner)
+            self.assertIs(slot, first, "a call overtook another of its caller")
+            self.waiting.remove(slot)
+        self.running += begun
+        return "".join(slot.owner.key for slot in begun)
+
+    def assert_empty(self):
+        line, limits = self.line, self.limits
+        found = line.running, line.queues, limits.waiting, limits.by_caller
+        self.assertEqual(found, (0, {}, 0, {}))
+
+    def test_one_call_waits_for_at_most_one_call_whatever_another_caller_has_queued(self):
+        for most in self.each([1, 2, 4]):
+            self.start_line(most)
+            for key in "a" * (50 + most) + "b":
+                self.enter(key)
+            self.assertEqual(len(self.waiting), 51)
+            self.assertEqual(self.leave(), "b")
+
+    def test_callers_take_turns(self):
+        for weights, waiting, expected in self.each([
+                ({}, "aaaabbbb", "babababa"), ({"a": 3}, "aaaaaabb", "baaabaaa"),
+                ({}, "aaabbbccc", "bcabcabca"), ({"b": 2}, "aabbbb", "bababb")]):
+            self.start_line()
+            for key in "a" + waiting:
+                self.enter(key, weights.get(key, 1))
+            self.assertEqual("".join(self.leave() for _ in waiting), expected)
+
+    def test_nobody_is_starved_by_those_who_come_again_and_again_or_are_ever_new(self):
+        for most, flood, weight in self.each(itertools.product((1, 2), (False, True), (1, 3))):
+            line = self.start_line(most, 10 ** 6, 10 ** 6)
+            begun = collections.Counter()
+            weights = {"a": weight, "b": 1, "c": 1}
+            for key in "aaabc":
+                self.enter(key, weights[key])
+            for turn in range(3000):
+                key = self.running[0].owner.key
+                begun[key] += 1
+                self.leave()
+                if key in weights:
+                    self.enter(key, weights[key])
+                if flood and turn % 2:
+                    self.enter("new %d" % turn)
+                self.assertLess(len(line.queues), 20 + len(self.running + self.waiting))
+            shares = [begun[key] / weights[key] for key in weights]
+            self.assertGreater(min(shares), 0.6 * max(shares))
+            self.assertGreater(min(shares), 50)
+
+    def test_who_comes_back_owes_nothing_and_is_owed_nothing(self):
+        self.start_line()
+        for _ in range(10):
+            self.enter("a").leave()
+        self.assert_empty()
+        self.running.clear()
+        for key in "caabb":
+            self.enter(key)
+        self.assertEqual("".join(self.leave() for _ in range(4)), "abab")
+
+    def test_the_line_is_bounded_in_all_and_for_each(self):
+        line = self.start_line(queue=3, per_caller=2)
+        other = llm_proxy.FairQueue(1, self.limits, Clock())
+        running = [one.enter("a", 1).running for one in (line, other, line, other)]
+        self.assertEqual(running, [True, True, False, False])
+        with self.assertRaisesRegex(llm_proxy.QueueRefused, "busy"):
+            line.enter("a", 1)
+        slot = line.enter("b", 1)
+        with self.assertRaises(llm_proxy.QueueRefused):
+            other.enter("b", 1)
+        slot.leave()
+        self.assertFalse(other.enter("c", 1).running)
+
+    def test_in_a_full_line_who_has_most_waiting_makes_room_for_who_has_fewer(self):
+        line = self.start_line(queue=6)
+        for key in "aaaabbb":
+            self.enter(key)
+        for key, turned_away in self.each([("c", "a"), ("c", "b"), ("c", None), ("b", None)]):
+            told = []
+            for slot in self.waiting:
+                slot.on_ready = functools.partial(told.append, slot)
+            if turned_away:
+                self.enter(key)
+            else:
+                with self.assertRaises(llm_proxy.QueueRefused):
+                    line.enter(key, 1)
+            self.assertEqual([slot.owner.key for slot in told], list(turned_away or ""))
+            self.assertTrue(all(slot.left for slot in told))
+            self.waiting = [slot for slot in self.waiting if not slot.left]
+            self.assertEqual(self.limits.waiting, 6)
+        self.assertEqual("".join(self.leave() for _ in range(6)), "bcabca")
+        self.running.pop().leave()
+        self.assert_empty()
+
+    def test_a_place_is_left_once_from_the_line_or_from_a_slot(self):
+        line = self.start_line()
+        first, second, third = slots = [self.enter(key) for key in "abc"]
+        self.assertEqual([line.position(slot) for slot in slots], [0, 0, 1])
+        second.leave()
+        second.leave()
+        self.assertEqual((line.position(third), self.limits.waiting), (0, 1))
+        first.leave()
+        first.leave()
+        self.assertEqual((third.running, line.running, self.limits.waiting), (True, 1, 0))
+        third.leave()
+        self.assert_empty()
+
+    def test_who_waits_is_called_once_when_its_turn_comes_or_the_line_is_closed(self):
+        line = self.start_line()
+        calls = []
+        for key in "abc":
+            self.enter(key).on_ready = functools.partial(calls.append, key)
+        self.leave()
+        self.assertEqual(calls, ["b"])
+        line.close()
+        line.close()
+        self.leave()
+        self.assertEqual((calls, self.waiting[0].running), (["b", "c"], False))
+
+    def test_no_slot_is_idle_while_somebody_waits_and_each_caller_is_served_in_order(self):
+        chance = random.Random(7)
+        for most in self.each([1, 3]):
+            line = self.start_line(most)
+            for _ in range(3000):
+                if chance.random() < 0.5 and len(self.waiting) < 60:
+                    self.enter(chance.choice("abcde"), chance.choice((1, 2)))
+                elif self.waiting and chance.random() < 0.5:
+                    self.waiting.pop(chance.randrange(len(self.waiting))).leave()
+                elif self.running:
+                    self.leave(chance.randrange(len(self.running)))
+                found = line.running, self.limits.waiting
+                self.assertEqual(found, (len(self.running), len(self.waiting)))
+                self.assertFalse(self.waiting and len(self.running) < most)
+            for slot in self.waiting + self.running:
+                slot.leave()
+            self.assert_empty()
+
+
+class WaitingCase(ManyCase):
+    """Calls that wait: for their turn, or for what their upstream sends."""
+    COMMENT = b": waiting for the model\n\n"
+
+    def start_busy(self, **settings):
+        """A proxy that runs one call at a time, and runs one; -> (Client, Asked)"""
+        self.start(None, **{"MAX_CONCURRENCY": 1, "MAX_TOKENS": 100, **settings})
+        return self.ask_stub(call("busy"))
+
+    def start_lines(self, *names, **settings):
+        """Upstreams that run one call of model m at a time, in this order; -> their Stubs"""
+        stubs = {name: self.silent_stub(name) for name in names}
+        for name in names:
+            settings["UPSTREAM_%s_MODELS" % name.upper()] = "m"
+            settings["UPSTREAM_%s_MAX_CONCURRENCY" % name.upper()] = 1
+        self.start_many(stubs, UPSTREAM_ORDER=",".join(names), **settings)
+        return list(stubs.values())
+
+    def line_up(self, key, number=1, **payload):
+        """A call that is the one with this number in line; -> its Client"""
+        client = self.connect().send(call(key, **payload))
+        self.wait_for_line(number, key)
+        return client
+
+    def wait_for_line(self, number, key=None):
+        wait_for(lambda: self.base(key)["queue"]["waiting"] == number, "%d in line" % number)
+
+    def wait_for_slot(self):
+        wait_for(lambda: not self.proxy.routes.base.queue.running, "a free slot")
+
+    def finish(self, asked, client):
+        asked.answer()
+        return client.read()
+
+    def connect_slow(self):
+        """A Client that takes little as long as nobody reads: its buffers are small."""
+        self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        return self.connect(receive_buffer=2048)
+
+    def assert_silent(self, client, seconds=0.1):
+        """Nothing comes for a moment."""
+        self.assertFalse(select.select([client.sock], [], [], seconds)[0])
+
+    def assert_turned_away(self, answered, reason):
+        found = answered.status, answered.get("x-llm-proxy-error-class")
+        self.assertEqual(found, (503, reason))
+
+
+class QueueTest(WaitingCase):
+    """The line as callers meet it."""
+
+    def test_one_runs_the_next_waits_and_is_told_how_long(self):
+        first, asked = self.start_busy()
+        second = self.line_up("next")
+        self.assertEqual((self.stub.calls, self.base()["in_flight"]), (1, 1))
+        wait_for(lambda: self.base()["queue"]["longest_ms"] > 20)
+        at_once = int(self.finish(asked, first).get("x-queue-ms"))
+        answered = self.finish(self.stub.next(), second)
+        waited = int(answered.get("x-queue-ms"))
+        self.assertEqual(answered.status, 200)
+        self.assertLess(at_once, waited)
+        self.wait_for_line(0)
+        self.entry(1)
+        self.assertIn(waited, [entry["queue_ms"] for entry in self.lines.entries()])
+
+    def test_without_a_cap_nobody_is_told_of_a_line(self):
+        self.start()
+        self.assertIsNone(self.ask(call()).get("x-queue-ms"))
+        self.assertNotIn("queue", self.base())
+
+    def order(self, *keys, **settings):
+        """Whose call runs first, second and so on, of those that came in this order."""
+        client, asked = self.start_busy(**settings)
+        clients = [self.line_up(key, number, user=key) for number, key in enumerate(keys, 1)]
+        found = []
+        for _ in keys:
+            asked.answer()
+            asked = self.stub.next()
+            found.append(asked.json()["user"])
+        asked.answer()
+        self.assertEqual({one.read().status for one in [client, *clients]}, {200})
+        return found
+
+    def test_one_caller_with_many_jobs_delays_another_by_one_call(self):
+        self.assertEqual(self.order(*["busy"] * 6, "single")[0], "single")
+
+    def test_a_named_key_has_as_many_turns_as_its_weight(self):
+        found = self.order(*"aaabbb", PROXY_API_KEYS="alice=a,b,busy", KEY_WEIGHTS="alice=3")
+        self.assertEqual("".join(found), "abaabb")
+
+    def test_beyond_the_line_a_call_is_a_503_at_once_and_costs_nothing(self):
+        for setting, most, key in self.each([
+                ("MAX_QUEUE", 1, "other"), ("MAX_QUEUE_PER_CALLER", 1, "next"),
+                ("MAX_QUEUE", 0, "other")]):
+            self.start_busy(**{setting: most})
+            if most:
+                self.line_up("next")
+            answered = self.ask(call(key, stream=True))
+            self.assert_turned_away(answered, "queue_full")
+            found = answered.error()["type"], answered.get("retry-after")
+            self.assertEqual(found, ("server_error", "5"))
+            self.assert_ending("refused", left=100 - (key == "next"), key=key)
+            self.assertEqual(self.entry()["cause"], "queue full")
+
+    def test_who_waits_too_long_gets_a_503_and_costs_nothing(self):
+        self.start_busy(QUEUE_SECONDS="0.1")
+        answered = self.ask(call("next"))
+        self.assert_turned_away(answered, "queue_timeout")
+        self.assertGreaterEqual(int(answered.get("x-queue-ms")), 100)
+        self.assert_ending("refused", left=100, key="next")
+        self.assertEqual(self.base()["queue"], {"waiting": 0, "longest_ms": 0})
+
+    def test_who_leaves_the_line_is_gone_from_it(self):
+        for leave in self.each([Client.close, Client.reset]):
+            first, asked = self.start_busy()
+            second = self.line_up("next")
+            third = self.line_up("third", 2)
+            leave(second)
+            self.wait_for_line(1)
+            self.assert_ending("caller_gone", left=100, key="next")  # nothing was sent
+            self.finish(asked, first)
+            self.assertEqual(self.finish(self.stub.next(), third).status, 200)
+            self.assertEqual(self.stub.calls, 2)
+
+    def test_what_is_not_metered_does_not_wait(self):
+        self.start_busy()
+        client, asked = self.ask_stub(request("GET", "/v1/models"))
+        self.assertEqual(self.finish(asked, client).status, 200)
+
+    def test_a_slot_is_free_again_after_every_ending(self):
+        self.start(MAX_CONCURRENCY=1, BREAKER_FAILURES=100)
+        for self.stub.answer in self.each([
+                says(), says(b"{}", "500 No"), sends(b"nonsense\r\n\r\n"), Asked.close,
+                sends(STREAM + chunk(event(1)))]):
+            self.ask(call(stream=True))
+            self.wait_for_slot()
+        self.stub.answer = None
+        for sent in self.each([b"", STREAM, STREAM + chunk(event(1))]):
+            client, asked = self.ask_stub(call(stream=True))
+            asked.send(sent)
+            if sent:
+                client.head()
+            client.reset()
+            asked.wait_for_hang_up()
+            asked.finish()
+            self.wait_for_slot()
+        self.assertEqual(self.proxy.routes.base.queue.queues, {})
+
+    def test_a_slot_is_taken_until_the_upstream_has_noticed_that_the_caller_left(self):
+        whole = answer(b"{}")
+        for sent, end in self.each((
+                (b"", Asked.close), (b"", Asked.reset), (b"", lambda asked: asked.send(whole)),
+                (STREAM, Asked.close), (STREAM, lambda asked: asked.send(LAST)))):
+            self.start(None, MAX_CONCURRENCY=1)
+            client, asked = self.ask_stub(call(stream=True))
+            if sent:
+                asked.send(sent)
+                client.head()
+            client.reset()
+            asked.wait_for_hang_up()
+            second = self.line_up("next")
+            self.entry()
+            self.assertEqual((self.stub.calls, self.base()["queue"]["waiting"]), (1, 1))
+            end(asked)
+            self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+            asked.finish()
+            self.wait_for_slot()
+
+    def test_an_upstream_that_never_notices_keeps_its_slot_for_the_time_of_a_silent_one(self):
+        clock = Clock()
+        self.start(None, clock, MAX_CONCURRENCY=1, READ_TIMEOUT=20)
+        client, asked = self.ask_stub(call(stream=True))
+        client.reset()
+        asked.wait_for_hang_up()
+        second = self.line_up("next")
+        clock.now += 19
+        self.wait_for_line(1)
+        clock.now += 1
+        self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+        asked.finish()
+
+    def test_an_upstream_that_is_deaf_learns_it_from_a_reset(self):
+        clock = Clock()
+        self.start(None, clock, MAX_CONCURRENCY=1)
+        client, asked = self.begin(event(1))
+        client.reset()
+        asked.wait_for_hang_up()
+        second = self.line_up("next")
+        clock.now += 1
+        with contextlib.suppress(OSError):
+            asked.send(chunk(event(3)))
+        self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+        asked.finish()
+
+    def test_the_end_of_a_drain_sends_nobody_who_stands_in_line_upstream(self):
+        self.start_busy()
+        for number in (1, 2, 3):
+            self.line_up(str(number), number)
+        self.assertEqual((self.drain(0.05), self.stub.calls), (4, 1))
+        self.entry(3)
+        found = sorted(entry["cost"] for entry in self.lines.entries())
+        self.assertEqual(found, [0, 0, 0, 1])
+
+    def test_before_an_upstream_that_is_left_alone_nobody_stands_in_line(self):
+        first, asked = self.start_busy(BREAKER_FAILURES=1, FIRST_BYTE_TIMEOUT="0.2")
+        asked.send(STREAM)
+        first.head()
+        self.stub.refuse_connections()
+        self.assertEqual(self.ask(request("GET", "/v1/files")).status, 502)
+        self.assert_turned_away(self.ask(call("next")), "upstream_open")
+
+    def test_a_slow_reader_holds_no_slot_once_the_upstream_has_done_its_part(self):
+        self.start(None, MAX_CONCURRENCY=1)
+        client, asked = self.begin(event(1), client=self.connect_slow())
+        body = b"data: " + b"x" * 14000 + b"\n\n"
+        asked.chunks(body, end=True)
+        self.wait_for_slot()
+        self.assertEqual(self.lines.entries(), [])  # its answer is still on the way
+        answered = client.rest()
+        self.assertEqual((answered.whole, answered.body), (True, event(1) + body))
+
+    def test_who_finds_one_line_too_slow_goes_on_to_the_next_upstream_and_hears_of_it(self):
+        busy, other = self.start_lines("a", "b", STREAM_COMMENT_SECONDS="0.3", QUEUE_SECONDS="0.1")
+        self.connect().send(call())
+        busy.next()
+        client = self.connect().send(call("next", stream=True))
+        asked = other.next()
+        client.head()
+        client.expect(self.COMMENT)
+        asked.stream(end=True)
+        self.assertTrue(client.rest().whole)
+
+    def test_all_lines_together_take_no_longer_than_one_and_are_told_as_one(self):
+        stubs = self.start_lines("one", "two", QUEUE_SECONDS="0.3")
+        for name in ("one", "two"):
+            self.connect().send(request("POST", "/%s%s" % (name, CHAT), chat()))
+        asked = [stub.next() for stub in stubs]
+        answered = self.ask(call("next"))
+        self.assertEqual(answered.status, 503)
+        self.assertIn(int(answered.get("x-queue-ms")), range(300, 550))
+        client = self.connect().send(call("next"))
+        wait_for(lambda: self.states()["one"]["queue"]["waiting"])
+        asked[1].answer()
+        stubs[1].next().answer()
+        self.assertGreaterEqual(int(client.read().get("x-queue-ms")), 300)
+
+    def test_addresses_have_no_weight(self):
+        self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="127.0.0.1=3")
+        self.ask_stub(call())
+        caller, = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual(caller.weight, 1)
+
+    def test_a_caller_who_has_its_answer_may_call_again_at_once(self):
+        self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
+        client = self.connect()
+        for _ in range(20):
+            self.assertEqual(client.exchange(call()).status, 200)
+
+
+class EarlyStreamTest(WaitingCase):
+    """Comments in streams whose caller would hear nothing for long."""
+
+    def start_early(self, **settings):
+        self.start(None, STREAM_COMMENT_SECONDS="0.05", **settings)
+
+    def wait_early(self, data=None, client=None):
+        """A stream of which nothing came but a comment; -> (Client, Asked)"""
+        client = (client or self.connect()).send(data or call(stream=True))
+        asked = self.stub.next()
+        client.head()
+        client.expect(self.COMMENT)
+        return client, asked
+
+    def hear(self, client, expected):
+        """Read until this comes, with nothing but comments before it."""
+        found = b""
+        while not found.endswith(expected):
+            found += next(client.pieces)
+        self.assertEqual(found.replace(self.COMMENT, b""), expected)
+
+    def rest(self, client):
+        """(Whether it was whole, what came but for comments)."""
+        answered = client.rest()
+        return answered.whole, answered.body.replace(self.COMMENT, b"")
+
+    def test_a_stream_that_waits_begins_with_comments_and_goes_on_unchanged(self):
+        end = b"data: [DONE]\n\n"
+        body = event(1) + event(2) + end
+        chunked = STREAM + chunk(event(1)) + chunk(event(2) + end) + LAST
+        sized = answer(body, "200 OK", "Content-Type: text/event-stream")
+        for version, data in self.each([("1.1", chunked), ("1.1", sized), ("1.0", chunked)]):
+            self.start_early()
+            client, asked = self.wait_early(
+                request("POST", CHAT, chat(stream=True), version=version))
+            begun = client.answered
+            found = begun.status, begun.get("content-type"), begun.get("x-ratelimit-remaining")
+            self.assertEqual(found, (200, "text/event-stream", "999"))
+            client.expect(self.COMMENT * 2)
+            asked.send(data)
+            asked.finish()
+            self.assertEqual(self.rest(client), (True, body))
+            self.assert_ending("ok", left=999)
+            self.assertEqual(self.entry()["bytes"], len(client.answered.body))
+            if version == "1.1":  # the connection carries another call
+                client.send(call())
+                self.assertEqual(self.finish(self.stub.next(), client).status, 200)
+
+    def test_in_line_it_is_told_how_many_are_ahead(self):
+        first, asked = self.start_busy(STREAM_COMMENT_SECONDS="0.05")
+        second = self.line_up("b")
+        third = self.connect().send(call("c", stream=True))
+        third.head()
+        third.expect(b": waiting, 1 ahead\n\n")
+        for client in (first, second):
+            self.finish(asked, client)
+            asked = self.stub.next()
+        asked.stream(event(1), end=True)
+        answered = third.rest()
+        self.assertEqual((answered.whole, answered.body.endswith(event(1))), (True, True))
+
+    def test_what_goes_wrong_then_is_an_error_event_and_a_clean_end(self):
+        """Where the stream broke off after it, Open WebUI would show that instead."""
+        anthropic = request("POST", "/v1/messages", chat(stream=True, max_tokens=1))
+        responses = request("POST", "/v1/responses", b'{"model": "m", "stream": true}')
+        told = b'{"error":{"message":"too long","code":7}}'
+        too_long = says(told, "400 Bad Request")
+        no_stream = b"did not answer with a stream"
+        could_not = b"The upstream could not be reached or did not answer properly"
+        self.start_early(BREAKER_FAILURES=100)
+        for number, (data, act, expected, outcome) in self.each(enumerate([
+                (None, too_long, b"data: " + told, "upstream_status"),
+                (None, says(b"not JSON", "500 Oops"), no_stream, "upstream_status"),
+                (None, says(b'{"choices": []}'), no_stream, "upstream_status"),
+                (None, Asked.close, could_not, "upstream_failed"),
+                (anthropic, too_long, b"event: error\ndata: " + told, "upstream_status"),
+                (responses, too_long, b'event: response.failed\ndata: {"type": "response.failed"',
+                 "upstream_status"),
+                (anthropic, Asked.close, b'event: error\ndata: {"type": "error"',
+                 "upstream_failed")])):
+            client, asked = self.wait_early(data)
+            act(asked)
+            asked.finish()
+            whole, body = self.rest(client)
+            self.assertEqual((whole, body[-2:]), (True, b"\n\n"))
+            self.assertIn(expected, body)
+            self.assert_ending(outcome, left=1000, number=number)
+            entry = self.entry(number)
+            self.assertEqual(entry["bytes"], len(client.answered.body))
+            self.assertGreater(entry["first_ms"], 40)
+
+    def test_a_stream_that_breaks_off_later_is_told_so_between_two_events(self):
+        """Half an event that was held back, to look for usage, is not mistaken for a whole one."""
+        half = event(2)[:30]
+        for mode, sent, told in self.each([
+                ("request", b"", True), ("request", chunk(half), False),
+                ("request", b"20\r\ndata", False), ("usage", chunk(half), False)]):
+            self.start_early(TOKEN_COST_MODE=mode)
+            client, asked = self.wait_early()
+            asked.send(STREAM + chunk(event(1)) + sent)
+            self.hear(client, event(1))
+            asked.close()
+            whole, body = self.rest(client)
+            self.assertEqual((whole, b"upstream_error" in body), (told, told))
+            self.assertTrue(told or body.endswith((half, b"data")))
+
+    def test_nothing_is_put_into_what_a_caller_has_not_taken(self):
+        self.start_early(MAX_CALL_SECONDS="0.5")
+        client, asked = self.wait_early(client=self.connect_slow())
+        asked.stream(event(1))
+        self.hear(client, event(1))
+        asked.chunks(b"data: " + b"x" * 14000 + b"\n\n")
+        self.entry()
+        whole, body = self.rest(client)
+        self.assertEqual((whole, b"error" in body), (False, False))
+
+    def test_where_there_is_no_room_for_comments_there_are_none(self):
+        """Gemini's clients would take them for data."""
+        gemini = request("POST", "/v1beta/models/m:streamGenerateContent?alt=sse", b"{}")
+        packed = request("GET", "/v1/responses/r?stream=true", b"", "Accept-Encoding: gzip")
+        gzip = raw_head("HTTP/1.1 200 OK | Content-Type: text/event-stream | "
+                        "Transfer-Encoding: chunked | Content-Encoding: gzip")
+        whole = answer(event(1) + event(2))
+        self.start(None, STREAM_COMMENT_SECONDS="0.15")
+        for data, first, rest in self.each([
+                (gemini, b"", STREAM + LAST), (call(), b"", answer()),
+                (gemini, STREAM + chunk(event(1)), LAST),
+                (packed, gzip, chunk(b"\x1f\x8b") + LAST),
+                (call(stream=True), whole[:-len(event(2))], event(2))]):
+            client, asked = self.ask_stub(data)
+            asked.send(first)
+            if first:
+                client.head()
+                client.expect(event(1) if event(1) in first else b"")
+            self.assert_silent(client, 0.25)
+            asked.send(rest)
+            asked.finish()
+            answered = client.rest() if first else client.read()
+            self.assertEqual((answered.whole, self.COMMENT in answered.body), (True, False))
+
+    def test_what_comes_soon_stays_as_it_was(self):
+        self.start(says(b"{}", "400 Bad Request"), STREAM_COMMENT_SECONDS="5")
+        self.assertEqual(self.ask(call(stream=True)).status, 400)
+
+    def test_a_caller_who_leaves_meanwhile_is_noticed(self):
+        self.start_early()
+        client, asked = self.wait_early()
+        client.close()
+        asked.wait_for_hang_up()
+        self.assertEqual(self.entry()["outcome"], "caller_gone")
+
+    def test_a_pause_in_a_running_stream_is_filled_between_two_events(self):
+        body = event(1) + event(2)
+        half = event(2)[:9]
+        rest = event(2)[9:]
+        kind = "Content-Type: text/event-stream"
+        sized = answer(body, "200 OK", kind)[:-len(body)]
+        self.start_early()
+        for start, framed, last in self.each([
+                (STREAM, chunk, LAST), (sized, bytes, b""),
+                (raw_head("HTTP/1.1 200 OK | " + kind), bytes, b"")]):
+            client, asked = self.ask_stub(call(stream=True))
+            asked.send(start)
+            client.head()
+            client.expect(self.COMMENT)
+            asked.send(framed(event(1)))
+            self.hear(client, event(1))
+            client.expect(self.COMMENT * 2)
+            asked.send(framed(half))
+            self.hear(client, half)
+            self.assert_silent(client)
+            asked.send(framed(rest) + last)
+            asked.close()
+            self.assertEqual(self.rest(client), (True, rest))
+
+    def test_the_end_of_a_drain_is_told_to_those_whose_stream_has_begun(self):
+        self.start_early(MAX_CONCURRENCY=1)
+        running, _ = self.wait_early()
+        waiting = self.connect().send(call("b", stream=True))
+        waiting.head()
+        self.assertEqual(self.drain(0.05), 2)
+        for client in (running, waiting):
+            answered = client.rest()
+            self.assertTrue(answered.whole)
+            self.assertIn(b"try again in a moment", answered.body)
+
+
+class DeadlinesTest(WaitingCase):
+    def in_time(self, milliseconds, **payload):
+        """A call whose caller waits no longer than this."""
+        return call(None, "X-LLM-Proxy-Timeout-Ms: %s" % milliseconds, **payload)
+
+    def test_the_first_byte_has_a_time_of_its_own(self):
+        self.start(None, FIRST_BYTE_TIMEOUT="0.1", READ_TIMEOUT="5")
+        self.assertEqual(self.ask(call()).status, 504)
+        self.start(None, FIRST_BYTE_TIMEOUT="5", READ_TIMEOUT="0.1")
+        client, asked = self.ask_stub(call(stream=True))
+        self.assert_silent(client, 0.2)
+        asked.stream(event(1))
+        self.assertFalse(client.read().whole)
+        self.assertEqual(self.entry()["outcome"], "upstream_cut")
+
+    def test_a_caller_may_shorten_every_wait_and_lengthen_none(self):
+        self.start(None, READ_TIMEOUT="5", BREAKER_FAILURES=1)
+        answered = self.ask(self.in_time(100))
+        self.assertEqual(refusal(answered), (504, "timeout_error"))
+        self.assertIsNone(self.stub.next().get("x-llm-proxy-timeout-ms"))
+        client, asked = self.ask_stub(self.in_time(200, stream=True))  # no breaker is open
+        asked.stream(event(1))
+        self.assertFalse(client.read().whole)
+        self.start(None, READ_TIMEOUT="0.1")
+        self.assertEqual(self.ask(self.in_time(60000)).status, 504)
+
+    def test_who_wants_to_wait_no_longer_pays_as_if_it_had_left(self):
+        self.start(None, TOKEN_COST_MODE="usage", READ_TIMEOUT=5)
+        self.assertEqual(self.ask(self.in_time(100, max_tokens=50)).status, 504)
+        self.assert_ending("upstream_failed", 1000 - 53)
+        self.stub.next()
+        client, asked = self.ask_stub(self.in_time(200, stream=True, max_tokens=50))
+        asked.stream(event(1))
+        self.assertFalse(client.read().whole)
+        self.assert_ending("upstream_cut", 1000 - 2 * 53, 1)
+        self.start(None, TOKEN_COST_MODE="usage", READ_TIMEOUT="0.1")
+        self.assertEqual(self.ask(self.in_time(60000, max_tokens=50)).status, 504)
+        self.assert_ending("upstream_failed", 1000)
+
+    def test_nothing_is_sent_when_nobody_would_wait_for_the_answer(self):
+        self.start(None)
+        client = self.connect()
+        self.send_apart(client, self.in_time(100)[:-5])
+        self.assertEqual(client.read().status, 408)
+        busy, other = self.start_lines("a", "b")
+        self.connect().send(call())
+        busy.next()
+        self.assertEqual(self.ask(self.in_time(100)).status, 504)
+        self.assertEqual((busy.calls, other.calls, self.stub.calls), (1, 0, 0))
+
+    def test_it_holds_for_an_error_whose_body_does_not_come(self):
+        self.start(None, STREAM_COMMENT_SECONDS="0.05", READ_TIMEOUT="9")
+        client, asked = self.ask_stub(self.in_time(200, stream=True))
+        began = time.monotonic()
+        client.head()
+        asked.send(raw_head("HTTP/1.1 500 No | Content-Length: 9"))
+        self.assertIn(b"did not answer in time", client.rest().body)
+        self.assertLess(time.monotonic() - began, 5)
+
+    def test_it_holds_for_one_call_alone(self):
+        self.start(None)
+        client = self.connect()
+        self.assertEqual(client.exchange(self.in_time(50)).status, 504)
+        self.stub.next()
+        client.send(call())
+        asked = self.stub.next()
+        self.assert_silent(client)
+        self.assertEqual(self.finish(asked, client).status, 200)
+
+    def test_it_counts_the_time_in_line(self):
+        client, asked = self.start_busy()
+        self.assertEqual(self.ask(self.in_time(50)).status, 504)
+        self.assertEqual(self.finish(asked, client).status, 200)
+
+    def test_what_is_no_number_of_milliseconds_is_a_400(self):
+        self.start()
+        for text in self.each(["", "0", "-1", "1.5", "soon", "9999999999"]):
+            answered = self.ask(self.in_time(text))
+            self.assertEqual(refusal(answered), (400, "invalid_request_error"))
+
+    def test_an_upload_and_a_reader_that_last_too_long_are_cut(self):
+        for data in self.each([request("POST", "/v1/files", b"x" * 10), call()]):
+            self.start(None, MAX_CALL_SECONDS="0.2")
+            self.assertEqual(self.connect().exchange(data[:-5]).status, 408)
+        self.start(None, MAX_CALL_SECONDS="0.5", MAX_CONCURRENCY=1)
+        self.connect_slow().send(call())
+        self.stub.next().send(answer(b"x" * 100000))
+        self.assertEqual(self.entry()["outcome"], "caller_gone")
+        self.wait_for_slot()
+
+    def test_a_call_that_lasts_too_long_is_cut(self):
+        self.start(None, MAX_CALL_SECONDS="0.3")
+        client, asked = self.ask_stub(call(stream=True))
+        asked.stream()
+        end = time.monotonic() + 4
+        with contextlib.suppress(OSError):
+            while time.monotonic() < end:
+                asked.chunks(event(1))
+                asked.over.wait(0.02)
+        self.assertLess(time.monotonic(), end)
+        self.assertFalse(client.read().whole)
+        self.assertEqual(self.entry()["outcome"], "upstream_cut")
+        self.assertEqual(self.ask(call()).status, 504)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stored
+# --------------------------------------------------------------------------------------------------
+
+class StoredTest(ManyCase):
+    """What alice and bob made at the endpoint, and what the operator has there."""
+    KEYS = {"PROXY_API_KEYS": "alice=a,bob=b"}
+    MADE = [  # path, body, answer, and the paths and references by which that is used
+        ("/v1/files", None, {"id": "file-1"}, "/v1/files/file-1 /v1/files/file-1/content",
+         [{"training_file": "file-1"},
+          {"messages": [{"content": [{"file": {"file_id": "file-1"}}]}]},
+          {"tools": [{"container": {"type": "auto", "file_ids": ["file-1"]}}]}]),
+        ("/v1/responses", {}, {"id": "resp_1", "conversation": {"id": "conv_1"}},
+         "/v1/responses/resp_1 /v1/responses/resp_1/input_items /v1/conversations/conv_1/items",
+         [{"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
+          {"conversation": {"id": "conv_1"}}]),
+        ("/v1/batches", {}, {"id": "batch_1"}, "/v1/batches/batch_1", []),
+        ("/v1/messages/batches", {}, {"id": "msgbatch_1"},
+         "/v1/messages/batches/msgbatch_1/results", []),
+        ("/v1/chat/completions", {"store": True}, {"id": "chatcmpl-1"},
+         "/v1/chat/completions/chatcmpl-1", []),
+        ("/v1/chat/completions", {"deferred": True}, {"request_id": "r-1"},
+         "/v1/chat/deferred-completion/r-1", []),
+        ("/v1/vector_stores", {}, {"id": "vs_1"}, "/v1/vector_stores/vs_1/files",
+         [{"tools": [{"vector_store_ids": ["vs_1"]}]}]),
+        ("/upload/v1beta/files", None, {"file": {"name": "files/f1", "uri": "https://x/files/f1"}},
+         "/v1beta/files/f1 /v1beta/files/f1:download",
+         [{"contents": [{"parts": [{"fileData": {
+             "fileUri": "https://generativelanguage.googleapis.com/v1beta/files/f1"}}]}]}]),
+        ("/v1beta/cachedContents", {}, {"name": "cachedContents/c1"}, "/v1beta/cachedContents/c1",
+         [{"cachedContent": "cachedContents/c1"},
+          {"cachedContent": "projects/p/locations/l/cachedContents/c1"}]),
+        ("/v1/sessions", {}, {"id": "sesn_1"}, "/v1/sessions/sesn_1/events", []),
+        ("/v1/predictions", {}, {"id": "p1"}, "/v1/predictions/p1", []),
+        ("/v1beta/interactions", {}, {"id": "v1_x"}, "/v1beta/interactions/v1_x",
+         [{"previous_interaction_id": "v1_x"}]),
+        ("/v1beta/models/veo:predictLongRunning", {}, {"name": "models/veo/operations/o1"},
+         "/v1beta/models/veo/operations/o1", []),
+        ("/v1/threads/runs", {}, {"id": "run_1", "thread_id": "thread_1"},
+         "/v1/threads/thread_1/runs/run_1", [{"thread_id": "thread_1"}])]
+    # Callers and their tools say anything here.
+    NO_REFERENCES = [
+        {"messages": [{"content": [{"type": "tool_use", "input": {"file_id": "x"}}]}]},
+        {"tools": [{"input_schema": {"properties": {"file_id": {"id": "x"}}}}]},
+        {"metadata": {"file_id": "x"}}, {"client_metadata": {"thread_id": "codex"}},
+        {"input": [{"type": "code_interpreter_call", "container_id": "cntr_1"}]},
+        {"input": [{"content": [{"annotations": [{"file_id": "x"}]}]}]},
+        {"messages": [{"content": "file_id: x"}]},
+        {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
+
+    def post(self, path, payload, key="a"):
+        body = b"x" if payload is None else json.dumps({"model": "m", **payload}).encode()
+        return self.ask(request("POST", path, body, key=key))
+
+    def status(self, method, path, key="a"):
+        return self.ask(request(method, path, key=key)).status
+
+    def answers(self, payload):
+        self.stub.answer = says(json.dumps(payload).encode())
+
+    def test_what_a_caller_made_is_its_own_and_everybody_else_s_is_a_404(self):
+        self.start(**self.KEYS)
+        for path, body, answered, paths, references in self.each(self.MADE):
+            self.assertEqual(self.status("GET", paths.split()[0]), 404)
+            self.answers(answered)
+            self.assertEqual(self.post(path, body).status, 200)
+            self.answers({})
+            for one in paths.split():
+                found = [self.status(method, one, key) for key in "ab"
+                         for method in ("GET", "DELETE")]
+                self.assertEqual(found, [200, 200, 404, 404])
+            for one in references:
+                found = [self.post("/v1/responses", one, key).status for key in "ab"]
+                self.assertEqual(found, [200, 404])
+
+    def test_lists_are_a_403_and_other_spellings_are_nobody_s(self):
+        self.start(**self.KEYS)
+        self.answers({"id": "file-1"})
+        self.post("/v1/files", None)
+        for path, status in self.each((
+                ("/v1/files", 403), ("/v1/files/", 403), ("/v1/Files?limit=1", 403),
+                ("/v1/chat/completions", 403), ("/v1beta/cachedContents", 403),
+                ("/v1/files/file%2D1", 404), ("/v1//files/file-1", 404), ("/v1/files/FILE-1", 404),
+                ("/v1/files/file-1", 200), ("/v1/models", 200))):
+            self.assertEqual(self.status("GET", path), status)
+        self.assertEqual(self.post("/v1/files/file-2", {}).status, 404)
+        escaped = b'{"file\\u005fid": "file-2"}'
+        self.assertEqual(self.ask(request("POST", "/v1/responses", escaped, key="a")).status, 404)
+        error = self.ask(request("GET", "/v1/messages/batches/x", key="a")).json()
+        self.assertEqual(error["error"]["type"], "not_found_error")
+
+    def test_a_form_may_speak_of_stored_things_too(self):
+        self.start(**self.KEYS)
+        self.answers({"id": "file-1"})
+        self.post("/v1/files", None)
+        part = '--B\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n--B--\r\n'
+        for name, key, status in self.each((
+                ("file_id", "a", 200), ("file_id", "b", 404), ("images[0][file_id]", "b", 404),
+                ("file_ids[]", "b", 404), ("x", "b", 200))):
+            for body, kind in ((part % (name, "file-1"), "multipart/form-data; boundary=B"),
+                               (name + "=file-1", "application/x-www-form-urlencoded")):
+                answered = self.ask(request("POST", "/v1/audio/transcriptions", body.encode(),
+                                            "Content-Type: " + kind, key=key))
+                self.assertEqual(answered.status, status)
+
+    def test_what_callers_and_their_tools_say_is_no_reference(self):
+        self.start(**self.KEYS)
+        for payload in self.each(self.NO_REFERENCES):
+            self.assertEqual(self.post("/v1/responses", payload).status, 200)
+
+    def test_a_stream_names_what_it_makes_in_its_first_event(self):
+        self.start(None, **self.KEYS)
+        client = self.connect().send(request(
+            "POST", "/v1/responses", b'{"model": "m", "stream": true}', key="a"))
+        asked = self.stub.next()
+        first = b'data: {"type": "response.created", "response": {"id": "resp_1"}}\n\n'
+        asked.stream(first[:30], first[30:])
+        client.head()
+        client.expect(first)
+        self.answers({})
+        self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
+        self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
+        asked.chunks(end=True)
+
+    def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
+        self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
+        self.post("/v1/batches", {})
+        for path, answered in self.each((
+                ("/v1/batches/batch_1", {"id": "batch_1", "output_file_id": "file-2",
+                                         "metadata": {"output_file_id": "file-3"}}),
+                ("/v1/batches/batch_1/x", {"id": "file-3", "output_file_id": "file-3"}),
+                ("/v1/files/file-2/content", {"id": "file-3"}))):
+            self.answers(answered)
+            self.assertEqual(self.status("GET", path), 200)
+        self.assertEqual(self.status("GET", "/v1/files/file-2", "b"), 404)
+        self.assertEqual(self.status("GET", "/v1/files/file-3"), 404)
+
+    def test_a_name_that_no_path_could_have_is_no_thing(self):
+        for name in self.each(("\ud800", "a b", "x" * 300, "a\x00")):
+            self.start(says_json({"id": name}), **self.KEYS)
+            self.assertEqual(self.post("/v1/responses", {}).status, 200)
+            self.assertEqual(len(self.proxy.stored.things), 0)
+
+    def test_an_answer_cannot_make_a_thing_another_one_s(self):
+        self.start(says(b'{"id": "resp_1"}'), **self.KEYS)
+        for key in "ab":
+            self.post("/v1/responses", {}, key)
+        self.assertEqual([self.status("GET", "/v1/responses/resp_1", key) for key in "ab"],
+                         [200, 404])
+
+    def test_names_are_found_in_any_framing_and_beyond_the_first_megabyte(self):
+        large = b'{"id": "resp_1", "x": "%s"}' % (b"x" * (1 << 21))
+        self.patch_seconds(Reply_WHOLE_SECONDS=0)
+        for data in self.each((
+                answer(b'{\n"object": "response", "id": "resp_1"}\n'), answer(large),
+                STREAM.replace(b"text/event-stream", b"application/json") + chunk(b'{"a": {}')
+                + chunk(b',"id": "resp_1"}') + LAST)):
+            self.start(sends(data, close=False), **self.KEYS)
+            self.post("/v1/responses", {})
+            self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
+            self.assertEqual(self.status("GET", "/v1/responses/resp_2"), 404)
+
+    def test_who_may_have_what_is_stored_is_a_setting(self):
+        rows = [({}, "200 200 200"), ({"STORED": "own"}, "404 403 404"),
+                ({"STORED": "refuse"}, "403 403 403"), (self.KEYS, "404 403 404"),
+                ({"PROXY_API_KEYS": "anyone"}, "200 200 200"),
+                ({"BASE_API_KEY": "passthrough"}, "404 403 404"),
+                ({**self.KEYS, "STORED": "pass"}, "200 200 200")]
+        for settings, expected in self.each(rows):
+            self.start(**settings)
+            found = (self.status("GET", "/v1/files/file-1"), self.status("GET", "/v1/files"),
+                     self.post("/v1/responses", {"previous_response_id": "resp_1"}).status)
+            self.assertEqual("%d %d %d" % found, expected)
+
+    def test_calls_go_where_the_thing_they_speak_of_was_made(self):
+        """One upstream has two addresses; that model serves nothing else."""
+        first, second, other = self.stub_of("first"), self.stub_of("second"), self.stub_of("other")
+        self.start(says_json({"from": "base"}),
+                   UPSTREAM_BOX_URL="%s/v1,%s/v1" % (first.url, second.url),
+                   UPSTREAM_BOX_MODELS="m", UPSTREAM_OTHER_URL=other.url)
+        for stub in self.each((first, second) * 2):
+            for one in (first, second):
+                one.answer = says(b'{"id": "resp_%d"}' % one.port)
+            while self.post("/v1/responses", {}).json() != {"id": "resp_%d" % stub.port}:
+                pass
+            for one in (first, second):
+                one.answer = says(b'{"from": %d}' % one.port)
+            name = "resp_%d" % stub.port
+            for data in (request("GET", "/v1/responses/" + name),
+                         request("DELETE", "/v1/responses/" + name),
+                         request("POST", "/v1/responses/%s/cancel" % name),
+                         request("GET", "/box/v1/responses/" + name),
+                         request("POST", "/v1/responses", json.dumps(
+                             {"model": "x", "previous_response_id": name}).encode())):
+                self.assertEqual(self.came_from(data), stub.port)
+        self.assertEqual(self.came_from(request("GET", "/v1/responses/resp_0")), "base")
+        self.assertEqual(self.came_from(request("GET", "/other/v1/responses/" + name)), "other")
+
+    def test_only_the_last_things_are_remembered(self):
+        self.patch_seconds(Stored_ROOM=2)
+        self.start(**self.KEYS)
+        for number in range(3):
+            self.answers({"id": "resp_%d" % number})
+            self.post("/v1/responses", {})
+        found = [self.status("GET", "/v1/responses/resp_%d" % number) for number in range(3)]
+        self.assertEqual(found, [404, 200, 200])
+
+
+# --------------------------------------------------------------------------------------------------
+# Upstreams
+# --------------------------------------------------------------------------------------------------
+
+HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+
+PRIVATE_FIELDS = """\
+Authorization: Bearer sk-caller
+X-Api-Key: sk-caller
+Api-Key: sk-caller
+X-Goog-Api-Key: sk-caller
+Cookie: session=hush
+X-Forwarded-For: 10.1.2.3
+Forwarded: for=10.1.2.3
+X-Real-IP: 10.1.2.3
+Via: 1.1 me
+X-Forwarded-Host: x
+X-Forwarded-Proto: https
+Proxy-Authorization: Basic x
+Connection: keep-alive, X-Private
+X-Private: hush
+Keep-Alive: timeout=5
+TE: trailers
+Trailer: X
+Upgrade: h2c
+OpenAI-Organization: org-1
+OpenAI-Project: proj-1
+X-Goog-User-Project: p
+X-Conversation-Id: 1
+X-Original-URL: /admin
+Remote-User: root
+Cf-Access-Jwt-Assertion: hush
+X_Stainless_Lang: js
+Proxy-Connection: keep-alive""".splitlines()
+
+PASSED_FIELDS = """\
+Accept: text/event-stream
+User-Agent: test/1
+OpenAI-Beta: x
+X-Stainless-Lang: js
+Traceparent: 00-1-2-01
+If-None-Match: "1"
+X-Trace-Twice: a
+X-Trace-Twice: b
+X-Trace-Empty:
+Accept-Language: \xe4""".splitlines()
+
+ANSWER_FIELDS = """\
+Connection: keep-alive, X-Private
+X-Private: hush
+Keep-Alive: timeout=5
+Trailer: X
+Proxy-Authenticate: Basic
+Upgrade: h2c
+Location: %s/v1/files/1?x
+Access-Control-Allow-Origin: https://only.example
+Access-Control-Allow-Credentials: true
+X-RateLimit-Limit: 5
+X-Request-ID: theirs
+X-Other: passed
+X-Twice: a=1
+X-Twice: b=2
+Set-Cookie: session=1
+OpenAI-Organization: org-1
+Anthropic-Organization-Id: 1
+ETag: "x"
+Server: theirs/1
+Date: then"""
+
+
+ANSWERED_FIELDS = """\
+x-private:
+keep-alive:
+trailer:
+proxy-authenticate:
+upgrade:
+access-control-allow-credentials:
+connection:
+location: /v1/files/1?x
+access-control-allow-origin:
+vary: Origin
+x-ratelimit-limit: 1000
+x-other: passed
+x-twice: a=1, b=2
+set-cookie:
+openai-organization:
+anthropic-organization-id:
+etag: "x"
+server: theirs/1
+date: then
+x-upstream-request-id: theirs""".splitlines()
+
+
+def table(text):
+    """Rows of words, a row a line; a dash alone is an empty word."""
+    rows = [row.split() for row in text.splitlines()]
+    return [["" if word == "-" else word for word in row] for row in rows]
+
+
+def says_json(payload):
+    """A Stub's `answer` that always gives this JSON."""
+    return says(json.dumps(payload).encode())
+
+
+def levels(proxy):
+    """What is left in the buckets that are not full: {(rule, *subject): level}."""
+    return {key: level for key, (level, _) in proxy.limits.buckets.snapshot(0).items()}
+
+
+@contextlib.contextmanager
+def threads(acts):
+    """Meanwhile each of these runs in a thread; all are waited for."""
+    running = [threading.Thread(target=act) for act in acts]
+    for thread in running:
+        thread.start()
+    yield
+    for thread in running:
+        thread.join(60)
+
+
+class CallCase(ManyCase):
+    def start_named(self, names, text="", **settings):
+        """A proxy with an upstream for each of these names; returns the Stub of each. `text` holds
+        settings as in .env, none with a space in it."""
+        settings.update(row.split("=", 1) for row in text.split())
+        stubs = {name: self.stub_of(name) for name in names.split()}
+        self.start_many(stubs, **settings)
+        return list(stubs.values())
+
+    def assert_fields(self, message, *rows):
+        """Its fields are these, 'name: value' each; without a value, there is none."""
+        for row in rows:
+            name, _, value = row.partition(":")
+            self.assertEqual(message.get(name.lower()), value.strip() or None, name)
+
+    def assert_status(self, status, data=call(), *fields, error=None):
+        """Ask; returns the answer, which must have this status, fields and type of error."""
+        answered = self.ask(data)
+        self.assertEqual(answered.status, status)
+        self.assert_fields(answered, *fields)
+        if error:
+            self.assertEqual(answered.error()["type"], error)
+        return answered
+
+    def assert_base(self, state, in_flight=0, addresses="1/1"):
+        expected = {"state": state, "in_flight": in_flight, "addresses": addresses}
+        self.assertEqual(self.base(), expected)
+
+
+class UpstreamsTest(CallCase):
+    def assert_traffic(self, calls, connections):
+        """What the upstream has seen so far."""
+        self.assertEqual((self.stub.calls, self.stub.connections), (calls, connections))
+
+    def test_calls_in_a_row_share_a_connection_and_interim_answers_are_skipped(self):
+        for interim in self.each((b"", HINTS, HINTS * 5, b"HTTP/1.1 100 Continue\r\n\r\n")):
+            self.start(sends(interim + answer(), close=False))
+            client = self.connect()
+            for _ in range(3):
+                self.assertEqual(client.exchange(call()).body, b'{"said": "hi"}')
+            self.entry(2)
+            self.ask(call())
+            self.assert_traffic(4, 1)
+
+    def test_a_connection_is_used_again_after_a_stream_has_settled(self):
+        """Some upstreams close after a stream although they promised not to."""
+        self.patch_seconds(Address_REUSE_DELAY=0.01)
+        self.start(sends(STREAM + LAST, close=False))
+        self.ask(call())
+        self.entry()
+        time.sleep(0.02)
+        self.ask(call())
+        self.assert_traffic(2, 1)
+
+    def test_after_an_answer_that_has_no_body_a_connection_must_have_been_silent_for_a_while(self):
+        """Some upstreams send one all the same."""
+        for method, status in self.each((("HEAD", "200 x"), ("GET", "204 x"), ("GET", "304 x"))):
+            self.start(None)
+            client, asked = self.ask_stub(request(method, "/v1/files/1"))
+            asked.send(b"HTTP/1.1 %b\r\nETag: 1\r\n\r\n" % status.encode())
+            self.assertEqual(client.read(method).status, int(status[:3]))
+            asked.send(answer(b"of another"))
+            client.send(call())
+            self.stub.next().answer(b"mine")
+            self.assertEqual(client.read().body, b"mine")
+            self.assert_traffic(2, 2)
+
+    def test_a_connection_that_was_closed_or_spoke_while_idle_is_not_used_again(self):
+        for late in self.each((b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")):
+            self.start(None)
+            client, asked = self.ask_stub(call())
+            asked.send(answer())
+            client.read()
+            self.entry()
+            asked.send(late)
+            if not late:
+                asked.close()
+            client.send(call())
+            self.stub.next().answer(b"second")
+            self.assertEqual(client.read().body, b"second")
+            self.assert_traffic(2, 2)
+
+    def test_a_question_that_met_a_stale_connection_is_asked_again_once(self):
+        """But never what has a body, nor where the answer had begun."""
+        body = request("GET", "/v1/x", b"{}")
+        for data, act, status, calls in self.each([
+                (request("GET", "/v1/x"), Asked.reset, 200, 3),
+                (request("HEAD", "/v1/x"), Asked.close, 200, 3),
+                (request("GET", "/v1/x"), sends(b"HTTP/1.1 2"), 502, 2),
+                (request("DELETE", "/v1/x"), Asked.reset, 502, 2),
+                (body, Asked.reset, 502, 2), (call(), Asked.reset, 502, 2)]):
+            self.start(None, BREAKER_FAILURES=1)
+            client, asked = self.ask_stub(call())
+            asked.answer()
+            client.read()
+            client.send(data)
+            act(self.stub.next())
+            if calls == 3:
+                self.stub.next().answer(b"")
+            self.assertEqual(client.read(data.partition(b" ")[0].decode()).status, status)
+            self.assert_traffic(calls, calls - 1)
+            self.assertEqual(self.base()["state"], "closed")
+        self.start(Asked.reset)
+        self.assert_status(502, request("GET", "/v1/x"))
+        self.assertEqual(self.stub.calls, 1)
+
+    def test_the_system_looks_after_silent_connections_of_both_sides(self):
+        self.start(None)
+        self.ask_stub(call())
+        sockets = self.proxy.loop._selector.get_map()
+        wait_for(lambda: len(sockets) == 3, "reading of both, and of the loop's own")
+        found = []
+        for descriptor in [*sockets]:
+            with socket.socket(fileno=os.dup(descriptor)) as sock:
+                sock.setblocking(False)  # PyPy changed that, for the proxy, too
+                if sock.family == socket.AF_INET:
+                    found.append((sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                                  sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)))
+        self.assertEqual(found, [(1, 15)] * 2)
+
+    def test_what_a_caller_sends_about_itself_and_its_connection_does_not_go_upstream(self):
+        self.start(BASE_API_KEY="sk-upstream", PASS_HEADERS="X-Trace-*, cookie2")
+        for path in self.each((CHAT, "/v1/files")):
+            self.ask(request("POST", path, chat(), *PRIVATE_FIELDS, *PASSED_FIELDS))
+            asked = self.stub.requests[-1]
+            for row in PASSED_FIELDS:
+                name, _, value = row.partition(":")
+                self.assertIn((name.lower(), value.strip()), asked.fields)
+            self.assert_fields(asked, *[row.partition(":")[0] for row in PRIVATE_FIELDS[1:]])
+            self.assert_fields(asked, "authorization: Bearer sk-upstream",
+                               "host: 127.0.0.1:%d" % self.stub.port)
+            for secret in (b"sk-caller", b"hush", b"10.1.2.3", b"proxy.test"):
+                self.assertNotIn(secret, asked.head)
+
+    def test_what_belongs_to_the_account_of_a_caller_goes_up_with_its_own_key(self):
+        self.start(BASE_API_KEY="passthrough", PASS_HEADERS="*")
+        self.ask(call("sk-caller", "OpenAI-Organization: org-1", "X-Api-Key:", "Cookie: a=b"))
+        self.assert_fields(self.stub.requests[-1], "authorization: Bearer sk-caller",
+                           "openai-organization: org-1", "cookie: a=b", "x-api-key")
+
+    def test_without_a_key_of_our_own_no_credential_goes_upstream(self):
+        self.start()
+        self.ask(call("sk-caller"))
+        self.assert_fields(self.stub.requests[0], "authorization")
+
+    def test_a_metered_answer_stays_readable_and_the_coding_of_others_is_the_callers_choice(self):
+        self.start()
+        for path, coding in ((CHAT, "identity"), ("/v1/files", "identity"), ("/tokenize", "gzip")):
+            self.ask(request("POST", path, chat(), "Accept-Encoding: gzip"))
+            self.assert_fields(self.stub.requests[-1], "accept-encoding: " + coding)
+
+    BASES = table("""\
+-              /v1/models?x=1     /v1/models?x=1
+-              /x                 /x
+-              /                  /
+-              /v1                /v1
+/              /v1/models         /v1/models
+/v1            /v1/models         /v1/models
+/v1            /models            /v1/models
+/v1            /v1                /v1
+/v1            /v1/               /v1/
+/v1            /v10/x             /v1/v10/x
+/v1beta        /v1beta/models/m   /v1beta/models/m
+/v1beta        /v1/models         /v1beta/models
+/v1            /v1beta/models     /v1/v1beta/models
+/api/openai/   /v1/models?a=b&c   /api/openai/models?a=b&c
+/api/openai/   /x/v1/y            /api/openai/x/v1/y
+/api/openai/   /                  /api/openai/""")
+
+    def test_a_base_with_a_path_replaces_a_leading_v1_and_a_bare_one_does_not(self):
+        for base, path, target in self.each(self.BASES):
+            self.start(base=base)
+            self.ask(request("GET", path))
+            self.assertEqual(self.stub.requests[-1].target, target)
+
+    def test_a_base_model_replaces_the_callers_and_nothing_else(self):
+        self.start(BASE_MODEL="gemma4")
+        rest = {"messages": "model ä \u2028", "temperature": 0.1, "x": [10 ** 20, None]}
+        for model in self.each(({"model": "any"}, {"model": None}, {"model": ["x"]}, {})):
+            self.ask(request("POST", CHAT, json.dumps({**model, **rest}).encode()))
+            self.assertEqual(self.stub.requests[-1].json(), {"model": "gemma4", **rest})
+
+    def test_without_a_base_model_a_body_passes_byte_for_byte(self):
+        self.start()
+        body = b' {"model":"m",  "messages":[{"content":"\\u00e4 \xc3\xa4"}],"n":1.0} \r\n'
+        self.ask(request("POST", CHAT, body))
+        self.assertEqual(self.stub.requests[0].body, body)
+
+    def test_what_an_upstream_says_about_its_connection_and_its_address_is_not_passed_on(self):
+        self.start()
+        rows = (ANSWER_FIELDS % self.stub.url).splitlines()
+        self.stub.answer = says(b"{}", "201 Made", *rows)
+        answered = self.assert_status(201)
+        self.assertEqual(answered.body, b"{}")
+        self.assert_fields(answered, *ANSWERED_FIELDS)
+
+    REDIRECTS = table("""\
+-         /x          /x
+/v1       /v1/x       /v1/x
+/api/v2   /api/v2/x   /v1/x
+/api      /apix       /apix
+/api      /api        /v1""")
+
+    def test_a_redirect_names_the_endpoint_as_callers_know_it(self):
+        for base, path, location in self.each(self.REDIRECTS):
+            self.start(base=base)
+            here = self.stub.url
+            self.stub.answer = says(b"", "307 Temporary Redirect", "Location: " + here + path)
+            self.assert_status(307, request("GET", "/v1/y"), "location: " + location)
+        elsewhere = "Location: https://elsewhere.example/x"
+        self.stub.answer = says(b"", "302 Found", elsewhere)
+        self.assert_status(302, request("GET", "/v1/y"), elsewhere)
+
+    def test_upstream_times_are_unix_nanoseconds(self):
+        self.start()
+        before = time.time_ns()
+        answered = self.ask(call())
+        names = "x-upstream-request-start", "x-upstream-request-stop"
+        start, stop = (int(answered.get(name)) for name in names)
+        self.assertTrue(before <= start <= stop <= time.time_ns())
+
+
+class UploadTest(CallCase):
+    BLOCK = bytes(range(256)) * 256
+    MULTIPART = "multipart/form-data; boundary=x"
+
+    def upload(self, client, chunked, blocks=80):
+        """Send an upload, which has 5 MB by default; returns the SHA-256 of what was sent."""
+        body = self.BLOCK * blocks
+        framing = CHUNKED if chunked else "Content-Length: %d" % len(body)
+        fields = framing, "Content-Type: " + self.MULTIPART
+        client.send(unsized("/v1/files", *fields))
+        client.send(chunk(self.BLOCK) * blocks + LAST if chunked else body)
+        return hashlib.sha256(body).hexdigest()
+
+    def test_an_upload_of_any_framing_and_size_arrives_whole_and_costs_a_request(self):
+        self.start(lambda asked: asked.send(answer(asked.digest.encode())),
+                   MAX_TOKENS=4, MAX_BODY_BYTES=1000)
+        client = self.connect()
+        for chunked in self.each((False, True, False)):
+            digest = self.upload(client, chunked)
+            self.assertEqual(client.read().body.decode(), digest)
+            self.assert_fields(self.stub.requests[-1], "content-type: " + self.MULTIPART,
+                               "content-length:" + " 5242880" * (not chunked))
+        self.assertEqual(self.left(), 1)
+
+    def test_an_upload_is_passed_on_while_it_comes(self):
+        self.start(None, reads=False)
+        client, asked = self.ask_stub(unsized("/v1/files", CHUNKED))
+        pieces = asked.reader.body(asked.fields)
+        for piece in (b"one", b"two"):
+            client.send(chunk(piece))
+            self.assertEqual(next(pieces), piece)
+        client.send(LAST)
+        self.assertEqual(list(pieces), [])
+        asked.answer()
+        self.assertEqual(client.read().status, 200)
+
+    def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
+        self.start()
+        upload = unsized("/v1/files", CHUNKED) + chunk(b"x") + LAST
+        client = self.connect().send(call() + upload)
+        client.sock.shutdown(socket.SHUT_WR)
+        for _ in range(2):
+            self.assertEqual(client.read().status, 200)
+        self.assert_status(200)
+        self.assertEqual((self.stub.connections, self.stub.faults), (1, []))
+
+    def test_an_upstream_that_says_no_during_an_upload_is_heard(self):
+        body = b'{"error": "too large"}'
+
+        def refuse(asked):
+            asked.reader.more()
+            asked.send(answer(body, "413 Too Large", "Connection: close"))
+            asked.sock.shutdown(socket.SHUT_WR)
+            asked.wait_for_hang_up()
+        self.start(refuse, reads=False)
+        for chunked in self.each((False, True)):
+            client = self.connect()
+            with contextlib.suppress(OSError):  # it may be hung up on, if it can read the answer
+                self.upload(client, chunked, blocks=400)
+            answered = client.read()
+            self.assertEqual((answered.status, answered.body), (413, body))
+
+    def test_broken_chunks_of_an_upload_end_it_on_both_sides(self):
+        self.start(None, reads=False)
+        client, asked = self.ask_stub(unsized("/v1/files", CHUNKED))
+        answered = client.exchange(b"3\r\nabcX")
+        self.assertEqual(answered.error()["type"], "invalid_request_error")
+        self.assertEqual(answered.status, 400)
+        asked.wait_for_hang_up()
+
+
+class AddressesTest(CallCase):
+    URLS = "http://127.0.0.1:%d/v1,http://127.0.0.1:%d/v1"
+
+    def start_two(self, *answers, **settings):
+        """A base with two addresses; returns the Stub of each."""
+        one, other = self.stub_of("one"), self.stub_of("other")
+        one.answer, other.answer = answers
+        self.start(BASE_API_URL=self.URLS % (one.port, other.port), **settings)
+        return one, other
+
+    def test_a_call_goes_to_the_address_with_the_fewest_calls_in_turn_where_they_are_equal(self):
+        one, other = self.start_two(None, None)
+        clients = [self.connect().send(call()) for _ in range(6)]
+        kept, ended = ([box.next() for _ in range(3)] for box in (one, other))
+        self.assert_base("closed", in_flight=6, addresses="2/2")
+        for asked in ended:
+            asked.answer()
+        wait_for(lambda: self.base()["in_flight"] == 3)
+        for _ in range(3):
+            self.connect().send(call())
+            other.next()
+        self.assertEqual(one.calls, 3)
+        for asked in kept:
+            asked.close()
+        statuses = [client.read().status for client in clients]
+        self.assertEqual(sorted(statuses), [200] * 3 + [502] * 3)
+
+    def test_an_address_that_refuses_is_passed_over_at_once_and_no_call_fails(self):
+        lost, kept = self.start_two(says(), says())
+        lost.refuse_connections()
+        for _ in range(8):
+            self.assert_status(200)
+        self.assertEqual((kept.calls, self.base()["in_flight"]), (8, 0))
+
+    @unittest.skipUnless(sys.platform.startswith("linux"), "needs a full queue to drop connections")
+    def test_an_address_that_does_not_answer_is_passed_over_after_the_open_timeout(self):
+        box = self.stub_of("box")
+        with contextlib.ExitStack() as stack:
+            silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+            for _ in range(4):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(silent.getsockname())
+            urls = self.URLS % (silent.getsockname()[1], box.port)
+            self.start(BASE_API_URL=urls, OPEN_TIMEOUT="0.2")
+            self.assertEqual([self.came_from(call()) for _ in range(3)], ["box"] * 3)
+            self.assertEqual((box.calls, self.left()), (3, 997))
+
+    def test_a_call_that_may_have_run_is_never_sent_again(self):
+        one, other = self.start_two(Asked.close, Asked.close)
+        self.assert_status(502)
+        self.assertEqual(one.calls + other.calls, 1)
+        self.assert_ending("upstream_failed", left=1000)
+
+    def test_when_one_of_two_boxes_is_killed_no_call_fails_but_those_that_ran_on_it(self):
+        """When it is back, it is used again."""
+        lost, kept = self.start_two(says(), says(), BREAKER_SECONDS="0.2", MAX_TOKENS=10 ** 9)
+        statuses, over = [], threading.Event()
+
+        def work():
+            client = self.connect()
+            while not over.is_set():
+                statuses.append(client.exchange(call()).status)
+        with threads([work] * 8), contextlib.ExitStack() as stack:
+            stack.callback(over.set)
+            wait_for(lambda: lost.calls > 20 and kept.calls > 20)
+            lost.close()
+            before = kept.calls
+            wait_for(lambda: kept.calls > before + 50)
+            failed = len(statuses) - statuses.count(200)
+            back = Stub(says(), port=lost.port)
+            self.addCleanup(back.close)
+            wait_for(lambda: back.calls > 20)
+        self.assertLessEqual(failed, 8)
+        self.assertEqual(len(statuses) - statuses.count(200), failed)
+        self.assert_base("closed", addresses="2/2")
+
+
+def says_events(*payloads):
+    """A Stub's `answer` that is a stream of these."""
+    return sends(STREAM + (chunk(events(*payloads)) if payloads else b"") + LAST, close=False)
+
+
+FAULTS_IN_200 = (
+    says(b'{"error": {"message": "no"}}'), says_events({"error": {"message": "no"}}, "[DONE]"),
+    says_events({"type": "response.failed", "response": {"error": {"code": "server_error"}}}),
+    says_events(), says_events({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
+
+
+class BreakerTest(CallCase):
+    VERDICTS = {"fails": False, "answers": True, "leaves": None}
+    STEPS = table("""\
+0    fails     closed
+0    fails     closed
+0    answers   closed
+1    fails     closed
+1    leaves    closed
+1    fails     closed
+2    fails     open
+31   leaves    open
+32   enters    tried
+33   fails     open
+62   leaves    open
+63   enters    tried
+64   leaves    half_open
+64   enters    tried
+93   -         tried
+94   -         half_open
+94   enters    tried
+95   answers   closed""")
+
+    def test_a_breaker_opens_after_so_many_failures_in_a_row_and_lets_one_call_try(self):
+        """It is tried while it is half open and its one call runs."""
+        breaker = llm_proxy.Breaker(3, 30)
+        for second, what, state in self.each(self.STEPS):
+            now = int(second)
+            if what in self.VERDICTS:
+                breaker.judge(self.VERDICTS[what], now)
+            elif what:
+                breaker.enter(now)
+            self.assertEqual(breaker.allows(now), state in ("closed", "half_open"))
+            self.assertEqual(breaker.state(now), state.replace("tried", "half_open"))
+
+    def test_a_spare_connection_that_is_closed_under_a_call_says_nothing_of_the_address(self):
+        self.start(None, BREAKER_FAILURES=1)
+        client, asked = self.ask_stub(call())
+        asked.answer()
+        client.read()
+        for connections, state in ((1, "closed"), (2, "open")):
+            client.send(call())
+            self.stub.next().reset()
+            self.assertEqual((client.read().status, self.stub.connections), (502, connections))
+            self.assertEqual(self.base()["state"], state)
+
+    def open_the_base(self, failures, **settings):
+        """A proxy whose base has just failed so often that it is open; returns the Clock."""
+        clock = Clock()
+        self.start(says(b"{}", "503 No"), clock, BREAKER_FAILURES=failures, **settings)
+        for _ in range(failures):
+            self.assert_status(503)
+        return clock
+
+    def test_an_open_upstream_is_a_503_that_says_when_to_try_again_and_costs_nothing(self):
+        clock = self.open_the_base(2)
+        clock.now += 10
+        rows = (
+            (call(), "type"),
+            (request("POST", "/v1/messages", chat(max_tokens=1)), "type"),
+            (request("POST", "/v1beta/models/m:generateContent", b"{}"), "status"),
+        )
+        for data, field in self.each(rows):
+            answered = self.assert_status(
+                503, data, "retry-after: 20", "x-llm-proxy-error-class: upstream_open")
+            self.assertIn(field, answered.json()["error"])
+        self.assertEqual((self.stub.calls, self.left()), (2, 1000))
+        self.assert_base("open", addresses="0/1")
+
+    def test_what_counts_as_a_failure(self):
+        statuses = "200 400 401 404 429 500 501 502 503 504 529".split()
+        rows = [(says(b"{}", status + " x"), status > "501") for status in statuses]
+        rows += [(Asked.reset, True), (Asked.close, True), (sends(b"no\r\n\r\n"), False)]
+        rows += [(act, True) for act in FAULTS_IN_200]
+        rows += [(says(b'{"error": {"code": %d}}' % code), code > 501) for code in (400, 500, 503)]
+        rows += [(says_events(delta("a"), {"error": {"type": "invalid_request_error"}}), False),
+                 (says_events(delta("a"), LAST_DELTA, "[DONE]"), False)]
+        for act, opens in self.each(rows):
+            self.start(act, BREAKER_FAILURES=2)
+            for _ in range(3):
+                self.ask(call())
+            expected = ("open", 2) if opens else ("closed", 3)
+            self.assertEqual((self.base()["state"], self.stub.calls), expected)
+
+    def test_who_calls_is_not_to_blame_for_a_key_of_ours_that_the_upstream_refuses(self):
+        for key, status in self.each((("sk-hush", 502), (None, 401), ("passthrough", 401))):
+            self.start(says(b'{"error": "key hush"}', "401 No"), **{"BASE_API_KEY": key or ""})
+            for data in (call("sk-caller"), call("sk-caller"), request("GET", "/v1/models")):
+                answered = self.ask(data)
+                self.assertEqual((answered.status, self.left("sk-caller")), (status, 1000))
+            said = self.lines.text().count("UPSTREAM base REFUSES ITS KEY (status 401)")
+            self.assertEqual(said, status == 502)
+            if said:
+                self.assertEqual(answered.json()["error"]["code"], "upstream_refused_our_key")
+                self.assertNotIn(b"hush", answered.body + self.lines.data)
+
+    def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
+        self.start(None, READ_TIMEOUT="0.2", BREAKER_FAILURES=2)
+        for _ in range(3):
+            client, asked = self.ask_stub(call())
+            client.reset()
+            asked.wait_for_hang_up()
+        wait_for(lambda: self.base()["in_flight"] == 0)
+        self.assert_base("closed")
+        self.assertEqual([self.ask(call()).status for _ in range(3)], [504, 504, 503])
+
+    def test_a_caller_who_leaves_while_its_call_tries_lets_the_next_one_try(self):
+        clock = self.open_the_base(1)
+        clock.now += 31
+        self.stub.answer = None
+        client, asked = self.ask_stub(call())
+        self.assert_status(503)
+        client.reset()
+        asked.wait_for_hang_up()
+        wait_for(lambda: self.base()["in_flight"] == 0)
+        self.stub.answer = says()
+        self.assert_status(200)
+
+    RETRIES = table("""\
+0   503   0      1
+2   503   0      3
+2   429   0      3
+2   503   -      1
+2   429   6      1
+2   500   0      1
+2   429   soon   1""")
+
+    def test_an_answer_that_asks_for_patience_is_asked_for_again_where_that_is_set(self):
+        for retries, status, wait, calls in self.each(self.RETRIES):
+            fields = ["Retry-After: " + wait] if wait else []
+            self.start(says(b"{}", status + " x", *fields), UPSTREAM_RETRIES=retries)
+            self.assert_status(int(status))
+            self.assertEqual((self.stub.calls, self.left()), (int(calls), 1000))
+
+    def test_an_answer_to_a_retry_is_the_callers_and_is_charged(self):
+        answers = iter([answer(b"{}", "429 x", "Retry-After: 0"), answer(b"[]")])
+        self.start(lambda asked: asked.send(next(answers)), UPSTREAM_RETRIES=1)
+        self.assertEqual((self.ask(call()).body, self.stub.calls, self.left()), (b"[]", 2, 999))
+        self.assert_base("closed")
+
+    def test_an_open_upstream_is_closed_by_the_one_call_that_tries_it_and_the_log_says_so(self):
+        clock = self.open_the_base(2, LOG_FORMAT="text")
+        self.assert_status(503)
+        clock.now += 31
+        self.stub.answer = says()
+        self.assertEqual(self.base()["state"], "half_open")
+        self.assert_status(200)
+        self.assert_base("closed")
+        here = "upstream base: http://127.0.0.1:%d " % self.stub.port
+        model = " with the model 'm'"
+        for what in ("failed 2 times in a row%s, left alone by its one caller for 30 s\n" % model,
+                     "is well again%s\n" % model):
+            self.assertEqual(wait_for(lambda: self.lines.text().count(here + what)), 1)
+
+    def test_what_fails_for_one_caller_or_one_model_is_closed_to_that_alone(self):
+        bad = {"model": "bad"}
+        self.start(lambda asked: asked.answer(b"{}", "502 x" if b"bad" in asked.body else "200 OK"),
+                   BREAKER_FAILURES=2)
+        for key, payload, status in self.each((
+                ("mallory", bad, 502), ("mallory", bad, 502), ("mallory", bad, 503),
+                ("mallory", {}, 200), ("alice", {}, 200), ("alice", bad, 502),
+                ("alice", bad, 503), ("bob", bad, 503), ("bob", {}, 200))):
+            self.assertEqual(self.ask(call(key, **payload)).status, status)
+
+    def test_what_cannot_be_reached_is_closed_to_all(self):
+        self.start(BREAKER_FAILURES=2)
+        self.stub.refuse_connections()
+        found = [self.ask(call(key, model=key)).status for key in ("a", "b", "c", "d")]
+        self.assertEqual(found, [502, 502, 503, 503])
+
+    def test_a_list_of_models_neither_opens_nor_closes_a_breaker(self):
+        clock = self.open_the_base(2, UPSTREAM_X_URL="http://127.0.0.1:1")
+        clock.now += 31
+        self.stub.answer = says_json({"data": [{"id": "m"}]})
+        self.assertIn(b'"m"', self.ask(request("GET", "/v1/models")).body)
+        self.assertEqual(self.base()["state"], "half_open")
+        self.assert_status(200)
+        self.stub.answer = says(b"{}", "503 No")
+        for _ in range(3):
+            clock.now += 61
+            self.ask(request("GET", "/v1/models"))
+        self.assertEqual(self.base()["state"], "closed")
+
+    def test_an_upstream_that_tires_of_a_callers_slow_upload_has_not_failed(self):
+        self.start(Asked.close, reads=False, BREAKER_FAILURES=1)
+        slow = unsized("/v1/files", "Content-Length: 10") + b"x"
+        self.assert_status(502, slow)
+        self.assert_base("closed")
+
+    def test_an_upload_is_not_asked_for_again(self):
+        self.start(says(b"{}", "503 x", "Retry-After: 0"), UPSTREAM_RETRIES=3)
+        self.assert_status(503, request("POST", "/v1/files", b"x" * 100))
+        self.assertEqual(self.stub.calls, 1)
+
+
+class RoutesTest(CallCase):
+    ROUTED = """
+        MODEL_ALIASES=fast=claude-5,slow=theirs BASE_MODEL=served BASE_API_KEY=k-base
+        UPSTREAM_BOX_MODEL=boxed UPSTREAM_BOX_KEY=k-box
+        UPSTREAM_ONE_MODELS=gpt-*,o3 UPSTREAM_ONE_KEY=k-one
+        UPSTREAM_TWO_MODELS=gpt-5,claude-* UPSTREAM_TWO_KEY=k-two
+        UPSTREAM_GEMINI_MODELS=gem-* UPSTREAM_GEMINI_KEY=k-gemini
+        UPSTREAM_OLLAMA_MODELS=llama* UPSTREAM_OLLAMA_KEY=k-ollama
+        UPSTREAM_AZURE_MODELS=deployed UPSTREAM_AZURE_KEY=k-azure"""
+    # method, model, upstream, model there, its field of the key, cost, path, path there if another
+    ROUTES = table("""\
+POST m        box    boxed    authorization  1 /box/v1/chat/completions     -
+POST m        box    boxed    x-api-key      1 /box/v1/messages             -
+GET  -        box    -        authorization  0 /box/v1/models               -
+GET  -        box    -        authorization  0 /box/v1/files/1?a=b          -
+GET  -        box    -        authorization  0 /box/other                   -
+POST gpt-5    one    gpt-5    authorization  1 /v1/chat/completions         -
+POST GPT-5    base   served   authorization  1 /v1/chat/completions         -
+POST gem-5    gemini gem-5    authorization  1 /v1/chat/completions         /oai/chat/completions
+POST o3       one    o3       authorization  1 /v1/chat/completions         -
+POST claude-5 two    claude-5 authorization  1 /v1/chat/completions         -
+POST fast     two    claude-5 authorization  1 /v1/chat/completions         -
+POST o3-mini  base   served   authorization  1 /v1/chat/completions         -
+POST -        base   served   authorization  1 /v1/chat/completions         -
+POST slow     base   served   authorization  1 /v1/chat/completions         -
+POST m        base   served   authorization  1 /v1/audio/speech             -
+POST fast     two    claude-5 authorization  1 /v1/audio/speech             -
+POST o3       one    o3       authorization  1 /v1/score                    -
+POST -        one    -        authorization  1 /v1beta/models/o3:predict    -
+POST -        two    -        authorization  1 /v1beta/models/fast:predict  -
+POST -        one    -        x-goog-api-key 1 /v1beta/models/o3:generateContent -
+POST -        two    -        x-goog-api-key 1 /v1beta/models/fast:generateContent -
+POST -        one    -        x-goog-api-key 0 /v1beta/models/o3:countTokens -
+POST fast     two    claude-5 x-api-key      0 /v1/messages/count_tokens    -
+GET  -        two    -        authorization  0 /v1/models/fast              -
+GET  -        one    -        authorization  0 /v1/models/o3                -
+POST gem-5    gemini gem-5    authorization  1 /gemini/v1/chat/completions  /oai/chat/completions
+GET  -        gemini -        authorization  0 /gemini/v1/models            /oai/models
+GET  -        gemini -        x-goog-api-key 0 /gemini/v1beta/models        -
+GET  -        gemini -        authorization  0 /gemini/v1beta/openai/models -
+POST -        gemini -        x-goog-api-key 1 /gemini/v1/models/m:generateContent -
+POST gem-5    gemini gem-5    x-goog-api-key 1 /v1beta/interactions         -
+POST llama3.2 ollama llama3.2 authorization  1 /api/chat                    -
+POST m        ollama m        authorization  1 /ollama/api/generate         -
+GET  -        ollama -        authorization  0 /ollama/api/tags             -
+POST llama3.2 ollama llama3.2 authorization  1 /v1/chat/completions         -
+POST m        ollama m        authorization  1 /ollama/chat/completions     /v1/chat/completions
+POST m        ollama m        x-api-key      1 /ollama/v1/messages          -
+POST m        azure  m        api-key        1 /azure/openai/deployments/m/chat/completions?a=b -
+POST deployed azure  deployed api-key        1 /openai/deployments/deployed/embeddings -
+POST deployed azure  deployed api-key        1 /v1/chat/completions         /azu/chat/completions
+POST m        azure  m        api-key        1 /azure/openai/responses      -
+POST -        azure  deployed api-key        1 /openai/deployments/deployed/audio/speech -
+GET  -        azure  -        api-key        0 /azure/v1/models             /azu/models
+GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
+""".replace("/oai", "/v1beta/openai").replace("/azu/", "/openai/v1/"))
+    CREDENTIALS = {"authorization", "x-api-key", "x-goog-api-key", "api-key"}
+
+    def start_routed(self):
+        """A proxy with the upstreams of ROUTES, without a path; returns {name: Stub}."""
+        names = "one two box gemini ollama azure".split()
+        stubs = {name: self.stub_of(name) for name in names}
+        settings = dict(row.split("=", 1) for row in self.ROUTED.split())
+        for name, stub in stubs.items():
+            settings["UPSTREAM_%s_URL" % name.upper()] = stub.url
+        self.start(says_json({"from": "base"}), **settings)
+        return {"base": self.stub, **stubs}
+
+    def test_the_next_upstream_is_sent_all_of_a_large_call(self):
+        first, second = self.start_named(
+            "one two", "UPSTREAM_ONE_MODELS=real,other UPSTREAM_TWO_MODELS=real,other",
+            MODEL_ALIASES="fast=real,slow=other")
+        first.refuse_connections()
+        sent = {"model": "fast", "models": ["slow"], "messages": [{"content": "x " * 10000}] * 3}
+        self.assert_status(200, request("POST", CHAT, json.dumps(sent).encode()))
+        self.assertEqual((first.calls, second.calls), (0, 1))
+        whole = json.dumps({**sent, "model": "real", "models": ["other"]}, separators=(",", ":"))
+        asked = second.requests[0]
+        self.assertEqual(asked.digest, hashlib.sha256(whole.encode()).hexdigest())
+
+    def test_prefix_and_model_decide_where_a_call_goes_with_which_key_and_model_at_what_cost(self):
+        """Of the upstreams that serve a model the first is asked, else the base. One connection
+        may reach them all, even by the same head."""
+        stubs, client = self.start_routed(), self.connect()
+        for number, row in enumerate(self.each(self.ROUTES)):
+            method, model, name, served, field, cost, path, target = row
+            body = chat(model=model, max_tokens=1) if method == "POST" else b""
+            bearer = "Bearer " * (field == "authorization")
+            data = request(method, path, body, key="mine" if bearer else None)
+            self.assertEqual(client.exchange(data).json(), {"from": name})
+            asked = stubs[name].requests[-1]
+            same = path.replace("/" + name, "").replace("fast", "claude-5")
+            self.assertEqual(asked.target, target or same)
+            self.assert_fields(asked, field + ": " + bearer + "k-" + name)
+            self.assert_fields(asked, *self.CREDENTIALS - {field})
+            if served:
+                self.assertEqual(asked.json()["model"], served)
+            entry = self.entry(number)
+            self.assertEqual((entry["upstream"], entry["cost"] or 0), (name, int(cost)))
+
+    def test_a_prefix_spelled_otherwise_is_metered_or_names_no_upstream(self):
+        box, = self.start_named("box", MAX_TOKENS=100)
+        paths = """
+            /box//v1/chat/completions /box/v1/./chat/completions /%62ox/v1/chat/completions
+            //box/v1/chat/completions /BOX/v1/chat/completions /box/v1/chat/completions/
+            /box/v1/chat%2fcompletions"""
+        for path in self.each(paths.split()):
+            answered = self.ask(request("POST", path, chat()))
+            self.assertIn(answered.status, (200, 400))
+            self.assertEqual(self.left(), 100 - self.stub.calls - box.calls)
+
+    def test_a_model_that_no_upstream_serves_is_a_404_that_names_it(self):
+        self.start_named("one", "UPSTREAM_ONE_MODELS=gpt-*", base=False)
+        answered = self.assert_status(404, call(model="claude-5"), error="invalid_request_error")
+        self.assertEqual(answered.error()["code"], "model_not_found")
+        self.assertIn("'claude-5'", answered.error()["message"])
+        body = chat(model="claude-5", max_tokens=1)
+        answered = self.assert_status(404, request("POST", "/v1/messages", body))
+        self.assertEqual(answered.json()["error"]["type"], "not_found_error")
+        answered = self.assert_status(404, request("GET", "/v1/models/other"))
+        self.assertEqual(answered.error()["code"], "model_not_found")
+        self.assert_status(404, request("GET", "/v1/files"))
+        self.assertEqual(self.left(), 1000)
+
+    def test_a_key_that_is_set_replaces_the_callers_and_passthrough_passes_it_on(self):
+        calls = {
+            "authorization": request("POST", "/openai" + CHAT, chat(), key="mine"),
+            "x-api-key": request(
+                "POST", "/anthropic/v1/messages", chat(max_tokens=1), "x-api-key: mine"),
+            "x-goog-api-key": request(
+                "POST", "/gemini/v1beta/models/m:generateContent?key=mine", b"{}"),
+        }
+        for key, sent in self.each((("sk-set", "sk-set"), ("passthrough", "mine"), ("", None))):
+            keys = "UPSTREAM_OPENAI_KEY=? UPSTREAM_ANTHROPIC_KEY=? UPSTREAM_GEMINI_KEY=?"
+            stubs = self.start_named(
+                "openai anthropic gemini", "BASE_API_KEY=sk-base " + keys.replace("?", key))
+            for stub, (field, data) in zip(stubs, calls.items()):
+                self.ask(data)
+                asked = stub.requests[0]
+                found = {name: asked.get(name) for name in calls if asked.get(name)}
+                prefix = "Bearer " if field == "authorization" else ""
+                self.assertEqual(found, {field: prefix + sent} if sent else {})
+                self.assertNotIn("mine", asked.target)
+
+    def test_azures_clients_may_bring_their_own_key(self):
+        azure = self.stub_of("azure")
+        self.start(UPSTREAM_AZURE_URL=azure.url, UPSTREAM_AZURE_KEY="passthrough")
+        for field in self.each(("api-key: mine", "Authorization: Bearer mine")):
+            path = "/azure/openai/deployments/m/embeddings"
+            self.ask(request("POST", path, chat(), field))
+            self.assert_fields(azure.requests[-1], "api-key: mine", "authorization")
+
+    def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
+        self.start()
+        for number, (path, payload, stream) in enumerate(self.each((
+                ("/api/chat", {}, True), ("/api/generate", {"stream": None}, True),
+                ("/api/chat", {"stream": False}, False), ("/api/embed", {}, False)))):
+            self.ask(request("POST", path, json.dumps({"model": "m", **payload}).encode()))
+            self.assertEqual(self.entry(number)["stream"], stream)
+
+    def test_a_caller_of_a_passthrough_upstream_is_its_own_credential(self):
+        self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough MAX_TOKENS=5")
+        self.ask(request("POST", "/openai" + CHAT, chat(), key="mine"))
+        self.assertEqual((self.left("mine"), self.left("another")), (4, 5))
+
+    def test_a_credential_cannot_spell_lines_of_its_own(self):
+        openai, = self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough")
+        keys = ("k%0d%0aX-Real-IP:%209.9.9.9", "k%0aX:y", "%00",
+                "k%0d%0a%0d%0aGET%20/%20HTTP/1.1%0d%0a%0d%0a")
+        for key in self.each(keys):
+            self.assert_status(400, request("GET", "/openai/v1/models?key=" + key))
+        self.assertEqual(openai.connections, 0)
+
+    def test_a_field_that_is_set_for_an_upstream_is_the_only_one_of_its_name(self):
+        box, = self.start_named(
+            "box", "UPSTREAM_BOX_KEY=k UPSTREAM_BOX_DIALECT=anthropic UPSTREAM_BOX_MODELS=*",
+            UPSTREAM_BOX_HEADERS="anthropic-version: 1 | content-type: text/x | X-API-Key: other")
+        self.ask(request("POST", "/box/v1/messages", chat(max_tokens=1),
+                         "anthropic-version: 2", "content-type: a/b"))
+        self.ask(request("GET", "/v1/models"))
+        for asked in box.requests:
+            self.assert_fields(
+                asked, "anthropic-version: 1", "content-type: text/x", "x-api-key: other")
+
+    def test_a_redirect_keeps_the_prefix(self):
+        box, = self.start_named("box", "UPSTREAM_BOX_MODELS=m")
+        there = box.url + "/v1/other"
+        box.answer = says(b"", "302 Found", "Location: " + there)
+        client = self.connect()
+        for prefix in ("", "/box", ""):
+            answered = client.exchange(request("POST", prefix + CHAT, chat()))
+            self.assert_fields(answered, "location: %s/v1/other" % prefix)
+
+    def test_a_callers_own_key_does_not_go_to_a_second_vendor(self):
+        one, two = self.start_named(
+            "one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_ONE_KEY=passthrough"
+                       " UPSTREAM_TWO_MODELS=m UPSTREAM_TWO_KEY=passthrough")
+        one.refuse_connections()
+        self.assert_status(502, call("mine"))
+        self.assertEqual(two.calls, 0)
+
+    def test_a_name_that_gemini_spells_in_two_ways_is_one_model(self):
+        gemini, = self.start_named("gemini", "UPSTREAM_GEMINI_MODELS=gemini-*",
+                                   LIMITS="model:gemini-2 1 requests per day")
+        self.assertEqual(self.came_from(call(model="models/gemini-2")), "gemini")
+        self.assertEqual(gemini.requests[0].json()["model"], "gemini-2")
+        for model in ("gemini-2", "models/gemini-2"):
+            self.assertIn(b"limit reached", self.ask(call(model=model)).body)
+
+    def test_content_that_is_null_beside_tool_calls_is_empty_text_for_those_that_need_it(self):
+        message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+        plain = {"role": "user", "content": None}
+        stubs = self.start_named("deepseek other")
+        for name, stub, content in zip(("deepseek", "other"), stubs, ("", None)):
+            self.ask(request("POST", "/" + name + CHAT, chat(messages=[message, plain])))
+            expected = [{**message, "content": content}, plain]
+            self.assertEqual(stub.requests[0].json()["messages"], expected)
+
+    def test_upstreams_of_one_model_are_tried_in_order_while_nothing_was_sent(self):
+        """The model of the first is not the next one's."""
+        one, two, three = self.start_named(
+            "one two three",
+            "UPSTREAM_ORDER=one,two,three UPSTREAM_ONE_MODEL=replaced UPSTREAM_ONE_MODELS=m"
+            " UPSTREAM_TWO_MODELS=m UPSTREAM_THREE_MODELS=m UPSTREAM_TWO_MAX_CONCURRENCY=1"
+            " MAX_QUEUE=0 BREAKER_FAILURES=1",
+            LIMITS="upstream:three 1 requests per day; upstream:* 100 requests per day")
+        self.assertEqual(self.came_from(call()), "one")
+        one.answer = says(b"{}", "503 No")
+        self.assert_status(503)  # it was sent
+        self.assertEqual(self.came_from(call()), "two")  # one is open
+        two.answer = None
+        client = self.connect().send(call())
+        asked = two.next()
+        self.assertEqual(self.came_from(call()), "three")  # two is at work
+        self.assertIn(b"limit reached", self.ask(call()).body)
+        asked.answer()
+        client.read()
+        self.assertEqual([asked.json()["model"] for asked in two.requests], ["m", "m"])
+        found = {key[0].split()[0]: level for key, level in levels(self.proxy).items()}
+        self.assertEqual(found, {"upstream:*": 97, "upstream:three": 0})
+
+    def test_a_prefix_names_one_upstream_and_no_other_is_tried(self):
+        one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_MODELS=m")
+        one.refuse_connections()
+        answered = self.assert_status(502, request("POST", "/one" + CHAT, chat()))
+        self.assert_fields(answered, "x-llm-proxy-error-class")
+        self.assertEqual((two.calls, self.stub.calls, self.left()), (0, 0, 1000))
+
+    FORGED_TARGETS = """\
+http://%s/v1/chat/completions http://%s/v1/x //%s/v1/chat/completions //%s/x /@%s/x
+/@%s/v1/chat/completions /box/@%s/v1/chat/completions /box/http://%s/v1/chat/completions
+/http://%s/v1/chat/completions /box//%s/v1/chat/completions /%s/v1/chat/completions
+/box%%2f%%2f%s/v1/chat/completions /box:%s/v1/chat/completions /box@%s/v1/chat/completions
+/box\\@%s/v1/chat/completions /box/v1/chat/completions?url=http://%s /box/v1/files?@%s
+/box/..//%s/v1/x /..//%s""".split()
+    FORGED_FIELDS = """\
+X-Forwarded-Host Forwarded X-Original-URL X-Rewrite-URL X-Upstream Proxy X-Host""".split()
+
+    def test_nothing_in_a_request_chooses_where_it_goes_but_to_upstreams(self):
+        trap, box = self.stub_of("trap"), self.stub_of("box")
+        self.start(base="/v1", UPSTREAM_BOX_MODELS="m",
+                   UPSTREAM_BOX_URL=box.url + "/v1")
+        there = "127.0.0.1:%d" % trap.port
+        names = "base_url", "api_base", "url"
+        body = chat(proxy=there, **dict.fromkeys(names, "http://" + there))
+        rows = [request("POST", path % there, body) for path in self.FORGED_TARGETS]
+        rows += [request("GET", path % there) for path in self.FORGED_TARGETS]
+        rows += [request("POST", CHAT, body, name + ": " + there) for name in self.FORGED_FIELDS]
+        rows += [request("POST", path, body, host=there)
+                 for path in (CHAT, "*", "http://%s/v1/x" % there)]
+        rows.append(request("POST", "/box:%d/v1/chat/completions" % trap.port, body))
+        rows.append(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (there.encode(), there.encode()))
+        for data in self.each(rows):
+            self.ask(data)
+        self.assertEqual(trap.connections, 0)
+
+
+class HttpsTest(CallCase):
+    """Upstreams that speak TLS, with a certificate that nobody vouches for."""
+
+    def setUp(self):
+        self.file = pem_file(self)
+        self.tls = llm_proxy.server_context(self.file, None)
+        self.box = Stub(says(), tls=self.tls)
+        self.addCleanup(self.box.close)
+
+    def start(self, **settings):
+        super().start(BASE_API_URL=self.box.url + "/v1", **settings)
+        self.stub = self.box
+
+    def test_a_certificate_is_checked_unless_that_is_switched_off(self):
+        rows = (
+            ({}, 502, "certificate not trusted"),
+            ({"UPSTREAM_CA_FILE": self.file}, 200, None),
+            ({"UPSTREAM_TLS_VERIFY": "off"}, 200, None),
+        )
+        for settings, status, cause in self.each(rows):
+            self.start(**settings)
+            self.assert_status(status)
+            self.assertEqual(self.entry()["cause"], cause)
+
+    def test_a_stream_comes_through_and_a_caller_who_leaves_closes_it(self):
+        self.box.answer = None
+        self.start(UPSTREAM_CA_FILE=self.file)
+        client, asked = self.begin(event(1))
+        client.reset()
+        asked.wait_for_hang_up()
+        self.assertEqual(self.entry()["outcome"], "caller_gone")
+
+    def tunnel(self, asked):
+        """The proxy on the way out, and the upstream behind it."""
+        asked.send(HINTS + b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with self.tls.wrap_socket(asked.sock, server_side=True) as sock:
+            self.behind = Asked(sock, Reader(sock))
+            self.behind.read_body()
+            self.behind.send(answer())
+
+    def test_a_proxy_on_the_way_out_is_asked_to_connect_and_sees_nothing_else(self):
+        tunnel = self.stub_of("tunnel", self.tunnel)
+        way_out = "http://user:hush@127.0.0.1:%d" % tunnel.port
+        self.start(UPSTREAM_CA_FILE=self.file, HTTPS_PROXY=way_out)
+        self.assert_status(200)
+        asked, = tunnel.requests
+        there = "127.0.0.1:%d" % self.box.port
+        self.assertEqual((asked.method, asked.target), ("CONNECT", there))
+        self.assert_fields(asked, "proxy-authorization: Basic dXNlcjpodXNo")
+        self.assert_fields(self.behind, "proxy-authorization:", "host: " + there)
+        self.start(UPSTREAM_CA_FILE=self.file, HTTPS_PROXY=way_out, NO_PROXY="127.0.0.1")
+        self.assert_status(200)
+        self.assertEqual((tunnel.calls, self.box.calls), (1, 1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Books
+# --------------------------------------------------------------------------------------------------
+
+def completion(*used):
+    """The body of an answer of 40 characters that reports these tokens of input and of output."""
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), used))
+    reported = {"usage": usage} if used else {}
+    return json.dumps({"choices": [{"message": {"content": "x" * 40}}], **reported}).encode()
+
+
+class LedgerCase(CallCase):
+    """A proxy with a ledger in the file `self.path`: an ending is in bucket, line and row."""
+
+    def start(self, *arguments, **settings):
+        self.patch_seconds(Ledger_PAUSE=0.005)
+        self.path = settings.setdefault("DATABASE", new_path(self, "llm_proxy.db"))
+        super().start(*arguments, **settings)
+
+    @staticmethod
+    def rows(path):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute("SELECT * FROM calls ORDER BY rowid")]
+
+    def wait_for_rows(self, count):
+        return wait_for(lambda: self.rows(self.path)[count - 1:] and self.rows(self.path))
+
+    def row(self, number=0):
+        """What the ledger says of the call with this number."""
+        return self.wait_for_rows(number + 1)[number]
+
+    def assert_same(self, number=0):
+        """Line and row say the same of the call with this number; returns both."""
+        entry, row = self.entry(number), self.row(number)
+        for name in (entry.keys() & row.keys()) - {"time", "usd"}:
+            self.assertEqual(entry[name] or 0, row[name] or 0, name)
+        self.assertEqual(float(entry["usd"] or 0), row["usd"])
+        return entry, row
+
+    def assert_ending(self, outcome, left, number=0, key=None):
+        super().assert_ending(outcome, left, number, key)
+        entry, row = self.assert_same(number)
+        charge = (row["charges"] or "=").rpartition("=")[2]  # there is one rule
+        self.assertEqual(charge, str(entry["cost"] or ""))
+
+    @contextlib.contextmanager
+    def held_up(self, owner, name):
+        """Meanwhile this method waits where it is called; returns an Event for when it is."""
+        method, called, gate = getattr(owner, name), threading.Event(), threading.Event()
+        self.addCleanup(gate.set)
+
+        def wait(*arguments):
+            called.set()
+            gate.wait(PATIENCE)
+            return method(*arguments)
+        with mock.patch.object(owner, name, wait):
+            yield called
+        gate.set()
+
+
+class BooksTest(LedgerCase):
+    KEYS = {"PROXY_API_KEYS": "alice=sk-1"}
+
+    ROW = dict(table("""\
+caller        alice
+address       127.0.0.1
+method        POST
+path          /v1/chat/completions
+dialect       openai
+model         m
+served        gpt-4o-mini
+upstream      base
+status        200
+outcome       ok
+cause         None
+stream        0
+input         1000
+cached        600
+cache_write   0
+output        20
+reasoning     5
+estimated     0
+usd           0.000117
+picodollars   117000000
+unpriced      0
+held          53
+queue_ms      None"""))
+    CHARGES = "each 100000 tokens per day=1020;all 3 usd per day=117000000"
+    USAGE = b"""{"usage": {
+        "prompt_tokens": 1000, "prompt_tokens_details": {"cached_tokens": 600},
+        "completion_tokens": 20, "completion_tokens_details": {"reasoning_tokens": 5}}}"""
+
+    def test_a_row_tells_all_of_a_call(self):
+        """It costs 400 * 0.15, 600 * 0.075 and 20 * 0.6 millionths of a dollar."""
+        self.start(says(self.USAGE), BASE_MODEL="gpt-4o-mini", **self.KEYS,
+                   LIMITS="each 100000 tokens per day; all 3 usd per day")
+        data = request("POST", CHAT + "?a=hush", chat(max_tokens=50), key="sk-1")
+        answered = self.assert_status(
+            200, data, "x-llm-input-tokens: 1000", "x-llm-output-tokens: 20",
+            "x-llm-cost-usd: 0.000117", "x-llm-estimated:", "x-ratelimit-limit: 100000")
+        entry, row = self.assert_same()
+        found = entry["usd"], entry["cost"], entry["remaining"]
+        self.assertEqual(found, ("0.000117", 1020, 98980))
+        self.assertAlmostEqual(row.pop("time"), time.time(), delta=PATIENCE)
+        self.assertTrue(0 <= row.pop("first_ms") <= row.pop("ms") < PATIENCE * 1000)
+        self.assertEqual(row.pop("id"), answered.get("x-request-id"))
+        self.assertEqual((row.pop("bytes"), row.pop("charges")), (len(answered.body), self.CHARGES))
+        self.assertEqual({name: str(value) for name, value in row.items()}, self.ROW)
+
+    def test_a_json_line_tells_the_same_but_for_details(self):
+        self.start(**self.KEYS)
+        self.ask(call("sk-1"))
+        entry, row = self.assert_same()
+        details = """
+            address dialect served cached cache_write reasoning picodollars unpriced held charges"""
+        self.assertEqual(row.keys() - entry.keys(), {*details.split()})
+        self.assertEqual((entry["usd"], entry["estimated"]), (None, True))
+        self.assertRegex(entry["time"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d\d\dZ$")
+
+    def test_a_text_line_tells_the_same(self):
+        self.start(MAX_TOKENS=5, LOG_FORMAT="text", **self.KEYS)
+        data = request("POST", CHAT + "?secret=hush", chat(stream=True), key="sk-1")
+        answered = self.ask(data)
+        row = wait_for(self.lines.text)
+        self.assertRegex(row, r"^20\S+Z alice POST /v1/chat/completions m 200 ok stream "
+                              r"first=[0-9.]+ms all=[0-9.]+ms cost=1 left=4 in=~3 out=~0 bytes=14 "
+                              r"upstream=base id=\S+\n$")
+        self.assertIn(" id=%s\n" % answered.get("x-request-id"), row)
+
+    CALLS = (  # what is asked, the status, outcome and remaining quota
+        (call("sk-1"), 200, "ok", "3"),
+        (call("sk-1"), 200, "limited", "3"),
+        (call("wrong"), 401, "refused", ""),
+        (request("POST", CHAT, b"{", key="sk-1"), 400, "refused", ""),
+        (request("GET", "/v1/models", key="sk-1"), 200, "ok", ""),
+        (request("OPTIONS", CHAT), 204, "ok", ""),
+        (b"nonsense\r\n\r\n", 400, "refused", ""),
+    )
+
+    def test_each_call_is_one_line_and_one_row_but_pages_and_nonsense_have_no_row(self):
+        self.start(MAX_TOKENS=10, REQUEST_TOKEN_COST=7, **self.KEYS)
+        for number, (data, status, outcome, left) in enumerate(self.each(self.CALLS)):
+            self.assert_status(status, data, "x-ratelimit-remaining: " + left)
+            ProxyCase.assert_ending(self, outcome, 3, number, "sk-1")
+            self.assertEqual(self.entry(number)["status"], status)
+        for number in range(5):
+            self.assert_same(number)
+        self.proxy.books.close(PATIENCE)
+        found = len(self.rows(self.path)), len(self.lines.entries()), self.stub.calls
+        self.assertEqual(found, (5, 7, 2))
+
+    def test_refusals_without_a_known_caller_are_summed_up(self):
+        clock = Clock()
+        self.start(clock=clock, PROXY_API_KEYS="alice=sk-1")
+        for number in range(100):
+            self.assertEqual(self.ask(call(None if number % 4 else "sk-x")).status,
+                             401 if number % 4 or number < 40 else 429)
+        self.ask(call("sk-1"))
+        clock.now += 1
+        self.ask(b"nonsense\r\n\r\n")
+        wait_for(lambda: len(self.lines.entries()) == 12, "the lines")
+        self.assertEqual(len(self.wait_for_rows(11)), 11)  # the last had no head
+        line = "90 more were refused without a known caller: 401 127.0.0.1 x75, 429 127.0.0.1 x15"
+        self.assertIn(line, self.lines.text())
+
+    def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
+        models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"',
+                  "x" * 256, "", "-", "\u2028", "\x7f\x9b")
+        for log_format in ("text", "json"):
+            self.start(LOG_FORMAT=log_format)
+            client = self.connect()
+            for model in models:
+                client.exchange(call(model=model))
+            wait_for(lambda: self.lines.data.count(b"\n") >= len(models))
+            rows = self.lines.text().splitlines()
+            self.assertEqual(len(rows), len(models))
+            for model, row in self.each(zip(models, rows)):
+                self.assertTrue(row.isascii() and row.isprintable(), row)
+                if log_format == "json":
+                    self.assertEqual(json.loads(row)["model"], model[:80])
+                else:
+                    self.assertEqual(len(row.split(" ")), 17, row)
+                    self.assertLess(len(row), 1000)
+
+    def test_a_log_that_nobody_reads_drops_lines_and_counts_them_but_blocks_no_call(self):
+        self.start()
+        log, client = self.proxy.books.log, self.connect()
+        log.ROOM = 10
+        with self.held_up(self.lines, "write") as blocked:
+            client.exchange(call())
+            self.assertTrue(blocked.wait(PATIENCE))
+            for _ in range(25):
+                self.assertEqual(client.exchange(call()).status, 200)
+            wait_for(lambda: log.dropped == 15, "the last of them")
+        wait_for(lambda: "15 log lines dropped" in self.lines.text(), "the count")
+        self.assertEqual(len(self.lines.entries()), 11)
+
+    def test_nothing_in_a_log_moves_a_terminals_cursor(self):
+        self.start(LOG_FORMAT="text")
+        self.proxy.books.log.say("a\x1b[2J\rb\x7f\x9b\tc\nd\u20ac")
+        said = rb"a\x1b[2J\x0db\x7f\x9b\x09c" + b"\n" + rb"d\u20ac" + b"\n"
+        wait_for(lambda: said in self.lines.data, "the lines")
+
+    def test_a_log_that_takes_little_at_a_time_or_fails_is_no_reason_to_stop(self):
+        self.start()
+        write = self.lines.write
+        self.lines.write = lambda data: write(data[:7])
+        self.ask(call())
+        self.assertEqual(self.entry()["status"], 200)
+        full = mock.Mock(side_effect=OSError(errno.ENOSPC, "no space left"))
+        self.lines.write = full
+        self.assert_status(200)
+        wait_for(lambda: full.called)
+        self.lines.write = write
+        self.ask(call())
+        self.assertEqual(self.entry(1)["status"], 200)
+
+    def test_the_id_of_a_call_is_a_random_uuid(self):
+        found = {llm_proxy.new_request_id() for _ in range(100)}
+        self.assertEqual(len(found), 100)
+        for name in found:
+            self.assertEqual((str(uuid.UUID(name)), uuid.UUID(name).version), (name, 4))
+
+
+class LedgerTest(LedgerCase):
+    def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
+        path = new_path(self, "llm_proxy.db")
+        schema = llm_proxy.Database.SCHEMA.replace(", queue_ms INTEGER", "")
+        with mock.patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-1]), \
+                mock.patch.object(llm_proxy.Database, "SCHEMA", schema):
+            database = llm_proxy.Database(path)
+        database.connection.execute("INSERT INTO calls (id) VALUES ('old')")
+        database.connection.close()
+        llm_proxy.Database(path, reading=True).connection.close()
+        self.start(DATABASE=path, MAX_CONCURRENCY=1)
+        self.ask(call())
+        old, new = self.wait_for_rows(2)
+        self.assertEqual((old["id"], old["queue_ms"], new["queue_ms"]), ("old", None, 0))
+
+    def test_models_that_no_file_could_hold_are_written_all_the_same(self):
+        self.start()
+        models = ["\ud800", "a\x00b", "\U0001f600", "'; DROP TABLE calls; --"]
+        for model in models:
+            self.assert_status(200, call(model=model))
+        found = [row["model"] for row in self.wait_for_rows(4)]
+        self.assertEqual(found, ["\\ud800", *models[1:]])
+
+    def test_the_ledger_knows_who_served_and_what_others_did_for_the_call(self):
+        part = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
+        self.start()
+        for served, written in self.each((
+                ("m-2026", "m-2026"), ("m" * 99, "m" * 80), ("a\nb", "asked"), (7, "asked"))):
+            self.stub.answer = says(json.dumps({"model": served, "usage": {
+                "input_tokens": 20, "output_tokens": 4, "iterations": [part]}}).encode())
+            self.ask(request("POST", "/v1/messages", chat(model="asked", max_tokens=1)))
+            row = self.wait_for_rows(self.stub.calls)[-1]
+            self.assertEqual((row["served"], row["model"]), (written, "asked"))
+            used = (27, 12) if written != "asked" else (20, 4)  # nobody knows who the others are
+            self.assertEqual((row["input"], row["output"]), used)
+
+    def test_the_ledger_and_limits_know_the_upstream(self):
+        self.start_named("one", UPSTREAM_ONE_MODELS="m",
+                         LIMITS="upstream:o* 1 requests per day; each 5 requests per day")
+        for model in ("m", "m", "x", "x"):
+            self.ask(call(model=model))
+        found = [(row["upstream"], row["outcome"]) for row in self.wait_for_rows(4)]
+        base = "base", "ok"
+        self.assertEqual(found, [("one", "ok"), ("one", "limited"), base, base])
+
+    def test_buckets_survive_a_restart_with_the_refill_of_the_time_in_between(self):
+        rules = "each 10 requests per 100s; all 100 tokens per day"
+        act = says(completion(140, 10))
+        clock, later = Clock(), Clock(0.0)  # another boot: the monotonic clock begins again
+        later.time_ns = lambda: clock.time_ns() + 5 * 10 ** 9
+        self.start(act, clock, LIMITS=rules)
+        self.ask(call("k", max_tokens=1))
+        self.proxy.books.close(PATIENCE)
+        self.start(act, later, DATABASE=self.path, LIMITS=rules + "; address 5 requests per day")
+        found = {key[0]: level for key, level in levels(self.proxy).items()}
+        self.assertEqual(found, {"all 100 tokens per day": -50, "each 10 requests per 100s": 9})
+        later.now += 5  # the tenth second
+        self.assertEqual([*levels(self.proxy).values()], [-50])
+        self.assertEqual(self.left("k"), 0)
+
+    def test_a_bucket_keeps_its_share_when_its_rule_is_changed(self):
+        act, old = says(completion(60, 0)), "each 100 tokens per day; all 10 requests per 100s"
+        for new, expected in self.each((
+                ("each 1000 tokens per day", [400]), ("each 50 tokens per hour", [20]),
+                ("each 1000 input_tokens per day", []), ("address 1000 tokens per day", []),
+                ("all 20 requests per 100s; each 100 tokens per day", [18, 40]))):
+            clock = Clock()
+            self.start(act, clock, LIMITS=old)
+            self.ask(call("k", max_tokens=1))
+            self.proxy.books.close(PATIENCE)
+            self.start(act, clock, DATABASE=self.path, LIMITS=new)
+            self.assertEqual(sorted(levels(self.proxy).values()), expected)
+
+    def test_levels_that_a_wrong_clock_saved_are_said_and_taken_as_of_now(self):
+        clock, right = Clock(), Clock()
+        clock.time_ns = lambda: right.time_ns() + 86400 * 10 ** 9
+        self.start(clock=clock, MAX_TOKENS=10)
+        self.ask(call("k"))
+        self.proxy.books.close(PATIENCE)
+        self.start(clock=right, MAX_TOKENS=10, DATABASE=self.path)
+        self.assertEqual(self.left("k"), 9)
+        said = "1 buckets were saved by a clock that was ahead"
+        wait_for(lambda: said in self.lines.text(), "the line")
+
+    def test_what_a_call_took_is_saved_with_its_row(self):
+        self.start(clock=Clock(), MAX_TOKENS=10)
+        for number in range(1, 4):
+            self.ask(call("k"))
+            self.wait_for_rows(number)
+            with contextlib.closing(sqlite3.connect(self.path)) as connection:
+                found = connection.execute("SELECT level FROM buckets").fetchall()
+            self.assertEqual(found, [(10 - number,)])
+
+    def test_a_file_that_is_deleted_or_replaced_is_begun_anew(self):
+        self.start(MAX_TOKENS=10)
+        for number, act in enumerate(self.each((os.unlink, lambda path: os.replace(other, path)))):
+            other = new_path(self, "other.db")
+            llm_proxy.Database(other).connection.close()
+            self.ask(call("k"))
+            self.wait_for_rows(1 + number)
+            for end in ("-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + end)
+            self.proxy.books.ledger.reopen_at = 0
+            act(self.path)
+            wait_for(lambda: self.lines.text().count("a new one is begun") == number + 1)
+            wait_for(lambda: self.lines.text().count("are kept in " + self.path) == number + 1)
+            self.ask(call("k"))
+            self.wait_for_rows(1)
+            with contextlib.closing(sqlite3.connect(self.path)) as connection:
+                found = wait_for(connection.execute("SELECT level FROM buckets").fetchall)
+            self.assertEqual(found, [(8 - 2 * number,)])
+
+    def test_a_key_without_a_name_has_the_same_label_after_a_restart(self):
+        labels = []
+        for _ in range(2):
+            self.start(**({"DATABASE": self.path} if labels else {}))
+            self.ask(call("k"))
+            labels.append(self.entry()["caller"])
+            self.proxy.books.close(PATIENCE)
+        self.assertRegex(labels[0], "^key:[0-9a-f]{8}$")
+        self.assertEqual(labels[0], labels[1])
+        self.start()
+        self.ask(call("k"))
+        self.assertNotEqual(self.entry()["caller"], labels[0])
+
+    def test_what_was_made_is_known_after_a_restart_as_far_as_there_is_room(self):
+        path = new_path(self, "llm_proxy.db")
+        schema = llm_proxy.Database.SCHEMA
+        with mock.patch.object(llm_proxy.Database, "SCHEMA", schema[:schema.rindex(";")]):
+            llm_proxy.Database(path).connection.close()  # of a version that knew no things
+        self.patch_seconds(Stored_ROOM=2)
+        keys = {"DATABASE": path, "PROXY_API_KEYS": "a,b"}
+        names = iter(range(9))
+        self.start(lambda asked: asked.send(answer(b'{"id": "resp_%d"}' % next(names))), **keys)
+        for key in "baa":
+            self.ask(request("POST", "/v1/responses", b"{}", key=key))
+        self.proxy.books.close(PATIENCE)
+        self.start(says(), **keys)
+        found = [self.ask(request("GET", "/v1/responses/resp_%d" % number, key=key)).status
+                 for key in "ab" for number in range(3)]
+        self.assertEqual(found, [404, 200, 200, 404, 404, 404])
+
+    def test_old_calls_are_removed_in_the_background(self):
+        path = new_path(self, "llm_proxy.db")
+        database = llm_proxy.Database(path)
+        rest = (None,) * (len(llm_proxy.COLUMNS) - 2)
+        old, new = time.time() - 8 * 86400, time.time() - 6 * 86400
+        database.add([("old", old, *rest)] * 2500 + [("new", new, *rest)])
+        database.connection.close()
+        self.start(DATABASE=path, LEDGER_DAYS=7)
+        wait_for(lambda: [row["id"] for row in self.rows(path)] == ["new"], "the removal")
+
+    def test_a_full_queue_drops_and_counts_and_holds_up_nobody(self):
+        self.start()
+        ledger = self.proxy.books.ledger
+        ledger.ROOM = 3
+        with self.held_up(ledger, "write_queued") as blocked:
+            self.assertTrue(blocked.wait(PATIENCE))
+            began = time.monotonic()
+            for _ in range(6):
+                self.assert_status(200)
+            self.assertLess(time.monotonic() - began, PATIENCE / 2)
+            wait_for(lambda: ledger.dropped == 3)
+            health = self.ask(HEALTH).json()
+            self.assertEqual(health["ledger"], {"queued": 3, "dropped": 3})
+        self.wait_for_rows(3)
+
+    def test_what_cannot_be_written_is_logged_once_and_tried_again(self):
+        self.start()
+        database = self.proxy.books.ledger.database
+        fault = sqlite3.OperationalError("disk I/O error")
+        text = "the database cannot be written: disk I/O error"
+        with mock.patch.object(database, "add", side_effect=fault) as add:
+            self.ask(call())
+            wait_for(lambda: text in self.lines.text() and add.call_count > 1)
+        self.assertEqual(self.row()["status"], 200)
+        self.assertEqual(self.lines.text().count("cannot be written"), 1)
+
+    @contextlib.contextmanager
+    def small_disk(self):
+        """Makes a folder on a disk of 1 MB, where that is allowed; returns the folder, or None."""
+        folder = new_path(self)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run(mount, check=True, stderr=subprocess.DEVNULL)
+            try:
+                yield folder
+            finally:
+                subprocess.run(["umount", "-l", folder], check=True)
+            return
+        yield None
+
+    @contextlib.contextmanager
+    def full_disk(self, folder):
+        """Meanwhile nothing more can be written to `folder`, or, without one, to the ledger."""
+        if folder:
+            path = os.path.join(folder, "filler")
+            with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            yield
+            os.remove(path)
+        else:
+            execute = self.proxy.books.ledger.database.connection.execute
+            execute("PRAGMA max_page_count = 1").fetchall()
+            yield
+            execute("PRAGMA max_page_count = 1000000").fetchall()
+
+    def test_a_full_disk_holds_up_no_call_drops_and_counts_rows_and_comes_back_by_itself(self):
+        with self.small_disk() as folder:
+            path = os.path.join(folder or new_path(self), "llm_proxy.db")
+            usage_log = path + ".jsonl"
+            self.start(DATABASE=path, USAGE_LOG=usage_log, MAX_TOKENS=10 ** 6)
+            self.ask(call("k"))
+            self.wait_for_rows(1)
+            ledger, client = self.proxy.books.ledger, self.connect()
+            ledger.ROOM = 20
+            with self.full_disk(folder):
+                took = []
+                for _ in range(60):
+                    began = time.monotonic()
+                    self.assertEqual(client.exchange(call("k")).status, 200)
+                    took.append(time.monotonic() - began)
+                said = "the database cannot be written: database or disk is full"
+                wait_for(lambda: said in self.lines.text(), said)
+                self.assertLess(sorted(took)[30], 0.025)  # most found the ledger full
+                dropped = self.ask(HEALTH).json()["ledger"]["dropped"]
+                self.assertGreater(dropped, 0)
+            rows = self.wait_for_rows(61 - dropped)
+            self.assertEqual(len(rows), 61 - dropped)
+            self.ask(call("k", "X-Request-ID: the-last"))
+            wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
+            lines = pathlib.Path(usage_log).read_text("ascii").splitlines()
+            lost = [int(line.split()[1][1:]) for line in lines if line.endswith('dropped"}')]
+            self.assertEqual(sum(line[:6] == '{"id":' for line in lines) + sum(lost),
+                             62 + (len(lost) and 1))  # one was cut
+            self.proxy.books.close(PATIENCE)
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                found = connection.execute("SELECT level FROM buckets").fetchall()
+            self.assertEqual(found, [(10 ** 6 - 62,)])
+
+    def test_the_same_entries_go_to_a_file_of_json_lines(self):
+        path = new_path(self, "llm_proxy.db") + ".jsonl"
+        self.start(says(completion(20, 4)), USAGE_LOG=path)
+        self.ask(call())
+        self.assertEqual(json.loads(wait_for(pathlib.Path(path).read_text)), self.row())
+        self.proxy.books.usage_log.stream.close()
+
+    def test_a_file_of_json_lines_that_nobody_reads_holds_up_neither_the_ledger_nor_the_end(self):
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        os.set_blocking(writing, False)
+        with open(writing, "wb", buffering=0) as stream:
+            full = llm_proxy.Log(stream, as_json=True)
+            self.start()
+            self.proxy.books.usage_log = full
+            for _ in range(10):
+                full.say("x" * 60000)
+            self.ask(call())
+            self.assertEqual(self.row()["status"], 200)
+            self.proxy.books.usage_log = None
+            full.close(0.2)
+            self.assertFalse(full.thread.is_alive())
+
+    def test_a_foreign_or_damaged_file_is_left_as_it_is(self):
+        path = pathlib.Path(new_path(self, "llm_proxy.db"))
+        llm_proxy.Database(str(path)).connection.close()
+        sound = path.read_bytes()
+        path.unlink()
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("CREATE TABLE calls (a)")
+        damaged = sound[:4096] + b"x" * (len(sound) - 4096)
+        for data in self.each((b"hello", path.read_bytes(), sound[:len(sound) // 2], damaged)):
+            path.write_bytes(data)
+            with self.assertRaisesRegex(llm_proxy.DatabaseFault, "left as it is$"):
+                llm_proxy.Database(str(path))
+            self.assertEqual(path.read_bytes(), data)
+
+
+class KeysCase(LedgerCase):
+    """A proxy with a ledger, whose keys are changed by another connection, as a command does."""
+    ACTOR = llm_proxy.Actor("ida", "admin", "command line")
+
+    def store(self, path=None, clock=None):
+        database = llm_proxy.Database(path or self.path)
+        self.addCleanup(database.connection.close)
+        return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
+
+    def change(self, act, *arguments, **fields):
+        """Changes keys; returns what came of it when the proxy knows."""
+        before = self.proxy.callers
+        result = getattr(self.store(), act)(*arguments, **fields)
+        wait_for(lambda: self.proxy.callers is not before, "the change")
+        return result
+
+    def add(self, name="ann", **fields):
+        """Returns the secret of a new key."""
+        return self.change("add", name, **fields).secret
+
+    def execute(self, *statements, path=None):
+        with contextlib.closing(sqlite3.connect(path or self.path)) as connection:
+            found = [connection.execute(statement).fetchall() for statement in statements]
+            connection.commit()
+        return found[-1]
+
+    def statuses(self, *keys):
+        return [self.ask(call(key)).status for key in keys]
+
+
+class KeyStoreTest(KeysCase):
+    def setUp(self):
+        self.path, self.clock = new_path(self, "llm_proxy.db"), Clock()
+        self.keys = self.store(clock=self.clock)
+
+    def fails(self, said, act, *arguments, **fields):
+        with self.assertRaisesRegex(llm_proxy.KeyFault, said):
+            getattr(self.keys, act)(*arguments, **fields)
+
+    FIELDS = {"role": "caller", "team": "red", "expires": "30d", "models": "gemma*,gpt-4*",
+              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web app",
+              "note": "ann's laptop"}
+
+    def test_what_is_said_of_a_key_is_kept_and_can_be_changed_and_taken_away(self):
+        made = self.keys.add("ann", **self.FIELDS)
+        self.assertRegex(made.secret, "^sk-[A-Za-z0-9_-]{43}$")
+        now = self.clock.time_ns() / 1e9
+        expected = {"name": "ann", **self.FIELDS, "created": now, "expires": now + 30 * 86400,
+                    "disabled": False, "last_used": None}
+        self.assertEqual(self.keys.find("ann").as_dict(), expected)
+        self.assertEqual([key.as_dict() for key in self.keys.list()], [expected])
+        self.clock.now += 99
+        self.keys.set("ann", expires="1h", team="", models=None, limits="7 running")
+        changed = {**expected, "expires": now + 3600, "team": None, "models": None,
+                   "limits": "7 running"}
+        self.assertEqual(self.keys.find("ann").as_dict(), changed)
+        self.keys.set("ann", **dict.fromkeys(self.FIELDS, ""))
+        bare = {**changed, **dict.fromkeys(self.FIELDS), "role": "caller"}
+        self.assertEqual(self.keys.find("ann").as_dict(), bare)
+
+    def test_no_secret_is_stored(self):
+        made = self.keys.add("ann")
+        again = self.keys.rotate("ann", "1h")
+        self.keys.database.connection.close()
+        with open(self.path, "rb") as file:
+            data = file.read()
+        for secret in (made.secret, again.secret):
+            self.assertNotIn(secret.encode(), data)
+            self.assertIn(llm_proxy.digest(secret), data)
+
+    def test_what_is_wrong_is_said_and_changes_nothing(self):
+        self.keys.add("ann")
+        for act, name, fields, said in self.each((
+                ("add", "ann", {}, "stored already"), ("add", "a b", {}, "name must be"),
+                ("add", "", {}, "name must be"), ("add", "a" * 65, {}, "name must be"),
+                ("add", None, {}, "name must be text"), ("add", "ben", {"role": "root"}, "role must"),
+                ("add", "ben", {"expires": "soon"}, "expires must be such as"),
+                ("add", "ben", {"expires": 7}, "expires must be text"),
+                ("add", "ben", {"limits": "each 1 usd per day"}, "limits must be rules"),
+                ("add", "ben", {"models": "a,,b"}, "models must be"),
+                ("add", "ben", {"note": "a\nb"}, "note must be one line"),
+                ("add", "ben", {"tag": "x" * 65}, "tag must be one line"),
+                ("add", "ben", {"upstream": "A/B"}, "upstream must be"),
+                ("add", "ben", {"secret": "x"}, "no field secret"),
+                ("set", "ann", {"subject": "x"}, "no field subject"),
+                ("set", "ben", {}, "no key is stored by the name ben"),
+                ("rotate", "ben", {}, "no key"), ("rotate", "ann", {"grace": "1x"}, "grace must be"),
+                ("revoke", "ben", {}, "no key"), ("remove", "ben", {}, "no key"))):
+            self.fails(said, act, name, **fields)
+        for amount, unit, time in self.each((("0", "usd", None), ("1.5", "tokens", None),
+                                             ("1", "running", None), ("1", "usd", "1x"))):
+            self.fails("must be", "give", "ann", amount, unit, time)
+        self.assertEqual([key.name for key in self.keys.list()], ["ann"])
+        self.assertEqual(self.execute("SELECT count(*) FROM audit"), [(1,)])
+
+    def test_every_change_is_in_the_audit(self):
+        self.keys.add("ann", team="red")
+        for act, *arguments in (("revoke",), ("restore",), ("rotate", "1h"), ("reset",),
+                                ("give", "2", "usd", "1h"), ("remove",)):
+            getattr(self.keys, act)("ann", *arguments)
+        rows = self.execute("SELECT who, role, address, what, target, detail FROM audit ORDER BY id")
+        self.assertEqual({row[:3] + row[4:5] for row in rows}, {(*self.ACTOR, "ann")})
+        self.assertEqual([(row[3], row[5]) for row in rows], [
+            ("add key", "team=red"), ("revoke key", ""), ("restore key", ""),
+            ("rotate key", "grace 1h"), ("reset", ""), ("give", "2 usd for 1h"),
+            ("remove key", "")])
+        (found,), = self.execute("SELECT max(time) FROM audit")
+        self.assertLess(abs(found - time.time()), 60)
+
+    def test_a_hundred_keys_made_at_once_are_all_there(self):
+        made = []
+
+        def make(number):
+            keys = self.store(clock=self.clock)
+            made.extend(keys.add("%d.%d" % (number, one)).secret for one in range(5))
+        with threads([functools.partial(make, number) for number in range(20)]):
+            pass
+        self.assertEqual((len(self.keys.list()), len(set(made))), (100, 100))
+        digests = {row[0] for row in self.execute("SELECT digest FROM secrets")}
+        self.assertEqual(digests, set(map(llm_proxy.digest, made)))
+
+    def test_the_first_key_of_a_caller_closes_the_door_for_good(self):
+        self.assertFalse(self.keys.add("boss", role="admin").closes)
+        self.assertFalse(self.keys.database.is_closed())
+        self.assertTrue(self.keys.add("ann").closes)
+        self.assertFalse(self.keys.add("ben").closes)
+        for name in ("ann", "ben"):
+            self.keys.remove(name)
+        self.assertTrue(self.keys.database.is_closed())
+
+
+class BalanceTest(LedgerCase):
+    """The books balance: each bucket lacks exactly what the ledger says was charged to it."""
+    RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
+             "all 1000 running; key:k1 900000 output_tokens per hour; all 5000 usd per month;"
+             "address 1000000000 input_tokens per week; model:gpt-4o* 500000 requests per hour")
+    GEMINI = "/v1beta/models/gemini-2.5-pro:"
+    CHAT_API = (
+        [delta("word " * 20), LAST_DELTA, USAGE_EVENT, "[DONE]"],
+        """"usage": {"prompt_tokens": %d, "prompt_tokens_details": {"cached_tokens": 1},
+                     "completion_tokens": 7}""")
+    GEMINI_API = (
+        GEMINI_EVENTS, '"usageMetadata": {"promptTokenCount": %d, "candidatesTokenCount": 4}')
+    API = {  # path: (events of a stream, what a whole answer reports)
+        CHAT: CHAT_API,
+        "/v1/completions": CHAT_API,
+        "/v1/embeddings": CHAT_API,
+        "/v1/responses": (RESPONSE_EVENTS, '"usage": {"input_tokens": %d, "output_tokens": 9}'),
+        "/v1/messages": (ANTHROPIC_EVENTS, '"usage": {"input_tokens": %d, "output_tokens": 3}'),
+        GEMINI + "generateContent": GEMINI_API,
+        GEMINI + "streamGenerateContent": GEMINI_API,
+    }
+    KINDS = ("ok",) * 6 + (
+        "no usage", "too little", "fault", "error", "cut", "reset", "garbage", "gone", "gone early")
+    MODELS = "gpt-4o", "gpt-4o-mini", "claude-sonnet-4", "gemma4"
+    CALLERS, CALLS = 50, 40
+
+    def payload(self, asked, body):
+        """A whole answer."""
+        parts, report = self.API[asked.target.partition("?")[0]]
+        if body["kind"] == "no usage":
+            parts = [part for part in parts if "usage" not in json.dumps(part)]
+            report = '"usage": null, "number": %d'
+        if body["stream"] or "stream" in asked.target:
+            return STREAM + b"".join(chunk(events(part)) for part in parts) + LAST
+        number = body["number"]
+        whole = '{"choices": [{"message": {"content": "%s"}}], ' + report + "}"
+        text = "y" * (4000 if body["kind"] == "too little" else number)
+        return answer((whole % (text, number)).encode())
+
+    def answer(self, asked):
+        """Answer as the request says; where it is cut, after `number` bytes of the body."""
+        body = asked.json()
+        kind, number = body["kind"], body["number"]
+        data = self.payload(asked, body)
+        end = data.index(b"\r\n\r\n") + 4 + number
+        asked.send({
+            "ok": data,
+            "no usage": data,
+            "too little": data,
+            "fault": answer(b'{"error": {"code": 400}}'),
+            "error": answer(b'{"usage": {"prompt_tokens": 5}}', "%d No" % (400 + number % 200)),
+            "garbage": b"HTTP/9 what\r\n\r\n",
+            "gone early": b"",
+        }.get(kind, data[:min(end, len(data) - 1)]))
+        acts = {"cut": asked.close, "garbage": asked.close, "reset": asked.reset,
+                "gone": asked.wait_for_hang_up, "gone early": asked.wait_for_hang_up}
+        acts.get(kind, bool)()
+
+    def random_call(self, choose):
+        """Returns (path, payload)."""
+        payload = {
+            "model": choose.choice(self.MODELS),
+            "kind": choose.choice(self.KINDS),
+            "number": choose.randrange(1, 400),
+            "stream": choose.random() < 0.6,
+            "n": choose.choice((1, 1, 2, 4)),
+            **({"max_tokens": choose.randrange(50)} if choose.random() < 0.6 else {}),
+            "input": "words " * choose.randrange(20),
+        }
+        path = choose.choice([*self.API])
+        return path + "?alt=sse" * ("stream" in path), payload
+
+    def converse(self, seed):
+        choose = random.Random(seed)
+        client = self.connect()
+        for _ in range(self.CALLS):
+            path, payload = self.random_call(choose)
+            kind, body = payload["kind"], json.dumps(payload).encode()
+            client.send(request("POST", path, body, key="sk-%d" % choose.randrange(5)))
+            if kind == "gone" and (payload["stream"] or "stream" in path):
+                client.head()
+            ended = kind.startswith("gone")
+            if not ended:
+                answered = client.read()
+                ended = not answered.whole or answered.get("connection") == "close"
+            if ended:
+                choose.choice((client.reset, client.close))()
+                client = self.connect()
+        client.close()
+
+    @staticmethod
+    def charged(rows):
+        """What the ledger says was charged: a Counter of (rule, whose)."""
+        fields = {"each": "caller", "key:k1": "caller", "address": "address"}
+        charged = collections.Counter()
+        for row in rows:
+            for charge in filter(None, (row["charges"] or "").split(";")):
+                rule, amount = charge.rsplit("=", 1)
+                charged[rule, row.get(fields.get(rule.split(" ")[0]))] += int(amount)
+        return charged
+
+    def missing(self):
+        """What each bucket lacks: [(rule, amount)]."""
+        capacities = {rule.text: rule.capacity for rule in self.proxy.limits.rules}
+        return [(key[0], capacities[key[0]] - level) for key, level in levels(self.proxy).items()]
+
+    def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
+        keys = ",".join("k%d=sk-%d" % (number, number) for number in range(5))
+        self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text",
+                   UNPRICED="0.5")
+        self.proxy.limits.buckets.clock = Clock()  # nothing is refilled meanwhile
+        with threads(functools.partial(self.converse, seed) for seed in range(self.CALLERS)):
+            pass
+        wait_for(lambda: not self.server.open, "the end of every call")
+        missing = sorted(self.missing())
+        running = self.proxy.limits.buckets.levels["all 1000 running",]
+        self.assertEqual(running[0], 1000)
+        self.proxy.books.close(PATIENCE)
+        self.assert_balance(self.rows(self.path), missing)
+
+    def assert_balance(self, rows, missing):
+        self.assertEqual(len(rows), self.CALLERS * self.CALLS)
+        outcomes = collections.defaultdict(set)
+        for row in rows:
+            outcomes[row["outcome"]].add((row["charges"], row["input"]))
+            if row["outcome"] == "upstream_status":
+                at_fault = row["status"] in (200, *llm_proxy.CALLERS_FAULTS)
+                self.assertEqual(" requests " in row["charges"], at_fault)
+                self.assertNotRegex(row["charges"], "tokens|usd")
+        self.assertEqual(outcomes.keys(), {
+            "ok", "upstream_status", "upstream_failed", "upstream_cut", "caller_gone"})
+        self.assertEqual(outcomes["upstream_failed"], {("", 0)})
+        charged = self.charged(rows)
+        found = [(rule, amount) for (rule, _), amount in charged.items() if amount]
+        self.assertEqual((sorted(found), len(found)), (missing, 5 + 5 + 1 + 1 + 1 + 1))
+        tokens = sum(amount for (rule, _), amount in charged.items() if " tokens " in rule)
+        self.assertEqual(sum(row["input"] + row["output"] for row in rows), tokens)
+        picodollars = sum(row["picodollars"] for row in rows)
+        self.assertEqual(picodollars, charged["all 5000 usd per month", None])
+
+
+# --------------------------------------------------------------------------------------------------
+# Proxy: what a call costs, and how it ends
+# --------------------------------------------------------------------------------------------------
+
+class SettlingTest(LedgerCase):
+    """What was held becomes what was used. Estimated are 3 tokens of prompt, and the maximum."""
+    WHOLE = events(delta("hello"), LAST_DELTA, USAGE_EVENT, "[DONE]")
+    SEEN = events(delta("hello"), LAST_DELTA, "[DONE]")  # without the event that we asked for
+
+    def start(self, answer=says(), **settings):
+        super().start(answer, **{"TOKEN_COST_MODE": "usage", **settings})
+
+    def assert_used(self, answered, *used):
+        """Tokens of input and of output, and whether they are estimated."""
+        fields = "x-llm-input-tokens: %s", "x-llm-output-tokens: %s", "x-llm-estimated: %s"
+        self.assert_fields(answered, *[field % one for field, one in zip(fields, used)])
+
+    def test_a_surplus_is_given_back_and_a_shortfall_is_a_debt(self):
+        for used in self.each(((20, 4), (1, 1), (900, 600))):
+            self.start(says(completion(*used)))
+            level = 1000 - sum(used)
+            left = max(0, level)
+            self.assert_status(200, call(max_tokens=50), "x-ratelimit-remaining: %d" % left)
+            self.assertEqual([*levels(self.proxy).values()], [level])
+            self.assert_ending("ok", left)
+            self.assertFalse(self.entry()["estimated"])
+
+    POLLED = [  # the call, its answer, where that is polled, how often nothing is told
+        (b'{"background": true, "max_output_tokens": 500}', {"id": "resp_1", "usage": None},
+         "/v1/responses", "/v1/responses/resp_1"),
+        (b'{"deferred": true, "max_tokens": 500}', {"request_id": "r-1"},
+         CHAT, "/v1/chat/deferred-completion/r-1"),
+        (b'{"background": true, "generation_config": {"max_output_tokens": 500}}', {"id": "v1_x"},
+         "/v1beta/interactions", "/v1beta/interactions/v1_x")]
+
+    def test_a_call_in_the_background_is_settled_once_when_its_usage_is_told(self):
+        used = {"input_tokens": 20, "output_tokens": 3,
+                "total_input_tokens": 20, "total_output_tokens": 3}
+        for body, answered, path, poll in self.each(self.POLLED):
+            self.start(says_json(answered))
+            self.ask(request("POST", path, body))
+            self.assert_ending("ok", 500)
+            for number, (told, left) in enumerate((
+                    ({"status": "queued"}, 500), ({"usage": None}, 500),
+                    ({"usage": used}, 1000 - 23), ({"usage": used}, 1000 - 23)), 1):
+                self.stub.answer = says_json(told)
+                self.ask(request("GET", poll))
+                self.assert_ending("ok", left, number)
+            self.assertEqual([row["charges"].rpartition("=")[2] for row in self.rows(self.path)],
+                             ["500", "", "", "-477", ""])
+            self.assertEqual([row["input"] for row in self.rows(self.path)], [0, 0, 0, 20, 0])
+
+    ENDED = [  # what is told where the answer is asked for, each in turn; what is charged at last
+        ([{"status": "failed", "error": {"code": "server_error"}}], 0),
+        ([{"status": "failed", "error": {"code": "invalid_image"}}], 0),
+        ([{"status": "cancelled"}], 0), ([{"status": "incomplete"}, {"status": "failed"}], 0),
+        ([{"status": "in_progress"}], 500), ([{"status": ["failed"]}], 500),
+        ([{"status": "running", "usage": {"input_tokens": 9, "total_tokens": 9}}], 500),
+        ([{"status": "cancelled", "output": [{"text": "x" * 40}]}], 10),
+        ([{"status": "in_progress", "text": "x" * 400}, {"status": "failed"}], 100),
+        ([{"status": "completed", "text": "x" * 4000}], 500)]
+
+    def test_a_call_in_the_background_that_ends_without_usage_is_charged_what_was_seen(self):
+        for told, charged in self.each(self.ENDED):
+            self.start(says_json({"id": "resp_1", "usage": None}))
+            body = b'{"background": true, "max_output_tokens": 500}'
+            self.ask(request("POST", "/v1/responses", body))
+            for number, payload in enumerate(told, 1):
+                for path in ("/v1/responses/resp_1/input_items", "/v1/responses/resp_1"):
+                    self.stub.answer = says_json({"id": "resp_1", **payload})
+                    self.ask(request("GET", path))
+            self.assertEqual(1000 - self.left(), charged)
+
+    BATCHES = [  # path, body, what is answered, where it is polled
+        ("/v1/messages/batches", {"requests": [{"params": {"max_tokens": 50, "model": "m"}}] * 10},
+         {"id": "msgbatch_1"}, "/v1/messages/batches/msgbatch_1"),
+        ("/v1beta/models/m:batchGenerateContent", {"batch": {"requests": [
+            {"request": {"generationConfig": {"maxOutputTokens": 50}}}] * 10}},
+         {"name": "batches/b1", "metadata": {}}, "/v1beta/batches/b1")]
+
+    def test_a_batch_is_charged_what_its_calls_may_use_until_that_is_told(self):
+        for path, body, answered, poll in self.each(self.BATCHES):
+            self.start(says_json(answered))
+            self.ask(request("POST", path, json.dumps(body).encode()))
+            self.assertLess(self.left(), 500)
+            self.stub.answer = says_json({
+                "usage": {"prompt_tokens": 20, "total_tokens": 25},
+                "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25}})
+            self.ask(request("GET", poll))
+            self.assertEqual(self.left(), 975)
+
+    def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
+        self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
+        body = b'{"background": true, "max_output_tokens": 400}'
+        for _ in range(2):
+            self.ask(request("POST", "/v1/responses", body))
+        self.assertEqual(list(levels(self.proxy).values()), [100])
+
+    def test_a_stream_in_the_background_may_tell_its_usage_at_once_or_to_who_takes_it_up(self):
+        begun = events({"type": "response.created", "response": {"id": "resp_1"}})
+        ended = events({"type": "response.completed", "response": {
+            "id": "resp_1", "usage": {"input_tokens": 20, "output_tokens": 3}}})
+        body = b'{"background": true, "stream": true, "max_output_tokens": 500}'
+        for whole in self.each((True, False)):
+            self.start(None)
+            client, asked = self.ask_stub(request("POST", "/v1/responses", body))
+            asked.stream(begun, *[ended] * whole, end=whole)
+            client.head()
+            client.expect(begun)
+            if whole:
+                client.rest()
+            client.close()
+            self.assert_ending("ok" if whole else "caller_gone", 1000 - 23 if whole else 500)
+            client, asked = self.ask_stub(request("GET", "/v1/responses/resp_1?stream=true"))
+            asked.stream(ended, end=True)
+            client.read("GET")
+            self.assert_ending("ok", 1000 - 23, 1)
+
+    def test_a_debt_is_waited_for(self):
+        self.start(says(completion(1009, 1)), REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
+        self.ask(call(max_tokens=1))
+        answered = self.ask(call(max_tokens=1))  # 10 of debt and 4 of estimate
+        self.assertIn(b'"limit reached, wait 14 min"', answered.body)
+
+    def test_an_answer_that_reports_nothing_or_is_packed_is_charged_by_its_text_and_marked(self):
+        packed = says(b"\x1f\x8b" + b"x" * 38, "200 OK", "Content-Encoding: gzip")
+        for act in self.each((says(completion()), packed)):
+            self.start(act)
+            self.assert_used(self.ask(call(max_tokens=50)), "3", "10", "true")
+            self.assert_ending("ok", 1000 - 13)
+            self.assertTrue(self.entry()["estimated"])
+
+    def test_how_many_characters_make_a_token_is_learned_by_model(self):
+        """40 characters are 2 a token."""
+        self.start(says(completion(5, 20)))
+        self.ask(call(model="learned"))
+        self.stub.answer = says(completion())
+        self.assert_used(self.ask(call(model="learned")), "3", "20", "true")
+        self.assert_used(self.ask(call(model="other")), "3", "10", "true")
+
+    def test_a_stream_is_asked_for_its_usage_and_the_caller_does_not_see_it(self):
+        rows = (  # the caller's options, what it sees
+            ({}, self.SEEN),
+            ({"other": 1}, self.SEEN),
+            ({"include_usage": True}, self.WHOLE),
+            ({"include_usage": False}, self.SEEN),
+            ({"include_usage": None}, self.SEEN),
+        )
+        for options, seen in self.each(rows):
+            self.start(sends(STREAM + chunk(self.WHOLE) + LAST, close=False))
+            answered = self.ask(call(stream=True, **{"stream_options": options} if options else {}))
+            self.assertEqual((answered.whole, answered.body), (True, seen))
+            asked = self.stub.requests[0].json()
+            self.assertEqual(asked["stream_options"], {**options, "include_usage": True})
+            self.assert_ending("ok", 1000 - 24)
+
+    def test_who_asks_in_openrouters_way_sees_what_it_asked_for(self):
+        self.start(sends(STREAM + chunk(self.WHOLE) + LAST, close=False))
+        answered = self.ask(call(stream=True, usage={"include": True}))
+        self.assertEqual(answered.body, self.WHOLE)
+        self.assert_ending("ok", 1000 - 24)
+
+    def test_whether_a_stream_is_asked_for_is_said_plainly(self):
+        self.start()
+        paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
+        for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
+            answered = self.ask(request("POST", path, chat(stream=value)))
+            self.assertEqual(answered.status, 400)
+        self.assertEqual(self.stub.calls, 0)
+        self.assertEqual(self.ask(call(stream=None)).status, 200)
+
+    def test_nobody_makes_an_upstream_of_googles_leave_out_usage(self):
+        self.start()
+        path = "/v1beta/models/m:generateContent?"
+        for query, left in self.each((
+                ("fields=candidates", ""), ("alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"),
+                ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"))):
+            self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
+            asked = self.stub.requests[-1]
+            self.assertEqual(asked.target, (path + left).rstrip("?"))
+            self.assertNotIn(b"fieldmask", asked.head.lower())
+
+    def test_what_is_packed_though_nobody_asked_is_read_and_passes_as_it_came(self):
+        packed = gzip.compress(self.WHOLE)
+        head = STREAM.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+        self.start(sends(head + chunk(packed[:20]) + chunk(packed[20:]) + LAST, close=False))
+        self.assertEqual(self.ask(call(stream=True)).body, packed)
+        self.assert_ending("ok", 1000 - 24)
+        for number, name in enumerate(self.each(("none", "utf-8", "Identity", "gzip", "deflate"))):
+            body = completion(20, 4)
+            body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(name, bytes)(body)
+            self.stub.answer = says(body, "200 OK", "Content-Encoding: " + name)
+            self.assert_used(self.ask(call()), "20", "4", "")
+            self.assert_ending("ok", 1000 - 24 * (number + 2), number + 1)
+
+    def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
+        self.start(sends(STREAM + LAST, close=False))
+        body = b' {"stream":true, "temperature":1.0,"seed":1e2,"messages":[],"x":"\\u00e4" }'
+        self.ask(request("POST", CHAT, body))
+        expected = b'{"stream_options":{"include_usage":true},' + body[2:]
+        self.assertEqual(self.stub.requests[0].body, expected)
+
+    def test_no_question_is_asked_where_no_rule_needs_the_answer_or_the_api_knows_none(self):
+        rows = (
+            ({"TOKEN_COST_MODE": "request"}, CHAT),
+            ({"TOKEN_COST_MODE": "estimate"}, CHAT),
+            ({"LIMITS": "each 5 requests per day"}, CHAT),
+            ({}, "/v1/responses"),
+            ({}, "/v1/messages"),
+        )
+        for settings, path in self.each(rows):
+            self.start(sends(STREAM + LAST, close=False), **settings)
+            self.ask(request("POST", path, chat(stream=True)))
+            self.assertNotIn("stream_options", self.stub.requests[0].json())
+
+    def test_an_upstream_that_takes_the_question_for_an_error_is_asked_once_more_without_it(self):
+        plain = events(delta("hello"), "[DONE]")
+        statuses = iter(("400 Bad Request", "422 No"))
+
+        def strict(asked):
+            if "stream_options" in asked.json():
+                body = b'{"error": "unknown field stream_options"}'
+                return asked.send(answer(body, next(statuses)))
+            asked.send(STREAM + chunk(plain) + LAST)
+        self.start(strict)
+        for number, calls in enumerate((2, 3)):
+            answered = self.ask(call(stream=True))
+            self.assertEqual((answered.body, self.stub.calls), (plain, calls))
+            self.assert_ending("ok", 1000 - 5 * (number + 1), number)
+            self.assertTrue(self.entry(number)["estimated"])
+
+    def test_a_400_of_another_kind_is_passed_on_whole_and_not_remembered(self):
+        for text, calls in self.each((("too long", (1, 2)), ("stream_options and more", (2, 4)))):
+            body = json.dumps({"error": text}).encode()
+            self.start(says(body, "400 Bad Request"))
+            for number in (0, 1):
+                self.assertEqual(self.assert_status(400, call(stream=True)).body, body)
+                self.assertEqual(self.stub.calls, calls[number])
+                self.assert_ending("upstream_status", 1000, number)
+
+    def test_a_maximum_beyond_all_numbers_is_no_crash(self):
+        self.start(LIMITS="each 100 tokens per day; all 1 usd per day")
+        for limit in (10 ** 30, 10 ** 390):
+            answered = self.ask(call(max_tokens=limit, model="gpt-4o"))
+            self.assertIn(b"the limit is 100", answered.body)
+
+    def test_an_event_with_a_length_around_it_is_hidden_too(self):
+        self.start(says(self.WHOLE, "200 OK", "Content-Type: text/event-stream"))
+        for version in ("1.1", "1.0"):
+            answered = self.ask(request("POST", CHAT, chat(stream=True), version=version))
+            self.assertEqual((answered.whole, answered.body), (True, self.SEEN))
+            self.assertIsNone(answered.get("content-length"))
+
+    def test_a_json_answer_in_pieces_tells_its_cost_in_its_head(self):
+        self.start(None)
+        body = completion(20, 4)
+        head = STREAM.replace(b"text/event-stream", b"application/json")
+        for data in self.each((answer(body), head + chunk(body[:9]) + chunk(body[9:]) + LAST)):
+            client, asked = self.ask_stub(call())
+            for at in range(0, len(data), 40):
+                asked.send(data[at:at + 40])
+            asked.finish()
+            answered = client.read()
+            self.assertEqual(answered.body, body)
+            self.assert_used(answered, "20", "4", "")
+
+    def test_a_json_answer_that_takes_its_time_is_passed_on_as_it_comes(self):
+        self.patch_seconds(Reply_WHOLE_SECONDS=0.01)
+        self.start(None)
+        client, asked = self.ask_stub(call(max_tokens=1))
+        body = completion(20, 4)
+        asked.send(answer(body)[:-10])
+        self.assert_used(client.head(), "", "", "")
+        asked.send(body[-10:])
+        self.assertEqual(client.rest().body, body)
+        asked.finish()
+        self.assert_ending("ok", 1000 - 24)
+
+    def test_what_was_told_is_believed_up_to_what_passed(self):
+        """The second column is the answer's text in characters, then come tokens told and used."""
+        for characters, told, used, marked in self.each((
+                (3200, 225, 800, "true"), (3200, 401, 401, ""), (400, 1, 100, "true"),
+                (256, 0, 0, ""), (1000, 190, 190, ""))):
+            body = json.dumps({"usage": {"prompt_tokens": 3, "completion_tokens": told},
+                               "choices": [{"message": {"content": "x" * characters}}]}).encode()
+            self.start(says(body), MAX_TOKENS=5000)
+            self.assert_used(self.ask(call(n=4)), "3", str(used), marked)
+            self.assert_ending("ok", 5000 - 3 - used)
+
+    def test_money_is_counted_in_millionths_of_millionths(self):
+        self.start(says(completion(3, 1)),
+                   LIMITS="each 0.000002 usd per day", RESPONSE_TOKEN_RESERVE=1)
+        self.assert_status(200, call(model="gpt-4o-mini"), "x-llm-cost-usd: 0.00000105",
+                           "x-ratelimit-limit: 0.000002", "x-ratelimit-remaining: 0.00000095")
+        self.assertIn(b"limit reached, wait", self.ask(call(model="gpt-4o-mini")).body)
+        self.assert_status(200, call(model="x/free:free"))
+
+    TIERS = """
+        {} -> 1
+        {"service_tier": "flex"} -> 1
+        {"service_tier": "Priority"} -> 2
+        {"service_tier": ["priority"]} -> 1
+        {"speed": "fast"} -> 2
+        {"inference_geo": "us", "service_tier": "priority"} -> 2.2
+        """
+
+    def test_the_dearer_way_of_serving_that_is_asked_for_is_held(self):
+        for asked, times in self.each(self.TIERS):
+            self.start(None, LIMITS="each 1 usd per day", UNPRICED="1")
+            path = "/v1/messages" if "geo" in asked or "speed" in asked else CHAT
+            client, up = self.ask_stub(request("POST", path, chat(
+                max_tokens=100000, **json.loads(asked))))
+            level, = levels(self.proxy).values()
+            self.assertEqual(round((10 ** 12 - level) / 10 ** 11, 2), float(times))
+            up.answer()
+            client.read()
+
+    TOLD = """
+        {} -> 0.0000075
+        {"model": "gpt-4o-2024-08-06"} -> 0.000125
+        {"model": "gpt-4o-2024-08-06", "service_tier": "flex"} -> 0.0000625
+        {"model": "gpt-4.1", "usage": {"prompt_tokens": 50, "cost": 0.25}} -> 0.25
+        {"model": "unheard-of"} -> 0.0000075
+        """
+
+    def test_who_served_and_how_is_paid_and_what_the_upstream_tells_is_the_bill(self):
+        for told, usd in self.each(self.TOLD):
+            body = {**json.loads(completion(50, 0)), **json.loads(told)}
+            self.start(says(json.dumps(body).encode()))
+            self.assert_status(200, call(model="gpt-4o-mini"), "x-llm-cost-usd: " + usd)
+
+
+class KeysTest(KeysCase):
+    def test_the_first_key_closes_the_door_and_keys_of_the_settings_go_on_working(self):
+        self.start()
+        self.assertEqual(self.statuses("x", None), [200, 200])
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
+        self.assertIn("nobody may call without one from now on", self.lines.text())
+        self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
+        self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
+        self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
+
+    def test_the_door_stays_open_where_anyone_may_call(self):
+        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day", LIMIT_REPLY="error")
+        ann = self.add()
+        self.assertEqual(self.statuses("x", None, ann, ann), [200, 200, 200, 429])
+
+    def test_the_door_is_closed_at_the_next_start_too(self):
+        self.start()
+        self.add()
+        self.change("remove", "ann")
+        self.assertEqual(self.statuses("x"), [401])
+        self.start(DATABASE=self.path)
+        self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
+        self.assertEqual(self.proxy.config.web_origins, ("*",))
+
+    def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
+        config = read_config({"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"})
+        self.assertEqual(config.host, "127.0.0.1")
+        config.note_stored_keys()
+        self.assertEqual(config.host, "0.0.0.0")
+        self.assertEqual(config.warnings(), [])
+
+    def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
+        for policy, act in self.each(itertools.product(
+                ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
+            if (policy, act) == ("anyone", "remove"):
+                continue  # nobody knows it any more
+            clock = Clock()
+            self.start(clock=clock, PROXY_API_KEYS=policy)
+            ann = self.add(expires="30d")
+            client = self.connect()
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            clock.now += 60
+            self.change(act, "ann", **{"expires": "1m"} if act == "set" else {})
+            self.assertEqual(client.exchange(call(ann)).status, 401)
+            self.assertEqual(self.stub.calls, 1)
+
+    def test_a_key_that_expires_is_a_401_from_then_on(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, client = self.add(expires="15m"), self.connect()
+        for seconds, status in self.each(((899, 200), (1, 401), (60, 401))):
+            clock.now += seconds
+            self.assertEqual(client.exchange(call(ann)).status, status)
+        self.change("set", "ann", expires="never")
+        self.assertEqual(client.exchange(call(ann)).status, 200)
+
+    def test_a_revoked_key_is_let_in_again_when_it_is_restored(self):
+        self.start()
+        ann = self.add()
+        self.change("revoke", "ann")
+        self.assertEqual(self.statuses(ann), [401])
+        self.change("restore", "ann")
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_rotation_changes_the_secret_and_nothing_else(self):
+        self.start(clock=Clock(), MAX_TOKENS=10)
+        first = self.add(team="red")
+        self.ask(call(first))
+        second = self.change("rotate", "ann").secret
+        third = self.change("rotate", "ann", "1h").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 200, 200])
+        self.assertEqual((self.left(second), self.left(third)), (7, 7))
+        rows = self.wait_for_rows(4)
+        self.assertEqual([row["caller"] for row in rows], ["ann", "127.0.0.1", "ann", "ann"])
+        self.proxy.clock.now += 3600
+        self.assertEqual(self.statuses(second, third), [401, 200])
+
+    def test_a_rotation_without_grace_ends_all_secrets_before(self):
+        self.start()
+        first = self.add()
+        second = self.change("rotate", "ann", "1h").secret
+        third = self.change("rotate", "ann").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 401, 200])
+
+    STEERING = {"ADMIN_KEY": "sk-admin-0123456789", "VIEWER_KEY": "sk-viewer-0123456789"}
+
+    def test_keys_of_viewers_and_admins_make_no_calls_and_never_go_upstream(self):
+        for settings in self.each(({"PROXY_API_KEYS": "anyone"}, {"BASE_API_KEY": "passthrough"},
+                                   {"PROXY_API_KEYS": "ann=sk-1"})):
+            self.start(**self.STEERING, **settings)
+            stored = [self.add(role, role=role) for role in ("viewer", "admin")]
+            for key in [*self.STEERING.values(), *stored]:
+                for data in (call(key), request("GET", "/v1/files", key=key)):
+                    self.assertEqual(self.ask(data).error()["code"], "key_not_for_calls")
+            self.assertEqual(self.stub.calls, 0)
+            self.assertFalse(self.execute("SELECT * FROM facts WHERE name = 'closed'"))
+
+    def test_a_stored_key_never_goes_up_where_callers_show_their_own(self):
+        stubs = self.start_named("free", "UPSTREAM_FREE_MODELS=m BASE_API_KEY=passthrough"
+                                 " PROXY_API_KEYS=anyone")
+        ann = self.add()
+        self.assertEqual(self.ask(call(ann, model="x")).error()["code"], "upstream_not_allowed")
+        self.assertEqual(self.statuses(ann), [200])
+        self.assertEqual((self.stub.calls, stubs[0].requests[0].get("authorization")), (0, None))
+
+    def start_page(self, role, **settings):
+        """A page at /v1/x for a role."""
+        self.start(**{**self.STEERING, **settings})
+
+        async def page(request, reply):
+            self.proxy.require_role(request, reply.entry, role)
+            reply.send(200, json.dumps({"who": reply.entry.caller.label}).encode())
+        self.server.pages.find = lambda request: page
+
+    def test_a_page_asks_for_a_role(self):
+        for role, statuses in self.each((("caller", [200, 200, 200]), ("viewer", [403, 200, 200]),
+                                         ("admin", [403, 403, 200]))):
+            self.start_page(role)
+            keys = [self.add(one, role=one) for one in llm_proxy.ROLES]
+            for three in (keys, [keys[0], *reversed([*self.STEERING.values()])]):
+                self.assertEqual(self.statuses(*three), statuses)
+        self.assertEqual(self.ask(call(self.STEERING["ADMIN_KEY"])).json(), {"who": "ADMIN_KEY"})
+
+    def test_wrong_keys_are_counted_at_pages_too_even_where_anyone_may_call(self):
+        for policy in self.each(("anyone", "ann=sk-1")):
+            self.start_page("viewer", PROXY_API_KEYS=policy)
+            self.assertEqual(self.statuses(None), [401])
+            found = self.statuses(*["sk-x%d" % number for number in range(11)])
+            self.assertEqual(found, [401] * 10 + [429])
+            self.assertEqual(self.statuses(self.STEERING["VIEWER_KEY"], None), [200, 401])
+
+    def test_a_key_that_is_no_more_opens_no_page(self):
+        self.start_page("admin")
+        secret = self.add("boss", role="admin")
+        new = self.change("rotate", "boss").secret
+        self.assertEqual(self.statuses(secret, new), [401, 200])
+        self.change("revoke", "boss")
+        self.assertEqual(self.statuses(new), [401])
+
+    MODELS = (
+        ("gemma-3", 200), ("GEMMA-3", 200), ("google/gemma-3", 200), ("gpt-4o", 200),
+        ("openai/gpt-4o-2024-08-06", 200), ("gpt-4o-mini", 403), ("llama", 403), (None, 403),
+        ("cheap", 200), ("dear", 403))
+
+    def test_a_key_may_use_its_models_alone_in_every_spelling(self):
+        self.start(MODEL_ALIASES="cheap=gemma-3,dear=gpt-5")
+        ann, ben = self.add(models="gemma*,gpt-4o"), self.add("ben")
+        for model, status in self.each(self.MODELS):
+            answered = self.ask(call(ann, model=model))
+            self.assertEqual(answered.status, status)
+            if status == 403:
+                self.assertEqual(answered.error()["code"], "model_not_allowed")
+        called = self.stub.calls
+        for payload in self.each((
+                {"models": ["gemma-3", "llama"]}, {"fallbacks": ["llama"]},
+                {"fallbacks": [{"model": "llama"}]})):
+            self.assertEqual(self.ask(call(ann, model="gemma-3", **payload)).status, 403)
+        for path in self.each(("/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/unknown",
+                               "/v1beta/models/llama:generateContent", "/api/chat")):
+            self.assertEqual(self.ask(request("POST", path, chat(model="llama"), key=ann)).status, 403)
+        self.assertEqual(self.ask(request("POST", "/v1/files", b"x", key=ann)).status, 403)
+        self.assertEqual(self.stub.calls, called)
+        self.assertEqual(self.statuses(ben), [200])
+
+    def test_the_list_of_models_shows_what_a_key_may_use(self):
+        listed = {"object": "list", "data": [{"id": name} for name in ("gemma-3", "llama")]}
+        self.start(says_json(listed))
+        ann, ben, bound = self.add(models="gemma*"), self.add("ben"), self.add(
+            "cem", upstream="base")
+        for key, names in self.each(((ann, ["gemma-3"]), (ben, ["gemma-3", "llama"]),
+                                     (bound, ["gemma-3", "llama"]))):
+            for path in ("/v1/models", "/models"):
+                found = self.ask(request("GET", path, key=key)).json()
+                self.assertEqual([one["id"] for one in found["data"]], names)
+
+    def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
+        one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
+        ann, base, lost = self.add(upstream="two"), self.add("b", upstream="base"), self.add(
+            "c", upstream="gone")
+        for key, path, expected in self.each((
+                (ann, CHAT, "two"), (ann, "/two" + CHAT, "two"), (ann, "/one" + CHAT, 403),
+                (base, CHAT, "base"), (base, "/two" + CHAT, 403), (lost, CHAT, 403))):
+            answered = self.ask(request("POST", path, chat(), key=key))
+            found = answered.json()["from"] if answered.status == 200 else answered.status
+            self.assertEqual(found, expected)
+        self.assertEqual(two.requests[0].get("authorization"), "Bearer sk-two")
+        self.assertEqual(one.calls, 0)
+
+    def test_limits_of_a_key_and_of_its_team_hold_at_once(self):
+        self.start(LIMITS="each 9 requests per day; team:red 3 requests per day",
+                   LIMIT_REPLY="error")
+        ann, ben = self.add(team="red"), self.add("ben", team="red")
+        self.assertEqual(self.statuses(ann, ann, ben, ben), [200, 200, 200, 429])
+        self.change("set", "ann", team="", limits="4 requests per day")
+        self.assertEqual(self.statuses(*[ann] * 4), [200, 200, 200, 429])  # 7 of 9 were left
+        self.change("set", "ann", reset=True)
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_a_keys_rule_may_count_what_no_other_does(self):
+        self.start(says(completion(60, 0)), clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="100 tokens per day")
+        self.ask(call(ann, max_tokens=1))
+        self.assertEqual(self.left(ann), 40)
+        self.proxy.books.close(PATIENCE)
+        self.start(DATABASE=self.path, clock=self.proxy.clock, LIMITS="each 9 requests per day")
+        self.assertEqual(self.left(ann), 40)
+
+    def test_what_is_given_and_reset_counts_at_once_and_after_a_restart(self):
+        self.start(clock=Clock(), LIMITS="each 2 requests per day", LIMIT_REPLY="error",
+                   PROXY_API_KEYS="old=sk-old")
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, ann, ann), [200, 200, 429])
+        self.change("give", "ann", "5", "requests")
+        self.assertEqual(self.statuses(ann, "sk-old", "sk-old", "sk-old"), [200, 200, 200, 429])
+        self.change("reset", "old")
+        self.assertEqual(self.statuses("sk-old"), [200])
+        self.proxy.books.close(PATIENCE)
+        self.start(clock=self.proxy.clock, DATABASE=self.path, LIMITS="each 2 requests per day")
+        self.assertEqual(self.left(ann), 4)
+        self.proxy.clock.now += 86400
+        self.assertEqual(self.left(ann), 2)
+
+    def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
+        self.start()
+        self.change("give", "nobody", "5", "usd")
+        wait_for(lambda: "nobody has no bucket in usd here" in self.lines.text())
+
+    def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
+        for column, value in self.each((
+                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"), ("expires", "soon"),
+                ("subject", "x"), ("disabled", "no"), ("created", None), ("team", "a b"))):
+            self.start(PROXY_API_KEYS="anyone")
+            ann, ben = self.add(), self.add("ben")
+            before = self.proxy.callers
+            self.execute("UPDATE keys SET %s = %s WHERE name = 'ann'" % (
+                column, "NULL" if value is None else repr(value)))
+            wait_for(lambda: self.proxy.callers is not before)
+            self.assertEqual(self.statuses(ann, ben), [401, 200])
+            self.assertIn("in DATABASE cannot be read: it lets nobody in", self.lines.text())
+
+    def test_keys_that_cannot_be_read_any_more_change_nothing(self):
+        self.start()
+        ann = self.add()
+        self.execute("ALTER TABLE keys RENAME TO old")
+        wait_for(lambda: "the keys in DATABASE cannot be read" in self.lines.text())
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+        self.assertEqual(len(self.wait_for_rows(2)), 2)
+        self.execute("ALTER TABLE old RENAME TO keys")
+        self.add("ben")
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+
+    def test_keys_that_cannot_be_read_at_the_start_let_nobody_in(self):
+        self.start()
+        ann = self.add()
+        self.proxy.books.close(PATIENCE)
+        with mock.patch.object(llm_proxy.Database, "key_rows", side_effect=sqlite3.DatabaseError):
+            self.start(DATABASE=self.path)
+            self.assertEqual(self.statuses(ann, "x"), [401, 401])
+        wait_for(lambda: self.statuses(ann) == [200])
+
+    def test_a_database_that_is_deleted_opens_no_door(self):
+        self.start()
+        ann = self.add()
+        os.remove(self.path)
+        wait_for(lambda: self.statuses(ann) == [401])
+        self.assertEqual(self.statuses("x"), [401])
+        self.assertEqual(self.statuses(self.add("ben")), [200])
+
+    def test_when_a_key_was_used_is_known_to_the_minute(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann = self.add()
+        for seconds in (0, 59, 2):
+            clock.now += seconds
+            self.ask(call(ann))
+            keys = self.store()
+            wait_for(lambda: keys.find("ann").last_used == 1700001000 + seconds // 2 * 61 % 1769)
+
+    def test_people_behind_a_key_have_what_it_may(self):
+        self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
+        ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
+        self.assertEqual(client.exchange(call(ann, "X-User: u")).status, 403)
+        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 200)
+        self.assertEqual(self.wait_for_rows(2)[1]["caller"], "ann/u")
+        self.change("revoke", "ann")
+        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 401)
+
+    def test_changes_of_keys_leave_nothing_behind_in_a_connection(self):
+        self.start()
+        ann, client = self.add(), self.connect()
+        for number in range(3):
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            self.change("set", "ann", note=str(number))
+        connection, = self.server.open
+        sizes = {len(connection.last.cache)}
+        client.exchange(call(ann))
+        self.assertEqual(sizes, {len(connection.last.cache)})
+
+    def test_settings_that_are_read_again_leave_stored_keys_as_they_are(self):
+        self.start(clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="5 requests per day")
+        self.ask(call(ann))
+        new = {**self.proxy.config.texts, "LIMITS": "each 7 requests per day"}
+        config = read_config({name: text for name, text in new.items() if text})
+        self.on_loop(llm_proxy.rebuild, self.proxy, config)
+        self.assertEqual((self.left(ann), self.statuses("x")), (4, [401]))
 
 
 class FallbackTest(CallCase):
