@@ -8120,11 +8120,11 @@ class Database:
 
     def key_rows(self) -> Tuple[Any, ...]:
         """Returns (rows of keys, of their secrets, whether nobody else may call), all of one
-        moment."""
+        moment; when a key was used last is left out."""
         execute = self.connection.execute
         execute("BEGIN")
         with self.connection:
-            return (execute(KEYS_QUERY + " ORDER BY name").fetchall(),
+            return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
                     self.is_closed())
 
@@ -8246,7 +8246,8 @@ class KeyStore:
 
     def list(self) -> List[Key]:
         """Returns all that can be read, by name."""
-        return list(read_keys(self.database.key_rows(), b"").keys.values())
+        rows = self.database.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
+        return list(read_keys((rows, (), False), b"").keys.values())
 
     def find(self, name: str) -> Key:
         rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()

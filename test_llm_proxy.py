@@ -7259,7 +7259,8 @@ class KeyStoreTest(KeysCase):
         for act, name, fields, said in self.each((
                 ("add", "ann", {}, "stored already"), ("add", "a b", {}, "name must be"),
                 ("add", "", {}, "name must be"), ("add", "a" * 65, {}, "name must be"),
-                ("add", None, {}, "name must be text"), ("add", "ben", {"role": "root"}, "role must"),
+                ("add", None, {}, "name must be text"),
+                ("add", "ben", {"role": "root"}, "role must"),
                 ("add", "ben", {"expires": "soon"}, "expires must be such as"),
                 ("add", "ben", {"expires": 7}, "expires must be text"),
                 ("add", "ben", {"limits": "each 1 usd per day"}, "limits must be rules"),
@@ -7270,7 +7271,7 @@ class KeyStoreTest(KeysCase):
                 ("add", "ben", {"secret": "x"}, "no field secret"),
                 ("set", "ann", {"subject": "x"}, "no field subject"),
                 ("set", "ben", {}, "no key is stored by the name ben"),
-                ("rotate", "ben", {}, "no key"), ("rotate", "ann", {"grace": "1x"}, "grace must be"),
+                ("rotate", "ben", {}, "no key"), ("rotate", "ann", {"grace": "1x"}, "grace must"),
                 ("revoke", "ben", {}, "no key"), ("remove", "ben", {}, "no key"))):
             self.fails(said, act, name, **fields)
         for amount, unit, time in self.each((("0", "usd", None), ("1.5", "tokens", None),
@@ -7284,7 +7285,8 @@ class KeyStoreTest(KeysCase):
         for act, *arguments in (("revoke",), ("restore",), ("rotate", "1h"), ("reset",),
                                 ("give", "2", "usd", "1h"), ("remove",)):
             getattr(self.keys, act)("ann", *arguments)
-        rows = self.execute("SELECT who, role, address, what, target, detail FROM audit ORDER BY id")
+        rows = self.execute(
+            "SELECT who, role, address, what, target, detail FROM audit ORDER BY id")
         self.assertEqual({row[:3] + row[4:5] for row in rows}, {(*self.ACTOR, "ann")})
         self.assertEqual([(row[3], row[5]) for row in rows], [
             ("add key", "team=red"), ("revoke key", ""), ("restore key", ""),
@@ -7800,7 +7802,8 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
 
     def test_the_door_stays_open_where_anyone_may_call(self):
-        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day", LIMIT_REPLY="error")
+        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day",
+                   LIMIT_REPLY="error")
         ann = self.add()
         self.assertEqual(self.statuses("x", None, ann, ann), [200, 200, 200, 429])
 
@@ -7948,7 +7951,7 @@ class KeysTest(KeysCase):
             self.assertEqual(self.ask(call(ann, model="gemma-3", **payload)).status, 403)
         for path in self.each(("/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/unknown",
                                "/v1beta/models/llama:generateContent", "/api/chat")):
-            self.assertEqual(self.ask(request("POST", path, chat(model="llama"), key=ann)).status, 403)
+            self.assert_status(403, request("POST", path, chat(model="llama"), key=ann))
         self.assertEqual(self.ask(request("POST", "/v1/files", b"x", key=ann)).status, 403)
         self.assertEqual(self.stub.calls, called)
         self.assertEqual(self.statuses(ben), [200])
@@ -8018,8 +8021,8 @@ class KeysTest(KeysCase):
 
     def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
         for column, value in self.each((
-                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"), ("expires", "soon"),
-                ("subject", "x"), ("disabled", "no"), ("created", None), ("team", "a b"))):
+                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
+                ("expires", "soon"), ("subject", "x"), ("disabled", "no"), ("created", None), ("team", "a b"))):
             self.start(PROXY_API_KEYS="anyone")
             ann, ben = self.add(), self.add("ben")
             before = self.proxy.callers
@@ -9566,6 +9569,123 @@ class ProcessCase(ServerCase):
             if process.process.poll() is None:
                 return process
         raise AssertionError("it does not start: %r" % process.rows)
+
+
+class KeysCommandTest(ProcessCase):
+    def setUp(self):
+        self.folder = new_path(self)
+        self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
+
+    def keys(self, *arguments, **settings):
+        """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
+        return self.command("keys", *arguments, **{**self.settings, **settings}).finish()
+
+    def status(self, key):
+        return self.ask(call(key)).status
+
+    def test_a_command_beside_the_running_service_holds_within_a_second(self):
+        self.serve(**self.settings)
+        self.assertEqual(self.status("x"), 200)
+        code, out, err = self.keys("add", "ann", "--models", "m,n")
+        self.assertEqual((code, err), (0, llm_proxy.CLOSED + "\n"))
+        ann = out.strip()
+        for act, key, status in self.each((
+                ((), "x", 401), (("set", "ann", "--models", "n"), ann, 403),
+                (("set", "ann", "--models", ""), ann, 200), (("revoke", "ann"), ann, 401),
+                (("restore", "ann"), ann, 200), (("remove", "ann"), ann, 401))):
+            if act:
+                self.assertEqual(self.keys(*act), (0, "", ""))
+            ended = time.monotonic()
+            wait_for(lambda: self.status(key) == status)
+            self.assertLess(time.monotonic() - ended, 1)
+
+    def test_keys_can_be_listed_and_shown(self):
+        self.assertEqual(self.keys("list"), (0, "no keys yet\n", ""))
+        self.keys("add", "ann", "--note", "\x1b[2J" "x")
+        self.keys("add", "ann", "--note", "her laptop", "--expires", "30d")
+        _, out, _ = self.keys("list")
+        self.assertRegex(out, r"\Aname +role .*\nann +caller +- +20\d\d-.* her laptop +-\n\Z")
+        self.assertRegex(self.keys("show", "ann")[1], r"(?m)^note +her laptop$")
+        found = json.loads(self.keys("show", "ann", "--json")[1])
+        self.assertEqual(json.loads(self.keys("list", "--json")[1]), [found])
+        self.assertEqual((found["name"], found["disabled"]), ("ann", False))
+        self.assertEqual(found["expires"] - found["created"], 30 * 86400)
+
+    def test_only_a_new_secret_is_on_standard_output(self):
+        for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
+            code, out, err = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
+            self.assertRegex(out, r"\Ask-\S{43}\n\Z")
+            self.assertEqual((code, err), (0, ""))
+
+    def test_what_is_wrong_is_said(self):
+        self.keys("add", "ann")
+        for code, said, *arguments in self.each((
+                (1, "stored already", "add", "ann"),
+                (1, "expires must be", "add", "b", "--expires", "x"),
+                (1, "no key is stored by the name b", "give", "b", "2", "usd"),
+                (0, "", "give", "old", "2", "usd"), (0, "", "reset", "192.0.2.1"),
+                (1, "amount must be", "give", "ann", "x", "usd"),
+                (2, "invalid choice", "give", "ann", "2", "running"))):
+            found = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
+            self.assertEqual(found[:2], (code, ""))
+            self.assertIn(said, found[2])
+        self.assertEqual(self.keys("list", DATABASE="off"), (
+            2, "", "keys are stored in DATABASE, and that is off\n"))
+
+    def test_an_admins_key_is_made_at_each_start_and_ends_with_it(self):
+        file, keys = self.settings["DATABASE"] + ".admin-key", set()
+        for _ in range(2):
+            process = self.serve(**self.settings)
+            wait_for(lambda: process.said(
+                "dashboard: http://127.0.0.1:%d/dashboard with the key in %s" % (
+                    self.address[1], file)))
+            self.assertEqual(os.stat(file).st_mode & 0o777, 0o600)
+            with open(file, encoding="ascii") as stream:
+                key = stream.read().strip()
+            keys.add(key)
+            error = self.ask(call(key)).error()
+            self.assertEqual(error["code"], "key_not_for_calls")
+            self.assertFalse(process.said(key))
+            process.stop().wait()
+            self.assertFalse(os.path.exists(file))
+        self.assertEqual(len(keys), 2)
+
+    def test_no_admins_key_is_made_where_there_is_one_or_no_place_for_it(self):
+        for settings, said in self.each((
+                ({"DATABASE": "off"}, "needs ADMIN_KEY to be set"),
+                ({"ADMIN_KEY": "sk-0123456789abcdef"}, "/dashboard\n"),
+                ({"PUBLIC_URL": "https://llm.example.org"},
+                 "dashboard: https://llm.example.org/dashboard with the key in"))):
+            process = self.serve(**{**self.settings, **settings})
+            wait_for(lambda: process.said(said))
+            self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
+                             "PUBLIC_URL" in settings)
+            process.stop().wait()
+        self.keys("add", "boss", "--role", "admin")
+        process = self.serve(**self.settings)
+        wait_for(lambda: process.said("/dashboard\n"))
+
+    def test_the_file_of_an_admins_key_is_no_other_file(self):
+        file, other = self.settings["DATABASE"] + ".admin-key", os.path.join(self.folder, "other")
+        with open(other, "w", encoding="ascii") as stream:
+            stream.write("mine")
+        os.symlink(other, file)
+        process = self.serve(**self.settings)
+        wait_for(lambda: process.said("with the key in"))
+        self.assertFalse(os.path.islink(file))
+        with open(other, encoding="ascii") as stream:
+            self.assertEqual(stream.read(), "mine")
+
+    def test_an_admins_key_is_told_on_a_terminal(self):
+        config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "80"})
+        proxy = build(config, Lines())
+        self.addCleanup(proxy.loop.close)
+        self.addCleanup(proxy.books.close, PATIENCE)
+        words = llm_proxy.AdminKey(proxy).words(at_terminal=True)
+        page = re.escape("dashboard: http://[::1]:80/dashboard with the key ")
+        self.assertRegex(words[0], "^%s%s$" % (page, r"sk-\S{43}"))
+        found = proxy.callers.known_by(llm_proxy.digest(words[0].split()[-1]))
+        self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
 
 
 class CommandsTest(ProcessCase):
