@@ -1628,7 +1628,10 @@ def blinded(credential: bytes, secret: bytes) -> bytes:
 
 
 class StoredKeys:
-    """The keys of DATABASE as they were when they were read. `closed`: nobody else may call."""
+    """The keys of DATABASE as they were when they were read: in `rows`. `closed`: nobody else may
+    call. `faults` are sentences about what could not be read."""
+    rows: Optional[Tuple[Any, ...]] = None
+    faults: Sequence[str] = ()
 
     def __init__(self, secret: bytes, keys: Sequence[Key] = (),
                  secrets: Sequence[Tuple[bytes, str, Optional[float]]] = (), closed: bool = False):
@@ -1948,9 +1951,10 @@ class Buckets:
     def give(self, rule: Rule, key: BucketKey, amount: int, until: float, again: bool = False):
         """Lets a bucket hold so much more until then, and adds that, unless it was added before.
         What is left of it afterwards is kept as far as the rule lets it."""
-        one = self.level_of(rule, key)
+        if not again:
+            one = self.level_of(rule, key)
+            self.levels[key] = one._replace(level=one.level + amount)
         self.given.setdefault(key, []).append((amount, until))
-        self.levels[key] = one if again else one._replace(level=one.level + amount)
 
     def fill(self, owner: CallerKey):
         """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
@@ -8154,13 +8158,13 @@ class Database:
         (found,), = execute("SELECT value FROM facts WHERE name = 'secret'").fetchall()
         return bytes(found)
 
-    def key_rows(self) -> Tuple[Sequence[Any], Sequence[Any], bool]:
+    def key_rows(self) -> Tuple[Any, ...]:
         """Returns (rows of keys, of their secrets, whether nobody else may call), all of one
-        moment."""
+        moment; when a key was used last is left out."""
         execute = self.connection.execute
         execute("BEGIN")
         with self.connection:
-            return (execute(KEYS_QUERY + " ORDER BY name").fetchall(),
+            return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
                     self.is_closed())
 
@@ -8228,10 +8232,9 @@ class Order(NamedTuple):
     done: int
 
 
-def read_keys(rows: Tuple[Sequence[Any], Sequence[Any], bool], secret: bytes
-              ) -> Tuple[StoredKeys, List[str]]:
-    """Returns the keys of a database, and sentences about those that cannot be read."""
-    keys, secrets, closed = rows
+def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> StoredKeys:
+    """Returns the keys of Database.key_rows()."""
+    keys, secrets, is_closed = rows
     found = []
     faults = []
     for row in keys:
@@ -8241,7 +8244,10 @@ def read_keys(rows: Tuple[Sequence[Any], Sequence[Any], bool], secret: bytes
             faults.append("the key %.80r in DATABASE cannot be read: it lets nobody in" % row[:1])
     good = [(one, name, until if type(until) in (int, float, type(None)) else 0.0)
             for one, name, until in secrets if type(one) is bytes]
-    return StoredKeys(secret, found, good, closed), faults
+    stored = StoredKeys(secret, found, good, closed or is_closed)
+    stored.rows = rows
+    stored.faults = faults
+    return stored
 
 
 class KeyFault(ValueError):
@@ -8285,8 +8291,8 @@ class KeyStore:
 
     def list(self) -> List[Key]:
         """Returns all that can be read, by name."""
-        keys, _ = read_keys((self.database.key_rows()[0], (), False), b"")
-        return list(keys.keys.values())
+        rows = self.database.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
+        return list(read_keys((rows, (), False), b"").keys.values())
 
     def find(self, name: str) -> Key:
         rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
@@ -8475,7 +8481,6 @@ class Ledger(Writer):
         self.log = log
         self.keys = keys
         self.secret = secret
-        self.key_rows = ()
         self.used: Dict[str, float] = {}  # when keys were, by name
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
@@ -8549,14 +8554,13 @@ class Ledger(Writer):
         except sqlite3.Error as failure:
             return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
         self.version = version
-        if rows == self.key_rows and not orders:
+        if rows != self.keys.rows:
+            self.keys = read_keys(rows, self.secret, self.keys.closed)
+            for fault in self.keys.faults:
+                self.log.say(fault)
+        elif not orders:
             return
-        self.key_rows = rows
-        keys, faults = read_keys((*rows[:2], rows[2] or self.keys.closed), self.secret)
-        for fault in faults:
-            self.log.say(fault)
-        self.keys = keys
-        self.on_news(keys, orders)
+        self.on_news(self.keys, orders)
 
     def note_use(self, entries, now):
         """Writes when keys were used, to the minute."""
@@ -9639,8 +9643,8 @@ class Proxy:
             if method not in FREE_METHODS and self.config.unknown_calls == "pass":
                 raise ModelNotAllowed()
             return
-        if call.model != call.resolved_model and may_use(globs, call.model):
-            names[:1] = [call.model]  # an alias
+        if call.model in self.dialects.aliases and may_use(globs, call.model):
+            names[:1] = [call.model]
         if not names or not all([may_use(globs, name) for name in names]):
             raise ModelNotAllowed()
 
@@ -9939,6 +9943,8 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     keys = stored_keys(database, secret)
     if keys.closed:
         config.note_stored_keys()
+    for fault in keys.faults:
+        log.say(fault)
     limits = build_limits(config, Buckets(clock), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
@@ -9957,7 +9963,7 @@ def stored_keys(database: Optional[Database], secret: bytes) -> StoredKeys:
     if database is None:
         return StoredKeys(secret)
     try:
-        return read_keys(database.key_rows(), secret)[0]
+        return read_keys(database.key_rows(), secret)
     except sqlite3.Error:
         return StoredKeys(secret, closed=True)
 

@@ -1281,6 +1281,8 @@ class RulesTest(TableCase):
         each unlimited tokens per week -> tokens None 0
         key:ci-* 5 running -> running 5 inf
         all unlimited running -> running None 0
+        team:red 2 usd per day -> usd 2000000000000 4.32e-08
+        each,team:* 3 tokens per day -> tokens 3 28800
         """
 
     def test_a_rule_is_a_bucket(self):
@@ -1312,6 +1314,7 @@ class RulesTest(TableCase):
         key: 1 requests per day -> 'key:'
         each,key:a 1 requests per day -> 'each,key:a'
         all,address 1 requests per day -> 'all,address'
+        team: 1 requests per day -> 'team:'
         each -> the end
         each 1 usd per day burst 0.0000001 -> '0.0000001'
         each 2 running per day -> 'per'
@@ -2012,6 +2015,99 @@ class RulesTogetherTest(LimitsCase):
             with awaited(admission):
                 self.assertEqual(self.left(), left)
             self.assertEqual(self.left(), 6)
+
+
+class KeysRulesTest(LimitsCase):
+    """Rules of teams, and of keys themselves."""
+
+    def key(self, name, limits=None, team=None):
+        rules = llm_proxy.rules_of_one(limits) if limits else ()
+        return llm_proxy.Key(name, team=team, limits=limits, subject=name.encode(), rules=rules)
+
+    def caller(self, name, **fields):
+        key = self.key(name, **fields)
+        return llm_proxy.Caller(("key", key.subject), name, stored_key=key)
+
+    def ask(self, one, *amounts):
+        return awaited(self.limits.admit(one, "1", "m", costs(*amounts)))
+
+    def test_a_team_is_charged_beside_its_members(self):
+        self.start("each 5 requests per hour; team:r* 3 requests per hour")
+        for name, team, left in self.each((
+                ("ann", "red", 2), ("ben", "red", 1), ("cem", "blue", 4), ("dan", None, 4))):
+            self.assertEqual(self.ask(self.caller(name, team=team), 1).tightest.level, left)
+        self.ask(self.caller("ann", team="red"), 1)
+        with self.assertRaises(LimitReached) as caught:
+            self.ask(self.caller("ben", team="red"), 1)
+        self.assertEqual(caught.exception.cause, "team:r* 3 requests per hour")
+
+    def test_each_member_of_a_team_may_have_a_bucket(self):
+        self.start("each,team:red 1 requests per hour")
+        for name in ("ann", "ben"):
+            self.ask(self.caller(name, team="red"), 1)
+        self.ask(self.caller("cem"), 9)
+        self.assertEqual([level for _, level in self.levels()], [0, 0])
+
+    def test_a_keys_own_rule_replaces_the_general_one_of_its_unit_and_duration(self):
+        self.start("each 5 requests per hour; key:ann 7 requests per hour; each 9 tokens per day;"
+                   "all 99 requests per hour")
+        for limits, expected in self.each("""
+                3 requests per hour -> each 3 requests per hour, each 9 tokens per day
+                unlimited requests per hour -> each 9 tokens per day
+                3 requests per 1h; 1 usd per day -> each 3 requests per 1h, each 1 usd per day, \
+each 9 tokens per day
+                3 requests per day -> each 3 requests per day, key:ann 7 requests per hour, \
+each 9 tokens per day"""):
+            found = self.limits.matching(self.caller("ann", limits=limits), "1", "m")
+            texts = [rule.text for rule, _ in found]
+            self.assertEqual(texts[:-1], expected.split(", "))
+
+    def test_the_one_bucket_of_the_plain_settings_is_a_general_rule_too(self):
+        config = read_config({**HERE, "MAX_TOKENS": "5"})
+        limits = llm_proxy.build_limits(config, Buckets(Clock()), {})
+        one = self.caller("ann", limits="9 requests per 5m")
+        texts = [rule.text for rule, _ in limits.matching(one, "1", "m")]
+        self.assertEqual(texts, ["each 9 requests per 5m"])
+
+    def change(self, old, new, general="each 10 requests per hour"):
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        self.start(general)
+        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.ask(self.caller("ann", limits=old), 2)
+        rules = llm_proxy.rules_of_one(new) if new else ()
+        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        return self.levels()
+
+    def test_a_changed_rules_bucket_keeps_its_share(self):
+        for old, new, left in self.each((
+                ("10 requests per hour", "100 requests per hour", 80),
+                ("20 requests per hour", "5 requests per day", 9),  # the general one counts now
+                (None, "20 requests per hour", 16), ("20 requests per hour", None, 9),
+                ("10 requests per hour", "10 requests per hour; 5 usd per day", 8))):
+            self.assertEqual([level for _, level in self.change(old, new)], [left])
+        self.assertEqual(self.change("10 requests per day", "5 tokens per day"),
+                         [("each 10 requests per hour", 8)])
+
+    def test_what_is_given_is_beyond_the_rule_for_a_time(self):
+        self.start("each 5 requests per hour")
+        ann = self.caller("ann")
+        self.ask(ann, 4)
+        self.assertEqual(self.limits.give(ann, "requests", 6, self.clock.now + 100), 1)
+        self.assertEqual(self.limits.give(ann, "usd", 6, self.clock.now + 100), 0)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 6)
+        self.assertEqual([level for _, level in self.levels()], [6])  # and is saved, though full
+        self.clock.now += 100
+        self.assertEqual(self.ask(ann, 0).tightest.level, 5)
+        self.assertEqual(self.buckets.given, {})
+
+    def test_what_is_given_lifts_a_debt_and_ends_with_its_time(self):
+        self.start("each 5 requests per 5h")
+        ann = self.caller("ann")
+        self.ask(ann, 5).settle(costs(9))
+        self.limits.give(ann, "requests", 6, self.clock.now + 10)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+        self.clock.now += 3600
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
 
 
 class LimitsOverHttpTest(ProxyCase):
@@ -7112,6 +7208,139 @@ class LedgerTest(LedgerCase):
             self.assertEqual(path.read_bytes(), data)
 
 
+class KeysCase(LedgerCase):
+    """A proxy with a ledger, whose keys are changed by another connection, as a command does."""
+    ACTOR = llm_proxy.Actor("ida", "admin", "command line")
+
+    def store(self, path=None, clock=None):
+        database = llm_proxy.Database(path or self.path)
+        self.addCleanup(database.connection.close)
+        return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
+
+    def change(self, act, *arguments, **fields):
+        """Changes keys; returns what came of it when the proxy knows."""
+        before = self.proxy.callers
+        result = getattr(self.store(), act)(*arguments, **fields)
+        wait_for(lambda: self.proxy.callers is not before, "the change")
+        return result
+
+    def add(self, name="ann", **fields):
+        """Returns the secret of a new key."""
+        return self.change("add", name, **fields).secret
+
+    def execute(self, *statements, path=None):
+        with contextlib.closing(sqlite3.connect(path or self.path)) as connection:
+            found = [connection.execute(statement).fetchall() for statement in statements]
+            connection.commit()
+        return found[-1]
+
+    def statuses(self, *keys):
+        return [self.ask(call(key)).status for key in keys]
+
+
+class KeyStoreTest(KeysCase):
+    def setUp(self):
+        self.path, self.clock = new_path(self, "llm_proxy.db"), Clock()
+        self.keys = self.store(clock=self.clock)
+
+    def fails(self, said, act, *arguments, **fields):
+        with self.assertRaisesRegex(llm_proxy.KeyFault, said):
+            getattr(self.keys, act)(*arguments, **fields)
+
+    FIELDS = {"role": "caller", "team": "red", "expires": "30d", "models": "gemma*,gpt-4*",
+              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web app",
+              "note": "ann's laptop"}
+
+    def test_what_is_said_of_a_key_is_kept_and_can_be_changed_and_taken_away(self):
+        made = self.keys.add("ann", **self.FIELDS)
+        self.assertRegex(made.secret, "^sk-[A-Za-z0-9_-]{43}$")
+        now = self.clock.time_ns() / 1e9
+        expected = {"name": "ann", **self.FIELDS, "created": now, "expires": now + 30 * 86400,
+                    "disabled": False, "last_used": None}
+        self.assertEqual(self.keys.find("ann").as_dict(), expected)
+        self.assertEqual([key.as_dict() for key in self.keys.list()], [expected])
+        self.clock.now += 99
+        self.keys.set("ann", expires="1h", team="", models=None, limits="7 running")
+        changed = {**expected, "expires": now + 3600, "team": None, "models": None,
+                   "limits": "7 running"}
+        self.assertEqual(self.keys.find("ann").as_dict(), changed)
+        self.keys.set("ann", **dict.fromkeys(self.FIELDS, ""))
+        bare = {**changed, **dict.fromkeys(self.FIELDS), "role": "caller"}
+        self.assertEqual(self.keys.find("ann").as_dict(), bare)
+
+    def test_no_secret_is_stored(self):
+        made = self.keys.add("ann")
+        again = self.keys.rotate("ann", "1h")
+        self.keys.database.connection.close()
+        with open(self.path, "rb") as file:
+            data = file.read()
+        for secret in (made.secret, again.secret):
+            self.assertNotIn(secret.encode(), data)
+            self.assertIn(llm_proxy.digest(secret), data)
+
+    def test_what_is_wrong_is_said_and_changes_nothing(self):
+        self.keys.add("ann")
+        for act, name, fields, said in self.each((
+                ("add", "ann", {}, "stored already"), ("add", "a b", {}, "name must be"),
+                ("add", "", {}, "name must be"), ("add", "a" * 65, {}, "name must be"),
+                ("add", None, {}, "name must be text"),
+                ("add", "ben", {"role": "root"}, "role must"),
+                ("add", "ben", {"expires": "soon"}, "expires must be such as"),
+                ("add", "ben", {"expires": 7}, "expires must be text"),
+                ("add", "ben", {"limits": "each 1 usd per day"}, "limits must be rules"),
+                ("add", "ben", {"models": "a,,b"}, "models must be"),
+                ("add", "ben", {"note": "a\nb"}, "note must be one line"),
+                ("add", "ben", {"tag": "x" * 65}, "tag must be one line"),
+                ("add", "ben", {"upstream": "A/B"}, "upstream must be"),
+                ("add", "ben", {"secret": "x"}, "no field secret"),
+                ("set", "ann", {"subject": "x"}, "no field subject"),
+                ("set", "ben", {}, "no key is stored by the name ben"),
+                ("rotate", "ben", {}, "no key"), ("rotate", "ann", {"grace": "1x"}, "grace must"),
+                ("revoke", "ben", {}, "no key"), ("remove", "ben", {}, "no key"))):
+            self.fails(said, act, name, **fields)
+        for amount, unit, time in self.each((("0", "usd", None), ("1.5", "tokens", None),
+                                             ("1", "running", None), ("1", "usd", "1x"))):
+            self.fails("must be", "give", "ann", amount, unit, time)
+        self.assertEqual([key.name for key in self.keys.list()], ["ann"])
+        self.assertEqual(self.execute("SELECT count(*) FROM audit"), [(1,)])
+
+    def test_every_change_is_in_the_audit(self):
+        self.keys.add("ann", team="red")
+        for act, *arguments in (("revoke",), ("restore",), ("rotate", "1h"), ("reset",),
+                                ("give", "2", "usd", "1h"), ("remove",)):
+            getattr(self.keys, act)("ann", *arguments)
+        rows = self.execute(
+            "SELECT who, role, address, what, target, detail FROM audit ORDER BY id")
+        self.assertEqual({row[:3] + row[4:5] for row in rows}, {(*self.ACTOR, "ann")})
+        self.assertEqual([(row[3], row[5]) for row in rows], [
+            ("add key", "team=red"), ("revoke key", ""), ("restore key", ""),
+            ("rotate key", "grace 1h"), ("reset", ""), ("give", "2 usd for 1h"),
+            ("remove key", "")])
+        (found,), = self.execute("SELECT max(time) FROM audit")
+        self.assertLess(abs(found - time.time()), 60)
+
+    def test_a_hundred_keys_made_at_once_are_all_there(self):
+        made = []
+
+        def make(number):
+            keys = self.store(clock=self.clock)
+            made.extend(keys.add("%d.%d" % (number, one)).secret for one in range(5))
+        with threads([functools.partial(make, number) for number in range(20)]):
+            pass
+        self.assertEqual((len(self.keys.list()), len(set(made))), (100, 100))
+        digests = {row[0] for row in self.execute("SELECT digest FROM secrets")}
+        self.assertEqual(digests, set(map(llm_proxy.digest, made)))
+
+    def test_the_first_key_of_a_caller_closes_the_door_for_good(self):
+        self.assertFalse(self.keys.add("boss", role="admin").closes)
+        self.assertFalse(self.keys.database.is_closed())
+        self.assertTrue(self.keys.add("ann").closes)
+        self.assertFalse(self.keys.add("ben").closes)
+        for name in ("ann", "ben"):
+            self.keys.remove(name)
+        self.assertTrue(self.keys.database.is_closed())
+
+
 class BalanceTest(LedgerCase):
     """The books balance: each bucket lacks exactly what the ledger says was charged to it."""
     RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
@@ -7583,6 +7812,316 @@ class SettlingTest(LedgerCase):
             body = {**json.loads(completion(50, 0)), **json.loads(told)}
             self.start(says(json.dumps(body).encode()))
             self.assert_status(200, call(model="gpt-4o-mini"), "x-llm-cost-usd: " + usd)
+
+
+class KeysTest(KeysCase):
+    def test_the_first_key_closes_the_door_and_keys_of_the_settings_go_on_working(self):
+        self.start()
+        self.assertEqual(self.statuses("x", None), [200, 200])
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
+        self.assertIn("nobody may call without one from now on", self.lines.text())
+        self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
+        self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
+        self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
+
+    def test_the_door_stays_open_where_anyone_may_call(self):
+        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day",
+                   LIMIT_REPLY="error")
+        ann = self.add()
+        self.assertEqual(self.statuses("x", None, ann, ann), [200, 200, 200, 429])
+
+    def test_the_door_is_closed_at_the_next_start_too(self):
+        self.start()
+        self.add()
+        self.change("remove", "ann")
+        self.assertEqual(self.statuses("x"), [401])
+        self.start(DATABASE=self.path)
+        self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
+        self.assertEqual(self.proxy.config.web_origins, ("*",))
+
+    def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
+        config = read_config({"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"})
+        self.assertEqual(config.host, "127.0.0.1")
+        config.note_stored_keys()
+        self.assertEqual(config.host, "0.0.0.0")
+        self.assertEqual(config.warnings(), [])
+
+    def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
+        for policy, act in self.each(itertools.product(
+                ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
+            if (policy, act) == ("anyone", "remove"):
+                continue  # nobody knows it any more
+            clock = Clock()
+            self.start(clock=clock, PROXY_API_KEYS=policy)
+            ann = self.add(expires="30d")
+            client = self.connect()
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            clock.now += 60
+            self.change(act, "ann", **{"expires": "1m"} if act == "set" else {})
+            self.assertEqual(client.exchange(call(ann)).status, 401)
+            self.assertEqual(self.stub.calls, 1)
+
+    def test_a_key_that_expires_is_a_401_from_then_on(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, client = self.add(expires="1m"), self.connect()
+        for seconds, status in self.each(((0, 200), (59, 200), (1, 401), (60, 401))):
+            clock.now += seconds
+            self.assertEqual(client.exchange(call(ann)).status, status)
+        self.change("set", "ann", expires="never")
+        self.assertEqual(client.exchange(call(ann)).status, 200)
+
+    def test_a_revoked_key_is_let_in_again_when_it_is_restored(self):
+        self.start()
+        ann = self.add()
+        self.change("revoke", "ann")
+        self.assertEqual(self.statuses(ann), [401])
+        self.change("restore", "ann")
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_rotation_changes_the_secret_and_nothing_else(self):
+        self.start(clock=Clock(), MAX_TOKENS=10)
+        first = self.add(team="red")
+        self.ask(call(first))
+        second = self.change("rotate", "ann").secret
+        third = self.change("rotate", "ann", "1h").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 200, 200])
+        self.assertEqual((self.left(second), self.left(third)), (7, 7))
+        rows = self.wait_for_rows(4)
+        self.assertEqual([row["caller"] for row in rows], ["ann", "127.0.0.1", "ann", "ann"])
+        self.proxy.clock.now += 3600
+        self.assertEqual(self.statuses(second, third), [401, 200])
+
+    def test_a_rotation_without_grace_ends_all_secrets_before(self):
+        self.start()
+        first = self.add()
+        second = self.change("rotate", "ann", "1h").secret
+        third = self.change("rotate", "ann").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 401, 200])
+
+    STEERING = {"ADMIN_KEY": "sk-admin-0123456789", "VIEWER_KEY": "sk-viewer-0123456789"}
+
+    def test_keys_of_viewers_and_admins_make_no_calls_and_never_go_upstream(self):
+        for settings in self.each(({"PROXY_API_KEYS": "anyone"}, {"BASE_API_KEY": "passthrough"},
+                                   {"PROXY_API_KEYS": "ann=sk-1"})):
+            self.start(**self.STEERING, **settings)
+            stored = [self.add(role, role=role) for role in ("viewer", "admin")]
+            for key in [*self.STEERING.values(), *stored]:
+                for data in (call(key), request("GET", "/v1/files", key=key)):
+                    self.assertEqual(self.ask(data).error()["code"], "key_not_for_calls")
+            self.assertEqual(self.stub.calls, 0)
+            self.assertFalse(self.execute("SELECT * FROM facts WHERE name = 'closed'"))
+
+    def test_a_stored_key_never_goes_up_where_callers_show_their_own(self):
+        stubs = self.start_named("free", "UPSTREAM_FREE_MODELS=m BASE_API_KEY=passthrough"
+                                 " PROXY_API_KEYS=anyone")
+        ann = self.add()
+        self.assertEqual(self.ask(call(ann, model="x")).error()["code"], "upstream_not_allowed")
+        self.assertEqual(self.statuses(ann), [200])
+        self.assertEqual((self.stub.calls, stubs[0].requests[0].get("authorization")), (0, None))
+
+    def start_page(self, role, **settings):
+        """A page at /v1/x for a role."""
+        self.start(**{**self.STEERING, **settings})
+
+        async def page(request, reply):
+            self.proxy.require_role(request, reply.entry, role)
+            reply.send(200, json.dumps({"who": reply.entry.caller.label}).encode())
+        self.server.pages.find = lambda request: page
+
+    def test_a_page_asks_for_a_role(self):
+        for role, statuses in self.each((("caller", [200, 200, 200]), ("viewer", [403, 200, 200]),
+                                         ("admin", [403, 403, 200]))):
+            self.start_page(role)
+            keys = [self.add(one, role=one) for one in llm_proxy.ROLES]
+            for three in (keys, [keys[0], *reversed([*self.STEERING.values()])]):
+                self.assertEqual(self.statuses(*three), statuses)
+        self.assertEqual(self.ask(call(self.STEERING["ADMIN_KEY"])).json(), {"who": "ADMIN_KEY"})
+
+    def test_wrong_keys_are_counted_at_pages_too_even_where_anyone_may_call(self):
+        for policy in self.each(("anyone", "ann=sk-1")):
+            self.start_page("viewer", PROXY_API_KEYS=policy)
+            self.assertEqual(self.statuses(None), [401])
+            found = self.statuses(*["sk-x%d" % number for number in range(11)])
+            self.assertEqual(found, [401] * 10 + [429])
+            self.assertEqual(self.statuses(self.STEERING["VIEWER_KEY"], None), [200, 401])
+
+    def test_a_key_that_is_no_more_opens_no_page(self):
+        self.start_page("admin")
+        secret = self.add("boss", role="admin")
+        new = self.change("rotate", "boss").secret
+        self.assertEqual(self.statuses(secret, new), [401, 200])
+        self.change("revoke", "boss")
+        self.assertEqual(self.statuses(new), [401])
+
+    MODELS = (
+        ("gemma-3", 200), ("GEMMA-3", 200), ("google/gemma-3", 200), ("gpt-4o", 200),
+        ("openai/gpt-4o-2024-08-06", 200), ("gpt-4o-mini", 403), ("llama", 403), (None, 403),
+        ("cheap", 200), ("dear", 403))
+
+    def test_a_key_may_use_its_models_alone_in_every_spelling(self):
+        self.start(MODEL_ALIASES="cheap=gemma-3,dear=gpt-5")
+        ann, ben = self.add(models="gemma*,gpt-4o"), self.add("ben")
+        for model, status in self.each(self.MODELS):
+            answered = self.ask(call(ann, model=model))
+            self.assertEqual(answered.status, status)
+            if status == 403:
+                self.assertEqual(answered.error()["code"], "model_not_allowed")
+        called = self.stub.calls
+        for payload in self.each((
+                {"models": ["gemma-3", "llama"]}, {"fallbacks": ["llama"]},
+                {"fallbacks": [{"model": "llama"}]})):
+            self.assertEqual(self.ask(call(ann, model="gemma-3", **payload)).status, 403)
+        for path in self.each(("/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/unknown",
+                               "/v1beta/models/llama:generateContent", "/api/chat")):
+            self.assert_status(403, request("POST", path, chat(model="llama"), key=ann))
+        self.assertEqual(self.ask(request("POST", "/v1/files", b"x", key=ann)).status, 403)
+        self.assertEqual(self.stub.calls, called)
+        self.assertEqual(self.statuses(ben), [200])
+
+    def test_the_list_of_models_shows_what_a_key_may_use(self):
+        listed = {"object": "list", "data": [{"id": name} for name in ("gemma-3", "llama")]}
+        self.start(says_json(listed))
+        ann, ben, bound = self.add(models="gemma*"), self.add("ben"), self.add(
+            "cem", upstream="base")
+        for key, names in self.each(((ann, ["gemma-3"]), (ben, ["gemma-3", "llama"]),
+                                     (bound, ["gemma-3", "llama"]))):
+            for path in ("/v1/models", "/models"):
+                found = self.ask(request("GET", path, key=key)).json()
+                self.assertEqual([one["id"] for one in found["data"]], names)
+
+    def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
+        one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
+        ann, base, lost = self.add(upstream="two"), self.add("b", upstream="base"), self.add(
+            "c", upstream="gone")
+        for key, path, expected in self.each((
+                (ann, CHAT, "two"), (ann, "/two" + CHAT, "two"), (ann, "/one" + CHAT, 403),
+                (base, CHAT, "base"), (base, "/two" + CHAT, 403), (lost, CHAT, 403))):
+            answered = self.ask(request("POST", path, chat(), key=key))
+            found = answered.json()["from"] if answered.status == 200 else answered.status
+            self.assertEqual(found, expected)
+        self.assertEqual(two.requests[0].get("authorization"), "Bearer sk-two")
+        self.assertEqual(one.calls, 0)
+
+    def test_limits_of_a_key_and_of_its_team_hold_at_once(self):
+        self.start(LIMITS="each 9 requests per day; team:red 3 requests per day",
+                   LIMIT_REPLY="error")
+        ann, ben = self.add(team="red"), self.add("ben", team="red")
+        self.assertEqual(self.statuses(ann, ann, ben, ben), [200, 200, 200, 429])
+        self.change("set", "ann", team="", limits="4 requests per day")
+        self.assertEqual(self.statuses(*[ann] * 4), [200, 200, 200, 429])  # 7 of 9 were left
+        self.change("set", "ann", reset=True)
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_a_keys_rule_may_count_what_no_other_does(self):
+        self.start(says(completion(60, 0)), clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="100 tokens per day")
+        self.ask(call(ann, max_tokens=1))
+        self.assertEqual(self.left(ann), 40)
+        self.proxy.books.close(PATIENCE)
+        self.start(DATABASE=self.path, clock=self.proxy.clock, LIMITS="each 9 requests per day")
+        self.assertEqual(self.left(ann), 40)
+
+    def test_what_is_given_and_reset_counts_at_once_and_after_a_restart(self):
+        self.start(clock=Clock(), LIMITS="each 2 requests per day", LIMIT_REPLY="error",
+                   PROXY_API_KEYS="old=sk-old")
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, ann, ann), [200, 200, 429])
+        self.change("give", "ann", "5", "requests")
+        self.assertEqual(self.statuses(ann, "sk-old", "sk-old", "sk-old"), [200, 200, 200, 429])
+        self.change("reset", "old")
+        self.assertEqual(self.statuses("sk-old"), [200])
+        self.proxy.books.close(PATIENCE)
+        self.start(clock=self.proxy.clock, DATABASE=self.path, LIMITS="each 2 requests per day")
+        self.assertEqual(self.left(ann), 4)
+        self.proxy.clock.now += 86400
+        self.assertEqual(self.left(ann), 2)
+
+    def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
+        self.start()
+        self.change("give", "nobody", "5", "usd")
+        wait_for(lambda: "nobody has no bucket in usd here" in self.lines.text())
+
+    def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
+        for column, value in self.each((
+                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
+                ("expires", "soon"), ("subject", "x"), ("disabled", "no"), ("created", None),
+                ("team", "a b"))):
+            self.start(PROXY_API_KEYS="anyone")
+            ann, ben = self.add(), self.add("ben")
+            before = self.proxy.callers
+            self.execute("UPDATE keys SET %s = %s WHERE name = 'ann'" % (
+                column, "NULL" if value is None else repr(value)))
+            wait_for(lambda: self.proxy.callers is not before)
+            self.assertEqual(self.statuses(ann, ben), [401, 200])
+            self.assertIn("in DATABASE cannot be read: it lets nobody in", self.lines.text())
+
+    def test_keys_that_cannot_be_read_any_more_change_nothing(self):
+        self.start()
+        ann = self.add()
+        self.execute("ALTER TABLE keys RENAME TO old")
+        wait_for(lambda: "the keys in DATABASE cannot be read" in self.lines.text())
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+        self.assertEqual(len(self.wait_for_rows(2)), 2)
+        self.execute("ALTER TABLE old RENAME TO keys")
+        self.add("ben")
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+
+    def test_keys_that_cannot_be_read_at_the_start_let_nobody_in(self):
+        self.start()
+        ann = self.add()
+        self.proxy.books.close(PATIENCE)
+        with mock.patch.object(llm_proxy.Database, "key_rows", side_effect=sqlite3.DatabaseError):
+            self.start(DATABASE=self.path)
+            self.assertEqual(self.statuses(ann, "x"), [401, 401])
+        wait_for(lambda: self.statuses(ann) == [200])
+
+    def test_a_database_that_is_deleted_opens_no_door(self):
+        self.start()
+        ann = self.add()
+        os.remove(self.path)
+        wait_for(lambda: self.statuses(ann) == [401])
+        self.assertEqual(self.statuses("x"), [401])
+        self.assertEqual(self.statuses(self.add("ben")), [200])
+
+    def test_when_a_key_was_used_is_known_to_the_minute(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, keys = self.add(), self.store()
+        for seconds, used in self.each(((0, 1000), (59, 1000), (2, 1061))):
+            clock.now += seconds
+            self.ask(call(ann))
+            wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
+
+    def test_people_behind_a_key_have_what_it_may(self):
+        self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
+        ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
+        self.assertEqual(client.exchange(call(ann, "X-User: u")).status, 403)
+        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 200)
+        self.assertEqual(self.wait_for_rows(2)[1]["caller"], "ann/u")
+        self.change("revoke", "ann")
+        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 401)
+
+    def test_changes_of_keys_leave_nothing_behind_in_a_connection(self):
+        self.start()
+        ann, client = self.add(), self.connect()
+        for number in range(3):
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            self.change("set", "ann", note=str(number))
+        connection, = self.server.open
+        sizes = {len(connection.last.cache)}
+        client.exchange(call(ann))
+        self.assertEqual(sizes, {len(connection.last.cache)})
+
+    def test_settings_that_are_read_again_leave_stored_keys_as_they_are(self):
+        self.start(clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="5 requests per day")
+        self.ask(call(ann))
+        new = {**self.proxy.config.texts, "LIMITS": "each 7 requests per day"}
+        config = read_config({name: text for name, text in new.items() if text})
+        self.on_loop(llm_proxy.rebuild, self.proxy, config)
+        self.assertEqual((self.left(ann), self.statuses("x")), (4, [401]))
 
 
 class FallbackTest(CallCase):
@@ -9228,6 +9767,124 @@ class ProcessCase(ServerCase):
             if process.process.poll() is None:
                 return process
         raise AssertionError("it does not start: %r" % process.rows)
+
+
+class KeysCommandTest(ProcessCase):
+    def setUp(self):
+        self.folder = new_path(self)
+        self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
+
+    def keys(self, *arguments, **settings):
+        """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
+        return self.command("keys", *arguments, **{**self.settings, **settings}).finish()
+
+    def status(self, key):
+        return self.ask(call(key)).status
+
+    def test_a_command_beside_the_running_service_holds_within_a_second(self):
+        self.serve(**self.settings)
+        self.assertEqual(self.status("x"), 200)
+        code, out, err = self.keys("add", "ann", "--models", "m,n")
+        self.assertEqual((code, err), (0, llm_proxy.CLOSED + "\n"))
+        ann = out.strip()
+        for act, key, status in self.each((
+                ((), "x", 401), (("set", "ann", "--models", "n"), ann, 403),
+                (("set", "ann", "--models", ""), ann, 200), (("revoke", "ann"), ann, 401),
+                (("restore", "ann"), ann, 200), (("remove", "ann"), ann, 401))):
+            if act:
+                self.assertEqual(self.keys(*act), (0, "", ""))
+            ended = time.monotonic()
+            # Ten wrong keys were counted, maybe, while this waited.
+            wait_for(lambda: self.status(key) in (status, 429 if status == 401 else status))
+            self.assertLess(time.monotonic() - ended, 1)
+
+    def test_keys_can_be_listed_and_shown(self):
+        self.assertEqual(self.keys("list"), (0, "no keys yet\n", ""))
+        self.keys("add", "ann", "--note", "\x1b[2J" "x")
+        self.keys("add", "ann", "--note", "her laptop", "--expires", "30d")
+        _, out, _ = self.keys("list")
+        self.assertRegex(out, r"\Aname +role .*\nann +caller +- +20\d\d-.* her laptop +-\n\Z")
+        self.assertRegex(self.keys("show", "ann")[1], r"(?m)^note +her laptop$")
+        found = json.loads(self.keys("show", "ann", "--json")[1])
+        self.assertEqual(json.loads(self.keys("list", "--json")[1]), [found])
+        self.assertEqual((found["name"], found["disabled"]), ("ann", False))
+        self.assertEqual(found["expires"] - found["created"], 30 * 86400)
+
+    def test_only_a_new_secret_is_on_standard_output(self):
+        for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
+            code, out, err = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
+            self.assertRegex(out, r"\Ask-\S{43}\n\Z")
+            self.assertEqual((code, err), (0, ""))
+
+    def test_what_is_wrong_is_said(self):
+        self.keys("add", "ann")
+        for code, said, *arguments in self.each((
+                (1, "stored already", "add", "ann"),
+                (1, "expires must be", "add", "b", "--expires", "x"),
+                (1, "no key is stored by the name b", "give", "b", "2", "usd"),
+                (0, "", "give", "old", "2", "usd"), (0, "", "reset", "192.0.2.1"),
+                (1, "amount must be", "give", "ann", "x", "usd"),
+                (2, "invalid choice", "give", "ann", "2", "running"))):
+            found = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
+            self.assertEqual(found[:2], (code, ""))
+            self.assertIn(said, found[2])
+        self.assertEqual(self.keys("list", DATABASE="off"), (
+            2, "", "keys are stored in DATABASE, and that is off\n"))
+
+    def test_an_admins_key_is_made_at_each_start_and_ends_with_it(self):
+        file, keys = self.settings["DATABASE"] + ".admin-key", set()
+        for _ in range(2):
+            process = self.serve(**self.settings)
+            wait_for(lambda: process.said(
+                "dashboard: http://127.0.0.1:%d/dashboard with the key in %s" % (
+                    self.address[1], file)))
+            self.assertEqual(os.stat(file).st_mode & 0o777, 0o600)
+            with open(file, encoding="ascii") as stream:
+                key = stream.read().strip()
+            keys.add(key)
+            error = self.ask(call(key)).error()
+            self.assertEqual(error["code"], "key_not_for_calls")
+            self.assertFalse(process.said(key))
+            process.stop().wait()
+            self.assertFalse(os.path.exists(file))
+        self.assertEqual(len(keys), 2)
+
+    def test_no_admins_key_is_made_where_there_is_one_or_no_place_for_it(self):
+        for settings, said in self.each((
+                ({"DATABASE": "off"}, "needs ADMIN_KEY to be set"),
+                ({"ADMIN_KEY": "sk-0123456789abcdef"}, "/dashboard\n"),
+                ({"PUBLIC_URL": "https://llm.example.org"},
+                 "dashboard: https://llm.example.org/dashboard with the key in"))):
+            process = self.serve(**{**self.settings, **settings})
+            wait_for(lambda: process.said(said))
+            self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
+                             "PUBLIC_URL" in settings)
+            process.stop().wait()
+        self.keys("add", "boss", "--role", "admin")
+        process = self.serve(**self.settings)
+        wait_for(lambda: process.said("/dashboard\n"))
+
+    def test_the_file_of_an_admins_key_is_no_other_file(self):
+        file, other = self.settings["DATABASE"] + ".admin-key", os.path.join(self.folder, "other")
+        with open(other, "w", encoding="ascii") as stream:
+            stream.write("mine")
+        os.symlink(other, file)
+        process = self.serve(**self.settings)
+        wait_for(lambda: process.said("with the key in"))
+        self.assertFalse(os.path.islink(file))
+        with open(other, encoding="ascii") as stream:
+            self.assertEqual(stream.read(), "mine")
+
+    def test_an_admins_key_is_told_on_a_terminal(self):
+        config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "80"})
+        proxy = build(config, Lines())
+        self.addCleanup(proxy.loop.close)
+        self.addCleanup(proxy.books.close, PATIENCE)
+        words = llm_proxy.AdminKey(proxy).words(at_terminal=True)
+        page = re.escape("dashboard: http://[::1]:80/dashboard with the key ")
+        self.assertRegex(words[0], "^%s%s$" % (page, r"sk-\S{43}"))
+        found = proxy.callers.known_by(llm_proxy.digest(words[0].split()[-1]))
+        self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
 
 
 class CommandsTest(ProcessCase):
