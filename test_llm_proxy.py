@@ -635,7 +635,9 @@ class ProxyCase(TableCase):
 
     @classmethod
     def setUpClass(cls):
-        for patch in (mock.patch.object(llm_proxy.Log, "PAUSE", 0.002),  # most tests wait for it
+        # Most tests wait for the log, and many for a caller that closed to be taken for gone.
+        for patch in (mock.patch.object(llm_proxy.Log, "PAUSE", 0.002),
+                      mock.patch.object(llm_proxy.ClientConnection, "HALF_CLOSE_SECONDS", 0.05),
                       mock.patch.object(asyncio.events.Handle, "_run", run_and_measure)):
             patch.start()
             cls.addClassCleanup(patch.stop)
@@ -807,6 +809,15 @@ def source(path=FILE):
         return file.read()
 
 
+@functools.lru_cache(None)
+def tree(path=FILE):
+    return ast.parse(source(path))
+
+
+def functions():
+    return [node for node in ast.walk(tree()) if isinstance(node, FUNCTIONS)]
+
+
 def banners(text):
     """Returns [(line number, section)]."""
     found = re.finditer(r"^# -{20,}\n# (\w+): ", text, re.MULTILINE)
@@ -852,7 +863,7 @@ def globals_in(code):
 
 class FileTest(TableCase):
     def test_the_table_of_contents_names_every_section_in_order(self):
-        contents = ast.get_docstring(ast.parse(source())).partition("Contents")[2]
+        contents = ast.get_docstring(tree()).partition("Contents")[2]
         listed = re.findall(r"^ {4}(\w+) {2,}\S", contents, re.MULTILINE)
         self.assertGreater(len(listed), 10)
         self.assertEqual(listed, [name for _, name in banners(source())])
@@ -862,7 +873,7 @@ class FileTest(TableCase):
         starts = [line for line, _ in banners(source())]
         homes = {}
         uses = []
-        for statement in ast.parse(source()).body:
+        for statement in tree().body:
             section = sum(line <= statement.lineno for line in starts)
             for name in names_of(statement):
                 homes.setdefault(name, section)
@@ -873,7 +884,7 @@ class FileTest(TableCase):
 
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
     def test_nothing_is_imported_but_the_standard_library(self):
-        nodes = [*ast.walk(ast.parse(source())), *ast.walk(ast.parse(source(__file__)))]
+        nodes = [*ast.walk(tree()), *ast.walk(tree(__file__))]
         imports = [node for node in nodes if isinstance(node, ast.Import)]
         names = [alias.name for node in imports for alias in node.names]
         names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
@@ -881,7 +892,7 @@ class FileTest(TableCase):
         self.assertLessEqual(roots, sys.stdlib_module_names | {"llm_proxy"})
 
     def test_no_module_state_is_changed_by_a_global_statement(self):
-        nodes = ast.walk(ast.parse(source()))
+        nodes = ast.walk(tree())
         self.assertEqual([node.lineno for node in nodes if isinstance(node, ast.Global)], [])
 
     def test_no_line_is_longer_than_100_columns(self):
@@ -892,16 +903,14 @@ class FileTest(TableCase):
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
         self.assertLessEqual(len(lines), 69500)
-        functions = [node for node in ast.walk(ast.parse(source())) if isinstance(node, FUNCTIONS)]
-        heavy = [node.name for node in functions if branches(node) > 15 or bisect.bisect_right(
+        heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
 
     def test_any_stands_for_json_and_clocks_only(self):
         """A bare `Any` is the type of these arguments, of *args and **kwargs, and of no other."""
         free = {"clock", "payload", "counts", "value", "_"}
-        functions = [node for node in ast.walk(ast.parse(source())) if isinstance(node, FUNCTIONS)]
-        arguments = [one for function in functions for one in function.args.args]
+        arguments = [one for function in functions() for one in function.args.args]
         hidden = {one.arg for one in arguments if getattr(one.annotation, "id", "") == "Any"}
         self.assertEqual(hidden - free, set())
 
@@ -5187,18 +5196,22 @@ class EarlyStreamTest(WaitingCase):
         gzip = raw_head("HTTP/1.1 200 OK | Content-Type: text/event-stream | "
                         "Transfer-Encoding: chunked | Content-Encoding: gzip")
         whole = answer(event(1) + event(2))
-        self.start(None, STREAM_COMMENT_SECONDS="0.15")
-        for data, first, rest in self.each([
-                (gemini, b"", STREAM + LAST), (call(), b"", answer()),
+        rows = [(gemini, b"", STREAM + LAST), (call(), b"", answer()),
                 (gemini, STREAM + chunk(event(1)), LAST),
                 (packed, gzip, chunk(b"\x1f\x8b") + LAST),
-                (call(stream=True), whole[:-len(event(2))], event(2))]):
+                (call(stream=True), whole[:-len(event(2))], event(2))]
+        self.start(None, STREAM_COMMENT_SECONDS="0.15")
+        pairs = []
+        for data, first, _ in self.each(rows):
             client, asked = self.ask_stub(data)
+            pairs.append((client, asked))
             asked.send(first)
             if first:
                 client.head()
                 client.expect(event(1) if event(1) in first else b"")
-            self.assert_silent(client, 0.25)
+        self.assert_silent(client, 0.25)
+        for (client, asked), (_, first, rest) in self.each(zip(pairs, rows)):
+            self.assert_silent(client, 0)
             asked.send(rest)
             asked.finish()
             answered = client.rest() if first else client.read()
@@ -5943,6 +5956,7 @@ class UploadTest(CallCase):
         self.assertEqual(client.read().status, 200)
 
     def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
+        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.5)
         self.start()
         upload = unsized("/v1/files", CHUNKED) + chunk(b"x") + LAST
         client = self.connect().send(call() + upload)
@@ -7136,7 +7150,7 @@ class BalanceTest(LedgerCase):
     KINDS = ("ok",) * 6 + (
         "no usage", "too little", "fault", "error", "cut", "reset", "garbage", "gone", "gone early")
     MODELS = "gpt-4o", "gpt-4o-mini", "claude-sonnet-4", "gemma4"
-    CALLERS, CALLS = 50, 40
+    CALLERS, CALLS = 50, 14  # in the long form 40
 
     def payload(self, asked, body):
         """A whole answer."""
@@ -7878,7 +7892,6 @@ class EndingsTest(LedgerCase):
             (True, self.SIZED, 1, self.TEXT),
             (False, self.HALF, 50, 50),
         )
-        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.05)
         self.start(None, TOKEN_COST_MODE="usage")
         cases = itertools.product(rows, self.HANG_UPS)
         for number, ((stream, begun, most, output), hang_up) in enumerate(self.each(cases)):
@@ -7914,6 +7927,7 @@ class EndingsTest(LedgerCase):
         asked.wait_for_hang_up()
 
     def test_a_caller_who_half_closed_has_a_moment_for_each_of_its_calls(self):
+        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.5)
         self.start(None)
         client, asked = self.ask_stub(call() + call())
         client.sock.shutdown(socket.SHUT_WR)
@@ -9049,6 +9063,26 @@ class ProcessCase(ServerCase):
         self.addCleanup(process.close)
         return process
 
+    def finish(self, *arguments, cwd="/", **settings):
+        """Returns (exit code, standard output, standard error). A command needs no process."""
+        if not arguments:
+            return self.command(cwd=cwd, **settings).finish()
+        out, err = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
+        here, settings = os.getcwd(), {"DATABASE": "off", **settings}
+        with mock.patch.dict(os.environ, {name: str(one) for name, one in settings.items()},
+                             clear=True):
+            os.chdir(cwd)
+            try:
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    code = llm_proxy.main(arguments)
+            except SystemExit as end:
+                code = end.code
+            finally:
+                os.chdir(here)
+        for stream in (out, err):
+            stream.flush()
+        return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+
     def new_stub(self, answer=says()):
         self.stub = Stub(answer)
         self.addCleanup(self.stub.close)
@@ -9069,26 +9103,6 @@ class ProcessCase(ServerCase):
 
 class CommandsTest(ProcessCase):
     NOWHERE = "http://127.0.0.1:1"
-
-    def finish(self, *arguments, cwd="/", **settings):
-        """Returns (exit code, standard output, standard error). A command needs no process."""
-        if not arguments:
-            return self.command(cwd=cwd, **settings).finish()
-        out, err = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
-        here, settings = os.getcwd(), {"DATABASE": "off", **settings}
-        with mock.patch.dict(os.environ, {name: str(one) for name, one in settings.items()},
-                             clear=True):
-            os.chdir(cwd)
-            try:
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                    code = llm_proxy.main(arguments)
-            except SystemExit as end:
-                code = end.code
-            finally:
-                os.chdir(here)
-        for stream in (out, err):
-            stream.flush()
-        return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
 
     def assert_fails(self, code, number, text, *arguments, **settings):
         """Fails unless it ends with this code and so many lines of errors, `text` among them."""
@@ -9475,9 +9489,18 @@ class CommandsTest(ProcessCase):
         self.assertNotEqual(process.wait(), 0)
         self.assertFalse(client.rest().whole)
 
-    def test_the_demo_shows_a_stream_and_then_the_limit_reply(self):
-        process = self.serve("--demo", MAX_TOKENS=3)
+    def test_the_demo_brings_its_own_endpoint(self):
+        process = self.serve("--demo", MAX_TOKENS=1)
         wait_for(lambda: process.said("curl -N http://127.0.0.1:%d%s" % (self.address[1], CHAT)))
+        self.assertIn(b"built-in demo endpoint", self.ask(call()).body)
+        self.assertIn(b"limit reached", self.ask(call()).body)
+
+    def test_the_demo_lists_its_model_answers_and_streams(self):
+        self.patch_seconds(DemoHandler_WORD_SECONDS=0.001)
+        demo = llm_proxy.DemoServer()
+        self.addCleanup(demo.server_close)
+        self.addCleanup(demo.shutdown)
+        self.start(BASE_API_URL="http://127.0.0.1:%d/v1" % demo.server_port)
         client = self.connect()
         models = client.exchange(request("GET", "/v1/models")).json()
         self.assertEqual(models["data"][0]["id"], "demo")
@@ -9486,7 +9509,6 @@ class CommandsTest(ProcessCase):
         self.assertEqual(legacy["choices"][0]["text"], said)
         client.exchange(call(stream=True, stream_options={"include_usage": True}))
         self.assert_demo_stream(client.answered, said)
-        self.assertIn(b"limit reached", client.exchange(call()).body)
 
     def assert_demo_stream(self, answered, said):
         self.assertTrue(answered.whole)
@@ -9790,6 +9812,7 @@ class DoorTest(EnduranceCase):
 
     def test_whatever_runs_has_no_thread_but_those_that_connect(self):
         """Streams, calls in line and to https upstreams, trickling heads, idle connections."""
+        self.patch_seconds(Handshakes_PER_SECOND=1000)
         number = self.size(10, 100)
         path = pem_file(self)
         box = Stub(None, tls=llm_proxy.server_context(path, None))
@@ -10489,11 +10512,12 @@ class FaultsTest(EnduranceCase):
         faulty.update(UPSTREAM_DEAD_HEADERS="X(Y): " + self.secrets["header"],
                       UPSTREAM_FAR_URL="https://" + dead, HTTPS_PROXY=tunnel + ":x",
                       BASE_API_URL="http://user:%(base key)s@127.0.0.1/v1" % self.secrets)
-        processes = [self.command("--help", **far), self.command("--check", **far),
-                     self.command("--check", **faulty),
-                     self.command("usage", "--json", DATABASE=self.ledger), self.serve(**here)]
+        processes = [self.command("--check", **far), self.serve(**here)]
         processes[-1].stop()
-        said = ["".join(process.finish()[1:]).encode() for process in processes]
+        ends = [self.finish("--help", **far), self.finish("--check", **faulty),
+                self.finish("usage", "--json", DATABASE=self.ledger)]
+        ends += [process.finish() for process in processes]
+        said = ["".join(end[1:]).encode() for end in ends]
         self.assertNotIn(b"", said)
         return said
 
@@ -11165,7 +11189,8 @@ if __name__ == "__main__":
         Attacker().main()
     elif "--soak" in sys.argv:
         EnduranceCase.LONG = True
-        names = ["DoorTest", "FaultsTest", "HostileTest"]
+        BalanceTest.CALLS = 40
+        names = ["BalanceTest", "DoorTest", "FaultsTest", "HostileTest"]
         if "long" in sys.argv:
             HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
             names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
