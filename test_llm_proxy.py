@@ -7960,7 +7960,7 @@ class EndingsTest(LedgerCase):
         self.assert_ending("internal_error", left=1000)
 
     def test_a_slow_reader_that_goes_on_is_not_cut_and_pays_for_what_it_took(self):
-        """It reads 10 KB each 4 ms, of 4 MB; if the system took more of those ahead, the reader
+        """It reads 20 KB each 4 ms, of 4 MB; if the system took more of those ahead, the reader
         would be silent for longer than a reader may be."""
         self.patch_seconds(Transfer_SLOW_READER_SECONDS=0.3)
         data = chunk(events(delta("word " * 200))) * 4000 + chunk(events(LAST_DELTA, "[DONE]"))
@@ -7974,7 +7974,7 @@ class EndingsTest(LedgerCase):
             found = client.reader.data
             while len(found) < 0.9 * share * len(data) or share == 1 and found[-5:] != LAST:
                 time.sleep(0.004)
-                part = client.sock.recv(10000)
+                part = client.sock.recv(20000)
                 self.assertTrue(part, "it was cut")
                 found += part
             client.reset()
