@@ -9018,11 +9018,12 @@ def compiled():
 class Process:
     """`python -I -S llm_proxy.py` as a process of its own, with no environment but the settings."""
 
-    def __init__(self, *arguments, cwd="/", before=(), stdin=subprocess.DEVNULL, **settings):
-        """`before` are words of a command that starts this one."""
+    def __init__(self, *arguments, cwd="/", before=(), file=None, stdin=subprocess.DEVNULL,
+                 **settings):
+        """`before` are words of a command that starts this one; `file` is what else it runs."""
         settings = {"DATABASE": "off", **settings}
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-I", "-S", compiled(), *arguments], cwd=cwd,
+            [*before, sys.executable, "-I", "-S", file or compiled(), *arguments], cwd=cwd,
             env={name: str(value) for name, value in settings.items()},
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.rows = []
@@ -11023,6 +11024,24 @@ class HostileTest(EnduranceCase):
     MEMORY = 300  # MiB
     SECONDS = 30  # of attacks at random
     KEYS = ["an-honest-caller-%d" % number for number in range(10)]
+    # Has the product write down each callback that held its loop for longer than any before.
+    MEASURING = """
+import asyncio, os, sys, time
+sys.path.insert(0, os.environ["FOLDER"])
+import llm_proxy
+run, longest = asyncio.events.Handle._run, 0
+def measure(handle):
+    global longest
+    text, began = str(handle._callback), time.thread_time()
+    run(handle)
+    took = time.thread_time() - began
+    if took > longest:
+        longest = took
+        with open(os.environ["LONGEST"], "w") as file:
+            file.write("%.4f %s" % (took, text))
+asyncio.events.Handle._run = measure
+sys.exit(llm_proxy.main())
+"""
     RULES = ("key:empty 1 requests per month; each 1 requests per month burst 100000000;"
              "all 1 tokens per month burst 100000000000")
 
@@ -11062,7 +11081,10 @@ class HostileTest(EnduranceCase):
         """Returns a Metronome whose streams go through a new proxy."""
         metronome = Metronome()
         self.addCleanup(metronome.close)
-        return metronome, self.serve_both(sink, UPSTREAM_BEAT_URL=metronome.url, **settings)
+        self.longest = new_path(self, "longest")
+        return metronome, self.serve_both(
+            sink, UPSTREAM_BEAT_URL=metronome.url, file=pem_file(self, self.MEASURING),
+            FOLDER=FOLDER, LONGEST=self.longest, **settings)
 
     def test_no_request_makes_the_events_of_others_late_or_fills_the_memory(self):
         sink, path = self.start_attacker(), pem_file(self)
@@ -11085,11 +11107,14 @@ class HostileTest(EnduranceCase):
         before, sizes = self.resident(), []
         self.attack(name, seconds)
         metronome.run(self.attacker.stdout.fileno(), lambda: sizes.append(self.resident()))
-        self.report("%-30s latest event %6.1f ms (own lag %4.1f); MiB %5.1f, %6.1f, %6.1f; %r",
-                    name, 1000 * metronome.latest, 1000 * metronome.lag, before, max(sizes),
+        longest, callback = pathlib.Path(self.longest).read_text().split(" ", 1)
+        self.report("%-30s latest event %6.1f ms (own lag %4.1f), longest callback %5.1f ms of CPU; "
+                    "MiB %5.1f, %6.1f, %6.1f; %r", name, 1000 * metronome.latest,
+                    1000 * metronome.lag, 1000 * float(longest), before, max(sizes),
                     self.resident(), self.answered())
-        if metronome.latest > self.LATEST:
-            yield "%s: an event took %.0f ms" % (name, 1000 * metronome.latest)
+        if max(metronome.latest, float(longest)) > self.LATEST:
+            yield "%s: an event took %.0f ms, %s %.0f ms of CPU" % (
+                name, 1000 * metronome.latest, callback, 1000 * float(longest))
         if max(sizes) > memory:
             yield "%s: %.0f MiB" % (name, max(sizes))
 
