@@ -9301,7 +9301,7 @@ class CommandsTest(ProcessCase):
         digest = hashlib.sha256(source().encode()).hexdigest()
         said = "llm_proxy %s, sha256 %s, %s %s\n" % (
             llm_proxy.VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
-        self.assertEqual(self.command("--version").finish(), (0, said, ""))
+        self.assertEqual(self.command("--version", file=FILE).finish(), (0, said, ""))
 
     CALLS = (
         {"caller": "alice", "served": "m1", "picodollars": 5 * 10 ** 11},
@@ -11274,8 +11274,8 @@ sys.exit(llm_proxy.main())
         self.attack(name, seconds)
         metronome.run(self.attacker.stdout.fileno(), lambda: sizes.append(self.resident()))
         longest, callback = pathlib.Path(self.longest).read_text().split(" ", 1)
-        self.report("%-30s latest event %6.1f ms (own lag %4.1f), longest callback %5.1f ms of CPU; "
-                    "MiB %5.1f, %6.1f, %6.1f; %r", name, 1000 * metronome.latest,
+        self.report("%-30s latest event %6.1f ms (own lag %4.1f), longest callback %5.1f ms of CPU;"
+                    " MiB %5.1f, %6.1f, %6.1f; %r", name, 1000 * metronome.latest,
                     1000 * metronome.lag, 1000 * float(longest), before, max(sizes),
                     self.resident(), self.answered())
         if max(metronome.latest, float(longest)) > self.LATEST:
