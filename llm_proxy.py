@@ -11139,7 +11139,8 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        threading.Thread(target=self.serve_forever, name="demo", daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=(0.05,), name="demo", daemon=True).start()
 
     def server_bind(self):
         Server.server_bind(self)
