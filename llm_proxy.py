@@ -3512,19 +3512,22 @@ class Dialect:
         meta tokens""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
-        "prompt": "prompt_tokens input_tokens inputTokens tokens_evaluated",
-        "output": "completion_tokens output_tokens outputTokens tokens_predicted "
-                  "total_output_tokens",
-        "total": "total_tokens totalTokens",
-        "cached": "cached_tokens prompt_cache_hit_tokens cache_read_input_tokens "
-                  "cache_read_tokens cacheReadInputTokens",
-        "written": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens "
-                   "cacheWriteInputTokens",
+        "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
+            total_input_tokens prompt_eval_count""",
+        "tools": "toolUsePromptTokenCount total_tool_use_tokens",
+        "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
+            total_output_tokens candidatesTokenCount""",
+        "total": "total_tokens totalTokens totalTokenCount",
+        "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
+            cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
+        "written": """cache_write_tokens cache_creation_input_tokens cache_creation_tokens
+            cacheWriteInputTokens""",
         "minutes": "ephemeral_5m_input_tokens", "hour": "ephemeral_1h_input_tokens",
-        "reasoning": "reasoning_tokens thinking_tokens reasoning_output_tokens",
+        "reasoning": """reasoning_tokens thinking_tokens reasoning_output_tokens
+            thoughtsTokenCount total_thought_tokens""",
     }.items() for name in names.split()}
     # What is added up to all of the input, and of the output.
-    INPUT = ("prompt",)
+    INPUT = ("prompt", "tools")
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
@@ -3551,7 +3554,6 @@ class Dialect:
 
     def __init__(self):
         self.usage_key = self.USAGE_MARK[1:-1].decode()
-        self.count_names = frozenset(self.COUNTS)
 
     # -- requests
 
@@ -3652,7 +3654,7 @@ class Dialect:
             found = {}
             for part in self.parts(payload):
                 found = merged(found, self.counts_in(part))
-        if self.count_names.isdisjoint(payload):
+        if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
 
@@ -4149,7 +4151,6 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
-    INPUT = ("prompt", "tools")
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
@@ -4177,11 +4178,6 @@ class Gemini(Google):
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
-    COUNTS = {
-        "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
-        "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
-        "totalTokenCount": "total",
-        "cachedContentTokenCount": "cached"}
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
@@ -4246,10 +4242,6 @@ class Interactions(Google):
     not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    COUNTS = {
-        "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
-        "total_output_tokens": "output", "total_thought_tokens": "reasoning",
-        "total_cached_tokens": "cached", "total_tokens": "total"}
     PARSED = {
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
@@ -4292,7 +4284,6 @@ class Ollama(Dialect):
     events = NDJSON
     TAKES_COMMENTS = False
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
-    COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
     LAST_KEY = "done"
@@ -4320,10 +4311,6 @@ class Ollama(Dialect):
 
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
-
-    def counts_in(self, payload):
-        """Takes those that the last line has beside all else."""
-        return {name: payload[name] for name in self.COUNTS if name in payload}
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
