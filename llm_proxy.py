@@ -2599,16 +2599,12 @@ def short_integer(text: str) -> int:
 
 def with_cuts(sizes: Dict[str, int], pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Returns an object of JSON in which what was cut out says so; `sizes` are by mark."""
-    found = unique(pairs)
-    for key, value in found.items():
-        if type(value) is list:
-            found[key] = [cut_text(one, sizes) for one in value]
-        else:
-            found[key] = cut_text(value, sizes)
-    return found
+    return {key: cut_text(value, sizes) for key, value in unique(pairs).items()}
 
 
 def cut_text(value, sizes):
+    if type(value) is list:
+        return [cut_text(one, sizes) for one in value]
     size = sizes.get(value[32:]) if type(value) is str else None
     return value if size is None else CutText.of(value, size)
 
@@ -2775,23 +2771,13 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def parse_or_none(data: bytes) -> Any:
-    """Returns JSON of an upstream, None where it cannot be read."""
-    try:
-        return decode_json(data.lstrip(BYTE_ORDER_MARK))
-    except ValueError:
-        return None
-
-
 def object_in(data: bytes) -> Dict[str, Any]:
-    """Returns a JSON object of an upstream, {} where there is none."""
-    found = parse_or_none(data)
-    return found if isinstance(found, dict) else {}
-
-
-def last_object(data: bytes) -> Dict[str, Any]:
-    """Returns the same, or the last of an array of them."""
-    found = parse_or_none(data)
+    """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
+    none."""
+    try:
+        found = parse_response(data)
+    except ValueError:
+        return {}
     if type(found) is list and found:
         found = found[-1]
     return found if type(found) is dict else {}
@@ -2994,38 +2980,35 @@ class EventFraming(NamedTuple):
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
         lines = event.splitlines(keepends=True)
-        places = [place for place, line in enumerate(lines) if self.data(line) is not None]
-        last = lines[places[-1]]
-        end = last[len(last.rstrip(b"\r\n")):]
-        lines[places[0]:places[-1] + 1] = [self.prefix + data + end]
-        return b"".join(lines)
+        end = lines[-1][len(lines[-1].rstrip(b"\r\n")):] or self.ends[0][:1]
+        rest = [line for line in lines if self.data(line) is None]
+        rest.insert(sum(map(bool, map(bytes.strip, rest))), self.prefix + data + end)
+        return b"".join(rest)
 
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
         events = []
-        lines: List[bytes] = []
+        ended = True
         for line in data.splitlines(keepends=True):
             blank = not line.strip(b"\r\n")
-            if lines and not blank and self.is_whole(lines):
-                events.append(b"".join(lines))
-                lines = []
-            lines.append(line)
-            if blank:
-                events.append(b"".join(lines))
-                lines = []
-        return events + [b"".join(lines)] if lines else events
+            if ended or (not blank and self.is_whole(events[-1])):
+                events.append(line)
+            else:
+                events[-1] += line
+            ended = blank
+        return events
 
     def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
         return 0 if place < 0 else place + 2
 
-    def is_whole(self, lines):
+    def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
-        data = self.data(lines[-1])
+        data = self.data(event.splitlines()[-1])
         return data is not None and (data.strip() == LAST_DATA or (
-            data.rstrip().endswith(b"}") and bool(self.payload(b"".join(lines)))))
+            data.rstrip().endswith(b"}") and bool(self.payload(event))))
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
@@ -3121,11 +3104,10 @@ class Call(Billable):
         before = self.payload
         if payload is before:
             return
-        same = {**payload, "model": None} == {**before, "model": None} if (
-            payload.keys() - {"model"} == before.keys() - {"model"}) else False
-        if same and "model" in payload:
+        changed = [key for key in {**before, **payload} if payload.get(key) is not before.get(key)]
+        if changed == ["model"] and payload.get("model"):
             self.upstream_body = self.json_body.with_value("model", payload["model"], before)
-        else:
+        elif changed:
             self.upstream_body = self.json_body.spell(payload)
 
     def request_usage(self) -> None:
@@ -3446,13 +3428,11 @@ def with_iterations(told, parts):
     """Returns the usage of a call that ran in several steps, some of them by another model. What
     was told may leave out some (Anthropic's compaction)."""
     served = fold_model(told.model or "")
-    names = [served and fold_model(part.model or told.model) for part in parts]
-    own = tuple([part for part, name in zip(parts, names) if name == served])
-    others = tuple([part for part, name in zip(parts, names) if name != served])
-    steps = Usage(others=own).with_others()
+    own = [part for part in parts if not served or fold_model(part.model) == served]
+    steps = Usage(others=tuple(own)).with_others()
     if steps.input + steps.output > told.input + told.output:
         told = steps._replace(model=told.model, tiers=told.tiers, picodollars=told.picodollars)
-    return told._replace(others=others)
+    return told._replace(others=tuple([part for part in parts if part not in own]))
 
 
 class Dialect:
@@ -3602,15 +3582,13 @@ class Dialect:
     @staticmethod
     def renamed(one, rename, names):
         """Returns a row of such a list, which is a name or an object with one."""
-        if type(one) is str and rename:
-            names.append(rename(one))
-            return names[-1]
-        if type(one) is not dict or type(one.get("model")) is not str:
+        name = one.get("model") if type(one) is dict else one
+        if type(name) is not str or (rename is None and name is one):
             return one
         if rename is None:
             return {key: one[key] for key in one if key != "model"}
-        names.append(rename(one["model"]))
-        return {**one, "model": names[-1]}
+        names.append(rename(name))
+        return names[-1] if name is one else {**one, "model": names[-1]}
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -4697,7 +4675,7 @@ class UsageReader(UsageSource):
         if event != shown:
             return self.events.at_boundary(event) and not event.endswith(b"\r")
         return not event.strip() or self.events.at_boundary(event) or (
-            event.endswith((b"\n", b"\r")) and self.events.is_whole(event.splitlines(True)))
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
     def shown(self, event: bytes) -> bytes:
         """Returns what of an event the caller sees: it stays as it is where it has more to say."""
@@ -4836,13 +4814,13 @@ class UsageReader(UsageSource):
         if counts:
             self.counts, self.model = counts, self.asked
             return
-        payload = last_object(data) if small else {}
+        payload = object_in(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
-                    last_object(data))
+                    object_in(data))
         if payload:
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
@@ -6415,9 +6393,7 @@ class NameReader:
             self.kept = None
 
     def look_at_json(self):
-        with contextlib.suppress(ValueError):  # it has not come whole
-            found = parse_response(self.kept)
-            self.tell(names_made(found))
+        self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
 
     def look_at_beginning(self):
         match = self.FIRST_NAME.match(self.kept)
