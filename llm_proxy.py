@@ -3669,9 +3669,9 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
-        """Returns the usage of a response that is no error, where it can be told without parsing
-        all of it that `model` served, and that nothing else is of interest."""
+    def usual_usage(self, data: bytes, model: str) -> Optional[Usage]:
+        """Returns the usage of a response that is no error, where it can be told without parsing it
+        that `model` served, and that nothing else is of interest."""
         return None
 
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
@@ -3921,6 +3921,9 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
+# The usage at the end of a response: in whatever it may stand, a bracket more would follow.
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{([^{}]*)\}[^{}]*\}\s*')
+USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE])')
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -3983,14 +3986,18 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
-    def usual_counts(self, data, model):
+    def usual_usage(self, data, model):
         """Finds three counts, as most servers tell no more, in what then ends the response."""
-        if data.count(b"_tokens") == 3 and data.count(b'"model"') == 1 and (
-                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) > 0
-                and data.find(b'"service_tier"') < 0 and data.find(b'"status"') < 0):
-            start = data.rfind(self.USAGE_MARK)
-            counts = object_in(b"{" + data[start:]).get(self.usage_key)
-            return counts if type(counts) is dict else None
+        if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
+                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) < 0
+                or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
+            return None
+        end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
+        counts = dict(USUAL_COUNT.findall(end[1])) if end else ()
+        if len(counts) == 3:
+            prompt, output = int(counts[b"prompt"]), int(counts[b"completion"])
+            if prompt + output == int(counts[b"total"]):
+                return Usage(prompt, output, model=model)
         return None
 
     def usage(self, counts, model=None, tier=None):
@@ -4591,8 +4598,7 @@ class UsageReader(UsageSource):
     compact_above = MAX_KEPT
     cut = False     # the beginning of a line or of JSON is gone
     final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
-    model: Optional[str] = None   # the one that served
-    tier: Optional[str] = None
+    usual: Optional[Usage] = None  # by usual_usage
     end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
@@ -4810,10 +4816,10 @@ class UsageReader(UsageSource):
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
-        counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
-        if counts:
-            self.counts, self.model = counts, self.asked
-            return
+        if small and not may_be_fault(data):
+            self.usual = self.dialect.usual_usage(data, self.asked)
+            if self.usual:
+                return
         payload = object_in(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
@@ -4860,7 +4866,7 @@ class UsageReader(UsageSource):
         it."""
         if not self.end_is_read:
             self.read_end(whole)
-        usage = self.dialect.usage(self.counts, self.model, self.tier)
+        usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
         complete = self.final or (whole and self.final is None)
         return usage, usage is not None and bool(complete)
 

@@ -3173,14 +3173,14 @@ class UsageReaderTest(ProxyCase):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
             data = text.replace("TOLD", told).encode()
-            counts = llm_proxy.OpenAI().usual_counts(data, "m")
-            self.assertEqual(str(counts is not None), is_usual)
+            usage = llm_proxy.OpenAI().usual_usage(data, "m")
+            self.assertEqual(str(usage is not None), is_usual)
             found = []
-            for short in (counts, None):
+            for short in (usage, None):
                 reader = self.new_reader(streamed=False)
                 reader.asked = "m"
                 reader.feed(data)
-                with mock.patch.object(llm_proxy.OpenAI, "usual_counts", return_value=short):
+                with mock.patch.object(llm_proxy.OpenAI, "usual_usage", return_value=short):
                     found.append((reader.reported_usage(True), reader.fault))
             self.assertEqual(found[0], found[1])
 
