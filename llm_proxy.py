@@ -2550,8 +2550,6 @@ STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 def is_too_complex(data: bytes) -> bool:
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
-    if len(data) <= MAX_JSON_PARTS and data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return False
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
@@ -2643,7 +2641,8 @@ def was_strict(text, value):
 
 def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
-    if is_too_complex(data):
+    brackets = data.count(b"[") + data.count(b"{")
+    if (brackets > MAX_JSON_DEPTH or len(data) > MAX_JSON_PARTS) and is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
@@ -2693,9 +2692,10 @@ class JsonBody:
     spelled again. `cuts` are by the mark that stands for each."""
 
     def __init__(self, data: bytes):
-        self.data = data
+        self.data = self.short = data
         self.cuts: Dict[bytes, slice] = {}
-        self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
+        if len(data) > 2 * MEDIA_BYTES:
+            self.short = self.cut_media()
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
@@ -3052,7 +3052,6 @@ class Call(Billable):
     made: Sequence[str] = ()                               # and these are they
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
-    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
@@ -3097,13 +3096,12 @@ class Call(Billable):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
             payload = rewrite(payload)
-        self.spell(payload)
+        if payload is not self.payload:
+            self.spell(payload)
 
     def spell(self, payload):
         """Puts a changed payload into the upstream's body: a model alone is spliced in."""
         before = self.payload
-        if payload is before:
-            return
         changed = [key for key in {**before, **payload} if payload.get(key) is not before.get(key)]
         if changed == ["model"] and payload.get("model"):
             self.upstream_body = self.json_body.with_value("model", payload["model"], before)
@@ -4470,7 +4468,7 @@ class Dialects:
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.resolve(model)
+            call.resolved_model = self.aliases.get(model, model)
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -4527,18 +4525,18 @@ class Dialects:
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
-        call.json_body = JsonBody(call.body)
-        if len(call.json_body.short) > self.max_text:
+        call.json_body = body = JsonBody(call.body)
+        if len(body.short) > self.max_text:
             raise TextTooLarge()
-        call.payload = payload = call.json_body.parse()
+        call.payload = payload = body.parse()
         others = payload.keys() - self.READ_KEYS
         for key in self.READ_KEYS.intersection(map(str.casefold, others)):
             raise BadRequest("The key %s must be spelled in lower case" % key)
-        stream = payload.get("stream")
-        if stream is not None and type(stream) is not bool and call.endpoint != UNKNOWN:
+        dialect = call.dialect
+        if call.endpoint == UNKNOWN:
+            dialect = UNKNOWN_DIALECT
+        elif payload.get("stream") is not None and type(payload["stream"]) is not bool:
             raise BadRequest("stream must be true or false")  # an upstream could take it for one
-        call.is_json = True
-        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
         model, call.stream = dialect.requested(call.path, payload)
         return model
 
@@ -8748,7 +8746,8 @@ class Proxy:
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path and known[1] == call.is_json:
+        is_json = call.json_body is not None
+        if known and known[0] == call.path and known[1] == is_json:
             return known[2]
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
@@ -8760,13 +8759,13 @@ class Proxy:
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, call.is_json, head
+        request.cache[address] = call.path, is_json, head
         return head
 
     @staticmethod
     def lines_of_ours(call):
         lines = []
-        if call.is_json:
+        if call.json_body:
             lines.append("Content-Type: application/json")
         if not call.unmetered or call.body is not None:  # what is metered must stay readable
             lines.append("Accept-Encoding: identity")
