@@ -2420,8 +2420,7 @@ class CostEstimator:
             prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        prompt = self.prompt_tokens(call, ratio)
+        prompt = self.estimated_input(call, caller)
         least = held = self.held(call, prompt, output * outputs, estimate)
         peak = 0 if limit else habits.peak(caller) or self.last_peak(caller)
         if peak > output:
@@ -2443,6 +2442,10 @@ class CostEstimator:
                                for name in call.models for tiers in {(), call.tiers()}])
         return self.costs(expected, picodollars, estimate, 1)
 
+    def estimated_input(self, call, caller):
+        ratio = self.habits(call).of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        return self.prompt_tokens(call, ratio)
+
     def prompt_tokens(self, call, ratio):
         weight, media = call.prompt_length()
         tokens = math.ceil(weight / ratio)
@@ -2463,6 +2466,8 @@ class CostEstimator:
         reported, complete = source.reported_usage(whole) if source else (None, False)
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
+            if reported.estimated:  # its input was not told
+                return reported._replace(input=self.estimated_input(call, caller))
             self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
@@ -2472,13 +2477,14 @@ class CostEstimator:
             output = math.ceil(output / (1 - habits.hidden))
         else:
             output = max(output, held)
-        if reported is None:
-            ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio))
-            if source:
-                tiers = (source.tier,) if source.tier else ()
-                reported = reported._replace(model=source.model, tiers=tiers)
+        reported = reported or self.unreported(call, caller, source)
         return reported._replace(output=max(reported.output, output), estimated=True)
+
+    def unreported(self, call, caller, source):
+        used = Usage(self.estimated_input(call, caller))
+        if source is None:
+            return used
+        return used._replace(model=source.model, tiers=(source.tier,) if source.tier else ())
 
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
@@ -3151,7 +3157,9 @@ class Call(Billable):
         for part in objects_in(self.payload, says_of_things):
             if not meant.isdisjoint(part):
                 for key in meant.intersection(part):
-                    found += names_of_things(part[key])
+                    found += names_of_things(part[key], PREFIXES.get(key, ""))
+            if part.get("type") in REFERENCE_TYPES:
+                found += names_of_things(part)
         return found
 
     def prompt_length(self) -> Tuple[int, List[int]]:
@@ -3331,7 +3339,11 @@ REFERENCES = frozenset("""
     conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
     training_file validation_file video_id vector_store_id vector_store_ids container container_id
     cachedContent cached_content fileUri file_uri fileSearchStoreNames
-    file_search_store_names""".split())
+    file_search_store_names eval_id skill_id prompt""".split())
+# At these there may be something else, too: how names of stored things begin.
+PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
+# Objects of these types name one by their id.
+REFERENCE_TYPES = ("item_reference", "file_id")
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -3365,12 +3377,12 @@ def says_of_things(part):
     return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
-def names_of_things(value):
+def names_of_things(value, prefix=""):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
-    values = value if type(value) is list else [value]
-    names = [one.get("id") if type(one) is dict else one for one in values]
-    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    names = [one.get("id") if type(one) is dict else one for one in as_list(value)]
+    matches = [THING_NAME.fullmatch(name) for name in names
+               if type(name) is str and name.startswith(prefix)]
     return [match[match.lastindex] for match in matches if match]
 
 
@@ -3444,9 +3456,11 @@ class Dialect:
         "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
-    # The keys of lists that name more models which may serve: to fall back to, or as tools.
+    # The keys of lists that name more models which may serve: to fall back to, or as tools; and
+    # those of models in their rows.
     FALLBACKS = frozenset(("models", "fallbacks"))
-    MODEL_LISTS = FALLBACKS.union(("tools",))
+    MODEL_LISTS = FALLBACKS.union(("tools", "plugins"))
+    ROW_KEYS = frozenset(("model", "analysis_models"))
     MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
@@ -3565,7 +3579,7 @@ class Dialect:
         if rename is None and not self.FALLBACKS.isdisjoint(payload):
             payload = {key: payload[key] for key in payload if key not in self.FALLBACKS}
         names = []
-        lists = {key: [self.renamed(one, rename, names) for one in payload[key]]
+        lists = {key: self.renamed(payload[key], rename, names)
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
         same = all([lists[key] == payload[key] for key in lists])
         return payload if same else {**payload, **lists}, self.few(names)
@@ -3577,16 +3591,19 @@ class Dialect:
             raise BadRequest("The request names too many models")
         return names
 
-    @staticmethod
-    def renamed(one, rename, names):
-        """Returns a row of such a list, which is a name or an object with one."""
-        name = one.get("model") if type(one) is dict else one
-        if type(name) is not str or (rename is None and name is one):
+    def renamed(self, one, rename, names):
+        """Returns such a list, or a row of it, which is a name or an object with some."""
+        if type(one) is list:
+            return [self.renamed(row, rename, names) for row in one]
+        if type(one) is str and rename:
+            names.append(rename(one))
+            return names[-1]
+        if type(one) is not dict or self.ROW_KEYS.isdisjoint(one):
             return one
-        if rename is None:
-            return {key: one[key] for key in one if key != "model"}
-        names.append(rename(name))
-        return names[-1] if name is one else {**one, "model": names[-1]}
+        found = {key: one[key] for key in one.keys() - self.ROW_KEYS}
+        for key in self.ROW_KEYS.intersection(one if rename else ()):
+            found[key] = self.renamed(one[key], rename, names)
+        return found
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -4292,6 +4309,11 @@ class Ollama(Dialect):
             path = "/v1" + path
         return super().place(path, dialect, metered)
 
+    def usage(self, counts, model=None, tier=None):
+        """It tells no count of a prompt that it has in its cache."""
+        told = super().usage(counts, model, tier)
+        return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
+
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
 
@@ -4325,9 +4347,9 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
-    "|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora|skills|agents"
-    "|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections|predictions)"
-    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+    "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
+    "|skills|agents|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections"
+    "|predictions)(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
 VERBS = "input_tokens compact runs generations edits extensions".split()
@@ -4348,7 +4370,8 @@ ADMIN_PARTS = """
     (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
     get_load set_trace_level (add|remove)_worker
     (add|remove|list)_external_(corpus|corpora) dumper stop-generation
-    realtime/(sessions|calls) chatkit/sessions auth/keys v1/(key|activity|streams?)
+    realtime/(sessions|calls) chatkit/sessions auth/keys
+    v1/(key|activity|streams?|usage|costs|balance|account|me) user/balance
     api/(pull|push|create|copy|delete|blobs|signout|admin)
     models/(load|unload|sse|download|apply|delete)
     (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
@@ -4616,6 +4639,7 @@ class UsageReader(UsageSource):
         self.events = call.dialect.events
         self.endpoint = (call.owes or call).endpoint
         self.asked = call.upstream_model
+        self.on_made = call.on_made
         self.streamed = streamed
         self.readable = readable
         if packed:
@@ -4804,6 +4828,8 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        if self.on_made and self.closed:
+            self.on_made(names_made(payload))
         if self.counts:
             self.note_server(payload)
         else:  # it may be told without a mark
@@ -5903,7 +5929,7 @@ class RequestBody:
         self.budget = budget
         self.length = request.length
         self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
-        self.coding = request.get("content-encoding", "identity").lower()
+        self.coding = (request.get("content-encoding") or "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
             raise UnsupportedExpectation()
