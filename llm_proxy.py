@@ -41,9 +41,12 @@ Contents, in reading order; a section uses only what stands above it:
     Stored      what callers made that upstreams keep: whose it is, and where it is
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
+    Signals     what is told outside of the books: metrics, traces, warnings, the feed of events
     Reply       the way back to one caller
     Proxy       serve: the life of one call; build: the parts list
-    Pages       health and models
+    Pages       health, models, metrics, one's own quota
+    Admin       the admin API: who uses what, keys, upstreams, live events
+    Dashboard   the source of the page that shows it
     Server      clients' connections, caps, TLS, draining
     Demo        a small endpoint to try things on
     Commands    the command line
@@ -324,6 +327,19 @@ def header_lines(text):
         lambda match: (match[1].lower(), "%s: %s" % match.groups())), "|")(text))
 
 
+web_address = pattern("https?://" + HOST_SHAPE + "(/[!-~]*)?",
+                      "must be http://HOST[:PORT][/PATH] or https://...")
+public_url = pattern("https?://" + HOST_SHAPE + "/?",
+                     "must be http://HOST[:PORT] or https://...",
+                     lambda match: match[0].rstrip("/"))
+otlp_headers = mapping(
+    "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
+    lambda match: (match[1], urllib.parse.unquote(match[2])))
+shares = listed(pattern(  # '80%' -> 0.8
+    "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
+    lambda match: int(match[1]) / 100))
+
+
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
@@ -538,8 +554,8 @@ AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\
 RESERVED = {
     "": "", "base": "; the base is set by BASE_API_URL, BASE_API_KEY ...",
     **{name: ": /%s is a path of its own" % name for name in (
-        "v1 v1beta health models metrics chat completions messages responses embeddings rerank"
-        " generations images audio files threads").split()}}
+        "v1 v1beta health healthz readyz admin dashboard me models metrics chat completions"
+        " messages responses embeddings rerank generations images audio files threads").split()}}
 
 
 class UpstreamConfig(NamedTuple):
@@ -668,7 +684,8 @@ SETTING_ROWS = {
          "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
          " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
-         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
+         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the"
+         " page where it sees what it used"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
@@ -692,6 +709,24 @@ SETTING_ROWS = {
          "SQLite file of calls and buckets; off: they are kept in memory alone"),
         ("LEDGER_DAYS=90", number_between(1, 36500), "days that a call stays in it"),
         ("USAGE_LOG", printable, "file to append a JSON line to for each call; -: stdout"),
+    ),
+    "Who may look and steer": (
+        ("ADMIN_KEY", visible_ascii,
+         "key of /dashboard and /admin/api, which may change things; unset, and no stored key of"
+         " that role: a new one at each start, told where it starts", SECRET),
+        ("VIEWER_KEY", visible_ascii, "key that may look at them, and change nothing", SECRET),
+        ("METRICS=keys", one_of("keys", "open"),
+         "keys: /metrics asks for a viewer's or an admin's key; open: for none"),
+        ("PUBLIC_URL", public_url,
+         "URL by which callers reach this proxy, for links such as {me} in LIMIT_MESSAGE"),
+        ("WARN_AT", shares,
+         "shares of a limit in tokens or usd, such as 80% or 50%,90%, at which to warn"),
+        ("WEBHOOK_URL", web_address, "URL that gets a POST of JSON for each warning", SECRET),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", web_address,
+         "URL of an OpenTelemetry collector; a span for each call goes to its /v1/traces"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", otlp_headers,
+         "header fields for it, as name=value, by commas", SECRET),
+        ("OTEL_SERVICE_NAME=llm_proxy", printable, "name of this service there"),
     ),
     "How it runs": (
         ("LOG_FORMAT=text", one_of("text", "json"),
@@ -767,14 +802,6 @@ class Config(types.SimpleNamespace):
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
-    @property
-    def web_origins(self) -> Sequence[str]:
-        """What CORS_ORIGINS holds, or stands for: where nobody needs a key, any page that somebody
-        here looks at could call."""
-        if self.cors_origins is not None:
-            return self.cors_origins
-        return ("*",) if self.keys_are_asked_for else ("local",)
-
     # What a running proxy can go by without a new start.
     RELOADED = frozenset("""
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
@@ -793,10 +820,21 @@ class Config(types.SimpleNamespace):
         names = sorted({*self.texts, *new.texts})
         return [name for name in names if self.texts.get(name) != new.texts.get(name)]
 
-    def choose_host(self):
+    def choose_defaults(self):
+        """Sets what depends on other settings."""
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
-        self.texts["HOST"] = self.host
+        keyed = self.keys_are_asked_for
+        self.stored = self.stored or ("own" if keyed else "pass")
+        if self.cors_origins is None:  # without keys, any page that somebody here sees could call
+            self.cors_origins = ("*",) if keyed else ("local",)
+        self.texts.update(HOST=self.host, STORED=self.stored,
+                          CORS_ORIGINS=",".join(self.cors_origins) or "off")
+
+    def is_open(self) -> bool:
+        """Tells whether others than this machine may call without a key, be it by a proxy here."""
+        is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
@@ -866,7 +904,7 @@ class Config(types.SimpleNamespace):
         if self.host_is_narrowed:
             yield ("it listens on this machine alone, because anyone could spend the key of a"
                    " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.proxy_api_keys is None:
+        elif self.is_open():
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
         if self.unknown_calls == "count" and not self.counts_requests():
@@ -916,6 +954,11 @@ class Config(types.SimpleNamespace):
                 if name.endswith("_KEY") and text == PASSTHROUGH:
                     yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
                            " a caller shows one key only")
+        if "{me}" in (self.limit_message or "") and not self.public_url:
+            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        yield from self.tls_faults()
+
+    def tls_faults(self):
         if self.tls_cert_file:
             try:
                 server_context(self.tls_cert_file, self.tls_key_file)
@@ -1059,7 +1102,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
             name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
-    config.choose_host()
+    config.choose_defaults()
     if not config.speaks_https():  # that proxy is meant for others, and may be of any kind
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
@@ -1138,6 +1181,11 @@ class Forbidden(Refusal):
 class NothingStored(Refusal):
     status = 404
     message = "Nothing of this name is stored here for this caller"
+
+
+class NoSuchPage(Refusal):
+    status = 404
+    message = "There is no such page: GET /admin/api lists them all"
 
 
 class MethodNotAllowed(Refusal):
@@ -1387,11 +1435,13 @@ class Caller:
     spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, which people may
     share. `label` is for logs: a name, the address, or key:1a2b3c4d, a digest against which nobody
     can test guesses without `secret`."""
-    __slots__ = ("key", "name", "key_name", "label")
+    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
-                 key_name: Optional[str] = None):
+                 key_name: Optional[str] = None, role: str = "caller"):
         self.key = key
+        self.role = role
+        self.team = self.tag = None
         self.name = name
         self.key_name = key_name
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
@@ -1526,6 +1576,11 @@ class Origins:
                 host.endswith((".local", ".localhost")))
         return not ip.is_global
 
+    @staticmethod
+    def is_own(fields: Fields) -> bool:
+        """Tells whether a page of ours asks, which shows a key in a field of its own."""
+        return fields.get("origin", "").partition("://")[2].lower() == fields.get("host").lower()
+
     def check(self, method: str, fields: Fields):
         """Raises ForeignOrigin for a request that a page makes which may not. Reading is the
         browser's to prevent."""
@@ -1603,15 +1658,18 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
+        capacity = rule.capacity
+        left = level if level > 0 else 0
         if rule.unit == RUNNING:
-            return Quota(rule.capacity, max(0, level), 0, 0, 0)
+            return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
-        full = level >= rule.capacity
-        reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
+        reset = 0
+        if level < capacity:
+            reset = math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
-            return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
+            return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
-        return Quota(rule.capacity, level if level > 0 else 0, amount, interval, reset)
+        return Quota(capacity, left, amount, interval, reset)
 
     @property
     def wait(self) -> float:
@@ -1623,7 +1681,11 @@ class Level(NamedTuple):
 
     def untaken(self):
         """Returns the same bucket with the amount still in it."""
-        return self._replace(amount=0, level=self.level + self.amount)
+        return self.less(-self.amount)
+
+    def less(self, amount):
+        """Returns the same bucket once `amount` more is taken of it."""
+        return self._replace(amount=self.amount + amount, level=self.level - amount)
 
 
 def tightest_of(levels):
@@ -1642,34 +1704,40 @@ class Buckets:
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
         self.room = room
-        # key -> (level, time of the last refill, rule); least recently used first
-        self.levels = collections.OrderedDict()
-
-    def level_after(self, rule, key, amount=0, taken=0):
-        """Returns what is in a bucket once a call took `amount` instead of `taken`. The time of the
-        last refill moves by whole intervals, so nothing drifts. It starts when the bucket stops
-        being full."""
-        now = self.clock.monotonic()
-        capacity = rule.capacity
-        level, refilled, _ = self.levels.get(key) or (capacity, now, rule)
-        steps = int((now - refilled + 1e-6) / rule.interval)  # a microsecond for what floats lose
-        if steps > 0:
-            level += steps * rule.refill
-            refilled += steps * rule.interval
-        if level >= capacity:
-            level = capacity
-            refilled = now
-        level += taken - amount
-        if level > capacity:
-            level = capacity
-        return Level(level, refilled, rule, key, amount, now)
+        self.levels: "collections.OrderedDict[BucketKey, Level]" = (
+            collections.OrderedDict())  # as they were last seen; least recently used first
 
     def levels_after(self, keyed_rules, costs, taken):
-        """Returns what all buckets hold once `costs` are charged instead of what was taken."""
+        """Returns what the buckets hold once `costs` are charged instead of what was taken. The
+        time of the last refill moves by whole intervals, so nothing drifts. It starts when the
+        bucket stops being full."""
+        now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            levels.append(self.level_after(rule, key, costs[rule.unit], taken[rule.unit]))
+            unit, capacity = rule.unit, rule.capacity
+            known = self.levels.get(key)
+            if known is None:
+                level, refilled = capacity, now
+            else:
+                level, refilled, _, _, _, _ = known
+                passed = now - refilled + 1e-6  # a microsecond for what floats lose
+                if passed >= rule.interval:
+                    steps = int(passed / rule.interval)
+                    level += steps * rule.refill
+                    refilled += steps * rule.interval
+                if level >= capacity:
+                    level = capacity
+                    refilled = now
+            cost = costs[unit]
+            level += taken[unit] - cost
+            if level > capacity:
+                level = capacity
+            levels.append(Level(level, refilled, rule, key, cost, now))
         return levels
+
+    def level_of(self, rule, key):
+        """Returns what is in a bucket."""
+        return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
 
     async def take(self, keyed_rules: KeyedRules, costs: Costs) -> List[Level]:
         """Takes `costs` of all buckets, or nothing where one would hold less than 0 then; returns
@@ -1689,43 +1757,48 @@ class Buckets:
     def peek(self, charges: List[Charge]) -> Tuple[Quota, int]:
         """Returns the tightest bucket as it is, and the whole seconds until all of `charges` could
         be taken. It makes no bucket."""
-        levels = [self.level_after(*charge) for charge in charges]
-        tightest = tightest_of([one.untaken() for one in levels])
-        return tightest.quota, math.ceil(max([one.wait for one in levels]))
+        levels = [self.level_of(rule, key) for rule, key, _ in charges]
+        waits = [one.less(charge.amount).wait for one, charge in zip(levels, charges)]
+        return tightest_of(levels).quota, math.ceil(max(waits))
 
     def store(self, levels):
         """Keeps `levels`; their buckets are then those used last."""
-        for level, refilled, rule, key, _, _ in levels:
-            if not self.levels.pop(key, None):
+        for level in levels:
+            key = level.key
+            if self.levels.pop(key, None) is None:
                 self.make_room()
-            self.levels[key] = level, refilled, rule
+            self.levels[key] = level
 
     def make_room(self):
         """Drops old buckets that are full by now: two for each that is added, so this never takes
         long. In a table without room the least recently used goes even when it is not full, which
         errs in its caller's favour."""
         for key in list(itertools.islice(self.levels, 2)):
-            rule = self.levels[key][2]
-            if len(self.levels) < self.room and self.level_after(rule, key).level < rule.capacity:
+            if len(self.levels) < self.room and not self.is_full(self.levels[key]):
                 break
             del self.levels[key]
+
+    def is_full(self, found):
+        """Returns whether a bucket is full by now."""
+        return self.level_of(found.rule, found.key).level >= found.rule.capacity
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
         running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (level, refilled + wall - now)
-                for key, (level, refilled, rule) in self.levels.items()
-                if rule.unit != RUNNING and self.level_after(rule, key).level < rule.capacity}
+        return {key: (found.level, found.refilled + wall - now)
+                for key, found in self.levels.items()
+                if found.rule.unit != RUNNING and not self.is_full(found)}
 
-    def raw_levels(self, keyed_rules: KeyedRules) -> List[Tuple[BucketKey, int, float]]:
-        """Returns (key, level, monotonic time of the last refill) of those that are not full."""
-        return [(key, *self.levels[key][:2]) for rule, key in keyed_rules
-                if key in self.levels and rule.unit != RUNNING]
+    def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
+        """Returns buckets as they were last seen, those that are there. Any thread may ask: what
+        is in the table is never changed, only replaced."""
+        return [one for one in map(self.levels.get, keys) if one is not None]
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
-        self.levels[key] = level, self.clock.monotonic() - max(0, since), rule
+        now = self.clock.monotonic()
+        self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
 class Hold:
@@ -1884,7 +1957,7 @@ class Limits:
             elif key[0] in successors:
                 old, new = successors[key[0]]
                 self.buckets.restore(old, key, level, wall - since)
-                level = self.buckets.level_after(old, key).level * new.capacity // old.capacity
+                level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
                 self.buckets.restore(new, (new.text, *key[1:]), level, 0)
         return sum([since > wall + 60 for _, since in saved.values()])
@@ -1973,7 +2046,7 @@ class WrongKeys:
 
     def refusal(self, address: str) -> Refusal:
         """Returns what to say of one more."""
-        level = self.buckets.level_after(self.RULE, (self.RULE.text, ("address", address)), 1)
+        level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
         if level.level < 0:
             return TooManyGuesses(wait=level.wait)
         self.buckets.store([level])
@@ -4413,6 +4486,7 @@ class Dialects:
         self.max_text = max_text
         self.aliases = aliases
         self.names = names
+        self.chooses = bool(names.keys() - {"base"})  # by models, which upstream is asked
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
@@ -4452,7 +4526,7 @@ class Dialects:
         # Counting is read for its model alone, where that chooses the upstream.
         if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
-        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
+        if endpoint == "count" and not self.chooses and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -4485,7 +4559,7 @@ class Dialects:
         elif call.endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
-        elif self.names and method == "GET" and ONE_MODEL.fullmatch(call.path):
+        elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
             model = self.read_model_path(call)
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
@@ -5103,7 +5177,7 @@ class HeadScanner:
 class Request(Head):
     """A request head that every RFC 9112 reader would read the same way. `path` and `query` come
     from its target; `length` is None for a chunked body; `plain`: nothing is said of the body but
-    how it is framed."""
+    its length."""
     __slots__ = ("method", "path", "query", "version", "plain")
     MAX_LINE = 8192
     MAX_FIELDS = 100
@@ -5126,7 +5200,8 @@ class Request(Head):
         self.read_framing(self.version)
         if not self.chunked:
             self.length = self.length or 0
-        self.plain = "expect" not in self.lines and "content-encoding" not in self.lines
+        self.plain = not self.chunked and (
+            "expect" not in self.lines and "content-encoding" not in self.lines)
 
     def origin_form(self, target, host):
         """Reads RFC 9112 3.2. The absolute form is taken when it names the Host; nothing in it ever
@@ -5367,7 +5442,8 @@ class Context:
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
-    subject: Optional["Subject"] = None      # whose calls fare how, where that is of interest
+    # Which model is asked for whom, where it is of interest how such calls fare
+    subject: Optional[Tuple[str, CallerKey]] = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -5617,7 +5693,7 @@ class Stream:
             self.write_buffer += data
             return
         sent = 0
-        if len(data) <= BLOCK or not self.encrypted:
+        if not self.encrypted or len(data) <= BLOCK:
             try:
                 sent = self.sock.send(data)
             except WOULD_BLOCK:
@@ -6476,7 +6552,6 @@ class Response:
         self.address = address
         self.stream = stream
         self.head = head
-        self.length = head.length
         self.status = head.status
         self.reusable = request_was_sent and not head.close_after
         if method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
@@ -6609,15 +6684,13 @@ class Breaker:
         return "half_open" if self.trying or self.allows(now) else "open"
 
 
-class Subject(NamedTuple):
-    """Which model is asked for whom."""
-    model: str
-    caller: CallerKey
+Subject = Tuple[str, CallerKey]  # which model is asked for whom
 
 
 class Breakers:
     """Those of one address: one for its connections, and one for each model that failed lately,
     because what one caller asks for must not close it to the others."""
+    troubled = False  # whether anything failed lately
 
     def __init__(self, most: int, seconds: float):
         self.most = most
@@ -6625,18 +6698,15 @@ class Breakers:
         self.connections = Breaker(most, seconds)
         self.models = collections.OrderedDict()
 
-    def nothing_failed(self) -> bool:
-        return not self.models and self.connections.opened is None and (
-            not self.connections.failures)
-
     def is_tried(self, subject) -> bool:
         """Tells whether one that is open waits for how this call goes."""
         return any(one.trying for one, _ in self.concerning(subject))
 
     def concerning(self, subject):
         found = [(self.connections, None)]
-        if subject and subject.model in self.models:
-            found.append((self.models[subject.model], subject.caller))
+        if subject and subject[0] in self.models:
+            model, caller = subject
+            found.append((self.models[model], caller))
         return found
 
     def seconds_left(self, now, subject):
@@ -6662,6 +6732,7 @@ class Breakers:
             news += self.judge_one(one, good, now, caller, what)
             if not one.failures:
                 del self.models[model]
+        self.troubled = bool(self.models or self.connections.failures)
         return news
 
     @staticmethod
@@ -6757,10 +6828,12 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                length = b"\r\n"
                 if body or method in ("POST", "PUT", "PATCH"):
-                    length = b"Content-Length: %d\r\n\r\n" % len(body)
-                self.write(stream, head + length, body)
+                    head += b"Content-Length: %d\r\n" % len(body)
+                at_once = body if len(body) <= BLOCK else b""  # what is large is not copied
+                stream.write(b"%b\r\n%b" % (head, at_once))
+                if at_once is not body:
+                    stream.write(body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
                     request_was_sent = await stream.drain(
@@ -6810,14 +6883,6 @@ class Address:
             stream.close()
             slot.leave()
 
-    @staticmethod
-    def write(stream, head, body):
-        """Send both, at once where they are small: what is large is not copied for that."""
-        if len(body) <= BLOCK:
-            return stream.write(head + body)
-        stream.write(head)
-        stream.write(body)
-
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
         stopped reading, before it had it all (RFC 9112 9.5)."""
@@ -6858,8 +6923,10 @@ class Address:
 
     def keep(self, stream, in_doubt):
         """Keep a connection; one that may yet say or do something is used again a little later."""
-        delay = self.REUSE_DELAY if in_doubt else 0
-        self.spares.append((self.clock.monotonic() + delay, stream))
+        reusable = self.clock.monotonic()
+        if in_doubt:
+            reusable += self.REUSE_DELAY
+        self.spares.append((reusable, stream))
 
     def close_stale(self, everything: bool = False):
         """Close spare connections that are too old to be used again; called once in a while."""
@@ -6992,6 +7059,7 @@ class Upstream:
         self.addresses = [Address(endpoint, transport, Breakers(*breaking), clock)
                           for endpoint in config.url]
         self.rotation = 0
+        self.disabled = False
         self.without_options = set()  # models that take stream_options for an error here
 
     def __repr__(self) -> str:
@@ -7013,32 +7081,33 @@ class Upstream:
         alone.send = alone.send_patiently if self.retries else alone.send_once
         return alone
 
-    def enter(self, failed, subject):
-        """Returns the address with the fewest running calls, which has one more now; None where
-        none can be asked. Without a subject it tells nothing of how calls fare there."""
+    def choose(self, failed, failure, context):
+        """Returns the address to ask next, which has one more running call now. Raises `failure`,
+        that of the last one, BreakerOpen, and UpstreamTimeout where nobody would wait for the
+        response."""
+        if context.expired():
+            raise UpstreamTimeout()
         address = self.addresses[0]
-        if failed or len(self.addresses) > 1 or not address.breakers.nothing_failed():
-            now = self.clock.monotonic()
-            able = [one for one in self.addresses if one not in failed
-                    and one.breakers.seconds_left(now, subject) <= 0]
-            if not able:
-                return None
-            self.rotation += 1
-            first = self.rotation % len(able)
-            address = min(able[first:] + able[:first], key=lambda one: one.running)
-            if subject:
-                address.breakers.enter(now, subject)
+        if failed or len(self.addresses) > 1 or address.breakers.troubled:
+            address = self.least_busy(failed, context.subject)
+            if address is None:
+                raise failure or self.breaker_open(context.subject) or BreakerOpen(wait=0)
         address.running += 1
         return address
 
-    def choose(self, failed, failure, context):
-        """Returns the address to ask next. Raises `failure`, that of the last one, BreakerOpen, and
-        UpstreamTimeout where nobody would wait for the response."""
-        if context.expired():
-            raise UpstreamTimeout()
-        address = self.enter(failed, context.subject)
-        if address is None:
-            raise failure or self.breaker_open(context.subject) or BreakerOpen(wait=0)
+    def least_busy(self, failed, subject):
+        """Returns the address with the fewest running calls, None where none can be asked. Without
+        a subject it tells nothing of how calls fare there."""
+        now = self.clock.monotonic()
+        able = [one for one in self.addresses if one not in failed
+                and one.breakers.seconds_left(now, subject) <= 0]
+        if not able:
+            return None
+        self.rotation += 1
+        first = self.rotation % len(able)
+        address = min(able[first:] + able[:first], key=lambda one: one.running)
+        if subject:
+            address.breakers.enter(now, subject)
         return address
 
     def judge_head(self, address, good, connected, subject):
@@ -7050,14 +7119,15 @@ class Upstream:
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
         """A call went well there, or failed, or (None) nobody knows."""
-        if good and address.breakers.nothing_failed():
+        if good and not address.breakers.troubled:
             return
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
-    def check_key(self, response: Response):
-        """Raises KeyRefused. The operator is told, once a minute."""
-        if response.status != 401 or self.key in (None, PASSTHROUGH):
+    def refuse_key(self):
+        """Raises KeyRefused where a 401 is about our own key. The operator is told, once a
+        minute."""
+        if self.key in (None, PASSTHROUGH):
             return
         now = self.clock.monotonic()
         if now >= self.complain_at:
@@ -7075,7 +7145,8 @@ class Upstream:
         """Returns what /health says of it."""
         now = self.clock.monotonic()
         states = [one.breakers.state(now) for one in self.addresses]
-        found = {"state": min(states, key=("closed", "half_open", "open").index),
+        best = min(states, key=("closed", "half_open", "open").index)
+        found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
         if self.queue:
@@ -7123,7 +7194,7 @@ class Upstream:
                 failure = refusal
                 failed += [] if stale else [address]
             finally:
-                if context.subject:
+                if context.subject and (not good or address.breakers.troubled):
                     self.judge_head(address, good, stream is not None, context.subject)
                 if response is None:
                     address.running -= 1
@@ -7192,11 +7263,26 @@ class Routes:
         self.base = base
         self.named = named
         self.all = ([base] if base else []) + named
-        self.by_name = {upstream.name: upstream for upstream in named}
+        self.by_name = {upstream.name: upstream for upstream in self.all}
         self.known = {}
+        self.some_are_disabled = False
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
         """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        found = self.candidates(call, thing)
+        if self.some_are_disabled:
+            found = [one for one in found if not one.disabled]
+            if not found:
+                raise NoRoute(call.model)
+        return found
+
+    def switch(self, name: str, on: bool):
+        """Enables or disables an upstream. Raises LookupError."""
+        {one.name: one for one in self.all}[name].disabled = not on
+        self.some_are_disabled = any(one.disabled for one in self.all)
+        self.known.clear()  # the next one of the model's serves it
+
+    def candidates(self, call, thing):
         if self.base and not (self.named or thing):  # there is no choice
             return self.all
         for upstream in self.all if thing else ():
@@ -7215,7 +7301,8 @@ class Routes:
 
     def serving(self, model):
         """Returns those that serve a model, else the base; that is known from then on."""
-        found = [upstream for upstream in self.named if upstream.serves(model)]
+        found = [upstream for upstream in self.named
+                 if upstream.serves(model) and not upstream.disabled]
         # Nobody's own key is for a second vendor.
         found[1:] = [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
         if self.base and not found:
@@ -7298,6 +7385,9 @@ def format_second(second):
 class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
+    # By how what is awaited begins.
+    STATES = (("its turn at", "line"), ("a connection", "connecting"),
+              ("the response of", "first byte"), ("the body of", "first byte"))
     request_id = None
     caller: Optional[Caller] = None
     method = None
@@ -7317,7 +7407,9 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    levels = ()         # of its buckets, for the ledger
+    context: Optional[Context] = None      # while it runs, these three
+    ticket: Optional[Ticket] = None
+    adapter: Optional[BodyAdapter] = None
 
     def __init__(self, address: str, peer: str):
         """`peer` is where the connection comes from, `address` who that stands for."""
@@ -7333,7 +7425,7 @@ class Entry:
         self.wall = clock.time_ns()
         if self.started is None:
             self.started = self.ended  # no head ever came
-        self.reader = None
+        self.reader = self.context = self.ticket = self.adapter = None
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
@@ -7360,6 +7452,26 @@ class Entry:
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued))
+
+    def state(self) -> str:
+        """Returns where a running call stands."""
+        if self.first_byte is not None:
+            return "streaming"
+        awaits = self.context.what if self.context else ""
+        return next((state for begin, state in self.STATES if awaits.startswith(begin)), "reading")
+
+    def tokens_so_far(self) -> int:
+        """Returns about how many tokens have passed: an event holds one, nearly always."""
+        reader = self.reader
+        return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
+
+    def progress(self, clock: Any) -> Dict[str, Any]:
+        """Returns what changes while it runs."""
+        self.request_id = self.request_id or new_request_id()
+        place = self.ticket.queue.position(self.ticket) if self.ticket else None
+        return {"id": self.request_id, "state": self.state(), "position": place,
+                "seconds": round(clock.monotonic() - self.started, 3),
+                "tokens": self.tokens_so_far()}
 
     def moment(self):
         """Returns the end in UTC, as logs have it."""
@@ -7566,9 +7678,13 @@ class Database:
         SELECT max(time) FROM calls;
         SELECT * FROM calls ORDER BY rowid DESC LIMIT 1;"""
 
-    def __init__(self, path: str, reading: bool = False):
-        """Raises DatabaseFault; FileNotFoundError where there is nothing to read."""
+    connection: Optional[sqlite3.Connection] = None
+
+    def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False):
+        """`lock` as `lock_for_service` has it. Raises DatabaseFault; FileNotFoundError where there
+        is nothing to read."""
         self.path = path
+        self.lock = lock
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -7583,20 +7699,29 @@ class Database:
                 self.prepare()
                 self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
+            if self.connection:
+                self.connection.close()
             if "locked" in str(failure):
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
 
+    def close(self):
+        self.connection.close()
+        if self.lock:
+            self.lock.close()
+
     def file_identity(self):
-        """Returns what tells this file from another one of its name; None without one."""
+        """Returns what tells this file, and its lock, from others of their names; None where one
+        is not there."""
+        names = [self.path, self.lock.name] if self.lock else [self.path]
         try:
-            found = os.stat(self.path)
+            found = list(map(os.stat, names))
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return [(one.st_dev, one.st_ino) for one in found]
 
     def is_gone(self) -> bool:
-        """Tells whether the file was deleted or replaced."""
+        """Tells whether the file was deleted or replaced, or its lock."""
         return self.file_identity() != self.identity
 
     def connect(self, mode):
@@ -7712,6 +7837,11 @@ class Database:
             (before, most)).rowcount
 
 
+def lock_name(path: str) -> str:
+    """Returns the name of a database's lock, which is one, whatever links lead to it."""
+    return os.path.realpath(path) + ".lock"
+
+
 def lock_for_service(path: str) -> Optional[BinaryIO]:
     """Returns a file that is locked while it stays open, so that one service alone writes the
     levels of a database; commands may read it. Raises DatabaseFault. Windows has no such lock."""
@@ -7720,7 +7850,7 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
     except ImportError:
         return None
     try:
-        file = open(path + ".lock", "ab")
+        file = open(lock_name(path), "ab", opener=lambda *how: os.open(*how, 0o600))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
@@ -7728,6 +7858,18 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
         raise InUse("DATABASE %s is used by another llm_proxy that runs" % path) from None
     except OSError as failure:
         raise Unwritable(path, failure) from None
+
+
+def open_for_service(path: str, opening: Callable[[str, Optional[BinaryIO]], Database] = Database
+                     ) -> Database:
+    """Returns a database that no other service writes while it is open. Raises DatabaseFault."""
+    lock = lock_for_service(path)
+    try:
+        return opening(path, lock)
+    except DatabaseFault:
+        if lock:
+            lock.close()
+        raise
 
 
 class Ledger(Writer):
@@ -7739,7 +7881,6 @@ class Ledger(Writer):
     forget_at = 0.0       # monotonic seconds, as are the others
     complain_at = 0.0
     reopen_at = 0.0
-    snapshot_at = 0.0
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
                  clock: Any, days: int, log: Log):
@@ -7763,22 +7904,15 @@ class Ledger(Writer):
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
-    def record(self, entry: Entry):
-        """Takes the levels of its buckets along: what a call took is not lost with the process."""
-        if entry.hold:
-            entry.levels = self.limits.buckets.raw_levels(entry.hold.keyed_rules)
-        super().record(entry)
-
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
         what changed, and deletes what is gone."""
-        self.snapshot_at = self.clock.monotonic()
         self.levels = levels
 
     def run(self):
         super().run()
         if self.database:
-            self.database.connection.close()
+            self.database.close()
 
     def write_queued(self):
         """Writes what is there. What cannot be written stays in the queue until that is full."""
@@ -7802,13 +7936,13 @@ class Ledger(Writer):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
         written at the start."""
         if self.database and self.database.is_gone():
-            self.log.say("DATABASE was deleted or replaced: a new one is begun")
-            self.database.connection.close()
+            self.log.say("DATABASE or its lock was deleted or replaced: a new one is begun")
+            self.database.close()
             self.database = None
         if self.database is None and now >= self.reopen_at:
             self.reopen_at = now + self.REOPEN_SECONDS
             try:
-                self.database = Database(self.path)
+                self.database = open_for_service(self.path)
                 self.saved = {}
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
@@ -7816,14 +7950,13 @@ class Ledger(Writer):
         return self.database is not None
 
     def recent_levels(self, entries):
-        """Returns the levels as they were saved last, but for buckets of calls that ended since."""
-        recent = {}
+        """Returns the levels as they were saved last, but for buckets of calls that ended: what
+        these took is not lost with the process."""
+        keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
         offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
-        for entry in entries:
-            if entry.ended >= self.snapshot_at:
-                for key, level, refilled in entry.levels:
-                    recent[key] = level, refilled + offset
-        return {**self.levels, **recent} if recent else self.levels
+        return {**self.levels, **{one.key: (one.level, one.refilled + offset)
+                                  for one in self.limits.buckets.latest(keys)
+                                  if one.rule.unit != RUNNING}} if keys else self.levels
 
     def write(self, entries, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
@@ -7897,14 +8030,31 @@ class RefusalSums:
             self.counts.clear()
 
 
+class Watcher:
+    """Somebody whom the books tell of calls, on the loop: it must not wait."""
+
+    def begin(self, entry: Entry):
+        """A call was read and is about to be routed."""
+
+    def record(self, entry: Entry):
+        """A call has ended; it is in the ledger, too."""
+
+    def close(self, wait: float):
+        """Nothing more will come."""
+
+
 class Books:
-    """The log, the ledger and the usage log; each has a thread, so that none waits for another."""
+    """The log, the ledger and the usage log; each has a thread, so that none waits for another.
+    `running` are the entries of calls that run, oldest first."""
+
+    watchers: Sequence[Watcher] = ()
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
+        self.running: Dict[Entry, None] = {}
 
     def open(self):
         """Begins to write the ledger: called when it is sure that this process will serve, because
@@ -7912,7 +8062,15 @@ class Books:
         if self.ledger:
             self.ledger.thread.start()
 
+    def begin(self, entry: Entry):
+        """A call runs from now on."""
+        self.running[entry] = None
+        for watcher in self.watchers:
+            watcher.begin(entry)
+
     def record(self, entry: Entry):
+        if entry.call:
+            self.running.pop(entry, None)
         if self.refusals.counts_only(entry):
             return
         self.log.record(entry)
@@ -7922,6 +8080,8 @@ class Books:
                 self.ledger.record(entry)
             if self.usage_log:
                 self.usage_log.record(entry)
+            for watcher in self.watchers:
+                watcher.record(entry)
 
     def save(self, levels: Levels):
         """Hands the levels of buckets to the ledger; to be called every Ledger.SAVE_SECONDS."""
@@ -7931,8 +8091,194 @@ class Books:
 
     def close(self, wait: float):
         self.refusals.report()
-        for part in filter(None, (self.ledger, self.usage_log, self.log)):
+        for part in filter(None, (self.ledger, self.usage_log, *self.watchers, self.log)):
             part.close(wait)
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals: what is told of calls outside of the books, to monitors, collectors and whoever looks at
+# the page: metrics, traces, warnings, and the feed of events. It does not know sockets.
+# --------------------------------------------------------------------------------------------------
+
+def dollars(entry: Entry) -> str:
+    return format_usd(entry.picodollars)
+
+
+def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
+    """Returns what the page shows of a call that runs."""
+    call = entry.call
+    return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
+            "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
+            "started": clock.time_ns() / 1e9 - (clock.monotonic() - entry.started)}
+
+
+def ended_call(entry: Entry) -> Dict[str, Any]:
+    """Returns what the page shows of a call that has ended: its row in the ledger."""
+    return {**entry.as_row()._asdict(), "row": None, "usd": dollars(entry)}
+
+
+class Event:
+    """Something that happened. Its text is made once, for the first who asks."""
+    __slots__ = ("number", "name", "about", "text")
+
+    def __init__(self, number: int, name: str, about: Union[Entry, Dict[str, Any]]):
+        self.number = number
+        self.name = name
+        self.about = about
+        self.text: Optional[bytes] = None
+
+    def encoded(self) -> bytes:
+        """Returns it as a server-sent event (WHATWG HTML 9.2)."""
+        if self.text is None:
+            about = self.about
+            payload = ended_call(about) if isinstance(about, Entry) else about
+            self.text = b"id: %d\nevent: %s\ndata: %s\n\n" % (
+                self.number, self.name.encode(), json.dumps(payload).encode())
+            self.about = None
+        return self.text
+
+
+class Feed(Watcher):
+    """Events, the last ROOM of them, for pages that show what happens now. Each has a number, by
+    which a page that was cut off goes on."""
+    ROOM = 1000
+    PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
+
+    def __init__(self, clock: Any):
+        self.clock = clock
+        self.number = clock.time_ns() // 10 ** 6  # above all that were before the last start
+        self.events: "collections.deque[Event]" = collections.deque(maxlen=self.ROOM)
+        self.told = 0       # of calls, in this second
+        self.listeners = 0  # pages that are open
+        self.waiting: Set["asyncio.Future[bool]"] = set()
+        self.closed = False
+
+    def tell(self, name: str, about: Union[Entry, Dict[str, Any]]):
+        """Adds an event, and wakes who waits for one."""
+        self.number += 1
+        self.events.append(Event(self.number, name, about))
+        if self.waiting:
+            self.wake()
+
+    def wake(self):
+        for future in self.waiting:
+            Stream.wake(future)
+        self.waiting.clear()
+
+    def begin(self, entry):
+        if self.listeners and self.told < self.PER_SECOND:
+            self.told += 1
+            self.tell("begin", running_call(entry, self.clock))
+
+    def record(self, entry):
+        if entry.call and self.told < self.PER_SECOND:
+            self.told += 1
+            self.tell("end", entry)
+
+    def pulse(self, payload: Dict[str, Any]):
+        """A second is over."""
+        self.told = 0
+        if self.listeners:
+            self.tell("pulse", payload)
+
+    def close(self, wait):
+        self.closed = True
+        self.wake()
+
+    def since(self, number: int) -> Optional[List[Event]]:
+        """Returns the events after a number, None where some of them are forgotten."""
+        if number > self.number or number < self.number - len(self.events):
+            return None
+        first = len(self.events) - (self.number - number)
+        return list(itertools.islice(self.events, first, None))
+
+
+class Pulse(Watcher):
+    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
+    and which buckets changed. `labels` are the names of those who called lately."""
+    MINUTE = 60
+    MAX_TIMES = 5_000
+    MAX_CALLERS = 1_000
+    MAX_SHOWN = 100
+
+    def __init__(self, clock: Any, buckets: Buckets, feed: Feed):
+        self.clock = clock
+        self.buckets = buckets
+        self.feed = feed
+        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, ms, upstream)
+        self.callers: "collections.OrderedDict[CallerKey, Caller]" = collections.OrderedDict()
+        self.last_seen: Dict[CallerKey, float] = {}
+        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+        self.refused = collections.Counter()  # calls, by the text of the rule
+        self.calls = self.tokens = self.failed = self.picodollars = 0
+
+    def record(self, entry):
+        if not entry.call:
+            return
+        self.calls += 1
+        if entry.outcome == "limited":
+            self.refused[entry.cause] += 1
+        if entry.outcome not in ("ok", "limited", "caller_gone"):
+            self.failed += 1
+        if entry.usage:
+            self.tokens += entry.usage.input + entry.usage.output
+            self.picodollars += entry.picodollars
+        if entry.first_byte is not None:
+            self.times.append((entry.ended, entry.milliseconds(entry.first_byte), entry.upstream))
+        caller = entry.caller
+        self.callers[caller.key] = caller
+        self.last_seen[caller.key] = entry.wall / 1e9
+        if len(self.callers) > self.MAX_CALLERS:
+            del self.last_seen[self.callers.popitem(last=False)[0]]
+        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
+            for rule, key in entry.hold.keyed_rules:
+                self.changed[key] = rule, caller
+
+    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
+        """Returns percentiles of the last minute, in milliseconds."""
+        oldest = self.clock.monotonic() - self.MINUTE
+        found = sorted([ms for ended, ms, name in self.times
+                        if ended >= oldest and upstream in (None, name)])
+        return {"first_p%d" % share: found[len(found) * share // 100] if found else None
+                for share in (50, 95)}
+
+    def tick(self, running: int, line: int) -> Dict[str, Any]:
+        """A second is over; returns what was in it."""
+        found = {"now": self.clock.time_ns() / 1e9, "calls": self.calls, "tokens": self.tokens,
+                 "failed": self.failed, "in_flight": running, "line": line,
+                 "usd": format_usd(self.picodollars), **self.first_bytes()}
+        self.calls = self.tokens = self.failed = self.picodollars = 0
+        self.seconds.append(found)
+        return found
+
+    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+        """Returns a bucket as the page shows it."""
+        level = self.buckets.level_of(rule, key)
+        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        missing = -(-(rule.capacity - level.level) // rule.refill)
+        runs = rule.unit == RUNNING
+        return {"rule": rule.text, "unit": UNITS[rule.unit],
+                "level": format_amount(rule, level.level),
+                "capacity": format_amount(rule, rule.capacity),
+                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "interval": 0 if runs else rule.interval,
+                "refilled": wall - (now - level.refilled),
+                "full_in": 0 if runs else max(
+                    0, round(level.refilled + missing * rule.interval - now, 3))}
+
+    def changed_buckets(self) -> List[Dict[str, Any]]:
+        """Returns those of the last second."""
+        changed = self.changed
+        self.changed = {}
+        return [{"caller": caller.label, **self.bucket(rule, key)}
+                for key, (rule, caller) in changed.items()]
+
+
+class Watchers(NamedTuple):
+    """All whom the books tell of calls."""
+    feed: Feed
+    pulse: Pulse
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8032,9 +8378,9 @@ class Reply:
             self.entry.request_id = given if REQUEST_ID.fullmatch(given) else None
         self.entry.method = request.method
         self.entry.path = request.path
-        length, client = request.length, self.client
-        if request.plain and length is not None and length <= len(client.read_buffer):
-            self.content = client.take(length) if length else b""
+        client = self.client
+        if request.plain and request.length <= len(client.read_buffer):
+            self.content = client.take(request.length)
         else:
             self.body = RequestBody(client, request, self.parts.budget)
 
@@ -8110,14 +8456,17 @@ class Reply:
             self.entry.queued = self.ticket.waited()
         if not self.begun:
             self.early = True
-            if self.request.version == 0:
-                self.close_after = self.until_close = True
-            lines = [self.date_line(), "Content-Type: " + self.call.dialect.events.content_type]
-            lines += STREAM_LINES
-            if not self.until_close:
-                lines.append("Transfer-Encoding: chunked")
-            head = self.head(200, "OK", "".join([line + CRLF for line in lines]))
+            head = self.stream_head(self.call.dialect.events.content_type)
         self.client.write(head + self.framed(self.call.dialect.events.comment(text)))
+
+    def stream_head(self, content_type: str) -> bytes:
+        """Returns the head of a stream of ours."""
+        if self.request.version == 0:
+            self.close_after = self.until_close = True
+        lines = [self.date_line(), "Content-Type: " + content_type, *STREAM_LINES]
+        if not self.until_close:
+            lines.append("Transfer-Encoding: chunked")
+        return self.head(200, "OK", "".join([line + CRLF for line in lines]))
 
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
@@ -8131,7 +8480,7 @@ class Reply:
 
     # -- what comes from upstream
 
-    async def receive(self, response: Response) -> BodyAdapter:
+    def receive(self, response: Response) -> BodyAdapter:
         """Decide how a body goes on, and take in what has come of it. Raises UpstreamFailed."""
         call = self.call
         if self.comment_timer:
@@ -8139,24 +8488,18 @@ class Reply:
         self.context.until = self.end_at
         streamed, encoding = self.kind_of(response.head)
         response.streamed = streamed
-        has_events = streamed and encoding == IDENTITY
-        if self.early and not (response.status == 200 and has_events):
-            raise await self.not_a_stream(response)
         if response.status < 400 and self.may_tell_usage(response.head, streamed):
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        self.adapter = self.adapt(response, has_events)
+        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
         if call.on_made:
-            self.adapter.reader = NameReader(
-                self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
+            adapter.reader = NameReader(
+                adapter.reader, call.dialect.events if streamed else None, call.on_made)
         try:
-            self.first = self.adapter.feed(response.stream.take_all())
-            whole = response.framing.ended or call.stream or streamed
-            if self.entry.reader and not whole:
-                await self.receive_whole(response)
-        except (Malformed, OSError) as failure:
+            self.first = adapter.feed(response.stream.take_all())
+        except Malformed as failure:
             raise UpstreamFailed(failure) from None
-        return self.adapter
+        return adapter
 
     def may_tell_usage(self, head, streamed):
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
@@ -8184,8 +8527,8 @@ class Reply:
         events = self.call.dialect.events if comments or self.early else None
         style = BodyAdapter.AS_IS
         if type(framing) is Sized and not drops and not events:
-            if response.length is not None and response.status != 204:
-                self.framing_line = f"Content-Length: {response.length}\r\n"
+            if response.head.length is not None and response.status != 204:
+                self.framing_line = f"Content-Length: {response.head.length}\r\n"
         elif self.request.version == 0:  # HTTP/1.0 knows no chunks: closing ends the body
             style = BodyAdapter.PLAIN
             self.close_after = self.until_close = True
@@ -8194,37 +8537,50 @@ class Reply:
                 style = BodyAdapter.CHUNKED
             self.framing_line = "Transfer-Encoding: chunked\r\n"
         adapter = BodyAdapter(framing, style, reader, events)
-        adapter.passed = self.entry.passed  # comments, where the stream began with some
+        if self.early:
+            adapter.passed = self.entry.passed  # comments
         return adapter
 
-    async def receive_whole(self, response):
-        """Await a metered answer that is no stream, unless it is large or takes its time."""
+    async def receive_whole(self, response: Response):
+        """Await a metered answer that is no stream, unless it is large or takes its time. Raises
+        UpstreamFailed."""
         stream, adapter, loop = response.stream, self.adapter, self.context.loop
+        if not self.entry.reader or self.call.stream or response.streamed:
+            return
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
         deadline = loop.time() + seconds
         while not adapter.framing.ended and len(self.first) < self.MAX_WHOLE:
             try:
                 alive = await stream.more(
                     self.context, deadline - loop.time(), response.address.what_body)
+                payload = adapter.feed(stream.take_all()) if alive else self.last_of(adapter)
             except TimeoutError:
                 return
-            if alive:
-                self.first += adapter.feed(stream.take_all())
-                continue
-            whole, rest = adapter.end_of_stream()
-            if not whole:
-                raise UpstreamFailed("closed in the middle of its answer")
-            self.first += rest
+            except (Malformed, OSError) as failure:
+                raise UpstreamFailed(failure) from None
+            self.first += payload
 
-    async def not_a_stream(self, response):
-        """Returns what a response says that is no stream, for a caller whose stream has begun."""
+    @staticmethod
+    def last_of(adapter):
+        whole, rest = adapter.end_of_stream()
+        if not whole:
+            raise UpstreamFailed("closed in the middle of its answer")
+        return rest
+
+    async def require_stream(self, response: Response):
+        """Raises NotAStream with what a response says that is none, for a caller whose stream has
+        begun."""
+        self.stop_comments()
+        self.context.until = self.end_at
+        if response.status == 200 and self.kind_of(response.head) == (True, IDENTITY):
+            return
         body = await response.read(self.context, 65536, self.patience)
         try:
             found = parse_response(body)
         except ValueError:
             found = None
         is_error = isinstance(found, dict) and response.status >= 400
-        return NotAStream(response.status, to_json_bytes(found) if is_error else None)
+        raise NotAStream(response.status, to_json_bytes(found) if is_error else None)
 
     def begin(self, response: Response):
         """Send the head of a response, together with what has come of its body."""
@@ -8298,9 +8654,9 @@ class Reply:
         doing. An error in a response is what its status would be."""
         if response.status in FAILING or not self.adapter.framing.ended:
             return None
-        if ending == "ok":
-            return True
         reader = self.entry.reader
+        if ending == "ok" or reader and not (reader.fault or reader.said_nothing):
+            return True  # some servers never say that their streams ended
         return None if reader and reader.fault and reader.fault not in FAILING else False
 
     async def drain(self):
@@ -8326,6 +8682,8 @@ class Reply:
         self.entry.outcome = ending
         if not self.adapter.framing.ended:
             self.cut(UpstreamFailed("cut"))
+        elif ending == "upstream_cut":
+            self.entry.cause = "ended without its mark"
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -8457,7 +8815,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books,
+                 watchers: Watchers):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -8469,6 +8828,7 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
+        self.watchers = books.watchers = watchers
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
 
@@ -8482,6 +8842,8 @@ class Proxy:
         call = self.new_call(request)
         await self.dialects.read(call, request.method, request, reply.read_body)
         reply.call = entry.call = call
+        entry.context = reply.context
+        self.books.begin(entry)
         if call.stream:
             reply.start_comments()
         thing = None
@@ -8501,14 +8863,14 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite, None if upstream.model else self.dialects.resolve)
-        subject = reply.context.subject = Subject(call.upstream_model, entry.caller.key)
-        send = self.sender(upstream, call)
+        subject = reply.context.subject = call.upstream_model, entry.caller.key
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
             if not upstream.rewrite:
                 call.forget()
             try:
-                with await send(upstream, reply, call) as response:                 # forward
-                    upstream.check_key(response)
+                with await self.forward(upstream, reply, call) as response:         # forward
+                    if response.status == 401:
+                        upstream.refuse_key()
                     ending = await self.pass_on(response, reply, entry)
                     upstream.judge(response.address, reply.went_well(response, ending), subject)
                 if reply.client.write_buffer:
@@ -8526,7 +8888,11 @@ class Proxy:
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
-        adapter = await reply.receive(response)
+        if reply.early:
+            await reply.require_stream(response)
+        adapter = reply.receive(response)
+        if not adapter.framing.ended:
+            await reply.receive_whole(response)
         ended = adapter.framing.ended
         if ended:
             response.release()  # before the caller knows, who may call again at once
@@ -8595,15 +8961,24 @@ class Proxy:
             cache[callers] = callers.end_user(request, entry.peer, caller), entry.address
         entry.caller, entry.address = cache[callers]
 
-    async def admit(self, upstream, entry, call):
+    def require_role(self, request: Request, entry: Entry, role: str):
+        """Finds out who asks for a page. Raises Unauthorized, TooManyGuesses, Forbidden."""
+        entry.address = self.callers.address(request, entry.peer)
+        credential = self.callers.credential(request, request.query)
+        config = self.config
+        for key, has in ((config.admin_key, "admin"), (config.viewer_key, "viewer")):
+            if key and hmac.compare_digest(credential or b"", self.callers.digest(key)):
+                entry.caller = Caller(("key", credential), has, role=has)
+                if role == "admin" != has:
+                    raise Forbidden("This takes an admin's key")
+                return
+        raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+
+    def admit(self, upstream, entry, call):
         """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
         costs, least = self.estimate(call, entry)
-        return await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                       upstream.name, least, call.models[1:])
-
-    def sender(self, upstream, call):
-        """What is not metered does not wait."""
-        return self.send if upstream.queue is None or call.unmetered else self.send_in_turn
+        return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
+                                 upstream.name, least, call.models[1:])
 
     def new_call(self, request: Request) -> Call:
         """Returns a call as its head tells of it, which is read once, too."""
@@ -8612,6 +8987,13 @@ class Proxy:
             cache["call"] = self.dialects.place(
                 request.method, request.path, request.query, request)
         return Call(*cache["call"])
+
+    def forward(self, upstream, reply, call):
+        """Sends a call, in its turn where the upstream is busy: what is not metered does not
+        wait."""
+        if upstream.queue is None or call.unmetered:
+            return self.send(upstream, reply, call)
+        return self.send_in_turn(upstream, reply, call)
 
     async def send_in_turn(self, upstream, reply, call):
         ticket = reply.context.slot = await self.stand_in_line(upstream, reply)
@@ -8635,7 +9017,7 @@ class Proxy:
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
-        ticket = reply.ticket = upstream.queue.enter(caller.key, weight, before)
+        ticket = reply.ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
         try:
             if not ticket.running:
                 turn = context.loop.create_future()
@@ -8656,22 +9038,26 @@ class Proxy:
                 raise UpstreamTimeout(nothing_sent=True) from None
             raise QueueRefused("queue timeout") from None
         finally:
-            reply.ticket = None
+            reply.ticket = entry.ticket = None
             entry.queued = ticket.waited()
 
-    async def send(self, upstream, reply, call):
-        """A stream reports its usage only when asked; an upstream that takes the question for an
-        error is not asked again."""
+    def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
         head = functools.partial(self.request_head, reply.request, call, upstream)
         if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
-            return await send(method, head, body, context)
+            return send(method, head, body, context)
+        if call.stream and self.estimator.needs_usage and (
+                call.upstream_model not in upstream.without_options):
+            return self.send_with_question(upstream, method, head, call, context)
+        return upstream.send(method, head, call.upstream_body, context)
+
+    async def send_with_question(self, upstream, method, head, call, context):
+        """A stream reports its usage only when asked; an upstream that takes the question for an
+        error is not asked again."""
         plain = call.upstream_body
-        if (call.stream and self.estimator.needs_usage
-                and call.upstream_model not in upstream.without_options):
-            call.request_usage()
+        call.request_usage()
         response = await upstream.send(method, head, call.upstream_body, context)
         if not call.usage_requested_by_us or response.status not in (400, 422):
             return response
@@ -8846,12 +9232,13 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     log = Log(stream, config.log_format == "json")
     limits = build_limits(config, Buckets(clock))
     prices = Prices(config.prices, config.unpriced)
-    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
+    stored = Stored(config.stored)
     secret = database.secret() if database else os.urandom(32)
     return Proxy(config, clock, new_loop(clock, log), build_callers(config, secret), limits,
                  prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                  build_routes(config, clock, log.say),
-                 build_books(config, clock, log, limits, stored, database))
+                 build_books(config, clock, log, limits, stored, database),
+                 build_watchers(config, clock, limits))
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -8876,7 +9263,8 @@ def build_callers(config: Config, secret: bytes) -> Callers:
 
 
 def build_limits(config: Config, buckets: Buckets) -> Limits:
-    return Limits(config.limits or [default_rule(config)], buckets, config.limit_message)
+    message = config.limit_message.replace("{me}", "%s/me" % config.public_url)
+    return Limits(config.limits or [default_rule(config)], buckets, message)
 
 
 def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
@@ -8889,11 +9277,17 @@ def build_books(config, clock, log, limits, stored, database):
     ledger = None
     if config.database != "off":
         ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log)
-    return Books(log, ledger, UsageLog(config.usage_log) if config.usage_log else None)
+    usage_log = UsageLog(config.usage_log) if config.usage_log else None
+    return Books(log, ledger, usage_log)
+
+
+def build_watchers(config: Config, clock: Any, limits: Limits) -> Watchers:
+    feed = Feed(clock)
+    return Watchers(feed, Pulse(clock, limits.buckets, feed))
 
 
 def build_dialects(config: Config) -> Dialects:
-    names = {one.name: one.dialect for one in config.upstreams}
+    names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on", config.max_text_bytes)
 
@@ -9049,6 +9443,297 @@ class Pages:
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
         reply.send(200, self.dialect(request).models(list(models.values())))
+
+
+# --------------------------------------------------------------------------------------------------
+# Admin: the API of whoever owns the box: who uses what, keys, upstreams, live events. Reads are for
+# viewers, writes for admins, and every write leaves a row in the audit. What reads the database
+# runs in a pool, not on the loop.
+# --------------------------------------------------------------------------------------------------
+
+class AdminPage(NamedTuple):
+    """One row of the admin API."""
+    method: str
+    path: str  # below /admin/api; NAME stands for what varies
+    role: str  # that it takes at least
+    handler: str
+    does: str  # for people
+
+
+ADMIN_PAGES = [AdminPage(*row) for row in (
+    ("GET", "", "viewer", "contents", "this list, and who you are"),
+    ("GET", "/summary", "viewer", "summary", "today, the last minute, running calls, upstreams"),
+    ("GET", "/events", "viewer", "events", "what happens, as server-sent events"),
+    ("GET", "/calls", "viewer", "calls", "calls, the latest first: ?before= limit= and filters"),
+    ("GET", "/calls/NAME", "viewer", "call", "all that is known of one call, by its id"),
+    ("GET", "/usage", "viewer", "usage", "who used what: ?by= step= from= to= zone= format=csv"),
+    ("GET", "/callers", "viewer", "callers", "who called lately, with their buckets"),
+    ("POST", "/callers/NAME/give", "admin", "give", "more for one caller: amount, unit, for"),
+    ("POST", "/callers/NAME/reset", "admin", "reset", "fills the buckets of one caller"),
+    ("GET", "/keys", "viewer", "keys", "stored keys, without their secrets"),
+    ("POST", "/keys", "admin", "add_key", "makes one, and tells its secret this once"),
+    ("GET", "/keys/NAME", "viewer", "key", "one of them"),
+    ("PATCH", "/keys/NAME", "admin", "set_key", "changes fields of it"),
+    ("DELETE", "/keys/NAME", "admin", "remove_key", "removes it"),
+    ("POST", "/keys/NAME/revoke", "admin", "revoke_key", "it is valid no more"),
+    ("POST", "/keys/NAME/restore", "admin", "restore_key", "and is again"),
+    ("POST", "/keys/NAME/rotate", "admin", "rotate_key", "another secret: grace"),
+    ("POST", "/keys/NAME/give", "admin", "give", "more for it: amount, unit, for"),
+    ("POST", "/keys/NAME/reset", "admin", "reset", "fills its buckets"),
+    ("GET", "/upstreams", "viewer", "upstreams", "upstreams, how they are and how quick"),
+    ("POST", "/upstreams/NAME/enable", "admin", "enable", "calls go there again"),
+    ("POST", "/upstreams/NAME/disable", "admin", "disable", "no more calls go there"),
+    ("POST", "/upstreams/NAME/test", "admin", "test", "asks it for its models"),
+    ("GET", "/limits", "viewer", "limits", "the rules, and how often each refused"),
+    ("GET", "/audit", "viewer", "audit", "who changed what: ?before="),
+    ("GET", "/config", "viewer", "config", "the settings, without secrets"))]
+
+
+class Ask(NamedTuple):
+    """One request to the admin API; `name` is what stood in the path."""
+    request: Request
+    reply: Reply
+    caller: Caller
+    name: str
+    query: Dict[str, str]
+    body: Dict[str, Any]
+
+
+class Admin:
+    """Answers the admin API. A handler returns what is sent as JSON; it may refuse by raising, also
+    ValueError, whose message says what would be right."""
+    ROOT = "/admin/api"
+    MAX_BODY = 1 << 16
+    MAX_SHOWN = 200
+    POOL_SECONDS = 30
+    BEAT_SECONDS = 0.25     # events that come within it go out together
+    SILENT_SECONDS = 15     # then a comment shows that the stream lives
+
+    def __init__(self, proxy: Proxy):
+        self.proxy = proxy
+        self.clock = proxy.clock
+        self.feed, self.pulse, *_ = proxy.watchers
+        self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
+        self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
+
+    def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+        """Returns what answers a request, None where it is not for the admin API."""
+        is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
+        return self.answer if is_ours else None
+
+    def find(self, method, path):
+        """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
+        MethodNotAllowed."""
+        found = [(match, row) for shape, row in self.rows
+                 for match in [shape.fullmatch(path)] if match]
+        if not found:
+            raise NoSuchPage()
+        for match, row in found:
+            if row.method == method or (row.method, method) == ("GET", "HEAD"):
+                return row, urllib.parse.unquote("".join(match.groups()))
+        raise MethodNotAllowed()
+
+    async def answer(self, request: Request, reply: Reply):
+        """A page: any of the admin API."""
+        entry = reply.entry
+        self.proxy.require_role(request, entry, "viewer")
+        row, name = self.find(request.method, request.path[len(self.ROOT):])
+        self.proxy.require_role(request, entry, row.role)
+        body = await self.read_body(reply) if row.method in ("POST", "PATCH") else {}
+        query = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=False))
+        ask = Ask(request, reply, entry.caller, name, query, body)
+        try:
+            found = await getattr(self, row.handler)(ask)
+        except (ValueError, LookupError) as fault:
+            raise BadRequest(str(fault)) from None
+        if found is not None:
+            status = 201 if row.handler == "add_key" else 200
+            reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+
+    async def read_body(self, reply):
+        """Returns the JSON object that was posted. Raises BadRequest."""
+        if reply.content is None and reply.body.length is not None and (
+                reply.body.length > self.MAX_BODY):
+            raise BodyTooLarge()
+        content = await reply.read_body()
+        if len(content) > self.MAX_BODY:
+            raise BodyTooLarge()
+        return parse_json(content) if content.strip() else {}
+
+    async def in_pool(self, ask, act, *arguments):
+        """Returns what `act` does, in a helper thread."""
+        context = ask.reply.context
+        job = context.loop.run_in_executor(self.pool, act, *arguments)
+        try:
+            return await context.wait(job, self.POOL_SECONDS, "the database")
+        except TimeoutError:
+            raise Overloaded() from None
+
+    # -- what happens now
+
+    async def contents(self, ask):
+        return {"version": VERSION, "you": self.you(ask), "endpoints": [
+            {"method": row.method, "path": self.ROOT + row.path, "role": row.role,
+             "does": row.does} for row in ADMIN_PAGES]}
+
+    @staticmethod
+    def you(ask):
+        return {"name": ask.caller.label, "role": ask.caller.role}
+
+    def running(self):
+        """Returns the calls that run, the latest last."""
+        first = max(0, len(self.proxy.books.running) - self.MAX_SHOWN)
+        return itertools.islice(self.proxy.books.running, first, None)
+
+    async def events(self, ask):
+        """A stream of events that goes on until either side ends it."""
+        reply, feed = ask.reply, self.feed
+        text = ask.request.get("last-event-id", "")
+        number = int(text) if re.fullmatch("[0-9]{1,18}", text) else feed.number
+        reply.client.write(reply.stream_head("text/event-stream") + reply.framed(b": hello\n\n"))
+        feed.listeners += 1
+        try:
+            while not feed.closed:
+                data, number = self.events_since(number)
+                if data:
+                    reply.client.write(reply.framed(data))
+                    await reply.drain()
+                    await reply.context.sleep(self.BEAT_SECONDS, "more events")
+                else:
+                    await self.next_event(reply)
+        finally:
+            feed.listeners -= 1
+        reply.close_after = True
+        if not reply.until_close:
+            reply.client.write(LAST_CHUNK)
+
+    def events_since(self, number):
+        """Returns the events after a number, and the last number."""
+        events = self.feed.since(number)
+        if events is None:
+            return b"event: lost\ndata: {}\n\n", self.feed.number
+        return b"".join([event.encoded() for event in events]), self.feed.number
+
+    async def next_event(self, reply):
+        future = reply.context.loop.create_future()
+        self.feed.waiting.add(future)
+        try:
+            await reply.context.wait(future, self.SILENT_SECONDS, "events")
+        except TimeoutError:
+            reply.client.write(reply.framed(b": still here\n\n"))
+        finally:
+            self.feed.waiting.discard(future)
+
+    def beat(self):
+        """A second is over: tell those who look what was in it."""
+        proxy = self.proxy
+        queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
+        found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        if self.feed.listeners:
+            found = {**found, "buckets": self.pulse.changed_buckets(),
+                     "running": [entry.progress(self.clock) for entry in self.running()],
+                     "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+        self.feed.pulse(found)
+
+    @staticmethod
+    def upstream_now(upstream):
+        stats = upstream.stats()
+        return {"name": upstream.name, "state": stats["state"], "in_flight": stats["in_flight"],
+                "waiting": stats.get("queue", {}).get("waiting", 0)}
+
+    # -- upstreams
+
+    def describe(self, upstream):
+        stats = upstream.stats()
+        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
+        return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
+                "models": list(upstream.globs), "model": upstream.model,
+                "max_concurrency": upstream.queue.most if upstream.queue else 0}
+
+    async def upstreams(self, _):
+        return {"upstreams": list(map(self.describe, self.proxy.routes.all))}
+
+    def upstream(self, name):
+        found = self.proxy.routes.by_name.get(name)
+        require(found, "there is no upstream of this name")
+        return found
+
+    async def enable(self, ask):
+        return self.switch(ask, on=True)
+
+    async def disable(self, ask):
+        return self.switch(ask, on=False)
+
+    def switch(self, ask, on):
+        upstream = self.upstream(ask.name)
+        self.proxy.routes.switch(ask.name, on)
+        self.feed.tell("change", {"what": "upstreams"})
+        return self.describe(upstream)
+
+    async def test(self, ask):
+        upstream = copy.copy(self.upstream(ask.name))
+        upstream.model = None  # its own list is asked for
+        context = Context(ask.reply.context.loop)
+        context.until = context.loop.time() + 10
+        began = self.clock.monotonic()
+        try:
+            names = [clean(model.name) for model in await upstream.models(context)]
+            found = {"ok": True, "models": names[:self.MAX_SHOWN], "fault": None}
+        except (Refusal, ValueError) as refusal:
+            found = {"ok": False, "models": [], "fault": "%s (%s)" % (
+                refusal, getattr(refusal, "cause", None) or "no more is known")}
+        finally:
+            context.close()
+        return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
+
+    # -- callers and limits
+
+    def buckets_by_owner(self):
+        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
+        found = collections.defaultdict(dict)
+        for key, (_, _, rule) in self.proxy.limits.buckets.levels.items():
+            for owner in key[1:]:
+                found[owner][key] = rule
+        return found
+
+    def buckets_of(self, caller, not_full):
+        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
+        address = caller.key[1] if caller.key[0] == "address" else None
+        usual = self.proxy.limits.matching(caller, address, self.proxy.config.base_model)
+        rules = {key: rule for rule, key in usual
+                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
+        rules.update(not_full.get(caller.key, {}))
+        return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
+
+    async def limits(self, _):
+        refused = self.pulse.refused
+        return {"rules": [
+            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused[rule.text],
+             "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
+            for rule in self.proxy.limits.rules]}
+
+    # -- settings
+
+    async def config(self, _):
+        config = self.proxy.config
+        groups = {setting.name: group for group, rows in SETTINGS.items() for setting in rows}
+        rows = []
+        for name, text in config.texts.items():
+            setting = find_setting(name)
+            hidden = text is not None and setting.secret
+            rows.append({"name": name, "group": groups[setting.name],
+                         "value": "set, not shown" if hidden else text,
+                         "is_default": text == setting.default, "sentence": setting.sentence})
+        return {"settings": rows, "warnings": config.warnings()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Dashboard: the source of the page, which asks the admin API for all that it shows.
+# --------------------------------------------------------------------------------------------------
+
+DASHBOARD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>llm_proxy</title></html>
+"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9237,25 +9922,26 @@ class ClientConnection:
         self.began = reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
         reply.take(request)
-        reply.close_after = reply.close_after or self.server.draining
+        if self.server.draining:
+            reply.close_after = True
         if client.ended:
             self.on_client_end()
         elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
-        if "page" not in request.cache:
-            request.cache["page"] = self.find_page(request)
-        page = request.cache["page"]
-        if page:
-            await page(request, reply)
-        else:
-            await self.proxy.serve(request, reply)
+        respond = request.cache.get("respond") or self.find_responder(request)
+        await respond(request, reply)
 
-    def find_page(self, request):
-        """Returns the page that answers, None where an upstream does. Raises a Refusal for what is
-        answered by neither."""
-        self.server.parts.origins.check(request.method, request)
+    def find_responder(self, request):
+        """Returns what answers requests with this head, a page or the proxy. Raises a Refusal for
+        what is answered by neither."""
+        origins = self.server.parts.origins
+        respond = self.server.admin.page(request)
+        if respond is None or not origins.is_own(request):
+            origins.check(request.method, request)
         self.refuse_other_protocols(request)
-        return self.server.pages.find(request)
+        respond = respond or self.server.pages.find(request) or self.proxy.serve
+        request.cache["respond"] = respond
+        return respond
 
     @staticmethod
     def refuse_other_protocols(request):
@@ -9408,12 +10094,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
+        self.admin = Admin(proxy)
         self.most = most
-        memory = max(self.BODY_MEMORY, 8 * proxy.config.max_body_bytes)
-        origins = Origins(proxy.config.web_origins, socket.gethostname())
-        self.parts = ReplyParts(
-            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), Turns(self.loop),
-            origins)
+        self.parts = self.make_parts()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)
@@ -9424,8 +10107,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop_watch = LoopWatch(self.loop, proxy.books.log.say)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
-        self.loop.call_soon_threadsafe(self.loop_watch.tick)
-        self.loop.call_soon_threadsafe(self.sweep)
+        for act in (self.loop_watch.tick, self.sweep, self.beat):
+            self.loop.call_soon_threadsafe(act)
+
+    def make_parts(self) -> ReplyParts:
+        proxy, config = self.proxy, self.proxy.config
+        memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
+        origins = Origins(config.cors_origins, socket.gethostname())
+        return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
+                          Turns(self.loop), origins)
 
     def server_bind(self):
         """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
@@ -9542,6 +10232,11 @@ class Server(http.server.ThreadingHTTPServer):
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
 
+    def beat(self):
+        """Runs every second."""
+        self.beat_timer = self.loop.call_later(1, self.beat)
+        self.admin.beat()
+
     def reload(self):
         """Read the certificates again; connections that are open keep theirs. Raises OSError,
         ValueError."""
@@ -9560,6 +10255,7 @@ class Server(http.server.ThreadingHTTPServer):
         cut them; returns how many were cut."""
         await self.stop_accepting()
         self.draining = True
+        self.proxy.watchers.feed.close(0)
         for connection in [*self.open, *self.lingering]:
             connection.end_if_idle()
         await self.emptying(seconds)
@@ -9572,17 +10268,22 @@ class Server(http.server.ThreadingHTTPServer):
             connection.client.close()  # it took nothing more
             connection.on_client_lost()
         await self.emptying(1)
+        await self.part()
+        for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
+            timer.cancel()
+        helpers = [address.helpers for address in self.proxy.routes.addresses()]
+        for pool in (self.admin.pool, *helpers):
+            pool.shutdown(wait=False)
+        return len(cut)
+
+    async def part(self):
+        """Leave all upstreams."""
         self.proxy.routes.close_stale(everything=True)
         partings = set().union(*[one.partings for one in self.proxy.routes.addresses()])
         for parting in partings:
             parting.cancel()
         if partings:
             await asyncio.wait(partings)
-        self.loop_watch.timer.cancel()
-        self.sweep_timer.cancel()
-        for address in self.proxy.routes.addresses():
-            address.helpers.shutdown(wait=False)
-        return len(cut)
 
     async def stop_accepting(self):
         stopped = self.loop.create_future()
@@ -9749,17 +10450,25 @@ def ask_models(upstream):
     context = Context(loop)
     context.until = loop.time() + 10
     with contextlib.closing(loop):
-        return loop.run_until_complete(upstream.models(context))
+        try:
+            return loop.run_until_complete(upstream.models(context))
+        finally:
+            upstream.addresses[0].close_stale(everything=True)
+
+
+def shown(name, text):
+    """Returns the text of a setting on one line, without a secret."""
+    if text is None:
+        return "not set"
+    if is_secret(name):
+        return "set, not shown"
+    return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     for name, text in config.texts.items():
-        if text is None:
-            text = "not set"
-        elif is_secret(name):
-            text = "set, not shown"
-        print("%-24s %s" % (name, text))
+        print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
@@ -9801,8 +10510,8 @@ def database_faults(config):
         if path == "off":
             return
         if os.path.exists(path) and os.path.getsize(path):
-            Database(path, reading=True).connection.close()
-        if os.path.exists(path + ".lock"):
+            Database(path, reading=True).close()
+        if os.path.exists(lock_name(path)):
             with lock_for_service(path) or contextlib.nullcontext():
                 pass
         if not os.access(path if os.path.exists(path) else folder, os.W_OK):
@@ -9861,22 +10570,19 @@ def open_database(config, log_stream, remarks):
     if config.database == "off":
         return None
     try:
-        lock = lock_for_service(config.database)
-        database = open_patiently(config.database, log_stream)
-        database.lock = lock  # as long as the process lives
-        return database
+        return open_for_service(config.database, functools.partial(open_patiently, log_stream))
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
         remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
 
 
-def open_patiently(path, log_stream, tries=12):
+def open_patiently(log_stream, path, lock, tries=12):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
     while True:
         try:
-            return Database(path)
+            return Database(path, lock)
         except InUse as fault:
             tries -= 1
             if not tries:
@@ -9972,18 +10678,23 @@ def is_at_a_terminal():
         return sys.stdin.isatty()
 
 
+ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+
+
 def handle_signals(loop, actions):
     """Have signals, by name, act on the loop. They come by way of the wake-up descriptor, which
-    works on every system. The second one that says stop ends the process at once, even where
-    something holds the loop."""
+    works on every system. A second one that says stop ends the process at once, even where
+    something holds the loop; but `timeout` of GNU sends each to a process and then to its group."""
     receiver, sender = socket.socketpair()
     receiver.setblocking(False)
     sender.setblocking(False)
-    stops = itertools.count()
+    stops = []
 
     def handle(number, _):
-        if number in (signal.SIGTERM, signal.SIGINT) and next(stops):
-            os._exit(1)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            stops.append(loop.time())
+            if stops[-1] - stops[0] > ONE_SIGNAL_SECONDS:
+                os._exit(1)
 
     def on_signals(_):
         for number in receiver.recv(64):
@@ -10167,13 +10878,21 @@ def prices_command(options, path):
     return 0
 
 
+def version_line():
+    """Returns which file this is, and what runs it."""
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return "llm_proxy %s, sha256 %s, %s %s" % (
+        VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Let many people share an LLM endpoint fairly."
                     "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py")
-    parser.add_argument("--version", action="version", version="llm_proxy " + VERSION)
+    parser.add_argument("--version", action="version", version=version_line())
     parser.add_argument(
         "--check", action="store_true",
         help="print what would be used, ask the endpoint for its models, and exit")
