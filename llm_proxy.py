@@ -2799,8 +2799,7 @@ class CostEstimator:
             prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        prompt = self.prompt_tokens(call, ratio)
+        prompt = self.estimated_input(call, caller)
         least = held = self.held(call, prompt, output * outputs, estimate)
         peak = 0 if limit else habits.peak(caller) or self.last_peak(caller)
         if peak > output:
@@ -2822,6 +2821,10 @@ class CostEstimator:
                                for name in call.models for tiers in {(), call.tiers()}])
         return self.costs(expected, picodollars, estimate, 1)
 
+    def estimated_input(self, call, caller):
+        ratio = self.habits(call).of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        return self.prompt_tokens(call, ratio)
+
     def prompt_tokens(self, call, ratio):
         weight, media = call.prompt_length()
         tokens = math.ceil(weight / ratio)
@@ -2842,6 +2845,8 @@ class CostEstimator:
         reported, complete = source.reported_usage(whole) if source else (None, False)
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
+            if reported.estimated:  # its input was not told
+                return reported._replace(input=self.estimated_input(call, caller))
             self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
@@ -2851,13 +2856,14 @@ class CostEstimator:
             output = math.ceil(output / (1 - habits.hidden))
         else:
             output = max(output, held)
-        if reported is None:
-            ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio))
-            if source:
-                tiers = (source.tier,) if source.tier else ()
-                reported = reported._replace(model=source.model, tiers=tiers)
+        reported = reported or self.unreported(call, caller, source)
         return reported._replace(output=max(reported.output, output), estimated=True)
+
+    def unreported(self, call, caller, source):
+        used = Usage(self.estimated_input(call, caller))
+        if source is None:
+            return used
+        return used._replace(model=source.model, tiers=(source.tier,) if source.tier else ())
 
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
@@ -2929,8 +2935,6 @@ STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 def is_too_complex(data: bytes) -> bool:
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
-    if len(data) <= MAX_JSON_PARTS and data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return False
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
@@ -2978,16 +2982,12 @@ def short_integer(text: str) -> int:
 
 def with_cuts(sizes: Dict[str, int], pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Returns an object of JSON in which what was cut out says so; `sizes` are by mark."""
-    found = unique(pairs)
-    for key, value in found.items():
-        if type(value) is list:
-            found[key] = [cut_text(one, sizes) for one in value]
-        else:
-            found[key] = cut_text(value, sizes)
-    return found
+    return {key: cut_text(value, sizes) for key, value in unique(pairs).items()}
 
 
 def cut_text(value, sizes):
+    if type(value) is list:
+        return [cut_text(one, sizes) for one in value]
     size = sizes.get(value[32:]) if type(value) is str else None
     return value if size is None else CutText.of(value, size)
 
@@ -3026,7 +3026,8 @@ def was_strict(text, value):
 
 def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
-    if is_too_complex(data):
+    brackets = data.count(b"[") + data.count(b"{")
+    if (brackets > MAX_JSON_DEPTH or len(data) > MAX_JSON_PARTS) and is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
@@ -3076,9 +3077,10 @@ class JsonBody:
     spelled again. `cuts` are by the mark that stands for each."""
 
     def __init__(self, data: bytes):
-        self.data = data
+        self.data = self.short = data
         self.cuts: Dict[bytes, slice] = {}
-        self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
+        if len(data) > 2 * MEDIA_BYTES:
+            self.short = self.cut_media()
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
@@ -3154,23 +3156,13 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def parse_or_none(data: bytes) -> Any:
-    """Returns JSON of an upstream, None where it cannot be read."""
-    try:
-        return decode_json(data.lstrip(BYTE_ORDER_MARK))
-    except ValueError:
-        return None
-
-
 def object_in(data: bytes) -> Dict[str, Any]:
-    """Returns a JSON object of an upstream, {} where there is none."""
-    found = parse_or_none(data)
-    return found if isinstance(found, dict) else {}
-
-
-def last_object(data: bytes) -> Dict[str, Any]:
-    """Returns the same, or the last of an array of them."""
-    found = parse_or_none(data)
+    """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
+    none."""
+    try:
+        found = parse_response(data)
+    except ValueError:
+        return {}
     if type(found) is list and found:
         found = found[-1]
     return found if type(found) is dict else {}
@@ -3373,38 +3365,35 @@ class EventFraming(NamedTuple):
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
         lines = event.splitlines(keepends=True)
-        places = [place for place, line in enumerate(lines) if self.data(line) is not None]
-        last = lines[places[-1]]
-        end = last[len(last.rstrip(b"\r\n")):]
-        lines[places[0]:places[-1] + 1] = [self.prefix + data + end]
-        return b"".join(lines)
+        end = lines[-1][len(lines[-1].rstrip(b"\r\n")):] or self.ends[0][:1]
+        rest = [line for line in lines if self.data(line) is None]
+        rest.insert(sum(map(bool, map(bytes.strip, rest))), self.prefix + data + end)
+        return b"".join(rest)
 
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
         events = []
-        lines: List[bytes] = []
+        ended = True
         for line in data.splitlines(keepends=True):
             blank = not line.strip(b"\r\n")
-            if lines and not blank and self.is_whole(lines):
-                events.append(b"".join(lines))
-                lines = []
-            lines.append(line)
-            if blank:
-                events.append(b"".join(lines))
-                lines = []
-        return events + [b"".join(lines)] if lines else events
+            if ended or (not blank and self.is_whole(events[-1])):
+                events.append(line)
+            else:
+                events[-1] += line
+            ended = blank
+        return events
 
     def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
         return 0 if place < 0 else place + 2
 
-    def is_whole(self, lines):
+    def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
-        data = self.data(lines[-1])
+        data = self.data(event.splitlines()[-1])
         return data is not None and (data.strip() == LAST_DATA or (
-            data.rstrip().endswith(b"}") and bool(self.payload(b"".join(lines)))))
+            data.rstrip().endswith(b"}") and bool(self.payload(event))))
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
@@ -3448,7 +3437,6 @@ class Call(Billable):
     made: Sequence[str] = ()                               # and these are they
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
-    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
@@ -3493,18 +3481,16 @@ class Call(Billable):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
             payload = rewrite(payload)
-        self.spell(payload)
+        if payload is not self.payload:
+            self.spell(payload)
 
     def spell(self, payload):
         """Puts a changed payload into the upstream's body: a model alone is spliced in."""
         before = self.payload
-        if payload is before:
-            return
-        same = {**payload, "model": None} == {**before, "model": None} if (
-            payload.keys() - {"model"} == before.keys() - {"model"}) else False
-        if same and "model" in payload:
+        changed = [key for key in {**before, **payload} if payload.get(key) is not before.get(key)]
+        if changed == ["model"] and payload.get("model"):
             self.upstream_body = self.json_body.with_value("model", payload["model"], before)
-        else:
+        elif changed:
             self.upstream_body = self.json_body.spell(payload)
 
     def request_usage(self) -> None:
@@ -3550,7 +3536,9 @@ class Call(Billable):
         for part in objects_in(self.payload, says_of_things):
             if not meant.isdisjoint(part):
                 for key in meant.intersection(part):
-                    found += names_of_things(part[key])
+                    found += names_of_things(part[key], PREFIXES.get(key, ""))
+            if part.get("type") in REFERENCE_TYPES:
+                found += names_of_things(part)
         return found
 
     def prompt_length(self) -> Tuple[int, List[int]]:
@@ -3730,7 +3718,11 @@ REFERENCES = frozenset("""
     conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
     training_file validation_file video_id vector_store_id vector_store_ids container container_id
     cachedContent cached_content fileUri file_uri fileSearchStoreNames
-    file_search_store_names""".split())
+    file_search_store_names eval_id skill_id prompt""".split())
+# At these there may be something else, too: how names of stored things begin.
+PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
+# Objects of these types name one by their id.
+REFERENCE_TYPES = ("item_reference", "file_id")
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -3764,12 +3756,12 @@ def says_of_things(part):
     return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
-def names_of_things(value):
+def names_of_things(value, prefix=""):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
-    values = value if type(value) is list else [value]
-    names = [one.get("id") if type(one) is dict else one for one in values]
-    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    names = [one.get("id") if type(one) is dict else one for one in as_list(value)]
+    matches = [THING_NAME.fullmatch(name) for name in names
+               if type(name) is str and name.startswith(prefix)]
     return [match[match.lastindex] for match in matches if match]
 
 
@@ -3825,13 +3817,11 @@ def with_iterations(told, parts):
     """Returns the usage of a call that ran in several steps, some of them by another model. What
     was told may leave out some (Anthropic's compaction)."""
     served = fold_model(told.model or "")
-    names = [served and fold_model(part.model or told.model) for part in parts]
-    own = tuple([part for part, name in zip(parts, names) if name == served])
-    others = tuple([part for part, name in zip(parts, names) if name != served])
-    steps = Usage(others=own).with_others()
+    own = [part for part in parts if not served or fold_model(part.model) == served]
+    steps = Usage(others=tuple(own)).with_others()
     if steps.input + steps.output > told.input + told.output:
         told = steps._replace(model=told.model, tiers=told.tiers, picodollars=told.picodollars)
-    return told._replace(others=others)
+    return told._replace(others=tuple([part for part in parts if part not in own]))
 
 
 class Dialect:
@@ -3845,9 +3835,11 @@ class Dialect:
         "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
-    # The keys of lists that name more models which may serve: to fall back to, or as tools.
+    # The keys of lists that name more models which may serve: to fall back to, or as tools; and
+    # those of models in their rows.
     FALLBACKS = frozenset(("models", "fallbacks"))
-    MODEL_LISTS = FALLBACKS.union(("tools",))
+    MODEL_LISTS = FALLBACKS.union(("tools", "plugins"))
+    ROW_KEYS = frozenset(("model", "analysis_models"))
     MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
@@ -3891,19 +3883,22 @@ class Dialect:
         meta tokens""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
-        "prompt": "prompt_tokens input_tokens inputTokens tokens_evaluated",
-        "output": "completion_tokens output_tokens outputTokens tokens_predicted "
-                  "total_output_tokens",
-        "total": "total_tokens totalTokens",
-        "cached": "cached_tokens prompt_cache_hit_tokens cache_read_input_tokens "
-                  "cache_read_tokens cacheReadInputTokens",
-        "written": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens "
-                   "cacheWriteInputTokens",
+        "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
+            total_input_tokens prompt_eval_count""",
+        "tools": "toolUsePromptTokenCount total_tool_use_tokens",
+        "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
+            total_output_tokens candidatesTokenCount""",
+        "total": "total_tokens totalTokens totalTokenCount",
+        "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
+            cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
+        "written": """cache_write_tokens cache_creation_input_tokens cache_creation_tokens
+            cacheWriteInputTokens""",
         "minutes": "ephemeral_5m_input_tokens", "hour": "ephemeral_1h_input_tokens",
-        "reasoning": "reasoning_tokens thinking_tokens reasoning_output_tokens",
+        "reasoning": """reasoning_tokens thinking_tokens reasoning_output_tokens
+            thoughtsTokenCount total_thought_tokens""",
     }.items() for name in names.split()}
     # What is added up to all of the input, and of the output.
-    INPUT = ("prompt",)
+    INPUT = ("prompt", "tools")
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
@@ -3930,7 +3925,6 @@ class Dialect:
 
     def __init__(self):
         self.usage_key = self.USAGE_MARK[1:-1].decode()
-        self.count_names = frozenset(self.COUNTS)
 
     # -- requests
 
@@ -3964,7 +3958,7 @@ class Dialect:
         if rename is None and not self.FALLBACKS.isdisjoint(payload):
             payload = {key: payload[key] for key in payload if key not in self.FALLBACKS}
         names = []
-        lists = {key: [self.renamed(one, rename, names) for one in payload[key]]
+        lists = {key: self.renamed(payload[key], rename, names)
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
         same = all([lists[key] == payload[key] for key in lists])
         return payload if same else {**payload, **lists}, self.few(names)
@@ -3976,18 +3970,19 @@ class Dialect:
             raise BadRequest("The request names too many models")
         return names
 
-    @staticmethod
-    def renamed(one, rename, names):
-        """Returns a row of such a list, which is a name or an object with one."""
+    def renamed(self, one, rename, names):
+        """Returns such a list, or a row of it, which is a name or an object with some."""
+        if type(one) is list:
+            return [self.renamed(row, rename, names) for row in one]
         if type(one) is str and rename:
             names.append(rename(one))
             return names[-1]
-        if type(one) is not dict or type(one.get("model")) is not str:
+        if type(one) is not dict or self.ROW_KEYS.isdisjoint(one):
             return one
-        if rename is None:
-            return {key: one[key] for key in one if key != "model"}
-        names.append(rename(one["model"]))
-        return {**one, "model": names[-1]}
+        found = {key: one[key] for key in one.keys() - self.ROW_KEYS}
+        for key in self.ROW_KEYS.intersection(one if rename else ()):
+            found[key] = self.renamed(one[key], rename, names)
+        return found
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -4031,7 +4026,7 @@ class Dialect:
             found = {}
             for part in self.parts(payload):
                 found = merged(found, self.counts_in(part))
-        if self.count_names.isdisjoint(payload):
+        if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
 
@@ -4068,9 +4063,9 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
-        """Returns the usage of a response that is no error, where it can be told without parsing
-        all of it that `model` served, and that nothing else is of interest."""
+    def usual_usage(self, data: bytes, model: str) -> Optional[Usage]:
+        """Returns the usage of a response that is no error, where it can be told without parsing it
+        that `model` served, and that nothing else is of interest."""
         return None
 
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
@@ -4320,6 +4315,9 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
+# The usage at the end of a response: in whatever it may stand, a bracket more would follow.
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{([^{}]*)\}[^{}]*\}\s*')
+USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE])')
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4382,14 +4380,18 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
-    def usual_counts(self, data, model):
+    def usual_usage(self, data, model):
         """Finds three counts, as most servers tell no more, in what then ends the response."""
-        if data.count(b"_tokens") == 3 and data.count(b'"model"') == 1 and (
-                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) > 0
-                and data.find(b'"service_tier"') < 0 and data.find(b'"status"') < 0):
-            start = data.rfind(self.USAGE_MARK)
-            counts = object_in(b"{" + data[start:]).get(self.usage_key)
-            return counts if type(counts) is dict else None
+        if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
+                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) < 0
+                or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
+            return None
+        end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
+        counts = dict(USUAL_COUNT.findall(end[1])) if end else ()
+        if len(counts) == 3:
+            prompt, output = int(counts[b"prompt"]), int(counts[b"completion"])
+            if prompt + output == int(counts[b"total"]):
+                return Usage(prompt, output, model=model)
         return None
 
     def usage(self, counts, model=None, tier=None):
@@ -4528,7 +4530,6 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
-    INPUT = ("prompt", "tools")
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
@@ -4556,11 +4557,6 @@ class Gemini(Google):
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
-    COUNTS = {
-        "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
-        "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
-        "totalTokenCount": "total",
-        "cachedContentTokenCount": "cached"}
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
@@ -4625,10 +4621,6 @@ class Interactions(Google):
     not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    COUNTS = {
-        "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
-        "total_output_tokens": "output", "total_thought_tokens": "reasoning",
-        "total_cached_tokens": "cached", "total_tokens": "total"}
     PARSED = {
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
@@ -4671,7 +4663,6 @@ class Ollama(Dialect):
     events = NDJSON
     TAKES_COMMENTS = False
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
-    COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
     LAST_KEY = "done"
@@ -4697,12 +4688,13 @@ class Ollama(Dialect):
             path = "/v1" + path
         return super().place(path, dialect, metered)
 
+    def usage(self, counts, model=None, tier=None):
+        """It tells no count of a prompt that it has in its cache."""
+        told = super().usage(counts, model, tier)
+        return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
+
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
-
-    def counts_in(self, payload):
-        """Takes those that the last line has beside all else."""
-        return {name: payload[name] for name in self.COUNTS if name in payload}
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
@@ -4734,9 +4726,9 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
-    "|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora|skills|agents"
-    "|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections|predictions)"
-    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+    "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
+    "|skills|agents|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections"
+    "|predictions)(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
 VERBS = "input_tokens compact runs generations edits extensions".split()
@@ -4757,7 +4749,8 @@ ADMIN_PARTS = """
     (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
     get_load set_trace_level (add|remove)_worker
     (add|remove|list)_external_(corpus|corpora) dumper stop-generation
-    realtime/(sessions|calls) chatkit/sessions auth/keys v1/(key|activity|streams?)
+    realtime/(sessions|calls) chatkit/sessions auth/keys
+    v1/(key|activity|streams?|usage|costs|balance|account|me) user/balance
     api/(pull|push|create|copy|delete|blobs|signout|admin)
     models/(load|unload|sse|download|apply|delete)
     (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
@@ -4878,7 +4871,7 @@ class Dialects:
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.resolve(model)
+            call.resolved_model = self.aliases.get(model, model)
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -4935,18 +4928,18 @@ class Dialects:
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
-        call.json_body = JsonBody(call.body)
-        if len(call.json_body.short) > self.max_text:
+        call.json_body = body = JsonBody(call.body)
+        if len(body.short) > self.max_text:
             raise TextTooLarge()
-        call.payload = payload = call.json_body.parse()
+        call.payload = payload = body.parse()
         others = payload.keys() - self.READ_KEYS
         for key in self.READ_KEYS.intersection(map(str.casefold, others)):
             raise BadRequest("The key %s must be spelled in lower case" % key)
-        stream = payload.get("stream")
-        if stream is not None and type(stream) is not bool and call.endpoint != UNKNOWN:
+        dialect = call.dialect
+        if call.endpoint == UNKNOWN:
+            dialect = UNKNOWN_DIALECT
+        elif payload.get("stream") is not None and type(payload["stream"]) is not bool:
             raise BadRequest("stream must be true or false")  # an upstream could take it for one
-        call.is_json = True
-        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
         model, call.stream = dialect.requested(call.path, payload)
         return model
 
@@ -5006,8 +4999,7 @@ class UsageReader(UsageSource):
     compact_above = MAX_KEPT
     cut = False     # the beginning of a line or of JSON is gone
     final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
-    model: Optional[str] = None   # the one that served
-    tier: Optional[str] = None
+    usual: Optional[Usage] = None  # by usual_usage
     end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
@@ -5027,6 +5019,7 @@ class UsageReader(UsageSource):
         self.events = call.dialect.events
         self.endpoint = (call.owes or call).endpoint
         self.asked = call.upstream_model
+        self.on_made = call.on_made
         self.streamed = streamed
         self.readable = readable
         if packed:
@@ -5090,7 +5083,7 @@ class UsageReader(UsageSource):
         if event != shown:
             return self.events.at_boundary(event) and not event.endswith(b"\r")
         return not event.strip() or self.events.at_boundary(event) or (
-            event.endswith((b"\n", b"\r")) and self.events.is_whole(event.splitlines(True)))
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
     def shown(self, event: bytes) -> bytes:
         """Returns what of an event the caller sees: it stays as it is where it has more to say."""
@@ -5215,6 +5208,8 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        if self.on_made and self.closed:
+            self.on_made(names_made(payload))
         if self.counts:
             self.note_server(payload)
         else:  # it may be told without a mark
@@ -5225,17 +5220,17 @@ class UsageReader(UsageSource):
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
-        counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
-        if counts:
-            self.counts, self.model = counts, self.asked
-            return
-        payload = last_object(data) if small else {}
+        if small and not may_be_fault(data):
+            self.usual = self.dialect.usual_usage(data, self.asked)
+            if self.usual:
+                return
+        payload = object_in(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
-                    last_object(data))
+                    object_in(data))
         if payload:
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
@@ -5275,7 +5270,7 @@ class UsageReader(UsageSource):
         it."""
         if not self.end_is_read:
             self.read_end(whole)
-        usage = self.dialect.usage(self.counts, self.model, self.tier)
+        usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
         complete = self.final or (whole and self.final is None)
         return usage, usage is not None and bool(complete)
 
@@ -6316,7 +6311,7 @@ class RequestBody:
         self.budget = budget
         self.length = request.length
         self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
-        self.coding = request.get("content-encoding", "identity").lower()
+        self.coding = (request.get("content-encoding") or "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
             raise UnsupportedExpectation()
@@ -6810,9 +6805,7 @@ class NameReader:
             self.kept = None
 
     def look_at_json(self):
-        with contextlib.suppress(ValueError):  # it has not come whole
-            found = parse_response(self.kept)
-            self.tell(names_made(found))
+        self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
 
     def look_at_beginning(self):
         match = self.FIRST_NAME.match(self.kept)
@@ -9862,7 +9855,8 @@ class Proxy:
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path and known[1] == call.is_json:
+        is_json = call.json_body is not None
+        if known and known[0] == call.path and known[1] == is_json:
             return known[2]
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
@@ -9874,13 +9868,13 @@ class Proxy:
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, call.is_json, head
+        request.cache[address] = call.path, is_json, head
         return head
 
     @staticmethod
     def lines_of_ours(call):
         lines = []
-        if call.is_json:
+        if call.json_body:
             lines.append("Content-Type: application/json")
         if not call.unmetered or call.body is not None:  # what is metered must stay readable
             lines.append("Accept-Encoding: identity")

@@ -2723,6 +2723,7 @@ class JsonTest(ProxyCase):
                 '{"model": "fast",  "messages": [%s]}' % picture,
                 ' {"messages": [%s, %s], "a": {"model": "fast"}, "model" : "fast"\n}' % (
                     picture, picture),
+                '{"a": [%s], "model": "fast"}' % ", ".join(['{"model": "fast"}'] * 40),
                 '{"x": "\\"model\\": \\"fast\\"", "y\\\\": ["model"], "model":"fast"}',
                 '{"x": ["\\\\", "model"], "messages": [%s], "model": "fast", "e": "\\u00e4"}'
                 % picture)):
@@ -3290,14 +3291,14 @@ class UsageReaderTest(ProxyCase):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
             data = text.replace("TOLD", told).encode()
-            counts = llm_proxy.OpenAI().usual_counts(data, "m")
-            self.assertEqual(str(counts is not None), is_usual)
+            usage = llm_proxy.OpenAI().usual_usage(data, "m")
+            self.assertEqual(str(usage is not None), is_usual)
             found = []
-            for short in (counts, None):
+            for short in (usage, None):
                 reader = self.new_reader(streamed=False)
                 reader.asked = "m"
                 reader.feed(data)
-                with mock.patch.object(llm_proxy.OpenAI, "usual_counts", return_value=short):
+                with mock.patch.object(llm_proxy.OpenAI, "usual_usage", return_value=short):
                     found.append((reader.reported_usage(True), reader.fault))
             self.assertEqual(found[0], found[1])
 
@@ -5483,7 +5484,14 @@ class StoredTest(ManyCase):
         ("/v1/responses", {}, {"id": "resp_1", "conversation": {"id": "conv_1"}},
          "/v1/responses/resp_1 /v1/responses/resp_1/input_items /v1/conversations/conv_1/items",
          [{"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
-          {"conversation": {"id": "conv_1"}}]),
+          {"conversation": {"id": "conv_1"}},
+          {"input": [{"type": "item_reference", "id": "resp_1"}]}]),
+        ("/v1/responses", {}, {"id": "resp_2", "output": [{"type": "message", "id": "msg_1"}]},
+         "/v1/responses/resp_2", [{"input": [{"type": "item_reference", "id": "msg_1"}]}]),
+        ("/v1/skills", {}, {"id": "skill_1"}, "/v1/skills/skill_1",
+         [{"tools": [{"environment": {"skills": [{"skill_id": "skill_1"}]}}]}]),
+        ("/v1/evals", {}, {"id": "eval_1"}, "/v1/evals/eval_1/runs",
+         [{"eval_id": "eval_1"}, {"source": {"type": "file_id", "id": "eval_1"}}]),
         ("/v1/batches", {}, {"id": "batch_1"}, "/v1/batches/batch_1", []),
         ("/v1/messages/batches", {}, {"id": "msgbatch_1"},
          "/v1/messages/batches/msgbatch_1/results", []),
@@ -5515,7 +5523,8 @@ class StoredTest(ManyCase):
         {"metadata": {"file_id": "x"}}, {"client_metadata": {"thread_id": "codex"}},
         {"input": [{"type": "code_interpreter_call", "container_id": "cntr_1"}]},
         {"input": [{"content": [{"annotations": [{"file_id": "x"}]}]}]},
-        {"messages": [{"content": "file_id: x"}]},
+        {"messages": [{"content": "file_id: x"}]}, {"prompt": "hello"}, {"prompt": ["x", "y"]},
+        {"container": {"skills": [{"type": "anthropic", "skill_id": "pptx"}]}},
         {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
 
     def post(self, path, payload, key="a"):
@@ -5550,12 +5559,15 @@ class StoredTest(ManyCase):
         for path, status in self.each((
                 ("/v1/files", 403), ("/v1/files/", 403), ("/v1/Files?limit=1", 403),
                 ("/v1/chat/completions", 403), ("/v1beta/cachedContents", 403),
+                ("/v1/usage", 403), ("/api/v1/generation?id=gen-1", 403), ("/v1/credits", 403),
+                ("/v1/organization/costs", 403), ("/api/v1/key", 403), ("/user/balance", 403),
                 ("/v1/files/file%2D1", 404), ("/v1//files/file-1", 404), ("/v1/files/FILE-1", 404),
                 ("/v1/files/file-1", 200), ("/v1/models", 200))):
             self.assertEqual(self.status("GET", path), status)
         self.assertEqual(self.post("/v1/files/file-2", {}).status, 404)
         escaped = b'{"file\\u005fid": "file-2"}'
         self.assertEqual(self.ask(request("POST", "/v1/responses", escaped, key="a")).status, 404)
+        self.assertEqual(self.post("/v1/responses", {"prompt": {"id": "pmpt_1"}}).status, 404)
         error = self.ask(request("GET", "/v1/messages/batches/x", key="a")).json()
         self.assertEqual(error["error"]["type"], "not_found_error")
 
@@ -5591,6 +5603,15 @@ class StoredTest(ManyCase):
         self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
         self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
         asked.chunks(end=True)
+
+    def test_the_last_event_of_a_stream_names_its_items(self):
+        response = {"id": "resp_1", "output": [{"type": "reasoning", "id": "rs_1"}]}
+        self.start(says_events({"type": "response.created", "response": {"id": "resp_1"}},
+                               {"type": "response.completed", "response": response}), **self.KEYS)
+        self.post("/v1/responses", {"stream": True})
+        asked = {"input": [{"type": "item_reference", "id": "rs_1"}]}
+        self.assertEqual([self.post("/v1/responses", asked, key).status for key in "ab"],
+                         [200, 404])
 
     def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
         self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
@@ -6525,6 +6546,15 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             path = "/azure/openai/deployments/m/embeddings"
             self.ask(request("POST", path, chat(), field))
             self.assert_fields(azure.requests[-1], "api-key: mine", "authorization")
+
+    def test_ollama_tells_no_count_of_a_prompt_that_it_has_in_its_cache(self):
+        for told, expected in self.each(((26, (26, 9, False)), (None, (3, 9, True)))):
+            self.start(says_json({"done": True, "total_duration": 5, "eval_count": 9,
+                                  "prompt_eval_count": told}))
+            body = b'{"prompt": "hello world", "stream": false}'
+            self.ask(request("POST", "/api/generate", body))
+            entry = self.entry()
+            self.assertEqual((entry["input"], entry["output"], entry["estimated"]), expected)
 
     def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
         self.start()
@@ -8147,7 +8177,9 @@ class FallbackTest(CallCase):
     def test_what_a_call_names_to_fall_back_to_counts_like_what_it_asks_for(self):
         for payload in self.each((
                 {"models": ["cheap", "dear"]}, {"fallbacks": ["dear"], "route": "fallback"},
-                {"fallbacks": [{"model": "dear"}]}, {"tools": [{"type": "x", "model": "dear"}]})):
+                {"fallbacks": [{"model": "dear"}]}, {"tools": [{"type": "x", "model": "dear"}]},
+                {"plugins": [{"id": "x", "model": "dear"}]},
+                {"plugins": [{"id": "x", "analysis_models": ["dear"]}]})):
             self.start(LIMITS=self.RULES, LIMIT_REPLY="error")
             statuses = [self.ask(call(model="cheap", **payload)).status for _ in range(2)]
             self.assertEqual(statuses + [self.ask(call(model="cheap")).status], [200, 429, 200])
@@ -8160,7 +8192,9 @@ class FallbackTest(CallCase):
         ({"models": "a", "fallbacks": None}, {}, {"models": "a", "fallbacks": None}),
         ({"tools": [{"type": "x", "model": "a"}, {"type": "y"}]},
          {"tools": [{"type": "x"}, {"type": "y"}]},
-         {"tools": [{"type": "x", "model": "b"}, {"type": "y"}]})]
+         {"tools": [{"type": "x", "model": "b"}, {"type": "y"}]}),
+        ({"plugins": [{"id": "x", "analysis_models": ["a"]}]}, {"plugins": [{"id": "x"}]},
+         {"plugins": [{"id": "x", "analysis_models": ["b"]}]})]
 
     def test_a_pin_holds_for_other_models_too_and_so_do_aliases(self):
         paths = CHAT, "/v1/score", "/v1/responses"
@@ -9353,7 +9387,8 @@ class ClientConnectionTest(ServerCase):
         packed = gzip.compress(body) + gzip.flush()
         for coding, sent, status in self.each((
                 ("gzip", packed, 200), ("X-GZIP", packed, 200), ("identity", body, 200),
-                ("deflate", zlib.compress(body), 200), ("deflate", zlib.compress(large), 200),
+                ("", body, 200), ("deflate", zlib.compress(body), 200),
+                ("deflate", zlib.compress(large), 200),
                 ("deflate", zlib.compress(b"x" * 3000001), 413), ("gzip", body, 400),
                 ("gzip", packed[:-1], 400), ("gzip", packed + b"x", 400), ("gzip", b"", 400),
                 ("zstd", packed, 415), ("br", packed, 415), ("gzip, gzip", packed, 415))):
@@ -9362,7 +9397,7 @@ class ClientConnectionTest(ServerCase):
             expected = "gzip, deflate" if status == 415 else None
             self.assertEqual(answered.get("accept-encoding"), expected)
         self.assertEqual({asked.get("content-encoding") for asked in self.stub.requests}, {None})
-        self.assertEqual([asked.body for asked in self.stub.requests[:4]], [body] * 4)
+        self.assertEqual([asked.body for asked in self.stub.requests[:5]], [body] * 5)
         self.ask(request("POST", "/v1/files", packed, "Content-Encoding: gzip"))
         asked = self.stub.requests[-1]
         self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", packed))
