@@ -2079,38 +2079,62 @@ def sum_of_weights(texts: List[str]) -> int:
     return sum(map(len if all(map(str.isascii, texts)) else text_weight, texts))
 
 
+PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
+
+
+def kind_of_text(text: str) -> int:
+    """Returns 0 for prose in Latin letters, 1 for code, 2 for other scripts, by what the beginning
+    holds that is rare in prose: their tokens differ in length."""
+    data = text[:1000].encode("utf-8", "surrogatepass")
+    rare = len(data.translate(None, PROSE))
+    return (rare * 25 > len(data)) + (rare * 2 > len(data))
+
+
+ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
+
+
 def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
                 media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
-                ) -> Tuple[int, List[int]]:
+                ) -> Tuple[int, List[int], int]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
     list of numbers has as many tokens. Of images and the like, which are those of which
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
-    `plain` names alone."""
-    texts = []
-    numbers = cut = 0
-    media = []
-    values = list({**payload, skip: None}.values())
-    for value in values:  # the list grows meanwhile
-        kind = type(value)
-        if kind is str:
-            texts.append(value)
-        elif kind is dict:
-            if not plain.issuperset(value):
-                found = media_texts(value)
-                if found is not None:
-                    media.append(text_weight(" ".join(found)))
-                    continue
-                values += [key for key in value if key not in names]
-            values += value.values()
-        elif kind is list:
-            values += value
-            if value and type(value[0]) in (int, float):
-                numbers += len(value)
-        elif kind is CutText:
-            cut += value.size + 1
-    weight = sum_of_weights(texts) + len(texts) + CHARACTERS_PER_TOKEN * numbers + cut
-    return max(0, weight - 1), media
+    `plain` names alone. Third comes the kind of the longest text."""
+    texts, media = [], []
+    rest = 0
+    level = list({**payload, skip: None}.values())
+    while level:
+        kinds = set(map(type, level))
+        if kinds == ONLY_TEXTS:  # the last level of nearly all
+            texts += level
+            break
+        if kinds == ONLY_OBJECTS and all(map(plain.issuperset, level)):
+            level = list(itertools.chain.from_iterable(map(dict.values, level)))
+            continue
+        below = []
+        for value in level:
+            kind = type(value)
+            if kind is str:
+                texts.append(value)
+            elif kind is dict:
+                if not plain.issuperset(value):
+                    found = media_texts(value)
+                    if found is not None:
+                        media.append(text_weight(" ".join(found)))
+                        continue
+                    below += [key for key in value if key not in names]
+                below += value.values()
+            elif kind is list:
+                below += value
+                if value and type(value[0]) in (int, float):
+                    rest += CHARACTERS_PER_TOKEN * len(value)
+            elif kind is CutText:
+                rest += value.size + 1
+        level = below
+    weight = sum_of_weights(texts) + len(texts) + rest
+    kind = kind_of_text(max(texts, key=len)) if texts else 0
+    return weight - 1 if weight else 0, media, kind
 
 
 class Usage(NamedTuple):
@@ -2150,8 +2174,9 @@ class Billable:
     upstream_model: str
     models: Tuple[str, ...]
 
-    def prompt_length(self) -> Tuple[int, List[int]]:
-        """Returns the weight of the prompt's text, and of that in each image and the like."""
+    def prompt_length(self) -> Tuple[int, List[int], int]:
+        """Returns the weight of the prompt's text, and of that in each image and the like, and what
+        kind of text it is."""
         raise NotImplementedError
 
     def output_limit(self) -> Tuple[Optional[int], int]:
@@ -2403,8 +2428,9 @@ class Habits:
 
 
 class ModelHabits:
-    """The habits of a model's callers, each for itself, so that nobody teaches what others pay. Who
-    has made few calls yet is taken for the one in the middle of all, within bounds."""
+    """The habits of a model's callers with one kind of text, each for itself, so that nobody
+    teaches what others pay. Who has made few calls yet is taken for the one in the middle of all,
+    within bounds."""
     CALLERS = 50
     FEW = 3
     OWN_RATIOS = 0.5, 8
@@ -2461,14 +2487,22 @@ class CostEstimator:
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        # by the name of the model, and the kind of text
+        self.models: "collections.OrderedDict[Tuple[str, int], ModelHabits]" = (
+            collections.OrderedDict())
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
+    def model_key(self, call):
+        """Returns what the habits of a call's model are found by. Where rules count no tokens, no
+        text is looked at for them."""
+        kind = call.prompt_length()[2] if self.needs_estimate else 0
+        return fold_model(call.upstream_model), kind
+
     def habits(self, call):
-        return self.models.get(fold_model(call.upstream_model), self.unknown)
+        return self.models.get(self.model_key(call), self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
@@ -2479,12 +2513,12 @@ class CostEstimator:
             prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        prompt = self.prompt_tokens(call, ratio)
+        prompt = self.prompt_tokens(call, habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        peak = 0 if limit else habits.peak(caller) or self.last_peak(caller)
-        if peak > output:
-            held = self.held(call, prompt, peak * outputs, estimate)
+        if not limit:
+            peak = habits.peak(caller) or self.last_peak(caller)
+            if peak > output:
+                held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
 
     def last_peak(self, caller):
@@ -2494,16 +2528,16 @@ class CostEstimator:
         return max([model.peak(caller) for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
-        expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
+        output = min(output, MAX_TOKENS_PER_CALL)
         picodollars = 0
         if "usd" in self.units:
             # A cheaper tier that is asked for is not always what serves.
-            picodollars = max([self.prices.cost(expected._replace(tiers=tiers), name)[0]
+            picodollars = max([self.prices.cost(Usage(prompt, output, tiers=tiers), name)[0]
                                for name in call.models for tiers in {(), call.tiers()}])
-        return self.costs(expected, picodollars, estimate, 1)
+        return self.request_cost, prompt + output, prompt, output, picodollars, 1, estimate
 
     def prompt_tokens(self, call, ratio):
-        weight, media = call.prompt_length()
+        weight, media, _ = call.prompt_length()
         tokens = math.ceil(weight / ratio)
         for one in media:
             tokens += max(self.media_tokens, math.ceil(one / ratio))
@@ -2552,28 +2586,30 @@ class CostEstimator:
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
-        name = fold_model(call.upstream_model)
-        model = self.models.get(name)
-        if model is None:
-            if len(self.models) >= KNOWN_MODELS:
-                self.models.popitem(last=False)
-            model = self.models[name] = ModelHabits()
+        name = self.model_key(call)
+        model = self.models.get(name) or self.add_model(name)
         own = model.callers.get(caller) or model.add(caller)
-        own.calls += 1
+        own.calls = calls = own.calls + 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
             if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
-        if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+        if calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.models.move_to_end(name)  # who calls often is here often enough
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
 
+    def add_model(self, name):
+        if len(self.models) >= KNOWN_MODELS:
+            self.models.popitem(last=False)
+        found = self.models[name] = ModelHabits()
+        return found
+
     def learn_ratios(self, call, own, used, source):
         """Leaves out what is short: what stands around it would count too much."""
         if self.needs_estimate and used.input:
-            weight, media = call.prompt_length()
+            weight, media, _ = call.prompt_length()
             if weight >= 64 and not media:
                 own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
         weight = source.output_characters() if used.output >= 16 else 0
@@ -3123,7 +3159,7 @@ class Call(Billable):
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
     objects: Optional[List[Dict[str, Any]]] = None
-    length: Optional[Tuple[int, List[int]]] = None
+    length: Optional[Tuple[int, List[int], int]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3232,7 +3268,7 @@ class Call(Billable):
             parts += [one for one in values if type(one) in (list, dict)]
         return found
 
-    def prompt_length(self) -> Tuple[int, List[int]]:
+    def prompt_length(self) -> Tuple[int, List[int], int]:
         if self.length is None:
             payload = self.payload
             if payload.get(IMAGES_KEY):
@@ -7482,7 +7518,9 @@ class Entry:
     def charged(self, nothing):
         """Returns what was taken of the tightest bucket, and what it holds."""
         tightest = self.hold and self.hold.tightest
-        return (tightest.amount, tightest.remaining) if tightest else (nothing, nothing)
+        if not tightest:
+            return nothing, nothing
+        return format_amount(tightest.rule, tightest.amount), tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
