@@ -1725,20 +1725,21 @@ class Buckets:
         """Returns what is in a bucket."""
         return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
 
-    async def take(self, keyed_rules: KeyedRules, costs: Costs) -> List[Level]:
+    async def take(self, keyed_rules: KeyedRules, costs: Costs) -> Tuple[Level, List[Level]]:
         """Takes `costs` of all buckets, or nothing where one would hold less than 0 then; returns
-        what they hold, or would hold."""
+        the tightest of them and all, as they are, or would be."""
         levels = self.levels_after(keyed_rules, costs, NO_COST)
-        if tightest_of(levels).level >= 0:
+        tightest = tightest_of(levels)
+        if tightest.level >= 0:
             self.store(levels)
-        return levels
+        return tightest, levels
 
-    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> List[Level]:
-        """Charges `costs` instead of what was taken; returns what the buckets hold. It never waits:
+    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> Level:
+        """Charges `costs` instead of what was taken; returns the tightest bucket. It never waits:
         a store outside of this process would have to queue this."""
         levels = self.levels_after(keyed_rules, costs, taken)
         self.store(levels)
-        return levels
+        return tightest_of(levels)
 
     def peek(self, charges: List[Charge]) -> Tuple[Quota, int]:
         """Returns the tightest bucket as it is, and the whole seconds until all of `charges` could
@@ -1791,6 +1792,7 @@ class Hold:
     """What is set aside for one call in all its buckets. It ends once: settled, or given back,
     which leaving the with-block does too. `tightest` is the emptiest bucket as it was last seen,
     None where the call takes nothing."""
+    ended = False
 
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None):
@@ -1799,7 +1801,6 @@ class Hold:
         self.costs = costs
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
-        self.ended = False
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -1816,7 +1817,7 @@ class Hold:
         self.costs = costs
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
-                self.tightest = tightest_of(self.buckets.settle(self.keyed_rules, costs, taken))
+                self.tightest = self.buckets.settle(self.keyed_rules, costs, taken)
                 break
 
     def give_back(self):
@@ -1980,14 +1981,13 @@ class Limits:
         matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
-        levels = await self.buckets.take(matching, costs)
-        tightest = tightest_of(levels)
-        if tightest.level < 0 and least is not None and least is not costs:
-            costs = self.what_is_left(levels, costs, least)
-            levels = await self.buckets.take(matching, costs)
-            tightest = tightest_of(levels)
+        tightest, levels = await self.buckets.take(matching, costs)
         if tightest.level < 0:
-            raise self.refusal(levels)
+            if least is not None and least is not costs:
+                costs = self.what_is_left(levels, costs, least)
+                tightest, levels = await self.buckets.take(matching, costs)
+            if tightest.level < 0:
+                raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
 
     @staticmethod
@@ -2111,30 +2111,38 @@ def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names
             break
         if kinds == ONLY_OBJECTS and all(map(plain.issuperset, level)):
             level = list(itertools.chain.from_iterable(map(dict.values, level)))
-            continue
-        below = []
-        for value in level:
-            kind = type(value)
-            if kind is str:
-                texts.append(value)
-            elif kind is dict:
-                if not plain.issuperset(value):
-                    found = media_texts(value)
-                    if found is not None:
-                        media.append(text_weight(" ".join(found)))
-                        continue
-                    below += [key for key in value if key not in names]
-                below += value.values()
-            elif kind is list:
-                below += value
-                if value and type(value[0]) in (int, float):
-                    rest += CHARACTERS_PER_TOKEN * len(value)
-            elif kind is CutText:
-                rest += value.size + 1
-        level = below
+        else:
+            level, more = look_through(level, plain, names, media_texts, texts, media)
+            rest += more
     weight = sum_of_weights(texts) + len(texts) + rest
     kind = kind_of_text(max(texts, key=len)) if texts else 0
     return weight - 1 if weight else 0, media, kind
+
+
+def look_through(level, plain, names, media_texts, texts, media):
+    """Adds what is found in a level of a payload to `texts` and `media`; returns the level below,
+    and the weight of what is neither."""
+    below = []
+    rest = 0
+    for value in level:
+        kind = type(value)
+        if kind is str:
+            texts.append(value)
+        elif kind is list:
+            below += value
+            if value and type(value[0]) in (int, float):
+                rest += CHARACTERS_PER_TOKEN * len(value)
+        elif kind is dict:
+            if not plain.issuperset(value):
+                found = media_texts(value)
+                if found is not None:
+                    media.append(text_weight(" ".join(found)))
+                    continue
+                below += [key for key in value if key not in names]
+            below += value.values()
+        elif kind is CutText:
+            rest += value.size + 1
+    return below, rest
 
 
 class Usage(NamedTuple):
@@ -2169,10 +2177,12 @@ class Usage(NamedTuple):
 
 
 class Billable:
-    """What a cost depends on before the call is made: `models` are all that may serve it."""
+    """What a cost depends on before the call is made: `models` are all that may serve it, and
+    `length` is what `prompt_length` has returned, once it was asked."""
     __slots__ = ()
     upstream_model: str
     models: Tuple[str, ...]
+    length: Optional[Tuple[int, List[int], int]] = None
 
     def prompt_length(self) -> Tuple[int, List[int], int]:
         """Returns the weight of the prompt's text, and of that in each image and the like, and what
@@ -2495,11 +2505,11 @@ class CostEstimator:
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    def model_key(self, call):
+    @staticmethod
+    def model_key(call):
         """Returns what the habits of a call's model are found by. Where rules count no tokens, no
         text is looked at for them."""
-        kind = call.prompt_length()[2] if self.needs_estimate else 0
-        return fold_model(call.upstream_model), kind
+        return fold_model(call.upstream_model), call.length[2] if call.length else 0
 
     def habits(self, call):
         return self.models.get(self.model_key(call), self.unknown)
@@ -2508,12 +2518,13 @@ class CostEstimator:
         """Returns what to hold for a call, and how much of that is not learned."""
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
+        length = call.prompt_length()
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        prompt = self.prompt_tokens(call, habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN)
+        prompt = self.tokens_of(length, habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
             peak = habits.peak(caller) or self.last_peak(caller)
@@ -2536,8 +2547,9 @@ class CostEstimator:
                                for name in call.models for tiers in {(), call.tiers()}])
         return self.request_cost, prompt + output, prompt, output, picodollars, 1, estimate
 
-    def prompt_tokens(self, call, ratio):
-        weight, media, _ = call.prompt_length()
+    def tokens_of(self, length, ratio):
+        """Returns the tokens of a prompt."""
+        weight, media, _ = length
         tokens = math.ceil(weight / ratio)
         for one in media:
             tokens += max(self.media_tokens, math.ceil(one / ratio))
@@ -2545,7 +2557,9 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        prompt, output, *_ = used.with_others() if used.others else used
+        if used.others:
+            used = used.with_others()
+        prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
@@ -2567,7 +2581,7 @@ class CostEstimator:
             output = max(output, held)
         if reported is None:
             ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio))
+            reported = Usage(self.tokens_of(call.prompt_length(), ratio))
             if source:
                 tiers = (source.tier,) if source.tier else ()
                 reported = reported._replace(model=source.model, tiers=tiers)
@@ -3159,7 +3173,6 @@ class Call(Billable):
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
     objects: Optional[List[Dict[str, Any]]] = None
-    length: Optional[Tuple[int, List[int], int]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -8795,11 +8808,11 @@ class Proxy:
             cache[callers] = callers.end_user(request, entry.peer, caller), entry.address
         entry.caller, entry.address = cache[callers]
 
-    async def admit(self, upstream, entry, call):
+    def admit(self, upstream, entry, call):
         """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
         costs, least = self.estimate(call, entry)
-        return await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                       upstream.name, least, call.models[1:])
+        return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
+                                 upstream.name, least, call.models[1:])
 
     def sender(self, upstream, call):
         """What is not metered does not wait."""
@@ -8898,7 +8911,8 @@ class Proxy:
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
-        if call.runs_in_background() and self.may_run(entry, usage, ending):
+        if (usage.estimated or reader.running) and (
+                call.runs_in_background() and self.may_run(entry, usage, ending)):
             return self.await_usage(call, hold)
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
