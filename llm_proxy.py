@@ -1996,20 +1996,21 @@ class Buckets:
         """Returns what is in a bucket."""
         return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
 
-    async def take(self, keyed_rules: KeyedRules, costs: Costs) -> List[Level]:
+    async def take(self, keyed_rules: KeyedRules, costs: Costs) -> Tuple[Level, List[Level]]:
         """Takes `costs` of all buckets, or nothing where one would hold less than 0 then; returns
-        what they hold, or would hold."""
+        the tightest of them and all, as they are, or would be."""
         levels = self.levels_after(keyed_rules, costs, NO_COST)
-        if tightest_of(levels).level >= 0:
+        tightest = tightest_of(levels)
+        if tightest.level >= 0:
             self.store(levels)
-        return levels
+        return tightest, levels
 
-    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> List[Level]:
-        """Charges `costs` instead of what was taken; returns what the buckets hold. It never waits:
+    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> Level:
+        """Charges `costs` instead of what was taken; returns the tightest bucket. It never waits:
         a store outside of this process would have to queue this."""
         levels = self.levels_after(keyed_rules, costs, taken)
         self.store(levels)
-        return levels
+        return tightest_of(levels)
 
     def peek(self, charges: List[Charge]) -> Tuple[Quota, int]:
         """Returns the tightest bucket as it is, and the whole seconds until all of `charges` could
@@ -2063,6 +2064,7 @@ class Hold:
     """What is set aside for one call in all its buckets. It ends once: settled, or given back,
     which leaving the with-block does too. `tightest` is the emptiest bucket as it was last seen,
     None where the call takes nothing."""
+    ended = False
 
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None):
@@ -2071,7 +2073,6 @@ class Hold:
         self.costs = costs
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
-        self.ended = False
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -2088,7 +2089,7 @@ class Hold:
         self.costs = costs
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
-                self.tightest = tightest_of(self.buckets.settle(self.keyed_rules, costs, taken))
+                self.tightest = self.buckets.settle(self.keyed_rules, costs, taken)
                 break
 
     def give_back(self):
@@ -2300,14 +2301,13 @@ class Limits:
         matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
-        levels = await self.buckets.take(matching, costs)
-        tightest = tightest_of(levels)
-        if tightest.level < 0 and least is not None and least is not costs:
-            costs = self.what_is_left(levels, costs, least)
-            levels = await self.buckets.take(matching, costs)
-            tightest = tightest_of(levels)
+        tightest, levels = await self.buckets.take(matching, costs)
         if tightest.level < 0:
-            raise self.refusal(levels)
+            if least is not None and least is not costs:
+                costs = self.what_is_left(levels, costs, least)
+                tightest, levels = await self.buckets.take(matching, costs)
+            if tightest.level < 0:
+                raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
 
     @staticmethod
@@ -2399,38 +2399,70 @@ def sum_of_weights(texts: List[str]) -> int:
     return sum(map(len if all(map(str.isascii, texts)) else text_weight, texts))
 
 
+PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
+
+
+def kind_of_text(text: str) -> int:
+    """Returns 0 for prose in Latin letters, 1 for code, 2 for other scripts, by what the beginning
+    holds that is rare in prose: their tokens differ in length."""
+    data = text[:1000].encode("utf-8", "surrogatepass")
+    rare = len(data.translate(None, PROSE))
+    return (rare * 25 > len(data)) + (rare * 2 > len(data))
+
+
+ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
+
+
 def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
                 media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
-                ) -> Tuple[int, List[int]]:
+                ) -> Tuple[int, List[int], int]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
     list of numbers has as many tokens. Of images and the like, which are those of which
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
-    `plain` names alone."""
-    texts = []
-    numbers = cut = 0
-    media = []
-    values = list({**payload, skip: None}.values())
-    for value in values:  # the list grows meanwhile
+    `plain` names alone. Third comes the kind of the longest text."""
+    texts, media = [], []
+    rest = 0
+    level = list({**payload, skip: None}.values())
+    while level:
+        kinds = set(map(type, level))
+        if kinds == ONLY_TEXTS:  # the last level of nearly all
+            texts += level
+            break
+        if kinds == ONLY_OBJECTS and all(map(plain.issuperset, level)):
+            level = list(itertools.chain.from_iterable(map(dict.values, level)))
+        else:
+            level, more = look_through(level, plain, names, media_texts, texts, media)
+            rest += more
+    weight = sum_of_weights(texts) + len(texts) + rest
+    kind = kind_of_text(max(texts, key=len)) if texts else 0
+    return weight - 1 if weight else 0, media, kind
+
+
+def look_through(level, plain, names, media_texts, texts, media):
+    """Adds what is found in a level of a payload to `texts` and `media`; returns the level below,
+    and the weight of what is neither."""
+    below = []
+    rest = 0
+    for value in level:
         kind = type(value)
         if kind is str:
             texts.append(value)
+        elif kind is list:
+            below += value
+            if value and type(value[0]) in (int, float):
+                rest += CHARACTERS_PER_TOKEN * len(value)
         elif kind is dict:
             if not plain.issuperset(value):
                 found = media_texts(value)
                 if found is not None:
                     media.append(text_weight(" ".join(found)))
                     continue
-                values += [key for key in value if key not in names]
-            values += value.values()
-        elif kind is list:
-            values += value
-            if value and type(value[0]) in (int, float):
-                numbers += len(value)
+                below += [key for key in value if key not in names]
+            below += value.values()
         elif kind is CutText:
-            cut += value.size + 1
-    weight = sum_of_weights(texts) + len(texts) + CHARACTERS_PER_TOKEN * numbers + cut
-    return max(0, weight - 1), media
+            rest += value.size + 1
+    return below, rest
 
 
 class Usage(NamedTuple):
@@ -2465,13 +2497,16 @@ class Usage(NamedTuple):
 
 
 class Billable:
-    """What a cost depends on before the call is made: `models` are all that may serve it."""
+    """What a cost depends on before the call is made: `models` are all that may serve it, and
+    `length` is what `prompt_length` has returned, once it was asked."""
     __slots__ = ()
     upstream_model: str
     models: Tuple[str, ...]
+    length: Optional[Tuple[int, List[int], int]] = None
 
-    def prompt_length(self) -> Tuple[int, List[int]]:
-        """Returns the weight of the prompt's text, and of that in each image and the like."""
+    def prompt_length(self) -> Tuple[int, List[int], int]:
+        """Returns the weight of the prompt's text, and of that in each image and the like, and what
+        kind of text it is."""
         raise NotImplementedError
 
     def output_limit(self) -> Tuple[Optional[int], int]:
@@ -2723,8 +2758,9 @@ class Habits:
 
 
 class ModelHabits:
-    """The habits of a model's callers, each for itself, so that nobody teaches what others pay. Who
-    has made few calls yet is taken for the one in the middle of all, within bounds."""
+    """The habits of a model's callers with one kind of text, each for itself, so that nobody
+    teaches what others pay. Who has made few calls yet is taken for the one in the middle of all,
+    within bounds."""
     CALLERS = 50
     FEW = 3
     OWN_RATIOS = 0.5, 8
@@ -2781,29 +2817,39 @@ class CostEstimator:
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        # by the name of the model, and the kind of text
+        self.models: "collections.OrderedDict[Tuple[str, int], ModelHabits]" = (
+            collections.OrderedDict())
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
+    @staticmethod
+    def model_key(call):
+        """Returns what the habits of a call's model are found by. Where rules count no tokens, no
+        text is looked at for them."""
+        return fold_model(call.upstream_model), call.length[2] if call.length else 0
+
     def habits(self, call):
-        return self.models.get(fold_model(call.upstream_model), self.unknown)
+        return self.models.get(self.model_key(call), self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
+        length = call.prompt_length()
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        prompt = self.estimated_input(call, caller)
+        prompt = self.tokens_of(length, habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
-        peak = 0 if limit else habits.peak(caller) or self.last_peak(caller)
-        if peak > output:
-            held = self.held(call, prompt, peak * outputs, estimate)
+        if not limit:
+            peak = habits.peak(caller) or self.last_peak(caller)
+            if peak > output:
+                held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
 
     def last_peak(self, caller):
@@ -2813,20 +2859,17 @@ class CostEstimator:
         return max([model.peak(caller) for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
-        expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
+        output = min(output, MAX_TOKENS_PER_CALL)
         picodollars = 0
         if "usd" in self.units:
             # A cheaper tier that is asked for is not always what serves.
-            picodollars = max([self.prices.cost(expected._replace(tiers=tiers), name)[0]
+            picodollars = max([self.prices.cost(Usage(prompt, output, tiers=tiers), name)[0]
                                for name in call.models for tiers in {(), call.tiers()}])
-        return self.costs(expected, picodollars, estimate, 1)
+        return self.request_cost, prompt + output, prompt, output, picodollars, 1, estimate
 
-    def estimated_input(self, call, caller):
-        ratio = self.habits(call).of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        return self.prompt_tokens(call, ratio)
-
-    def prompt_tokens(self, call, ratio):
-        weight, media = call.prompt_length()
+    def tokens_of(self, length, ratio):
+        """Returns the tokens of a prompt."""
+        weight, media, _ = length
         tokens = math.ceil(weight / ratio)
         for one in media:
             tokens += max(self.media_tokens, math.ceil(one / ratio))
@@ -2834,7 +2877,9 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        prompt, output, *_ = used.with_others() if used.others else used
+        if used.others:
+            used = used.with_others()
+        prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
@@ -2856,11 +2901,12 @@ class CostEstimator:
             output = math.ceil(output / (1 - habits.hidden))
         else:
             output = max(output, held)
-        reported = reported or self.unreported(call, caller, source)
+        reported = reported or self.unreported(call, habits, source)
         return reported._replace(output=max(reported.output, output), estimated=True)
 
-    def unreported(self, call, caller, source):
-        used = Usage(self.estimated_input(call, caller))
+    def unreported(self, call, habits, source):
+        ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
+        used = Usage(self.tokens_of(call.prompt_length(), ratio))
         if source is None:
             return used
         return used._replace(model=source.model, tiers=(source.tier,) if source.tier else ())
@@ -2878,28 +2924,30 @@ class CostEstimator:
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
-        name = fold_model(call.upstream_model)
-        model = self.models.get(name)
-        if model is None:
-            if len(self.models) >= KNOWN_MODELS:
-                self.models.popitem(last=False)
-            model = self.models[name] = ModelHabits()
+        name = self.model_key(call)
+        model = self.models.get(name) or self.add_model(name)
         own = model.callers.get(caller) or model.add(caller)
-        own.calls += 1
+        own.calls = calls = own.calls + 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
             if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
-        if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+        if calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.models.move_to_end(name)  # who calls often is here often enough
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
 
+    def add_model(self, name):
+        if len(self.models) >= KNOWN_MODELS:
+            self.models.popitem(last=False)
+        found = self.models[name] = ModelHabits()
+        return found
+
     def learn_ratios(self, call, own, used, source):
         """Leaves out what is short: what stands around it would count too much."""
         if self.needs_estimate and used.input:
-            weight, media = call.prompt_length()
+            weight, media, _ = call.prompt_length()
             if weight >= 64 and not media:
                 own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
         weight = source.output_characters() if used.output >= 16 else 0
@@ -3441,7 +3489,6 @@ class Call(Billable):
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
     objects: Optional[List[Dict[str, Any]]] = None
-    length: Optional[Tuple[int, List[int]]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3541,7 +3588,7 @@ class Call(Billable):
                 found += names_of_things(part)
         return found
 
-    def prompt_length(self) -> Tuple[int, List[int]]:
+    def prompt_length(self) -> Tuple[int, List[int], int]:
         if self.length is None:
             payload = self.payload
             if payload.get(IMAGES_KEY):
@@ -7792,7 +7839,9 @@ class Entry:
     def charged(self, nothing):
         """Returns what was taken of the tightest bucket, and what it holds."""
         tightest = self.hold and self.hold.tightest
-        return (tightest.amount, tightest.remaining) if tightest else (nothing, nothing)
+        if not tightest:
+            return nothing, nothing
+        return format_amount(tightest.rule, tightest.amount), tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -9781,7 +9830,8 @@ class Proxy:
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
-        if call.runs_in_background() and self.may_run(entry, usage, ending):
+        if (usage.estimated or reader.running) and (
+                call.runs_in_background() and self.may_run(entry, usage, ending)):
             return self.await_usage(call, hold)
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
