@@ -5570,7 +5570,10 @@ class Stream:
         """Keep what nobody has asked for yet, up to MAX_READ_AHEAD."""
         if not self.discarding:
             self.read_buffer += data
-        if not self.wake(self.waiter) and len(self.read_buffer) >= MAX_READ_AHEAD:
+        waiter = self.waiter
+        if waiter and not waiter.done():
+            waiter.set_result(True)
+        elif len(self.read_buffer) >= MAX_READ_AHEAD:
             self.pause_reading()
             if self.on_full:
                 self.on_full()
@@ -6818,9 +6821,10 @@ class Address:
             if isinstance(body, bytes):
                 if body or method in ("POST", "PUT", "PATCH"):
                     head += b"Content-Length: %d\r\n" % len(body)
-                at_once = body if len(body) <= BLOCK else b""  # what is large is not copied
-                stream.write(b"%b\r\n%b" % (head, at_once))
-                if at_once is not body:
+                if len(body) <= BLOCK:
+                    stream.write(b"%b\r\n%b" % (head, body))
+                else:  # what is large is not copied
+                    stream.write(head + b"\r\n")
                     stream.write(body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
@@ -7106,8 +7110,6 @@ class Upstream:
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
         """A call went well there, or failed, or (None) nobody knows."""
-        if good and not address.breakers.troubled:
-            return
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
@@ -8036,6 +8038,10 @@ def format_date(second):
     return "Date: " + email.utils.formatdate(second, usegmt=True)
 
 
+def status_line(status, reason):
+    return "HTTP/1.1 %d %s" % (status, reason)
+
+
 class ReplyParts(NamedTuple):
     """What all replies share."""
     config: Config
@@ -8169,11 +8175,11 @@ class Reply:
             self.early = True
             if self.request.version == 0:
                 self.close_after = self.until_close = True
-            lines = [self.date_line(), "Content-Type: " + self.call.dialect.events.content_type]
-            lines += STREAM_LINES
+            lines = [status_line(200, "OK"), self.date_line(),
+                     "Content-Type: " + self.call.dialect.events.content_type, *STREAM_LINES]
             if not self.until_close:
                 lines.append("Transfer-Encoding: chunked")
-            head = self.head(200, "OK", "".join([line + CRLF for line in lines]))
+            head = self.head(200, "".join([line + CRLF for line in lines]))
         self.client.write(head + self.framed(self.call.dialect.events.comment(text)))
 
     def framed(self, event):
@@ -8194,9 +8200,9 @@ class Reply:
         if self.comment_timer:
             self.stop_comments()
         self.context.until = self.end_at
-        streamed, encoding = self.kind_of(response.head)
+        streamed, encoding, may_tell_usage = self.kind_of(response.head)
         response.streamed = streamed
-        if response.status < 400 and self.may_tell_usage(response.head, streamed):
+        if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
@@ -8209,31 +8215,37 @@ class Reply:
             raise UpstreamFailed(failure) from None
         return adapter
 
-    def may_tell_usage(self, head, streamed):
+    def kind_of(self, head):
+        """Returns whether a response is a stream of events, how its body is encoded, and whether it
+        may tell usage."""
+        call = self.call
+        key = call.dialect, call.endpoint, call.owes is None
+        return head.cache.get(key) or self.find_kind(head, key)
+
+    def find_kind(self, head, key):
+        kind = head.get("content-type", "")
+        encoding = head.get("content-encoding", "").strip().lower()
+        streamed = self.call.dialect.is_stream(kind)
+        found = streamed, ENCODINGS.get(encoding, UNREADABLE), self.may_tell_usage(kind, streamed)
+        head.cache[key] = found
+        return found
+
+    def may_tell_usage(self, kind, streamed):
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
         call = self.call
         if call.unmetered or call.endpoint == UPLOAD:
             return call.owes is not None
-        return call.endpoint != UNKNOWN or streamed or (
-            "json" in head.get("content-type", "").lower())
-
-    def kind_of(self, head):
-        """Returns whether a response is a stream of events, and how its body is encoded."""
-        dialect = self.call.dialect
-        if dialect not in head.cache:
-            encoding = head.get("content-encoding", "").strip().lower()
-            head.cache[dialect] = (dialect.is_stream(head.get("content-type", "")),
-                                   ENCODINGS.get(encoding, UNREADABLE))
-        return head.cache[dialect]
+        return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
     def adapt(self, response, has_events):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
         framing, reader = response.framing, self.entry.reader
-        drops = reader is not None and reader.changes_stream and not framing.ended
-        comments = has_events and self.comment_seconds() < math.inf
-        events = self.call.dialect.events if comments or self.early else None
-        style = BodyAdapter.AS_IS
+        drops, events, style = False, None, BodyAdapter.AS_IS
+        if has_events:
+            drops = reader is not None and reader.changes_stream and not framing.ended
+            if self.early or self.comment_seconds() < math.inf:
+                events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
             if response.head.length is not None and response.status != 204:
                 self.framing_line = f"Content-Length: {response.head.length}\r\n"
@@ -8280,7 +8292,8 @@ class Reply:
         begun."""
         self.stop_comments()
         self.context.until = self.end_at
-        if response.status == 200 and self.kind_of(response.head) == (True, IDENTITY):
+        streamed, encoding, _ = self.kind_of(response.head)
+        if response.status == 200 and streamed and encoding == IDENTITY:
             return
         body = await response.read(self.context, 65536, self.patience)
         try:
@@ -8298,8 +8311,8 @@ class Reply:
             return self.client.write(self.first)
         now = clock.time_ns()
         dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
-        lines = (f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
-                 f"{self.response_lines(response)}{self.framing_line}"
+        lines = (f"{self.response_lines(response)}{self.framing_line}"
+                 f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
         usage = entry.usage
@@ -8308,10 +8321,11 @@ class Reply:
                       f"X-LLM-Output-Tokens: {usage.output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        self.client.write(self.head(response.status, response.head.reason, lines) + self.first)
+        self.client.write(self.head(response.status, lines) + self.first)
 
     def response_lines(self, response):
-        """Returns the header lines of a response that are passed on as they came, or nearly."""
+        """Returns the status line of a response, and the header lines that are passed on as they
+        came, or nearly."""
         head = response.head
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
@@ -8320,7 +8334,8 @@ class Reply:
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
             replaced = replaced.union(["x-accel-buffering"])
             unbuffered = [UNBUFFERED]
-        lines = head.end_to_end(replaced) + unbuffered
+        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced)]
+        lines += unbuffered
         redirects = [name for name in ("location", "content-location") if name in head]
         prefix = "/" + self.call.prefix if self.call.prefix else ""
         for name in redirects:
@@ -8418,14 +8433,14 @@ class Reply:
     def send(self, status: int, body: bytes = b"", lines: Iterable[str] = (),
              content_type: str = "application/json"):
         """Send a whole answer."""
-        lines = [self.date_line(), *lines]
+        lines = [status_line(status, REASONS.get(status, "Error")), self.date_line(), *lines]
         if status != 204:
             lines += ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
         if self.request and self.request.method == "HEAD":
             body = b""
         self.entry.passed = len(body)
         text = "".join([line + "\r\n" for line in lines])
-        self.client.write(self.head(status, REASONS.get(status, "Error"), text) + body)
+        self.client.write(self.head(status, text) + body)
 
     def refuse(self, refusal: Refusal):
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
@@ -8478,9 +8493,9 @@ class Reply:
 
     # -- both
 
-    def head(self, status: int, reason: str, lines: str) -> bytes:
-        """Returns the head of an answer; `lines` are header lines, each with its line end. A header
-        on every answer belongs here."""
+    def head(self, status: int, lines: str) -> bytes:
+        """Returns the head of an answer; `lines` are its status line and header lines, each with
+        its line end. A header on every answer belongs here."""
         self.begun = True
         entry, hold = self.entry, self.entry.hold
         entry.status = status
@@ -8491,7 +8506,7 @@ class Reply:
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
         queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
         close = "Connection: close\r\n" if self.close_after else ""
-        return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
+        return (f"{lines}X-Request-ID: {entry.request_id}\r\n"
                 f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
 
     def date_line(self):
@@ -8574,7 +8589,9 @@ class Proxy:
                     if response.status == 401:
                         upstream.refuse_key()
                     ending = await self.pass_on(response, reply, entry)
-                    upstream.judge(response.address, reply.went_well(response, ending), subject)
+                    if ending != "ok" or response.address.breakers.troubled:
+                        upstream.judge(
+                            response.address, reply.went_well(response, ending), subject)
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped, UpstreamTimeout) as reason:
@@ -8652,16 +8669,19 @@ class Proxy:
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats."""
-        cache, callers = request.cache, self.callers
-        if callers not in cache:
-            entry.address = callers.address(request, entry.peer)  # also of those who are refused
-            credential = callers.credential(request, request.query)
-            try:
-                caller = callers.identify(credential, entry.address)
-            except Unauthorized:
-                raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
-            cache[callers] = callers.end_user(request, entry.peer, caller), entry.address
-        entry.caller, entry.address = cache[callers]
+        known = request.cache.get(self.callers)
+        if known:
+            entry.caller, entry.address = known
+            return
+        callers = self.callers
+        entry.address = callers.address(request, entry.peer)  # also of those who are refused
+        credential = callers.credential(request, request.query)
+        try:
+            caller = callers.identify(credential, entry.address)
+        except Unauthorized:
+            raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        entry.caller = callers.end_user(request, entry.peer, caller)
+        request.cache[callers] = entry.caller, entry.address
 
     def admit(self, upstream, entry, call):
         """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
@@ -8671,11 +8691,11 @@ class Proxy:
 
     def new_call(self, request: Request) -> Call:
         """Returns a call as its head tells of it, which is read once, too."""
-        cache = request.cache
-        if "call" not in cache:
-            cache["call"] = self.dialects.place(
-                request.method, request.path, request.query, request)
-        return Call(*cache["call"])
+        place = request.cache.get("place")
+        if place is None:
+            place = self.dialects.place(request.method, request.path, request.query, request)
+            request.cache["place"] = place
+        return Call(*place)
 
     def forward(self, upstream, reply, call):
         """Sends a call, in its turn where the upstream is busy: what is not metered does not
