@@ -5397,6 +5397,7 @@ class BodyAdapter:
 BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+CAN_POLL = hasattr(select, "poll")
 READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
@@ -5515,6 +5516,7 @@ class Stream:
     waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
     write_waiter: Optional[asyncio.Future] = None  # or that something goes
     source: Optional["Stream"] = None              # the stream to pause while this one is slow
+    poller = None
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -5666,9 +5668,9 @@ class Stream:
 
     def may_be(self, event):
         """Tells whether an event of poll's is there, or cannot be told."""
-        if not hasattr(select, "poll"):
+        if not CAN_POLL:
             return True
-        poller = select.poll()
+        poller = self.poller = self.poller or select.poll()
         poller.register(self.descriptor, event)
         return bool(poller.poll(0))
 
@@ -7167,16 +7169,15 @@ class Upstream:
         while True:
             address = self.choose(failed, failure, context)
             response = good = None
-            stream = None if stale else address.spare()
-            was_spare = stream is not None
+            stream = spare = None if stale else address.spare()
             try:
-                stream = stream or await address.connect(context)
+                stream = spare or await address.connect(context)
                 response = await address.send(stream, method, head(address), body, context)
                 good = response.status not in FAILING
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
-                good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                good = self.verdict(refusal, spare, body, context)
+                stale = spare and not body and self.is_repeatable(method, refusal)
                 if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
@@ -7195,7 +7196,7 @@ class Upstream:
             refusal.broke_before_response)
 
     @staticmethod
-    def verdict(refusal, was_spare, body, context):
+    def verdict(refusal, spare, body, context):
         """Returns False where the address is to blame. It is not for a malformed response, the
         call's own deadline, a spare connection that was closed under us, or an upload that took so
         long that it may have tired of waiting for the client."""
@@ -7204,7 +7205,7 @@ class Upstream:
             return None
         if isinstance(refusal, UpstreamTimeout):
             return False
-        return False if refusal.broke_before_response and not was_spare else None
+        return False if refusal.broke_before_response and not spare else None
 
     def head(self, method: str, path: str, query: str, dialect: Dialect, key: Optional[str],
              lines: List[str], address: Address) -> bytes:
@@ -8610,9 +8611,10 @@ class Proxy:
         if reply.early:
             await reply.require_stream(response)
         adapter = reply.receive(response)
-        if not adapter.framing.ended:
-            await reply.receive_whole(response)
         ended = adapter.framing.ended
+        if not ended:
+            await reply.receive_whole(response)
+            ended = adapter.framing.ended
         if ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
@@ -9170,7 +9172,6 @@ class ClientConnection:
     last: Optional[Request] = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
-    began = 0.0                     # when the request's head was there
     leave_timer = None
     full_timer = None
 
@@ -9195,7 +9196,7 @@ class ClientConnection:
         entry = reply.entry
         return "%s %s %s %.1fs upstream=%s %r unsent=%d" % (
             entry.caller.label if entry.caller else self.address, entry.method, entry.path[:200],
-            self.loop.time() - self.began, entry.upstream or "-", self.context,
+            self.loop.time() - entry.started, entry.upstream or "-", self.context,
             len(self.client.write_buffer))
 
     # -- what the client does while its call awaits something else
@@ -9328,7 +9329,7 @@ class ClientConnection:
         if data is None:
             raise QuietEnd()
         self.idle = False
-        self.began = reply.entry.started = self.loop.time()
+        reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
         reply.take(request)
         if self.server.draining:
