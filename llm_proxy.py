@@ -5501,6 +5501,26 @@ class Context:
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
+class Wakeup(asyncio.Future):
+    """What one task awaits of a socket. `wake` has the task go on at once, within the callback that
+    read, where any other future has it go on in the loop's next pass: that costs more than all else
+    of a wait, above all on PyPy."""
+    go_on: Optional[Callable[[asyncio.Future], None]] = None  # the task
+
+    def add_done_callback(self, callback, *, context=None):
+        self.go_on = callback
+        super().add_done_callback(callback, context=context)
+
+    def wake(self):
+        """Complete it with True."""
+        go_on = self.go_on
+        if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
+            return self.set_result(True)
+        self.remove_done_callback(go_on)
+        self.set_result(True)
+        go_on(self)
+
+
 class Stream:
     """One side's socket on the loop. `read_buffer` holds what came and nobody has taken yet;
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
@@ -5513,8 +5533,8 @@ class Stream:
     write_failed = False  # what is written is dropped,
     unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
-    write_waiter: Optional[asyncio.Future] = None  # or that something goes
+    waiter: Optional[Wakeup] = None        # of who awaits that more comes,
+    write_waiter: Optional[Wakeup] = None  # or that something goes
     source: Optional["Stream"] = None              # the stream to pause while this one is slow
     poller = None
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
@@ -5574,7 +5594,7 @@ class Stream:
             self.read_buffer += data
         waiter = self.waiter
         if waiter and not waiter.done():
-            waiter.set_result(True)
+            waiter.wake()
         elif len(self.read_buffer) >= MAX_READ_AHEAD:
             self.pause_reading()
             if self.on_full:
@@ -5607,7 +5627,7 @@ class Stream:
     def more(self, context: Context, seconds: float, what: str) -> asyncio.Future:
         """Wait until more has come; the result is False at the end. Raises OSError, and as `wait`
         does."""
-        self.waiter = context.wait(self.loop.create_future(), seconds, what)
+        self.waiter = context.wait(Wakeup(loop=self.loop), seconds, what)
         if self.ended:
             self.tell_end()
         elif not self.reading:
@@ -5742,7 +5762,7 @@ class Stream:
         if or_answer:
             self.resume_reading()
         while self.write_buffer and not (or_answer and (self.read_buffer or self.ended)):
-            self.write_waiter = self.loop.create_future()
+            self.write_waiter = Wakeup(loop=self.loop)
             if or_answer:
                 self.waiter = self.write_waiter
             await context.wait(self.write_waiter, seconds, what)
