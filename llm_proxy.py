@@ -2838,13 +2838,12 @@ class CostEstimator:
         """Returns what to hold for a call, and how much of that is not learned."""
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
-        length = call.prompt_length()
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
+            prompt = self.tokens_of(call.prompt_length(), CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        prompt = self.tokens_of(length, habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN)
+        prompt = self.estimated_input(call, habits.of(caller))
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
             peak = habits.peak(caller) or self.last_peak(caller)
@@ -2866,6 +2865,10 @@ class CostEstimator:
             picodollars = max([self.prices.cost(Usage(prompt, output, tiers=tiers), name)[0]
                                for name in call.models for tiers in {(), call.tiers()}])
         return self.request_cost, prompt + output, prompt, output, picodollars, 1, estimate
+
+    def estimated_input(self, call, habits):
+        ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
+        return self.tokens_of(call.prompt_length(), ratio)
 
     def tokens_of(self, length, ratio):
         """Returns the tokens of a prompt."""
@@ -2891,7 +2894,8 @@ class CostEstimator:
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
             if reported.estimated:  # its input was not told
-                return reported._replace(input=self.estimated_input(call, caller))
+                own = self.habits(call).of(caller)
+                return reported._replace(input=self.estimated_input(call, own))
             self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
@@ -2905,8 +2909,7 @@ class CostEstimator:
         return reported._replace(output=max(reported.output, output), estimated=True)
 
     def unreported(self, call, habits, source):
-        ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-        used = Usage(self.tokens_of(call.prompt_length(), ratio))
+        used = Usage(self.estimated_input(call, habits))
         if source is None:
             return used
         return used._replace(model=source.model, tiers=(source.tier,) if source.tier else ())
@@ -5764,6 +5767,7 @@ class BodyAdapter:
 BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+CAN_POLL = hasattr(select, "poll")
 READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
@@ -5867,6 +5871,26 @@ class Context:
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
+class Wakeup(asyncio.Future):
+    """What one task awaits of a socket. `wake` has the task go on at once, within the callback that
+    read, where any other future has it go on in the loop's next pass: that costs more than all else
+    of a wait, above all on PyPy."""
+    go_on: Optional[Callable[[asyncio.Future], None]] = None  # the task
+
+    def add_done_callback(self, callback, *, context=None):
+        self.go_on = callback
+        super().add_done_callback(callback, context=context)
+
+    def wake(self):
+        """Complete it with True."""
+        go_on = self.go_on
+        if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
+            return self.set_result(True)
+        self.remove_done_callback(go_on)
+        self.set_result(True)
+        go_on(self)
+
+
 class Stream:
     """One side's socket on the loop. `read_buffer` holds what came and nobody has taken yet;
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
@@ -5879,9 +5903,10 @@ class Stream:
     write_failed = False  # what is written is dropped,
     unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
-    write_waiter: Optional[asyncio.Future] = None  # or that something goes
+    waiter: Optional[Wakeup] = None        # of who awaits that more comes,
+    write_waiter: Optional[Wakeup] = None  # or that something goes
     source: Optional["Stream"] = None              # the stream to pause while this one is slow
+    poller = None
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -5937,7 +5962,10 @@ class Stream:
         """Keep what nobody has asked for yet, up to MAX_READ_AHEAD."""
         if not self.discarding:
             self.read_buffer += data
-        if not self.wake(self.waiter) and len(self.read_buffer) >= MAX_READ_AHEAD:
+        waiter = self.waiter
+        if waiter and not waiter.done():
+            waiter.wake()
+        elif len(self.read_buffer) >= MAX_READ_AHEAD:
             self.pause_reading()
             if self.on_full:
                 self.on_full()
@@ -5969,7 +5997,7 @@ class Stream:
     def more(self, context: Context, seconds: float, what: str) -> asyncio.Future:
         """Wait until more has come; the result is False at the end. Raises OSError, and as `wait`
         does."""
-        self.waiter = context.wait(self.loop.create_future(), seconds, what)
+        self.waiter = context.wait(Wakeup(loop=self.loop), seconds, what)
         if self.ended:
             self.tell_end()
         elif not self.reading:
@@ -6030,9 +6058,9 @@ class Stream:
 
     def may_be(self, event):
         """Tells whether an event of poll's is there, or cannot be told."""
-        if not hasattr(select, "poll"):
+        if not CAN_POLL:
             return True
-        poller = select.poll()
+        poller = self.poller = self.poller or select.poll()
         poller.register(self.descriptor, event)
         return bool(poller.poll(0))
 
@@ -6104,7 +6132,7 @@ class Stream:
         if or_answer:
             self.resume_reading()
         while self.write_buffer and not (or_answer and (self.read_buffer or self.ended)):
-            self.write_waiter = self.loop.create_future()
+            self.write_waiter = Wakeup(loop=self.loop)
             if or_answer:
                 self.waiter = self.write_waiter
             await context.wait(self.write_waiter, seconds, what)
@@ -7477,8 +7505,6 @@ class Upstream:
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
         """A call went well there, or failed, or (None) nobody knows."""
-        if good and not address.breakers.troubled:
-            return
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
@@ -7537,16 +7563,15 @@ class Upstream:
         while True:
             address = self.choose(failed, failure, context)
             response = good = None
-            stream = None if stale else address.spare()
-            was_spare = stream is not None
+            stream = spare = None if stale else address.spare()
             try:
-                stream = stream or await address.connect(context)
+                stream = spare or await address.connect(context)
                 response = await address.send(stream, method, head(address), body, context)
                 good = response.status not in FAILING
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
-                good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                good = self.verdict(refusal, spare, body, context)
+                stale = spare and not body and self.is_repeatable(method, refusal)
                 if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
@@ -7565,7 +7590,7 @@ class Upstream:
             refusal.broke_before_response)
 
     @staticmethod
-    def verdict(refusal, was_spare, body, context):
+    def verdict(refusal, spare, body, context):
         """Returns False where the address is to blame. It is not for a malformed response, the
         call's own deadline, a spare connection that was closed under us, or an upload that took so
         long that it may have tired of waiting for the client."""
@@ -7574,7 +7599,7 @@ class Upstream:
             return None
         if isinstance(refusal, UpstreamTimeout):
             return False
-        return False if refusal.broke_before_response and not was_spare else None
+        return False if refusal.broke_before_response and not spare else None
 
     def head(self, method: str, path: str, query: str, dialect: Dialect, key: Optional[str],
              lines: List[str], address: Address) -> bytes:
@@ -8999,6 +9024,10 @@ def format_date(second):
     return "Date: " + email.utils.formatdate(second, usegmt=True)
 
 
+def status_line(status, reason):
+    return "HTTP/1.1 %d %s" % (status, reason)
+
+
 class ReplyParts(NamedTuple):
     """What all replies share."""
     config: Config
@@ -9137,10 +9166,11 @@ class Reply:
         """Returns the head of a stream of ours."""
         if self.request.version == 0:
             self.close_after = self.until_close = True
-        lines = [self.date_line(), "Content-Type: " + content_type, *STREAM_LINES]
+        lines = [status_line(200, "OK"), self.date_line(), "Content-Type: " + content_type,
+                 *STREAM_LINES]
         if not self.until_close:
             lines.append("Transfer-Encoding: chunked")
-        return self.head(200, "OK", "".join([line + CRLF for line in lines]))
+        return self.head(200, "".join([line + CRLF for line in lines]))
 
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
@@ -9160,9 +9190,9 @@ class Reply:
         if self.comment_timer:
             self.stop_comments()
         self.context.until = self.end_at
-        streamed, encoding = self.kind_of(response.head)
+        streamed, encoding, may_tell_usage = self.kind_of(response.head)
         response.streamed = streamed
-        if response.status < 400 and self.may_tell_usage(response.head, streamed):
+        if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
@@ -9175,31 +9205,37 @@ class Reply:
             raise UpstreamFailed(failure) from None
         return adapter
 
-    def may_tell_usage(self, head, streamed):
+    def kind_of(self, head):
+        """Returns whether a response is a stream of events, how its body is encoded, and whether it
+        may tell usage."""
+        call = self.call
+        key = call.dialect, call.endpoint, call.owes is None
+        return head.cache.get(key) or self.find_kind(head, key)
+
+    def find_kind(self, head, key):
+        kind = head.get("content-type", "")
+        encoding = head.get("content-encoding", "").strip().lower()
+        streamed = self.call.dialect.is_stream(kind)
+        found = streamed, ENCODINGS.get(encoding, UNREADABLE), self.may_tell_usage(kind, streamed)
+        head.cache[key] = found
+        return found
+
+    def may_tell_usage(self, kind, streamed):
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
         call = self.call
         if call.unmetered or call.endpoint == UPLOAD:
             return call.owes is not None
-        return call.endpoint != UNKNOWN or streamed or (
-            "json" in head.get("content-type", "").lower())
-
-    def kind_of(self, head):
-        """Returns whether a response is a stream of events, and how its body is encoded."""
-        dialect = self.call.dialect
-        if dialect not in head.cache:
-            encoding = head.get("content-encoding", "").strip().lower()
-            head.cache[dialect] = (dialect.is_stream(head.get("content-type", "")),
-                                   ENCODINGS.get(encoding, UNREADABLE))
-        return head.cache[dialect]
+        return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
     def adapt(self, response, has_events):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
         framing, reader = response.framing, self.entry.reader
-        drops = reader is not None and reader.changes_stream and not framing.ended
-        comments = has_events and self.comment_seconds() < math.inf
-        events = self.call.dialect.events if comments or self.early else None
-        style = BodyAdapter.AS_IS
+        drops, events, style = False, None, BodyAdapter.AS_IS
+        if has_events:
+            drops = reader is not None and reader.changes_stream and not framing.ended
+            if self.early or self.comment_seconds() < math.inf:
+                events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
             if response.head.length is not None and response.status != 204:
                 self.framing_line = f"Content-Length: {response.head.length}\r\n"
@@ -9246,7 +9282,8 @@ class Reply:
         begun."""
         self.stop_comments()
         self.context.until = self.end_at
-        if response.status == 200 and self.kind_of(response.head) == (True, IDENTITY):
+        streamed, encoding, _ = self.kind_of(response.head)
+        if response.status == 200 and streamed and encoding == IDENTITY:
             return
         body = await response.read(self.context, 65536, self.patience)
         try:
@@ -9264,8 +9301,8 @@ class Reply:
             return self.client.write(self.first)
         now = clock.time_ns()
         dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
-        lines = (f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
-                 f"{self.response_lines(response)}{self.framing_line}"
+        lines = (f"{self.response_lines(response)}{self.framing_line}"
+                 f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
         usage = entry.usage
@@ -9274,10 +9311,11 @@ class Reply:
                       f"X-LLM-Output-Tokens: {usage.output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        self.client.write(self.head(response.status, response.head.reason, lines) + self.first)
+        self.client.write(self.head(response.status, lines) + self.first)
 
     def response_lines(self, response):
-        """Returns the header lines of a response that are passed on as they came, or nearly."""
+        """Returns the status line of a response, and the header lines that are passed on as they
+        came, or nearly."""
         head = response.head
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
@@ -9286,7 +9324,8 @@ class Reply:
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
             replaced = replaced.union(["x-accel-buffering"])
             unbuffered = [UNBUFFERED]
-        lines = head.end_to_end(replaced) + unbuffered
+        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced)]
+        lines += unbuffered
         redirects = [name for name in ("location", "content-location") if name in head]
         prefix = "/" + self.call.prefix if self.call.prefix else ""
         for name in redirects:
@@ -9386,14 +9425,14 @@ class Reply:
     def send(self, status: int, body: bytes = b"", lines: Iterable[str] = (),
              content_type: str = "application/json"):
         """Send a whole answer."""
-        lines = [self.date_line(), *lines]
+        lines = [status_line(status, REASONS.get(status, "Error")), self.date_line(), *lines]
         if status != 204:
             lines += ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
         if self.request and self.request.method == "HEAD":
             body = b""
         self.entry.passed = len(body)
         text = "".join([line + "\r\n" for line in lines])
-        self.client.write(self.head(status, REASONS.get(status, "Error"), text) + body)
+        self.client.write(self.head(status, text) + body)
 
     def refuse(self, refusal: Refusal):
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
@@ -9446,9 +9485,9 @@ class Reply:
 
     # -- both
 
-    def head(self, status: int, reason: str, lines: str) -> bytes:
-        """Returns the head of an answer; `lines` are header lines, each with its line end. A header
-        on every answer belongs here."""
+    def head(self, status: int, lines: str) -> bytes:
+        """Returns the head of an answer; `lines` are its status line and header lines, each with
+        its line end. A header on every answer belongs here."""
         self.begun = True
         entry, hold = self.entry, self.entry.hold
         entry.status = status
@@ -9459,7 +9498,7 @@ class Reply:
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
         queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
         close = "Connection: close\r\n" if self.close_after else ""
-        return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
+        return (f"{lines}X-Request-ID: {entry.request_id}\r\n"
                 f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
 
     def date_line(self):
@@ -9553,7 +9592,9 @@ class Proxy:
                     if response.status == 401:
                         upstream.refuse_key()
                     ending = await self.pass_on(response, reply, entry)
-                    upstream.judge(response.address, reply.went_well(response, ending), subject)
+                    if ending != "ok" or response.address.breakers.troubled:
+                        upstream.judge(
+                            response.address, reply.went_well(response, ending), subject)
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped, UpstreamTimeout) as reason:
@@ -9572,9 +9613,10 @@ class Proxy:
         if reply.early:
             await reply.require_stream(response)
         adapter = reply.receive(response)
-        if not adapter.framing.ended:
-            await reply.receive_whole(response)
         ended = adapter.framing.ended
+        if not ended:
+            await reply.receive_whole(response)
+            ended = adapter.framing.ended
         if ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
@@ -9728,11 +9770,11 @@ class Proxy:
 
     def new_call(self, request: Request) -> Call:
         """Returns a call as its head tells of it, which is read once, too."""
-        cache = request.cache
-        if "call" not in cache:
-            cache["call"] = self.dialects.place(
-                request.method, request.path, request.query, request)
-        return Call(*cache["call"])
+        place = request.cache.get("place")
+        if place is None:
+            place = self.dialects.place(request.method, request.path, request.query, request)
+            request.cache["place"] = place
+        return Call(*place)
 
     def forward(self, upstream, reply, call):
         """Sends a call, in its turn where the upstream is busy: what is not metered does not
@@ -10563,7 +10605,6 @@ class ClientConnection:
     last: Optional[Request] = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
-    began = 0.0                     # when the request's head was there
     leave_timer = None
     full_timer = None
 
@@ -10588,7 +10629,7 @@ class ClientConnection:
         entry = reply.entry
         return "%s %s %s %.1fs upstream=%s %r unsent=%d" % (
             entry.caller.label if entry.caller else self.address, entry.method, entry.path[:200],
-            self.loop.time() - self.began, entry.upstream or "-", self.context,
+            self.loop.time() - entry.started, entry.upstream or "-", self.context,
             len(self.client.write_buffer))
 
     # -- what the client does while its call awaits something else
@@ -10721,7 +10762,7 @@ class ClientConnection:
         if data is None:
             raise QuietEnd()
         self.idle = False
-        self.began = reply.entry.started = self.loop.time()
+        reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
         reply.take(request)
         if self.server.draining:
