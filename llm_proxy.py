@@ -60,6 +60,7 @@ import concurrent.futures
 import contextlib
 import copy
 import csv
+import datetime
 import decimal
 import difflib
 import email.utils
@@ -71,6 +72,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -93,8 +95,9 @@ import types
 import urllib.parse
 import urllib.request
 import zlib
-from typing import (Any, Awaitable, BinaryIO, Callable, Dict, FrozenSet, Iterable, List, NamedTuple,
-                    Optional, Sequence, Set, Tuple, Union)
+import zoneinfo
+from typing import (Any, Awaitable, BinaryIO, Callable, Collection, Dict, FrozenSet, Iterable,
+                    Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 
 VERSION = "0.1.0"
 
@@ -5799,6 +5802,7 @@ class Context:
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
+    on_connect: Optional[Callable[[float], None]] = None  # hears how long connecting took
     # Which model is asked for whom, where it is of interest how such calls fare
     subject: Optional[Tuple[str, CallerKey]] = None
 
@@ -5863,6 +5867,7 @@ class Context:
         if self.timer:
             self.timer.cancel()
         self.future = None  # an exception in it would hold its frames
+        self.on_connect = None
 
     def __repr__(self) -> str:
         if not self.is_waiting():
@@ -7335,6 +7340,7 @@ class Address:
 
     async def connect(self, context):
         """Raises UpstreamFailed, UpstreamTimeout, Overloaded, and what the call is ended with."""
+        began = context.loop.time()
         try:
             sock = self.is_loopback and self.connect_at_once()
             sock = sock or await self.connect_in_helper(context)
@@ -7345,6 +7351,9 @@ class Address:
         except CallerGone as gone:
             gone.nothing_sent = True
             raise
+        finally:
+            if context.on_connect:
+                context.on_connect(context.loop.time() - began)
         keep_alive(sock)
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
@@ -7724,8 +7733,26 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "stream INTEGER, input INTEGER, cached INTEGER, cache_write INTEGER, output INTEGER, "
     "reasoning INTEGER, estimated INTEGER, usd REAL, picodollars INTEGER, unpriced INTEGER, "
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
-    "queue_ms INTEGER").split(", "))
+    "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER").split(", "))
 Row = collections.namedtuple("Row", [name for name, _ in COLUMNS])
+# Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
+# hours and days of these.
+DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
+START = "CAST(coalesce(time, 0) / %d AS INTEGER) * %d" % (QUARTER, QUARTER)
+# By whom or what they are added up: how a call tells it.
+SUM_KEYS = {
+    "caller": "coalesce(caller, '-')",
+    "team": "coalesce(team, '-')",
+    "tag": "coalesce(tag, '-')",
+    "model": "coalesce(served, model, '-')",
+    "upstream": "coalesce(upstream, '-')"}
+FAILED = "outcome NOT IN ('ok', 'limited', 'caller_gone')"
+# What is added up: how much of it is in a call.
+SUM_COUNTS = {
+    "calls": "1", "failed": FAILED, "limited": "outcome = 'limited'",
+    **{name: name for name in (
+        "input cached output reasoning estimated unpriced picodollars").split()}}
+MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
     "cost remaining input output estimated usd bytes").split()
@@ -7745,12 +7772,18 @@ def clean(text: Optional[str]) -> Optional[str]:
     return text
 
 
+MAX_AGENT = 120
 UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
 
 
 def visible(text: str) -> str:
     """Returns lines of text in which nothing moves a terminal's cursor."""
     return UNSEEN.sub(lambda match: "\\x%02x" % ord(match[0]), text)
+
+
+def user_agent(fields: Fields) -> Optional[str]:
+    """Returns what a client calls itself."""
+    return visible(fields.get("user-agent", "")[:MAX_AGENT]) or None
 
 
 def one_word(text):
@@ -7788,6 +7821,8 @@ class Entry:
     priced = None       # whether the price is known; None where nothing was used
     passed = 0          # bytes of body sent to the caller
     queued = None       # milliseconds in line; None where there was none
+    connect_ms = None   # until there was a connection; None where a spare one served
+    agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
     context: Optional[Context] = None      # while it runs, these three
@@ -7823,9 +7858,10 @@ class Entry:
         call = self.call
         hold = self.hold
         usage = self.usage or NO_USAGE
+        caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         return Row._make((
-            self.request_id, self.wall / 1e9, self.caller.label if self.caller else self.address,
+            self.request_id, self.wall / 1e9, caller.label if caller else self.address,
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause,
@@ -7834,7 +7870,8 @@ class Entry:
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
-            self.queued))
+            self.queued, caller and caller.team, caller and caller.tag, self.agent,
+            self.connect_ms))
 
     def state(self) -> str:
         """Returns where a running call stands."""
@@ -8024,6 +8061,7 @@ class UsageLog(Log):
         self.stream.close()
 
 
+WAIT_SECONDS = 5  # for another process that writes the database
 Levels = Dict[BucketKey, Tuple[int, float]]  # level, and wall-clock time of the last refill
 
 
@@ -8043,12 +8081,87 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
+def listed_columns(columns: Dict[str, str]) -> str:
+    """Returns what SELECT takes."""
+    return ", ".join(["%s AS %s" % (value, name) for name, value in columns.items()])
+
+
+def exact_total(value: str) -> str:
+    """Returns an integer's expression: SQLite's sum() fails, and its total() rounds, above what is
+    plausible, and money is exact for far longer."""
+    if value == "picodollars":
+        return ("CAST(min(total(picodollars / 1000000), 4e12) AS INTEGER) * 1000000"
+                " + CAST(total(picodollars % 1000000) AS INTEGER)")
+    return "CAST(min(total(%s), 4e18) AS INTEGER)" % value
+
+
+def adding_statement() -> str:
+    """Returns the statement that adds calls to the sums. Where a quarter has many sums, names of
+    calls that nobody answered are not told apart any more: whoever is refused can make up more."""
+    keys = {"start": "start", **SUM_KEYS}
+    for name in ("caller", "model"):
+        keys[name] = ("CASE WHEN outcome = 'ok' OR input + output > 0 OR start NOT IN full"
+                      " THEN %s ELSE 'other' END" % SUM_KEYS[name])
+    counts = {name: exact_total(value) for name, value in SUM_COUNTS.items()}
+    return """WITH
+        told AS (SELECT *, rowid AS number, {start} AS start FROM calls
+            WHERE rowid > :after AND rowid <= :upto),
+        full AS (SELECT start FROM sums WHERE span = {quarter}
+            AND start BETWEEN (SELECT min(start) FROM told) AND (SELECT max(start) FROM told)
+            GROUP BY start HAVING count(*) >= :full),
+        new AS (SELECT {columns}, min(number) AS first, max(number) AS last,
+            max(coalesce(ms, 0)) AS slowest FROM told GROUP BY {numbers})
+        INSERT OR REPLACE INTO sums SELECT {quarter}, {keys}, {added},
+            min(new.first, coalesce(old.first, new.first)),
+            max(new.last, coalesce(old.last, new.last)),
+            max(new.slowest, coalesce(old.slowest, 0))
+        FROM new LEFT JOIN (SELECT * FROM sums WHERE span = {quarter}) AS old USING ({keys})
+        """.format(
+            start=START, quarter=QUARTER, keys=", ".join(keys),
+            columns=listed_columns({**keys, **counts}),
+            numbers=", ".join([str(number) for number, _ in enumerate(keys, 1)]),
+            added=", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
+                             for name in counts]))
+
+
+ADD_TO_SUMS = adding_statement()
+# Makes a sum of a longer span from those of shorter ones in it.
+ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
+    max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
+    GROUP BY %s""" % (
+        ", ".join(SUM_KEYS),
+        ", ".join(map(exact_total, SUM_COUNTS)),
+        ", ".join(SUM_KEYS))
+# Ids are listed by hours, so that what is written together lies together.
+ADD_TO_IDS = """INSERT OR IGNORE INTO ids SELECT CAST(coalesce(time, 0) / 3600 AS INTEGER), id,
+    rowid FROM calls WHERE rowid > :after AND rowid <= :upto AND id IS NOT NULL"""
+# Each with as many rows as mean that there may be more of them.
+FORGET = (
+    ("DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT 1000)", 1000),
+    ("DELETE FROM ids WHERE hour < min(?, (SELECT min(hour) FROM ids) + 1)", 1),
+    *[("DELETE FROM sums WHERE span = {0} AND start < min(?,"
+       " (SELECT min(start) FROM sums WHERE span = {0}) + 86400)".format(span), 1)
+      for span in SPANS])
+
+
+def connect(path: str, mode: str) -> sqlite3.Connection:
+    """Opens a database to read ("ro"), or also to write ("rw"). Raises sqlite3.Error."""
+    path = os.path.abspath(path)
+    if mode == "ro" and not os.path.exists(path + "-wal"):
+        mode = "ro&immutable=1"  # nobody writes it now, and the folder may be one to read only
+    connection = sqlite3.connect(
+        "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
+        timeout=WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
+    connection.text_factory = lambda text: text.decode("utf-8", "replace")
+    return connection
+
+
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
-    WAIT_SECONDS = 5            # for another process that writes
     ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
+    FULL = 1000                 # sums of a quarter: more are not begun for calls that failed
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -8065,8 +8178,14 @@ class Database:
         amount INTEGER, until REAL, done INTEGER);
         CREATE TABLE IF NOT EXISTS audit (id INTEGER PRIMARY KEY,
         time REAL DEFAULT ((julianday('now') - 2440587.5) * 86400), who TEXT, role TEXT,
-        address TEXT, what TEXT, target TEXT, detail TEXT)""" % (
-            APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        address TEXT, what TEXT, target TEXT, detail TEXT);
+        CREATE TABLE IF NOT EXISTS sums (span INTEGER, start INTEGER, %s, %s, first INTEGER,
+        last INTEGER, slowest INTEGER, PRIMARY KEY (span, start, %s)) WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS ids (hour INTEGER, id TEXT, call INTEGER,
+        PRIMARY KEY (hour, id, call)) WITHOUT ROWID""" % (
+            APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
+            ", ".join([name + " TEXT" for name in SUM_KEYS]),
+            ", ".join([name + " INTEGER" for name in SUM_COUNTS]), ", ".join(SUM_KEYS))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -8087,10 +8206,10 @@ class Database:
             if not is_new:
                 self.check()
             if reading:
-                self.connection = self.connect("ro")
+                self.connection = connect(path, "ro")
             else:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it tells who called what
-                self.connection = self.connect("rw")
+                self.connection = connect(path, "rw")
                 self.prepare()
                 self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
@@ -8119,16 +8238,6 @@ class Database:
         """Tells whether the file was deleted or replaced, or its lock."""
         return self.file_identity() != self.identity
 
-    def connect(self, mode):
-        path = os.path.abspath(self.path)
-        if mode == "ro" and not os.path.exists(path + "-wal"):
-            mode = "ro&immutable=1"  # nobody writes it now, and the folder may be one to read only
-        connection = sqlite3.connect(
-            "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
-            timeout=self.WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
-        connection.text_factory = lambda text: text.decode("utf-8", "replace")
-        return connection
-
     def check(self):
         """Raises DatabaseFault for a file that is not ours, damaged, or has other columns. By a
         connection that cannot write: closing another one writes what a crash left beside it."""
@@ -8136,7 +8245,7 @@ class Database:
             if file.read(72)[68:] != self.APPLICATION:
                 raise DatabaseFault("%s is not a database of llm_proxy; it was left as it is"
                                     % self.path)
-        with contextlib.closing(self.connect("ro")) as connection:
+        with contextlib.closing(connect(self.path, "ro")) as connection:
             try:
                 columns = tuple([row[1] for row in connection.execute("PRAGMA table_info(calls)")])
                 connection.executescript(self.PROBES)
@@ -8157,17 +8266,67 @@ class Database:
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
                 execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
+            execute("INSERT OR IGNORE INTO facts SELECT 'unsummed', coalesce(max(rowid), 0)"
+                    " FROM calls UNION ALL SELECT 'rolled', 0")
+            facts = dict(execute("SELECT name, value FROM facts").fetchall())
+            self.unsummed = facts["unsummed"]  # calls of an older version, up to this rowid
+            self.rolled = facts["rolled"]      # up to when there are sums of hours and days
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
+    def transaction(self) -> sqlite3.Connection:
+        """Begins one; returns what ends it, as a with-block."""
+        self.connection.rollback()  # Python 3.9 leaves one open whose COMMIT failed
+        self.connection.execute("BEGIN IMMEDIATE")
+        return self.connection
+
     def add(self, rows):
-        """Inserts calls, a few dozen by one statement: after each, this thread must wait for the
-        interpreter again."""
+        """Inserts calls and adds them up, a few dozen by one statement: after each, this thread
+        must wait for the interpreter again."""
+        (before,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
         marks = "(%s)" % ",".join("?" * len(COLUMNS))
         for start in range(0, len(rows), self.ROWS):
             batch = rows[start:start + self.ROWS]
             self.connection.execute("INSERT INTO calls VALUES " + ",".join([marks] * len(batch)),
                                     list(itertools.chain(*batch)))
+        if rows:
+            self.add_up(before or 0, MOST)
+            first = int(min([row[1] or 0 for row in rows]))
+            if first < self.rolled:  # a clock was set back
+                self.rolled = first - first % HOUR
+                self.note("rolled", self.rolled)
+
+    def add_up(self, after, upto):
+        """Adds calls with these rowids to the sums, and to the list of ids."""
+        for statement in (ADD_TO_SUMS, ADD_TO_IDS):
+            self.connection.execute(statement, {"after": after, "upto": upto, "full": self.FULL})
+
+    def note(self, name, value):
+        self.connection.execute("UPDATE facts SET value = ? WHERE name = ?", (value, name))
+
+    def add_older(self, most):
+        """Adds up to `most` calls of an older version, which had no sums, the newest first."""
+        rest = max(0, self.unsummed - most)
+        with self.transaction():
+            self.add_up(rest, self.unsummed)
+            self.note("unsummed", rest)
+        self.unsummed = rest
+
+    def roll_up(self, now) -> bool:
+        """Makes the sums of the next hour that is over, and of its day as far as that has come;
+        returns whether there was one. The same is done again where a call comes late."""
+        found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
+        (start,), = self.connection.execute(found, (QUARTER, self.rolled)).fetchall()
+        if start is None or start - start % HOUR + HOUR > now:
+            return False
+        hour = start - start % HOUR
+        with self.transaction():
+            for span, shorter in ((HOUR, QUARTER), (DAY, HOUR)):
+                self.connection.execute(ROLL_UP, {
+                    "span": span, "shorter": shorter, "start": hour - hour % span})
+            self.note("rolled", hour + HOUR)
+        self.rolled = hour + HOUR
+        return True
 
     def save(self, changed, gone):
         execute = self.connection.executemany
@@ -8273,11 +8432,376 @@ class Database:
         (found,), = self.connection.execute("PRAGMA data_version").fetchall()
         return found
 
-    def forget(self, before, most):
-        """Removes up to `most` calls from before a wall-clock time; returns how many."""
-        return self.connection.execute(
-            "DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT ?)",
-            (before, most)).rowcount
+    def forget(self, before: float, sums_before: float) -> bool:
+        """Removes some of the calls, and of the sums, from before these wall-clock times; returns
+        whether there may be more."""
+        times = before, before // HOUR, *[sums_before] * len(SPANS)
+        return any([self.connection.execute(statement, (since,)).rowcount >= most
+                    for (statement, most), since in zip(FORGET, times)])
+
+
+class Sum(NamedTuple):
+    """What calls came to."""
+    calls: int
+    failed: int
+    limited: int
+    input: int
+    cached: int
+    output: int
+    reasoning: int
+    estimated: int
+    unpriced: int
+    picodollars: int
+
+    # As they are added up over sums: picodollars in two parts, both of which are exact.
+    TOTALS = ", ".join(["total(%s)" % name for name in SUM_COUNTS if name != "picodollars"] + [
+        "total(picodollars / 1000000)", "total(picodollars % 1000000)"])
+
+    @classmethod
+    def read(cls, totals: Sequence[float]) -> "Sum":
+        """Takes what a query tells for TOTALS."""
+        *counts, millions, rest = map(int, totals)
+        return cls(*counts, millions * 1000000 + rest)
+
+    @classmethod
+    def of(cls, sums: Collection["Sum"]) -> "Sum":
+        """Returns the sum of sums."""
+        return cls._make(map(sum, zip(*sums))) if sums else NO_SUM
+
+    def tokens(self) -> int:
+        return self.input + self.output
+
+    def as_dict(self) -> Dict[str, Union[int, str]]:
+        found = self._asdict()
+        found["usd"] = format_usd(found.pop("picodollars"))
+        return found
+
+    def as_point(self) -> Dict[str, Union[int, str]]:
+        return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
+
+
+NO_SUM = Sum(*[0] * len(SUM_COUNTS))
+
+
+# How a cell begins that a spreadsheet would compute (https://owasp.org/www-community/attacks/
+# CSV_Injection), also one that begins where some end cells, with ";".
+FORMULA = re.compile("(^|;)(?=\\s*[=+@\uff0b\uff0d\uff1d\uff20-].|[\t\r\n])", re.DOTALL)
+
+
+def csv_cell(value):
+    """Returns a value as a cell that no spreadsheet computes and no terminal obeys."""
+    if type(value) is not str:
+        return value
+    text = FORMULA.sub(r"\1'", value)
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def csv_of(names: Sequence[str], rows: Iterable[Sequence[Union[int, float, str, None]]]) -> str:
+    """Returns a table as CSV (RFC 4180, but with line ends of Unix)."""
+    text = io.StringIO()
+    cells = [list(map(csv_cell, row)) for row in rows]
+    csv.writer(text, lineterminator="\n").writerows([names, *cells])
+    return text.getvalue()
+
+
+def read_time_zone(name: str, offset: str = "") -> datetime.tzinfo:
+    """Returns the time zone of this name, or, where this machine does not know it, the one that is
+    `offset` minutes east of UTC."""
+    try:
+        if re.fullmatch("[A-Za-z0-9_+/-]{1,64}", name):
+            return zoneinfo.ZoneInfo(name)
+    except (OSError, ValueError, LookupError):
+        pass  # no such name, a folder of names, or a file that is none
+    if not re.fullmatch("-?[0-9]{1,4}", offset) or abs(int(offset)) >= 1440:
+        return datetime.timezone.utc
+    return datetime.timezone(datetime.timedelta(minutes=int(offset)))
+
+
+def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
+    return datetime.datetime.fromtimestamp(moment, zone).date()
+
+
+def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
+    """Returns when a day begins, in unix seconds."""
+    return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
+
+
+def day_after(day, step):
+    """Returns the day after, or the first of the next month."""
+    if step == "month":
+        return (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+    return day + datetime.timedelta(1)
+
+
+MAX_STEPS = 3000
+STEP_SECONDS = {"quarter": QUARTER, "hour": HOUR, "day": DAY, "month": 28 * DAY}
+Step = Tuple[int, int, int]  # when it begins; from when to when calls in it are asked for
+
+
+def read_steps(step: str, start: float, end: float, zone: datetime.tzinfo) -> List[Step]:
+    """Returns the quarters, hours, days or months of a range, which is widened to whole quarters.
+    Days and months are those of `zone`; hours begin with its days, so the last one is shorter where
+    clocks are changed by less than an hour. Raises BadRequest."""
+    size = STEP_SECONDS.get(step)
+    if not (size and 0 <= start < end < 1 << 33):
+        raise BadRequest("A range of quarters, hours, days or months is needed")
+    start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
+    if end - start > size * MAX_STEPS:
+        raise BadRequest("The range has too many steps: ask for longer ones")
+    day = date_in(zone, start)
+    if step == "month":
+        day = day.replace(day=1)
+    found = []
+    begin = midnight(day, zone)
+    while begin < end:
+        day = day_after(day, step)
+        following = midnight(day, zone)
+        width = size if size < DAY else following - begin
+        found += [(at, max(at, start), min(at + width, following, end))
+                  for at in range(begin, following, width)]
+        begin = following
+    return [one for one in found if one[1] < one[2]]
+
+
+def read_spans(low: int, high: int, rolled: int,
+               spans: Tuple[int, ...] = SPANS) -> Iterator[Tuple[int, int, int]]:
+    """Yields (length of spans, from, to): the longest spans that make up a range. Those of hours
+    and days end at `rolled`."""
+    span, *shorter = spans
+    if not shorter:
+        if low < high:
+            yield span, low, high
+        return
+    first, last = -(-low // span) * span, min(high, rolled) // span * span
+    if first >= last:
+        first = last = high
+    yield from read_spans(low, first, rolled, shorter)
+    if first < last:
+        yield span, first, last
+    yield from read_spans(last, high, rolled, shorter)
+
+
+def call_fields(row: Row, number: Optional[int] = None) -> Dict[str, Union[int, float, str, None]]:
+    """Returns what pages are told of a call; `number` is its rowid."""
+    found = {"row": number, **row._asdict()}
+    found["usd"] = format_usd(found.pop("picodollars") or 0)
+    for name in ("stream", "estimated", "unpriced"):
+        found[name] = bool(found[name])
+    return found
+
+
+# By what calls are found: what the sums say where there may be some, and what each says of itself.
+CALL_FILTERS = {
+    **{name: ("%s IN (:%s, 'other')" % (name, name), "%s = :%s" % (value, name))
+       for name, value in SUM_KEYS.items()},
+    "outcome": ("CASE WHEN :outcome = 'limited' THEN limited"
+                " WHEN :outcome IN ('ok', 'caller_gone') THEN calls - failed - limited"
+                " ELSE failed END > 0", "outcome = :outcome"),
+    "failed": ("failed > 0", FAILED),
+    "slow": ("slowest >= :slow", "ms >= :slow")}
+# Walks from hour to hour, by the index, because calls of one id may be in any.
+FIND_ID = """WITH RECURSIVE hours(hour) AS (SELECT max(hour) FROM ids UNION ALL
+    SELECT (SELECT max(hour) FROM ids WHERE hour < hours.hour) FROM hours WHERE hour IS NOT NULL)
+    SELECT call FROM hours CROSS JOIN ids ON ids.hour = hours.hour AND ids.id = :id LIMIT 100"""
+FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
+    AND start < :high AND first < :before AND last >= :oldest AND %s
+    GROUP BY start ORDER BY start DESC"""
+ALL_CALLS = "SELECT coalesce((SELECT min(rowid) FROM calls), 0), (SELECT max(rowid) FROM calls)"
+ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
+    SELECT at, %s, %s FROM steps CROSS JOIN sums
+    ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
+# By whom calls were made last: since yesterday by quarters, before that by days.
+LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last FROM (
+    SELECT caller, last FROM sums WHERE span = 86400 UNION ALL SELECT caller, last FROM sums
+    WHERE span = 900 AND start >= (SELECT value FROM facts WHERE name = 'rolled'))
+    GROUP BY caller) AS found CROSS JOIN calls ON calls.rowid = last"""
+
+
+class LedgerReader:
+    """Answers what pages ask of a ledger, from any thread but the loop's. Each question has a
+    connection of its own, so nothing is kept of a file that was replaced. Raises sqlite3.Error."""
+    LOOK = 30_000  # calls that one question looks at
+    NAMED = 200    # groups; what is beyond goes by the name of `other`
+
+    def __init__(self, path: str):
+        self.path = path
+
+    @contextlib.contextmanager
+    def ask(self):
+        """Returns what executes a statement."""
+        with contextlib.closing(connect(self.path, "ro")) as connection:
+            yield connection.execute
+
+    @staticmethod
+    def fact(execute, name):
+        return execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0]
+
+    # -- sums
+
+    def add_up(self, by: str, steps: List[Step],
+               filters: Dict[str, str]) -> List[Tuple[int, str, Sum]]:
+        """Returns (when a step begins, whose, what it comes to), as far as there is something."""
+        values = {name: filters[name] for name in SUM_KEYS if filters.get(name)}
+        where = " AND ".join(["%s = :%s" % (name, name) for name in values]) or "1"
+        if by not in SUM_KEYS:
+            raise BadRequest("Sums are by caller, team, model, upstream or tag")
+        with self.ask() as execute:
+            rolled = self.fact(execute, "rolled")
+            spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
+                     for span in read_spans(low, high, rolled)]
+            query = ADD_SUMS % (", ".join(spans), by, Sum.TOTALS, where)
+            return [(at, name, Sum.read(totals))
+                    for at, name, *totals in execute(query, values)]
+
+    def totals(self, by: str, start: float, end: float,
+               filters: Optional[Dict[str, str]] = None) -> Dict[str, Sum]:
+        """Returns sums of a range, which is widened to whole quarters."""
+        start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
+        return {name: found
+                for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
+
+    def today(self, zone: datetime.tzinfo, now: float) -> Dict[str, Sum]:
+        """Returns the sums of callers since midnight."""
+        return self.totals("caller", midnight(date_in(zone, now), zone), now + 1)
+
+    def days(self, caller: str, zone: datetime.tzinfo, now: float, count: int = 30):
+        """Returns {"at": midnight, **sum} for each of the last days of a caller."""
+        first = date_in(zone, now) - datetime.timedelta(count - 1)
+        steps = read_steps("day", midnight(first, zone), now + 1, zone)
+        found = {at: one for at, _, one in self.add_up("caller", steps, {"caller": caller})}
+        return [{"at": at, **found.get(at, NO_SUM).as_dict()} for at, _, _ in steps]
+
+    def hours(self, now: float) -> Dict[str, List[int]]:
+        """Returns the tokens of the last 24 hours, oldest first, of each caller."""
+        first = int(now // HOUR - 23) * HOUR
+        steps = [(at, at, at + HOUR) for at in range(first, first + DAY, HOUR)]
+        found = {}
+        for at, name, one in self.add_up("caller", steps, {}):
+            found.setdefault(name, [0] * 24)[(at - first) // HOUR] = one.tokens()
+        return found
+
+    def usage(self, by: str, step: str, start: float, end: float, zone: datetime.tzinfo,
+              filters: Dict[str, str]) -> Dict[str, Any]:
+        """Returns groups, the most expensive first, their total, and a series of them. Raises
+        BadRequest."""
+        steps = read_steps(step, start, end, zone)
+        rows = self.add_up(by, steps, filters)
+        groups = self.merge(rows)
+        if len(groups) > self.NAMED:
+            named = {*list(groups)[:self.NAMED]}
+            rows = [(at, name if name in named else "other", one) for at, name, one in rows]
+            groups = self.merge(rows)
+        return {
+            "from": steps[0][1], "to": steps[-1][2], "step": step, "by": by,
+            "groups": [{"name": name, **one.as_dict()} for name, one in groups.items()],
+            "total": Sum.of(groups.values()).as_dict(), "series": self.series(steps, rows)}
+
+    @staticmethod
+    def series(steps, rows):
+        """Returns what charts need, for each step."""
+        found = {at: collections.defaultdict(list) for at, _, _ in steps}
+        for at, name, one in rows:
+            found[at][name].append(one)
+        return [{"at": at, "groups": {name: Sum.of(sums).as_point()
+                                      for name, sums in parts.items()}}
+                for at, parts in found.items()]
+
+    @staticmethod
+    def merge(rows):
+        """Returns the sum of each name, the most expensive first, then who used most tokens."""
+        parts = collections.defaultdict(list)
+        for _, name, one in rows:
+            parts[name].append(one)
+        found = {name: Sum.of(sums) for name, sums in parts.items()}
+        return dict(sorted(found.items(), key=lambda group: (
+            -group[1].picodollars, -group[1].tokens(), group[0])))
+
+    # -- calls
+
+    def has_calls(self) -> bool:
+        with self.ask() as execute:
+            return execute("SELECT max(rowid) FROM calls").fetchone() != (None,)
+
+    def call(self, name: str) -> Optional[Dict[str, Any]]:
+        """Returns the last call of this id."""
+        found = self.calls(None, 1, {"id": name})["calls"]
+        return found[0] if found else None
+
+    def seen(self) -> Dict[str, float]:
+        """Returns when each caller called last."""
+        with self.ask() as execute:
+            return dict(execute(LAST_CALLS).fetchall())
+
+    def calls(self, before: Optional[int], limit: int, filters: Dict[str, str]) -> Dict[str, Any]:
+        """Returns a page of calls, the newest first, from before a rowid, and from where to go on,
+        None at the end. A page may be short, or empty, and not the last: where it had to look at
+        very many calls. Raises BadRequest."""
+        values = self.read_filters(filters)
+        conditions = [CALL_FILTERS[name] for name in values if name != "id"]
+        values["before"] = MOST if before is None else before
+        with self.ask() as execute:
+            if "id" in values:
+                ranges = self.find_id(execute, values)
+            elif conditions:
+                ranges = self.find_ranges(
+                    execute, values, " AND ".join([where for where, _ in conditions]))
+            else:
+                ranges = execute(ALL_CALLS).fetchall()
+            where = " AND ".join([where for _, where in conditions]) or "1"
+            rows, following = self.look(execute, ranges, values, where, limit)
+        return {"calls": [call_fields(Row._make(row), number) for number, *row in rows],
+                "next": following}
+
+    @staticmethod
+    def read_filters(filters):
+        """Returns those that are set. Raises BadRequest."""
+        values = {name: filters[name] for name in (*CALL_FILTERS, "id") if filters.get(name)}
+        if "slow" in values and not re.fullmatch("[0-9]{1,9}", values["slow"]):
+            raise BadRequest("slow must be a number of milliseconds")
+        if "slow" in values:
+            values["slow"] = int(values["slow"])
+        return values
+
+    @staticmethod
+    def find_id(execute, values):
+        """Returns ranges of one rowid each, newest first."""
+        found = [number for number, in execute(FIND_ID, {"id": values["id"]})]
+        return [(number, number) for number in sorted(found, reverse=True)]
+
+    def find_ranges(self, execute, values, where):
+        """Yields ranges of rowids, the newest first, in which the sums say that there may be calls
+        that match: of quarters since yesterday, before that of hours in days."""
+        def find(span, low, high):
+            return execute(FIND_SUMS % (span, where), {
+                **values, "oldest": oldest, "low": low, "high": high})
+
+        oldest = execute("SELECT min(rowid) FROM calls").fetchone()[0] or 0
+        rolled = self.fact(execute, "rolled") // DAY * DAY
+        for _, first, last in find(QUARTER, rolled, MOST):
+            yield first, last
+        for day, _, _ in find(DAY, 0, rolled):
+            for _, first, last in find(HOUR, day, day + DAY):
+                yield first, last
+
+    def look(self, execute, ranges, values, where, limit):
+        """Returns rows that match, and where to go on."""
+        query = ("SELECT rowid, * FROM calls WHERE rowid BETWEEN :first AND :last AND %s"
+                 " ORDER BY rowid DESC LIMIT :limit" % where)
+        rows, before, left = [], values["before"], self.LOOK
+        for first, last in ranges:
+            last = min(last or 0, before - 1)  # where a clock was set back, ranges overlap
+            if first > last:
+                continue
+            lowest = max(first, last - left + 1)
+            rows += execute(query, {**values, "first": lowest, "last": last,
+                                    "limit": limit - len(rows)})
+            if len(rows) == limit:
+                return rows, rows[-1][0]
+            before = lowest
+            left -= last - lowest + 1
+            if left <= 0:
+                return rows, before
+        return rows, None
 
 
 def lock_name(path: str) -> str:
@@ -8529,7 +9053,11 @@ class Ledger(Writer):
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
     REOPEN_SECONDS = 60
+    SUMS_DAYS = 400
+    OLDER = 2000          # calls that are added up in one transaction, which takes some 10 ms
+    ROLL_SECONDS = 60
     forget_at = 0.0       # monotonic seconds, as are the others
+    add_up_at = 0.0
     complain_at = 0.0
     reopen_at = 0.0
     version = -1          # of the database, when keys were read
@@ -8588,6 +9116,22 @@ class Ledger(Writer):
             self.log.report()  # and go on without these
         for _ in batch:
             self.queue.popleft()
+        if now >= self.add_up_at:
+            self.add_up(now)
+
+    def add_up(self, now):
+        """Adds up calls of an older version, and quarters to hours, a little at a time."""
+        database, wall = self.database, self.clock.time_ns() / 1e9
+        try:
+            for _ in range(8):
+                if database.unsummed:
+                    database.add_older(self.OLDER)
+                elif not database.roll_up(wall):
+                    self.add_up_at = now + self.ROLL_SECONDS
+                    break
+        except sqlite3.Error as failure:
+            self.add_up_at = now + self.ROLL_SECONDS
+            self.log.say("the sums of calls cannot be written: %s" % failure)
 
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
@@ -8669,10 +9213,7 @@ class Ledger(Writer):
         changed = {key: (level, since) for key, (level, since) in levels.items()
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
-        connection = self.database.connection
-        connection.rollback()  # Python 3.9 leaves a transaction open whose COMMIT failed
-        connection.execute("BEGIN IMMEDIATE")
-        with connection:
+        with self.database.transaction():
             self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
@@ -8686,8 +9227,9 @@ class Ledger(Writer):
             self.levels = levels
 
     def forget_old(self, now):
-        before = self.clock.time_ns() / 1e9 - self.days * 86400
-        if self.database.forget(before, 1000) < 1000:
+        now_wall = self.clock.time_ns() / 1e9
+        if self.database.unsummed or not self.database.forget(
+                now_wall - self.days * 86400, now_wall - max(self.days, self.SUMS_DAYS) * 86400):
             self.forget_at = now + self.FORGET_SECONDS
 
     def close(self, wait: float):
@@ -9678,17 +10220,19 @@ class Proxy:
         if known is None or known[0] is not self.callers or (
                 known[1].until is not None and known[1].until <= self.wall()):
             known = request.cache["caller"] = self.identify_anew(request, entry)
-        _, entry.caller, entry.address = known
+        _, entry.caller, entry.address, entry.agent = known
 
     def identify_anew(self, request, entry):
         callers = self.callers
         entry.address = callers.address(request, entry.peer)  # also of those who are refused
+        entry.agent = user_agent(request)
         credential = callers.credential(request, request.query)
         try:
             caller = callers.identify(credential, entry.address, self.wall())
         except Unauthorized:
             raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
-        return callers, callers.end_user(request, entry.peer, caller), entry.address
+        caller = callers.end_user(request, entry.peer, caller)
+        return callers, caller, entry.address, entry.agent
 
     def require_role(self, request: Request, entry: Entry, role: str):
         """Finds out who asks for a page that is for this role and those above it. Raises
@@ -10617,6 +11161,7 @@ class ClientConnection:
         self.address = address
         self.client = Stream(self.loop, sock)
         self.context = Context(self.loop)
+        self.context.on_connect = self.on_connect
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
@@ -10654,6 +11199,12 @@ class ClientConnection:
             self.on_client_lost()
         elif not self.client.ended:
             self.full_timer = self.loop.call_later(self.HANG_UP_SECONDS, self.on_client_full)
+
+    def on_connect(self, seconds):
+        """Adds up how long its call has waited for connections to upstreams."""
+        if self.reply:
+            entry = self.reply.entry
+            entry.connect_ms = (entry.connect_ms or 0) + int(seconds * 1000)
 
     def end_if_idle(self):
         """The server stops. A request that has come whole is answered, an idle connection is
@@ -11606,20 +12157,14 @@ def handle_signals(loop, actions):
             signal.signal(getattr(signal, name), handle)
 
 
-GROUPS = {
-    "caller": "caller",
-    "model": "coalesce(served, model, '-')",
-    "upstream": "coalesce(upstream, '-')",
-    "outcome": "outcome",
-    "day": "date(time, 'unixepoch')"}
-SUMS = "calls input cached output reasoning estimated unpriced usd".split()
-# Picodollars are added up in two parts, because SQLite's sums end at 2**63.
-USAGE_QUERY = """SELECT {by}, count(*) AS calls, sum(input), sum(cached), sum(output),
-    sum(reasoning), sum(estimated), sum(unpriced), sum(picodollars / 1000000) AS millions,
-    sum(picodollars % 1000000) AS rest
-    FROM calls WHERE time >= ? AND coalesce(?, caller) IS caller
-    GROUP BY {by} ORDER BY millions DESC, rest DESC, calls DESC, {by}"""
-FORMULA = re.compile("[=+@\t\r-].")  # how a cell begins that a spreadsheet would compute
+GROUPS = (*SUM_KEYS, "outcome", "day")
+USED = "calls input cached output reasoning estimated unpriced usd".split()
+USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
+    GROUP BY {by}"""
+PART_OF_SUMS = """SELECT start, NULL AS outcome, {columns} FROM sums
+    WHERE span = {span} AND start >= {low} AND start < {high}"""
+PART_OF_CALLS = """SELECT {start} AS start, outcome, {columns}
+    FROM (SELECT *, rowid AS number{missing} FROM calls) WHERE %s"""
 
 
 def read_age(text):
@@ -11631,20 +12176,59 @@ def read_age(text):
     return int(text[:-1]) * DURATIONS[text[-1]]
 
 
+def usage_parts(facts, by, since):
+    """Yields the statements that tell what calls since then used: whole quarters from the sums, as
+    far as there are any, the rest from the calls."""
+    whole = int(-(-since // QUARTER)) * QUARTER
+    if "unsummed" not in facts or "outcome" in by:
+        whole = MOST
+    else:
+        columns = ", ".join([*SUM_KEYS, *SUM_COUNTS])
+        for span, low, high in read_spans(whole, MOST, facts["rolled"]):
+            yield PART_OF_SUMS.format(columns=columns, span=span, low=low, high=high)
+        yield PART_OF_CALLS % "number <= %d AND time >= %d" % (facts["unsummed"], whole)
+    yield PART_OF_CALLS % "time >= %r AND time < %d" % (since, whole)
+
+
+def usage_query(execute, by, since):
+    """Returns the statement that adds up what calls since then used."""
+    facts = dict(execute("SELECT name, value FROM facts").fetchall())
+    known = {row[1] for row in execute("PRAGMA table_info(calls)")}
+    missing = "".join([", NULL AS " + name for name in ("team", "tag") if name not in known])
+    names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
+    return USAGE_QUERY.format(
+        by=", ".join(names), totals=Sum.TOTALS,
+        parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
+            missing=missing, start=START, columns=listed_columns({**SUM_KEYS, **SUM_COUNTS})))
+
+
 def read_usage(path, options, now):
     """Returns the names of columns, and a row for each group, the most expensive first; with --id
     the one row of that call. Raises DatabaseFault, and FileNotFoundError where there is no
     ledger."""
-    since = now - read_age(options.since)
+    since = max(0, now - read_age(options.since))
+    by = options.by or ["caller"]
     with contextlib.closing(Database(path, reading=True).connection) as connection:
+        execute = connection.execute
         if options.id:
-            one = "SELECT * FROM calls WHERE id = ? ORDER BY rowid DESC LIMIT 1"
-            return Row._fields, connection.execute(one, (options.id,)).fetchall()
-        by = options.by or ["caller"]
-        query = USAGE_QUERY.format(by=", ".join([GROUPS[name] for name in by]))
-        found = connection.execute(query, (since, options.caller)).fetchall()
-    return (*by, *SUMS), [(*values, format_usd(millions * 1_000_000 + rest))
-                          for *values, millions, rest in found]
+            return Row._fields, find_call(execute, options.id)
+        found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
+            usage_query(execute, by, since), {"caller": options.caller})]
+    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, group[0]))
+    rows = [(names, one.as_dict()) for names, one in found]
+    return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
+
+
+def find_call(execute, name):
+    """Returns the row of the last call with this id, or none."""
+    try:
+        for number in execute(FIND_ID, {"id": name}).fetchall():
+            return execute("SELECT * FROM calls WHERE rowid = ?", number).fetchall()
+        (upto,), = execute("SELECT value FROM facts WHERE name = 'unsummed'").fetchall()
+    except sqlite3.OperationalError:
+        upto = MOST  # an older version had no list of ids
+    return execute("SELECT * FROM calls WHERE rowid = (SELECT max(rowid) FROM calls"
+                   " WHERE rowid <= ? AND id = ?)", (upto, name)).fetchall()
 
 
 def print_table(names, rows):
@@ -11660,14 +12244,6 @@ def print_table(names, rows):
         print("  ".join(cells).rstrip())
 
 
-def csv_cell(value):
-    """Returns a value as a cell that no spreadsheet computes and no terminal obeys."""
-    if type(value) is not str:
-        return value
-    shown = value if value.isprintable() else value.encode("unicode_escape").decode()
-    return "'" + shown if FORMULA.match(value) else shown
-
-
 def print_usage(options, path, now):
     """Prints who used what, from the ledger; returns the exit code. Raises DatabaseFault."""
     try:
@@ -11678,8 +12254,7 @@ def print_usage(options, path, now):
     if options.json:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     elif options.csv:
-        cells = [list(map(csv_cell, row)) for row in rows]
-        csv.writer(sys.stdout, lineterminator="\n").writerows([names, *cells])
+        print(csv_of(names, rows), end="")
     elif options.id and rows:
         known = [(name, str(value)) for name, value in zip(names, rows[0]) if value is not None]
         print_table(("field", "value"), known)

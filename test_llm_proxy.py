@@ -18,6 +18,8 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import datetime
+import decimal
 import dis
 import errno
 import fcntl
@@ -55,11 +57,13 @@ import textwrap
 import threading
 import time
 import tokenize
+import types
 import unittest
 import urllib.parse
 import uuid
 import warnings
 import zlib
+import zoneinfo
 from unittest import mock
 
 import llm_proxy
@@ -6833,7 +6837,10 @@ usd           0.000117
 picodollars   117000000
 unpriced      0
 held          53
-queue_ms      None"""))
+queue_ms      None
+team          None
+tag           None
+agent         curl/8\\x9b"""))
     CHARGES = "each 100000 tokens per day=1020;all 3 usd per day=117000000"
     USAGE = b"""{"usage": {
         "prompt_tokens": 1000, "prompt_tokens_details": {"cached_tokens": 600},
@@ -6843,7 +6850,8 @@ queue_ms      None"""))
         """It costs 400 * 0.15, 600 * 0.075 and 20 * 0.6 millionths of a dollar."""
         self.start(says(self.USAGE), BASE_MODEL="gpt-4o-mini", **self.KEYS,
                    LIMITS="each 100000 tokens per day; all 3 usd per day")
-        data = request("POST", CHAT + "?a=hush", chat(max_tokens=50), key="sk-1")
+        data = request("POST", CHAT + "?a=hush", chat(max_tokens=50), "User-Agent: curl/8\x9b",
+                       key="sk-1")
         answered = self.assert_status(
             200, data, "x-llm-input-tokens: 1000", "x-llm-output-tokens: 20",
             "x-llm-cost-usd: 0.000117", "x-llm-estimated:", "x-ratelimit-limit: 100000")
@@ -6851,7 +6859,8 @@ queue_ms      None"""))
         found = entry["usd"], entry["cost"], entry["remaining"]
         self.assertEqual(found, ("0.000117", 1020, 98980))
         self.assertAlmostEqual(row.pop("time"), time.time(), delta=PATIENCE)
-        self.assertTrue(0 <= row.pop("first_ms") <= row.pop("ms") < PATIENCE * 1000)
+        found = row.pop("connect_ms"), row.pop("first_ms"), row.pop("ms"), PATIENCE * 1000
+        self.assertEqual(list(found), sorted(found))
         self.assertEqual(row.pop("id"), answered.get("x-request-id"))
         self.assertEqual((row.pop("bytes"), row.pop("charges")), (len(answered.body), self.CHARGES))
         self.assertEqual({name: str(value) for name, value in row.items()}, self.ROW)
@@ -6861,7 +6870,8 @@ queue_ms      None"""))
         self.ask(call("sk-1"))
         entry, row = self.assert_same()
         details = """
-            address dialect served cached cache_write reasoning picodollars unpriced held charges"""
+            address dialect served cached cache_write reasoning picodollars unpriced held charges
+            team tag agent connect_ms"""
         self.assertEqual(row.keys() - entry.keys(), {*details.split()})
         self.assertEqual((entry["usd"], entry["estimated"]), (None, True))
         self.assertRegex(entry["time"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d\d\dZ$")
@@ -6980,17 +6990,20 @@ queue_ms      None"""))
 class LedgerTest(LedgerCase):
     def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
         path = new_path(self, "llm_proxy.db")
-        schema = llm_proxy.Database.SCHEMA.replace(", queue_ms INTEGER", "")
+        schema = llm_proxy.Database.SCHEMA.replace(", connect_ms INTEGER", "")
         with mock.patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-1]), \
                 mock.patch.object(llm_proxy.Database, "SCHEMA", schema):
             database = llm_proxy.Database(path)
         database.connection.execute("INSERT INTO calls (id) VALUES ('old')")
         database.connection.close()
         llm_proxy.Database(path, reading=True).connection.close()
-        self.start(DATABASE=path, MAX_CONCURRENCY=1)
-        self.ask(call())
-        old, new = self.wait_for_rows(2)
-        self.assertEqual((old["id"], old["queue_ms"], new["queue_ms"]), ("old", None, 0))
+        self.start(DATABASE=path)
+        client = self.connect()
+        for _ in range(2):
+            client.exchange(call())
+        old, new, spare = [row["connect_ms"] for row in self.wait_for_rows(3)]
+        self.assertEqual((self.row()["id"], old, spare), ("old", None, None))
+        self.assertGreaterEqual(new, 0)
 
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
         self.start()
@@ -7402,6 +7415,283 @@ class KeyStoreTest(KeysCase):
         for name in ("ann", "ben"):
             self.keys.remove(name)
         self.assertTrue(self.keys.database.is_closed())
+
+
+def columns_of(row):
+    """A row of the ledger, with something at each column that is added up."""
+    usual = {"outcome": "ok", "caller": "alice", "model": "m", "upstream": "base", "status": 200,
+             "input": 10, "cached": 1, "output": 2, "reasoning": 0, "estimated": 0, "unpriced": 0,
+             "picodollars": 10 ** 9, "ms": 5, "time": 0.0, "stream": 0}
+    row = {**usual, **row}
+    return tuple(row.get(name) for name, _ in llm_proxy.COLUMNS)
+
+
+class SumsTest(TableCase):
+    DAY = 1_800_057_600  # a midnight in UTC
+
+    def setUp(self):
+        self.path = new_path(self, "llm_proxy.db")
+        self.database = llm_proxy.Database(self.path)
+        self.addCleanup(lambda: self.database.connection.close())
+        self.reader = llm_proxy.LedgerReader(self.path)
+        self.random = random.Random(5)
+
+    def add(self, *rows):
+        with self.database.transaction():
+            self.database.add(list(map(columns_of, rows)))
+
+    def add_many(self, count, days=3):
+        """Adds calls, in order of time, and makes the sums of hours and days but the last."""
+        choice, outcomes = self.random.choice, ("ok", "ok", "limited", "refused", "caller_gone")
+        moments = sorted([self.DAY + self.random.random() * days * 86400 for _ in range(count)])
+        self.add(*({
+            "id": "id-%d" % number, "time": moment, "caller": choice("abc"), "ms": number % 1000,
+            "team": choice("xy"), "served": choice(("m1", "m2")), "upstream": choice(("u", None)),
+            "outcome": choice(outcomes)} for number, moment in enumerate(moments)))
+        self.roll_up(self.DAY + days * 86400 - 5000)
+
+    def roll_up(self, now):
+        while self.database.roll_up(now):
+            pass
+
+    def counted(self, by, where="1"):
+        """What the calls themselves come to: {group: (calls, failed, limited, tokens)}."""
+        query = """SELECT %s, count(*), sum(%s), sum(outcome = 'limited'), sum(input + output)
+            FROM calls WHERE %s GROUP BY 1""" % (by, llm_proxy.FAILED, where)
+        return {name: tuple(counts) for name, *counts in self.database.connection.execute(query)}
+
+    @staticmethod
+    def told(groups):
+        return {name: (one.calls, one.failed, one.limited, one.tokens())
+                for name, one in groups.items()}
+
+    def test_sums_tell_what_the_calls_do_by_whom_and_what_they_are_asked_for(self):
+        self.add_many(2000)
+        low, high = self.DAY + 7 * 900, self.DAY + 2 * 86400 + 5 * 900
+        where = "time >= %d AND time < %d" % (low, high)
+        for by, value in self.each(llm_proxy.SUM_KEYS.items()):
+            self.assertEqual(self.told(self.reader.totals(by, low, high)),
+                             self.counted(value, where))
+            self.assertEqual(self.told(self.reader.totals(by, low, high, {"caller": "a"})),
+                             self.counted(value, where + " AND caller = 'a'"))
+        with self.assertRaises(llm_proxy.BadRequest):
+            self.reader.totals("1; DROP TABLE calls", low, high)
+
+    def test_usage_has_groups_a_series_and_a_total_that_is_the_sum_of_both(self):
+        self.add_many(500)
+        self.add({"caller": "rich", "picodollars": 9 * 10 ** 12, "time": self.DAY + 3 * 86400})
+        utc = datetime.timezone.utc
+        for named, step in self.each(((200, "day"), (2, "hour"), (2, "month"))):
+            with mock.patch.object(llm_proxy.LedgerReader, "NAMED", named):
+                found = self.reader.usage(
+                    "caller", step, self.DAY, self.DAY + 4 * 86400, utc, {"caller": ""})
+            names = [group["name"] for group in found["groups"]]
+            self.assertEqual((len(names), "other" in names), (4, False) if named > 2 else (3, True))
+            self.assertEqual((names[0], found["groups"][0]["usd"]), ("rich", "9"))
+            points = [point for one in found["series"] for point in one["groups"].values()]
+            for name in ("calls", "usd"):
+                total = decimal.Decimal(found["total"][name])
+                for part in (found["groups"], points):
+                    self.assertEqual(sum(decimal.Decimal(one[name]) for one in part), total)
+            self.assertEqual(found["total"]["calls"], 501)
+
+    STEPS = """\
+        Europe/Berlin day 2026-03-28T23:00 2026-03-30T22:00 23 24
+        Europe/Berlin day 2026-10-24T22:00 2026-10-26T23:00 25 24
+        Europe/Berlin hour 2026-03-29T00:00 2026-03-29T02:00 1 1
+        Europe/Berlin month 2026-02-28T23:00 2026-04-30T22:00 743 720
+        Australia/Lord_Howe hour 2026-04-04T13:00 2026-04-04T15:30 1 1 0.5
+        America/Sao_Paulo day 2018-11-03T03:00 2018-11-05T02:00 24 23
+        Asia/Kathmandu day 2026-01-01T18:15 2026-01-02T18:15 24
+        Asia/Kathmandu hour 2026-01-01T18:15 2026-01-01T19:30 1 0.25
+        UTC quarter 2026-01-01T00:07 2026-01-01T00:31 0.25 0.25 0.25
+        - day 2026-01-01T18:30 2026-01-02T18:30 24"""
+
+    def test_days_and_months_are_those_of_the_viewer(self):
+        def seconds(text):
+            return datetime.datetime.fromisoformat(text + "+00:00").timestamp()
+
+        for name, step, start, end, *hours in self.each(map(str.split, self.STEPS.splitlines())):
+            zone = llm_proxy.read_time_zone(name, "330")
+            if name not in ("-", "UTC") and not isinstance(zone, zoneinfo.ZoneInfo):
+                continue  # this machine knows no time zones
+            steps = llm_proxy.read_steps(step, seconds(start), seconds(end), zone)
+            found = [(high - low) / 3600 for _, low, high in steps]
+            self.assertEqual(found, list(map(float, hours)))
+            self.assertEqual([low for _, low, _ in steps[1:]], [high for _, _, high in steps[:-1]])
+
+    def test_zones_that_are_none_and_ranges_without_end_are_refused(self):
+        utc = datetime.timezone.utc
+        for name, offset in self.each((
+                ("../../etc/passwd", ""), ("/etc/passwd", "x"), ("Europe", "1440"), ("", "1e3"),
+                ("x" * 99, "99999"), ("a\0b", "\u0661"))):
+            self.assertEqual(llm_proxy.read_time_zone(name, offset), utc)
+        for step, start, end in self.each((
+                ("week", 0, 900), ("day", 5, 5), ("day", -1, 900), ("hour", 0, 1 << 33),
+                ("quarter", 0, 900 * 3001), ("day", 0, math.inf), ("day", math.nan, 900))):
+            with self.assertRaises(llm_proxy.BadRequest):
+                llm_proxy.read_steps(step, start, end, utc)
+
+    def test_a_caller_has_days_hours_and_a_last_call(self):
+        self.add_many(300)
+        now = self.DAY + 3 * 86400
+        utc = datetime.timezone.utc
+        days = self.reader.days("a", utc, now - 1, 5)
+        found = {one["at"]: one["calls"] for one in days if one["calls"]}
+        expected = self.counted("CAST(time AS INTEGER) / 86400 * 86400", "caller = 'a'")
+        self.assertEqual((len(days), found), (5, {at: one[0] for at, one in expected.items()}))
+        hours = self.reader.hours(now - 1)
+        last = self.counted("caller", "time >= %d" % (now - 86400))
+        self.assertEqual({name: sum(row) for name, row in hours.items()},
+                         {name: one[3] for name, one in last.items()})
+        self.assertEqual(self.told(self.reader.today(utc, now - 1)), last)
+        expected = self.database.connection.execute(
+            "SELECT caller, max(time) FROM calls GROUP BY 1").fetchall()
+        self.assertEqual(self.reader.seen(), dict(expected))
+
+    FILTERS = """\
+        caller=a -> caller = 'a'
+        team=x -> team = 'x'
+        model=m2 -> served = 'm2'
+        upstream=- -> upstream IS NULL
+        outcome=refused -> outcome = 'refused'
+        outcome=limited -> outcome = 'limited'
+        outcome=ok -> outcome = 'ok'
+        failed=1 -> outcome = 'refused'
+        slow=990 -> ms >= 990
+        id=id-77 -> id = 'id-77'
+        model=rare -> served = 'rare'
+        caller=a model=m1 slow=500 failed=1 -> caller = 'a' AND served = 'm1' AND ms >= 500 AND %s
+        caller=nobody -> caller = 'nobody'
+        outcome=stopped -> 0
+        team= -> 1""" % llm_proxy.FAILED
+
+    def pages(self, filters, limit):
+        """All calls that match, page by page, and how many pages there are."""
+        found, before, count = [], None, 0
+        while before is not None or not count:
+            page = self.reader.calls(before, limit, filters)
+            found += [call["row"] for call in page["calls"]]
+            before, count = page["next"], count + 1
+        return found, count
+
+    def test_calls_are_found_page_by_page_by_what_they_are(self):
+        self.add({"served": "rare", "time": self.DAY + 9})
+        self.add_many(700)
+        for filters, where in self.each(row.split(" -> ") for row in self.FILTERS.splitlines()):
+            filters = dict(part.split("=") for part in filters.split())
+            query = "SELECT rowid FROM calls WHERE %s ORDER BY 1 DESC" % where
+            rows = [row for row, in self.database.connection.execute(query)]
+            self.assertEqual(self.pages(filters, 1000)[0], rows)
+            self.assertEqual(self.pages(filters, 3)[0], rows)
+            with mock.patch.object(llm_proxy.LedgerReader, "LOOK", 10):
+                self.assertEqual(self.pages(filters, 50)[0], rows)
+        with self.assertRaises(llm_proxy.BadRequest):
+            self.reader.calls(None, 5, {"slow": "1 OR 1"})
+
+    def test_a_call_is_told_as_the_ledger_has_it_but_for_its_money(self):
+        self.add({"id": "one", "estimated": 1, "picodollars": 5 * 10 ** 11, "team": "t"})
+        found = self.reader.call("one")
+        self.assertEqual((found["row"], found["usd"], found["team"]), (1, "0.5", "t"))
+        self.assertEqual((found["estimated"], found["stream"]), (True, False))
+        fields = {"row", *llm_proxy.Row._fields} - {"picodollars"}
+        self.assertEqual(found.keys(), fields)
+        self.assertIs(self.reader.call("two"), None)
+
+    def test_no_question_scans_the_calls(self):
+        """SQLite tells how it would go about each statement."""
+        self.add_many(20_000)
+        self.database.connection.execute("UPDATE facts SET value = 9 WHERE name = 'unsummed'")
+        asked, now, utc = [], self.DAY + 3 * 86400, datetime.timezone.utc
+        connect = llm_proxy.connect
+
+        def traced(*arguments):
+            connection = connect(*arguments)
+            connection.set_trace_callback(asked.append)
+            return connection
+        with mock.patch.object(llm_proxy, "connect", traced):
+            for filters in self.FILTERS.splitlines():
+                filters = dict(part.split("=") for part in filters.split(" -> ")[0].split())
+                self.reader.calls(None, 50, filters)
+            self.reader.usage("team", "day", self.DAY, now, utc, {"caller": "a"})
+            self.reader.days("a", utc, now)
+            for question in (self.reader.hours, functools.partial(self.reader.today, utc)):
+                question(now)
+            self.assertTrue(self.reader.has_calls() and self.reader.seen())
+            for by in ("caller", "day"):
+                options = types.SimpleNamespace(since="36h", by=[by], id=None, caller=None)
+                llm_proxy.read_usage(self.path, options, now)
+        questions = [text for text in asked if text not in llm_proxy.Database.PROBES
+                     and not text.startswith("PRAGMA")]
+        self.assertGreater(len(questions), 30)
+        for text in self.each(questions):
+            plan = self.database.connection.execute("EXPLAIN QUERY PLAN " + text).fetchall()
+            self.assertEqual([step for *_, step in plan if re.match("SCAN (TABLE )?calls", step)],
+                             [])
+
+    def test_calls_of_an_older_version_are_added_up_once_whatever_happens(self):
+        self.add_many(500, 1)
+        whole = self.reader.totals("caller", self.DAY, self.DAY + 86400)
+        execute = self.database.connection.execute
+        for table in ("sums", "ids"):
+            execute("DROP TABLE " + table)
+        execute("DELETE FROM facts")
+        self.database.connection.close()
+        self.database = llm_proxy.Database(self.path)
+        self.add({"caller": "new", "time": self.DAY + 90000})
+        options = types.SimpleNamespace(since=None, by=None, id=None, caller=None)
+        used = None
+        for step in range(6):
+            with contextlib.suppress(KeyError), mock.patch.object(
+                    self.database, "note", side_effect=KeyError if step % 2 else None,
+                    wraps=self.database.note):
+                self.database.add_older(220)
+            usage = llm_proxy.read_usage(self.path, options, self.DAY + 2 * 86400)
+            self.assertEqual(usage, used or usage)
+            used = usage
+        found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
+        self.assertEqual((self.database.unsummed, found.pop("new").calls, found), (0, 1, whole))
+        self.assertEqual(self.reader.call("id-3")["row"], 4)
+
+    def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
+        with mock.patch.object(llm_proxy.Database, "FULL", 5):
+            for number in range(20):
+                self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
+                          "input": 0, "output": 0, "caller": "10.0.0.%d" % number})
+            self.add({"served": "good", "time": self.DAY})
+        for by, plain in self.each((("model", "good"), ("caller", "alice"))):
+            found = self.reader.totals(by, self.DAY, self.DAY + 900)
+            self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
+        self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
+
+    def test_a_clock_that_was_set_back_leaves_no_sum_behind(self):
+        self.add_many(50)
+        for moment in self.each((self.DAY + 5000, self.DAY + 86400, 0)):
+            self.add({"time": moment})
+            for _ in range(2):
+                found = self.reader.totals("upstream", 0, self.DAY + 9 * 86400)
+                self.assertEqual(self.told(found), self.counted("coalesce(upstream, '-')"))
+                self.roll_up(self.DAY + 9 * 86400)
+
+    def test_sums_of_whatever_an_upstream_tells_end_nothing(self):
+        for _ in range(3):
+            self.add(*[{"picodollars": 10 ** 18, "input": 10 ** 18 - 1} for _ in range(12)])
+        self.roll_up(self.DAY)
+        found = self.reader.totals("caller", 0, 900)["alice"]
+        self.assertEqual((found.calls, found.limited), (36, 0))
+        self.assertGreater(min(found.picodollars, found.input), 10 ** 18)
+
+    def test_old_sums_are_removed_after_old_calls(self):
+        now = self.DAY + 500 * 86400
+        self.add(*({"time": self.DAY + day * 86400, "id": str(day)} for day in range(500)))
+        self.roll_up(now)
+        while self.database.forget(now - 90 * 86400, now - 400 * 86400):
+            pass
+        execute = self.database.connection.execute
+        for query, count in self.each((
+                ("calls", 90), ("ids", 90), ("sums WHERE span = 86400", 400),
+                ("sums WHERE span = 3600", 400), ("sums WHERE span = 900", 400))):
+            self.assertEqual(execute("SELECT count(*) FROM " + query).fetchone(), (count,))
 
 
 class BalanceTest(LedgerCase):
