@@ -55,6 +55,7 @@ import argparse
 import array
 import asyncio
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -337,7 +338,7 @@ public_url = pattern("https?://" + HOST_SHAPE + "/?",
                      lambda match: match[0].rstrip("/"))
 otlp_headers = mapping(
     "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
-    lambda match: (match[1], urllib.parse.unquote(match[2])))
+    lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1"))))
 shares = listed(pattern(  # '80%' -> 0.8
     "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
     lambda match: int(match[1]) / 100))
@@ -3489,6 +3490,7 @@ class Call(Billable):
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
+    trace: Optional["Trace"] = None
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -6900,10 +6902,10 @@ class NameReader:
 
 
 # --------------------------------------------------------------------------------------------------
-# Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or
-# body of a caller can change host, port or scheme. http.client opens connections; responses are
-# read by Wire. An Address knows connections; an Upstream which of its addresses to ask; Routes
-# which upstreams a call may go to. They know no callers and no buckets.
+# Upstreams: the one place that opens sockets for calls, and only to configured addresses: no
+# header, path or body of a caller can change host, port or scheme. http.client opens connections;
+# responses are read by Wire. An Address knows connections; an Upstream which of its addresses to
+# ask; Routes which upstreams a call may go to. They know no callers and no buckets.
 # --------------------------------------------------------------------------------------------------
 
 # What of a caller's head goes upstream, by the beginnings of names; all else could name the caller,
@@ -7083,6 +7085,11 @@ class Breakers:
         self.seconds = seconds
         self.connections = Breaker(most, seconds)
         self.models = collections.OrderedDict()
+
+    def fails_for_all(self) -> bool:
+        """Tells whether it fails, for more callers than one."""
+        return self.connections.opened is not None or any(
+            one.opened is not None and len(one.callers) > 1 for one in self.models.values())
 
     def is_tried(self, subject) -> bool:
         """Tells whether one that is open waits for how this call goes."""
@@ -7534,10 +7541,20 @@ class Upstream:
         wait = min([one.breakers.seconds_left(now, subject) for one in self.addresses])
         return BreakerOpen(wait=wait) if wait > 0 else None
 
+    def states(self) -> List[str]:
+        """Returns the state of each address."""
+        now = self.clock.monotonic()
+        return [one.breakers.state(now) for one in self.addresses]
+
+    def can_connect(self) -> bool:
+        """Tells whether calls may be sent to one of its addresses. What fails behind a connection,
+        for one model, is no reason to keep all others away."""
+        now = self.clock.monotonic()
+        return any(one.breakers.connections.state(now) != "open" for one in self.addresses)
+
     def stats(self) -> Dict[str, Any]:
         """Returns what /health says of it."""
-        now = self.clock.monotonic()
-        states = [one.breakers.state(now) for one in self.addresses]
+        states = self.states()
         best = min(states, key=("closed", "half_open", "open").index)
         found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
@@ -7825,6 +7842,8 @@ class Entry:
     agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
+    held_up = 0.0       # seconds before that in which others were awaited
+    trace: Optional["Trace"] = None        # where traces are wanted
     context: Optional[Context] = None      # while it runs, these three
     ticket: Optional[Ticket] = None
     adapter: Optional[BodyAdapter] = None
@@ -7947,7 +7966,7 @@ class Writer:
 
     def __init__(self, name: str):
         self.queue = collections.deque()
-        self.dropped = 0
+        self.dropped = 0  # since the start
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
 
@@ -7976,6 +7995,7 @@ class Log(Writer):
     """Lines on stderr."""
     PAUSE = 0.05
     BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
+    told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
     def __init__(self, stream: BinaryIO, as_json: bool):
@@ -8004,11 +8024,14 @@ class Log(Writer):
         while self.queue:
             batch = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
             lines = [line if isinstance(line, str) else self.format(line) for line in batch]
-            dropped = self.dropped
-            if dropped:
-                lines.append(self.message("%d log lines dropped" % dropped))
+            untold = self.dropped - self.told
+            if untold:
+                lines.append(self.message("%d log lines dropped" % untold))
             left = self.write("\n".join(lines + [""]))
-            self.dropped += left - bool(dropped) if left else -dropped
+            if left:
+                self.dropped += left - bool(untold)
+            else:
+                self.told += untold
 
     def write(self, text):
         """Returns how many lines could not be written. A full disk may take half a line."""
@@ -9289,6 +9312,8 @@ class Books:
     `running` are the entries of calls that run, oldest first."""
 
     watchers: Sequence[Watcher] = ()
+    on_begin: Sequence[Callable[[Entry], None]] = ()
+    on_end: Sequence[Callable[[Entry], None]] = ()
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
@@ -9303,11 +9328,17 @@ class Books:
         if self.ledger:
             self.ledger.thread.start()
 
+    def watch(self, watchers: Sequence[Watcher]):
+        """Tells these of calls, what each wants to know."""
+        self.watchers = watchers
+        self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
+        self.on_end = [one.record for one in watchers if type(one).record is not Watcher.record]
+
     def begin(self, entry: Entry):
         """A call runs from now on."""
         self.running[entry] = None
-        for watcher in self.watchers:
-            watcher.begin(entry)
+        for tell in self.on_begin:
+            tell(entry)
 
     def record(self, entry: Entry):
         if entry.call:
@@ -9321,8 +9352,8 @@ class Books:
                 self.ledger.record(entry)
             if self.usage_log:
                 self.usage_log.record(entry)
-            for watcher in self.watchers:
-                watcher.record(entry)
+            for tell in self.on_end:
+                tell(entry)
 
     def save(self, levels: Levels):
         """Hands the levels of buckets to the ledger; to be called every Ledger.SAVE_SECONDS."""
@@ -9338,7 +9369,8 @@ class Books:
 
 # --------------------------------------------------------------------------------------------------
 # Signals: what is told of calls outside of the books, to monitors, collectors and whoever looks at
-# the page: metrics, traces, warnings, and the feed of events. It does not know sockets.
+# the page: metrics, traces, warnings, and the feed of events. Nothing of it holds up a call; what
+# goes out, to addresses that the operator set, goes by threads of their own.
 # --------------------------------------------------------------------------------------------------
 
 def dollars(entry: Entry) -> str:
@@ -9516,10 +9548,620 @@ class Pulse(Watcher):
                 for key, (rule, caller) in changed.items()]
 
 
+class Poster(Writer):
+    """Posts JSON to a URL of the operator's, which may hold secrets: no line in the log shows it.
+    What is not taken in a few tries is dropped and counted."""
+    ROOM = 2048
+    PAUSE = 1
+    MOST = 500          # items of one body, where several go into one
+    DELAYS = (0, 1, 5)  # seconds before each try
+    SECONDS = 10        # to connect, to send and to be answered
+    COMPLAIN_SECONDS = 60
+    PASSING = (408, 429, 500, 502, 503, 504)  # statuses after which another try may go well
+    complain_at = -math.inf  # monotonic seconds
+
+    def __init__(self, name: str, url: str, tls: Optional[ssl.SSLContext], clock: Any, log: Log,
+                 fields: Optional[Texts] = None):
+        """`fields` are more header fields; with `tls` the URL is one of https."""
+        super().__init__(name)
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.hostname
+        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        self.tls = tls
+        self.clock = clock
+        self.log = log
+        self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
+                       **(fields or {})}
+        # Makes one body of many items; without it each goes by itself.
+        self.bundle: Optional[Callable[[List[Any]], Dict[str, Any]]] = None
+        self.thread.start()
+
+    def write_queued(self):
+        while self.queue:
+            most = self.MOST if self.bundle else 1
+            batch = [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+            try:
+                taken = self.deliver(self.bundle(batch) if self.bundle else batch[0])
+            except Exception:
+                self.log.report()
+                taken = False
+            self.dropped += 0 if taken else len(batch)
+
+    def deliver(self, payload) -> bool:
+        data = to_json_bytes(payload)
+        for delay in self.DELAYS:
+            if delay and self.stop.wait(delay):  # in the end there is one try
+                break
+            fault = self.post(data)
+            if fault is None:
+                return True
+            if fault.isdecimal() and int(fault) not in self.PASSING:
+                break
+        now = self.clock.monotonic()
+        if now >= self.complain_at:
+            self.complain_at = now + self.COMPLAIN_SECONDS
+            self.log.say("%s cannot be delivered: %s" % (
+                self.thread.name, "status " + fault if fault.isdecimal() else fault))
+        return False
+
+    def post(self, data) -> Optional[str]:
+        """Returns why it was not taken: a status, or words."""
+        connection = self.connection()
+        try:
+            connection.request("POST", self.target, data, self.fields)
+            status = connection.getresponse().status
+            return None if status < 300 else str(status)
+        except (OSError, ValueError, http.client.HTTPException) as failure:
+            return CAUSES.get(type(failure), "connection failed")
+        finally:
+            connection.close()
+
+    def connection(self):
+        """The one place here that opens any."""
+        if self.tls:
+            return http.client.HTTPSConnection(
+                self.host, self.port, timeout=self.SECONDS, context=self.tls)
+        return http.client.HTTPConnection(self.host, self.port, timeout=self.SECONDS)
+
+
+# -- metrics, as Prometheus reads them (https://prometheus.io/docs/instrumenting/exposition_formats)
+
+OTHER = "other"  # the label of what is one too many to have one of its own,
+NONE = "-"       # and of what there is none of
+CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
+TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
+WAITS = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640"
+COUNTERS = {
+    "requests_total": "Calls that have ended",
+    "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
+    "usd_total": "What calls cost, where their price is known",
+    "refused_total": "Calls that a rule refused",
+    "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
+HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
+    ("request_duration_seconds", "From a call's head to its end", ".01 .02 .04 .08 .16 .32 .64"
+     " 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68 655.36 1310.72"),
+    ("first_byte_seconds", "From a call's head to the first byte of its answer", WAITS),
+    ("time_per_output_token_seconds", "Of streams, between two tokens",
+     ".0025 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5"),
+    ("queue_wait_seconds", "In line before a busy upstream", WAITS),
+    ("overhead_seconds", "In the proxy's own hands, until sent on and from the answer's head",
+     ".0001 .00025 .0005 .001 .0025 .005 .01 .025 .05 .1 .25 .5 1 2.5"))
+
+
+class Family(NamedTuple):
+    """All samples of one metric; each is (end of its name, labels, value)."""
+    name: str
+    kind: str
+    help: str
+    samples: List[Tuple[str, Dict[str, str], Union[int, float, str]]]
+
+    def lines(self) -> Iterable[str]:
+        yield f"# HELP {self.name} {self.help}"
+        yield f"# TYPE {self.name} {self.kind}"
+        for end, labels, value in self.samples:
+            text = ",".join([f'{name}="{label_value(of)}"' for name, of in labels.items()])
+            yield f"{self.name}{end}{{{text}}} {value}" if text else f"{self.name}{end} {value}"
+
+
+def label_value(text):
+    shown = visible(clean(text)).replace("\\", r"\\")
+    return shown.replace('"', r"\"").replace("\n", r"\n")
+
+
+class Histogram:
+    """How many times fell below each of some bounds. They are sorted in many at once, because that
+    costs each next to nothing."""
+    __slots__ = ("bounds", "texts", "times", "counts", "count", "total")
+
+    def __init__(self, bounds: str):
+        self.texts = bounds.split()
+        self.bounds = list(map(float, self.texts))
+        self.times = []  # those that are yet to be sorted in
+        self.counts = [0] * len(self.bounds)
+        self.count = 0
+        self.total = 0.0
+
+    def sort_in(self):
+        times = sorted(self.times)
+        self.times.clear()
+        self.count += len(times)
+        self.total += math.fsum(times)
+        for number, bound in enumerate(self.bounds):
+            self.counts[number] += bisect.bisect_right(times, bound)
+
+    def samples(self, labels: Dict[str, str]):
+        self.sort_in()
+        rows = [("_bucket", {**labels, "le": f"{bound:g}"}, count)
+                for bound, count in zip(self.bounds, self.counts)]
+        return [*rows, ("_bucket", {**labels, "le": "+Inf"}, self.count),
+                ("_sum", labels, f"{self.total:.9f}"), ("_count", labels, self.count)]
+
+
+class Times:
+    """The histograms of one upstream, in the order of HISTOGRAMS."""
+    __slots__ = ("histograms", "duration", "first_byte", "token", "queue", "overhead")
+
+    def __init__(self):
+        self.histograms = [Histogram(bounds) for _, _, bounds in HISTOGRAMS]
+        self.duration, self.first_byte, self.token, self.queue, self.overhead = [
+            one.times for one in self.histograms]
+
+
+class Series:
+    """What calls that have the same labels used, all in all."""
+    __slots__ = ("labels", "times", "calls", "picodollars", *TOKEN_KINDS)
+
+    def __init__(self, labels: Tuple[str, ...], times: Times):
+        self.labels = dict(zip(CALL_LABELS, labels))
+        self.times = times
+        self.calls = self.picodollars = 0
+        self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
+
+    def add_parts(self, usage: Usage):
+        self.cached += usage.cached
+        self.cache_write += usage.cache_write
+        self.reasoning += usage.reasoning
+
+
+class Metrics(Watcher):
+    """Counts calls as the ledger does. Callers may invent names, so there are only so many series:
+    a model has its own once an upstream has answered for it."""
+    MAX_NAMES = 200     # of callers, of models, and of rules that refused
+    MAX_SERIES = 5_000
+    MAX_KNOWN = 10_000  # spellings of calls whose series is known
+    held = 0.0          # seconds in which something held the loop
+
+    def __init__(self):
+        self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
+        self.series: Dict[Tuple[str, ...], Series] = {}
+        self.times: Dict[str, Times] = {}
+        self.callers: Dict[CallerKey, str] = {}
+        self.models: Set[str] = set()
+        self.refused: Dict[str, int] = {}
+
+    def record(self, entry):
+        call, usage = entry.call, entry.usage
+        key = (entry.caller.label, call.upstream_model, entry.upstream, call.dialect,
+               entry.outcome) if call else (entry.caller, entry.outcome)
+        series = self.known.get(key) or self.find(key, entry)
+        series.calls += 1
+        times, started, first_byte = series.times, entry.started, entry.first_byte
+        times.duration.append(entry.ended - started)
+        if first_byte is not None:
+            times.first_byte.append(first_byte - started)
+        if usage:
+            series.input += usage.input
+            series.output += usage.output
+            series.picodollars += entry.picodollars
+            if usage.cached or usage.reasoning or usage.cache_write:
+                series.add_parts(usage)
+            if first_byte is not None:
+                times.overhead.append(first_byte - started - entry.held_up)
+                if call.stream and usage.output > 1:
+                    times.token.append((entry.ended - first_byte) / (usage.output - 1))
+        if entry.queued is not None:
+            times.queue.append(entry.queued / 1000)
+
+    def sort_in(self):
+        """Spares memory; to be called every few seconds."""
+        for times in self.times.values():
+            for one in times.histograms:
+                one.sort_in()
+
+    def note_refusal(self, rule):
+        if rule not in self.refused and len(self.refused) >= self.MAX_NAMES:
+            rule = OTHER
+        self.refused[rule] = self.refused.get(rule, 0) + 1
+
+    def find(self, key, entry):
+        """Returns the series of such calls, which is known from then on. What a rule refused is
+        counted here, too."""
+        upstream = entry.upstream or NONE
+        rest = upstream, entry.call.dialect.name if entry.call else NONE, entry.outcome
+        labels = (self.caller_label(entry.caller), self.model_label(entry), *rest)
+        if labels not in self.series and len(self.series) >= self.MAX_SERIES:
+            labels = OTHER, OTHER, *rest
+        if labels not in self.series:
+            times = self.times.setdefault(upstream, Times())
+            self.series[labels] = Series(labels, times)
+        if len(self.known) >= self.MAX_KNOWN:
+            self.known.clear()
+        if entry.outcome == LimitReached.outcome:  # these come here each time
+            self.note_refusal(entry.cause)
+        else:
+            self.known[key] = self.series[labels]
+        return self.series[labels]
+
+    def caller_label(self, caller):
+        if caller is None:
+            return NONE
+        if caller.key not in self.callers and len(self.callers) < self.MAX_NAMES:
+            self.callers[caller.key] = caller.label
+        return self.callers.get(caller.key, OTHER)
+
+    def model_label(self, entry):
+        model = entry.call.upstream_model[:80] if entry.call else ""
+        answered = entry.outcome == "ok" and entry.status == 200
+        if model and model not in self.models and answered and len(self.models) < self.MAX_NAMES:
+            self.models.add(model)
+            self.known.clear()  # what else was asked of it has a series of its own from now on
+        return model if model in self.models else OTHER if model else NONE
+
+    # -- what is told when somebody asks
+
+    def families(self) -> List[Family]:
+        """Returns what was counted."""
+        series = list(self.series.values())
+        refused = list(self.refused.items())
+        found = {
+            "requests_total": [("", one.labels, one.calls) for one in series],
+            "tokens_total": [("", {**labels, "kind": kind}, count)
+                             for labels, counts in self.sums(series, *TOKEN_KINDS)
+                             for kind, count in zip(TOKEN_KINDS, counts) if count],
+            "usd_total": [("", labels, format_usd(sums[0]))
+                          for labels, sums in self.sums(series, "picodollars") if sums[0]],
+            "refused_total": [("", {"rule": rule}, count) for rule, count in refused],
+            "loop_held_seconds_total": [("", {}, f"{self.held:.6f}")]}
+        return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
+                for name, samples in found.items()] + self.histogram_families()
+
+    def histogram_families(self):
+        upstreams = list(self.times.items())
+        return [Family("llm_proxy_" + name, "histogram", what, [
+            sample for upstream, times in upstreams
+            for sample in times.histograms[number].samples({"upstream": upstream})])
+            for number, (name, what, _) in enumerate(HISTOGRAMS)]
+
+    @staticmethod
+    def sums(series, *names):
+        """Returns (labels, sums) by caller, model and upstream."""
+        found = {}
+        for one in series:
+            where = tuple(one.labels.values())[:3]
+            before = found.get(where) or [0] * len(names)
+            found[where] = [old + getattr(one, name) for old, name in zip(before, names)]
+        return [(dict(zip(CALL_LABELS, where)), sums) for where, sums in found.items()]
+
+    def bucket_families(self, buckets: Buckets) -> List[Family]:
+        """Returns the buckets of callers that are known here, and of nobody, that are not full."""
+        levels, capacities = [], []
+        for one in list(buckets.levels.values()):
+            rule, key = one.rule, one.key
+            owners = [self.callers.get(owner) for owner in key[1:]]
+            if None not in owners and len(levels) < self.MAX_SERIES:
+                labels = {"rule": rule.text, "caller": " ".join(owners) or NONE}
+                level = buckets.level_of(rule, key).level
+                levels.append(("", labels, format_amount(rule, level)))
+                capacities.append(("", labels, format_amount(rule, rule.capacity)))
+        return [Family("llm_proxy_bucket_level", "gauge",
+                       "What is left in buckets that are not full, in USD where a rule counts it",
+                       levels),
+                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most", capacities)]
+
+
+def upstream_families(routes: Routes) -> List[Family]:
+    """Returns how the upstreams are; no address is named."""
+    stats = [(one, {"upstream": one.name}, one.stats()) for one in routes.all]
+    states = []
+    for upstream, labels, found in stats:
+        known = upstream.states()
+        known = ["disabled"] * len(known) if found["state"] == "disabled" else known
+        states += [("", {**labels, "state": state}, known.count(state))
+                   for state in ("closed", "half_open", "open", "disabled")]
+    return [
+        Family("llm_proxy_upstream_addresses", "gauge",
+               "Addresses of an upstream by the state of their breakers; closed is well", states),
+        Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
+               [("", labels, found["in_flight"]) for _, labels, found in stats]),
+        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream", [
+            ("", labels, found.get("queue", {"waiting": 0})["waiting"])
+            for _, labels, found in stats])]
+
+
+def process_families() -> List[Family]:
+    """Returns what the system says of this process, under the names that all programs have."""
+    cpu = os.times()
+    found = [("cpu_seconds_total", "counter", "CPU time", "%.2f" % (cpu.user + cpu.system))]
+    with contextlib.suppress(OSError, ImportError, ValueError):  # Linux alone has all of them
+        import resource
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        found.append(("max_fds", "gauge", "Descriptors it may open", most))
+        found.append(("open_fds", "gauge", "Descriptors", len(os.listdir("/proc/self/fd"))))
+        with open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+        found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
+    return [Family("process_" + name, kind, what, [("", {}, value)])
+            for name, kind, what, value in found]
+
+
+# -- traces, as OpenTelemetry has them
+
+TRACEPARENT = re.compile(  # https://www.w3.org/TR/trace-context; 00 has nothing after its flags
+    "(?!ff|00.{53}.)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
+    "(?:-.*)?")
+SEMANTIC_CONVENTIONS = "1.41.0"
+CLIENT, FAILED = 3, 2  # a span's kind and status
+# The names of those conventions, and ours, each with what of a call it tells.
+ATTRIBUTES = {
+    "http.request.method": "method",
+    "http.route": "route",
+    "http.response.status_code": "status",
+    "gen_ai.operation.name": "operation",
+    "gen_ai.provider.name": "provider",
+    "gen_ai.request.model": "model",
+    "gen_ai.response.model": "served",
+    "gen_ai.usage.input_tokens": "input",
+    "gen_ai.usage.output_tokens": "output",
+    "gen_ai.usage.cache_read.input_tokens": "cached",
+    "gen_ai.usage.reasoning.output_tokens": "reasoning",
+    "error.type": "error",
+    "llm_proxy.request_id": "id",
+    "llm_proxy.caller": "caller",
+    "llm_proxy.upstream": "upstream",
+    "llm_proxy.outcome": "outcome",
+    "llm_proxy.rule": "rule",
+    "llm_proxy.queue_ms": "queue_ms",
+    "llm_proxy.first_ms": "first_ms",
+    "llm_proxy.usd": "usd"}
+USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "usd")
+OPERATIONS = {  # by endpoint; others have the last word of their path
+    "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
+    "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
+    "embed": "embeddings"}
+PROVIDERS = {  # by upstream or dialect, where the conventions have another name
+    "gemini": "gcp.gemini", "interactions": "gcp.gemini", "azure": "azure.ai.openai",
+    "grok": "x_ai", "mistral": "mistral_ai"}
+
+
+class Trace:
+    """Of what a call is a part, and by which number; all in hexadecimal."""
+    __slots__ = ("number", "parent", "flags", "span")
+
+    def __init__(self, number: Optional[str] = None, parent: str = "", flags: str = "01"):
+        self.number = number or "%032x" % random.getrandbits(128)
+        self.parent = parent
+        self.flags = flags
+        self.span = "%016x" % random.getrandbits(64)
+
+    @classmethod
+    def join(cls, fields: Fields) -> "Trace":
+        """Returns the caller's trace, or a new one."""
+        match = TRACEPARENT.fullmatch(fields.get("traceparent", ""))
+        return cls(*match.groups()) if match else cls()
+
+    @staticmethod
+    def replaced(fields: Fields) -> List[str]:
+        """Returns the fields that do not go upstream as they came."""
+        known = TRACEPARENT.fullmatch(fields.get("traceparent", ""))
+        return ["traceparent"] if known else ["traceparent", "tracestate"]
+
+    def line(self) -> bytes:
+        """Returns a header line that names this call as the parent."""
+        return f"traceparent: 00-{self.number}-{self.span}-{self.flags}\r\n".encode()
+
+
+class Traces(Watcher):
+    """Has one span of each call posted (https://opentelemetry.io/docs/specs/otlp, OTLP/HTTP in
+    JSON: ids in hexadecimal, whole numbers as text)."""
+
+    def __init__(self, service: str, poster: Poster):
+        self.resource = {"attributes": self.attributes(
+            {"service.name": service, "service.version": VERSION})}
+        self.poster = poster
+        poster.bundle = self.bundle
+
+    def begin(self, entry):
+        entry.call.trace = entry.trace
+
+    def record(self, entry):
+        self.poster.record(entry)
+
+    def close(self, wait):
+        self.poster.close(wait)
+
+    # -- in the poster's thread
+
+    def bundle(self, entries: List[Entry]) -> Dict[str, Any]:
+        return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
+            "scope": {"name": "llm_proxy", "version": VERSION},
+            "schemaUrl": "https://opentelemetry.io/schemas/" + SEMANTIC_CONVENTIONS,
+            "spans": list(map(self.span, entries))}]}]}
+
+    def span(self, entry):
+        facts = self.facts(entry)
+        trace = entry.trace or Trace()
+        named = {name: facts[fact] for name, fact in ATTRIBUTES.items()
+                 if facts[fact] not in (None, "")}
+        took = int((entry.ended - entry.started) * 1e9)
+        found = {
+            "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
+            "name": " ".join(filter(None, (
+                facts["operation"] or facts["method"], facts["model"]))),
+            "kind": CLIENT, "startTimeUnixNano": str(entry.wall - took),
+            "endTimeUnixNano": str(entry.wall), "attributes": self.attributes(named)}
+        if trace.parent:
+            found["parentSpanId"] = trace.parent
+        if facts["error"]:
+            found["status"] = {"code": FAILED}
+        return found
+
+    def facts(self, entry):
+        """Returns the row of a call, and what only spans tell."""
+        facts = {**entry.as_row()._asdict(), **self.kind(entry)}
+        if entry.usage is None:
+            facts.update(dict.fromkeys(USAGE_FACTS))
+        status = entry.outcome == "upstream_status"
+        facts["error"] = None if entry.outcome == "ok" else (
+            str(entry.status) if status else entry.outcome)
+        facts["rule"] = entry.cause if entry.outcome == LimitReached.outcome else None
+        return facts
+
+    @staticmethod
+    def kind(entry):
+        call = entry.call
+        route, operation, provider = entry.path[:200], None, entry.upstream
+        if call and call.stored and call.stored.name:
+            route = route.replace("/" + call.stored.name, "/{id}")
+        if call and call.endpoint is not None:
+            last_word = call.path.rpartition("/")[2][:80]
+            operation = OPERATIONS.get(call.endpoint, last_word)
+        if call and provider not in VENDORS:
+            provider = call.dialect.name
+        return {"route": route, "operation": operation,
+                "provider": PROVIDERS.get(provider, provider)}
+
+    @staticmethod
+    def attributes(values):
+        kinds = {str: "stringValue", float: "doubleValue", int: "intValue", bool: "boolValue"}
+        return [{"key": name, "value": {
+            kinds[type(value)]: str(value) if type(value) is int else value}}
+            for name, value in values.items()]
+
+
+# -- warnings
+
+def shares_used(hold: Hold) -> List[Tuple[float, Level]]:
+    """Returns what share is used of each bucket of a call that counts tokens or money."""
+    found = []
+    for rule, key in hold.keyed_rules:
+        if UNITS[rule.unit] not in UNITS_OF_CALLS:
+            level = hold.buckets.level_of(rule, key)
+            found.append(((rule.capacity - level.level) / rule.capacity, level))
+    return found
+
+
+class Warnings(Watcher):
+    """Tells the operator what should be known: on the page, by one line in the log, and to a
+    webhook; the same of the same at most once in QUIET_SECONDS."""
+    QUIET_SECONDS = 3600
+    ROOM = 10_000
+
+    def __init__(self, clock: Any, log: Log, feed: Feed, webhook: Optional[Poster]):
+        self.clock = clock
+        self.log = log
+        self.feed = feed
+        self.webhook = webhook
+        self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
+        self.down: Set[str] = set()  # the upstreams that are said to be
+        self.dropped = 0             # calls that the ledger is said to have lost
+
+    def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
+             **about: Any) -> bool:
+        """Returns whether it was told; without a `line` the log knows it already."""
+        now = self.clock.monotonic()
+        key = (event, *subject)
+        if now < self.quiet_until.get(key, -math.inf):
+            return False
+        self.quiet_until.pop(key, None)
+        if len(self.quiet_until) >= self.ROOM:
+            del self.quiet_until[next(iter(self.quiet_until))]
+        self.quiet_until[key] = now + self.QUIET_SECONDS
+        payload = {"event": event, **about, "time": self.clock.time_ns() / 1e9}
+        self.feed.tell("warning", payload)
+        if line:
+            self.log.say(line)
+        if self.webhook:
+            self.webhook.record(payload)
+        return True
+
+    def look(self, routes: Routes, ledger: Optional[Ledger]):
+        """Look for what no call tells; to be called every few seconds."""
+        for upstream in routes.all:
+            name = upstream.name
+            is_down = all(one.breakers.fails_for_all() for one in upstream.addresses)
+            if is_down and name not in self.down:
+                if self.tell("upstream_down", (name,), None, upstream=name):
+                    self.down.add(name)
+            elif name in self.down and not is_down:
+                if self.tell("upstream_up", (name,), None, upstream=name):
+                    self.down.remove(name)
+        lost = ledger.dropped - self.dropped if ledger else 0
+        if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
+            self.dropped = ledger.dropped
+
+    def close(self, wait):
+        if self.webhook:
+            self.webhook.close(wait)
+
+
+class Marks(Watcher):
+    """Warns when a call takes a bucket past one of some shares."""
+    ROOM = 10_000
+
+    def __init__(self, shares: Sequence[float], warnings: Warnings):
+        self.shares = sorted(shares)
+        self.warnings = warnings
+        self.passed: Dict[BucketKey, int] = {}  # how many of them, by those that are past one
+
+    def record(self, entry):
+        for share, level in shares_used(entry.hold) if entry.hold else ():
+            key, rule = level.key, level.rule
+            passed = bisect.bisect_right(self.shares, share)
+            # It may have been refilled since the last call.
+            alone = share - entry.hold.costs[rule.unit] / rule.capacity
+            before = min(self.passed.pop(key, 0), bisect.bisect_right(self.shares, alone))
+            if passed:
+                self.passed[key] = passed
+                if len(self.passed) > self.ROOM:
+                    del self.passed[next(iter(self.passed))]
+            if passed > before:
+                self.warn(entry, share, level, passed)
+
+    def warn(self, entry, share, level, passed):
+        rule, caller = level.rule, entry.caller.label
+        line = "%s has used %d%% of %s" % (caller, 100 * share, rule.text)
+        self.warnings.tell(
+            "limit_near", (level.key, passed), line, caller=caller, rule=rule.text,
+            level=format_amount(rule, level.level), capacity=format_amount(rule, rule.capacity),
+            share=round(share, 4))
+
+
 class Watchers(NamedTuple):
-    """All whom the books tell of calls."""
+    """All who watch; some are there only where they are set."""
     feed: Feed
     pulse: Pulse
+    metrics: Metrics
+    warnings: Warnings
+    traces: Optional[Traces] = None
+    marks: Optional[Marks] = None
+
+    def metric_lines(self, routes: Routes, books: Books, buckets: Buckets) -> Iterable[str]:
+        """Yields what /metrics says."""
+        writers = {
+            "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
+            "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
+        dropped = [("", {"what": name}, one.dropped) for name, one in writers.items() if one]
+        build = {"version": VERSION, "python": "%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3])}
+        for family in (
+                *self.metrics.families(), *self.metrics.bucket_families(buckets),
+                *upstream_families(routes),
+                Family("llm_proxy_dropped_total", "counter",
+                       "What could not be written or delivered", dropped),
+                Family("llm_proxy_build_info", "gauge", "What runs here", [("", build, 1)]),
+                *process_families()):
+            yield from family.lines()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9547,7 +10189,8 @@ CRLF = "\r\n"
 REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
     "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
-    "x-llm-estimated", "x-queue-ms"), map(str.lower, RATE_FIELDS), (  # or that name the account
+    "x-llm-estimated", "x-queue-ms", "x-ratelimit-warning"), map(str.lower, RATE_FIELDS), (
+        # or that name the account
         "set-cookie", "set-cookie2", "openai-organization", "openai-project",
         "anthropic-organization-id"))
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
@@ -9634,7 +10277,9 @@ class Reply:
         most = self.parts.config.max_body_bytes
         if self.content is None:
             self.body.owner = owner = self.entry.caller.key
+            began = self.context.loop.time()
             content = await self.body.read(most, self.context)
+            self.entry.held_up += self.context.loop.time() - began
             if len(content) > Turns.SMALL:
                 try:
                     await self.parts.turns.take(owner, self.context)
@@ -9802,14 +10447,17 @@ class Reply:
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
         deadline = loop.time() + seconds
         while not adapter.framing.ended and len(self.first) < self.MAX_WHOLE:
+            began = loop.time()
             try:
                 alive = await stream.more(
-                    self.context, deadline - loop.time(), response.address.what_body)
+                    self.context, deadline - began, response.address.what_body)
                 payload = adapter.feed(stream.take_all()) if alive else self.last_of(adapter)
             except TimeoutError:
                 return
             except (Malformed, OSError) as failure:
                 raise UpstreamFailed(failure) from None
+            finally:
+                self.entry.held_up += loop.time() - began
             self.first += payload
 
     @staticmethod
@@ -10037,11 +10685,23 @@ class Reply:
             entry.request_id = new_request_id()
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
-        rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
+        rate = ""
+        if hold and hold.tightest:
+            rate = RATE_LINES % hold.tightest.quota
+            if self.parts.config.warn_at:
+                rate += self.warning_line(hold)
         queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
         close = "Connection: close\r\n" if self.close_after else ""
         return (f"{lines}X-Request-ID: {entry.request_id}\r\n"
                 f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
+
+    def warning_line(self, hold):
+        """Returns what tells a caller that a limit is near."""
+        share, level = max(shares_used(hold), default=(0, None), key=lambda one: one[0])
+        if share < min(self.parts.config.warn_at):
+            return ""
+        return "X-RateLimit-Warning: %d%% of %s is used\r\n" % (
+            100 * share, ascii(level.rule.text))
 
     def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
@@ -10083,7 +10743,11 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
-        self.watchers = books.watchers = watchers
+        self.watchers = watchers
+        self.traces = watchers.traces
+        if self.traces:
+            self.request_head = self.traced_head
+        books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
 
@@ -10091,6 +10755,8 @@ class Proxy:
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses
         before anything was sent leaves the call to the next upstream that it may go to."""
         entry = reply.entry
+        if self.traces:
+            entry.trace = Trace.join(request)
         self.identify(request, entry)                                               # identify
         key = entry.caller.stored_key
         if key and key.role != "caller":
@@ -10152,6 +10818,7 @@ class Proxy:
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
+        entry.held_up += self.loop.time() - reply.context.since
         if reply.early:
             await reply.require_stream(response)
         adapter = reply.receive(response)
@@ -10372,6 +11039,7 @@ class Proxy:
         finally:
             reply.ticket = entry.ticket = None
             entry.queued = ticket.waited()
+            entry.held_up += entry.queued / 1000 - before
 
     def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
@@ -10507,6 +11175,10 @@ class Proxy:
         request.cache[address] = call.path, is_json, head
         return head
 
+    def traced_head(self, request, call, upstream, address):
+        """Returns the same for an upstream that is told of the trace of which the call is part."""
+        return Proxy.request_head(self, request, call, upstream, address) + call.trace.line()
+
     @staticmethod
     def lines_of_ours(call):
         lines = []
@@ -10522,6 +11194,8 @@ class Proxy:
         own_key = upstream.key == PASSTHROUGH
         passed = self.config.pass_headers or ()
         dropped = [self.callers.caller_header]
+        if self.traces:
+            dropped += Trace.replaced(request)
         dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
         if call.body is not None:
             dropped += ["content-encoding", Dialect.MASK_FIELD]
@@ -10582,7 +11256,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
-                  build_watchers(config, clock, limits))
+                  build_watchers(config, clock, log, limits))
     hear_of_keys(proxy, database)
     return proxy
 
@@ -10662,9 +11336,32 @@ def build_books(config, clock, log, limits, stored, database, keys, secret):
     return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config, clock: Any, limits: Limits) -> Watchers:
+def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
+    def poster(name, url, **options):
+        tls = build_tls(config) if url.startswith("https:") else None
+        return Poster(name, url, tls, clock, log, **options)
+
+    traces = webhook = None
+    if config.otel_exporter_otlp_endpoint:
+        traces = Traces(config.otel_service_name, poster(
+            "traces", config.otel_exporter_otlp_endpoint.rstrip("/") + "/v1/traces",
+            fields=config.otel_exporter_otlp_headers))
+    if config.webhook_url:
+        webhook = poster("webhook", config.webhook_url)
     feed = Feed(clock)
-    return Watchers(feed, Pulse(clock, limits.buckets, feed))
+    warnings = Warnings(clock, log, feed, webhook)
+    marks = Marks(config.warn_at, warnings) if config.warn_at else None
+    pulse = Pulse(clock, limits.buckets, feed)
+    return Watchers(feed, pulse, Metrics(), warnings, traces, marks)
+
+
+def build_tls(config: Config) -> ssl.SSLContext:
+    """Returns the context of connections that go out."""
+    tls = ssl.create_default_context(cafile=config.upstream_ca_file)
+    if config.upstream_tls_verify == "off":
+        tls.check_hostname = False
+        tls.verify_mode = ssl.CERT_NONE
+    return tls
 
 
 def build_dialects(config: Config) -> Dialects:
@@ -10674,12 +11371,7 @@ def build_dialects(config: Config) -> Dialects:
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
-    tls = None
-    if config.speaks_https():
-        tls = ssl.create_default_context(cafile=config.upstream_ca_file)
-        if config.upstream_tls_verify == "off":
-            tls.check_hostname = False
-            tls.verify_mode = ssl.CERT_NONE
+    tls = build_tls(config) if config.speaks_https() else None
     transport = TransportConfig(
         config.open_timeout, config.first_byte_timeout or config.read_timeout,
         config.read_timeout, tls, config.https_proxy, config.no_proxy or "")
@@ -10753,6 +11445,9 @@ class Catalogue:
 
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+    PAGES = {"/health": "health", "/healthz": "alive", "/readyz": "ready", "/metrics": "metrics"}
+    METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+    MANY_LINES = 500  # of metrics, after which the loop has its turn
     MODELS_PATHS = frozenset(path for dialect in DIALECTS.values() for path in dialect.LIST_PATHS)
 
     def __init__(self, proxy: Proxy):
@@ -10768,8 +11463,8 @@ class Pages:
             return self.preflight
         if request.method not in ("GET", "HEAD"):
             return None
-        if request.path == "/health":
-            return self.health
+        if request.path in self.PAGES:
+            return getattr(self, self.PAGES[request.path])
         if request.path in self.MODELS_PATHS:
             return self.models
         return None
@@ -10808,6 +11503,27 @@ class Pages:
         if ledger:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
         reply.send(200, json.dumps(found).encode())
+
+    async def alive(self, request, reply):
+        """Open to all, as is the next one; they tell nothing else."""
+        reply.send(200, b"ok\n", (), "text/plain")
+
+    async def ready(self, request, reply):
+        """Tells whether calls can go anywhere."""
+        able = [one for one in self.proxy.routes.all
+                if one.can_connect() and one.stats()["state"] != "disabled"]
+        reply.send(200 if able else 503, b"ready\n" if able else b"not ready\n", (), "text/plain")
+
+    async def metrics(self, request, reply):
+        proxy = self.proxy
+        if proxy.config.metrics != "open":
+            proxy.require_role(request, reply.entry, "viewer")
+        lines = []
+        for line in proxy.watchers.metric_lines(proxy.routes, proxy.books, proxy.limits.buckets):
+            lines.append(line)
+            if len(lines) % self.MANY_LINES == 0:
+                await asyncio.sleep(0)
+        reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
 
     def usual_charges(self, entry):
         """Returns what a small call would cost, by each rule."""
@@ -11423,18 +12139,21 @@ class LoopWatch:
     quiet_until = -math.inf
     thread = 0  # that of the loop, once it runs
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, say: Callable[[str], None]):
-        self.loop = loop
-        self.say = say
-        self.due = loop.time()
+    def __init__(self, proxy: Proxy):
+        self.loop = proxy.loop
+        self.say = proxy.books.log.say
+        self.metrics = proxy.watchers.metrics
+        self.due = self.loop.time()
 
     def tick(self):
         """Runs on the loop."""
         now = self.loop.time()
         late = now - self.due
-        if late > self.PERIOD and self.thread and now >= self.quiet_until:
-            self.quiet_until = now + self.REPORT_SECONDS
-            self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+        if late > self.PERIOD and self.thread:
+            self.metrics.held += late
+            if now >= self.quiet_until:
+                self.quiet_until = now + self.REPORT_SECONDS
+                self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
         self.culprit = ""
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
@@ -11498,7 +12217,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
-        self.loop_watch = LoopWatch(self.loop, proxy.books.log.say)
+        self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
         for act in (self.loop_watch.tick, self.sweep, self.beat):
@@ -11625,6 +12344,8 @@ class Server(http.server.ThreadingHTTPServer):
         proxy.routes.close_stale()
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
+        proxy.watchers.metrics.sort_in()
+        proxy.watchers.warnings.look(proxy.routes, proxy.books.ledger)
 
     def beat(self):
         """Runs every second."""
@@ -12462,6 +13183,65 @@ def map_times(row):
     return found
 
 
+# Panels of the dashboard for Grafana: title, unit, {legend: what is shown}. `[5m]` becomes the
+# interval of the graph; a histogram's name alone its percentiles.
+PANELS = (
+    ("Calls by outcome", "reqps", {"{{outcome}}": "sum by (outcome) (rate(requests_total[5m]))"}),
+    ("In flight and in line", "short", {
+        "{{upstream}}": "sum by (upstream) (in_flight)",
+        "{{upstream}}, in line": "sum by (upstream) (queue_length)"}),
+    ("Tokens by model", "cps", {
+        "{{model}} {{kind}}": "sum by (model, kind) (rate(tokens_total[5m]))"}),
+    ("Tokens by caller, the ten most", "cps", {
+        "{{caller}}": 'topk(10, sum by (caller) (rate(tokens_total{kind=~"input|output"}[5m])))'}),
+    ("Money by caller, per hour", "currencyUSD", {
+        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(usd_total[5m])))"}),
+    ("Money by model, per hour", "currencyUSD", {
+        "{{model}}": "topk(10, sum by (model) (3600 * rate(usd_total[5m])))"}),
+    ("Time to the first byte", "s", "first_byte_seconds"),
+    ("Duration", "s", "request_duration_seconds"),
+    ("Time per output token", "s", "time_per_output_token_seconds"),
+    ("Wait in line", "s", "queue_wait_seconds"),
+    ("The proxy's own overhead", "s", "overhead_seconds"),
+    ("Buckets, share left, the ten emptiest", "percentunit", {
+        "{{caller}} {{rule}}": "bottomk(10, bucket_level / bucket_capacity)"}),
+    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(refused_total[5m]))"}),
+    ("Addresses that are not well", "short", {
+        "{{upstream}} {{state}}": 'upstream_addresses{state!="closed"}'}),
+    ("Dropped, and the loop held", "short", {
+        "{{what}}": "rate(dropped_total[5m])",
+        "seconds held": "rate(loop_held_seconds_total[5m])"}),
+    ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
+)
+OWN_METRIC = re.compile(r"\b(\w+_(?:total|flight|length|level|capacity|addresses|bucket))\b")
+PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(%s_bucket[5m])))"
+
+
+def grafana_panel(number, title, unit, shown):
+    source = {"type": "prometheus", "uid": "${source}"}
+    if isinstance(shown, str):
+        shown = {"p%d" % share: PERCENTILE % (share, shown) for share in (50, 95, 99)}
+    targets = [
+        {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
+         "expr": OWN_METRIC.sub(r"llm_proxy_\1", query).replace("5m", "$__rate_interval")}
+        for row, (legend, query) in enumerate(shown.items())]
+    return {
+        "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
+        "gridPos": {"x": number % 2 * 12, "y": number // 2 * 8, "w": 12, "h": 8},
+        "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+        "targets": targets}
+
+
+def grafana_dashboard() -> Dict[str, Any]:
+    """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
+    panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
+    return {
+        "title": "llm_proxy", "uid": "llm_proxy", "schemaVersion": 39, "editable": True,
+        "refresh": "30s", "time": {"from": "now-6h", "to": "now"}, "panels": panels,
+        "templating": {"list": [{"name": "source", "label": "Data source", "type": "datasource",
+                                 "query": "prometheus"}]}}
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
@@ -12474,7 +13254,8 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys")
+    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys | grafana")
+    commands.add_parser("grafana", help="print a dashboard of /metrics, to import in Grafana")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", choices=GROUPS, action="append",
@@ -12518,6 +13299,9 @@ def run_command(options, environ, log_stream):
     dotenv = read_dotenv_file()
     if options.command:
         sys.stdout.reconfigure(errors="backslashreplace")
+        if options.command == "grafana":
+            print(json.dumps(grafana_dashboard(), indent=2))
+            return 0
         found = set_variables(environ, read_dotenv(dotenv)[0])
         if options.command == "prices":
             return prices_command(options, found.get("PRICES"))
