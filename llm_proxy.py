@@ -346,12 +346,12 @@ UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running"
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
-SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
+SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
-     "each, all, address, key:GLOB, model:GLOB or upstream:GLOB"),
+     "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
     ("N|unlimited", "an amount above 0, or unlimited"),
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
@@ -360,7 +360,8 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     ("(burst)?", "burst N or the end"),
     ("N", "an amount above 0"),
     ("", "burst N or the end"))
-JOINED_SCOPES = "(all|(address)?,?(caller)?),?(model)?,?(upstream)?", "scopes that can be joined"
+JOINED_SCOPES = ("(all|(address)?,?(caller)?),?(model)?,?(team)?,?(upstream)?",
+                 "scopes that can be joined")
 
 
 class Rule(NamedTuple):
@@ -407,6 +408,26 @@ def read_rule(text):
 
 def read_duration(word):
     return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
+age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
+              lambda match: read_duration(match[0]))
+
+
+def read_amount(text, unit):
+    """Returns an amount of a unit, of money in picodollars."""
+    require(unit in UNITS[:5], "must be in requests, tokens, input_tokens, output_tokens or usd")
+    shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
+    scale = PICODOLLARS if unit == "usd" else 1
+    return pattern(shape, "must be an amount above 0, such as 2",
+                   lambda match: int(decimal.Decimal(match[0]) * scale))(text)
+
+
+def rules_of_one(text):
+    """'60 requests per minute; 2 usd per day' -> rules of one caller, which has no need of scopes.
+    """
+    parts = [part.strip() for part in re.split("[;\n]", text) if part.strip()]
+    return tuple(rules("; ".join(["each " + part for part in parts])))
 
 
 def check_rule(text, words, kinds):
@@ -684,7 +705,8 @@ SETTING_ROWS = {
          "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
          " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
-         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
+         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the"
+         " page where it sees what it used"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
@@ -793,6 +815,13 @@ NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
+    left_to_us: Sequence[str] = ()  # what nobody has set, and depends on the rest
+    keys_are_stored = False  # in DATABASE, at the start: nobody else may call
+
+    def note_stored_keys(self):
+        """Keys of callers are stored, so that no stranger spends the operator's key."""
+        self.keys_are_stored = True
+        self.choose_defaults()
 
     def all_upstreams(self) -> List[UpstreamConfig]:
         """Returns the base first, where it is set."""
@@ -800,14 +829,6 @@ class Config(types.SimpleNamespace):
                               dialect=usual_dialect("base", self.base_api_url or ()),
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
-
-    @property
-    def web_origins(self) -> Sequence[str]:
-        """What CORS_ORIGINS holds, or stands for: where nobody needs a key, any page that somebody
-        here looks at could call."""
-        if self.cors_origins is not None:
-            return self.cors_origins
-        return ("*",) if self.keys_are_asked_for else ("local",)
 
     # What a running proxy can go by without a new start.
     RELOADED = frozenset("""
@@ -827,10 +848,25 @@ class Config(types.SimpleNamespace):
         names = sorted({*self.texts, *new.texts})
         return [name for name in names if self.texts.get(name) != new.texts.get(name)]
 
-    def choose_host(self):
+    def choose_defaults(self):
+        """Sets what depends on other settings, and on whether keys are stored."""
+        if not self.left_to_us:
+            self.left_to_us = [name for name in ("host", "stored", "cors_origins")
+                               if getattr(self, name) is None]
+        vars(self).update(dict.fromkeys(self.left_to_us))
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
-        self.texts["HOST"] = self.host
+        keyed = self.keys_are_asked_for
+        self.stored = self.stored or ("own" if keyed else "pass")
+        if self.cors_origins is None:  # without keys, any page that somebody here sees could call
+            self.cors_origins = ("*",) if keyed else ("local",)
+        self.texts.update(HOST=self.host, STORED=self.stored,
+                          CORS_ORIGINS=",".join(self.cors_origins) or "off")
+
+    def is_open(self) -> bool:
+        """Tells whether others than this machine may call without a key, be it by a proxy here."""
+        is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
@@ -847,7 +883,8 @@ class Config(types.SimpleNamespace):
     @property
     def keys_are_asked_for(self) -> bool:
         """Whether callers are told apart by keys: ours, or their own for an upstream."""
-        return bool(self.proxy_api_keys) or any(
+        own = self.keys_are_stored if self.proxy_api_keys is None else self.proxy_api_keys
+        return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
 
     def speaks_https(self) -> bool:
@@ -870,7 +907,7 @@ class Config(types.SimpleNamespace):
               if kind == "upstream" and not fnmatch.filter(names, glob)),
             *(f"KEY_WEIGHTS speaks of '{name}', which no key in PROXY_API_KEYS is named"
               for name in self.key_weights or ()
-              if name not in (self.proxy_api_keys or {}).values()),
+              if name not in (self.proxy_api_keys or {}).values() and not self.keys_are_stored),
             *self.mistakes(), *self.doubts()]
 
     def mistakes(self):
@@ -883,6 +920,9 @@ class Config(types.SimpleNamespace):
             if len(key) < 16:
                 yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
                        " characters: it can be guessed")
+        for name in ("ADMIN_KEY", "VIEWER_KEY"):
+            if len(getattr(self, name.lower()) or name * 2) < 16:
+                yield name + " has less than 16 characters: it can be guessed"
 
     def doubts(self):
         """Yields the warnings of which each is given once at most."""
@@ -897,12 +937,7 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if self.host_is_narrowed:
-            yield ("it listens on this machine alone, because anyone could spend the key of a"
-                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.proxy_api_keys is None:
-            yield ("callers are not checked: whoever reaches this port can call, and every invented"
-                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
+        yield from self.doubts_of_callers()
         if self.unknown_calls == "count" and not self.counts_requests():
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
@@ -912,6 +947,18 @@ class Config(types.SimpleNamespace):
                    " sees")
         if not self.limits:
             yield from self.doubts_of_bucket()
+
+    def doubts_of_callers(self):
+        if self.host_is_narrowed:
+            yield ("it listens on this machine alone, because anyone could spend the key of a"
+                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
+        elif self.is_open() and not self.keys_are_stored:
+            yield ("callers are not checked: whoever reaches this port can call, and every invented"
+                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
+        if self.proxy_api_keys is None and self.keys_are_stored and any(
+                upstream.key == PASSTHROUGH for upstream in self.all_upstreams()):
+            yield ("nobody can call by a key of their own (passthrough): keys are stored, and no"
+                   " others may call unless PROXY_API_KEYS=anyone")
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -945,11 +992,22 @@ class Config(types.SimpleNamespace):
         if self.texts["BASE_API_URL"] is None and not names:
             yield ("BASE_API_URL is not set. Start like this:"
                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
+        if "{me}" in (self.limit_message or "") and not self.public_url:
+            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        yield from self.contradictions_of_keys()
+        yield from self.contradictions_of_tls()
+
+    def contradictions_of_keys(self):
         if self.proxy_api_keys:
             for name, text in self.texts.items():
                 if name.endswith("_KEY") and text == PASSTHROUGH:
                     yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
                            " a caller shows one key only")
+        own = [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
+        if len(set(own)) < len(own):
+            yield "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"
+
+    def contradictions_of_tls(self):
         if self.tls_cert_file:
             try:
                 server_context(self.tls_cert_file, self.tls_key_file)
@@ -1093,7 +1151,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
             name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
-    config.choose_host()
+    config.choose_defaults()
     if not config.speaks_https():  # that proxy is meant for others, and may be of any kind
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
@@ -1124,9 +1182,12 @@ class Refusal(Exception):
     body: Optional[bytes] = None      # the upstream's own words, where they are known
     fields: Dict[str, Any] = {}       # more header fields of the reply
 
-    def __init__(self, message: str = "", **attributes: Any):
+    def __init__(self, message: str = "", wait: Optional[float] = None, **attributes: Any):
+        """`wait`: in so many seconds it may be asked again."""
         super().__init__(message or self.message)
-        vars(self).update(attributes)
+        vars(self).update(attributes, wait=wait)
+        if wait is not None:
+            self.fields = {"Retry-After": max(1, math.ceil(wait)), **self.fields}
 
 
 class BadRequest(Refusal):
@@ -1142,9 +1203,6 @@ class Malformed(BadRequest):
 
 class HeadTooLarge(Malformed):
     message = "The request head is too large"
-
-    def __init__(self, status: int):
-        super().__init__(status=status)
 
 
 class BrokenBody(BadRequest):
@@ -1169,9 +1227,34 @@ class Forbidden(Refusal):
     message = "This path is not passed on"
 
 
+class NotForCalls(Forbidden):
+    code = "key_not_for_calls"
+    message = "This key is for looking at this proxy and steering it: it makes no calls"
+
+
+class RoleTooLow(Forbidden):
+    code = "role_too_low"
+    message = "This key may not do that here"
+
+
+class ModelNotAllowed(Forbidden):
+    code = "model_not_allowed"
+    message = "This key may not use the model, or the call names none"
+
+
+class UpstreamNotAllowed(Forbidden):
+    code = "upstream_not_allowed"
+    message = "This key may not use the upstream"
+
+
 class NothingStored(Refusal):
     status = 404
     message = "Nothing of this name is stored here for this caller"
+
+
+class NoSuchPage(Refusal):
+    status = 404
+    message = "There is no such page: GET /admin/api lists them all"
 
 
 class MethodNotAllowed(Refusal):
@@ -1200,9 +1283,7 @@ class TooManyGuesses(Refusal):
     kind = "rate_limit_error"
     code = "too_many_wrong_keys"
     message = "Too many wrong keys came from this address, wait a minute"
-
-    def __init__(self, wait: float):
-        super().__init__(fields={"Retry-After": math.ceil(wait), "x-should-retry": "false"})
+    fields = {"x-should-retry": "false"}
 
 
 class ForeignOrigin(Refusal):
@@ -1296,17 +1377,14 @@ class UpstreamTimeout(Refusal):
 
 
 class BreakerOpen(Refusal):
-    """Every address that could be asked has failed too often; `wait` is in seconds."""
+    """Every address that could be asked has failed too often."""
     status = 503
     kind = "upstream_error"
     outcome = "upstream_failed"
     cause = "breaker open"
     nothing_sent = True
     message = "The upstream is failing, try again in a moment"
-
-    def __init__(self, wait: float):
-        super().__init__(fields={"Retry-After": max(1, math.ceil(wait)),
-                                 "X-LLM-Proxy-Error-Class": "upstream_open"})
+    fields = {"X-LLM-Proxy-Error-Class": "upstream_open"}
 
 
 class QueueRefused(Refusal):
@@ -1349,17 +1427,15 @@ class NoPrice(Refusal):
 
 
 class LimitReached(Refusal):
-    """A bucket is short. `wait` is in seconds; None means that the call costs more than the bucket
-    ever holds. `tightest` is as in a Hold: the bucket as it is without the call."""
+    """A bucket is short. Without `wait` the call costs more than the bucket ever holds. `tightest`
+    is as in a Hold: the bucket as it is without the call."""
     status = 429
     kind = "rate_limit_error"
     outcome = "limited"
     code = "rate_limit_exceeded"
 
     def __init__(self, message: str, wait: Optional[float], short: "Level"):
-        super().__init__(
-            message, wait=wait, cause=short.rule.text, tightest=short.untaken(),
-            fields={} if wait is None else {"Retry-After": math.ceil(wait)})
+        super().__init__(message, wait, cause=short.rule.text, tightest=short.untaken())
 
 
 class CallerGone(Exception):
@@ -1423,22 +1499,157 @@ def address_of(host: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
+ROLES = ("caller", "viewer", "admin")  # the later one may do all that the former may, but call
+
+
+class Key(NamedTuple):
+    """What is known of a stored key but its secrets. Times are in seconds since 1970. `models` are
+    globs, none: all; `rules` are what `limits` say. `subject` is whose bucket it has: it outlives
+    the secrets, and is the digest of the first one."""
+    name: str
+    role: str = "caller"
+    team: Optional[str] = None
+    created: float = 0.0
+    expires: Optional[float] = None
+    disabled: bool = False
+    models: Tuple[str, ...] = ()
+    upstream: Optional[str] = None
+    limits: Optional[str] = None
+    tag: Optional[str] = None
+    note: Optional[str] = None
+    last_used: Optional[float] = None
+    subject: bytes = b""
+    rules: Tuple[Rule, ...] = ()
+
+    def __hash__(self):
+        return hash(self.subject)
+
+    def as_dict(self) -> Dict[str, Any]:
+        """Returns what may be shown of it."""
+        found = dict(zip(self._fields[:-2], self))
+        found["models"] = ",".join(self.models) or None
+        return found
+
+    def end(self, valid_until: Optional[float]) -> Optional[float]:
+        """Returns when it is good no more by a secret that is valid so long; None: never."""
+        ends = [0.0] if self.disabled else [self.expires, valid_until]
+        return min([one for one in ends if one is not None], default=None)
+
+
+def short_text(most):
+    def read(text):
+        require(text.isprintable() and len(text) <= most,
+                "must be one line of at most %d printable characters" % most)
+        return text
+    return read
+
+
+# What can be said of a key: a reader of its text, and a sentence.
+KEY_NAME = pattern("[A-Za-z0-9_.@-]{1,64}", "must be 1 to 64 of A-Z a-z 0-9 _ . @ -")
+KEY_FIELDS = {
+    "role": (one_of(*ROLES), "caller: makes calls; viewer, admin: for /dashboard and /admin/api"),
+    "team": (KEY_NAME, "its team, for rules such as team:NAME"),
+    "expires": (word_or({"never": None}, age),
+                "how long it is good from when it was made, such as 15m or 30d; never"),
+    "models": (model_globs, "the only models that it may use, such as 'gemma*,gpt-4*'"),
+    "limits": (rules_of_one, "rules without a scope, such as '2 usd per day', each instead of the"
+                             " general one of its unit and duration"),
+    "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
+                 "the only upstream that its calls go to"),
+    "tag": (short_text(64), "a word to add up usage by"),
+    "note": (short_text(500), "a line for people")}
+TEXT_FIELDS = [field for field in KEY_FIELDS if field not in ("role", "expires")]
+
+
+@functools.lru_cache(20_000)
+def read_key(*values: Any) -> Key:
+    """Returns a key of what is stored of it. Raises ValueError or TypeError for what somebody else
+    has written."""
+    key = Key(*values)
+    for field in ("role", *TEXT_FIELDS):
+        text = getattr(key, field)
+        if text is not None:
+            KEY_FIELDS[field][0](text)
+    numbers = [key.created, *[one for one in (key.expires, key.last_used) if one is not None]]
+    require(KEY_NAME(key.name) and key.role and key.disabled in (0, 1) and len(key.subject) == 32
+            and all([type(one) in (int, float) for one in numbers]), "no key")
+    return key._replace(
+        disabled=bool(key.disabled), subject=bytes(key.subject),
+        models=model_globs(key.models) if key.models else (),
+        rules=rules_of_one(key.limits) if key.limits else ())
+
+
 class Caller:
     """A person or program that calls. `key` finds its bucket. It says what it is, so a bearer that
-    spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, which people may
-    share. `label` is for logs: a name, the address, or key:1a2b3c4d, a digest against which nobody
-    can test guesses without `secret`."""
-    __slots__ = ("key", "name", "key_name", "label")
+    spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, or its name where
+    it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
+    digest against which nobody can test guesses without `secret`. `role` is None where the key is
+    none that was given out. `until`: when that ends, in seconds since 1970."""
+    __slots__ = ("key", "name", "key_name", "label", "role", "stored_key", "until")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
-                 key_name: Optional[str] = None):
+                 key_name: Optional[str] = None, role: Optional[str] = None,
+                 stored_key: Optional[Key] = None, until: Optional[float] = None):
         self.key = key
         self.name = name
         self.key_name = key_name
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
+        self.role = role
+        self.stored_key = stored_key
+        self.until = until
 
     def __repr__(self):
         return f"<Caller {self.label}>"
+
+    @property
+    def team(self) -> Optional[str]:
+        return self.stored_key and self.stored_key.team
+
+    @property
+    def tag(self) -> Optional[str]:
+        return self.stored_key and self.stored_key.tag
+
+
+Known = Dict[bytes, Tuple[bytes, Caller]]  # blinded digest of a secret -> that digest, and whose
+
+
+def digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("latin-1")).digest()
+
+
+def new_secret() -> str:
+    return "sk-" + base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
+
+
+def blinded(credential: bytes, secret: bytes) -> bytes:
+    """Returns what a table may be searched by, of a digest: nobody can choose how a guess of theirs
+    comes out, so the time that a search takes tells them nothing."""
+    return hashlib.blake2b(credential, key=secret).digest()
+
+
+class StoredKeys:
+    """The keys of DATABASE as they were when they were read: in `rows`. `closed`: nobody else may
+    call. `faults` are sentences about what could not be read."""
+    rows: Optional[Tuple[Any, ...]] = None
+    faults: Sequence[str] = ()
+
+    def __init__(self, secret: bytes, keys: Sequence[Key] = (),
+                 secrets: Sequence[Tuple[bytes, str, Optional[float]]] = (), closed: bool = False):
+        """`secrets` are (digest, name of the key, valid until). One of a key that cannot be read
+        lets nobody in, not even where anyone may call."""
+        self.closed = closed
+        self.keys = {key.name: key for key in keys}
+        self.rules = {key.subject: key.rules for key in keys if key.rules}
+        self.known: Known = {}
+        for one, name, valid_until in secrets:
+            key = self.keys.get(name) or Key(name, disabled=True, subject=one)
+            self.known[blinded(one, secret)] = one, Caller(
+                ("key", key.subject), name, key_name=name, role=key.role, stored_key=key,
+                until=key.end(valid_until))
+
+    def has_admin(self, wall: float) -> bool:
+        return any([caller.role == "admin" and (caller.until is None or caller.until > wall)
+                    for _, caller in self.known.values()])
 
 
 class Callers:
@@ -1447,20 +1658,30 @@ class Callers:
 
     def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes,
                  trusted: Sequence["ipaddress.IPv4Network | ipaddress.IPv6Network"] = (),
-                 caller_header: Optional[str] = None, azure: bool = False):
+                 caller_header: Optional[str] = None, azure: bool = False,
+                 stored: Optional[StoredKeys] = None, steering: Optional[Texts] = None):
         """`keys` is {key: its name or None}, or None where anyone may call. `trusted` are the
         networks of proxies that are believed for whom they speak: for which address, and, in
         `caller_header`, for which of the people that share a key. `azure`: its clients call,
-        too."""
+        too. `stored` are keys beside these, and `steering` is {key: its role} of those that are for
+        pages alone."""
         self.credential_fields = CREDENTIAL_FIELDS[1:] + (AZURE_CREDENTIAL_FIELD,) * azure
         self.trusted = trusted
         self.caller_header = caller_header
         self.label_secret = label_secret
-        self.names = keys and {self.digest(key): name for key, name in keys.items()}
+        self.stored = stored or StoredKeys(label_secret)
+        self.is_open = keys is None
+        self.known: Known = {}
+        for key, name in (keys or {}).items():
+            self.add(key, name, "caller")
+        for key, role in (steering or {}).items():
+            name = role.upper() + "_KEY"
+            self.add(key, name, role, Key(name, role))
 
-    @staticmethod
-    def digest(key):
-        return hashlib.sha256(key.encode("latin-1")).digest()
+    def add(self, key, name, role, stored_key=None):
+        one = digest(key)
+        self.known[blinded(one, self.label_secret)] = one, Caller(
+            ("key", one), name, self.label_secret, name, role, stored_key)
 
     def credential_in(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
@@ -1482,7 +1703,7 @@ class Callers:
     def credential(self, fields: Fields, query: str) -> Optional[bytes]:
         """Returns the digest of the credential of a request, None without one."""
         credential = self.credential_in(fields, query)
-        return credential and self.digest(credential)
+        return credential and digest(credential)
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
@@ -1511,24 +1732,44 @@ class Callers:
         if not name:
             return caller
         keyed = caller.key[0] == "key"
-        digest = hashlib.sha256(repr((caller.key if keyed else None, name)).encode())
+        owner = hashlib.sha256(repr((caller.key if keyed else None, name)).encode())
         if len(name) > 64:
-            name = f"{name[:55]}~{digest.hexdigest()[:8]}"
+            name = f"{name[:55]}~{owner.hexdigest()[:8]}"
         name = urllib.parse.quote(name, safe="@:+~", encoding="latin-1")
         label = caller.label if keyed else "-"
-        return Caller(("key", digest.digest()), f"{label}/{name}", key_name=caller.key_name)
+        return Caller(("key", owner.digest()), f"{label}/{name}", key_name=caller.key_name,
+                      role=caller.role, stored_key=caller.stored_key, until=caller.until)
 
-    def identify(self, credential: Optional[bytes], address: str) -> Caller:
-        """Returns who calls. Raises Unauthorized where keys are asked for and `credential`, a
-        digest, is none of them."""
-        # All are compared, always: else the time taken would tell how close a guess was.
-        if self.names is not None and not any(
-                [hmac.compare_digest(credential or b"", one) for one in self.names]):
+    def identify(self, credential: Optional[bytes], address: str, wall: float = 0.0) -> Caller:
+        """Returns who calls at the time `wall`. Raises Unauthorized where keys are asked for and
+        `credential`, a digest, is none of them, and for one that was, wherever it comes."""
+        caller = self.known_by(credential) if credential else None
+        if caller:
+            if caller.until is not None and caller.until <= wall:
+                raise Unauthorized()
+            return caller
+        if not self.is_open:
             raise Unauthorized()
         if credential is None:
             return Caller(("address", address), address)
-        name = self.names and self.names[credential]
-        return Caller(("key", credential), name, self.label_secret, name)
+        return Caller(("key", credential), None, self.label_secret)
+
+    def known_by(self, credential):
+        """Returns whose secret has this digest, None where it is nobody's."""
+        blind = blinded(credential, self.label_secret)
+        found = self.known.get(blind) or self.stored.known.get(blind)
+        return found[1] if found and hmac.compare_digest(found[0], credential) else None
+
+    def named(self, label: str) -> List[Caller]:
+        """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
+        name is found by the address alone."""
+        everybody = [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
+        found = {caller.key: caller for caller in everybody if caller.label == label}
+        if not found:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_network(label)
+                return [Caller(("address", label), label)]
+        return list(found.values())
 
 
 class Origins:
@@ -1566,6 +1807,11 @@ class Origins:
             return "." not in host or host == self.host_name or (
                 host.endswith((".local", ".localhost")))
         return not ip.is_global
+
+    @staticmethod
+    def is_own(fields: Fields) -> bool:
+        """Tells whether a page of ours asks, which shows a key in a field of its own."""
+        return fields.get("origin", "").partition("://")[2].lower() == fields.get("host").lower()
 
     def check(self, method: str, fields: Fields):
         """Raises ForeignOrigin for a request that a page makes which may not. Reading is the
@@ -1644,15 +1890,18 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
+        capacity = rule.capacity
+        left = level if level > 0 else 0
         if rule.unit == RUNNING:
-            return Quota(rule.capacity, max(0, level), 0, 0, 0)
+            return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
-        full = level >= rule.capacity
-        reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
+        reset = 0
+        if level < capacity:
+            reset = math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
-            return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
+            return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
-        return Quota(rule.capacity, level if level > 0 else 0, amount, interval, reset)
+        return Quota(capacity, left, amount, interval, reset)
 
     @property
     def wait(self) -> float:
@@ -1664,7 +1913,11 @@ class Level(NamedTuple):
 
     def untaken(self):
         """Returns the same bucket with the amount still in it."""
-        return self._replace(amount=0, level=self.level + self.amount)
+        return self.less(-self.amount)
+
+    def less(self, amount):
+        """Returns the same bucket once `amount` more is taken of it."""
+        return self._replace(amount=self.amount + amount, level=self.level - amount)
 
 
 def tightest_of(levels):
@@ -1683,96 +1936,135 @@ class Buckets:
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
         self.room = room
-        # key -> (level, time of the last refill, rule); least recently used first
-        self.levels = collections.OrderedDict()
+        self.levels: "collections.OrderedDict[BucketKey, Level]" = (
+            collections.OrderedDict())  # as they were last seen; least recently used first
+        # key -> (amount, until) of what a bucket holds beyond its rule
+        self.given: Dict[BucketKey, List[Tuple[int, float]]] = {}
 
-    def level_after(self, rule, key, amount=0, taken=0):
-        """Returns what is in a bucket once a call took `amount` instead of `taken`. The time of the
-        last refill moves by whole intervals, so nothing drifts. It starts when the bucket stops
-        being full."""
-        now = self.clock.monotonic()
-        capacity = rule.capacity
-        level, refilled, _ = self.levels.get(key) or (capacity, now, rule)
-        steps = int((now - refilled + 1e-6) / rule.interval)  # a microsecond for what floats lose
-        if steps > 0:
-            level += steps * rule.refill
-            refilled += steps * rule.interval
-        if level >= capacity:
-            level = capacity
-            refilled = now
-        level += taken - amount
-        if level > capacity:
-            level = capacity
-        return Level(level, refilled, rule, key, amount, now)
+    def given_to(self, key, now):
+        """Returns how much more than its rule says a bucket holds, for a time."""
+        found = [one for one in self.given.pop(key, ()) if one[1] > now]
+        if found:
+            self.given[key] = found
+        return sum([amount for amount, _ in found])
+
+    def give(self, rule: Rule, key: BucketKey, amount: int, until: float, again: bool = False):
+        """Lets a bucket hold so much more until then, and adds that, unless it was added before.
+        What is left of it afterwards is kept as far as the rule lets it."""
+        if not again:
+            one = self.level_of(rule, key)
+            self.levels[key] = one._replace(level=one.level + amount)
+        self.given.setdefault(key, []).append((amount, until))
+
+    def fill(self, owner: CallerKey):
+        """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
+        for key in [one.key for one in self.levels.values()
+                    if owner in one.key[1:] and one.rule.unit != RUNNING]:
+            del self.levels[key]
 
     def levels_after(self, keyed_rules, costs, taken):
-        """Returns what all buckets hold once `costs` are charged instead of what was taken."""
+        """Returns what the buckets hold once `costs` are charged instead of what was taken. The
+        time of the last refill moves by whole intervals, so nothing drifts. It starts when the
+        bucket stops being full."""
+        now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            levels.append(self.level_after(rule, key, costs[rule.unit], taken[rule.unit]))
+            unit, capacity = rule.unit, rule.capacity
+            if self.given:
+                capacity += self.given_to(key, now)
+            known = self.levels.get(key)
+            if known is None:
+                level, refilled = capacity, now
+            else:
+                level, refilled, _, _, _, _ = known
+                passed = now - refilled + 1e-6  # a microsecond for what floats lose
+                if passed >= rule.interval:
+                    steps = int(passed / rule.interval)
+                    level += steps * rule.refill
+                    refilled += steps * rule.interval
+                if level >= capacity:
+                    level = capacity
+                    refilled = now
+            cost = costs[unit]
+            level += taken[unit] - cost
+            if level > capacity:
+                level = capacity
+            levels.append(Level(level, refilled, rule, key, cost, now))
         return levels
 
-    async def take(self, keyed_rules: KeyedRules, costs: Costs) -> List[Level]:
+    def level_of(self, rule, key):
+        """Returns what is in a bucket."""
+        return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
+
+    async def take(self, keyed_rules: KeyedRules, costs: Costs) -> Tuple[Level, List[Level]]:
         """Takes `costs` of all buckets, or nothing where one would hold less than 0 then; returns
-        what they hold, or would hold."""
+        the tightest of them and all, as they are, or would be."""
         levels = self.levels_after(keyed_rules, costs, NO_COST)
-        if tightest_of(levels).level >= 0:
+        tightest = tightest_of(levels)
+        if tightest.level >= 0:
             self.store(levels)
-        return levels
+        return tightest, levels
 
-    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> List[Level]:
-        """Charges `costs` instead of what was taken; returns what the buckets hold. It never waits:
+    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> Level:
+        """Charges `costs` instead of what was taken; returns the tightest bucket. It never waits:
         a store outside of this process would have to queue this."""
         levels = self.levels_after(keyed_rules, costs, taken)
         self.store(levels)
-        return levels
+        return tightest_of(levels)
 
     def peek(self, charges: List[Charge]) -> Tuple[Quota, int]:
         """Returns the tightest bucket as it is, and the whole seconds until all of `charges` could
         be taken. It makes no bucket."""
-        levels = [self.level_after(*charge) for charge in charges]
-        tightest = tightest_of([one.untaken() for one in levels])
-        return tightest.quota, math.ceil(max([one.wait for one in levels]))
+        levels = [self.level_of(rule, key) for rule, key, _ in charges]
+        waits = [one.less(charge.amount).wait for one, charge in zip(levels, charges)]
+        return tightest_of(levels).quota, math.ceil(max(waits))
 
     def store(self, levels):
         """Keeps `levels`; their buckets are then those used last."""
-        for level, refilled, rule, key, _, _ in levels:
-            if not self.levels.pop(key, None):
+        for level in levels:
+            key = level.key
+            if self.levels.pop(key, None) is None:
                 self.make_room()
-            self.levels[key] = level, refilled, rule
+            self.levels[key] = level
 
     def make_room(self):
         """Drops old buckets that are full by now: two for each that is added, so this never takes
         long. In a table without room the least recently used goes even when it is not full, which
         errs in its caller's favour."""
         for key in list(itertools.islice(self.levels, 2)):
-            rule = self.levels[key][2]
-            if len(self.levels) < self.room and self.level_after(rule, key).level < rule.capacity:
+            if len(self.levels) < self.room and not self.is_full(self.levels[key]):
                 break
             del self.levels[key]
+
+    def is_full(self, found):
+        """Returns whether a bucket is full by now."""
+        return found.key not in self.given and (
+            self.level_of(found.rule, found.key).level >= found.rule.capacity)
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
         running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (level, refilled + wall - now)
-                for key, (level, refilled, rule) in self.levels.items()
-                if rule.unit != RUNNING and self.level_after(rule, key).level < rule.capacity}
+        return {key: (found.level, found.refilled + wall - now)
+                for key, found in self.levels.items()
+                if found.rule.unit != RUNNING and not self.is_full(found)}
 
-    def raw_levels(self, keyed_rules: KeyedRules) -> List[Tuple[BucketKey, int, float]]:
-        """Returns (key, level, monotonic time of the last refill) of those that are not full."""
-        return [(key, *self.levels[key][:2]) for rule, key in keyed_rules
-                if key in self.levels and rule.unit != RUNNING]
+    def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
+        """Returns buckets as they were last seen, those that are there. Any thread may ask: what
+        is in the table is never changed, only replaced."""
+        return [one for one in map(self.levels.get, keys) if one is not None]
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
-        self.levels[key] = level, self.clock.monotonic() - max(0, since), rule
+        now = self.clock.monotonic()
+        self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
 class Hold:
     """What is set aside for one call in all its buckets. It ends once: settled, or given back,
     which leaving the with-block does too. `tightest` is the emptiest bucket as it was last seen,
     None where the call takes nothing."""
+    ended = False
 
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None):
@@ -1781,7 +2073,6 @@ class Hold:
         self.costs = costs
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
-        self.ended = False
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -1798,7 +2089,7 @@ class Hold:
         self.costs = costs
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
-                self.tightest = tightest_of(self.buckets.settle(self.keyed_rules, costs, taken))
+                self.tightest = self.buckets.settle(self.keyed_rules, costs, taken)
                 break
 
     def give_back(self):
@@ -1849,18 +2140,28 @@ def fold_model(name: str) -> str:
     return VERSION_DOT.sub("-", MODEL_VARIANT.sub("", folded)) or name.casefold()
 
 
+@functools.lru_cache(1000)
 def fold_glob(glob: str) -> str:
     """Returns a glob for folded names."""
     return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
 
 
+def names_model(glob: str, name: str) -> bool:
+    """Tells whether a glob means a model, in whichever spelling."""
+    return fnmatch.fnmatchcase(name.casefold(), glob.casefold()) or (
+        fnmatch.fnmatchcase(fold_model(name), fold_glob(glob)))
+
+
 class Limits:
     """Which rules a call must pass. Of each family the first that matches counts, those for `each`
-    last, so that the special may stand before the general."""
+    last, so that the special may stand before the general; those of the caller's own key, which are
+    in `own` by its subject, come before all."""
     MAX_KNOWN = 4_000
+    own: Dict[bytes, Tuple[Rule, ...]] = {}
 
     def __init__(self, ordered_rules: List[Rule], buckets: Buckets, message: str):
         self.rules = ordered_rules
+        self.special_first = sorted(ordered_rules, key=lambda rule: ("each", "") in rule.scopes)
         self.buckets = buckets
         self.message = message
         self.kinds = {kind for rule in ordered_rules for kind, _ in rule.scopes}
@@ -1869,7 +2170,7 @@ class Limits:
         self.known = {}
 
     def units(self) -> Set[str]:
-        return {UNITS[rule.unit] for rule in self.rules}
+        return {UNITS[rule.unit] for rule in itertools.chain(self.rules, *self.own.values())}
 
     def matching(self, caller: Caller, address: str, model: Optional[str],
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
@@ -1877,7 +2178,7 @@ class Limits:
         `model`, and of the `others` that may serve it instead."""
         kinds = self.kinds  # what no rule names would only fill the table
         call = (caller.key, caller.name, address if "address" in kinds else None,
-                model if "model" in kinds else None, upstream)
+                model if "model" in kinds else None, upstream, caller.stored_key)
         found = self.known.get(call)
         if found is None:
             if len(self.known) >= self.MAX_KNOWN:
@@ -1889,19 +2190,41 @@ class Limits:
                 found = found + [pair for pair in more if pair not in found]
         return found
 
-    def find_rules(self, key, name, address, model, upstream):
-        names = {"key": name or "", "model": (model or "").casefold(), "upstream": upstream}
-        owners = {"each": key, "key": key, "address": ("address", address)}
+    def find_rules(self, key, name, address, model, upstream, stored_key):
+        own, team = (stored_key.rules, stored_key.team) if stored_key else ((), None)
+        names = {"key": name, "team": team, "model": (model or "").casefold(), "upstream": upstream}
+        owners = self.owners(key, address, team)
         families = {}
-        for rule in sorted(self.rules, key=lambda rule: ("each", "") in rule.scopes):
-            globs = dict(rule.scopes)
-            if "key" in globs and key[0] != "key":
-                continue
-            if all(self.means(kind, glob, names.get(kind, "")) for kind, glob in rule.scopes):
-                whose = [owners[kind] for kind in owners if kind in globs]
+        for rule in [*own, *self.special_first]:
+            if all(owners.get(kind, key) and self.means(kind, glob, names.get(kind) or "")
+                   for kind, glob in rule.scopes):
+                whose = [owners[kind] for kind in owners if kind in dict(rule.scopes)]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
-        found = [pair for pair in families.values() if pair[0].capacity is not None]
-        return sorted(found, key=lambda pair: self.rules.index(pair[0]))
+        return sorted([pair for pair in families.values() if pair[0].capacity is not None],
+                      key=lambda pair: [*own, *self.rules].index(pair[0]))
+
+    @staticmethod
+    def owners(key, address, team):
+        """Returns whose bucket it is by each kind of scope, None where there is nobody such."""
+        return {"each": key, "key": key if key[0] == "key" else None,
+                "address": ("address", address), "team": team and ("team", team)}
+
+    def buckets_of(self, caller: Caller) -> KeyedRules:
+        """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
+        are buckets."""
+        pairs = [*self.matching(caller, "", None), *[
+            (one.rule, one.key) for one in self.buckets.levels.values()]]
+        return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
+
+    def give(self, caller: Caller, unit: str, amount: int, until: float,
+             again: bool = False) -> int:
+        """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
+        returns how many there are."""
+        found = [(rule, key) for rule, key in self.buckets_of(caller)
+                 if unit in (UNITS[rule.unit], rule.text.split(" ")[2])]
+        for rule, key in found:
+            self.buckets.give(rule, key, amount, until, again)
+        return len(found)
 
     def means(self, kind, glob, name):
         """Returns whether a scope means what is named. A model must not slip through in another
@@ -1917,15 +2240,14 @@ class Limits:
         """Puts back the buckets that were saved, with the refill of the time in between. One whose
         rule was changed keeps its share: it is as full, of the new, as it would be of the old.
         Returns how many were saved in the future."""
-        kept = {rule.text: rule for rule in self.rules if rule.capacity is not None}
-        successors = self.successors({key[0] for key in saved} - kept.keys())
+        find = functools.lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
-            if key[0] in kept:
-                self.buckets.restore(kept[key[0]], key, level, wall - since)
-            elif key[0] in successors:
-                old, new = successors[key[0]]
+            owner = key[1] if len(key) == 2 else None
+            old, new = find(key[0], self.own.get(owner[1], ()) if owner else ())
+            if new:
                 self.buckets.restore(old, key, level, wall - since)
-                level = self.buckets.level_after(old, key).level * new.capacity // old.capacity
+            if new is not old:
+                level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
                 self.buckets.restore(new, (new.text, *key[1:]), level, 0)
         return sum([since > wall + 60 for _, since in saved.values()])
@@ -1933,25 +2255,42 @@ class Limits:
     def take_over(self, wall: float):
         """Has the buckets of rules that came before these go over to these."""
         self.restore(self.buckets.snapshot(wall), wall)
-        texts = {rule.text for rule in self.rules}
+        texts = {rule.text for rule in itertools.chain(self.rules, *self.own.values())}
         for key in [key for key in self.buckets.levels if key[0] not in texts]:
             del self.buckets.levels[key]
 
-    def successors(self, texts):
-        """Returns {text of a rule that is no more: (that rule, the one that came in its place)}:
-        the one of the same scopes and unit, of the same duration if there is one."""
-        found = {}
-        for text in texts:
-            try:
-                old = read_rule(text)
-            except ValueError:
-                continue
-            new = [rule for rule in self.rules if rule.capacity is not None
-                   and rule.scopes == old.scopes and rule.text.split(" ")[2] == text.split(" ")[2]]
-            new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
-            if new and old.capacity is not None:
-                found[text] = old, new[0]
-        return found
+    def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
+        """Goes by other rules of keys; the buckets of those that were changed go over."""
+        changed = {subject for subject in {*self.own, *own}
+                   if self.own.get(subject) != own.get(subject)}
+        self.own = own
+        self.known.clear()
+        if changed:
+            moved = {key: found for key, found in self.buckets.snapshot(wall).items()
+                     if len(key) == 2 and key[1][1] in changed}
+            for key in moved:
+                del self.buckets.levels[key]
+            self.restore(moved, wall)
+
+    def successor(self, text, own):
+        """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
+        has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
+        duration if there is one. Both are None where there is none."""
+        families = {rule.family for rule in own}
+        now = [*own, *[rule for rule in self.rules if rule.family not in families]]
+        others = itertools.chain(*self.own.values())  # of the key behind which a person stands
+        same = next((rule for rule in [*now, *others] if rule.text == text), None)
+        if same:
+            return (same, same) if same.capacity is not None else (None, None)
+        try:
+            old = read_rule(text)
+        except ValueError:
+            return None, None
+        new = [rule for rule in now if rule.capacity is not None
+               and rule.text.split(" ")[2] == text.split(" ")[2]
+               and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
+        new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+        return (old, new[0]) if new and old.capacity is not None else (None, None)
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -1962,14 +2301,13 @@ class Limits:
         matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
-        levels = await self.buckets.take(matching, costs)
-        tightest = tightest_of(levels)
-        if tightest.level < 0 and least is not None and least is not costs:
-            costs = self.what_is_left(levels, costs, least)
-            levels = await self.buckets.take(matching, costs)
-            tightest = tightest_of(levels)
+        tightest, levels = await self.buckets.take(matching, costs)
         if tightest.level < 0:
-            raise self.refusal(levels)
+            if least is not None and least is not costs:
+                costs = self.what_is_left(levels, costs, least)
+                tightest, levels = await self.buckets.take(matching, costs)
+            if tightest.level < 0:
+                raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
 
     @staticmethod
@@ -2014,9 +2352,9 @@ class WrongKeys:
 
     def refusal(self, address: str) -> Refusal:
         """Returns what to say of one more."""
-        level = self.buckets.level_after(self.RULE, (self.RULE.text, ("address", address)), 1)
+        level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
         if level.level < 0:
-            return TooManyGuesses(level.wait)
+            return TooManyGuesses(wait=level.wait)
         self.buckets.store([level])
         return Unauthorized()
 
@@ -2061,38 +2399,70 @@ def sum_of_weights(texts: List[str]) -> int:
     return sum(map(len if all(map(str.isascii, texts)) else text_weight, texts))
 
 
+PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
+
+
+def kind_of_text(text: str) -> int:
+    """Returns 0 for prose in Latin letters, 1 for code, 2 for other scripts, by what the beginning
+    holds that is rare in prose: their tokens differ in length."""
+    data = text[:1000].encode("utf-8", "surrogatepass")
+    rare = len(data.translate(None, PROSE))
+    return (rare * 25 > len(data)) + (rare * 2 > len(data))
+
+
+ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
+
+
 def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
                 media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
-                ) -> Tuple[int, List[int]]:
+                ) -> Tuple[int, List[int], int]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
     list of numbers has as many tokens. Of images and the like, which are those of which
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
-    `plain` names alone."""
-    texts = []
-    numbers = cut = 0
-    media = []
-    values = list({**payload, skip: None}.values())
-    for value in values:  # the list grows meanwhile
+    `plain` names alone. Third comes the kind of the longest text."""
+    texts, media = [], []
+    rest = 0
+    level = list({**payload, skip: None}.values())
+    while level:
+        kinds = set(map(type, level))
+        if kinds == ONLY_TEXTS:  # the last level of nearly all
+            texts += level
+            break
+        if kinds == ONLY_OBJECTS and all(map(plain.issuperset, level)):
+            level = list(itertools.chain.from_iterable(map(dict.values, level)))
+        else:
+            level, more = look_through(level, plain, names, media_texts, texts, media)
+            rest += more
+    weight = sum_of_weights(texts) + len(texts) + rest
+    kind = kind_of_text(max(texts, key=len)) if texts else 0
+    return weight - 1 if weight else 0, media, kind
+
+
+def look_through(level, plain, names, media_texts, texts, media):
+    """Adds what is found in a level of a payload to `texts` and `media`; returns the level below,
+    and the weight of what is neither."""
+    below = []
+    rest = 0
+    for value in level:
         kind = type(value)
         if kind is str:
             texts.append(value)
+        elif kind is list:
+            below += value
+            if value and type(value[0]) in (int, float):
+                rest += CHARACTERS_PER_TOKEN * len(value)
         elif kind is dict:
             if not plain.issuperset(value):
                 found = media_texts(value)
                 if found is not None:
                     media.append(text_weight(" ".join(found)))
                     continue
-                values += [key for key in value if key not in names]
-            values += value.values()
-        elif kind is list:
-            values += value
-            if value and type(value[0]) in (int, float):
-                numbers += len(value)
+                below += [key for key in value if key not in names]
+            below += value.values()
         elif kind is CutText:
-            cut += value.size + 1
-    weight = sum_of_weights(texts) + len(texts) + CHARACTERS_PER_TOKEN * numbers + cut
-    return max(0, weight - 1), media
+            rest += value.size + 1
+    return below, rest
 
 
 class Usage(NamedTuple):
@@ -2127,13 +2497,16 @@ class Usage(NamedTuple):
 
 
 class Billable:
-    """What a cost depends on before the call is made: `models` are all that may serve it."""
+    """What a cost depends on before the call is made: `models` are all that may serve it, and
+    `length` is what `prompt_length` has returned, once it was asked."""
     __slots__ = ()
     upstream_model: str
     models: Tuple[str, ...]
+    length: Optional[Tuple[int, List[int], int]] = None
 
-    def prompt_length(self) -> Tuple[int, List[int]]:
-        """Returns the weight of the prompt's text, and of that in each image and the like."""
+    def prompt_length(self) -> Tuple[int, List[int], int]:
+        """Returns the weight of the prompt's text, and of that in each image and the like, and what
+        kind of text it is."""
         raise NotImplementedError
 
     def output_limit(self) -> Tuple[Optional[int], int]:
@@ -2385,8 +2758,9 @@ class Habits:
 
 
 class ModelHabits:
-    """The habits of a model's callers, each for itself, so that nobody teaches what others pay. Who
-    has made few calls yet is taken for the one in the middle of all, within bounds."""
+    """The habits of a model's callers with one kind of text, each for itself, so that nobody
+    teaches what others pay. Who has made few calls yet is taken for the one in the middle of all,
+    within bounds."""
     CALLERS = 50
     FEW = 3
     OWN_RATIOS = 0.5, 8
@@ -2443,14 +2817,22 @@ class CostEstimator:
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        # by the name of the model, and the kind of text
+        self.models: "collections.OrderedDict[Tuple[str, int], ModelHabits]" = (
+            collections.OrderedDict())
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
+    @staticmethod
+    def model_key(call):
+        """Returns what the habits of a call's model are found by. Where rules count no tokens, no
+        text is looked at for them."""
+        return fold_model(call.upstream_model), call.length[2] if call.length else 0
+
     def habits(self, call):
-        return self.models.get(fold_model(call.upstream_model), self.unknown)
+        return self.models.get(self.model_key(call), self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
@@ -2458,15 +2840,15 @@ class CostEstimator:
         output = self.reserve if limit is None else limit
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            prompt = self.tokens_of(call.prompt_length(), CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        prompt = self.prompt_tokens(call, ratio)
+        prompt = self.estimated_input(call, habits.of(caller))
         least = held = self.held(call, prompt, output * outputs, estimate)
-        peak = 0 if limit else habits.peak(caller) or self.last_peak(caller)
-        if peak > output:
-            held = self.held(call, prompt, peak * outputs, estimate)
+        if not limit:
+            peak = habits.peak(caller) or self.last_peak(caller)
+            if peak > output:
+                held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
 
     def last_peak(self, caller):
@@ -2476,16 +2858,21 @@ class CostEstimator:
         return max([model.peak(caller) for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
-        expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
+        output = min(output, MAX_TOKENS_PER_CALL)
         picodollars = 0
         if "usd" in self.units:
             # A cheaper tier that is asked for is not always what serves.
-            picodollars = max([self.prices.cost(expected._replace(tiers=tiers), name)[0]
+            picodollars = max([self.prices.cost(Usage(prompt, output, tiers=tiers), name)[0]
                                for name in call.models for tiers in {(), call.tiers()}])
-        return self.costs(expected, picodollars, estimate, 1)
+        return self.request_cost, prompt + output, prompt, output, picodollars, 1, estimate
 
-    def prompt_tokens(self, call, ratio):
-        weight, media = call.prompt_length()
+    def estimated_input(self, call, habits):
+        ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
+        return self.tokens_of(call.prompt_length(), ratio)
+
+    def tokens_of(self, length, ratio):
+        """Returns the tokens of a prompt."""
+        weight, media, _ = length
         tokens = math.ceil(weight / ratio)
         for one in media:
             tokens += max(self.media_tokens, math.ceil(one / ratio))
@@ -2493,7 +2880,9 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        prompt, output, *_ = used.with_others() if used.others else used
+        if used.others:
+            used = used.with_others()
+        prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
@@ -2504,6 +2893,9 @@ class CostEstimator:
         reported, complete = source.reported_usage(whole) if source else (None, False)
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
+            if reported.estimated:  # its input was not told
+                own = self.habits(call).of(caller)
+                return reported._replace(input=self.estimated_input(call, own))
             self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
@@ -2513,13 +2905,14 @@ class CostEstimator:
             output = math.ceil(output / (1 - habits.hidden))
         else:
             output = max(output, held)
-        if reported is None:
-            ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio))
-            if source:
-                tiers = (source.tier,) if source.tier else ()
-                reported = reported._replace(model=source.model, tiers=tiers)
+        reported = reported or self.unreported(call, habits, source)
         return reported._replace(output=max(reported.output, output), estimated=True)
+
+    def unreported(self, call, habits, source):
+        used = Usage(self.estimated_input(call, habits))
+        if source is None:
+            return used
+        return used._replace(model=source.model, tiers=(source.tier,) if source.tier else ())
 
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
@@ -2534,28 +2927,30 @@ class CostEstimator:
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
-        name = fold_model(call.upstream_model)
-        model = self.models.get(name)
-        if model is None:
-            if len(self.models) >= KNOWN_MODELS:
-                self.models.popitem(last=False)
-            model = self.models[name] = ModelHabits()
+        name = self.model_key(call)
+        model = self.models.get(name) or self.add_model(name)
         own = model.callers.get(caller) or model.add(caller)
-        own.calls += 1
+        own.calls = calls = own.calls + 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
             if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
-        if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+        if calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.models.move_to_end(name)  # who calls often is here often enough
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
 
+    def add_model(self, name):
+        if len(self.models) >= KNOWN_MODELS:
+            self.models.popitem(last=False)
+        found = self.models[name] = ModelHabits()
+        return found
+
     def learn_ratios(self, call, own, used, source):
         """Leaves out what is short: what stands around it would count too much."""
         if self.needs_estimate and used.input:
-            weight, media = call.prompt_length()
+            weight, media, _ = call.prompt_length()
             if weight >= 64 and not media:
                 own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
         weight = source.output_characters() if used.output >= 16 else 0
@@ -2591,29 +2986,14 @@ STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 def is_too_complex(data: bytes) -> bool:
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
-    if len(data) <= MAX_JSON_PARTS and data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return False
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
-    outside = b'""'.join(split_at_quotes(marks, 2 * MAX_JSON_PARTS)[::2])
+    marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = b'""'.join(marks.split(b'"', 2 * MAX_JSON_PARTS)[::2])
     if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
         return True
     return is_deep(outside)
-
-
-def split_at_quotes(marks: bytes, most: int = -1) -> List[bytes]:
-    """Returns what JSON, stripped by NO_MARKS, has outside of strings, within one, and so on."""
-    return marks.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', most)
-
-
-def is_outermost(data: bytes, place: int) -> bool:
-    """Returns whether what stands at a place of a JSON object is in no other object in it, nor in a
-    string."""
-    parts = split_at_quotes(data[:place].translate(None, NO_MARKS))
-    outside = b"".join(parts[::2])
-    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
-    return depth == 1 and len(parts) % 2 == 1
 
 
 def is_deep(outside: bytes) -> bool:
@@ -2653,16 +3033,12 @@ def short_integer(text: str) -> int:
 
 def with_cuts(sizes: Dict[str, int], pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Returns an object of JSON in which what was cut out says so; `sizes` are by mark."""
-    found = unique(pairs)
-    for key, value in found.items():
-        if type(value) is list:
-            found[key] = [cut_text(one, sizes) for one in value]
-        else:
-            found[key] = cut_text(value, sizes)
-    return found
+    return {key: cut_text(value, sizes) for key, value in unique(pairs).items()}
 
 
 def cut_text(value, sizes):
+    if type(value) is list:
+        return [cut_text(one, sizes) for one in value]
     size = sizes.get(value[32:]) if type(value) is str else None
     return value if size is None else CutText.of(value, size)
 
@@ -2701,7 +3077,8 @@ def was_strict(text, value):
 
 def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
-    if is_too_complex(data):
+    brackets = data.count(b"[") + data.count(b"{")
+    if (brackets > MAX_JSON_DEPTH or len(data) > MAX_JSON_PARTS) and is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
@@ -2728,46 +3105,58 @@ MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
     rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
     rb'\s*:\s*\[?\s*|,\s*)"$')
-COLON = re.compile(rb"\s*:\s*")
-MARK = "<%s:%d>"  # stands for one that was cut out
+# A string, up to where it may be cut, and whether it is a key; or a bracket
+JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
+
+
+def value_start(data: bytes, key: str) -> int:
+    """Returns where the value at a key of a JSON object begins, however deep the same key stands
+    before it; -1 without one, or where that is spelled with escapes."""
+    depth = 0
+    name = b'"%b"' % key.encode()
+    for step in JSON_STEP.finditer(data):
+        if step[1] is None:
+            depth += 1 if step[0] in b"{[" else -1
+        elif depth == 1 and step[1] == name and step[2]:
+            return step.end()
+    return -1
 
 
 class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
-    spelled again. `cuts` are (place in `short`, its mark, where it stands in `data`)."""
+    spelled again. `cuts` are by the mark that stands for each."""
 
     def __init__(self, data: bytes):
-        self.data = data
-        self.cuts: List[Tuple[int, bytes, slice]] = []
-        self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
+        self.data = self.short = data
+        self.cuts: Dict[bytes, slice] = {}
+        if len(data) > 2 * MEDIA_BYTES:
+            self.short = self.cut_media()
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
-        data, secret = self.data, "%016x" % random.getrandbits(64)
-        pieces, taken, length = [], 0, 0
-        looked, start, place = 0, 0, MEDIA_BYTES
-        while place < len(data):
-            start = data.rfind(b'"', looked, place) + 1 or start
-            end = data.find(b'"', place)
-            if end < 0:
-                break
+        data = self.data
+        self.secret = b"%016x" % random.getrandbits(64)
+        pieces = []
+        taken = 0
+        start = data.rfind(b'"', 0, MEDIA_BYTES) + 1
+        end = data.find(b'"', MEDIA_BYTES)
+        while end >= 0:
             if start and end - start > MEDIA_BYTES and self.is_media(start, end):
-                mark = (MARK % (secret, len(self.cuts))).encode()
+                mark = b"<%b:%d>" % (self.secret, len(self.cuts))
                 pieces += data[taken:start + 32], mark
-                length += start + 32 - taken + len(mark)
-                self.cuts.append((length - len(mark), mark, slice(start + 32, end)))
+                self.cuts[mark] = slice(start + 32, end)
                 taken = end
-            looked = max(looked, end)
-            place = max(place, end) + MEDIA_BYTES
+            start = data.rfind(b'"', end, end + MEDIA_BYTES) + 1
+            end = data.find(b'"', end + MEDIA_BYTES)
         return b"".join((*pieces, data[taken:]))
 
     def parse(self) -> Dict[str, Any]:
         """Raises BadRequest."""
         decoder = STRICT_JSON
         if self.cuts:
-            sizes = {mark.decode(): 32 + cut.stop - cut.start for _, mark, cut in self.cuts}
+            sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
             decoder = strict_decoder(functools.partial(with_cuts, sizes))
         try:
             payload = decode_json(self.short, decoder)
@@ -2791,39 +3180,26 @@ class JsonBody:
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
         if key not in known:
-            start = self.short.index(b"{") + 1
-            rest = self.short[start:].lstrip(b" \t\r\n")
-            comma = b"" if rest.startswith(b"}") else b","
-            return self.splice(start, start, b'"%b":%b%b' % (key.encode(), spelled, comma))
-        return self.splice(*self.span(key), spelled)
-
-    def span(self, key):
-        """Returns where the value of a top-level key stands in `short`."""
-        place = -1
-        name = b'"%b"' % key.encode()
-        for _ in range(16):
-            place = self.short.find(name, place + 1)
-            if place < 0:
-                break
-            colon = COLON.match(self.short, place + len(name))
-            if colon and is_outermost(self.short, place):
-                text = self.short[colon.end():colon.end() + 65536].decode("utf-8", "ignore")
-                length = len(text[:PLAIN_JSON.raw_decode(text)[1]].encode())
-                return colon.end(), colon.end() + length
-        raise BadRequest("The key %s must be spelled plainly, and stand near the front" % key)
-
-    def splice(self, start, end, spelled):
-        """Returns the bytes with `spelled` between two places of `short`."""
-        added = sum([cut.stop - cut.start - len(mark)
-                     for place, mark, cut in self.cuts if place < start])
-        return b"".join((self.data[:start + added], spelled, self.data[end + added:]))
+            start = end = self.short.index(b"{") + 1
+            spelled = b'"%b":%b%b' % (key.encode(), spelled, b"," if known else b"")
+        else:
+            start = value_start(self.short, key)
+            if start < 0:
+                raise BadRequest("The key %s must be spelled plainly" % key)
+            # Each byte is a character.
+            end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
+        return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
 
     def spell(self, payload: Dict[str, Any]) -> bytes:
-        """Returns a changed payload as JSON, with what was cut out in its place."""
-        data = to_json_bytes(payload)
-        for _, mark, cut in self.cuts:
-            data = data.replace(mark, self.data[cut], 1)
-        return data
+        """Returns a changed payload as JSON."""
+        return self.whole(to_json_bytes(payload))
+
+    def whole(self, short):
+        """Returns JSON with what was cut out in its place."""
+        if not self.cuts:
+            return short
+        return re.sub(b"<%b:[0-9]+>" % self.secret,
+                      lambda mark: self.data[self.cuts[mark[0]]], short)
 
 
 def parse_response(data: bytes) -> Any:
@@ -2831,23 +3207,13 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def parse_or_none(data: bytes) -> Any:
-    """Returns JSON of an upstream, None where it cannot be read."""
-    try:
-        return decode_json(data.lstrip(BYTE_ORDER_MARK))
-    except ValueError:
-        return None
-
-
 def object_in(data: bytes) -> Dict[str, Any]:
-    """Returns a JSON object of an upstream, {} where there is none."""
-    found = parse_or_none(data)
-    return found if isinstance(found, dict) else {}
-
-
-def last_object(data: bytes) -> Dict[str, Any]:
-    """Returns the same, or the last of an array of them."""
-    found = parse_or_none(data)
+    """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
+    none."""
+    try:
+        found = parse_response(data)
+    except ValueError:
+        return {}
     if type(found) is list and found:
         found = found[-1]
     return found if type(found) is dict else {}
@@ -2877,16 +3243,18 @@ def dig(value: Any, *names: str) -> Any:
 FORM_TYPE = re.compile(
     r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
-FIELD_NAME = re.compile(
-    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
-    rb"[ \t]*(?:$|(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)", re.IGNORECASE)
+FIELD_HEAD = re.compile(rb"""
+    (?:(?!.*content-disposition)[^\r\n]*\r\n)*
+    content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\\r\n]*)"|([^\s;"\\]+))
+    [ \t]*(?:(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)?
+    (?:\r\n(?!.*content-disposition)[^\r\n]*)*""", re.IGNORECASE | re.VERBOSE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_fields(body, content_type):
-    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+def form_parts(body, content_type):
+    """Yields (head, start, end of its value) of each part of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
     mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
@@ -2899,52 +3267,72 @@ def form_fields(body, content_type):
         start = at + len(head) + len(blank)
         if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
             break
-        yield head, start, end - 2
+        yield head[2:], start, end - 2
         at = end + len(mark)
     raise BadRequest("The request body is not a form as its Content-Type says")
 
 
-def form_model(body, content_type, named):
-    """Returns the model that a form names, if any, and what makes the form with another one. Puts
-    into `named` what it says of stored things. Raises BadRequest."""
-    found = None
-    for head, start, end in form_fields(body, content_type):
-        lines = head[2:].split(b"\r\n")
-        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
-        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
-                head.count(b"\n") != len(lines)):
+def form_fields(body, content_type):
+    """Yields (name, start, end of its value) of each field. Raises BadRequest."""
+    for head, start, end in form_parts(body, content_type):
+        match = FIELD_HEAD.fullmatch(head)
+        name = match and match[match.lastindex].decode("latin-1")
+        if not match or (name == "model" and b"encoding:" in head.lower()):
             raise BadRequest("A field of the form is not named plainly")
-        name = names[0][names[0].lastindex]
-        note_reference(name.decode("latin-1"), body[start:end], named)
-        if name.lower() == b"model":
-            if found or name != b"model" or b"encoding:" in head.lower():
-                raise BadRequest("The field model must stand once in the form, and plainly")
-            found = start, end
-    if not found:
-        return None, None
-    start, end = found
-    return body[start:end].decode("utf-8", "replace"), (
-        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+        yield name, start, end
 
 
-def note_reference(name, value, named):
-    """Notes what stands in a field of a form, such as file_id or images[0][file_id]."""
-    for key in REFERENCES.intersection(re.split(r"[][.]+", name)):
-        named.setdefault(key, []).append(value.decode("latin-1"))
-
-
-def query_model(body, named):
-    """Does the same for a form that is spelled as a query is."""
+def query_fields(body):
+    """Yields the same of a form that is spelled as a query is."""
     if len(body) > MAX_QUERY:
         raise BodyTooLarge()
-    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
-    for name, value in pairs:
-        note_reference(name, value.encode("utf-8", "replace"), named)
-    found = [value for name, value in pairs if name.lower() == "model"]
-    if len(found) > 1:
-        raise BadRequest("The field model must stand once in the form, and plainly")
-    return "".join(found) or None, lambda model: urllib.parse.urlencode(
-        [(name, model if name == "model" else value) for name, value in pairs]).encode()
+    for field in re.finditer(b"([^=&]+)=?([^&]*)", body):
+        yield (urllib.parse.unquote_plus(field[1].decode("latin-1")), *field.span(2))
+
+
+def read_form(body, content_type, named):
+    """Returns the model that a form names, and what makes the form with another one, None and None
+    where it names none. Puts into `named` what it says of stored things. Raises BadRequest."""
+    kind = content_type.lower()
+    decode = encode = str
+    fields = ()
+    if kind.startswith("multipart/form-data"):
+        fields = form_fields(body, content_type)
+    elif kind.startswith("application/x-www-form-urlencoded"):
+        fields = query_fields(body)
+        decode, encode = urllib.parse.unquote_plus, urllib.parse.quote_plus
+    found = None
+    for name, *place in fields:
+        keys = REFERENCES.intersection(re.split(r"[][.]+", name))  # such as images[0][file_id]
+        is_model = name.lower() == "model"
+        if keys or is_model:
+            value = decode(body[slice(*place)].decode("utf-8", "replace"))
+        for key in keys:
+            named.setdefault(key, []).append(value)
+        if is_model:
+            if found or name != "model":
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = value, place
+    if not found:
+        return None, None
+    model, (start, end) = found
+    return model, lambda other: b"%b%b%b" % (body[:start], encode(other).encode(), body[end:])
+
+
+def objects_in(value, values_of=dict.values):
+    """Returns the objects in a value of JSON, outer ones first. What else to look at in one is
+    what `values_of` returns of it; None leaves it out."""
+    found = []
+    parts = [value]
+    for part in parts:  # the list grows meanwhile
+        if type(part) is list:
+            parts += part
+        elif type(part) is dict:
+            values = values_of(part)
+            if values is not None:
+                found.append(part)
+                parts += values
+    return found
 
 
 def as_list(value):
@@ -3018,45 +3406,45 @@ class EventFraming(NamedTuple):
 
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
-        lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
-        data = [data for data in map(self.data, lines) if data is not None]
-        return object_in(data[0] if len(data) == 1 else b"\n".join(data))
+        return object_in(self.all_data(event))
+
+    def all_data(self, event):
+        """Returns the JSON of an event or its line."""
+        lines = event.lstrip(BYTE_ORDER_MARK).splitlines()
+        return b"\n".join([data for data in map(self.data, lines) if data is not None])
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
         lines = event.splitlines(keepends=True)
-        places = [place for place, line in enumerate(lines) if self.data(line) is not None]
-        last = lines[places[-1]]
-        end = last[len(last.rstrip(b"\r\n")):]
-        lines[places[0]:places[-1] + 1] = [self.prefix + data + end]
-        return b"".join(lines)
+        end = lines[-1][len(lines[-1].rstrip(b"\r\n")):] or self.ends[0][:1]
+        rest = [line for line in lines if self.data(line) is None]
+        rest.insert(sum(map(bool, map(bytes.strip, rest))), self.prefix + data + end)
+        return b"".join(rest)
 
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
         events = []
-        lines: List[bytes] = []
+        ended = True
         for line in data.splitlines(keepends=True):
             blank = not line.strip(b"\r\n")
-            if lines and not blank and self.is_whole(lines):
-                events.append(b"".join(lines))
-                lines = []
-            lines.append(line)
-            if blank:
-                events.append(b"".join(lines))
-                lines = []
-        return events + [b"".join(lines)] if lines else events
+            if ended or (not blank and self.is_whole(events[-1])):
+                events.append(line)
+            else:
+                events[-1] += line
+            ended = blank
+        return events
 
     def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
         return 0 if place < 0 else place + 2
 
-    def is_whole(self, lines):
+    def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
-        data = self.data(lines[-1])
+        data = self.data(event.splitlines()[-1])
         return data is not None and (data.strip() == LAST_DATA or (
-            data.rstrip().endswith(b"}") and bool(self.payload(b"".join(lines)))))
+            data.rstrip().endswith(b"}") and bool(self.payload(event))))
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
@@ -3100,12 +3488,10 @@ class Call(Billable):
     made: Sequence[str] = ()                               # and these are they
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
-    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
     objects: Optional[List[Dict[str, Any]]] = None
-    length: Optional[Tuple[int, List[int]]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3145,18 +3531,16 @@ class Call(Billable):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
             payload = rewrite(payload)
-        self.spell(payload)
+        if payload is not self.payload:
+            self.spell(payload)
 
     def spell(self, payload):
         """Puts a changed payload into the upstream's body: a model alone is spliced in."""
         before = self.payload
-        if payload is before:
-            return
-        same = {**payload, "model": None} == {**before, "model": None} if (
-            payload.keys() - {"model"} == before.keys() - {"model"}) else False
-        if same and "model" in payload:
+        changed = [key for key in {**before, **payload} if payload.get(key) is not before.get(key)]
+        if changed == ["model"] and payload.get("model"):
             self.upstream_body = self.json_body.with_value("model", payload["model"], before)
-        else:
+        elif changed:
             self.upstream_body = self.json_body.spell(payload)
 
     def request_usage(self) -> None:
@@ -3199,22 +3583,15 @@ class Call(Billable):
         """Returns the names of stored things that the payload speaks of."""
         found = []
         meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
-        parts = [self.payload]
-        for part in parts:  # the list grows meanwhile
-            values = part
-            if type(part) is dict:
-                if "type" in part and ECHO.search(str(part["type"])):
-                    continue
-                values = part.values()
-                if not meant.isdisjoint(part):
-                    for key in meant.intersection(part):
-                        found += names_of_things(part[key])
-                if not CALLERS_OWN.isdisjoint(part):
-                    values = [part[key] for key in part.keys() - CALLERS_OWN]
-            parts += [one for one in values if type(one) in (list, dict)]
+        for part in objects_in(self.payload, says_of_things):
+            if not meant.isdisjoint(part):
+                for key in meant.intersection(part):
+                    found += names_of_things(part[key], PREFIXES.get(key, ""))
+            if part.get("type") in REFERENCE_TYPES:
+                found += names_of_things(part)
         return found
 
-    def prompt_length(self) -> Tuple[int, List[int]]:
+    def prompt_length(self) -> Tuple[int, List[int], int]:
         if self.length is None:
             payload = self.payload
             if payload.get(IMAGES_KEY):
@@ -3254,11 +3631,7 @@ class Call(Billable):
         if self.objects is None:
             self.objects = [self.payload]
             if self.endpoint == UNKNOWN:
-                parts = [self.payload]
-                for part in parts:  # the list grows meanwhile
-                    values = part.values() if type(part) is dict else part
-                    parts += [one for one in values if type(one) in (dict, list)]
-                self.objects = [part for part in parts if type(part) is dict]
+                self.objects = objects_in(self.payload)
             elif not OPTION_HOLDERS.isdisjoint(self.payload):
                 self.objects += [self.payload[name] or {}
                                  for name in OPTION_HOLDERS & self.payload.keys()]
@@ -3395,7 +3768,11 @@ REFERENCES = frozenset("""
     conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
     training_file validation_file video_id vector_store_id vector_store_ids container container_id
     cachedContent cached_content fileUri file_uri fileSearchStoreNames
-    file_search_store_names""".split())
+    file_search_store_names eval_id skill_id prompt""".split())
+# At these there may be something else, too: how names of stored things begin.
+PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
+# Objects of these types name one by their id.
+REFERENCE_TYPES = ("item_reference", "file_id")
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -3411,49 +3788,43 @@ THING_NAME = re.compile(
     r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = "id request_id thread_id output_file_id error_file_id responsesFile".split()
+NAME_KEYS = """id request_id thread_id output_file_id error_file_id responsesFile container_id
+    file_id""".split()
 # These make files when they are done.
 HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
-MADE_IN = "response interaction conversation container file".split()
+MADE_IN = """response interaction conversation container file output content annotations
+    results""".split()
 
 
-def names_of_things(value):
+def says_of_things(part):
+    """Returns the values in an object that may speak of stored things, None where none can."""
+    if "type" in part and ECHO.search(str(part["type"])):
+        return None
+    if CALLERS_OWN.isdisjoint(part):
+        return part.values()
+    return [part[key] for key in part.keys() - CALLERS_OWN]
+
+
+def names_of_things(value, prefix=""):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
-    values = value if type(value) is list else [value]
-    names = [one.get("id") if type(one) is dict else one for one in values]
-    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    names = [one.get("id") if type(one) is dict else one for one in as_list(value)]
+    matches = [THING_NAME.fullmatch(name) for name in names
+               if type(name) is str and name.startswith(prefix)]
     return [match[match.lastindex] for match in matches if match]
 
 
 def names_made(payload):
-    """Returns the names of what a response or an event says was made."""
+    """Returns the names of what a response or an event says was made, also by tools of the
+    upstream's own."""
     found = []
-    holders = [payload]
-    for holder in holders:  # the list grows meanwhile
-        if type(holder) is dict:
-            holders += map(holder.get, MADE_IN)
-            found += map(holder.get, NAME_KEYS)
-            found += names_of_things(holder.get("result_files"))
-            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
-            found.append(resource and resource[1])
-    return [name for name in found + names_in_output(payload) if type(name) is str and name]
-
-
-def names_in_output(payload):
-    """Returns the names of what tools of the upstream's own have made."""
-    found = []
-    parts = [payload]
-    for part in parts:  # the list grows meanwhile
-        if len(parts) > 10_000:
-            break
-        if type(part) is dict:
-            found += [part.get("container_id"), part.get("file_id")]
-            parts += map(part.get, ("output", "content", "annotations", "results"))
-        elif type(part) is list:
-            parts += part
-    return found
+    for part in objects_in(payload, lambda part: map(part.get, MADE_IN))[:10_000]:
+        found += map(part.get, NAME_KEYS)
+        found += names_of_things(part.get("result_files"))
+        resource = RESOURCE_NAME.fullmatch(str(part.get("name")))
+        found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -3496,13 +3867,11 @@ def with_iterations(told, parts):
     """Returns the usage of a call that ran in several steps, some of them by another model. What
     was told may leave out some (Anthropic's compaction)."""
     served = fold_model(told.model or "")
-    names = [served and fold_model(part.model or told.model) for part in parts]
-    own = tuple([part for part, name in zip(parts, names) if name == served])
-    others = tuple([part for part, name in zip(parts, names) if name != served])
-    steps = Usage(others=own).with_others()
+    own = [part for part in parts if not served or fold_model(part.model) == served]
+    steps = Usage(others=tuple(own)).with_others()
     if steps.input + steps.output > told.input + told.output:
         told = steps._replace(model=told.model, tiers=told.tiers, picodollars=told.picodollars)
-    return told._replace(others=others)
+    return told._replace(others=tuple([part for part in parts if part not in own]))
 
 
 class Dialect:
@@ -3516,9 +3885,11 @@ class Dialect:
         "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
-    # The keys of lists that name more models which may serve: to fall back to, or as tools.
+    # The keys of lists that name more models which may serve: to fall back to, or as tools; and
+    # those of models in their rows.
     FALLBACKS = frozenset(("models", "fallbacks"))
-    MODEL_LISTS = FALLBACKS.union(("tools",))
+    MODEL_LISTS = FALLBACKS.union(("tools", "plugins"))
+    ROW_KEYS = frozenset(("model", "analysis_models"))
     MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
@@ -3548,6 +3919,10 @@ class Dialect:
     OTHER_ERRORS = ("", "")
     ERROR_LINE = b""  # before an error in a stream
     RETRY_DETAILS = ""  # in an error, where it is known when to ask again
+    # ... of limit replies, by endpoint: whole, and in a stream one line for each event; and of what
+    # stands in them more than once
+    LIMIT_REPLIES: Dict[str, Tuple[str, str]] = {}
+    REPLY_PARTS: Dict[str, str] = {}
     # ... and of lists of models.
     MODEL_LIST = ""
     MODEL = ""
@@ -3558,19 +3933,22 @@ class Dialect:
         meta tokens""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
-        "prompt": "prompt_tokens input_tokens inputTokens tokens_evaluated",
-        "output": "completion_tokens output_tokens outputTokens tokens_predicted "
-                  "total_output_tokens",
-        "total": "total_tokens totalTokens",
-        "cached": "cached_tokens prompt_cache_hit_tokens cache_read_input_tokens "
-                  "cache_read_tokens cacheReadInputTokens",
-        "written": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens "
-                   "cacheWriteInputTokens",
+        "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
+            total_input_tokens prompt_eval_count""",
+        "tools": "toolUsePromptTokenCount total_tool_use_tokens",
+        "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
+            total_output_tokens candidatesTokenCount""",
+        "total": "total_tokens totalTokens totalTokenCount",
+        "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
+            cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
+        "written": """cache_write_tokens cache_creation_input_tokens cache_creation_tokens
+            cacheWriteInputTokens""",
         "minutes": "ephemeral_5m_input_tokens", "hour": "ephemeral_1h_input_tokens",
-        "reasoning": "reasoning_tokens thinking_tokens reasoning_output_tokens",
+        "reasoning": """reasoning_tokens thinking_tokens reasoning_output_tokens
+            thoughtsTokenCount total_thought_tokens""",
     }.items() for name in names.split()}
     # What is added up to all of the input, and of the output.
-    INPUT = ("prompt",)
+    INPUT = ("prompt", "tools")
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
@@ -3597,7 +3975,6 @@ class Dialect:
 
     def __init__(self):
         self.usage_key = self.USAGE_MARK[1:-1].decode()
-        self.count_names = frozenset(self.COUNTS)
 
     # -- requests
 
@@ -3631,7 +4008,7 @@ class Dialect:
         if rename is None and not self.FALLBACKS.isdisjoint(payload):
             payload = {key: payload[key] for key in payload if key not in self.FALLBACKS}
         names = []
-        lists = {key: [self.renamed(one, rename, names) for one in payload[key]]
+        lists = {key: self.renamed(payload[key], rename, names)
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
         same = all([lists[key] == payload[key] for key in lists])
         return payload if same else {**payload, **lists}, self.few(names)
@@ -3643,18 +4020,19 @@ class Dialect:
             raise BadRequest("The request names too many models")
         return names
 
-    @staticmethod
-    def renamed(one, rename, names):
-        """Returns a row of such a list, which is a name or an object with one."""
+    def renamed(self, one, rename, names):
+        """Returns such a list, or a row of it, which is a name or an object with some."""
+        if type(one) is list:
+            return [self.renamed(row, rename, names) for row in one]
         if type(one) is str and rename:
             names.append(rename(one))
             return names[-1]
-        if type(one) is not dict or type(one.get("model")) is not str:
+        if type(one) is not dict or self.ROW_KEYS.isdisjoint(one):
             return one
-        if rename is None:
-            return {key: one[key] for key in one if key != "model"}
-        names.append(rename(one["model"]))
-        return {**one, "model": names[-1]}
+        found = {key: one[key] for key in one.keys() - self.ROW_KEYS}
+        for key in self.ROW_KEYS.intersection(one if rename else ()):
+            found[key] = self.renamed(one[key], rename, names)
+        return found
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -3686,16 +4064,19 @@ class Dialect:
         final = self.is_finished(payload) or not payload.get(self.REASON[0])
         return self.counts_in(payload), final or None
 
+    def parts(self, payload):
+        """Returns the objects in a response or an event in which usage and the like may stand."""
+        found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
+        return [part for part in found if isinstance(part, dict)]
+
     def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
-            for name in self.USAGE_HOLDERS:
-                for part in as_list(payload.get(name))[:128]:
-                    if isinstance(part, dict):
-                        found = merged(found, self.counts_in(part))
-        if self.count_names.isdisjoint(payload):
+            for part in self.parts(payload):
+                found = merged(found, self.counts_in(part))
+        if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
 
@@ -3705,16 +4086,18 @@ class Dialect:
         if type(model) is str and is_name(model):
             tier = payload.get(self.TIERS[0])
             return model, tier if tier and is_name(tier) else None
-        for name in self.USAGE_HOLDERS[:3]:
-            if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
-                return self.served(payload[name])
+        for part in self.parts(payload):
+            if self.SERVED in part:
+                return self.served(part)
         return None, None
 
     def is_finished(self, payload):
         """Returns whether a response or an event says that the model has stopped."""
+        return self.has_reason(payload) or self.is_last(payload)
+
+    def has_reason(self, payload):
         holder, reason = self.REASON
-        return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
-            self.is_last(payload))
+        return any([dig(one, reason) for one in as_list(payload.get(holder))])
 
     def is_last(self, payload):
         """Returns whether an event ends its stream."""
@@ -3723,17 +4106,16 @@ class Dialect:
     def fault(self, payload: Dict[str, Any]) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:6]),
-                     *as_list(payload.get("choices"))[:1]):
-            error = dig(part, "error") or dig(part, "errors")
+        for part in (payload, *self.parts(payload)):
+            error = part.get("error") or part.get("errors")
             code = dig(part, "base_resp", "status_code")  # MiniMax
-            if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
+            if error or code or FAULTS.intersection([str(part.get(key)) for key in FAULT_KEYS]):
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
-        """Returns the usage of a response that is no error, where it can be told without parsing
-        all of it that `model` served, and that nothing else is of interest."""
+    def usual_usage(self, data: bytes, model: str) -> Optional[Usage]:
+        """Returns the usage of a response that is no error, where it can be told without parsing it
+        that `model` served, and that nothing else is of interest."""
         return None
 
     def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
@@ -3797,11 +4179,10 @@ class Dialect:
         caches, reasoning = found["cached"] + found["written"], found["reasoning"]
         sent = sum([found[name] for name in self.INPUT])
         said = sum([found[name] for name in self.OUTPUT])
-        if sent + said == total and sent >= caches and said >= reasoning:
-            return sent, said  # as nearly always
-        for pair in itertools.product(
-                (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
-                (said, output, output + reasoning)):
+        pairs = itertools.product(
+            (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+            (said, output, output + reasoning))
+        for pair in ((sent, said), *pairs):  # the first as nearly always
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
@@ -3904,10 +4285,13 @@ class Dialect:
                 return True
         return False
 
-    def limit_text(self, call: Call, values: Dict[str, str]) -> Optional[str]:
+    def limit_text(self, call, values):
         """Returns a limit reply as JSON, in a stream one line for each event, or None; `values` are
         what its templates are filled with, as JSON."""
-        return None
+        for name, template in self.REPLY_PARTS.items():
+            values[name] = template % values
+        templates = self.LIMIT_REPLIES.get(call.endpoint)
+        return templates and templates[call.stream] % values
 
     def limit_event(self, line):
         """Returns an event of a limit reply; one that says its type first is named by it."""
@@ -3921,58 +4305,58 @@ class Dialect:
 
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
-COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-TEXT_COMPLETION = """{"id": "cmpl-limit-%(number)s", "object": "text_completion", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-# Limit replies of OpenAI, by endpoint and whether they are streamed: what each chunk is, and what
-# it says of each choice.
+CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
+"model": %%(model)s, "choices": [%%(choices)s]%%(usage)s}"""
+COMPLETION = CHUNK % ("cmpl", "text_completion")
+# Limit replies of OpenAI with choices, by endpoint, whole and in a stream: what each chunk is, and
+# what it says of each choice.
 COMPLETIONS = {
-    ("chat", False): (COMPLETION, """\
+    "chat": ((CHUNK % ("chatcmpl", "chat.completion"), """\
 "finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s}"""),
-    ("chat", True): (CHUNK, """\
+             (CHUNK % ("chatcmpl", "chat.completion.chunk"), """\
 "finish_reason": null, "delta": {"role": "assistant", "content": ""}
 "finish_reason": null, "delta": {"content": %(text)s}
-"finish_reason": "stop", "delta": {}"""),
-    ("completions", False): (TEXT_COMPLETION, """\
+"finish_reason": "stop", "delta": {}""")),
+    "completions": ((COMPLETION, """\
 "finish_reason": "stop", "text": %(text)s"""),
-    ("completions", True): (TEXT_COMPLETION, """\
+                    (COMPLETION, """\
 "finish_reason": null, "text": %(text)s
-"finish_reason": "stop", "text": \"\"""")}
+"finish_reason": "stop", "text": \"\""""))}
 ZERO_USAGE = ', "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}'
-RESPONSE = """{"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
-"status": "%(status)s", "model": %(model)s, "output": [%(item)s], "error": null, \
-"incomplete_details": null, "instructions": null, "metadata": {}, "parallel_tool_calls": true, \
-"temperature": null, "tool_choice": "auto", "tools": [], "top_p": null, \
-"previous_response_id": null, "usage": %(usage)s}"""
-RESPONSE_USAGE = """{"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
+RESPONSE = """"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
+"model": %(model)s, "incomplete_details": null, "instructions": null, "metadata": {}, \
+"parallel_tool_calls": true, "temperature": null, "tool_choice": "auto", "tools": [], \
+"top_p": null, "previous_response_id": null"""
+RESPONSE_PARTS = {
+    "part": """{"type": "output_text", "text": %(text)s, "annotations": [], "logprobs": []}""",
+    "item": """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
+"status": "completed", "content": [%(part)s]}""",
+    "place": """"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0""",
+    "response": RESPONSE,
+    "begun": """{%(response)s, "status": "in_progress", "output": [], "error": null, \
+"usage": null}""",
+    "completed": """{%(response)s, "status": "completed", "output": [%(item)s], "error": null, \
+"usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}, \
-"output_tokens_details": {"reasoning_tokens": 0}}"""
-RESPONSE_ITEM = """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
-"status": "completed", "content": [%(part)s]}"""
-RESPONSE_PART = '''{"type": "output_text", "text": %(text)s, "annotations": [], \
-"logprobs": []}'''
+"output_tokens_details": {"reasoning_tokens": 0}}}"""}
+RESPONSE_FAILED = """{"type": "response.failed", "sequence_number": 0, "response": {%s, \
+"status": "failed", "output": [], "usage": null, \
+"error": {"code": "server_error", "message": %%(message)s}}}""" % RESPONSE
 RESPONSE_EVENTS = """\
 {"type": "response.created", "sequence_number": 0, "response": %(begun)s}
 {"type": "response.in_progress", "sequence_number": 1, "response": %(begun)s}
 {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, \
 "item": {"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
 "status": "in_progress", "content": []}}
-{"type": "response.content_part.added", "sequence_number": 3, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.content_part.added", "sequence_number": 3, %(place)s, \
 "part": {"type": "output_text", "text": "", "annotations": [], "logprobs": []}}
-{"type": "response.output_text.delta", "sequence_number": 4, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.output_text.delta", "sequence_number": 4, %(place)s, \
 "delta": %(text)s, "logprobs": []}
-{"type": "response.output_text.done", "sequence_number": 5, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.output_text.done", "sequence_number": 5, %(place)s, \
 "text": %(text)s, "logprobs": []}
-{"type": "response.content_part.done", "sequence_number": 6, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, "part": %(part)s}
+{"type": "response.content_part.done", "sequence_number": 6, %(place)s, "part": %(part)s}
 {"type": "response.output_item.done", "sequence_number": 7, "output_index": 0, "item": %(item)s}
-{"type": "response.completed", "sequence_number": 8, "response": %(response)s}"""
+{"type": "response.completed", "sequence_number": 8, "response": %(completed)s}"""
 # What leaves the model free to say what it likes, at the keys of PARSED
 FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
@@ -3981,14 +4365,9 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
-def choice_count(payload):
-    """Returns how many choices were asked for, for clients that count on them."""
-    count = payload.get("n")
-    prompt = payload.get("prompt")
-    prompts = sum([type(one) in (str, list) for one in prompt]) if type(prompt) is list else 1
-    return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
-
-
+# The usage at the end of a response: in whatever it may stand, a bracket more would follow.
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{([^{}]*)\}[^{}]*\}\s*')
+USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE])')
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4023,6 +4402,8 @@ class OpenAI(Dialect):
             guided_choice guided_grammar guided_decoding nvext prediction regex
             ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
     MAX_CHOICES = 4  # in a limit reply
+    LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
+    REPLY_PARTS = RESPONSE_PARTS
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
 
@@ -4049,14 +4430,18 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
-    def usual_counts(self, data, model):
+    def usual_usage(self, data, model):
         """Finds three counts, as most servers tell no more, in what then ends the response."""
-        if data.count(b"_tokens") == 3 and data.count(b'"model"') == 1 and (
-                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) > 0
-                and data.find(b'"service_tier"') < 0 and data.find(b'"status"') < 0):
-            start = data.rfind(self.USAGE_MARK)
-            counts = object_in(b"{" + data[start:]).get(self.usage_key)
-            return counts if type(counts) is dict else None
+        if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
+                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) < 0
+                or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
+            return None
+        end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
+        counts = dict(USUAL_COUNT.findall(end[1])) if end else ()
+        if len(counts) == 3:
+            prompt, output = int(counts[b"prompt"]), int(counts[b"completion"])
+            if prompt + output == int(counts[b"total"]):
+                return Usage(prompt, output, model=model)
         return None
 
     def usage(self, counts, model=None, tier=None):
@@ -4080,43 +4465,30 @@ class OpenAI(Dialect):
         if endpoint != "responses":
             return super().error_event(body, endpoint)
         message = dig(object_in(body), "error", "message")  # Codex shows no other event
-        response = RESPONSE % {"number": "failed", "created": "0", "status": "failed",
-                               "model": '""', "item": "", "usage": "null"}
-        error = '"error": {"code": "server_error", "message": %s}' % json.dumps(str(message))
-        return self.limit_event(('{"type": "response.failed", "sequence_number": 0, "response": %s}'
-                                 % response.replace('"error": null', error)).encode())
+        return self.limit_event((RESPONSE_FAILED % {
+            "number": "failed", "created": "0", "model": '""',
+            "message": json.dumps(str(message))}).encode())
 
     def limit_text(self, call, values):
-        if call.endpoint == "responses":
-            return self.response(call, values)
-        if call.endpoint in ("chat", "completions"):
-            return self.completion(call, values)
-        return None
-
-    def completion(self, call, values):
-        """Returns the limit reply of chat and completions."""
-        chunk, steps = COMPLETIONS[call.endpoint, call.stream]
-        count = min(self.MAX_CHOICES, choice_count(call.payload))
+        """In chat and completions there are as many choices as were asked for, for clients that
+        count on them."""
+        if call.endpoint not in COMPLETIONS:
+            return super().limit_text(call, values)
+        chunk, steps = COMPLETIONS[call.endpoint][call.stream]
+        count = 1
+        with contextlib.suppress(BadRequest):
+            count = min(self.MAX_CHOICES, call.output_limit()[1])
         choices = ['{"index": %d, "logprobs": null, %s}' % (index, step)
                    for step in (steps % values).split("\n")
                    for index in range(count)]
-        parts = [(", ".join(choices), ZERO_USAGE)]
-        if call.stream:
-            asked = dig(call.payload, "stream_options", "include_usage") is True
-            usage = ', "usage": null' if asked else ""
-            parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
+        if not call.stream:
+            return chunk % {**values, "choices": ", ".join(choices), "usage": ZERO_USAGE}
+        asked = dig(call.payload, "stream_options", "include_usage") is True
+        usage = ', "usage": null' if asked else ""
+        parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
         chunks = [chunk % {**values, "choices": choice, "usage": usage}
                   for choice, usage in parts]
-        return "\n".join(chunks + ["[DONE]"] * call.stream)
-
-    def response(self, call, values):
-        """Returns the limit reply of the responses API; a stream has all events of a real one."""
-        values["part"] = RESPONSE_PART % values
-        values["item"] = RESPONSE_ITEM % values
-        values["begun"] = RESPONSE % {
-            **values, "status": "in_progress", "item": "", "usage": "null"}
-        values["response"] = RESPONSE % {**values, "status": "completed", "usage": RESPONSE_USAGE}
-        return RESPONSE_EVENTS % values if call.stream else values["response"]
+        return "\n".join([*chunks, "[DONE]"])
 
 
 class Azure(OpenAI):
@@ -4170,6 +4542,7 @@ class Anthropic(Dialect):
         413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
     OTHER_ERRORS = ("invalid_request_error", "api_error")
     ERROR_LINE = b"event: error\n"
+    LIMIT_REPLIES = {"messages": (MESSAGE, MESSAGE_EVENTS)}
     MODEL_LIST = """{"data": [%(rows)s], "has_more": false, "first_id": %(first)s, \
 "last_id": %(last)s}"""
     MODEL = """{"type": "model", "id": "%(name)s", "display_name": "%(name)s", \
@@ -4185,9 +4558,6 @@ class Anthropic(Dialect):
         """What message_start tells of the output is no count of it."""
         counts, final = super().usage_counts(payload)
         return counts, False if payload.get("type") == "message_start" else final
-
-    def limit_text(self, call, values):
-        return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
 
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
@@ -4210,7 +4580,6 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
-    INPUT = ("prompt", "tools")
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
@@ -4238,15 +4607,11 @@ class Gemini(Google):
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
-    COUNTS = {
-        "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
-        "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
-        "totalTokenCount": "total",
-        "cachedContentTokenCount": "cached"}
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
+    LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
     MODEL_KEYS = ("name",)
@@ -4271,33 +4636,33 @@ class Gemini(Google):
         return super().place(path, dialect, metered)
 
     def is_last(self, payload):
-        return bool(dig(payload, "promptFeedback", "blockReason")) or any(
-            [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
+        return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
 
     def limit_text(self, call, values):
-        if call.endpoint != "generate":
-            return None
-        whole = call.stream and not self.is_stream(self.limit_type(call))
-        return ("[%s]" if whole else "%s") % (GENERATED % values)
+        """A stream without events is an array."""
+        text = super().limit_text(call, values)
+        is_array = text and call.stream and not self.is_stream(self.limit_type(call))
+        return "[%s]" % text if is_array else text
 
     def limit_type(self, call):
         events = "alt=sse" in call.query.lower().split("&")
         return super().limit_type(call) if events else "application/json"
 
 
-INTERACTION = """{"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
-"status": "completed", "role": "model", "created": "%(date)s", "updated": "%(date)s", \
-"steps": [%(step)s], "usage": {"total_input_tokens": 0, "total_output_tokens": 0, \
-"total_thought_tokens": 0, "total_cached_tokens": 0, "total_tool_use_tokens": 0, \
-"total_tokens": 0}}"""
-INTERACTION_STEP = """{"type": "model_output", "content": [{"type": "text", "text": %(text)s}]}"""
+INTERACTION_PARTS = {
+    "begun": """"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
+"created": "%(date)s\"""",
+    "completed": """{%(begun)s, "status": "completed", "role": "model", "updated": "%(date)s", \
+"usage": {"total_input_tokens": 0, "total_output_tokens": 0, "total_thought_tokens": 0, \
+"total_cached_tokens": 0, "total_tool_use_tokens": 0, "total_tokens": 0}, "steps\""""}
+INTERACTION = """%(completed)s: [{"type": "model_output", \
+"content": [{"type": "text", "text": %(text)s}]}]}"""
 INTERACTION_EVENTS = """\
-{"event_type": "interaction.created", "interaction": {"id": "limit-%(number)s", \
-"object": "interaction", "model": %(model)s, "status": "in_progress", "created": "%(date)s"}}
+{"event_type": "interaction.created", "interaction": {%(begun)s, "status": "in_progress"}}
 {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}}
 {"event_type": "step.delta", "index": 0, "delta": {"type": "text", "text": %(text)s}}
 {"event_type": "step.stop", "index": 0}
-{"event_type": "interaction.completed", "interaction": %(interaction)s}
+{"event_type": "interaction.completed", "interaction": %(completed)s: []}}
 [DONE]"""
 
 
@@ -4306,10 +4671,6 @@ class Interactions(Google):
     not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    COUNTS = {
-        "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
-        "total_output_tokens": "output", "total_thought_tokens": "reasoning",
-        "total_cached_tokens": "cached", "total_tokens": "total"}
     PARSED = {
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
@@ -4317,25 +4678,25 @@ class Interactions(Google):
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
+    LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
+    REPLY_PARTS = INTERACTION_PARTS
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
         return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
-    def limit_text(self, call, values):
-        if call.stream:
-            values["interaction"] = INTERACTION % {**values, "step": ""}
-            return INTERACTION_EVENTS % values
-        return INTERACTION % {**values, "step": INTERACTION_STEP % values}
 
-
-GENERATED_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": false}"""
-LAST_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": true, \
-"done_reason": "stop", "total_duration": 0, "load_duration": 0, "prompt_eval_count": 0, \
-"prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""
-OLLAMA_SAYS = {  # by endpoint
-    "chat": '"message": {"role": "assistant", "content": %s}',
-    "generate": '"response": %s'}
+OLLAMA_PARTS = {
+    "head": """{"model": %(model)s, "created_at": "%(date)s\"""",
+    "last": """"done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0, \
+"prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""}
+OLLAMA_REPLIES = {
+    "chat": ("""%(head)s, "message": {"role": "assistant", "content": %(text)s}, %(last)s""", """\
+%(head)s, "message": {"role": "assistant", "content": %(text)s}, "done": false}
+%(head)s, "message": {"role": "assistant", "content": ""}, %(last)s"""),
+    "generate": ("""%(head)s, "response": %(text)s, %(last)s""", """\
+%(head)s, "response": %(text)s, "done": false}
+%(head)s, "response": "", %(last)s""")}
 
 
 class Ollama(Dialect):
@@ -4352,13 +4713,14 @@ class Ollama(Dialect):
     events = NDJSON
     TAKES_COMMENTS = False
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
-    COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
     LAST_KEY = "done"
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
+    LIMIT_REPLIES = OLLAMA_REPLIES
+    REPLY_PARTS = OLLAMA_PARTS
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL_KEYS = ("name", "model")
     MODEL = """{"name": "%(name)s", "model": "%(name)s", \
@@ -4376,21 +4738,13 @@ class Ollama(Dialect):
             path = "/v1" + path
         return super().place(path, dialect, metered)
 
+    def usage(self, counts, model=None, tier=None):
+        """It tells no count of a prompt that it has in its cache."""
+        told = super().usage(counts, model, tier)
+        return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
+
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
-
-    def counts_in(self, payload):
-        """Takes those that the last line has beside all else."""
-        return {name: payload[name] for name in self.COUNTS if name in payload}
-
-    def limit_text(self, call, values):
-        if call.endpoint not in OLLAMA_SAYS:
-            return None
-        said = OLLAMA_SAYS[call.endpoint]
-        last = LAST_LINE % {**values, "said": said % ('""' if call.stream else values["text"])}
-        if not call.stream:
-            return last
-        return GENERATED_LINE % {**values, "said": said % values["text"]} + "\n" + last
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
@@ -4422,57 +4776,52 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
-    "|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora|skills|agents"
-    "|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections|predictions)"
-    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+    "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
+    "|skills|agents|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections"
+    "|predictions)(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
 VERBS = "input_tokens compact runs generations edits extensions".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
-# credentials: these segments wherever they stand,
-ADMIN_SEGMENTS = frozenset("""
-    client_secrets transcription_sessions auth_tokens organization organizations
-    credits billing slots cors-proxy
-    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
-    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
-    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
-    start_weight_update start_draft_weight_update finish_weight_update is_paused fault_tolerance
-    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
-    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
-    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
-    get_internal_state get_server_info start_expert_distribution_record
-    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
-    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
-    hicache get_load set_trace_level add_worker remove_worker add_external_corpus
-    remove_external_corpus list_external_corpora dumper stop-generation""".split())
-# two of these in a row,
-ADMIN_PAIRS = frozenset("""
-    realtime/sessions realtime/calls chatkit/sessions auth/keys v1/key v1/activity
-    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
-    models/load models/unload models/sse models/download models/apply models/delete
-    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
-    template/unload override/switch override/unload backends/apply backends/delete
-    completions/control
-    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# credentials: these wherever they stand,
+ADMIN_PARTS = """
+    client_secrets transcription_sessions auth_tokens organizations? credits billing slots
+    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_up collective_rpc scale_elastic_ep
+    is_(sleeping|scaling_elastic_ep|paused) reset_(prefix|mm|encoder)_cache (start|stop)_profile
+    init_weights?_(transfer_engine|update_group|send_group_for_remote_instance)
+    (start|finish)_(draft_)?weight_update destroy_weights_update_group weights_checker
+    update_weight.* send_weights_to_remote_instance get_weights_by_name
+    abort_requests? fault_tolerance flush_cache freeze_gc slow_down
+    (release|resume)_memory_occupation (get_)?server_info (set|get)_internal_state
+    (start|stop|dump)_expert_distribution_record configure_logging
+    (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
+    get_load set_trace_level (add|remove)_worker
+    (add|remove|list)_external_(corpus|corpora) dumper stop-generation
+    realtime/(sessions|calls) chatkit/sessions auth/keys
+    v1/(key|activity|streams?|usage|costs|balance|account|me) user/balance
+    api/(pull|push|create|copy|delete|blobs|signout|admin)
+    models/(load|unload|sse|download|apply|delete)
+    (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
+    backends/(apply|delete) completions/control backend/shutdown extra/abort generate/check
+    repository/models""".split()
 # these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
-ADMIN_ROOTS = frozenset("""
-    stream streams pull push create copy delete blobs signout sleep pause resume download unload
-    shutdown keys workers""".split())
+ADMIN_ROOTS = """
+    streams? pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split()
+ADMIN_PATH = re.compile("(.*/(%s)|(/api|/v1)*/(%s))(/.*)?" % (
+    "|".join(ADMIN_PARTS), "|".join(ADMIN_ROOTS)))
 # and these at the end, where the method is no GET
-ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
+MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
 
 
 def is_admin_path(method: str, path: str) -> bool:
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
-    segments = path[1:].split("/")
-    pairs = map("/".join, zip(segments, segments[1:]))
-    root = next((one for one in segments if one not in ("api", "v1")), "")
-    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
-            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
-            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
-            or (method == "DELETE" and "models" in segments[-3:-1]))
+    return bool(ADMIN_PATH.fullmatch(path)
+                or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
+                or (method == "DELETE" and MODEL_REMOVAL.fullmatch(path)))
 
 
 class Dialects:
@@ -4493,6 +4842,7 @@ class Dialects:
         self.max_text = max_text
         self.aliases = aliases
         self.names = names
+        self.chooses = bool(names.keys() - {"base"})  # by models, which upstream is asked
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
@@ -4532,7 +4882,7 @@ class Dialects:
         # Counting is read for its model alone, where that chooses the upstream.
         if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
-        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
+        if endpoint == "count" and not self.chooses and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -4565,13 +4915,13 @@ class Dialects:
         elif call.endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
-        elif self.names and method == "GET" and ONE_MODEL.fullmatch(call.path):
+        elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
             model = self.read_model_path(call)
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.resolve(model)
+            call.resolved_model = self.aliases.get(model, model)
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -4622,41 +4972,31 @@ class Dialects:
         if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
             found = self.read_payload(call)
         else:
-            found = self.read_form(call, content_type)
+            found, call.put_model = read_form(call.body, content_type, call.payload)
         return model or found
-
-    def read_form(self, call, content_type):
-        """Returns the model that a form names, None where it names none. Raises BadRequest."""
-        kind = content_type.lower()
-        if kind.startswith("multipart/form-data"):
-            model, call.put_model = form_model(call.body, content_type, call.payload)
-        elif kind.startswith("application/x-www-form-urlencoded"):
-            model, call.put_model = query_model(call.body, call.payload)
-        else:
-            return None
-        return model
 
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
-        call.json_body = JsonBody(call.body)
-        if len(call.json_body.short) > self.max_text:
+        call.json_body = body = JsonBody(call.body)
+        if len(body.short) > self.max_text:
             raise TextTooLarge()
-        call.payload = payload = call.json_body.parse()
+        call.payload = payload = body.parse()
         others = payload.keys() - self.READ_KEYS
         for key in self.READ_KEYS.intersection(map(str.casefold, others)):
             raise BadRequest("The key %s must be spelled in lower case" % key)
-        stream = payload.get("stream")
-        if stream is not None and type(stream) is not bool and call.endpoint != UNKNOWN:
+        dialect = call.dialect
+        if call.endpoint == UNKNOWN:
+            dialect = UNKNOWN_DIALECT
+        elif payload.get("stream") is not None and type(payload["stream"]) is not bool:
             raise BadRequest("stream must be true or false")  # an upstream could take it for one
-        call.is_json = True
-        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
         model, call.stream = dialect.requested(call.path, payload)
         return model
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
-NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
+# The latter is llama.cpp's.
+NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
 
 
 def may_be_fault(data: bytes) -> bool:
@@ -4709,8 +5049,7 @@ class UsageReader(UsageSource):
     compact_above = MAX_KEPT
     cut = False     # the beginning of a line or of JSON is gone
     final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
-    model: Optional[str] = None   # the one that served
-    tier: Optional[str] = None
+    usual: Optional[Usage] = None  # by usual_usage
     end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
@@ -4730,6 +5069,7 @@ class UsageReader(UsageSource):
         self.events = call.dialect.events
         self.endpoint = (call.owes or call).endpoint
         self.asked = call.upstream_model
+        self.on_made = call.on_made
         self.streamed = streamed
         self.readable = readable
         if packed:
@@ -4793,7 +5133,7 @@ class UsageReader(UsageSource):
         if event != shown:
             return self.events.at_boundary(event) and not event.endswith(b"\r")
         return not event.strip() or self.events.at_boundary(event) or (
-            event.endswith((b"\n", b"\r")) and self.events.is_whole(event.splitlines(True)))
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
     def shown(self, event: bytes) -> bytes:
         """Returns what of an event the caller sees: it stays as it is where it has more to say."""
@@ -4830,13 +5170,12 @@ class UsageReader(UsageSource):
     def front(self, data: bytes) -> Dict[str, Any]:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
-        for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
-            keys = itertools.islice(re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data), 5)
-            match = next((one for one in keys if is_outermost(data, one.start())), None)
-            if match and not is_too_complex(data):
+        for key in (self.dialect.usage_key, "model"):
+            start = value_start(data, key)
+            if start >= 0 and not is_too_complex(data):
                 with contextlib.suppress(ValueError):
-                    text = data[match.end():].decode("utf-8", "replace")
-                    found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
+                    text = data[start:].decode("utf-8", "replace")
+                    found[key] = PLAIN_JSON.raw_decode(text)[0]
         return found
 
     def scan_for_usage(self, data):
@@ -4893,29 +5232,24 @@ class UsageReader(UsageSource):
 
     def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
-        held = b""
-        events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(self.events.event(LAST_DATA)) and last.find(b"error") < 0 and (
                 not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
-        for line in reversed(last.splitlines()[-self.LAST_LINES:]):
-            part = self.events.data(line)
-            if part is None:
-                held = held if line else b""
-                if NAMED_FAULT.fullmatch(line):
-                    self.fault = self.fault or 502
-                continue
-            held = part + held
-            if held.strip() == LAST_DATA:
+        lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
+        events = 0
+        for event in reversed(self.events.cut(b"".join(lines))):
+            if NAMED_FAULT.search(event):
+                self.fault = self.fault or 502
+            found = self.events.all_data(event)
+            payload = object_in(found)
+            if found.strip() == LAST_DATA:
                 self.closed = True
-            elif not (self.closed and held.endswith(b"}") and not may_be_fault(held)):
-                payload = object_in(held)
-                if not payload:
-                    continue
-                self.note_end(payload, held)
-            held = b""
+            elif payload:
+                self.note_end(payload, found)
+            else:
+                continue
             events += 1
             if events == 3:
                 break
@@ -4924,6 +5258,8 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        if self.on_made and self.closed:
+            self.on_made(names_made(payload))
         if self.counts:
             self.note_server(payload)
         else:  # it may be told without a mark
@@ -4934,17 +5270,17 @@ class UsageReader(UsageSource):
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
-        counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
-        if counts:
-            self.counts, self.model = counts, self.asked
-            return
-        payload = last_object(data) if small else {}
+        if small and not may_be_fault(data):
+            self.usual = self.dialect.usual_usage(data, self.asked)
+            if self.usual:
+                return
+        payload = object_in(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
-                    last_object(data))
+                    object_in(data))
         if payload:
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
@@ -4984,7 +5320,7 @@ class UsageReader(UsageSource):
         it."""
         if not self.end_is_read:
             self.read_end(whole)
-        usage = self.dialect.usage(self.counts, self.model, self.tier)
+        usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
         complete = self.final or (whole and self.final is None)
         return usage, usage is not None and bool(complete)
 
@@ -5067,10 +5403,10 @@ class Head(Fields):
         lines = block.split("\r\n")
         lines.pop()
         if len(self.start) > MAX_START_LINE:
-            raise HeadTooLarge(414)
+            raise HeadTooLarge(status=414)
         if len(lines) > self.MAX_FIELDS or (
                 len(data) > self.MAX_LINE and any(map(self.is_too_long, lines))):
-            raise HeadTooLarge(431)
+            raise HeadTooLarge(status=431)
         self.lines = {line[:line.index(":")].lower(): line for line in lines}
         if len(self.lines) < len(lines):
             self.join_repeated(lines)
@@ -5178,7 +5514,7 @@ class HeadScanner:
         line_end = data.rfind(b"\r\n", max(self.checked, self.scanned - 1))
         if len(data) > MAX_HEAD or (not self.checked and line_end < 0
                                     and len(data) > MAX_START_LINE):
-            raise HeadTooLarge(431 if self.checked else 414)
+            raise HeadTooLarge(status=431 if self.checked else 414)
         if BARE_LINE_END.search(data, max(0, self.scanned - 1)):
             raise Malformed()
         self.scanned = len(data)
@@ -5197,7 +5533,7 @@ class HeadScanner:
 class Request(Head):
     """A request head that every RFC 9112 reader would read the same way. `path` and `query` come
     from its target; `length` is None for a chunked body; `plain`: nothing is said of the body but
-    how it is framed."""
+    its length."""
     __slots__ = ("method", "path", "query", "version", "plain")
     MAX_LINE = 8192
     MAX_FIELDS = 100
@@ -5220,7 +5556,8 @@ class Request(Head):
         self.read_framing(self.version)
         if not self.chunked:
             self.length = self.length or 0
-        self.plain = "expect" not in self.lines and "content-encoding" not in self.lines
+        self.plain = not self.chunked and (
+            "expect" not in self.lines and "content-encoding" not in self.lines)
 
     def origin_form(self, target, host):
         """Reads RFC 9112 3.2. The absolute form is taken when it names the Host; nothing in it ever
@@ -5430,6 +5767,7 @@ class BodyAdapter:
 BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+CAN_POLL = hasattr(select, "poll")
 READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
@@ -5461,7 +5799,8 @@ class Context:
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
-    subject: Optional["Subject"] = None      # whose calls fare how, where that is of interest
+    # Which model is asked for whom, where it is of interest how such calls fare
+    subject: Optional[Tuple[str, CallerKey]] = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -5532,6 +5871,26 @@ class Context:
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
+class Wakeup(asyncio.Future):
+    """What one task awaits of a socket. `wake` has the task go on at once, within the callback that
+    read, where any other future has it go on in the loop's next pass: that costs more than all else
+    of a wait, above all on PyPy."""
+    go_on: Optional[Callable[[asyncio.Future], None]] = None  # the task
+
+    def add_done_callback(self, callback, *, context=None):
+        self.go_on = callback
+        super().add_done_callback(callback, context=context)
+
+    def wake(self):
+        """Complete it with True."""
+        go_on = self.go_on
+        if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
+            return self.set_result(True)
+        self.remove_done_callback(go_on)
+        self.set_result(True)
+        go_on(self)
+
+
 class Stream:
     """One side's socket on the loop. `read_buffer` holds what came and nobody has taken yet;
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
@@ -5544,9 +5903,10 @@ class Stream:
     write_failed = False  # what is written is dropped,
     unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
-    write_waiter: Optional[asyncio.Future] = None  # or that something goes
+    waiter: Optional[Wakeup] = None        # of who awaits that more comes,
+    write_waiter: Optional[Wakeup] = None  # or that something goes
     source: Optional["Stream"] = None              # the stream to pause while this one is slow
+    poller = None
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -5602,7 +5962,10 @@ class Stream:
         """Keep what nobody has asked for yet, up to MAX_READ_AHEAD."""
         if not self.discarding:
             self.read_buffer += data
-        if not self.wake(self.waiter) and len(self.read_buffer) >= MAX_READ_AHEAD:
+        waiter = self.waiter
+        if waiter and not waiter.done():
+            waiter.wake()
+        elif len(self.read_buffer) >= MAX_READ_AHEAD:
             self.pause_reading()
             if self.on_full:
                 self.on_full()
@@ -5634,7 +5997,7 @@ class Stream:
     def more(self, context: Context, seconds: float, what: str) -> asyncio.Future:
         """Wait until more has come; the result is False at the end. Raises OSError, and as `wait`
         does."""
-        self.waiter = context.wait(self.loop.create_future(), seconds, what)
+        self.waiter = context.wait(Wakeup(loop=self.loop), seconds, what)
         if self.ended:
             self.tell_end()
         elif not self.reading:
@@ -5695,9 +6058,9 @@ class Stream:
 
     def may_be(self, event):
         """Tells whether an event of poll's is there, or cannot be told."""
-        if not hasattr(select, "poll"):
+        if not CAN_POLL:
             return True
-        poller = select.poll()
+        poller = self.poller = self.poller or select.poll()
         poller.register(self.descriptor, event)
         return bool(poller.poll(0))
 
@@ -5711,7 +6074,7 @@ class Stream:
             self.write_buffer += data
             return
         sent = 0
-        if len(data) <= BLOCK or not self.encrypted:
+        if not self.encrypted or len(data) <= BLOCK:
             try:
                 sent = self.sock.send(data)
             except WOULD_BLOCK:
@@ -5769,7 +6132,7 @@ class Stream:
         if or_answer:
             self.resume_reading()
         while self.write_buffer and not (or_answer and (self.read_buffer or self.ended)):
-            self.write_waiter = self.loop.create_future()
+            self.write_waiter = Wakeup(loop=self.loop)
             if or_answer:
                 self.waiter = self.write_waiter
             await context.wait(self.write_waiter, seconds, what)
@@ -6023,7 +6386,7 @@ class RequestBody:
         self.budget = budget
         self.length = request.length
         self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
-        self.coding = request.get("content-encoding", "identity").lower()
+        self.coding = (request.get("content-encoding") or "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
             raise UnsupportedExpectation()
@@ -6517,9 +6880,7 @@ class NameReader:
             self.kept = None
 
     def look_at_json(self):
-        with contextlib.suppress(ValueError):  # it has not come whole
-            found = parse_response(self.kept)
-            self.tell(names_made(found))
+        self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
 
     def look_at_beginning(self):
         match = self.FIRST_NAME.match(self.kept)
@@ -6572,7 +6933,6 @@ class Response:
         self.address = address
         self.stream = stream
         self.head = head
-        self.length = head.length
         self.status = head.status
         self.reusable = request_was_sent and not head.close_after
         if method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
@@ -6705,15 +7065,13 @@ class Breaker:
         return "half_open" if self.trying or self.allows(now) else "open"
 
 
-class Subject(NamedTuple):
-    """Which model is asked for whom."""
-    model: str
-    caller: CallerKey
+Subject = Tuple[str, CallerKey]  # which model is asked for whom
 
 
 class Breakers:
     """Those of one address: one for its connections, and one for each model that failed lately,
     because what one caller asks for must not close it to the others."""
+    troubled = False  # whether anything failed lately
 
     def __init__(self, most: int, seconds: float):
         self.most = most
@@ -6721,18 +7079,15 @@ class Breakers:
         self.connections = Breaker(most, seconds)
         self.models = collections.OrderedDict()
 
-    def nothing_failed(self) -> bool:
-        return not self.models and self.connections.opened is None and (
-            not self.connections.failures)
-
     def is_tried(self, subject) -> bool:
         """Tells whether one that is open waits for how this call goes."""
         return any(one.trying for one, _ in self.concerning(subject))
 
     def concerning(self, subject):
         found = [(self.connections, None)]
-        if subject and subject.model in self.models:
-            found.append((self.models[subject.model], subject.caller))
+        if subject and subject[0] in self.models:
+            model, caller = subject
+            found.append((self.models[model], caller))
         return found
 
     def seconds_left(self, now, subject):
@@ -6758,6 +7113,7 @@ class Breakers:
             news += self.judge_one(one, good, now, caller, what)
             if not one.failures:
                 del self.models[model]
+        self.troubled = bool(self.models or self.connections.failures)
         return news
 
     @staticmethod
@@ -6853,10 +7209,7 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                length = b"\r\n"
-                if body or method in ("POST", "PUT", "PATCH"):
-                    length = b"Content-Length: %d\r\n\r\n" % len(body)
-                self.write(stream, head + length, body)
+                self.write(stream, method, head, body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
                     request_was_sent = await stream.drain(
@@ -6877,6 +7230,16 @@ class Address:
             if isinstance(failure, (OSError, Malformed)):
                 raise UpstreamFailed(failure) from None
             raise
+
+    @staticmethod
+    def write(stream, method, head, body):
+        """Send both, at once where they are small: what is large is not copied for that."""
+        if body or method in ("POST", "PUT", "PATCH"):
+            head += b"Content-Length: %d\r\n" % len(body)
+        at_once = body if len(body) <= BLOCK else b""
+        stream.write(b"%b\r\n%b" % (head, at_once))
+        if at_once is not body:
+            stream.write(body)
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leave a connection whose caller left."""
@@ -6905,14 +7268,6 @@ class Address:
             context.close()
             stream.close()
             slot.leave()
-
-    @staticmethod
-    def write(stream, head, body):
-        """Send both, at once where they are small: what is large is not copied for that."""
-        if len(body) <= BLOCK:
-            return stream.write(head + body)
-        stream.write(head)
-        stream.write(body)
 
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
@@ -6954,8 +7309,10 @@ class Address:
 
     def keep(self, stream, in_doubt):
         """Keep a connection; one that may yet say or do something is used again a little later."""
-        delay = self.REUSE_DELAY if in_doubt else 0
-        self.spares.append((self.clock.monotonic() + delay, stream))
+        reusable = self.clock.monotonic()
+        if in_doubt:
+            reusable += self.REUSE_DELAY
+        self.spares.append((reusable, stream))
 
     def close_stale(self, everything: bool = False):
         """Close spare connections that are too old to be used again; called once in a while."""
@@ -7088,6 +7445,7 @@ class Upstream:
         self.addresses = [Address(endpoint, transport, Breakers(*breaking), clock)
                           for endpoint in config.url]
         self.rotation = 0
+        self.disabled = False
         self.without_options = set()  # models that take stream_options for an error here
 
     def __repr__(self) -> str:
@@ -7109,32 +7467,33 @@ class Upstream:
         alone.send = alone.send_patiently if self.retries else alone.send_once
         return alone
 
-    def enter(self, failed, subject):
-        """Returns the address with the fewest running calls, which has one more now; None where
-        none can be asked. Without a subject it tells nothing of how calls fare there."""
+    def choose(self, failed, failure, context):
+        """Returns the address to ask next, which has one more running call now. Raises `failure`,
+        that of the last one, BreakerOpen, and UpstreamTimeout where nobody would wait for the
+        response."""
+        if context.expired():
+            raise UpstreamTimeout()
         address = self.addresses[0]
-        if failed or len(self.addresses) > 1 or not address.breakers.nothing_failed():
-            now = self.clock.monotonic()
-            able = [one for one in self.addresses if one not in failed
-                    and one.breakers.seconds_left(now, subject) <= 0]
-            if not able:
-                return None
-            self.rotation += 1
-            first = self.rotation % len(able)
-            address = min(able[first:] + able[:first], key=lambda one: one.running)
-            if subject:
-                address.breakers.enter(now, subject)
+        if failed or len(self.addresses) > 1 or address.breakers.troubled:
+            address = self.least_busy(failed, context.subject)
+            if address is None:
+                raise failure or self.breaker_open(context.subject) or BreakerOpen(wait=0)
         address.running += 1
         return address
 
-    def choose(self, failed, failure, context):
-        """Returns the address to ask next. Raises `failure`, that of the last one, BreakerOpen, and
-        UpstreamTimeout where nobody would wait for the response."""
-        if context.expired():
-            raise UpstreamTimeout()
-        address = self.enter(failed, context.subject)
-        if address is None:
-            raise failure or self.breaker_open(context.subject) or BreakerOpen(0)
+    def least_busy(self, failed, subject):
+        """Returns the address with the fewest running calls, None where none can be asked. Without
+        a subject it tells nothing of how calls fare there."""
+        now = self.clock.monotonic()
+        able = [one for one in self.addresses if one not in failed
+                and one.breakers.seconds_left(now, subject) <= 0]
+        if not able:
+            return None
+        self.rotation += 1
+        first = self.rotation % len(able)
+        address = min(able[first:] + able[:first], key=lambda one: one.running)
+        if subject:
+            address.breakers.enter(now, subject)
         return address
 
     def judge_head(self, address, good, connected, subject):
@@ -7146,14 +7505,13 @@ class Upstream:
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
         """A call went well there, or failed, or (None) nobody knows."""
-        if good and address.breakers.nothing_failed():
-            return
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
-    def check_key(self, response: Response):
-        """Raises KeyRefused. The operator is told, once a minute."""
-        if response.status != 401 or self.key in (None, PASSTHROUGH):
+    def refuse_key(self):
+        """Raises KeyRefused where a 401 is about our own key. The operator is told, once a
+        minute."""
+        if self.key in (None, PASSTHROUGH):
             return
         now = self.clock.monotonic()
         if now >= self.complain_at:
@@ -7165,13 +7523,14 @@ class Upstream:
         """Returns why no address may be asked yet, None where one may."""
         now = self.clock.monotonic()
         wait = min([one.breakers.seconds_left(now, subject) for one in self.addresses])
-        return BreakerOpen(wait) if wait > 0 else None
+        return BreakerOpen(wait=wait) if wait > 0 else None
 
     def stats(self) -> Dict[str, Any]:
         """Returns what /health says of it."""
         now = self.clock.monotonic()
         states = [one.breakers.state(now) for one in self.addresses]
-        found = {"state": min(states, key=("closed", "half_open", "open").index),
+        best = min(states, key=("closed", "half_open", "open").index)
+        found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
         if self.queue:
@@ -7204,22 +7563,21 @@ class Upstream:
         while True:
             address = self.choose(failed, failure, context)
             response = good = None
-            stream = None if stale else address.spare()
-            was_spare = stream is not None
+            stream = spare = None if stale else address.spare()
             try:
-                stream = stream or await address.connect(context)
+                stream = spare or await address.connect(context)
                 response = await address.send(stream, method, head(address), body, context)
                 good = response.status not in FAILING
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
-                good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                good = self.verdict(refusal, spare, body, context)
+                stale = spare and not body and self.is_repeatable(method, refusal)
                 if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
                 failed += [] if stale else [address]
             finally:
-                if context.subject:
+                if context.subject and (not good or address.breakers.troubled):
                     self.judge_head(address, good, stream is not None, context.subject)
                 if response is None:
                     address.running -= 1
@@ -7232,7 +7590,7 @@ class Upstream:
             refusal.broke_before_response)
 
     @staticmethod
-    def verdict(refusal, was_spare, body, context):
+    def verdict(refusal, spare, body, context):
         """Returns False where the address is to blame. It is not for a malformed response, the
         call's own deadline, a spare connection that was closed under us, or an upload that took so
         long that it may have tired of waiting for the client."""
@@ -7241,7 +7599,7 @@ class Upstream:
             return None
         if isinstance(refusal, UpstreamTimeout):
             return False
-        return False if refusal.broke_before_response and not was_spare else None
+        return False if refusal.broke_before_response and not spare else None
 
     def head(self, method: str, path: str, query: str, dialect: Dialect, key: Optional[str],
              lines: List[str], address: Address) -> bytes:
@@ -7288,11 +7646,26 @@ class Routes:
         self.base = base
         self.named = named
         self.all = ([base] if base else []) + named
-        self.by_name = {upstream.name: upstream for upstream in named}
+        self.by_name = {upstream.name: upstream for upstream in self.all}
         self.known = {}
+        self.some_are_disabled = False
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
         """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        found = self.candidates(call, thing)
+        if self.some_are_disabled:
+            found = [one for one in found if not one.disabled]
+            if not found:
+                raise NoRoute(call.model)
+        return found
+
+    def switch(self, name: str, on: bool):
+        """Enables or disables an upstream. Raises LookupError."""
+        {one.name: one for one in self.all}[name].disabled = not on
+        self.some_are_disabled = any(one.disabled for one in self.all)
+        self.known.clear()  # the next one of the model's serves it
+
+    def candidates(self, call, thing):
         if self.base and not (self.named or thing):  # there is no choice
             return self.all
         for upstream in self.all if thing else ():
@@ -7311,7 +7684,8 @@ class Routes:
 
     def serving(self, model):
         """Returns those that serve a model, else the base; that is known from then on."""
-        found = [upstream for upstream in self.named if upstream.serves(model)]
+        found = [upstream for upstream in self.named
+                 if upstream.serves(model) and not upstream.disabled]
         # Nobody's own key is for a second vendor.
         found[1:] = [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
         if self.base and not found:
@@ -7394,6 +7768,9 @@ def format_second(second):
 class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
+    # By how what is awaited begins.
+    STATES = (("its turn at", "line"), ("a connection", "connecting"),
+              ("the response of", "first byte"), ("the body of", "first byte"))
     request_id = None
     caller: Optional[Caller] = None
     method = None
@@ -7413,7 +7790,9 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    levels = ()         # of its buckets, for the ledger
+    context: Optional[Context] = None      # while it runs, these three
+    ticket: Optional[Ticket] = None
+    adapter: Optional[BodyAdapter] = None
 
     def __init__(self, address: str, peer: str):
         """`peer` is where the connection comes from, `address` who that stands for."""
@@ -7429,7 +7808,7 @@ class Entry:
         self.wall = clock.time_ns()
         if self.started is None:
             self.started = self.ended  # no head ever came
-        self.reader = None
+        self.reader = self.context = self.ticket = self.adapter = None
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
@@ -7457,6 +7836,26 @@ class Entry:
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued))
 
+    def state(self) -> str:
+        """Returns where a running call stands."""
+        if self.first_byte is not None:
+            return "streaming"
+        awaits = self.context.what if self.context else ""
+        return next((state for begin, state in self.STATES if awaits.startswith(begin)), "reading")
+
+    def tokens_so_far(self) -> int:
+        """Returns about how many tokens have passed: an event holds one, nearly always."""
+        reader = self.reader
+        return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
+
+    def progress(self, clock: Any) -> Dict[str, Any]:
+        """Returns what changes while it runs."""
+        self.request_id = self.request_id or new_request_id()
+        place = self.ticket.queue.position(self.ticket) if self.ticket else None
+        return {"id": self.request_id, "state": self.state(), "position": place,
+                "seconds": round(clock.monotonic() - self.started, 3),
+                "tokens": self.tokens_so_far()}
+
     def moment(self):
         """Returns the end in UTC, as logs have it."""
         second, rest = divmod(self.wall, 10 ** 9)
@@ -7465,7 +7864,9 @@ class Entry:
     def charged(self, nothing):
         """Returns what was taken of the tightest bucket, and what it holds."""
         tightest = self.hold and self.hold.tightest
-        return (tightest.amount, tightest.remaining) if tightest else (nothing, nothing)
+        if not tightest:
+            return nothing, nothing
+        return format_amount(tightest.rule, tightest.amount), tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -7655,16 +8056,30 @@ class Database:
         PRIMARY KEY (rule, subject));
         CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, owner TEXT, upstream TEXT,
-        address TEXT)""" % (APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        address TEXT);
+        CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, role TEXT, team TEXT, created REAL,
+        expires REAL, disabled INTEGER, models TEXT, upstream TEXT, limits TEXT, tag TEXT,
+        note TEXT, last_used REAL, subject BLOB);
+        CREATE TABLE IF NOT EXISTS secrets (digest BLOB PRIMARY KEY, name TEXT, valid_until REAL);
+        CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, caller TEXT, unit TEXT,
+        amount INTEGER, until REAL, done INTEGER);
+        CREATE TABLE IF NOT EXISTS audit (id INTEGER PRIMARY KEY,
+        time REAL DEFAULT ((julianday('now') - 2440587.5) * 86400), who TEXT, role TEXT,
+        address TEXT, what TEXT, target TEXT, detail TEXT)""" % (
+            APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
         SELECT max(time) FROM calls;
         SELECT * FROM calls ORDER BY rowid DESC LIMIT 1;"""
 
-    def __init__(self, path: str, reading: bool = False):
-        """Raises DatabaseFault; FileNotFoundError where there is nothing to read."""
+    connection: Optional[sqlite3.Connection] = None
+
+    def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False):
+        """`lock` as `lock_for_service` has it. Raises DatabaseFault; FileNotFoundError where there
+        is nothing to read."""
         self.path = path
+        self.lock = lock
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -7679,20 +8094,29 @@ class Database:
                 self.prepare()
                 self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
+            if self.connection:
+                self.connection.close()
             if "locked" in str(failure):
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
 
+    def close(self):
+        self.connection.close()
+        if self.lock:
+            self.lock.close()
+
     def file_identity(self):
-        """Returns what tells this file from another one of its name; None without one."""
+        """Returns what tells this file, and its lock, from others of their names; None where one
+        is not there."""
+        names = [self.path, self.lock.name] if self.lock else [self.path]
         try:
-            found = os.stat(self.path)
+            found = list(map(os.stat, names))
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return [(one.st_dev, one.st_ino) for one in found]
 
     def is_gone(self) -> bool:
-        """Tells whether the file was deleted or replaced."""
+        """Tells whether the file was deleted or replaced, or its lock."""
         return self.file_identity() != self.identity
 
     def connect(self, mode):
@@ -7801,11 +8225,272 @@ class Database:
         (found,), = execute("SELECT value FROM facts WHERE name = 'secret'").fetchall()
         return bytes(found)
 
+    def key_rows(self) -> Tuple[Any, ...]:
+        """Returns (rows of keys, of their secrets, whether nobody else may call), all of one
+        moment; when a key was used last is left out."""
+        execute = self.connection.execute
+        execute("BEGIN")
+        with self.connection:
+            return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
+                    execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
+                    self.is_closed())
+
+    def is_closed(self) -> bool:
+        return bool(self.connection.execute(
+            "SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
+
+    def close_door(self):
+        """Notes that a key of a caller was stored: nobody else may call, for good."""
+        self.connection.execute("INSERT OR IGNORE INTO facts VALUES ('closed', 1)")
+
+    def note_use(self, used):
+        """{name of a key: when it was used last}"""
+        self.connection.executemany("UPDATE keys SET last_used = ? WHERE name = ?", [
+            (wall, name) for name, wall in used.items()])
+
+    def take_orders(self, now: float, again: bool = False) -> List["Order"]:
+        """Returns what is to be done, which counts as done from then on; `again`: also what was
+        given before and is good still."""
+        execute = self.connection.execute
+        if not execute("SELECT 1 FROM orders WHERE done = 0 OR ? LIMIT 1", (again,)).fetchall():
+            return []
+        execute("BEGIN IMMEDIATE")
+        with self.connection:
+            found = execute("SELECT * FROM orders WHERE done = 0 OR until > ? ORDER BY id",
+                            (now if again else math.inf,)).fetchall()
+            execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
+            execute("UPDATE orders SET done = 1")
+        return list(map(Order._make, found))
+
+    def audit(self, who: str, role: str, address: str, what: str, target: str, detail: str):
+        """Notes who did what, from where, to what."""
+        self.connection.execute(
+            "INSERT INTO audit (who, role, address, what, target, detail)"
+            " VALUES (?, ?, ?, ?, ?, ?)", (who, role, address, what, target, detail))
+
+    def data_version(self) -> int:
+        """Returns a number that changes when another connection has written."""
+        (found,), = self.connection.execute("PRAGMA data_version").fetchall()
+        return found
+
     def forget(self, before, most):
         """Removes up to `most` calls from before a wall-clock time; returns how many."""
         return self.connection.execute(
             "DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT ?)",
             (before, most)).rowcount
+
+
+def lock_name(path: str) -> str:
+    """Returns the name of a database's lock, which is one, whatever links lead to it."""
+    return os.path.realpath(path) + ".lock"
+
+
+KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-1])
+
+
+class Order(NamedTuple):
+    """What the running proxy is to do with the buckets of a caller: let those of a unit hold so
+    much more until then (seconds since 1970), or, without a unit, fill all."""
+    id: int
+    caller: str  # its label
+    unit: Optional[str]
+    amount: Optional[int]
+    until: Optional[float]
+    done: int
+
+
+def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> StoredKeys:
+    """Returns the keys of Database.key_rows()."""
+    keys, secrets, is_closed = rows
+    found = []
+    faults = []
+    for row in keys:
+        try:
+            found.append(read_key(*row))
+        except (ValueError, TypeError):
+            faults.append("the key %.80r in DATABASE cannot be read: it lets nobody in" % row[:1])
+    good = [(one, name, until if type(until) in (int, float, type(None)) else 0.0)
+            for one, name, until in secrets if type(one) is bytes]
+    stored = StoredKeys(secret, found, good, closed or is_closed)
+    stored.rows = rows
+    stored.faults = faults
+    return stored
+
+
+class KeyFault(ValueError):
+    """Why something cannot be done with keys, in a sentence for whoever asked."""
+
+
+class Actor(NamedTuple):
+    """Who does what the audit keeps."""
+    who: str
+    role: str
+    address: str
+
+
+class NewKey(NamedTuple):
+    """A key that was made; its secret is told once. `closes`: from now on nobody else may call,
+    unless PROXY_API_KEYS says so."""
+    key: Key
+    secret: str
+    closes: bool = False
+
+
+class KeyStore:
+    """What can be done with stored keys: each in one transaction, with a row of the audit. A
+    running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
+    None or empty for none. Raises KeyFault, and sqlite3.Error."""
+    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is known for so long: as no stranger
+
+    def __init__(self, database: Database, clock: Any, actor: Actor):
+        self.database = database
+        self.clock = clock
+        self.actor = actor
+
+    @contextlib.contextmanager
+    def change(self, what, name, detail=""):
+        """One transaction, to which the audit belongs."""
+        execute = self.database.connection.execute
+        execute("BEGIN IMMEDIATE")
+        with self.database.connection:
+            yield execute
+            self.database.audit(*self.actor, what, name, detail)
+
+    def list(self) -> List[Key]:
+        """Returns all that can be read, by name."""
+        rows = self.database.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
+        return list(read_keys((rows, (), False), b"").keys.values())
+
+    def find(self, name: str) -> Key:
+        rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
+        if not rows:
+            raise KeyFault("no key is stored by the name %s" % ascii(name)[1:-1])
+        try:
+            return read_key(*rows[0])
+        except (ValueError, TypeError):
+            raise KeyFault("the key %s cannot be read: remove it, and add it anew" % name) from None
+
+    def add(self, name: str, **fields: Optional[str]) -> NewKey:
+        secret = new_secret()
+        self.check_field("name", KEY_NAME, name)
+        created = self.now()
+        key = self.with_fields(Key(name, created=created, subject=digest(secret)), fields)
+        with self.change("add key", name, describe_fields(fields)) as execute:
+            if execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchall():
+                raise KeyFault("a key by the name %s is stored already" % name)
+            self.write(key)
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (key.subject, name))
+            closes = key.role == "caller" and not self.database.is_closed()
+            if closes:
+                self.database.close_door()
+        return NewKey(key, secret, closes)
+
+    def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
+        """Changes these fields; `reset`: its buckets are full then."""
+        with self.change("set key", name, describe_fields(fields) + " reset" * reset) as execute:
+            key = self.with_fields(self.find(name), fields)
+            self.write(key)
+            if key.role == "caller":
+                self.database.close_door()
+            if reset:
+                self.order(execute, name)
+        return key
+
+    def revoke(self, name: str) -> Key:
+        """It lets nobody in until it is restored."""
+        return self.disable("revoke key", name, True)
+
+    def restore(self, name: str) -> Key:
+        return self.disable("restore key", name, False)
+
+    def disable(self, what, name, disabled):
+        with self.change(what, name):
+            key = self.find(name)._replace(disabled=disabled)
+            self.write(key)
+        return key
+
+    def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
+        """Gives it another secret; those before are good for the `grace`, such as 1h. All else
+        stays."""
+        secret = new_secret()
+        now = self.now()
+        until = now + (self.check_field("grace", age, grace) if grace else 0)
+        with self.change("rotate key", name, "grace %s" % grace if grace else "") as execute:
+            key = self.find(name)
+            execute("DELETE FROM secrets WHERE name = ? AND valid_until < ?",
+                    (name, now - self.KEEP_SECONDS))
+            execute("UPDATE secrets SET valid_until = min(coalesce(valid_until, ?), ?)"
+                    " WHERE name = ?", (until, until, name))
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+        return NewKey(key, secret)
+
+    def remove(self, name: str):
+        """Forgets it: the books keep what it used."""
+        with self.change("remove key", name) as execute:
+            if not execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
+                self.find(name)
+            execute("DELETE FROM secrets WHERE name = ?", (name,))
+
+    def give(self, name: str, amount: str, unit: str, seconds: Optional[str] = None):
+        """Lets a caller's buckets of a unit hold so much more for a time, such as 1d, and adds
+        that."""
+        value = self.check_field("amount", lambda text: read_amount(text, unit), amount)
+        length = seconds or "1d"
+        until = self.now() + self.check_field("time", age, length)
+        detail = "%s %s for %s" % (amount, unit, length)
+        with self.change("give", name, detail) as execute:
+            self.order(execute, name, unit, value, until)
+
+    def reset(self, name: str):
+        """Fills a caller's buckets."""
+        with self.change("reset", name) as execute:
+            self.order(execute, name)
+
+    # -- what these have in common
+
+    def now(self):
+        return self.clock.time_ns() / 1e9
+
+    def order(self, execute, name, unit=None, amount=None, until=None):
+        execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
+                (name, unit, amount, until))
+
+    def write(self, key):
+        values = [*key[:-1]]
+        values[key._fields.index("models")] = ",".join(key.models) or None
+        self.database.connection.execute("INSERT OR REPLACE INTO keys VALUES (%s)" % ", ".join(
+            "?" * len(values)), values)
+
+    @staticmethod
+    def check_field(field, read, text):
+        try:
+            require(isinstance(text, str), "must be text")
+            return read(text)
+        except ValueError as fault:
+            raise KeyFault("%s %s" % (field, fault)) from None
+
+    def with_fields(self, key, fields):
+        """Returns a key with these fields in it."""
+        for field, text in fields.items():
+            if field not in KEY_FIELDS:
+                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
+            value = None if text in (None, "") else self.check_field(
+                field, KEY_FIELDS[field][0], text)
+            if field == "expires":
+                value = value and key.created + value
+            elif field == "role":
+                value = value or "caller"
+            elif field == "models":
+                value = value or ()
+            elif field == "limits":
+                key = key._replace(rules=value or ())
+                value = text or None
+            key = key._replace(**{field: value})
+        return key
+
+
+def describe_fields(fields):
+    return " ".join(["%s=%s" % (field, text or "none") for field, text in fields.items()])
 
 
 def lock_for_service(path: str) -> Optional[BinaryIO]:
@@ -7816,7 +8501,7 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
     except ImportError:
         return None
     try:
-        file = open(path + ".lock", "ab")
+        file = open(lock_name(path), "ab", opener=lambda *how: os.open(*how, 0o600))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
@@ -7824,6 +8509,18 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
         raise InUse("DATABASE %s is used by another llm_proxy that runs" % path) from None
     except OSError as failure:
         raise Unwritable(path, failure) from None
+
+
+def open_for_service(path: str, opening: Callable[[str, Optional[BinaryIO]], Database] = Database
+                     ) -> Database:
+    """Returns a database that no other service writes while it is open. Raises DatabaseFault."""
+    lock = lock_for_service(path)
+    try:
+        return opening(path, lock)
+    except DatabaseFault:
+        if lock:
+            lock.close()
+        raise
 
 
 class Ledger(Writer):
@@ -7835,11 +8532,12 @@ class Ledger(Writer):
     forget_at = 0.0       # monotonic seconds, as are the others
     complain_at = 0.0
     reopen_at = 0.0
-    snapshot_at = 0.0
+    version = -1          # of the database, when keys were read
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
-                 clock: Any, days: int, log: Log):
-        """Without a database one is looked for at `path` once in a while."""
+                 clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes):
+        """`secret` is what digests of keys are blinded by. Without a database one is looked for at
+        `path` once in a while."""
         super().__init__("ledger")
         self.database = database
         self.path = path
@@ -7848,6 +8546,11 @@ class Ledger(Writer):
         self.clock = clock
         self.days = days
         self.log = log
+        self.keys = keys
+        self.secret = secret
+        self.used: Dict[str, float] = {}  # when keys were, by name
+        # Is told of keys that were changed and of orders, in the ledger's thread.
+        self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
         ahead = limits.restore(self.saved, clock.time_ns() / 1e9)
@@ -7859,22 +8562,15 @@ class Ledger(Writer):
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
-    def record(self, entry: Entry):
-        """Takes the levels of its buckets along: what a call took is not lost with the process."""
-        if entry.hold:
-            entry.levels = self.limits.buckets.raw_levels(entry.hold.keyed_rules)
-        super().record(entry)
-
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
         what changed, and deletes what is gone."""
-        self.snapshot_at = self.clock.monotonic()
         self.levels = levels
 
     def run(self):
         super().run()
         if self.database:
-            self.database.connection.close()
+            self.database.close()
 
     def write_queued(self):
         """Writes what is there. What cannot be written stays in the queue until that is full."""
@@ -7883,12 +8579,11 @@ class Ledger(Writer):
         try:
             if not self.is_open(now):
                 return
+            self.look_at_keys(now)
             self.write(batch, now)
+            self.note_use(batch, now)
         except sqlite3.Error as failure:
-            if now >= self.complain_at:
-                self.complain_at = now + 60
-                self.log.say("the database cannot be written: %s" % failure)
-            return
+            return self.complain(now, "the database cannot be written: %s" % failure)
         except Exception:
             self.log.report()  # and go on without these
         for _ in batch:
@@ -7898,28 +8593,69 @@ class Ledger(Writer):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
         written at the start."""
         if self.database and self.database.is_gone():
-            self.log.say("DATABASE was deleted or replaced: a new one is begun")
-            self.database.connection.close()
+            self.log.say("DATABASE or its lock was deleted or replaced: a new one is begun")
+            self.database.close()
             self.database = None
         if self.database is None and now >= self.reopen_at:
             self.reopen_at = now + self.REOPEN_SECONDS
             try:
-                self.database = Database(self.path)
+                self.database = open_for_service(self.path)
                 self.saved = {}
+                self.version = -1
+                if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
+                    self.database.close_door()
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
         return self.database is not None
 
-    def recent_levels(self, entries):
-        """Returns the levels as they were saved last, but for buckets of calls that ended since."""
-        recent = {}
-        offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
+    def look_at_keys(self, now):
+        """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
+        nobody is let in by that, and nobody shut out."""
+        try:
+            version = self.database.data_version()
+            if version == self.version:
+                return
+            rows = self.database.key_rows()
+            orders = self.database.take_orders(self.clock.time_ns() / 1e9)
+        except sqlite3.Error as failure:
+            return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
+        self.version = version
+        if rows != self.keys.rows:
+            self.keys = read_keys(rows, self.secret, self.keys.closed)
+            for fault in self.keys.faults:
+                self.log.say(fault)
+        elif not orders:
+            return
+        self.on_news(self.keys, orders)
+
+    def note_use(self, entries, now):
+        """Writes when keys were used, to the minute."""
+        used = {}
         for entry in entries:
-            if entry.ended >= self.snapshot_at:
-                for key, level, refilled in entry.levels:
-                    recent[key] = level, refilled + offset
-        return {**self.levels, **recent} if recent else self.levels
+            key = entry.caller and entry.caller.stored_key
+            wall = entry.wall / 1e9
+            if key and wall > self.used.get(key.name, 0) + 60:
+                used[key.name] = self.used[key.name] = wall
+        try:
+            if used:
+                self.database.note_use(used)
+        except sqlite3.Error as failure:  # which is no reason to write the calls again
+            self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
+
+    def complain(self, now, text):
+        if now >= self.complain_at:
+            self.complain_at = now + 60
+            self.log.say(text)
+
+    def recent_levels(self, entries):
+        """Returns the levels as they were saved last, but for buckets of calls that ended: what
+        these took is not lost with the process."""
+        keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
+        offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
+        return {**self.levels, **{one.key: (one.level, one.refilled + offset)
+                                  for one in self.limits.buckets.latest(keys)
+                                  if one.rule.unit != RUNNING}} if keys else self.levels
 
     def write(self, entries, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
@@ -8010,13 +8746,13 @@ class Books:
     """The log, the ledger and the usage log; each has a thread, so that none waits for another.
     `running` are the entries of calls that run, oldest first."""
 
-    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log],
-                 watchers: Sequence[Watcher] = ()):
+    watchers: Sequence[Watcher] = ()
+
+    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
-        self.watchers = watchers
         self.running: Dict[Entry, None] = {}
 
     def open(self):
@@ -8063,29 +8799,185 @@ class Books:
 # the page: metrics, traces, warnings, and the feed of events. It does not know sockets.
 # --------------------------------------------------------------------------------------------------
 
+def dollars(entry: Entry) -> str:
+    return format_usd(entry.picodollars)
+
+
+def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
+    """Returns what the page shows of a call that runs."""
+    call = entry.call
+    return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
+            "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
+            "started": clock.time_ns() / 1e9 - (clock.monotonic() - entry.started)}
+
+
+def ended_call(entry: Entry) -> Dict[str, Any]:
+    """Returns what the page shows of a call that has ended: its row in the ledger."""
+    return {**entry.as_row()._asdict(), "row": None, "usd": dollars(entry)}
+
+
+class Event:
+    """Something that happened. Its text is made once, for the first who asks."""
+    __slots__ = ("number", "name", "about", "text")
+
+    def __init__(self, number: int, name: str, about: Union[Entry, Dict[str, Any]]):
+        self.number = number
+        self.name = name
+        self.about = about
+        self.text: Optional[bytes] = None
+
+    def encoded(self) -> bytes:
+        """Returns it as a server-sent event (WHATWG HTML 9.2)."""
+        if self.text is None:
+            about = self.about
+            payload = ended_call(about) if isinstance(about, Entry) else about
+            self.text = b"id: %d\nevent: %s\ndata: %s\n\n" % (
+                self.number, self.name.encode(), json.dumps(payload).encode())
+            self.about = None
+        return self.text
+
+
 class Feed(Watcher):
     """Events, the last ROOM of them, for pages that show what happens now. Each has a number, by
     which a page that was cut off goes on."""
     ROOM = 1000
+    PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
 
-    def __init__(self):
-        self.number = 0
-        self.events = collections.deque(maxlen=self.ROOM)  # (number, name, what it is about)
-        self.listeners: Set["asyncio.Future[bool]"] = set()
+    def __init__(self, clock: Any):
+        self.clock = clock
+        self.number = clock.time_ns() // 10 ** 6  # above all that were before the last start
+        self.events: "collections.deque[Event]" = collections.deque(maxlen=self.ROOM)
+        self.told = 0       # of calls, in this second
+        self.listeners = 0  # pages that are open
+        self.waiting: Set["asyncio.Future[bool]"] = set()
+        self.closed = False
 
     def tell(self, name: str, about: Union[Entry, Dict[str, Any]]):
-        """Adds an event, and wakes who listens."""
+        """Adds an event, and wakes who waits for one."""
         self.number += 1
-        self.events.append((self.number, name, about))
-        for listener in self.listeners:
-            Stream.wake(listener)
-        self.listeners.clear()
+        self.events.append(Event(self.number, name, about))
+        if self.waiting:
+            self.wake()
+
+    def wake(self):
+        for future in self.waiting:
+            Stream.wake(future)
+        self.waiting.clear()
 
     def begin(self, entry):
-        self.tell("begin", entry)
+        if self.listeners and self.told < self.PER_SECOND:
+            self.told += 1
+            self.tell("begin", running_call(entry, self.clock))
 
     def record(self, entry):
-        self.tell("end", entry)
+        if entry.call and self.told < self.PER_SECOND:
+            self.told += 1
+            self.tell("end", entry)
+
+    def pulse(self, payload: Dict[str, Any]):
+        """A second is over."""
+        self.told = 0
+        if self.listeners:
+            self.tell("pulse", payload)
+
+    def close(self, wait):
+        self.closed = True
+        self.wake()
+
+    def since(self, number: int) -> Optional[List[Event]]:
+        """Returns the events after a number, None where some of them are forgotten."""
+        if number > self.number or number < self.number - len(self.events):
+            return None
+        first = len(self.events) - (self.number - number)
+        return list(itertools.islice(self.events, first, None))
+
+
+class Pulse(Watcher):
+    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
+    and which buckets changed. `labels` are the names of those who called lately."""
+    MINUTE = 60
+    MAX_TIMES = 5_000
+    MAX_CALLERS = 1_000
+    MAX_SHOWN = 100
+
+    def __init__(self, clock: Any, buckets: Buckets, feed: Feed):
+        self.clock = clock
+        self.buckets = buckets
+        self.feed = feed
+        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, ms, upstream)
+        self.callers: "collections.OrderedDict[CallerKey, Caller]" = collections.OrderedDict()
+        self.last_seen: Dict[CallerKey, float] = {}
+        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+        self.refused = collections.Counter()  # calls, by the text of the rule
+        self.calls = self.tokens = self.failed = self.picodollars = 0
+
+    def record(self, entry):
+        if not entry.call:
+            return
+        self.calls += 1
+        if entry.outcome == "limited":
+            self.refused[entry.cause] += 1
+        if entry.outcome not in ("ok", "limited", "caller_gone"):
+            self.failed += 1
+        if entry.usage:
+            self.tokens += entry.usage.input + entry.usage.output
+            self.picodollars += entry.picodollars
+        if entry.first_byte is not None:
+            self.times.append((entry.ended, entry.milliseconds(entry.first_byte), entry.upstream))
+        caller = entry.caller
+        self.callers[caller.key] = caller
+        self.last_seen[caller.key] = entry.wall / 1e9
+        if len(self.callers) > self.MAX_CALLERS:
+            del self.last_seen[self.callers.popitem(last=False)[0]]
+        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
+            for rule, key in entry.hold.keyed_rules:
+                self.changed[key] = rule, caller
+
+    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
+        """Returns percentiles of the last minute, in milliseconds."""
+        oldest = self.clock.monotonic() - self.MINUTE
+        found = sorted([ms for ended, ms, name in self.times
+                        if ended >= oldest and upstream in (None, name)])
+        return {"first_p%d" % share: found[len(found) * share // 100] if found else None
+                for share in (50, 95)}
+
+    def tick(self, running: int, line: int) -> Dict[str, Any]:
+        """A second is over; returns what was in it."""
+        found = {"now": self.clock.time_ns() / 1e9, "calls": self.calls, "tokens": self.tokens,
+                 "failed": self.failed, "in_flight": running, "line": line,
+                 "usd": format_usd(self.picodollars), **self.first_bytes()}
+        self.calls = self.tokens = self.failed = self.picodollars = 0
+        self.seconds.append(found)
+        return found
+
+    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+        """Returns a bucket as the page shows it."""
+        level = self.buckets.level_of(rule, key)
+        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        missing = -(-(rule.capacity - level.level) // rule.refill)
+        runs = rule.unit == RUNNING
+        return {"rule": rule.text, "unit": UNITS[rule.unit],
+                "level": format_amount(rule, level.level),
+                "capacity": format_amount(rule, rule.capacity),
+                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "interval": 0 if runs else rule.interval,
+                "refilled": wall - (now - level.refilled),
+                "full_in": 0 if runs else max(
+                    0, round(level.refilled + missing * rule.interval - now, 3))}
+
+    def changed_buckets(self) -> List[Dict[str, Any]]:
+        """Returns those of the last second."""
+        changed = self.changed
+        self.changed = {}
+        return [{"caller": caller.label, **self.bucket(rule, key)}
+                for key, (rule, caller) in changed.items()]
+
+
+class Watchers(NamedTuple):
+    """All whom the books tell of calls."""
+    feed: Feed
+    pulse: Pulse
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8130,6 +9022,10 @@ REASONS = {status: phrase for status, (phrase, _) in
 def format_date(second):
     """Returns a header line (RFC 9110 5.6.7)."""
     return "Date: " + email.utils.formatdate(second, usegmt=True)
+
+
+def status_line(status, reason):
+    return "HTTP/1.1 %d %s" % (status, reason)
 
 
 class ReplyParts(NamedTuple):
@@ -8185,9 +9081,9 @@ class Reply:
             self.entry.request_id = given if REQUEST_ID.fullmatch(given) else None
         self.entry.method = request.method
         self.entry.path = request.path
-        length, client = request.length, self.client
-        if request.plain and length is not None and length <= len(client.read_buffer):
-            self.content = client.take(length) if length else b""
+        client = self.client
+        if request.plain and request.length <= len(client.read_buffer):
+            self.content = client.take(request.length)
         else:
             self.body = RequestBody(client, request, self.parts.budget)
 
@@ -8263,14 +9159,18 @@ class Reply:
             self.entry.queued = self.ticket.waited()
         if not self.begun:
             self.early = True
-            if self.request.version == 0:
-                self.close_after = self.until_close = True
-            lines = [self.date_line(), "Content-Type: " + self.call.dialect.events.content_type]
-            lines += STREAM_LINES
-            if not self.until_close:
-                lines.append("Transfer-Encoding: chunked")
-            head = self.head(200, "OK", "".join([line + CRLF for line in lines]))
+            head = self.stream_head(self.call.dialect.events.content_type)
         self.client.write(head + self.framed(self.call.dialect.events.comment(text)))
+
+    def stream_head(self, content_type: str) -> bytes:
+        """Returns the head of a stream of ours."""
+        if self.request.version == 0:
+            self.close_after = self.until_close = True
+        lines = [status_line(200, "OK"), self.date_line(), "Content-Type: " + content_type,
+                 *STREAM_LINES]
+        if not self.until_close:
+            lines.append("Transfer-Encoding: chunked")
+        return self.head(200, "".join([line + CRLF for line in lines]))
 
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
@@ -8284,61 +9184,61 @@ class Reply:
 
     # -- what comes from upstream
 
-    async def receive(self, response: Response) -> BodyAdapter:
+    def receive(self, response: Response) -> BodyAdapter:
         """Decide how a body goes on, and take in what has come of it. Raises UpstreamFailed."""
         call = self.call
         if self.comment_timer:
             self.stop_comments()
         self.context.until = self.end_at
-        streamed, encoding = self.kind_of(response.head)
+        streamed, encoding, may_tell_usage = self.kind_of(response.head)
         response.streamed = streamed
-        has_events = streamed and encoding == IDENTITY
-        if self.early and not (response.status == 200 and has_events):
-            raise await self.not_a_stream(response)
-        if response.status < 400 and self.may_tell_usage(response.head, streamed):
+        if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        self.adapter = self.adapt(response, has_events)
+        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
         if call.on_made:
-            self.adapter.reader = NameReader(
-                self.adapter.reader, call.dialect.events if streamed else None, call.on_made)
+            adapter.reader = NameReader(
+                adapter.reader, call.dialect.events if streamed else None, call.on_made)
         try:
-            self.first = self.adapter.feed(response.stream.take_all())
-            whole = response.framing.ended or call.stream or streamed
-            if self.entry.reader and not whole:
-                await self.receive_whole(response)
-        except (Malformed, OSError) as failure:
+            self.first = adapter.feed(response.stream.take_all())
+        except Malformed as failure:
             raise UpstreamFailed(failure) from None
-        return self.adapter
+        return adapter
 
-    def may_tell_usage(self, head, streamed):
+    def kind_of(self, head):
+        """Returns whether a response is a stream of events, how its body is encoded, and whether it
+        may tell usage."""
+        call = self.call
+        key = call.dialect, call.endpoint, call.owes is None
+        return head.cache.get(key) or self.find_kind(head, key)
+
+    def find_kind(self, head, key):
+        kind = head.get("content-type", "")
+        encoding = head.get("content-encoding", "").strip().lower()
+        streamed = self.call.dialect.is_stream(kind)
+        found = streamed, ENCODINGS.get(encoding, UNREADABLE), self.may_tell_usage(kind, streamed)
+        head.cache[key] = found
+        return found
+
+    def may_tell_usage(self, kind, streamed):
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
         call = self.call
         if call.unmetered or call.endpoint == UPLOAD:
             return call.owes is not None
-        return call.endpoint != UNKNOWN or streamed or (
-            "json" in head.get("content-type", "").lower())
-
-    def kind_of(self, head):
-        """Returns whether a response is a stream of events, and how its body is encoded."""
-        dialect = self.call.dialect
-        if dialect not in head.cache:
-            encoding = head.get("content-encoding", "").strip().lower()
-            head.cache[dialect] = (dialect.is_stream(head.get("content-type", "")),
-                                   ENCODINGS.get(encoding, UNREADABLE))
-        return head.cache[dialect]
+        return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
     def adapt(self, response, has_events):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
         framing, reader = response.framing, self.entry.reader
-        drops = reader is not None and reader.changes_stream and not framing.ended
-        comments = has_events and self.comment_seconds() < math.inf
-        events = self.call.dialect.events if comments or self.early else None
-        style = BodyAdapter.AS_IS
+        drops, events, style = False, None, BodyAdapter.AS_IS
+        if has_events:
+            drops = reader is not None and reader.changes_stream and not framing.ended
+            if self.early or self.comment_seconds() < math.inf:
+                events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
-            if response.length is not None and response.status != 204:
-                self.framing_line = f"Content-Length: {response.length}\r\n"
+            if response.head.length is not None and response.status != 204:
+                self.framing_line = f"Content-Length: {response.head.length}\r\n"
         elif self.request.version == 0:  # HTTP/1.0 knows no chunks: closing ends the body
             style = BodyAdapter.PLAIN
             self.close_after = self.until_close = True
@@ -8347,37 +9247,51 @@ class Reply:
                 style = BodyAdapter.CHUNKED
             self.framing_line = "Transfer-Encoding: chunked\r\n"
         adapter = BodyAdapter(framing, style, reader, events)
-        adapter.passed = self.entry.passed  # comments, where the stream began with some
+        if self.early:
+            adapter.passed = self.entry.passed  # comments
         return adapter
 
-    async def receive_whole(self, response):
-        """Await a metered answer that is no stream, unless it is large or takes its time."""
+    async def receive_whole(self, response: Response):
+        """Await a metered answer that is no stream, unless it is large or takes its time. Raises
+        UpstreamFailed."""
         stream, adapter, loop = response.stream, self.adapter, self.context.loop
+        if not self.entry.reader or self.call.stream or response.streamed:
+            return
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
         deadline = loop.time() + seconds
         while not adapter.framing.ended and len(self.first) < self.MAX_WHOLE:
             try:
                 alive = await stream.more(
                     self.context, deadline - loop.time(), response.address.what_body)
+                payload = adapter.feed(stream.take_all()) if alive else self.last_of(adapter)
             except TimeoutError:
                 return
-            if alive:
-                self.first += adapter.feed(stream.take_all())
-                continue
-            whole, rest = adapter.end_of_stream()
-            if not whole:
-                raise UpstreamFailed("closed in the middle of its answer")
-            self.first += rest
+            except (Malformed, OSError) as failure:
+                raise UpstreamFailed(failure) from None
+            self.first += payload
 
-    async def not_a_stream(self, response):
-        """Returns what a response says that is no stream, for a caller whose stream has begun."""
+    @staticmethod
+    def last_of(adapter):
+        whole, rest = adapter.end_of_stream()
+        if not whole:
+            raise UpstreamFailed("closed in the middle of its answer")
+        return rest
+
+    async def require_stream(self, response: Response):
+        """Raises NotAStream with what a response says that is none, for a caller whose stream has
+        begun."""
+        self.stop_comments()
+        self.context.until = self.end_at
+        streamed, encoding, _ = self.kind_of(response.head)
+        if response.status == 200 and streamed and encoding == IDENTITY:
+            return
         body = await response.read(self.context, 65536, self.patience)
         try:
             found = parse_response(body)
         except ValueError:
             found = None
         is_error = isinstance(found, dict) and response.status >= 400
-        return NotAStream(response.status, to_json_bytes(found) if is_error else None)
+        raise NotAStream(response.status, to_json_bytes(found) if is_error else None)
 
     def begin(self, response: Response):
         """Send the head of a response, together with what has come of its body."""
@@ -8387,8 +9301,8 @@ class Reply:
             return self.client.write(self.first)
         now = clock.time_ns()
         dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
-        lines = (f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
-                 f"{self.response_lines(response)}{self.framing_line}"
+        lines = (f"{self.response_lines(response)}{self.framing_line}"
+                 f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
         usage = entry.usage
@@ -8397,10 +9311,11 @@ class Reply:
                       f"X-LLM-Output-Tokens: {usage.output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        self.client.write(self.head(response.status, response.head.reason, lines) + self.first)
+        self.client.write(self.head(response.status, lines) + self.first)
 
     def response_lines(self, response):
-        """Returns the header lines of a response that are passed on as they came, or nearly."""
+        """Returns the status line of a response, and the header lines that are passed on as they
+        came, or nearly."""
         head = response.head
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
@@ -8409,7 +9324,8 @@ class Reply:
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
             replaced = replaced.union(["x-accel-buffering"])
             unbuffered = [UNBUFFERED]
-        lines = head.end_to_end(replaced) + unbuffered
+        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced)]
+        lines += unbuffered
         redirects = [name for name in ("location", "content-location") if name in head]
         prefix = "/" + self.call.prefix if self.call.prefix else ""
         for name in redirects:
@@ -8451,9 +9367,9 @@ class Reply:
         doing. An error in a response is what its status would be."""
         if response.status in FAILING or not self.adapter.framing.ended:
             return None
-        if ending == "ok":
-            return True
         reader = self.entry.reader
+        if ending == "ok" or reader and not (reader.fault or reader.said_nothing):
+            return True  # some servers never say that their streams ended
         return None if reader and reader.fault and reader.fault not in FAILING else False
 
     async def drain(self):
@@ -8479,6 +9395,8 @@ class Reply:
         self.entry.outcome = ending
         if not self.adapter.framing.ended:
             self.cut(UpstreamFailed("cut"))
+        elif ending == "upstream_cut":
+            self.entry.cause = "ended without its mark"
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -8507,14 +9425,14 @@ class Reply:
     def send(self, status: int, body: bytes = b"", lines: Iterable[str] = (),
              content_type: str = "application/json"):
         """Send a whole answer."""
-        lines = [self.date_line(), *lines]
+        lines = [status_line(status, REASONS.get(status, "Error")), self.date_line(), *lines]
         if status != 204:
             lines += ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
         if self.request and self.request.method == "HEAD":
             body = b""
         self.entry.passed = len(body)
         text = "".join([line + "\r\n" for line in lines])
-        self.client.write(self.head(status, REASONS.get(status, "Error"), text) + body)
+        self.client.write(self.head(status, text) + body)
 
     def refuse(self, refusal: Refusal):
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
@@ -8567,9 +9485,9 @@ class Reply:
 
     # -- both
 
-    def head(self, status: int, reason: str, lines: str) -> bytes:
-        """Returns the head of an answer; `lines` are header lines, each with its line end. A header
-        on every answer belongs here."""
+    def head(self, status: int, lines: str) -> bytes:
+        """Returns the head of an answer; `lines` are its status line and header lines, each with
+        its line end. A header on every answer belongs here."""
         self.begun = True
         entry, hold = self.entry, self.entry.hold
         entry.status = status
@@ -8580,7 +9498,7 @@ class Reply:
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
         queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
         close = "Connection: close\r\n" if self.close_after else ""
-        return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
+        return (f"{lines}X-Request-ID: {entry.request_id}\r\n"
                 f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
 
     def date_line(self):
@@ -8610,7 +9528,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books,
+                 watchers: Watchers):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -8622,6 +9541,7 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
+        self.watchers = books.watchers = watchers
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
 
@@ -8630,18 +9550,26 @@ class Proxy:
         before anything was sent leaves the call to the next upstream that it may go to."""
         entry = reply.entry
         self.identify(request, entry)                                               # identify
+        key = entry.caller.stored_key
+        if key and key.role != "caller":
+            raise NotForCalls()
         if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
             reply.set_deadlines()
         call = self.new_call(request)
         await self.dialects.read(call, request.method, request, reply.read_body)
         reply.call = entry.call = call
+        entry.context = reply.context
         self.books.begin(entry)
         if call.stream:
             reply.start_comments()
         thing = None
         if self.stored.policy != "pass" or self.stored.things:
             thing = self.find_thing(call, entry.caller)
+        if key and key.upstream:
+            self.bind(call, key.upstream)
         upstreams = self.routes.find(call, thing)                                   # route
+        if key:
+            upstreams = self.own_secrets_only(upstreams)
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -8655,16 +9583,18 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite, None if upstream.model else self.dialects.resolve)
-        subject = reply.context.subject = Subject(call.upstream_model, entry.caller.key)
-        send = self.sender(upstream, call)
+        subject = reply.context.subject = call.upstream_model, entry.caller.key
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
             if not upstream.rewrite:
                 call.forget()
             try:
-                with await send(upstream, reply, call) as response:                 # forward
-                    upstream.check_key(response)
+                with await self.forward(upstream, reply, call) as response:         # forward
+                    if response.status == 401:
+                        upstream.refuse_key()
                     ending = await self.pass_on(response, reply, entry)
-                    upstream.judge(response.address, reply.went_well(response, ending), subject)
+                    if ending != "ok" or response.address.breakers.troubled:
+                        upstream.judge(
+                            response.address, reply.went_well(response, ending), subject)
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped, UpstreamTimeout) as reason:
@@ -8680,8 +9610,13 @@ class Proxy:
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
-        adapter = await reply.receive(response)
+        if reply.early:
+            await reply.require_stream(response)
+        adapter = reply.receive(response)
         ended = adapter.framing.ended
+        if not ended:
+            await reply.receive_whole(response)
+            ended = adapter.framing.ended
         if ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
@@ -8737,35 +9672,116 @@ class Proxy:
             raise NoPrice()
 
     def identify(self, request: Request, entry: Entry):
-        """Finds out who asks, which is decided once for each head that a connection repeats."""
-        cache, callers = request.cache, self.callers
-        if callers not in cache:
-            entry.address = callers.address(request, entry.peer)  # also of those who are refused
-            credential = callers.credential(request, request.query)
-            try:
-                caller = callers.identify(credential, entry.address)
-            except Unauthorized:
-                raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
-            cache[callers] = callers.end_user(request, entry.peer, caller), entry.address
-        entry.caller, entry.address = cache[callers]
+        """Finds out who asks, which is decided once for each head that a connection repeats, until
+        keys are changed."""
+        known = request.cache.get("caller")
+        if known is None or known[0] is not self.callers or (
+                known[1].until is not None and known[1].until <= self.wall()):
+            known = request.cache["caller"] = self.identify_anew(request, entry)
+        _, entry.caller, entry.address = known
 
-    async def admit(self, upstream, entry, call):
-        """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
+    def identify_anew(self, request, entry):
+        callers = self.callers
+        entry.address = callers.address(request, entry.peer)  # also of those who are refused
+        credential = callers.credential(request, request.query)
+        try:
+            caller = callers.identify(credential, entry.address, self.wall())
+        except Unauthorized:
+            raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        return callers, callers.end_user(request, entry.peer, caller), entry.address
+
+    def require_role(self, request: Request, entry: Entry, role: str):
+        """Finds out who asks for a page that is for this role and those above it. Raises
+        Unauthorized, TooManyGuesses, RoleTooLow."""
+        self.identify(request, entry)
+        has = entry.caller.role
+        if has is None:  # anyone may call, and nobody else
+            raise (self.wrong_keys.refusal(entry.address) if entry.caller.key[0] == "key"
+                   else Unauthorized())
+        if ROLES.index(has) < ROLES.index(role):
+            raise RoleTooLow()
+
+    def wall(self) -> float:
+        return self.clock.time_ns() / 1e9
+
+    def bind(self, call, name):
+        """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
+        if call.prefix not in (None, name) or name not in self.routes.by_name:
+            raise UpstreamNotAllowed()
+        call.prefix = name
+
+    @staticmethod
+    def own_secrets_only(upstreams):
+        """Returns those upstreams that are not shown what a caller shows us: its key is one of
+        ours. Raises UpstreamNotAllowed."""
+        found = [one for one in upstreams if one.key != PASSTHROUGH]
+        if not found:
+            raise UpstreamNotAllowed()
+        return found
+
+    def check_models(self, call, method, globs):
+        """Raises ModelNotAllowed for a call of another model than these, or of nobody knows
+        which."""
+        names = [name for name in call.models if name]
+        if call.endpoint is None:  # what is not read
+            if method not in FREE_METHODS and self.config.unknown_calls == "pass":
+                raise ModelNotAllowed()
+            return
+        if call.model in self.dialects.aliases and may_use(globs, call.model):
+            names[:1] = [call.model]
+        if not names or not all([may_use(globs, name) for name in names]):
+            raise ModelNotAllowed()
+
+    def take_keys(self, keys: StoredKeys, orders: Sequence[Order]):
+        """Goes by keys as they are now, and does what was ordered."""
+        if keys.closed > self.callers.stored.closed and self.config.proxy_api_keys is None:
+            self.books.log.say("a key is stored: nobody may call without one from now on")
+        self.callers = build_callers(self.config, self.callers.label_secret, keys)
+        self.limits.take_keys(keys.rules, self.wall())
+        models = self.estimator.models
+        self.estimator = build_estimator(self.config, self.prices, self.limits)
+        self.estimator.models = models
+        for order in orders:
+            self.carry_out(order)
+
+    def carry_out(self, order: Order):
+        """Fills or adds to the buckets of a caller."""
+        count = 0
+        for caller in self.callers.named(order.caller):
+            if order.unit is None:
+                self.limits.buckets.fill(caller.key)
+                count += 1
+            else:
+                until = self.clock.monotonic() + order.until - self.wall()
+                count += self.limits.give(
+                    caller, order.unit, order.amount, until, bool(order.done))
+        if not count:
+            self.books.log.say("%s has no bucket%s here: it was given nothing" % (
+                ascii(order.caller)[1:-1], " in " + order.unit if order.unit else ""))
+
+    def admit(self, upstream, entry, call):
+        """Sets aside what the call will cost. Raises LimitReached, NoPrice, ModelNotAllowed."""
+        key = entry.caller.stored_key
+        if key and key.models:
+            self.check_models(call, entry.method, key.models)
         costs, least = self.estimate(call, entry)
-        return await self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                       upstream.name, least, call.models[1:])
-
-    def sender(self, upstream, call):
-        """What is not metered does not wait."""
-        return self.send if upstream.queue is None or call.unmetered else self.send_in_turn
+        return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
+                                 upstream.name, least, call.models[1:])
 
     def new_call(self, request: Request) -> Call:
         """Returns a call as its head tells of it, which is read once, too."""
-        cache = request.cache
-        if "call" not in cache:
-            cache["call"] = self.dialects.place(
-                request.method, request.path, request.query, request)
-        return Call(*cache["call"])
+        place = request.cache.get("place")
+        if place is None:
+            place = self.dialects.place(request.method, request.path, request.query, request)
+            request.cache["place"] = place
+        return Call(*place)
+
+    def forward(self, upstream, reply, call):
+        """Sends a call, in its turn where the upstream is busy: what is not metered does not
+        wait."""
+        if upstream.queue is None or call.unmetered:
+            return self.send(upstream, reply, call)
+        return self.send_in_turn(upstream, reply, call)
 
     async def send_in_turn(self, upstream, reply, call):
         ticket = reply.context.slot = await self.stand_in_line(upstream, reply)
@@ -8789,7 +9805,7 @@ class Proxy:
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
-        ticket = reply.ticket = upstream.queue.enter(caller.key, weight, before)
+        ticket = reply.ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
         try:
             if not ticket.running:
                 turn = context.loop.create_future()
@@ -8810,22 +9826,26 @@ class Proxy:
                 raise UpstreamTimeout(nothing_sent=True) from None
             raise QueueRefused("queue timeout") from None
         finally:
-            reply.ticket = None
+            reply.ticket = entry.ticket = None
             entry.queued = ticket.waited()
 
-    async def send(self, upstream, reply, call):
-        """A stream reports its usage only when asked; an upstream that takes the question for an
-        error is not asked again."""
+    def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
         head = functools.partial(self.request_head, reply.request, call, upstream)
         if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
-            return await send(method, head, body, context)
+            return send(method, head, body, context)
+        if call.stream and self.estimator.needs_usage and (
+                call.upstream_model not in upstream.without_options):
+            return self.send_with_question(upstream, method, head, call, context)
+        return upstream.send(method, head, call.upstream_body, context)
+
+    async def send_with_question(self, upstream, method, head, call, context):
+        """A stream reports its usage only when asked; an upstream that takes the question for an
+        error is not asked again."""
         plain = call.upstream_body
-        if (call.stream and self.estimator.needs_usage
-                and call.upstream_model not in upstream.without_options):
-            call.request_usage()
+        call.request_usage()
         response = await upstream.send(method, head, call.upstream_body, context)
         if not call.usage_requested_by_us or response.status not in (400, 422):
             return response
@@ -8852,7 +9872,8 @@ class Proxy:
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
-        if call.runs_in_background() and self.may_run(entry, usage, ending):
+        if (usage.estimated or reader.running) and (
+                call.runs_in_background() and self.may_run(entry, usage, ending)):
             return self.await_usage(call, hold)
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
@@ -8926,7 +9947,8 @@ class Proxy:
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path and known[1] == call.is_json:
+        is_json = call.json_body is not None
+        if known and known[0] == call.path and known[1] == is_json:
             return known[2]
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
@@ -8938,13 +9960,13 @@ class Proxy:
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, call.is_json, head
+        request.cache[address] = call.path, is_json, head
         return head
 
     @staticmethod
     def lines_of_ours(call):
         lines = []
-        if call.is_json:
+        if call.json_body:
             lines.append("Content-Type: application/json")
         if not call.unmetered or call.body is not None:  # what is metered must stay readable
             lines.append("Accept-Encoding: identity")
@@ -8968,13 +9990,19 @@ class Proxy:
         return request.end_to_end(NEVER_UPSTREAM.union(dropped))
 
 
+def may_use(globs: Sequence[str], model: str) -> bool:
+    """Tells whether a key of these models may use one."""
+    return any([names_model(glob, model) for glob in globs])
+
+
 def default_rule(config):
     """Returns the plain settings as a rule: whole intervals, several tokens each."""
     units = {"request": "requests", "estimate": "estimate", "usage": "tokens"}
     rate = config.refill_tokens, config.refill_interval_seconds
     text = "each %d tokens per %ds burst %d" % (*rate, config.max_tokens)
-    unit = UNITS.index(units[config.token_cost_mode])
-    return Rule(text, (("each", ""),), unit, config.max_tokens, *rate, rate)
+    unit = units[config.token_cost_mode]
+    return Rule(text, (("each", ""),), UNITS.index(unit), config.max_tokens, *rate, rate,
+                (("caller",), unit, rate[1]))
 
 
 def new_loop(clock, log):
@@ -8997,14 +10025,47 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
-    limits = build_limits(config, Buckets(clock))
-    prices = Prices(config.prices, config.unpriced)
-    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
     secret = database.secret() if database else os.urandom(32)
-    return Proxy(config, clock, new_loop(clock, log), build_callers(config, secret), limits,
-                 prices, build_estimator(config, prices, limits), build_dialects(config), stored,
-                 build_routes(config, clock, log.say),
-                 build_books(config, clock, log, limits, stored, database))
+    keys = stored_keys(database, secret)
+    if keys.closed:
+        config.note_stored_keys()
+    for fault in keys.faults:
+        log.say(fault)
+    limits = build_limits(config, Buckets(clock), keys.rules)
+    prices = Prices(config.prices, config.unpriced)
+    stored = Stored(config.stored)
+    proxy = Proxy(config, clock, new_loop(clock, log), build_callers(config, secret, keys), limits,
+                  prices, build_estimator(config, prices, limits), build_dialects(config), stored,
+                  build_routes(config, clock, log.say),
+                  build_books(config, clock, log, limits, stored, database, keys, secret),
+                  build_watchers(config, clock, limits))
+    hear_of_keys(proxy, database)
+    return proxy
+
+
+def stored_keys(database: Optional[Database], secret: bytes) -> StoredKeys:
+    """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
+    let in."""
+    if database is None:
+        return StoredKeys(secret)
+    try:
+        return read_keys(database.key_rows(), secret)
+    except sqlite3.Error:
+        return StoredKeys(secret, closed=True)
+
+
+def hear_of_keys(proxy: Proxy, database: Optional[Database]):
+    """Has the ledger tell the loop what it reads of keys and orders; what was given before is given
+    again before a call could find less."""
+    def tell(keys, orders):
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
+
+    if proxy.books.ledger:
+        proxy.books.ledger.on_news = tell
+    with contextlib.suppress(sqlite3.Error):
+        for order in database.take_orders(proxy.wall(), again=True) if database else ():
+            proxy.carry_out(order)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -9013,8 +10074,8 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     rest = proxy.config.take(config)
     config = proxy.config
     proxy.weights = config.key_weights or {}
-    proxy.callers = build_callers(config, proxy.callers.label_secret)
-    proxy.limits = build_limits(config, proxy.limits.buckets)
+    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
+    proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
     proxy.limits.take_over(proxy.clock.time_ns() / 1e9)
     proxy.prices = Prices(config.prices, config.unpriced)
     models = proxy.estimator.models
@@ -9023,13 +10084,23 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     return rest
 
 
-def build_callers(config: Config, secret: bytes) -> Callers:
-    return Callers(config.proxy_api_keys or None, secret, config.trusted_proxies or (),
-                   config.caller_header, config.has_dialect("azure"))
+def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
+    keys = config.proxy_api_keys
+    if keys is None and stored.closed:
+        keys = {}
+    elif not keys:
+        keys = None
+    steering = {config.viewer_key: "viewer", config.admin_key: "admin"}
+    steering.pop(None, None)
+    return Callers(keys, secret, config.trusted_proxies or (), config.caller_header,
+                   config.has_dialect("azure"), stored, steering)
 
 
-def build_limits(config: Config, buckets: Buckets) -> Limits:
-    return Limits(config.limits or [default_rule(config)], buckets, config.limit_message)
+def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, ...]]) -> Limits:
+    message = config.limit_message.replace("{me}", "%s/me" % config.public_url)
+    limits = Limits(config.limits or [default_rule(config)], buckets, message)
+    limits.own = own
+    return limits
 
 
 def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
@@ -9038,20 +10109,22 @@ def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstim
                          config.image_tokens, limits.units())
 
 
-def build_books(config, clock, log, limits, stored, database):
+def build_books(config, clock, log, limits, stored, database, keys, secret):
     ledger = None
     if config.database != "off":
-        ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log)
+        ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log,
+                        keys, secret)
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
-    return Books(log, ledger, usage_log, build_watchers(config))
+    return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config) -> List[Watcher]:
-    return [Feed()]
+def build_watchers(config: Config, clock: Any, limits: Limits) -> Watchers:
+    feed = Feed(clock)
+    return Watchers(feed, Pulse(clock, limits.buckets, feed))
 
 
 def build_dialects(config: Config) -> Dialects:
-    names = {one.name: one.dialect for one in config.upstreams}
+    names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on", config.max_text_bytes)
 
@@ -9093,9 +10166,9 @@ class Catalogue:
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def models(self, context: Context) -> Dict[str, Model]:
-        """Returns them by name; the first of a name counts. Who asks while another one's question
-        is under way takes what that brings."""
+    async def models(self, context: Context, upstream: Optional[str] = None) -> Dict[str, Model]:
+        """Returns them by name, or those of one upstream; the first of a name counts. Who asks
+        while another one's question is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -9106,7 +10179,9 @@ class Catalogue:
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
-        for model in itertools.chain(*self.lists):
+        lists = [models for one, models in zip(self.upstreams, self.lists)
+                 if upstream in (None, one.name)]
+        for model in itertools.chain(*lists):
             found.setdefault(model.name, model)
         return found
 
@@ -9151,8 +10226,7 @@ class Pages:
             return None
         if request.path == "/health":
             return self.health
-        if request.path in self.MODELS_PATHS and (
-                self.lists_models or not self.dialect(request).OWN_LIST):
+        if request.path in self.MODELS_PATHS:
             return self.models
         return None
 
@@ -9201,12 +10275,18 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        models = await self.catalogue.models(reply.context)
-        if not models and not self.lists_models:
+        key = reply.entry.caller.stored_key
+        own = key and (key.models or key.upstream)
+        if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
+            return await proxy.serve(request, reply)
+        models = await self.catalogue.models(reply.context, key and key.upstream)
+        if not (own or models or self.lists_models):
             return await proxy.serve(request, reply)  # it may speak the client's API alone
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        reply.send(200, self.dialect(request).models(list(models.values())))
+        found = [model for model in models.values()
+                 if not (key and key.models) or may_use(key.models, model.name)]
+        reply.send(200, self.dialect(request).models(found))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9218,9 +10298,277 @@ class Pages:
 class AdminPage(NamedTuple):
     """One row of the admin API."""
     method: str
-    path: str  # with NAME or ID for what varies
+    path: str  # below /admin/api; NAME stands for what varies
     role: str  # that it takes at least
+    handler: str
     does: str  # for people
+
+
+ADMIN_PAGES = [AdminPage(*row) for row in (
+    ("GET", "", "viewer", "contents", "this list, and who you are"),
+    ("GET", "/summary", "viewer", "summary", "today, the last minute, running calls, upstreams"),
+    ("GET", "/events", "viewer", "events", "what happens, as server-sent events"),
+    ("GET", "/calls", "viewer", "calls", "calls, the latest first: ?before= limit= and filters"),
+    ("GET", "/calls/NAME", "viewer", "call", "all that is known of one call, by its id"),
+    ("GET", "/usage", "viewer", "usage", "who used what: ?by= step= from= to= zone= format=csv"),
+    ("GET", "/callers", "viewer", "callers", "who called lately, with their buckets"),
+    ("POST", "/callers/NAME/give", "admin", "give", "more for one caller: amount, unit, for"),
+    ("POST", "/callers/NAME/reset", "admin", "reset", "fills the buckets of one caller"),
+    ("GET", "/keys", "viewer", "keys", "stored keys, without their secrets"),
+    ("POST", "/keys", "admin", "add_key", "makes one, and tells its secret this once"),
+    ("GET", "/keys/NAME", "viewer", "key", "one of them"),
+    ("PATCH", "/keys/NAME", "admin", "set_key", "changes fields of it"),
+    ("DELETE", "/keys/NAME", "admin", "remove_key", "removes it"),
+    ("POST", "/keys/NAME/revoke", "admin", "revoke_key", "it is valid no more"),
+    ("POST", "/keys/NAME/restore", "admin", "restore_key", "and is again"),
+    ("POST", "/keys/NAME/rotate", "admin", "rotate_key", "another secret: grace"),
+    ("POST", "/keys/NAME/give", "admin", "give", "more for it: amount, unit, for"),
+    ("POST", "/keys/NAME/reset", "admin", "reset", "fills its buckets"),
+    ("GET", "/upstreams", "viewer", "upstreams", "upstreams, how they are and how quick"),
+    ("POST", "/upstreams/NAME/enable", "admin", "enable", "calls go there again"),
+    ("POST", "/upstreams/NAME/disable", "admin", "disable", "no more calls go there"),
+    ("POST", "/upstreams/NAME/test", "admin", "test", "asks it for its models"),
+    ("GET", "/limits", "viewer", "limits", "the rules, and how often each refused"),
+    ("GET", "/audit", "viewer", "audit", "who changed what: ?before="),
+    ("GET", "/config", "viewer", "config", "the settings, without secrets"))]
+
+
+class Ask(NamedTuple):
+    """One request to the admin API; `name` is what stood in the path."""
+    request: Request
+    reply: Reply
+    caller: Caller
+    name: str
+    query: Dict[str, str]
+    body: Dict[str, Any]
+
+
+class Admin:
+    """Answers the admin API. A handler returns what is sent as JSON; it may refuse by raising, also
+    ValueError, whose message says what would be right."""
+    ROOT = "/admin/api"
+    MAX_BODY = 1 << 16
+    MAX_SHOWN = 200
+    POOL_SECONDS = 30
+    BEAT_SECONDS = 0.25     # events that come within it go out together
+    SILENT_SECONDS = 15     # then a comment shows that the stream lives
+
+    def __init__(self, proxy: Proxy):
+        self.proxy = proxy
+        self.clock = proxy.clock
+        self.feed, self.pulse, *_ = proxy.watchers
+        self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
+        self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
+
+    def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+        """Returns what answers a request, None where it is not for the admin API."""
+        is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
+        return self.answer if is_ours else None
+
+    def find(self, method, path):
+        """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
+        MethodNotAllowed."""
+        found = [(match, row) for shape, row in self.rows
+                 for match in [shape.fullmatch(path)] if match]
+        if not found:
+            raise NoSuchPage()
+        for match, row in found:
+            if row.method == method or (row.method, method) == ("GET", "HEAD"):
+                return row, urllib.parse.unquote("".join(match.groups()))
+        raise MethodNotAllowed()
+
+    async def answer(self, request: Request, reply: Reply):
+        """A page: any of the admin API."""
+        entry = reply.entry
+        self.proxy.require_role(request, entry, "viewer")
+        row, name = self.find(request.method, request.path[len(self.ROOT):])
+        self.proxy.require_role(request, entry, row.role)
+        body = await self.read_body(reply) if row.method in ("POST", "PATCH") else {}
+        query = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=False))
+        ask = Ask(request, reply, entry.caller, name, query, body)
+        try:
+            found = await getattr(self, row.handler)(ask)
+        except (ValueError, LookupError) as fault:
+            raise BadRequest(str(fault)) from None
+        if found is not None:
+            status = 201 if row.handler == "add_key" else 200
+            reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+
+    async def read_body(self, reply):
+        """Returns the JSON object that was posted. Raises BadRequest."""
+        if reply.content is None and reply.body.length is not None and (
+                reply.body.length > self.MAX_BODY):
+            raise BodyTooLarge()
+        content = await reply.read_body()
+        if len(content) > self.MAX_BODY:
+            raise BodyTooLarge()
+        return parse_json(content) if content.strip() else {}
+
+    async def in_pool(self, ask, act, *arguments):
+        """Returns what `act` does, in a helper thread."""
+        context = ask.reply.context
+        job = context.loop.run_in_executor(self.pool, act, *arguments)
+        try:
+            return await context.wait(job, self.POOL_SECONDS, "the database")
+        except TimeoutError:
+            raise Overloaded() from None
+
+    # -- what happens now
+
+    async def contents(self, ask):
+        return {"version": VERSION, "you": self.you(ask), "endpoints": [
+            {"method": row.method, "path": self.ROOT + row.path, "role": row.role,
+             "does": row.does} for row in ADMIN_PAGES]}
+
+    @staticmethod
+    def you(ask):
+        return {"name": ask.caller.label, "role": ask.caller.role}
+
+    def running(self):
+        """Returns the calls that run, the latest last."""
+        first = max(0, len(self.proxy.books.running) - self.MAX_SHOWN)
+        return itertools.islice(self.proxy.books.running, first, None)
+
+    async def events(self, ask):
+        """A stream of events that goes on until either side ends it."""
+        reply, feed = ask.reply, self.feed
+        text = ask.request.get("last-event-id", "")
+        number = int(text) if re.fullmatch("[0-9]{1,18}", text) else feed.number
+        reply.client.write(reply.stream_head("text/event-stream") + reply.framed(b": hello\n\n"))
+        feed.listeners += 1
+        try:
+            while not feed.closed:
+                data, number = self.events_since(number)
+                if data:
+                    reply.client.write(reply.framed(data))
+                    await reply.drain()
+                    await reply.context.sleep(self.BEAT_SECONDS, "more events")
+                else:
+                    await self.next_event(reply)
+        finally:
+            feed.listeners -= 1
+        reply.close_after = True
+        if not reply.until_close:
+            reply.client.write(LAST_CHUNK)
+
+    def events_since(self, number):
+        """Returns the events after a number, and the last number."""
+        events = self.feed.since(number)
+        if events is None:
+            return b"event: lost\ndata: {}\n\n", self.feed.number
+        return b"".join([event.encoded() for event in events]), self.feed.number
+
+    async def next_event(self, reply):
+        future = reply.context.loop.create_future()
+        self.feed.waiting.add(future)
+        try:
+            await reply.context.wait(future, self.SILENT_SECONDS, "events")
+        except TimeoutError:
+            reply.client.write(reply.framed(b": still here\n\n"))
+        finally:
+            self.feed.waiting.discard(future)
+
+    def beat(self):
+        """A second is over: tell those who look what was in it."""
+        proxy = self.proxy
+        queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
+        found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        if self.feed.listeners:
+            found = {**found, "buckets": self.pulse.changed_buckets(),
+                     "running": [entry.progress(self.clock) for entry in self.running()],
+                     "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+        self.feed.pulse(found)
+
+    @staticmethod
+    def upstream_now(upstream):
+        stats = upstream.stats()
+        return {"name": upstream.name, "state": stats["state"], "in_flight": stats["in_flight"],
+                "waiting": stats.get("queue", {}).get("waiting", 0)}
+
+    # -- upstreams
+
+    def describe(self, upstream):
+        stats = upstream.stats()
+        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
+        return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
+                "models": list(upstream.globs), "model": upstream.model,
+                "max_concurrency": upstream.queue.most if upstream.queue else 0}
+
+    async def upstreams(self, _):
+        return {"upstreams": list(map(self.describe, self.proxy.routes.all))}
+
+    def upstream(self, name):
+        found = self.proxy.routes.by_name.get(name)
+        require(found, "there is no upstream of this name")
+        return found
+
+    async def enable(self, ask):
+        return self.switch(ask, on=True)
+
+    async def disable(self, ask):
+        return self.switch(ask, on=False)
+
+    def switch(self, ask, on):
+        upstream = self.upstream(ask.name)
+        self.proxy.routes.switch(ask.name, on)
+        self.feed.tell("change", {"what": "upstreams"})
+        return self.describe(upstream)
+
+    async def test(self, ask):
+        upstream = copy.copy(self.upstream(ask.name))
+        upstream.model = None  # its own list is asked for
+        context = Context(ask.reply.context.loop)
+        context.until = context.loop.time() + 10
+        began = self.clock.monotonic()
+        try:
+            names = [clean(model.name) for model in await upstream.models(context)]
+            found = {"ok": True, "models": names[:self.MAX_SHOWN], "fault": None}
+        except (Refusal, ValueError) as refusal:
+            found = {"ok": False, "models": [], "fault": "%s (%s)" % (
+                refusal, getattr(refusal, "cause", None) or "no more is known")}
+        finally:
+            context.close()
+        return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
+
+    # -- callers and limits
+
+    def buckets_by_owner(self):
+        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
+        found = collections.defaultdict(dict)
+        for one in self.proxy.limits.buckets.levels.values():
+            for owner in one.key[1:]:
+                found[owner][one.key] = one.rule
+        return found
+
+    def buckets_of(self, caller, not_full):
+        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
+        address = caller.key[1] if caller.key[0] == "address" else None
+        usual = self.proxy.limits.matching(caller, address, self.proxy.config.base_model)
+        rules = {key: rule for rule, key in usual
+                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
+        rules.update(not_full.get(caller.key, {}))
+        return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
+
+    async def limits(self, _):
+        refused = self.pulse.refused
+        return {"rules": [
+            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused[rule.text],
+             "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
+            for rule in self.proxy.limits.rules]}
+
+    # -- settings
+
+    async def config(self, _):
+        config = self.proxy.config
+        groups = {setting.name: group for group, rows in SETTINGS.items() for setting in rows}
+        rows = []
+        for name, text in config.texts.items():
+            setting = find_setting(name)
+            hidden = text is not None and setting.secret
+            rows.append({"name": name, "group": groups[setting.name],
+                         "value": "set, not shown" if hidden else text,
+                         "is_default": text == setting.default, "sentence": setting.sentence})
+        return {"settings": rows, "warnings": config.warnings()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10476,7 +11824,6 @@ class ClientConnection:
     last: Optional[Request] = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
-    began = 0.0                     # when the request's head was there
     leave_timer = None
     full_timer = None
 
@@ -10501,7 +11848,7 @@ class ClientConnection:
         entry = reply.entry
         return "%s %s %s %.1fs upstream=%s %r unsent=%d" % (
             entry.caller.label if entry.caller else self.address, entry.method, entry.path[:200],
-            self.loop.time() - self.began, entry.upstream or "-", self.context,
+            self.loop.time() - entry.started, entry.upstream or "-", self.context,
             len(self.client.write_buffer))
 
     # -- what the client does while its call awaits something else
@@ -10634,28 +11981,29 @@ class ClientConnection:
         if data is None:
             raise QuietEnd()
         self.idle = False
-        self.began = reply.entry.started = self.loop.time()
+        reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
         reply.take(request)
-        reply.close_after = reply.close_after or self.server.draining
+        if self.server.draining:
+            reply.close_after = True
         if client.ended:
             self.on_client_end()
         elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
             client.resume_reading()
-        if "page" not in request.cache:
-            request.cache["page"] = self.find_page(request)
-        page = request.cache["page"]
-        if page:
-            await page(request, reply)
-        else:
-            await self.proxy.serve(request, reply)
+        respond = request.cache.get("respond") or self.find_responder(request)
+        await respond(request, reply)
 
-    def find_page(self, request):
-        """Returns the page that answers, None where an upstream does. Raises a Refusal for what is
-        answered by neither."""
-        self.server.parts.origins.check(request.method, request)
+    def find_responder(self, request):
+        """Returns what answers requests with this head, a page or the proxy. Raises a Refusal for
+        what is answered by neither."""
+        origins = self.server.parts.origins
+        respond = self.server.admin.page(request)
+        if respond is None or not origins.is_own(request):
+            origins.check(request.method, request)
         self.refuse_other_protocols(request)
-        return self.server.pages.find(request)
+        respond = respond or self.server.pages.find(request) or self.proxy.serve
+        request.cache["respond"] = respond
+        return respond
 
     @staticmethod
     def refuse_other_protocols(request):
@@ -10808,12 +12156,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
+        self.admin = Admin(proxy)
         self.most = most
-        memory = max(self.BODY_MEMORY, 8 * proxy.config.max_body_bytes)
-        origins = Origins(proxy.config.web_origins, socket.gethostname())
-        self.parts = ReplyParts(
-            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), Turns(self.loop),
-            origins)
+        self.parts = self.make_parts()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)
@@ -10824,8 +12169,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop_watch = LoopWatch(self.loop, proxy.books.log.say)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
-        self.loop.call_soon_threadsafe(self.loop_watch.tick)
-        self.loop.call_soon_threadsafe(self.sweep)
+        for act in (self.loop_watch.tick, self.sweep, self.beat):
+            self.loop.call_soon_threadsafe(act)
+
+    def make_parts(self) -> ReplyParts:
+        proxy, config = self.proxy, self.proxy.config
+        memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
+        origins = Origins(config.cors_origins, socket.gethostname())
+        return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
+                          Turns(self.loop), origins)
 
     def server_bind(self):
         """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
@@ -10942,6 +12294,11 @@ class Server(http.server.ThreadingHTTPServer):
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
 
+    def beat(self):
+        """Runs every second."""
+        self.beat_timer = self.loop.call_later(1, self.beat)
+        self.admin.beat()
+
     def reload(self):
         """Read the certificates again; connections that are open keep theirs. Raises OSError,
         ValueError."""
@@ -10960,6 +12317,7 @@ class Server(http.server.ThreadingHTTPServer):
         cut them; returns how many were cut."""
         await self.stop_accepting()
         self.draining = True
+        self.proxy.watchers.feed.close(0)
         for connection in [*self.open, *self.lingering]:
             connection.end_if_idle()
         await self.emptying(seconds)
@@ -10972,17 +12330,22 @@ class Server(http.server.ThreadingHTTPServer):
             connection.client.close()  # it took nothing more
             connection.on_client_lost()
         await self.emptying(1)
+        await self.part()
+        for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
+            timer.cancel()
+        helpers = [address.helpers for address in self.proxy.routes.addresses()]
+        for pool in (self.admin.pool, *helpers):
+            pool.shutdown(wait=False)
+        return len(cut)
+
+    async def part(self):
+        """Leave all upstreams."""
         self.proxy.routes.close_stale(everything=True)
         partings = set().union(*[one.partings for one in self.proxy.routes.addresses()])
         for parting in partings:
             parting.cancel()
         if partings:
             await asyncio.wait(partings)
-        self.loop_watch.timer.cancel()
-        self.sweep_timer.cancel()
-        for address in self.proxy.routes.addresses():
-            address.helpers.shutdown(wait=False)
-        return len(cut)
 
     async def stop_accepting(self):
         stopped = self.loop.create_future()
@@ -11080,7 +12443,8 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        threading.Thread(target=self.serve_forever, name="demo", daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=(0.05,), name="demo", daemon=True).start()
 
     def server_bind(self):
         Server.server_bind(self)
@@ -11149,17 +12513,25 @@ def ask_models(upstream):
     context = Context(loop)
     context.until = loop.time() + 10
     with contextlib.closing(loop):
-        return loop.run_until_complete(upstream.models(context))
+        try:
+            return loop.run_until_complete(upstream.models(context))
+        finally:
+            upstream.addresses[0].close_stale(everything=True)
+
+
+def shown(name, text):
+    """Returns the text of a setting on one line, without a secret."""
+    if text is None:
+        return "not set"
+    if is_secret(name):
+        return "set, not shown"
+    return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     for name, text in config.texts.items():
-        if text is None:
-            text = "not set"
-        elif is_secret(name):
-            text = "set, not shown"
-        print("%-24s %s" % (name, text))
+        print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
@@ -11201,8 +12573,8 @@ def database_faults(config):
         if path == "off":
             return
         if os.path.exists(path) and os.path.getsize(path):
-            Database(path, reading=True).connection.close()
-        if os.path.exists(path + ".lock"):
+            Database(path, reading=True).close()
+        if os.path.exists(lock_name(path)):
             with lock_for_service(path) or contextlib.nullcontext():
                 pass
         if not os.access(path if os.path.exists(path) else folder, os.W_OK):
@@ -11261,27 +12633,77 @@ def open_database(config, log_stream, remarks):
     if config.database == "off":
         return None
     try:
-        lock = lock_for_service(config.database)
-        database = open_patiently(config.database, log_stream)
-        database.lock = lock  # as long as the process lives
-        return database
+        return open_for_service(config.database, functools.partial(open_patiently, log_stream))
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
         remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
 
 
-def open_patiently(path, log_stream, tries=12):
+def open_patiently(log_stream, path, lock, tries=12):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
     while True:
         try:
-            return Database(path)
+            return Database(path, lock)
         except InUse as fault:
             tries -= 1
             if not tries:
                 raise
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
+
+
+class AdminKey:
+    """The key of whoever started this process, where no other admin's key is set or stored: another
+    one at each start, told on the terminal, else in a file that its owner alone can read."""
+    path: Optional[str] = None
+
+    def __init__(self, proxy: Proxy):
+        self.proxy = proxy
+        self.is_needed = not proxy.config.admin_key and not (
+            proxy.callers.stored.has_admin(proxy.wall()))
+
+    def words(self, at_terminal: bool) -> List[str]:
+        """Makes it, if it is needed; returns what the log is to say of it."""
+        config = self.proxy.config
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+        page = "%s/dashboard" % (
+            config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+        if not self.is_needed:
+            return ["dashboard: %s" % page]
+        key = new_secret()
+        if not at_terminal:
+            fault = self.write(key)
+            if fault:
+                return ["dashboard: %s needs ADMIN_KEY to be set: %s" % (page, fault)]
+        config.admin_key = key
+        self.proxy.callers = build_callers(
+            config, self.proxy.callers.label_secret, self.proxy.callers.stored)
+        return ["dashboard: %s with the key %s" % (
+            page, "in " + self.path if self.path else key)]
+
+    def write(self, key):
+        """Puts it into a file of this process's own; returns why that cannot be done."""
+        ledger = self.proxy.books.ledger
+        if not (ledger and ledger.database):
+            return "there is no DATABASE beside which a key could be kept"
+        path = ledger.path + ".admin-key"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+            # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(file, "w", encoding="ascii") as stream:
+                stream.write(key + "\n")
+        except OSError as failure:
+            return "%s cannot be written: %s" % (path, failure.strerror or failure)
+        self.path = path
+        return None
+
+    def forget(self):
+        if self.path:
+            with contextlib.suppress(OSError):
+                os.remove(self.path)
 
 
 def run(config: Config, log_stream: BinaryIO, remarks: List[str],
@@ -11301,8 +12723,10 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
-    words = greeting(config) + remarks
+    admin_key = AdminKey(proxy)
+    words = greeting(config) + remarks + admin_key.words(log_stream.isatty())
     proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
+    admin_key.forget()
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
@@ -11372,18 +12796,23 @@ def is_at_a_terminal():
         return sys.stdin.isatty()
 
 
+ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+
+
 def handle_signals(loop, actions):
     """Have signals, by name, act on the loop. They come by way of the wake-up descriptor, which
-    works on every system. The second one that says stop ends the process at once, even where
-    something holds the loop."""
+    works on every system. A second one that says stop ends the process at once, even where
+    something holds the loop; but `timeout` of GNU sends each to a process and then to its group."""
     receiver, sender = socket.socketpair()
     receiver.setblocking(False)
     sender.setblocking(False)
-    stops = itertools.count()
+    stops = []
 
     def handle(number, _):
-        if number in (signal.SIGTERM, signal.SIGINT) and next(stops):
-            os._exit(1)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            stops.append(loop.time())
+            if stops[-1] - stops[0] > ONE_SIGNAL_SECONDS:
+                os._exit(1)
 
     def on_signals(_):
         for number in receiver.recv(64):
@@ -11567,19 +12996,129 @@ def prices_command(options, path):
     return 0
 
 
+def version_line():
+    """Returns which file this is, and what runs it."""
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return "llm_proxy %s, sha256 %s, %s %s" % (
+        VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
+
+
+def add_keys_command(commands):
+    """Adds `keys`, and what can be done with them."""
+    acts = commands.add_parser(
+        "keys", help="make, list and change keys in DATABASE; see keys --help").add_subparsers(
+            dest="act", metavar="|".join(KEY_ACTS), required=True)
+    for act, sentence in KEY_ACTS.items():
+        parser = acts.add_parser(act, help=sentence, description=sentence)
+        if act != "list":
+            parser.add_argument("name", metavar="NAME")
+        for field, (_, meaning) in KEY_FIELDS.items() if act in ("add", "set") else ():
+            parser.add_argument("--" + field, metavar="TEXT", help=meaning)
+    for act, words, options in KEY_OPTIONS:
+        acts.choices[act].add_argument(*words, **options)
+
+
+KEY_ACTS = {
+    "add": "make a key, and print it, once",
+    "list": "print all keys",
+    "show": "print what is known of a key",
+    "set": "change what a key may do; an empty text takes it away",
+    "revoke": "let a key in no more, until it is restored",
+    "restore": "let a revoked key in again",
+    "rotate": "make another secret for a key, and print it, once; all else stays",
+    "remove": "forget a key; the books keep what it used",
+    "give": "let a caller's buckets of a unit hold more for a time, and add that",
+    "reset": "fill a caller's buckets"}
+KEY_OPTIONS = (
+    ("list", ["--json"], {"action": "store_true"}),
+    ("show", ["--json"], {"action": "store_true"}),
+    ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
+    ("rotate", ["--grace"], {"metavar": "1h", "help": "how long the old secret is good still"}),
+    ("give", ["amount"], {"metavar": "AMOUNT"}),
+    ("give", ["unit"], {"choices": UNITS[:5]}),
+    ("give", ["--for"], {"dest": "seconds", "metavar": "1d", "help": "how long; 1d if not said"}))
+CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY_API_KEYS"
+          " (PROXY_API_KEYS=anyone lets all in)")
+
+
+def keys_command(options, found, log_stream):
+    """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
+    path = found.get("DATABASE", DEFAULT_DATABASE)
+    if path == "off":
+        raise ConfigFaults("keys are stored in DATABASE, and that is off")
+    user = found.get("USER") or found.get("LOGNAME") or found.get("USERNAME") or "somebody"
+    database = open_patiently(path, log_stream)
+    store = KeyStore(database, time, Actor(user, "admin", "command line"))
+    given = {name: value for name, value in vars(options).items()
+             if name not in ("act", "command", "check", "demo", "json") and value is not None}
+    try:
+        with contextlib.closing(database.connection):
+            if options.act in ("give", "reset"):
+                require_caller(store, options.name, found)
+            show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
+                **given), found)
+    except KeyFault as fault:
+        print(fault, file=sys.stderr)
+        return 1
+    except sqlite3.Error as failure:
+        raise Unwritable(path, failure) from None
+    return 0
+
+
+def require_caller(store, name, found):
+    """Raises KeyFault where nobody who is known here has this name: it may be misspelt."""
+    try:
+        keys = proxy_keys(found.get("PROXY_API_KEYS", "anyone"))
+        names = [*filter(None, keys.values()), str(read_network(name).network_address)]
+    except ValueError:
+        names = list(filter(None, keys.values()))
+    if name not in names:
+        store.find(name)
+
+
+def show_keys(options, result, found):
+    """Prints what came of it: of a new key the secret alone on stdout."""
+    if isinstance(result, NewKey):
+        print(result.secret)
+        if result.closes and not found.get("PROXY_API_KEYS"):
+            print(CLOSED, file=sys.stderr)
+    elif options.act in ("list", "show"):
+        keys = result if options.act == "list" else [result]
+        rows = [key.as_dict() for key in keys]
+        if options.json:
+            print(json.dumps(rows if options.act == "list" else rows[0], indent=2))
+        elif options.act == "show":
+            print_table(("field", "value"), list(map_times(rows[0]).items()))
+        elif rows:
+            print_table(list(rows[0]), [list(map_times(row).values()) for row in rows])
+        else:
+            print("no keys yet")
+
+
+def map_times(row):
+    """Returns a key's fields as people read them."""
+    found = {name: "-" if value is None else value for name, value in row.items()}
+    for name in ("created", "expires", "last_used"):
+        if row[name]:
+            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name]))
+    found["disabled"] = "yes" if row["disabled"] else "-"
+    return found
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Let many people share an LLM endpoint fairly."
                     "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py")
-    parser.add_argument("--version", action="version", version="llm_proxy " + VERSION)
+    parser.add_argument("--version", action="version", version=version_line())
     parser.add_argument(
         "--check", action="store_true",
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage | prices")
+    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", choices=GROUPS, action="append",
@@ -11596,6 +13135,7 @@ def parse_arguments(arguments):
         "--update", nargs="+", metavar=("FILE", "URL"),
         help="fetch a list into FILE, by default from " + PRICES_URL)
     prices.add_argument("--json", action="store_true")
+    add_keys_command(commands)
     return parser.parse_args(arguments)
 
 
@@ -11625,6 +13165,8 @@ def run_command(options, environ, log_stream):
         found = set_variables(environ, read_dotenv(dotenv)[0])
         if options.command == "prices":
             return prices_command(options, found.get("PRICES"))
+        if options.command == "keys":
+            return keys_command(options, found, log_stream)
         return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
     if options.demo:
         environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port

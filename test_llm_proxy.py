@@ -12,6 +12,7 @@ bound only tells "never" from "not yet".
 """
 import ast
 import asyncio
+import atexit
 import base64
 import bisect
 import collections
@@ -33,6 +34,7 @@ import json
 import math
 import os
 import pathlib
+import py_compile
 import queue
 import random
 import re
@@ -43,6 +45,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -601,13 +604,14 @@ def cpu_seconds():
 
 getattr(gc, "callbacks", []).append(note_collection)  # PyPy has none
 RUN = asyncio.events.Handle._run
-SWITCHES = getattr(resource, "RUSAGE_THREAD", None)  # Linux counts those of a thread
+# Linux counts those of a thread; PyPy waits for its lock without any.
+SWITCHES = getattr(resource, "RUSAGE_THREAD", None) if hasattr(gc, "freeze") else None
 
 
 def switches():
     """How often this thread has waited, and how often it was put off."""
-    usage = resource.getrusage(SWITCHES) if SWITCHES else None
-    return (usage.ru_nvcsw, usage.ru_nivcsw) if usage else (0, 1)
+    usage = resource.getrusage(SWITCHES)
+    return usage.ru_nvcsw, usage.ru_nivcsw
 
 
 def run_and_measure(handle):
@@ -618,14 +622,16 @@ def run_and_measure(handle):
     held = getattr(handle._loop, "held", None)
     if held is None:
         return RUN(handle)
-    text, waited, put_off = str(handle._callback), *switches()
+    text, before = str(handle._callback), SWITCHES and switches()
     cpu, began = cpu_seconds(), time.monotonic()
     RUN(handle)
     cpu, took = cpu_seconds() - cpu, time.monotonic() - began
-    if cpu > CPU_SECONDS or took > 0.25:
-        waited, put_off = switches()[0] - waited, switches()[1] - put_off
-        if cpu > CPU_SECONDS or (waited < 10 and not put_off):
-            held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
+    slept = False
+    if SWITCHES and took > 0.25:
+        waited, put_off = map(int.__sub__, switches(), before)
+        slept = waited < 10 and not put_off
+    if cpu > CPU_SECONDS or slept:
+        held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
 
 
 class ProxyCase(TableCase):
@@ -633,7 +639,9 @@ class ProxyCase(TableCase):
 
     @classmethod
     def setUpClass(cls):
-        for patch in (mock.patch.object(llm_proxy.Log, "PAUSE", 0.002),  # most tests wait for it
+        # Most tests wait for the log, and many for a caller that closed to be taken for gone.
+        for patch in (mock.patch.object(llm_proxy.Log, "PAUSE", 0.002),
+                      mock.patch.object(llm_proxy.ClientConnection, "HALF_CLOSE_SECONDS", 0.05),
                       mock.patch.object(asyncio.events.Handle, "_run", run_and_measure)):
             patch.start()
             cls.addClassCleanup(patch.stop)
@@ -647,7 +655,9 @@ class ProxyCase(TableCase):
         self.run_proxy(read_config({name: str(value) for name, value in settings.items()}), clock)
 
     def run_proxy(self, config, clock):
-        database = None if config.database == "off" else llm_proxy.Database(config.database)
+        database = None
+        if config.database != "off":
+            database = llm_proxy.open_for_service(config.database)
         self.lines = Lines()
         self.tracebacks = 0
         self.proxy = build(config, self.lines, clock, database)
@@ -803,6 +813,15 @@ def source(path=FILE):
         return file.read()
 
 
+@functools.lru_cache(None)
+def tree(path=FILE):
+    return ast.parse(source(path))
+
+
+def functions():
+    return [node for node in ast.walk(tree()) if isinstance(node, FUNCTIONS)]
+
+
 def banners(text):
     """Returns [(line number, section)]."""
     found = re.finditer(r"^# -{20,}\n# (\w+): ", text, re.MULTILINE)
@@ -848,7 +867,7 @@ def globals_in(code):
 
 class FileTest(TableCase):
     def test_the_table_of_contents_names_every_section_in_order(self):
-        contents = ast.get_docstring(ast.parse(source())).partition("Contents")[2]
+        contents = ast.get_docstring(tree()).partition("Contents")[2]
         listed = re.findall(r"^ {4}(\w+) {2,}\S", contents, re.MULTILINE)
         self.assertGreater(len(listed), 10)
         self.assertEqual(listed, [name for _, name in banners(source())])
@@ -858,7 +877,7 @@ class FileTest(TableCase):
         starts = [line for line, _ in banners(source())]
         homes = {}
         uses = []
-        for statement in ast.parse(source()).body:
+        for statement in tree().body:
             section = sum(line <= statement.lineno for line in starts)
             for name in names_of(statement):
                 homes.setdefault(name, section)
@@ -869,7 +888,7 @@ class FileTest(TableCase):
 
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
     def test_nothing_is_imported_but_the_standard_library(self):
-        nodes = [*ast.walk(ast.parse(source())), *ast.walk(ast.parse(source(__file__)))]
+        nodes = [*ast.walk(tree()), *ast.walk(tree(__file__))]
         imports = [node for node in nodes if isinstance(node, ast.Import)]
         names = [alias.name for node in imports for alias in node.names]
         names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
@@ -877,7 +896,7 @@ class FileTest(TableCase):
         self.assertLessEqual(roots, sys.stdlib_module_names | {"llm_proxy"})
 
     def test_no_module_state_is_changed_by_a_global_statement(self):
-        nodes = ast.walk(ast.parse(source()))
+        nodes = ast.walk(tree())
         self.assertEqual([node.lineno for node in nodes if isinstance(node, ast.Global)], [])
 
     def test_no_line_is_longer_than_100_columns(self):
@@ -887,17 +906,15 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 80000)
-        functions = [node for node in ast.walk(ast.parse(source())) if isinstance(node, FUNCTIONS)]
-        heavy = [node.name for node in functions if branches(node) > 15 or bisect.bisect_right(
+        self.assertLessEqual(len(lines), 90000)
+        heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
 
     def test_any_stands_for_json_and_clocks_only(self):
         """A bare `Any` is the type of these arguments, of *args and **kwargs, and of no other."""
         free = {"clock", "payload", "counts", "value", "_"}
-        functions = [node for node in ast.walk(ast.parse(source())) if isinstance(node, FUNCTIONS)]
-        arguments = [one for function in functions for one in function.args.args]
+        arguments = [one for function in functions() for one in function.args.args]
         hidden = {one.arg for one in arguments if getattr(one.annotation, "id", "") == "Any"}
         self.assertEqual(hidden - free, set())
 
@@ -1003,7 +1020,9 @@ class ConfigTest(TableCase):
         OPEN_TIMEOUT= -> 10.0
         READ_TIMEOUT= -> 600.0
         MAX_BODY_BYTES= -> 33554432
-        CORS_ORIGINS= -> None
+        CORS_ORIGINS= -> ('local',)
+        PROXY_API_KEYS=k | CORS_ORIGINS= -> ('*',)
+        PROXY_API_KEYS=k | STORED= -> 'own'
         CORS_ORIGINS=local,https://*.example.org -> ('local', 'https://*.example.org')
         LOG_FORMAT= -> 'text'
         DRAIN_SECONDS= -> 30.0
@@ -1177,6 +1196,7 @@ class ConfigTest(TableCase):
 
     WARNINGS = """
         PROXY_API_KEYS= -> callers are not checked
+        PROXY_API_KEYS= | HOST=::1 | TRUSTED_PROXIES=::1 -> callers are not checked
         PROXY_API_KEYS=alice=0123456789abcde -> the key alice in PROXY_API_KEYS has less than 16
         UPSTREAM_TLS_VERIFY=off -> (UPSTREAM_TLS_VERIFY=off)
         BASE_API_URL=http://h/v1/chat/completions -> has /chat/completions in its path
@@ -1218,6 +1238,8 @@ class ConfigTest(TableCase):
     NO_WARNINGS = """
         PROXY_API_KEYS=sk-0123456789abcdef
         PROXY_API_KEYS=anyone
+        PROXY_API_KEYS= | HOST=127.0.0.1
+        PROXY_API_KEYS= | HOST=[::1]
         LIMITS=each 5 usd per day | UNKNOWN_CALLS=refuse | BASE_MODEL=m
         MAX_CALL_SECONDS=300 | FIRST_BYTE_TIMEOUT=100
         TOKEN_COST_MODE=estimate | MAX_TOKENS=256
@@ -1272,6 +1294,8 @@ class RulesTest(TableCase):
         each unlimited tokens per week -> tokens None 0
         key:ci-* 5 running -> running 5 inf
         all unlimited running -> running None 0
+        team:red 2 usd per day -> usd 2000000000000 4.32e-08
+        each,team:* 3 tokens per day -> tokens 3 28800
         """
 
     def test_a_rule_is_a_bucket(self):
@@ -1303,6 +1327,7 @@ class RulesTest(TableCase):
         key: 1 requests per day -> 'key:'
         each,key:a 1 requests per day -> 'each,key:a'
         all,address 1 requests per day -> 'all,address'
+        team: 1 requests per day -> 'team:'
         each -> the end
         each 1 usd per day burst 0.0000001 -> '0.0000001'
         each 2 running per day -> 'per'
@@ -2005,6 +2030,99 @@ class RulesTogetherTest(LimitsCase):
             self.assertEqual(self.left(), 6)
 
 
+class KeysRulesTest(LimitsCase):
+    """Rules of teams, and of keys themselves."""
+
+    def key(self, name, limits=None, team=None):
+        rules = llm_proxy.rules_of_one(limits) if limits else ()
+        return llm_proxy.Key(name, team=team, limits=limits, subject=name.encode(), rules=rules)
+
+    def caller(self, name, **fields):
+        key = self.key(name, **fields)
+        return llm_proxy.Caller(("key", key.subject), name, stored_key=key)
+
+    def ask(self, one, *amounts):
+        return awaited(self.limits.admit(one, "1", "m", costs(*amounts)))
+
+    def test_a_team_is_charged_beside_its_members(self):
+        self.start("each 5 requests per hour; team:r* 3 requests per hour")
+        for name, team, left in self.each((
+                ("ann", "red", 2), ("ben", "red", 1), ("cem", "blue", 4), ("dan", None, 4))):
+            self.assertEqual(self.ask(self.caller(name, team=team), 1).tightest.level, left)
+        self.ask(self.caller("ann", team="red"), 1)
+        with self.assertRaises(LimitReached) as caught:
+            self.ask(self.caller("ben", team="red"), 1)
+        self.assertEqual(caught.exception.cause, "team:r* 3 requests per hour")
+
+    def test_each_member_of_a_team_may_have_a_bucket(self):
+        self.start("each,team:red 1 requests per hour")
+        for name in ("ann", "ben"):
+            self.ask(self.caller(name, team="red"), 1)
+        self.ask(self.caller("cem"), 9)
+        self.assertEqual([level for _, level in self.levels()], [0, 0])
+
+    def test_a_keys_own_rule_replaces_the_general_one_of_its_unit_and_duration(self):
+        self.start("each 5 requests per hour; key:ann 7 requests per hour; each 9 tokens per day;"
+                   "all 99 requests per hour")
+        for limits, expected in self.each("""
+                3 requests per hour -> each 3 requests per hour, each 9 tokens per day
+                unlimited requests per hour -> each 9 tokens per day
+                3 requests per 1h; 1 usd per day -> each 3 requests per 1h, each 1 usd per day, \
+each 9 tokens per day
+                3 requests per day -> each 3 requests per day, key:ann 7 requests per hour, \
+each 9 tokens per day"""):
+            found = self.limits.matching(self.caller("ann", limits=limits), "1", "m")
+            texts = [rule.text for rule, _ in found]
+            self.assertEqual(texts[:-1], expected.split(", "))
+
+    def test_the_one_bucket_of_the_plain_settings_is_a_general_rule_too(self):
+        config = read_config({**HERE, "MAX_TOKENS": "5"})
+        limits = llm_proxy.build_limits(config, Buckets(Clock()), {})
+        one = self.caller("ann", limits="9 requests per 5m")
+        texts = [rule.text for rule, _ in limits.matching(one, "1", "m")]
+        self.assertEqual(texts, ["each 9 requests per 5m"])
+
+    def change(self, old, new, general="each 10 requests per hour"):
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        self.start(general)
+        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.ask(self.caller("ann", limits=old), 2)
+        rules = llm_proxy.rules_of_one(new) if new else ()
+        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        return self.levels()
+
+    def test_a_changed_rules_bucket_keeps_its_share(self):
+        for old, new, left in self.each((
+                ("10 requests per hour", "100 requests per hour", 80),
+                ("20 requests per hour", "5 requests per day", 9),  # the general one counts now
+                (None, "20 requests per hour", 16), ("20 requests per hour", None, 9),
+                ("10 requests per hour", "10 requests per hour; 5 usd per day", 8))):
+            self.assertEqual([level for _, level in self.change(old, new)], [left])
+        self.assertEqual(self.change("10 requests per day", "5 tokens per day"),
+                         [("each 10 requests per hour", 8)])
+
+    def test_what_is_given_is_beyond_the_rule_for_a_time(self):
+        self.start("each 5 requests per hour")
+        ann = self.caller("ann")
+        self.ask(ann, 4)
+        self.assertEqual(self.limits.give(ann, "requests", 6, self.clock.now + 100), 1)
+        self.assertEqual(self.limits.give(ann, "usd", 6, self.clock.now + 100), 0)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 6)
+        self.assertEqual([level for _, level in self.levels()], [6])  # and is saved, though full
+        self.clock.now += 100
+        self.assertEqual(self.ask(ann, 0).tightest.level, 5)
+        self.assertEqual(self.buckets.given, {})
+
+    def test_what_is_given_lifts_a_debt_and_ends_with_its_time(self):
+        self.start("each 5 requests per 5h")
+        ann = self.caller("ann")
+        self.ask(ann, 5).settle(costs(9))
+        self.limits.give(ann, "requests", 6, self.clock.now + 10)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+        self.clock.now += 3600
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+
+
 class LimitsOverHttpTest(ProxyCase):
     def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
         self.start(MAX_TOKENS=50)
@@ -2077,7 +2195,13 @@ class UsageTest(ProxyCase):
         for payload, length in self.each(self.LENGTHS):
             found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.TEXT_KEYS,
                                           llm_proxy.PLAIN_KEYS, llm_proxy.media_texts)
-            self.assertEqual(found, (int(length), []))
+            self.assertEqual(found[:2], (int(length), []))
+
+    def test_prose_and_code_and_other_scripts_are_three_kinds_of_text(self):
+        rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 1), ("a = b[key]", 1),
+                ("\u4e2d\u6587 etc.", 2), ("\ud800", 2), (ENGLISH * 9 + CHINESE * 99, 0)]
+        for text, kind in self.each(rows):
+            self.assertEqual(llm_proxy.kind_of_text(text), kind)
 
     def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
         for text, times, tokens in self.each("""
@@ -2260,11 +2384,13 @@ class LearningTest(ProxyCase):
         return costs[0]
 
     def test_estimates_are_within_a_tenth_after_fifty_calls_in_any_language(self):
+        """Also of one who mixes them."""
         choose = random.Random(13)
-        for text in self.each((ENGLISH, CODE, CHINESE)):
+        rows = [[ENGLISH], [CODE], [CHINESE], [ENGLISH, CODE], [ENGLISH, CODE, CHINESE]]
+        for texts in self.each(rows):
             self.start()
-            errors = []
-            for number in range(80):
+            errors = {text: ([], []) for text in texts}
+            for number, text in zip(range(80), itertools.cycle(texts)):
                 self.tells = number < 50
                 start = choose.randrange(100)
                 prompt, self.said = [
@@ -2272,9 +2398,10 @@ class LearningTest(ProxyCase):
                 found = self.used(prompt)
                 exact = 9 + tokens_of(prompt), tokens_of(self.said)
                 if not self.tells:
-                    errors.append([abs(one / other - 1) for one, other in zip(found, exact)])
-            medians = [sorted(side)[len(errors) // 2] for side in zip(*errors)]
-            self.assertLess(max(medians), 0.1)
+                    for side, one, other in zip(errors[text], found, exact):
+                        side.append(abs(one / other - 1))
+            for side in itertools.chain(*errors.values()):
+                self.assertLess(statistics.median(side), 0.1)
 
     def test_an_answer_that_does_not_tell_what_it_hid_is_charged_the_usual_share(self):
         """Also where only the sum was told."""
@@ -2392,7 +2519,7 @@ class LearningTest(ProxyCase):
             asked.upstream_model = "m%d" % number if number < 1500 else "m"
             estimator.usage(asked, ("key", b"%d" % number), source, True, 0)
         self.assertEqual(len(estimator.models), llm_proxy.KNOWN_MODELS)
-        self.assertEqual(len(estimator.models["m"].callers), llm_proxy.ModelHabits.CALLERS)
+        self.assertEqual(len(estimator.models["m", 0].callers), llm_proxy.ModelHabits.CALLERS)
 
 
 class PricesTest(TableCase):
@@ -2606,6 +2733,7 @@ class JsonTest(ProxyCase):
                 '{"model": "fast",  "messages": [%s]}' % picture,
                 ' {"messages": [%s, %s], "a": {"model": "fast"}, "model" : "fast"\n}' % (
                     picture, picture),
+                '{"a": [%s], "model": "fast"}' % ", ".join(['{"model": "fast"}'] * 40),
                 '{"x": "\\"model\\": \\"fast\\"", "y\\\\": ["model"], "model":"fast"}',
                 '{"x": ["\\\\", "model"], "messages": [%s], "model": "fast", "e": "\\u00e4"}'
                 % picture)):
@@ -3173,14 +3301,14 @@ class UsageReaderTest(ProxyCase):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
             data = text.replace("TOLD", told).encode()
-            counts = llm_proxy.OpenAI().usual_counts(data, "m")
-            self.assertEqual(str(counts is not None), is_usual)
+            usage = llm_proxy.OpenAI().usual_usage(data, "m")
+            self.assertEqual(str(usage is not None), is_usual)
             found = []
-            for short in (counts, None):
+            for short in (usage, None):
                 reader = self.new_reader(streamed=False)
                 reader.asked = "m"
                 reader.feed(data)
-                with mock.patch.object(llm_proxy.OpenAI, "usual_counts", return_value=short):
+                with mock.patch.object(llm_proxy.OpenAI, "usual_usage", return_value=short):
                     found.append((reader.reported_usage(True), reader.fault))
             self.assertEqual(found[0], found[1])
 
@@ -5178,18 +5306,22 @@ class EarlyStreamTest(WaitingCase):
         gzip = raw_head("HTTP/1.1 200 OK | Content-Type: text/event-stream | "
                         "Transfer-Encoding: chunked | Content-Encoding: gzip")
         whole = answer(event(1) + event(2))
-        self.start(None, STREAM_COMMENT_SECONDS="0.15")
-        for data, first, rest in self.each([
-                (gemini, b"", STREAM + LAST), (call(), b"", answer()),
+        rows = [(gemini, b"", STREAM + LAST), (call(), b"", answer()),
                 (gemini, STREAM + chunk(event(1)), LAST),
                 (packed, gzip, chunk(b"\x1f\x8b") + LAST),
-                (call(stream=True), whole[:-len(event(2))], event(2))]):
+                (call(stream=True), whole[:-len(event(2))], event(2))]
+        self.start(None, STREAM_COMMENT_SECONDS="0.15")
+        pairs = []
+        for data, first, _ in self.each(rows):
             client, asked = self.ask_stub(data)
+            pairs.append((client, asked))
             asked.send(first)
             if first:
                 client.head()
                 client.expect(event(1) if event(1) in first else b"")
-            self.assert_silent(client, 0.25)
+        self.assert_silent(client, 0.25)
+        for (client, asked), (_, first, rest) in self.each(zip(pairs, rows)):
+            self.assert_silent(client, 0)
             asked.send(rest)
             asked.finish()
             answered = client.rest() if first else client.read()
@@ -5362,7 +5494,14 @@ class StoredTest(ManyCase):
         ("/v1/responses", {}, {"id": "resp_1", "conversation": {"id": "conv_1"}},
          "/v1/responses/resp_1 /v1/responses/resp_1/input_items /v1/conversations/conv_1/items",
          [{"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
-          {"conversation": {"id": "conv_1"}}]),
+          {"conversation": {"id": "conv_1"}},
+          {"input": [{"type": "item_reference", "id": "resp_1"}]}]),
+        ("/v1/responses", {}, {"id": "resp_2", "output": [{"type": "message", "id": "msg_1"}]},
+         "/v1/responses/resp_2", [{"input": [{"type": "item_reference", "id": "msg_1"}]}]),
+        ("/v1/skills", {}, {"id": "skill_1"}, "/v1/skills/skill_1",
+         [{"tools": [{"environment": {"skills": [{"skill_id": "skill_1"}]}}]}]),
+        ("/v1/evals", {}, {"id": "eval_1"}, "/v1/evals/eval_1/runs",
+         [{"eval_id": "eval_1"}, {"source": {"type": "file_id", "id": "eval_1"}}]),
         ("/v1/batches", {}, {"id": "batch_1"}, "/v1/batches/batch_1", []),
         ("/v1/messages/batches", {}, {"id": "msgbatch_1"},
          "/v1/messages/batches/msgbatch_1/results", []),
@@ -5394,7 +5533,8 @@ class StoredTest(ManyCase):
         {"metadata": {"file_id": "x"}}, {"client_metadata": {"thread_id": "codex"}},
         {"input": [{"type": "code_interpreter_call", "container_id": "cntr_1"}]},
         {"input": [{"content": [{"annotations": [{"file_id": "x"}]}]}]},
-        {"messages": [{"content": "file_id: x"}]},
+        {"messages": [{"content": "file_id: x"}]}, {"prompt": "hello"}, {"prompt": ["x", "y"]},
+        {"container": {"skills": [{"type": "anthropic", "skill_id": "pptx"}]}},
         {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
 
     def post(self, path, payload, key="a"):
@@ -5429,12 +5569,15 @@ class StoredTest(ManyCase):
         for path, status in self.each((
                 ("/v1/files", 403), ("/v1/files/", 403), ("/v1/Files?limit=1", 403),
                 ("/v1/chat/completions", 403), ("/v1beta/cachedContents", 403),
+                ("/v1/usage", 403), ("/api/v1/generation?id=gen-1", 403), ("/v1/credits", 403),
+                ("/v1/organization/costs", 403), ("/api/v1/key", 403), ("/user/balance", 403),
                 ("/v1/files/file%2D1", 404), ("/v1//files/file-1", 404), ("/v1/files/FILE-1", 404),
                 ("/v1/files/file-1", 200), ("/v1/models", 200))):
             self.assertEqual(self.status("GET", path), status)
         self.assertEqual(self.post("/v1/files/file-2", {}).status, 404)
         escaped = b'{"file\\u005fid": "file-2"}'
         self.assertEqual(self.ask(request("POST", "/v1/responses", escaped, key="a")).status, 404)
+        self.assertEqual(self.post("/v1/responses", {"prompt": {"id": "pmpt_1"}}).status, 404)
         error = self.ask(request("GET", "/v1/messages/batches/x", key="a")).json()
         self.assertEqual(error["error"]["type"], "not_found_error")
 
@@ -5470,6 +5613,15 @@ class StoredTest(ManyCase):
         self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
         self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
         asked.chunks(end=True)
+
+    def test_the_last_event_of_a_stream_names_its_items(self):
+        response = {"id": "resp_1", "output": [{"type": "reasoning", "id": "rs_1"}]}
+        self.start(says_events({"type": "response.created", "response": {"id": "resp_1"}},
+                               {"type": "response.completed", "response": response}), **self.KEYS)
+        self.post("/v1/responses", {"stream": True})
+        asked = {"input": [{"type": "item_reference", "id": "rs_1"}]}
+        self.assertEqual([self.post("/v1/responses", asked, key).status for key in "ab"],
+                         [200, 404])
 
     def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
         self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
@@ -5934,6 +6086,7 @@ class UploadTest(CallCase):
         self.assertEqual(client.read().status, 200)
 
     def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
+        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.5)
         self.start()
         upload = unsized("/v1/files", CHUNKED) + chunk(b"x") + LAST
         client = self.connect().send(call() + upload)
@@ -6132,6 +6285,7 @@ class BreakerTest(CallCase):
         rows += [(act, True) for act in FAULTS_IN_200]
         rows += [(says(b'{"error": {"code": %d}}' % code), code > 501) for code in (400, 500, 503)]
         rows += [(says_events(delta("a"), {"error": {"type": "invalid_request_error"}}), False),
+                 (says_events(delta("a")), False),
                  (says_events(delta("a"), LAST_DELTA, "[DONE]"), False)]
         for act, opens in self.each(rows):
             self.start(act, BREAKER_FAILURES=2)
@@ -6402,6 +6556,15 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             path = "/azure/openai/deployments/m/embeddings"
             self.ask(request("POST", path, chat(), field))
             self.assert_fields(azure.requests[-1], "api-key: mine", "authorization")
+
+    def test_ollama_tells_no_count_of_a_prompt_that_it_has_in_its_cache(self):
+        for told, expected in self.each(((26, (26, 9, False)), (None, (3, 9, True)))):
+            self.start(says_json({"done": True, "total_duration": 5, "eval_count": 9,
+                                  "prompt_eval_count": told}))
+            body = b'{"prompt": "hello world", "stream": false}'
+            self.ask(request("POST", "/api/generate", body))
+            entry = self.entry()
+            self.assertEqual((entry["input"], entry["output"], entry["estimated"]), expected)
 
     def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
         self.start()
@@ -6713,6 +6876,12 @@ queue_ms      None"""))
                               r"upstream=base id=\S+\n$")
         self.assertIn(" id=%s\n" % answered.get("x-request-id"), row)
 
+    def test_a_line_tells_in_dollars_what_a_rule_in_dollars_was_charged(self):
+        self.start(says(self.USAGE), BASE_MODEL="gpt-4o-mini", LIMITS="all 3 usd per day",
+                   LOG_FORMAT="text", **self.KEYS)
+        self.ask(call("sk-1", max_tokens=50))
+        self.assertIn(" cost=0.000117 left=2.9998", wait_for(self.lines.text))
+
     CALLS = (  # what is asked, the status, outcome and remaining quota
         (call("sk-1"), 200, "ok", "3"),
         (call("sk-1"), 200, "limited", "3"),
@@ -6921,6 +7090,20 @@ class LedgerTest(LedgerCase):
                 found = wait_for(connection.execute("SELECT level FROM buckets").fetchall)
             self.assertEqual(found, [(8 - 2 * number,)])
 
+    def test_a_lost_lock_is_taken_again_and_what_another_service_has_is_left_to_it(self):
+        self.start()
+        lock, other = llm_proxy.lock_name(self.path), new_path(self, "other")
+        os.unlink(lock)
+        wait_for(lambda: os.path.exists(lock))
+        wait_for(lambda: "are kept in " + self.path in self.lines.text())
+        with self.assertRaises(llm_proxy.InUse):
+            llm_proxy.lock_for_service(self.path)
+        with llm_proxy.lock_for_service(other) as theirs:
+            self.proxy.books.ledger.reopen_at = 0
+            os.replace(theirs.name, lock)
+            said = "in memory only: DATABASE %s is used by another llm_proxy" % self.path
+            wait_for(lambda: said in self.lines.text())
+
     def test_a_key_without_a_name_has_the_same_label_after_a_restart(self):
         labels = []
         for _ in range(2):
@@ -7088,6 +7271,139 @@ class LedgerTest(LedgerCase):
             self.assertEqual(path.read_bytes(), data)
 
 
+class KeysCase(LedgerCase):
+    """A proxy with a ledger, whose keys are changed by another connection, as a command does."""
+    ACTOR = llm_proxy.Actor("ida", "admin", "command line")
+
+    def store(self, path=None, clock=None):
+        database = llm_proxy.Database(path or self.path)
+        self.addCleanup(database.connection.close)
+        return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
+
+    def change(self, act, *arguments, **fields):
+        """Changes keys; returns what came of it when the proxy knows."""
+        before = self.proxy.callers
+        result = getattr(self.store(), act)(*arguments, **fields)
+        wait_for(lambda: self.proxy.callers is not before, "the change")
+        return result
+
+    def add(self, name="ann", **fields):
+        """Returns the secret of a new key."""
+        return self.change("add", name, **fields).secret
+
+    def execute(self, *statements, path=None):
+        with contextlib.closing(sqlite3.connect(path or self.path)) as connection:
+            found = [connection.execute(statement).fetchall() for statement in statements]
+            connection.commit()
+        return found[-1]
+
+    def statuses(self, *keys):
+        return [self.ask(call(key)).status for key in keys]
+
+
+class KeyStoreTest(KeysCase):
+    def setUp(self):
+        self.path, self.clock = new_path(self, "llm_proxy.db"), Clock()
+        self.keys = self.store(clock=self.clock)
+
+    def fails(self, said, act, *arguments, **fields):
+        with self.assertRaisesRegex(llm_proxy.KeyFault, said):
+            getattr(self.keys, act)(*arguments, **fields)
+
+    FIELDS = {"role": "caller", "team": "red", "expires": "30d", "models": "gemma*,gpt-4*",
+              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web app",
+              "note": "ann's laptop"}
+
+    def test_what_is_said_of_a_key_is_kept_and_can_be_changed_and_taken_away(self):
+        made = self.keys.add("ann", **self.FIELDS)
+        self.assertRegex(made.secret, "^sk-[A-Za-z0-9_-]{43}$")
+        now = self.clock.time_ns() / 1e9
+        expected = {"name": "ann", **self.FIELDS, "created": now, "expires": now + 30 * 86400,
+                    "disabled": False, "last_used": None}
+        self.assertEqual(self.keys.find("ann").as_dict(), expected)
+        self.assertEqual([key.as_dict() for key in self.keys.list()], [expected])
+        self.clock.now += 99
+        self.keys.set("ann", expires="1h", team="", models=None, limits="7 running")
+        changed = {**expected, "expires": now + 3600, "team": None, "models": None,
+                   "limits": "7 running"}
+        self.assertEqual(self.keys.find("ann").as_dict(), changed)
+        self.keys.set("ann", **dict.fromkeys(self.FIELDS, ""))
+        bare = {**changed, **dict.fromkeys(self.FIELDS), "role": "caller"}
+        self.assertEqual(self.keys.find("ann").as_dict(), bare)
+
+    def test_no_secret_is_stored(self):
+        made = self.keys.add("ann")
+        again = self.keys.rotate("ann", "1h")
+        self.keys.database.connection.close()
+        with open(self.path, "rb") as file:
+            data = file.read()
+        for secret in (made.secret, again.secret):
+            self.assertNotIn(secret.encode(), data)
+            self.assertIn(llm_proxy.digest(secret), data)
+
+    def test_what_is_wrong_is_said_and_changes_nothing(self):
+        self.keys.add("ann")
+        for act, name, fields, said in self.each((
+                ("add", "ann", {}, "stored already"), ("add", "a b", {}, "name must be"),
+                ("add", "", {}, "name must be"), ("add", "a" * 65, {}, "name must be"),
+                ("add", None, {}, "name must be text"),
+                ("add", "ben", {"role": "root"}, "role must"),
+                ("add", "ben", {"expires": "soon"}, "expires must be such as"),
+                ("add", "ben", {"expires": 7}, "expires must be text"),
+                ("add", "ben", {"limits": "each 1 usd per day"}, "limits must be rules"),
+                ("add", "ben", {"models": "a,,b"}, "models must be"),
+                ("add", "ben", {"note": "a\nb"}, "note must be one line"),
+                ("add", "ben", {"tag": "x" * 65}, "tag must be one line"),
+                ("add", "ben", {"upstream": "A/B"}, "upstream must be"),
+                ("add", "ben", {"secret": "x"}, "no field secret"),
+                ("set", "ann", {"subject": "x"}, "no field subject"),
+                ("set", "ben", {}, "no key is stored by the name ben"),
+                ("rotate", "ben", {}, "no key"), ("rotate", "ann", {"grace": "1x"}, "grace must"),
+                ("revoke", "ben", {}, "no key"), ("remove", "ben", {}, "no key"))):
+            self.fails(said, act, name, **fields)
+        for amount, unit, time in self.each((("0", "usd", None), ("1.5", "tokens", None),
+                                             ("1", "running", None), ("1", "usd", "1x"))):
+            self.fails("must be", "give", "ann", amount, unit, time)
+        self.assertEqual([key.name for key in self.keys.list()], ["ann"])
+        self.assertEqual(self.execute("SELECT count(*) FROM audit"), [(1,)])
+
+    def test_every_change_is_in_the_audit(self):
+        self.keys.add("ann", team="red")
+        for act, *arguments in (("revoke",), ("restore",), ("rotate", "1h"), ("reset",),
+                                ("give", "2", "usd", "1h"), ("remove",)):
+            getattr(self.keys, act)("ann", *arguments)
+        rows = self.execute(
+            "SELECT who, role, address, what, target, detail FROM audit ORDER BY id")
+        self.assertEqual({row[:3] + row[4:5] for row in rows}, {(*self.ACTOR, "ann")})
+        self.assertEqual([(row[3], row[5]) for row in rows], [
+            ("add key", "team=red"), ("revoke key", ""), ("restore key", ""),
+            ("rotate key", "grace 1h"), ("reset", ""), ("give", "2 usd for 1h"),
+            ("remove key", "")])
+        (found,), = self.execute("SELECT max(time) FROM audit")
+        self.assertLess(abs(found - time.time()), 60)
+
+    def test_a_hundred_keys_made_at_once_are_all_there(self):
+        made = []
+
+        def make(number):
+            keys = self.store(clock=self.clock)
+            made.extend(keys.add("%d.%d" % (number, one)).secret for one in range(5))
+        with threads([functools.partial(make, number) for number in range(20)]):
+            pass
+        self.assertEqual((len(self.keys.list()), len(set(made))), (100, 100))
+        digests = {row[0] for row in self.execute("SELECT digest FROM secrets")}
+        self.assertEqual(digests, set(map(llm_proxy.digest, made)))
+
+    def test_the_first_key_of_a_caller_closes_the_door_for_good(self):
+        self.assertFalse(self.keys.add("boss", role="admin").closes)
+        self.assertFalse(self.keys.database.is_closed())
+        self.assertTrue(self.keys.add("ann").closes)
+        self.assertFalse(self.keys.add("ben").closes)
+        for name in ("ann", "ben"):
+            self.keys.remove(name)
+        self.assertTrue(self.keys.database.is_closed())
+
+
 class BalanceTest(LedgerCase):
     """The books balance: each bucket lacks exactly what the ledger says was charged to it."""
     RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
@@ -7112,7 +7428,7 @@ class BalanceTest(LedgerCase):
     KINDS = ("ok",) * 6 + (
         "no usage", "too little", "fault", "error", "cut", "reset", "garbage", "gone", "gone early")
     MODELS = "gpt-4o", "gpt-4o-mini", "claude-sonnet-4", "gemma4"
-    CALLERS, CALLS = 50, 40
+    CALLERS, CALLS = 50, 14  # in the long form 40
 
     def payload(self, asked, body):
         """A whole answer."""
@@ -7561,13 +7877,325 @@ class SettlingTest(LedgerCase):
             self.assert_status(200, call(model="gpt-4o-mini"), "x-llm-cost-usd: " + usd)
 
 
+class KeysTest(KeysCase):
+    def test_the_first_key_closes_the_door_and_keys_of_the_settings_go_on_working(self):
+        self.start()
+        self.assertEqual(self.statuses("x", None), [200, 200])
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
+        self.assertIn("nobody may call without one from now on", self.lines.text())
+        self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
+        self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
+        self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
+
+    def test_the_door_stays_open_where_anyone_may_call(self):
+        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day",
+                   LIMIT_REPLY="error")
+        ann = self.add()
+        self.assertEqual(self.statuses("x", None, ann, ann), [200, 200, 200, 429])
+
+    def test_the_door_is_closed_at_the_next_start_too(self):
+        self.start()
+        self.add()
+        self.change("remove", "ann")
+        self.assertEqual(self.statuses("x"), [401])
+        self.start(DATABASE=self.path)
+        self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
+        self.assertEqual(self.proxy.config.web_origins, ("*",))
+
+    def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
+        config = read_config({"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"})
+        self.assertEqual(config.host, "127.0.0.1")
+        config.note_stored_keys()
+        self.assertEqual(config.host, "0.0.0.0")
+        self.assertEqual(config.warnings(), [])
+
+    def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
+        for policy, act in self.each(itertools.product(
+                ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
+            if (policy, act) == ("anyone", "remove"):
+                continue  # nobody knows it any more
+            clock = Clock()
+            self.start(clock=clock, PROXY_API_KEYS=policy)
+            ann = self.add(expires="30d")
+            client = self.connect()
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            clock.now += 60
+            self.change(act, "ann", **{"expires": "1m"} if act == "set" else {})
+            self.assertEqual(client.exchange(call(ann)).status, 401)
+            self.assertEqual(self.stub.calls, 1)
+
+    def test_a_key_that_expires_is_a_401_from_then_on(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, client = self.add(expires="1m"), self.connect()
+        for seconds, status in self.each(((0, 200), (59, 200), (1, 401), (60, 401))):
+            clock.now += seconds
+            self.assertEqual(client.exchange(call(ann)).status, status)
+        self.change("set", "ann", expires="never")
+        self.assertEqual(client.exchange(call(ann)).status, 200)
+
+    def test_a_revoked_key_is_let_in_again_when_it_is_restored(self):
+        self.start()
+        ann = self.add()
+        self.change("revoke", "ann")
+        self.assertEqual(self.statuses(ann), [401])
+        self.change("restore", "ann")
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_rotation_changes_the_secret_and_nothing_else(self):
+        self.start(clock=Clock(), MAX_TOKENS=10)
+        first = self.add(team="red")
+        self.ask(call(first))
+        second = self.change("rotate", "ann").secret
+        third = self.change("rotate", "ann", "1h").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 200, 200])
+        self.assertEqual((self.left(second), self.left(third)), (7, 7))
+        rows = self.wait_for_rows(4)
+        self.assertEqual([row["caller"] for row in rows], ["ann", "127.0.0.1", "ann", "ann"])
+        self.proxy.clock.now += 3600
+        self.assertEqual(self.statuses(second, third), [401, 200])
+
+    def test_a_rotation_without_grace_ends_all_secrets_before(self):
+        self.start()
+        first = self.add()
+        second = self.change("rotate", "ann", "1h").secret
+        third = self.change("rotate", "ann").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 401, 200])
+
+    STEERING = {"ADMIN_KEY": "sk-admin-0123456789", "VIEWER_KEY": "sk-viewer-0123456789"}
+
+    def test_keys_of_viewers_and_admins_make_no_calls_and_never_go_upstream(self):
+        for settings in self.each(({"PROXY_API_KEYS": "anyone"}, {"BASE_API_KEY": "passthrough"},
+                                   {"PROXY_API_KEYS": "ann=sk-1"})):
+            self.start(**self.STEERING, **settings)
+            stored = [self.add(role, role=role) for role in ("viewer", "admin")]
+            for key in [*self.STEERING.values(), *stored]:
+                for data in (call(key), request("GET", "/v1/files", key=key)):
+                    self.assertEqual(self.ask(data).error()["code"], "key_not_for_calls")
+            self.assertEqual(self.stub.calls, 0)
+            self.assertFalse(self.execute("SELECT * FROM facts WHERE name = 'closed'"))
+
+    def test_a_stored_key_never_goes_up_where_callers_show_their_own(self):
+        stubs = self.start_named("free", "UPSTREAM_FREE_MODELS=m BASE_API_KEY=passthrough"
+                                 " PROXY_API_KEYS=anyone")
+        ann = self.add()
+        self.assertEqual(self.ask(call(ann, model="x")).error()["code"], "upstream_not_allowed")
+        self.assertEqual(self.statuses(ann), [200])
+        self.assertEqual((self.stub.calls, stubs[0].requests[0].get("authorization")), (0, None))
+
+    def start_page(self, role, **settings):
+        """A page at /v1/x for a role."""
+        self.start(**{**self.STEERING, **settings})
+
+        async def page(request, reply):
+            self.proxy.require_role(request, reply.entry, role)
+            reply.send(200, json.dumps({"who": reply.entry.caller.label}).encode())
+        self.server.pages.find = lambda request: page
+
+    def test_a_page_asks_for_a_role(self):
+        for role, statuses in self.each((("caller", [200, 200, 200]), ("viewer", [403, 200, 200]),
+                                         ("admin", [403, 403, 200]))):
+            self.start_page(role)
+            keys = [self.add(one, role=one) for one in llm_proxy.ROLES]
+            for three in (keys, [keys[0], *reversed([*self.STEERING.values()])]):
+                self.assertEqual(self.statuses(*three), statuses)
+        self.assertEqual(self.ask(call(self.STEERING["ADMIN_KEY"])).json(), {"who": "ADMIN_KEY"})
+
+    def test_wrong_keys_are_counted_at_pages_too_even_where_anyone_may_call(self):
+        for policy in self.each(("anyone", "ann=sk-1")):
+            self.start_page("viewer", PROXY_API_KEYS=policy)
+            self.assertEqual(self.statuses(None), [401])
+            found = self.statuses(*["sk-x%d" % number for number in range(11)])
+            self.assertEqual(found, [401] * 10 + [429])
+            self.assertEqual(self.statuses(self.STEERING["VIEWER_KEY"], None), [200, 401])
+
+    def test_a_key_that_is_no_more_opens_no_page(self):
+        self.start_page("admin")
+        secret = self.add("boss", role="admin")
+        new = self.change("rotate", "boss").secret
+        self.assertEqual(self.statuses(secret, new), [401, 200])
+        self.change("revoke", "boss")
+        self.assertEqual(self.statuses(new), [401])
+
+    MODELS = (
+        ("gemma-3", 200), ("GEMMA-3", 200), ("google/gemma-3", 200), ("gpt-4o", 200),
+        ("openai/gpt-4o-2024-08-06", 200), ("gpt-4o-mini", 403), ("llama", 403), (None, 403),
+        ("cheap", 200), ("dear", 403))
+
+    def test_a_key_may_use_its_models_alone_in_every_spelling(self):
+        self.start(MODEL_ALIASES="cheap=gemma-3,dear=gpt-5")
+        ann, ben = self.add(models="gemma*,gpt-4o"), self.add("ben")
+        for model, status in self.each(self.MODELS):
+            answered = self.ask(call(ann, model=model))
+            self.assertEqual(answered.status, status)
+            if status == 403:
+                self.assertEqual(answered.error()["code"], "model_not_allowed")
+        called = self.stub.calls
+        for payload in self.each((
+                {"models": ["gemma-3", "llama"]}, {"fallbacks": ["llama"]},
+                {"fallbacks": [{"model": "llama"}]})):
+            self.assertEqual(self.ask(call(ann, model="gemma-3", **payload)).status, 403)
+        for path in self.each(("/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/unknown",
+                               "/v1beta/models/llama:generateContent", "/api/chat")):
+            self.assert_status(403, request("POST", path, chat(model="llama"), key=ann))
+        self.assertEqual(self.ask(request("POST", "/v1/files", b"x", key=ann)).status, 403)
+        self.assertEqual(self.stub.calls, called)
+        self.assertEqual(self.statuses(ben), [200])
+
+    def test_the_list_of_models_shows_what_a_key_may_use(self):
+        listed = {"object": "list", "data": [{"id": name} for name in ("gemma-3", "llama")]}
+        self.start(says_json(listed))
+        ann, ben, bound = self.add(models="gemma*"), self.add("ben"), self.add(
+            "cem", upstream="base")
+        for key, names in self.each(((ann, ["gemma-3"]), (ben, ["gemma-3", "llama"]),
+                                     (bound, ["gemma-3", "llama"]))):
+            for path in ("/v1/models", "/models"):
+                found = self.ask(request("GET", path, key=key)).json()
+                self.assertEqual([one["id"] for one in found["data"]], names)
+
+    def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
+        one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
+        ann, base, lost = self.add(upstream="two"), self.add("b", upstream="base"), self.add(
+            "c", upstream="gone")
+        for key, path, expected in self.each((
+                (ann, CHAT, "two"), (ann, "/two" + CHAT, "two"), (ann, "/one" + CHAT, 403),
+                (base, CHAT, "base"), (base, "/two" + CHAT, 403), (lost, CHAT, 403))):
+            answered = self.ask(request("POST", path, chat(), key=key))
+            found = answered.json()["from"] if answered.status == 200 else answered.status
+            self.assertEqual(found, expected)
+        self.assertEqual(two.requests[0].get("authorization"), "Bearer sk-two")
+        self.assertEqual(one.calls, 0)
+
+    def test_limits_of_a_key_and_of_its_team_hold_at_once(self):
+        self.start(LIMITS="each 9 requests per day; team:red 3 requests per day",
+                   LIMIT_REPLY="error")
+        ann, ben = self.add(team="red"), self.add("ben", team="red")
+        self.assertEqual(self.statuses(ann, ann, ben, ben), [200, 200, 200, 429])
+        self.change("set", "ann", team="", limits="4 requests per day")
+        self.assertEqual(self.statuses(*[ann] * 4), [200, 200, 200, 429])  # 7 of 9 were left
+        self.change("set", "ann", reset=True)
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_a_keys_rule_may_count_what_no_other_does(self):
+        self.start(says(completion(60, 0)), clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="100 tokens per day")
+        self.ask(call(ann, max_tokens=1))
+        self.assertEqual(self.left(ann), 40)
+        self.proxy.books.close(PATIENCE)
+        self.start(DATABASE=self.path, clock=self.proxy.clock, LIMITS="each 9 requests per day")
+        self.assertEqual(self.left(ann), 40)
+
+    def test_what_is_given_and_reset_counts_at_once_and_after_a_restart(self):
+        self.start(clock=Clock(), LIMITS="each 2 requests per day", LIMIT_REPLY="error",
+                   PROXY_API_KEYS="old=sk-old")
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, ann, ann), [200, 200, 429])
+        self.change("give", "ann", "5", "requests")
+        self.assertEqual(self.statuses(ann, "sk-old", "sk-old", "sk-old"), [200, 200, 200, 429])
+        self.change("reset", "old")
+        self.assertEqual(self.statuses("sk-old"), [200])
+        self.proxy.books.close(PATIENCE)
+        self.start(clock=self.proxy.clock, DATABASE=self.path, LIMITS="each 2 requests per day")
+        self.assertEqual(self.left(ann), 4)
+        self.proxy.clock.now += 86400
+        self.assertEqual(self.left(ann), 2)
+
+    def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
+        self.start()
+        self.change("give", "nobody", "5", "usd")
+        wait_for(lambda: "nobody has no bucket in usd here" in self.lines.text())
+
+    def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
+        for column, value in self.each((
+                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
+                ("expires", "soon"), ("subject", "x"), ("disabled", "no"), ("created", None),
+                ("team", "a b"))):
+            self.start(PROXY_API_KEYS="anyone")
+            ann, ben = self.add(), self.add("ben")
+            before = self.proxy.callers
+            self.execute("UPDATE keys SET %s = %s WHERE name = 'ann'" % (
+                column, "NULL" if value is None else repr(value)))
+            wait_for(lambda: self.proxy.callers is not before)
+            self.assertEqual(self.statuses(ann, ben), [401, 200])
+            self.assertIn("in DATABASE cannot be read: it lets nobody in", self.lines.text())
+
+    def test_keys_that_cannot_be_read_any_more_change_nothing(self):
+        self.start()
+        ann = self.add()
+        self.execute("ALTER TABLE keys RENAME TO old")
+        wait_for(lambda: "the keys in DATABASE cannot be read" in self.lines.text())
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+        self.assertEqual(len(self.wait_for_rows(2)), 2)
+        self.execute("ALTER TABLE old RENAME TO keys")
+        self.add("ben")
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+
+    def test_keys_that_cannot_be_read_at_the_start_let_nobody_in(self):
+        self.start()
+        ann = self.add()
+        self.proxy.books.close(PATIENCE)
+        with mock.patch.object(llm_proxy.Database, "key_rows", side_effect=sqlite3.DatabaseError):
+            self.start(DATABASE=self.path)
+            self.assertEqual(self.statuses(ann, "x"), [401, 401])
+        wait_for(lambda: self.statuses(ann) == [200])
+
+    def test_a_database_that_is_deleted_opens_no_door(self):
+        self.start()
+        ann = self.add()
+        os.remove(self.path)
+        wait_for(lambda: self.statuses(ann) == [401])
+        self.assertEqual(self.statuses("x"), [401])
+        self.assertEqual(self.statuses(self.add("ben")), [200])
+
+    def test_when_a_key_was_used_is_known_to_the_minute(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, keys = self.add(), self.store()
+        for seconds, used in self.each(((0, 1000), (59, 1000), (2, 1061))):
+            clock.now += seconds
+            self.ask(call(ann))
+            wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
+
+    def test_people_behind_a_key_have_what_it_may(self):
+        self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
+        ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
+        self.assertEqual(client.exchange(call(ann, "X-User: u")).status, 403)
+        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 200)
+        self.assertEqual(self.wait_for_rows(2)[1]["caller"], "ann/u")
+        self.change("revoke", "ann")
+        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 401)
+
+    def test_changes_of_keys_leave_nothing_behind_in_a_connection(self):
+        self.start()
+        ann, client = self.add(), self.connect()
+        for number in range(3):
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            self.change("set", "ann", note=str(number))
+        connection, = self.server.open
+        sizes = {len(connection.last.cache)}
+        client.exchange(call(ann))
+        self.assertEqual(sizes, {len(connection.last.cache)})
+
+    def test_settings_that_are_read_again_leave_stored_keys_as_they_are(self):
+        self.start(clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="5 requests per day")
+        self.ask(call(ann))
+        new = {**self.proxy.config.texts, "LIMITS": "each 7 requests per day"}
+        config = read_config({name: text for name, text in new.items() if text})
+        self.on_loop(llm_proxy.rebuild, self.proxy, config)
+        self.assertEqual((self.left(ann), self.statuses("x")), (4, [401]))
+
+
 class FallbackTest(CallCase):
     RULES = "model:dear 1 requests per day; model:cheap 5 requests per day"
 
     def test_what_a_call_names_to_fall_back_to_counts_like_what_it_asks_for(self):
         for payload in self.each((
                 {"models": ["cheap", "dear"]}, {"fallbacks": ["dear"], "route": "fallback"},
-                {"fallbacks": [{"model": "dear"}]}, {"tools": [{"type": "x", "model": "dear"}]})):
+                {"fallbacks": [{"model": "dear"}]}, {"tools": [{"type": "x", "model": "dear"}]},
+                {"plugins": [{"id": "x", "model": "dear"}]},
+                {"plugins": [{"id": "x", "analysis_models": ["dear"]}]})):
             self.start(LIMITS=self.RULES, LIMIT_REPLY="error")
             statuses = [self.ask(call(model="cheap", **payload)).status for _ in range(2)]
             self.assertEqual(statuses + [self.ask(call(model="cheap")).status], [200, 429, 200])
@@ -7580,7 +8208,9 @@ class FallbackTest(CallCase):
         ({"models": "a", "fallbacks": None}, {}, {"models": "a", "fallbacks": None}),
         ({"tools": [{"type": "x", "model": "a"}, {"type": "y"}]},
          {"tools": [{"type": "x"}, {"type": "y"}]},
-         {"tools": [{"type": "x", "model": "b"}, {"type": "y"}]})]
+         {"tools": [{"type": "x", "model": "b"}, {"type": "y"}]}),
+        ({"plugins": [{"id": "x", "analysis_models": ["a"]}]}, {"plugins": [{"id": "x"}]},
+         {"plugins": [{"id": "x", "analysis_models": ["b"]}]})]
 
     def test_a_pin_holds_for_other_models_too_and_so_do_aliases(self):
         paths = CHAT, "/v1/score", "/v1/responses"
@@ -7632,7 +8262,7 @@ class UnpricedTest(CallCase):
         self.assertEqual((self.stub.calls, self.levels()), (0, []))
 
     def levels(self):
-        return [level for level, _, _ in self.proxy.limits.buckets.levels.values()]
+        return [found.level for found in self.proxy.limits.buckets.levels.values()]
 
     def test_it_may_pass_by_the_operators_word_by_its_price_or_where_no_money_is_counted(self):
         path = pem_file(self, '{"m": {"input": 0}}')
@@ -7770,6 +8400,8 @@ class EndingsTest(LedgerCase):
             answered = self.assert_status(200, call(stream=True))
             self.assertEqual((answered.whole, answered.body), (True, events(*told)))
             self.assert_ending(outcome, left=1000 - 3 - 2)
+            cause = "ended without its mark" if outcome == "upstream_cut" else None
+            self.assertEqual(self.entry()["cause"], cause)
 
     LAST_WORDS = [  # path, the last event, outcome
         (CHAT, [LAST_DELTA, USAGE_EVENT, "[DONE]"], "ok"),
@@ -7852,7 +8484,6 @@ class EndingsTest(LedgerCase):
             (True, self.SIZED, 1, self.TEXT),
             (False, self.HALF, 50, 50),
         )
-        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.05)
         self.start(None, TOKEN_COST_MODE="usage")
         cases = itertools.product(rows, self.HANG_UPS)
         for number, ((stream, begun, most, output), hang_up) in enumerate(self.each(cases)):
@@ -7888,6 +8519,7 @@ class EndingsTest(LedgerCase):
         asked.wait_for_hang_up()
 
     def test_a_caller_who_half_closed_has_a_moment_for_each_of_its_calls(self):
+        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.5)
         self.start(None)
         client, asked = self.ask_stub(call() + call())
         client.sock.shutdown(socket.SHUT_WR)
@@ -7920,7 +8552,7 @@ class EndingsTest(LedgerCase):
         self.assert_ending("internal_error", left=1000)
 
     def test_a_slow_reader_that_goes_on_is_not_cut_and_pays_for_what_it_took(self):
-        """It reads 10 KB each 4 ms, of 4 MB; if the system took more of those ahead, the reader
+        """It reads 20 KB each 4 ms, of 4 MB; if the system took more of those ahead, the reader
         would be silent for longer than a reader may be."""
         self.patch_seconds(Transfer_SLOW_READER_SECONDS=0.3)
         data = chunk(events(delta("word " * 200))) * 4000 + chunk(events(LAST_DELTA, "[DONE]"))
@@ -7934,7 +8566,7 @@ class EndingsTest(LedgerCase):
             found = client.reader.data
             while len(found) < 0.9 * share * len(data) or share == 1 and found[-5:] != LAST:
                 time.sleep(0.004)
-                part = client.sock.recv(10000)
+                part = client.sock.recv(20000)
                 self.assertTrue(part, "it was cut")
                 found += part
             client.reset()
@@ -8432,6 +9064,169 @@ class CatalogueTest(CallCase):
 
 
 # --------------------------------------------------------------------------------------------------
+# Admin
+# --------------------------------------------------------------------------------------------------
+
+ADMIN = "an-admins-key-of-24-char"
+VIEWER = "a-viewers-key-of-24-char"
+
+
+class AdminCase(ManyCase):
+    def start(self, *arguments, **settings):
+        super().start(*arguments, **{"ADMIN_KEY": ADMIN, "VIEWER_KEY": VIEWER, **settings})
+
+    def admin(self, method, path, payload=None, key=ADMIN, *fields):
+        """Ask the admin API; returns the Answered."""
+        body = b"" if payload is None else json.dumps(payload).encode()
+        return self.ask(request(method, "/admin/api" + path, body, *fields, key=key))
+
+    def look(self, path, key=VIEWER):
+        """Returns what a page says."""
+        answered = self.admin("GET", path, key=key)
+        self.assertEqual(answered.status, 200, answered.body)
+        return answered.json()
+
+
+class AdminTest(AdminCase):
+    def test_pages_are_for_viewers_and_changes_for_admins(self):
+        self.start()
+        for method, path, key, status in self.each((
+                ("GET", "/summary", None, 401), ("GET", "/summary", "nobody's", 401),
+                ("GET", "/nothing", None, 401), ("GET", "/nothing", VIEWER, 404),
+                ("GET", "/upstreams", VIEWER, 200), ("GET", "/upstreams", ADMIN, 200),
+                ("HEAD", "/upstreams", VIEWER, 200), ("DELETE", "/upstreams", ADMIN, 405),
+                ("POST", "/upstreams/base/disable", VIEWER, 403),
+                ("POST", "/upstreams/none/disable", ADMIN, 400),
+                ("POST", "/upstreams/base/enable", ADMIN, 200))):
+            self.assertEqual(self.admin(method, path, key=key).status, status)
+
+    def test_wrong_keys_are_counted_with_those_at_the_front_door(self):
+        self.start(clock=Clock(), PROXY_API_KEYS="sk-1")
+        found = [self.admin("GET", "", key="wrong-%d" % number).status for number in range(8)]
+        found += [self.ask(call("guess-%d" % number)).status for number in range(4)]
+        self.assertEqual(found, [401] * 10 + [429] * 2)
+        self.assertEqual(self.admin("GET", "").status, 200)
+
+    def test_the_contents_name_every_page_and_who_asks(self):
+        self.start()
+        found = self.look("")
+        self.assertEqual(found["you"], {"name": "VIEWER_KEY", "role": "viewer"})
+        self.assertIn("/admin/api/upstreams/NAME/test", [row["path"] for row in found["endpoints"]])
+
+    def test_a_page_of_ours_may_ask_whatever_its_origin(self):
+        self.start(CORS_ORIGINS="off")
+        for origin, status in self.each((("http://proxy.test", 200), ("http://evil.test", 403))):
+            answered = self.admin("POST", "/upstreams/base/enable", {}, ADMIN, "Origin: " + origin)
+            self.assertEqual(answered.status, status)
+
+    def test_what_is_posted_must_be_a_small_json_object(self):
+        self.start()
+        for body, status in self.each((
+                (b"", 200), (b"{}", 200), (b"[]", 400), (b"{", 400), (b"x" * 70000, 413))):
+            data = request("POST", "/admin/api/upstreams/base/enable", body, key=ADMIN)
+            self.assertEqual(self.ask(data).status, status)
+
+    def test_an_upstream_that_is_disabled_is_asked_no_more(self):
+        self.start()
+        self.assertEqual(self.admin("POST", "/upstreams/base/disable").status, 200)
+        self.assertEqual(self.ask(call()).status, 404)
+        state = self.look("/upstreams")["upstreams"][0]
+        self.assertEqual((state["name"], state["state"]), ("base", "disabled"))
+        self.admin("POST", "/upstreams/base/enable")
+        self.assertEqual(self.ask(call()).status, 200)
+        self.assertEqual(self.stub.calls, 1)
+
+    def test_the_next_upstream_of_a_model_serves_it_while_the_first_is_disabled(self):
+        self.start_many({"other": self.stub_of("other")}, UPSTREAM_OTHER_MODELS="m")
+        self.assertEqual(self.came_from(call()), "other")
+        self.admin("POST", "/upstreams/other/disable")
+        self.assertEqual(self.came_from(call()), "base")
+        self.assertEqual(self.ask(request("POST", "/other" + CHAT, chat())).status, 404)
+
+    def test_an_upstream_is_tested_by_its_list_of_models(self):
+        self.start(says(b'{"data": [{"id": "gemma"}]}'))
+        found = self.admin("POST", "/upstreams/base/test").json()
+        self.assertEqual((found["ok"], found["models"]), (True, ["gemma"]))
+        self.stub.answer = says(b"{}", "500 Broken")
+        found = self.admin("POST", "/upstreams/base/test").json()
+        self.assertEqual((found["ok"], found["models"]), (False, []))
+
+    def test_the_settings_are_shown_without_secrets(self):
+        self.start(BASE_API_KEY="sk-of-the-upstream")
+        answered = self.admin("GET", "/config")
+        rows = {row["name"]: row for row in answered.json()["settings"]}
+        self.assertEqual(rows["ADMIN_KEY"]["value"], "set, not shown")
+        self.assertEqual(rows["MAX_TOKENS"]["value"], "1000")
+        self.assertTrue(rows["PORT"]["is_default"])
+        for secret in (ADMIN, VIEWER, "sk-of-the-upstream"):
+            self.assertNotIn(secret.encode(), answered.body)
+
+    def test_the_bases_own_paths_of_the_same_name_are_below_base(self):
+        self.start(base="/v1")
+        self.ask(request("GET", "/base/admin/api"))
+        self.ask(request("POST", "/base" + CHAT, chat()))
+        found = [asked.target for asked in self.stub.requests]
+        self.assertEqual(found, ["/v1/admin/api", "/v1/chat/completions"])
+
+
+class EventsTest(AdminCase):
+    def listen(self, *fields):
+        client = self.connect()
+        client.send(request("GET", "/admin/api/events", b"", *fields, key=VIEWER)).head("GET")
+        client.text = ""
+        return client
+
+    @staticmethod
+    def hear(client, name):
+        """Read on to an event; returns what came before it, and what it says."""
+        shape = re.compile(r"(?s)(.*?)event: %s\ndata: (.*?)\n\n" % name)
+        while not shape.match(client.text):
+            client.text += next(client.pieces).decode()
+        found = shape.match(client.text)
+        client.text = client.text[found.end():]
+        return found[1], json.loads(found[2])
+
+    def test_calls_are_told_as_they_begin_and_end(self):
+        self.start()
+        client = self.listen()
+        self.ask(call("k"))
+        _, begun = self.hear(client, "begin")
+        _, ended = self.hear(client, "end")
+        self.assertEqual((begun["model"], begun["state"]), ("m", "reading"))
+        self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+
+    def test_a_listener_that_comes_back_is_told_what_it_missed(self):
+        self.start()
+        client = self.listen()
+        self.ask(call("k"))
+        before, first = self.hear(client, "end")
+        number = re.findall("id: ([0-9]+)", before)[-1]
+        client.close()
+        self.ask(call("k"))
+        before, second = self.hear(self.listen("Last-Event-ID: " + number), "end")
+        self.assertNotIn("event: end", before)
+        self.assertNotEqual(first["id"], second["id"])
+        self.hear(self.listen("Last-Event-ID: 1"), "lost")
+
+    def test_a_pulse_a_second_tells_what_was_in_it(self):
+        clock = Clock()
+        self.start(clock=clock)
+        client = self.listen()
+        self.ask(call("k"))
+        self.hear(client, "begin")
+        clock.now += 1
+        _, pulse = self.hear(client, "pulse")
+        self.assertEqual((pulse["calls"], pulse["failed"], pulse["line"]), (1, 0, 0))
+
+    def test_listeners_do_not_hold_up_the_end(self):
+        self.start()
+        self.listen()
+        began = time.monotonic()
+        self.drain(20)
+        self.assertLess(time.monotonic() - began, 5)
+
+
+# --------------------------------------------------------------------------------------------------
 # Server: connections of clients
 # --------------------------------------------------------------------------------------------------
 
@@ -8608,7 +9403,8 @@ class ClientConnectionTest(ServerCase):
         packed = gzip.compress(body) + gzip.flush()
         for coding, sent, status in self.each((
                 ("gzip", packed, 200), ("X-GZIP", packed, 200), ("identity", body, 200),
-                ("deflate", zlib.compress(body), 200), ("deflate", zlib.compress(large), 200),
+                ("", body, 200), ("deflate", zlib.compress(body), 200),
+                ("deflate", zlib.compress(large), 200),
                 ("deflate", zlib.compress(b"x" * 3000001), 413), ("gzip", body, 400),
                 ("gzip", packed[:-1], 400), ("gzip", packed + b"x", 400), ("gzip", b"", 400),
                 ("zstd", packed, 415), ("br", packed, 415), ("gzip, gzip", packed, 415))):
@@ -8617,7 +9413,7 @@ class ClientConnectionTest(ServerCase):
             expected = "gzip, deflate" if status == 415 else None
             self.assertEqual(answered.get("accept-encoding"), expected)
         self.assertEqual({asked.get("content-encoding") for asked in self.stub.requests}, {None})
-        self.assertEqual([asked.body for asked in self.stub.requests[:4]], [body] * 4)
+        self.assertEqual([asked.body for asked in self.stub.requests[:5]], [body] * 5)
         self.ask(request("POST", "/v1/files", packed, "Content-Encoding: gzip"))
         asked = self.stub.requests[-1]
         self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", packed))
@@ -8967,14 +9763,23 @@ class TlsTest(ServerCase):
 # Commands, with the demo: the file as people start it
 # --------------------------------------------------------------------------------------------------
 
+@functools.lru_cache(None)
+def compiled():
+    """Returns the path of the file as bytecode: to compile it takes half of a start."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return py_compile.compile(FILE, os.path.join(folder.name, "llm_proxy.pyc"), doraise=True)
+
+
 class Process:
     """`python -I -S llm_proxy.py` as a process of its own, with no environment but the settings."""
 
-    def __init__(self, *arguments, cwd="/", before=(), stdin=subprocess.DEVNULL, **settings):
-        """`before` are words of a command that starts this one."""
+    def __init__(self, *arguments, cwd="/", before=(), file=None, stdin=subprocess.DEVNULL,
+                 **settings):
+        """`before` are words of a command that starts this one; `file` is what else it runs."""
         settings = {"DATABASE": "off", **settings}
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-I", "-S", FILE, *arguments], cwd=cwd,
+            [*before, sys.executable, "-I", "-S", file or compiled(), *arguments], cwd=cwd,
             env={name: str(value) for name, value in settings.items()},
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.rows = []
@@ -9015,6 +9820,26 @@ class ProcessCase(ServerCase):
         self.addCleanup(process.close)
         return process
 
+    def finish(self, *arguments, cwd="/", **settings):
+        """Returns (exit code, standard output, standard error). A command needs no process."""
+        if not arguments:
+            return self.command(cwd=cwd, **settings).finish()
+        out, err = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
+        here, settings = os.getcwd(), {"DATABASE": "off", **settings}
+        with mock.patch.dict(os.environ, {name: str(one) for name, one in settings.items()},
+                             clear=True):
+            os.chdir(cwd)
+            try:
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    code = llm_proxy.main(arguments)
+            except SystemExit as end:
+                code = end.code
+            finally:
+                os.chdir(here)
+        for stream in (out, err):
+            stream.flush()
+        return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+
     def new_stub(self, answer=says()):
         self.stub = Stub(answer)
         self.addCleanup(self.stub.close)
@@ -9033,17 +9858,135 @@ class ProcessCase(ServerCase):
         raise AssertionError("it does not start: %r" % process.rows)
 
 
+class KeysCommandTest(ProcessCase):
+    def setUp(self):
+        self.folder = new_path(self)
+        self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
+
+    def keys(self, *arguments, **settings):
+        """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
+        return self.command("keys", *arguments, **{**self.settings, **settings}).finish()
+
+    def status(self, key):
+        return self.ask(call(key)).status
+
+    def test_a_command_beside_the_running_service_holds_within_a_second(self):
+        self.serve(**self.settings)
+        self.assertEqual(self.status("x"), 200)
+        code, out, err = self.keys("add", "ann", "--models", "m,n")
+        self.assertEqual((code, err), (0, llm_proxy.CLOSED + "\n"))
+        ann = out.strip()
+        for act, key, status in self.each((
+                ((), "x", 401), (("set", "ann", "--models", "n"), ann, 403),
+                (("set", "ann", "--models", ""), ann, 200), (("revoke", "ann"), ann, 401),
+                (("restore", "ann"), ann, 200), (("remove", "ann"), ann, 401))):
+            if act:
+                self.assertEqual(self.keys(*act), (0, "", ""))
+            ended = time.monotonic()
+            # Ten wrong keys were counted, maybe, while this waited.
+            wait_for(lambda: self.status(key) in (status, 429 if status == 401 else status))
+            self.assertLess(time.monotonic() - ended, 1)
+
+    def test_keys_can_be_listed_and_shown(self):
+        self.assertEqual(self.keys("list"), (0, "no keys yet\n", ""))
+        self.keys("add", "ann", "--note", "\x1b[2J" "x")
+        self.keys("add", "ann", "--note", "her laptop", "--expires", "30d")
+        _, out, _ = self.keys("list")
+        self.assertRegex(out, r"\Aname +role .*\nann +caller +- +20\d\d-.* her laptop +-\n\Z")
+        self.assertRegex(self.keys("show", "ann")[1], r"(?m)^note +her laptop$")
+        found = json.loads(self.keys("show", "ann", "--json")[1])
+        self.assertEqual(json.loads(self.keys("list", "--json")[1]), [found])
+        self.assertEqual((found["name"], found["disabled"]), ("ann", False))
+        self.assertEqual(found["expires"] - found["created"], 30 * 86400)
+
+    def test_only_a_new_secret_is_on_standard_output(self):
+        for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
+            code, out, err = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
+            self.assertRegex(out, r"\Ask-\S{43}\n\Z")
+            self.assertEqual((code, err), (0, ""))
+
+    def test_what_is_wrong_is_said(self):
+        self.keys("add", "ann")
+        for code, said, *arguments in self.each((
+                (1, "stored already", "add", "ann"),
+                (1, "expires must be", "add", "b", "--expires", "x"),
+                (1, "no key is stored by the name b", "give", "b", "2", "usd"),
+                (0, "", "give", "old", "2", "usd"), (0, "", "reset", "192.0.2.1"),
+                (1, "amount must be", "give", "ann", "x", "usd"),
+                (2, "invalid choice", "give", "ann", "2", "running"))):
+            found = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
+            self.assertEqual(found[:2], (code, ""))
+            self.assertIn(said, found[2])
+        self.assertEqual(self.keys("list", DATABASE="off"), (
+            2, "", "keys are stored in DATABASE, and that is off\n"))
+
+    def test_an_admins_key_is_made_at_each_start_and_ends_with_it(self):
+        file, keys = self.settings["DATABASE"] + ".admin-key", set()
+        for _ in range(2):
+            process = self.serve(**self.settings)
+            wait_for(lambda: process.said(
+                "dashboard: http://127.0.0.1:%d/dashboard with the key in %s" % (
+                    self.address[1], file)))
+            self.assertEqual(os.stat(file).st_mode & 0o777, 0o600)
+            with open(file, encoding="ascii") as stream:
+                key = stream.read().strip()
+            keys.add(key)
+            error = self.ask(call(key)).error()
+            self.assertEqual(error["code"], "key_not_for_calls")
+            self.assertFalse(process.said(key))
+            process.stop().wait()
+            self.assertFalse(os.path.exists(file))
+        self.assertEqual(len(keys), 2)
+
+    def test_no_admins_key_is_made_where_there_is_one_or_no_place_for_it(self):
+        for settings, said in self.each((
+                ({"DATABASE": "off"}, "needs ADMIN_KEY to be set"),
+                ({"ADMIN_KEY": "sk-0123456789abcdef"}, "/dashboard\n"),
+                ({"PUBLIC_URL": "https://llm.example.org"},
+                 "dashboard: https://llm.example.org/dashboard with the key in"))):
+            process = self.serve(**{**self.settings, **settings})
+            wait_for(lambda: process.said(said))
+            self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
+                             "PUBLIC_URL" in settings)
+            process.stop().wait()
+        self.keys("add", "boss", "--role", "admin")
+        process = self.serve(**self.settings)
+        wait_for(lambda: process.said("/dashboard\n"))
+
+    def test_the_file_of_an_admins_key_is_no_other_file(self):
+        file, other = self.settings["DATABASE"] + ".admin-key", os.path.join(self.folder, "other")
+        with open(other, "w", encoding="ascii") as stream:
+            stream.write("mine")
+        os.symlink(other, file)
+        process = self.serve(**self.settings)
+        wait_for(lambda: process.said("with the key in"))
+        self.assertFalse(os.path.islink(file))
+        with open(other, encoding="ascii") as stream:
+            self.assertEqual(stream.read(), "mine")
+
+    def test_an_admins_key_is_told_on_a_terminal(self):
+        config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "80"})
+        proxy = build(config, Lines())
+        self.addCleanup(proxy.loop.close)
+        self.addCleanup(proxy.books.close, PATIENCE)
+        words = llm_proxy.AdminKey(proxy).words(at_terminal=True)
+        page = re.escape("dashboard: http://[::1]:80/dashboard with the key ")
+        self.assertRegex(words[0], "^%s%s$" % (page, r"sk-\S{43}"))
+        found = proxy.callers.known_by(llm_proxy.digest(words[0].split()[-1]))
+        self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
+
+
 class CommandsTest(ProcessCase):
     NOWHERE = "http://127.0.0.1:1"
 
     def assert_fails(self, code, number, text, *arguments, **settings):
         """Fails unless it ends with this code and so many lines of errors, `text` among them."""
-        found, out, err = self.command(*arguments, **settings).finish()
+        found, out, err = self.finish(*arguments, **settings)
         self.assertEqual((found, out, len(err.splitlines())), (code, "", number), err)
         self.assertIn(text, err)
 
     def test_help_names_every_setting_with_its_default_in_brackets(self):
-        code, out, err = self.command("--help").finish()
+        code, out, err = self.finish("--help")
         self.assertEqual((code, err), (0, ""))
         for setting in self.each(SETTINGS_BY_NAME.values()):
             row, = re.findall(r"^ +%s +(\S.*)$" % setting.name, out, re.MULTILINE)
@@ -9066,8 +10009,10 @@ class CommandsTest(ProcessCase):
             self.assertIn(row.split(), rows)
 
     def test_version_is_told(self):
-        said = "llm_proxy %s\n" % llm_proxy.VERSION
-        self.assertEqual(self.command("--version").finish(), (0, said, ""))
+        digest = hashlib.sha256(source().encode()).hexdigest()
+        said = "llm_proxy %s, sha256 %s, %s %s\n" % (
+            llm_proxy.VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
+        self.assertEqual(self.command("--version", file=FILE).finish(), (0, said, ""))
 
     CALLS = (
         {"caller": "alice", "served": "m1", "picodollars": 5 * 10 ** 11},
@@ -9101,7 +10046,7 @@ class CommandsTest(ProcessCase):
         own = """{"gpt-5.5": {"input": 0.1}, "m": {"input": 1, "output": 2,
             "above": {"tokens": 9, "input": 3}, "tiers": {"fast": {"input": 5}, "us": 1.5}}}"""
         path = pem_file(self, own)
-        code, out, err = self.command("prices", PRICES=path).finish()
+        code, out, err = self.finish("prices", PRICES=path)
         self.assertEqual((code, err), (0, ""))
         rows = [row.split() for row in out.splitlines()]
         self.assertEqual(rows[0][:4] + rows[0][-2:], "model from input output above tiers".split())
@@ -9109,7 +10054,7 @@ class CommandsTest(ProcessCase):
         self.assertEqual(rows[2], "m PRICES 1 2 1 1 2 9: 3 0 fast 5 us 1.5".split())
         self.assertNotIn(["gpt-5.5", "built"], [row[:2] for row in rows])
         self.assertIn(["gpt-4o", "built", "in", "2.5", "10"], [row[:5] for row in rows])
-        _, out, _ = self.command("prices", "--json", PRICES=path).finish()
+        _, out, _ = self.finish("prices", "--json", PRICES=path)
         found = {row["model"]: row for row in json.loads(out)}
         self.assertEqual((found["m"]["above"]["tokens"], found["m"]["tiers"]["us"]), (9, "1.5"))
         self.assert_fails(2, 1, "PRICES must be", "prices", PRICES=path + "x")
@@ -9121,7 +10066,7 @@ class CommandsTest(ProcessCase):
                 (good, "200 OK", "1 prices"), (b"{}", "200 OK", "no price"),
                 (b"<html>", "200 OK", "must be a JSON file"), (b"", "503 Busy", "503"))):
             url = self.new_stub(says(body, status)) + "/api.json"
-            code, out, err = self.command("prices", "--update", path, url).finish()
+            code, out, err = self.finish("prices", "--update", path, url)
             self.assertEqual(code, 0 if said == "1 prices" else 2)
             self.assertIn(said, out + err)
             self.assertEqual(list(llm_proxy.price_file(path)), ["a"])
@@ -9134,34 +10079,34 @@ class CommandsTest(ProcessCase):
     def test_usage_prints_who_used_what_as_csv(self):
         path = self.ledger()
         for arguments, text in self.each(self.USAGE):
-            process = self.command("usage", "--csv", *arguments.split(), DATABASE=path)
-            self.assertEqual(process.finish(), (0, text % self.SUMS, ""))
+            found = self.finish("usage", "--csv", *arguments.split(), DATABASE=path)
+            self.assertEqual(found, (0, text % self.SUMS, ""))
 
     def test_usage_prints_who_used_what_as_json_and_for_people(self):
         path = self.ledger()
-        _, out, _ = self.command("usage", "--json", DATABASE=path).finish()
+        _, out, _ = self.finish("usage", "--json", DATABASE=path)
         row = json.loads(out)[0]
         self.assertEqual(",".join(row), "caller," + self.SUMS)
         self.assertEqual(list(row.values()), ["alice", 2, 20, 2, 4, 0, 1, 0, "0.5"])
-        _, out, _ = self.command("usage", "--by", "day", DATABASE=path).finish()
+        _, out, _ = self.finish("usage", "--by", "day", DATABASE=path)
         day = r"20\d\d-\d\d-\d\d"
         lines = r"\Aday +calls +input .*\n%s +3 +30 .*\n%s +1 +10 .*\n\Z"
         self.assertRegex(out, lines % (day, day))
-        _, out, _ = self.command("usage", "--caller", "nobody", DATABASE=path).finish()
+        _, out, _ = self.finish("usage", "--caller", "nobody", DATABASE=path)
         self.assertEqual(out, "no calls yet\n")
 
     def test_usage_tells_all_of_one_call(self):
         path = self.ledger({"id": "one", "caller": "=cmd()", "model": "a\x1b[2Jb"})
-        usage = functools.partial(self.command, "usage", DATABASE=path)
-        _, out, _ = usage("--id", "one").finish()
+        usage = functools.partial(self.finish, "usage", DATABASE=path)
+        _, out, _ = usage("--id", "one")
         for line in self.each((r"caller  +=cmd\(\)", r"model  +a\\x1b\[2Jb", "output  +2")):
             self.assertRegex(out, "(?m)^%s$" % line)
-        _, out, _ = usage("--id", "one", "--json").finish()
+        _, out, _ = usage("--id", "one", "--json")
         self.assertEqual(json.loads(out)[0]["model"], "a\x1b[2Jb")
-        _, out, _ = usage("--id", "one", "--csv").finish()
+        _, out, _ = usage("--id", "one", "--csv")
         self.assertIn(",'=cmd(),", out)
         self.assertIn("a\\x1b[2Jb", out)
-        self.assertEqual(usage("--id", "two").finish(), (0, "no such call\n", ""))
+        self.assertEqual(usage("--id", "two"), (0, "no such call\n", ""))
 
     def test_what_is_wrong_with_settings_or_a_database_ends_with_few_lines(self):
         folder = new_path(self)
@@ -9186,14 +10131,18 @@ class CommandsTest(ProcessCase):
         with open(os.path.join(folder, ".env"), "w", encoding="utf-8") as file:
             file.write("PORT=0\nBASE_API_URL=http://127.0.0.1:1\nnonsense\n")
         for said in ("PORT must be between 1 and 65535 (got '99999')\n", ".env line 3"):
-            self.assert_fails(2, 2, said, cwd=folder, PORT="99999")
+            self.assert_fails(2, 2, said, "--check", cwd=folder, PORT="99999")
 
     def test_check_prints_what_would_be_used_without_secrets_and_asks_for_the_models(self):
         there = self.new_stub(says(b'{"object": "list", "data": [{"id": "one"}, {"id": "two"}]}'))
-        code, out, err = self.command(
+        code, out, err = self.finish(
             "--check", BASE_API_URL=there + "/v1", BASE_API_KEY="sk-hush",
-            PROXY_API_KEYS="alice=sk-hush-2").finish()
+            PROXY_API_KEYS="alice=sk-hush-2",
+            LIMITS="each 9 requests per day;\n  all 5 usd per day")
         self.assertEqual((code, err), (0, ""))
+        for row in self.each(("LIMITS each 9 requests per day; all 5 usd per day",
+                              "CORS_ORIGINS *", "STORED own", "HOST 0.0.0.0")):
+            self.assertIn(row.split(), [line.split() for line in out.splitlines()])
         self.assertIn("models of base at %s: one, two\n" % there, out)
         self.assertNotIn("hush", out)
         for name in SETTINGS_BY_NAME:
@@ -9207,11 +10156,11 @@ class CommandsTest(ProcessCase):
         good = self.new_stub(says(b'{"data": []}'))
         bad = self.new_stub(says(b'{"error": "no"}', "401 No"))
         for url, number in self.each(((good + "," + bad, 2), (bad, 1))):
-            code, out, _ = self.command("--check", BASE_API_URL=url).finish()
+            code, out, _ = self.finish("--check", BASE_API_URL=url)
             self.assertEqual((code, out.count("models of base at ")), (1, number))
             self.assertIn(bad + ": the upstream answered 401, and no list of models\n", out)
         self.stub.close()
-        code, out, err = self.command("--check", BASE_API_URL=bad).finish()
+        code, out, err = self.finish("--check", BASE_API_URL=bad)
         self.assertEqual((code, err, out.count("Traceback")), (1, "", 0))
 
     def test_check_says_what_a_start_would(self):
@@ -9225,7 +10174,7 @@ class CommandsTest(ProcessCase):
                 ("is used by another llm_proxy", {"DATABASE": used}),
                 ("DATABASE must be a file", {"DATABASE": "/nonexistent/x.db"}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
-            code, out, _ = self.command("--check", BASE_API_URL=there, **settings).finish()
+            code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
             self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
 
@@ -9242,12 +10191,12 @@ class CommandsTest(ProcessCase):
     def test_it_starts_without_a_home_in_a_directory_it_cannot_write_to(self):
         folder = "/proc" if os.path.isdir("/proc") else "/"
         process = self.serve(cwd=folder, DATABASE="", BASE_API_URL=self.NOWHERE + "/v1",
-                             BASE_API_KEY="sk-hush")
+                             BASE_API_KEY="sk-hush", REQUEST_TOKEN_COST=11)
         self.assertTrue(self.ask(HEALTH).json()["ok"])
         for said in self.each((
                 "llm_proxy %s listens on http://127.0.0.1:%d\n" % (
                     llm_proxy.VERSION, self.address[1]),
-                self.NOWHERE + "/v1", "holds 10 tokens", "warning: callers are not checked",
+                self.NOWHERE + "/v1", "holds 10 tokens", "warning: REQUEST_TOKEN_COST 11",
                 "warning: calls and buckets are kept in memory only")):
             found = wait_for(lambda: [row for row in process.rows if said in row])
             self.assertEqual(len(found), 1)
@@ -9256,8 +10205,10 @@ class CommandsTest(ProcessCase):
     def test_two_services_never_have_one_database(self):
         path = new_path(self, "books.db")
         first = self.serve(BASE_API_URL=self.NOWHERE, DATABASE=path)
-        said = "DATABASE %s is used by another llm_proxy that runs\n" % path
-        self.assert_fails(1, 1, said, BASE_API_URL=self.NOWHERE, DATABASE=path)
+        said = "DATABASE %s is used by another llm_proxy that runs\n"
+        os.symlink(path, path + ".link")
+        for name in self.each((path, path + ".link")):
+            self.assert_fails(1, 1, said % name, BASE_API_URL=self.NOWHERE, DATABASE=name)
         self.assertEqual(self.command("usage", DATABASE=path).finish(), (0, "no calls yet\n", ""))
         first.stop()
         first.finish()
@@ -9270,7 +10221,7 @@ class CommandsTest(ProcessCase):
             with mock.patch.object(llm_proxy.Database, "WAIT_SECONDS", 0.01):
                 connection.execute("BEGIN EXCLUSIVE")
                 with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
-                    llm_proxy.open_patiently(path, stream)
+                    llm_proxy.open_patiently(stream, path, None)
                 self.assertEqual(stream.getvalue().count(b"locked by another"), 11)
 
     def test_a_second_start_on_the_same_port_says_so_in_one_line(self):
@@ -9332,7 +10283,8 @@ class CommandsTest(ProcessCase):
         rows = len(LedgerCase.rows(path))
         self.assertLess(rows, len(ended))
         self.assertLess(killed - ended[rows], llm_proxy.Ledger.PAUSE + 0.15)
-        self.assertEqual(self.level(path), 10 ** 6 - rows)
+        # One more call may have been running: what it holds is taken already.
+        self.assertIn(10 ** 6 - rows - self.level(path), (0, 1))
 
     def test_a_hang_up_signal_reads_the_certificates_again_and_ends_nothing(self):
         path = pem_file(self)
@@ -9403,17 +10355,30 @@ class CommandsTest(ProcessCase):
         self.assertEqual(process.stop(signal.SIGHUP).wait(), 0)
         self.assertTrue(process.said("stopped"))
 
-    def test_a_second_signal_ends_it_at_once(self):
+    def test_a_second_signal_ends_it_at_once_unless_it_is_the_first_one_again(self):
+        """GNU's `timeout` signals a process and then its group."""
         process = self.serve(answer=None)
-        client, _ = self.begin(event(1))
-        process.stop()
+        client, asked = self.begin(event(1))
+        process.stop(signal.SIGINT).stop(signal.SIGTERM)
         wait_for(lambda: process.said("stopping"))
-        self.assertNotEqual(process.stop().wait(), 0)
+        asked.chunks(event(2))
+        client.expect(event(2))
+        wait_for(lambda: process.stop().process.poll() is not None)
+        self.assertNotEqual(process.wait(), 0)
         self.assertFalse(client.rest().whole)
 
-    def test_the_demo_shows_a_stream_and_then_the_limit_reply(self):
-        process = self.serve("--demo", MAX_TOKENS=3)
+    def test_the_demo_brings_its_own_endpoint(self):
+        process = self.serve("--demo", MAX_TOKENS=1)
         wait_for(lambda: process.said("curl -N http://127.0.0.1:%d%s" % (self.address[1], CHAT)))
+        self.assertIn(b"built-in demo endpoint", self.ask(call()).body)
+        self.assertIn(b"limit reached", self.ask(call()).body)
+
+    def test_the_demo_lists_its_model_answers_and_streams(self):
+        self.patch_seconds(DemoHandler_WORD_SECONDS=0.001)
+        demo = llm_proxy.DemoServer()
+        self.addCleanup(demo.server_close)
+        self.addCleanup(demo.shutdown)
+        self.start(BASE_API_URL="http://127.0.0.1:%d/v1" % demo.server_port)
         client = self.connect()
         models = client.exchange(request("GET", "/v1/models")).json()
         self.assertEqual(models["data"][0]["id"], "demo")
@@ -9422,7 +10387,6 @@ class CommandsTest(ProcessCase):
         self.assertEqual(legacy["choices"][0]["text"], said)
         client.exchange(call(stream=True, stream_options={"include_usage": True}))
         self.assert_demo_stream(client.answered, said)
-        self.assertIn(b"limit reached", client.exchange(call()).body)
 
     def assert_demo_stream(self, answered, said):
         self.assertTrue(answered.whole)
@@ -9726,6 +10690,7 @@ class DoorTest(EnduranceCase):
 
     def test_whatever_runs_has_no_thread_but_those_that_connect(self):
         """Streams, calls in line and to https upstreams, trickling heads, idle connections."""
+        self.patch_seconds(Handshakes_PER_SECOND=1000)
         number = self.size(10, 100)
         path = pem_file(self)
         box = Stub(None, tls=llm_proxy.server_context(path, None))
@@ -9810,8 +10775,9 @@ class DoorTest(EnduranceCase):
     def converse(self, requests):
         """Sends each request on a connection of its own; every other caller closes its sending
         side. Returns the answers as bytes, None for a reset."""
-        clients = [self.connect() for _ in requests]
+        clients = []
         for number, data in enumerate(requests):
+            clients.append(self.connect())  # its time for a head begins
             data = data.replace(Fuzz.MARK, b"%08d" % number)
             with contextlib.suppress(OSError):  # it may have been refused by its first bytes
                 clients[number].send(data)
@@ -9897,13 +10863,18 @@ class DoorTest(EnduranceCase):
         for _ in range(self.size(1, 60)):
             requests = [Fuzz.mutate(chance) for _ in range(100)]
             self.assert_none_was_smuggled(self.converse(requests))
-        names = pathlib.Path(path).read_text("latin-1").splitlines()
+        names = wait_for(lambda: self.names_in(path), "a request that came there")
         entries = self.assert_each_was_logged(names)
         self.report("%d requests came there: %r", len(names), collections.Counter(
             (entry["status"], entry["outcome"]) for entry in entries))
         faults = [entry for entry in entries if entry["outcome"].startswith("upstream")
                   and entry["method"] in Fuzz.METHODS]  # they refuse those that they do not know
         self.assertEqual(faults, [])
+
+    @staticmethod
+    def names_in(path):
+        with contextlib.suppress(FileNotFoundError):
+            return pathlib.Path(path).read_text("latin-1").splitlines()
 
     @staticmethod
     def is_there(address):
@@ -10425,11 +11396,12 @@ class FaultsTest(EnduranceCase):
         faulty.update(UPSTREAM_DEAD_HEADERS="X(Y): " + self.secrets["header"],
                       UPSTREAM_FAR_URL="https://" + dead, HTTPS_PROXY=tunnel + ":x",
                       BASE_API_URL="http://user:%(base key)s@127.0.0.1/v1" % self.secrets)
-        processes = [self.command("--help", **far), self.command("--check", **far),
-                     self.command("--check", **faulty),
-                     self.command("usage", "--json", DATABASE=self.ledger), self.serve(**here)]
+        processes = [self.command("--check", **far), self.serve(**here)]
         processes[-1].stop()
-        said = ["".join(process.finish()[1:]).encode() for process in processes]
+        ends = [self.finish("--help", **far), self.finish("--check", **faulty),
+                self.finish("usage", "--json", DATABASE=self.ledger)]
+        ends += [process.finish() for process in processes]
+        said = ["".join(end[1:]).encode() for end in ends]
         self.assertNotIn(b"", said)
         return said
 
@@ -10935,6 +11907,24 @@ class HostileTest(EnduranceCase):
     MEMORY = 300  # MiB
     SECONDS = 30  # of attacks at random
     KEYS = ["an-honest-caller-%d" % number for number in range(10)]
+    # Has the product write down each callback that held its loop for longer than any before.
+    MEASURING = """
+import asyncio, os, sys, time
+sys.path.insert(0, os.environ["FOLDER"])
+import llm_proxy
+run, longest = asyncio.events.Handle._run, 0
+def measure(handle):
+    global longest
+    text, began = str(handle._callback), time.thread_time()
+    run(handle)
+    took = time.thread_time() - began
+    if took > longest:
+        longest = took
+        with open(os.environ["LONGEST"], "w") as file:
+            file.write("%.4f %s" % (took, text))
+asyncio.events.Handle._run = measure
+sys.exit(llm_proxy.main())
+"""
     RULES = ("key:empty 1 requests per month; each 1 requests per month burst 100000000;"
              "all 1 tokens per month burst 100000000000")
 
@@ -10974,7 +11964,10 @@ class HostileTest(EnduranceCase):
         """Returns a Metronome whose streams go through a new proxy."""
         metronome = Metronome()
         self.addCleanup(metronome.close)
-        return metronome, self.serve_both(sink, UPSTREAM_BEAT_URL=metronome.url, **settings)
+        self.longest = new_path(self, "longest")
+        return metronome, self.serve_both(
+            sink, UPSTREAM_BEAT_URL=metronome.url, file=pem_file(self, self.MEASURING),
+            FOLDER=FOLDER, LONGEST=self.longest, **settings)
 
     def test_no_request_makes_the_events_of_others_late_or_fills_the_memory(self):
         sink, path = self.start_attacker(), pem_file(self)
@@ -10997,11 +11990,14 @@ class HostileTest(EnduranceCase):
         before, sizes = self.resident(), []
         self.attack(name, seconds)
         metronome.run(self.attacker.stdout.fileno(), lambda: sizes.append(self.resident()))
-        self.report("%-30s latest event %6.1f ms (own lag %4.1f); MiB %5.1f, %6.1f, %6.1f; %r",
-                    name, 1000 * metronome.latest, 1000 * metronome.lag, before, max(sizes),
+        longest, callback = pathlib.Path(self.longest).read_text().split(" ", 1)
+        self.report("%-30s latest event %6.1f ms (own lag %4.1f), longest callback %5.1f ms of CPU;"
+                    " MiB %5.1f, %6.1f, %6.1f; %r", name, 1000 * metronome.latest,
+                    1000 * metronome.lag, 1000 * float(longest), before, max(sizes),
                     self.resident(), self.answered())
-        if metronome.latest > self.LATEST:
-            yield "%s: an event took %.0f ms" % (name, 1000 * metronome.latest)
+        if max(metronome.latest, float(longest)) > self.LATEST:
+            yield "%s: an event took %.0f ms, %s %.0f ms of CPU" % (
+                name, 1000 * metronome.latest, callback, 1000 * float(longest))
         if max(sizes) > memory:
             yield "%s: %.0f MiB" % (name, max(sizes))
 
@@ -11101,7 +12097,8 @@ if __name__ == "__main__":
         Attacker().main()
     elif "--soak" in sys.argv:
         EnduranceCase.LONG = True
-        names = ["DoorTest", "FaultsTest", "HostileTest"]
+        BalanceTest.CALLS = 40
+        names = ["BalanceTest", "DoorTest", "FaultsTest", "HostileTest"]
         if "long" in sys.argv:
             HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
             names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
