@@ -10572,7 +10572,8 @@ class Admin:
 
 
 # --------------------------------------------------------------------------------------------------
-# Dashboard: the source of the page, which asks the admin API for all that it shows.
+# Dashboard: the source of the page, which asks the admin API for all that it shows: markup, style,
+# script. It holds no data and no key; what others said goes into it as text, never as markup.
 # --------------------------------------------------------------------------------------------------
 
 DASHBOARD = r"""<!doctype html>
@@ -11797,6 +11798,26 @@ show();
 </body>
 </html>
 """
+PAGE_LINES = """Cache-Control: no-store
+Referrer-Policy: no-referrer
+X-Content-Type-Options: nosniff
+Content-Security-Policy: default-src 'none'; script-src 'nonce-%NONCE%'; style-src 'nonce-%NONCE%';
+ connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'
+""".replace("\n ", " ").splitlines()
+
+
+async def send_dashboard(_, reply: Reply):
+    """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
+    but what carries the nonce of this answer."""
+    nonce = os.urandom(16).hex()
+    page, *lines = [text.replace("%NONCE%", nonce) for text in (DASHBOARD, *PAGE_LINES)]
+    reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
+
+
+def find_dashboard(request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    """Returns what answers where the page is asked for, all of it or one's own use; else None."""
+    is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
+    return send_dashboard if is_asked else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12001,7 +12022,8 @@ class ClientConnection:
         if respond is None or not origins.is_own(request):
             origins.check(request.method, request)
         self.refuse_other_protocols(request)
-        respond = respond or self.server.pages.find(request) or self.proxy.serve
+        respond = (respond or find_dashboard(request) or self.server.pages.find(request)
+                   or self.proxy.serve)
         request.cache["respond"] = respond
         return respond
 
