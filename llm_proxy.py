@@ -11832,12 +11832,1252 @@ class Admin:
 
 
 # --------------------------------------------------------------------------------------------------
-# Dashboard: the source of the page, which asks the admin API for all that it shows.
+# Dashboard: the source of the page, which asks the admin API for all that it shows: markup, style,
+# script. It holds no data and no key; what others said goes into it as text, never as markup.
 # --------------------------------------------------------------------------------------------------
 
-DASHBOARD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>llm_proxy</title></html>
+DASHBOARD = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>llm_proxy</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
+<path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
+<style nonce="%NONCE%">
+:root { color-scheme: light dark;
+  --page: light-dark(#ffffff, #151514);    --surface: light-dark(#f6f6f3, #1e1e1c);
+  --text: light-dark(#1a1a18, #ebebe8);    --muted: light-dark(#5d5c57, #a5a49d);
+  --lines: light-dark(#dddcd6, #35342f);   --accent: light-dark(#1f5fbf, #82aef0);
+  --good: light-dark(#1d7a4c, #59c08c);    --warn: light-dark(#8f5b00, #e3b341);
+  --bad: light-dark(#b3261e, #f2857d);     --s0: light-dark(#8b8a84, #77766f);
+  --s1: light-dark(#1f6fb8, #5aa2e8);      --s2: light-dark(#d0700f, #d8832a);
+  --s3: light-dark(#12906f, #a8e6cf);      --s4: light-dark(#4a2c86, #8a5cf0);
+  --s5: light-dark(#6b5a12, #e9e3b0);      --box: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
+:root[data-theme=light] { color-scheme: light; }
+:root[data-theme=dark] { color-scheme: dark; }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 14px/20px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+small, th, dt, text, button, .choices a, .label, .values, #lost {
+  font-size: 12px; line-height: 16px; }
+small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400; }
+header { border-bottom: 1px solid var(--lines); margin-bottom: 24px; }
+.wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; }
+main { padding-bottom: 64px; outline: none; }
+#bar, .tools { display: flex; align-items: center; flex-wrap: wrap; gap: 4px 20px;
+  min-height: 48px; }
+.tools { gap: 8px 16px; min-height: 0; margin-bottom: 16px; }
+#states { display: flex; flex-wrap: wrap; gap: 0 16px; flex: 1; }
+nav { display: flex; gap: 0 24px; overflow-x: auto; scrollbar-width: none; }
+nav a { padding: 8px 0; white-space: nowrap; border-bottom: 2px solid transparent; }
+nav a[aria-current] { color: var(--text); border-color: var(--accent); }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+h2 { font-size: 14px; line-height: 20px; font-weight: 600; margin: 24px 0 8px; }
+h2:first-child { margin-top: 0; } p, pre { margin: 0 0 8px; max-width: 72ch; }
+button, .choices a { font-family: inherit; padding: 5px 9px; border: 1px solid var(--lines);
+  border-radius: 4px; cursor: pointer; white-space: nowrap; background: var(--page); }
+button { color: var(--text); }
+button:hover, .choices a:hover { border-color: var(--muted); text-decoration: none; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
+button.chip { border-radius: 14px; margin: 0 4px 4px 0; }
+#bar button, .notice button { border-color: transparent; background: none; }
+.tools:empty { display: none; } ::placeholder { color: var(--muted); opacity: 1; }
+[aria-busy] { opacity: .5; }
+input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
+  border: 1px solid var(--muted); border-radius: 4px; min-width: 0; max-width: 100%; height: 32px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+label { display: block; margin-bottom: 12px; }
+label :is(small, input, select) { display: block; width: 100%; margin-bottom: 4px; }
+.choices a { display: inline-block; border-radius: 0; margin-left: -1px; }
+.choices a[aria-current] { color: var(--text); background: var(--surface); font-weight: 600; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: 6px 16px 6px 0; border-bottom: 1px solid var(--lines); vertical-align: top;
+  text-align: left; }
+:is(th, td):last-child { padding-right: 0; }
+:is(th, td):is(.number, .actions) { text-align: right; }
+th, td.number, td.line, .mark, .value, .phase, #today, #who { white-space: nowrap; }
+tfoot td { font-weight: 600; border: 0; } tr[tabindex] { cursor: pointer; }
+tr[tabindex]:hover, tr.open { background: var(--surface); }
+.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
+.actions button { margin-left: 4px; }
+.ask { display: inline-flex; flex-wrap: wrap; gap: 4px; justify-content: end; align-items: center; }
+.mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
+.mark.good::before { background: var(--good); border-radius: 50%; }
+.mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
+.mark.bad::before { background: var(--bad); }
+.mark.off::before { border: 1.5px solid var(--muted); border-radius: 50%; }
+.warned { color: var(--warn); } .failed { color: var(--bad); }
+.figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 16px 24px;
+  margin-bottom: 32px; }
+.figure { display: grid; grid-template: 16px 28px 16px / 1fr auto; column-gap: 8px; }
+.figure .label { grid-column: 1 / -1; white-space: nowrap; }
+.value { font-size: 20px; line-height: 28px; font-weight: 400; }
+svg { display: block; overflow: visible; }
+.spark path { fill: none; stroke: var(--s1); stroke-width: 1.5; } .spark rect { fill: var(--s1); }
+.spark line, .grid { stroke: var(--lines); }
+.bucket { display: flex; align-items: center; gap: 0 12px; flex-wrap: wrap; }
+.track { flex: 0 0 144px; height: 8px; border-radius: 2px; background: var(--surface);
+  box-shadow: inset 0 0 0 1px var(--lines); overflow: hidden; }
+.level { height: 100%; background: var(--accent); transform-origin: left;
+  transition: transform 900ms linear; }
+.low .level { background: var(--warn); }
+.big .track { flex-basis: 100%; height: 16px; margin-top: 12px; }
+.columns { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 32px; }
+.columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart { position: relative; }
+.chart svg { width: 100%; height: 300px; touch-action: pan-y; } .chart text { fill: var(--muted); }
+.chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
+.chart .ahead { stroke-dasharray: 5 4; } .chart .budget { stroke: var(--bad); }
+.chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
+.chart .cursor { stroke: var(--muted); } .paper { fill: var(--page); opacity: .6; }
+.values { position: absolute; top: 0; width: auto; background: var(--page); pointer-events: none;
+  box-shadow: var(--box); }
+.values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
+.swatch { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px; }
+.s0 { fill: var(--s0); background: var(--s0); }   .s1 { fill: var(--s1); background: var(--s1); }
+.s2 { fill: var(--s2); background: var(--s2); }   .s3 { fill: var(--s3); background: var(--s3); }
+.s4 { fill: var(--s4); background: var(--s4); }   .s5 { fill: var(--s5); background: var(--s5); }
+.timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
+.timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0; }
+dd { margin: 0; }
+pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
+  font: 13px/20px ui-monospace, monospace; }
+.box { border: 1px solid var(--lines); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
+.login { max-width: 360px; margin: 15vh auto 0; }
+#notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
+.notice { display: flex; align-items: start; background: var(--page); padding: 6px 8px 6px 12px;
+  margin-top: 8px; border-radius: 4px; box-shadow: var(--box); }
+.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; }
+#lost { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; text-align: center;
+  max-width: none; background: var(--warn); color: var(--page); }
+.stale .live, .stale .live * { color: var(--muted); }
+.stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
+summary { cursor: pointer; font-weight: 600; margin-bottom: 12px; }
+@media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
+  .columns { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 719px) {
+  .wide, main { padding-left: 16px; padding-right: 16px; } nav { gap: 0 12px; }
+  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; }
+  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; }
+  .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
+  .track { flex-basis: 100%; } .chart svg { height: 240px; }
+  .cards, .cards :is(tbody, tfoot, td) { display: block; }
+  .cards thead, .cards td:empty { display: none; }
+  .cards tr { border-bottom: 1px solid var(--lines); padding: 8px 0; display: grid;
+    grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2px 24px; }
+  .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
+  .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
+    margin-right: 8px; }
+  .cards td > svg { display: inline-block; }
+  .cards td.whole { grid-column: 1 / -1; text-align: left; }
+  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
+  button, .choices a { padding: 7px 10px; } }
+@media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
+@media print { #notices, #lost, nav, button, .tools, .side { display: none !important; }
+  :root { color-scheme: light; } }
+</style>
+<body>
+<header id="head" hidden>
+  <div id="bar" class="wide"><strong>llm_proxy</strong><div id="states" class="live"></div>
+    <span id="today" class="live"></span><span id="who"></span>
+    <span><button id="theme"></button><button id="leave">Log out</button></span></div>
+  <nav id="tabs" class="wide" aria-label="Views"></nav>
+</header>
+<main id="main"></main>
+<div id="notices" role="status"></div>
+<p id="lost" role="status" hidden></p>
+<script type="module" nonce="%NONCE%">
+// Elements. Text goes in as text nodes only: nothing that a caller or an upstream said is markup.
+
+const $ = id => document.getElementById(id);
+const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+const svg = (tag, attributes, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+const shown = children => children.flat(9).filter(child => child || child === 0);
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes ?? {}))
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value != null && value !== false) element.setAttribute(name, value === true ? ""
+      : value);
+  element.append(...shown(children));
+  return element;
+}
+const say = (element, text) => element.textContent === String(text) || (element.textContent = text);
+const small = (...children) => h("small", null, children);
+const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
+const swatch = number => h("span", {class: "swatch s" + number});
+const link = (tab, query, text, more) => h("a", {href: hashOf(tab, query), ...more}, text);
+
+// What is live has an `update`, which touches only what changed.
+function live(element, update, item) {
+  element.update = update;
+  update(item);
+  return element;
+}
+const redrawn = draw => item => { // when it would look otherwise than before
+  const element = h("span");
+  return live(element, item => {
+    const fresh = h("span", null, draw(item));
+    if (!fresh.isEqualNode(element)) element.replaceChildren(...fresh.childNodes);
+  }, item);
+};
+const isHeld = element => element.matches(":hover, :focus-within"); // then nothing moves in it
+
+// Makes the rows of a live list those of `items`; who leaves fades.
+function sync(list, items, keyOf, make) {
+  const old = new Map([...list.children].map(row => [row.key, row]));
+  const rows = items.map(item => old.get(keyOf(item)) ?? Object.assign(make(item),
+    {key: keyOf(item)}));
+  rows.forEach((row, at) => row.update(items[at]));
+  if (list.children.length && isHeld(list)) return;
+  for (const row of [...list.children].filter(row => row.key && !rows.includes(row))) {
+    [row.className, row.key] = ["gone", null];
+    setTimeout(() => row.remove(), 300);
+  }
+  let place = list.firstChild;
+  for (const row of rows) {
+    while (place && !place.key) place = place.nextSibling;
+    if (row === place) place = place.nextSibling;
+    else list.insertBefore(row, place);
+  }
+}
+
+// Columns: the head, what a cell shows of an item, and classes.
+const table = (columns, rows = []) => h("table", {class: "cards"}, h("thead", null, h("tr", null,
+  columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", {class: "live"},
+  rows));
+const tableRow = (columns, item, more) => h("tr", more, columns.map(([head, cell, kind]) => h("td",
+  {class: kind, "data-label": head}, cell(item))));
+function liveRow(columns, item, more) {
+  const row = tableRow(columns, item, more);
+  return live(row, item => columns.forEach(([, cell], at) => {
+    const child = row.cells[at].firstElementChild;
+    if (!child) say(row.cells[at], cell(item) ?? "");
+    else child.update?.(item);
+  }), item);
+}
+
+const button = (text, act, more) => h("button", {type: "button", ...more, async onclick(event) {
+  const pressed = event.currentTarget;
+  if (pressed.ariaBusy) return;
+  pressed.ariaBusy = "true";
+  await act(pressed);
+  pressed.ariaBusy = null;
+}}, text);
+const copyButton = (title, text) => button(title, async pressed => {
+  await navigator.clipboard.writeText(text);
+  say(pressed, "Copied");
+});
+const cancelButton = act => button("Cancel", act, {"data-escape": true});
+// A button that gives its place to what `open(close)` makes, until that closes.
+function unfoldingButton(text, open) {
+  const place = h("span", {class: "ask"}), first = button(text, () => {
+    place.replaceChildren(...open(close), cancelButton(close));
+    place.querySelector("input, .main").focus();
+  });
+  const close = () => { place.replaceChildren(first); first.focus(); };
+  place.append(first);
+  return place;
+}
+const askingButton = (text, consequence, act) => unfoldingButton(text, close =>
+  [small(consequence()), button(text, () => act().then(close), {class: "main"})]);
+
+// Numbers, money and times as people read them. Times are unix seconds, in the viewer's zone.
+
+const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
+const count = number => number == null ? "–" : Math.round(number).toLocaleString("en").replace("-",
+  "−");
+const short = number => number < 10000 ? count(number) : compact.format(number);
+const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+const words = name => name.replaceAll("_", " ");
+const title = text => text[0].toUpperCase() + text.slice(1);
+const tokensOf = sum => (sum.input ?? 0) + (sum.output ?? 0);
+const date = (time, options) => new Date(time * 1000).toLocaleString("en-GB", options);
+const clock = time => date(time, {timeStyle: "medium"});
+const day = time => date(time, {day: "numeric", month: "short"});
+const moment = time => (day(time) === day(now()) ? "" : day(time) + " ") + clock(time);
+function seconds(number) {
+  const units = [[DAY, "d"], [HOUR, "h"], [60, "min"]];
+  const [size, unit] = units.find(([size]) => number >= 1.5 * size) ?? [1, "s"];
+  const digits = number < 10 * size && size !== 60 ? 1 : 0;
+  return `${(Math.max(0, number) / size).toFixed(digits).replace(".0", "")} ${unit}`;
+}
+function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
+  const least = 10 ** -digits, limits = {minimumFractionDigits: digits,
+    maximumFractionDigits: digits};
+  if (value > 0 && value < least) return "<" + least.toFixed(digits);
+  return Number(value ?? 0).toLocaleString("en", limits).replace("-", "−");
+}
+const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(word =>
+  sum[word] === true ? word : `${count(sum[word])} ${word}`).join(", ");
+const money = (sum, digits) => [usd(sum.usd, digits), doubts(sum) && [h("br"), small(doubts(sum))]];
+
+// What the page knows, and what it asks.
+
+const KEY = "llm_proxy.key", HOUR = 3600, DAY = 86400;
+const isMe = location.pathname.endsWith("/me");
+let model = null; // the summary, kept up to date by events
+let view = {};    // of the shown tab: what to do on `paint`, `ended`, `bucket` and `changed`
+let skew = 0;     // seconds by which the proxy's clock is ahead
+const now = () => Date.now() / 1000 + skew;
+const isAdmin = () => model.you.role === "admin";
+const timeZone = () => ({zone, offset: -new Date().getTimezoneOffset()});
+const pathOf = (...parts) => parts.map(encodeURIComponent).join("/");
+
+async function send(path, options = {}) {
+  const headers = {Authorization: "Bearer " + sessionStorage.getItem(KEY), ...options.headers};
+  const response = await fetch(path, {cache: "no-store", ...options, headers}).catch(() => null);
+  if (response?.ok) return response;
+  const told = await response?.json().catch(() => null);
+  const text = response ? "status " + response.status : "the proxy does not answer; does it run?";
+  throw Object.assign(new Error(told?.error?.message ?? text), {status: response?.status});
+}
+async function read(path, query = {}) {
+  const asked = Object.entries(query).filter(([, value]) => value != null && value !== "");
+  return (await send(`admin/api/${path}?${new URLSearchParams(asked)}`)).json();
+}
+async function write(method, path, body = {}) {
+  const headers = {"Content-Type": "application/json"};
+  const response = await send("admin/api/" + path, {method, headers, body: JSON.stringify(body)});
+  return response.json().catch(() => ({}));
+}
+// Does what was asked for, and says how it went; returns nothing where it failed.
+async function attempt(what, act, done) {
+  try {
+    const result = await act();
+    if (done) notice(done);
+    return result ?? {};
+  } catch (fault) {
+    if (fault.status === 401) leave("This key is not valid any more.");
+    else notice(`${what} failed: ${fault.message}`, "bad", 30);
+  }
+}
+function notice(text, kind = "good", lasts = 8) {
+  const close = button("Close", () => box.remove(), {"data-escape": true});
+  const box = h("div", {class: "notice"}, mark(kind, text), close);
+  $("notices").append(box);
+  if ($("notices").children.length > 3) $("notices").firstChild.remove();
+  setTimeout(() => box.remove(), lasts * 1000);
+}
+
+// Events: one stream, read by fetch, because an EventSource sends no key.
+
+let stream = null, lastId = "", heardAt = 0;
+
+async function listen() {
+  const mine = stream = new AbortController();
+  for (let wait = 1; !mine.signal.aborted; wait = Math.min(wait * 2, 15)) {
+    const since = heardAt, fault = await follow(mine).catch(fault => fault);
+    if (mine.signal.aborted) return;
+    if (fault?.status === 401) return leave("This key is not valid any more.");
+    if (heardAt > since) wait = 1;
+    showLost(true);
+    await new Promise(resolve => setTimeout(resolve, wait * 1000));
+  }
+}
+async function follow(mine) {
+  const silence = new AbortController(), signal = AbortSignal.any([mine.signal, silence.signal]);
+  const headers = lastId ? {"Last-Event-ID": lastId} : {};
+  const response = await send("admin/api/events", {headers, signal});
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const timer = setTimeout(() => silence.abort(), 10000); // a pulse comes each second
+    const {done, value} = await reader.read().finally(() => clearTimeout(timer));
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    events.forEach(takeEvent);
+  }
+}
+function takeEvent(text) {
+  const fields = new Map(text.split("\n").map(line => [line.split(":", 1)[0],
+    line.slice(line.indexOf(":") + 1).trim()]));
+  lastId = fields.get("id") ?? lastId;
+  if (!Object.hasOwn(EVENTS, fields.get("event"))) return;
+  EVENTS[fields.get("event")](JSON.parse(fields.get("data") || "{}"));
+  heardAt = now();
+  showLost(false);
+  paintSoon();
+}
+function showLost(isLost) {
+  document.body.classList.toggle("stale", isLost);
+  say($("lost"), isLost ? "reconnecting, as of " + clock(heardAt) : "");
+  $("lost").hidden = !isLost;
+}
+const EVENTS = {
+  begin(call) { model.running.set(call.id, call); }, end(call) {
+    Object.assign(model.running.get(call.id) ?? {}, {ended: now(), call});
+    model.has_calls = true;
+    view.ended?.(call);
+  }, pulse(pulse) {
+    skew = pulse.now - Date.now() / 1000;
+    model.pulses = [...model.pulses, pulse].slice(-60);
+    model.today.usd = pulse.usd_today ?? Number(model.today.usd) + Number(pulse.usd ?? 0);
+    takeRunning(pulse.running);
+    for (const one of pulse.upstreams)
+      Object.assign(model.upstreams.find(({name}) => name === one.name) ?? {}, one);
+    for (const bucket of pulse.buckets) {
+      Object.assign(model.near.find(isSameBucket(bucket)) ?? {}, bucket);
+      view.bucket?.(bucket);
+    }
+  }, warning(told) {
+    const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean).join(", ");
+    notice(words(told.event) + ": " + about, "warn", 60);
+    loadSummary();
+  }, change({what}) {
+    if (what === "upstreams") loadSummary();
+    view.changed?.(what);
+  }, lost: () => loadSummary(),
+};
+const isSameBucket = ({caller, rule}) => one => one.caller === caller && one.rule === rule;
+// A call that the pulse does not tell of any more has ended unseen.
+function takeRunning(told) {
+  const states = new Map(told.map(one => [one.id, one])), isWhole = told.length < 200;
+  for (const [id, call] of model.running) {
+    const isOver = call.ended ? now() - call.ended > 3 : isWhole && !states.has(id) && now()
+      - call.started > 3;
+    if (isOver) model.running.delete(id);
+    else if (!call.ended) Object.assign(call, states.get(id));
+  }
+}
+async function loadSummary() {
+  const summary = await read("summary", timeZone());
+  model = {...summary, running: new Map(summary.running.map(call => [call.id, call]))};
+  heardAt = summary.now;
+  skew = summary.now - Date.now() / 1000;
+  paintSoon();
+}
+
+// Painting: at most once a second, and not where nobody looks.
+
+let painted = 0, planned = null;
+function paintSoon() {
+  planned ??= setTimeout(() => {
+    [painted, planned] = [performance.now(), null];
+    if (document.hidden || !model) return;
+    if (!isMe) paintBar();
+    view.paint?.();
+  }, Math.max(0, painted + 1000 - performance.now()));
+}
+const STATES = {closed: ["good", "up"], half_open: ["warn", "trying again"], open: ["bad", "down"],
+  disabled: ["off", "disabled"]};
+const stateMark = (one, name = "") => mark(STATES[one.state][0], name + STATES[one.state][1]);
+const barState = redrawn(one => stateMark(one, one.name + " "));
+function paintBar() {
+  const all = model.upstreams, ill = all.filter(({state}) => state !== "closed");
+  const many = {name: `${all.length - ill.length} of ${all.length} upstreams`, state: "closed"};
+  sync($("states"), all.length > 4 ? [many, ...ill.slice(0, 3)] : all, one => one.name, barState);
+  say($("today"), usd(model.today.usd, 2) + " USD today");
+}
+
+// Now: six figures with a minute behind them, the running calls, and who is near a limit.
+
+const total = (pulses, name) => pulses.reduce((sum, pulse) => sum + pulse[name], 0);
+const top = (pulses, name) => "at most " + Math.max(0, ...pulses.map(pulse => pulse[name]));
+const last = (pulses, name) => count(pulses.at(-1)?.[name]);
+const minute = (pulses, name) => short(total(pulses, name)) + " in a minute";
+function rate(pulses, name) { // a second, of the last ten
+  const mean = total(pulses.slice(-10), name) / Math.min(10, pulses.length || 1);
+  return mean < 10 ? mean.toFixed(1) : short(mean);
+}
+const failures = pulses => [total(pulses, "failed"), total(pulses, "calls")];
+const errorRate = ([failed, calls]) => (100 * failed / (calls || 1)).toFixed(1) + "%";
+// A label, what is drawn of the last minute, its value, and a note under it.
+const FIGURES = [["Calls per second", "calls", rate, minute], ["Tokens per second", "tokens", rate,
+  minute], ["In flight", "in_flight", last, top], ["In line", "line", last, top], ["First byte, ms",
+  "first_p50", last, pulses => "95% within " + last(pulses, "first_p95")], ["Errors", "failed",
+  pulses => errorRate(failures(pulses)), pulses => failures(pulses).map(count).join(" of ")
+  + " calls"]];
+
+function figure([label, name, value, note]) {
+  const number = h("div", {class: "value"}), below = h("div", {class: "label"}), line = svg("path");
+  const drawing = svg("svg", {class: "spark", width: 72, height: 28, "aria-hidden": "true"},
+    svg("line", {x2: 72, y1: 27.5, y2: 27.5}), line);
+  return live(h("div", {class: "figure live"}, h("div", {class: "label"}, label), number, drawing,
+    below), pulses => {
+    say(number, value(pulses, name));
+    say(below, note(pulses, name));
+    line.setAttribute("d", minuteLine(pulses.map(pulse => pulse[name])));
+  }, model.pulses);
+}
+function minuteLine(values) { // what is null is a gap
+  const top = Math.max(...values, 1), step = 72 / 59, first = 60 - values.length;
+  return values.map((value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
+    + ((first + at) * step).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join("");
+}
+const WAITS = {line: "in line", "first byte": "waits for first byte"};
+const stateOf = call => call.ended ? "ended: " + words(call.call.outcome) : (WAITS[call.state]
+  ?? call.state) + (call.position ? ", place " + call.position : "");
+const RUNNING = [["Caller", call => call.team ? `${call.caller} (${call.team})` : call.caller],
+  ["Model", call => call.model], ["Upstream", call => call.upstream ?? "–"], ["State", stateOf],
+  ["Seconds", call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1), "number"],
+  ["Tokens", call => count(call.call?.output ?? call.tokens), "number"]];
+function runningRow(call) {
+  const open = () => go("calls", call.ended ? {id: call.id} : {caller: call.caller});
+  return liveRow(RUNNING, call, {tabindex: 0, onclick: open, onkeydown: event =>
+    event.key === "Enter" && open()});
+}
+const NEAR = [["Caller", one => link("callers", {filter: one.caller}, one.caller)], ["What is left",
+  one => bucketBar(one), "whole"]];
+function openNow(main) {
+  const figures = FIGURES.map(figure), running = table(RUNNING), head = h("h2"), rest = h("div");
+  const near = h("section", null, h("h2"), h("h2", null, "Near a limit"), table(NEAR));
+  main.append(h("div", {class: "figures"}, figures), head, running, rest, near);
+  if (!model.has_calls) rest.append(firstCall());
+  view.paint = () => {
+    figures.forEach(one => one.update(model.pulses));
+    const calls = [...model.running.values()].sort((a, b) => b.started - a.started);
+    say(head, plural(calls.filter(call => !call.ended).length, "running call"));
+    sync(running.tBodies[0], calls.slice(0, 50), call => call.id, runningRow);
+    running.hidden = !calls.length;
+    if (calls.length || model.has_calls) say(rest, calls.length > 50
+      ? `and ${calls.length - 50} more` : "");
+    near.hidden = !model.near.length;
+    sync(near.lastChild.tBodies[0], model.near, one => one.caller + "\n" + one.rule, one =>
+      liveRow(NEAR, one));
+  };
+}
+const firstCall = () => h("div", null, h("p", null, model.has_calls ? "There was no call."
+  : "No call has come yet. Make one:"), h("pre", null, curlLine("YOUR-KEY")));
+
+// Buckets: what is in one now follows from what was in it at its last refill.
+
+function bucketNow(bucket) {
+  const [capacity, refill, told] = [bucket.capacity, bucket.refill ?? 0, bucket.level].map(Number);
+  const interval = bucket.interval ?? 0;
+  const turns = interval && Math.max(0, Math.floor((now() - bucket.refilled) / interval));
+  const level = Math.max(told, Math.min(capacity, told + turns * refill));
+  const next = bucket.refilled + (turns + 1) * interval - now();
+  const full = next + (Math.ceil((capacity - level) / refill) - 1) * interval;
+  return {level, capacity, refill: interval && refill, next, full};
+}
+function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
+  const amount = number => unit === "usd" ? usd(number, 2) : count(number);
+  const state = level <= 0 ? "empty: " : level < .2 * capacity ? "low: " : "";
+  const text =
+    `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : words(unit)}`;
+  const more = full > next && interval > 5 ? `, ${amount(refill)} more in ${seconds(next)}` : "";
+  return text + (level >= capacity ? ", full" : refill ? `${more}, full in ${seconds(full)}` : "");
+}
+function bucketBar(bucket) {
+  const level = h("div", {class: "level"}), text = h("span");
+  const bar = h("div", {class: "bucket live", title: bucket.rule}, h("div", {class: "track",
+    "aria-hidden": "true"}, level), text);
+  return live(bar, bucket => {
+    const found = bucketNow(bucket), share = found.level / found.capacity || 0;
+    level.style.transform = `scaleX(${Math.max(0, Math.min(1, share)).toFixed(4)})`;
+    bar.classList.toggle("low", share < .2);
+    say(text, bucketText(bucket, found));
+  }, bucket);
+}
+
+// Callers: their buckets, what they used today, and what may be done about it.
+
+const CALLERS = [["Caller", one => [link("calls", {caller: one.name}, one.name), one.team
+  && small(" ", one.team)]], ["Buckets", one => bucketList(one), "whole"], ["Tokens today", one =>
+  short(tokensOf(one.today)), "number"], ["USD today", redrawn(one => money(one.today, 2)),
+  "number"], ["Last 24 hours", one => hourBars(one.hours)], ["", one => callerActions(one),
+  "actions whole"]];
+
+async function openCallers(main, query) {
+  const filter = h("input", {id: "filter", type: "search", placeholder: "Filter callers ( / )",
+    "aria-label": "Filter callers", value: query.get("filter"), oninput: () => view.paint()});
+  const list = table(CALLERS), known = new Map(), many = h("span");
+  main.append(h("div", {class: "tools"}, filter, many), list);
+  let loaded = 0;
+  const load = () => attempt("Loading", async () => {
+    loaded = now();
+    const {callers} = await read("callers", timeZone()), used = ({today}) => today.usd * 1e9
+      + tokensOf(today);
+    for (const one of callers.sort((a, b) => used(b) - used(a)))
+      known.set(one.name, Object.assign(known.get(one.name) ?? {}, one));
+    list.hidden = !known.size;
+    if (!known.size) main.append(firstCall());
+    view.paint();
+  });
+  view.paint = () => {
+    const all = [...known.values()], sought = filter.value.toLowerCase();
+    const found = all.filter(({name, team}) =>
+      `${name} ${team ?? ""}`.toLowerCase().includes(sought));
+    sync(list.tBodies[0], found, one => one.name, one => liveRow(CALLERS, one));
+    say(many, sought ? `${found.length} of ${all.length}` : plural(all.length, "caller"));
+  };
+  view.bucket = bucket => Object.assign(known.get(bucket.caller)?.buckets.find(({rule}) =>
+    rule === bucket.rule) ?? {}, bucket);
+  view.ended = call => {
+    if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
+    else if (now() - loaded > 2) load();
+  };
+  view.changed = load;
+  await load();
+}
+function addCall(today, call) {
+  for (const name of ["input", "output", "estimated", "unpriced"]) today[name] += Number(call[name]
+    ?? 0);
+  today.usd = Number(today.usd) + Number(call.usd ?? 0);
+}
+function bucketList(one) {
+  const bars = one.buckets.map(bucketBar);
+  return live(h("div", null, bars.length ? bars : small("no limit")), one =>
+    one.buckets.forEach((bucket, at) => bars[at]?.update(bucket)), one);
+}
+function hourBars(values) {
+  const top = Math.max(...values, 1), title = `at most ${short(top)} tokens an hour`;
+  return svg("svg", {class: "spark", width: 96, height: 20, role: "img", "aria-label": title},
+    svg("line", {x2: 96, y1: 19.5, y2: 19.5}), values.map((value, at) => svg("rect", {x: at * 4,
+    width: 3, height: 18 * value / top, y: 19 - 18 * value / top})));
+}
+function callerActions(one) {
+  if (!isAdmin()) return one.paused ? small("paused") : null;
+  const reset = () => write("POST", pathOf("callers", one.name, "reset"));
+  const pause = (verb, done) => attempt(title(verb), async () => {
+    await write("POST", pathOf("keys", one.name, verb));
+    one.paused = verb === "revoke";
+  }, one.name + done).then(paintSoon);
+  const going = () => [...model.running.values()].filter(call => call.caller === one.name
+    && !call.ended).length;
+  const resume = button("Resume", () => pause("restore", " may call again."));
+  const ask = askingButton("Pause", () =>
+    `${plural(going(), "running call")} of ${one.name} will go on; ` + "new ones get 401.", () =>
+    pause("revoke", " is paused."));
+  return live(h("span", null, one.buckets.length && [giveButton(one), button("Reset", () =>
+    attempt("Reset", reset, `The buckets of ${one.name} are full.`))], resume, ask), one => {
+    resume.hidden = !one.key || !one.paused;
+    ask.hidden = !one.key || one.paused;
+  }, one);
+}
+const giveButton = one => unfoldingButton("Give", close => [h("form", {class: "ask",
+  async onsubmit(event) {
+  event.preventDefault();
+  const body = Object.fromEntries(new FormData(event.target));
+  const give = () => write("POST", pathOf("callers", one.name, "give"), body);
+  if (await attempt("Give", give, `${one.name} got ${body.amount} ${body.unit} more.`)) close();
+}}, h("input", {size: 6, inputmode: "decimal", required: true, name: "amount",
+  "aria-label": "Amount", value: Number(one.buckets[0].capacity)}), h("select", {name: "unit",
+  "aria-label": "Unit"}, one.buckets.map(({unit}) => h("option", null, unit))), h("button",
+  {class: "main"}, "Give"))]);
+
+// Usage: what was used, by whom; the chart and the table show the same numbers.
+
+const RANGES = {hour: ["quarter", "last hour"], day: ["hour", "last 24 hours"], week: ["day",
+  "last 7 days"], month: ["day", "this month"]};
+const GROUPS = {caller: 1, team: 1, model: 1, upstream: 1, tag: 1};
+const MEASURES = {money: ["Money", ", USD", sum => Number(sum.usd)], calls: ["Calls", "", sum =>
+  sum.calls], tokens: ["Tokens", "", sum => sum.tokens ?? tokensOf(sum)]};
+const LENGTHS = {quarter: HOUR / 4, hour: HOUR, day: DAY};
+const moved = (change, time = now()) => { // a time in the viewer's zone
+  const moment = new Date(time * 1000);
+  return change(moment, moment.getFullYear(), moment.getMonth(), moment.getDate()) / 1000;
+};
+const midnight = (days, time) => moved((_, year, month, date) => new Date(year, month, date + days),
+  time);
+const monthStart = months => moved((_, year, month) => new Date(year, month + months));
+const START = {hour: () => Math.floor(now() / 900) * 900 - 2700, week: () => midnight(-6),
+  day: () => moved(moment => moment.setMinutes(0, 0, 0)) - 23 * HOUR, month: () => monthStart(0)};
+const only = (query, names) => Object.fromEntries([...query].filter(([name]) => Object.hasOwn(names,
+  name)));
+
+async function openUsage(main, query) {
+  const pick = (name, values, usual) => Object.hasOwn(values, query.get(name)) ? query.get(name)
+    : usual;
+  const choices = (name, values, chosen) => h("span", {class: "choices", role: "group",
+    "aria-label": name}, Object.keys(values).map(value => link("usage",
+    {...Object.fromEntries(query), [name]: value}, value, {"aria-current": value === chosen
+    && "true"})));
+  const range = pick("range", RANGES, "week"), by = pick("by", GROUPS, "caller");
+  const measure = pick("measure", MEASURES, "money"), place = h("div");
+  const asked = () => ({by, step: RANGES[range][0], from: START[range](),
+    to: Math.ceil(now()),...timeZone(), ...only(query, GROUPS)});
+  main.append(h("div", {class: "tools"}, choices("range", RANGES, range), choices("by", GROUPS, by),
+    choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
+    download(asked())))), chips("usage", query, GROUPS), place);
+  let loaded = 0, changed = true;
+  view.ended = () => { changed = true; };
+  view.paint = async () => {
+    if (!changed || now() - loaded < 15 || (loaded && isHeld(place))) return;
+    [loaded, changed] = [now(), false];
+    const usage = await attempt("Loading", () => read("usage", asked()));
+    if (usage) place.replaceChildren(usage.groups.length ? usageParts(usage, range, measure, query)
+      : firstCall());
+  };
+}
+async function download(asked) {
+  const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
+  const href = URL.createObjectURL(await response.blob());
+  h("a", {href, download: `usage-by-${asked.by}.csv`}).click();
+  URL.revokeObjectURL(href);
+}
+function usageParts(usage, range, measure, query) {
+  const [name, unit, valueOf] = MEASURES[measure], all = valueOf(usage.total),
+    isMoney = measure === "money";
+  usage.groups.sort((a, b) => valueOf(b) - valueOf(a));
+  const series = seriesOf(usage.by, usage.groups.map(({name}) => name));
+  const steps = stepsOf(usage.step, usage.from, usage.series, ({groups}) => valuesOf(groups, series,
+    valueOf));
+  const pace = isMoney && range === "month" && all / (now() - usage.from),
+    length = LENGTHS[usage.step];
+  const budget = isMoney && usage.budget && {text: "budget: " + usage.budget.rule,
+    value: usage.budget.usd / usage.budget.seconds * length};
+  const end = monthStart(1), ahead = pace ? usd(pace * (end - usage.from), 2) : "";
+  const label = `${name} by ${usage.by}, ${RANGES[range][1]}${unit}`;
+  const data = {label, series, steps, isMoney, budget, pace: pace * length, to: pace && end};
+  return h("div", {class: "columns"}, h("section", null, h("h2", null, label), h("div",
+    {class: "value"}, isMoney ? usd(all) : short(all)), chart(data), h("p", null,
+    small(`Times in ${zone}.`, ahead &&
+    ` At this pace (dashed) ${ahead} by the end of the month.`))), usageTable(usage, series, query,
+    valueOf));
+}
+function valuesOf(groups, series, valueOf) {
+  const values = series.map(({name}) => Object.hasOwn(groups, name) ? valueOf(groups[name]) : 0);
+  const all = Object.values(groups).reduce((sum, group) => sum + valueOf(group), 0);
+  if (series.at(-1).name === null) values[values.length - 1] = all - sumOf({values});
+  return values;
+}
+const sumOf = step => (step.values ?? []).reduce((sum, value) => sum + value, 0);
+
+// Five groups and "other" (null). A group keeps its colour while the page is open.
+const colours = new Map();
+function seriesOf(by, names) {
+  const series = names.slice(0, 5).map(name => ({name, colour: colours.get(by + name)}));
+  for (const one of series) {
+    const free = [1, 2, 3, 4, 5].find(number => !series.some(({colour}) => colour === number));
+    colours.set(by + one.name, one.colour ??= free);
+  }
+  return names.length > 5 ? [...series, {name: null, colour: 0}] : series;
+}
+function stepsOf(kind, from, told, valuesOf) {
+  const next = at => kind === "day" ? midnight(1, at) : at + LENGTHS[kind], steps = [];
+  for (let at = from; at < now(); at = next(at)) steps.push({at, end: next(at), kind});
+  for (const one of told) Object.assign(steps.findLast(({at}) => at <= one.at) ?? {},
+    {values: valuesOf(one)});
+  return steps;
+}
+function usageTable(usage, series, query, valueOf) {
+  const all = valueOf(usage.total), {input, cached, output, reasoning, limited} = usage.total;
+  const colour = name => series.find(one => one.name === name)?.colour ?? 0;
+  const closer = name => ({...Object.fromEntries(query), [usage.by]: name, by: usage.by === "caller"
+    ? "model" : "caller"});
+  const numbers = [["Calls", one => [count(one.calls), one.failed > 0 && [h("br"), h("small",
+    {class: "failed"}, count(one.failed) + " failed")]], "number"], ["Tokens", one =>
+    short(tokensOf(one)), "number"], ["USD", one => money(one, usage.total.usd < 1 ? 4 : 2),
+    "number"], ["%", one => all ? (100 * valueOf(one) / all).toFixed(0) : "–", "number"]];
+  const columns = [[title(usage.by), one => [swatch(colour(one.name)), one.name ? link("usage",
+    closer(one.name), one.name) : "none"]], ...numbers];
+  const result = table(columns, usage.groups.map(one => tableRow(columns, one)));
+  result.append(h("tfoot", null, tableRow([["", () => "Total"], ...numbers], usage.total)));
+  return h("div", null, result, h("p", null, small(`Tokens: ${short(input)} input (`
+    + `${short(cached)} cached), ${short(output)} output (${short(reasoning)} reasoning). `
+    + `${plural(limited, "call")} met a limit.`)));
+}
+
+// Charts: stacked bars; a line follows the pointer or the arrow keys.
+
+const EDGE = {left: 56, right: 8, top: 16, bottom: 24};
+function ticks(top) { // round numbers from zero up, three to five of them
+  const power = 10 ** Math.floor(Math.log10(top / 4));
+  const step = [1, 2, 5, 10].map(number => number * power).find(step => top / step <= 4.5);
+  return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step);
+}
+function scaleOf({steps, to, budget, pace}, width, height) {
+  const top = Math.max(...steps.map(sumOf), pace || 0) || 1, from = steps[0].at;
+  const isNear = budget && budget.value < 3 * top; // one far above would flatten all else
+  const lines = ticks(isNear ? Math.max(top, budget.value) : top), floor = height - EDGE.bottom;
+  const right = width - EDGE.right, span = (to || steps.at(-1).end) - from;
+  return {width, floor, lines, isNear, right, x: time => EDGE.left + (time - from) / span * (right
+    - EDGE.left), y: value => floor - value / lines.at(-1) * (floor - EDGE.top)};
+}
+function chart(data) {
+  const {steps, label} = data, values = h("table", {class: "values", hidden: true});
+  let scale = null, current = -1;
+  const point = at => {
+    current = Math.max(-1, Math.min(steps.length - 1, at));
+    drawing.querySelector(".cursor")?.remove();
+    values.hidden = current < 0;
+    if (current < 0) return;
+    const x = (scale.x(steps[current].at) + scale.x(steps[current].end)) / 2,
+      isLeft = x < scale.width / 2;
+    drawing.append(svg("line", {class: "cursor", x1: x, x2: x, y1: EDGE.top, y2: scale.floor}));
+    values.replaceChildren(valueRows(data, steps[current]));
+    values.style.left = isLeft ? x + 12 + "px" : "auto";
+    values.style.right = isLeft ? "auto" : scale.width - x + 12 + "px";
+  };
+  const hide = () => point(-1);
+  const drawing = svg("svg", {tabindex: 0, role: "img", onblur: hide, onpointerleave: hide,
+    "aria-label": label + ". The table has the same numbers; arrow keys read them one by one.",
+    onpointermove: ({offsetX}) => point(steps.findIndex(({end}) => offsetX < scale.x(end))),
+    onkeydown(event) {
+      const to = {ArrowLeft: current < 0 ? steps.length : current - 1, ArrowRight: current + 1,
+        Home: 0, End: steps.length, Escape: -1}[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      point(to);
+    }});
+  new ResizeObserver(() => {
+    scale = scaleOf(data, drawing.clientWidth, drawing.clientHeight);
+    drawing.replaceChildren(...chartParts(data, scale));
+    point(current);
+  }).observe(drawing);
+  return h("div", {class: "chart live"}, drawing, values);
+}
+function chartParts(data, scale) {
+  const line = (kind, value, from) => svg("line", {class: kind, x1: from, x2: scale.right,
+    y1: scale.y(value), y2: scale.y(value)});
+  const said = (x, value, text, anchor) => svg("text", {class: "said", x, y: scale.y(value) - 5,
+    "text-anchor": anchor}, text);
+  const digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1]) + 1e-9));
+  const grid = value => [line("grid", value, EDGE.left), svg("text", {x: EDGE.left - 8,
+    y: scale.y(value) + 4, "text-anchor": "end"}, value < 10000 ? value.toFixed(digits)
+    : compact.format(value))];
+  const hatch = svg("pattern", {id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse",
+    patternTransform: "rotate(45)"}, svg("rect", {class: "paper", width: 3, height: 6}));
+  const {budget, pace, steps} = data;
+  return shown([svg("defs", null, hatch), scale.lines.map(grid), timeLabels(data, scale),
+    steps.filter(step => step.values).map(step => bar(step, data, scale, said)), pace > 0
+    && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value,
+    EDGE.left), said(EDGE.left + 4, budget.value, budget.text)]]);
+}
+// At round times, and at most one in 64 pixels.
+function timeLabels({steps}, scale) {
+  const {kind, at, end} = steps[0], isDays = kind === "day", room = 64 / (scale.x(end)
+    - scale.x(at));
+  const every = [1, 2, 3, 4, 6, 7, 12, 14, 24].find(number => number >= room) ?? 31;
+  const number = (step, position) => kind === "hour" ? new Date(step.at * 1000).getHours()
+    : position;
+  return steps.filter((step, position) => number(step, position) % every === 0).map(({at, end}) =>
+    svg("text", {x: isDays ? (scale.x(at) + scale.x(end)) / 2 : scale.x(at), y: scale.floor + 18,
+    "text-anchor": isDays ? "middle" : "start"}, isDays ? day(at) : date(at,
+    {timeStyle: "short"})));
+}
+function bar(step, {series}, scale, said) {
+  const room = scale.x(step.end) - scale.x(step.at), width = Math.max(1, Math.min(48, room * .75));
+  const x = scale.x(step.at) + (room - width) / 2, sum = sumOf(step), y = scale.y(sum);
+  let above = sum;
+  const parts = series.map(({colour}, at) => svg("rect", {class: "s" + colour, x, width,
+    y: scale.y(above), height: Math.max(0, scale.y(above -= step.values[at]) - scale.y(above
+    + step.values[at]))}));
+  return [parts, sum > 0 && svg("path", {class: "total", d: `M${x} ${y}h${width}`}),
+    step.end > now() && [svg("rect", {fill: "url(#hatch)", x, y, width, height: scale.floor - y}),
+    said(x + width / 2, sum, "so far", "middle")]];
+}
+function valueRows({series, isMoney}, step) {
+  const format = value => isMoney ? usd(value, sumOf(step) < 1 ? 4 : 2) : count(value);
+  const when = step.kind === "day" ? {weekday: "short", day: "numeric", month: "short"}
+    : {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"};
+  const row = (name, value) => h("tr", null, h("td", null, name), h("td", {class: "number"},
+    value));
+  return h("tbody", null, row(date(step.at, when) + (step.end > now() ? ", so far" : ""), ""),
+    series.map(({name, colour}, at) => step.values?.[at] > 0 && row([swatch(colour), name
+    ?? "other"], format(step.values[at]))), row(step.values ? "Total" : "no call",
+    format(sumOf(step))));
+}
+
+// Calls: the live list; a row opens to where its time and money went.
+
+const FILTERS = {caller: 1, team: 1, model: 1, upstream: 1, outcome: 1, failed: 1, slow: 1, id: 1};
+const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
+const CALLS = [["Time", call => moment(call.time), "line"], ["Caller", call => [call.caller,
+  call.team && small(" ", call.team)]], ["Model", call => call.model], ["Outcome", call =>
+  mark(OUTCOMES[call.outcome] ?? "bad", words(call.outcome))], ["Tokens", call =>
+  count(tokensOf(call)), "number"], ["USD", call => money(call, 4), "number"], ["ms", call =>
+  count(call.ms), "number"]];
+
+function chips(tab, query, names) { // what narrows a view: a click takes it away
+  const texts = {failed: () => "failed", slow: value => "slower than " + seconds(value / 1000)};
+  return h("div", {class: "tools"}, Object.entries(only(query, names)).map(([name, value]) =>
+    button((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () => go(tab,
+    {...Object.fromEntries(query), [name]: ""}), {class: "chip", title: "Remove"})));
+}
+// "model:x", "slow:2" (seconds), "failed", an id, or else a caller
+function meaning(text) {
+  const [, name, value] = /^(\w+):(.+)$/.exec(text) ?? [null, text, ""];
+  if (name === "slow") return {slow: 1000 * (Number(value) || 10)};
+  if (name === "failed") return {failed: 1};
+  if (value && Object.hasOwn(FILTERS, name)) return {[name]: value};
+  return /^[0-9a-f]{8}-[0-9a-f-]{27}$/.test(text) ? {id: text} : {caller: text};
+}
+const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow) && (!failed || !["ok",
+  "limited"].includes(call.outcome)) && Object.entries(same).every(([name, value]) =>
+  call[name] === value);
+
+async function openCalls(main, query) {
+  const chosen = only(query, FILTERS), list = table(CALLS), rows = list.tBodies[0];
+  const set = text => go("calls", {...chosen, ...meaning(text)});
+  const filter = h("input", {id: "filter", type: "search",
+    placeholder: "alice or model:gpt-4 ( / )", size: 26,
+    "aria-label": "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"});
+  const fresh = [], older = button("Older calls", () => load(), {hidden: true});
+  const waiting = button("", () => show(true), {hidden: true});
+  const empty = h("div", {hidden: true}, Object.keys(chosen).length ? h("p", null,
+    "No such call, or it still runs. ", link("calls", {}, "Show all calls")) : firstCall());
+  const submit = event => {
+    event.preventDefault();
+    if (filter.value.trim()) set(filter.value.trim());
+  };
+  main.append(h("div", {class: "tools"}, h("form", {onsubmit: submit}, filter), ["failed",
+    "slow"].map(word => button(title(word), () => set(word), {class: "chip"})), waiting),
+    chips("calls", query, FILTERS), list, empty, older);
+  let before = null;
+  const load = () => attempt("Loading", async () => {
+    const page = await read("calls", {...chosen, before, limit: 50});
+    rows.append(...page.calls.map(call => callRow(call)));
+    older.hidden = (before = page.next) == null;
+    list.hidden = !(empty.hidden = rows.childElementCount > 0);
+    if (chosen.id && page.calls.length) rows.firstChild.click();
+  });
+  // New calls come on top, but not while somebody reads: then a button tells how many there are.
+  const show = asked => {
+    const isRead = !asked && (isHeld(rows) || rows.querySelector(".open") || scrollY > 200);
+    waiting.hidden = !fresh.length || !isRead;
+    say(waiting, plural(fresh.length, "new call"));
+    if (isRead || !fresh.length) return;
+    rows.prepend(...fresh.splice(0).map(call => callRow(call)));
+    list.hidden = !(waiting.hidden = empty.hidden = true);
+  };
+  view.ended = call => { if (isLike(call, chosen) && fresh.unshift(call) > 200) fresh.pop(); };
+  view.paint = () => show(false);
+  await load();
+}
+function callRow(call, columns = CALLS) {
+  const toggle = () => {
+    if (String(getSelection())) return;
+    row.ariaExpanded = row.classList.toggle("open");
+    if (row.className) row.after(h("tr", {class: "open"}, h("td", {colspan: 7, class: "whole"},
+      callParts(call))));
+    else row.nextSibling.remove();
+  };
+  const isToggled = key => key === "Enter" || (key === "Escape" && row.className);
+  const row = tableRow(columns, call, {tabindex: 0, onclick: toggle, "aria-expanded": "false",
+    onkeydown: event => isToggled(event.key) && toggle()});
+  return row;
+}
+// Where the time went: a name, milliseconds, and the reason where this is most of it.
+function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output}) {
+  const line = queue_ms ?? 0, connect = connect_ms ?? 0, first = Math.max(0, (first_ms ?? ms) - line
+    - connect);
+  const rest = Math.max(0, ms - line - connect - first), pace = 1000 * output / rest,
+    name = upstream ?? "it";
+  return [["in line", line, `all places at ${name} were taken`], ["connecting", connect,
+    `${name} was slow to take a connection`], ["to first byte", first,
+    `${name} took so long to begin, after ${count(input)} tokens of input`], ["streaming", rest,
+    `${count(output)} tokens of output, ${count(pace)} a second`]];
+}
+function callParts(call) {
+  const phases = phasesOf(call), most = phases.reduce((a, b) => b[1] > a[1] ? b : a);
+  const bar = h("div", {class: "timing", "aria-hidden": "true"}, phases.map((_, at) => h("div",
+    {class: "s" + (at + 1)})));
+  phases.forEach(([, ms], at) => Object.assign(bar.children[at],
+    {hidden: !ms}).style.flexGrow = ms);
+  const facts = {Cause: call.cause, Upstream: call.upstream, Status: call.status, Rule: call.held,
+    Charged: chargesOf(call), Tokens:
+    `${count(call.input)} input (${count(call.cached)} cached, ${count(call.cache_write)}`
+    + ` written to a cache), ${count(call.output)} output (${count(call.reasoning)} reasoning)`,
+    "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
+    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+  return [call.ms > 0 && h("p", null,
+    `Mostly ${most[0]}, ${count(most[1])} of ${count(call.ms)} ms: ${most[2]}.`), bar, h("p", null,
+    phases.map(([name, ms], at) => [h("span", {class: "phase"}, swatch(at + 1),
+    `${name} ${count(ms)} ms`), " "])), h("dl", null, Object.entries(facts).filter(([, value]) =>
+    value != null && value !== "").map(fact => [h("dt", null, fact[0]), h("dd", null, fact[1])])),
+    !isMe && h("p", null, "All calls of ", link("calls", {caller: call.caller}, call.caller),
+    ", of ", link("calls", {model: call.model ?? ""}, call.model))];
+}
+// "rule=amount;rule=amount", of money in picodollars
+const chargesOf = call => call.charges?.split(";").map(text => {
+  const [, rule, amount] = /^(.*)=(.*)$/.exec(text) ?? [null, text, 0];
+  return h("div", null,
+    `${rule}: ${/\busd\b/.test(rule) ? usd(amount / 1e12) + " USD" : count(amount)}`);
+});
+
+// Keys: the table, and one form that makes a key or changes one.
+
+const FIELDS = [["name", "Name", {required: true}], ["limits", "Limits",
+  {placeholder: "1 usd per day; 2 running"}], ["expires", "Expires in", {placeholder: "30d"}],
+  ["models", "Models", {placeholder: "gemma*,gpt-4*"}], ["team", "Team"], ["upstream", "Upstream"],
+  ["tag", "Tag"], ["note", "Note"]];
+const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
+const KEYS = [["Name", key => [link("calls", {caller: key.name}, key.name), key.note && [h("br"),
+  small(key.note)]]], ["Role", key => [key.role, key.team && [h("br"), small(key.team)]]],
+  ["Limits", key => [key.limits || small("general rules"), key.models && [h("br"),
+  small(key.models)]]], ["Expires", key => key.expires ? date(key.expires, {dateStyle: "medium"})
+  : "never"], ["Last used", key => key.last_used ? seconds(Math.max(1, now() - key.last_used))
+  + " ago" : "never"], ["State", key => key.disabled ? mark("off", "paused") : key.expires
+  && key.expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
+
+async function openKeys(main) {
+  const list = h("div"), side = h("div", {class: "side"});
+  main.append(isAdmin() ? h("div", {class: "columns form"}, list, side) : list);
+  const load = () => attempt("Loading", async () => {
+    const {keys} = await read("keys");
+    const columns = isAdmin() ? [...KEYS, ["", key => keyActions(key, edit, load), "actions whole"]]
+      : KEYS;
+    list.replaceChildren(keys.length ? table(columns, keys.map(key => tableRow(columns, key)))
+      : noKey());
+  });
+  const edit = key => side.replaceChildren(keyForm(key, edit, load));
+  view.changed = what => { if (what === "keys" && !isHeld(list)) load(); };
+  if (isAdmin()) edit(null);
+  await load();
+}
+const noKey = () => h("div", null, h("p", null, model.keys_are_asked_for ? "No key is stored."
+  : "Whoever reaches this proxy may call. The first stored key closes the door: make one here, "
+  + "or by a command:"), h("pre", null,
+  "python llm_proxy.py keys add alice --limits '1 usd per day'"));
+
+function keyActions(key, edit, load) {
+  const act = (verb, done, body) => attempt(title(verb), async () => {
+    const made = await (verb === "remove" ? write("DELETE", pathOf("keys", key.name))
+      : write("POST", pathOf("keys", key.name, verb), body));
+    if (made.key) showKey(key.name, made.key);
+    load();
+  }, done && key.name + done);
+  return [button("Edit", () => edit(key)), askingButton("Rotate", () =>
+    "The old secret works for one more hour.", () => act("rotate", null, {grace: "1h"})),
+    key.disabled ? button("Resume", () => act("restore", " may call again."))
+    : askingButton("Pause", () => "Running calls go on; new ones get 401.", () => act("revoke",
+    " is paused.")), askingButton("Remove", () => "For ever; its books stay.", () => act("remove",
+    " is removed."))];
+}
+function keyForm(key, edit, load) {
+  const isWide = innerWidth > 719, labels = FIELDS.map(([name, text, more]) => h("label", null,
+    small(text), h("input", {name, ...more, autocomplete: "off", disabled: key && name === "name",
+    value: name === "expires" ? null : key?.[name]})));
+  const [name, limits] = labels.map(label => label.lastChild);
+  const role = h("select", {name: "role"}, ["caller", "viewer", "admin"].map(role => h("option",
+    {selected: role === key?.role}, role)));
+  const save = async event => {
+    event.preventDefault();
+    const body = Object.fromEntries([...new FormData(event.target)].filter(([name, value]) => value
+      || (key && name !== "expires")));
+    const made = await attempt(key ? "Change" : "Making a key", () => key ? write("PATCH",
+      pathOf("keys", key.name), body) : write("POST", "keys", body), key && "Changed.");
+    if (!made) return;
+    edit(null);
+    if (made.key) showKey(body.name, made.key);
+    load();
+  };
+  const example = text => button(text, () => {
+    limits.value = [limits.value, text].filter(Boolean).join("; ");
+  }, {class: "chip"});
+  if (key || isWide) setTimeout(() => (key ? limits : name).focus());
+  return h("details", {open: key || isWide}, h("summary", null, key ? "Change " + key.name
+    : "New key"), h("form", {onsubmit: save}, labels.slice(0, 2), h("p", null,
+    EXAMPLES.map(example)), h("details", {open: key}, h("summary", null, "More"), labels.slice(2),
+    h("label", null, small("Role"), role)), h("button", {class: "main"}, key ? "Save" : "Make key"),
+    " ", key && cancelButton(() => edit(null))));
+}
+function curlLine(key) { // that makes a call here
+  const names = model.upstreams.flatMap(one => one.model ?? one.models ?? []);
+  const body = {model: names.find(name => !/[*?[]/.test(name)) ?? "MODEL", messages: [{role: "user",
+    content: "Hello"}]};
+  return [`curl ${new URL("v1/chat/completions", location.href)}`,
+    `-H 'Authorization: Bearer ${key}'`, "-H 'Content-Type: application/json'",
+    `-d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`].join(" \\\n  ");
+}
+function showKey(name, key) {
+  const line = curlLine(key), copy = copyButton("Copy key", key);
+  $("made")?.remove();
+  $("main").prepend(h("section", {class: "box", id: "made"}, h("h2", null,
+    `The key of ${name}, shown only now`), h("pre", null, key), h("p", null, copy), h("pre", null,
+    line), h("p", null, copyButton("Copy command", line), " ", link("calls", {caller: name},
+    `Watch the calls of ${name}`))));
+  copy.focus();
+}
+
+// Upstreams: state, load and latency of each; admins may test one, and take it out.
+
+const UPSTREAMS = [["Name", one => one.name], ["State", redrawn(stateMark)], ["Addresses", one =>
+  one.addresses, "number"], ["In flight", one => one.in_flight + (one.max_concurrency ? " of "
+  + one.max_concurrency : ""), "number"], ["In line", one => count(one.waiting), "number"],
+  ["Longest wait, ms", one => count(one.longest_ms), "number"], ["First byte, ms", one =>
+  count(one.first_p50), "number"], ["95% within", one => count(one.first_p95), "number"], ["Models",
+  one => one.model || one.models?.join(", ") || "all"]];
+function openUpstreams(main) {
+  const columns = isAdmin() ? [...UPSTREAMS, ["", upstreamActions, "actions whole"]] : UPSTREAMS;
+  const list = table(columns);
+  main.append(list);
+  view.paint = () => sync(list.tBodies[0], model.upstreams, one => one.name, one => liveRow(columns,
+    one));
+}
+function upstreamActions({name, ...one}) {
+  const told = small();
+  const act = (verb, done) => attempt(title(verb), () => write("POST", pathOf("upstreams", name,
+    verb)), name + done);
+  const test = () => attempt("Test", async () => {
+    say(told, "testing ");
+    const {ok, ms, models, fault} = await write("POST", pathOf("upstreams", name, "test"));
+    say(told, ok ? `ok, ${count(ms)} ms, ${plural(models?.length ?? 0, "model")} `
+      : `failed: ${fault} `);
+  });
+  const enable = button("Enable", () => act("enable", " takes calls again."));
+  const disable = askingButton("Disable", () =>
+    "Running calls go on; new ones go elsewhere, or get 404.", () => act("disable",
+    " takes no new calls."));
+  return live(h("span", null, told, button("Test", test), enable, disable), ({state}) => {
+    enable.hidden = !(disable.hidden = state === "disabled");
+  }, one);
+}
+
+// Audit: who changed what.
+
+const AUDIT = [["Time", row => moment(row.time), "line"], ["Who", row => [row.who, small(" ",
+  row.role)]], ["What", row => row.what], ["Target", row => row.target], ["From", row =>
+  row.address], ["Detail", row => typeof row.detail === "string" ? row.detail
+  : JSON.stringify(row.detail ?? "").replaceAll('"', "")]];
+async function openAudit(main) {
+  const list = table(AUDIT), rows = list.tBodies[0], older = button("Older", () => load(),
+    {hidden: true});
+  const empty = h("p", {hidden: true},
+    "Nothing was changed yet; what is changed here or by commands will stand here.");
+  let before = null;
+  const load = () => attempt("Loading", async () => {
+    const page = await read("audit", {before});
+    rows.append(...page.rows.map(row => tableRow(AUDIT, row)));
+    older.hidden = (before = page.next) == null;
+    list.hidden = !(empty.hidden = rows.childElementCount > 0);
+  });
+  main.append(list, empty, older);
+  view.changed = () => {
+    before = null;
+    rows.replaceChildren();
+    load();
+  };
+  await load();
+}
+
+// One's own page: what is left, when there is more, the last calls, a month of days.
+
+async function openMe(main) {
+  const quota = await (await send("v1/quota")).json(), {today, caller, calls} = quota;
+  model = {upstreams: [], you: {name: caller, role: quota.role}, has_calls: calls.length > 0};
+  skew = quota.now - Date.now() / 1000;
+  const bars = quota.buckets.map(bucketBar), columns = CALLS.filter(([head]) => head !== "Caller");
+  const steps = stepsOf("day", midnight(-29), quota.days, sum => [tokensOf(sum)]),
+    doubt = doubts(today);
+  main.append(...shown([h("section", {class: "big"}, h("h2", null, `What ${caller} has left`),
+    quota.warning && h("p", {class: "warned"}, quota.warning), bars.length ? bars : h("p", null,
+    "No limit holds for this key.")), h("h2", null, "Today"), h("p", null,
+    `${plural(today.calls, "call")}, ${short(tokensOf(today))} tokens, `
+    + `${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of ${clock(quota.now)}, ${zone} `,
+    button("Again", show)), h("h2", null, "Tokens by day, last 30 days"), chart({steps,
+    label: "Tokens by day", series: [{name: "tokens", colour: 1}]}), h("h2", null, "Last calls"),
+    calls.length ? table(columns, calls.map(call => callRow(call, columns))) : firstCall()]));
+  view.paint = () => { bars.forEach((bar, at) => bar.update(quota.buckets[at])); paintSoon(); };
+}
+
+// Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
+
+const VIEWS = {now: openNow, callers: openCallers, usage: openUsage, calls: openCalls,
+  keys: openKeys, upstreams: openUpstreams, audit: openAudit};
+function hashOf(tab, query = {}) {
+  const text = String(new URLSearchParams(Object.entries(query).filter(([, value]) =>
+    value !== "")));
+  return "#" + tab + (text && "?" + text);
+}
+const go = (tab, query) => { location.hash = hashOf(tab, query); };
+const FAULTS = {401: "No such key, or it is not valid any more.",
+  403: "This key may call, but not look here."};
+
+async function show() {
+  if (!sessionStorage.getItem(KEY)) return showLogin("");
+  const [name, query] = location.hash.slice(1).split("?"), main = h("main", {id: "main"});
+  const tab = Object.hasOwn(VIEWS, name) ? name : "now";
+  view = {};
+  $("main").replaceWith(main);
+  try {
+    if (!isMe && !model) await start();
+    for (const one of $("tabs").children) one.ariaCurrent = one.dataset.tab === tab ? "page" : null;
+    await (isMe ? openMe : VIEWS[tab])(main, new URLSearchParams(query));
+    showHead();
+    view.paint?.();
+  } catch (fault) {
+    if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
+    main.append(h("p", {class: "failed"}, "This could not be shown: " + fault.message),
+      button("Try again", show));
+  }
+}
+async function start() {
+  await loadSummary();
+  $("tabs").replaceChildren(...Object.keys(VIEWS).map(tab => link(tab, {}, title(tab),
+    {"data-tab": tab})));
+  paintBar();
+  showHead();
+  listen();
+}
+function showHead() {
+  $("head").hidden = false;
+  say($("who"), `${model.you.name} (${model.you.role})`);
+}
+function showLogin(fault) {
+  const key = h("input", {type: "password", autocomplete: "current-password", required: true,
+    id: "key"});
+  const logIn = event => {
+    event.preventDefault();
+    sessionStorage.setItem(KEY, key.value.trim());
+    show();
+  };
+  $("main").replaceWith(h("main", {id: "main"}, h("form", {class: "login", onsubmit: logIn}, h("h2",
+    null, isMe ? "llm_proxy: what have I left?" : "llm_proxy"), h("label", null, small(isMe
+    ? "Your key" : "Key of an admin or a viewer"), key), fault && h("p", {class: "failed"}, fault),
+    h("button", {class: "main"}, "Log in"), " ", !isMe && h("a", {href: "me"},
+    "What have I left?"))));
+  key.focus();
+}
+function leave(fault) {
+  stream?.abort();
+  sessionStorage.removeItem(KEY);
+  [model, view, lastId] = [null, {}, ""];
+  $("head").hidden = true;
+  showLost(false);
+  showLogin(fault);
+}
+const theme = () => localStorage.getItem("llm_proxy.theme") ?? "auto";
+function paintTheme() {
+  document.documentElement.dataset.theme = theme();
+  say($("theme"), "Theme: " + theme());
+}
+function press(event) {
+  const near = event.target.closest(".ask, form, .notice") ?? $("notices");
+  if (event.key === "Escape") near.querySelector("[data-escape]")?.click();
+  if (event.key !== "/" || event.target.matches("input, select") || !$("filter")) return;
+  event.preventDefault();
+  $("filter").focus();
+}
+$("theme").addEventListener("click", () => {
+  localStorage.setItem("llm_proxy.theme", {auto: "light", light: "dark", dark: "auto"}[theme()]);
+  paintTheme();
+});
+$("leave").addEventListener("click", () => leave(""));
+addEventListener("hashchange", show);
+addEventListener("keydown", press);
+document.addEventListener("visibilitychange", paintSoon);
+paintTheme();
+show();
+</script>
+</body>
+</html>
 """
+PAGE_LINES = """Cache-Control: no-store
+Referrer-Policy: no-referrer
+X-Content-Type-Options: nosniff
+Content-Security-Policy: default-src 'none'; script-src 'nonce-%NONCE%'; style-src 'nonce-%NONCE%';
+ connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'
+""".replace("\n ", " ").splitlines()
+
+
+async def send_dashboard(_, reply: Reply):
+    """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
+    but what carries the nonce of this answer."""
+    nonce = os.urandom(16).hex()
+    page, *lines = [text.replace("%NONCE%", nonce) for text in (DASHBOARD, *PAGE_LINES)]
+    reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
+
+
+def find_dashboard(request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    """Returns what answers where the page is asked for, all of it or one's own use; else None."""
+    is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
+    return send_dashboard if is_asked else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12049,7 +13289,8 @@ class ClientConnection:
         if respond is None or not origins.is_own(request):
             origins.check(request.method, request)
         self.refuse_other_protocols(request)
-        respond = respond or self.server.pages.find(request) or self.proxy.serve
+        respond = (respond or find_dashboard(request) or self.server.pages.find(request)
+                   or self.proxy.serve)
         request.cache["respond"] = respond
         return respond
 
