@@ -8197,7 +8197,7 @@ class WarningsTest(SignalsCase):
         self.assertEqual((self.hook.requests[0].target, told), ("/hook?token=hush", {
             "event": "limit_near", "caller": "alice", "rule": "each 100 tokens per day",
             "level": 15, "capacity": 100, "share": 0.85, "time": self.clock.time_ns() / 1e9}))
-        feed = [about for _, name, about in self.proxy.watchers.feed.events if name == "warning"]
+        feed = [one.about for one in self.proxy.watchers.feed.events if one.name == "warning"]
         self.assertEqual(feed, [told])
         self.assertIn("alice has used 85% of each 100 tokens per day", self.lines.text())
         self.assertNotIn("hush", self.lines.text())
