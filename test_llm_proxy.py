@@ -4515,6 +4515,34 @@ class StreamTest(ProxyCase):
                 self.assertEqual(answered.get("content-length"), length or None)
                 self.assertIsNone(answered.get("transfer-encoding"))
 
+    def test_a_task_goes_on_within_the_callback_that_reads_for_it(self):
+        """Not within another task: two of one loop cannot run at once."""
+        loop, (ours, theirs), taken = asyncio.SelectorEventLoop(), socket.socketpair(), []
+        stream, context = llm_proxy.Stream(loop, ours), llm_proxy.Context(loop)
+        for one in (loop, theirs, stream):
+            self.addCleanup(one.close)
+
+        async def take():
+            while await stream.more(context, 9, "more"):
+                taken.append(stream.take_all())
+
+        async def read(data):
+            theirs.send(data)
+            stream.on_readable()
+            return list(taken)
+
+        task = loop.create_task(take())
+        loop.run_until_complete(asyncio.sleep(0))
+        with self.assertRaises(StopIteration) as returned:  # from no task, as the loop would
+            read(b"1").send(None)
+        self.assertEqual(returned.exception.value, [b"1"])
+        self.assertEqual(loop.run_until_complete(read(b"2")), [b"1"])
+        loop.run_until_complete(asyncio.sleep(0))
+        self.assertEqual(taken, [b"1", b"2"])
+        task.cancel()
+        with self.assertRaises(asyncio.CancelledError):
+            loop.run_until_complete(task)
+
     def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
         loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
         self.addCleanup(loop.close)
