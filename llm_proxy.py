@@ -5514,7 +5514,7 @@ class Wakeup(asyncio.Future):
     def wake(self):
         """Complete it with True."""
         go_on = self.go_on
-        if go_on is None or asyncio.current_task():  # no task runs within another one
+        if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
             return self.set_result(True)
         self.remove_done_callback(go_on)
         self.set_result(True)
