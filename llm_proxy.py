@@ -6034,16 +6034,16 @@ class Stream:
         data = self.read_buffer
         if data.startswith(b"\r"):
             self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4 or end > MAX_HEAD:
+        head, blank_line, rest = data.partition(b"\r\n\r\n")
+        if not blank_line or len(head) > MAX_HEAD - 4:
             return None
-        self.read_buffer = data[end:]
-        return data[:end]
+        self.read_buffer = rest
+        return head + blank_line
 
     def take(self, size):
-        taken = self.read_buffer[:size]
-        self.read_buffer = self.read_buffer[size:]
-        return taken
+        data = self.read_buffer
+        self.read_buffer = data[size:]
+        return data[:size]
 
     def take_all(self) -> bytes:
         taken = self.read_buffer
@@ -6972,8 +6972,8 @@ class Response:
             return self.release()
         if not self.released:
             self.release()
-        unread = framing.trailing or stream.read_buffer
-        if self.reusable and framing.ended and not unread and not stream.ended:
+        if self.reusable and framing.ended and not (
+                framing.trailing or stream.read_buffer or stream.ended):
             self.address.keep(stream, self.streamed or self.bodiless)
         else:
             stream.close()
@@ -10490,11 +10490,11 @@ class Reply:
         if self.early:
             return self.client.write(self.first)
         now = clock.time_ns()
-        dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
         lines = (f"{self.response_lines(response)}{self.framing_line}"
-                 f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
+        if "date" not in response.head.lines:  # it is for us to say (RFC 9110 6.6.1)
+            lines += format_date(now // 10 ** 9) + CRLF
         usage = entry.usage
         if usage and not self.call.stream:
             lines += (f"X-LLM-Input-Tokens: {usage.input}\r\n"
@@ -10685,15 +10685,15 @@ class Reply:
             entry.request_id = new_request_id()
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
-        rate = ""
-        if hold and hold.tightest:
-            rate = RATE_LINES % hold.tightest.quota
-            if self.parts.config.warn_at:
-                rate += self.warning_line(hold)
-        queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
-        close = "Connection: close\r\n" if self.close_after else ""
-        return (f"{lines}X-Request-ID: {entry.request_id}\r\n"
-                f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
+        rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
+        lines += f"X-Request-ID: {entry.request_id}\r\n{rate}{self.cors_lines()}"
+        if rate and self.parts.config.warn_at:
+            lines += self.warning_line(hold)
+        if entry.queued is not None:
+            lines += f"X-Queue-Ms: {entry.queued}\r\n"
+        if self.close_after:
+            lines += "Connection: close\r\n"
+        return (lines + CRLF).encode("latin-1")
 
     def warning_line(self, hold):
         """Returns what tells a caller that a limit is near."""
