@@ -7439,6 +7439,7 @@ def clean(text: Optional[str]) -> Optional[str]:
 
 
 UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
+SEEN = bytes(range(ord(" "), 0x7f)) + b"\n"
 
 
 def visible(text: str) -> str:
@@ -7533,7 +7534,8 @@ class Entry:
         tightest = self.hold and self.hold.tightest
         if not tightest:
             return nothing, nothing
-        return format_amount(tightest.rule, tightest.amount), tightest.remaining
+        cost = tightest.amount
+        return format_usd(cost) if tightest.rule.unit == USD else cost, tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -7642,8 +7644,10 @@ class Log(Writer):
 
     def write(self, text):
         """Returns how many lines could not be written. A full disk may take half a line."""
-        text = "\n" * self.cut + visible(text)
-        data = whole = memoryview(text.encode("ascii", "backslashreplace"))
+        data = ("\n" * self.cut + text).encode("ascii", "backslashreplace")
+        if data.translate(None, SEEN):  # sooner known than by an expression
+            data = visible(data.decode("ascii")).encode("ascii")
+        data = whole = memoryview(data)
         try:
             while data:
                 written = self.stream.write(data)
