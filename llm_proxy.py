@@ -2426,8 +2426,8 @@ def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
     `plain` names alone. Third comes the kind of the longest text."""
     texts, media = [], []
-    rest = 0
     level = list({**payload, skip: None}.values())
+    level, rest = look_through(level, plain, names, media_texts, texts, media)
     while level:
         kinds = set(map(type, level))
         if kinds == ONLY_TEXTS:  # the last level of nearly all
@@ -7791,6 +7791,7 @@ def clean(text: Optional[str]) -> Optional[str]:
 
 MAX_AGENT = 120
 UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
+SEEN = bytes(range(ord(" "), 0x7f)) + b"\n"
 
 
 def visible(text: str) -> str:
@@ -7922,7 +7923,8 @@ class Entry:
         tightest = self.hold and self.hold.tightest
         if not tightest:
             return nothing, nothing
-        return format_amount(tightest.rule, tightest.amount), tightest.remaining
+        cost = tightest.amount
+        return format_usd(cost) if tightest.rule.unit == USD else cost, tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -8035,8 +8037,10 @@ class Log(Writer):
 
     def write(self, text):
         """Returns how many lines could not be written. A full disk may take half a line."""
-        text = "\n" * self.cut + visible(text)
-        data = whole = memoryview(text.encode("ascii", "backslashreplace"))
+        data = ("\n" * self.cut + text).encode("ascii", "backslashreplace")
+        if data.translate(None, SEEN):  # sooner known than by an expression
+            data = visible(data.decode("ascii")).encode("ascii")
+        data = whole = memoryview(data)
         try:
             while data:
                 written = self.stream.write(data)
@@ -9274,8 +9278,9 @@ class RefusalSums:
         self.counts = collections.Counter()  # by status and address
 
     def counts_only(self, entry: Entry) -> bool:
-        """Returns whether it is counted here, and written down nowhere else."""
-        if entry.caller is not None or entry.outcome != "refused":
+        """Returns whether a call without a known caller is counted here, and written down nowhere
+        else."""
+        if entry.outcome != "refused":
             return False
         if entry.ended >= self.until:
             self.report()
@@ -9343,7 +9348,7 @@ class Books:
     def record(self, entry: Entry):
         if entry.call:
             self.running.pop(entry, None)
-        if self.refusals.counts_only(entry):
+        if entry.caller is None and self.refusals.counts_only(entry):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
@@ -10857,17 +10862,6 @@ class Proxy:
         entry.call.made = names
         self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
 
-    def estimate(self, call, entry):
-        """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
-        if call.unmetered:
-            return NO_COST, NO_COST
-        estimator = self.estimator
-        if not estimator.needs_estimate:
-            return estimator.plain, estimator.plain
-        if "usd" in estimator.units:
-            self.require_price(call, entry)
-        return estimator.estimate(call, entry.caller.key)
-
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
         names = [name for name in call.models if name]
@@ -10975,7 +10969,15 @@ class Proxy:
         key = entry.caller.stored_key
         if key and key.models:
             self.check_models(call, entry.method, key.models)
-        costs, least = self.estimate(call, entry)
+        estimator = self.estimator
+        if call.unmetered:
+            costs = least = NO_COST
+        elif not estimator.needs_estimate:
+            costs = least = estimator.plain
+        else:
+            if "usd" in estimator.units:
+                self.require_price(call, entry)
+            costs, least = estimator.estimate(call, entry.caller.key)
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
                                  upstream.name, least, call.models[1:])
 
