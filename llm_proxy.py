@@ -2983,10 +2983,14 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-def is_count(value: Any) -> bool:
-    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
-    return (type(value) is int or (type(value) is float and value.is_integer())) and (
-        0 <= value < MAX_TOKENS_PER_CALL)
+def is_integer(value):
+    """Returns whether a value of JSON is an integer: some write 12.0."""
+    return type(value) is int or (type(value) is float and value.is_integer())
+
+
+def is_count(value):
+    """Returns whether a value of JSON can be a number of tokens."""
+    return is_integer(value) and 0 <= value < MAX_TOKENS_PER_CALL
 
 
 def merged(before, after):
@@ -3249,16 +3253,13 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            found, outputs = [], 1
-            for holder in self.holders():
-                for name, value in self.numbers(holder):
-                    if name in OUTPUT_COUNTS:
-                        outputs = max(outputs, value)
-                    else:
-                        found.append(value if value >= 0 else math.inf)
-            most = max(found, default=None)
+            numbers = self.numbers()
+            limits = [math.inf if value < 0 else value
+                      for name, value in numbers if name in OUTPUT_LIMITS]
+            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            most = max(limits, default=None)
             if self.endpoint in (UNKNOWN, UPLOAD):  # it may be a batch of calls, or have no output
-                most = sum(found)
+                most = sum(limits)
             prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
             for name in self.payload.keys() & prompts:
                 many = self.payload[name]
@@ -3277,26 +3278,21 @@ class Call(Billable):
             if self.endpoint == UNKNOWN:
                 self.objects = objects_in(self.payload)
             elif not OPTION_HOLDERS.isdisjoint(self.payload):
-                self.objects += [self.payload[name] or {}
-                                 for name in OPTION_HOLDERS & self.payload.keys()]
+                options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+                self.objects += [one for one in options if type(one) is dict]
+                if len(self.objects) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
+                    raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
         return self.objects
 
-    def numbers(self, holder):
-        """Returns what stands at the names of limits and counts in an object. Raises BadRequest for
-        what is no number where text is generated: a server might read it as one."""
-        found = []
-        if not isinstance(holder, dict):
-            self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-            return found
-        for name in OUTPUT_NUMBERS.intersection(holder):
-            value = holder[name]
-            if type(value) is int:
-                found.append((name, value))
-            elif type(value) is float and value.is_integer():
-                found.append((name, int(value)))
-            elif value is not None:
-                self.complain("%s must be an integer" % name)
-        return found
+    def numbers(self):
+        """Returns what stands at the names of limits and counts, as (name, value). Raises
+        BadRequest for what is no number where text is generated: a server might read it as one."""
+        found = [(name, one[name]) for one in self.holders()
+                 for name in OUTPUT_NUMBERS.intersection(one) if one[name] is not None]
+        for name, value in found:
+            if not is_integer(value) and self.endpoint not in NO_LIMIT_REPLY:
+                raise BadRequest("%s must be an integer" % name)
+        return [(name, int(value)) for name, value in found if is_integer(value)]
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
@@ -3310,11 +3306,6 @@ class Call(Billable):
             self.payload = {key: value for key, value in self.payload.items() if is_small(value)}
             self.objects = None
             self.forgotten = True
-
-    def complain(self, message):
-        """Raises BadRequest, but for calls of which we know too little."""
-        if self.endpoint not in NO_LIMIT_REPLY:
-            raise BadRequest(message)
 
 
 def is_small(value: Any) -> bool:
