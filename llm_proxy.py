@@ -2626,7 +2626,7 @@ NO_MARKS = bytes(set(range(256)) - set(MARKS))
 STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 
 
-def is_too_complex(data: bytes) -> bool:
+def is_too_complex(data):
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
     marks = data.translate(None, NO_MARKS)
@@ -2639,7 +2639,7 @@ def is_too_complex(data: bytes) -> bool:
     return is_deep(outside)
 
 
-def is_deep(outside: bytes) -> bool:
+def is_deep(outside):
     """Returns whether brackets are nested too deeply; it looks no further than where they are."""
     level = 0
     for start in range(0, len(outside), 4096):
@@ -2659,7 +2659,7 @@ def unique(pairs):
     return found
 
 
-def finite(text: str) -> float:
+def finite(text):
     """Returns a number of JSON, which is none of the NaN and Infinity that Python would read."""
     value = float(text)
     if not math.isfinite(value):
@@ -2667,14 +2667,14 @@ def finite(text: str) -> float:
     return value
 
 
-def short_integer(text: str) -> int:
+def short_integer(text):
     """Returns an integer of JSON: to read one of thousands of digits takes long."""
     if len(text) > 400:
         raise ValueError("a number is too long")
     return int(text)
 
 
-def with_cuts(sizes: Dict[str, int], pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def with_cuts(sizes, pairs):
     """Returns an object of JSON in which what was cut out says so; `sizes` are by mark."""
     return {key: cut_text(value, sizes) for key, value in unique(pairs).items()}
 
@@ -2686,7 +2686,7 @@ def cut_text(value, sizes):
     return value if size is None else CutText.of(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]]) -> json.JSONDecoder:
+def strict_decoder(hook):
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=short_integer,
                             parse_constant=finite)
 
@@ -2718,7 +2718,7 @@ def was_strict(text, value):
     return keys == len(KEY_END.findall(text))
 
 
-def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
+def decode_json(data, decoder=PLAIN_JSON):
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     brackets = data.count(b"[") + data.count(b"{")
     if (brackets > MAX_JSON_DEPTH or len(data) > MAX_JSON_PARTS) and is_too_complex(data):
@@ -2752,7 +2752,7 @@ BEFORE_MEDIA = re.compile(
 JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
 
 
-def value_start(data: bytes, key: str) -> int:
+def value_start(data, key):
     """Returns where the value at a key of a JSON object begins, however deep the same key stands
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
@@ -2818,7 +2818,7 @@ class JsonBody:
                 and data.find(b",", start + 256, end) < 0  # else it is what stands between strings
                 and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
 
-    def with_value(self, key: str, value: Any, known: Dict[str, Any]) -> bytes:
+    def with_value(self, key, value, known):
         """Returns the object with another value at a top-level key; `known` is what it has. Raises
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
@@ -2875,7 +2875,7 @@ def to_json_bytes(payload: Any) -> bytes:
     return json.dumps(payload, separators=(",", ":")).encode()
 
 
-def dig(value: Any, *names: str) -> Any:
+def dig(value, *names):
     """Returns what stands at these names in objects within objects, None where nothing does."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
@@ -3009,7 +3009,7 @@ def merged(before, after):
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
-def fold_path(path: str) -> str:
+def fold_path(path):
     """Returns a path as the most forgiving upstream might read it: escapes decoded again and again,
     back slashes turned, parameters, empty and dot segments dropped, lower case. Raises
     BadRequest."""
@@ -3308,7 +3308,7 @@ class Call(Billable):
             self.forgotten = True
 
 
-def is_small(value: Any) -> bool:
+def is_small(value):
     """Tells whether a part of a payload takes little room."""
     parts = [value]
     size = 0
@@ -3488,7 +3488,7 @@ def fault_status(value):
     return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
 
 
-def is_name(value: Any) -> bool:
+def is_name(value):
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
@@ -3613,7 +3613,7 @@ class Dialect:
 
     # -- requests
 
-    def claims(self, path: str, fields: Fields) -> bool:
+    def claims(self, path, fields):
         """Returns whether a request is one of this API, though nothing of it is metered; `path` is
         in lower case."""
         return False
@@ -3704,7 +3704,7 @@ class Dialect:
         found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
         return [part for part in found if isinstance(part, dict)]
 
-    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
@@ -3748,12 +3748,12 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_usage(self, data: bytes, model: str) -> Optional[Usage]:
+    def usual_usage(self, data, model):
         """Returns the usage of a response that is no error, where it can be told without parsing it
         that `model` served, and that nothing else is of interest."""
         return None
 
-    def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
+    def find_usage(self, data, openings):
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
@@ -3837,7 +3837,7 @@ class Dialect:
             told = [max(told) + own * PICODOLLARS]
         return min(MAX_COST, round(max(told)))
 
-    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
         rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
@@ -4452,7 +4452,7 @@ ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
 MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
 
 
-def is_admin_path(method: str, path: str) -> bool:
+def is_admin_path(method, path):
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
     return bool(ADMIN_PATH.fullmatch(path)
                 or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
@@ -4610,7 +4610,7 @@ class Dialects:
             found, call.put_model = read_form(call.body, content_type, call.payload)
         return model or found
 
-    def read_payload(self, call: Call) -> Any:
+    def read_payload(self, call):
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.json_body = body = JsonBody(call.body)
@@ -4634,36 +4634,11 @@ WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
 
 
-def may_be_fault(data: bytes) -> bool:
+def may_be_fault(data):
     """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
-
-
-class Unpacker:
-    """Unpacks gzip and deflate (RFC 9110 8.4.1), piece by piece. One that has very much in it would
-    hold the loop: then what is left stays packed."""
-    MOST = 1 << 20
-
-    def __init__(self):
-        self.inflater = None
-        self.waiting = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Raises zlib.error."""
-        if self.inflater is None:
-            data = self.waiting = self.waiting + data
-            if len(data) < 2:
-                return b""
-            # Deflate has a header (RFC 1950 2.2), which some leave out.
-            headed = data[:2] == b"\x1f\x8b" or (
-                data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)
-            self.inflater = zlib.decompressobj(47 if headed else -15)
-        unpacked = self.inflater.decompress(data, self.MOST)
-        if self.inflater.unconsumed_tail:
-            raise zlib.error("too much")
-        return unpacked
 
 
 class UsageReader(UsageSource):
@@ -4678,6 +4653,7 @@ class UsageReader(UsageSource):
     LAST_EVENTS = 1 << 12
     LAST_LINES = 64
     MAX_HELD = 1 << 14
+    MAX_UNPACKED = 1 << 20
 
     characters = 0
     size = 0
@@ -4690,7 +4666,7 @@ class UsageReader(UsageSource):
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
-    unpacker: Optional[Unpacker] = None
+    inflater = None
     changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -4707,8 +4683,7 @@ class UsageReader(UsageSource):
         self.on_made = call.on_made
         self.streamed = streamed
         self.readable = readable
-        if packed:
-            self.unpacker = Unpacker()
+        self.packed = packed
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
@@ -4721,7 +4696,7 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        piece = self.unpack(payload) if self.unpacker else payload
+        piece = self.unpack(payload) if self.packed and payload else payload
         self.pieces.append(piece)
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
@@ -4729,13 +4704,18 @@ class UsageReader(UsageSource):
         return self.hide_usage(payload) if self.changes_stream else payload
 
     def unpack(self, payload):
-        """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
-        try:
-            return self.unpacker.feed(payload)
-        except zlib.error:
-            self.unpacker = None
-            self.readable = False
-            return payload
+        """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
+        that fails, or is so much that it would hold the loop."""
+        if self.inflater is None:
+            # Deflate has a header (RFC 1950 2.2), which some leave out; nothing else begins so.
+            headed = payload[0] == 0x1f or payload[0] & 15 == 8
+            self.inflater = zlib.decompressobj(47 if headed else -15)
+        with contextlib.suppress(zlib.error):
+            unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
+            if not self.inflater.unconsumed_tail:
+                return unpacked
+        self.packed = self.readable = False
+        return payload
 
     # -- what the caller did not ask for
 
@@ -4782,7 +4762,7 @@ class UsageReader(UsageSource):
 
     # -- what it says
 
-    def compact(self) -> None:
+    def compact(self):
         """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
         too long."""
         data = b"".join(self.pieces)
@@ -4839,7 +4819,7 @@ class UsageReader(UsageSource):
                 self.final = final
         self.note_server(payload)
 
-    def note_server(self, payload: Dict[str, Any]) -> None:
+    def note_server(self, payload):
         """Takes which model served, and how."""
         dialect = self.dialect
         if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
@@ -4849,7 +4829,7 @@ class UsageReader(UsageSource):
         self.model = model or self.model
         self.tier = tier or self.tier
 
-    def read_end(self, whole: bool) -> None:
+    def read_end(self, whole):
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
         of events alone: in JSON it could be anybody's."""
         if self.end_is_read or not self.readable:
@@ -4944,7 +4924,7 @@ class UsageReader(UsageSource):
         self.ending(whole=False)
         return self.closed
 
-    def tells_end(self) -> bool:
+    def tells_end(self):
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
         return bool(known and self.streamed and self.readable and not self.cut
