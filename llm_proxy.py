@@ -4696,7 +4696,7 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        piece = self.unpack(payload) if self.packed and payload else payload
+        piece = self.unpack(payload) if self.packed else payload
         self.pieces.append(piece)
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
@@ -4873,8 +4873,9 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        if self.on_made and self.closed:
-            self.on_made(names_made(payload))
+        names = self.on_made and self.closed and names_made(payload)
+        if names:
+            self.on_made(names)
         if self.counts:
             self.note_server(payload)
         else:  # it may be told without a mark
@@ -6445,43 +6446,37 @@ class NameReader:
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None:
             self.kept += payload
-            if self.events:
-                self.look_at_events()
-            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
-                self.tries += 1
-                self.look_at_json()
+            is_end = self.events or payload[-16:].rstrip().endswith(b"}")
+            if is_end and self.tries < self.MAX_TRIES:
+                self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
-                self.look_at_beginning()
+                match = self.FIRST_NAME.match(self.kept)
+                self.tell([match[1].decode("utf-8", "replace")] if match else [])
+                self.kept = None
         return self.reader.feed(payload) if self.reader else payload
 
     def flush(self) -> bytes:
-        if self.kept and not self.events:
-            self.look_at_json()
+        if self.kept:
+            self.look()
         return self.reader.flush() if self.reader else b""
 
-    def look_at_events(self):
+    def look(self):
+        if not self.events:
+            self.tries += 1
+            return self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
         events = self.events.cut(self.kept)
         self.kept = events[-1]  # which may not be whole
         for event in events:
             self.tries += 1
-            if self.tell(names_made(self.events.payload(event))):
-                return
-        if self.tries > self.MAX_TRIES:
+            if self.kept is not None:
+                self.tell(names_made(self.events.payload(event)))
+        if self.tries >= self.MAX_TRIES:
             self.kept = None
-
-    def look_at_json(self):
-        self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
-
-    def look_at_beginning(self):
-        match = self.FIRST_NAME.match(self.kept)
-        self.tell([match[1].decode("utf-8", "replace")] if match else [])
-        self.kept = None
 
     def tell(self, names):
         if names:
             self.found(names)
             self.kept = None
-        return names
 
 
 # --------------------------------------------------------------------------------------------------
