@@ -3106,6 +3106,7 @@ NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
 UPLOAD = "upload"    # that of a file to be stored
+UNNAMED = (UNKNOWN, UPLOAD)
 
 
 class StoredPath(NamedTuple):
@@ -3173,7 +3174,7 @@ class Call(Billable):
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
             payload, others = self.dialect.with_other_models(payload, rename)
             self.models += tuple(others)
-        if self.endpoint in (UNKNOWN, UPLOAD):
+        if self.endpoint in UNNAMED:
             return self.prepare_unknown(model, payload, rename or (lambda name: model))
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
@@ -3258,7 +3259,7 @@ class Call(Billable):
                       for name, value in numbers if name in OUTPUT_LIMITS]
             outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
             most = max(limits, default=None)
-            if self.endpoint in (UNKNOWN, UPLOAD):  # it may be a batch of calls, or have no output
+            if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
                 most = sum(limits)
             prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
             for name in self.payload.keys() & prompts:
@@ -3599,6 +3600,8 @@ class Dialect:
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
+    # The one that begins it, where that tells of usage.
+    FIRST_TYPE = ""
     # The states of a call in the background that has ended.
     LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
@@ -3696,8 +3699,10 @@ class Dialect:
     def usage_counts(self, payload):
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
-        final = self.is_finished(payload) or not payload.get(self.REASON[0])
-        return self.counts_in(payload), final or None
+        final = self.is_finished(payload) or not payload.get(self.REASON[0]) or None
+        if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
+            final = False  # what it tells of the output is no count
+        return self.counts_in(payload), final
 
     def parts(self, payload):
         """Returns the objects in a response or an event in which usage and the like may stand."""
@@ -4167,6 +4172,7 @@ class Anthropic(Dialect):
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     REASON = ("delta", "stop_reason")
+    FIRST_TYPE = "message_start"
     LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
@@ -4188,11 +4194,6 @@ class Anthropic(Dialect):
 
     def has_endpoint(self, path):
         return not path.endswith("/messages") or bool(self.PATH.search(path))
-
-    def usage_counts(self, payload):
-        """What message_start tells of the output is no count of it."""
-        counts, final = super().usage_counts(payload)
-        return counts, False if payload.get("type") == "message_start" else final
 
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
@@ -4545,7 +4546,7 @@ class Dialects:
         """Reads the rest of a call. `read_body` is only called, and the payload only parsed, where
         it is metered. Raises BadRequest, and what `read_body` raises."""
         model = None  # of any type
-        if call.endpoint in (UNKNOWN, UPLOAD):
+        if call.endpoint in UNNAMED:
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif call.endpoint:
             call.body = await read_body()
@@ -4821,11 +4822,7 @@ class UsageReader(UsageSource):
 
     def note_server(self, payload):
         """Takes which model served, and how."""
-        dialect = self.dialect
-        if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
-            self.model = self.asked  # as nearly always
-            return
-        model, tier = dialect.served(payload)
+        model, tier = self.dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
 
@@ -8905,7 +8902,7 @@ class Proxy:
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
         names = [name for name in call.models if name]
-        if not names and call.endpoint not in (UNKNOWN, UPLOAD):
+        if not names and call.endpoint not in UNNAMED:
             names = [""]  # the upstream will take what it likes
         if all(map(self.prices.knows, names)):
             return
