@@ -2987,7 +2987,7 @@ NO_MARKS = bytes(set(range(256)) - set(MARKS))
 STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 
 
-def is_too_complex(data: bytes) -> bool:
+def is_too_complex(data):
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
     marks = data.translate(None, NO_MARKS)
@@ -3000,7 +3000,7 @@ def is_too_complex(data: bytes) -> bool:
     return is_deep(outside)
 
 
-def is_deep(outside: bytes) -> bool:
+def is_deep(outside):
     """Returns whether brackets are nested too deeply; it looks no further than where they are."""
     level = 0
     for start in range(0, len(outside), 4096):
@@ -3020,7 +3020,7 @@ def unique(pairs):
     return found
 
 
-def finite(text: str) -> float:
+def finite(text):
     """Returns a number of JSON, which is none of the NaN and Infinity that Python would read."""
     value = float(text)
     if not math.isfinite(value):
@@ -3028,14 +3028,14 @@ def finite(text: str) -> float:
     return value
 
 
-def short_integer(text: str) -> int:
+def short_integer(text):
     """Returns an integer of JSON: to read one of thousands of digits takes long."""
     if len(text) > 400:
         raise ValueError("a number is too long")
     return int(text)
 
 
-def with_cuts(sizes: Dict[str, int], pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def with_cuts(sizes, pairs):
     """Returns an object of JSON in which what was cut out says so; `sizes` are by mark."""
     return {key: cut_text(value, sizes) for key, value in unique(pairs).items()}
 
@@ -3047,7 +3047,7 @@ def cut_text(value, sizes):
     return value if size is None else CutText.of(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]]) -> json.JSONDecoder:
+def strict_decoder(hook):
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=short_integer,
                             parse_constant=finite)
 
@@ -3079,7 +3079,7 @@ def was_strict(text, value):
     return keys == len(KEY_END.findall(text))
 
 
-def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
+def decode_json(data, decoder=PLAIN_JSON):
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     brackets = data.count(b"[") + data.count(b"{")
     if (brackets > MAX_JSON_DEPTH or len(data) > MAX_JSON_PARTS) and is_too_complex(data):
@@ -3113,7 +3113,7 @@ BEFORE_MEDIA = re.compile(
 JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
 
 
-def value_start(data: bytes, key: str) -> int:
+def value_start(data, key):
     """Returns where the value at a key of a JSON object begins, however deep the same key stands
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
@@ -3179,7 +3179,7 @@ class JsonBody:
                 and data.find(b",", start + 256, end) < 0  # else it is what stands between strings
                 and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
 
-    def with_value(self, key: str, value: Any, known: Dict[str, Any]) -> bytes:
+    def with_value(self, key, value, known):
         """Returns the object with another value at a top-level key; `known` is what it has. Raises
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
@@ -3236,7 +3236,7 @@ def to_json_bytes(payload: Any) -> bytes:
     return json.dumps(payload, separators=(",", ":")).encode()
 
 
-def dig(value: Any, *names: str) -> Any:
+def dig(value, *names):
     """Returns what stands at these names in objects within objects, None where nothing does."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
@@ -3344,10 +3344,14 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-def is_count(value: Any) -> bool:
-    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
-    return (type(value) is int or (type(value) is float and value.is_integer())) and (
-        0 <= value < MAX_TOKENS_PER_CALL)
+def is_integer(value):
+    """Returns whether a value of JSON is an integer: some write 12.0."""
+    return type(value) is int or (type(value) is float and value.is_integer())
+
+
+def is_count(value):
+    """Returns whether a value of JSON can be a number of tokens."""
+    return is_integer(value) and 0 <= value < MAX_TOKENS_PER_CALL
 
 
 def merged(before, after):
@@ -3366,7 +3370,7 @@ def merged(before, after):
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
-def fold_path(path: str) -> str:
+def fold_path(path):
     """Returns a path as the most forgiving upstream might read it: escapes decoded again and again,
     back slashes turned, parameters, empty and dot segments dropped, lower case. Raises
     BadRequest."""
@@ -3463,6 +3467,7 @@ NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
 UPLOAD = "upload"    # that of a file to be stored
+UNNAMED = (UNKNOWN, UPLOAD)
 
 
 class StoredPath(NamedTuple):
@@ -3530,7 +3535,7 @@ class Call(Billable):
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
             payload, others = self.dialect.with_other_models(payload, rename)
             self.models += tuple(others)
-        if self.endpoint in (UNKNOWN, UPLOAD):
+        if self.endpoint in UNNAMED:
             return self.prepare_unknown(model, payload, rename or (lambda name: model))
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
@@ -3610,16 +3615,13 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            found, outputs = [], 1
-            for holder in self.holders():
-                for name, value in self.numbers(holder):
-                    if name in OUTPUT_COUNTS:
-                        outputs = max(outputs, value)
-                    else:
-                        found.append(value if value >= 0 else math.inf)
-            most = max(found, default=None)
-            if self.endpoint in (UNKNOWN, UPLOAD):  # it may be a batch of calls, or have no output
-                most = sum(found)
+            numbers = self.numbers()
+            limits = [math.inf if value < 0 else value
+                      for name, value in numbers if name in OUTPUT_LIMITS]
+            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            most = max(limits, default=None)
+            if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
+                most = sum(limits)
             prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
             for name in self.payload.keys() & prompts:
                 many = self.payload[name]
@@ -3638,26 +3640,21 @@ class Call(Billable):
             if self.endpoint == UNKNOWN:
                 self.objects = objects_in(self.payload)
             elif not OPTION_HOLDERS.isdisjoint(self.payload):
-                self.objects += [self.payload[name] or {}
-                                 for name in OPTION_HOLDERS & self.payload.keys()]
+                options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+                self.objects += [one for one in options if type(one) is dict]
+                if len(self.objects) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
+                    raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
         return self.objects
 
-    def numbers(self, holder):
-        """Returns what stands at the names of limits and counts in an object. Raises BadRequest for
-        what is no number where text is generated: a server might read it as one."""
-        found = []
-        if not isinstance(holder, dict):
-            self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-            return found
-        for name in OUTPUT_NUMBERS.intersection(holder):
-            value = holder[name]
-            if type(value) is int:
-                found.append((name, value))
-            elif type(value) is float and value.is_integer():
-                found.append((name, int(value)))
-            elif value is not None:
-                self.complain("%s must be an integer" % name)
-        return found
+    def numbers(self):
+        """Returns what stands at the names of limits and counts, as (name, value). Raises
+        BadRequest for what is no number where text is generated: a server might read it as one."""
+        found = [(name, one[name]) for one in self.holders()
+                 for name in OUTPUT_NUMBERS.intersection(one) if one[name] is not None]
+        for name, value in found:
+            if not is_integer(value) and self.endpoint not in NO_LIMIT_REPLY:
+                raise BadRequest("%s must be an integer" % name)
+        return [(name, int(value)) for name, value in found if is_integer(value)]
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
@@ -3672,13 +3669,8 @@ class Call(Billable):
             self.objects = None
             self.forgotten = True
 
-    def complain(self, message):
-        """Raises BadRequest, but for calls of which we know too little."""
-        if self.endpoint not in NO_LIMIT_REPLY:
-            raise BadRequest(message)
 
-
-def is_small(value: Any) -> bool:
+def is_small(value):
     """Tells whether a part of a payload takes little room."""
     parts = [value]
     size = 0
@@ -3858,7 +3850,7 @@ def fault_status(value):
     return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
 
 
-def is_name(value: Any) -> bool:
+def is_name(value):
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
@@ -3969,6 +3961,8 @@ class Dialect:
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
+    # The one that begins it, where that tells of usage.
+    FIRST_TYPE = ""
     # The states of a call in the background that has ended.
     LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
@@ -3983,7 +3977,7 @@ class Dialect:
 
     # -- requests
 
-    def claims(self, path: str, fields: Fields) -> bool:
+    def claims(self, path, fields):
         """Returns whether a request is one of this API, though nothing of it is metered; `path` is
         in lower case."""
         return False
@@ -4066,15 +4060,17 @@ class Dialect:
     def usage_counts(self, payload):
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
-        final = self.is_finished(payload) or not payload.get(self.REASON[0])
-        return self.counts_in(payload), final or None
+        final = self.is_finished(payload) or not payload.get(self.REASON[0]) or None
+        if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
+            final = False  # what it tells of the output is no count
+        return self.counts_in(payload), final
 
     def parts(self, payload):
         """Returns the objects in a response or an event in which usage and the like may stand."""
         found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
         return [part for part in found if isinstance(part, dict)]
 
-    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
@@ -4118,12 +4114,12 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_usage(self, data: bytes, model: str) -> Optional[Usage]:
+    def usual_usage(self, data, model):
         """Returns the usage of a response that is no error, where it can be told without parsing it
         that `model` served, and that nothing else is of interest."""
         return None
 
-    def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
+    def find_usage(self, data, openings):
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
@@ -4207,7 +4203,7 @@ class Dialect:
             told = [max(told) + own * PICODOLLARS]
         return min(MAX_COST, round(max(told)))
 
-    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
         rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
@@ -4537,6 +4533,7 @@ class Anthropic(Dialect):
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     REASON = ("delta", "stop_reason")
+    FIRST_TYPE = "message_start"
     LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
@@ -4558,11 +4555,6 @@ class Anthropic(Dialect):
 
     def has_endpoint(self, path):
         return not path.endswith("/messages") or bool(self.PATH.search(path))
-
-    def usage_counts(self, payload):
-        """What message_start tells of the output is no count of it."""
-        counts, final = super().usage_counts(payload)
-        return counts, False if payload.get("type") == "message_start" else final
 
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
@@ -4822,7 +4814,7 @@ ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
 MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
 
 
-def is_admin_path(method: str, path: str) -> bool:
+def is_admin_path(method, path):
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
     return bool(ADMIN_PATH.fullmatch(path)
                 or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
@@ -4915,7 +4907,7 @@ class Dialects:
         """Reads the rest of a call. `read_body` is only called, and the payload only parsed, where
         it is metered. Raises BadRequest, and what `read_body` raises."""
         model = None  # of any type
-        if call.endpoint in (UNKNOWN, UPLOAD):
+        if call.endpoint in UNNAMED:
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif call.endpoint:
             call.body = await read_body()
@@ -4980,7 +4972,7 @@ class Dialects:
             found, call.put_model = read_form(call.body, content_type, call.payload)
         return model or found
 
-    def read_payload(self, call: Call) -> Any:
+    def read_payload(self, call):
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.json_body = body = JsonBody(call.body)
@@ -5004,36 +4996,11 @@ WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
 
 
-def may_be_fault(data: bytes) -> bool:
+def may_be_fault(data):
     """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
-
-
-class Unpacker:
-    """Unpacks gzip and deflate (RFC 9110 8.4.1), piece by piece. One that has very much in it would
-    hold the loop: then what is left stays packed."""
-    MOST = 1 << 20
-
-    def __init__(self):
-        self.inflater = None
-        self.waiting = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Raises zlib.error."""
-        if self.inflater is None:
-            data = self.waiting = self.waiting + data
-            if len(data) < 2:
-                return b""
-            # Deflate has a header (RFC 1950 2.2), which some leave out.
-            headed = data[:2] == b"\x1f\x8b" or (
-                data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)
-            self.inflater = zlib.decompressobj(47 if headed else -15)
-        unpacked = self.inflater.decompress(data, self.MOST)
-        if self.inflater.unconsumed_tail:
-            raise zlib.error("too much")
-        return unpacked
 
 
 class UsageReader(UsageSource):
@@ -5048,6 +5015,7 @@ class UsageReader(UsageSource):
     LAST_EVENTS = 1 << 12
     LAST_LINES = 64
     MAX_HELD = 1 << 14
+    MAX_UNPACKED = 1 << 20
 
     characters = 0
     size = 0
@@ -5060,7 +5028,7 @@ class UsageReader(UsageSource):
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
-    unpacker: Optional[Unpacker] = None
+    inflater = None
     changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -5077,8 +5045,7 @@ class UsageReader(UsageSource):
         self.on_made = call.on_made
         self.streamed = streamed
         self.readable = readable
-        if packed:
-            self.unpacker = Unpacker()
+        self.packed = packed
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
@@ -5091,7 +5058,7 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        piece = self.unpack(payload) if self.unpacker else payload
+        piece = self.unpack(payload) if self.packed else payload
         self.pieces.append(piece)
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
@@ -5099,13 +5066,18 @@ class UsageReader(UsageSource):
         return self.hide_usage(payload) if self.changes_stream else payload
 
     def unpack(self, payload):
-        """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
-        try:
-            return self.unpacker.feed(payload)
-        except zlib.error:
-            self.unpacker = None
-            self.readable = False
-            return payload
+        """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
+        that fails, or is so much that it would hold the loop."""
+        if self.inflater is None:
+            # Deflate has a header (RFC 1950 2.2), which some leave out; nothing else begins so.
+            headed = payload[0] == 0x1f or payload[0] & 15 == 8
+            self.inflater = zlib.decompressobj(47 if headed else -15)
+        with contextlib.suppress(zlib.error):
+            unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
+            if not self.inflater.unconsumed_tail:
+                return unpacked
+        self.packed = self.readable = False
+        return payload
 
     # -- what the caller did not ask for
 
@@ -5152,7 +5124,7 @@ class UsageReader(UsageSource):
 
     # -- what it says
 
-    def compact(self) -> None:
+    def compact(self):
         """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
         too long."""
         data = b"".join(self.pieces)
@@ -5209,17 +5181,13 @@ class UsageReader(UsageSource):
                 self.final = final
         self.note_server(payload)
 
-    def note_server(self, payload: Dict[str, Any]) -> None:
+    def note_server(self, payload):
         """Takes which model served, and how."""
-        dialect = self.dialect
-        if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
-            self.model = self.asked  # as nearly always
-            return
-        model, tier = dialect.served(payload)
+        model, tier = self.dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
 
-    def read_end(self, whole: bool) -> None:
+    def read_end(self, whole):
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
         of events alone: in JSON it could be anybody's."""
         if self.end_is_read or not self.readable:
@@ -5263,8 +5231,9 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        if self.on_made and self.closed:
-            self.on_made(names_made(payload))
+        names = self.on_made and self.closed and names_made(payload)
+        if names:
+            self.on_made(names)
         if self.counts:
             self.note_server(payload)
         else:  # it may be told without a mark
@@ -5314,7 +5283,7 @@ class UsageReader(UsageSource):
         self.ending(whole=False)
         return self.closed
 
-    def tells_end(self) -> bool:
+    def tells_end(self):
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
         return bool(known and self.streamed and self.readable and not self.cut
@@ -6862,43 +6831,37 @@ class NameReader:
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None:
             self.kept += payload
-            if self.events:
-                self.look_at_events()
-            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
-                self.tries += 1
-                self.look_at_json()
+            is_end = self.events or payload[-16:].rstrip().endswith(b"}")
+            if is_end and self.tries < self.MAX_TRIES:
+                self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
-                self.look_at_beginning()
+                match = self.FIRST_NAME.match(self.kept)
+                self.tell([match[1].decode("utf-8", "replace")] if match else [])
+                self.kept = None
         return self.reader.feed(payload) if self.reader else payload
 
     def flush(self) -> bytes:
-        if self.kept and not self.events:
-            self.look_at_json()
+        if self.kept:
+            self.look()
         return self.reader.flush() if self.reader else b""
 
-    def look_at_events(self):
+    def look(self):
+        if not self.events:
+            self.tries += 1
+            return self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
         events = self.events.cut(self.kept)
         self.kept = events[-1]  # which may not be whole
         for event in events:
             self.tries += 1
-            if self.tell(names_made(self.events.payload(event))):
-                return
-        if self.tries > self.MAX_TRIES:
+            if self.kept is not None:
+                self.tell(names_made(self.events.payload(event)))
+        if self.tries >= self.MAX_TRIES:
             self.kept = None
-
-    def look_at_json(self):
-        self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
-
-    def look_at_beginning(self):
-        match = self.FIRST_NAME.match(self.kept)
-        self.tell([match[1].decode("utf-8", "replace")] if match else [])
-        self.kept = None
 
     def tell(self, names):
         if names:
             self.found(names)
             self.kept = None
-        return names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10865,7 +10828,7 @@ class Proxy:
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
         names = [name for name in call.models if name]
-        if not names and call.endpoint not in (UNKNOWN, UPLOAD):
+        if not names and call.endpoint not in UNNAMED:
             names = [""]  # the upstream will take what it likes
         if all(map(self.prices.knows, names)):
             return
