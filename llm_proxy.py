@@ -2415,6 +2415,7 @@ def kind_of_text(text: str) -> int:
 
 
 ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
+NUMBERS = frozenset((int, float))
 
 
 def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
@@ -2453,9 +2454,10 @@ def look_through(level, plain, names, media_texts, texts, media):
         if kind is str:
             texts.append(value)
         elif kind is list:
-            below += value
-            if value and type(value[0]) in (int, float):
+            if NUMBERS.issuperset(map(type, value)):
                 rest += CHARACTERS_PER_TOKEN * len(value)
+            else:
+                below += value
         elif kind is dict:
             if not plain.issuperset(value):
                 found = media_texts(value)
@@ -2981,6 +2983,8 @@ MAX_JSON_DEPTH = 128
 MAX_JSON_PARTS = 160_000
 # The same and back slashes, in strings, too: these are 10 MB of prose.
 MAX_JSON_MARKS = 4_000_000
+LONG_NUMBER = 400     # digits; an integer of more takes too long to read
+MANY_NUMBERS = 50_000  # commas outside of strings: each is read without a function of ours
 # Nothing else need be looked at. The letters are those that may follow a back slash.
 MARKS = b'[{]}"\\,:.ebfnrtu'
 NO_MARKS = bytes(set(range(256)) - set(MARKS))
@@ -2994,13 +2998,25 @@ def is_too_complex(data):
     if len(marks) > MAX_JSON_MARKS:
         return True
     marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside = b'""'.join(marks.split(b'"', 2 * MAX_JSON_PARTS)[::2])
-    if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
+    if marks.count(b'"') > MAX_JSON_PARTS:
+        return True
+    outside = b'""'.join(marks.split(b'"')[::2])
+    commas = outside.count(b",")
+    if len(outside) - commas // 2 > MAX_JSON_PARTS:
+        return True
+    if commas > MANY_NUMBERS and may_have_long_number(data):
         return True
     return is_deep(outside)
 
 
-def is_deep(outside):
+def may_have_long_number(data: bytes) -> bool:
+    """Returns False where LONG_NUMBER digits never follow one another: then no half of them stand
+    at any of the places that are looked at."""
+    half = LONG_NUMBER // 2
+    return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
+
+
+def is_deep(outside: bytes) -> bool:
     """Returns whether brackets are nested too deeply; it looks no further than where they are."""
     level = 0
     for start in range(0, len(outside), 4096):
@@ -3030,7 +3046,7 @@ def finite(text):
 
 def short_integer(text):
     """Returns an integer of JSON: to read one of thousands of digits takes long."""
-    if len(text) > 400:
+    if len(text) > LONG_NUMBER:
         raise ValueError("a number is too long")
     return int(text)
 
@@ -3047,8 +3063,9 @@ def cut_text(value, sizes):
     return value if size is None else CutText.of(value, size)
 
 
-def strict_decoder(hook):
-    return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=short_integer,
+def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]],
+                   parse_int: Callable[[str], int] = short_integer) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
 
 
@@ -3057,7 +3074,6 @@ HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = strict_decoder(unique)
 BY_LOADS = PLAIN_JSON, STRICT_JSON
-LONG_NUMBER = re.compile("[0-9]{400}")
 
 
 KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
@@ -3086,7 +3102,7 @@ def decode_json(data, decoder=PLAIN_JSON):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder in BY_LOADS and not LONG_NUMBER.search(text):
+        if not HAS_SCANNER and decoder in BY_LOADS and not may_have_long_number(data):
             value = json.loads(text)  # PyPy: ten times as fast
             if decoder is PLAIN_JSON or was_strict(text, value):
                 return value
@@ -3158,10 +3174,13 @@ class JsonBody:
 
     def parse(self) -> Dict[str, Any]:
         """Raises BadRequest."""
-        decoder = STRICT_JSON
+        decoder, parse_int = STRICT_JSON, short_integer
+        if HAS_SCANNER and len(self.short) > 2 * MANY_NUMBERS and (
+                self.short.count(b",") > MANY_NUMBERS and not may_have_long_number(self.short)):
+            decoder, parse_int = strict_decoder(unique, int), int
         if self.cuts:
             sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
-            decoder = strict_decoder(functools.partial(with_cuts, sizes))
+            decoder = strict_decoder(functools.partial(with_cuts, sizes), parse_int)
         try:
             payload = decode_json(self.short, decoder)
         except ValueError as error:
@@ -10733,6 +10752,8 @@ class Proxy:
             reply.set_deadlines()
         call = self.new_call(request)
         await self.dialects.read(call, request.method, request, reply.read_body)
+        if call.body and len(call.body) > Turns.SMALL:
+            await asyncio.sleep(0)  # others come in between reading and estimating it
         reply.call = entry.call = call
         entry.context = reply.context
         self.books.begin(entry)

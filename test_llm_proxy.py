@@ -2703,6 +2703,7 @@ class JsonTest(ProxyCase):
         brackets_in_a_string = '{"a": "%s\\"["}' % ("[" * 1000)
         for text in self.each([
                 '{}', ' {"a": [1, -2.5e3, true, null, "\\u00e4"]} ',
+                '{"a": [%s-1]}' % ("12, 3," * 50000),
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
             self.assertEqual(parse_json(text.encode()), json.loads(text))
 
@@ -2778,6 +2779,7 @@ class JsonTest(ProxyCase):
         for body in self.each((
                 b"[" * 65536, b"[" * (2 << 20), b"[" + b"[]," * 700000 + b"1]",
                 b'{"a":[' + (b"1" * 4299 + b",") * 1000 + b"1]}",
+                b'{"a":[' + b"1," * 60000 + b"1" * 600 + b"]}",
                 b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
             began = time.thread_time()
             with self.assertRaises(llm_proxy.BadRequest):
