@@ -11291,10 +11291,6 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
     hear_of_keys(proxy, database)
-    with contextlib.suppress(sqlite3.Error, ValueError):
-        for name in database.disabled_upstreams() if database else ():
-            with contextlib.suppress(LookupError):  # it was taken out of the settings
-                proxy.routes.switch(name, False)
     return proxy
 
 
@@ -11321,6 +11317,10 @@ def hear_of_keys(proxy: Proxy, database: Optional[Database]):
     with contextlib.suppress(sqlite3.Error):
         for order in database.take_orders(proxy.wall(), again=True) if database else ():
             proxy.carry_out(order)
+    with contextlib.suppress(sqlite3.Error, ValueError):
+        for name in database.disabled_upstreams() if database else ():
+            with contextlib.suppress(LookupError):  # it was taken out of the settings
+                proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
