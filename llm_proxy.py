@@ -420,11 +420,10 @@ age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
 
 def read_amount(text, unit):
     """Returns an amount of a unit, of money in picodollars."""
-    require(unit in UNITS[:5], "must be in requests, tokens, input_tokens, output_tokens or usd")
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
-    scale = PICODOLLARS if unit == "usd" else 1
-    return pattern(shape, "must be an amount above 0, such as 2",
-                   lambda match: int(decimal.Decimal(match[0]) * scale))(text)
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
+            " of requests, tokens, input_tokens, output_tokens or usd")
+    return read_rule("each %s %s per day" % (text, unit)).capacity
 
 
 def rules_of_one(text):
@@ -819,12 +818,12 @@ NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
-    left_to_us: Sequence[str] = ()  # what nobody has set, and depends on the rest
     keys_are_stored = False  # in DATABASE, at the start: nobody else may call
 
     def note_stored_keys(self):
         """Keys of callers are stored, so that no stranger spends the operator's key."""
         self.keys_are_stored = True
+        vars(self).update(dict.fromkeys(self.chosen))
         self.choose_defaults()
 
     def all_upstreams(self) -> List[UpstreamConfig]:
@@ -853,11 +852,9 @@ class Config(types.SimpleNamespace):
         return [name for name in names if self.texts.get(name) != new.texts.get(name)]
 
     def choose_defaults(self):
-        """Sets what depends on other settings, and on whether keys are stored."""
-        if not self.left_to_us:
-            self.left_to_us = [name for name in ("host", "stored", "cors_origins")
-                               if getattr(self, name) is None]
-        vars(self).update(dict.fromkeys(self.left_to_us))
+        """Sets what depends on other settings."""
+        self.chosen = [name for name in ("host", "stored", "cors_origins")
+                       if getattr(self, name) is None]
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
         keyed = self.keys_are_asked_for
@@ -870,7 +867,8 @@ class Config(types.SimpleNamespace):
     def is_open(self) -> bool:
         """Tells whether others than this machine may call without a key, be it by a proxy here."""
         is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
+        return self.proxy_api_keys is None and not self.keys_are_stored and (
+            not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
@@ -956,13 +954,9 @@ class Config(types.SimpleNamespace):
         if self.host_is_narrowed:
             yield ("it listens on this machine alone, because anyone could spend the key of a"
                    " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.is_open() and not self.keys_are_stored:
+        elif self.is_open():
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
-        if self.proxy_api_keys is None and self.keys_are_stored and any(
-                upstream.key == PASSTHROUGH for upstream in self.all_upstreams()):
-            yield ("nobody can call by a key of their own (passthrough): keys are stored, and no"
-                   " others may call unless PROXY_API_KEYS=anyone")
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -1513,22 +1507,23 @@ STEERING = ROLES[1:]
 
 
 class Key(NamedTuple):
-    """What is known of a stored key but its secrets. Times are in seconds since 1970. `models` are
-    globs, none: all; `rules` are what `limits` say. `subject` is whose bucket it has: it outlives
-    the secrets, and is the digest of the first one."""
+    """What is known of a stored key but its secrets. Times are in seconds since 1970. `globs` and
+    `rules` are what `models` and `limits` say. `subject` is whose bucket it has: it outlives the
+    secrets, and is the digest of the first one."""
     name: str
     role: str = "caller"
     team: Optional[str] = None
     created: float = 0.0
     expires: Optional[float] = None
     disabled: bool = False
-    models: Tuple[str, ...] = ()
+    models: Optional[str] = None
     upstream: Optional[str] = None
     limits: Optional[str] = None
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
     subject: bytes = b""
+    globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
 
     def __hash__(self):
@@ -1536,22 +1531,12 @@ class Key(NamedTuple):
 
     def as_dict(self) -> Dict[str, Any]:
         """Returns what may be shown of it."""
-        found = dict(zip(self._fields[:-2], self))
-        found["models"] = ",".join(self.models) or None
-        return found
+        return dict(zip(self._fields[:-3], self))
 
     def end(self, valid_until: Optional[float]) -> Optional[float]:
         """Returns when it is good no more by a secret that is valid so long; None: never."""
-        ends = [0.0] if self.disabled else [self.expires, valid_until]
-        return min([one for one in ends if one is not None], default=None)
-
-
-def short_text(most):
-    def read(text):
-        require(text.isprintable() and len(text) <= most,
-                "must be one line of at most %d printable characters" % most)
-        return text
-    return read
+        ends = [one for one in (self.expires, valid_until) if one is not None]
+        return -1.0 if self.disabled else min(ends, default=None)
 
 
 # What can be said of a key: a reader of its text, and a sentence.
@@ -1566,9 +1551,8 @@ KEY_FIELDS = {
                              " general one of its unit and duration"),
     "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
                  "the only upstream that its calls go to"),
-    "tag": (short_text(64), "a word to add up usage by"),
-    "note": (short_text(500), "a line for people")}
-TEXT_FIELDS = [field for field in KEY_FIELDS if field not in ("role", "expires")]
+    "tag": (KEY_NAME, "a word to add up usage by"),
+    "note": (printable, "a line for people")}
 
 
 @functools.lru_cache(20_000)
@@ -1576,17 +1560,13 @@ def read_key(*values: Any) -> Key:
     """Returns a key of what is stored of it. Raises ValueError or TypeError for what somebody else
     has written."""
     key = Key(*values)
-    for field in ("role", *TEXT_FIELDS):
-        text = getattr(key, field)
-        if text is not None:
-            KEY_FIELDS[field][0](text)
-    numbers = [key.created, *[one for one in (key.expires, key.last_used) if one is not None]]
-    require(KEY_NAME(key.name) and key.role and key.disabled in (0, 1) and len(key.subject) == 32
-            and all([type(one) in (int, float) for one in numbers]), "no key")
-    return key._replace(
-        disabled=bool(key.disabled), subject=bytes(key.subject),
-        models=model_globs(key.models) if key.models else (),
-        rules=rules_of_one(key.limits) if key.limits else ())
+    derived = {field: read(getattr(key, field)) for field, (read, _) in KEY_FIELDS.items()
+               if field != "expires" and (getattr(key, field) is not None or field == "role")}
+    times = [key.created, key.expires or 0, key.last_used or 0]
+    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(key.subject) == 32
+            and {*map(type, times)} <= {int, float}, "no key")
+    return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
+                        rules=derived.get("limits", ()))
 
 
 class Caller:
@@ -1595,7 +1575,7 @@ class Caller:
     it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
     digest against which nobody can test guesses without `secret`. `role` is None where the key is
     none that was given out. `until`: when that ends, in seconds since 1970."""
-    __slots__ = ("key", "name", "key_name", "label", "role", "stored_key", "until")
+    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag", "stored_key", "until")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
                  key_name: Optional[str] = None, role: Optional[str] = None,
@@ -1606,18 +1586,12 @@ class Caller:
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
         self.role = role
         self.stored_key = stored_key
+        self.team = stored_key and stored_key.team
+        self.tag = stored_key and stored_key.tag
         self.until = until
 
     def __repr__(self):
         return f"<Caller {self.label}>"
-
-    @property
-    def team(self) -> Optional[str]:
-        return self.stored_key and self.stored_key.team
-
-    @property
-    def tag(self) -> Optional[str]:
-        return self.stored_key and self.stored_key.tag
 
 
 Known = Dict[bytes, Tuple[bytes, Caller]]  # blinded digest of a secret -> that digest, and whose
@@ -1658,8 +1632,8 @@ class StoredKeys:
                 until=key.end(valid_until))
 
     def has_admin(self, wall: float) -> bool:
-        return any([caller.role == "admin" and (caller.until is None or caller.until > wall)
-                    for _, caller in self.known.values()])
+        return any([key.role == "admin" and (key.end(None) or math.inf) > wall
+                    for key in self.keys.values()])
 
 
 class Callers:
@@ -1778,11 +1752,7 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        if not found:
-            with contextlib.suppress(ValueError):
-                ipaddress.ip_network(label)
-                return [Caller(("address", label), label)]
-        return list(found.values())
+        return list(found.values()) or [Caller(("address", label), label)]
 
 
 class Origins:
@@ -1965,14 +1935,13 @@ class Buckets:
         """Lets a bucket hold so much more until then, and adds that, unless it was added before.
         What is left of it afterwards is kept as far as the rule lets it."""
         if not again:
-            one = self.level_of(rule, key)
-            self.levels[key] = one._replace(level=one.level + amount)
+            self.levels[key] = self.level_of(rule, key).less(-amount)
         self.given.setdefault(key, []).append((amount, until))
 
     def fill(self, owner: CallerKey):
         """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
-        for key in [one.key for one in self.levels.values()
-                    if owner in one.key[1:] and one.rule.unit != RUNNING]:
+        for key in [key for key, found in self.levels.items()
+                    if owner in key[1:] and found.rule.unit != RUNNING]:
             del self.levels[key]
 
     def levels_after(self, keyed_rules, costs, taken):
@@ -2159,10 +2128,10 @@ def fold_glob(glob: str) -> str:
     return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
 
 
-def names_model(glob: str, name: str) -> bool:
-    """Tells whether a glob means a model, in whichever spelling."""
-    return fnmatch.fnmatchcase(name.casefold(), glob.casefold()) or (
-        fnmatch.fnmatchcase(fold_model(name), fold_glob(glob)))
+def may_use(globs: Sequence[str], model: str) -> bool:
+    """Tells whether a key of these models may use one, in whichever spelling."""
+    return any([fnmatch.fnmatchcase(model.casefold(), glob.casefold())
+                or fnmatch.fnmatchcase(fold_model(model), fold_glob(glob)) for glob in globs])
 
 
 class Limits:
@@ -2226,7 +2195,7 @@ class Limits:
         """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
         are buckets."""
         pairs = [*self.matching(caller, "", None), *[
-            (one.rule, one.key) for one in self.buckets.levels.values()]]
+            (found.rule, key) for key, found in self.buckets.levels.items()]]
         return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
 
     def give(self, caller: Caller, unit: str, amount: int, until: float,
@@ -8428,8 +8397,10 @@ class Database:
 
     def note_use(self, used):
         """{name of a key: when it was used last}"""
-        self.connection.executemany("UPDATE keys SET last_used = ? WHERE name = ?", [
-            (wall, name) for name, wall in used.items()])
+        for name, wall in used.items():
+            self.connection.execute(
+                "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
+                (wall, name, wall - 60))
 
     def take_orders(self, now: float, again: bool = False) -> List["Order"]:
         """Returns what is to be done, which counts as done from then on; `again`: also what was
@@ -8842,12 +8813,7 @@ class LedgerReader:
         return rows, None
 
 
-def lock_name(path: str) -> str:
-    """Returns the name of a database's lock, which is one, whatever links lead to it."""
-    return os.path.realpath(path) + ".lock"
-
-
-KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-1])
+KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-2])
 
 
 class Order(NamedTuple):
@@ -8903,6 +8869,7 @@ class KeyStore:
     running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
     None or empty for none. Raises KeyFault, and sqlite3.Error."""
     KEEP_SECONDS = 90 * 86400  # a secret that is good no more is known for so long: as no stranger
+    COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
     def __init__(self, database: Database, clock: Any, actor: Actor):
         self.database = database
@@ -8935,41 +8902,31 @@ class KeyStore:
     def add(self, name: str, **fields: Optional[str]) -> NewKey:
         secret = new_secret()
         self.check_field("name", KEY_NAME, name)
-        created = self.now()
-        key = self.with_fields(Key(name, created=created, subject=digest(secret)), fields)
         with self.change("add key", name, describe_fields(fields)) as execute:
             if execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchall():
                 raise KeyFault("a key by the name %s is stored already" % name)
-            self.write(key)
-            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (key.subject, name))
-            closes = key.role == "caller" and not self.database.is_closed()
-            if closes:
-                self.database.close_door()
-        return NewKey(key, secret, closes)
+            execute("INSERT INTO keys (name, role, created, disabled, subject)"
+                    " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+            was_closed = self.database.is_closed()
+            key = self.write(execute, name, fields)
+            return NewKey(key, secret, self.database.is_closed() and not was_closed)
 
     def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
         """Changes these fields; `reset`: its buckets are full then."""
         with self.change("set key", name, describe_fields(fields) + " reset" * reset) as execute:
-            key = self.with_fields(self.find(name), fields)
-            self.write(key)
-            if key.role == "caller":
-                self.database.close_door()
             if reset:
                 self.order(execute, name)
-        return key
+            return self.write(execute, name, fields)
 
-    def revoke(self, name: str) -> Key:
+    def revoke(self, name: str, what: str = "revoke key", disabled: bool = True) -> Key:
         """It lets nobody in until it is restored."""
-        return self.disable("revoke key", name, True)
+        with self.change(what, name) as execute:
+            execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
+            return self.find(name)
 
     def restore(self, name: str) -> Key:
-        return self.disable("restore key", name, False)
-
-    def disable(self, what, name, disabled):
-        with self.change(what, name):
-            key = self.find(name)._replace(disabled=disabled)
-            self.write(key)
-        return key
+        return self.revoke(name, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -9022,11 +8979,20 @@ class KeyStore:
         execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
                 (name, unit, amount, until))
 
-    def write(self, key):
-        values = [*key[:-1]]
-        values[key._fields.index("models")] = ",".join(key.models) or None
-        self.database.connection.execute("INSERT OR REPLACE INTO keys VALUES (%s)" % ", ".join(
-            "?" * len(values)), values)
+    def write(self, execute, name, fields):
+        """Changes fields; returns the key."""
+        for field, text in fields.items():
+            if field not in KEY_FIELDS:
+                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
+            value = None if text in (None, "") else self.check_field(
+                field, KEY_FIELDS[field][0], text)
+            execute("UPDATE keys SET %s = %s WHERE name = ?" % (
+                field, self.COLUMNS.get(field, "?")), (
+                    value if field == "expires" else value and text, name))
+        key = self.find(name)
+        if key.role == "caller":
+            self.database.close_door()
+        return key
 
     @staticmethod
     def check_field(field, read, text):
@@ -9036,28 +9002,14 @@ class KeyStore:
         except ValueError as fault:
             raise KeyFault("%s %s" % (field, fault)) from None
 
-    def with_fields(self, key, fields):
-        """Returns a key with these fields in it."""
-        for field, text in fields.items():
-            if field not in KEY_FIELDS:
-                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
-            value = None if text in (None, "") else self.check_field(
-                field, KEY_FIELDS[field][0], text)
-            if field == "expires":
-                value = value and key.created + value
-            elif field == "role":
-                value = value or "caller"
-            elif field == "models":
-                value = value or ()
-            elif field == "limits":
-                key = key._replace(rules=value or ())
-                value = text or None
-            key = key._replace(**{field: value})
-        return key
-
 
 def describe_fields(fields):
     return " ".join(["%s=%s" % (field, text or "none") for field, text in fields.items()])
+
+
+def lock_name(path: str) -> str:
+    """Returns the name of a database's lock, which is one, whatever links lead to it."""
+    return os.path.realpath(path) + ".lock"
 
 
 def lock_for_service(path: str) -> Optional[BinaryIO]:
@@ -9119,7 +9071,6 @@ class Ledger(Writer):
         self.log = log
         self.keys = keys
         self.secret = secret
-        self.used: Dict[str, float] = {}  # when keys were, by name
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
@@ -9218,15 +9169,10 @@ class Ledger(Writer):
 
     def note_use(self, entries, now):
         """Writes when keys were used, to the minute."""
-        used = {}
-        for entry in entries:
-            key = entry.caller and entry.caller.stored_key
-            wall = entry.wall / 1e9
-            if key and wall > self.used.get(key.name, 0) + 60:
-                used[key.name] = self.used[key.name] = wall
+        used = {entry.caller.stored_key.name: entry.wall / 1e9 for entry in entries
+                if entry.caller and entry.caller.stored_key}
         try:
-            if used:
-                self.database.note_use(used)
+            self.database.note_use(used)
         except sqlite3.Error as failure:  # which is no reason to write the calls again
             self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
 
@@ -10947,33 +10893,34 @@ class Proxy:
             self.books.log.say("a key is stored: nobody may call without one from now on")
         self.callers = build_callers(self.config, self.callers.label_secret, keys)
         self.limits.take_keys(keys.rules, self.wall())
-        models = self.estimator.models
-        self.estimator = build_estimator(self.config, self.prices, self.limits)
-        self.estimator.models = models
+        renew_estimator(self)
         for order in orders:
             self.carry_out(order)
         self.watchers.feed.tell("change", {"what": "keys"})
 
     def carry_out(self, order: Order):
         """Fills or adds to the buckets of a caller."""
-        count = 0
-        for caller in self.callers.named(order.caller) or self.watchers.pulse.named(order.caller):
+        found = 0
+        label = order.caller
+        seen = {caller.key: caller for caller in [
+            *self.callers.named(label), *self.watchers.pulse.named(label)]}
+        for caller in seen.values():
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
-                count += 1
+                found += 1
             else:
                 until = self.clock.monotonic() + order.until - self.wall()
-                count += self.limits.give(
+                found += self.limits.give(
                     caller, order.unit, order.amount, until, bool(order.done))
-        if not count:
-            self.books.log.say("%s has no bucket%s here: it was given nothing" % (
-                ascii(order.caller)[1:-1], " in " + order.unit if order.unit else ""))
+        if not found:
+            self.books.log.say("%s has no bucket in %s: it was given nothing" % (
+                ascii(label)[1:-1], order.unit))
 
     def admit(self, upstream, entry, call):
         """Sets aside what the call will cost. Raises LimitReached, NoPrice, ModelNotAllowed."""
         key = entry.caller.stored_key
-        if key and key.models:
-            self.check_models(call, entry.method, key.models)
+        if key and key.globs:
+            self.check_models(call, entry.method, key.globs)
         estimator = self.estimator
         if call.unmetered:
             costs = least = NO_COST
@@ -11241,11 +11188,6 @@ class Proxy:
         return request.end_to_end(NEVER_UPSTREAM.union(dropped))
 
 
-def may_use(globs: Sequence[str], model: str) -> bool:
-    """Tells whether a key of these models may use one."""
-    return any([names_model(glob, model) for glob in globs])
-
-
 def default_rule(config):
     """Returns the plain settings as a rule: whole intervals, several tokens each."""
     units = {"request": "requests", "estimate": "estimate", "usage": "tokens"}
@@ -11333,10 +11275,15 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
     proxy.limits.take_over(proxy.clock.time_ns() / 1e9)
     proxy.prices = Prices(config.prices, config.unpriced)
-    models = proxy.estimator.models
-    proxy.estimator = build_estimator(config, proxy.prices, proxy.limits)
-    proxy.estimator.models = models
+    renew_estimator(proxy)
     return rest
+
+
+def renew_estimator(proxy: Proxy):
+    """Has the costs estimated that rules count now, by what was learned before."""
+    models = proxy.estimator.models
+    proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
+    proxy.estimator.models = models
 
 
 def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
@@ -11582,7 +11529,7 @@ class Pages:
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
         found = [model for model in models.values()
-                 if not (key and key.models) or may_use(key.models, model.name)]
+                 if not (key and key.globs) or may_use(key.globs, model.name)]
         reply.send(200, self.dialect(request).models(found))
 
 
@@ -14220,57 +14167,37 @@ def open_patiently(log_stream, path, lock, tries=12):
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
-class AdminKey:
-    """The key of whoever started this process, where no other admin's key is set or stored: another
-    one at each start, told on the terminal, else in a file that its owner alone can read."""
-    path: Optional[str] = None
-
-    def __init__(self, proxy: Proxy):
-        self.proxy = proxy
-        self.is_needed = not proxy.config.admin_key and not (
-            proxy.callers.stored.has_admin(proxy.wall()))
-
-    def words(self, at_terminal: bool) -> List[str]:
-        """Makes it, if it is needed; returns what the log is to say of it."""
-        config = self.proxy.config
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-        page = "%s/dashboard" % (
-            config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
-        if not self.is_needed:
-            return ["dashboard: %s" % page]
-        key = new_secret()
-        if not at_terminal:
-            fault = self.write(key)
-            if fault:
-                return ["dashboard: %s needs ADMIN_KEY to be set: %s" % (page, fault)]
-        config.admin_key = key
-        self.proxy.callers = build_callers(
-            config, self.proxy.callers.label_secret, self.proxy.callers.stored)
-        return ["dashboard: %s with the key %s" % (
-            page, "in " + self.path if self.path else key)]
-
-    def write(self, key):
-        """Puts it into a file of this process's own; returns why that cannot be done."""
-        ledger = self.proxy.books.ledger
+def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
+    """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
+    this process; it is told on a terminal, else written to a file that its owner alone can read."""
+    config = proxy.config
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    page = "dashboard: %s/dashboard" % (
+        config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+    if config.admin_key or proxy.callers.stored.has_admin(proxy.wall()):
+        return page
+    key = place = new_secret()
+    if not at_terminal:
+        ledger = proxy.books.ledger
         if not (ledger and ledger.database):
-            return "there is no DATABASE beside which a key could be kept"
-        path = ledger.path + ".admin-key"
+            return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
+        place = ledger.path + ".admin-key"
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-            # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(file, "w", encoding="ascii") as stream:
-                stream.write(key + "\n")
+            write_secret(place, key)
         except OSError as failure:
-            return "%s cannot be written: %s" % (path, failure.strerror or failure)
-        self.path = path
-        return None
+            return page + " needs ADMIN_KEY to be set: %s" % failure
+    config.admin_key = key
+    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
+    return "%s with the key %s" % (page, place)
 
-    def forget(self):
-        if self.path:
-            with contextlib.suppress(OSError):
-                os.remove(self.path)
+
+def write_secret(path, secret):
+    """Writes a file anew. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secret + "\n")
 
 
 def run(config: Config, log_stream: BinaryIO, remarks: List[str],
@@ -14290,10 +14217,8 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
-    admin_key = AdminKey(proxy)
-    words = greeting(config) + remarks + admin_key.words(log_stream.isatty())
+    words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
-    admin_key.forget()
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
@@ -14623,7 +14548,6 @@ KEY_ACTS = {
     "reset": "fill a caller's buckets"}
 KEY_OPTIONS = (
     ("list", ["--json"], {"action": "store_true"}),
-    ("show", ["--json"], {"action": "store_true"}),
     ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
     ("rotate", ["--grace"], {"metavar": "1h", "help": "how long the old secret is good still"}),
     ("give", ["amount"], {"metavar": "AMOUNT"}),
@@ -14638,13 +14562,13 @@ def keys_command(options, found, log_stream):
     path = found.get("DATABASE", DEFAULT_DATABASE)
     if path == "off":
         raise ConfigFaults("keys are stored in DATABASE, and that is off")
-    user = found.get("USER") or found.get("LOGNAME") or found.get("USERNAME") or "somebody"
-    database = open_patiently(path, log_stream)
-    store = KeyStore(database, time, Actor(user, "admin", "command line"))
+    database = open_patiently(log_stream, path, None)
+    store = KeyStore(database, time, Actor(
+        found.get("USER", "somebody"), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
              if name not in ("act", "command", "check", "demo", "json") and value is not None}
     try:
-        with contextlib.closing(database.connection):
+        with contextlib.closing(database):
             if options.act in ("give", "reset"):
                 require_caller(store, options.name, found)
             show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
@@ -14659,13 +14583,12 @@ def keys_command(options, found, log_stream):
 
 def require_caller(store, name, found):
     """Raises KeyFault where nobody who is known here has this name: it may be misspelt."""
-    try:
-        keys = proxy_keys(found.get("PROXY_API_KEYS", "anyone"))
-        names = [*filter(None, keys.values()), str(read_network(name).network_address)]
-    except ValueError:
-        names = list(filter(None, keys.values()))
-    if name not in names:
-        store.find(name)
+    with contextlib.suppress(ValueError):
+        if name in proxy_keys(found.get("PROXY_API_KEYS", "anyone")).values():
+            return
+    with contextlib.suppress(ValueError):
+        return read_network(name)
+    store.find(name)
 
 
 def show_keys(options, result, found):
@@ -14674,26 +14597,23 @@ def show_keys(options, result, found):
         print(result.secret)
         if result.closes and not found.get("PROXY_API_KEYS"):
             print(CLOSED, file=sys.stderr)
-    elif options.act in ("list", "show"):
-        keys = result if options.act == "list" else [result]
-        rows = [key.as_dict() for key in keys]
-        if options.json:
-            print(json.dumps(rows if options.act == "list" else rows[0], indent=2))
-        elif options.act == "show":
-            print_table(("field", "value"), list(map_times(rows[0]).items()))
-        elif rows:
-            print_table(list(rows[0]), [list(map_times(row).values()) for row in rows])
-        else:
-            print("no keys yet")
+    elif options.act == "show":
+        print_table(("field", "value"), list(map_times(result).items()))
+    elif options.act == "list" and options.json:
+        print(json.dumps([key.as_dict() for key in result], indent=2))
+    elif options.act == "list" and result:
+        print_table(list(result[0].as_dict()), [list(map_times(key).values()) for key in result])
+    elif options.act == "list":
+        print("no keys yet")
 
 
-def map_times(row):
+def map_times(key):
     """Returns a key's fields as people read them."""
-    found = {name: "-" if value is None else value for name, value in row.items()}
+    found = {name: "-" if value in (None, False) else value
+             for name, value in key.as_dict().items()}
     for name in ("created", "expires", "last_used"):
-        if row[name]:
-            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name]))
-    found["disabled"] = "yes" if row["disabled"] else "-"
+        if found[name] != "-":
+            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(found[name]))
     return found
 
 
