@@ -9602,7 +9602,7 @@ OTHER = "other"  # the label of what is one too many to have one of its own,
 NONE = "-"       # and of what there is none of
 CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
-WAITS = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640"
+WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 COUNTERS = {
     "requests_total": "Calls that have ended",
     "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
@@ -9610,29 +9610,31 @@ COUNTERS = {
     "refused_total": "Calls that a rule refused",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
-    ("request_duration_seconds", "From a call's head to its end", ".01 .02 .04 .08 .16 .32 .64"
-     " 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68 655.36 1310.72"),
+    ("request_duration_seconds", "From a call's head to its end",
+     "0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68"
+     " 655.36 1310.72"),
     ("first_byte_seconds", "From a call's head to the first byte of its answer", WAITS),
     ("time_per_output_token_seconds", "Of streams, between two tokens",
-     ".0025 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5"),
+     "0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5"),
     ("queue_wait_seconds", "In line before a busy upstream", WAITS),
     ("overhead_seconds", "In the proxy's own hands, until sent on and from the answer's head",
-     ".0001 .00025 .0005 .001 .0025 .005 .01 .025 .05 .1 .25 .5 1 2.5"))
+     "0.0001 0.00025 0.0005 0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5"))
 
 
 class Family(NamedTuple):
-    """All samples of one metric; each is (end of its name, labels, value)."""
+    """All samples of one metric: (labels, value), and of a histogram the end of its name, too."""
     name: str
     kind: str
     help: str
-    samples: List[Tuple[str, Dict[str, str], Union[int, float, str]]]
+    samples: List[Tuple[Any, ...]]
 
     def lines(self) -> Iterable[str]:
         yield f"# HELP {self.name} {self.help}"
         yield f"# TYPE {self.name} {self.kind}"
-        for end, labels, value in self.samples:
-            text = ",".join([f'{name}="{label_value(of)}"' for name, of in labels.items()])
-            yield f"{self.name}{end}{{{text}}} {value}" if text else f"{self.name}{end} {value}"
+        for labels, value, *end in self.samples:
+            name = "".join([self.name, *end])
+            text = ",".join([f'{key}="{label_value(of)}"' for key, of in labels.items()])
+            yield f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
 
 def label_value(text):
@@ -9663,10 +9665,9 @@ class Histogram:
 
     def samples(self, labels: Dict[str, str]):
         self.sort_in()
-        rows = [("_bucket", {**labels, "le": f"{bound:g}"}, count)
-                for bound, count in zip(self.bounds, self.counts)]
-        return [*rows, ("_bucket", {**labels, "le": "+Inf"}, self.count),
-                ("_sum", labels, f"{self.total:.9f}"), ("_count", labels, self.count)]
+        rows = [({**labels, "le": bound}, count, "_bucket")
+                for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
+        return [*rows, (labels, f"{self.total:.9f}", "_sum"), (labels, self.count, "_count")]
 
 
 class Times:
@@ -9786,14 +9787,14 @@ class Metrics(Watcher):
         series = list(self.series.values())
         refused = list(self.refused.items())
         found = {
-            "requests_total": [("", one.labels, one.calls) for one in series],
-            "tokens_total": [("", {**labels, "kind": kind}, count)
+            "requests_total": [(one.labels, one.calls) for one in series],
+            "tokens_total": [({**labels, "kind": kind}, count)
                              for labels, counts in self.sums(series, *TOKEN_KINDS)
                              for kind, count in zip(TOKEN_KINDS, counts) if count],
-            "usd_total": [("", labels, format_usd(sums[0]))
+            "usd_total": [(labels, format_usd(sums[0]))
                           for labels, sums in self.sums(series, "picodollars") if sums[0]],
-            "refused_total": [("", {"rule": rule}, count) for rule, count in refused],
-            "loop_held_seconds_total": [("", {}, f"{self.held:.6f}")]}
+            "refused_total": [({"rule": rule}, count) for rule, count in refused],
+            "loop_held_seconds_total": [({}, f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
 
@@ -9817,14 +9818,13 @@ class Metrics(Watcher):
     def bucket_families(self, buckets: Buckets) -> List[Family]:
         """Returns the buckets of callers that are known here, and of nobody, that are not full."""
         levels, capacities = [], []
-        for one in list(buckets.levels.values()):
-            rule, key = one.rule, one.key
+        for key, seen in list(buckets.levels.items()):
             owners = [self.callers.get(owner) for owner in key[1:]]
             if None not in owners and len(levels) < self.MAX_SERIES:
-                labels = {"rule": rule.text, "caller": " ".join(owners) or NONE}
-                level = buckets.level_of(rule, key).level
-                levels.append(("", labels, format_amount(rule, level)))
-                capacities.append(("", labels, format_amount(rule, rule.capacity)))
+                labels = {"rule": seen.rule.text, "caller": " ".join(owners) or NONE}
+                now = buckets.level_of(seen.rule, key)
+                levels.append((labels, format_amount(now.rule, now.level)))
+                capacities.append((labels, format_amount(now.rule, now.rule.capacity)))
         return [Family("llm_proxy_bucket_level", "gauge",
                        "What is left in buckets that are not full, in USD where a rule counts it",
                        levels),
@@ -9835,18 +9835,17 @@ def upstream_families(routes: Routes) -> List[Family]:
     """Returns how the upstreams are; no address is named."""
     stats = [(one, {"upstream": one.name}, one.stats()) for one in routes.all]
     states = []
-    for upstream, labels, found in stats:
-        known = upstream.states()
-        known = ["disabled"] * len(known) if found["state"] == "disabled" else known
-        states += [("", {**labels, "state": state}, known.count(state))
+    for upstream, labels, _ in stats:
+        known = ["disabled"] * len(upstream.addresses) if upstream.disabled else upstream.states()
+        states += [({**labels, "state": state}, known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
         Family("llm_proxy_upstream_addresses", "gauge",
                "Addresses of an upstream by the state of their breakers; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
-               [("", labels, found["in_flight"]) for _, labels, found in stats]),
+               [(labels, found["in_flight"]) for _, labels, found in stats]),
         Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream", [
-            ("", labels, found.get("queue", {"waiting": 0})["waiting"])
+            (labels, found.get("queue", {"waiting": 0})["waiting"])
             for _, labels, found in stats])]
 
 
@@ -9862,7 +9861,7 @@ def process_families() -> List[Family]:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
         found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
-    return [Family("process_" + name, kind, what, [("", {}, value)])
+    return [Family("process_" + name, kind, what, [({}, value)])
             for name, kind, what, value in found]
 
 
@@ -10061,12 +10060,9 @@ class Warnings(Watcher):
         for upstream in routes.all:
             name = upstream.name
             is_down = all(one.breakers.fails_for_all() for one in upstream.addresses)
-            if is_down and name not in self.down:
-                if self.tell("upstream_down", (name,), None, upstream=name):
-                    self.down.add(name)
-            elif name in self.down and not is_down:
-                if self.tell("upstream_up", (name,), None, upstream=name):
-                    self.down.remove(name)
+            event = "upstream_down" if is_down else "upstream_up"
+            if is_down != (name in self.down) and self.tell(event, (name,), None, upstream=name):
+                self.down ^= {name}
         lost = ledger.dropped - self.dropped if ledger else 0
         if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
             self.dropped = ledger.dropped
@@ -10122,7 +10118,7 @@ class Watchers(NamedTuple):
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
-        dropped = [("", {"what": name}, one.dropped) for name, one in writers.items() if one]
+        dropped = [({"what": name}, one.dropped) for name, one in writers.items() if one]
         build = {"version": VERSION, "python": "%s %d.%d.%d" % (
             sys.implementation.name, *sys.version_info[:3])}
         for family in (
@@ -10130,7 +10126,7 @@ class Watchers(NamedTuple):
                 *upstream_families(routes),
                 Family("llm_proxy_dropped_total", "counter",
                        "What could not be written or delivered", dropped),
-                Family("llm_proxy_build_info", "gauge", "What runs here", [("", build, 1)]),
+                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
                 *process_families()):
             yield from family.lines()
 
@@ -10211,7 +10207,6 @@ class Reply:
     content: Optional[bytes] = None         # its body, where that came with its head,
     body: Optional[RequestBody] = None      # or what is still to come of it
     call: Optional[Call] = None
-    ticket: Optional[Ticket] = None         # its place in the queue
     adapter: Optional[BodyAdapter] = None   # of the response's body,
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
@@ -10312,9 +10307,10 @@ class Reply:
     def send_comment(self):
         """Tell the caller of a stream that its call is alive, after a head where there was none."""
         text, head = self.WAITING, b""
-        if self.ticket:
-            text = "waiting, %d ahead" % self.ticket.queue.position(self.ticket)
-            self.entry.queued = self.ticket.waited()
+        ticket = self.entry.ticket
+        if ticket:
+            text = "waiting, %d ahead" % ticket.queue.position(ticket)
+            self.entry.queued = ticket.waited()
         if not self.begun:
             self.early = True
             head = self.stream_head(self.call.dialect.events.content_type)
@@ -10989,10 +10985,10 @@ class Proxy:
 
     async def stand_in_line(self, upstream, reply):
         """Raises QueueRefused, BreakerOpen, UpstreamTimeout, Stopped, CallerGone."""
-        refusal = upstream.breaker_open(reply.context.subject)
+        entry, context = reply.entry, reply.context
+        refusal = upstream.breaker_open(context.subject)
         if refusal:
             raise refusal
-        entry, context = reply.entry, reply.context
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
@@ -11494,8 +11490,7 @@ class Pages:
 
     async def ready(self, request, reply):
         """Tells whether calls can go anywhere."""
-        able = [one for one in self.proxy.routes.all
-                if one.can_connect() and one.stats()["state"] != "disabled"]
+        able = [one for one in self.proxy.routes.all if one.can_connect() and not one.disabled]
         reply.send(200 if able else 503, b"ready\n" if able else b"not ready\n", (), "text/plain")
 
     async def metrics(self, request, reply):
@@ -14620,35 +14615,36 @@ def map_times(key):
 # Panels of the dashboard for Grafana: title, unit, {legend: what is shown}. `[5m]` becomes the
 # interval of the graph; a histogram's name alone its percentiles.
 PANELS = (
-    ("Calls by outcome", "reqps", {"{{outcome}}": "sum by (outcome) (rate(requests_total[5m]))"}),
+    ("Calls by outcome", "reqps", {
+        "{{outcome}}": "sum by (outcome) (rate(llm_proxy_requests_total[5m]))"}),
     ("In flight and in line", "short", {
-        "{{upstream}}": "sum by (upstream) (in_flight)",
-        "{{upstream}}, in line": "sum by (upstream) (queue_length)"}),
+        "{{upstream}}": "sum by (upstream) (llm_proxy_in_flight)",
+        "{{upstream}}, in line": "sum by (upstream) (llm_proxy_queue_length)"}),
     ("Tokens by model", "cps", {
-        "{{model}} {{kind}}": "sum by (model, kind) (rate(tokens_total[5m]))"}),
+        "{{model}} {{kind}}": "sum by (model, kind) (rate(llm_proxy_tokens_total[5m]))"}),
     ("Tokens by caller, the ten most", "cps", {
-        "{{caller}}": 'topk(10, sum by (caller) (rate(tokens_total{kind=~"input|output"}[5m])))'}),
+        "{{caller}}": "topk(10, sum by (caller) (rate("
+                      'llm_proxy_tokens_total{kind=~"input|output"}[5m])))'}),
     ("Money by caller, per hour", "currencyUSD", {
-        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(usd_total[5m])))"}),
+        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(llm_proxy_usd_total[5m])))"}),
     ("Money by model, per hour", "currencyUSD", {
-        "{{model}}": "topk(10, sum by (model) (3600 * rate(usd_total[5m])))"}),
+        "{{model}}": "topk(10, sum by (model) (3600 * rate(llm_proxy_usd_total[5m])))"}),
     ("Time to the first byte", "s", "first_byte_seconds"),
     ("Duration", "s", "request_duration_seconds"),
     ("Time per output token", "s", "time_per_output_token_seconds"),
     ("Wait in line", "s", "queue_wait_seconds"),
     ("The proxy's own overhead", "s", "overhead_seconds"),
     ("Buckets, share left, the ten emptiest", "percentunit", {
-        "{{caller}} {{rule}}": "bottomk(10, bucket_level / bucket_capacity)"}),
-    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(refused_total[5m]))"}),
+        "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
+    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
     ("Addresses that are not well", "short", {
-        "{{upstream}} {{state}}": 'upstream_addresses{state!="closed"}'}),
+        "{{upstream}} {{state}}": 'llm_proxy_upstream_addresses{state!="closed"}'}),
     ("Dropped, and the loop held", "short", {
-        "{{what}}": "rate(dropped_total[5m])",
-        "seconds held": "rate(loop_held_seconds_total[5m])"}),
+        "{{what}}": "rate(llm_proxy_dropped_total[5m])",
+        "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
     ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
 )
-OWN_METRIC = re.compile(r"\b(\w+_(?:total|flight|length|level|capacity|addresses|bucket))\b")
-PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(%s_bucket[5m])))"
+PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 
 
 def grafana_panel(number, title, unit, shown):
@@ -14657,7 +14653,7 @@ def grafana_panel(number, title, unit, shown):
         shown = {"p%d" % share: PERCENTILE % (share, shown) for share in (50, 95, 99)}
     targets = [
         {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
-         "expr": OWN_METRIC.sub(r"llm_proxy_\1", query).replace("5m", "$__rate_interval")}
+         "expr": query.replace("5m", "$__rate_interval")}
         for row, (legend, query) in enumerate(shown.items())]
     return {
         "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
