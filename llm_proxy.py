@@ -55,11 +55,13 @@ import argparse
 import array
 import asyncio
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
 import copy
 import csv
+import datetime
 import decimal
 import difflib
 import email.utils
@@ -71,6 +73,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -93,8 +96,9 @@ import types
 import urllib.parse
 import urllib.request
 import zlib
-from typing import (Any, Awaitable, BinaryIO, Callable, Dict, FrozenSet, Iterable, List, NamedTuple,
-                    Optional, Sequence, Set, Tuple, Union)
+import zoneinfo
+from typing import (Any, Awaitable, BinaryIO, Callable, Collection, Dict, FrozenSet, Iterable,
+                    Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 
 VERSION = "0.1.0"
 
@@ -334,7 +338,7 @@ public_url = pattern("https?://" + HOST_SHAPE + "/?",
                      lambda match: match[0].rstrip("/"))
 otlp_headers = mapping(
     "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
-    lambda match: (match[1], urllib.parse.unquote(match[2])))
+    lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1"))))
 shares = listed(pattern(  # '80%' -> 0.8
     "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
     lambda match: int(match[1]) / 100))
@@ -1257,6 +1261,11 @@ class NoSuchPage(Refusal):
     message = "There is no such page: GET /admin/api lists them all"
 
 
+class BooksAway(Refusal):
+    status = 503
+    message = "The database cannot be read or written now"
+
+
 class MethodNotAllowed(Refusal):
     status = 405
     message = "The method is not passed on"
@@ -1500,6 +1509,7 @@ def address_of(host: str) -> str:
 
 
 ROLES = ("caller", "viewer", "admin")  # the later one may do all that the former may, but call
+STEERING = ROLES[1:]
 
 
 class Key(NamedTuple):
@@ -1760,11 +1770,14 @@ class Callers:
         found = self.known.get(blind) or self.stored.known.get(blind)
         return found[1] if found and hmac.compare_digest(found[0], credential) else None
 
+    def everybody(self) -> List[Caller]:
+        """Returns all whose keys were given out."""
+        return [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
+
     def named(self, label: str) -> List[Caller]:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
-        everybody = [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
-        found = {caller.key: caller for caller in everybody if caller.label == label}
+        found = {caller.key: caller for caller in self.everybody() if caller.label == label}
         if not found:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_network(label)
@@ -2411,6 +2424,7 @@ def kind_of_text(text: str) -> int:
 
 
 ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
+NUMBERS = frozenset((int, float))
 
 
 def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
@@ -2422,8 +2436,8 @@ def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
     `plain` names alone. Third comes the kind of the longest text."""
     texts, media = [], []
-    rest = 0
     level = list({**payload, skip: None}.values())
+    level, rest = look_through(level, plain, names, media_texts, texts, media)
     while level:
         kinds = set(map(type, level))
         if kinds == ONLY_TEXTS:  # the last level of nearly all
@@ -2449,9 +2463,10 @@ def look_through(level, plain, names, media_texts, texts, media):
         if kind is str:
             texts.append(value)
         elif kind is list:
-            below += value
-            if value and type(value[0]) in (int, float):
+            if NUMBERS.issuperset(map(type, value)):
                 rest += CHARACTERS_PER_TOKEN * len(value)
+            else:
+                below += value
         elif kind is dict:
             if not plain.issuperset(value):
                 found = media_texts(value)
@@ -2977,23 +2992,37 @@ MAX_JSON_DEPTH = 128
 MAX_JSON_PARTS = 160_000
 # The same and back slashes, in strings, too: these are 10 MB of prose.
 MAX_JSON_MARKS = 4_000_000
+LONG_NUMBER = 400     # digits; an integer of more takes too long to read
+MANY_NUMBERS = 50_000  # commas outside of strings: each is read without a function of ours
 # Nothing else need be looked at. The letters are those that may follow a back slash.
 MARKS = b'[{]}"\\,:.ebfnrtu'
 NO_MARKS = bytes(set(range(256)) - set(MARKS))
 STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 
 
-def is_too_complex(data: bytes) -> bool:
+def is_too_complex(data):
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
     marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside = b'""'.join(marks.split(b'"', 2 * MAX_JSON_PARTS)[::2])
-    if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
+    if marks.count(b'"') > MAX_JSON_PARTS:
+        return True
+    outside = b'""'.join(marks.split(b'"')[::2])
+    commas = outside.count(b",")
+    if len(outside) - commas // 2 > MAX_JSON_PARTS:
+        return True
+    if commas > MANY_NUMBERS and may_have_long_number(data):
         return True
     return is_deep(outside)
+
+
+def may_have_long_number(data: bytes) -> bool:
+    """Returns False where LONG_NUMBER digits never follow one another: then no half of them stand
+    at any of the places that are looked at."""
+    half = LONG_NUMBER // 2
+    return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
 
 
 def is_deep(outside: bytes) -> bool:
@@ -3016,7 +3045,7 @@ def unique(pairs):
     return found
 
 
-def finite(text: str) -> float:
+def finite(text):
     """Returns a number of JSON, which is none of the NaN and Infinity that Python would read."""
     value = float(text)
     if not math.isfinite(value):
@@ -3024,14 +3053,14 @@ def finite(text: str) -> float:
     return value
 
 
-def short_integer(text: str) -> int:
+def short_integer(text):
     """Returns an integer of JSON: to read one of thousands of digits takes long."""
-    if len(text) > 400:
+    if len(text) > LONG_NUMBER:
         raise ValueError("a number is too long")
     return int(text)
 
 
-def with_cuts(sizes: Dict[str, int], pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def with_cuts(sizes, pairs):
     """Returns an object of JSON in which what was cut out says so; `sizes` are by mark."""
     return {key: cut_text(value, sizes) for key, value in unique(pairs).items()}
 
@@ -3043,8 +3072,9 @@ def cut_text(value, sizes):
     return value if size is None else CutText.of(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]]) -> json.JSONDecoder:
-    return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=short_integer,
+def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]],
+                   parse_int: Callable[[str], int] = short_integer) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
 
 
@@ -3053,7 +3083,6 @@ HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = strict_decoder(unique)
 BY_LOADS = PLAIN_JSON, STRICT_JSON
-LONG_NUMBER = re.compile("[0-9]{400}")
 
 
 KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
@@ -3075,14 +3104,14 @@ def was_strict(text, value):
     return keys == len(KEY_END.findall(text))
 
 
-def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
+def decode_json(data, decoder=PLAIN_JSON):
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     brackets = data.count(b"[") + data.count(b"{")
     if (brackets > MAX_JSON_DEPTH or len(data) > MAX_JSON_PARTS) and is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder in BY_LOADS and not LONG_NUMBER.search(text):
+        if not HAS_SCANNER and decoder in BY_LOADS and not may_have_long_number(data):
             value = json.loads(text)  # PyPy: ten times as fast
             if decoder is PLAIN_JSON or was_strict(text, value):
                 return value
@@ -3109,7 +3138,7 @@ BEFORE_MEDIA = re.compile(
 JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
 
 
-def value_start(data: bytes, key: str) -> int:
+def value_start(data, key):
     """Returns where the value at a key of a JSON object begins, however deep the same key stands
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
@@ -3154,10 +3183,13 @@ class JsonBody:
 
     def parse(self) -> Dict[str, Any]:
         """Raises BadRequest."""
-        decoder = STRICT_JSON
+        decoder, parse_int = STRICT_JSON, short_integer
+        if HAS_SCANNER and len(self.short) > 2 * MANY_NUMBERS and (
+                self.short.count(b",") > MANY_NUMBERS and not may_have_long_number(self.short)):
+            decoder, parse_int = strict_decoder(unique, int), int
         if self.cuts:
             sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
-            decoder = strict_decoder(functools.partial(with_cuts, sizes))
+            decoder = strict_decoder(functools.partial(with_cuts, sizes), parse_int)
         try:
             payload = decode_json(self.short, decoder)
         except ValueError as error:
@@ -3175,7 +3207,7 @@ class JsonBody:
                 and data.find(b",", start + 256, end) < 0  # else it is what stands between strings
                 and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
 
-    def with_value(self, key: str, value: Any, known: Dict[str, Any]) -> bytes:
+    def with_value(self, key, value, known):
         """Returns the object with another value at a top-level key; `known` is what it has. Raises
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
@@ -3232,7 +3264,7 @@ def to_json_bytes(payload: Any) -> bytes:
     return json.dumps(payload, separators=(",", ":")).encode()
 
 
-def dig(value: Any, *names: str) -> Any:
+def dig(value, *names):
     """Returns what stands at these names in objects within objects, None where nothing does."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
@@ -3340,10 +3372,14 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-def is_count(value: Any) -> bool:
-    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
-    return (type(value) is int or (type(value) is float and value.is_integer())) and (
-        0 <= value < MAX_TOKENS_PER_CALL)
+def is_integer(value):
+    """Returns whether a value of JSON is an integer: some write 12.0."""
+    return type(value) is int or (type(value) is float and value.is_integer())
+
+
+def is_count(value):
+    """Returns whether a value of JSON can be a number of tokens."""
+    return is_integer(value) and 0 <= value < MAX_TOKENS_PER_CALL
 
 
 def merged(before, after):
@@ -3362,7 +3398,7 @@ def merged(before, after):
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
-def fold_path(path: str) -> str:
+def fold_path(path):
     """Returns a path as the most forgiving upstream might read it: escapes decoded again and again,
     back slashes turned, parameters, empty and dot segments dropped, lower case. Raises
     BadRequest."""
@@ -3459,6 +3495,7 @@ NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
 UPLOAD = "upload"    # that of a file to be stored
+UNNAMED = (UNKNOWN, UPLOAD)
 
 
 class StoredPath(NamedTuple):
@@ -3486,6 +3523,7 @@ class Call(Billable):
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
+    trace: Optional["Trace"] = None
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -3525,7 +3563,7 @@ class Call(Billable):
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
             payload, others = self.dialect.with_other_models(payload, rename)
             self.models += tuple(others)
-        if self.endpoint in (UNKNOWN, UPLOAD):
+        if self.endpoint in UNNAMED:
             return self.prepare_unknown(model, payload, rename or (lambda name: model))
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
@@ -3605,16 +3643,13 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            found, outputs = [], 1
-            for holder in self.holders():
-                for name, value in self.numbers(holder):
-                    if name in OUTPUT_COUNTS:
-                        outputs = max(outputs, value)
-                    else:
-                        found.append(value if value >= 0 else math.inf)
-            most = max(found, default=None)
-            if self.endpoint in (UNKNOWN, UPLOAD):  # it may be a batch of calls, or have no output
-                most = sum(found)
+            numbers = self.numbers()
+            limits = [math.inf if value < 0 else value
+                      for name, value in numbers if name in OUTPUT_LIMITS]
+            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            most = max(limits, default=None)
+            if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
+                most = sum(limits)
             prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
             for name in self.payload.keys() & prompts:
                 many = self.payload[name]
@@ -3633,26 +3668,21 @@ class Call(Billable):
             if self.endpoint == UNKNOWN:
                 self.objects = objects_in(self.payload)
             elif not OPTION_HOLDERS.isdisjoint(self.payload):
-                self.objects += [self.payload[name] or {}
-                                 for name in OPTION_HOLDERS & self.payload.keys()]
+                options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+                self.objects += [one for one in options if type(one) is dict]
+                if len(self.objects) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
+                    raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
         return self.objects
 
-    def numbers(self, holder):
-        """Returns what stands at the names of limits and counts in an object. Raises BadRequest for
-        what is no number where text is generated: a server might read it as one."""
-        found = []
-        if not isinstance(holder, dict):
-            self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-            return found
-        for name in OUTPUT_NUMBERS.intersection(holder):
-            value = holder[name]
-            if type(value) is int:
-                found.append((name, value))
-            elif type(value) is float and value.is_integer():
-                found.append((name, int(value)))
-            elif value is not None:
-                self.complain("%s must be an integer" % name)
-        return found
+    def numbers(self):
+        """Returns what stands at the names of limits and counts, as (name, value). Raises
+        BadRequest for what is no number where text is generated: a server might read it as one."""
+        found = [(name, one[name]) for one in self.holders()
+                 for name in OUTPUT_NUMBERS.intersection(one) if one[name] is not None]
+        for name, value in found:
+            if not is_integer(value) and self.endpoint not in NO_LIMIT_REPLY:
+                raise BadRequest("%s must be an integer" % name)
+        return [(name, int(value)) for name, value in found if is_integer(value)]
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
@@ -3667,13 +3697,8 @@ class Call(Billable):
             self.objects = None
             self.forgotten = True
 
-    def complain(self, message):
-        """Raises BadRequest, but for calls of which we know too little."""
-        if self.endpoint not in NO_LIMIT_REPLY:
-            raise BadRequest(message)
 
-
-def is_small(value: Any) -> bool:
+def is_small(value):
     """Tells whether a part of a payload takes little room."""
     parts = [value]
     size = 0
@@ -3853,7 +3878,7 @@ def fault_status(value):
     return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
 
 
-def is_name(value: Any) -> bool:
+def is_name(value):
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
@@ -3964,6 +3989,8 @@ class Dialect:
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
+    # The one that begins it, where that tells of usage.
+    FIRST_TYPE = ""
     # The states of a call in the background that has ended.
     LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
@@ -3978,7 +4005,7 @@ class Dialect:
 
     # -- requests
 
-    def claims(self, path: str, fields: Fields) -> bool:
+    def claims(self, path, fields):
         """Returns whether a request is one of this API, though nothing of it is metered; `path` is
         in lower case."""
         return False
@@ -4061,15 +4088,17 @@ class Dialect:
     def usage_counts(self, payload):
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
-        final = self.is_finished(payload) or not payload.get(self.REASON[0])
-        return self.counts_in(payload), final or None
+        final = self.is_finished(payload) or not payload.get(self.REASON[0]) or None
+        if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
+            final = False  # what it tells of the output is no count
+        return self.counts_in(payload), final
 
     def parts(self, payload):
         """Returns the objects in a response or an event in which usage and the like may stand."""
         found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
         return [part for part in found if isinstance(part, dict)]
 
-    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
@@ -4113,12 +4142,12 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_usage(self, data: bytes, model: str) -> Optional[Usage]:
+    def usual_usage(self, data, model):
         """Returns the usage of a response that is no error, where it can be told without parsing it
         that `model` served, and that nothing else is of interest."""
         return None
 
-    def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
+    def find_usage(self, data, openings):
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
@@ -4202,7 +4231,7 @@ class Dialect:
             told = [max(told) + own * PICODOLLARS]
         return min(MAX_COST, round(max(told)))
 
-    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
         rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
@@ -4532,6 +4561,7 @@ class Anthropic(Dialect):
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     REASON = ("delta", "stop_reason")
+    FIRST_TYPE = "message_start"
     LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
@@ -4553,11 +4583,6 @@ class Anthropic(Dialect):
 
     def has_endpoint(self, path):
         return not path.endswith("/messages") or bool(self.PATH.search(path))
-
-    def usage_counts(self, payload):
-        """What message_start tells of the output is no count of it."""
-        counts, final = super().usage_counts(payload)
-        return counts, False if payload.get("type") == "message_start" else final
 
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
@@ -4817,7 +4842,7 @@ ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
 MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
 
 
-def is_admin_path(method: str, path: str) -> bool:
+def is_admin_path(method, path):
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
     return bool(ADMIN_PATH.fullmatch(path)
                 or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
@@ -4910,7 +4935,7 @@ class Dialects:
         """Reads the rest of a call. `read_body` is only called, and the payload only parsed, where
         it is metered. Raises BadRequest, and what `read_body` raises."""
         model = None  # of any type
-        if call.endpoint in (UNKNOWN, UPLOAD):
+        if call.endpoint in UNNAMED:
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif call.endpoint:
             call.body = await read_body()
@@ -4975,7 +5000,7 @@ class Dialects:
             found, call.put_model = read_form(call.body, content_type, call.payload)
         return model or found
 
-    def read_payload(self, call: Call) -> Any:
+    def read_payload(self, call):
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
         call.json_body = body = JsonBody(call.body)
@@ -4999,36 +5024,11 @@ WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
 
 
-def may_be_fault(data: bytes) -> bool:
+def may_be_fault(data):
     """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
-
-
-class Unpacker:
-    """Unpacks gzip and deflate (RFC 9110 8.4.1), piece by piece. One that has very much in it would
-    hold the loop: then what is left stays packed."""
-    MOST = 1 << 20
-
-    def __init__(self):
-        self.inflater = None
-        self.waiting = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Raises zlib.error."""
-        if self.inflater is None:
-            data = self.waiting = self.waiting + data
-            if len(data) < 2:
-                return b""
-            # Deflate has a header (RFC 1950 2.2), which some leave out.
-            headed = data[:2] == b"\x1f\x8b" or (
-                data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)
-            self.inflater = zlib.decompressobj(47 if headed else -15)
-        unpacked = self.inflater.decompress(data, self.MOST)
-        if self.inflater.unconsumed_tail:
-            raise zlib.error("too much")
-        return unpacked
 
 
 class UsageReader(UsageSource):
@@ -5043,6 +5043,7 @@ class UsageReader(UsageSource):
     LAST_EVENTS = 1 << 12
     LAST_LINES = 64
     MAX_HELD = 1 << 14
+    MAX_UNPACKED = 1 << 20
 
     characters = 0
     size = 0
@@ -5055,7 +5056,7 @@ class UsageReader(UsageSource):
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
-    unpacker: Optional[Unpacker] = None
+    inflater = None
     changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -5072,8 +5073,7 @@ class UsageReader(UsageSource):
         self.on_made = call.on_made
         self.streamed = streamed
         self.readable = readable
-        if packed:
-            self.unpacker = Unpacker()
+        self.packed = packed
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
@@ -5086,7 +5086,7 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        piece = self.unpack(payload) if self.unpacker else payload
+        piece = self.unpack(payload) if self.packed else payload
         self.pieces.append(piece)
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
@@ -5094,13 +5094,18 @@ class UsageReader(UsageSource):
         return self.hide_usage(payload) if self.changes_stream else payload
 
     def unpack(self, payload):
-        """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
-        try:
-            return self.unpacker.feed(payload)
-        except zlib.error:
-            self.unpacker = None
-            self.readable = False
-            return payload
+        """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
+        that fails, or is so much that it would hold the loop."""
+        if self.inflater is None:
+            # Deflate has a header (RFC 1950 2.2), which some leave out; nothing else begins so.
+            headed = payload[0] == 0x1f or payload[0] & 15 == 8
+            self.inflater = zlib.decompressobj(47 if headed else -15)
+        with contextlib.suppress(zlib.error):
+            unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
+            if not self.inflater.unconsumed_tail:
+                return unpacked
+        self.packed = self.readable = False
+        return payload
 
     # -- what the caller did not ask for
 
@@ -5147,7 +5152,7 @@ class UsageReader(UsageSource):
 
     # -- what it says
 
-    def compact(self) -> None:
+    def compact(self):
         """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
         too long."""
         data = b"".join(self.pieces)
@@ -5204,17 +5209,13 @@ class UsageReader(UsageSource):
                 self.final = final
         self.note_server(payload)
 
-    def note_server(self, payload: Dict[str, Any]) -> None:
+    def note_server(self, payload):
         """Takes which model served, and how."""
-        dialect = self.dialect
-        if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
-            self.model = self.asked  # as nearly always
-            return
-        model, tier = dialect.served(payload)
+        model, tier = self.dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
 
-    def read_end(self, whole: bool) -> None:
+    def read_end(self, whole):
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
         of events alone: in JSON it could be anybody's."""
         if self.end_is_read or not self.readable:
@@ -5258,8 +5259,9 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        if self.on_made and self.closed:
-            self.on_made(names_made(payload))
+        names = self.on_made and self.closed and names_made(payload)
+        if names:
+            self.on_made(names)
         if self.counts:
             self.note_server(payload)
         else:  # it may be told without a mark
@@ -5309,7 +5311,7 @@ class UsageReader(UsageSource):
         self.ending(whole=False)
         return self.closed
 
-    def tells_end(self) -> bool:
+    def tells_end(self):
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
         return bool(known and self.streamed and self.readable and not self.cut
@@ -5799,6 +5801,7 @@ class Context:
     timer_at = math.inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
+    on_connect: Optional[Callable[[float], None]] = None  # hears how long connecting took
     # Which model is asked for whom, where it is of interest how such calls fare
     subject: Optional[Tuple[str, CallerKey]] = None
 
@@ -5863,6 +5866,7 @@ class Context:
         if self.timer:
             self.timer.cancel()
         self.future = None  # an exception in it would hold its frames
+        self.on_connect = None
 
     def __repr__(self) -> str:
         if not self.is_waiting():
@@ -6027,16 +6031,16 @@ class Stream:
         data = self.read_buffer
         if data.startswith(b"\r"):
             self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4 or end > MAX_HEAD:
+        head, blank_line, rest = data.partition(b"\r\n\r\n")
+        if not blank_line or len(head) > MAX_HEAD - 4:
             return None
-        self.read_buffer = data[end:]
-        return data[:end]
+        self.read_buffer = rest
+        return head + blank_line
 
     def take(self, size):
-        taken = self.read_buffer[:size]
-        self.read_buffer = self.read_buffer[size:]
-        return taken
+        data = self.read_buffer
+        self.read_buffer = data[size:]
+        return data[:size]
 
     def take_all(self) -> bytes:
         taken = self.read_buffer
@@ -6855,50 +6859,44 @@ class NameReader:
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None:
             self.kept += payload
-            if self.events:
-                self.look_at_events()
-            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
-                self.tries += 1
-                self.look_at_json()
+            is_end = self.events or payload[-16:].rstrip().endswith(b"}")
+            if is_end and self.tries < self.MAX_TRIES:
+                self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
-                self.look_at_beginning()
+                match = self.FIRST_NAME.match(self.kept)
+                self.tell([match[1].decode("utf-8", "replace")] if match else [])
+                self.kept = None
         return self.reader.feed(payload) if self.reader else payload
 
     def flush(self) -> bytes:
-        if self.kept and not self.events:
-            self.look_at_json()
+        if self.kept:
+            self.look()
         return self.reader.flush() if self.reader else b""
 
-    def look_at_events(self):
+    def look(self):
+        if not self.events:
+            self.tries += 1
+            return self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
         events = self.events.cut(self.kept)
         self.kept = events[-1]  # which may not be whole
         for event in events:
             self.tries += 1
-            if self.tell(names_made(self.events.payload(event))):
-                return
-        if self.tries > self.MAX_TRIES:
+            if self.kept is not None:
+                self.tell(names_made(self.events.payload(event)))
+        if self.tries >= self.MAX_TRIES:
             self.kept = None
-
-    def look_at_json(self):
-        self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
-
-    def look_at_beginning(self):
-        match = self.FIRST_NAME.match(self.kept)
-        self.tell([match[1].decode("utf-8", "replace")] if match else [])
-        self.kept = None
 
     def tell(self, names):
         if names:
             self.found(names)
             self.kept = None
-        return names
 
 
 # --------------------------------------------------------------------------------------------------
-# Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or
-# body of a caller can change host, port or scheme. http.client opens connections; responses are
-# read by Wire. An Address knows connections; an Upstream which of its addresses to ask; Routes
-# which upstreams a call may go to. They know no callers and no buckets.
+# Upstreams: the one place that opens sockets for calls, and only to configured addresses: no
+# header, path or body of a caller can change host, port or scheme. http.client opens connections;
+# responses are read by Wire. An Address knows connections; an Upstream which of its addresses to
+# ask; Routes which upstreams a call may go to. They know no callers and no buckets.
 # --------------------------------------------------------------------------------------------------
 
 # What of a caller's head goes upstream, by the beginnings of names; all else could name the caller,
@@ -6965,8 +6963,8 @@ class Response:
             return self.release()
         if not self.released:
             self.release()
-        unread = framing.trailing or stream.read_buffer
-        if self.reusable and framing.ended and not unread and not stream.ended:
+        if self.reusable and framing.ended and not (
+                framing.trailing or stream.read_buffer or stream.ended):
             self.address.keep(stream, self.streamed or self.bodiless)
         else:
             stream.close()
@@ -7078,6 +7076,11 @@ class Breakers:
         self.seconds = seconds
         self.connections = Breaker(most, seconds)
         self.models = collections.OrderedDict()
+
+    def fails_for_all(self) -> bool:
+        """Tells whether it fails, for more callers than one."""
+        return self.connections.opened is not None or any(
+            one.opened is not None and len(one.callers) > 1 for one in self.models.values())
 
     def is_tried(self, subject) -> bool:
         """Tells whether one that is open waits for how this call goes."""
@@ -7335,6 +7338,7 @@ class Address:
 
     async def connect(self, context):
         """Raises UpstreamFailed, UpstreamTimeout, Overloaded, and what the call is ended with."""
+        began = context.loop.time()
         try:
             sock = self.is_loopback and self.connect_at_once()
             sock = sock or await self.connect_in_helper(context)
@@ -7345,6 +7349,9 @@ class Address:
         except CallerGone as gone:
             gone.nothing_sent = True
             raise
+        finally:
+            if context.on_connect:
+                context.on_connect(context.loop.time() - began)
         keep_alive(sock)
         if self.tls:
             sock.suppress_ragged_eofs = False  # an end without close_notify is a cut
@@ -7525,10 +7532,20 @@ class Upstream:
         wait = min([one.breakers.seconds_left(now, subject) for one in self.addresses])
         return BreakerOpen(wait=wait) if wait > 0 else None
 
+    def states(self) -> List[str]:
+        """Returns the state of each address."""
+        now = self.clock.monotonic()
+        return [one.breakers.state(now) for one in self.addresses]
+
+    def can_connect(self) -> bool:
+        """Tells whether calls may be sent to one of its addresses. What fails behind a connection,
+        for one model, is no reason to keep all others away."""
+        now = self.clock.monotonic()
+        return any(one.breakers.connections.state(now) != "open" for one in self.addresses)
+
     def stats(self) -> Dict[str, Any]:
         """Returns what /health says of it."""
-        now = self.clock.monotonic()
-        states = [one.breakers.state(now) for one in self.addresses]
+        states = self.states()
         best = min(states, key=("closed", "half_open", "open").index)
         found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
@@ -7724,8 +7741,26 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "stream INTEGER, input INTEGER, cached INTEGER, cache_write INTEGER, output INTEGER, "
     "reasoning INTEGER, estimated INTEGER, usd REAL, picodollars INTEGER, unpriced INTEGER, "
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
-    "queue_ms INTEGER").split(", "))
+    "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER").split(", "))
 Row = collections.namedtuple("Row", [name for name, _ in COLUMNS])
+# Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
+# hours and days of these.
+DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
+START = "CAST(coalesce(time, 0) / %d AS INTEGER) * %d" % (QUARTER, QUARTER)
+# By whom or what they are added up: how a call tells it.
+SUM_KEYS = {
+    "caller": "coalesce(caller, '-')",
+    "team": "coalesce(team, '-')",
+    "tag": "coalesce(tag, '-')",
+    "model": "coalesce(served, model, '-')",
+    "upstream": "coalesce(upstream, '-')"}
+FAILED = "outcome NOT IN ('ok', 'limited', 'caller_gone')"
+# What is added up: how much of it is in a call.
+SUM_COUNTS = {
+    "calls": "1", "failed": FAILED, "limited": "outcome = 'limited'",
+    **{name: name for name in (
+        "input cached output reasoning estimated unpriced picodollars").split()}}
+MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
     "cost remaining input output estimated usd bytes").split()
@@ -7745,12 +7780,19 @@ def clean(text: Optional[str]) -> Optional[str]:
     return text
 
 
+MAX_AGENT = 120
 UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
+SEEN = bytes(range(ord(" "), 0x7f)) + b"\n"
 
 
 def visible(text: str) -> str:
     """Returns lines of text in which nothing moves a terminal's cursor."""
     return UNSEEN.sub(lambda match: "\\x%02x" % ord(match[0]), text)
+
+
+def user_agent(fields: Fields) -> Optional[str]:
+    """Returns what a client calls itself."""
+    return visible(fields.get("user-agent", "")[:MAX_AGENT]) or None
 
 
 def one_word(text):
@@ -7788,8 +7830,12 @@ class Entry:
     priced = None       # whether the price is known; None where nothing was used
     passed = 0          # bytes of body sent to the caller
     queued = None       # milliseconds in line; None where there was none
+    connect_ms = None   # until there was a connection; None where a spare one served
+    agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
+    held_up = 0.0       # seconds before that in which others were awaited
+    trace: Optional["Trace"] = None        # where traces are wanted
     context: Optional[Context] = None      # while it runs, these three
     ticket: Optional[Ticket] = None
     adapter: Optional[BodyAdapter] = None
@@ -7823,9 +7869,10 @@ class Entry:
         call = self.call
         hold = self.hold
         usage = self.usage or NO_USAGE
+        caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         return Row._make((
-            self.request_id, self.wall / 1e9, self.caller.label if self.caller else self.address,
+            self.request_id, self.wall / 1e9, caller.label if caller else self.address,
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause,
@@ -7834,7 +7881,8 @@ class Entry:
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
-            self.queued))
+            self.queued, caller and caller.team, caller and caller.tag, self.agent,
+            self.connect_ms))
 
     def state(self) -> str:
         """Returns where a running call stands."""
@@ -7866,7 +7914,8 @@ class Entry:
         tightest = self.hold and self.hold.tightest
         if not tightest:
             return nothing, nothing
-        return format_amount(tightest.rule, tightest.amount), tightest.remaining
+        cost = tightest.amount
+        return format_usd(cost) if tightest.rule.unit == USD else cost, tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -7910,7 +7959,7 @@ class Writer:
 
     def __init__(self, name: str):
         self.queue = collections.deque()
-        self.dropped = 0
+        self.dropped = 0  # since the start
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
 
@@ -7939,6 +7988,7 @@ class Log(Writer):
     """Lines on stderr."""
     PAUSE = 0.05
     BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
+    told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
     def __init__(self, stream: BinaryIO, as_json: bool):
@@ -7967,16 +8017,21 @@ class Log(Writer):
         while self.queue:
             batch = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
             lines = [line if isinstance(line, str) else self.format(line) for line in batch]
-            dropped = self.dropped
-            if dropped:
-                lines.append(self.message("%d log lines dropped" % dropped))
+            untold = self.dropped - self.told
+            if untold:
+                lines.append(self.message("%d log lines dropped" % untold))
             left = self.write("\n".join(lines + [""]))
-            self.dropped += left - bool(dropped) if left else -dropped
+            if left:
+                self.dropped += left - bool(untold)
+            else:
+                self.told += untold
 
     def write(self, text):
         """Returns how many lines could not be written. A full disk may take half a line."""
-        text = "\n" * self.cut + visible(text)
-        data = whole = memoryview(text.encode("ascii", "backslashreplace"))
+        data = ("\n" * self.cut + text).encode("ascii", "backslashreplace")
+        if data.translate(None, SEEN):  # sooner known than by an expression
+            data = visible(data.decode("ascii")).encode("ascii")
+        data = whole = memoryview(data)
         try:
             while data:
                 written = self.stream.write(data)
@@ -8024,6 +8079,7 @@ class UsageLog(Log):
         self.stream.close()
 
 
+WAIT_SECONDS = 5  # for another process that writes the database
 Levels = Dict[BucketKey, Tuple[int, float]]  # level, and wall-clock time of the last refill
 
 
@@ -8043,12 +8099,87 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
+def listed_columns(columns: Dict[str, str]) -> str:
+    """Returns what SELECT takes."""
+    return ", ".join(["%s AS %s" % (value, name) for name, value in columns.items()])
+
+
+def exact_total(value: str) -> str:
+    """Returns an integer's expression: SQLite's sum() fails, and its total() rounds, above what is
+    plausible, and money is exact for far longer."""
+    if value == "picodollars":
+        return ("CAST(min(total(picodollars / 1000000), 4e12) AS INTEGER) * 1000000"
+                " + CAST(total(picodollars % 1000000) AS INTEGER)")
+    return "CAST(min(total(%s), 4e18) AS INTEGER)" % value
+
+
+def adding_statement() -> str:
+    """Returns the statement that adds calls to the sums. Where a quarter has many sums, names of
+    calls that nobody answered are not told apart any more: whoever is refused can make up more."""
+    keys = {"start": "start", **SUM_KEYS}
+    for name in ("caller", "model"):
+        keys[name] = ("CASE WHEN outcome = 'ok' OR input + output > 0 OR start NOT IN full"
+                      " THEN %s ELSE 'other' END" % SUM_KEYS[name])
+    counts = {name: exact_total(value) for name, value in SUM_COUNTS.items()}
+    return """WITH
+        told AS (SELECT *, rowid AS number, {start} AS start FROM calls
+            WHERE rowid > :after AND rowid <= :upto),
+        full AS (SELECT start FROM sums WHERE span = {quarter}
+            AND start BETWEEN (SELECT min(start) FROM told) AND (SELECT max(start) FROM told)
+            GROUP BY start HAVING count(*) >= :full),
+        new AS (SELECT {columns}, min(number) AS first, max(number) AS last,
+            max(coalesce(ms, 0)) AS slowest FROM told GROUP BY {numbers})
+        INSERT OR REPLACE INTO sums SELECT {quarter}, {keys}, {added},
+            min(new.first, coalesce(old.first, new.first)),
+            max(new.last, coalesce(old.last, new.last)),
+            max(new.slowest, coalesce(old.slowest, 0))
+        FROM new LEFT JOIN (SELECT * FROM sums WHERE span = {quarter}) AS old USING ({keys})
+        """.format(
+            start=START, quarter=QUARTER, keys=", ".join(keys),
+            columns=listed_columns({**keys, **counts}),
+            numbers=", ".join([str(number) for number, _ in enumerate(keys, 1)]),
+            added=", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
+                             for name in counts]))
+
+
+ADD_TO_SUMS = adding_statement()
+# Makes a sum of a longer span from those of shorter ones in it.
+ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
+    max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
+    GROUP BY %s""" % (
+        ", ".join(SUM_KEYS),
+        ", ".join(map(exact_total, SUM_COUNTS)),
+        ", ".join(SUM_KEYS))
+# Ids are listed by hours, so that what is written together lies together.
+ADD_TO_IDS = """INSERT OR IGNORE INTO ids SELECT CAST(coalesce(time, 0) / 3600 AS INTEGER), id,
+    rowid FROM calls WHERE rowid > :after AND rowid <= :upto AND id IS NOT NULL"""
+# Each with as many rows as mean that there may be more of them.
+FORGET = (
+    ("DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT 1000)", 1000),
+    ("DELETE FROM ids WHERE hour < min(?, (SELECT min(hour) FROM ids) + 1)", 1),
+    *[("DELETE FROM sums WHERE span = {0} AND start < min(?,"
+       " (SELECT min(start) FROM sums WHERE span = {0}) + 86400)".format(span), 1)
+      for span in SPANS])
+
+
+def connect(path: str, mode: str) -> sqlite3.Connection:
+    """Opens a database to read ("ro"), or also to write ("rw"). Raises sqlite3.Error."""
+    path = os.path.abspath(path)
+    if mode == "ro" and not os.path.exists(path + "-wal"):
+        mode = "ro&immutable=1"  # nobody writes it now, and the folder may be one to read only
+    connection = sqlite3.connect(
+        "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
+        timeout=WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
+    connection.text_factory = lambda text: text.decode("utf-8", "replace")
+    return connection
+
+
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
-    WAIT_SECONDS = 5            # for another process that writes
     ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
+    FULL = 1000                 # sums of a quarter: more are not begun for calls that failed
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -8065,8 +8196,14 @@ class Database:
         amount INTEGER, until REAL, done INTEGER);
         CREATE TABLE IF NOT EXISTS audit (id INTEGER PRIMARY KEY,
         time REAL DEFAULT ((julianday('now') - 2440587.5) * 86400), who TEXT, role TEXT,
-        address TEXT, what TEXT, target TEXT, detail TEXT)""" % (
-            APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)))
+        address TEXT, what TEXT, target TEXT, detail TEXT);
+        CREATE TABLE IF NOT EXISTS sums (span INTEGER, start INTEGER, %s, %s, first INTEGER,
+        last INTEGER, slowest INTEGER, PRIMARY KEY (span, start, %s)) WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS ids (hour INTEGER, id TEXT, call INTEGER,
+        PRIMARY KEY (hour, id, call)) WITHOUT ROWID""" % (
+            APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
+            ", ".join([name + " TEXT" for name in SUM_KEYS]),
+            ", ".join([name + " INTEGER" for name in SUM_COUNTS]), ", ".join(SUM_KEYS))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -8087,10 +8224,10 @@ class Database:
             if not is_new:
                 self.check()
             if reading:
-                self.connection = self.connect("ro")
+                self.connection = connect(path, "ro")
             else:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it tells who called what
-                self.connection = self.connect("rw")
+                self.connection = connect(path, "rw")
                 self.prepare()
                 self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
@@ -8119,16 +8256,6 @@ class Database:
         """Tells whether the file was deleted or replaced, or its lock."""
         return self.file_identity() != self.identity
 
-    def connect(self, mode):
-        path = os.path.abspath(self.path)
-        if mode == "ro" and not os.path.exists(path + "-wal"):
-            mode = "ro&immutable=1"  # nobody writes it now, and the folder may be one to read only
-        connection = sqlite3.connect(
-            "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
-            timeout=self.WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
-        connection.text_factory = lambda text: text.decode("utf-8", "replace")
-        return connection
-
     def check(self):
         """Raises DatabaseFault for a file that is not ours, damaged, or has other columns. By a
         connection that cannot write: closing another one writes what a crash left beside it."""
@@ -8136,7 +8263,7 @@ class Database:
             if file.read(72)[68:] != self.APPLICATION:
                 raise DatabaseFault("%s is not a database of llm_proxy; it was left as it is"
                                     % self.path)
-        with contextlib.closing(self.connect("ro")) as connection:
+        with contextlib.closing(connect(self.path, "ro")) as connection:
             try:
                 columns = tuple([row[1] for row in connection.execute("PRAGMA table_info(calls)")])
                 connection.executescript(self.PROBES)
@@ -8157,17 +8284,67 @@ class Database:
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
                 execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
+            execute("INSERT OR IGNORE INTO facts SELECT 'unsummed', coalesce(max(rowid), 0)"
+                    " FROM calls UNION ALL SELECT 'rolled', 0")
+            facts = dict(execute("SELECT name, value FROM facts").fetchall())
+            self.unsummed = facts["unsummed"]  # calls of an older version, up to this rowid
+            self.rolled = facts["rolled"]      # up to when there are sums of hours and days
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
+    def transaction(self) -> sqlite3.Connection:
+        """Begins one; returns what ends it, as a with-block."""
+        self.connection.rollback()  # Python 3.9 leaves one open whose COMMIT failed
+        self.connection.execute("BEGIN IMMEDIATE")
+        return self.connection
+
     def add(self, rows):
-        """Inserts calls, a few dozen by one statement: after each, this thread must wait for the
-        interpreter again."""
+        """Inserts calls and adds them up, a few dozen by one statement: after each, this thread
+        must wait for the interpreter again."""
+        (before,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
         marks = "(%s)" % ",".join("?" * len(COLUMNS))
         for start in range(0, len(rows), self.ROWS):
             batch = rows[start:start + self.ROWS]
             self.connection.execute("INSERT INTO calls VALUES " + ",".join([marks] * len(batch)),
                                     list(itertools.chain(*batch)))
+        if rows:
+            self.add_up(before or 0, MOST)
+            first = int(min([row[1] or 0 for row in rows]))
+            if first < self.rolled:  # a clock was set back
+                self.rolled = first - first % HOUR
+                self.note("rolled", self.rolled)
+
+    def add_up(self, after, upto):
+        """Adds calls with these rowids to the sums, and to the list of ids."""
+        for statement in (ADD_TO_SUMS, ADD_TO_IDS):
+            self.connection.execute(statement, {"after": after, "upto": upto, "full": self.FULL})
+
+    def note(self, name, value):
+        self.connection.execute("UPDATE facts SET value = ? WHERE name = ?", (value, name))
+
+    def add_older(self, most):
+        """Adds up to `most` calls of an older version, which had no sums, the newest first."""
+        rest = max(0, self.unsummed - most)
+        with self.transaction():
+            self.add_up(rest, self.unsummed)
+            self.note("unsummed", rest)
+        self.unsummed = rest
+
+    def roll_up(self, now) -> bool:
+        """Makes the sums of the next hour that is over, and of its day as far as that has come;
+        returns whether there was one. The same is done again where a call comes late."""
+        found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
+        (start,), = self.connection.execute(found, (QUARTER, self.rolled)).fetchall()
+        if start is None or start - start % HOUR + HOUR > now:
+            return False
+        hour = start - start % HOUR
+        with self.transaction():
+            for span, shorter in ((HOUR, QUARTER), (DAY, HOUR)):
+                self.connection.execute(ROLL_UP, {
+                    "span": span, "shorter": shorter, "start": hour - hour % span})
+            self.note("rolled", hour + HOUR)
+        self.rolled = hour + HOUR
+        return True
 
     def save(self, changed, gone):
         execute = self.connection.executemany
@@ -8235,6 +8412,12 @@ class Database:
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
                     self.is_closed())
 
+    def disabled_upstreams(self) -> List[str]:
+        """Returns the names of upstreams that an admin has switched off."""
+        rows = self.connection.execute(
+            "SELECT value FROM facts WHERE name = 'disabled'").fetchall()
+        return json.loads(rows[0][0]) if rows else []
+
     def is_closed(self) -> bool:
         return bool(self.connection.execute(
             "SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
@@ -8273,11 +8456,390 @@ class Database:
         (found,), = self.connection.execute("PRAGMA data_version").fetchall()
         return found
 
-    def forget(self, before, most):
-        """Removes up to `most` calls from before a wall-clock time; returns how many."""
-        return self.connection.execute(
-            "DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT ?)",
-            (before, most)).rowcount
+    def forget(self, before: float, sums_before: float) -> bool:
+        """Removes some of the calls, and of the sums, from before these wall-clock times; returns
+        whether there may be more."""
+        times = before, before // HOUR, *[sums_before] * len(SPANS)
+        return any([self.connection.execute(statement, (since,)).rowcount >= most
+                    for (statement, most), since in zip(FORGET, times)])
+
+
+class Sum(NamedTuple):
+    """What calls came to."""
+    calls: int
+    failed: int
+    limited: int
+    input: int
+    cached: int
+    output: int
+    reasoning: int
+    estimated: int
+    unpriced: int
+    picodollars: int
+
+    # As they are added up over sums: picodollars in two parts, both of which are exact.
+    TOTALS = ", ".join(["total(%s)" % name for name in SUM_COUNTS if name != "picodollars"] + [
+        "total(picodollars / 1000000)", "total(picodollars % 1000000)"])
+
+    @classmethod
+    def read(cls, totals: Sequence[float]) -> "Sum":
+        """Takes what a query tells for TOTALS."""
+        *counts, millions, rest = map(int, totals)
+        return cls(*counts, millions * 1000000 + rest)
+
+    @classmethod
+    def of(cls, sums: Collection["Sum"]) -> "Sum":
+        """Returns the sum of sums."""
+        return cls._make(map(sum, zip(*sums))) if sums else NO_SUM
+
+    def tokens(self) -> int:
+        return self.input + self.output
+
+    def as_dict(self) -> Dict[str, Union[int, str]]:
+        found = self._asdict()
+        found["usd"] = format_usd(found.pop("picodollars"))
+        return found
+
+    def as_point(self) -> Dict[str, Union[int, str]]:
+        return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
+
+
+NO_SUM = Sum(*[0] * len(SUM_COUNTS))
+
+
+# How a cell begins that a spreadsheet would compute (https://owasp.org/www-community/attacks/
+# CSV_Injection), also one that begins where some end cells, with ";".
+FORMULA = re.compile("(^|;)(?=\\s*[=+@\uff0b\uff0d\uff1d\uff20-].|[\t\r\n])", re.DOTALL)
+
+
+def csv_cell(value):
+    """Returns a value as a cell that no spreadsheet computes and no terminal obeys."""
+    if type(value) is not str:
+        return value
+    text = FORMULA.sub(r"\1'", value)
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def csv_of(names: Sequence[str], rows: Iterable[Sequence[Union[int, float, str, None]]]) -> str:
+    """Returns a table as CSV (RFC 4180, but with line ends of Unix)."""
+    text = io.StringIO()
+    cells = [list(map(csv_cell, row)) for row in rows]
+    csv.writer(text, lineterminator="\n").writerows([names, *cells])
+    return text.getvalue()
+
+
+def read_time_zone(name: str, offset: str = "") -> datetime.tzinfo:
+    """Returns the time zone of this name, or, where this machine does not know it, the one that is
+    `offset` minutes east of UTC."""
+    try:
+        if re.fullmatch("[A-Za-z0-9_+/-]{1,64}", name):
+            return zoneinfo.ZoneInfo(name)
+    except (OSError, ValueError, LookupError):
+        pass  # no such name, a folder of names, or a file that is none
+    if not re.fullmatch("-?[0-9]{1,4}", offset) or abs(int(offset)) >= 1440:
+        return datetime.timezone.utc
+    return datetime.timezone(datetime.timedelta(minutes=int(offset)))
+
+
+def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
+    return datetime.datetime.fromtimestamp(moment, zone).date()
+
+
+def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
+    """Returns when a day begins, in unix seconds."""
+    return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
+
+
+def day_after(day, step):
+    """Returns the day after, or the first of the next month."""
+    if step == "month":
+        return (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+    return day + datetime.timedelta(1)
+
+
+MAX_STEPS = 3000
+STEP_SECONDS = {"quarter": QUARTER, "hour": HOUR, "day": DAY, "month": 28 * DAY}
+Step = Tuple[int, int, int]  # when it begins; from when to when calls in it are asked for
+
+
+def read_steps(step: str, start: float, end: float, zone: datetime.tzinfo) -> List[Step]:
+    """Returns the quarters, hours, days or months of a range, which is widened to whole quarters.
+    Days and months are those of `zone`; hours begin with its days, so the last one is shorter where
+    clocks are changed by less than an hour. Raises BadRequest."""
+    size = STEP_SECONDS.get(step)
+    if not (size and 0 <= start < end < 1 << 33):
+        raise BadRequest("A range of quarters, hours, days or months is needed")
+    start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
+    if end - start > size * MAX_STEPS:
+        raise BadRequest("The range has too many steps: ask for longer ones")
+    day = date_in(zone, start)
+    if step == "month":
+        day = day.replace(day=1)
+    found = []
+    begin = midnight(day, zone)
+    while begin < end:
+        day = day_after(day, step)
+        following = midnight(day, zone)
+        width = size if size < DAY else following - begin
+        found += [(at, max(at, start), min(at + width, following, end))
+                  for at in range(begin, following, width)]
+        begin = following
+    return [one for one in found if one[1] < one[2]]
+
+
+def read_spans(low: int, high: int, rolled: int,
+               spans: Tuple[int, ...] = SPANS) -> Iterator[Tuple[int, int, int]]:
+    """Yields (length of spans, from, to): the longest spans that make up a range. Those of hours
+    and days end at `rolled`."""
+    span, *shorter = spans
+    if not shorter:
+        if low < high:
+            yield span, low, high
+        return
+    first, last = -(-low // span) * span, min(high, rolled) // span * span
+    if first >= last:
+        first = last = high
+    yield from read_spans(low, first, rolled, shorter)
+    if first < last:
+        yield span, first, last
+    yield from read_spans(last, high, rolled, shorter)
+
+
+def call_fields(row: Row, number: Optional[int] = None) -> Dict[str, Union[int, float, str, None]]:
+    """Returns what pages are told of a call; `number` is its rowid."""
+    found = {"row": number, **row._asdict()}
+    found["usd"] = format_usd(found.pop("picodollars") or 0)
+    for name in ("stream", "estimated", "unpriced"):
+        found[name] = bool(found[name])
+    return found
+
+
+# By what calls are found: what the sums say where there may be some, and what each says of itself.
+CALL_FILTERS = {
+    **{name: ("%s IN (:%s, 'other')" % (name, name), "%s = :%s" % (value, name))
+       for name, value in SUM_KEYS.items()},
+    "outcome": ("CASE WHEN :outcome = 'limited' THEN limited"
+                " WHEN :outcome IN ('ok', 'caller_gone') THEN calls - failed - limited"
+                " ELSE failed END > 0", "outcome = :outcome"),
+    "failed": ("failed > 0", FAILED),
+    "slow": ("slowest >= :slow", "ms >= :slow")}
+# Walks from hour to hour, by the index, because calls of one id may be in any.
+FIND_ID = """WITH RECURSIVE hours(hour) AS (SELECT max(hour) FROM ids UNION ALL
+    SELECT (SELECT max(hour) FROM ids WHERE hour < hours.hour) FROM hours WHERE hour IS NOT NULL)
+    SELECT call FROM hours CROSS JOIN ids ON ids.hour = hours.hour AND ids.id = :id LIMIT 100"""
+FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
+    AND start < :high AND first < :before AND last >= :oldest AND %s
+    GROUP BY start ORDER BY start DESC"""
+ALL_CALLS = "SELECT coalesce((SELECT min(rowid) FROM calls), 0), (SELECT max(rowid) FROM calls)"
+ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
+    SELECT at, %s, %s FROM steps CROSS JOIN sums
+    ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
+# By whom calls were made last: since yesterday by quarters, before that by days.
+LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last FROM (
+    SELECT caller, last FROM sums WHERE span = 86400 UNION ALL SELECT caller, last FROM sums
+    WHERE span = 900 AND start >= (SELECT value FROM facts WHERE name = 'rolled'))
+    GROUP BY caller) AS found CROSS JOIN calls ON calls.rowid = last"""
+
+
+class LedgerReader:
+    """Answers what pages ask of a ledger, from any thread but the loop's. Each question has a
+    connection of its own, so nothing is kept of a file that was replaced. Raises sqlite3.Error."""
+    LOOK = 30_000  # calls that one question looks at
+    NAMED = 200    # groups; what is beyond goes by the name of `other`
+
+    def __init__(self, path: str):
+        self.path = path
+
+    @contextlib.contextmanager
+    def ask(self):
+        """Returns what executes a statement."""
+        with contextlib.closing(connect(self.path, "ro")) as connection:
+            yield connection.execute
+
+    @staticmethod
+    def fact(execute, name):
+        return execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0]
+
+    # -- sums
+
+    def add_up(self, by: str, steps: List[Step],
+               filters: Dict[str, str]) -> List[Tuple[int, str, Sum]]:
+        """Returns (when a step begins, whose, what it comes to), as far as there is something."""
+        values = {name: filters[name] for name in SUM_KEYS if filters.get(name)}
+        where = " AND ".join(["%s = :%s" % (name, name) for name in values]) or "1"
+        if by not in SUM_KEYS:
+            raise BadRequest("Sums are by caller, team, model, upstream or tag")
+        with self.ask() as execute:
+            rolled = self.fact(execute, "rolled")
+            spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
+                     for span in read_spans(low, high, rolled)]
+            query = ADD_SUMS % (", ".join(spans), by, Sum.TOTALS, where)
+            return [(at, name, Sum.read(totals))
+                    for at, name, *totals in execute(query, values)]
+
+    def totals(self, by: str, start: float, end: float,
+               filters: Optional[Dict[str, str]] = None) -> Dict[str, Sum]:
+        """Returns sums of a range, which is widened to whole quarters."""
+        start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
+        return {name: found
+                for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
+
+    def today(self, zone: datetime.tzinfo, now: float) -> Dict[str, Sum]:
+        """Returns the sums of callers since midnight."""
+        return self.totals("caller", midnight(date_in(zone, now), zone), now + 1)
+
+    def days(self, caller: str, zone: datetime.tzinfo, now: float, count: int = 30):
+        """Returns {"at": midnight, **sum} for each of the last days of a caller."""
+        first = date_in(zone, now) - datetime.timedelta(count - 1)
+        steps = read_steps("day", midnight(first, zone), now + 1, zone)
+        found = {at: one for at, _, one in self.add_up("caller", steps, {"caller": caller})}
+        return [{"at": at, **found.get(at, NO_SUM).as_dict()} for at, _, _ in steps]
+
+    def hours(self, now: float) -> Dict[str, List[int]]:
+        """Returns the tokens of the last 24 hours, oldest first, of each caller."""
+        first = int(now // HOUR - 23) * HOUR
+        steps = [(at, at, at + HOUR) for at in range(first, first + DAY, HOUR)]
+        found = {}
+        for at, name, one in self.add_up("caller", steps, {}):
+            found.setdefault(name, [0] * 24)[(at - first) // HOUR] = one.tokens()
+        return found
+
+    def usage(self, by: str, step: str, start: float, end: float, zone: datetime.tzinfo,
+              filters: Dict[str, str]) -> Dict[str, Any]:
+        """Returns groups, the most expensive first, their total, and a series of them. Raises
+        BadRequest."""
+        steps = read_steps(step, start, end, zone)
+        rows = self.add_up(by, steps, filters)
+        groups = self.merge(rows)
+        if len(groups) > self.NAMED:
+            named = {*list(groups)[:self.NAMED]}
+            rows = [(at, name if name in named else "other", one) for at, name, one in rows]
+            groups = self.merge(rows)
+        return {
+            "from": steps[0][1], "to": steps[-1][2], "step": step, "by": by,
+            "groups": [{"name": name, **one.as_dict()} for name, one in groups.items()],
+            "total": Sum.of(groups.values()).as_dict(), "series": self.series(steps, rows)}
+
+    @staticmethod
+    def series(steps, rows):
+        """Returns what charts need, for each step."""
+        found = {at: collections.defaultdict(list) for at, _, _ in steps}
+        for at, name, one in rows:
+            found[at][name].append(one)
+        return [{"at": at, "groups": {name: Sum.of(sums).as_point()
+                                      for name, sums in parts.items()}}
+                for at, parts in found.items()]
+
+    @staticmethod
+    def merge(rows):
+        """Returns the sum of each name, the most expensive first, then who used most tokens."""
+        parts = collections.defaultdict(list)
+        for _, name, one in rows:
+            parts[name].append(one)
+        found = {name: Sum.of(sums) for name, sums in parts.items()}
+        return dict(sorted(found.items(), key=lambda group: (
+            -group[1].picodollars, -group[1].tokens(), group[0])))
+
+    def of_callers(self, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+        """Returns today's sums, the tokens of the last hours and when they called last, each by
+        caller."""
+        return self.today(zone, now), self.hours(now), self.seen()
+
+    def of_one(self, caller: str, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+        """Returns the last 20 calls of a caller, and its days."""
+        return (self.calls(None, 20, {"caller": caller})["calls"],
+                self.days(caller, zone, now))
+
+    def audit(self, before: Optional[int], limit: int) -> List[Dict[str, Any]]:
+        """Returns who changed what, the latest first, from before the number of a row."""
+        names = ("id", "time", "who", "role", "address", "what", "target", "detail")
+        query = "SELECT %s FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?" % ", ".join(names)
+        with self.ask() as execute:
+            rows = execute(query, (MOST if before is None else before, limit)).fetchall()
+        return [dict(zip(names, row)) for row in rows]
+
+    # -- calls
+
+    def call(self, name: str) -> Optional[Dict[str, Any]]:
+        """Returns the last call of this id."""
+        found = self.calls(None, 1, {"id": name})["calls"]
+        return found[0] if found else None
+
+    def seen(self) -> Dict[str, float]:
+        """Returns when each caller called last."""
+        with self.ask() as execute:
+            return dict(execute(LAST_CALLS).fetchall())
+
+    def calls(self, before: Optional[int], limit: int, filters: Dict[str, str]) -> Dict[str, Any]:
+        """Returns a page of calls, the newest first, from before a rowid, and from where to go on,
+        None at the end. A page may be short, or empty, and not the last: where it had to look at
+        very many calls. Raises BadRequest."""
+        values = self.read_filters(filters)
+        conditions = [CALL_FILTERS[name] for name in values if name != "id"]
+        values["before"] = MOST if before is None else before
+        with self.ask() as execute:
+            if "id" in values:
+                ranges = self.find_id(execute, values)
+            elif conditions:
+                ranges = self.find_ranges(
+                    execute, values, " AND ".join([where for where, _ in conditions]))
+            else:
+                ranges = execute(ALL_CALLS).fetchall()
+            where = " AND ".join([where for _, where in conditions]) or "1"
+            rows, following = self.look(execute, ranges, values, where, limit)
+        return {"calls": [call_fields(Row._make(row), number) for number, *row in rows],
+                "next": following}
+
+    @staticmethod
+    def read_filters(filters):
+        """Returns those that are set. Raises BadRequest."""
+        values = {name: filters[name] for name in (*CALL_FILTERS, "id") if filters.get(name)}
+        if "slow" in values and not re.fullmatch("[0-9]{1,9}", values["slow"]):
+            raise BadRequest("slow must be a number of milliseconds")
+        if "slow" in values:
+            values["slow"] = int(values["slow"])
+        return values
+
+    @staticmethod
+    def find_id(execute, values):
+        """Returns ranges of one rowid each, newest first."""
+        found = [number for number, in execute(FIND_ID, {"id": values["id"]})]
+        return [(number, number) for number in sorted(found, reverse=True)]
+
+    def find_ranges(self, execute, values, where):
+        """Yields ranges of rowids, the newest first, in which the sums say that there may be calls
+        that match: of quarters since yesterday, before that of hours in days."""
+        def find(span, low, high):
+            return execute(FIND_SUMS % (span, where), {
+                **values, "oldest": oldest, "low": low, "high": high})
+
+        oldest = execute("SELECT min(rowid) FROM calls").fetchone()[0] or 0
+        rolled = self.fact(execute, "rolled") // DAY * DAY
+        for _, first, last in find(QUARTER, rolled, MOST):
+            yield first, last
+        for day, _, _ in find(DAY, 0, rolled):
+            for _, first, last in find(HOUR, day, day + DAY):
+                yield first, last
+
+    def look(self, execute, ranges, values, where, limit):
+        """Returns rows that match, and where to go on."""
+        query = ("SELECT rowid, * FROM calls WHERE rowid BETWEEN :first AND :last AND %s"
+                 " ORDER BY rowid DESC LIMIT :limit" % where)
+        rows, before, left = [], values["before"], self.LOOK
+        for first, last in ranges:
+            last = min(last or 0, before - 1)  # where a clock was set back, ranges overlap
+            if first > last:
+                continue
+            lowest = max(first, last - left + 1)
+            rows += execute(query, {**values, "first": lowest, "last": last,
+                                    "limit": limit - len(rows)})
+            if len(rows) == limit:
+                return rows, rows[-1][0]
+            before = lowest
+            left -= last - lowest + 1
+            if left <= 0:
+                return rows, before
+        return rows, None
 
 
 def lock_name(path: str) -> str:
@@ -8446,6 +9008,11 @@ class KeyStore:
         with self.change("reset", name) as execute:
             self.order(execute, name)
 
+    def note_disabled(self, name: str, on: bool, names: List[str]):
+        """Notes which upstreams are not to be asked, for the next start."""
+        with self.change("enable upstream" if on else "disable upstream", name) as execute:
+            execute("INSERT OR REPLACE INTO facts VALUES ('disabled', ?)", (json.dumps(names),))
+
     # -- what these have in common
 
     def now(self):
@@ -8529,7 +9096,11 @@ class Ledger(Writer):
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
     REOPEN_SECONDS = 60
+    SUMS_DAYS = 400
+    OLDER = 2000          # calls that are added up in one transaction, which takes some 10 ms
+    ROLL_SECONDS = 60
     forget_at = 0.0       # monotonic seconds, as are the others
+    add_up_at = 0.0
     complain_at = 0.0
     reopen_at = 0.0
     version = -1          # of the database, when keys were read
@@ -8588,6 +9159,22 @@ class Ledger(Writer):
             self.log.report()  # and go on without these
         for _ in batch:
             self.queue.popleft()
+        if now >= self.add_up_at:
+            self.add_up(now)
+
+    def add_up(self, now):
+        """Adds up calls of an older version, and quarters to hours, a little at a time."""
+        database, wall = self.database, self.clock.time_ns() / 1e9
+        try:
+            for _ in range(8):
+                if database.unsummed:
+                    database.add_older(self.OLDER)
+                elif not database.roll_up(wall):
+                    self.add_up_at = now + self.ROLL_SECONDS
+                    break
+        except sqlite3.Error as failure:
+            self.add_up_at = now + self.ROLL_SECONDS
+            self.log.say("the sums of calls cannot be written: %s" % failure)
 
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
@@ -8669,10 +9256,7 @@ class Ledger(Writer):
         changed = {key: (level, since) for key, (level, since) in levels.items()
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
-        connection = self.database.connection
-        connection.rollback()  # Python 3.9 leaves a transaction open whose COMMIT failed
-        connection.execute("BEGIN IMMEDIATE")
-        with connection:
+        with self.database.transaction():
             self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
@@ -8686,8 +9270,9 @@ class Ledger(Writer):
             self.levels = levels
 
     def forget_old(self, now):
-        before = self.clock.time_ns() / 1e9 - self.days * 86400
-        if self.database.forget(before, 1000) < 1000:
+        now_wall = self.clock.time_ns() / 1e9
+        if self.database.unsummed or not self.database.forget(
+                now_wall - self.days * 86400, now_wall - max(self.days, self.SUMS_DAYS) * 86400):
             self.forget_at = now + self.FORGET_SECONDS
 
     def close(self, wait: float):
@@ -8709,8 +9294,9 @@ class RefusalSums:
         self.counts = collections.Counter()  # by status and address
 
     def counts_only(self, entry: Entry) -> bool:
-        """Returns whether it is counted here, and written down nowhere else."""
-        if entry.caller is not None or entry.outcome != "refused":
+        """Returns whether a call without a known caller is counted here, and written down nowhere
+        else."""
+        if entry.outcome != "refused":
             return False
         if entry.ended >= self.until:
             self.report()
@@ -8747,6 +9333,8 @@ class Books:
     `running` are the entries of calls that run, oldest first."""
 
     watchers: Sequence[Watcher] = ()
+    on_begin: Sequence[Callable[[Entry], None]] = ()
+    on_end: Sequence[Callable[[Entry], None]] = ()
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
@@ -8761,16 +9349,22 @@ class Books:
         if self.ledger:
             self.ledger.thread.start()
 
+    def watch(self, watchers: Sequence[Watcher]):
+        """Tells these of calls, what each wants to know."""
+        self.watchers = watchers
+        self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
+        self.on_end = [one.record for one in watchers if type(one).record is not Watcher.record]
+
     def begin(self, entry: Entry):
         """A call runs from now on."""
         self.running[entry] = None
-        for watcher in self.watchers:
-            watcher.begin(entry)
+        for tell in self.on_begin:
+            tell(entry)
 
     def record(self, entry: Entry):
         if entry.call:
             self.running.pop(entry, None)
-        if self.refusals.counts_only(entry):
+        if entry.caller is None and self.refusals.counts_only(entry):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
@@ -8779,8 +9373,8 @@ class Books:
                 self.ledger.record(entry)
             if self.usage_log:
                 self.usage_log.record(entry)
-            for watcher in self.watchers:
-                watcher.record(entry)
+            for tell in self.on_end:
+                tell(entry)
 
     def save(self, levels: Levels):
         """Hands the levels of buckets to the ledger; to be called every Ledger.SAVE_SECONDS."""
@@ -8796,7 +9390,8 @@ class Books:
 
 # --------------------------------------------------------------------------------------------------
 # Signals: what is told of calls outside of the books, to monitors, collectors and whoever looks at
-# the page: metrics, traces, warnings, and the feed of events. It does not know sockets.
+# the page: metrics, traces, warnings, and the feed of events. Nothing of it holds up a call; what
+# goes out, to addresses that the operator set, goes by threads of their own.
 # --------------------------------------------------------------------------------------------------
 
 def dollars(entry: Entry) -> str:
@@ -8934,6 +9529,10 @@ class Pulse(Watcher):
             for rule, key in entry.hold.keyed_rules:
                 self.changed[key] = rule, caller
 
+    def named(self, label: str) -> List[Caller]:
+        """Returns who called lately by this label."""
+        return [caller for caller in self.callers.values() if caller.label == label]
+
     def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
         """Returns percentiles of the last minute, in milliseconds."""
         oldest = self.clock.monotonic() - self.MINUTE
@@ -8974,10 +9573,620 @@ class Pulse(Watcher):
                 for key, (rule, caller) in changed.items()]
 
 
+class Poster(Writer):
+    """Posts JSON to a URL of the operator's, which may hold secrets: no line in the log shows it.
+    What is not taken in a few tries is dropped and counted."""
+    ROOM = 2048
+    PAUSE = 1
+    MOST = 500          # items of one body, where several go into one
+    DELAYS = (0, 1, 5)  # seconds before each try
+    SECONDS = 10        # to connect, to send and to be answered
+    COMPLAIN_SECONDS = 60
+    PASSING = (408, 429, 500, 502, 503, 504)  # statuses after which another try may go well
+    complain_at = -math.inf  # monotonic seconds
+
+    def __init__(self, name: str, url: str, tls: Optional[ssl.SSLContext], clock: Any, log: Log,
+                 fields: Optional[Texts] = None):
+        """`fields` are more header fields; with `tls` the URL is one of https."""
+        super().__init__(name)
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.hostname
+        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        self.tls = tls
+        self.clock = clock
+        self.log = log
+        self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
+                       **(fields or {})}
+        # Makes one body of many items; without it each goes by itself.
+        self.bundle: Optional[Callable[[List[Any]], Dict[str, Any]]] = None
+        self.thread.start()
+
+    def write_queued(self):
+        while self.queue:
+            most = self.MOST if self.bundle else 1
+            batch = [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+            try:
+                taken = self.deliver(self.bundle(batch) if self.bundle else batch[0])
+            except Exception:
+                self.log.report()
+                taken = False
+            self.dropped += 0 if taken else len(batch)
+
+    def deliver(self, payload) -> bool:
+        data = to_json_bytes(payload)
+        for delay in self.DELAYS:
+            if delay and self.stop.wait(delay):  # in the end there is one try
+                break
+            fault = self.post(data)
+            if fault is None:
+                return True
+            if fault.isdecimal() and int(fault) not in self.PASSING:
+                break
+        now = self.clock.monotonic()
+        if now >= self.complain_at:
+            self.complain_at = now + self.COMPLAIN_SECONDS
+            self.log.say("%s cannot be delivered: %s" % (
+                self.thread.name, "status " + fault if fault.isdecimal() else fault))
+        return False
+
+    def post(self, data) -> Optional[str]:
+        """Returns why it was not taken: a status, or words."""
+        connection = self.connection()
+        try:
+            connection.request("POST", self.target, data, self.fields)
+            status = connection.getresponse().status
+            return None if status < 300 else str(status)
+        except (OSError, ValueError, http.client.HTTPException) as failure:
+            return CAUSES.get(type(failure), "connection failed")
+        finally:
+            connection.close()
+
+    def connection(self):
+        """The one place here that opens any."""
+        if self.tls:
+            return http.client.HTTPSConnection(
+                self.host, self.port, timeout=self.SECONDS, context=self.tls)
+        return http.client.HTTPConnection(self.host, self.port, timeout=self.SECONDS)
+
+
+# -- metrics, as Prometheus reads them (https://prometheus.io/docs/instrumenting/exposition_formats)
+
+OTHER = "other"  # the label of what is one too many to have one of its own,
+NONE = "-"       # and of what there is none of
+CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
+TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
+WAITS = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640"
+COUNTERS = {
+    "requests_total": "Calls that have ended",
+    "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
+    "usd_total": "What calls cost, where their price is known",
+    "refused_total": "Calls that a rule refused",
+    "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
+HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
+    ("request_duration_seconds", "From a call's head to its end", ".01 .02 .04 .08 .16 .32 .64"
+     " 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68 655.36 1310.72"),
+    ("first_byte_seconds", "From a call's head to the first byte of its answer", WAITS),
+    ("time_per_output_token_seconds", "Of streams, between two tokens",
+     ".0025 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5"),
+    ("queue_wait_seconds", "In line before a busy upstream", WAITS),
+    ("overhead_seconds", "In the proxy's own hands, until sent on and from the answer's head",
+     ".0001 .00025 .0005 .001 .0025 .005 .01 .025 .05 .1 .25 .5 1 2.5"))
+
+
+class Family(NamedTuple):
+    """All samples of one metric; each is (end of its name, labels, value)."""
+    name: str
+    kind: str
+    help: str
+    samples: List[Tuple[str, Dict[str, str], Union[int, float, str]]]
+
+    def lines(self) -> Iterable[str]:
+        yield f"# HELP {self.name} {self.help}"
+        yield f"# TYPE {self.name} {self.kind}"
+        for end, labels, value in self.samples:
+            text = ",".join([f'{name}="{label_value(of)}"' for name, of in labels.items()])
+            yield f"{self.name}{end}{{{text}}} {value}" if text else f"{self.name}{end} {value}"
+
+
+def label_value(text):
+    shown = visible(clean(text)).replace("\\", r"\\")
+    return shown.replace('"', r"\"").replace("\n", r"\n")
+
+
+class Histogram:
+    """How many times fell below each of some bounds. They are sorted in many at once, because that
+    costs each next to nothing."""
+    __slots__ = ("bounds", "texts", "times", "counts", "count", "total")
+
+    def __init__(self, bounds: str):
+        self.texts = bounds.split()
+        self.bounds = list(map(float, self.texts))
+        self.times = []  # those that are yet to be sorted in
+        self.counts = [0] * len(self.bounds)
+        self.count = 0
+        self.total = 0.0
+
+    def sort_in(self):
+        times = sorted(self.times)
+        self.times.clear()
+        self.count += len(times)
+        self.total += math.fsum(times)
+        for number, bound in enumerate(self.bounds):
+            self.counts[number] += bisect.bisect_right(times, bound)
+
+    def samples(self, labels: Dict[str, str]):
+        self.sort_in()
+        rows = [("_bucket", {**labels, "le": f"{bound:g}"}, count)
+                for bound, count in zip(self.bounds, self.counts)]
+        return [*rows, ("_bucket", {**labels, "le": "+Inf"}, self.count),
+                ("_sum", labels, f"{self.total:.9f}"), ("_count", labels, self.count)]
+
+
+class Times:
+    """The histograms of one upstream, in the order of HISTOGRAMS."""
+    __slots__ = ("histograms", "duration", "first_byte", "token", "queue", "overhead")
+
+    def __init__(self):
+        self.histograms = [Histogram(bounds) for _, _, bounds in HISTOGRAMS]
+        self.duration, self.first_byte, self.token, self.queue, self.overhead = [
+            one.times for one in self.histograms]
+
+
+class Series:
+    """What calls that have the same labels used, all in all."""
+    __slots__ = ("labels", "times", "calls", "picodollars", *TOKEN_KINDS)
+
+    def __init__(self, labels: Tuple[str, ...], times: Times):
+        self.labels = dict(zip(CALL_LABELS, labels))
+        self.times = times
+        self.calls = self.picodollars = 0
+        self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
+
+    def add_parts(self, usage: Usage):
+        self.cached += usage.cached
+        self.cache_write += usage.cache_write
+        self.reasoning += usage.reasoning
+
+
+class Metrics(Watcher):
+    """Counts calls as the ledger does. Callers may invent names, so there are only so many series:
+    a model has its own once an upstream has answered for it."""
+    MAX_NAMES = 200     # of callers, of models, and of rules that refused
+    MAX_SERIES = 5_000
+    MAX_KNOWN = 10_000  # spellings of calls whose series is known
+    held = 0.0          # seconds in which something held the loop
+
+    def __init__(self):
+        self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
+        self.series: Dict[Tuple[str, ...], Series] = {}
+        self.times: Dict[str, Times] = {}
+        self.callers: Dict[CallerKey, str] = {}
+        self.models: Set[str] = set()
+        self.refused: Dict[str, int] = {}
+
+    def record(self, entry):
+        call, usage = entry.call, entry.usage
+        key = (entry.caller.label, call.upstream_model, entry.upstream, call.dialect,
+               entry.outcome) if call else (entry.caller, entry.outcome)
+        series = self.known.get(key) or self.find(key, entry)
+        series.calls += 1
+        times, started, first_byte = series.times, entry.started, entry.first_byte
+        times.duration.append(entry.ended - started)
+        if first_byte is not None:
+            times.first_byte.append(first_byte - started)
+        if usage:
+            series.input += usage.input
+            series.output += usage.output
+            series.picodollars += entry.picodollars
+            if usage.cached or usage.reasoning or usage.cache_write:
+                series.add_parts(usage)
+            if first_byte is not None:
+                times.overhead.append(first_byte - started - entry.held_up)
+                if call.stream and usage.output > 1:
+                    times.token.append((entry.ended - first_byte) / (usage.output - 1))
+        if entry.queued is not None:
+            times.queue.append(entry.queued / 1000)
+
+    def sort_in(self):
+        """Spares memory; to be called every few seconds."""
+        for times in self.times.values():
+            for one in times.histograms:
+                one.sort_in()
+
+    def note_refusal(self, rule):
+        if rule not in self.refused and len(self.refused) >= self.MAX_NAMES:
+            rule = OTHER
+        self.refused[rule] = self.refused.get(rule, 0) + 1
+
+    def find(self, key, entry):
+        """Returns the series of such calls, which is known from then on. What a rule refused is
+        counted here, too."""
+        upstream = entry.upstream or NONE
+        rest = upstream, entry.call.dialect.name if entry.call else NONE, entry.outcome
+        labels = (self.caller_label(entry.caller), self.model_label(entry), *rest)
+        if labels not in self.series and len(self.series) >= self.MAX_SERIES:
+            labels = OTHER, OTHER, *rest
+        if labels not in self.series:
+            times = self.times.setdefault(upstream, Times())
+            self.series[labels] = Series(labels, times)
+        if len(self.known) >= self.MAX_KNOWN:
+            self.known.clear()
+        if entry.outcome == LimitReached.outcome:  # these come here each time
+            self.note_refusal(entry.cause)
+        else:
+            self.known[key] = self.series[labels]
+        return self.series[labels]
+
+    def caller_label(self, caller):
+        if caller is None:
+            return NONE
+        if caller.key not in self.callers and len(self.callers) < self.MAX_NAMES:
+            self.callers[caller.key] = caller.label
+        return self.callers.get(caller.key, OTHER)
+
+    def model_label(self, entry):
+        model = entry.call.upstream_model[:80] if entry.call else ""
+        answered = entry.outcome == "ok" and entry.status == 200
+        if model and model not in self.models and answered and len(self.models) < self.MAX_NAMES:
+            self.models.add(model)
+            self.known.clear()  # what else was asked of it has a series of its own from now on
+        return model if model in self.models else OTHER if model else NONE
+
+    # -- what is told when somebody asks
+
+    def families(self) -> List[Family]:
+        """Returns what was counted."""
+        series = list(self.series.values())
+        refused = list(self.refused.items())
+        found = {
+            "requests_total": [("", one.labels, one.calls) for one in series],
+            "tokens_total": [("", {**labels, "kind": kind}, count)
+                             for labels, counts in self.sums(series, *TOKEN_KINDS)
+                             for kind, count in zip(TOKEN_KINDS, counts) if count],
+            "usd_total": [("", labels, format_usd(sums[0]))
+                          for labels, sums in self.sums(series, "picodollars") if sums[0]],
+            "refused_total": [("", {"rule": rule}, count) for rule, count in refused],
+            "loop_held_seconds_total": [("", {}, f"{self.held:.6f}")]}
+        return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
+                for name, samples in found.items()] + self.histogram_families()
+
+    def histogram_families(self):
+        upstreams = list(self.times.items())
+        return [Family("llm_proxy_" + name, "histogram", what, [
+            sample for upstream, times in upstreams
+            for sample in times.histograms[number].samples({"upstream": upstream})])
+            for number, (name, what, _) in enumerate(HISTOGRAMS)]
+
+    @staticmethod
+    def sums(series, *names):
+        """Returns (labels, sums) by caller, model and upstream."""
+        found = {}
+        for one in series:
+            where = tuple(one.labels.values())[:3]
+            before = found.get(where) or [0] * len(names)
+            found[where] = [old + getattr(one, name) for old, name in zip(before, names)]
+        return [(dict(zip(CALL_LABELS, where)), sums) for where, sums in found.items()]
+
+    def bucket_families(self, buckets: Buckets) -> List[Family]:
+        """Returns the buckets of callers that are known here, and of nobody, that are not full."""
+        levels, capacities = [], []
+        for one in list(buckets.levels.values()):
+            rule, key = one.rule, one.key
+            owners = [self.callers.get(owner) for owner in key[1:]]
+            if None not in owners and len(levels) < self.MAX_SERIES:
+                labels = {"rule": rule.text, "caller": " ".join(owners) or NONE}
+                level = buckets.level_of(rule, key).level
+                levels.append(("", labels, format_amount(rule, level)))
+                capacities.append(("", labels, format_amount(rule, rule.capacity)))
+        return [Family("llm_proxy_bucket_level", "gauge",
+                       "What is left in buckets that are not full, in USD where a rule counts it",
+                       levels),
+                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most", capacities)]
+
+
+def upstream_families(routes: Routes) -> List[Family]:
+    """Returns how the upstreams are; no address is named."""
+    stats = [(one, {"upstream": one.name}, one.stats()) for one in routes.all]
+    states = []
+    for upstream, labels, found in stats:
+        known = upstream.states()
+        known = ["disabled"] * len(known) if found["state"] == "disabled" else known
+        states += [("", {**labels, "state": state}, known.count(state))
+                   for state in ("closed", "half_open", "open", "disabled")]
+    return [
+        Family("llm_proxy_upstream_addresses", "gauge",
+               "Addresses of an upstream by the state of their breakers; closed is well", states),
+        Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
+               [("", labels, found["in_flight"]) for _, labels, found in stats]),
+        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream", [
+            ("", labels, found.get("queue", {"waiting": 0})["waiting"])
+            for _, labels, found in stats])]
+
+
+def process_families() -> List[Family]:
+    """Returns what the system says of this process, under the names that all programs have."""
+    cpu = os.times()
+    found = [("cpu_seconds_total", "counter", "CPU time", "%.2f" % (cpu.user + cpu.system))]
+    with contextlib.suppress(OSError, ImportError, ValueError):  # Linux alone has all of them
+        import resource
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        found.append(("max_fds", "gauge", "Descriptors it may open", most))
+        found.append(("open_fds", "gauge", "Descriptors", len(os.listdir("/proc/self/fd"))))
+        with open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+        found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
+    return [Family("process_" + name, kind, what, [("", {}, value)])
+            for name, kind, what, value in found]
+
+
+# -- traces, as OpenTelemetry has them
+
+TRACEPARENT = re.compile(  # https://www.w3.org/TR/trace-context; 00 has nothing after its flags
+    "(?!ff|00.{53}.)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
+    "(?:-.*)?")
+SEMANTIC_CONVENTIONS = "1.41.0"
+CLIENT, FAILED = 3, 2  # a span's kind and status
+# The names of those conventions, and ours, each with what of a call it tells.
+ATTRIBUTES = {
+    "http.request.method": "method",
+    "http.route": "route",
+    "http.response.status_code": "status",
+    "gen_ai.operation.name": "operation",
+    "gen_ai.provider.name": "provider",
+    "gen_ai.request.model": "model",
+    "gen_ai.response.model": "served",
+    "gen_ai.usage.input_tokens": "input",
+    "gen_ai.usage.output_tokens": "output",
+    "gen_ai.usage.cache_read.input_tokens": "cached",
+    "gen_ai.usage.reasoning.output_tokens": "reasoning",
+    "error.type": "error",
+    "llm_proxy.request_id": "id",
+    "llm_proxy.caller": "caller",
+    "llm_proxy.upstream": "upstream",
+    "llm_proxy.outcome": "outcome",
+    "llm_proxy.rule": "rule",
+    "llm_proxy.queue_ms": "queue_ms",
+    "llm_proxy.first_ms": "first_ms",
+    "llm_proxy.usd": "usd"}
+USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "usd")
+OPERATIONS = {  # by endpoint; others have the last word of their path
+    "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
+    "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
+    "embed": "embeddings"}
+PROVIDERS = {  # by upstream or dialect, where the conventions have another name
+    "gemini": "gcp.gemini", "interactions": "gcp.gemini", "azure": "azure.ai.openai",
+    "grok": "x_ai", "mistral": "mistral_ai"}
+
+
+class Trace:
+    """Of what a call is a part, and by which number; all in hexadecimal."""
+    __slots__ = ("number", "parent", "flags", "span")
+
+    def __init__(self, number: Optional[str] = None, parent: str = "", flags: str = "01"):
+        self.number = number or "%032x" % random.getrandbits(128)
+        self.parent = parent
+        self.flags = flags
+        self.span = "%016x" % random.getrandbits(64)
+
+    @classmethod
+    def join(cls, fields: Fields) -> "Trace":
+        """Returns the caller's trace, or a new one."""
+        match = TRACEPARENT.fullmatch(fields.get("traceparent", ""))
+        return cls(*match.groups()) if match else cls()
+
+    @staticmethod
+    def replaced(fields: Fields) -> List[str]:
+        """Returns the fields that do not go upstream as they came."""
+        known = TRACEPARENT.fullmatch(fields.get("traceparent", ""))
+        return ["traceparent"] if known else ["traceparent", "tracestate"]
+
+    def line(self) -> bytes:
+        """Returns a header line that names this call as the parent."""
+        return f"traceparent: 00-{self.number}-{self.span}-{self.flags}\r\n".encode()
+
+
+class Traces(Watcher):
+    """Has one span of each call posted (https://opentelemetry.io/docs/specs/otlp, OTLP/HTTP in
+    JSON: ids in hexadecimal, whole numbers as text)."""
+
+    def __init__(self, service: str, poster: Poster):
+        self.resource = {"attributes": self.attributes(
+            {"service.name": service, "service.version": VERSION})}
+        self.poster = poster
+        poster.bundle = self.bundle
+
+    def begin(self, entry):
+        entry.call.trace = entry.trace
+
+    def record(self, entry):
+        self.poster.record(entry)
+
+    def close(self, wait):
+        self.poster.close(wait)
+
+    # -- in the poster's thread
+
+    def bundle(self, entries: List[Entry]) -> Dict[str, Any]:
+        return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
+            "scope": {"name": "llm_proxy", "version": VERSION},
+            "schemaUrl": "https://opentelemetry.io/schemas/" + SEMANTIC_CONVENTIONS,
+            "spans": list(map(self.span, entries))}]}]}
+
+    def span(self, entry):
+        facts = self.facts(entry)
+        trace = entry.trace or Trace()
+        named = {name: facts[fact] for name, fact in ATTRIBUTES.items()
+                 if facts[fact] not in (None, "")}
+        took = int((entry.ended - entry.started) * 1e9)
+        found = {
+            "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
+            "name": " ".join(filter(None, (
+                facts["operation"] or facts["method"], facts["model"]))),
+            "kind": CLIENT, "startTimeUnixNano": str(entry.wall - took),
+            "endTimeUnixNano": str(entry.wall), "attributes": self.attributes(named)}
+        if trace.parent:
+            found["parentSpanId"] = trace.parent
+        if facts["error"]:
+            found["status"] = {"code": FAILED}
+        return found
+
+    def facts(self, entry):
+        """Returns the row of a call, and what only spans tell."""
+        facts = {**entry.as_row()._asdict(), **self.kind(entry)}
+        if entry.usage is None:
+            facts.update(dict.fromkeys(USAGE_FACTS))
+        status = entry.outcome == "upstream_status"
+        facts["error"] = None if entry.outcome == "ok" else (
+            str(entry.status) if status else entry.outcome)
+        facts["rule"] = entry.cause if entry.outcome == LimitReached.outcome else None
+        return facts
+
+    @staticmethod
+    def kind(entry):
+        call = entry.call
+        route, operation, provider = entry.path[:200], None, entry.upstream
+        if call and call.stored and call.stored.name:
+            route = route.replace("/" + call.stored.name, "/{id}")
+        if call and call.endpoint is not None:
+            last_word = call.path.rpartition("/")[2][:80]
+            operation = OPERATIONS.get(call.endpoint, last_word)
+        if call and provider not in VENDORS:
+            provider = call.dialect.name
+        return {"route": route, "operation": operation,
+                "provider": PROVIDERS.get(provider, provider)}
+
+    @staticmethod
+    def attributes(values):
+        kinds = {str: "stringValue", float: "doubleValue", int: "intValue", bool: "boolValue"}
+        return [{"key": name, "value": {
+            kinds[type(value)]: str(value) if type(value) is int else value}}
+            for name, value in values.items()]
+
+
+# -- warnings
+
+def shares_used(hold: Hold) -> List[Tuple[float, Level]]:
+    """Returns what share is used of each bucket of a call that counts tokens or money."""
+    found = []
+    for rule, key in hold.keyed_rules:
+        if UNITS[rule.unit] not in UNITS_OF_CALLS:
+            level = hold.buckets.level_of(rule, key)
+            found.append(((rule.capacity - level.level) / rule.capacity, level))
+    return found
+
+
+class Warnings(Watcher):
+    """Tells the operator what should be known: on the page, by one line in the log, and to a
+    webhook; the same of the same at most once in QUIET_SECONDS."""
+    QUIET_SECONDS = 3600
+    ROOM = 10_000
+
+    def __init__(self, clock: Any, log: Log, feed: Feed, webhook: Optional[Poster]):
+        self.clock = clock
+        self.log = log
+        self.feed = feed
+        self.webhook = webhook
+        self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
+        self.down: Set[str] = set()  # the upstreams that are said to be
+        self.dropped = 0             # calls that the ledger is said to have lost
+
+    def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
+             **about: Any) -> bool:
+        """Returns whether it was told; without a `line` the log knows it already."""
+        now = self.clock.monotonic()
+        key = (event, *subject)
+        if now < self.quiet_until.get(key, -math.inf):
+            return False
+        self.quiet_until.pop(key, None)
+        if len(self.quiet_until) >= self.ROOM:
+            del self.quiet_until[next(iter(self.quiet_until))]
+        self.quiet_until[key] = now + self.QUIET_SECONDS
+        payload = {"event": event, **about, "time": self.clock.time_ns() / 1e9}
+        self.feed.tell("warning", payload)
+        if line:
+            self.log.say(line)
+        if self.webhook:
+            self.webhook.record(payload)
+        return True
+
+    def look(self, routes: Routes, ledger: Optional[Ledger]):
+        """Look for what no call tells; to be called every few seconds."""
+        for upstream in routes.all:
+            name = upstream.name
+            is_down = all(one.breakers.fails_for_all() for one in upstream.addresses)
+            if is_down and name not in self.down:
+                if self.tell("upstream_down", (name,), None, upstream=name):
+                    self.down.add(name)
+            elif name in self.down and not is_down:
+                if self.tell("upstream_up", (name,), None, upstream=name):
+                    self.down.remove(name)
+        lost = ledger.dropped - self.dropped if ledger else 0
+        if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
+            self.dropped = ledger.dropped
+
+    def close(self, wait):
+        if self.webhook:
+            self.webhook.close(wait)
+
+
+class Marks(Watcher):
+    """Warns when a call takes a bucket past one of some shares."""
+    ROOM = 10_000
+
+    def __init__(self, shares: Sequence[float], warnings: Warnings):
+        self.shares = sorted(shares)
+        self.warnings = warnings
+        self.passed: Dict[BucketKey, int] = {}  # how many of them, by those that are past one
+
+    def record(self, entry):
+        for share, level in shares_used(entry.hold) if entry.hold else ():
+            key, rule = level.key, level.rule
+            passed = bisect.bisect_right(self.shares, share)
+            # It may have been refilled since the last call.
+            alone = share - entry.hold.costs[rule.unit] / rule.capacity
+            before = min(self.passed.pop(key, 0), bisect.bisect_right(self.shares, alone))
+            if passed:
+                self.passed[key] = passed
+                if len(self.passed) > self.ROOM:
+                    del self.passed[next(iter(self.passed))]
+            if passed > before:
+                self.warn(entry, share, level, passed)
+
+    def warn(self, entry, share, level, passed):
+        rule, caller = level.rule, entry.caller.label
+        line = "%s has used %d%% of %s" % (caller, 100 * share, rule.text)
+        self.warnings.tell(
+            "limit_near", (level.key, passed), line, caller=caller, rule=rule.text,
+            level=format_amount(rule, level.level), capacity=format_amount(rule, rule.capacity),
+            share=round(share, 4))
+
+
 class Watchers(NamedTuple):
-    """All whom the books tell of calls."""
+    """All who watch; some are there only where they are set."""
     feed: Feed
     pulse: Pulse
+    metrics: Metrics
+    warnings: Warnings
+    traces: Optional[Traces] = None
+    marks: Optional[Marks] = None
+
+    def metric_lines(self, routes: Routes, books: Books, buckets: Buckets) -> Iterable[str]:
+        """Yields what /metrics says."""
+        writers = {
+            "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
+            "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
+        dropped = [("", {"what": name}, one.dropped) for name, one in writers.items() if one]
+        build = {"version": VERSION, "python": "%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3])}
+        for family in (
+                *self.metrics.families(), *self.metrics.bucket_families(buckets),
+                *upstream_families(routes),
+                Family("llm_proxy_dropped_total", "counter",
+                       "What could not be written or delivered", dropped),
+                Family("llm_proxy_build_info", "gauge", "What runs here", [("", build, 1)]),
+                *process_families()):
+            yield from family.lines()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9005,7 +10214,8 @@ CRLF = "\r\n"
 REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
     "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
-    "x-llm-estimated", "x-queue-ms"), map(str.lower, RATE_FIELDS), (  # or that name the account
+    "x-llm-estimated", "x-queue-ms", "x-ratelimit-warning"), map(str.lower, RATE_FIELDS), (
+        # or that name the account
         "set-cookie", "set-cookie2", "openai-organization", "openai-project",
         "anthropic-organization-id"))
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
@@ -9092,7 +10302,9 @@ class Reply:
         most = self.parts.config.max_body_bytes
         if self.content is None:
             self.body.owner = owner = self.entry.caller.key
+            began = self.context.loop.time()
             content = await self.body.read(most, self.context)
+            self.entry.held_up += self.context.loop.time() - began
             if len(content) > Turns.SMALL:
                 try:
                     await self.parts.turns.take(owner, self.context)
@@ -9260,14 +10472,17 @@ class Reply:
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
         deadline = loop.time() + seconds
         while not adapter.framing.ended and len(self.first) < self.MAX_WHOLE:
+            began = loop.time()
             try:
                 alive = await stream.more(
-                    self.context, deadline - loop.time(), response.address.what_body)
+                    self.context, deadline - began, response.address.what_body)
                 payload = adapter.feed(stream.take_all()) if alive else self.last_of(adapter)
             except TimeoutError:
                 return
             except (Malformed, OSError) as failure:
                 raise UpstreamFailed(failure) from None
+            finally:
+                self.entry.held_up += loop.time() - began
             self.first += payload
 
     @staticmethod
@@ -9300,11 +10515,11 @@ class Reply:
         if self.early:
             return self.client.write(self.first)
         now = clock.time_ns()
-        dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
         lines = (f"{self.response_lines(response)}{self.framing_line}"
-                 f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
+        if "date" not in response.head.lines:  # it is for us to say (RFC 9110 6.6.1)
+            lines += format_date(now // 10 ** 9) + CRLF
         usage = entry.usage
         if usage and not self.call.stream:
             lines += (f"X-LLM-Input-Tokens: {usage.input}\r\n"
@@ -9496,10 +10711,22 @@ class Reply:
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
-        queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
-        close = "Connection: close\r\n" if self.close_after else ""
-        return (f"{lines}X-Request-ID: {entry.request_id}\r\n"
-                f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
+        lines += f"X-Request-ID: {entry.request_id}\r\n{rate}{self.cors_lines()}"
+        if rate and self.parts.config.warn_at:
+            lines += self.warning_line(hold)
+        if entry.queued is not None:
+            lines += f"X-Queue-Ms: {entry.queued}\r\n"
+        if self.close_after:
+            lines += "Connection: close\r\n"
+        return (lines + CRLF).encode("latin-1")
+
+    def warning_line(self, hold):
+        """Returns what tells a caller that a limit is near."""
+        share, level = max(shares_used(hold), default=(0, None), key=lambda one: one[0])
+        if share < min(self.parts.config.warn_at):
+            return ""
+        return "X-RateLimit-Warning: %d%% of %s is used\r\n" % (
+            100 * share, ascii(level.rule.text))
 
     def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
@@ -9541,7 +10768,11 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
-        self.watchers = books.watchers = watchers
+        self.watchers = watchers
+        self.traces = watchers.traces
+        if self.traces:
+            self.request_head = self.traced_head
+        books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
 
@@ -9550,26 +10781,12 @@ class Proxy:
         before anything was sent leaves the call to the next upstream that it may go to."""
         entry = reply.entry
         self.identify(request, entry)                                               # identify
-        key = entry.caller.stored_key
-        if key and key.role != "caller":
-            raise NotForCalls()
-        if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
-            reply.set_deadlines()
-        call = self.new_call(request)
+        call = self.new_call(request, reply)
         await self.dialects.read(call, request.method, request, reply.read_body)
-        reply.call = entry.call = call
-        entry.context = reply.context
-        self.books.begin(entry)
-        if call.stream:
-            reply.start_comments()
-        thing = None
-        if self.stored.policy != "pass" or self.stored.things:
-            thing = self.find_thing(call, entry.caller)
-        if key and key.upstream:
-            self.bind(call, key.upstream)
-        upstreams = self.routes.find(call, thing)                                   # route
-        if key:
-            upstreams = self.own_secrets_only(upstreams)
+        if call.body and len(call.body) > Turns.SMALL:
+            await asyncio.sleep(0)  # others come in between reading and estimating it
+        self.begin(call, reply)
+        upstreams = self.route(call, entry.caller)                                  # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -9610,6 +10827,7 @@ class Proxy:
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
+        entry.held_up += self.loop.time() - reply.context.since
         if reply.early:
             await reply.require_stream(response)
         adapter = reply.receive(response)
@@ -9648,21 +10866,10 @@ class Proxy:
         entry.call.made = names
         self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
 
-    def estimate(self, call, entry):
-        """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
-        if call.unmetered:
-            return NO_COST, NO_COST
-        estimator = self.estimator
-        if not estimator.needs_estimate:
-            return estimator.plain, estimator.plain
-        if "usd" in estimator.units:
-            self.require_price(call, entry)
-        return estimator.estimate(call, entry.caller.key)
-
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
         names = [name for name in call.models if name]
-        if not names and call.endpoint not in (UNKNOWN, UPLOAD):
+        if not names and call.endpoint not in UNNAMED:
             names = [""]  # the upstream will take what it likes
         if all(map(self.prices.knows, names)):
             return
@@ -9678,17 +10885,19 @@ class Proxy:
         if known is None or known[0] is not self.callers or (
                 known[1].until is not None and known[1].until <= self.wall()):
             known = request.cache["caller"] = self.identify_anew(request, entry)
-        _, entry.caller, entry.address = known
+        _, entry.caller, entry.address, entry.agent = known
 
     def identify_anew(self, request, entry):
         callers = self.callers
         entry.address = callers.address(request, entry.peer)  # also of those who are refused
+        entry.agent = user_agent(request)
         credential = callers.credential(request, request.query)
         try:
             caller = callers.identify(credential, entry.address, self.wall())
         except Unauthorized:
             raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
-        return callers, callers.end_user(request, entry.peer, caller), entry.address
+        caller = callers.end_user(request, entry.peer, caller)
+        return callers, caller, entry.address, entry.agent
 
     def require_role(self, request: Request, entry: Entry, role: str):
         """Finds out who asks for a page that is for this role and those above it. Raises
@@ -9743,11 +10952,12 @@ class Proxy:
         self.estimator.models = models
         for order in orders:
             self.carry_out(order)
+        self.watchers.feed.tell("change", {"what": "keys"})
 
     def carry_out(self, order: Order):
         """Fills or adds to the buckets of a caller."""
         count = 0
-        for caller in self.callers.named(order.caller):
+        for caller in self.callers.named(order.caller) or self.watchers.pulse.named(order.caller):
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
                 count += 1
@@ -9764,17 +10974,51 @@ class Proxy:
         key = entry.caller.stored_key
         if key and key.models:
             self.check_models(call, entry.method, key.models)
-        costs, least = self.estimate(call, entry)
+        estimator = self.estimator
+        if call.unmetered:
+            costs = least = NO_COST
+        elif not estimator.needs_estimate:
+            costs = least = estimator.plain
+        else:
+            if "usd" in estimator.units:
+                self.require_price(call, entry)
+            costs, least = estimator.estimate(call, entry.caller.key)
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
                                  upstream.name, least, call.models[1:])
 
-    def new_call(self, request: Request) -> Call:
-        """Returns a call as its head tells of it, which is read once, too."""
+    def new_call(self, request: Request, reply: Reply) -> Call:
+        """Returns a call as its head tells of it, which is read once, too. Raises NotForCalls."""
+        if reply.entry.caller.role in STEERING:
+            raise NotForCalls()
+        if self.traces:
+            reply.entry.trace = Trace.join(request)
+        if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
+            reply.set_deadlines()
         place = request.cache.get("place")
         if place is None:
             place = self.dialects.place(request.method, request.path, request.query, request)
             request.cache["place"] = place
         return Call(*place)
+
+    def begin(self, call, reply):
+        """A call is understood, and runs from now on."""
+        entry = reply.entry
+        reply.call = entry.call = call
+        entry.context = reply.context
+        self.books.begin(entry)
+        if call.stream:
+            reply.start_comments()
+
+    def route(self, call, caller):
+        """Returns the upstreams that a call may go to, in the order to try them. Raises NoRoute,
+        UpstreamNotAllowed, and what speaking of things that are not one's own is refused by."""
+        thing, key = None, caller.stored_key
+        if self.stored.policy != "pass" or self.stored.things:
+            thing = self.find_thing(call, caller)
+        if key and key.upstream:
+            self.bind(call, key.upstream)
+        upstreams = self.routes.find(call, thing)
+        return self.own_secrets_only(upstreams) if key else upstreams
 
     def forward(self, upstream, reply, call):
         """Sends a call, in its turn where the upstream is busy: what is not metered does not
@@ -9805,7 +11049,7 @@ class Proxy:
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
-        ticket = reply.ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
+        ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
         try:
             if not ticket.running:
                 turn = context.loop.create_future()
@@ -9826,8 +11070,9 @@ class Proxy:
                 raise UpstreamTimeout(nothing_sent=True) from None
             raise QueueRefused("queue timeout") from None
         finally:
-            reply.ticket = entry.ticket = None
+            entry.ticket = None
             entry.queued = ticket.waited()
+            entry.held_up += entry.queued / 1000 - before
 
     def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
@@ -9963,6 +11208,10 @@ class Proxy:
         request.cache[address] = call.path, is_json, head
         return head
 
+    def traced_head(self, request, call, upstream, address):
+        """Returns the same for an upstream that is told of the trace of which the call is part."""
+        return Proxy.request_head(self, request, call, upstream, address) + call.trace.line()
+
     @staticmethod
     def lines_of_ours(call):
         lines = []
@@ -9978,6 +11227,8 @@ class Proxy:
         own_key = upstream.key == PASSTHROUGH
         passed = self.config.pass_headers or ()
         dropped = [self.callers.caller_header]
+        if self.traces:
+            dropped += Trace.replaced(request)
         dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
         if call.body is not None:
             dropped += ["content-encoding", Dialect.MASK_FIELD]
@@ -10038,7 +11289,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
-                  build_watchers(config, clock, limits))
+                  build_watchers(config, clock, log, limits))
     hear_of_keys(proxy, database)
     return proxy
 
@@ -10066,6 +11317,10 @@ def hear_of_keys(proxy: Proxy, database: Optional[Database]):
     with contextlib.suppress(sqlite3.Error):
         for order in database.take_orders(proxy.wall(), again=True) if database else ():
             proxy.carry_out(order)
+    with contextlib.suppress(sqlite3.Error, ValueError):
+        for name in database.disabled_upstreams() if database else ():
+            with contextlib.suppress(LookupError):  # it was taken out of the settings
+                proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -10118,9 +11373,32 @@ def build_books(config, clock, log, limits, stored, database, keys, secret):
     return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config, clock: Any, limits: Limits) -> Watchers:
+def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
+    def poster(name, url, **options):
+        tls = build_tls(config) if url.startswith("https:") else None
+        return Poster(name, url, tls, clock, log, **options)
+
+    traces = webhook = None
+    if config.otel_exporter_otlp_endpoint:
+        traces = Traces(config.otel_service_name, poster(
+            "traces", config.otel_exporter_otlp_endpoint.rstrip("/") + "/v1/traces",
+            fields=config.otel_exporter_otlp_headers))
+    if config.webhook_url:
+        webhook = poster("webhook", config.webhook_url)
     feed = Feed(clock)
-    return Watchers(feed, Pulse(clock, limits.buckets, feed))
+    warnings = Warnings(clock, log, feed, webhook)
+    marks = Marks(config.warn_at, warnings) if config.warn_at else None
+    pulse = Pulse(clock, limits.buckets, feed)
+    return Watchers(feed, pulse, Metrics(), warnings, traces, marks)
+
+
+def build_tls(config: Config) -> ssl.SSLContext:
+    """Returns the context of connections that go out."""
+    tls = ssl.create_default_context(cafile=config.upstream_ca_file)
+    if config.upstream_tls_verify == "off":
+        tls.check_hostname = False
+        tls.verify_mode = ssl.CERT_NONE
+    return tls
 
 
 def build_dialects(config: Config) -> Dialects:
@@ -10130,12 +11408,7 @@ def build_dialects(config: Config) -> Dialects:
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
-    tls = None
-    if config.speaks_https():
-        tls = ssl.create_default_context(cafile=config.upstream_ca_file)
-        if config.upstream_tls_verify == "off":
-            tls.check_hostname = False
-            tls.verify_mode = ssl.CERT_NONE
+    tls = build_tls(config) if config.speaks_https() else None
     transport = TransportConfig(
         config.open_timeout, config.first_byte_timeout or config.read_timeout,
         config.read_timeout, tls, config.https_proxy, config.no_proxy or "")
@@ -10209,6 +11482,9 @@ class Catalogue:
 
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+    PAGES = {"/health": "health", "/healthz": "alive", "/readyz": "ready", "/metrics": "metrics"}
+    METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+    MANY_LINES = 500  # of metrics, after which the loop has its turn
     MODELS_PATHS = frozenset(path for dialect in DIALECTS.values() for path in dialect.LIST_PATHS)
 
     def __init__(self, proxy: Proxy):
@@ -10224,8 +11500,8 @@ class Pages:
             return self.preflight
         if request.method not in ("GET", "HEAD"):
             return None
-        if request.path == "/health":
-            return self.health
+        if request.path in self.PAGES:
+            return getattr(self, self.PAGES[request.path])
         if request.path in self.MODELS_PATHS:
             return self.models
         return None
@@ -10264,6 +11540,27 @@ class Pages:
         if ledger:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
         reply.send(200, json.dumps(found).encode())
+
+    async def alive(self, request, reply):
+        """Open to all, as is the next one; they tell nothing else."""
+        reply.send(200, b"ok\n", (), "text/plain")
+
+    async def ready(self, request, reply):
+        """Tells whether calls can go anywhere."""
+        able = [one for one in self.proxy.routes.all
+                if one.can_connect() and one.stats()["state"] != "disabled"]
+        reply.send(200 if able else 503, b"ready\n" if able else b"not ready\n", (), "text/plain")
+
+    async def metrics(self, request, reply):
+        proxy = self.proxy
+        if proxy.config.metrics != "open":
+            proxy.require_role(request, reply.entry, "viewer")
+        lines = []
+        for line in proxy.watchers.metric_lines(proxy.routes, proxy.books, proxy.limits.buckets):
+            lines.append(line)
+            if len(lines) % self.MANY_LINES == 0:
+                await asyncio.sleep(0)
+        reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
 
     def usual_charges(self, entry):
         """Returns what a small call would cost, by each rule."""
@@ -10357,11 +11654,16 @@ class Admin:
         self.proxy = proxy
         self.clock = proxy.clock
         self.feed, self.pulse, *_ = proxy.watchers
+        self.path = proxy.config.database
+        self.reader = LedgerReader(self.path) if proxy.books.ledger else None
         self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
+        self.asking: Set[CallerKey] = set()  # who asks for its own use
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
     def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
         """Returns what answers a request, None where it is not for the admin API."""
+        if request.path == "/v1/quota" and request.method in ("GET", "HEAD"):
+            return self.quota
         is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
         return self.answer if is_ours else None
 
@@ -10388,11 +11690,17 @@ class Admin:
         ask = Ask(request, reply, entry.caller, name, query, body)
         try:
             found = await getattr(self, row.handler)(ask)
-        except (ValueError, LookupError) as fault:
+        except ValueError as fault:
             raise BadRequest(str(fault)) from None
+        if row.role == "admin":
+            self.proxy.books.log.say("%s of %s did %s %s" % (
+                entry.caller.label, entry.address, row.method, ascii(request.path)[1:-1]))
         if found is not None:
-            status = 201 if row.handler == "add_key" else 200
-            reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+            self.send_json(reply, found, 201 if row.handler == "add_key" else 200)
+
+    @staticmethod
+    def send_json(reply, found, status=200):
+        reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
@@ -10404,14 +11712,43 @@ class Admin:
             raise BodyTooLarge()
         return parse_json(content) if content.strip() else {}
 
-    async def in_pool(self, ask, act, *arguments):
-        """Returns what `act` does, in a helper thread."""
-        context = ask.reply.context
+    async def in_pool(self, reply, act, *arguments):
+        """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
+        context = reply.context
         job = context.loop.run_in_executor(self.pool, act, *arguments)
         try:
             return await context.wait(job, self.POOL_SECONDS, "the database")
         except TimeoutError:
             raise Overloaded() from None
+        except (sqlite3.Error, DatabaseFault):
+            raise BooksAway() from None
+
+    async def read_books(self, reply, act, *arguments):
+        """Returns what a method of LedgerReader does."""
+        if self.reader is None:
+            raise BooksAway("Nothing is kept: DATABASE is off")
+        return await self.in_pool(reply, functools.partial(act, self.reader), *arguments)
+
+    async def change_keys(self, ask, act, *arguments, **fields):
+        """Does something with the stored keys, as KeyStore has it, in the name of who asks."""
+        if self.reader is None:
+            raise BooksAway("Nothing is kept: DATABASE is off")
+        actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
+
+        def change():
+            database = Database(self.path)
+            with contextlib.closing(database.connection):
+                store = KeyStore(database, self.clock, actor)
+                return act(store, *arguments, **fields)
+
+        return await self.in_pool(ask.reply, change)
+
+    @staticmethod
+    def zone(ask):
+        return read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
+
+    def now(self):
+        return self.clock.time_ns() / 1e9
 
     # -- what happens now
 
@@ -10423,6 +11760,29 @@ class Admin:
     @staticmethod
     def you(ask):
         return {"name": ask.caller.label, "role": ask.caller.role}
+
+    async def summary(self, ask):
+        proxy, sums = self.proxy, {}
+        with contextlib.suppress(BooksAway):
+            sums = await self.read_books(ask.reply, LedgerReader.today, self.zone(ask), self.now())
+        return {"you": self.you(ask), "version": VERSION, "now": self.now(),
+                "keys_are_asked_for": not proxy.callers.is_open,
+                "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
+                    sums or self.pulse.callers),
+                "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
+                "running": [running_call(entry, self.clock) for entry in self.running()],
+                "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
+
+    def near(self):
+        """Returns the buckets that are near their end."""
+        mark = min(self.proxy.config.warn_at or (0.8,))
+        found = []
+        for caller in self.pulse.callers.values():
+            for one in self.proxy.limits.buckets.levels.values():
+                if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
+                        one.level <= (1 - mark) * one.rule.capacity):
+                    found.append({"caller": caller.label, **self.pulse.bucket(one.rule, one.key)})
+        return found[:20]
 
     def running(self):
         """Returns the calls that run, the latest last."""
@@ -10503,14 +11863,18 @@ class Admin:
         return found
 
     async def enable(self, ask):
-        return self.switch(ask, on=True)
+        return await self.switch(ask, on=True)
 
     async def disable(self, ask):
-        return self.switch(ask, on=False)
+        return await self.switch(ask, on=False)
 
-    def switch(self, ask, on):
-        upstream = self.upstream(ask.name)
-        self.proxy.routes.switch(ask.name, on)
+    async def switch(self, ask, on):
+        """It stays so after a new start, too."""
+        upstream, routes = self.upstream(ask.name), self.proxy.routes
+        routes.switch(ask.name, on)
+        if self.reader:
+            names = [one.name for one in routes.all if one.disabled]
+            await self.change_keys(ask, KeyStore.note_disabled, ask.name, on, names)
         self.feed.tell("change", {"what": "upstreams"})
         return self.describe(upstream)
 
@@ -10530,7 +11894,176 @@ class Admin:
             context.close()
         return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
 
+    # -- keys
+
+    async def find_key(self, ask):
+        """Returns a key. Raises NoSuchPage."""
+        try:
+            return await self.change_keys(ask, KeyStore.find, ask.name)
+        except KeyFault as fault:
+            raise NoSuchPage(str(fault)) from None
+
+    async def keys(self, ask):
+        return {"keys": [key.as_dict() for key in await self.change_keys(ask, KeyStore.list)]}
+
+    async def key(self, ask):
+        return (await self.find_key(ask)).as_dict()
+
+    @staticmethod
+    def fields_of_key(ask, *others):
+        """Returns what is to be said of a key, and the values of the others that may be there.
+        Raises BadRequest."""
+        fields = dict(ask.body)
+        values = [fields.pop(name, None) for name in others]
+        unknown = fields.keys() - KEY_FIELDS.keys()
+        if unknown:
+            raise BadRequest("A key has no field %s" % ascii(min(unknown))[1:-1])
+        return fields, *values
+
+    async def add_key(self, ask):
+        fields, name = self.fields_of_key(ask, "name")
+        made = await self.change_keys(ask, KeyStore.add, name, **fields)
+        return {"key": made.secret, **made.key.as_dict()}
+
+    async def set_key(self, ask):
+        await self.find_key(ask)
+        fields, reset = self.fields_of_key(ask, "reset")
+        key = await self.change_keys(ask, KeyStore.set, ask.name, reset is True, **fields)
+        return key.as_dict()
+
+    async def remove_key(self, ask):
+        await self.find_key(ask)
+        await self.change_keys(ask, KeyStore.remove, ask.name)
+        return {}
+
+    async def revoke_key(self, ask):
+        await self.find_key(ask)
+        return (await self.change_keys(ask, KeyStore.revoke, ask.name)).as_dict()
+
+    async def restore_key(self, ask):
+        await self.find_key(ask)
+        return (await self.change_keys(ask, KeyStore.restore, ask.name)).as_dict()
+
+    async def rotate_key(self, ask):
+        await self.find_key(ask)
+        made = await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
+        return {"key": made.secret, **made.key.as_dict()}
+
+    async def give(self, ask):
+        body = ask.body
+        await self.change_keys(ask, KeyStore.give, ask.name, body.get("amount"),
+                               body.get("unit"), body.get("for"))
+        return {}
+
+    async def reset(self, ask):
+        await self.change_keys(ask, KeyStore.reset, ask.name)
+        return {}
+
+    async def audit(self, ask):
+        rows = await self.read_books(
+            ask.reply, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
+        return {"rows": rows, "next": rows[-1]["id"] if len(rows) == self.MAX_SHOWN else None}
+
+    # -- the books
+
+    @staticmethod
+    def number(ask, name, usual=None):
+        """Returns a whole number of the query. Raises BadRequest."""
+        text = ask.query.get(name)
+        if text is None:
+            return usual
+        if not re.fullmatch("[0-9]{1,15}", text):
+            raise BadRequest("%s must be a whole number" % name)
+        return int(text)
+
+    async def calls(self, ask):
+        limit = min(self.MAX_SHOWN, self.number(ask, "limit", 50) or 1)
+        filters = {name: ask.query[name] for name in ("id", *CALL_FILTERS) if name in ask.query}
+        return await self.read_books(
+            ask.reply, LedgerReader.calls, self.number(ask, "before"), limit, filters)
+
+    async def call(self, ask):
+        found = await self.read_books(ask.reply, LedgerReader.call, ask.name)
+        if not found:
+            raise NoSuchPage("No call of this id is known")
+        return found
+
+    async def usage(self, ask):
+        query, now = ask.query, int(self.now())
+        filters = {name: query[name] for name in SUM_KEYS if name in query}
+        by, step = query.get("by", "caller"), query.get("step", "day")
+        start, end = self.number(ask, "from", now - DAY), self.number(ask, "to", now)
+        found = await self.read_books(
+            ask.reply, LedgerReader.usage, by, step, start, end, self.zone(ask), filters)
+        if query.get("format") == "csv":
+            return self.send_csv(ask.reply, found["groups"])
+        budgets = [self.budget(one) for one in self.known_callers()
+                   if one.label == filters.get("caller")]
+        return {**found, "budget": next(filter(None, budgets), None)}
+
+    @staticmethod
+    def send_csv(reply, groups):
+        names = list(groups[0]) if groups else ["name", *NO_SUM.as_dict()]
+        text = csv_of(names, [one.values() for one in groups])
+        reply.send(200, text.encode(), ['Content-Disposition: attachment; filename="usage.csv"',
+                                        "Cache-Control: no-store"], "text/csv; charset=utf-8")
+
+    def budget(self, caller):
+        """Returns the longest of a caller's rules in USD."""
+        rules = [rule for rule, _ in self.proxy.limits.matching(caller, "", None)
+                 if rule.unit == USD and rule.capacity]
+        rule = max(rules, key=lambda one: one.rate[1], default=None)
+        return rule and {"usd": format_usd(rule.rate[0]), "seconds": rule.rate[1],
+                         "rule": rule.text}
+
     # -- callers and limits
+
+    def known_callers(self):
+        """Returns those who called lately, and those whose keys have names."""
+        found = dict(self.pulse.callers)
+        for caller in self.proxy.callers.everybody():
+            if caller.role == "caller":
+                found.setdefault(caller.key, caller)
+        return list(found.values())
+
+    async def callers(self, ask):
+        sums, hours, seen = {}, {}, {}
+        with contextlib.suppress(BooksAway):
+            sums, hours, seen = await self.read_books(
+                ask.reply, LedgerReader.of_callers, self.zone(ask), self.now())
+        not_full = self.buckets_by_owner()
+        rows = []
+        for caller in self.known_callers():
+            label, key = caller.label, caller.stored_key
+            rows.append({
+                "name": label, "team": caller.team, "key": bool(key),
+                "paused": bool(key and key.disabled), "buckets": self.buckets_of(caller, not_full),
+                "today": sums.get(label, NO_SUM).as_dict(), "hours": hours.get(label, [0] * 24),
+                "last": self.pulse.last_seen.get(caller.key, seen.get(label))})
+        rows.sort(key=lambda row: -(row["last"] or 0))
+        return {"callers": rows[:self.MAX_SHOWN]}
+
+    async def quota(self, request, reply):
+        """A page for every caller: what it has left, and what it used."""
+        entry = reply.entry
+        self.proxy.identify(request, entry)
+        caller = entry.caller
+        if caller.key in self.asking:
+            raise Overloaded(fields={"Retry-After": 1})
+        query = dict(urllib.parse.parse_qsl(request.query))
+        ask = Ask(request, reply, caller, "", query, {})
+        self.asking.add(caller.key)
+        try:
+            calls, days = await self.read_books(
+                reply, LedgerReader.of_one, caller.label, self.zone(ask), self.now())
+        except BooksAway:
+            calls, days = [], []
+        finally:
+            self.asking.discard(caller.key)
+        self.send_json(reply, {
+            "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
+            "buckets": self.buckets_of(caller, self.buckets_by_owner()),
+            "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
 
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
@@ -11781,6 +13314,7 @@ class ClientConnection:
         self.address = address
         self.client = Stream(self.loop, sock)
         self.context = Context(self.loop)
+        self.context.on_connect = self.on_connect
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
@@ -11818,6 +13352,12 @@ class ClientConnection:
             self.on_client_lost()
         elif not self.client.ended:
             self.full_timer = self.loop.call_later(self.HANG_UP_SECONDS, self.on_client_full)
+
+    def on_connect(self, seconds):
+        """Adds up how long its call has waited for connections to upstreams."""
+        if self.reply:
+            entry = self.reply.entry
+            entry.connect_ms = (entry.connect_ms or 0) + int(seconds * 1000)
 
     def end_if_idle(self):
         """The server stops. A request that has come whole is answered, an idle connection is
@@ -12037,18 +13577,21 @@ class LoopWatch:
     quiet_until = -math.inf
     thread = 0  # that of the loop, once it runs
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, say: Callable[[str], None]):
-        self.loop = loop
-        self.say = say
-        self.due = loop.time()
+    def __init__(self, proxy: Proxy):
+        self.loop = proxy.loop
+        self.say = proxy.books.log.say
+        self.metrics = proxy.watchers.metrics
+        self.due = self.loop.time()
 
     def tick(self):
         """Runs on the loop."""
         now = self.loop.time()
         late = now - self.due
-        if late > self.PERIOD and self.thread and now >= self.quiet_until:
-            self.quiet_until = now + self.REPORT_SECONDS
-            self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+        if late > self.PERIOD and self.thread:
+            self.metrics.held += late
+            if now >= self.quiet_until:
+                self.quiet_until = now + self.REPORT_SECONDS
+                self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
         self.culprit = ""
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
@@ -12112,7 +13655,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
-        self.loop_watch = LoopWatch(self.loop, proxy.books.log.say)
+        self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
         for act in (self.loop_watch.tick, self.sweep, self.beat):
@@ -12239,6 +13782,8 @@ class Server(http.server.ThreadingHTTPServer):
         proxy.routes.close_stale()
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
+        proxy.watchers.metrics.sort_in()
+        proxy.watchers.warnings.look(proxy.routes, proxy.books.ledger)
 
     def beat(self):
         """Runs every second."""
@@ -12771,20 +14316,14 @@ def handle_signals(loop, actions):
             signal.signal(getattr(signal, name), handle)
 
 
-GROUPS = {
-    "caller": "caller",
-    "model": "coalesce(served, model, '-')",
-    "upstream": "coalesce(upstream, '-')",
-    "outcome": "outcome",
-    "day": "date(time, 'unixepoch')"}
-SUMS = "calls input cached output reasoning estimated unpriced usd".split()
-# Picodollars are added up in two parts, because SQLite's sums end at 2**63.
-USAGE_QUERY = """SELECT {by}, count(*) AS calls, sum(input), sum(cached), sum(output),
-    sum(reasoning), sum(estimated), sum(unpriced), sum(picodollars / 1000000) AS millions,
-    sum(picodollars % 1000000) AS rest
-    FROM calls WHERE time >= ? AND coalesce(?, caller) IS caller
-    GROUP BY {by} ORDER BY millions DESC, rest DESC, calls DESC, {by}"""
-FORMULA = re.compile("[=+@\t\r-].")  # how a cell begins that a spreadsheet would compute
+GROUPS = (*SUM_KEYS, "outcome", "day")
+USED = "calls input cached output reasoning estimated unpriced usd".split()
+USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
+    GROUP BY {by}"""
+PART_OF_SUMS = """SELECT start, NULL AS outcome, {columns} FROM sums
+    WHERE span = {span} AND start >= {low} AND start < {high}"""
+PART_OF_CALLS = """SELECT {start} AS start, outcome, {columns}
+    FROM (SELECT *, rowid AS number{missing} FROM calls) WHERE %s"""
 
 
 def read_age(text):
@@ -12796,20 +14335,59 @@ def read_age(text):
     return int(text[:-1]) * DURATIONS[text[-1]]
 
 
+def usage_parts(facts, by, since):
+    """Yields the statements that tell what calls since then used: whole quarters from the sums, as
+    far as there are any, the rest from the calls."""
+    whole = int(-(-since // QUARTER)) * QUARTER
+    if "unsummed" not in facts or "outcome" in by:
+        whole = MOST
+    else:
+        columns = ", ".join([*SUM_KEYS, *SUM_COUNTS])
+        for span, low, high in read_spans(whole, MOST, facts["rolled"]):
+            yield PART_OF_SUMS.format(columns=columns, span=span, low=low, high=high)
+        yield PART_OF_CALLS % "number <= %d AND time >= %d" % (facts["unsummed"], whole)
+    yield PART_OF_CALLS % "time >= %r AND time < %d" % (since, whole)
+
+
+def usage_query(execute, by, since):
+    """Returns the statement that adds up what calls since then used."""
+    facts = dict(execute("SELECT name, value FROM facts").fetchall())
+    known = {row[1] for row in execute("PRAGMA table_info(calls)")}
+    missing = "".join([", NULL AS " + name for name in ("team", "tag") if name not in known])
+    names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
+    return USAGE_QUERY.format(
+        by=", ".join(names), totals=Sum.TOTALS,
+        parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
+            missing=missing, start=START, columns=listed_columns({**SUM_KEYS, **SUM_COUNTS})))
+
+
 def read_usage(path, options, now):
     """Returns the names of columns, and a row for each group, the most expensive first; with --id
     the one row of that call. Raises DatabaseFault, and FileNotFoundError where there is no
     ledger."""
-    since = now - read_age(options.since)
+    since = max(0, now - read_age(options.since))
+    by = options.by or ["caller"]
     with contextlib.closing(Database(path, reading=True).connection) as connection:
+        execute = connection.execute
         if options.id:
-            one = "SELECT * FROM calls WHERE id = ? ORDER BY rowid DESC LIMIT 1"
-            return Row._fields, connection.execute(one, (options.id,)).fetchall()
-        by = options.by or ["caller"]
-        query = USAGE_QUERY.format(by=", ".join([GROUPS[name] for name in by]))
-        found = connection.execute(query, (since, options.caller)).fetchall()
-    return (*by, *SUMS), [(*values, format_usd(millions * 1_000_000 + rest))
-                          for *values, millions, rest in found]
+            return Row._fields, find_call(execute, options.id)
+        found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
+            usage_query(execute, by, since), {"caller": options.caller})]
+    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, group[0]))
+    rows = [(names, one.as_dict()) for names, one in found]
+    return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
+
+
+def find_call(execute, name):
+    """Returns the row of the last call with this id, or none."""
+    try:
+        for number in execute(FIND_ID, {"id": name}).fetchall():
+            return execute("SELECT * FROM calls WHERE rowid = ?", number).fetchall()
+        (upto,), = execute("SELECT value FROM facts WHERE name = 'unsummed'").fetchall()
+    except sqlite3.OperationalError:
+        upto = MOST  # an older version had no list of ids
+    return execute("SELECT * FROM calls WHERE rowid = (SELECT max(rowid) FROM calls"
+                   " WHERE rowid <= ? AND id = ?)", (upto, name)).fetchall()
 
 
 def print_table(names, rows):
@@ -12825,14 +14403,6 @@ def print_table(names, rows):
         print("  ".join(cells).rstrip())
 
 
-def csv_cell(value):
-    """Returns a value as a cell that no spreadsheet computes and no terminal obeys."""
-    if type(value) is not str:
-        return value
-    shown = value if value.isprintable() else value.encode("unicode_escape").decode()
-    return "'" + shown if FORMULA.match(value) else shown
-
-
 def print_usage(options, path, now):
     """Prints who used what, from the ledger; returns the exit code. Raises DatabaseFault."""
     try:
@@ -12843,8 +14413,7 @@ def print_usage(options, path, now):
     if options.json:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     elif options.csv:
-        cells = [list(map(csv_cell, row)) for row in rows]
-        csv.writer(sys.stdout, lineterminator="\n").writerows([names, *cells])
+        print(csv_of(names, rows), end="")
     elif options.id and rows:
         known = [(name, str(value)) for name, value in zip(names, rows[0]) if value is not None]
         print_table(("field", "value"), known)
@@ -13052,6 +14621,65 @@ def map_times(row):
     return found
 
 
+# Panels of the dashboard for Grafana: title, unit, {legend: what is shown}. `[5m]` becomes the
+# interval of the graph; a histogram's name alone its percentiles.
+PANELS = (
+    ("Calls by outcome", "reqps", {"{{outcome}}": "sum by (outcome) (rate(requests_total[5m]))"}),
+    ("In flight and in line", "short", {
+        "{{upstream}}": "sum by (upstream) (in_flight)",
+        "{{upstream}}, in line": "sum by (upstream) (queue_length)"}),
+    ("Tokens by model", "cps", {
+        "{{model}} {{kind}}": "sum by (model, kind) (rate(tokens_total[5m]))"}),
+    ("Tokens by caller, the ten most", "cps", {
+        "{{caller}}": 'topk(10, sum by (caller) (rate(tokens_total{kind=~"input|output"}[5m])))'}),
+    ("Money by caller, per hour", "currencyUSD", {
+        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(usd_total[5m])))"}),
+    ("Money by model, per hour", "currencyUSD", {
+        "{{model}}": "topk(10, sum by (model) (3600 * rate(usd_total[5m])))"}),
+    ("Time to the first byte", "s", "first_byte_seconds"),
+    ("Duration", "s", "request_duration_seconds"),
+    ("Time per output token", "s", "time_per_output_token_seconds"),
+    ("Wait in line", "s", "queue_wait_seconds"),
+    ("The proxy's own overhead", "s", "overhead_seconds"),
+    ("Buckets, share left, the ten emptiest", "percentunit", {
+        "{{caller}} {{rule}}": "bottomk(10, bucket_level / bucket_capacity)"}),
+    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(refused_total[5m]))"}),
+    ("Addresses that are not well", "short", {
+        "{{upstream}} {{state}}": 'upstream_addresses{state!="closed"}'}),
+    ("Dropped, and the loop held", "short", {
+        "{{what}}": "rate(dropped_total[5m])",
+        "seconds held": "rate(loop_held_seconds_total[5m])"}),
+    ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
+)
+OWN_METRIC = re.compile(r"\b(\w+_(?:total|flight|length|level|capacity|addresses|bucket))\b")
+PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(%s_bucket[5m])))"
+
+
+def grafana_panel(number, title, unit, shown):
+    source = {"type": "prometheus", "uid": "${source}"}
+    if isinstance(shown, str):
+        shown = {"p%d" % share: PERCENTILE % (share, shown) for share in (50, 95, 99)}
+    targets = [
+        {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
+         "expr": OWN_METRIC.sub(r"llm_proxy_\1", query).replace("5m", "$__rate_interval")}
+        for row, (legend, query) in enumerate(shown.items())]
+    return {
+        "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
+        "gridPos": {"x": number % 2 * 12, "y": number // 2 * 8, "w": 12, "h": 8},
+        "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+        "targets": targets}
+
+
+def grafana_dashboard() -> Dict[str, Any]:
+    """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
+    panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
+    return {
+        "title": "llm_proxy", "uid": "llm_proxy", "schemaVersion": 39, "editable": True,
+        "refresh": "30s", "time": {"from": "now-6h", "to": "now"}, "panels": panels,
+        "templating": {"list": [{"name": "source", "label": "Data source", "type": "datasource",
+                                 "query": "prometheus"}]}}
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
@@ -13064,7 +14692,8 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys")
+    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys | grafana")
+    commands.add_parser("grafana", help="print a dashboard of /metrics, to import in Grafana")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", choices=GROUPS, action="append",
@@ -13108,6 +14737,9 @@ def run_command(options, environ, log_stream):
     dotenv = read_dotenv_file()
     if options.command:
         sys.stdout.reconfigure(errors="backslashreplace")
+        if options.command == "grafana":
+            print(json.dumps(grafana_dashboard(), indent=2))
+            return 0
         found = set_variables(environ, read_dotenv(dotenv)[0])
         if options.command == "prices":
             return prices_command(options, found.get("PRICES"))
