@@ -4363,9 +4363,10 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
-# The usage at the end of a response: in whatever it may stand, a bracket more would follow.
-USUAL_END = re.compile(rb'"usage"\s*:\s*\{([^{}]*)\}[^{}]*\}\s*')
-USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE])')
+# Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
+USUAL_END = re.compile(
+    rb'"usage"\s*:\s*\{((?:\s*"\w+_tokens"\s*:\s*[0-9]{1,9}\s*,?){3})\s*\}[^{}]*\}\s*')
+USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]+)')
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 

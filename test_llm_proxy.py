@@ -3300,13 +3300,15 @@ class UsageReaderTest(ProxyCase):
         {"model":"m","service_tier":"flex",TOLD} -> False
         {"model":"m",TOLD,"cached_tokens":5} -> False
         {"model":"m","choices":[{TOLD}]} -> False
+        {"model":"m",TOLD,"system_fingerprint":"x"} -> True
+        {"model":"m","usage":{TOLD_COUNTS,"cost":1}} -> False
         {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
         [{"model":"m","choices":[],TOLD}] -> False"""
 
     def test_the_end_of_an_answer_tells_what_all_of_it_does_or_all_of_it_is_read(self):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
-            data = text.replace("TOLD", told).encode()
+            data = text.replace("TOLD_COUNTS", told[9:-1]).replace("TOLD", told).encode()
             usage = llm_proxy.OpenAI().usual_usage(data, "m")
             self.assertEqual(str(usage is not None), is_usual)
             found = []
