@@ -8869,8 +8869,9 @@ class Proxy:
             reply.set_deadlines()
         call = self.new_call(request)
         await self.dialects.read(call, request.method, request, reply.read_body)
-        if call.body and len(call.body) > Turns.SMALL:
-            await asyncio.sleep(0)  # others come in between reading and estimating it
+        large = call.body and len(call.body) > Turns.SMALL
+        if large:  # others come in between reading it, looking for things and estimating it
+            await asyncio.sleep(0)
         reply.call = entry.call = call
         entry.context = reply.context
         self.books.begin(entry)
@@ -8879,6 +8880,8 @@ class Proxy:
         thing = None
         if self.stored.policy != "pass" or self.stored.things:
             thing = self.find_thing(call, entry.caller)
+            if large:
+                await asyncio.sleep(0)
         upstreams = self.routes.find(call, thing)                                   # route
         for upstream in upstreams:
             try:
