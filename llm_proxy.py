@@ -6804,6 +6804,9 @@ class TunnelResponse(http.client.HTTPResponse):
         return found
 
 
+WITH_BODY = ("POST", "PUT", "PATCH")  # they tell its length, be it 0 (RFC 9110 8.6)
+
+
 class Address:
     """One address of an upstream: its spare connections, and how it fared lately."""
     LOOPBACK_SECONDS = 0.001  # how long a connection to this machine may hold the loop
@@ -6856,7 +6859,7 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                if body or method in ("POST", "PUT", "PATCH"):
+                if body or method in WITH_BODY:
                     head += b"Content-Length: %d\r\n" % len(body)
                 at_once = body if len(body) <= BLOCK else b""  # what is large is not copied
                 stream.write(b"%b\r\n%b" % (head, at_once))

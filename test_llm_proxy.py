@@ -455,14 +455,21 @@ class Stub:
     def calls(self):
         return len(self.requests)
 
-    def refuse_connections(self):
+    def stop_listening(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         self.thread.join(PATIENCE)
 
+    def refuse_connections(self):
+        """Its port stays taken, so that nobody else listens there."""
+        self.stop_listening()
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", self.port))
+
     def close(self):
-        self.refuse_connections()
+        self.stop_listening()
         for asked in self.requests:
             asked.over.set()
         for sock in self.sockets:
@@ -9474,7 +9481,8 @@ class CommandsTest(ProcessCase):
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
-        gone.close()
+        self.addCleanup(gone.close)
+        gone.refuse_connections()
         process = self.serve(BASE_API_URL=good + "," + gone.url, OPEN_TIMEOUT="0.3",
                              UPSTREAM_BOX_URL=good.replace("http", "https"))
         rows = wait_for(lambda: [row for row in process.rows if row.startswith("upstream http")][1:]
