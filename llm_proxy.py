@@ -1547,6 +1547,7 @@ class Origins:
     SCHEMES = frozenset(("chrome-extension", "moz-extension", "app", "tauri", "capacitor",
                          "vscode-webview"))
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
+    LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4); what is judged is remembered
 
     def __init__(self, allowed: Sequence[str], host_name: str):
         """`allowed` as CORS_ORIGINS has it; `host_name` is what this machine calls itself."""
@@ -1556,10 +1557,13 @@ class Origins:
         self.host_name = host_name.lower()
         globs = [re.escape(one).replace(r"\*", "[a-z0-9.-]+") for one in allowed if one != "local"]
         self.shape = re.compile("|".join(globs) or "(?!)")
-        self.allows = functools.lru_cache(1000)(self.judge)
+        self.judged = functools.lru_cache(1000)(self.judge)
 
-    def judge(self, origin: str) -> bool:
-        return self.any or bool(self.shape.fullmatch(origin)) or (
+    def allows(self, origin: str) -> bool:
+        return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
+
+    def judge(self, origin):
+        return bool(self.shape.fullmatch(origin)) or (
             self.local and self.is_local(origin.lower()))
 
     def is_local(self, origin):
