@@ -10958,11 +10958,13 @@ def parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-def open_log_stream():
-    try:
-        return open(2, "wb", buffering=0, closefd=False)
-    except OSError:
-        return open(os.devnull, "wb", buffering=0)  # started with stderr closed
+def open_standard_files():
+    """Has those that are closed lead nowhere, before a connection gets the number of one."""
+    number = 0
+    while number < 3:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
 
 
 def read_dotenv_file():
@@ -11000,8 +11002,9 @@ def run_command(options, environ, log_stream):
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
-    log_stream = open_log_stream()  # before another file could get the number of stderr
+    open_standard_files()
     try:
+        log_stream = open(2, "wb", buffering=0, closefd=False)
         code = run_command(options, dict(os.environ), log_stream)
         sys.stdout.flush()
         return code

@@ -9505,6 +9505,15 @@ class CommandsTest(ProcessCase):
             self.assertEqual(len(found), 1)
         self.assertFalse(process.said("hush"))
 
+    def test_it_runs_with_its_standard_files_closed(self):
+        closed = "sh", "-c", 'exec "$@" <&- >&-', "sh"
+        path = self.ledger()
+        self.assertEqual(self.command("usage", before=closed, DATABASE=path).finish(), (0, "", ""))
+        process = self.serve(before=closed)
+        self.assertEqual(self.ask(call()).status, 200)
+        self.assertEqual(process.stop().wait(), 0)
+        self.assertFalse(process.said("Traceback"))
+
     def test_two_services_never_have_one_database(self):
         path = new_path(self, "books.db")
         first = self.serve(BASE_API_URL=self.NOWHERE, DATABASE=path)
