@@ -1762,6 +1762,7 @@ class Origins:
     SCHEMES = frozenset(("chrome-extension", "moz-extension", "app", "tauri", "capacitor",
                          "vscode-webview"))
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
+    LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4); what is judged is remembered
 
     def __init__(self, allowed: Sequence[str], host_name: str):
         """`allowed` as CORS_ORIGINS has it; `host_name` is what this machine calls itself."""
@@ -1771,10 +1772,13 @@ class Origins:
         self.host_name = host_name.lower()
         globs = [re.escape(one).replace(r"\*", "[a-z0-9.-]+") for one in allowed if one != "local"]
         self.shape = re.compile("|".join(globs) or "(?!)")
-        self.allows = functools.lru_cache(1000)(self.judge)
+        self.judged = functools.lru_cache(1000)(self.judge)
 
-    def judge(self, origin: str) -> bool:
-        return self.any or bool(self.shape.fullmatch(origin)) or (
+    def allows(self, origin: str) -> bool:
+        return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
+
+    def judge(self, origin):
+        return bool(self.shape.fullmatch(origin)) or (
             self.local and self.is_local(origin.lower()))
 
     def is_local(self, origin):
@@ -10726,10 +10730,13 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
         await self.dialects.read(call, request.method, request, reply.read_body)
-        if call.body and len(call.body) > Turns.SMALL:
-            await asyncio.sleep(0)  # others come in between reading and estimating it
+        large = call.body and len(call.body) > Turns.SMALL
+        if large:  # others come in between reading it, looking for things and estimating it
+            await asyncio.sleep(0)
         self.begin(call, reply)
         upstreams = self.route(call, entry.caller)                                  # route
+        if large:
+            await asyncio.sleep(0)
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -14631,11 +14638,13 @@ def parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-def open_log_stream():
-    try:
-        return open(2, "wb", buffering=0, closefd=False)
-    except OSError:
-        return open(os.devnull, "wb", buffering=0)  # started with stderr closed
+def open_standard_files():
+    """Has those that are closed lead nowhere, before a connection gets the number of one."""
+    number = 0
+    while number < 3:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
 
 
 def read_dotenv_file():
@@ -14678,8 +14687,9 @@ def run_command(options, environ, log_stream):
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
-    log_stream = open_log_stream()  # before another file could get the number of stderr
+    open_standard_files()
     try:
+        log_stream = open(2, "wb", buffering=0, closefd=False)
         code = run_command(options, dict(os.environ), log_stream)
         sys.stdout.flush()
         return code
