@@ -5394,7 +5394,9 @@ class BodyAdapter:
 # know no LLMs and no buckets.
 # --------------------------------------------------------------------------------------------------
 
-BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
+# Bytes to read at once: PyPy pays for what it could have read, and of a TLS record, which holds no
+# more, nothing stays inside OpenSSL, where it would make no descriptor ready.
+BLOCK = 16384
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 CAN_POLL = hasattr(select, "poll")
@@ -5570,9 +5572,6 @@ class Stream:
     def on_readable(self):
         try:
             data = self.sock.recv(BLOCK)
-            # Decrypted bytes that wait inside OpenSSL make no descriptor ready.
-            while self.encrypted and data and self.sock.pending():
-                data += self.sock.recv(BLOCK)
         except WOULD_BLOCK:
             if self.encrypted:
                 self.wake(self.waiter)  # a part of a record: something has begun to come
@@ -8668,16 +8667,17 @@ class Proxy:
         entry.call.made = names
         self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
 
-    def estimate(self, call, entry):
-        """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
-        if call.unmetered:
-            return NO_COST, NO_COST
+    def admit(self, upstream, entry, call):
+        """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
+        NoPrice."""
         estimator = self.estimator
-        if not estimator.needs_estimate:
-            return estimator.plain, estimator.plain
-        if "usd" in estimator.units:
-            self.require_price(call, entry)
-        return estimator.estimate(call, entry.caller.key)
+        costs = least = NO_COST if call.unmetered else estimator.plain
+        if estimator.needs_estimate and not call.unmetered:
+            if "usd" in estimator.units:
+                self.require_price(call, entry)
+            costs, least = estimator.estimate(call, entry.caller.key)
+        return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
+                                 upstream.name, least, call.models[1:])
 
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
@@ -8706,12 +8706,6 @@ class Proxy:
             raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
         entry.caller = callers.end_user(request, entry.peer, caller)
         request.cache[callers] = entry.caller, entry.address
-
-    def admit(self, upstream, entry, call):
-        """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
-        costs, least = self.estimate(call, entry)
-        return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
-                                 upstream.name, least, call.models[1:])
 
     def new_call(self, request: Request) -> Call:
         """Returns a call as its head tells of it, which is read once, too."""
