@@ -6548,6 +6548,7 @@ ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
 NEVER_UPSTREAM = HOP_BY_HOP.union(
     CREDENTIAL_FIELDS, (AZURE_CREDENTIAL_FIELD, "host", "content-length", "expect"))
 MAX_INTERIM_RESPONSES = 16  # 1xx, before the real one
+CONTENT_METHODS = "POST", "PUT", "PATCH"  # whose length is told though it is 0 (RFC 9110 8.6)
 
 
 class Response:
@@ -6840,7 +6841,7 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                if body or method in ("POST", "PUT", "PATCH"):
+                if body or method in CONTENT_METHODS:
                     head += b"Content-Length: %d\r\n" % len(body)
                 if len(body) <= BLOCK:
                     stream.write(b"%b\r\n%b" % (head, body))
