@@ -41,9 +41,12 @@ Contents, in reading order; a section uses only what stands above it:
     Stored      what callers made that upstreams keep: whose it is, and where it is
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
+    Signals     what is told outside of the books: metrics, traces, warnings, the feed of events
     Reply       the way back to one caller
     Proxy       serve: the life of one call; build: the parts list
-    Pages       health and models
+    Pages       health, models, metrics, one's own quota
+    Admin       the admin API: who uses what, keys, upstreams, live events
+    Dashboard   the source of the page that shows it
     Server      clients' connections, caps, TLS, draining
     Demo        a small endpoint to try things on
     Commands    the command line
@@ -324,6 +327,19 @@ def header_lines(text):
         lambda match: (match[1].lower(), "%s: %s" % match.groups())), "|")(text))
 
 
+web_address = pattern("https?://" + HOST_SHAPE + "(/[!-~]*)?",
+                      "must be http://HOST[:PORT][/PATH] or https://...")
+public_url = pattern("https?://" + HOST_SHAPE + "/?",
+                     "must be http://HOST[:PORT] or https://...",
+                     lambda match: match[0].rstrip("/"))
+otlp_headers = mapping(
+    "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
+    lambda match: (match[1], urllib.parse.unquote(match[2])))
+shares = listed(pattern(  # '80%' -> 0.8
+    "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
+    lambda match: int(match[1]) / 100))
+
+
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
@@ -538,8 +554,8 @@ AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\
 RESERVED = {
     "": "", "base": "; the base is set by BASE_API_URL, BASE_API_KEY ...",
     **{name: ": /%s is a path of its own" % name for name in (
-        "v1 v1beta health models metrics chat completions messages responses embeddings rerank"
-        " generations images audio files threads").split()}}
+        "v1 v1beta health healthz readyz admin dashboard me models metrics chat completions"
+        " messages responses embeddings rerank generations images audio files threads").split()}}
 
 
 class UpstreamConfig(NamedTuple):
@@ -668,7 +684,8 @@ SETTING_ROWS = {
          "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
          " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
-         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}"),
+         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the"
+         " page where it sees what it used"),
         ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
          "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
         ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
@@ -692,6 +709,24 @@ SETTING_ROWS = {
          "SQLite file of calls and buckets; off: they are kept in memory alone"),
         ("LEDGER_DAYS=90", number_between(1, 36500), "days that a call stays in it"),
         ("USAGE_LOG", printable, "file to append a JSON line to for each call; -: stdout"),
+    ),
+    "Who may look and steer": (
+        ("ADMIN_KEY", visible_ascii,
+         "key of /dashboard and /admin/api, which may change things; unset, and no stored key of"
+         " that role: a new one at each start, told where it starts", SECRET),
+        ("VIEWER_KEY", visible_ascii, "key that may look at them, and change nothing", SECRET),
+        ("METRICS=keys", one_of("keys", "open"),
+         "keys: /metrics asks for a viewer's or an admin's key; open: for none"),
+        ("PUBLIC_URL", public_url,
+         "URL by which callers reach this proxy, for links such as {me} in LIMIT_MESSAGE"),
+        ("WARN_AT", shares,
+         "shares of a limit in tokens or usd, such as 80% or 50%,90%, at which to warn"),
+        ("WEBHOOK_URL", web_address, "URL that gets a POST of JSON for each warning", SECRET),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", web_address,
+         "URL of an OpenTelemetry collector; a span for each call goes to its /v1/traces"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", otlp_headers,
+         "header fields for it, as name=value, by commas", SECRET),
+        ("OTEL_SERVICE_NAME=llm_proxy", printable, "name of this service there"),
     ),
     "How it runs": (
         ("LOG_FORMAT=text", one_of("text", "json"),
@@ -767,14 +802,6 @@ class Config(types.SimpleNamespace):
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
-    @property
-    def web_origins(self) -> Sequence[str]:
-        """What CORS_ORIGINS holds, or stands for: where nobody needs a key, any page that somebody
-        here looks at could call."""
-        if self.cors_origins is not None:
-            return self.cors_origins
-        return ("*",) if self.keys_are_asked_for else ("local",)
-
     # What a running proxy can go by without a new start.
     RELOADED = frozenset("""
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
@@ -793,10 +820,21 @@ class Config(types.SimpleNamespace):
         names = sorted({*self.texts, *new.texts})
         return [name for name in names if self.texts.get(name) != new.texts.get(name)]
 
-    def choose_host(self):
+    def choose_defaults(self):
+        """Sets what depends on other settings."""
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
-        self.texts["HOST"] = self.host
+        keyed = self.keys_are_asked_for
+        self.stored = self.stored or ("own" if keyed else "pass")
+        if self.cors_origins is None:  # without keys, any page that somebody here sees could call
+            self.cors_origins = ("*",) if keyed else ("local",)
+        self.texts.update(HOST=self.host, STORED=self.stored,
+                          CORS_ORIGINS=",".join(self.cors_origins) or "off")
+
+    def is_open(self) -> bool:
+        """Tells whether others than this machine may call without a key, be it by a proxy here."""
+        is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
@@ -866,7 +904,7 @@ class Config(types.SimpleNamespace):
         if self.host_is_narrowed:
             yield ("it listens on this machine alone, because anyone could spend the key of a"
                    " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.proxy_api_keys is None:
+        elif self.is_open():
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
         if self.unknown_calls == "count" and not self.counts_requests():
@@ -916,6 +954,11 @@ class Config(types.SimpleNamespace):
                 if name.endswith("_KEY") and text == PASSTHROUGH:
                     yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
                            " a caller shows one key only")
+        if "{me}" in (self.limit_message or "") and not self.public_url:
+            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        yield from self.tls_faults()
+
+    def tls_faults(self):
         if self.tls_cert_file:
             try:
                 server_context(self.tls_cert_file, self.tls_key_file)
@@ -1059,7 +1102,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
             name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
-    config.choose_host()
+    config.choose_defaults()
     if not config.speaks_https():  # that proxy is meant for others, and may be of any kind
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
@@ -1090,9 +1133,12 @@ class Refusal(Exception):
     body: Optional[bytes] = None      # the upstream's own words, where they are known
     fields: Dict[str, Any] = {}       # more header fields of the reply
 
-    def __init__(self, message: str = "", **attributes: Any):
+    def __init__(self, message: str = "", wait: Optional[float] = None, **attributes: Any):
+        """`wait`: in so many seconds it may be asked again."""
         super().__init__(message or self.message)
-        vars(self).update(attributes)
+        vars(self).update(attributes, wait=wait)
+        if wait is not None:
+            self.fields = {"Retry-After": max(1, math.ceil(wait)), **self.fields}
 
 
 class BadRequest(Refusal):
@@ -1108,9 +1154,6 @@ class Malformed(BadRequest):
 
 class HeadTooLarge(Malformed):
     message = "The request head is too large"
-
-    def __init__(self, status: int):
-        super().__init__(status=status)
 
 
 class BrokenBody(BadRequest):
@@ -1140,6 +1183,11 @@ class NothingStored(Refusal):
     message = "Nothing of this name is stored here for this caller"
 
 
+class NoSuchPage(Refusal):
+    status = 404
+    message = "There is no such page: GET /admin/api lists them all"
+
+
 class MethodNotAllowed(Refusal):
     status = 405
     message = "The method is not passed on"
@@ -1166,9 +1214,7 @@ class TooManyGuesses(Refusal):
     kind = "rate_limit_error"
     code = "too_many_wrong_keys"
     message = "Too many wrong keys came from this address, wait a minute"
-
-    def __init__(self, wait: float):
-        super().__init__(fields={"Retry-After": math.ceil(wait), "x-should-retry": "false"})
+    fields = {"x-should-retry": "false"}
 
 
 class ForeignOrigin(Refusal):
@@ -1262,17 +1308,14 @@ class UpstreamTimeout(Refusal):
 
 
 class BreakerOpen(Refusal):
-    """Every address that could be asked has failed too often; `wait` is in seconds."""
+    """Every address that could be asked has failed too often."""
     status = 503
     kind = "upstream_error"
     outcome = "upstream_failed"
     cause = "breaker open"
     nothing_sent = True
     message = "The upstream is failing, try again in a moment"
-
-    def __init__(self, wait: float):
-        super().__init__(fields={"Retry-After": max(1, math.ceil(wait)),
-                                 "X-LLM-Proxy-Error-Class": "upstream_open"})
+    fields = {"X-LLM-Proxy-Error-Class": "upstream_open"}
 
 
 class QueueRefused(Refusal):
@@ -1315,17 +1358,15 @@ class NoPrice(Refusal):
 
 
 class LimitReached(Refusal):
-    """A bucket is short. `wait` is in seconds; None means that the call costs more than the bucket
-    ever holds. `tightest` is as in a Hold: the bucket as it is without the call."""
+    """A bucket is short. Without `wait` the call costs more than the bucket ever holds. `tightest`
+    is as in a Hold: the bucket as it is without the call."""
     status = 429
     kind = "rate_limit_error"
     outcome = "limited"
     code = "rate_limit_exceeded"
 
     def __init__(self, message: str, wait: Optional[float], short: "Level"):
-        super().__init__(
-            message, wait=wait, cause=short.rule.text, tightest=short.untaken(),
-            fields={} if wait is None else {"Retry-After": math.ceil(wait)})
+        super().__init__(message, wait, cause=short.rule.text, tightest=short.untaken())
 
 
 class CallerGone(Exception):
@@ -1394,11 +1435,13 @@ class Caller:
     spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, which people may
     share. `label` is for logs: a name, the address, or key:1a2b3c4d, a digest against which nobody
     can test guesses without `secret`."""
-    __slots__ = ("key", "name", "key_name", "label")
+    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
-                 key_name: Optional[str] = None):
+                 key_name: Optional[str] = None, role: str = "caller"):
         self.key = key
+        self.role = role
+        self.team = self.tag = None
         self.name = name
         self.key_name = key_name
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
@@ -1533,6 +1576,11 @@ class Origins:
                 host.endswith((".local", ".localhost")))
         return not ip.is_global
 
+    @staticmethod
+    def is_own(fields: Fields) -> bool:
+        """Tells whether a page of ours asks, which shows a key in a field of its own."""
+        return fields.get("origin", "").partition("://")[2].lower() == fields.get("host").lower()
+
     def check(self, method: str, fields: Fields):
         """Raises ForeignOrigin for a request that a page makes which may not. Reading is the
         browser's to prevent."""
@@ -1610,15 +1658,18 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
+        capacity = rule.capacity
+        left = level if level > 0 else 0
         if rule.unit == RUNNING:
-            return Quota(rule.capacity, max(0, level), 0, 0, 0)
+            return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
-        full = level >= rule.capacity
-        reset = 0 if full else math.ceil(self.refilled + rule.interval - self.now)
+        reset = 0
+        if level < capacity:
+            reset = math.ceil(self.refilled + rule.interval - self.now)
         if rule.unit == USD:
-            return Quota(format_usd(rule.capacity), self.remaining, format_usd(amount), interval,
+            return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
-        return Quota(rule.capacity, level if level > 0 else 0, amount, interval, reset)
+        return Quota(capacity, left, amount, interval, reset)
 
     @property
     def wait(self) -> float:
@@ -1630,7 +1681,11 @@ class Level(NamedTuple):
 
     def untaken(self):
         """Returns the same bucket with the amount still in it."""
-        return self._replace(amount=0, level=self.level + self.amount)
+        return self.less(-self.amount)
+
+    def less(self, amount):
+        """Returns the same bucket once `amount` more is taken of it."""
+        return self._replace(amount=self.amount + amount, level=self.level - amount)
 
 
 def tightest_of(levels):
@@ -1649,34 +1704,40 @@ class Buckets:
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
         self.room = room
-        # key -> (level, time of the last refill, rule); least recently used first
-        self.levels = collections.OrderedDict()
-
-    def level_after(self, rule, key, amount=0, taken=0):
-        """Returns what is in a bucket once a call took `amount` instead of `taken`. The time of the
-        last refill moves by whole intervals, so nothing drifts. It starts when the bucket stops
-        being full."""
-        now = self.clock.monotonic()
-        capacity = rule.capacity
-        level, refilled, _ = self.levels.get(key) or (capacity, now, rule)
-        steps = int((now - refilled + 1e-6) / rule.interval)  # a microsecond for what floats lose
-        if steps > 0:
-            level += steps * rule.refill
-            refilled += steps * rule.interval
-        if level >= capacity:
-            level = capacity
-            refilled = now
-        level += taken - amount
-        if level > capacity:
-            level = capacity
-        return Level(level, refilled, rule, key, amount, now)
+        self.levels: "collections.OrderedDict[BucketKey, Level]" = (
+            collections.OrderedDict())  # as they were last seen; least recently used first
 
     def levels_after(self, keyed_rules, costs, taken):
-        """Returns what all buckets hold once `costs` are charged instead of what was taken."""
+        """Returns what the buckets hold once `costs` are charged instead of what was taken. The
+        time of the last refill moves by whole intervals, so nothing drifts. It starts when the
+        bucket stops being full."""
+        now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            levels.append(self.level_after(rule, key, costs[rule.unit], taken[rule.unit]))
+            unit, capacity = rule.unit, rule.capacity
+            known = self.levels.get(key)
+            if known is None:
+                level, refilled = capacity, now
+            else:
+                level, refilled, _, _, _, _ = known
+                passed = now - refilled + 1e-6  # a microsecond for what floats lose
+                if passed >= rule.interval:
+                    steps = int(passed / rule.interval)
+                    level += steps * rule.refill
+                    refilled += steps * rule.interval
+                if level >= capacity:
+                    level = capacity
+                    refilled = now
+            cost = costs[unit]
+            level += taken[unit] - cost
+            if level > capacity:
+                level = capacity
+            levels.append(Level(level, refilled, rule, key, cost, now))
         return levels
+
+    def level_of(self, rule, key):
+        """Returns what is in a bucket."""
+        return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
 
     async def take(self, keyed_rules: KeyedRules, costs: Costs) -> List[Level]:
         """Takes `costs` of all buckets, or nothing where one would hold less than 0 then; returns
@@ -1696,43 +1757,48 @@ class Buckets:
     def peek(self, charges: List[Charge]) -> Tuple[Quota, int]:
         """Returns the tightest bucket as it is, and the whole seconds until all of `charges` could
         be taken. It makes no bucket."""
-        levels = [self.level_after(*charge) for charge in charges]
-        tightest = tightest_of([one.untaken() for one in levels])
-        return tightest.quota, math.ceil(max([one.wait for one in levels]))
+        levels = [self.level_of(rule, key) for rule, key, _ in charges]
+        waits = [one.less(charge.amount).wait for one, charge in zip(levels, charges)]
+        return tightest_of(levels).quota, math.ceil(max(waits))
 
     def store(self, levels):
         """Keeps `levels`; their buckets are then those used last."""
-        for level, refilled, rule, key, _, _ in levels:
-            if not self.levels.pop(key, None):
+        for level in levels:
+            key = level.key
+            if self.levels.pop(key, None) is None:
                 self.make_room()
-            self.levels[key] = level, refilled, rule
+            self.levels[key] = level
 
     def make_room(self):
         """Drops old buckets that are full by now: two for each that is added, so this never takes
         long. In a table without room the least recently used goes even when it is not full, which
         errs in its caller's favour."""
         for key in list(itertools.islice(self.levels, 2)):
-            rule = self.levels[key][2]
-            if len(self.levels) < self.room and self.level_after(rule, key).level < rule.capacity:
+            if len(self.levels) < self.room and not self.is_full(self.levels[key]):
                 break
             del self.levels[key]
+
+    def is_full(self, found):
+        """Returns whether a bucket is full by now."""
+        return self.level_of(found.rule, found.key).level >= found.rule.capacity
 
     def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
         running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (level, refilled + wall - now)
-                for key, (level, refilled, rule) in self.levels.items()
-                if rule.unit != RUNNING and self.level_after(rule, key).level < rule.capacity}
+        return {key: (found.level, found.refilled + wall - now)
+                for key, found in self.levels.items()
+                if found.rule.unit != RUNNING and not self.is_full(found)}
 
-    def raw_levels(self, keyed_rules: KeyedRules) -> List[Tuple[BucketKey, int, float]]:
-        """Returns (key, level, monotonic time of the last refill) of those that are not full."""
-        return [(key, *self.levels[key][:2]) for rule, key in keyed_rules
-                if key in self.levels and rule.unit != RUNNING]
+    def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
+        """Returns buckets as they were last seen, those that are there. Any thread may ask: what
+        is in the table is never changed, only replaced."""
+        return [one for one in map(self.levels.get, keys) if one is not None]
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
-        self.levels[key] = level, self.clock.monotonic() - max(0, since), rule
+        now = self.clock.monotonic()
+        self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
 class Hold:
@@ -1891,7 +1957,7 @@ class Limits:
             elif key[0] in successors:
                 old, new = successors[key[0]]
                 self.buckets.restore(old, key, level, wall - since)
-                level = self.buckets.level_after(old, key).level * new.capacity // old.capacity
+                level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
                 self.buckets.restore(new, (new.text, *key[1:]), level, 0)
         return sum([since > wall + 60 for _, since in saved.values()])
@@ -1980,9 +2046,9 @@ class WrongKeys:
 
     def refusal(self, address: str) -> Refusal:
         """Returns what to say of one more."""
-        level = self.buckets.level_after(self.RULE, (self.RULE.text, ("address", address)), 1)
+        level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
         if level.level < 0:
-            return TooManyGuesses(level.wait)
+            return TooManyGuesses(wait=level.wait)
         self.buckets.store([level])
         return Unauthorized()
 
@@ -2562,24 +2628,11 @@ def is_too_complex(data: bytes) -> bool:
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
-    outside = b'""'.join(split_at_quotes(marks, 2 * MAX_JSON_PARTS)[::2])
+    marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = b'""'.join(marks.split(b'"', 2 * MAX_JSON_PARTS)[::2])
     if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
         return True
     return is_deep(outside)
-
-
-def split_at_quotes(marks: bytes, most: int = -1) -> List[bytes]:
-    """Returns what JSON, stripped by NO_MARKS, has outside of strings, within one, and so on."""
-    return marks.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', most)
-
-
-def is_outermost(data: bytes, place: int) -> bool:
-    """Returns whether what stands at a place of a JSON object is in no other object in it, nor in a
-    string."""
-    parts = split_at_quotes(data[:place].translate(None, NO_MARKS))
-    outside = b"".join(parts[::2])
-    depth = sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
-    return depth == 1 and len(parts) % 2 == 1
 
 
 def is_deep(outside: bytes) -> bool:
@@ -2694,46 +2747,57 @@ MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
     rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
     rb'\s*:\s*\[?\s*|,\s*)"$')
-COLON = re.compile(rb"\s*:\s*")
-MARK = "<%s:%d>"  # stands for one that was cut out
+# A string, up to where it may be cut, and whether it is a key; or a bracket
+JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
+
+
+def value_start(data: bytes, key: str) -> int:
+    """Returns where the value at a key of a JSON object begins, however deep the same key stands
+    before it; -1 without one, or where that is spelled with escapes."""
+    depth = 0
+    name = b'"%b"' % key.encode()
+    for step in JSON_STEP.finditer(data):
+        if step[1] is None:
+            depth += 1 if step[0] in b"{[" else -1
+        elif depth == 1 and step[1] == name and step[2]:
+            return step.end()
+    return -1
 
 
 class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
-    spelled again. `cuts` are (place in `short`, its mark, where it stands in `data`)."""
+    spelled again. `cuts` are by the mark that stands for each."""
 
     def __init__(self, data: bytes):
         self.data = data
-        self.cuts: List[Tuple[int, bytes, slice]] = []
+        self.cuts: Dict[bytes, slice] = {}
         self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
-        data, secret = self.data, "%016x" % random.getrandbits(64)
-        pieces, taken, length = [], 0, 0
-        looked, start, place = 0, 0, MEDIA_BYTES
-        while place < len(data):
-            start = data.rfind(b'"', looked, place) + 1 or start
-            end = data.find(b'"', place)
-            if end < 0:
-                break
+        data = self.data
+        self.secret = b"%016x" % random.getrandbits(64)
+        pieces = []
+        taken = 0
+        start = data.rfind(b'"', 0, MEDIA_BYTES) + 1
+        end = data.find(b'"', MEDIA_BYTES)
+        while end >= 0:
             if start and end - start > MEDIA_BYTES and self.is_media(start, end):
-                mark = (MARK % (secret, len(self.cuts))).encode()
+                mark = b"<%b:%d>" % (self.secret, len(self.cuts))
                 pieces += data[taken:start + 32], mark
-                length += start + 32 - taken + len(mark)
-                self.cuts.append((length - len(mark), mark, slice(start + 32, end)))
+                self.cuts[mark] = slice(start + 32, end)
                 taken = end
-            looked = max(looked, end)
-            place = max(place, end) + MEDIA_BYTES
+            start = data.rfind(b'"', end, end + MEDIA_BYTES) + 1
+            end = data.find(b'"', end + MEDIA_BYTES)
         return b"".join((*pieces, data[taken:]))
 
     def parse(self) -> Dict[str, Any]:
         """Raises BadRequest."""
         decoder = STRICT_JSON
         if self.cuts:
-            sizes = {mark.decode(): 32 + cut.stop - cut.start for _, mark, cut in self.cuts}
+            sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
             decoder = strict_decoder(functools.partial(with_cuts, sizes))
         try:
             payload = decode_json(self.short, decoder)
@@ -2757,39 +2821,26 @@ class JsonBody:
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
         if key not in known:
-            start = self.short.index(b"{") + 1
-            rest = self.short[start:].lstrip(b" \t\r\n")
-            comma = b"" if rest.startswith(b"}") else b","
-            return self.splice(start, start, b'"%b":%b%b' % (key.encode(), spelled, comma))
-        return self.splice(*self.span(key), spelled)
-
-    def span(self, key):
-        """Returns where the value of a top-level key stands in `short`."""
-        place = -1
-        name = b'"%b"' % key.encode()
-        for _ in range(16):
-            place = self.short.find(name, place + 1)
-            if place < 0:
-                break
-            colon = COLON.match(self.short, place + len(name))
-            if colon and is_outermost(self.short, place):
-                text = self.short[colon.end():colon.end() + 65536].decode("utf-8", "ignore")
-                length = len(text[:PLAIN_JSON.raw_decode(text)[1]].encode())
-                return colon.end(), colon.end() + length
-        raise BadRequest("The key %s must be spelled plainly, and stand near the front" % key)
-
-    def splice(self, start, end, spelled):
-        """Returns the bytes with `spelled` between two places of `short`."""
-        added = sum([cut.stop - cut.start - len(mark)
-                     for place, mark, cut in self.cuts if place < start])
-        return b"".join((self.data[:start + added], spelled, self.data[end + added:]))
+            start = end = self.short.index(b"{") + 1
+            spelled = b'"%b":%b%b' % (key.encode(), spelled, b"," if known else b"")
+        else:
+            start = value_start(self.short, key)
+            if start < 0:
+                raise BadRequest("The key %s must be spelled plainly" % key)
+            # Each byte is a character.
+            end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
+        return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
 
     def spell(self, payload: Dict[str, Any]) -> bytes:
-        """Returns a changed payload as JSON, with what was cut out in its place."""
-        data = to_json_bytes(payload)
-        for _, mark, cut in self.cuts:
-            data = data.replace(mark, self.data[cut], 1)
-        return data
+        """Returns a changed payload as JSON."""
+        return self.whole(to_json_bytes(payload))
+
+    def whole(self, short):
+        """Returns JSON with what was cut out in its place."""
+        if not self.cuts:
+            return short
+        return re.sub(b"<%b:[0-9]+>" % self.secret,
+                      lambda mark: self.data[self.cuts[mark[0]]], short)
 
 
 def parse_response(data: bytes) -> Any:
@@ -2843,16 +2894,18 @@ def dig(value: Any, *names: str) -> Any:
 FORM_TYPE = re.compile(
     r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
-FIELD_NAME = re.compile(
-    rb'content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\]*)"|([^\s;"\\]+))'
-    rb"[ \t]*(?:$|(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)", re.IGNORECASE)
+FIELD_HEAD = re.compile(rb"""
+    (?:(?!.*content-disposition)[^\r\n]*\r\n)*
+    content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\\r\n]*)"|([^\s;"\\]+))
+    [ \t]*(?:(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)?
+    (?:\r\n(?!.*content-disposition)[^\r\n]*)*""", re.IGNORECASE | re.VERBOSE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_fields(body, content_type):
-    """Yields (head, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
+def form_parts(body, content_type):
+    """Yields (head, start, end of its value) of each part of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
     mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
@@ -2865,52 +2918,72 @@ def form_fields(body, content_type):
         start = at + len(head) + len(blank)
         if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
             break
-        yield head, start, end - 2
+        yield head[2:], start, end - 2
         at = end + len(mark)
     raise BadRequest("The request body is not a form as its Content-Type says")
 
 
-def form_model(body, content_type, named):
-    """Returns the model that a form names, if any, and what makes the form with another one. Puts
-    into `named` what it says of stored things. Raises BadRequest."""
-    found = None
-    for head, start, end in form_fields(body, content_type):
-        lines = head[2:].split(b"\r\n")
-        names = list(filter(None, map(FIELD_NAME.fullmatch, lines)))
-        if len(names) != 1 or head.lower().count(b"content-disposition") != 1 or (
-                head.count(b"\n") != len(lines)):
+def form_fields(body, content_type):
+    """Yields (name, start, end of its value) of each field. Raises BadRequest."""
+    for head, start, end in form_parts(body, content_type):
+        match = FIELD_HEAD.fullmatch(head)
+        name = match and match[match.lastindex].decode("latin-1")
+        if not match or (name == "model" and b"encoding:" in head.lower()):
             raise BadRequest("A field of the form is not named plainly")
-        name = names[0][names[0].lastindex]
-        note_reference(name.decode("latin-1"), body[start:end], named)
-        if name.lower() == b"model":
-            if found or name != b"model" or b"encoding:" in head.lower():
-                raise BadRequest("The field model must stand once in the form, and plainly")
-            found = start, end
-    if not found:
-        return None, None
-    start, end = found
-    return body[start:end].decode("utf-8", "replace"), (
-        lambda model: b"%b%b%b" % (body[:start], model.encode(), body[end:]))
+        yield name, start, end
 
 
-def note_reference(name, value, named):
-    """Notes what stands in a field of a form, such as file_id or images[0][file_id]."""
-    for key in REFERENCES.intersection(re.split(r"[][.]+", name)):
-        named.setdefault(key, []).append(value.decode("latin-1"))
-
-
-def query_model(body, named):
-    """Does the same for a form that is spelled as a query is."""
+def query_fields(body):
+    """Yields the same of a form that is spelled as a query is."""
     if len(body) > MAX_QUERY:
         raise BodyTooLarge()
-    pairs = urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True)
-    for name, value in pairs:
-        note_reference(name, value.encode("utf-8", "replace"), named)
-    found = [value for name, value in pairs if name.lower() == "model"]
-    if len(found) > 1:
-        raise BadRequest("The field model must stand once in the form, and plainly")
-    return "".join(found) or None, lambda model: urllib.parse.urlencode(
-        [(name, model if name == "model" else value) for name, value in pairs]).encode()
+    for field in re.finditer(b"([^=&]+)=?([^&]*)", body):
+        yield (urllib.parse.unquote_plus(field[1].decode("latin-1")), *field.span(2))
+
+
+def read_form(body, content_type, named):
+    """Returns the model that a form names, and what makes the form with another one, None and None
+    where it names none. Puts into `named` what it says of stored things. Raises BadRequest."""
+    kind = content_type.lower()
+    decode = encode = str
+    fields = ()
+    if kind.startswith("multipart/form-data"):
+        fields = form_fields(body, content_type)
+    elif kind.startswith("application/x-www-form-urlencoded"):
+        fields = query_fields(body)
+        decode, encode = urllib.parse.unquote_plus, urllib.parse.quote_plus
+    found = None
+    for name, *place in fields:
+        keys = REFERENCES.intersection(re.split(r"[][.]+", name))  # such as images[0][file_id]
+        is_model = name.lower() == "model"
+        if keys or is_model:
+            value = decode(body[slice(*place)].decode("utf-8", "replace"))
+        for key in keys:
+            named.setdefault(key, []).append(value)
+        if is_model:
+            if found or name != "model":
+                raise BadRequest("The field model must stand once in the form, and plainly")
+            found = value, place
+    if not found:
+        return None, None
+    model, (start, end) = found
+    return model, lambda other: b"%b%b%b" % (body[:start], encode(other).encode(), body[end:])
+
+
+def objects_in(value, values_of=dict.values):
+    """Returns the objects in a value of JSON, outer ones first. What else to look at in one is
+    what `values_of` returns of it; None leaves it out."""
+    found = []
+    parts = [value]
+    for part in parts:  # the list grows meanwhile
+        if type(part) is list:
+            parts += part
+        elif type(part) is dict:
+            values = values_of(part)
+            if values is not None:
+                found.append(part)
+                parts += values
+    return found
 
 
 def as_list(value):
@@ -2984,9 +3057,12 @@ class EventFraming(NamedTuple):
 
     def payload(self, event: bytes) -> Dict[str, Any]:
         """Returns the JSON object of an event or its line, {} where there is none."""
-        lines = event.lstrip(b"\xef\xbb\xbf").splitlines()
-        data = [data for data in map(self.data, lines) if data is not None]
-        return object_in(data[0] if len(data) == 1 else b"\n".join(data))
+        return object_in(self.all_data(event))
+
+    def all_data(self, event):
+        """Returns the JSON of an event or its line."""
+        lines = event.lstrip(BYTE_ORDER_MARK).splitlines()
+        return b"\n".join([data for data in map(self.data, lines) if data is not None])
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
@@ -3165,19 +3241,10 @@ class Call(Billable):
         """Returns the names of stored things that the payload speaks of."""
         found = []
         meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
-        parts = [self.payload]
-        for part in parts:  # the list grows meanwhile
-            values = part
-            if type(part) is dict:
-                if "type" in part and ECHO.search(str(part["type"])):
-                    continue
-                values = part.values()
-                if not meant.isdisjoint(part):
-                    for key in meant.intersection(part):
-                        found += names_of_things(part[key])
-                if not CALLERS_OWN.isdisjoint(part):
-                    values = [part[key] for key in part.keys() - CALLERS_OWN]
-            parts += [one for one in values if type(one) in (list, dict)]
+        for part in objects_in(self.payload, says_of_things):
+            if not meant.isdisjoint(part):
+                for key in meant.intersection(part):
+                    found += names_of_things(part[key])
         return found
 
     def prompt_length(self) -> Tuple[int, List[int]]:
@@ -3220,11 +3287,7 @@ class Call(Billable):
         if self.objects is None:
             self.objects = [self.payload]
             if self.endpoint == UNKNOWN:
-                parts = [self.payload]
-                for part in parts:  # the list grows meanwhile
-                    values = part.values() if type(part) is dict else part
-                    parts += [one for one in values if type(one) in (dict, list)]
-                self.objects = [part for part in parts if type(part) is dict]
+                self.objects = objects_in(self.payload)
             elif not OPTION_HOLDERS.isdisjoint(self.payload):
                 self.objects += [self.payload[name] or {}
                                  for name in OPTION_HOLDERS & self.payload.keys()]
@@ -3377,11 +3440,22 @@ THING_NAME = re.compile(
     r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = "id request_id thread_id output_file_id error_file_id responsesFile".split()
+NAME_KEYS = """id request_id thread_id output_file_id error_file_id responsesFile container_id
+    file_id""".split()
 # These make files when they are done.
 HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
-MADE_IN = "response interaction conversation container file".split()
+MADE_IN = """response interaction conversation container file output content annotations
+    results""".split()
+
+
+def says_of_things(part):
+    """Returns the values in an object that may speak of stored things, None where none can."""
+    if "type" in part and ECHO.search(str(part["type"])):
+        return None
+    if CALLERS_OWN.isdisjoint(part):
+        return part.values()
+    return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
 def names_of_things(value):
@@ -3394,32 +3468,15 @@ def names_of_things(value):
 
 
 def names_made(payload):
-    """Returns the names of what a response or an event says was made."""
+    """Returns the names of what a response or an event says was made, also by tools of the
+    upstream's own."""
     found = []
-    holders = [payload]
-    for holder in holders:  # the list grows meanwhile
-        if type(holder) is dict:
-            holders += map(holder.get, MADE_IN)
-            found += map(holder.get, NAME_KEYS)
-            found += names_of_things(holder.get("result_files"))
-            resource = RESOURCE_NAME.fullmatch(str(holder.get("name")))
-            found.append(resource and resource[1])
-    return [name for name in found + names_in_output(payload) if type(name) is str and name]
-
-
-def names_in_output(payload):
-    """Returns the names of what tools of the upstream's own have made."""
-    found = []
-    parts = [payload]
-    for part in parts:  # the list grows meanwhile
-        if len(parts) > 10_000:
-            break
-        if type(part) is dict:
-            found += [part.get("container_id"), part.get("file_id")]
-            parts += map(part.get, ("output", "content", "annotations", "results"))
-        elif type(part) is list:
-            parts += part
-    return found
+    for part in objects_in(payload, lambda part: map(part.get, MADE_IN))[:10_000]:
+        found += map(part.get, NAME_KEYS)
+        found += names_of_things(part.get("result_files"))
+        resource = RESOURCE_NAME.fullmatch(str(part.get("name")))
+        found.append(resource and resource[1])
+    return [name for name in found if type(name) is str and name]
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -3514,6 +3571,10 @@ class Dialect:
     OTHER_ERRORS = ("", "")
     ERROR_LINE = b""  # before an error in a stream
     RETRY_DETAILS = ""  # in an error, where it is known when to ask again
+    # ... of limit replies, by endpoint: whole, and in a stream one line for each event; and of what
+    # stands in them more than once
+    LIMIT_REPLIES: Dict[str, Tuple[str, str]] = {}
+    REPLY_PARTS: Dict[str, str] = {}
     # ... and of lists of models.
     MODEL_LIST = ""
     MODEL = ""
@@ -3652,15 +3713,18 @@ class Dialect:
         final = self.is_finished(payload) or not payload.get(self.REASON[0])
         return self.counts_in(payload), final or None
 
+    def parts(self, payload):
+        """Returns the objects in a response or an event in which usage and the like may stand."""
+        found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
+        return [part for part in found if isinstance(part, dict)]
+
     def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
-            for name in self.USAGE_HOLDERS:
-                for part in as_list(payload.get(name))[:128]:
-                    if isinstance(part, dict):
-                        found = merged(found, self.counts_in(part))
+            for part in self.parts(payload):
+                found = merged(found, self.counts_in(part))
         if self.count_names.isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
@@ -3671,16 +3735,18 @@ class Dialect:
         if type(model) is str and is_name(model):
             tier = payload.get(self.TIERS[0])
             return model, tier if tier and is_name(tier) else None
-        for name in self.USAGE_HOLDERS[:3]:
-            if isinstance(payload.get(name), dict) and self.SERVED in payload[name]:
-                return self.served(payload[name])
+        for part in self.parts(payload):
+            if self.SERVED in part:
+                return self.served(part)
         return None, None
 
     def is_finished(self, payload):
         """Returns whether a response or an event says that the model has stopped."""
+        return self.has_reason(payload) or self.is_last(payload)
+
+    def has_reason(self, payload):
         holder, reason = self.REASON
-        return any([dig(one, reason) for one in as_list(payload.get(holder))]) or (
-            self.is_last(payload))
+        return any([dig(one, reason) for one in as_list(payload.get(holder))])
 
     def is_last(self, payload):
         """Returns whether an event ends its stream."""
@@ -3689,11 +3755,10 @@ class Dialect:
     def fault(self, payload: Dict[str, Any]) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *map(payload.get, self.USAGE_HOLDERS[:6]),
-                     *as_list(payload.get("choices"))[:1]):
-            error = dig(part, "error") or dig(part, "errors")
+        for part in (payload, *self.parts(payload)):
+            error = part.get("error") or part.get("errors")
             code = dig(part, "base_resp", "status_code")  # MiniMax
-            if error or code or FAULTS.intersection([str(dig(part, key)) for key in FAULT_KEYS]):
+            if error or code or FAULTS.intersection([str(part.get(key)) for key in FAULT_KEYS]):
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
@@ -3763,11 +3828,10 @@ class Dialect:
         caches, reasoning = found["cached"] + found["written"], found["reasoning"]
         sent = sum([found[name] for name in self.INPUT])
         said = sum([found[name] for name in self.OUTPUT])
-        if sent + said == total and sent >= caches and said >= reasoning:
-            return sent, said  # as nearly always
-        for pair in itertools.product(
-                (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
-                (said, output, output + reasoning)):
+        pairs = itertools.product(
+            (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+            (said, output, output + reasoning))
+        for pair in ((sent, said), *pairs):  # the first as nearly always
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
@@ -3870,10 +3934,13 @@ class Dialect:
                 return True
         return False
 
-    def limit_text(self, call: Call, values: Dict[str, str]) -> Optional[str]:
+    def limit_text(self, call, values):
         """Returns a limit reply as JSON, in a stream one line for each event, or None; `values` are
         what its templates are filled with, as JSON."""
-        return None
+        for name, template in self.REPLY_PARTS.items():
+            values[name] = template % values
+        templates = self.LIMIT_REPLIES.get(call.endpoint)
+        return templates and templates[call.stream] % values
 
     def limit_event(self, line):
         """Returns an event of a limit reply; one that says its type first is named by it."""
@@ -3887,72 +3954,64 @@ class Dialect:
 
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
-COMPLETION = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-CHUNK = """{"id": "chatcmpl-limit-%(number)s", "object": "chat.completion.chunk", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-TEXT_COMPLETION = """{"id": "cmpl-limit-%(number)s", "object": "text_completion", \
-"created": %(created)s, "model": %(model)s, "choices": [%(choices)s]%(usage)s}"""
-# Limit replies of OpenAI, by endpoint and whether they are streamed: what each chunk is, and what
-# it says of each choice.
+CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
+"model": %%(model)s, "choices": [%%(choices)s]%%(usage)s}"""
+COMPLETION = CHUNK % ("cmpl", "text_completion")
+# Limit replies of OpenAI with choices, by endpoint, whole and in a stream: what each chunk is, and
+# what it says of each choice.
 COMPLETIONS = {
-    ("chat", False): (COMPLETION, """\
+    "chat": ((CHUNK % ("chatcmpl", "chat.completion"), """\
 "finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s}"""),
-    ("chat", True): (CHUNK, """\
+             (CHUNK % ("chatcmpl", "chat.completion.chunk"), """\
 "finish_reason": null, "delta": {"role": "assistant", "content": ""}
 "finish_reason": null, "delta": {"content": %(text)s}
-"finish_reason": "stop", "delta": {}"""),
-    ("completions", False): (TEXT_COMPLETION, """\
+"finish_reason": "stop", "delta": {}""")),
+    "completions": ((COMPLETION, """\
 "finish_reason": "stop", "text": %(text)s"""),
-    ("completions", True): (TEXT_COMPLETION, """\
+                    (COMPLETION, """\
 "finish_reason": null, "text": %(text)s
-"finish_reason": "stop", "text": \"\"""")}
+"finish_reason": "stop", "text": \"\""""))}
 ZERO_USAGE = ', "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}'
-RESPONSE = """{"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
-"status": "%(status)s", "model": %(model)s, "output": [%(item)s], "error": null, \
-"incomplete_details": null, "instructions": null, "metadata": {}, "parallel_tool_calls": true, \
-"temperature": null, "tool_choice": "auto", "tools": [], "top_p": null, \
-"previous_response_id": null, "usage": %(usage)s}"""
-RESPONSE_USAGE = """{"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
+RESPONSE = """"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
+"model": %(model)s, "incomplete_details": null, "instructions": null, "metadata": {}, \
+"parallel_tool_calls": true, "temperature": null, "tool_choice": "auto", "tools": [], \
+"top_p": null, "previous_response_id": null"""
+RESPONSE_PARTS = {
+    "part": """{"type": "output_text", "text": %(text)s, "annotations": [], "logprobs": []}""",
+    "item": """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
+"status": "completed", "content": [%(part)s]}""",
+    "place": """"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0""",
+    "response": RESPONSE,
+    "begun": """{%(response)s, "status": "in_progress", "output": [], "error": null, \
+"usage": null}""",
+    "completed": """{%(response)s, "status": "completed", "output": [%(item)s], "error": null, \
+"usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, \
 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}, \
-"output_tokens_details": {"reasoning_tokens": 0}}"""
-RESPONSE_ITEM = """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
-"status": "completed", "content": [%(part)s]}"""
-RESPONSE_PART = '''{"type": "output_text", "text": %(text)s, "annotations": [], \
-"logprobs": []}'''
+"output_tokens_details": {"reasoning_tokens": 0}}}"""}
+RESPONSE_FAILED = """{"type": "response.failed", "sequence_number": 0, "response": {%s, \
+"status": "failed", "output": [], "usage": null, \
+"error": {"code": "server_error", "message": %%(message)s}}}""" % RESPONSE
 RESPONSE_EVENTS = """\
 {"type": "response.created", "sequence_number": 0, "response": %(begun)s}
 {"type": "response.in_progress", "sequence_number": 1, "response": %(begun)s}
 {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, \
 "item": {"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
 "status": "in_progress", "content": []}}
-{"type": "response.content_part.added", "sequence_number": 3, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.content_part.added", "sequence_number": 3, %(place)s, \
 "part": {"type": "output_text", "text": "", "annotations": [], "logprobs": []}}
-{"type": "response.output_text.delta", "sequence_number": 4, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.output_text.delta", "sequence_number": 4, %(place)s, \
 "delta": %(text)s, "logprobs": []}
-{"type": "response.output_text.done", "sequence_number": 5, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, \
+{"type": "response.output_text.done", "sequence_number": 5, %(place)s, \
 "text": %(text)s, "logprobs": []}
-{"type": "response.content_part.done", "sequence_number": 6, \
-"output_index": 0, "item_id": "msg_limit_%(number)s", "content_index": 0, "part": %(part)s}
+{"type": "response.content_part.done", "sequence_number": 6, %(place)s, "part": %(part)s}
 {"type": "response.output_item.done", "sequence_number": 7, "output_index": 0, "item": %(item)s}
-{"type": "response.completed", "sequence_number": 8, "response": %(response)s}"""
+{"type": "response.completed", "sequence_number": 8, "response": %(completed)s}"""
 # What leaves the model free to say what it likes, at the keys of PARSED
 FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
 NOTHING = ("", {}, [], False)
 # Marks of what stands around a gap, as models are trained to fill it
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
-
-
-def choice_count(payload):
-    """Returns how many choices were asked for, for clients that count on them."""
-    count = payload.get("n")
-    prompt = payload.get("prompt")
-    prompts = sum([type(one) in (str, list) for one in prompt]) if type(prompt) is list else 1
-    return max(1, min(128, (count if type(count) is int else 1) * (prompts or 1)))
 
 
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
@@ -3989,6 +4048,8 @@ class OpenAI(Dialect):
             guided_choice guided_grammar guided_decoding nvext prediction regex
             ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
     MAX_CHOICES = 4  # in a limit reply
+    LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
+    REPLY_PARTS = RESPONSE_PARTS
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
 
@@ -4046,43 +4107,30 @@ class OpenAI(Dialect):
         if endpoint != "responses":
             return super().error_event(body, endpoint)
         message = dig(object_in(body), "error", "message")  # Codex shows no other event
-        response = RESPONSE % {"number": "failed", "created": "0", "status": "failed",
-                               "model": '""', "item": "", "usage": "null"}
-        error = '"error": {"code": "server_error", "message": %s}' % json.dumps(str(message))
-        return self.limit_event(('{"type": "response.failed", "sequence_number": 0, "response": %s}'
-                                 % response.replace('"error": null', error)).encode())
+        return self.limit_event((RESPONSE_FAILED % {
+            "number": "failed", "created": "0", "model": '""',
+            "message": json.dumps(str(message))}).encode())
 
     def limit_text(self, call, values):
-        if call.endpoint == "responses":
-            return self.response(call, values)
-        if call.endpoint in ("chat", "completions"):
-            return self.completion(call, values)
-        return None
-
-    def completion(self, call, values):
-        """Returns the limit reply of chat and completions."""
-        chunk, steps = COMPLETIONS[call.endpoint, call.stream]
-        count = min(self.MAX_CHOICES, choice_count(call.payload))
+        """In chat and completions there are as many choices as were asked for, for clients that
+        count on them."""
+        if call.endpoint not in COMPLETIONS:
+            return super().limit_text(call, values)
+        chunk, steps = COMPLETIONS[call.endpoint][call.stream]
+        count = 1
+        with contextlib.suppress(BadRequest):
+            count = min(self.MAX_CHOICES, call.output_limit()[1])
         choices = ['{"index": %d, "logprobs": null, %s}' % (index, step)
                    for step in (steps % values).split("\n")
                    for index in range(count)]
-        parts = [(", ".join(choices), ZERO_USAGE)]
-        if call.stream:
-            asked = dig(call.payload, "stream_options", "include_usage") is True
-            usage = ', "usage": null' if asked else ""
-            parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
+        if not call.stream:
+            return chunk % {**values, "choices": ", ".join(choices), "usage": ZERO_USAGE}
+        asked = dig(call.payload, "stream_options", "include_usage") is True
+        usage = ', "usage": null' if asked else ""
+        parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
         chunks = [chunk % {**values, "choices": choice, "usage": usage}
                   for choice, usage in parts]
-        return "\n".join(chunks + ["[DONE]"] * call.stream)
-
-    def response(self, call, values):
-        """Returns the limit reply of the responses API; a stream has all events of a real one."""
-        values["part"] = RESPONSE_PART % values
-        values["item"] = RESPONSE_ITEM % values
-        values["begun"] = RESPONSE % {
-            **values, "status": "in_progress", "item": "", "usage": "null"}
-        values["response"] = RESPONSE % {**values, "status": "completed", "usage": RESPONSE_USAGE}
-        return RESPONSE_EVENTS % values if call.stream else values["response"]
+        return "\n".join([*chunks, "[DONE]"])
 
 
 class Azure(OpenAI):
@@ -4136,6 +4184,7 @@ class Anthropic(Dialect):
         413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
     OTHER_ERRORS = ("invalid_request_error", "api_error")
     ERROR_LINE = b"event: error\n"
+    LIMIT_REPLIES = {"messages": (MESSAGE, MESSAGE_EVENTS)}
     MODEL_LIST = """{"data": [%(rows)s], "has_more": false, "first_id": %(first)s, \
 "last_id": %(last)s}"""
     MODEL = """{"type": "model", "id": "%(name)s", "display_name": "%(name)s", \
@@ -4151,9 +4200,6 @@ class Anthropic(Dialect):
         """What message_start tells of the output is no count of it."""
         counts, final = super().usage_counts(payload)
         return counts, False if payload.get("type") == "message_start" else final
-
-    def limit_text(self, call, values):
-        return (MESSAGE_EVENTS if call.stream else MESSAGE) % values
 
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
@@ -4213,6 +4259,7 @@ class Gemini(Google):
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
+    LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
     MODEL_KEYS = ("name",)
@@ -4237,33 +4284,33 @@ class Gemini(Google):
         return super().place(path, dialect, metered)
 
     def is_last(self, payload):
-        return bool(dig(payload, "promptFeedback", "blockReason")) or any(
-            [dig(one, "finishReason") for one in as_list(payload.get("candidates"))])
+        return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
 
     def limit_text(self, call, values):
-        if call.endpoint != "generate":
-            return None
-        whole = call.stream and not self.is_stream(self.limit_type(call))
-        return ("[%s]" if whole else "%s") % (GENERATED % values)
+        """A stream without events is an array."""
+        text = super().limit_text(call, values)
+        is_array = text and call.stream and not self.is_stream(self.limit_type(call))
+        return "[%s]" % text if is_array else text
 
     def limit_type(self, call):
         events = "alt=sse" in call.query.lower().split("&")
         return super().limit_type(call) if events else "application/json"
 
 
-INTERACTION = """{"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
-"status": "completed", "role": "model", "created": "%(date)s", "updated": "%(date)s", \
-"steps": [%(step)s], "usage": {"total_input_tokens": 0, "total_output_tokens": 0, \
-"total_thought_tokens": 0, "total_cached_tokens": 0, "total_tool_use_tokens": 0, \
-"total_tokens": 0}}"""
-INTERACTION_STEP = """{"type": "model_output", "content": [{"type": "text", "text": %(text)s}]}"""
+INTERACTION_PARTS = {
+    "begun": """"id": "limit-%(number)s", "object": "interaction", "model": %(model)s, \
+"created": "%(date)s\"""",
+    "completed": """{%(begun)s, "status": "completed", "role": "model", "updated": "%(date)s", \
+"usage": {"total_input_tokens": 0, "total_output_tokens": 0, "total_thought_tokens": 0, \
+"total_cached_tokens": 0, "total_tool_use_tokens": 0, "total_tokens": 0}, "steps\""""}
+INTERACTION = """%(completed)s: [{"type": "model_output", \
+"content": [{"type": "text", "text": %(text)s}]}]}"""
 INTERACTION_EVENTS = """\
-{"event_type": "interaction.created", "interaction": {"id": "limit-%(number)s", \
-"object": "interaction", "model": %(model)s, "status": "in_progress", "created": "%(date)s"}}
+{"event_type": "interaction.created", "interaction": {%(begun)s, "status": "in_progress"}}
 {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}}
 {"event_type": "step.delta", "index": 0, "delta": {"type": "text", "text": %(text)s}}
 {"event_type": "step.stop", "index": 0}
-{"event_type": "interaction.completed", "interaction": %(interaction)s}
+{"event_type": "interaction.completed", "interaction": %(completed)s: []}}
 [DONE]"""
 
 
@@ -4283,25 +4330,25 @@ class Interactions(Google):
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
+    LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
+    REPLY_PARTS = INTERACTION_PARTS
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
         return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
-    def limit_text(self, call, values):
-        if call.stream:
-            values["interaction"] = INTERACTION % {**values, "step": ""}
-            return INTERACTION_EVENTS % values
-        return INTERACTION % {**values, "step": INTERACTION_STEP % values}
 
-
-GENERATED_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": false}"""
-LAST_LINE = """{"model": %(model)s, "created_at": "%(date)s", %(said)s, "done": true, \
-"done_reason": "stop", "total_duration": 0, "load_duration": 0, "prompt_eval_count": 0, \
-"prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""
-OLLAMA_SAYS = {  # by endpoint
-    "chat": '"message": {"role": "assistant", "content": %s}',
-    "generate": '"response": %s'}
+OLLAMA_PARTS = {
+    "head": """{"model": %(model)s, "created_at": "%(date)s\"""",
+    "last": """"done": true, "done_reason": "stop", "total_duration": 0, "load_duration": 0, \
+"prompt_eval_count": 0, "prompt_eval_duration": 0, "eval_count": 0, "eval_duration": 0}"""}
+OLLAMA_REPLIES = {
+    "chat": ("""%(head)s, "message": {"role": "assistant", "content": %(text)s}, %(last)s""", """\
+%(head)s, "message": {"role": "assistant", "content": %(text)s}, "done": false}
+%(head)s, "message": {"role": "assistant", "content": ""}, %(last)s"""),
+    "generate": ("""%(head)s, "response": %(text)s, %(last)s""", """\
+%(head)s, "response": %(text)s, "done": false}
+%(head)s, "response": "", %(last)s""")}
 
 
 class Ollama(Dialect):
@@ -4325,6 +4372,8 @@ class Ollama(Dialect):
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
     ERROR = '{"error": %(message)s}'
+    LIMIT_REPLIES = OLLAMA_REPLIES
+    REPLY_PARTS = OLLAMA_PARTS
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL_KEYS = ("name", "model")
     MODEL = """{"name": "%(name)s", "model": "%(name)s", \
@@ -4348,15 +4397,6 @@ class Ollama(Dialect):
     def counts_in(self, payload):
         """Takes those that the last line has beside all else."""
         return {name: payload[name] for name in self.COUNTS if name in payload}
-
-    def limit_text(self, call, values):
-        if call.endpoint not in OLLAMA_SAYS:
-            return None
-        said = OLLAMA_SAYS[call.endpoint]
-        last = LAST_LINE % {**values, "said": said % ('""' if call.stream else values["text"])}
-        if not call.stream:
-            return last
-        return GENERATED_LINE % {**values, "said": said % values["text"]} + "\n" + last
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
@@ -4397,48 +4437,42 @@ VERBS = "input_tokens compact runs generations edits extensions".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
-# credentials: these segments wherever they stand,
-ADMIN_SEGMENTS = frozenset("""
-    client_secrets transcription_sessions auth_tokens organization organizations
-    credits billing slots cors-proxy
-    load_lora_adapter unload_lora_adapter load_lora_adapter_from_tensors wake_up is_sleeping
-    reset_prefix_cache reset_mm_cache reset_encoder_cache collective_rpc start_profile stop_profile
-    scale_elastic_ep is_scaling_elastic_ep init_weight_transfer_engine abort_requests server_info
-    start_weight_update start_draft_weight_update finish_weight_update is_paused fault_tolerance
-    flush_cache freeze_gc init_weights_update_group destroy_weights_update_group weights_checker
-    init_weights_send_group_for_remote_instance send_weights_to_remote_instance slow_down
-    get_weights_by_name release_memory_occupation resume_memory_occupation set_internal_state
-    get_internal_state get_server_info start_expert_distribution_record
-    stop_expert_distribution_record dump_expert_distribution_record configure_logging abort_request
-    pause_generation continue_generation open_session close_session clear_hicache_storage_backend
-    hicache get_load set_trace_level add_worker remove_worker add_external_corpus
-    remove_external_corpus list_external_corpora dumper stop-generation""".split())
-# two of these in a row,
-ADMIN_PAIRS = frozenset("""
-    realtime/sessions realtime/calls chatkit/sessions auth/keys v1/key v1/activity
-    v1/stream v1/streams api/pull api/push api/create api/copy api/delete api/blobs api/signout
-    models/load models/unload models/sse models/download models/apply models/delete
-    model/load model/unload lora/load lora/unload embedding/load embedding/unload template/switch
-    template/unload override/switch override/unload backends/apply backends/delete
-    completions/control
-    backend/shutdown api/admin extra/abort generate/check repository/models""".split())
+# credentials: these wherever they stand,
+ADMIN_PARTS = """
+    client_secrets transcription_sessions auth_tokens organizations? credits billing slots
+    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_up collective_rpc scale_elastic_ep
+    is_(sleeping|scaling_elastic_ep|paused) reset_(prefix|mm|encoder)_cache (start|stop)_profile
+    init_weights?_(transfer_engine|update_group|send_group_for_remote_instance)
+    (start|finish)_(draft_)?weight_update destroy_weights_update_group weights_checker
+    update_weight.* send_weights_to_remote_instance get_weights_by_name
+    abort_requests? fault_tolerance flush_cache freeze_gc slow_down
+    (release|resume)_memory_occupation (get_)?server_info (set|get)_internal_state
+    (start|stop|dump)_expert_distribution_record configure_logging
+    (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
+    get_load set_trace_level (add|remove)_worker
+    (add|remove|list)_external_(corpus|corpora) dumper stop-generation
+    realtime/(sessions|calls) chatkit/sessions auth/keys v1/(key|activity|streams?)
+    api/(pull|push|create|copy|delete|blobs|signout|admin)
+    models/(load|unload|sse|download|apply|delete)
+    (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
+    backends/(apply|delete) completions/control backend/shutdown extra/abort generate/check
+    repository/models""".split()
 # these at the beginning, but for /api and /v1, which may stand in the upstream's own path,
-ADMIN_ROOTS = frozenset("""
-    stream streams pull push create copy delete blobs signout sleep pause resume download unload
-    shutdown keys workers""".split())
+ADMIN_ROOTS = """
+    streams? pull push create copy delete blobs signout sleep pause resume download unload
+    shutdown keys workers""".split()
+ADMIN_PATH = re.compile("(.*/(%s)|(/api|/v1)*/(%s))(/.*)?" % (
+    "|".join(ADMIN_PARTS), "|".join(ADMIN_ROOTS)))
 # and these at the end, where the method is no GET
-ADMIN_CHANGES = frozenset(("models", "props", "lora-adapters", "tools", "cvectors"))
+ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
+MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
 
 
 def is_admin_path(method: str, path: str) -> bool:
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
-    segments = path[1:].split("/")
-    pairs = map("/".join, zip(segments, segments[1:]))
-    root = next((one for one in segments if one not in ("api", "v1")), "")
-    return (root in ADMIN_ROOTS or not ADMIN_SEGMENTS.isdisjoint(segments)
-            or not ADMIN_PAIRS.isdisjoint(pairs) or "/update_weight" in path
-            or (method not in ("GET", "HEAD") and segments[-1] in ADMIN_CHANGES)
-            or (method == "DELETE" and "models" in segments[-3:-1]))
+    return bool(ADMIN_PATH.fullmatch(path)
+                or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
+                or (method == "DELETE" and MODEL_REMOVAL.fullmatch(path)))
 
 
 class Dialects:
@@ -4459,6 +4493,7 @@ class Dialects:
         self.max_text = max_text
         self.aliases = aliases
         self.names = names
+        self.chooses = bool(names.keys() - {"base"})  # by models, which upstream is asked
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
@@ -4498,7 +4533,7 @@ class Dialects:
         # Counting is read for its model alone, where that chooses the upstream.
         if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
-        if endpoint == "count" and not self.names and PLAIN_PATH.fullmatch(path):
+        if endpoint == "count" and not self.chooses and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -4531,7 +4566,7 @@ class Dialects:
         elif call.endpoint:
             call.body = await read_body()
             model = self.read_payload(call)
-        elif self.names and method == "GET" and ONE_MODEL.fullmatch(call.path):
+        elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
             model = self.read_model_path(call)
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
@@ -4588,19 +4623,8 @@ class Dialects:
         if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
             found = self.read_payload(call)
         else:
-            found = self.read_form(call, content_type)
+            found, call.put_model = read_form(call.body, content_type, call.payload)
         return model or found
-
-    def read_form(self, call, content_type):
-        """Returns the model that a form names, None where it names none. Raises BadRequest."""
-        kind = content_type.lower()
-        if kind.startswith("multipart/form-data"):
-            model, call.put_model = form_model(call.body, content_type, call.payload)
-        elif kind.startswith("application/x-www-form-urlencoded"):
-            model, call.put_model = query_model(call.body, call.payload)
-        else:
-            return None
-        return model
 
     def read_payload(self, call: Call) -> Any:
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
@@ -4622,7 +4646,8 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
-NAMED_FAULT = re.compile(rb"event: ?error|error:.*")  # the latter is llama.cpp's
+# The latter is llama.cpp's.
+NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
 
 
 def may_be_fault(data: bytes) -> bool:
@@ -4796,13 +4821,12 @@ class UsageReader(UsageSource):
     def front(self, data: bytes) -> Dict[str, Any]:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
-        for key, kind in ((self.dialect.USAGE_MARK, b"\\{"), (b'"model"', b'"')):
-            keys = itertools.islice(re.finditer(key + rb"\s*:\s*(?=%b)" % kind, data), 5)
-            match = next((one for one in keys if is_outermost(data, one.start())), None)
-            if match and not is_too_complex(data):
+        for key in (self.dialect.usage_key, "model"):
+            start = value_start(data, key)
+            if start >= 0 and not is_too_complex(data):
                 with contextlib.suppress(ValueError):
-                    text = data[match.end():].decode("utf-8", "replace")
-                    found[key[1:-1].decode()] = PLAIN_JSON.raw_decode(text)[0]
+                    text = data[start:].decode("utf-8", "replace")
+                    found[key] = PLAIN_JSON.raw_decode(text)[0]
         return found
 
     def scan_for_usage(self, data):
@@ -4859,29 +4883,24 @@ class UsageReader(UsageSource):
 
     def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
-        held = b""
-        events = 0
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(self.events.event(LAST_DATA)) and last.find(b"error") < 0 and (
                 not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
-        for line in reversed(last.splitlines()[-self.LAST_LINES:]):
-            part = self.events.data(line)
-            if part is None:
-                held = held if line else b""
-                if NAMED_FAULT.fullmatch(line):
-                    self.fault = self.fault or 502
-                continue
-            held = part + held
-            if held.strip() == LAST_DATA:
+        lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
+        events = 0
+        for event in reversed(self.events.cut(b"".join(lines))):
+            if NAMED_FAULT.search(event):
+                self.fault = self.fault or 502
+            found = self.events.all_data(event)
+            payload = object_in(found)
+            if found.strip() == LAST_DATA:
                 self.closed = True
-            elif not (self.closed and held.endswith(b"}") and not may_be_fault(held)):
-                payload = object_in(held)
-                if not payload:
-                    continue
-                self.note_end(payload, held)
-            held = b""
+            elif payload:
+                self.note_end(payload, found)
+            else:
+                continue
             events += 1
             if events == 3:
                 break
@@ -5033,10 +5052,10 @@ class Head(Fields):
         lines = block.split("\r\n")
         lines.pop()
         if len(self.start) > MAX_START_LINE:
-            raise HeadTooLarge(414)
+            raise HeadTooLarge(status=414)
         if len(lines) > self.MAX_FIELDS or (
                 len(data) > self.MAX_LINE and any(map(self.is_too_long, lines))):
-            raise HeadTooLarge(431)
+            raise HeadTooLarge(status=431)
         self.lines = {line[:line.index(":")].lower(): line for line in lines}
         if len(self.lines) < len(lines):
             self.join_repeated(lines)
@@ -5144,7 +5163,7 @@ class HeadScanner:
         line_end = data.rfind(b"\r\n", max(self.checked, self.scanned - 1))
         if len(data) > MAX_HEAD or (not self.checked and line_end < 0
                                     and len(data) > MAX_START_LINE):
-            raise HeadTooLarge(431 if self.checked else 414)
+            raise HeadTooLarge(status=431 if self.checked else 414)
         if BARE_LINE_END.search(data, max(0, self.scanned - 1)):
             raise Malformed()
         self.scanned = len(data)
@@ -7073,6 +7092,7 @@ class Upstream:
         self.addresses = [Address(endpoint, transport, Breakers(*breaking), clock)
                           for endpoint in config.url]
         self.rotation = 0
+        self.disabled = False
         self.without_options = set()  # models that take stream_options for an error here
 
     def __repr__(self) -> str:
@@ -7104,7 +7124,7 @@ class Upstream:
         if failed or len(self.addresses) > 1 or address.breakers.troubled:
             address = self.least_busy(failed, context.subject)
             if address is None:
-                raise failure or self.breaker_open(context.subject) or BreakerOpen(0)
+                raise failure or self.breaker_open(context.subject) or BreakerOpen(wait=0)
         address.running += 1
         return address
 
@@ -7150,13 +7170,14 @@ class Upstream:
         """Returns why no address may be asked yet, None where one may."""
         now = self.clock.monotonic()
         wait = min([one.breakers.seconds_left(now, subject) for one in self.addresses])
-        return BreakerOpen(wait) if wait > 0 else None
+        return BreakerOpen(wait=wait) if wait > 0 else None
 
     def stats(self) -> Dict[str, Any]:
         """Returns what /health says of it."""
         now = self.clock.monotonic()
         states = [one.breakers.state(now) for one in self.addresses]
-        found = {"state": min(states, key=("closed", "half_open", "open").index),
+        best = min(states, key=("closed", "half_open", "open").index)
+        found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
         if self.queue:
@@ -7272,11 +7293,26 @@ class Routes:
         self.base = base
         self.named = named
         self.all = ([base] if base else []) + named
-        self.by_name = {upstream.name: upstream for upstream in named}
+        self.by_name = {upstream.name: upstream for upstream in self.all}
         self.known = {}
+        self.some_are_disabled = False
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
         """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        found = self.candidates(call, thing)
+        if self.some_are_disabled:
+            found = [one for one in found if not one.disabled]
+            if not found:
+                raise NoRoute(call.model)
+        return found
+
+    def switch(self, name: str, on: bool):
+        """Enables or disables an upstream. Raises LookupError."""
+        {one.name: one for one in self.all}[name].disabled = not on
+        self.some_are_disabled = any(one.disabled for one in self.all)
+        self.known.clear()  # the next one of the model's serves it
+
+    def candidates(self, call, thing):
         if self.base and not (self.named or thing):  # there is no choice
             return self.all
         for upstream in self.all if thing else ():
@@ -7295,7 +7331,8 @@ class Routes:
 
     def serving(self, model):
         """Returns those that serve a model, else the base; that is known from then on."""
-        found = [upstream for upstream in self.named if upstream.serves(model)]
+        found = [upstream for upstream in self.named
+                 if upstream.serves(model) and not upstream.disabled]
         # Nobody's own key is for a second vendor.
         found[1:] = [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
         if self.base and not found:
@@ -7378,6 +7415,9 @@ def format_second(second):
 class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
+    # By how what is awaited begins.
+    STATES = (("its turn at", "line"), ("a connection", "connecting"),
+              ("the response of", "first byte"), ("the body of", "first byte"))
     request_id = None
     caller: Optional[Caller] = None
     method = None
@@ -7397,7 +7437,9 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    levels = ()         # of its buckets, for the ledger
+    context: Optional[Context] = None      # while it runs, these three
+    ticket: Optional[Ticket] = None
+    adapter: Optional[BodyAdapter] = None
 
     def __init__(self, address: str, peer: str):
         """`peer` is where the connection comes from, `address` who that stands for."""
@@ -7413,7 +7455,7 @@ class Entry:
         self.wall = clock.time_ns()
         if self.started is None:
             self.started = self.ended  # no head ever came
-        self.reader = None
+        self.reader = self.context = self.ticket = self.adapter = None
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
@@ -7440,6 +7482,26 @@ class Entry:
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued))
+
+    def state(self) -> str:
+        """Returns where a running call stands."""
+        if self.first_byte is not None:
+            return "streaming"
+        awaits = self.context.what if self.context else ""
+        return next((state for begin, state in self.STATES if awaits.startswith(begin)), "reading")
+
+    def tokens_so_far(self) -> int:
+        """Returns about how many tokens have passed: an event holds one, nearly always."""
+        reader = self.reader
+        return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
+
+    def progress(self, clock: Any) -> Dict[str, Any]:
+        """Returns what changes while it runs."""
+        self.request_id = self.request_id or new_request_id()
+        place = self.ticket.queue.position(self.ticket) if self.ticket else None
+        return {"id": self.request_id, "state": self.state(), "position": place,
+                "seconds": round(clock.monotonic() - self.started, 3),
+                "tokens": self.tokens_so_far()}
 
     def moment(self):
         """Returns the end in UTC, as logs have it."""
@@ -7646,9 +7708,13 @@ class Database:
         SELECT max(time) FROM calls;
         SELECT * FROM calls ORDER BY rowid DESC LIMIT 1;"""
 
-    def __init__(self, path: str, reading: bool = False):
-        """Raises DatabaseFault; FileNotFoundError where there is nothing to read."""
+    connection: Optional[sqlite3.Connection] = None
+
+    def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False):
+        """`lock` as `lock_for_service` has it. Raises DatabaseFault; FileNotFoundError where there
+        is nothing to read."""
         self.path = path
+        self.lock = lock
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -7663,20 +7729,29 @@ class Database:
                 self.prepare()
                 self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
+            if self.connection:
+                self.connection.close()
             if "locked" in str(failure):
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
 
+    def close(self):
+        self.connection.close()
+        if self.lock:
+            self.lock.close()
+
     def file_identity(self):
-        """Returns what tells this file from another one of its name; None without one."""
+        """Returns what tells this file, and its lock, from others of their names; None where one
+        is not there."""
+        names = [self.path, self.lock.name] if self.lock else [self.path]
         try:
-            found = os.stat(self.path)
+            found = list(map(os.stat, names))
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return [(one.st_dev, one.st_ino) for one in found]
 
     def is_gone(self) -> bool:
-        """Tells whether the file was deleted or replaced."""
+        """Tells whether the file was deleted or replaced, or its lock."""
         return self.file_identity() != self.identity
 
     def connect(self, mode):
@@ -7792,6 +7867,11 @@ class Database:
             (before, most)).rowcount
 
 
+def lock_name(path: str) -> str:
+    """Returns the name of a database's lock, which is one, whatever links lead to it."""
+    return os.path.realpath(path) + ".lock"
+
+
 def lock_for_service(path: str) -> Optional[BinaryIO]:
     """Returns a file that is locked while it stays open, so that one service alone writes the
     levels of a database; commands may read it. Raises DatabaseFault. Windows has no such lock."""
@@ -7800,7 +7880,7 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
     except ImportError:
         return None
     try:
-        file = open(path + ".lock", "ab")
+        file = open(lock_name(path), "ab", opener=lambda *how: os.open(*how, 0o600))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
@@ -7808,6 +7888,18 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
         raise InUse("DATABASE %s is used by another llm_proxy that runs" % path) from None
     except OSError as failure:
         raise Unwritable(path, failure) from None
+
+
+def open_for_service(path: str, opening: Callable[[str, Optional[BinaryIO]], Database] = Database
+                     ) -> Database:
+    """Returns a database that no other service writes while it is open. Raises DatabaseFault."""
+    lock = lock_for_service(path)
+    try:
+        return opening(path, lock)
+    except DatabaseFault:
+        if lock:
+            lock.close()
+        raise
 
 
 class Ledger(Writer):
@@ -7819,7 +7911,6 @@ class Ledger(Writer):
     forget_at = 0.0       # monotonic seconds, as are the others
     complain_at = 0.0
     reopen_at = 0.0
-    snapshot_at = 0.0
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
                  clock: Any, days: int, log: Log):
@@ -7843,22 +7934,15 @@ class Ledger(Writer):
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
-    def record(self, entry: Entry):
-        """Takes the levels of its buckets along: what a call took is not lost with the process."""
-        if entry.hold:
-            entry.levels = self.limits.buckets.raw_levels(entry.hold.keyed_rules)
-        super().record(entry)
-
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
         what changed, and deletes what is gone."""
-        self.snapshot_at = self.clock.monotonic()
         self.levels = levels
 
     def run(self):
         super().run()
         if self.database:
-            self.database.connection.close()
+            self.database.close()
 
     def write_queued(self):
         """Writes what is there. What cannot be written stays in the queue until that is full."""
@@ -7882,13 +7966,13 @@ class Ledger(Writer):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
         written at the start."""
         if self.database and self.database.is_gone():
-            self.log.say("DATABASE was deleted or replaced: a new one is begun")
-            self.database.connection.close()
+            self.log.say("DATABASE or its lock was deleted or replaced: a new one is begun")
+            self.database.close()
             self.database = None
         if self.database is None and now >= self.reopen_at:
             self.reopen_at = now + self.REOPEN_SECONDS
             try:
-                self.database = Database(self.path)
+                self.database = open_for_service(self.path)
                 self.saved = {}
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
@@ -7896,14 +7980,13 @@ class Ledger(Writer):
         return self.database is not None
 
     def recent_levels(self, entries):
-        """Returns the levels as they were saved last, but for buckets of calls that ended since."""
-        recent = {}
+        """Returns the levels as they were saved last, but for buckets of calls that ended: what
+        these took is not lost with the process."""
+        keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
         offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
-        for entry in entries:
-            if entry.ended >= self.snapshot_at:
-                for key, level, refilled in entry.levels:
-                    recent[key] = level, refilled + offset
-        return {**self.levels, **recent} if recent else self.levels
+        return {**self.levels, **{one.key: (one.level, one.refilled + offset)
+                                  for one in self.limits.buckets.latest(keys)
+                                  if one.rule.unit != RUNNING}} if keys else self.levels
 
     def write(self, entries, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
@@ -7977,14 +8060,31 @@ class RefusalSums:
             self.counts.clear()
 
 
+class Watcher:
+    """Somebody whom the books tell of calls, on the loop: it must not wait."""
+
+    def begin(self, entry: Entry):
+        """A call was read and is about to be routed."""
+
+    def record(self, entry: Entry):
+        """A call has ended; it is in the ledger, too."""
+
+    def close(self, wait: float):
+        """Nothing more will come."""
+
+
 class Books:
-    """The log, the ledger and the usage log; each has a thread, so that none waits for another."""
+    """The log, the ledger and the usage log; each has a thread, so that none waits for another.
+    `running` are the entries of calls that run, oldest first."""
+
+    watchers: Sequence[Watcher] = ()
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
+        self.running: Dict[Entry, None] = {}
 
     def open(self):
         """Begins to write the ledger: called when it is sure that this process will serve, because
@@ -7992,7 +8092,15 @@ class Books:
         if self.ledger:
             self.ledger.thread.start()
 
+    def begin(self, entry: Entry):
+        """A call runs from now on."""
+        self.running[entry] = None
+        for watcher in self.watchers:
+            watcher.begin(entry)
+
     def record(self, entry: Entry):
+        if entry.call:
+            self.running.pop(entry, None)
         if self.refusals.counts_only(entry):
             return
         self.log.record(entry)
@@ -8002,6 +8110,8 @@ class Books:
                 self.ledger.record(entry)
             if self.usage_log:
                 self.usage_log.record(entry)
+            for watcher in self.watchers:
+                watcher.record(entry)
 
     def save(self, levels: Levels):
         """Hands the levels of buckets to the ledger; to be called every Ledger.SAVE_SECONDS."""
@@ -8011,8 +8121,194 @@ class Books:
 
     def close(self, wait: float):
         self.refusals.report()
-        for part in filter(None, (self.ledger, self.usage_log, self.log)):
+        for part in filter(None, (self.ledger, self.usage_log, *self.watchers, self.log)):
             part.close(wait)
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals: what is told of calls outside of the books, to monitors, collectors and whoever looks at
+# the page: metrics, traces, warnings, and the feed of events. It does not know sockets.
+# --------------------------------------------------------------------------------------------------
+
+def dollars(entry: Entry) -> str:
+    return format_usd(entry.picodollars)
+
+
+def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
+    """Returns what the page shows of a call that runs."""
+    call = entry.call
+    return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
+            "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
+            "started": clock.time_ns() / 1e9 - (clock.monotonic() - entry.started)}
+
+
+def ended_call(entry: Entry) -> Dict[str, Any]:
+    """Returns what the page shows of a call that has ended: its row in the ledger."""
+    return {**entry.as_row()._asdict(), "row": None, "usd": dollars(entry)}
+
+
+class Event:
+    """Something that happened. Its text is made once, for the first who asks."""
+    __slots__ = ("number", "name", "about", "text")
+
+    def __init__(self, number: int, name: str, about: Union[Entry, Dict[str, Any]]):
+        self.number = number
+        self.name = name
+        self.about = about
+        self.text: Optional[bytes] = None
+
+    def encoded(self) -> bytes:
+        """Returns it as a server-sent event (WHATWG HTML 9.2)."""
+        if self.text is None:
+            about = self.about
+            payload = ended_call(about) if isinstance(about, Entry) else about
+            self.text = b"id: %d\nevent: %s\ndata: %s\n\n" % (
+                self.number, self.name.encode(), json.dumps(payload).encode())
+            self.about = None
+        return self.text
+
+
+class Feed(Watcher):
+    """Events, the last ROOM of them, for pages that show what happens now. Each has a number, by
+    which a page that was cut off goes on."""
+    ROOM = 1000
+    PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
+
+    def __init__(self, clock: Any):
+        self.clock = clock
+        self.number = clock.time_ns() // 10 ** 6  # above all that were before the last start
+        self.events: "collections.deque[Event]" = collections.deque(maxlen=self.ROOM)
+        self.told = 0       # of calls, in this second
+        self.listeners = 0  # pages that are open
+        self.waiting: Set["asyncio.Future[bool]"] = set()
+        self.closed = False
+
+    def tell(self, name: str, about: Union[Entry, Dict[str, Any]]):
+        """Adds an event, and wakes who waits for one."""
+        self.number += 1
+        self.events.append(Event(self.number, name, about))
+        if self.waiting:
+            self.wake()
+
+    def wake(self):
+        for future in self.waiting:
+            Stream.wake(future)
+        self.waiting.clear()
+
+    def begin(self, entry):
+        if self.listeners and self.told < self.PER_SECOND:
+            self.told += 1
+            self.tell("begin", running_call(entry, self.clock))
+
+    def record(self, entry):
+        if entry.call and self.told < self.PER_SECOND:
+            self.told += 1
+            self.tell("end", entry)
+
+    def pulse(self, payload: Dict[str, Any]):
+        """A second is over."""
+        self.told = 0
+        if self.listeners:
+            self.tell("pulse", payload)
+
+    def close(self, wait):
+        self.closed = True
+        self.wake()
+
+    def since(self, number: int) -> Optional[List[Event]]:
+        """Returns the events after a number, None where some of them are forgotten."""
+        if number > self.number or number < self.number - len(self.events):
+            return None
+        first = len(self.events) - (self.number - number)
+        return list(itertools.islice(self.events, first, None))
+
+
+class Pulse(Watcher):
+    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
+    and which buckets changed. `labels` are the names of those who called lately."""
+    MINUTE = 60
+    MAX_TIMES = 5_000
+    MAX_CALLERS = 1_000
+    MAX_SHOWN = 100
+
+    def __init__(self, clock: Any, buckets: Buckets, feed: Feed):
+        self.clock = clock
+        self.buckets = buckets
+        self.feed = feed
+        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, ms, upstream)
+        self.callers: "collections.OrderedDict[CallerKey, Caller]" = collections.OrderedDict()
+        self.last_seen: Dict[CallerKey, float] = {}
+        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+        self.refused = collections.Counter()  # calls, by the text of the rule
+        self.calls = self.tokens = self.failed = self.picodollars = 0
+
+    def record(self, entry):
+        if not entry.call:
+            return
+        self.calls += 1
+        if entry.outcome == "limited":
+            self.refused[entry.cause] += 1
+        if entry.outcome not in ("ok", "limited", "caller_gone"):
+            self.failed += 1
+        if entry.usage:
+            self.tokens += entry.usage.input + entry.usage.output
+            self.picodollars += entry.picodollars
+        if entry.first_byte is not None:
+            self.times.append((entry.ended, entry.milliseconds(entry.first_byte), entry.upstream))
+        caller = entry.caller
+        self.callers[caller.key] = caller
+        self.last_seen[caller.key] = entry.wall / 1e9
+        if len(self.callers) > self.MAX_CALLERS:
+            del self.last_seen[self.callers.popitem(last=False)[0]]
+        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
+            for rule, key in entry.hold.keyed_rules:
+                self.changed[key] = rule, caller
+
+    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
+        """Returns percentiles of the last minute, in milliseconds."""
+        oldest = self.clock.monotonic() - self.MINUTE
+        found = sorted([ms for ended, ms, name in self.times
+                        if ended >= oldest and upstream in (None, name)])
+        return {"first_p%d" % share: found[len(found) * share // 100] if found else None
+                for share in (50, 95)}
+
+    def tick(self, running: int, line: int) -> Dict[str, Any]:
+        """A second is over; returns what was in it."""
+        found = {"now": self.clock.time_ns() / 1e9, "calls": self.calls, "tokens": self.tokens,
+                 "failed": self.failed, "in_flight": running, "line": line,
+                 "usd": format_usd(self.picodollars), **self.first_bytes()}
+        self.calls = self.tokens = self.failed = self.picodollars = 0
+        self.seconds.append(found)
+        return found
+
+    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+        """Returns a bucket as the page shows it."""
+        level = self.buckets.level_of(rule, key)
+        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        missing = -(-(rule.capacity - level.level) // rule.refill)
+        runs = rule.unit == RUNNING
+        return {"rule": rule.text, "unit": UNITS[rule.unit],
+                "level": format_amount(rule, level.level),
+                "capacity": format_amount(rule, rule.capacity),
+                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "interval": 0 if runs else rule.interval,
+                "refilled": wall - (now - level.refilled),
+                "full_in": 0 if runs else max(
+                    0, round(level.refilled + missing * rule.interval - now, 3))}
+
+    def changed_buckets(self) -> List[Dict[str, Any]]:
+        """Returns those of the last second."""
+        changed = self.changed
+        self.changed = {}
+        return [{"caller": caller.label, **self.bucket(rule, key)}
+                for key, (rule, caller) in changed.items()]
+
+
+class Watchers(NamedTuple):
+    """All whom the books tell of calls."""
+    feed: Feed
+    pulse: Pulse
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8194,14 +8490,18 @@ class Reply:
             self.entry.queued = self.ticket.waited()
         if not self.begun:
             self.early = True
-            if self.request.version == 0:
-                self.close_after = self.until_close = True
-            lines = [status_line(200, "OK"), self.date_line(),
-                     "Content-Type: " + self.call.dialect.events.content_type, *STREAM_LINES]
-            if not self.until_close:
-                lines.append("Transfer-Encoding: chunked")
-            head = self.head(200, "".join([line + CRLF for line in lines]))
+            head = self.stream_head(self.call.dialect.events.content_type)
         self.client.write(head + self.framed(self.call.dialect.events.comment(text)))
+
+    def stream_head(self, content_type: str) -> bytes:
+        """Returns the head of a stream of ours."""
+        if self.request.version == 0:
+            self.close_after = self.until_close = True
+        lines = [status_line(200, "OK"), self.date_line(), "Content-Type: " + content_type,
+                 *STREAM_LINES]
+        if not self.until_close:
+            lines.append("Transfer-Encoding: chunked")
+        return self.head(200, "".join([line + CRLF for line in lines]))
 
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
@@ -8398,9 +8698,9 @@ class Reply:
         doing. An error in a response is what its status would be."""
         if response.status in FAILING or not self.adapter.framing.ended:
             return None
-        if ending == "ok":
-            return True
         reader = self.entry.reader
+        if ending == "ok" or reader and not (reader.fault or reader.said_nothing):
+            return True  # some servers never say that their streams ended
         return None if reader and reader.fault and reader.fault not in FAILING else False
 
     async def drain(self):
@@ -8426,6 +8726,8 @@ class Reply:
         self.entry.outcome = ending
         if not self.adapter.framing.ended:
             self.cut(UpstreamFailed("cut"))
+        elif ending == "upstream_cut":
+            self.entry.cause = "ended without its mark"
 
     def cut(self, why: Refusal):
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
@@ -8559,7 +8861,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 class Proxy:
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
-                 dialects: Dialects, stored: Stored, routes: Routes, books: Books):
+                 dialects: Dialects, stored: Stored, routes: Routes, books: Books,
+                 watchers: Watchers):
         self.config = config
         self.clock = clock
         self.loop = loop
@@ -8571,6 +8874,7 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
+        self.watchers = books.watchers = watchers
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
 
@@ -8584,6 +8888,8 @@ class Proxy:
         call = self.new_call(request)
         await self.dialects.read(call, request.method, request, reply.read_body)
         reply.call = entry.call = call
+        entry.context = reply.context
+        self.books.begin(entry)
         if call.stream:
             reply.start_comments()
         thing = None
@@ -8708,6 +9014,19 @@ class Proxy:
         entry.caller = callers.end_user(request, entry.peer, caller)
         request.cache[callers] = entry.caller, entry.address
 
+    def require_role(self, request: Request, entry: Entry, role: str):
+        """Finds out who asks for a page. Raises Unauthorized, TooManyGuesses, Forbidden."""
+        entry.address = self.callers.address(request, entry.peer)
+        credential = self.callers.credential(request, request.query)
+        config = self.config
+        for key, has in ((config.admin_key, "admin"), (config.viewer_key, "viewer")):
+            if key and hmac.compare_digest(credential or b"", self.callers.digest(key)):
+                entry.caller = Caller(("key", credential), has, role=has)
+                if role == "admin" != has:
+                    raise Forbidden("This takes an admin's key")
+                return
+        raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+
     def new_call(self, request: Request) -> Call:
         """Returns a call as its head tells of it, which is read once, too."""
         place = request.cache.get("place")
@@ -8745,7 +9064,7 @@ class Proxy:
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
-        ticket = reply.ticket = upstream.queue.enter(caller.key, weight, before)
+        ticket = reply.ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
         try:
             if not ticket.running:
                 turn = context.loop.create_future()
@@ -8766,7 +9085,7 @@ class Proxy:
                 raise UpstreamTimeout(nothing_sent=True) from None
             raise QueueRefused("queue timeout") from None
         finally:
-            reply.ticket = None
+            reply.ticket = entry.ticket = None
             entry.queued = ticket.waited()
 
     def send(self, upstream, reply, call):
@@ -8959,12 +9278,13 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     log = Log(stream, config.log_format == "json")
     limits = build_limits(config, Buckets(clock))
     prices = Prices(config.prices, config.unpriced)
-    stored = Stored(config.stored or ("own" if config.keys_are_asked_for else "pass"))
+    stored = Stored(config.stored)
     secret = database.secret() if database else os.urandom(32)
     return Proxy(config, clock, new_loop(clock, log), build_callers(config, secret), limits,
                  prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                  build_routes(config, clock, log.say),
-                 build_books(config, clock, log, limits, stored, database))
+                 build_books(config, clock, log, limits, stored, database),
+                 build_watchers(config, clock, limits))
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -8989,7 +9309,8 @@ def build_callers(config: Config, secret: bytes) -> Callers:
 
 
 def build_limits(config: Config, buckets: Buckets) -> Limits:
-    return Limits(config.limits or [default_rule(config)], buckets, config.limit_message)
+    message = config.limit_message.replace("{me}", "%s/me" % config.public_url)
+    return Limits(config.limits or [default_rule(config)], buckets, message)
 
 
 def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
@@ -9002,11 +9323,17 @@ def build_books(config, clock, log, limits, stored, database):
     ledger = None
     if config.database != "off":
         ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log)
-    return Books(log, ledger, UsageLog(config.usage_log) if config.usage_log else None)
+    usage_log = UsageLog(config.usage_log) if config.usage_log else None
+    return Books(log, ledger, usage_log)
+
+
+def build_watchers(config: Config, clock: Any, limits: Limits) -> Watchers:
+    feed = Feed(clock)
+    return Watchers(feed, Pulse(clock, limits.buckets, feed))
 
 
 def build_dialects(config: Config) -> Dialects:
-    names = {one.name: one.dialect for one in config.upstreams}
+    names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on", config.max_text_bytes)
 
@@ -9162,6 +9489,297 @@ class Pages:
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
         reply.send(200, self.dialect(request).models(list(models.values())))
+
+
+# --------------------------------------------------------------------------------------------------
+# Admin: the API of whoever owns the box: who uses what, keys, upstreams, live events. Reads are for
+# viewers, writes for admins, and every write leaves a row in the audit. What reads the database
+# runs in a pool, not on the loop.
+# --------------------------------------------------------------------------------------------------
+
+class AdminPage(NamedTuple):
+    """One row of the admin API."""
+    method: str
+    path: str  # below /admin/api; NAME stands for what varies
+    role: str  # that it takes at least
+    handler: str
+    does: str  # for people
+
+
+ADMIN_PAGES = [AdminPage(*row) for row in (
+    ("GET", "", "viewer", "contents", "this list, and who you are"),
+    ("GET", "/summary", "viewer", "summary", "today, the last minute, running calls, upstreams"),
+    ("GET", "/events", "viewer", "events", "what happens, as server-sent events"),
+    ("GET", "/calls", "viewer", "calls", "calls, the latest first: ?before= limit= and filters"),
+    ("GET", "/calls/NAME", "viewer", "call", "all that is known of one call, by its id"),
+    ("GET", "/usage", "viewer", "usage", "who used what: ?by= step= from= to= zone= format=csv"),
+    ("GET", "/callers", "viewer", "callers", "who called lately, with their buckets"),
+    ("POST", "/callers/NAME/give", "admin", "give", "more for one caller: amount, unit, for"),
+    ("POST", "/callers/NAME/reset", "admin", "reset", "fills the buckets of one caller"),
+    ("GET", "/keys", "viewer", "keys", "stored keys, without their secrets"),
+    ("POST", "/keys", "admin", "add_key", "makes one, and tells its secret this once"),
+    ("GET", "/keys/NAME", "viewer", "key", "one of them"),
+    ("PATCH", "/keys/NAME", "admin", "set_key", "changes fields of it"),
+    ("DELETE", "/keys/NAME", "admin", "remove_key", "removes it"),
+    ("POST", "/keys/NAME/revoke", "admin", "revoke_key", "it is valid no more"),
+    ("POST", "/keys/NAME/restore", "admin", "restore_key", "and is again"),
+    ("POST", "/keys/NAME/rotate", "admin", "rotate_key", "another secret: grace"),
+    ("POST", "/keys/NAME/give", "admin", "give", "more for it: amount, unit, for"),
+    ("POST", "/keys/NAME/reset", "admin", "reset", "fills its buckets"),
+    ("GET", "/upstreams", "viewer", "upstreams", "upstreams, how they are and how quick"),
+    ("POST", "/upstreams/NAME/enable", "admin", "enable", "calls go there again"),
+    ("POST", "/upstreams/NAME/disable", "admin", "disable", "no more calls go there"),
+    ("POST", "/upstreams/NAME/test", "admin", "test", "asks it for its models"),
+    ("GET", "/limits", "viewer", "limits", "the rules, and how often each refused"),
+    ("GET", "/audit", "viewer", "audit", "who changed what: ?before="),
+    ("GET", "/config", "viewer", "config", "the settings, without secrets"))]
+
+
+class Ask(NamedTuple):
+    """One request to the admin API; `name` is what stood in the path."""
+    request: Request
+    reply: Reply
+    caller: Caller
+    name: str
+    query: Dict[str, str]
+    body: Dict[str, Any]
+
+
+class Admin:
+    """Answers the admin API. A handler returns what is sent as JSON; it may refuse by raising, also
+    ValueError, whose message says what would be right."""
+    ROOT = "/admin/api"
+    MAX_BODY = 1 << 16
+    MAX_SHOWN = 200
+    POOL_SECONDS = 30
+    BEAT_SECONDS = 0.25     # events that come within it go out together
+    SILENT_SECONDS = 15     # then a comment shows that the stream lives
+
+    def __init__(self, proxy: Proxy):
+        self.proxy = proxy
+        self.clock = proxy.clock
+        self.feed, self.pulse, *_ = proxy.watchers
+        self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
+        self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
+
+    def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+        """Returns what answers a request, None where it is not for the admin API."""
+        is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
+        return self.answer if is_ours else None
+
+    def find(self, method, path):
+        """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
+        MethodNotAllowed."""
+        found = [(match, row) for shape, row in self.rows
+                 for match in [shape.fullmatch(path)] if match]
+        if not found:
+            raise NoSuchPage()
+        for match, row in found:
+            if row.method == method or (row.method, method) == ("GET", "HEAD"):
+                return row, urllib.parse.unquote("".join(match.groups()))
+        raise MethodNotAllowed()
+
+    async def answer(self, request: Request, reply: Reply):
+        """A page: any of the admin API."""
+        entry = reply.entry
+        self.proxy.require_role(request, entry, "viewer")
+        row, name = self.find(request.method, request.path[len(self.ROOT):])
+        self.proxy.require_role(request, entry, row.role)
+        body = await self.read_body(reply) if row.method in ("POST", "PATCH") else {}
+        query = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=False))
+        ask = Ask(request, reply, entry.caller, name, query, body)
+        try:
+            found = await getattr(self, row.handler)(ask)
+        except (ValueError, LookupError) as fault:
+            raise BadRequest(str(fault)) from None
+        if found is not None:
+            status = 201 if row.handler == "add_key" else 200
+            reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+
+    async def read_body(self, reply):
+        """Returns the JSON object that was posted. Raises BadRequest."""
+        if reply.content is None and reply.body.length is not None and (
+                reply.body.length > self.MAX_BODY):
+            raise BodyTooLarge()
+        content = await reply.read_body()
+        if len(content) > self.MAX_BODY:
+            raise BodyTooLarge()
+        return parse_json(content) if content.strip() else {}
+
+    async def in_pool(self, ask, act, *arguments):
+        """Returns what `act` does, in a helper thread."""
+        context = ask.reply.context
+        job = context.loop.run_in_executor(self.pool, act, *arguments)
+        try:
+            return await context.wait(job, self.POOL_SECONDS, "the database")
+        except TimeoutError:
+            raise Overloaded() from None
+
+    # -- what happens now
+
+    async def contents(self, ask):
+        return {"version": VERSION, "you": self.you(ask), "endpoints": [
+            {"method": row.method, "path": self.ROOT + row.path, "role": row.role,
+             "does": row.does} for row in ADMIN_PAGES]}
+
+    @staticmethod
+    def you(ask):
+        return {"name": ask.caller.label, "role": ask.caller.role}
+
+    def running(self):
+        """Returns the calls that run, the latest last."""
+        first = max(0, len(self.proxy.books.running) - self.MAX_SHOWN)
+        return itertools.islice(self.proxy.books.running, first, None)
+
+    async def events(self, ask):
+        """A stream of events that goes on until either side ends it."""
+        reply, feed = ask.reply, self.feed
+        text = ask.request.get("last-event-id", "")
+        number = int(text) if re.fullmatch("[0-9]{1,18}", text) else feed.number
+        reply.client.write(reply.stream_head("text/event-stream") + reply.framed(b": hello\n\n"))
+        feed.listeners += 1
+        try:
+            while not feed.closed:
+                data, number = self.events_since(number)
+                if data:
+                    reply.client.write(reply.framed(data))
+                    await reply.drain()
+                    await reply.context.sleep(self.BEAT_SECONDS, "more events")
+                else:
+                    await self.next_event(reply)
+        finally:
+            feed.listeners -= 1
+        reply.close_after = True
+        if not reply.until_close:
+            reply.client.write(LAST_CHUNK)
+
+    def events_since(self, number):
+        """Returns the events after a number, and the last number."""
+        events = self.feed.since(number)
+        if events is None:
+            return b"event: lost\ndata: {}\n\n", self.feed.number
+        return b"".join([event.encoded() for event in events]), self.feed.number
+
+    async def next_event(self, reply):
+        future = reply.context.loop.create_future()
+        self.feed.waiting.add(future)
+        try:
+            await reply.context.wait(future, self.SILENT_SECONDS, "events")
+        except TimeoutError:
+            reply.client.write(reply.framed(b": still here\n\n"))
+        finally:
+            self.feed.waiting.discard(future)
+
+    def beat(self):
+        """A second is over: tell those who look what was in it."""
+        proxy = self.proxy
+        queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
+        found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        if self.feed.listeners:
+            found = {**found, "buckets": self.pulse.changed_buckets(),
+                     "running": [entry.progress(self.clock) for entry in self.running()],
+                     "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+        self.feed.pulse(found)
+
+    @staticmethod
+    def upstream_now(upstream):
+        stats = upstream.stats()
+        return {"name": upstream.name, "state": stats["state"], "in_flight": stats["in_flight"],
+                "waiting": stats.get("queue", {}).get("waiting", 0)}
+
+    # -- upstreams
+
+    def describe(self, upstream):
+        stats = upstream.stats()
+        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
+        return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
+                "models": list(upstream.globs), "model": upstream.model,
+                "max_concurrency": upstream.queue.most if upstream.queue else 0}
+
+    async def upstreams(self, _):
+        return {"upstreams": list(map(self.describe, self.proxy.routes.all))}
+
+    def upstream(self, name):
+        found = self.proxy.routes.by_name.get(name)
+        require(found, "there is no upstream of this name")
+        return found
+
+    async def enable(self, ask):
+        return self.switch(ask, on=True)
+
+    async def disable(self, ask):
+        return self.switch(ask, on=False)
+
+    def switch(self, ask, on):
+        upstream = self.upstream(ask.name)
+        self.proxy.routes.switch(ask.name, on)
+        self.feed.tell("change", {"what": "upstreams"})
+        return self.describe(upstream)
+
+    async def test(self, ask):
+        upstream = copy.copy(self.upstream(ask.name))
+        upstream.model = None  # its own list is asked for
+        context = Context(ask.reply.context.loop)
+        context.until = context.loop.time() + 10
+        began = self.clock.monotonic()
+        try:
+            names = [clean(model.name) for model in await upstream.models(context)]
+            found = {"ok": True, "models": names[:self.MAX_SHOWN], "fault": None}
+        except (Refusal, ValueError) as refusal:
+            found = {"ok": False, "models": [], "fault": "%s (%s)" % (
+                refusal, getattr(refusal, "cause", None) or "no more is known")}
+        finally:
+            context.close()
+        return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
+
+    # -- callers and limits
+
+    def buckets_by_owner(self):
+        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
+        found = collections.defaultdict(dict)
+        for key, (_, _, rule) in self.proxy.limits.buckets.levels.items():
+            for owner in key[1:]:
+                found[owner][key] = rule
+        return found
+
+    def buckets_of(self, caller, not_full):
+        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
+        address = caller.key[1] if caller.key[0] == "address" else None
+        usual = self.proxy.limits.matching(caller, address, self.proxy.config.base_model)
+        rules = {key: rule for rule, key in usual
+                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
+        rules.update(not_full.get(caller.key, {}))
+        return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
+
+    async def limits(self, _):
+        refused = self.pulse.refused
+        return {"rules": [
+            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused[rule.text],
+             "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
+            for rule in self.proxy.limits.rules]}
+
+    # -- settings
+
+    async def config(self, _):
+        config = self.proxy.config
+        groups = {setting.name: group for group, rows in SETTINGS.items() for setting in rows}
+        rows = []
+        for name, text in config.texts.items():
+            setting = find_setting(name)
+            hidden = text is not None and setting.secret
+            rows.append({"name": name, "group": groups[setting.name],
+                         "value": "set, not shown" if hidden else text,
+                         "is_default": text == setting.default, "sentence": setting.sentence})
+        return {"settings": rows, "warnings": config.warnings()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Dashboard: the source of the page, which asks the admin API for all that it shows.
+# --------------------------------------------------------------------------------------------------
+
+DASHBOARD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>llm_proxy</title></html>
+"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9361,9 +9979,12 @@ class ClientConnection:
     def find_responder(self, request):
         """Returns what answers requests with this head, a page or the proxy. Raises a Refusal for
         what is answered by neither."""
-        self.server.parts.origins.check(request.method, request)
+        origins = self.server.parts.origins
+        respond = self.server.admin.page(request)
+        if respond is None or not origins.is_own(request):
+            origins.check(request.method, request)
         self.refuse_other_protocols(request)
-        respond = self.server.pages.find(request) or self.proxy.serve
+        respond = respond or self.server.pages.find(request) or self.proxy.serve
         request.cache["respond"] = respond
         return respond
 
@@ -9518,12 +10139,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
+        self.admin = Admin(proxy)
         self.most = most
-        memory = max(self.BODY_MEMORY, 8 * proxy.config.max_body_bytes)
-        origins = Origins(proxy.config.web_origins, socket.gethostname())
-        self.parts = ReplyParts(
-            proxy.config, proxy.clock, proxy.dialects, MemoryBudget(memory), Turns(self.loop),
-            origins)
+        self.parts = self.make_parts()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)
@@ -9534,8 +10152,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop_watch = LoopWatch(self.loop, proxy.books.log.say)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
-        self.loop.call_soon_threadsafe(self.loop_watch.tick)
-        self.loop.call_soon_threadsafe(self.sweep)
+        for act in (self.loop_watch.tick, self.sweep, self.beat):
+            self.loop.call_soon_threadsafe(act)
+
+    def make_parts(self) -> ReplyParts:
+        proxy, config = self.proxy, self.proxy.config
+        memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
+        origins = Origins(config.cors_origins, socket.gethostname())
+        return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
+                          Turns(self.loop), origins)
 
     def server_bind(self):
         """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
@@ -9652,6 +10277,11 @@ class Server(http.server.ThreadingHTTPServer):
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
 
+    def beat(self):
+        """Runs every second."""
+        self.beat_timer = self.loop.call_later(1, self.beat)
+        self.admin.beat()
+
     def reload(self):
         """Read the certificates again; connections that are open keep theirs. Raises OSError,
         ValueError."""
@@ -9670,6 +10300,7 @@ class Server(http.server.ThreadingHTTPServer):
         cut them; returns how many were cut."""
         await self.stop_accepting()
         self.draining = True
+        self.proxy.watchers.feed.close(0)
         for connection in [*self.open, *self.lingering]:
             connection.end_if_idle()
         await self.emptying(seconds)
@@ -9682,17 +10313,22 @@ class Server(http.server.ThreadingHTTPServer):
             connection.client.close()  # it took nothing more
             connection.on_client_lost()
         await self.emptying(1)
+        await self.part()
+        for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
+            timer.cancel()
+        helpers = [address.helpers for address in self.proxy.routes.addresses()]
+        for pool in (self.admin.pool, *helpers):
+            pool.shutdown(wait=False)
+        return len(cut)
+
+    async def part(self):
+        """Leave all upstreams."""
         self.proxy.routes.close_stale(everything=True)
         partings = set().union(*[one.partings for one in self.proxy.routes.addresses()])
         for parting in partings:
             parting.cancel()
         if partings:
             await asyncio.wait(partings)
-        self.loop_watch.timer.cancel()
-        self.sweep_timer.cancel()
-        for address in self.proxy.routes.addresses():
-            address.helpers.shutdown(wait=False)
-        return len(cut)
 
     async def stop_accepting(self):
         stopped = self.loop.create_future()
@@ -9859,17 +10495,25 @@ def ask_models(upstream):
     context = Context(loop)
     context.until = loop.time() + 10
     with contextlib.closing(loop):
-        return loop.run_until_complete(upstream.models(context))
+        try:
+            return loop.run_until_complete(upstream.models(context))
+        finally:
+            upstream.addresses[0].close_stale(everything=True)
+
+
+def shown(name, text):
+    """Returns the text of a setting on one line, without a secret."""
+    if text is None:
+        return "not set"
+    if is_secret(name):
+        return "set, not shown"
+    return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     for name, text in config.texts.items():
-        if text is None:
-            text = "not set"
-        elif is_secret(name):
-            text = "set, not shown"
-        print("%-24s %s" % (name, text))
+        print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
@@ -9911,8 +10555,8 @@ def database_faults(config):
         if path == "off":
             return
         if os.path.exists(path) and os.path.getsize(path):
-            Database(path, reading=True).connection.close()
-        if os.path.exists(path + ".lock"):
+            Database(path, reading=True).close()
+        if os.path.exists(lock_name(path)):
             with lock_for_service(path) or contextlib.nullcontext():
                 pass
         if not os.access(path if os.path.exists(path) else folder, os.W_OK):
@@ -9971,22 +10615,19 @@ def open_database(config, log_stream, remarks):
     if config.database == "off":
         return None
     try:
-        lock = lock_for_service(config.database)
-        database = open_patiently(config.database, log_stream)
-        database.lock = lock  # as long as the process lives
-        return database
+        return open_for_service(config.database, functools.partial(open_patiently, log_stream))
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
         remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
 
 
-def open_patiently(path, log_stream, tries=12):
+def open_patiently(log_stream, path, lock, tries=12):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
     while True:
         try:
-            return Database(path)
+            return Database(path, lock)
         except InUse as fault:
             tries -= 1
             if not tries:
@@ -10082,18 +10723,23 @@ def is_at_a_terminal():
         return sys.stdin.isatty()
 
 
+ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+
+
 def handle_signals(loop, actions):
     """Have signals, by name, act on the loop. They come by way of the wake-up descriptor, which
-    works on every system. The second one that says stop ends the process at once, even where
-    something holds the loop."""
+    works on every system. A second one that says stop ends the process at once, even where
+    something holds the loop; but `timeout` of GNU sends each to a process and then to its group."""
     receiver, sender = socket.socketpair()
     receiver.setblocking(False)
     sender.setblocking(False)
-    stops = itertools.count()
+    stops = []
 
     def handle(number, _):
-        if number in (signal.SIGTERM, signal.SIGINT) and next(stops):
-            os._exit(1)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            stops.append(loop.time())
+            if stops[-1] - stops[0] > ONE_SIGNAL_SECONDS:
+                os._exit(1)
 
     def on_signals(_):
         for number in receiver.recv(64):
@@ -10277,13 +10923,21 @@ def prices_command(options, path):
     return 0
 
 
+def version_line():
+    """Returns which file this is, and what runs it."""
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return "llm_proxy %s, sha256 %s, %s %s" % (
+        VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Let many people share an LLM endpoint fairly."
                     "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py")
-    parser.add_argument("--version", action="version", version="llm_proxy " + VERSION)
+    parser.add_argument("--version", action="version", version=version_line())
     parser.add_argument(
         "--check", action="store_true",
         help="print what would be used, ask the endpoint for its models, and exit")

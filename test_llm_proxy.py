@@ -12,6 +12,7 @@ bound only tells "never" from "not yet".
 """
 import ast
 import asyncio
+import atexit
 import base64
 import bisect
 import collections
@@ -33,6 +34,7 @@ import json
 import math
 import os
 import pathlib
+import py_compile
 import queue
 import random
 import re
@@ -647,7 +649,9 @@ class ProxyCase(TableCase):
         self.run_proxy(read_config({name: str(value) for name, value in settings.items()}), clock)
 
     def run_proxy(self, config, clock):
-        database = None if config.database == "off" else llm_proxy.Database(config.database)
+        database = None
+        if config.database != "off":
+            database = llm_proxy.open_for_service(config.database)
         self.lines = Lines()
         self.tracebacks = 0
         self.proxy = build(config, self.lines, clock, database)
@@ -887,7 +891,7 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 69500)
+        self.assertLessEqual(len(lines), 80000)
         functions = [node for node in ast.walk(ast.parse(source())) if isinstance(node, FUNCTIONS)]
         heavy = [node.name for node in functions if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
@@ -1003,7 +1007,9 @@ class ConfigTest(TableCase):
         OPEN_TIMEOUT= -> 10.0
         READ_TIMEOUT= -> 600.0
         MAX_BODY_BYTES= -> 33554432
-        CORS_ORIGINS= -> None
+        CORS_ORIGINS= -> ('local',)
+        PROXY_API_KEYS=k | CORS_ORIGINS= -> ('*',)
+        PROXY_API_KEYS=k | STORED= -> 'own'
         CORS_ORIGINS=local,https://*.example.org -> ('local', 'https://*.example.org')
         LOG_FORMAT= -> 'text'
         DRAIN_SECONDS= -> 30.0
@@ -1177,6 +1183,7 @@ class ConfigTest(TableCase):
 
     WARNINGS = """
         PROXY_API_KEYS= -> callers are not checked
+        PROXY_API_KEYS= | HOST=::1 | TRUSTED_PROXIES=::1 -> callers are not checked
         PROXY_API_KEYS=alice=0123456789abcde -> the key alice in PROXY_API_KEYS has less than 16
         UPSTREAM_TLS_VERIFY=off -> (UPSTREAM_TLS_VERIFY=off)
         BASE_API_URL=http://h/v1/chat/completions -> has /chat/completions in its path
@@ -1218,6 +1225,8 @@ class ConfigTest(TableCase):
     NO_WARNINGS = """
         PROXY_API_KEYS=sk-0123456789abcdef
         PROXY_API_KEYS=anyone
+        PROXY_API_KEYS= | HOST=127.0.0.1
+        PROXY_API_KEYS= | HOST=[::1]
         LIMITS=each 5 usd per day | UNKNOWN_CALLS=refuse | BASE_MODEL=m
         MAX_CALL_SECONDS=300 | FIRST_BYTE_TIMEOUT=100
         TOKEN_COST_MODE=estimate | MAX_TOKENS=256
@@ -6163,6 +6172,7 @@ class BreakerTest(CallCase):
         rows += [(act, True) for act in FAULTS_IN_200]
         rows += [(says(b'{"error": {"code": %d}}' % code), code > 501) for code in (400, 500, 503)]
         rows += [(says_events(delta("a"), {"error": {"type": "invalid_request_error"}}), False),
+                 (says_events(delta("a")), False),
                  (says_events(delta("a"), LAST_DELTA, "[DONE]"), False)]
         for act, opens in self.each(rows):
             self.start(act, BREAKER_FAILURES=2)
@@ -6952,6 +6962,20 @@ class LedgerTest(LedgerCase):
                 found = wait_for(connection.execute("SELECT level FROM buckets").fetchall)
             self.assertEqual(found, [(8 - 2 * number,)])
 
+    def test_a_lost_lock_is_taken_again_and_what_another_service_has_is_left_to_it(self):
+        self.start()
+        lock, other = llm_proxy.lock_name(self.path), new_path(self, "other")
+        os.unlink(lock)
+        wait_for(lambda: os.path.exists(lock))
+        wait_for(lambda: "are kept in " + self.path in self.lines.text())
+        with self.assertRaises(llm_proxy.InUse):
+            llm_proxy.lock_for_service(self.path)
+        with llm_proxy.lock_for_service(other) as theirs:
+            self.proxy.books.ledger.reopen_at = 0
+            os.replace(theirs.name, lock)
+            said = "in memory only: DATABASE %s is used by another llm_proxy" % self.path
+            wait_for(lambda: said in self.lines.text())
+
     def test_a_key_without_a_name_has_the_same_label_after_a_restart(self):
         labels = []
         for _ in range(2):
@@ -7663,7 +7687,7 @@ class UnpricedTest(CallCase):
         self.assertEqual((self.stub.calls, self.levels()), (0, []))
 
     def levels(self):
-        return [level for level, _, _ in self.proxy.limits.buckets.levels.values()]
+        return [found.level for found in self.proxy.limits.buckets.levels.values()]
 
     def test_it_may_pass_by_the_operators_word_by_its_price_or_where_no_money_is_counted(self):
         path = pem_file(self, '{"m": {"input": 0}}')
@@ -7801,6 +7825,8 @@ class EndingsTest(LedgerCase):
             answered = self.assert_status(200, call(stream=True))
             self.assertEqual((answered.whole, answered.body), (True, events(*told)))
             self.assert_ending(outcome, left=1000 - 3 - 2)
+            cause = "ended without its mark" if outcome == "upstream_cut" else None
+            self.assertEqual(self.entry()["cause"], cause)
 
     LAST_WORDS = [  # path, the last event, outcome
         (CHAT, [LAST_DELTA, USAGE_EVENT, "[DONE]"], "ok"),
@@ -8463,6 +8489,169 @@ class CatalogueTest(CallCase):
 
 
 # --------------------------------------------------------------------------------------------------
+# Admin
+# --------------------------------------------------------------------------------------------------
+
+ADMIN = "an-admins-key-of-24-char"
+VIEWER = "a-viewers-key-of-24-char"
+
+
+class AdminCase(ManyCase):
+    def start(self, *arguments, **settings):
+        super().start(*arguments, **{"ADMIN_KEY": ADMIN, "VIEWER_KEY": VIEWER, **settings})
+
+    def admin(self, method, path, payload=None, key=ADMIN, *fields):
+        """Ask the admin API; returns the Answered."""
+        body = b"" if payload is None else json.dumps(payload).encode()
+        return self.ask(request(method, "/admin/api" + path, body, *fields, key=key))
+
+    def look(self, path, key=VIEWER):
+        """Returns what a page says."""
+        answered = self.admin("GET", path, key=key)
+        self.assertEqual(answered.status, 200, answered.body)
+        return answered.json()
+
+
+class AdminTest(AdminCase):
+    def test_pages_are_for_viewers_and_changes_for_admins(self):
+        self.start()
+        for method, path, key, status in self.each((
+                ("GET", "/summary", None, 401), ("GET", "/summary", "nobody's", 401),
+                ("GET", "/nothing", None, 401), ("GET", "/nothing", VIEWER, 404),
+                ("GET", "/upstreams", VIEWER, 200), ("GET", "/upstreams", ADMIN, 200),
+                ("HEAD", "/upstreams", VIEWER, 200), ("DELETE", "/upstreams", ADMIN, 405),
+                ("POST", "/upstreams/base/disable", VIEWER, 403),
+                ("POST", "/upstreams/none/disable", ADMIN, 400),
+                ("POST", "/upstreams/base/enable", ADMIN, 200))):
+            self.assertEqual(self.admin(method, path, key=key).status, status)
+
+    def test_wrong_keys_are_counted_with_those_at_the_front_door(self):
+        self.start(clock=Clock(), PROXY_API_KEYS="sk-1")
+        found = [self.admin("GET", "", key="wrong-%d" % number).status for number in range(8)]
+        found += [self.ask(call("guess-%d" % number)).status for number in range(4)]
+        self.assertEqual(found, [401] * 10 + [429] * 2)
+        self.assertEqual(self.admin("GET", "").status, 200)
+
+    def test_the_contents_name_every_page_and_who_asks(self):
+        self.start()
+        found = self.look("")
+        self.assertEqual(found["you"], {"name": "viewer", "role": "viewer"})
+        self.assertIn("/admin/api/upstreams/NAME/test", [row["path"] for row in found["endpoints"]])
+
+    def test_a_page_of_ours_may_ask_whatever_its_origin(self):
+        self.start(CORS_ORIGINS="off")
+        for origin, status in self.each((("http://proxy.test", 200), ("http://evil.test", 403))):
+            answered = self.admin("POST", "/upstreams/base/enable", {}, ADMIN, "Origin: " + origin)
+            self.assertEqual(answered.status, status)
+
+    def test_what_is_posted_must_be_a_small_json_object(self):
+        self.start()
+        for body, status in self.each((
+                (b"", 200), (b"{}", 200), (b"[]", 400), (b"{", 400), (b"x" * 70000, 413))):
+            data = request("POST", "/admin/api/upstreams/base/enable", body, key=ADMIN)
+            self.assertEqual(self.ask(data).status, status)
+
+    def test_an_upstream_that_is_disabled_is_asked_no_more(self):
+        self.start()
+        self.assertEqual(self.admin("POST", "/upstreams/base/disable").status, 200)
+        self.assertEqual(self.ask(call()).status, 404)
+        state = self.look("/upstreams")["upstreams"][0]
+        self.assertEqual((state["name"], state["state"]), ("base", "disabled"))
+        self.admin("POST", "/upstreams/base/enable")
+        self.assertEqual(self.ask(call()).status, 200)
+        self.assertEqual(self.stub.calls, 1)
+
+    def test_the_next_upstream_of_a_model_serves_it_while_the_first_is_disabled(self):
+        self.start_many({"other": self.stub_of("other")}, UPSTREAM_OTHER_MODELS="m")
+        self.assertEqual(self.came_from(call()), "other")
+        self.admin("POST", "/upstreams/other/disable")
+        self.assertEqual(self.came_from(call()), "base")
+        self.assertEqual(self.ask(request("POST", "/other" + CHAT, chat())).status, 404)
+
+    def test_an_upstream_is_tested_by_its_list_of_models(self):
+        self.start(says(b'{"data": [{"id": "gemma"}]}'))
+        found = self.admin("POST", "/upstreams/base/test").json()
+        self.assertEqual((found["ok"], found["models"]), (True, ["gemma"]))
+        self.stub.answer = says(b"{}", "500 Broken")
+        found = self.admin("POST", "/upstreams/base/test").json()
+        self.assertEqual((found["ok"], found["models"]), (False, []))
+
+    def test_the_settings_are_shown_without_secrets(self):
+        self.start(BASE_API_KEY="sk-of-the-upstream")
+        answered = self.admin("GET", "/config")
+        rows = {row["name"]: row for row in answered.json()["settings"]}
+        self.assertEqual(rows["ADMIN_KEY"]["value"], "set, not shown")
+        self.assertEqual(rows["MAX_TOKENS"]["value"], "1000")
+        self.assertTrue(rows["PORT"]["is_default"])
+        for secret in (ADMIN, VIEWER, "sk-of-the-upstream"):
+            self.assertNotIn(secret.encode(), answered.body)
+
+    def test_the_bases_own_paths_of_the_same_name_are_below_base(self):
+        self.start(base="/v1")
+        self.ask(request("GET", "/base/admin/api"))
+        self.ask(request("POST", "/base" + CHAT, chat()))
+        found = [asked.target for asked in self.stub.requests]
+        self.assertEqual(found, ["/v1/admin/api", "/v1/chat/completions"])
+
+
+class EventsTest(AdminCase):
+    def listen(self, *fields):
+        client = self.connect()
+        client.send(request("GET", "/admin/api/events", b"", *fields, key=VIEWER)).head("GET")
+        client.text = ""
+        return client
+
+    @staticmethod
+    def hear(client, name):
+        """Read on to an event; returns what came before it, and what it says."""
+        shape = re.compile(r"(?s)(.*?)event: %s\ndata: (.*?)\n\n" % name)
+        while not shape.match(client.text):
+            client.text += next(client.pieces).decode()
+        found = shape.match(client.text)
+        client.text = client.text[found.end():]
+        return found[1], json.loads(found[2])
+
+    def test_calls_are_told_as_they_begin_and_end(self):
+        self.start()
+        client = self.listen()
+        self.ask(call("k"))
+        _, begun = self.hear(client, "begin")
+        _, ended = self.hear(client, "end")
+        self.assertEqual((begun["model"], begun["state"]), ("m", "reading"))
+        self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+
+    def test_a_listener_that_comes_back_is_told_what_it_missed(self):
+        self.start()
+        client = self.listen()
+        self.ask(call("k"))
+        before, first = self.hear(client, "end")
+        number = re.findall("id: ([0-9]+)", before)[-1]
+        client.close()
+        self.ask(call("k"))
+        before, second = self.hear(self.listen("Last-Event-ID: " + number), "end")
+        self.assertNotIn("event: end", before)
+        self.assertNotEqual(first["id"], second["id"])
+        self.hear(self.listen("Last-Event-ID: 1"), "lost")
+
+    def test_a_pulse_a_second_tells_what_was_in_it(self):
+        clock = Clock()
+        self.start(clock=clock)
+        client = self.listen()
+        self.ask(call("k"))
+        self.hear(client, "begin")
+        clock.now += 1
+        _, pulse = self.hear(client, "pulse")
+        self.assertEqual((pulse["calls"], pulse["failed"], pulse["line"]), (1, 0, 0))
+
+    def test_listeners_do_not_hold_up_the_end(self):
+        self.start()
+        self.listen()
+        began = time.monotonic()
+        self.drain(20)
+        self.assertLess(time.monotonic() - began, 5)
+
+
+# --------------------------------------------------------------------------------------------------
 # Server: connections of clients
 # --------------------------------------------------------------------------------------------------
 
@@ -8998,6 +9187,14 @@ class TlsTest(ServerCase):
 # Commands, with the demo: the file as people start it
 # --------------------------------------------------------------------------------------------------
 
+@functools.lru_cache(None)
+def compiled():
+    """Returns the path of the file as bytecode: to compile it takes half of a start."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return py_compile.compile(FILE, os.path.join(folder.name, "llm_proxy.pyc"), doraise=True)
+
+
 class Process:
     """`python -I -S llm_proxy.py` as a process of its own, with no environment but the settings."""
 
@@ -9005,7 +9202,7 @@ class Process:
         """`before` are words of a command that starts this one."""
         settings = {"DATABASE": "off", **settings}
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-I", "-S", FILE, *arguments], cwd=cwd,
+            [*before, sys.executable, "-I", "-S", compiled(), *arguments], cwd=cwd,
             env={name: str(value) for name, value in settings.items()},
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.rows = []
@@ -9067,14 +9264,34 @@ class ProcessCase(ServerCase):
 class CommandsTest(ProcessCase):
     NOWHERE = "http://127.0.0.1:1"
 
+    def finish(self, *arguments, cwd="/", **settings):
+        """Returns (exit code, standard output, standard error). A command needs no process."""
+        if not arguments:
+            return self.command(cwd=cwd, **settings).finish()
+        out, err = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
+        here, settings = os.getcwd(), {"DATABASE": "off", **settings}
+        with mock.patch.dict(os.environ, {name: str(one) for name, one in settings.items()},
+                             clear=True):
+            os.chdir(cwd)
+            try:
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    code = llm_proxy.main(arguments)
+            except SystemExit as end:
+                code = end.code
+            finally:
+                os.chdir(here)
+        for stream in (out, err):
+            stream.flush()
+        return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+
     def assert_fails(self, code, number, text, *arguments, **settings):
         """Fails unless it ends with this code and so many lines of errors, `text` among them."""
-        found, out, err = self.command(*arguments, **settings).finish()
+        found, out, err = self.finish(*arguments, **settings)
         self.assertEqual((found, out, len(err.splitlines())), (code, "", number), err)
         self.assertIn(text, err)
 
     def test_help_names_every_setting_with_its_default_in_brackets(self):
-        code, out, err = self.command("--help").finish()
+        code, out, err = self.finish("--help")
         self.assertEqual((code, err), (0, ""))
         for setting in self.each(SETTINGS_BY_NAME.values()):
             row, = re.findall(r"^ +%s +(\S.*)$" % setting.name, out, re.MULTILINE)
@@ -9097,7 +9314,9 @@ class CommandsTest(ProcessCase):
             self.assertIn(row.split(), rows)
 
     def test_version_is_told(self):
-        said = "llm_proxy %s\n" % llm_proxy.VERSION
+        digest = hashlib.sha256(source().encode()).hexdigest()
+        said = "llm_proxy %s, sha256 %s, %s %s\n" % (
+            llm_proxy.VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
         self.assertEqual(self.command("--version").finish(), (0, said, ""))
 
     CALLS = (
@@ -9132,7 +9351,7 @@ class CommandsTest(ProcessCase):
         own = """{"gpt-5.5": {"input": 0.1}, "m": {"input": 1, "output": 2,
             "above": {"tokens": 9, "input": 3}, "tiers": {"fast": {"input": 5}, "us": 1.5}}}"""
         path = pem_file(self, own)
-        code, out, err = self.command("prices", PRICES=path).finish()
+        code, out, err = self.finish("prices", PRICES=path)
         self.assertEqual((code, err), (0, ""))
         rows = [row.split() for row in out.splitlines()]
         self.assertEqual(rows[0][:4] + rows[0][-2:], "model from input output above tiers".split())
@@ -9140,7 +9359,7 @@ class CommandsTest(ProcessCase):
         self.assertEqual(rows[2], "m PRICES 1 2 1 1 2 9: 3 0 fast 5 us 1.5".split())
         self.assertNotIn(["gpt-5.5", "built"], [row[:2] for row in rows])
         self.assertIn(["gpt-4o", "built", "in", "2.5", "10"], [row[:5] for row in rows])
-        _, out, _ = self.command("prices", "--json", PRICES=path).finish()
+        _, out, _ = self.finish("prices", "--json", PRICES=path)
         found = {row["model"]: row for row in json.loads(out)}
         self.assertEqual((found["m"]["above"]["tokens"], found["m"]["tiers"]["us"]), (9, "1.5"))
         self.assert_fails(2, 1, "PRICES must be", "prices", PRICES=path + "x")
@@ -9152,7 +9371,7 @@ class CommandsTest(ProcessCase):
                 (good, "200 OK", "1 prices"), (b"{}", "200 OK", "no price"),
                 (b"<html>", "200 OK", "must be a JSON file"), (b"", "503 Busy", "503"))):
             url = self.new_stub(says(body, status)) + "/api.json"
-            code, out, err = self.command("prices", "--update", path, url).finish()
+            code, out, err = self.finish("prices", "--update", path, url)
             self.assertEqual(code, 0 if said == "1 prices" else 2)
             self.assertIn(said, out + err)
             self.assertEqual(list(llm_proxy.price_file(path)), ["a"])
@@ -9165,34 +9384,34 @@ class CommandsTest(ProcessCase):
     def test_usage_prints_who_used_what_as_csv(self):
         path = self.ledger()
         for arguments, text in self.each(self.USAGE):
-            process = self.command("usage", "--csv", *arguments.split(), DATABASE=path)
-            self.assertEqual(process.finish(), (0, text % self.SUMS, ""))
+            found = self.finish("usage", "--csv", *arguments.split(), DATABASE=path)
+            self.assertEqual(found, (0, text % self.SUMS, ""))
 
     def test_usage_prints_who_used_what_as_json_and_for_people(self):
         path = self.ledger()
-        _, out, _ = self.command("usage", "--json", DATABASE=path).finish()
+        _, out, _ = self.finish("usage", "--json", DATABASE=path)
         row = json.loads(out)[0]
         self.assertEqual(",".join(row), "caller," + self.SUMS)
         self.assertEqual(list(row.values()), ["alice", 2, 20, 2, 4, 0, 1, 0, "0.5"])
-        _, out, _ = self.command("usage", "--by", "day", DATABASE=path).finish()
+        _, out, _ = self.finish("usage", "--by", "day", DATABASE=path)
         day = r"20\d\d-\d\d-\d\d"
         lines = r"\Aday +calls +input .*\n%s +3 +30 .*\n%s +1 +10 .*\n\Z"
         self.assertRegex(out, lines % (day, day))
-        _, out, _ = self.command("usage", "--caller", "nobody", DATABASE=path).finish()
+        _, out, _ = self.finish("usage", "--caller", "nobody", DATABASE=path)
         self.assertEqual(out, "no calls yet\n")
 
     def test_usage_tells_all_of_one_call(self):
         path = self.ledger({"id": "one", "caller": "=cmd()", "model": "a\x1b[2Jb"})
-        usage = functools.partial(self.command, "usage", DATABASE=path)
-        _, out, _ = usage("--id", "one").finish()
+        usage = functools.partial(self.finish, "usage", DATABASE=path)
+        _, out, _ = usage("--id", "one")
         for line in self.each((r"caller  +=cmd\(\)", r"model  +a\\x1b\[2Jb", "output  +2")):
             self.assertRegex(out, "(?m)^%s$" % line)
-        _, out, _ = usage("--id", "one", "--json").finish()
+        _, out, _ = usage("--id", "one", "--json")
         self.assertEqual(json.loads(out)[0]["model"], "a\x1b[2Jb")
-        _, out, _ = usage("--id", "one", "--csv").finish()
+        _, out, _ = usage("--id", "one", "--csv")
         self.assertIn(",'=cmd(),", out)
         self.assertIn("a\\x1b[2Jb", out)
-        self.assertEqual(usage("--id", "two").finish(), (0, "no such call\n", ""))
+        self.assertEqual(usage("--id", "two"), (0, "no such call\n", ""))
 
     def test_what_is_wrong_with_settings_or_a_database_ends_with_few_lines(self):
         folder = new_path(self)
@@ -9217,14 +9436,18 @@ class CommandsTest(ProcessCase):
         with open(os.path.join(folder, ".env"), "w", encoding="utf-8") as file:
             file.write("PORT=0\nBASE_API_URL=http://127.0.0.1:1\nnonsense\n")
         for said in ("PORT must be between 1 and 65535 (got '99999')\n", ".env line 3"):
-            self.assert_fails(2, 2, said, cwd=folder, PORT="99999")
+            self.assert_fails(2, 2, said, "--check", cwd=folder, PORT="99999")
 
     def test_check_prints_what_would_be_used_without_secrets_and_asks_for_the_models(self):
         there = self.new_stub(says(b'{"object": "list", "data": [{"id": "one"}, {"id": "two"}]}'))
-        code, out, err = self.command(
+        code, out, err = self.finish(
             "--check", BASE_API_URL=there + "/v1", BASE_API_KEY="sk-hush",
-            PROXY_API_KEYS="alice=sk-hush-2").finish()
+            PROXY_API_KEYS="alice=sk-hush-2",
+            LIMITS="each 9 requests per day;\n  all 5 usd per day")
         self.assertEqual((code, err), (0, ""))
+        for row in self.each(("LIMITS each 9 requests per day; all 5 usd per day",
+                              "CORS_ORIGINS *", "STORED own", "HOST 0.0.0.0")):
+            self.assertIn(row.split(), [line.split() for line in out.splitlines()])
         self.assertIn("models of base at %s: one, two\n" % there, out)
         self.assertNotIn("hush", out)
         for name in SETTINGS_BY_NAME:
@@ -9238,11 +9461,11 @@ class CommandsTest(ProcessCase):
         good = self.new_stub(says(b'{"data": []}'))
         bad = self.new_stub(says(b'{"error": "no"}', "401 No"))
         for url, number in self.each(((good + "," + bad, 2), (bad, 1))):
-            code, out, _ = self.command("--check", BASE_API_URL=url).finish()
+            code, out, _ = self.finish("--check", BASE_API_URL=url)
             self.assertEqual((code, out.count("models of base at ")), (1, number))
             self.assertIn(bad + ": the upstream answered 401, and no list of models\n", out)
         self.stub.close()
-        code, out, err = self.command("--check", BASE_API_URL=bad).finish()
+        code, out, err = self.finish("--check", BASE_API_URL=bad)
         self.assertEqual((code, err, out.count("Traceback")), (1, "", 0))
 
     def test_check_says_what_a_start_would(self):
@@ -9256,7 +9479,7 @@ class CommandsTest(ProcessCase):
                 ("is used by another llm_proxy", {"DATABASE": used}),
                 ("DATABASE must be a file", {"DATABASE": "/nonexistent/x.db"}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
-            code, out, _ = self.command("--check", BASE_API_URL=there, **settings).finish()
+            code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
             self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
 
@@ -9273,12 +9496,12 @@ class CommandsTest(ProcessCase):
     def test_it_starts_without_a_home_in_a_directory_it_cannot_write_to(self):
         folder = "/proc" if os.path.isdir("/proc") else "/"
         process = self.serve(cwd=folder, DATABASE="", BASE_API_URL=self.NOWHERE + "/v1",
-                             BASE_API_KEY="sk-hush")
+                             BASE_API_KEY="sk-hush", REQUEST_TOKEN_COST=11)
         self.assertTrue(self.ask(HEALTH).json()["ok"])
         for said in self.each((
                 "llm_proxy %s listens on http://127.0.0.1:%d\n" % (
                     llm_proxy.VERSION, self.address[1]),
-                self.NOWHERE + "/v1", "holds 10 tokens", "warning: callers are not checked",
+                self.NOWHERE + "/v1", "holds 10 tokens", "warning: REQUEST_TOKEN_COST 11",
                 "warning: calls and buckets are kept in memory only")):
             found = wait_for(lambda: [row for row in process.rows if said in row])
             self.assertEqual(len(found), 1)
@@ -9287,8 +9510,10 @@ class CommandsTest(ProcessCase):
     def test_two_services_never_have_one_database(self):
         path = new_path(self, "books.db")
         first = self.serve(BASE_API_URL=self.NOWHERE, DATABASE=path)
-        said = "DATABASE %s is used by another llm_proxy that runs\n" % path
-        self.assert_fails(1, 1, said, BASE_API_URL=self.NOWHERE, DATABASE=path)
+        said = "DATABASE %s is used by another llm_proxy that runs\n"
+        os.symlink(path, path + ".link")
+        for name in self.each((path, path + ".link")):
+            self.assert_fails(1, 1, said % name, BASE_API_URL=self.NOWHERE, DATABASE=name)
         self.assertEqual(self.command("usage", DATABASE=path).finish(), (0, "no calls yet\n", ""))
         first.stop()
         first.finish()
@@ -9301,7 +9526,7 @@ class CommandsTest(ProcessCase):
             with mock.patch.object(llm_proxy.Database, "WAIT_SECONDS", 0.01):
                 connection.execute("BEGIN EXCLUSIVE")
                 with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
-                    llm_proxy.open_patiently(path, stream)
+                    llm_proxy.open_patiently(stream, path, None)
                 self.assertEqual(stream.getvalue().count(b"locked by another"), 11)
 
     def test_a_second_start_on_the_same_port_says_so_in_one_line(self):
@@ -9363,7 +9588,8 @@ class CommandsTest(ProcessCase):
         rows = len(LedgerCase.rows(path))
         self.assertLess(rows, len(ended))
         self.assertLess(killed - ended[rows], llm_proxy.Ledger.PAUSE + 0.15)
-        self.assertEqual(self.level(path), 10 ** 6 - rows)
+        # One more call may have been running: what it holds is taken already.
+        self.assertIn(10 ** 6 - rows - self.level(path), (0, 1))
 
     def test_a_hang_up_signal_reads_the_certificates_again_and_ends_nothing(self):
         path = pem_file(self)
@@ -9434,12 +9660,16 @@ class CommandsTest(ProcessCase):
         self.assertEqual(process.stop(signal.SIGHUP).wait(), 0)
         self.assertTrue(process.said("stopped"))
 
-    def test_a_second_signal_ends_it_at_once(self):
+    def test_a_second_signal_ends_it_at_once_unless_it_is_the_first_one_again(self):
+        """GNU's `timeout` signals a process and then its group."""
         process = self.serve(answer=None)
-        client, _ = self.begin(event(1))
-        process.stop()
+        client, asked = self.begin(event(1))
+        process.stop(signal.SIGINT).stop(signal.SIGTERM)
         wait_for(lambda: process.said("stopping"))
-        self.assertNotEqual(process.stop().wait(), 0)
+        asked.chunks(event(2))
+        client.expect(event(2))
+        wait_for(lambda: process.stop().process.poll() is not None)
+        self.assertNotEqual(process.wait(), 0)
         self.assertFalse(client.rest().whole)
 
     def test_the_demo_shows_a_stream_and_then_the_limit_reply(self):
