@@ -5740,7 +5740,9 @@ class BodyAdapter:
 # know no LLMs and no buckets.
 # --------------------------------------------------------------------------------------------------
 
-BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
+# Bytes to read at once: PyPy pays for what it could have read, and of a TLS record, which holds no
+# more, nothing stays inside OpenSSL, where it would make no descriptor ready.
+BLOCK = 16384
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 CAN_POLL = hasattr(select, "poll")
@@ -5918,9 +5920,6 @@ class Stream:
     def on_readable(self):
         try:
             data = self.sock.recv(BLOCK)
-            # Decrypted bytes that wait inside OpenSSL make no descriptor ready.
-            while self.encrypted and data and self.sock.pending():
-                data += self.sock.recv(BLOCK)
         except WOULD_BLOCK:
             if self.encrypted:
                 self.wake(self.waiter)  # a part of a record: something has begun to come
@@ -6889,6 +6888,7 @@ ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
 NEVER_UPSTREAM = HOP_BY_HOP.union(
     CREDENTIAL_FIELDS, (AZURE_CREDENTIAL_FIELD, "host", "content-length", "expect"))
 MAX_INTERIM_RESPONSES = 16  # 1xx, before the real one
+CONTENT_METHODS = "POST", "PUT", "PATCH"  # whose length is told though it is 0 (RFC 9110 8.6)
 
 
 class Response:
@@ -7186,7 +7186,13 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                self.write(stream, method, head, body)
+                if body or method in CONTENT_METHODS:
+                    head += b"Content-Length: %d\r\n" % len(body)
+                if len(body) <= BLOCK:
+                    stream.write(b"%b\r\n%b" % (head, body))
+                else:  # what is large is not copied
+                    stream.write(head + b"\r\n")
+                    stream.write(body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
                     request_was_sent = await stream.drain(
@@ -7207,16 +7213,6 @@ class Address:
             if isinstance(failure, (OSError, Malformed)):
                 raise UpstreamFailed(failure) from None
             raise
-
-    @staticmethod
-    def write(stream, method, head, body):
-        """Send both, at once where they are small: what is large is not copied for that."""
-        if body or method in ("POST", "PUT", "PATCH"):
-            head += b"Content-Length: %d\r\n" % len(body)
-        at_once = body if len(body) <= BLOCK else b""
-        stream.write(b"%b\r\n%b" % (head, at_once))
-        if at_once is not body:
-            stream.write(body)
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leave a connection whose caller left."""
@@ -10921,16 +10917,14 @@ class Proxy:
                 ascii(label)[1:-1], order.unit))
 
     def admit(self, upstream, entry, call):
-        """Sets aside what the call will cost. Raises LimitReached, NoPrice, ModelNotAllowed."""
+        """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
+        NoPrice, ModelNotAllowed."""
         key = entry.caller.stored_key
         if key and key.globs:
             self.check_models(call, entry.method, key.globs)
         estimator = self.estimator
-        if call.unmetered:
-            costs = least = NO_COST
-        elif not estimator.needs_estimate:
-            costs = least = estimator.plain
-        else:
+        costs = least = NO_COST if call.unmetered else estimator.plain
+        if estimator.needs_estimate and not call.unmetered:
             if "usd" in estimator.units:
                 self.require_price(call, entry)
             costs, least = estimator.estimate(call, entry.caller.key)
