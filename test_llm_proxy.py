@@ -904,6 +904,14 @@ class FileTest(TableCase):
         below = [(section, name) for section, name in uses if homes.get(name, 0) > section]
         self.assertEqual(below, [])
 
+    def test_no_name_of_the_module_is_given_twice(self):
+        """Each statement may use its own again, as in a comprehension."""
+        names = [name for statement in ast.parse(source()).body
+                 for name in set(names_of(statement)) if isinstance(getattr(llm_proxy, name, None), (
+                     str, bytes, int, float, tuple, list, dict, type, types.FunctionType))]
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        self.assertEqual(twice, [])
+
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
     def test_nothing_is_imported_but_the_standard_library(self):
         nodes = [*ast.walk(tree()), *ast.walk(tree(__file__))]
