@@ -9914,6 +9914,11 @@ class AdminTest(AdminCase):
         self.assertEqual(found["you"], {"name": "VIEWER_KEY", "role": "viewer"})
         self.assertIn("/admin/api/upstreams/NAME/test", [row["path"] for row in found["endpoints"]])
 
+    def test_the_readme_has_the_same_list(self):
+        rows = ["| `%s /admin/api%s` | %s | %s |" % (row.method, row.path, row.role, row.does)
+                for row in llm_proxy.ADMIN_PAGES]
+        self.assertIn("\n".join(rows), source("README.md"))
+
     def test_a_page_of_ours_may_ask_whatever_its_origin(self):
         self.start(CORS_ORIGINS="off")
         for origin, status in self.each((("http://proxy.test", 200), ("http://evil.test", 403))):
