@@ -986,17 +986,19 @@ class Config(types.SimpleNamespace):
         if self.texts["BASE_API_URL"] is None and not names:
             yield ("BASE_API_URL is not set. Start like this:"
                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
-        if self.proxy_api_keys:
-            for name, text in self.texts.items():
-                if name.endswith("_KEY") and text == PASSTHROUGH:
-                    yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
-                           " a caller shows one key only")
+        if "{me}" in (self.limit_message or "") and not self.public_url:
+            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        yield from self.key_faults()
+        yield from self.tls_faults()
+
+    def key_faults(self):
+        for name, text in self.texts.items() if self.proxy_api_keys else ():
+            if name.endswith("_KEY") and text == PASSTHROUGH:
+                yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
+                       " a caller shows one key only")
         own = [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
         if len(set(own)) < len(own):
             yield "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"
-        if "{me}" in (self.limit_message or "") and not self.public_url:
-            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
-        yield from self.tls_faults()
 
     def tls_faults(self):
         if self.tls_cert_file:
