@@ -11230,11 +11230,10 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
-    hear_of_keys(proxy, database)
-    with contextlib.suppress(sqlite3.Error, ValueError):
-        for name in database.disabled_upstreams() if database else ():
-            with contextlib.suppress(LookupError):  # it was taken out of the settings
-                proxy.routes.switch(name, False)
+    hear_of_keys(proxy)
+    if database:
+        with contextlib.suppress(sqlite3.Error, ValueError):
+            go_on(proxy, database)
     return proxy
 
 
@@ -11253,18 +11252,24 @@ def stored_keys(database: Optional[Database], secret: bytes,
     return found
 
 
-def hear_of_keys(proxy: Proxy, database: Optional[Database]):
-    """Has the ledger tell the loop what it reads of keys and orders; what was given before is given
-    again before a call could find less."""
+def hear_of_keys(proxy: Proxy):
+    """Has the ledger tell the loop what it reads of keys and orders."""
     def tell(keys, orders):
         with contextlib.suppress(RuntimeError):  # the loop is closed
             proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
 
     if proxy.books.ledger:
         proxy.books.ledger.on_news = tell
-    with contextlib.suppress(sqlite3.Error):
-        for order in database.take_orders(proxy.wall(), again=True) if database else ():
-            proxy.carry_out(order)
+
+
+def go_on(proxy: Proxy, database: Database):
+    """Does again what was ordered before, and holds still, before a call could find it undone.
+    Raises sqlite3.Error, ValueError."""
+    for order in database.take_orders(proxy.wall(), again=True):
+        proxy.carry_out(order)
+    for name in database.disabled_upstreams():
+        with contextlib.suppress(LookupError):  # it was taken out of the settings
+            proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
