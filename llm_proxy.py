@@ -421,8 +421,8 @@ age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
 def read_amount(text, unit):
     """Returns an amount of a unit, of money in picodollars."""
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
-    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
-            " of requests, tokens, input_tokens, output_tokens or usd")
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be in requests, tokens,"
+            " input_tokens, output_tokens or usd, and above 0")
     return read_rule("each %s %s per day" % (text, unit)).capacity
 
 
