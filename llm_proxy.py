@@ -1565,7 +1565,7 @@ def read_key(*values: Any) -> Key:
     derived = {field: read(getattr(key, field)) for field, (read, _) in KEY_FIELDS.items()
                if field != "expires" and (getattr(key, field) is not None or field == "role")}
     times = [key.created, key.expires or 0, key.last_used or 0]
-    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(key.subject) == 32
+    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
             and {*map(type, times)} <= {int, float}, "no key")
     return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
                         rules=derived.get("limits", ()))
@@ -2029,12 +2029,13 @@ class Buckets:
         return found.key not in self.given and (
             self.level_of(found.rule, found.key).level >= found.rule.capacity)
 
-    def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
-        running calls are left out, because they end with the process."""
+    def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
+                 ) -> Dict[BucketKey, Tuple[int, float]]:
+        """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
+        not full; running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (found.level, found.refilled + wall - now)
-                for key, found in self.levels.items()
+        return {found.key: (found.level, found.refilled + wall - now)
+                for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
     def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
@@ -2253,12 +2254,11 @@ class Limits:
                    if self.own.get(subject) != own.get(subject)}
         self.own = own
         self.known.clear()
-        if changed:
-            moved = {key: found for key, found in self.buckets.snapshot(wall).items()
-                     if len(key) == 2 and key[1][1] in changed}
-            for key in moved:
-                del self.buckets.levels[key]
-            self.restore(moved, wall)
+        moved = self.buckets.snapshot(wall, [
+            key for key in self.buckets.levels if len(key) == 2 and key[1][1] in changed])
+        for key in moved:
+            del self.buckets.levels[key]
+        self.restore(moved, wall)
 
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
@@ -2266,8 +2266,9 @@ class Limits:
         duration if there is one. Both are None where there is none."""
         families = {rule.family for rule in own}
         now = [*own, *[rule for rule in self.rules if rule.family not in families]]
-        others = itertools.chain(*self.own.values())  # of the key behind which a person stands
-        same = next((rule for rule in [*now, *others] if rule.text == text), None)
+        # The last are for people behind a key.
+        known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
         try:
@@ -8416,8 +8417,10 @@ class Database:
             return []
         execute("BEGIN IMMEDIATE")
         with self.connection:
-            found = execute("SELECT * FROM orders WHERE done = 0 OR until > ? ORDER BY id",
-                            (now if again else math.inf,)).fetchall()
+            found = execute(  # and nothing that somebody else has written
+                "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
+                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
+                (now if again else math.inf,)).fetchall()
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1")
         return list(map(Order._make, found))
