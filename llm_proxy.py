@@ -421,8 +421,8 @@ age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
 def read_amount(text, unit):
     """Returns an amount of a unit, of money in picodollars."""
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
-    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
-            " of requests, tokens, input_tokens, output_tokens or usd")
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be in requests, tokens,"
+            " input_tokens, output_tokens or usd, and above 0")
     return read_rule("each %s %s per day" % (text, unit)).capacity
 
 
@@ -1563,7 +1563,7 @@ def read_key(*values: Any) -> Key:
     derived = {field: read(getattr(key, field)) for field, (read, _) in KEY_FIELDS.items()
                if field != "expires" and (getattr(key, field) is not None or field == "role")}
     times = [key.created, key.expires or 0, key.last_used or 0]
-    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(key.subject) == 32
+    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
             and {*map(type, times)} <= {int, float}, "no key")
     return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
                         rules=derived.get("limits", ()))
@@ -1752,7 +1752,11 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        return list(found.values()) or [Caller(("address", label), label)]
+        if not found:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_network(label)
+                return [Caller(("address", label), label)]
+        return list(found.values())
 
 
 class Origins:
@@ -2027,12 +2031,13 @@ class Buckets:
         return found.key not in self.given and (
             self.level_of(found.rule, found.key).level >= found.rule.capacity)
 
-    def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
-        running calls are left out, because they end with the process."""
+    def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
+                 ) -> Dict[BucketKey, Tuple[int, float]]:
+        """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
+        not full; running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (found.level, found.refilled + wall - now)
-                for key, found in self.levels.items()
+        return {found.key: (found.level, found.refilled + wall - now)
+                for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
     def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
@@ -2251,12 +2256,11 @@ class Limits:
                    if self.own.get(subject) != own.get(subject)}
         self.own = own
         self.known.clear()
-        if changed:
-            moved = {key: found for key, found in self.buckets.snapshot(wall).items()
-                     if len(key) == 2 and key[1][1] in changed}
-            for key in moved:
-                del self.buckets.levels[key]
-            self.restore(moved, wall)
+        moved = self.buckets.snapshot(wall, [
+            key for key in self.buckets.levels if len(key) == 2 and key[1][1] in changed])
+        for key in moved:
+            del self.buckets.levels[key]
+        self.restore(moved, wall)
 
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
@@ -2264,8 +2268,9 @@ class Limits:
         duration if there is one. Both are None where there is none."""
         families = {rule.family for rule in own}
         now = [*own, *[rule for rule in self.rules if rule.family not in families]]
-        others = itertools.chain(*self.own.values())  # of the key behind which a person stands
-        same = next((rule for rule in [*now, *others] if rule.text == text), None)
+        # The last are for people behind a key.
+        known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
         try:
@@ -8411,8 +8416,10 @@ class Database:
             return []
         execute("BEGIN IMMEDIATE")
         with self.connection:
-            found = execute("SELECT * FROM orders WHERE done = 0 OR until > ? ORDER BY id",
-                            (now if again else math.inf,)).fetchall()
+            found = execute(  # and nothing that somebody else has written
+                "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
+                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
+                (now if again else math.inf,)).fetchall()
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1")
         return list(map(Order._make, found))
@@ -11217,11 +11224,9 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
     secret = database.secret() if database else os.urandom(32)
-    keys = stored_keys(database, secret)
+    keys = stored_keys(database, secret, log.say)
     if keys.closed:
         config.note_stored_keys()
-    for fault in keys.faults:
-        log.say(fault)
     limits = build_limits(config, Buckets(clock), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
@@ -11230,37 +11235,46 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
-    hear_of_keys(proxy, database)
+    hear_of_keys(proxy)
+    if database:
+        with contextlib.suppress(sqlite3.Error, ValueError):
+            go_on(proxy, database)
     return proxy
 
 
-def stored_keys(database: Optional[Database], secret: bytes) -> StoredKeys:
+def stored_keys(database: Optional[Database], secret: bytes,
+                say: Callable[[str], None]) -> StoredKeys:
     """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
     let in."""
     if database is None:
         return StoredKeys(secret)
     try:
-        return read_keys(database.key_rows(), secret)
+        found = read_keys(database.key_rows(), secret)
     except sqlite3.Error:
         return StoredKeys(secret, closed=True)
+    for fault in found.faults:
+        say(fault)
+    return found
 
 
-def hear_of_keys(proxy: Proxy, database: Optional[Database]):
-    """Has the ledger tell the loop what it reads of keys and orders; what was given before is given
-    again before a call could find less."""
+def hear_of_keys(proxy: Proxy):
+    """Has the ledger tell the loop what it reads of keys and orders."""
     def tell(keys, orders):
         with contextlib.suppress(RuntimeError):  # the loop is closed
             proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
 
     if proxy.books.ledger:
         proxy.books.ledger.on_news = tell
-    with contextlib.suppress(sqlite3.Error):
-        for order in database.take_orders(proxy.wall(), again=True) if database else ():
-            proxy.carry_out(order)
-    with contextlib.suppress(sqlite3.Error, ValueError):
-        for name in database.disabled_upstreams() if database else ():
-            with contextlib.suppress(LookupError):  # it was taken out of the settings
-                proxy.routes.switch(name, False)
+
+
+def go_on(proxy: Proxy, database: Database):
+    """Does again what was ordered before, and holds still, before a call could find it undone.
+    Raises sqlite3.Error, ValueError."""
+    for order in database.take_orders(proxy.wall(), again=True):
+        proxy.carry_out(order)
+    for name in database.disabled_upstreams():
+        with contextlib.suppress(LookupError):  # it was taken out of the settings
+            proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -11517,7 +11531,7 @@ class Pages:
         proxy = self.proxy
         proxy.identify(request, reply.entry)
         key = reply.entry.caller.stored_key
-        own = key and (key.models or key.upstream)
+        own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
             return await proxy.serve(request, reply)
         models = await self.catalogue.models(reply.context, key and key.upstream)

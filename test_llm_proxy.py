@@ -8888,10 +8888,24 @@ class KeysTest(KeysCase):
         self.change("give", "nobody", "5", "usd")
         wait_for(lambda: "nobody has no bucket in usd: it was given nothing" in self.lines.text())
 
+    def test_orders_that_somebody_else_has_written_are_not_carried_out(self):
+        self.start()
+        ann = self.add()
+        self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
+                     " ('ann', 'requests', 'x', 1e12, 0), ('ann', 'requests', 5, 'soon', 0),"
+                     " ('ann', 'requests', NULL, NULL, 0), (x'00', NULL, NULL, NULL, 0)")
+        self.store().give("ann", "5", "requests")
+        wait_for(lambda: self.left(ann) == 1005)
+        self.proxy.books.close(PATIENCE)
+        self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
+                     " ('ann', 'requests', 'x', 1e12, 1)")
+        self.start(DATABASE=self.path)
+        self.assertEqual(self.left(ann), 1005)
+
     def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
         for column, value in self.each((
                 ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
-                ("expires", "soon"), ("subject", "x"), ("disabled", "no"), ("created", None),
+                ("expires", "soon"), ("subject", "x" * 32), ("disabled", "no"), ("created", None),
                 ("team", "a b"))):
             self.start(PROXY_API_KEYS="anyone")
             ann, ben = self.add(), self.add("ben")
