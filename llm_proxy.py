@@ -1261,6 +1261,11 @@ class NoSuchPage(Refusal):
     message = "There is no such page: GET /admin/api lists them all"
 
 
+class BooksAway(Refusal):
+    status = 503
+    message = "The database cannot be read or written now"
+
+
 class MethodNotAllowed(Refusal):
     status = 405
     message = "The method is not passed on"
@@ -1504,6 +1509,7 @@ def address_of(host: str) -> str:
 
 
 ROLES = ("caller", "viewer", "admin")  # the later one may do all that the former may, but call
+STEERING = ROLES[1:]
 
 
 class Key(NamedTuple):
@@ -1764,11 +1770,14 @@ class Callers:
         found = self.known.get(blind) or self.stored.known.get(blind)
         return found[1] if found and hmac.compare_digest(found[0], credential) else None
 
+    def everybody(self) -> List[Caller]:
+        """Returns all whose keys were given out."""
+        return [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
+
     def named(self, label: str) -> List[Caller]:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
-        everybody = [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
-        found = {caller.key: caller for caller in everybody if caller.label == label}
+        found = {caller.key: caller for caller in self.everybody() if caller.label == label}
         if not found:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_network(label)
@@ -8403,6 +8412,12 @@ class Database:
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
                     self.is_closed())
 
+    def disabled_upstreams(self) -> List[str]:
+        """Returns the names of upstreams that an admin has switched off."""
+        rows = self.connection.execute(
+            "SELECT value FROM facts WHERE name = 'disabled'").fetchall()
+        return json.loads(rows[0][0]) if rows else []
+
     def is_closed(self) -> bool:
         return bool(self.connection.execute(
             "SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
@@ -8725,11 +8740,25 @@ class LedgerReader:
         return dict(sorted(found.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
-    # -- calls
+    def of_callers(self, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+        """Returns today's sums, the tokens of the last hours and when they called last, each by
+        caller."""
+        return self.today(zone, now), self.hours(now), self.seen()
 
-    def has_calls(self) -> bool:
+    def of_one(self, caller: str, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+        """Returns the last 20 calls of a caller, and its days."""
+        return (self.calls(None, 20, {"caller": caller})["calls"],
+                self.days(caller, zone, now))
+
+    def audit(self, before: Optional[int], limit: int) -> List[Dict[str, Any]]:
+        """Returns who changed what, the latest first, from before the number of a row."""
+        names = ("id", "time", "who", "role", "address", "what", "target", "detail")
+        query = "SELECT %s FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?" % ", ".join(names)
         with self.ask() as execute:
-            return execute("SELECT max(rowid) FROM calls").fetchone() != (None,)
+            rows = execute(query, (MOST if before is None else before, limit)).fetchall()
+        return [dict(zip(names, row)) for row in rows]
+
+    # -- calls
 
     def call(self, name: str) -> Optional[Dict[str, Any]]:
         """Returns the last call of this id."""
@@ -8978,6 +9007,11 @@ class KeyStore:
         """Fills a caller's buckets."""
         with self.change("reset", name) as execute:
             self.order(execute, name)
+
+    def note_disabled(self, name: str, on: bool, names: List[str]):
+        """Notes which upstreams are not to be asked, for the next start."""
+        with self.change("enable upstream" if on else "disable upstream", name) as execute:
+            execute("INSERT OR REPLACE INTO facts VALUES ('disabled', ?)", (json.dumps(names),))
 
     # -- what these have in common
 
@@ -9494,6 +9528,10 @@ class Pulse(Watcher):
         if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
             for rule, key in entry.hold.keyed_rules:
                 self.changed[key] = rule, caller
+
+    def named(self, label: str) -> List[Caller]:
+        """Returns who called lately by this label."""
+        return [caller for caller in self.callers.values() if caller.label == label]
 
     def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
         """Returns percentiles of the last minute, in milliseconds."""
@@ -10738,31 +10776,13 @@ class Proxy:
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses
         before anything was sent leaves the call to the next upstream that it may go to."""
         entry = reply.entry
-        if self.traces:
-            entry.trace = Trace.join(request)
         self.identify(request, entry)                                               # identify
-        key = entry.caller.stored_key
-        if key and key.role != "caller":
-            raise NotForCalls()
-        if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
-            reply.set_deadlines()
-        call = self.new_call(request)
+        call = self.new_call(request, reply)
         await self.dialects.read(call, request.method, request, reply.read_body)
         if call.body and len(call.body) > Turns.SMALL:
             await asyncio.sleep(0)  # others come in between reading and estimating it
-        reply.call = entry.call = call
-        entry.context = reply.context
-        self.books.begin(entry)
-        if call.stream:
-            reply.start_comments()
-        thing = None
-        if self.stored.policy != "pass" or self.stored.things:
-            thing = self.find_thing(call, entry.caller)
-        if key and key.upstream:
-            self.bind(call, key.upstream)
-        upstreams = self.routes.find(call, thing)                                   # route
-        if key:
-            upstreams = self.own_secrets_only(upstreams)
+        self.begin(call, reply)
+        upstreams = self.route(call, entry.caller)                                  # route
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -10928,11 +10948,12 @@ class Proxy:
         self.estimator.models = models
         for order in orders:
             self.carry_out(order)
+        self.watchers.feed.tell("change", {"what": "keys"})
 
     def carry_out(self, order: Order):
         """Fills or adds to the buckets of a caller."""
         count = 0
-        for caller in self.callers.named(order.caller):
+        for caller in self.callers.named(order.caller) or self.watchers.pulse.named(order.caller):
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
                 count += 1
@@ -10961,13 +10982,39 @@ class Proxy:
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
                                  upstream.name, least, call.models[1:])
 
-    def new_call(self, request: Request) -> Call:
-        """Returns a call as its head tells of it, which is read once, too."""
+    def new_call(self, request: Request, reply: Reply) -> Call:
+        """Returns a call as its head tells of it, which is read once, too. Raises NotForCalls."""
+        if reply.entry.caller.role in STEERING:
+            raise NotForCalls()
+        if self.traces:
+            reply.entry.trace = Trace.join(request)
+        if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
+            reply.set_deadlines()
         place = request.cache.get("place")
         if place is None:
             place = self.dialects.place(request.method, request.path, request.query, request)
             request.cache["place"] = place
         return Call(*place)
+
+    def begin(self, call, reply):
+        """A call is understood, and runs from now on."""
+        entry = reply.entry
+        reply.call = entry.call = call
+        entry.context = reply.context
+        self.books.begin(entry)
+        if call.stream:
+            reply.start_comments()
+
+    def route(self, call, caller):
+        """Returns the upstreams that a call may go to, in the order to try them. Raises NoRoute,
+        UpstreamNotAllowed, and what speaking of things that are not one's own is refused by."""
+        thing, key = None, caller.stored_key
+        if self.stored.policy != "pass" or self.stored.things:
+            thing = self.find_thing(call, caller)
+        if key and key.upstream:
+            self.bind(call, key.upstream)
+        upstreams = self.routes.find(call, thing)
+        return self.own_secrets_only(upstreams) if key else upstreams
 
     def forward(self, upstream, reply, call):
         """Sends a call, in its turn where the upstream is busy: what is not metered does not
@@ -10997,8 +11044,8 @@ class Proxy:
             raise refusal
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
-        ticket = reply.ticket = entry.ticket = upstream.queue.enter(
-            caller.key, self.weights.get(caller.key_name, 1), before)
+        weight = self.weights.get(caller.key_name, 1)
+        ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
         try:
             if not ticket.running:
                 turn = context.loop.create_future()
@@ -11019,9 +11066,9 @@ class Proxy:
                 raise UpstreamTimeout(nothing_sent=True) from None
             raise QueueRefused("queue timeout") from None
         finally:
-            reply.ticket = entry.ticket = None
-            entry.queued = waited = ticket.waited()
-            entry.held_up += waited / 1000 - before
+            entry.ticket = None
+            entry.queued = ticket.waited()
+            entry.held_up += entry.queued / 1000 - before
 
     def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
@@ -11266,6 +11313,10 @@ def hear_of_keys(proxy: Proxy, database: Optional[Database]):
     with contextlib.suppress(sqlite3.Error):
         for order in database.take_orders(proxy.wall(), again=True) if database else ():
             proxy.carry_out(order)
+    with contextlib.suppress(sqlite3.Error, ValueError):
+        for name in database.disabled_upstreams() if database else ():
+            with contextlib.suppress(LookupError):  # it was taken out of the settings
+                proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -11598,11 +11649,16 @@ class Admin:
         self.proxy = proxy
         self.clock = proxy.clock
         self.feed, self.pulse, *_ = proxy.watchers
+        self.path = proxy.config.database
+        self.reader = LedgerReader(self.path) if proxy.books.ledger else None
         self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
+        self.asking: Set[CallerKey] = set()  # who asks for its own use
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
     def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
         """Returns what answers a request, None where it is not for the admin API."""
+        if request.path == "/v1/quota" and request.method in ("GET", "HEAD"):
+            return self.quota
         is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
         return self.answer if is_ours else None
 
@@ -11629,11 +11685,17 @@ class Admin:
         ask = Ask(request, reply, entry.caller, name, query, body)
         try:
             found = await getattr(self, row.handler)(ask)
-        except (ValueError, LookupError) as fault:
+        except ValueError as fault:
             raise BadRequest(str(fault)) from None
+        if row.role == "admin":
+            self.proxy.books.log.say("%s of %s did %s %s" % (
+                entry.caller.label, entry.address, row.method, ascii(request.path)[1:-1]))
         if found is not None:
-            status = 201 if row.handler == "add_key" else 200
-            reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+            self.send_json(reply, found, 201 if row.handler == "add_key" else 200)
+
+    @staticmethod
+    def send_json(reply, found, status=200):
+        reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
@@ -11645,14 +11707,43 @@ class Admin:
             raise BodyTooLarge()
         return parse_json(content) if content.strip() else {}
 
-    async def in_pool(self, ask, act, *arguments):
-        """Returns what `act` does, in a helper thread."""
-        context = ask.reply.context
+    async def in_pool(self, reply, act, *arguments):
+        """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
+        context = reply.context
         job = context.loop.run_in_executor(self.pool, act, *arguments)
         try:
             return await context.wait(job, self.POOL_SECONDS, "the database")
         except TimeoutError:
             raise Overloaded() from None
+        except (sqlite3.Error, DatabaseFault):
+            raise BooksAway() from None
+
+    async def read_books(self, reply, act, *arguments):
+        """Returns what a method of LedgerReader does."""
+        if self.reader is None:
+            raise BooksAway("Nothing is kept: DATABASE is off")
+        return await self.in_pool(reply, functools.partial(act, self.reader), *arguments)
+
+    async def change_keys(self, ask, act, *arguments, **fields):
+        """Does something with the stored keys, as KeyStore has it, in the name of who asks."""
+        if self.reader is None:
+            raise BooksAway("Nothing is kept: DATABASE is off")
+        actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
+
+        def change():
+            database = Database(self.path)
+            with contextlib.closing(database.connection):
+                store = KeyStore(database, self.clock, actor)
+                return act(store, *arguments, **fields)
+
+        return await self.in_pool(ask.reply, change)
+
+    @staticmethod
+    def zone(ask):
+        return read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
+
+    def now(self):
+        return self.clock.time_ns() / 1e9
 
     # -- what happens now
 
@@ -11664,6 +11755,29 @@ class Admin:
     @staticmethod
     def you(ask):
         return {"name": ask.caller.label, "role": ask.caller.role}
+
+    async def summary(self, ask):
+        proxy, sums = self.proxy, {}
+        with contextlib.suppress(BooksAway):
+            sums = await self.read_books(ask.reply, LedgerReader.today, self.zone(ask), self.now())
+        return {"you": self.you(ask), "version": VERSION, "now": self.now(),
+                "keys_are_asked_for": not proxy.callers.is_open,
+                "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
+                    sums or self.pulse.callers),
+                "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
+                "running": [running_call(entry, self.clock) for entry in self.running()],
+                "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
+
+    def near(self):
+        """Returns the buckets that are near their end."""
+        mark = min(self.proxy.config.warn_at or (0.8,))
+        found = []
+        for caller in self.pulse.callers.values():
+            for one in self.proxy.limits.buckets.levels.values():
+                if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
+                        one.level <= (1 - mark) * one.rule.capacity):
+                    found.append({"caller": caller.label, **self.pulse.bucket(one.rule, one.key)})
+        return found[:20]
 
     def running(self):
         """Returns the calls that run, the latest last."""
@@ -11744,14 +11858,18 @@ class Admin:
         return found
 
     async def enable(self, ask):
-        return self.switch(ask, on=True)
+        return await self.switch(ask, on=True)
 
     async def disable(self, ask):
-        return self.switch(ask, on=False)
+        return await self.switch(ask, on=False)
 
-    def switch(self, ask, on):
-        upstream = self.upstream(ask.name)
-        self.proxy.routes.switch(ask.name, on)
+    async def switch(self, ask, on):
+        """It stays so after a new start, too."""
+        upstream, routes = self.upstream(ask.name), self.proxy.routes
+        routes.switch(ask.name, on)
+        if self.reader:
+            names = [one.name for one in routes.all if one.disabled]
+            await self.change_keys(ask, KeyStore.note_disabled, ask.name, on, names)
         self.feed.tell("change", {"what": "upstreams"})
         return self.describe(upstream)
 
@@ -11771,7 +11889,176 @@ class Admin:
             context.close()
         return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
 
+    # -- keys
+
+    async def find_key(self, ask):
+        """Returns a key. Raises NoSuchPage."""
+        try:
+            return await self.change_keys(ask, KeyStore.find, ask.name)
+        except KeyFault as fault:
+            raise NoSuchPage(str(fault)) from None
+
+    async def keys(self, ask):
+        return {"keys": [key.as_dict() for key in await self.change_keys(ask, KeyStore.list)]}
+
+    async def key(self, ask):
+        return (await self.find_key(ask)).as_dict()
+
+    @staticmethod
+    def fields_of_key(ask, *others):
+        """Returns what is to be said of a key, and the values of the others that may be there.
+        Raises BadRequest."""
+        fields = dict(ask.body)
+        values = [fields.pop(name, None) for name in others]
+        unknown = fields.keys() - KEY_FIELDS.keys()
+        if unknown:
+            raise BadRequest("A key has no field %s" % ascii(min(unknown))[1:-1])
+        return fields, *values
+
+    async def add_key(self, ask):
+        fields, name = self.fields_of_key(ask, "name")
+        made = await self.change_keys(ask, KeyStore.add, name, **fields)
+        return {"key": made.secret, **made.key.as_dict()}
+
+    async def set_key(self, ask):
+        await self.find_key(ask)
+        fields, reset = self.fields_of_key(ask, "reset")
+        key = await self.change_keys(ask, KeyStore.set, ask.name, reset is True, **fields)
+        return key.as_dict()
+
+    async def remove_key(self, ask):
+        await self.find_key(ask)
+        await self.change_keys(ask, KeyStore.remove, ask.name)
+        return {}
+
+    async def revoke_key(self, ask):
+        await self.find_key(ask)
+        return (await self.change_keys(ask, KeyStore.revoke, ask.name)).as_dict()
+
+    async def restore_key(self, ask):
+        await self.find_key(ask)
+        return (await self.change_keys(ask, KeyStore.restore, ask.name)).as_dict()
+
+    async def rotate_key(self, ask):
+        await self.find_key(ask)
+        made = await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
+        return {"key": made.secret, **made.key.as_dict()}
+
+    async def give(self, ask):
+        body = ask.body
+        await self.change_keys(ask, KeyStore.give, ask.name, body.get("amount"),
+                               body.get("unit"), body.get("for"))
+        return {}
+
+    async def reset(self, ask):
+        await self.change_keys(ask, KeyStore.reset, ask.name)
+        return {}
+
+    async def audit(self, ask):
+        rows = await self.read_books(
+            ask.reply, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
+        return {"rows": rows, "next": rows[-1]["id"] if len(rows) == self.MAX_SHOWN else None}
+
+    # -- the books
+
+    @staticmethod
+    def number(ask, name, usual=None):
+        """Returns a whole number of the query. Raises BadRequest."""
+        text = ask.query.get(name)
+        if text is None:
+            return usual
+        if not re.fullmatch("[0-9]{1,15}", text):
+            raise BadRequest("%s must be a whole number" % name)
+        return int(text)
+
+    async def calls(self, ask):
+        limit = min(self.MAX_SHOWN, self.number(ask, "limit", 50) or 1)
+        filters = {name: ask.query[name] for name in ("id", *CALL_FILTERS) if name in ask.query}
+        return await self.read_books(
+            ask.reply, LedgerReader.calls, self.number(ask, "before"), limit, filters)
+
+    async def call(self, ask):
+        found = await self.read_books(ask.reply, LedgerReader.call, ask.name)
+        if not found:
+            raise NoSuchPage("No call of this id is known")
+        return found
+
+    async def usage(self, ask):
+        query, now = ask.query, int(self.now())
+        filters = {name: query[name] for name in SUM_KEYS if name in query}
+        by, step = query.get("by", "caller"), query.get("step", "day")
+        start, end = self.number(ask, "from", now - DAY), self.number(ask, "to", now)
+        found = await self.read_books(
+            ask.reply, LedgerReader.usage, by, step, start, end, self.zone(ask), filters)
+        if query.get("format") == "csv":
+            return self.send_csv(ask.reply, found["groups"])
+        budgets = [self.budget(one) for one in self.known_callers()
+                   if one.label == filters.get("caller")]
+        return {**found, "budget": next(filter(None, budgets), None)}
+
+    @staticmethod
+    def send_csv(reply, groups):
+        names = list(groups[0]) if groups else ["name", *NO_SUM.as_dict()]
+        text = csv_of(names, [one.values() for one in groups])
+        reply.send(200, text.encode(), ['Content-Disposition: attachment; filename="usage.csv"',
+                                        "Cache-Control: no-store"], "text/csv; charset=utf-8")
+
+    def budget(self, caller):
+        """Returns the longest of a caller's rules in USD."""
+        rules = [rule for rule, _ in self.proxy.limits.matching(caller, "", None)
+                 if rule.unit == USD and rule.capacity]
+        rule = max(rules, key=lambda one: one.rate[1], default=None)
+        return rule and {"usd": format_usd(rule.rate[0]), "seconds": rule.rate[1],
+                         "rule": rule.text}
+
     # -- callers and limits
+
+    def known_callers(self):
+        """Returns those who called lately, and those whose keys have names."""
+        found = dict(self.pulse.callers)
+        for caller in self.proxy.callers.everybody():
+            if caller.role == "caller":
+                found.setdefault(caller.key, caller)
+        return list(found.values())
+
+    async def callers(self, ask):
+        sums, hours, seen = {}, {}, {}
+        with contextlib.suppress(BooksAway):
+            sums, hours, seen = await self.read_books(
+                ask.reply, LedgerReader.of_callers, self.zone(ask), self.now())
+        not_full = self.buckets_by_owner()
+        rows = []
+        for caller in self.known_callers():
+            label, key = caller.label, caller.stored_key
+            rows.append({
+                "name": label, "team": caller.team, "key": bool(key),
+                "paused": bool(key and key.disabled), "buckets": self.buckets_of(caller, not_full),
+                "today": sums.get(label, NO_SUM).as_dict(), "hours": hours.get(label, [0] * 24),
+                "last": self.pulse.last_seen.get(caller.key, seen.get(label))})
+        rows.sort(key=lambda row: -(row["last"] or 0))
+        return {"callers": rows[:self.MAX_SHOWN]}
+
+    async def quota(self, request, reply):
+        """A page for every caller: what it has left, and what it used."""
+        entry = reply.entry
+        self.proxy.identify(request, entry)
+        caller = entry.caller
+        if caller.key in self.asking:
+            raise Overloaded(fields={"Retry-After": 1})
+        query = dict(urllib.parse.parse_qsl(request.query))
+        ask = Ask(request, reply, caller, "", query, {})
+        self.asking.add(caller.key)
+        try:
+            calls, days = await self.read_books(
+                reply, LedgerReader.of_one, caller.label, self.zone(ask), self.now())
+        except BooksAway:
+            calls, days = [], []
+        finally:
+            self.asking.discard(caller.key)
+        self.send_json(reply, {
+            "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
+            "buckets": self.buckets_of(caller, self.buckets_by_owner()),
+            "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
 
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""

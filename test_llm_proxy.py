@@ -910,7 +910,7 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 93000)
+        self.assertLessEqual(len(lines), 96000)
         heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
@@ -9942,6 +9942,146 @@ class AdminTest(AdminCase):
         self.ask(request("POST", "/base" + CHAT, chat()))
         found = [asked.target for asked in self.stub.requests]
         self.assertEqual(found, ["/v1/admin/api", "/v1/chat/completions"])
+
+
+class AdminBooksTest(AdminCase):
+    def start(self, *arguments, **settings):
+        self.path = new_path(self, "llm_proxy.db")
+        super().start(*arguments, **{"DATABASE": self.path, **settings})
+
+    def wait_for_rows(self, count):
+        wait_for(lambda: len(self.look("/calls")["calls"]) == count, "rows in the ledger")
+
+    def change(self, method, path, payload=None, status=200):
+        """Returns what an admin is told of a change, once the proxy goes by it."""
+        before = self.proxy.callers
+        answered = self.admin(method, path, payload)
+        self.assertEqual(answered.status, status, answered.body)
+        wait_for(lambda: self.proxy.callers is not before, "the change")
+        return answered.json()
+
+    def add(self, name="ann", **fields):
+        return self.change("POST", "/keys", {"name": name, **fields}, 201)
+
+    def test_a_key_is_made_shown_changed_and_removed(self):
+        self.start()
+        made = self.add(team="red", limits="5000 tokens per day")
+        self.assertEqual(self.ask(call(made["key"])).status, 200)
+        self.assertEqual(self.ask(call("another")).status, 401)
+        self.change("PATCH", "/keys/ann", {"tag": "web", "team": ""})
+        found = self.look("/keys/ann")
+        self.assertEqual((found["tag"], found["team"], found["limits"]), (
+            "web", None, "5000 tokens per day"))
+        self.assertNotIn("key", found)
+        self.change("DELETE", "/keys/ann")
+        self.assertEqual(self.look("/keys"), {"keys": []})
+        self.assertEqual(self.ask(call(made["key"])).status, 401)
+
+    def test_a_key_is_revoked_restored_and_rotated(self):
+        self.start()
+        first = self.add()["key"]
+        self.change("POST", "/keys/ann/revoke")
+        self.assertEqual(self.ask(call(first)).status, 401)
+        self.change("POST", "/keys/ann/restore")
+        self.assertEqual(self.ask(call(first)).status, 200)
+        second = self.change("POST", "/keys/ann/rotate", {"grace": "1h"})["key"]
+        self.assertEqual([self.ask(call(key)).status for key in (first, second)], [200, 200])
+
+    def test_what_is_wrong_with_a_key_is_told(self):
+        self.start()
+        self.add()
+        for method, path, payload, status, said in self.each((
+                ("POST", "/keys", {"name": "ann"}, 400, "stored already"),
+                ("POST", "/keys", {}, 400, "name must be"),
+                ("POST", "/keys", {"name": "a b"}, 400, "name must be"),
+                ("POST", "/keys", {"name": "b", "limits": "3 cows"}, 400, "limits must be"),
+                ("POST", "/keys", {"name": "b", "self": "x"}, 400, "no field self"),
+                ("POST", "/keys", {"name": "b", "note": 3}, 400, "must be text"),
+                ("PATCH", "/keys/bob", {"note": "x"}, 404, "no key is stored"),
+                ("GET", "/keys/bob", None, 404, "no key is stored"),
+                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cows"}, 400, "must be in"))):
+            answered = self.admin(method, path, payload)
+            self.assertEqual(answered.status, status)
+            self.assertIn(said, answered.error()["message"])
+
+    def test_a_caller_is_given_more_and_its_buckets_are_filled(self):
+        self.start(LIMITS="each 2 requests per day")
+        secret = self.add()["key"]
+        self.assertEqual([self.left(secret) for _ in range(2) if self.ask(call(secret))], [1, 0])
+        self.change("POST", "/callers/ann/give", {"amount": "5", "unit": "requests"})
+        self.assertEqual(self.left(secret), 5)
+        self.change("POST", "/keys/ann/reset")
+        self.assertGreaterEqual(self.left(secret), 2)
+
+    def test_every_write_is_in_the_audit_and_in_the_log(self):
+        self.start()
+        self.add()
+        self.admin("POST", "/upstreams/base/disable")
+        self.change("POST", "/keys/ann/revoke")
+        rows = self.look("/audit")["rows"]
+        self.assertEqual([(row["who"], row["what"], row["target"]) for row in rows], [
+            ("ADMIN_KEY", "revoke key", "ann"), ("ADMIN_KEY", "disable upstream", "base"),
+            ("ADMIN_KEY", "add key", "ann")])
+        self.assertIn("ADMIN_KEY of 127.0.0.1 did POST /admin/api/keys/ann/revoke",
+                      self.lines.text())
+        self.assertEqual(len(self.look("/audit?before=%d" % rows[1]["id"])["rows"]), 1)
+
+    def test_an_upstream_stays_disabled_after_a_new_start(self):
+        self.start()
+        self.admin("POST", "/upstreams/base/disable")
+        copied = new_path(self, "copy.db")
+        with contextlib.closing(sqlite3.connect(self.path)) as source:
+            with contextlib.closing(sqlite3.connect(copied)) as target:
+                source.backup(target)
+        self.run_proxy(read_config({"BASE_API_URL": self.stub.url, "DATABASE": copied}), time)
+        self.assertEqual(self.ask(call()).status, 404)
+
+    def test_calls_and_their_sums_are_told(self):
+        self.start()
+        for key in ("k1", "k1", "k2"):
+            self.ask(call(key))
+        self.wait_for_rows(3)
+        first = self.look("/calls?limit=2")
+        rest = self.look("/calls?limit=2&before=%d" % first["next"])
+        self.assertEqual((len(first["calls"]), len(rest["calls"])), (2, 1))
+        one = first["calls"][0]
+        self.assertEqual(self.look("/calls/" + one["id"]), one)
+        usage = self.look("/usage?by=caller&step=hour")
+        self.assertEqual([row["calls"] for row in usage["groups"]], [2, 1])
+        self.assertEqual(usage["total"]["calls"], 3)
+        text = self.admin("GET", "/usage?format=csv").body.decode()
+        self.assertTrue(text.startswith("name,calls,failed,limited,"))
+        callers = self.look("/callers")["callers"]
+        self.assertEqual([row["today"]["calls"] for row in callers], [1, 2])
+        self.assertEqual(callers[0]["buckets"][0]["capacity"], 1000)
+        self.assertEqual(self.look("/summary")["today"]["calls"], 3)
+
+    def test_a_caller_sees_its_own_use_and_nobody_elses(self):
+        self.start(PROXY_API_KEYS="ann=sk-ann, ben=sk-ben")
+        self.ask(call("sk-ann"))
+        self.wait_for_rows(1)
+        for key, calls in self.each((("sk-ann", 1), ("sk-ben", 0))):
+            found = self.ask(request("GET", "/v1/quota", key=key)).json()
+            self.assertEqual((len(found["calls"]), found["today"]["calls"]), (calls, calls))
+            self.assertEqual(found["buckets"][0]["level"], 1000 - calls)
+        self.assertEqual(self.ask(request("GET", "/v1/quota")).status, 401)
+
+    def test_without_a_database_there_is_what_the_process_knows(self):
+        self.start(DATABASE="off")
+        self.ask(call("k"))
+        self.assertEqual(len(self.look("/callers")["callers"]), 1)
+        self.assertTrue(self.look("/summary")["has_calls"])
+        self.assertEqual(self.ask(request("GET", "/v1/quota", key="k")).json()["calls"], [])
+        for path in self.each(("/keys", "/calls", "/usage", "/audit")):
+            answered = self.admin("GET", path)
+            self.assertEqual(answered.status, 503)
+            self.assertIn("DATABASE is off", answered.error()["message"])
+
+    def test_what_is_asked_for_wrongly_is_told(self):
+        self.start()
+        for path in self.each("""/calls?before=x  /calls?slow=x  /usage?step=year  /usage?by=x
+                /usage?from=9&to=3  /usage?step=quarter&from=0""".split()):
+            self.assertEqual(self.admin("GET", path).status, 400)
 
 
 class EventsTest(AdminCase):
