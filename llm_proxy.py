@@ -10079,6 +10079,7 @@ class Warnings(Watcher):
     """Tells the operator what should be known: on the page, by one line in the log, and to a
     webhook; the same of the same at most once in QUIET_SECONDS."""
     QUIET_SECONDS = 3600
+    KEY_SECONDS = 86400  # before its end, of a key that lives longer
     ROOM = 10_000
 
     def __init__(self, clock: Any, log: Log, feed: Feed, webhook: Optional[Poster]):
@@ -10089,6 +10090,7 @@ class Warnings(Watcher):
         self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
         self.down: Set[str] = set()  # the upstreams that are said to be
         self.dropped = 0             # calls that the ledger is said to have lost
+        self.ending: Set[Tuple[str, float]] = set()  # keys that are said to expire, and when
 
     def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
              **about: Any) -> bool:
@@ -10109,7 +10111,7 @@ class Warnings(Watcher):
             self.webhook.record(payload)
         return True
 
-    def look(self, routes: Routes, ledger: Optional[Ledger]):
+    def look(self, routes: Routes, ledger: Optional[Ledger], keys: Iterable[Key]):
         """Look for what no call tells; to be called every few seconds."""
         for upstream in routes.all:
             name = upstream.name
@@ -10120,6 +10122,16 @@ class Warnings(Watcher):
         lost = ledger.dropped - self.dropped if ledger else 0
         if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
             self.dropped = ledger.dropped
+        self.look_at_keys(keys)
+
+    def look_at_keys(self, keys):
+        now, day = self.clock.time_ns() / 1e9, self.KEY_SECONDS
+        ending = {(key.name, key.expires) for key in keys if key.expires and not key.disabled
+                  and now < key.expires < now + day and key.expires - key.created > day}
+        for name, expires in ending - self.ending:
+            line = "the key %s expires in %s" % (name, format_wait(expires - now))
+            self.tell("key_expires", (name,), line, key=name, expires=expires)
+        self.ending = ending
 
     def close(self, wait):
         if self.webhook:
@@ -13429,6 +13441,7 @@ class ClientConnection:
         if self.reply:
             entry = self.reply.entry
             entry.connect_ms = (entry.connect_ms or 0) + int(seconds * 1000)
+            entry.held_up += seconds
 
     def end_if_idle(self):
         """The server stops. A request that has come whole is answered, an idle connection is
@@ -13854,7 +13867,8 @@ class Server(http.server.ThreadingHTTPServer):
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
         proxy.watchers.metrics.sort_in()
-        proxy.watchers.warnings.look(proxy.routes, proxy.books.ledger)
+        proxy.watchers.warnings.look(
+            proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
 
     def beat(self):
         """Runs every second."""

@@ -8215,6 +8215,9 @@ class WarningsTest(SignalsCase):
                    **{**self.KEYS, "WEBHOOK_URL": self.hook.url + "/hook?token=hush",
                       "WARN_AT": "80%,95%", **settings})
 
+    def look(self, keys=()):
+        self.proxy.watchers.warnings.look(self.proxy.routes, self.proxy.books.ledger, keys)
+
     def events(self, count):
         wait_for(lambda: len(self.hook.requests) >= count, "%d events" % count)
         return [asked.json() for asked in self.hook.requests]
@@ -8268,8 +8271,7 @@ class WarningsTest(SignalsCase):
         self.stub.refuse_connections()
         for connection in self.stub.sockets:
             hang_up(connection)
-        look = functools.partial(self.on_loop, lambda: self.proxy.watchers.warnings.look(
-            self.proxy.routes, self.proxy.books.ledger))
+        look = functools.partial(self.on_loop, self.look)
         self.ask(call("sk-1"))
         look()
         look()
@@ -8285,11 +8287,27 @@ class WarningsTest(SignalsCase):
         look()
         self.assertEqual([one["event"] for one in self.events(3)][2:], ["upstream_down"])
 
+    def test_a_key_is_told_of_once_a_day_before_it_expires(self):
+        self.start_warned()
+        now, day = self.clock.time_ns() / 1e9, 86400
+        keys = [llm_proxy.Key(name, created=now - 40 * day, expires=expires, disabled=off)
+                for name, expires, off in (("soon", now + 3600, False), ("never", None, False),
+                                           ("later", now + 2 * day, False),
+                                           ("off", now + 3600, True), ("past", now - 1, False))]
+        keys.append(llm_proxy.Key("short", created=now, expires=now + 900))
+        for _ in range(3):
+            self.on_loop(self.look, keys)
+            self.clock.now += 1800
+        told, = self.events(1)
+        self.assertEqual((told["event"], told["key"], told["expires"]),
+                         ("key_expires", "soon", now + 3600))
+        self.assertIn("the key soon expires in 60 min", self.lines.text())
+
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
         ledger = self.proxy.books.ledger
         ledger.dropped += 7
-        self.on_loop(lambda: self.proxy.watchers.warnings.look(self.proxy.routes, ledger))
+        self.on_loop(self.look)
         told, = self.events(1)
         self.assertEqual((told["event"], told["rows"]), ("ledger_dropped", 7))
 
