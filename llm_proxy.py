@@ -9680,20 +9680,21 @@ class Family(NamedTuple):
     name: str
     kind: str
     help: str
-    samples: List[Tuple[Any, ...]]
+    samples: Iterable[Tuple[Any, ...]]
 
     def lines(self) -> Iterable[str]:
         yield f"# HELP {self.name} {self.help}"
         yield f"# TYPE {self.name} {self.kind}"
         for labels, value, *end in self.samples:
             name = "".join([self.name, *end])
-            text = ",".join([f'{key}="{label_value(of)}"' for key, of in labels.items()])
-            yield f"{name}{{{text}}} {value}" if text else f"{name} {value}"
+            yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
-def label_value(text):
-    shown = visible(clean(text)).replace("\\", r"\\")
-    return shown.replace('"', r"\"").replace("\n", r"\n")
+def labels_of(**values: str) -> str:
+    """Returns labels as they are written; what nobody sees is spelled out."""
+    shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
+             for name, value in values.items()]
+    return ",".join(['%s="%s"' % (name, value.replace('"', r'\"')) for name, value in shown])
 
 
 class Histogram:
@@ -9717,9 +9718,9 @@ class Histogram:
         for number, bound in enumerate(self.bounds):
             self.counts[number] += bisect.bisect_right(times, bound)
 
-    def samples(self, labels: Dict[str, str]):
+    def samples(self, labels: str):
         self.sort_in()
-        rows = [({**labels, "le": bound}, count, "_bucket")
+        rows = [(f'{labels},le="{bound}"', count, "_bucket")
                 for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
         return [*rows, (labels, f"{self.total:.9f}", "_sum"), (labels, self.count, "_count")]
 
@@ -9734,20 +9735,30 @@ class Times:
             one.times for one in self.histograms]
 
 
-class Series:
-    """What calls that have the same labels used, all in all."""
-    __slots__ = ("labels", "times", "calls", "picodollars", *TOKEN_KINDS)
+class Used:
+    """What a caller has used of a model at an upstream."""
+    __slots__ = ("labels", "picodollars", *TOKEN_KINDS)
 
-    def __init__(self, labels: Tuple[str, ...], times: Times):
-        self.labels = dict(zip(CALL_LABELS, labels))
-        self.times = times
-        self.calls = self.picodollars = 0
+    def __init__(self, *values: str):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.picodollars = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
     def add_parts(self, usage: Usage):
         self.cached += usage.cached
         self.cache_write += usage.cache_write
         self.reasoning += usage.reasoning
+
+
+class Series:
+    """How many calls had these labels."""
+    __slots__ = ("labels", "calls", "used", "times")
+
+    def __init__(self, values: Sequence[str], used: Used, times: Times):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.calls = 0
+        self.used = used
+        self.times = times
 
 
 class Metrics(Watcher):
@@ -9761,6 +9772,7 @@ class Metrics(Watcher):
     def __init__(self):
         self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
         self.series: Dict[Tuple[str, ...], Series] = {}
+        self.used: Dict[Tuple[str, ...], Used] = {}
         self.times: Dict[str, Times] = {}
         self.callers: Dict[CallerKey, str] = {}
         self.models: Set[str] = set()
@@ -9774,15 +9786,16 @@ class Metrics(Watcher):
         series.calls += 1
         times, started, first_byte = series.times, entry.started, entry.first_byte
         times.duration.append(entry.ended - started)
+        if usage:
+            used = series.used
+            used.input += usage.input
+            used.output += usage.output
+            used.picodollars += entry.picodollars
+            if usage.cached or usage.reasoning or usage.cache_write:
+                used.add_parts(usage)
         if first_byte is not None:
             times.first_byte.append(first_byte - started)
-        if usage:
-            series.input += usage.input
-            series.output += usage.output
-            series.picodollars += entry.picodollars
-            if usage.cached or usage.reasoning or usage.cache_write:
-                series.add_parts(usage)
-            if first_byte is not None:
+            if usage:
                 times.overhead.append(first_byte - started - entry.held_up)
                 if call.stream and usage.output > 1:
                     times.token.append((entry.ended - first_byte) / (usage.output - 1))
@@ -9805,29 +9818,30 @@ class Metrics(Watcher):
         counted here, too."""
         upstream = entry.upstream or NONE
         rest = upstream, entry.call.dialect.name if entry.call else NONE, entry.outcome
-        labels = (self.caller_label(entry.caller), self.model_label(entry), *rest)
-        if labels not in self.series and len(self.series) >= self.MAX_SERIES:
-            labels = OTHER, OTHER, *rest
-        if labels not in self.series:
+        values = (self.caller_label(entry.caller), self.model_label(entry), *rest)
+        if values not in self.series and len(self.series) >= self.MAX_SERIES:
+            values = OTHER, OTHER, *rest
+        if values not in self.series:
+            used = self.used.setdefault(values[:3], Used(*values[:3]))
             times = self.times.setdefault(upstream, Times())
-            self.series[labels] = Series(labels, times)
+            self.series[values] = Series(values, used, times)
         if len(self.known) >= self.MAX_KNOWN:
             self.known.clear()
         if entry.outcome == LimitReached.outcome:  # these come here each time
             self.note_refusal(entry.cause)
         else:
-            self.known[key] = self.series[labels]
-        return self.series[labels]
+            self.known[key] = self.series[values]
+        return self.series[values]
 
     def caller_label(self, caller):
         if caller is None:
             return NONE
         if caller.key not in self.callers and len(self.callers) < self.MAX_NAMES:
-            self.callers[caller.key] = caller.label
+            self.callers[caller.key] = visible(clean(caller.label))
         return self.callers.get(caller.key, OTHER)
 
     def model_label(self, entry):
-        model = entry.call.upstream_model[:80] if entry.call else ""
+        model = visible(clean(entry.call.upstream_model or "")[:80]) if entry.call else ""
         answered = entry.outcome == "ok" and entry.status == 200
         if model and model not in self.models and answered and len(self.models) < self.MAX_NAMES:
             self.models.add(model)
@@ -9838,69 +9852,59 @@ class Metrics(Watcher):
 
     def families(self) -> List[Family]:
         """Returns what was counted."""
-        series = list(self.series.values())
-        refused = list(self.refused.items())
+        series, used = list(self.series.values()), list(self.used.values())
         found = {
-            "requests_total": [(one.labels, one.calls) for one in series],
-            "tokens_total": [({**labels, "kind": kind}, count)
-                             for labels, counts in self.sums(series, *TOKEN_KINDS)
-                             for kind, count in zip(TOKEN_KINDS, counts) if count],
-            "usd_total": [(labels, format_usd(sums[0]))
-                          for labels, sums in self.sums(series, "picodollars") if sums[0]],
-            "refused_total": [({"rule": rule}, count) for rule, count in refused],
-            "loop_held_seconds_total": [({}, f"{self.held:.6f}")]}
+            "requests_total": ((one.labels, one.calls) for one in series),
+            "tokens_total": ((f'{one.labels},kind="{kind}"', getattr(one, kind))
+                             for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
+            "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
+                          for one in used if one.picodollars),
+            "refused_total": [(labels_of(rule=rule), count)
+                              for rule, count in self.refused.items()],
+            "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
 
     def histogram_families(self):
-        upstreams = list(self.times.items())
         return [Family("llm_proxy_" + name, "histogram", what, [
-            sample for upstream, times in upstreams
-            for sample in times.histograms[number].samples({"upstream": upstream})])
+            sample for upstream, times in self.times.items()
+            for sample in times.histograms[number].samples(labels_of(upstream=upstream))])
             for number, (name, what, _) in enumerate(HISTOGRAMS)]
 
-    @staticmethod
-    def sums(series, *names):
-        """Returns (labels, sums) by caller, model and upstream."""
-        found = {}
-        for one in series:
-            where = tuple(one.labels.values())[:3]
-            before = found.get(where) or [0] * len(names)
-            found[where] = [old + getattr(one, name) for old, name in zip(before, names)]
-        return [(dict(zip(CALL_LABELS, where)), sums) for where, sums in found.items()]
-
     def bucket_families(self, buckets: Buckets) -> List[Family]:
-        """Returns the buckets of callers that are known here, and of nobody, that are not full."""
-        levels, capacities = [], []
-        for key, seen in list(buckets.levels.items()):
+        """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
+        several keys with one name the last one's counts."""
+        levels, capacities = {}, {}
+        for key, seen in buckets.levels.items():
             owners = [self.callers.get(owner) for owner in key[1:]]
             if None not in owners and len(levels) < self.MAX_SERIES:
-                labels = {"rule": seen.rule.text, "caller": " ".join(owners) or NONE}
                 now = buckets.level_of(seen.rule, key)
-                levels.append((labels, format_amount(now.rule, now.level)))
-                capacities.append((labels, format_amount(now.rule, now.rule.capacity)))
+                labels = labels_of(rule=now.rule.text, caller=" ".join(owners) or NONE)
+                levels[labels] = format_amount(now.rule, now.level)
+                capacities[labels] = format_amount(now.rule, now.rule.capacity)
         return [Family("llm_proxy_bucket_level", "gauge",
                        "What is left in buckets that are not full, in USD where a rule counts it",
-                       levels),
-                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most", capacities)]
+                       levels.items()),
+                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
+                       capacities.items())]
 
 
 def upstream_families(routes: Routes) -> List[Family]:
     """Returns how the upstreams are; no address is named."""
-    stats = [(one, {"upstream": one.name}, one.stats()) for one in routes.all]
+    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     states = []
-    for upstream, labels, _ in stats:
-        known = ["disabled"] * len(upstream.addresses) if upstream.disabled else upstream.states()
-        states += [({**labels, "state": state}, known.count(state))
+    for one in routes.all:
+        known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
+        states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
         Family("llm_proxy_upstream_addresses", "gauge",
                "Addresses of an upstream by the state of their breakers; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
-               [(labels, found["in_flight"]) for _, labels, found in stats]),
-        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream", [
-            (labels, found.get("queue", {"waiting": 0})["waiting"])
-            for _, labels, found in stats])]
+               [(labels, found["in_flight"]) for labels, found in stats]),
+        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
+               [(labels, found.get("queue", {"waiting": 0})["waiting"])
+                for labels, found in stats])]
 
 
 def process_families() -> List[Family]:
@@ -9915,7 +9919,7 @@ def process_families() -> List[Family]:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
         found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
-    return [Family("process_" + name, kind, what, [({}, value)])
+    return [Family("process_" + name, kind, what, [("", value)])
             for name, kind, what, value in found]
 
 
@@ -10184,9 +10188,9 @@ class Watchers(NamedTuple):
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
-        dropped = [({"what": name}, one.dropped) for name, one in writers.items() if one]
-        build = {"version": VERSION, "python": "%s %d.%d.%d" % (
-            sys.implementation.name, *sys.version_info[:3])}
+        dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
+        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3]))
         for family in (
                 *self.metrics.families(), *self.metrics.bucket_families(buckets),
                 *upstream_families(routes),

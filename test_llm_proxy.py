@@ -7975,11 +7975,20 @@ class MetricsTest(SignalsCase):
         self.ask(call("sk-1", model="m"))
         self.assertEqual(self.sums("requests_total", 'model="m"', 'outcome="upstream_status"'), 1)
 
+    def test_keys_of_one_name_have_one_sample(self):
+        self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
+                   LIMITS="each 9 requests per day")
+        for key in ("sk-1", "sk-2"):
+            self.ask(call(key))
+        self.assertEqual(self.sums("requests_total", 'caller="alice"'), 2)
+        self.assertEqual(self.sums("bucket_level"), 8)
+
     def test_labels_hold_whatever_a_caller_sends(self):
         models = ('a"b', "a\\b", "a\nb", "\x1b[31m\r\u20ac\ud800", "{,}=", "x" * 200)
         self.start(METRICS="open")
         for model in models:
             self.ask(call(model=model))
+        self.ask(call(model="\\x1b[31m\\x0d\u20ac\\ud800"))  # looks the same
         found = [key for key in self.scrape() if "requests_total" in key]
         self.assertEqual(len(found), len(models))
         for shown in self.each((r'a\"b', r"a\\b", r"a\nb", r"\\x1b[31m\\x0d", "x" * 80 + '"')):
@@ -8006,11 +8015,12 @@ class MetricsTest(SignalsCase):
     def test_a_histogram_counts_what_is_at_most_its_bound(self):
         histogram = llm_proxy.Histogram("0.1 0.5 1")
         histogram.times += [.5, .05, .1, .7, 3]
-        rows = {labels.get("le", end): value for labels, value, end in histogram.samples({})}
+        rows = {labels.partition("le=")[2].strip('"') or end: value
+                for labels, value, end in histogram.samples("a=")}
         self.assertEqual({name: float(value) for name, value in rows.items()}, {
             "0.1": 2, "0.5": 3, "1": 4, "+Inf": 5, "_sum": 4.35, "_count": 5})
         histogram.times += [.2] * 3
-        self.assertEqual(histogram.samples({})[1][1], 6)
+        self.assertEqual(histogram.samples("a=")[1][1], 6)
 
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
         clock = Clock()
