@@ -9634,20 +9634,21 @@ class Family(NamedTuple):
     name: str
     kind: str
     help: str
-    samples: List[Tuple[Any, ...]]
+    samples: Iterable[Tuple[Any, ...]]
 
     def lines(self) -> Iterable[str]:
         yield f"# HELP {self.name} {self.help}"
         yield f"# TYPE {self.name} {self.kind}"
         for labels, value, *end in self.samples:
             name = "".join([self.name, *end])
-            text = ",".join([f'{key}="{label_value(of)}"' for key, of in labels.items()])
-            yield f"{name}{{{text}}} {value}" if text else f"{name} {value}"
+            yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
-def label_value(text):
-    shown = visible(clean(text)).replace("\\", r"\\")
-    return shown.replace('"', r"\"").replace("\n", r"\n")
+def labels_of(**values: str) -> str:
+    """Returns labels as they are written; what nobody sees is spelled out."""
+    shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
+             for name, value in values.items()]
+    return ",".join(['%s="%s"' % (name, value.replace('"', r'\"')) for name, value in shown])
 
 
 class Histogram:
@@ -9671,9 +9672,9 @@ class Histogram:
         for number, bound in enumerate(self.bounds):
             self.counts[number] += bisect.bisect_right(times, bound)
 
-    def samples(self, labels: Dict[str, str]):
+    def samples(self, labels: str):
         self.sort_in()
-        rows = [({**labels, "le": bound}, count, "_bucket")
+        rows = [(f'{labels},le="{bound}"', count, "_bucket")
                 for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
         return [*rows, (labels, f"{self.total:.9f}", "_sum"), (labels, self.count, "_count")]
 
@@ -9688,20 +9689,30 @@ class Times:
             one.times for one in self.histograms]
 
 
-class Series:
-    """What calls that have the same labels used, all in all."""
-    __slots__ = ("labels", "times", "calls", "picodollars", *TOKEN_KINDS)
+class Used:
+    """What a caller has used of a model at an upstream."""
+    __slots__ = ("labels", "picodollars", *TOKEN_KINDS)
 
-    def __init__(self, labels: Tuple[str, ...], times: Times):
-        self.labels = dict(zip(CALL_LABELS, labels))
-        self.times = times
-        self.calls = self.picodollars = 0
+    def __init__(self, *values: str):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.picodollars = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
     def add_parts(self, usage: Usage):
         self.cached += usage.cached
         self.cache_write += usage.cache_write
         self.reasoning += usage.reasoning
+
+
+class Series:
+    """How many calls had these labels."""
+    __slots__ = ("labels", "calls", "used", "times")
+
+    def __init__(self, values: Sequence[str], used: Used, times: Times):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.calls = 0
+        self.used = used
+        self.times = times
 
 
 class Metrics(Watcher):
@@ -9715,6 +9726,7 @@ class Metrics(Watcher):
     def __init__(self):
         self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
         self.series: Dict[Tuple[str, ...], Series] = {}
+        self.used: Dict[Tuple[str, ...], Used] = {}
         self.times: Dict[str, Times] = {}
         self.callers: Dict[CallerKey, str] = {}
         self.models: Set[str] = set()
@@ -9728,15 +9740,16 @@ class Metrics(Watcher):
         series.calls += 1
         times, started, first_byte = series.times, entry.started, entry.first_byte
         times.duration.append(entry.ended - started)
+        if usage:
+            used = series.used
+            used.input += usage.input
+            used.output += usage.output
+            used.picodollars += entry.picodollars
+            if usage.cached or usage.reasoning or usage.cache_write:
+                used.add_parts(usage)
         if first_byte is not None:
             times.first_byte.append(first_byte - started)
-        if usage:
-            series.input += usage.input
-            series.output += usage.output
-            series.picodollars += entry.picodollars
-            if usage.cached or usage.reasoning or usage.cache_write:
-                series.add_parts(usage)
-            if first_byte is not None:
+            if usage:
                 times.overhead.append(first_byte - started - entry.held_up)
                 if call.stream and usage.output > 1:
                     times.token.append((entry.ended - first_byte) / (usage.output - 1))
@@ -9759,29 +9772,30 @@ class Metrics(Watcher):
         counted here, too."""
         upstream = entry.upstream or NONE
         rest = upstream, entry.call.dialect.name if entry.call else NONE, entry.outcome
-        labels = (self.caller_label(entry.caller), self.model_label(entry), *rest)
-        if labels not in self.series and len(self.series) >= self.MAX_SERIES:
-            labels = OTHER, OTHER, *rest
-        if labels not in self.series:
+        values = (self.caller_label(entry.caller), self.model_label(entry), *rest)
+        if values not in self.series and len(self.series) >= self.MAX_SERIES:
+            values = OTHER, OTHER, *rest
+        if values not in self.series:
+            used = self.used.setdefault(values[:3], Used(*values[:3]))
             times = self.times.setdefault(upstream, Times())
-            self.series[labels] = Series(labels, times)
+            self.series[values] = Series(values, used, times)
         if len(self.known) >= self.MAX_KNOWN:
             self.known.clear()
         if entry.outcome == LimitReached.outcome:  # these come here each time
             self.note_refusal(entry.cause)
         else:
-            self.known[key] = self.series[labels]
-        return self.series[labels]
+            self.known[key] = self.series[values]
+        return self.series[values]
 
     def caller_label(self, caller):
         if caller is None:
             return NONE
         if caller.key not in self.callers and len(self.callers) < self.MAX_NAMES:
-            self.callers[caller.key] = caller.label
+            self.callers[caller.key] = visible(clean(caller.label))
         return self.callers.get(caller.key, OTHER)
 
     def model_label(self, entry):
-        model = entry.call.upstream_model[:80] if entry.call else ""
+        model = visible(clean(entry.call.upstream_model or "")[:80]) if entry.call else ""
         answered = entry.outcome == "ok" and entry.status == 200
         if model and model not in self.models and answered and len(self.models) < self.MAX_NAMES:
             self.models.add(model)
@@ -9792,69 +9806,59 @@ class Metrics(Watcher):
 
     def families(self) -> List[Family]:
         """Returns what was counted."""
-        series = list(self.series.values())
-        refused = list(self.refused.items())
+        series, used = list(self.series.values()), list(self.used.values())
         found = {
-            "requests_total": [(one.labels, one.calls) for one in series],
-            "tokens_total": [({**labels, "kind": kind}, count)
-                             for labels, counts in self.sums(series, *TOKEN_KINDS)
-                             for kind, count in zip(TOKEN_KINDS, counts) if count],
-            "usd_total": [(labels, format_usd(sums[0]))
-                          for labels, sums in self.sums(series, "picodollars") if sums[0]],
-            "refused_total": [({"rule": rule}, count) for rule, count in refused],
-            "loop_held_seconds_total": [({}, f"{self.held:.6f}")]}
+            "requests_total": ((one.labels, one.calls) for one in series),
+            "tokens_total": ((f'{one.labels},kind="{kind}"', getattr(one, kind))
+                             for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
+            "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
+                          for one in used if one.picodollars),
+            "refused_total": [(labels_of(rule=rule), count)
+                              for rule, count in self.refused.items()],
+            "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
 
     def histogram_families(self):
-        upstreams = list(self.times.items())
         return [Family("llm_proxy_" + name, "histogram", what, [
-            sample for upstream, times in upstreams
-            for sample in times.histograms[number].samples({"upstream": upstream})])
+            sample for upstream, times in self.times.items()
+            for sample in times.histograms[number].samples(labels_of(upstream=upstream))])
             for number, (name, what, _) in enumerate(HISTOGRAMS)]
 
-    @staticmethod
-    def sums(series, *names):
-        """Returns (labels, sums) by caller, model and upstream."""
-        found = {}
-        for one in series:
-            where = tuple(one.labels.values())[:3]
-            before = found.get(where) or [0] * len(names)
-            found[where] = [old + getattr(one, name) for old, name in zip(before, names)]
-        return [(dict(zip(CALL_LABELS, where)), sums) for where, sums in found.items()]
-
     def bucket_families(self, buckets: Buckets) -> List[Family]:
-        """Returns the buckets of callers that are known here, and of nobody, that are not full."""
-        levels, capacities = [], []
-        for key, seen in list(buckets.levels.items()):
+        """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
+        several keys with one name the last one's counts."""
+        levels, capacities = {}, {}
+        for key, seen in buckets.levels.items():
             owners = [self.callers.get(owner) for owner in key[1:]]
             if None not in owners and len(levels) < self.MAX_SERIES:
-                labels = {"rule": seen.rule.text, "caller": " ".join(owners) or NONE}
                 now = buckets.level_of(seen.rule, key)
-                levels.append((labels, format_amount(now.rule, now.level)))
-                capacities.append((labels, format_amount(now.rule, now.rule.capacity)))
+                labels = labels_of(rule=now.rule.text, caller=" ".join(owners) or NONE)
+                levels[labels] = format_amount(now.rule, now.level)
+                capacities[labels] = format_amount(now.rule, now.rule.capacity)
         return [Family("llm_proxy_bucket_level", "gauge",
                        "What is left in buckets that are not full, in USD where a rule counts it",
-                       levels),
-                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most", capacities)]
+                       levels.items()),
+                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
+                       capacities.items())]
 
 
 def upstream_families(routes: Routes) -> List[Family]:
     """Returns how the upstreams are; no address is named."""
-    stats = [(one, {"upstream": one.name}, one.stats()) for one in routes.all]
+    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     states = []
-    for upstream, labels, _ in stats:
-        known = ["disabled"] * len(upstream.addresses) if upstream.disabled else upstream.states()
-        states += [({**labels, "state": state}, known.count(state))
+    for one in routes.all:
+        known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
+        states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
         Family("llm_proxy_upstream_addresses", "gauge",
                "Addresses of an upstream by the state of their breakers; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
-               [(labels, found["in_flight"]) for _, labels, found in stats]),
-        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream", [
-            (labels, found.get("queue", {"waiting": 0})["waiting"])
-            for _, labels, found in stats])]
+               [(labels, found["in_flight"]) for labels, found in stats]),
+        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
+               [(labels, found.get("queue", {"waiting": 0})["waiting"])
+                for labels, found in stats])]
 
 
 def process_families() -> List[Family]:
@@ -9869,7 +9873,7 @@ def process_families() -> List[Family]:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
         found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
-    return [Family("process_" + name, kind, what, [({}, value)])
+    return [Family("process_" + name, kind, what, [("", value)])
             for name, kind, what, value in found]
 
 
@@ -10033,6 +10037,7 @@ class Warnings(Watcher):
     """Tells the operator what should be known: on the page, by one line in the log, and to a
     webhook; the same of the same at most once in QUIET_SECONDS."""
     QUIET_SECONDS = 3600
+    KEY_SECONDS = 86400  # before its end, of a key that lives longer
     ROOM = 10_000
 
     def __init__(self, clock: Any, log: Log, feed: Feed, webhook: Optional[Poster]):
@@ -10043,6 +10048,7 @@ class Warnings(Watcher):
         self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
         self.down: Set[str] = set()  # the upstreams that are said to be
         self.dropped = 0             # calls that the ledger is said to have lost
+        self.ending: Set[Tuple[str, float]] = set()  # keys that are said to expire, and when
 
     def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
              **about: Any) -> bool:
@@ -10063,7 +10069,7 @@ class Warnings(Watcher):
             self.webhook.record(payload)
         return True
 
-    def look(self, routes: Routes, ledger: Optional[Ledger]):
+    def look(self, routes: Routes, ledger: Optional[Ledger], keys: Iterable[Key]):
         """Look for what no call tells; to be called every few seconds."""
         for upstream in routes.all:
             name = upstream.name
@@ -10074,6 +10080,16 @@ class Warnings(Watcher):
         lost = ledger.dropped - self.dropped if ledger else 0
         if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
             self.dropped = ledger.dropped
+        self.look_at_keys(keys)
+
+    def look_at_keys(self, keys):
+        now, day = self.clock.time_ns() / 1e9, self.KEY_SECONDS
+        ending = {(key.name, key.expires) for key in keys if key.expires and not key.disabled
+                  and now < key.expires < now + day and key.expires - key.created > day}
+        for name, expires in ending - self.ending:
+            line = "the key %s expires in %s" % (name, format_wait(expires - now))
+            self.tell("key_expires", (name,), line, key=name, expires=expires)
+        self.ending = ending
 
     def close(self, wait):
         if self.webhook:
@@ -10126,9 +10142,9 @@ class Watchers(NamedTuple):
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
-        dropped = [({"what": name}, one.dropped) for name, one in writers.items() if one]
-        build = {"version": VERSION, "python": "%s %d.%d.%d" % (
-            sys.implementation.name, *sys.version_info[:3])}
+        dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
+        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3]))
         for family in (
                 *self.metrics.families(), *self.metrics.bucket_families(buckets),
                 *upstream_families(routes),
@@ -13316,6 +13332,7 @@ class ClientConnection:
         if self.reply:
             entry = self.reply.entry
             entry.connect_ms = (entry.connect_ms or 0) + int(seconds * 1000)
+            entry.held_up += seconds
 
     def end_if_idle(self):
         """The server stops. A request that has come whole is answered, an idle connection is
@@ -13741,7 +13758,8 @@ class Server(http.server.ThreadingHTTPServer):
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
         proxy.watchers.metrics.sort_in()
-        proxy.watchers.warnings.look(proxy.routes, proxy.books.ledger)
+        proxy.watchers.warnings.look(
+            proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
 
     def beat(self):
         """Runs every second."""

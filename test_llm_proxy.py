@@ -7998,11 +7998,20 @@ class MetricsTest(SignalsCase):
         self.ask(call("sk-1", model="m"))
         self.assertEqual(self.sums("requests_total", 'model="m"', 'outcome="upstream_status"'), 1)
 
+    def test_keys_of_one_name_have_one_sample(self):
+        self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
+                   LIMITS="each 9 requests per day")
+        for key in ("sk-1", "sk-2"):
+            self.ask(call(key))
+        self.assertEqual(self.sums("requests_total", 'caller="alice"'), 2)
+        self.assertEqual(self.sums("bucket_level"), 8)
+
     def test_labels_hold_whatever_a_caller_sends(self):
         models = ('a"b', "a\\b", "a\nb", "\x1b[31m\r\u20ac\ud800", "{,}=", "x" * 200)
         self.start(METRICS="open")
         for model in models:
             self.ask(call(model=model))
+        self.ask(call(model="\\x1b[31m\\x0d\u20ac\\ud800"))  # looks the same
         found = [key for key in self.scrape() if "requests_total" in key]
         self.assertEqual(len(found), len(models))
         for shown in self.each((r'a\"b', r"a\\b", r"a\nb", r"\\x1b[31m\\x0d", "x" * 80 + '"')):
@@ -8029,11 +8038,12 @@ class MetricsTest(SignalsCase):
     def test_a_histogram_counts_what_is_at_most_its_bound(self):
         histogram = llm_proxy.Histogram("0.1 0.5 1")
         histogram.times += [.5, .05, .1, .7, 3]
-        rows = {labels.get("le", end): value for labels, value, end in histogram.samples({})}
+        rows = {labels.partition("le=")[2].strip('"') or end: value
+                for labels, value, end in histogram.samples("a=")}
         self.assertEqual({name: float(value) for name, value in rows.items()}, {
             "0.1": 2, "0.5": 3, "1": 4, "+Inf": 5, "_sum": 4.35, "_count": 5})
         histogram.times += [.2] * 3
-        self.assertEqual(histogram.samples({})[1][1], 6)
+        self.assertEqual(histogram.samples("a=")[1][1], 6)
 
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
         clock = Clock()
@@ -8238,6 +8248,9 @@ class WarningsTest(SignalsCase):
                    **{**self.KEYS, "WEBHOOK_URL": self.hook.url + "/hook?token=hush",
                       "WARN_AT": "80%,95%", **settings})
 
+    def look(self, keys=()):
+        self.proxy.watchers.warnings.look(self.proxy.routes, self.proxy.books.ledger, keys)
+
     def events(self, count):
         wait_for(lambda: len(self.hook.requests) >= count, "%d events" % count)
         return [asked.json() for asked in self.hook.requests]
@@ -8291,8 +8304,7 @@ class WarningsTest(SignalsCase):
         self.stub.refuse_connections()
         for connection in self.stub.sockets:
             hang_up(connection)
-        look = functools.partial(self.on_loop, lambda: self.proxy.watchers.warnings.look(
-            self.proxy.routes, self.proxy.books.ledger))
+        look = functools.partial(self.on_loop, self.look)
         self.ask(call("sk-1"))
         look()
         look()
@@ -8308,11 +8320,27 @@ class WarningsTest(SignalsCase):
         look()
         self.assertEqual([one["event"] for one in self.events(3)][2:], ["upstream_down"])
 
+    def test_a_key_is_told_of_once_a_day_before_it_expires(self):
+        self.start_warned()
+        now, day = self.clock.time_ns() / 1e9, 86400
+        keys = [llm_proxy.Key(name, created=now - 40 * day, expires=expires, disabled=off)
+                for name, expires, off in (("soon", now + 3600, False), ("never", None, False),
+                                           ("later", now + 2 * day, False),
+                                           ("off", now + 3600, True), ("past", now - 1, False))]
+        keys.append(llm_proxy.Key("short", created=now, expires=now + 900))
+        for _ in range(3):
+            self.on_loop(self.look, keys)
+            self.clock.now += 1800
+        told, = self.events(1)
+        self.assertEqual((told["event"], told["key"], told["expires"]),
+                         ("key_expires", "soon", now + 3600))
+        self.assertIn("the key soon expires in 60 min", self.lines.text())
+
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
         ledger = self.proxy.books.ledger
         ledger.dropped += 7
-        self.on_loop(lambda: self.proxy.watchers.warnings.look(self.proxy.routes, ledger))
+        self.on_loop(self.look)
         told, = self.events(1)
         self.assertEqual((told["event"], told["rows"]), ("ledger_dropped", 7))
 
