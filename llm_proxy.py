@@ -13122,8 +13122,8 @@ async function openAudit() {
 // One's own page: what is left, when there is more, the last calls, a month of days.
 
 async function openMe() {
-  const quota = await (await send("v1/quota")).json(), {today, caller, calls, buckets,
-    warning} = quota;
+  const quota = await (await send("v1/quota?" + new URLSearchParams(timeZone()))).json(), {today,
+    caller, calls, buckets, warning} = quota;
   const doubt = doubts(today), columns = CALLS.filter(([head]) => head !== "Caller");
   model = {upstreams: [], you: {name: caller, role: quota.role}, has_calls: calls.length > 0};
   skew = quota.now - Date.now() / 1000;

@@ -10215,6 +10215,324 @@ class EventsTest(AdminCase):
 
 
 # --------------------------------------------------------------------------------------------------
+# Dashboard: the page, in a real browser
+# --------------------------------------------------------------------------------------------------
+
+class Browser:
+    """Chromium without a window, driven by WebDriver (https://www.w3.org/TR/webdriver2/)."""
+    PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
+    DRIVER = shutil.which("chromedriver")
+    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+    def __init__(self, folder):
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
+            self.port = sock.getsockname()[1]
+        self.process = subprocess.Popen(
+            [self.DRIVER, "--port=%d" % self.port], stdout=subprocess.DEVNULL)
+        self.session = "/session"
+        wait_for(self.is_ready, "chromedriver")
+        options = {"binary": self.PROGRAM, "args": [*self.OPTIONS, "--user-data-dir=" + folder]}
+        made = self.do("POST", "", {"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}}})
+        self.session += "/" + made["sessionId"]
+
+    def is_ready(self):
+        with contextlib.suppress(OSError):
+            return self.ask("GET", "/status")["ready"]
+
+    def ask(self, method, path, payload=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, None if payload is None else json.dumps(payload))
+            found = json.loads(connection.getresponse().read())["value"]
+        if isinstance(found, dict) and "error" in found:
+            raise LookupError("%s: %s" % (payload, found["message"].split("\n")[0]))
+        return found
+
+    def do(self, method, path, payload=None):
+        return self.ask(method, self.session + path, payload)
+
+    def open(self, address):
+        self.do("POST", "/url", {"url": address})
+
+    def run(self, script):
+        """Returns what an expression in the page is."""
+        return self.do("POST", "/execute/sync", {"script": "return " + script, "args": []})
+
+    def find(self, path):
+        """Returns an element by its XPath. Raises LookupError."""
+        found = self.do("POST", "/element", {"using": "xpath", "value": path})
+        return "/element/" + "".join(found.values())
+
+    def log(self, kind):
+        """Returns what was logged since the last time."""
+        return self.do("POST", "/se/log", {"type": kind})
+
+    def close(self):
+        with contextlib.suppress(OSError, LookupError):
+            self.do("DELETE", "")
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+class DashboardTest(AdminCase):
+    """What needs no browser."""
+
+    def test_the_page_may_run_nothing_but_its_own_script(self):
+        self.start()
+        for path in self.each(("/dashboard", "/me")):
+            first, second = [self.ask(request("GET", path)) for _ in range(2)]
+            policy = first.get("content-security-policy")
+            nonce = re.search("script-src 'nonce-([0-9a-f]{32})'", policy)[1]
+            self.assertEqual(first.body.count(b'nonce="%b"' % nonce.encode()), 2)
+            self.assertNotIn(nonce.encode(), second.body)
+            self.assertIn("default-src 'none'", policy)
+            self.assertEqual(first.get("cache-control"), "no-store")
+            self.assertEqual(first.get("content-type"), "text/html; charset=utf-8")
+
+    def test_the_page_is_small_and_makes_no_markup_of_text(self):
+        page = llm_proxy.DASHBOARD
+        self.assertLess(len(page.encode()), 100_000)
+        for word in self.each(("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write",
+                               "eval(", "setAttribute(\"style", "http://", "https://")):
+            text = page.replace("http://www.w3.org/2000/svg", "")
+            self.assertNotIn(word, text)
+
+    @staticmethod
+    def luminance(colour):
+        """https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+        parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = [
+            part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    def contrast(self, *colours):
+        low, high = sorted(map(self.luminance, colours))
+        return (high + 0.05) / (low + 0.05)
+
+    def test_text_stands_out_from_what_is_behind_it(self):
+        rows = re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", llm_proxy.DASHBOARD)
+        colours = {name: pair for name, *pair in rows}
+        self.assertEqual(len(colours), 15)
+        for name, least in self.each((
+                *[(name, 4.5) for name in ("text", "muted", "accent", "good", "warn", "bad")],
+                *[("s%d" % number, 3) for number in range(6)])):
+            for behind in ("page", "surface"):
+                for ours, theirs in zip(colours[name], colours[behind]):
+                    self.assertGreater(self.contrast(ours, theirs), least, (ours, theirs))
+
+
+@unittest.skipUnless(Browser.PROGRAM and Browser.DRIVER, "there is no chromium and chromedriver")
+@unittest.skipUnless(sys.implementation.name == "cpython" and sys.version_info >= (3, 11)
+                     or "BROWSER" in os.environ, "one interpreter is enough for the page")
+class PageTest(AdminCase):
+    KEY = "//main//tr[td[1]//*[.='ann']]"
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        cls.addClassCleanup(folder.cleanup)
+        cls.browser = Browser(folder.name)
+        cls.addClassCleanup(cls.browser.close)
+
+    def start(self, *arguments, **settings):
+        settings = {"DATABASE": new_path(self, "llm_proxy.db"), **settings}
+        super().start(*arguments, **settings)
+        self.place = "http://127.0.0.1:%d" % self.address[1]
+        self.addCleanup(self.leave)
+
+    def leave(self):
+        """Nothing was wrong in the browser, and nobody else was asked."""
+        self.browser.open("about:blank")
+        wrong = [row["message"] for row in self.browser.log("browser") if row["level"] == "SEVERE"]
+        self.assertEqual([text for text in wrong if "the server responded with" not in text], [])
+        events = [json.loads(row["message"])["message"] for row in self.browser.log("performance")]
+        asked = [event["params"]["request"]["url"] for event in events
+                 if event["method"] == "Network.requestWillBeSent"]
+        self.assertEqual([url for url in asked if not url.startswith((
+            self.place + "/", "chrome:", "about:", "data:"))], [])
+
+    def until(self, act):
+        """Returns what `act` does, once it can be done."""
+        fault, end = "it is not so", time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                found = act()
+                if found is not False:
+                    return found
+            except LookupError as failure:
+                fault = failure
+            time.sleep(0.02)
+        self.fail("%s; the page: %s" % (fault, self.text()))
+
+    def text(self):
+        return self.browser.run("document.body.innerText")
+
+    def see(self, *texts):
+        for text in texts:
+            self.until(lambda: text in self.text())
+
+    def click(self, name, within="//*"):
+        """Click on the button or link of this name."""
+        path = within + "//*[self::button or self::a or self::summary][normalize-space()='%s']"
+        self.until(lambda: self.browser.do(
+            "POST", self.browser.find(path % name) + "/click", {}) is None)
+
+    def enter(self, name, text):
+        """Put text into the field of this name."""
+        field = self.until(lambda: self.browser.find("//main//input[@name='%s']" % name))
+        self.browser.do("POST", field + "/clear", {})
+        self.browser.do("POST", field + "/value", {"text": text})
+
+    def log_in(self, key=ADMIN, path="/dashboard"):
+        self.browser.open(self.place + path)
+        self.enter("key", key)
+        self.click("Log in")
+        self.see("Log out")
+
+    def test_a_call_is_seen_while_it_runs_and_opened_when_it_has_ended(self):
+        self.start()
+        self.stub.answer = None
+        self.log_in()
+        self.see("0 running calls", "No call has come yet")
+        client, asked = self.begin(event(1), key="ann", model="gemma")
+        self.see("1 running call", "gemma", "streaming")
+        asked.send(chunk(b"data: [DONE]\n\n") + LAST)
+        client.rest()
+        self.see("ended: ok", "0 running calls")
+        self.click("Calls")
+        self.see("gemma")
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.see("Mostly", "first byte", self.entry()["id"])
+
+    def made_key(self):
+        self.see("The key of ann, shown only now")
+        return self.browser.run("document.querySelector('pre').textContent")
+
+    def test_a_key_is_made_used_filled_paused_and_rotated(self):
+        self.start()
+        self.log_in()
+        self.click("Keys")
+        before = self.proxy.callers
+        self.enter("name", "ann")
+        self.enter("limits", "5 requests per day")
+        self.click("Make key")
+        first = self.made_key()
+        wait_for(lambda: self.proxy.callers is not before, "the key")
+        self.assertEqual(self.ask(call(first)).status, 200)
+        self.click("Callers")
+        self.see("4 of 5 requests")
+        self.ask(call(first))
+        self.see("3 of 5 requests")
+        self.click("Give", self.KEY)
+        self.enter("amount", "1")
+        self.click("Give", self.KEY + "//form")
+        self.see("4 of 5 requests", "ann got 1 requests more.")
+        self.click("Pause", self.KEY)
+        self.see("0 running calls of ann will go on; new ones get 401.")
+        self.click("Pause", self.KEY + "//form")
+        self.see("ann is paused.")
+        wait_for(lambda: self.ask(call(first)).status == 401, "the pause")
+        self.click("Resume", self.KEY)
+        wait_for(lambda: self.ask(call(first)).status == 200, "the end of the pause")
+        self.click("Keys")
+        self.click("Rotate", self.KEY)
+        self.click("Rotate", self.KEY + "//form")
+        second = self.made_key()
+        wait_for(lambda: self.ask(call(second)).status == 200, "the other key")
+        self.assertEqual(self.ask(call(first)).status, 200)
+        self.click("Audit")
+        self.see("ADMIN_KEY", "ann")
+
+    def test_an_upstream_is_tested_and_disabled(self):
+        self.start(says(b'{"data": [{"id": "gemma"}]}'))
+        self.log_in()
+        self.click("Upstreams")
+        self.click("Test")
+        self.see("1 model")
+        self.click("Disable")
+        self.click("Disable", "//main//form")
+        self.see("base disabled")
+        self.assertEqual(self.ask(call()).status, 404)
+        self.click("Enable")
+        self.see("base up")
+
+    def test_usage_is_drawn_for_the_range_that_was_chosen(self):
+        self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
+        self.ask(call("ann"))
+        self.log_in()
+        self.click("Usage")
+        self.click("day")
+        self.click("tokens")
+        self.see("Tokens by caller, last 24 hours", "1,234", "so far")
+        self.assertIn("range=day", self.browser.run("location.hash"))
+        self.assertGreater(self.browser.run("document.querySelectorAll('#chart rect.s1').length"), 0)
+        chart = self.browser.find("//main//*[@id='chart']")
+        self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
+        self.see("Total")
+
+    def test_a_viewer_sees_nothing_that_changes_anything(self):
+        self.start()
+        self.ask(call("ann"))
+        self.log_in(VIEWER)
+        for tab, text in self.each((("Callers", "1 caller"), ("Keys", "keys add alice"),
+                                    ("Upstreams", "base"), ("Audit", "Nothing was changed"))):
+            self.click(tab)
+            self.see(text)
+            found = self.browser.run(
+                "[...document.querySelectorAll('main button')].map(one => one.textContent)")
+            self.assertEqual(found, [])
+
+    def test_a_wrong_key_and_that_of_a_caller_are_told_so(self):
+        self.start(PROXY_API_KEYS="ann=sk-ann")
+        self.browser.open(self.place + "/dashboard")
+        for key, text in (("guess", "No such key"), ("sk-ann", "may call, but not look here")):
+            self.enter("key", key)
+            self.click("Log in")
+            self.see(text)
+
+    def test_a_caller_sees_what_it_has_left(self):
+        self.start(PROXY_API_KEYS="ann=sk-ann", LIMITS="each 5 requests per day")
+        self.ask(call("sk-ann"))
+        self.log_in("sk-ann", "/me")
+        self.see("What ann has left", "4 of 5 requests, full in", "1 call", "Last calls")
+
+    EVIL = "<img src=x onerror=alert(1)></script>\"'>"
+
+    def test_what_others_said_is_text(self):
+        self.start(says(json.dumps({"error": {"message": self.EVIL}}).encode(), "400 Bad"))
+        self.ask(call("ann", "User-Agent: " + self.EVIL, model=self.EVIL))
+        self.log_in()
+        self.click("Calls")
+        self.see(self.EVIL)
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.see("Mostly")
+        self.click("Usage")
+        self.click("model")
+        self.see(self.EVIL)
+        self.admin("POST", "/keys", {"name": "ann", "note": self.EVIL})
+        self.click("Keys")
+        self.see(self.EVIL)
+        self.assertEqual(self.browser.run("document.querySelectorAll('main img').length"), 0)
+
+    def test_a_lost_connection_is_told_and_found_again(self):
+        self.start()
+        self.log_in()
+        self.see("0 running calls")
+        feed = self.proxy.watchers[0]
+        with mock.patch.object(llm_proxy.Admin, "events", side_effect=llm_proxy.Overloaded):
+            self.on_loop(setattr, feed, "closed", True)
+            self.on_loop(feed.wake)
+            self.see("reconnecting, as of")
+        self.on_loop(setattr, feed, "closed", False)
+        self.until(lambda: "reconnecting" not in self.text())
+        self.ask(call("ann"))
+        self.see("ended: ok")
+
+
+# --------------------------------------------------------------------------------------------------
 # Server: connections of clients
 # --------------------------------------------------------------------------------------------------
 
