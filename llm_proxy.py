@@ -4006,9 +4006,8 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_END = re.compile(
-    rb'"usage"\s*:\s*\{((?:\s*"\w+_tokens"\s*:\s*[0-9]{1,9}\s*,?){3})\s*\}[^{}]*\}\s*')
-USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]+)')
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})\s*,?'
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4078,11 +4077,9 @@ class OpenAI(Dialect):
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        counts = dict(USUAL_COUNT.findall(end[1])) if end else ()
-        if len(counts) == 3:
-            prompt, output = int(counts[b"prompt"]), int(counts[b"completion"])
-            if prompt + output == int(counts[b"total"]):
-                return Usage(prompt, output, model=model)
+        counts = dict(zip(end.groups()[::2], map(int, end.groups()[1::2]))) if end else ()
+        if len(counts) == 3 and counts[b"prompt"] + counts[b"completion"] == counts[b"total"]:
+            return Usage(counts[b"prompt"], counts[b"completion"], model=model)
         return None
 
     def usage(self, counts, model=None, tier=None):
