@@ -3877,9 +3877,9 @@ def without_masks(query):
 def fault_status(value):
     """Returns the status of an error in a response: what it says itself, else 400 where its kind is
     one that speaks of the caller, and 502."""
-    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
-    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
-    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
+    words = " ".join([str(dig(value, key)) for key in ("code", "status", "status_code", "type")])
+    told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
+    return int(told[0]) if told else 400 if BLAMELESS.search(words) else 502
 
 
 def is_name(value):
@@ -4116,9 +4116,9 @@ class Dialect:
     def served(self, payload: JsonObject) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
-        if type(model) is str and is_name(model):
+        if is_name(model):
             tier = payload.get(self.TIERS[0])
-            return model, tier if tier and is_name(tier) else None
+            return model, tier if is_name(tier) else None
         for part in self.parts(payload):
             if self.SERVED in part:
                 return self.served(part)
@@ -4188,8 +4188,7 @@ class Dialect:
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        tiers = [tier, *map(counts.get, self.TIERS)]
-        tiers = dict.fromkeys(filter(is_name, tiers)) if any(tiers) else ()
+        tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
@@ -4225,9 +4224,8 @@ class Dialect:
 
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * self.MONEY[name]
-                for part in parts if not self.MONEY.keys().isdisjoint(part)
-                for name in self.MONEY.keys() & part.keys() if is_money(part[name])]
+        told = [part[name] * unit for part in parts for name, unit in self.MONEY.items()
+                if is_money(part.get(name))]
         if not told:
             return None
         own = dig(parts[0], "cost_details", "upstream_inference_cost")
