@@ -110,6 +110,7 @@ VERSION = "0.1.0"
 # --------------------------------------------------------------------------------------------------
 
 Texts = Dict[str, str]
+JsonObject = Dict[str, Any]
 
 
 class Setting:
@@ -3050,7 +3051,7 @@ def cut_text(value, sizes):
     return value if size is None else CutText.of(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]],
+def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], JsonObject],
                    parse_int: Callable[[str], int] = short_integer) -> json.JSONDecoder:
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
@@ -3101,7 +3102,7 @@ def decode_json(data, decoder=PLAIN_JSON):
     raise ValueError("not valid JSON")
 
 
-def parse_json(body: bytes) -> Dict[str, Any]:
+def parse_json(body: bytes) -> JsonObject:
     """Reads a JSON object in UTF-8 (RFC 8259); raises BadRequest for anything else that json.loads
     would take or choke on."""
     return JsonBody(body).parse()
@@ -3159,7 +3160,7 @@ class JsonBody:
             end = data.find(b'"', end + MEDIA_BYTES)
         return b"".join((*pieces, data[taken:]))
 
-    def parse(self) -> Dict[str, Any]:
+    def parse(self) -> JsonObject:
         """Raises BadRequest."""
         decoder, parse_int = STRICT_JSON, short_integer
         if HAS_SCANNER and len(self.short) > 2 * MANY_NUMBERS and (
@@ -3200,7 +3201,7 @@ class JsonBody:
             end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
         return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
 
-    def spell(self, payload: Dict[str, Any]) -> bytes:
+    def spell(self, payload: JsonObject) -> bytes:
         """Returns a changed payload as JSON."""
         return self.whole(to_json_bytes(payload))
 
@@ -3217,7 +3218,7 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def object_in(data: bytes) -> Dict[str, Any]:
+def object_in(data: bytes) -> JsonObject:
     """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
     none."""
     try:
@@ -3418,7 +3419,7 @@ class EventFraming(NamedTuple):
         prefix = self.prefix.rstrip()  # others leave out the space
         return line[len(prefix):] if line.startswith(prefix) else None
 
-    def payload(self, event: bytes) -> Dict[str, Any]:
+    def payload(self, event: bytes) -> JsonObject:
         """Returns the JSON object of an event or its line, {} where there is none."""
         return object_in(self.all_data(event))
 
@@ -3507,7 +3508,7 @@ class Call(Billable):
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects: Optional[List[Dict[str, Any]]] = None
+    objects: Optional[List[JsonObject]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3518,7 +3519,7 @@ class Call(Billable):
         self.stored = stored
         self.path = path
         self.query = query
-        self.payload: Dict[str, Any] = {}
+        self.payload: JsonObject = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
 
     def __repr__(self) -> str:
@@ -3568,13 +3569,16 @@ class Call(Billable):
         if self.put_model:
             self.upstream_body = self.body if model == self.model else self.put_model(model)
             return
-        named = [one["model"] for one in self.holders() if is_name(one.get("model"))]
-        names = list(map(rename, named))
+        renamed = json.loads(to_json_bytes(payload))
+        named = []
+        for one in objects_in(renamed):
+            if is_name(one.get("model")):
+                named.append(one["model"])
+                one["model"] = rename(one["model"])
         if named != [self.model]:
-            self.models = tuple(self.dialect.few([*self.models, *names]))
-        if named != names:
-            payload = json.loads(to_json_bytes(payload), object_hook=lambda one: (
-                {**one, "model": rename(one["model"])} if is_name(one.get("model")) else one))
+            self.models = tuple(self.dialect.few([*self.models, *map(rename, named)]))
+        if renamed != payload:
+            payload = renamed
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
         self.spell(payload)
@@ -3762,7 +3766,7 @@ class Model(NamedTuple):
     """A model in a list: its name for callers, and its row as an upstream of `dialect` has it."""
     name: str
     dialect: Optional["Dialect"] = None
-    facts: Dict[str, Any] = {}
+    facts: JsonObject = {}
 
 
 # Keys at which a payload names what an upstream stores
@@ -3851,9 +3855,9 @@ def without_masks(query):
 def fault_status(value):
     """Returns the status of an error in a response: what it says itself, else 400 where its kind is
     one that speaks of the caller, and 502."""
-    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
-    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
-    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
+    words = " ".join([str(dig(value, key)) for key in ("code", "status", "status_code", "type")])
+    told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
+    return int(told[0]) if told else 400 if BLAMELESS.search(words) else 502
 
 
 def is_name(value):
@@ -4087,12 +4091,12 @@ class Dialect:
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
 
-    def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+    def served(self, payload: JsonObject) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
-        if type(model) is str and is_name(model):
+        if is_name(model):
             tier = payload.get(self.TIERS[0])
-            return model, tier if tier and is_name(tier) else None
+            return model, tier if is_name(tier) else None
         for part in self.parts(payload):
             if self.SERVED in part:
                 return self.served(part)
@@ -4110,7 +4114,7 @@ class Dialect:
         """Returns whether an event ends its stream."""
         return payload.get(self.LAST_KEY) in self.LAST_TYPES
 
-    def fault(self, payload: Dict[str, Any]) -> int:
+    def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
         for part in (payload, *self.parts(payload)):
@@ -4142,7 +4146,7 @@ class Dialect:
                     return found
         return {}
 
-    def usage(self, counts: Dict[str, Any], model: Optional[str] = None,
+    def usage(self, counts: JsonObject, model: Optional[str] = None,
               tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
         told = self.plain_usage(counts, model, tier)
@@ -4162,8 +4166,7 @@ class Dialect:
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        tiers = [tier, *map(counts.get, self.TIERS)]
-        tiers = dict.fromkeys(filter(is_name, tiers)) if any(tiers) else ()
+        tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
@@ -4199,9 +4202,8 @@ class Dialect:
 
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * self.MONEY[name]
-                for part in parts if not self.MONEY.keys().isdisjoint(part)
-                for name in self.MONEY.keys() & part.keys() if is_money(part[name])]
+        told = [part[name] * unit for part in parts for name, unit in self.MONEY.items()
+                if is_money(part.get(name))]
         if not told:
             return None
         own = dig(parts[0], "cost_details", "upstream_inference_cost")
@@ -4373,9 +4375,8 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_END = re.compile(
-    rb'"usage"\s*:\s*\{((?:\s*"\w+_tokens"\s*:\s*[0-9]{1,9}\s*,?){3})\s*\}[^{}]*\}\s*')
-USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]+)')
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})\s*,?'
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4445,11 +4446,9 @@ class OpenAI(Dialect):
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        counts = dict(USUAL_COUNT.findall(end[1])) if end else ()
-        if len(counts) == 3:
-            prompt, output = int(counts[b"prompt"]), int(counts[b"completion"])
-            if prompt + output == int(counts[b"total"]):
-                return Usage(prompt, output, model=model)
+        counts = dict(zip(end.groups()[::2], map(int, end.groups()[1::2]))) if end else ()
+        if len(counts) == 3 and counts[b"prompt"] + counts[b"completion"] == counts[b"total"]:
+            return Usage(counts[b"prompt"], counts[b"completion"], model=model)
         return None
 
     def usage(self, counts, model=None, tier=None):
@@ -5057,7 +5056,7 @@ class UsageReader(UsageSource):
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
-        self.counts: Dict[str, Any] = {}
+        self.counts: JsonObject = {}
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -5151,7 +5150,7 @@ class UsageReader(UsageSource):
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
-    def front(self, data: bytes) -> Dict[str, Any]:
+    def front(self, data: bytes) -> JsonObject:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
         for key in (self.dialect.usage_key, "model"):
@@ -5179,7 +5178,7 @@ class UsageReader(UsageSource):
             rest = data[found[-1].end():] if found else data
             self.final = False if self.count_characters(rest) else None
 
-    def note(self, payload: Dict[str, Any]) -> None:
+    def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
         if type(counts) is dict and counts:
