@@ -846,6 +846,8 @@ class Config(types.SimpleNamespace):
         if self.proxy_api_keys and new.proxy_api_keys is None:
             raise ConfigFaults("PROXY_API_KEYS must not be unset while it runs: anyone opens the"
                                " door to all")
+        if self.keys_are_stored:
+            new.note_stored_keys()
         for name in self.RELOADED:
             self.texts[name] = new.texts.get(name)
             setattr(self, name.lower(), getattr(new, name.lower()))
@@ -870,7 +872,8 @@ class Config(types.SimpleNamespace):
     def is_open(self) -> bool:
         """Tells whether others than this machine may call without a key, be it by a proxy here."""
         is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
+        return self.proxy_api_keys is None and not self.keys_are_stored and (
+            not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which

@@ -8672,14 +8672,16 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses("x"), [401])
         self.start(DATABASE=self.path)
         self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
-        self.assertEqual(self.proxy.config.web_origins, ("*",))
+        self.assertEqual(self.proxy.config.cors_origins, ("*",))
 
     def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
-        config = read_config({"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"})
+        settings = {"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"}
+        config = read_config(settings)
         self.assertEqual(config.host, "127.0.0.1")
         config.note_stored_keys()
         self.assertEqual(config.host, "0.0.0.0")
         self.assertEqual(config.warnings(), [])
+        self.assertEqual(config.take(read_config(settings)), [])  # nothing has changed
 
     def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
         for policy, act in self.each(itertools.product(
@@ -11175,7 +11177,7 @@ class CommandsTest(ProcessCase):
         path = new_path(self, "books.db")
         with contextlib.closing(llm_proxy.Database(path).connection) as connection:
             stream = io.BytesIO()
-            with mock.patch.object(llm_proxy.Database, "WAIT_SECONDS", 0.01):
+            with mock.patch.object(llm_proxy, "WAIT_SECONDS", 0.01):
                 connection.execute("BEGIN EXCLUSIVE")
                 with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
                     llm_proxy.open_patiently(stream, path, None)
