@@ -654,6 +654,7 @@ def run_and_measure(handle):
 
 class ProxyCase(TableCase):
     """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends."""
+    proxy = None
 
     @classmethod
     def setUpClass(cls):
@@ -675,6 +676,8 @@ class ProxyCase(TableCase):
     def run_proxy(self, config, clock):
         database = None
         if config.database != "off":
+            if self.proxy and self.proxy.config.database == config.database:  # a restart
+                self.proxy.books.close(PATIENCE)
             database = llm_proxy.open_for_service(config.database)
         self.lines = Lines()
         self.tracebacks = 0
