@@ -10551,7 +10551,7 @@ class ServerTest(ServerCase):
         self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
-        said = re.compile(r"the event loop was held for 0\.\d\d s by serve, line \d")
+        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d")
 
         def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
