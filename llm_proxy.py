@@ -10562,9 +10562,10 @@ class Reply:
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
         few bytes, or, where only closing ends the body, a reset. A stream whose head was ours is
         told `why`, where there is room for that, and ends properly: a broken one would hide it."""
-        self.close_after = True
         told = self.early and self.tell(why)
         self.reset = self.until_close and not told
+        if why.close_after or not (told and self.body_is_taken()):
+            self.close_after = True
 
     def tell(self, why):
         """Say `why` and end the stream; returns False where there is no room for it."""

@@ -5329,6 +5329,7 @@ class EarlyStreamTest(WaitingCase):
             entry = self.entry(number)
             self.assertEqual(entry["bytes"], len(client.answered.body))
             self.assertGreater(entry["first_ms"], 40)
+            self.assertEqual(client.exchange(HEALTH).status, 200)  # it came to a proper end
 
     def test_a_stream_that_breaks_off_later_is_told_so_between_two_events(self):
         """Half an event that was held back, to look for usage, is not mistaken for a whole one."""
