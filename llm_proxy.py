@@ -9874,7 +9874,7 @@ TRACEPARENT = re.compile(  # https://www.w3.org/TR/trace-context; 00 has nothing
     "(?!ff|00.{53}.)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
     "(?:-.*)?")
 SEMANTIC_CONVENTIONS = "1.41.0"
-CLIENT, FAILED = 3, 2  # a span's kind and status
+SPAN_OF_CLIENT, SPAN_FAILED = 3, 2  # a span's kind and status
 # The names of those conventions, and ours, each with what of a call it tells.
 ATTRIBUTES = {
     "http.request.method": "method",
@@ -9971,12 +9971,12 @@ class Traces(Watcher):
             "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
             "name": " ".join(filter(None, (
                 facts["operation"] or facts["method"], facts["model"]))),
-            "kind": CLIENT, "startTimeUnixNano": str(entry.wall - took),
+            "kind": SPAN_OF_CLIENT, "startTimeUnixNano": str(entry.wall - took),
             "endTimeUnixNano": str(entry.wall), "attributes": self.attributes(named)}
         if trace.parent:
             found["parentSpanId"] = trace.parent
         if facts["error"]:
-            found["status"] = {"code": FAILED}
+            found["status"] = {"code": SPAN_FAILED}
         return found
 
     def facts(self, entry):
