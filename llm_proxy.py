@@ -846,6 +846,8 @@ class Config(types.SimpleNamespace):
         if self.proxy_api_keys and new.proxy_api_keys is None:
             raise ConfigFaults("PROXY_API_KEYS must not be unset while it runs: anyone opens the"
                                " door to all")
+        if self.keys_are_stored:
+            new.note_stored_keys()
         for name in self.RELOADED:
             self.texts[name] = new.texts.get(name)
             setattr(self, name.lower(), getattr(new, name.lower()))
@@ -10582,9 +10584,10 @@ class Reply:
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
         few bytes, or, where only closing ends the body, a reset. A stream whose head was ours is
         told `why`, where there is room for that, and ends properly: a broken one would hide it."""
-        self.close_after = True
         told = self.early and self.tell(why)
         self.reset = self.until_close and not told
+        if why.close_after or not (told and self.body_is_taken()):
+            self.close_after = True
 
     def tell(self, why):
         """Say `why` and end the stream; returns False where there is no room for it."""

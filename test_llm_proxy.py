@@ -654,6 +654,7 @@ def run_and_measure(handle):
 
 class ProxyCase(TableCase):
     """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends."""
+    proxy = None
 
     @classmethod
     def setUpClass(cls):
@@ -675,6 +676,8 @@ class ProxyCase(TableCase):
     def run_proxy(self, config, clock):
         database = None
         if config.database != "off":
+            if self.proxy and self.proxy.config.database == config.database:  # a restart
+                self.proxy.books.close(PATIENCE)
             database = llm_proxy.open_for_service(config.database)
         self.lines = Lines()
         self.tracebacks = 0
@@ -5333,6 +5336,7 @@ class EarlyStreamTest(WaitingCase):
             entry = self.entry(number)
             self.assertEqual(entry["bytes"], len(client.answered.body))
             self.assertGreater(entry["first_ms"], 40)
+            self.assertEqual(client.exchange(HEALTH).status, 200)  # it came to a proper end
 
     def test_a_stream_that_breaks_off_later_is_told_so_between_two_events(self):
         """Half an event that was held back, to look for usage, is not mistaken for a whole one."""
@@ -8714,11 +8718,13 @@ class KeysTest(KeysCase):
         self.assertEqual(self.proxy.config.cors_origins, ("*",))
 
     def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
-        config = read_config({"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"})
+        settings = {"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"}
+        config = read_config(settings)
         self.assertEqual(config.host, "127.0.0.1")
         config.note_stored_keys()
         self.assertEqual(config.host, "0.0.0.0")
         self.assertEqual(config.warnings(), [])
+        self.assertEqual(config.take(read_config(settings)), [])  # nothing has changed
 
     def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
         for policy, act in self.each(itertools.product(
@@ -10918,7 +10924,7 @@ class ServerTest(ServerCase):
         self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
-        said = re.compile(r"the event loop was held for 0\.\d\d s by serve, line \d")
+        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d")
 
         def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
@@ -11549,7 +11555,7 @@ class CommandsTest(ProcessCase):
         path = new_path(self, "books.db")
         with contextlib.closing(llm_proxy.Database(path).connection) as connection:
             stream = io.BytesIO()
-            with mock.patch.object(llm_proxy.Database, "WAIT_SECONDS", 0.01):
+            with mock.patch.object(llm_proxy, "WAIT_SECONDS", 0.01):
                 connection.execute("BEGIN EXCLUSIVE")
                 with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
                     llm_proxy.open_patiently(stream, path, None)
