@@ -907,8 +907,7 @@ class FileTest(TableCase):
     def test_no_name_of_the_module_is_given_twice(self):
         """Each statement may use its own again, as in a comprehension."""
         names = [name for statement in ast.parse(source()).body
-                 for name in set(names_of(statement)) if isinstance(getattr(llm_proxy, name, None), (
-                     str, bytes, int, float, tuple, list, dict, type, types.FunctionType))]
+                 for name in set(names_of(statement)) if hasattr(llm_proxy, name)]
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
         self.assertEqual(twice, [])
 
@@ -7674,7 +7673,7 @@ class SumsTest(TableCase):
             self.reader.days("a", utc, now)
             for question in (self.reader.hours, functools.partial(self.reader.today, utc)):
                 question(now)
-            self.assertTrue(self.reader.has_calls() and self.reader.seen())
+            self.assertTrue(self.reader.seen())
             for by in ("caller", "day"):
                 options = types.SimpleNamespace(since="36h", by=[by], id=None, caller=None)
                 llm_proxy.read_usage(self.path, options, now)
