@@ -11676,7 +11676,8 @@ class Admin:
 
     @staticmethod
     def send_json(reply, found, status=200):
-        reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+        reply.send(status, to_json_bytes(found),
+                   ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"])
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
@@ -11691,9 +11692,21 @@ class Admin:
     async def in_pool(self, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
         context = reply.context
+        answered = context.loop.create_future()
+
+        def deliver(job):
+            failure = job.exception()
+            if answered.done():  # nobody waits for it any more
+                return
+            if failure:
+                answered.set_exception(failure)
+            else:
+                answered.set_result(job.result())
+
         job = context.loop.run_in_executor(self.pool, act, *arguments)
+        job.add_done_callback(deliver)
         try:
-            return await context.wait(job, self.POOL_SECONDS, "the database")
+            return await context.wait(answered, self.POOL_SECONDS, "the database")
         except TimeoutError:
             raise Overloaded() from None
         except (sqlite3.Error, DatabaseFault):

@@ -10156,6 +10156,23 @@ class AdminBooksTest(AdminCase):
             self.assertEqual(answered.status, 503)
             self.assertIn("DATABASE is off", answered.error()["message"])
 
+    def test_who_leaves_before_the_database_has_answered_leaves_nothing_behind(self):
+        self.start()
+        asked, leaves = threading.Event(), threading.Event()
+
+        def slow(*_):
+            asked.set()
+            leaves.wait(PATIENCE)
+            raise sqlite3.OperationalError("disk I/O error")
+
+        with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
+            client = self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
+            self.assertTrue(asked.wait(PATIENCE))
+            client.reset()
+            wait_for(lambda: not self.server.open, "its end")
+            leaves.set()
+            self.assertEqual(self.admin("GET", "/usage").status, 503)
+
     def test_what_is_asked_for_wrongly_is_told(self):
         self.start()
         for path in self.each("""/calls?before=x  /calls?slow=x  /usage?step=year  /usage?by=x
