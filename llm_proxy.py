@@ -13973,8 +13973,17 @@ def shown(name, text):
     return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
+def ask_for_stored_keys(config):
+    """Notes whether keys are stored, as a start would."""
+    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
+        with contextlib.closing(Database(config.database, reading=True)) as database:
+            if database.is_closed():
+                config.note_stored_keys()
+
+
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
+    ask_for_stored_keys(config)
     for name, text in config.texts.items():
         print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
@@ -14493,6 +14502,8 @@ def keys_command(options, found, log_stream):
     path = found.get("DATABASE", DEFAULT_DATABASE)
     if path == "off":
         raise ConfigFaults("keys are stored in DATABASE, and that is off")
+    if not os.path.exists(path):
+        print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
     store = KeyStore(database, time, Actor(
         found.get("USER", "somebody"), "admin", "command line"))
