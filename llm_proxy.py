@@ -422,8 +422,8 @@ age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
 def read_amount(text, unit):
     """Returns an amount of a unit, of money in picodollars."""
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
-    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be in requests, tokens,"
-            " input_tokens, output_tokens or usd, and above 0")
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
+            " of requests, tokens, input_tokens, output_tokens or usd")
     return read_rule("each %s %s per day" % (text, unit)).capacity
 
 
@@ -1755,11 +1755,7 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        if not found:
-            with contextlib.suppress(ValueError):
-                ipaddress.ip_network(label)
-                return [Caller(("address", label), label)]
-        return list(found.values())
+        return list(found.values()) or [Caller(("address", label), label)]
 
 
 class Origins:
@@ -14010,8 +14006,17 @@ def shown(name, text):
     return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
+def ask_for_stored_keys(config):
+    """Notes whether keys are stored, as a start would."""
+    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
+        with contextlib.closing(Database(config.database, reading=True)) as database:
+            if database.is_closed():
+                config.note_stored_keys()
+
+
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
+    ask_for_stored_keys(config)
     for name, text in config.texts.items():
         print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
@@ -14530,6 +14535,8 @@ def keys_command(options, found, log_stream):
     path = found.get("DATABASE", DEFAULT_DATABASE)
     if path == "off":
         raise ConfigFaults("keys are stored in DATABASE, and that is off")
+    if not os.path.exists(path):
+        print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
     store = KeyStore(database, time, Actor(
         found.get("USER", "somebody"), "admin", "command line"))

@@ -11191,6 +11191,7 @@ class KeysCommandTest(ProcessCase):
     def setUp(self):
         self.folder = new_path(self)
         self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
+        llm_proxy.Database(self.settings["DATABASE"]).close()
 
     def keys(self, *arguments, **settings):
         """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
@@ -11226,6 +11227,19 @@ class KeysCommandTest(ProcessCase):
         found, = json.loads(self.keys("list", "--json")[1])
         self.assertEqual((found["name"], found["disabled"]), ("ann", False))
         self.assertEqual(found["expires"] - found["created"], 30 * 86400)
+
+    def test_a_database_that_no_proxy_has_is_said(self):
+        code, out, err = self.keys("list", DATABASE=os.path.join(self.folder, "other.db"))
+        self.assertEqual((code, out), (0, "no keys yet\n"))
+        self.assertRegex(err, r"\ADATABASE \S+other.db is made now: no proxy that runs has it\n\Z")
+
+    def test_check_knows_of_stored_keys(self):
+        for policy, warned in self.each((("pass", True), ("own", False))):
+            _, out, _ = self.command(
+                "--check", BASE_API_URL="http://127.0.0.1:1", **self.settings).finish()
+            self.assertRegex(out, "(?m)^STORED +%s$" % policy)
+            self.assertEqual("warning: callers are not checked" in out, warned)
+            self.keys("add", "ann")
 
     def test_only_a_new_secret_is_on_standard_output(self):
         for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
