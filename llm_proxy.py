@@ -9853,8 +9853,8 @@ def upstream_families(routes: Routes) -> List[Family]:
         states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
-        Family("llm_proxy_upstream_addresses", "gauge",
-               "Addresses of an upstream by the state of their breakers; closed is well", states),
+        Family("llm_proxy_upstream_state", "gauge",
+               "How many addresses of an upstream are in this state; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
                [(labels, found["in_flight"]) for labels, found in stats]),
         Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
@@ -9906,8 +9906,9 @@ ATTRIBUTES = {
     "llm_proxy.rule": "rule",
     "llm_proxy.queue_ms": "queue_ms",
     "llm_proxy.first_ms": "first_ms",
-    "llm_proxy.usd": "usd"}
-USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "usd")
+    "llm_proxy.usd": "usd",
+    "llm_proxy.estimated": "estimated"}
+USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "estimated")
 OPERATIONS = {  # by endpoint; others have the last word of their path
     "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
     "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
@@ -9994,6 +9995,8 @@ class Traces(Watcher):
         facts = {**entry.as_row()._asdict(), **self.kind(entry)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
+        if not entry.priced:
+            facts["usd"] = None
         status = entry.outcome == "upstream_status"
         facts["error"] = None if entry.outcome == "ok" else (
             str(entry.status) if status else entry.outcome)
@@ -14598,11 +14601,12 @@ PANELS = (
         "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
     ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
     ("Addresses that are not well", "short", {
-        "{{upstream}} {{state}}": 'llm_proxy_upstream_addresses{state!="closed"}'}),
+        "{{upstream}} {{state}}": 'llm_proxy_upstream_state{state!="closed"}'}),
     ("Dropped, and the loop held", "short", {
         "{{what}}": "rate(llm_proxy_dropped_total[5m])",
         "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
-    ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
+    ("Memory", "bytes", {
+        "resident": "process_resident_memory_bytes and on (job, instance) llm_proxy_build_info"}),
 )
 PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 

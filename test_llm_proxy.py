@@ -8091,8 +8091,8 @@ class MetricsTest(SignalsCase):
         for key, value in self.each({
                 'llm_proxy_in_flight{upstream="base"}': 1,
                 'llm_proxy_queue_length{upstream="base"}': 1,
-                'llm_proxy_upstream_addresses{upstream="base",state="closed"}': 1,
-                'llm_proxy_upstream_addresses{upstream="base",state="open"}': 0,
+                'llm_proxy_upstream_state{upstream="base",state="closed"}': 1,
+                'llm_proxy_upstream_state{upstream="base",state="open"}': 0,
                 'llm_proxy_dropped_total{what="ledger"}': 0, "llm_proxy_bucket_level" + bucket: 99,
                 "llm_proxy_bucket_capacity" + bucket: 100,
                 "llm_proxy_loop_held_seconds_total": 0}.items()):
@@ -8156,6 +8156,13 @@ class TracesTest(SignalsCase):
                 "llm_proxy.usd": 0.000117}.items()):
             self.assertEqual(told[name], value, name)
         self.assertNotIn("error.type", told)
+
+    def test_a_guess_is_told_as_one_and_what_has_no_price_has_none(self):
+        self.start_traced()
+        self.ask(call("sk-1"))
+        (_, told), = self.spans()
+        self.assertEqual(
+            (told["llm_proxy.estimated"], "llm_proxy.usd" in told), (True, False))
 
     def test_what_went_wrong_is_told(self):
         self.start_traced(says(b"{}", "404 Not Found"), LIMITS="each 1 requests per day")
