@@ -10037,6 +10037,15 @@ def shares_used(hold: Hold) -> List[Tuple[float, Level]]:
     return found
 
 
+def warning_text(shares: List[Tuple[float, str]], marks: Sequence[float]) -> Optional[str]:
+    """Returns what tells a caller that a limit is near: of (share that is used, rule) the largest,
+    where that is past a mark."""
+    share, rule = max(shares, default=(0, ""))
+    if share < min(marks, default=math.inf):
+        return None
+    return "%d%% of %s is used" % (100 * share, ascii(rule))
+
+
 class Warnings(Watcher):
     """Tells the operator what should be known: on the page, by one line in the log, and to a
     webhook; the same of the same at most once in QUIET_SECONDS."""
@@ -10692,12 +10701,9 @@ class Reply:
         return (lines + CRLF).encode("latin-1")
 
     def warning_line(self, hold):
-        """Returns what tells a caller that a limit is near."""
-        share, level = max(shares_used(hold), default=(0, None), key=lambda one: one[0])
-        if share < min(self.parts.config.warn_at):
-            return ""
-        return "X-RateLimit-Warning: %d%% of %s is used\r\n" % (
-            100 * share, ascii(level.rule.text))
+        text = warning_text([(share, level.rule.text) for share, level in shares_used(hold)],
+                            self.parts.config.warn_at)
+        return f"X-RateLimit-Warning: {text}\r\n" if text else ""
 
     def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
@@ -12039,10 +12045,16 @@ class Admin:
             calls, days = [], []
         finally:
             self.asking.discard(caller.key)
+        buckets = self.buckets_of(caller, self.buckets_by_owner())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
-            "buckets": self.buckets_of(caller, self.buckets_by_owner()),
+            "buckets": buckets, "warning": self.warning_of(buckets),
             "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
+
+    def warning_of(self, buckets):
+        shares = [(1 - float(one["level"]) / float(one["capacity"]), one["rule"])
+                  for one in buckets if one["unit"] not in UNITS_OF_CALLS]
+        return warning_text(shares, self.proxy.config.warn_at or ())
 
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""

@@ -8273,6 +8273,9 @@ class WarningsTest(SignalsCase):
         second = self.ask(call("sk-1", max_tokens=5))
         self.assertEqual((first.get("x-ratelimit-warning"), second.get("x-ratelimit-limit")), (
             "85% of 'each 100 tokens per day' is used", "100"))
+        quotas = [self.ask(request("GET", "/v1/quota", key=key)).json() for key in ("sk-1", "sk-2")]
+        self.assertEqual([one["warning"] for one in quotas],
+                         ["170% of 'each 100 tokens per day' is used", None])
         told, = self.events(1)
         self.assertEqual((self.hook.requests[0].target, told), ("/hook?token=hush", {
             "event": "limit_near", "caller": "alice", "rule": "each 100 tokens per day",
