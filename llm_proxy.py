@@ -9849,8 +9849,8 @@ def upstream_families(routes: Routes) -> List[Family]:
         states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
-        Family("llm_proxy_upstream_addresses", "gauge",
-               "Addresses of an upstream by the state of their breakers; closed is well", states),
+        Family("llm_proxy_upstream_state", "gauge",
+               "How many addresses of an upstream are in this state; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
                [(labels, found["in_flight"]) for labels, found in stats]),
         Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
@@ -9902,8 +9902,9 @@ ATTRIBUTES = {
     "llm_proxy.rule": "rule",
     "llm_proxy.queue_ms": "queue_ms",
     "llm_proxy.first_ms": "first_ms",
-    "llm_proxy.usd": "usd"}
-USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "usd")
+    "llm_proxy.usd": "usd",
+    "llm_proxy.estimated": "estimated"}
+USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "estimated")
 OPERATIONS = {  # by endpoint; others have the last word of their path
     "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
     "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
@@ -9990,6 +9991,8 @@ class Traces(Watcher):
         facts = {**entry.as_row()._asdict(), **self.kind(entry)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
+        if not entry.priced:
+            facts["usd"] = None
         status = entry.outcome == "upstream_status"
         facts["error"] = None if entry.outcome == "ok" else (
             str(entry.status) if status else entry.outcome)
@@ -10028,6 +10031,15 @@ def shares_used(hold: Hold) -> List[Tuple[float, Level]]:
             level = hold.buckets.level_of(rule, key)
             found.append(((rule.capacity - level.level) / rule.capacity, level))
     return found
+
+
+def warning_text(shares: List[Tuple[float, str]], marks: Sequence[float]) -> Optional[str]:
+    """Returns what tells a caller that a limit is near: of (share that is used, rule) the largest,
+    where that is past a mark."""
+    share, rule = max(shares, default=(0, ""))
+    if share < min(marks, default=math.inf):
+        return None
+    return "%d%% of %s is used" % (100 * share, ascii(rule))
 
 
 class Warnings(Watcher):
@@ -10685,12 +10697,9 @@ class Reply:
         return (lines + CRLF).encode("latin-1")
 
     def warning_line(self, hold):
-        """Returns what tells a caller that a limit is near."""
-        share, level = max(shares_used(hold), default=(0, None), key=lambda one: one[0])
-        if share < min(self.parts.config.warn_at):
-            return ""
-        return "X-RateLimit-Warning: %d%% of %s is used\r\n" % (
-            100 * share, ascii(level.rule.text))
+        text = warning_text([(share, level.rule.text) for share, level in shares_used(hold)],
+                            self.parts.config.warn_at)
+        return f"X-RateLimit-Warning: {text}\r\n" if text else ""
 
     def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
@@ -12045,10 +12054,16 @@ class Admin:
             calls, days = [], []
         finally:
             self.asking.discard(caller.key)
+        buckets = self.buckets_of(caller, self.buckets_by_owner())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
-            "buckets": self.buckets_of(caller, self.buckets_by_owner()),
+            "buckets": buckets, "warning": self.warning_of(buckets),
             "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
+
+    def warning_of(self, buckets):
+        shares = [(1 - float(one["level"]) / float(one["capacity"]), one["rule"])
+                  for one in buckets if one["unit"] not in UNITS_OF_CALLS]
+        return warning_text(shares, self.proxy.config.warn_at or ())
 
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
@@ -14618,11 +14633,12 @@ PANELS = (
         "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
     ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
     ("Addresses that are not well", "short", {
-        "{{upstream}} {{state}}": 'llm_proxy_upstream_addresses{state!="closed"}'}),
+        "{{upstream}} {{state}}": 'llm_proxy_upstream_state{state!="closed"}'}),
     ("Dropped, and the loop held", "short", {
         "{{what}}": "rate(llm_proxy_dropped_total[5m])",
         "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
-    ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
+    ("Memory", "bytes", {
+        "resident": "process_resident_memory_bytes and on (job, instance) llm_proxy_build_info"}),
 )
 PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 

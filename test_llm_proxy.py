@@ -8091,8 +8091,8 @@ class MetricsTest(SignalsCase):
         for key, value in self.each({
                 'llm_proxy_in_flight{upstream="base"}': 1,
                 'llm_proxy_queue_length{upstream="base"}': 1,
-                'llm_proxy_upstream_addresses{upstream="base",state="closed"}': 1,
-                'llm_proxy_upstream_addresses{upstream="base",state="open"}': 0,
+                'llm_proxy_upstream_state{upstream="base",state="closed"}': 1,
+                'llm_proxy_upstream_state{upstream="base",state="open"}': 0,
                 'llm_proxy_dropped_total{what="ledger"}': 0, "llm_proxy_bucket_level" + bucket: 99,
                 "llm_proxy_bucket_capacity" + bucket: 100,
                 "llm_proxy_loop_held_seconds_total": 0}.items()):
@@ -8156,6 +8156,13 @@ class TracesTest(SignalsCase):
                 "llm_proxy.usd": 0.000117}.items()):
             self.assertEqual(told[name], value, name)
         self.assertNotIn("error.type", told)
+
+    def test_a_guess_is_told_as_one_and_what_has_no_price_has_none(self):
+        self.start_traced()
+        self.ask(call("sk-1"))
+        (_, told), = self.spans()
+        self.assertEqual(
+            (told["llm_proxy.estimated"], "llm_proxy.usd" in told), (True, False))
 
     def test_what_went_wrong_is_told(self):
         self.start_traced(says(b"{}", "404 Not Found"), LIMITS="each 1 requests per day")
@@ -8266,6 +8273,9 @@ class WarningsTest(SignalsCase):
         second = self.ask(call("sk-1", max_tokens=5))
         self.assertEqual((first.get("x-ratelimit-warning"), second.get("x-ratelimit-limit")), (
             "85% of 'each 100 tokens per day' is used", "100"))
+        quotas = [self.ask(request("GET", "/v1/quota", key=key)).json() for key in ("sk-1", "sk-2")]
+        self.assertEqual([one["warning"] for one in quotas],
+                         ["170% of 'each 100 tokens per day' is used", None])
         told, = self.events(1)
         self.assertEqual((self.hook.requests[0].target, told), ("/hook?token=hush", {
             "event": "limit_near", "caller": "alice", "rule": "each 100 tokens per day",
