@@ -421,11 +421,10 @@ age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
 
 def read_amount(text, unit):
     """Returns an amount of a unit, of money in picodollars."""
-    require(unit in UNITS[:5], "must be in requests, tokens, input_tokens, output_tokens or usd")
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
-    scale = PICODOLLARS if unit == "usd" else 1
-    return pattern(shape, "must be an amount above 0, such as 2",
-                   lambda match: int(decimal.Decimal(match[0]) * scale))(text)
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
+            " of requests, tokens, input_tokens, output_tokens or usd")
+    return read_rule("each %s %s per day" % (text, unit)).capacity
 
 
 def rules_of_one(text):
@@ -820,12 +819,12 @@ NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
-    left_to_us: Sequence[str] = ()  # what nobody has set, and depends on the rest
     keys_are_stored = False  # in DATABASE, at the start: nobody else may call
 
     def note_stored_keys(self):
         """Keys of callers are stored, so that no stranger spends the operator's key."""
         self.keys_are_stored = True
+        vars(self).update(dict.fromkeys(self.chosen))
         self.choose_defaults()
 
     def all_upstreams(self) -> List[UpstreamConfig]:
@@ -854,11 +853,9 @@ class Config(types.SimpleNamespace):
         return [name for name in names if self.texts.get(name) != new.texts.get(name)]
 
     def choose_defaults(self):
-        """Sets what depends on other settings, and on whether keys are stored."""
-        if not self.left_to_us:
-            self.left_to_us = [name for name in ("host", "stored", "cors_origins")
-                               if getattr(self, name) is None]
-        vars(self).update(dict.fromkeys(self.left_to_us))
+        """Sets what depends on other settings."""
+        self.chosen = [name for name in ("host", "stored", "cors_origins")
+                       if getattr(self, name) is None]
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
         keyed = self.keys_are_asked_for
@@ -871,7 +868,8 @@ class Config(types.SimpleNamespace):
     def is_open(self) -> bool:
         """Tells whether others than this machine may call without a key, be it by a proxy here."""
         is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
+        return self.proxy_api_keys is None and not self.keys_are_stored and (
+            not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
@@ -957,13 +955,9 @@ class Config(types.SimpleNamespace):
         if self.host_is_narrowed:
             yield ("it listens on this machine alone, because anyone could spend the key of a"
                    " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.is_open() and not self.keys_are_stored:
+        elif self.is_open():
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
-        if self.proxy_api_keys is None and self.keys_are_stored and any(
-                upstream.key == PASSTHROUGH for upstream in self.all_upstreams()):
-            yield ("nobody can call by a key of their own (passthrough): keys are stored, and no"
-                   " others may call unless PROXY_API_KEYS=anyone")
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -1514,22 +1508,23 @@ STEERING = ROLES[1:]
 
 
 class Key(NamedTuple):
-    """What is known of a stored key but its secrets. Times are in seconds since 1970. `models` are
-    globs, none: all; `rules` are what `limits` say. `subject` is whose bucket it has: it outlives
-    the secrets, and is the digest of the first one."""
+    """What is known of a stored key but its secrets. Times are in seconds since 1970. `globs` and
+    `rules` are what `models` and `limits` say. `subject` is whose bucket it has: it outlives the
+    secrets, and is the digest of the first one."""
     name: str
     role: str = "caller"
     team: Optional[str] = None
     created: float = 0.0
     expires: Optional[float] = None
     disabled: bool = False
-    models: Tuple[str, ...] = ()
+    models: Optional[str] = None
     upstream: Optional[str] = None
     limits: Optional[str] = None
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
     subject: bytes = b""
+    globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
 
     def __hash__(self):
@@ -1537,22 +1532,12 @@ class Key(NamedTuple):
 
     def as_dict(self) -> Dict[str, Any]:
         """Returns what may be shown of it."""
-        found = dict(zip(self._fields[:-2], self))
-        found["models"] = ",".join(self.models) or None
-        return found
+        return dict(zip(self._fields[:-3], self))
 
     def end(self, valid_until: Optional[float]) -> Optional[float]:
         """Returns when it is good no more by a secret that is valid so long; None: never."""
-        ends = [0.0] if self.disabled else [self.expires, valid_until]
-        return min([one for one in ends if one is not None], default=None)
-
-
-def short_text(most):
-    def read(text):
-        require(text.isprintable() and len(text) <= most,
-                "must be one line of at most %d printable characters" % most)
-        return text
-    return read
+        ends = [one for one in (self.expires, valid_until) if one is not None]
+        return -1.0 if self.disabled else min(ends, default=None)
 
 
 # What can be said of a key: a reader of its text, and a sentence.
@@ -1567,9 +1552,8 @@ KEY_FIELDS = {
                              " general one of its unit and duration"),
     "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
                  "the only upstream that its calls go to"),
-    "tag": (short_text(64), "a word to add up usage by"),
-    "note": (short_text(500), "a line for people")}
-TEXT_FIELDS = [field for field in KEY_FIELDS if field not in ("role", "expires")]
+    "tag": (KEY_NAME, "a word to add up usage by"),
+    "note": (printable, "a line for people")}
 
 
 @functools.lru_cache(20_000)
@@ -1577,17 +1561,13 @@ def read_key(*values: Any) -> Key:
     """Returns a key of what is stored of it. Raises ValueError or TypeError for what somebody else
     has written."""
     key = Key(*values)
-    for field in ("role", *TEXT_FIELDS):
-        text = getattr(key, field)
-        if text is not None:
-            KEY_FIELDS[field][0](text)
-    numbers = [key.created, *[one for one in (key.expires, key.last_used) if one is not None]]
-    require(KEY_NAME(key.name) and key.role and key.disabled in (0, 1) and len(key.subject) == 32
-            and all([type(one) in (int, float) for one in numbers]), "no key")
-    return key._replace(
-        disabled=bool(key.disabled), subject=bytes(key.subject),
-        models=model_globs(key.models) if key.models else (),
-        rules=rules_of_one(key.limits) if key.limits else ())
+    derived = {field: read(getattr(key, field)) for field, (read, _) in KEY_FIELDS.items()
+               if field != "expires" and (getattr(key, field) is not None or field == "role")}
+    times = [key.created, key.expires or 0, key.last_used or 0]
+    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(key.subject) == 32
+            and {*map(type, times)} <= {int, float}, "no key")
+    return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
+                        rules=derived.get("limits", ()))
 
 
 class Caller:
@@ -1596,7 +1576,7 @@ class Caller:
     it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
     digest against which nobody can test guesses without `secret`. `role` is None where the key is
     none that was given out. `until`: when that ends, in seconds since 1970."""
-    __slots__ = ("key", "name", "key_name", "label", "role", "stored_key", "until")
+    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag", "stored_key", "until")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
                  key_name: Optional[str] = None, role: Optional[str] = None,
@@ -1607,18 +1587,12 @@ class Caller:
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
         self.role = role
         self.stored_key = stored_key
+        self.team = stored_key and stored_key.team
+        self.tag = stored_key and stored_key.tag
         self.until = until
 
     def __repr__(self):
         return f"<Caller {self.label}>"
-
-    @property
-    def team(self) -> Optional[str]:
-        return self.stored_key and self.stored_key.team
-
-    @property
-    def tag(self) -> Optional[str]:
-        return self.stored_key and self.stored_key.tag
 
 
 Known = Dict[bytes, Tuple[bytes, Caller]]  # blinded digest of a secret -> that digest, and whose
@@ -1659,8 +1633,8 @@ class StoredKeys:
                 until=key.end(valid_until))
 
     def has_admin(self, wall: float) -> bool:
-        return any([caller.role == "admin" and (caller.until is None or caller.until > wall)
-                    for _, caller in self.known.values()])
+        return any([key.role == "admin" and (key.end(None) or math.inf) > wall
+                    for key in self.keys.values()])
 
 
 class Callers:
@@ -1779,11 +1753,7 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        if not found:
-            with contextlib.suppress(ValueError):
-                ipaddress.ip_network(label)
-                return [Caller(("address", label), label)]
-        return list(found.values())
+        return list(found.values()) or [Caller(("address", label), label)]
 
 
 class Origins:
@@ -1793,6 +1763,7 @@ class Origins:
     SCHEMES = frozenset(("chrome-extension", "moz-extension", "app", "tauri", "capacitor",
                          "vscode-webview"))
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
+    LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4); what is judged is remembered
 
     def __init__(self, allowed: Sequence[str], host_name: str):
         """`allowed` as CORS_ORIGINS has it; `host_name` is what this machine calls itself."""
@@ -1802,10 +1773,13 @@ class Origins:
         self.host_name = host_name.lower()
         globs = [re.escape(one).replace(r"\*", "[a-z0-9.-]+") for one in allowed if one != "local"]
         self.shape = re.compile("|".join(globs) or "(?!)")
-        self.allows = functools.lru_cache(1000)(self.judge)
+        self.judged = functools.lru_cache(1000)(self.judge)
 
-    def judge(self, origin: str) -> bool:
-        return self.any or bool(self.shape.fullmatch(origin)) or (
+    def allows(self, origin: str) -> bool:
+        return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
+
+    def judge(self, origin):
+        return bool(self.shape.fullmatch(origin)) or (
             self.local and self.is_local(origin.lower()))
 
     def is_local(self, origin):
@@ -1966,14 +1940,13 @@ class Buckets:
         """Lets a bucket hold so much more until then, and adds that, unless it was added before.
         What is left of it afterwards is kept as far as the rule lets it."""
         if not again:
-            one = self.level_of(rule, key)
-            self.levels[key] = one._replace(level=one.level + amount)
+            self.levels[key] = self.level_of(rule, key).less(-amount)
         self.given.setdefault(key, []).append((amount, until))
 
     def fill(self, owner: CallerKey):
         """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
-        for key in [one.key for one in self.levels.values()
-                    if owner in one.key[1:] and one.rule.unit != RUNNING]:
+        for key in [key for key, found in self.levels.items()
+                    if owner in key[1:] and found.rule.unit != RUNNING]:
             del self.levels[key]
 
     def levels_after(self, keyed_rules, costs, taken):
@@ -2160,10 +2133,10 @@ def fold_glob(glob: str) -> str:
     return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
 
 
-def names_model(glob: str, name: str) -> bool:
-    """Tells whether a glob means a model, in whichever spelling."""
-    return fnmatch.fnmatchcase(name.casefold(), glob.casefold()) or (
-        fnmatch.fnmatchcase(fold_model(name), fold_glob(glob)))
+def may_use(globs: Sequence[str], model: str) -> bool:
+    """Tells whether a key of these models may use one, in whichever spelling."""
+    return any([fnmatch.fnmatchcase(model.casefold(), glob.casefold())
+                or fnmatch.fnmatchcase(fold_model(model), fold_glob(glob)) for glob in globs])
 
 
 class Limits:
@@ -2227,7 +2200,7 @@ class Limits:
         """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
         are buckets."""
         pairs = [*self.matching(caller, "", None), *[
-            (one.rule, one.key) for one in self.buckets.levels.values()]]
+            (found.rule, key) for key, found in self.buckets.levels.items()]]
         return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
 
     def give(self, caller: Caller, unit: str, amount: int, until: float,
@@ -5766,7 +5739,9 @@ class BodyAdapter:
 # know no LLMs and no buckets.
 # --------------------------------------------------------------------------------------------------
 
-BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
+# Bytes to read at once: PyPy pays for what it could have read, and of a TLS record, which holds no
+# more, nothing stays inside OpenSSL, where it would make no descriptor ready.
+BLOCK = 16384
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 CAN_POLL = hasattr(select, "poll")
@@ -5944,9 +5919,6 @@ class Stream:
     def on_readable(self):
         try:
             data = self.sock.recv(BLOCK)
-            # Decrypted bytes that wait inside OpenSSL make no descriptor ready.
-            while self.encrypted and data and self.sock.pending():
-                data += self.sock.recv(BLOCK)
         except WOULD_BLOCK:
             if self.encrypted:
                 self.wake(self.waiter)  # a part of a record: something has begun to come
@@ -6915,6 +6887,7 @@ ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
 NEVER_UPSTREAM = HOP_BY_HOP.union(
     CREDENTIAL_FIELDS, (AZURE_CREDENTIAL_FIELD, "host", "content-length", "expect"))
 MAX_INTERIM_RESPONSES = 16  # 1xx, before the real one
+CONTENT_METHODS = "POST", "PUT", "PATCH"  # whose length is told though it is 0 (RFC 9110 8.6)
 
 
 class Response:
@@ -7212,7 +7185,13 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                self.write(stream, method, head, body)
+                if body or method in CONTENT_METHODS:
+                    head += b"Content-Length: %d\r\n" % len(body)
+                if len(body) <= BLOCK:
+                    stream.write(b"%b\r\n%b" % (head, body))
+                else:  # what is large is not copied
+                    stream.write(head + b"\r\n")
+                    stream.write(body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
                     request_was_sent = await stream.drain(
@@ -7233,16 +7212,6 @@ class Address:
             if isinstance(failure, (OSError, Malformed)):
                 raise UpstreamFailed(failure) from None
             raise
-
-    @staticmethod
-    def write(stream, method, head, body):
-        """Send both, at once where they are small: what is large is not copied for that."""
-        if body or method in ("POST", "PUT", "PATCH"):
-            head += b"Content-Length: %d\r\n" % len(body)
-        at_once = body if len(body) <= BLOCK else b""
-        stream.write(b"%b\r\n%b" % (head, at_once))
-        if at_once is not body:
-            stream.write(body)
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leave a connection whose caller left."""
@@ -8428,8 +8397,10 @@ class Database:
 
     def note_use(self, used):
         """{name of a key: when it was used last}"""
-        self.connection.executemany("UPDATE keys SET last_used = ? WHERE name = ?", [
-            (wall, name) for name, wall in used.items()])
+        for name, wall in used.items():
+            self.connection.execute(
+                "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
+                (wall, name, wall - 60))
 
     def take_orders(self, now: float, again: bool = False) -> List["Order"]:
         """Returns what is to be done, which counts as done from then on; `again`: also what was
@@ -8842,12 +8813,7 @@ class LedgerReader:
         return rows, None
 
 
-def lock_name(path: str) -> str:
-    """Returns the name of a database's lock, which is one, whatever links lead to it."""
-    return os.path.realpath(path) + ".lock"
-
-
-KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-1])
+KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-2])
 
 
 class Order(NamedTuple):
@@ -8903,6 +8869,7 @@ class KeyStore:
     running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
     None or empty for none. Raises KeyFault, and sqlite3.Error."""
     KEEP_SECONDS = 90 * 86400  # a secret that is good no more is known for so long: as no stranger
+    COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
     def __init__(self, database: Database, clock: Any, actor: Actor):
         self.database = database
@@ -8935,41 +8902,31 @@ class KeyStore:
     def add(self, name: str, **fields: Optional[str]) -> NewKey:
         secret = new_secret()
         self.check_field("name", KEY_NAME, name)
-        created = self.now()
-        key = self.with_fields(Key(name, created=created, subject=digest(secret)), fields)
         with self.change("add key", name, describe_fields(fields)) as execute:
             if execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchall():
                 raise KeyFault("a key by the name %s is stored already" % name)
-            self.write(key)
-            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (key.subject, name))
-            closes = key.role == "caller" and not self.database.is_closed()
-            if closes:
-                self.database.close_door()
-        return NewKey(key, secret, closes)
+            execute("INSERT INTO keys (name, role, created, disabled, subject)"
+                    " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+            was_closed = self.database.is_closed()
+            key = self.write(execute, name, fields)
+            return NewKey(key, secret, self.database.is_closed() and not was_closed)
 
     def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
         """Changes these fields; `reset`: its buckets are full then."""
         with self.change("set key", name, describe_fields(fields) + " reset" * reset) as execute:
-            key = self.with_fields(self.find(name), fields)
-            self.write(key)
-            if key.role == "caller":
-                self.database.close_door()
             if reset:
                 self.order(execute, name)
-        return key
+            return self.write(execute, name, fields)
 
-    def revoke(self, name: str) -> Key:
+    def revoke(self, name: str, what: str = "revoke key", disabled: bool = True) -> Key:
         """It lets nobody in until it is restored."""
-        return self.disable("revoke key", name, True)
+        with self.change(what, name) as execute:
+            execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
+            return self.find(name)
 
     def restore(self, name: str) -> Key:
-        return self.disable("restore key", name, False)
-
-    def disable(self, what, name, disabled):
-        with self.change(what, name):
-            key = self.find(name)._replace(disabled=disabled)
-            self.write(key)
-        return key
+        return self.revoke(name, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -9022,11 +8979,20 @@ class KeyStore:
         execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
                 (name, unit, amount, until))
 
-    def write(self, key):
-        values = [*key[:-1]]
-        values[key._fields.index("models")] = ",".join(key.models) or None
-        self.database.connection.execute("INSERT OR REPLACE INTO keys VALUES (%s)" % ", ".join(
-            "?" * len(values)), values)
+    def write(self, execute, name, fields):
+        """Changes fields; returns the key."""
+        for field, text in fields.items():
+            if field not in KEY_FIELDS:
+                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
+            value = None if text in (None, "") else self.check_field(
+                field, KEY_FIELDS[field][0], text)
+            execute("UPDATE keys SET %s = %s WHERE name = ?" % (
+                field, self.COLUMNS.get(field, "?")), (
+                    value if field == "expires" else value and text, name))
+        key = self.find(name)
+        if key.role == "caller":
+            self.database.close_door()
+        return key
 
     @staticmethod
     def check_field(field, read, text):
@@ -9036,28 +9002,14 @@ class KeyStore:
         except ValueError as fault:
             raise KeyFault("%s %s" % (field, fault)) from None
 
-    def with_fields(self, key, fields):
-        """Returns a key with these fields in it."""
-        for field, text in fields.items():
-            if field not in KEY_FIELDS:
-                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
-            value = None if text in (None, "") else self.check_field(
-                field, KEY_FIELDS[field][0], text)
-            if field == "expires":
-                value = value and key.created + value
-            elif field == "role":
-                value = value or "caller"
-            elif field == "models":
-                value = value or ()
-            elif field == "limits":
-                key = key._replace(rules=value or ())
-                value = text or None
-            key = key._replace(**{field: value})
-        return key
-
 
 def describe_fields(fields):
     return " ".join(["%s=%s" % (field, text or "none") for field, text in fields.items()])
+
+
+def lock_name(path: str) -> str:
+    """Returns the name of a database's lock, which is one, whatever links lead to it."""
+    return os.path.realpath(path) + ".lock"
 
 
 def lock_for_service(path: str) -> Optional[BinaryIO]:
@@ -9119,7 +9071,6 @@ class Ledger(Writer):
         self.log = log
         self.keys = keys
         self.secret = secret
-        self.used: Dict[str, float] = {}  # when keys were, by name
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
@@ -9218,15 +9169,10 @@ class Ledger(Writer):
 
     def note_use(self, entries, now):
         """Writes when keys were used, to the minute."""
-        used = {}
-        for entry in entries:
-            key = entry.caller and entry.caller.stored_key
-            wall = entry.wall / 1e9
-            if key and wall > self.used.get(key.name, 0) + 60:
-                used[key.name] = self.used[key.name] = wall
+        used = {entry.caller.stored_key.name: entry.wall / 1e9 for entry in entries
+                if entry.caller and entry.caller.stored_key}
         try:
-            if used:
-                self.database.note_use(used)
+            self.database.note_use(used)
         except sqlite3.Error as failure:  # which is no reason to write the calls again
             self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
 
@@ -9656,7 +9602,7 @@ OTHER = "other"  # the label of what is one too many to have one of its own,
 NONE = "-"       # and of what there is none of
 CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
-WAITS = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640"
+WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 COUNTERS = {
     "requests_total": "Calls that have ended",
     "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
@@ -9664,29 +9610,31 @@ COUNTERS = {
     "refused_total": "Calls that a rule refused",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
-    ("request_duration_seconds", "From a call's head to its end", ".01 .02 .04 .08 .16 .32 .64"
-     " 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68 655.36 1310.72"),
+    ("request_duration_seconds", "From a call's head to its end",
+     "0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68"
+     " 655.36 1310.72"),
     ("first_byte_seconds", "From a call's head to the first byte of its answer", WAITS),
     ("time_per_output_token_seconds", "Of streams, between two tokens",
-     ".0025 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5"),
+     "0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5"),
     ("queue_wait_seconds", "In line before a busy upstream", WAITS),
     ("overhead_seconds", "In the proxy's own hands, until sent on and from the answer's head",
-     ".0001 .00025 .0005 .001 .0025 .005 .01 .025 .05 .1 .25 .5 1 2.5"))
+     "0.0001 0.00025 0.0005 0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5"))
 
 
 class Family(NamedTuple):
-    """All samples of one metric; each is (end of its name, labels, value)."""
+    """All samples of one metric: (labels, value), and of a histogram the end of its name, too."""
     name: str
     kind: str
     help: str
-    samples: List[Tuple[str, Dict[str, str], Union[int, float, str]]]
+    samples: List[Tuple[Any, ...]]
 
     def lines(self) -> Iterable[str]:
         yield f"# HELP {self.name} {self.help}"
         yield f"# TYPE {self.name} {self.kind}"
-        for end, labels, value in self.samples:
-            text = ",".join([f'{name}="{label_value(of)}"' for name, of in labels.items()])
-            yield f"{self.name}{end}{{{text}}} {value}" if text else f"{self.name}{end} {value}"
+        for labels, value, *end in self.samples:
+            name = "".join([self.name, *end])
+            text = ",".join([f'{key}="{label_value(of)}"' for key, of in labels.items()])
+            yield f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
 
 def label_value(text):
@@ -9717,10 +9665,9 @@ class Histogram:
 
     def samples(self, labels: Dict[str, str]):
         self.sort_in()
-        rows = [("_bucket", {**labels, "le": f"{bound:g}"}, count)
-                for bound, count in zip(self.bounds, self.counts)]
-        return [*rows, ("_bucket", {**labels, "le": "+Inf"}, self.count),
-                ("_sum", labels, f"{self.total:.9f}"), ("_count", labels, self.count)]
+        rows = [({**labels, "le": bound}, count, "_bucket")
+                for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
+        return [*rows, (labels, f"{self.total:.9f}", "_sum"), (labels, self.count, "_count")]
 
 
 class Times:
@@ -9840,14 +9787,14 @@ class Metrics(Watcher):
         series = list(self.series.values())
         refused = list(self.refused.items())
         found = {
-            "requests_total": [("", one.labels, one.calls) for one in series],
-            "tokens_total": [("", {**labels, "kind": kind}, count)
+            "requests_total": [(one.labels, one.calls) for one in series],
+            "tokens_total": [({**labels, "kind": kind}, count)
                              for labels, counts in self.sums(series, *TOKEN_KINDS)
                              for kind, count in zip(TOKEN_KINDS, counts) if count],
-            "usd_total": [("", labels, format_usd(sums[0]))
+            "usd_total": [(labels, format_usd(sums[0]))
                           for labels, sums in self.sums(series, "picodollars") if sums[0]],
-            "refused_total": [("", {"rule": rule}, count) for rule, count in refused],
-            "loop_held_seconds_total": [("", {}, f"{self.held:.6f}")]}
+            "refused_total": [({"rule": rule}, count) for rule, count in refused],
+            "loop_held_seconds_total": [({}, f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
 
@@ -9871,14 +9818,13 @@ class Metrics(Watcher):
     def bucket_families(self, buckets: Buckets) -> List[Family]:
         """Returns the buckets of callers that are known here, and of nobody, that are not full."""
         levels, capacities = [], []
-        for one in list(buckets.levels.values()):
-            rule, key = one.rule, one.key
+        for key, seen in list(buckets.levels.items()):
             owners = [self.callers.get(owner) for owner in key[1:]]
             if None not in owners and len(levels) < self.MAX_SERIES:
-                labels = {"rule": rule.text, "caller": " ".join(owners) or NONE}
-                level = buckets.level_of(rule, key).level
-                levels.append(("", labels, format_amount(rule, level)))
-                capacities.append(("", labels, format_amount(rule, rule.capacity)))
+                labels = {"rule": seen.rule.text, "caller": " ".join(owners) or NONE}
+                now = buckets.level_of(seen.rule, key)
+                levels.append((labels, format_amount(now.rule, now.level)))
+                capacities.append((labels, format_amount(now.rule, now.rule.capacity)))
         return [Family("llm_proxy_bucket_level", "gauge",
                        "What is left in buckets that are not full, in USD where a rule counts it",
                        levels),
@@ -9889,18 +9835,17 @@ def upstream_families(routes: Routes) -> List[Family]:
     """Returns how the upstreams are; no address is named."""
     stats = [(one, {"upstream": one.name}, one.stats()) for one in routes.all]
     states = []
-    for upstream, labels, found in stats:
-        known = upstream.states()
-        known = ["disabled"] * len(known) if found["state"] == "disabled" else known
-        states += [("", {**labels, "state": state}, known.count(state))
+    for upstream, labels, _ in stats:
+        known = ["disabled"] * len(upstream.addresses) if upstream.disabled else upstream.states()
+        states += [({**labels, "state": state}, known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
         Family("llm_proxy_upstream_addresses", "gauge",
                "Addresses of an upstream by the state of their breakers; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
-               [("", labels, found["in_flight"]) for _, labels, found in stats]),
+               [(labels, found["in_flight"]) for _, labels, found in stats]),
         Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream", [
-            ("", labels, found.get("queue", {"waiting": 0})["waiting"])
+            (labels, found.get("queue", {"waiting": 0})["waiting"])
             for _, labels, found in stats])]
 
 
@@ -9916,7 +9861,7 @@ def process_families() -> List[Family]:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
         found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
-    return [Family("process_" + name, kind, what, [("", {}, value)])
+    return [Family("process_" + name, kind, what, [({}, value)])
             for name, kind, what, value in found]
 
 
@@ -9926,7 +9871,7 @@ TRACEPARENT = re.compile(  # https://www.w3.org/TR/trace-context; 00 has nothing
     "(?!ff|00.{53}.)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
     "(?:-.*)?")
 SEMANTIC_CONVENTIONS = "1.41.0"
-CLIENT, FAILED = 3, 2  # a span's kind and status
+SPAN_OF_CLIENT, SPAN_FAILED = 3, 2  # a span's kind and status
 # The names of those conventions, and ours, each with what of a call it tells.
 ATTRIBUTES = {
     "http.request.method": "method",
@@ -10023,12 +9968,12 @@ class Traces(Watcher):
             "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
             "name": " ".join(filter(None, (
                 facts["operation"] or facts["method"], facts["model"]))),
-            "kind": CLIENT, "startTimeUnixNano": str(entry.wall - took),
+            "kind": SPAN_OF_CLIENT, "startTimeUnixNano": str(entry.wall - took),
             "endTimeUnixNano": str(entry.wall), "attributes": self.attributes(named)}
         if trace.parent:
             found["parentSpanId"] = trace.parent
         if facts["error"]:
-            found["status"] = {"code": FAILED}
+            found["status"] = {"code": SPAN_FAILED}
         return found
 
     def facts(self, entry):
@@ -10115,12 +10060,9 @@ class Warnings(Watcher):
         for upstream in routes.all:
             name = upstream.name
             is_down = all(one.breakers.fails_for_all() for one in upstream.addresses)
-            if is_down and name not in self.down:
-                if self.tell("upstream_down", (name,), None, upstream=name):
-                    self.down.add(name)
-            elif name in self.down and not is_down:
-                if self.tell("upstream_up", (name,), None, upstream=name):
-                    self.down.remove(name)
+            event = "upstream_down" if is_down else "upstream_up"
+            if is_down != (name in self.down) and self.tell(event, (name,), None, upstream=name):
+                self.down ^= {name}
         lost = ledger.dropped - self.dropped if ledger else 0
         if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
             self.dropped = ledger.dropped
@@ -10176,7 +10118,7 @@ class Watchers(NamedTuple):
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
-        dropped = [("", {"what": name}, one.dropped) for name, one in writers.items() if one]
+        dropped = [({"what": name}, one.dropped) for name, one in writers.items() if one]
         build = {"version": VERSION, "python": "%s %d.%d.%d" % (
             sys.implementation.name, *sys.version_info[:3])}
         for family in (
@@ -10184,7 +10126,7 @@ class Watchers(NamedTuple):
                 *upstream_families(routes),
                 Family("llm_proxy_dropped_total", "counter",
                        "What could not be written or delivered", dropped),
-                Family("llm_proxy_build_info", "gauge", "What runs here", [("", build, 1)]),
+                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
                 *process_families()):
             yield from family.lines()
 
@@ -10265,7 +10207,6 @@ class Reply:
     content: Optional[bytes] = None         # its body, where that came with its head,
     body: Optional[RequestBody] = None      # or what is still to come of it
     call: Optional[Call] = None
-    ticket: Optional[Ticket] = None         # its place in the queue
     adapter: Optional[BodyAdapter] = None   # of the response's body,
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
@@ -10366,9 +10307,10 @@ class Reply:
     def send_comment(self):
         """Tell the caller of a stream that its call is alive, after a head where there was none."""
         text, head = self.WAITING, b""
-        if self.ticket:
-            text = "waiting, %d ahead" % self.ticket.queue.position(self.ticket)
-            self.entry.queued = self.ticket.waited()
+        ticket = self.entry.ticket
+        if ticket:
+            text = "waiting, %d ahead" % ticket.queue.position(ticket)
+            self.entry.queued = ticket.waited()
         if not self.begun:
             self.early = True
             head = self.stream_head(self.call.dialect.events.content_type)
@@ -10783,10 +10725,13 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
         await self.dialects.read(call, request.method, request, reply.read_body)
-        if call.body and len(call.body) > Turns.SMALL:
-            await asyncio.sleep(0)  # others come in between reading and estimating it
+        large = call.body and len(call.body) > Turns.SMALL
+        if large:  # others come in between reading it, looking for things and estimating it
+            await asyncio.sleep(0)
         self.begin(call, reply)
         upstreams = self.route(call, entry.caller)                                  # route
+        if large:
+            await asyncio.sleep(0)
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -10947,39 +10892,38 @@ class Proxy:
             self.books.log.say("a key is stored: nobody may call without one from now on")
         self.callers = build_callers(self.config, self.callers.label_secret, keys)
         self.limits.take_keys(keys.rules, self.wall())
-        models = self.estimator.models
-        self.estimator = build_estimator(self.config, self.prices, self.limits)
-        self.estimator.models = models
+        renew_estimator(self)
         for order in orders:
             self.carry_out(order)
         self.watchers.feed.tell("change", {"what": "keys"})
 
     def carry_out(self, order: Order):
         """Fills or adds to the buckets of a caller."""
-        count = 0
-        for caller in self.callers.named(order.caller) or self.watchers.pulse.named(order.caller):
+        found = 0
+        label = order.caller
+        seen = {caller.key: caller for caller in [
+            *self.callers.named(label), *self.watchers.pulse.named(label)]}
+        for caller in seen.values():
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
-                count += 1
+                found += 1
             else:
                 until = self.clock.monotonic() + order.until - self.wall()
-                count += self.limits.give(
+                found += self.limits.give(
                     caller, order.unit, order.amount, until, bool(order.done))
-        if not count:
-            self.books.log.say("%s has no bucket%s here: it was given nothing" % (
-                ascii(order.caller)[1:-1], " in " + order.unit if order.unit else ""))
+        if not found:
+            self.books.log.say("%s has no bucket in %s: it was given nothing" % (
+                ascii(label)[1:-1], order.unit))
 
     def admit(self, upstream, entry, call):
-        """Sets aside what the call will cost. Raises LimitReached, NoPrice, ModelNotAllowed."""
+        """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
+        NoPrice, ModelNotAllowed."""
         key = entry.caller.stored_key
-        if key and key.models:
-            self.check_models(call, entry.method, key.models)
+        if key and key.globs:
+            self.check_models(call, entry.method, key.globs)
         estimator = self.estimator
-        if call.unmetered:
-            costs = least = NO_COST
-        elif not estimator.needs_estimate:
-            costs = least = estimator.plain
-        else:
+        costs = least = NO_COST if call.unmetered else estimator.plain
+        if estimator.needs_estimate and not call.unmetered:
             if "usd" in estimator.units:
                 self.require_price(call, entry)
             costs, least = estimator.estimate(call, entry.caller.key)
@@ -11042,10 +10986,10 @@ class Proxy:
 
     async def stand_in_line(self, upstream, reply):
         """Raises QueueRefused, BreakerOpen, UpstreamTimeout, Stopped, CallerGone."""
-        refusal = upstream.breaker_open(reply.context.subject)
+        entry, context = reply.entry, reply.context
+        refusal = upstream.breaker_open(context.subject)
         if refusal:
             raise refusal
-        entry, context = reply.entry, reply.context
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
@@ -11241,11 +11185,6 @@ class Proxy:
         return request.end_to_end(NEVER_UPSTREAM.union(dropped))
 
 
-def may_use(globs: Sequence[str], model: str) -> bool:
-    """Tells whether a key of these models may use one."""
-    return any([names_model(glob, model) for glob in globs])
-
-
 def default_rule(config):
     """Returns the plain settings as a rule: whole intervals, several tokens each."""
     units = {"request": "requests", "estimate": "estimate", "usage": "tokens"}
@@ -11291,10 +11230,6 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
     hear_of_keys(proxy, database)
-    with contextlib.suppress(sqlite3.Error, ValueError):
-        for name in database.disabled_upstreams() if database else ():
-            with contextlib.suppress(LookupError):  # it was taken out of the settings
-                proxy.routes.switch(name, False)
     return proxy
 
 
@@ -11321,6 +11256,10 @@ def hear_of_keys(proxy: Proxy, database: Optional[Database]):
     with contextlib.suppress(sqlite3.Error):
         for order in database.take_orders(proxy.wall(), again=True) if database else ():
             proxy.carry_out(order)
+    with contextlib.suppress(sqlite3.Error, ValueError):
+        for name in database.disabled_upstreams() if database else ():
+            with contextlib.suppress(LookupError):  # it was taken out of the settings
+                proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -11333,10 +11272,15 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
     proxy.limits.take_over(proxy.clock.time_ns() / 1e9)
     proxy.prices = Prices(config.prices, config.unpriced)
-    models = proxy.estimator.models
-    proxy.estimator = build_estimator(config, proxy.prices, proxy.limits)
-    proxy.estimator.models = models
+    renew_estimator(proxy)
     return rest
+
+
+def renew_estimator(proxy: Proxy):
+    """Has the costs estimated that rules count now, by what was learned before."""
+    models = proxy.estimator.models
+    proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
+    proxy.estimator.models = models
 
 
 def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
@@ -11547,8 +11491,7 @@ class Pages:
 
     async def ready(self, request, reply):
         """Tells whether calls can go anywhere."""
-        able = [one for one in self.proxy.routes.all
-                if one.can_connect() and one.stats()["state"] != "disabled"]
+        able = [one for one in self.proxy.routes.all if one.can_connect() and not one.disabled]
         reply.send(200 if able else 503, b"ready\n" if able else b"not ready\n", (), "text/plain")
 
     async def metrics(self, request, reply):
@@ -11582,7 +11525,7 @@ class Pages:
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
         found = [model for model in models.values()
-                 if not (key and key.models) or may_use(key.models, model.name)]
+                 if not (key and key.globs) or may_use(key.globs, model.name)]
         reply.send(200, self.dialect(request).models(found))
 
 
@@ -12155,8 +12098,7 @@ button:hover, .choices a:hover { border-color: var(--muted); text-decoration: no
 button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
 button.chip { border-radius: 14px; margin: 0 4px 4px 0; }
 #bar button, .notice button { border-color: transparent; background: none; }
-.tools:empty { display: none; } ::placeholder { color: var(--muted); opacity: 1; }
-[aria-busy] { opacity: .5; }
+.tools:empty, p:empty { display: none; } ::placeholder { color: var(--muted); opacity: 1; }
 input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
   border: 1px solid var(--muted); border-radius: 4px; min-width: 0; max-width: 100%; height: 32px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
@@ -12170,7 +12112,7 @@ th, td { padding: 6px 16px 6px 0; border-bottom: 1px solid var(--lines); vertica
 :is(th, td):last-child { padding-right: 0; }
 :is(th, td):is(.number, .actions) { text-align: right; }
 th, td.number, td.line, .mark, .value, .phase, #today, #who { white-space: nowrap; }
-tfoot td { font-weight: 600; border: 0; } tr[tabindex] { cursor: pointer; }
+tr.total td { font-weight: 600; border: 0; } tr[tabindex] { cursor: pointer; }
 tr[tabindex]:hover, tr.open { background: var(--surface); }
 .gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
 .actions button { margin-left: 4px; }
@@ -12222,7 +12164,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 .notice { display: flex; align-items: start; background: var(--page); padding: 6px 8px 6px 12px;
   margin-top: 8px; border-radius: 4px; box-shadow: var(--box); }
 .notice > .mark { flex: 1; white-space: normal; padding: 2px 0; }
-#lost { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; text-align: center;
+#lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; text-align: center;
   max-width: none; background: var(--warn); color: var(--page); }
 .stale .live, .stale .live * { color: var(--muted); }
 .stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
@@ -12235,8 +12177,7 @@ summary { cursor: pointer; font-weight: 600; margin-bottom: 12px; }
   .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; }
   .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
   .track { flex-basis: 100%; } .chart svg { height: 240px; }
-  .cards, .cards :is(tbody, tfoot, td) { display: block; }
-  .cards thead, .cards td:empty { display: none; }
+  .cards, .cards :is(tbody, td) { display: block; } .cards thead, .cards td:empty { display: none; }
   .cards tr { border-bottom: 1px solid var(--lines); padding: 8px 0; display: grid;
     grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2px 24px; }
   .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
@@ -12259,7 +12200,7 @@ summary { cursor: pointer; font-weight: 600; margin-bottom: 12px; }
 </header>
 <main id="main"></main>
 <div id="notices" role="status"></div>
-<p id="lost" role="status" hidden></p>
+<p id="lost" role="status"></p>
 <script type="module" nonce="%NONCE%">
 // Elements. Text goes in as text nodes only: nothing that a caller or an upstream said is markup.
 
@@ -12270,94 +12211,100 @@ const svg = (tag, attributes, ...children) =>
 const shown = children => children.flat(9).filter(child => child || child === 0);
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes ?? {}))
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value != null && value !== false) element.setAttribute(name, value === true ? ""
-      : value);
+    if (name === "style") element.style.cssText = value;
+    else if (name.startsWith("on")) element[name] = value;
+    else if (value != null && value !== false) element.setAttribute(name, value);
   element.append(...shown(children));
   return element;
 }
-const say = (element, text) => element.textContent === String(text) || (element.textContent = text);
 const small = (...children) => h("small", null, children);
 const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
 const swatch = number => h("span", {class: "swatch s" + number});
 const link = (tab, query, text, more) => h("a", {href: hashOf(tab, query), ...more}, text);
+const button = (text, onclick, more) => h("button", {type: "button", onclick, ...more}, text);
+const copyButton = (title, text) => button(title, () => attempt("Copying", () =>
+  navigator.clipboard.writeText(text), "Copied."));
+const form = (act, more, ...children) => h("form", {...more, onsubmit(event) {
+  event.preventDefault();
+  act(Object.fromEntries(new FormData(event.target)));
+}}, children);
 
-// What is live has an `update`, which touches only what changed.
-function live(element, update, item) {
-  element.update = update;
-  update(item);
-  return element;
-}
-const redrawn = draw => item => { // when it would look otherwise than before
-  const element = h("span");
-  return live(element, item => {
-    const fresh = h("span", null, draw(item));
-    if (!fresh.isEqualNode(element)) element.replaceChildren(...fresh.childNodes);
-  }, item);
-};
-const isHeld = element => element.matches(":hover, :focus-within"); // then nothing moves in it
-
-// Makes the rows of a live list those of `items`; who leaves fades.
-function sync(list, items, keyOf, make) {
-  const old = new Map([...list.children].map(row => [row.key, row]));
-  const rows = items.map(item => old.get(keyOf(item)) ?? Object.assign(make(item),
-    {key: keyOf(item)}));
-  rows.forEach((row, at) => row.update(items[at]));
-  if (list.children.length && isHeld(list)) return;
-  for (const row of [...list.children].filter(row => row.key && !rows.includes(row))) {
-    [row.className, row.key] = ["gone", null];
-    setTimeout(() => row.remove(), 300);
-  }
-  let place = list.firstChild;
-  for (const row of rows) {
-    while (place && !place.key) place = place.nextSibling;
-    if (row === place) place = place.nextSibling;
-    else list.insertBefore(row, place);
-  }
+// A button that asks once, in its own place: for what `contents` has fields for, or just again.
+const asking = (id, text, contents, act) => view.asked !== id ? button(text, () => ask(id),
+  {"data-asks": id}) : form(async fields => { if (await act(fields)) ask(null); }, {class: "ask"},
+  contents, h("button", {class: "main"}, text), button("Cancel", () => ask(null)));
+function ask(id) {
+  const [before] = [view.asked, view.asked = id];
+  paint(true);
+  const buttons = [...document.querySelectorAll("[data-asks]")];
+  const next = id ? document.querySelector(".ask :is(input, .main)") : buttons.find(one =>
+    one.dataset.asks === before);
+  next?.focus();
 }
 
-// Columns: the head, what a cell shows of an item, and classes.
-const table = (columns, rows = []) => h("table", {class: "cards"}, h("thead", null, h("tr", null,
+// Columns: the head, what a cell shows of an item, and classes. Rows have a key.
+const table = (columns, rows) => h("table", {class: "cards"}, h("thead", null, h("tr", null,
   columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", {class: "live"},
   rows));
-const tableRow = (columns, item, more) => h("tr", more, columns.map(([head, cell, kind]) => h("td",
-  {class: kind, "data-label": head}, cell(item))));
-function liveRow(columns, item, more) {
-  const row = tableRow(columns, item, more);
-  return live(row, item => columns.forEach(([, cell], at) => {
-    const child = row.cells[at].firstElementChild;
-    if (!child) say(row.cells[at], cell(item) ?? "");
-    else child.update?.(item);
-  }), item);
+const row = (columns, item, key, more) => h("tr", {"data-key": key, ...more}, columns.map(([head,
+  cell, kind]) => h("td", {class: kind, "data-label": head}, cell(item))));
+
+// Makes what is shown like what was drawn anew, and touches only what differs.
+const HANDLERS = ["onclick", "onsubmit", "oninput", "onkeydown", "onpointermove", "onpointerleave",
+  "onblur"];
+function patch(old, fresh) {
+  if (!fresh.attributes) return old.data === fresh.data || (old.data = fresh.data);
+  for (const {name} of [...old.attributes])
+    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+  for (const {name, value} of fresh.attributes)
+    if (name !== "style" && name !== "open" && old.getAttribute(name) !== value)
+      old.setAttribute(name, value);
+  if (old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
+  for (const name of HANDLERS) old[name] = fresh[name];
+  patchChildren(old, [...fresh.childNodes]);
+}
+function patchChildren(old, children) {
+  // What the pointer or the focus is on does not move.
+  const isStill = !isAsked && old.localName === "tbody" && old.matches(":hover, :focus-within");
+  const keyed = new Map([...old.children].map(child => [child.dataset.key, child]));
+  const used = new Set();
+  let place = old.firstChild;
+  for (const child of children) {
+    while (place && (used.has(place) || place.isLeaving)) place = place.nextSibling;
+    const key = child.dataset?.key, isAlike = place?.nodeName === child.nodeName
+      && !place.dataset?.key;
+    const twin = key ? keyed.get(key) : isAlike && place;
+    if (twin) patch(twin, child);
+    if (!isStill && twin !== place) old.insertBefore(twin || child, place);
+    used.add(twin || child);
+  }
+  if (!isStill) for (const child of [...old.childNodes]) if (!used.has(child)) drop(child);
+}
+function drop(node) { // rows of lists fade
+  if (!node.dataset?.key || node.isLeaving || isAsked) return node.isLeaving || node.remove();
+  node.isLeaving = true;
+  node.className = "gone";
+  setTimeout(() => node.remove(), 300);
 }
 
-const button = (text, act, more) => h("button", {type: "button", ...more, async onclick(event) {
-  const pressed = event.currentTarget;
-  if (pressed.ariaBusy) return;
-  pressed.ariaBusy = "true";
-  await act(pressed);
-  pressed.ariaBusy = null;
-}}, text);
-const copyButton = (title, text) => button(title, async pressed => {
-  await navigator.clipboard.writeText(text);
-  say(pressed, "Copied");
-});
-const cancelButton = act => button("Cancel", act, {"data-escape": true});
-// A button that gives its place to what `open(close)` makes, until that closes.
-function unfoldingButton(text, open) {
-  const place = h("span", {class: "ask"}), first = button(text, () => {
-    place.replaceChildren(...open(close), cancelButton(close));
-    place.querySelector("input, .main").focus();
-  });
-  const close = () => { place.replaceChildren(first); first.focus(); };
-  place.append(first);
-  return place;
+// Painting: at once where somebody asked for it, else at most once a second, and where one looks.
+let isAsked = false, painted = 0, planned = null;
+function paint(asked) {
+  isAsked = asked;
+  painted = performance.now();
+  if (model && !isMe) paintBar();
+  if (view.draw) patchChildren($("main"), shown([view.draw()]));
 }
-const askingButton = (text, consequence, act) => unfoldingButton(text, close =>
-  [small(consequence()), button(text, () => act().then(close), {class: "main"})]);
+function paintSoon() {
+  planned ??= setTimeout(() => {
+    planned = null;
+    if (!document.hidden && model) paint(false);
+  }, Math.max(0, painted + 1000 - performance.now()));
+}
 
 // Numbers, money and times as people read them. Times are unix seconds, in the viewer's zone.
 
+const HOUR = 3600, DAY = 86400;
 const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
 const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
 const count = number => number == null ? "–" : Math.round(number).toLocaleString("en").replace("-",
@@ -12366,6 +12313,7 @@ const short = number => number < 10000 ? count(number) : compact.format(number);
 const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 const words = name => name.replaceAll("_", " ");
 const title = text => text[0].toUpperCase() + text.slice(1);
+const sumOf = values => values.reduce((sum, value) => sum + value, 0);
 const tokensOf = sum => (sum.input ?? 0) + (sum.output ?? 0);
 const date = (time, options) => new Date(time * 1000).toLocaleString("en-GB", options);
 const clock = time => date(time, {timeStyle: "medium"});
@@ -12385,14 +12333,14 @@ function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
 }
 const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(word =>
   sum[word] === true ? word : `${count(sum[word])} ${word}`).join(", ");
-const money = (sum, digits) => [usd(sum.usd, digits), doubts(sum) && [h("br"), small(doubts(sum))]];
+const below = text => text && [h("br"), small(text)];
+const money = (sum, digits) => [usd(sum.usd, digits), below(doubts(sum))];
 
 // What the page knows, and what it asks.
 
-const KEY = "llm_proxy.key", HOUR = 3600, DAY = 86400;
-const isMe = location.pathname.endsWith("/me");
+const KEY = "llm_proxy.key", isMe = location.pathname.endsWith("/me");
 let model = null; // the summary, kept up to date by events
-let view = {};    // of the shown tab: what to do on `paint`, `ended`, `bucket` and `changed`
+let view = {};    // the shown tab: `draw`, and what to do on `ended`, `bucket` and `changed`
 let skew = 0;     // seconds by which the proxy's clock is ahead
 const now = () => Date.now() / 1000 + skew;
 const isAdmin = () => model.you.role === "admin";
@@ -12416,6 +12364,7 @@ async function write(method, path, body = {}) {
   const response = await send("admin/api/" + path, {method, headers, body: JSON.stringify(body)});
   return response.json().catch(() => ({}));
 }
+const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
   try {
@@ -12423,13 +12372,12 @@ async function attempt(what, act, done) {
     if (done) notice(done);
     return result ?? {};
   } catch (fault) {
-    if (fault.status === 401) leave("This key is not valid any more.");
+    if (fault.status === 401) leave(FAULTS[401]);
     else notice(`${what} failed: ${fault.message}`, "bad", 30);
   }
 }
 function notice(text, kind = "good", lasts = 8) {
-  const close = button("Close", () => box.remove(), {"data-escape": true});
-  const box = h("div", {class: "notice"}, mark(kind, text), close);
+  const box = h("div", {class: "notice"}, mark(kind, text), button("Close", () => box.remove()));
   $("notices").append(box);
   if ($("notices").children.length > 3) $("notices").firstChild.remove();
   setTimeout(() => box.remove(), lasts * 1000);
@@ -12438,13 +12386,12 @@ function notice(text, kind = "good", lasts = 8) {
 // Events: one stream, read by fetch, because an EventSource sends no key.
 
 let stream = null, lastId = "", heardAt = 0;
-
 async function listen() {
   const mine = stream = new AbortController();
   for (let wait = 1; !mine.signal.aborted; wait = Math.min(wait * 2, 15)) {
     const since = heardAt, fault = await follow(mine).catch(fault => fault);
     if (mine.signal.aborted) return;
-    if (fault?.status === 401) return leave("This key is not valid any more.");
+    if (fault?.status === 401) return leave(FAULTS[401]);
     if (heardAt > since) wait = 1;
     showLost(true);
     await new Promise(resolve => setTimeout(resolve, wait * 1000));
@@ -12476,8 +12423,7 @@ function takeEvent(text) {
 }
 function showLost(isLost) {
   document.body.classList.toggle("stale", isLost);
-  say($("lost"), isLost ? "reconnecting, as of " + clock(heardAt) : "");
-  $("lost").hidden = !isLost;
+  $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : "";
 }
 const EVENTS = {
   begin(call) { model.running.set(call.id, call); }, end(call) {
@@ -12492,7 +12438,7 @@ const EVENTS = {
     for (const one of pulse.upstreams)
       Object.assign(model.upstreams.find(({name}) => name === one.name) ?? {}, one);
     for (const bucket of pulse.buckets) {
-      Object.assign(model.near.find(isSameBucket(bucket)) ?? {}, bucket);
+      takeBucket(model.near.filter(({caller}) => caller === bucket.caller), bucket);
       view.bucket?.(bucket);
     }
   }, warning(told) {
@@ -12504,13 +12450,13 @@ const EVENTS = {
     view.changed?.(what);
   }, lost: () => loadSummary(),
 };
-const isSameBucket = ({caller, rule}) => one => one.caller === caller && one.rule === rule;
+const takeBucket = (buckets, bucket) => Object.assign(buckets?.find(({rule}) =>
+  rule === bucket.rule) ?? {}, bucket);
 // A call that the pulse does not tell of any more has ended unseen.
 function takeRunning(told) {
   const states = new Map(told.map(one => [one.id, one])), isWhole = told.length < 200;
   for (const [id, call] of model.running) {
-    const isOver = call.ended ? now() - call.ended > 3 : isWhole && !states.has(id) && now()
-      - call.started > 3;
+    const isOver = now() - (call.ended ?? (isWhole && !states.has(id) ? call.started : now())) > 3;
     if (isOver) model.running.delete(id);
     else if (!call.ended) Object.assign(call, states.get(id));
   }
@@ -12523,31 +12469,20 @@ async function loadSummary() {
   paintSoon();
 }
 
-// Painting: at most once a second, and not where nobody looks.
-
-let painted = 0, planned = null;
-function paintSoon() {
-  planned ??= setTimeout(() => {
-    [painted, planned] = [performance.now(), null];
-    if (document.hidden || !model) return;
-    if (!isMe) paintBar();
-    view.paint?.();
-  }, Math.max(0, painted + 1000 - performance.now()));
-}
 const STATES = {closed: ["good", "up"], half_open: ["warn", "trying again"], open: ["bad", "down"],
   disabled: ["off", "disabled"]};
 const stateMark = (one, name = "") => mark(STATES[one.state][0], name + STATES[one.state][1]);
-const barState = redrawn(one => stateMark(one, one.name + " "));
 function paintBar() {
   const all = model.upstreams, ill = all.filter(({state}) => state !== "closed");
   const many = {name: `${all.length - ill.length} of ${all.length} upstreams`, state: "closed"};
-  sync($("states"), all.length > 4 ? [many, ...ill.slice(0, 3)] : all, one => one.name, barState);
-  say($("today"), usd(model.today.usd, 2) + " USD today");
+  patchChildren($("states"), (all.length > 4 ? [many, ...ill.slice(0, 3)] : all).map(one =>
+    stateMark(one, one.name + " ")));
+  $("today").textContent = usd(model.today.usd, 2) + " USD today";
 }
 
 // Now: six figures with a minute behind them, the running calls, and who is near a limit.
 
-const total = (pulses, name) => pulses.reduce((sum, pulse) => sum + pulse[name], 0);
+const total = (pulses, name) => sumOf(pulses.map(pulse => pulse[name]));
 const top = (pulses, name) => "at most " + Math.max(0, ...pulses.map(pulse => pulse[name]));
 const last = (pulses, name) => count(pulses.at(-1)?.[name]);
 const minute = (pulses, name) => short(total(pulses, name)) + " in a minute";
@@ -12563,18 +12498,11 @@ const FIGURES = [["Calls per second", "calls", rate, minute], ["Tokens per secon
   "first_p50", last, pulses => "95% within " + last(pulses, "first_p95")], ["Errors", "failed",
   pulses => errorRate(failures(pulses)), pulses => failures(pulses).map(count).join(" of ")
   + " calls"]];
-
-function figure([label, name, value, note]) {
-  const number = h("div", {class: "value"}), below = h("div", {class: "label"}), line = svg("path");
-  const drawing = svg("svg", {class: "spark", width: 72, height: 28, "aria-hidden": "true"},
-    svg("line", {x2: 72, y1: 27.5, y2: 27.5}), line);
-  return live(h("div", {class: "figure live"}, h("div", {class: "label"}, label), number, drawing,
-    below), pulses => {
-    say(number, value(pulses, name));
-    say(below, note(pulses, name));
-    line.setAttribute("d", minuteLine(pulses.map(pulse => pulse[name])));
-  }, model.pulses);
-}
+const figure = ([label, name, value, note]) => h("div", {class: "figure live"}, h("div",
+  {class: "label"}, label), h("div", {class: "value"}, value(model.pulses, name)), svg("svg",
+  {class: "spark", width: 72, height: 28, "aria-hidden": true}, svg("line", {x2: 72, y1: 27.5,
+  y2: 27.5}), svg("path", {d: minuteLine(model.pulses.map(pulse => pulse[name]))})), h("div",
+  {class: "label"}, note(model.pulses, name)));
 function minuteLine(values) { // what is null is a gap
   const top = Math.max(...values, 1), step = 72 / 59, first = 60 - values.length;
   return values.map((value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
@@ -12583,33 +12511,27 @@ function minuteLine(values) { // what is null is a gap
 const WAITS = {line: "in line", "first byte": "waits for first byte"};
 const stateOf = call => call.ended ? "ended: " + words(call.call.outcome) : (WAITS[call.state]
   ?? call.state) + (call.position ? ", place " + call.position : "");
-const RUNNING = [["Caller", call => call.team ? `${call.caller} (${call.team})` : call.caller],
-  ["Model", call => call.model], ["Upstream", call => call.upstream ?? "–"], ["State", stateOf],
-  ["Seconds", call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1), "number"],
-  ["Tokens", call => count(call.call?.output ?? call.tokens), "number"]];
-function runningRow(call) {
-  const open = () => go("calls", call.ended ? {id: call.id} : {caller: call.caller});
-  return liveRow(RUNNING, call, {tabindex: 0, onclick: open, onkeydown: event =>
-    event.key === "Enter" && open()});
-}
+const RUNNING = [["Caller", call => [call.caller, call.team && small(" ", call.team)]], ["Model",
+  call => call.model], ["Upstream", call => call.upstream ?? "–"], ["State", stateOf], ["Seconds",
+  call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1), "number"], ["Tokens",
+  call => count(call.call?.output ?? call.tokens), "number"]];
+const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act(),
+  onkeydown: event => event.key === "Enter" && act()});
+const runningRow = call => row(RUNNING, call, call.id, opens(() => go("calls", call.ended
+  ? {id: call.id} : {caller: call.caller})));
 const NEAR = [["Caller", one => link("callers", {filter: one.caller}, one.caller)], ["What is left",
   one => bucketBar(one), "whole"]];
-function openNow(main) {
-  const figures = FIGURES.map(figure), running = table(RUNNING), head = h("h2"), rest = h("div");
-  const near = h("section", null, h("h2"), h("h2", null, "Near a limit"), table(NEAR));
-  main.append(h("div", {class: "figures"}, figures), head, running, rest, near);
-  if (!model.has_calls) rest.append(firstCall());
-  view.paint = () => {
-    figures.forEach(one => one.update(model.pulses));
+const nearRow = one => row(NEAR, one, one.caller + "\n" + one.rule);
+
+function openNow() {
+  view.draw = () => {
     const calls = [...model.running.values()].sort((a, b) => b.started - a.started);
-    say(head, plural(calls.filter(call => !call.ended).length, "running call"));
-    sync(running.tBodies[0], calls.slice(0, 50), call => call.id, runningRow);
-    running.hidden = !calls.length;
-    if (calls.length || model.has_calls) say(rest, calls.length > 50
-      ? `and ${calls.length - 50} more` : "");
-    near.hidden = !model.near.length;
-    sync(near.lastChild.tBodies[0], model.near, one => one.caller + "\n" + one.rule, one =>
-      liveRow(NEAR, one));
+    const going = calls.filter(call => !call.ended).length, more = calls.length - 50;
+    return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null, plural(going,
+      "running call")), calls.length || model.has_calls ? table(RUNNING, calls.slice(0,
+      50).map(runningRow)) : firstCall(), h("p", null, more > 0 && `and ${more} more`),
+      model.near.length > 0 && [h("h2", null, "Near a limit"), table(NEAR,
+      model.near.map(nearRow))]];
   };
 }
 const firstCall = () => h("div", null, h("p", null, model.has_calls ? "There was no call."
@@ -12635,66 +12557,53 @@ function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
   return text + (level >= capacity ? ", full" : refill ? `${more}, full in ${seconds(full)}` : "");
 }
 function bucketBar(bucket) {
-  const level = h("div", {class: "level"}), text = h("span");
-  const bar = h("div", {class: "bucket live", title: bucket.rule}, h("div", {class: "track",
-    "aria-hidden": "true"}, level), text);
-  return live(bar, bucket => {
-    const found = bucketNow(bucket), share = found.level / found.capacity || 0;
-    level.style.transform = `scaleX(${Math.max(0, Math.min(1, share)).toFixed(4)})`;
-    bar.classList.toggle("low", share < .2);
-    say(text, bucketText(bucket, found));
-  }, bucket);
+  const found = bucketNow(bucket), share = Math.max(0, Math.min(1, found.level / found.capacity))
+    || 0;
+  const level = h("div", {class: "level", style: `transform: scaleX(${share.toFixed(4)})`});
+  return h("div", {class: share < .2 ? "bucket low live" : "bucket live", title: bucket.rule},
+    h("div", {class: "track", "aria-hidden": true}, level), h("span", null, bucketText(bucket,
+    found)));
 }
 
 // Callers: their buckets, what they used today, and what may be done about it.
 
 const CALLERS = [["Caller", one => [link("calls", {caller: one.name}, one.name), one.team
-  && small(" ", one.team)]], ["Buckets", one => bucketList(one), "whole"], ["Tokens today", one =>
-  short(tokensOf(one.today)), "number"], ["USD today", redrawn(one => money(one.today, 2)),
-  "number"], ["Last 24 hours", one => hourBars(one.hours)], ["", one => callerActions(one),
+  && small(" ", one.team)]], ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar)
+  : small("no limit"), "whole"], ["Tokens today", one => short(tokensOf(one.today)), "number"],
+  ["USD today", one => money(one.today, 2), "number"], ["Last 24 hours", one =>
+  hourBars(one.hours)], ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"),
   "actions whole"]];
-
-async function openCallers(main, query) {
-  const filter = h("input", {id: "filter", type: "search", placeholder: "Filter callers ( / )",
-    "aria-label": "Filter callers", value: query.get("filter"), oninput: () => view.paint()});
-  const list = table(CALLERS), known = new Map(), many = h("span");
-  main.append(h("div", {class: "tools"}, filter, many), list);
-  let loaded = 0;
-  const load = () => attempt("Loading", async () => {
-    loaded = now();
-    const {callers} = await read("callers", timeZone()), used = ({today}) => today.usd * 1e9
-      + tokensOf(today);
-    for (const one of callers.sort((a, b) => used(b) - used(a)))
-      known.set(one.name, Object.assign(known.get(one.name) ?? {}, one));
-    list.hidden = !known.size;
-    if (!known.size) main.append(firstCall());
-    view.paint();
-  });
-  view.paint = () => {
-    const all = [...known.values()], sought = filter.value.toLowerCase();
-    const found = all.filter(({name, team}) =>
-      `${name} ${team ?? ""}`.toLowerCase().includes(sought));
-    sync(list.tBodies[0], found, one => one.name, one => liveRow(CALLERS, one));
-    say(many, sought ? `${found.length} of ${all.length}` : plural(all.length, "caller"));
+async function openCallers(query) {
+  const known = new Map(), used = ({today}) => today.usd * 1e9 + tokensOf(today);
+  let sought = query.get("filter") ?? "", loaded = 0;
+  const filter = () => h("input", {id: "filter", type: "search",
+    placeholder: "Filter callers ( / )", "aria-label": "Filter callers", value: sought,
+    oninput(event) { sought = event.target.value; paint(true); }});
+  const isSought = ({name, team}) =>
+    `${name} ${team ?? ""}`.toLowerCase().includes(sought.toLowerCase());
+  view.draw = () => {
+    const found = [...known.values()].filter(isSought), all = plural(known.size, "caller");
+    return [h("div", {class: "tools"}, filter(), sought ? `${found.length} of ${all}` : all),
+      known.size ? table(CALLERS, found.map(one => row(CALLERS, one, one.name))) : firstCall()];
   };
-  view.bucket = bucket => Object.assign(known.get(bucket.caller)?.buckets.find(({rule}) =>
-    rule === bucket.rule) ?? {}, bucket);
+  view.bucket = bucket => takeBucket(known.get(bucket.caller)?.buckets, bucket);
   view.ended = call => {
     if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
-    else if (now() - loaded > 2) load();
+    else if (now() - loaded > 2) view.changed();
   };
-  view.changed = load;
-  await load();
+  view.changed = () => attempt("Loading", async () => {
+    loaded = now();
+    const {callers} = await read("callers", timeZone());
+    for (const one of callers.sort((a, b) => used(b) - used(a)))
+      known.set(one.name, Object.assign(known.get(one.name) ?? {}, one));
+    paintSoon();
+  });
+  await view.changed();
 }
 function addCall(today, call) {
   for (const name of ["input", "output", "estimated", "unpriced"]) today[name] += Number(call[name]
     ?? 0);
   today.usd = Number(today.usd) + Number(call.usd ?? 0);
-}
-function bucketList(one) {
-  const bars = one.buckets.map(bucketBar);
-  return live(h("div", null, bars.length ? bars : small("no limit")), one =>
-    one.buckets.forEach((bucket, at) => bars[at]?.update(bucket)), one);
 }
 function hourBars(values) {
   const top = Math.max(...values, 1), title = `at most ${short(top)} tokens an hour`;
@@ -12703,34 +12612,25 @@ function hourBars(values) {
     width: 3, height: 18 * value / top, y: 19 - 18 * value / top})));
 }
 function callerActions(one) {
-  if (!isAdmin()) return one.paused ? small("paused") : null;
-  const reset = () => write("POST", pathOf("callers", one.name, "reset"));
-  const pause = (verb, done) => attempt(title(verb), async () => {
-    await write("POST", pathOf("keys", one.name, verb));
+  const {name, buckets, paused} = one, units = [...new Set(buckets.map(({unit}) => unit))];
+  const set = (verb, done) => attempt(title(verb), async () => {
+    await post("keys", name, verb);
     one.paused = verb === "revoke";
-  }, one.name + done).then(paintSoon);
-  const going = () => [...model.running.values()].filter(call => call.caller === one.name
-    && !call.ended).length;
-  const resume = button("Resume", () => pause("restore", " may call again."));
-  const ask = askingButton("Pause", () =>
-    `${plural(going(), "running call")} of ${one.name} will go on; ` + "new ones get 401.", () =>
-    pause("revoke", " is paused."));
-  return live(h("span", null, one.buckets.length && [giveButton(one), button("Reset", () =>
-    attempt("Reset", reset, `The buckets of ${one.name} are full.`))], resume, ask), one => {
-    resume.hidden = !one.key || !one.paused;
-    ask.hidden = !one.key || one.paused;
-  }, one);
+    paintSoon();
+  }, name + done);
+  const going = [...model.running.values()].filter(({caller, ended}) => caller === name
+    && !ended).length;
+  const give = fields => attempt("Give", () => write("POST", pathOf("callers", name, "give"),
+    fields), `${name} got ${fields.amount} ${fields.unit} more.`);
+  return [units.length > 0 && [asking("give " + name, "Give", [h("input", {name: "amount", size: 6,
+    inputmode: "decimal", required: true, "aria-label": "Amount",
+    value: Number(buckets[0].capacity)}), h("select", {name: "unit", "aria-label": "Unit"},
+    units.map(unit => h("option", null, unit)))], give), button("Reset", () => attempt("Reset",
+    () => post("callers", name, "reset"), `All of ${name} is full.`))], one.key && (paused
+    ? button("Resume", () => set("restore", " may call again.")) : asking("pause " + name, "Pause",
+    small(`${plural(going, "running call")} of ${name} will go on; new ones get 401.`), () =>
+    set("revoke", " is paused.")))];
 }
-const giveButton = one => unfoldingButton("Give", close => [h("form", {class: "ask",
-  async onsubmit(event) {
-  event.preventDefault();
-  const body = Object.fromEntries(new FormData(event.target));
-  const give = () => write("POST", pathOf("callers", one.name, "give"), body);
-  if (await attempt("Give", give, `${one.name} got ${body.amount} ${body.unit} more.`)) close();
-}}, h("input", {size: 6, inputmode: "decimal", required: true, name: "amount",
-  "aria-label": "Amount", value: Number(one.buckets[0].capacity)}), h("select", {name: "unit",
-  "aria-label": "Unit"}, one.buckets.map(({unit}) => h("option", null, unit))), h("button",
-  {class: "main"}, "Give"))]);
 
 // Usage: what was used, by whom; the chart and the table show the same numbers.
 
@@ -12751,30 +12651,31 @@ const START = {hour: () => Math.floor(now() / 900) * 900 - 2700, week: () => mid
   day: () => moved(moment => moment.setMinutes(0, 0, 0)) - 23 * HOUR, month: () => monthStart(0)};
 const only = (query, names) => Object.fromEntries([...query].filter(([name]) => Object.hasOwn(names,
   name)));
+const changed = (query, change) => ({...Object.fromEntries(query), ...change});
 
-async function openUsage(main, query) {
+async function openUsage(query) {
   const pick = (name, values, usual) => Object.hasOwn(values, query.get(name)) ? query.get(name)
     : usual;
   const choices = (name, values, chosen) => h("span", {class: "choices", role: "group",
-    "aria-label": name}, Object.keys(values).map(value => link("usage",
-    {...Object.fromEntries(query), [name]: value}, value, {"aria-current": value === chosen
-    && "true"})));
+    "aria-label": name}, Object.keys(values).map(value => link("usage", changed(query,
+    {[name]: value}), value, {"aria-current": value === chosen})));
   const range = pick("range", RANGES, "week"), by = pick("by", GROUPS, "caller");
-  const measure = pick("measure", MEASURES, "money"), place = h("div");
+  const measure = pick("measure", MEASURES, "money");
   const asked = () => ({by, step: RANGES[range][0], from: START[range](),
     to: Math.ceil(now()),...timeZone(), ...only(query, GROUPS)});
-  main.append(h("div", {class: "tools"}, choices("range", RANGES, range), choices("by", GROUPS, by),
-    choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
-    download(asked())))), chips("usage", query, GROUPS), place);
-  let loaded = 0, changed = true;
-  view.ended = () => { changed = true; };
-  view.paint = async () => {
-    if (!changed || now() - loaded < 15 || (loaded && isHeld(place))) return;
-    [loaded, changed] = [now(), false];
-    const usage = await attempt("Loading", () => read("usage", asked()));
-    if (usage) place.replaceChildren(usage.groups.length ? usageParts(usage, range, measure, query)
-      : firstCall());
+  let usage = null, loaded = 0;
+  const load = async () => {
+    loaded = now();
+    usage = await read("usage", asked());
+    usage.groups.sort((a, b) => MEASURES[measure][2](b) - MEASURES[measure][2](a));
+    paintSoon();
   };
+  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
+    GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
+    download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
+    range, measure, query) : firstCall()];
+  view.ended = () => now() - loaded > 15 && attempt("Loading", load);
+  await load();
 }
 async function download(asked) {
   const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
@@ -12785,38 +12686,36 @@ async function download(asked) {
 function usageParts(usage, range, measure, query) {
   const [name, unit, valueOf] = MEASURES[measure], all = valueOf(usage.total),
     isMoney = measure === "money";
-  usage.groups.sort((a, b) => valueOf(b) - valueOf(a));
-  const series = seriesOf(usage.by, usage.groups.map(({name}) => name));
+  const series = seriesOf(usage.by, usage.groups.map(({name}) => name)),
+    length = LENGTHS[usage.step];
   const steps = stepsOf(usage.step, usage.from, usage.series, ({groups}) => valuesOf(groups, series,
     valueOf));
-  const pace = isMoney && range === "month" && all / (now() - usage.from),
-    length = LENGTHS[usage.step];
+  const end = range === "month" && isMoney && monthStart(1), pace = end && all / (now()
+    - usage.from);
   const budget = isMoney && usage.budget && {text: "budget: " + usage.budget.rule,
     value: usage.budget.usd / usage.budget.seconds * length};
-  const end = monthStart(1), ahead = pace ? usd(pace * (end - usage.from), 2) : "";
   const label = `${name} by ${usage.by}, ${RANGES[range][1]}${unit}`;
-  const data = {label, series, steps, isMoney, budget, pace: pace * length, to: pace && end};
+  const ahead = pace &&
+    ` At this pace (dashed) ${usd(pace * (end - usage.from), 2)} by the end of the month.`;
   return h("div", {class: "columns"}, h("section", null, h("h2", null, label), h("div",
-    {class: "value"}, isMoney ? usd(all) : short(all)), chart(data), h("p", null,
-    small(`Times in ${zone}.`, ahead &&
-    ` At this pace (dashed) ${ahead} by the end of the month.`))), usageTable(usage, series, query,
-    valueOf));
+    {class: "value"}, isMoney ? usd(all) : short(all)), chart({label, series, steps, isMoney,
+    budget, end, pace: pace * length}), h("p", null, small(`Times in ${zone}.`, ahead))),
+    usageTable(usage, series, query, valueOf));
 }
 function valuesOf(groups, series, valueOf) {
   const values = series.map(({name}) => Object.hasOwn(groups, name) ? valueOf(groups[name]) : 0);
-  const all = Object.values(groups).reduce((sum, group) => sum + valueOf(group), 0);
-  if (series.at(-1).name === null) values[values.length - 1] = all - sumOf({values});
+  const all = sumOf(Object.values(groups).map(valueOf));
+  if (series.at(-1).name === null) values[values.length - 1] = all - sumOf(values);
   return values;
 }
-const sumOf = step => (step.values ?? []).reduce((sum, value) => sum + value, 0);
-
 // Five groups and "other" (null). A group keeps its colour while the page is open.
 const colours = new Map();
 function seriesOf(by, names) {
   const series = names.slice(0, 5).map(name => ({name, colour: colours.get(by + name)}));
   for (const one of series) {
-    const free = [1, 2, 3, 4, 5].find(number => !series.some(({colour}) => colour === number));
-    colours.set(by + one.name, one.colour ??= free);
+    one.colour ??= [1, 2, 3, 4, 5].find(number => !series.some(({colour}) => colour === number))
+      ?? 0;
+    colours.set(by + one.name, one.colour);
   }
   return names.length > 5 ? [...series, {name: null, colour: 0}] : series;
 }
@@ -12830,120 +12729,120 @@ function stepsOf(kind, from, told, valuesOf) {
 function usageTable(usage, series, query, valueOf) {
   const all = valueOf(usage.total), {input, cached, output, reasoning, limited} = usage.total;
   const colour = name => series.find(one => one.name === name)?.colour ?? 0;
-  const closer = name => ({...Object.fromEntries(query), [usage.by]: name, by: usage.by === "caller"
-    ? "model" : "caller"});
-  const numbers = [["Calls", one => [count(one.calls), one.failed > 0 && [h("br"), h("small",
-    {class: "failed"}, count(one.failed) + " failed")]], "number"], ["Tokens", one =>
-    short(tokensOf(one)), "number"], ["USD", one => money(one, usage.total.usd < 1 ? 4 : 2),
-    "number"], ["%", one => all ? (100 * valueOf(one) / all).toFixed(0) : "–", "number"]];
-  const columns = [[title(usage.by), one => [swatch(colour(one.name)), one.name ? link("usage",
-    closer(one.name), one.name) : "none"]], ...numbers];
-  const result = table(columns, usage.groups.map(one => tableRow(columns, one)));
-  result.append(h("tfoot", null, tableRow([["", () => "Total"], ...numbers], usage.total)));
-  return h("div", null, result, h("p", null, small(`Tokens: ${short(input)} input (`
-    + `${short(cached)} cached), ${short(output)} output (${short(reasoning)} reasoning). `
+  const closer = name => changed(query, {[usage.by]: name, by: usage.by === "caller" ? "model"
+    : "caller"});
+  const numbers = [["Calls", one => [count(one.calls), below(one.failed > 0
+    && `${count(one.failed)} failed`)], "number"], ["Tokens", one => short(tokensOf(one)),
+    "number"], ["USD", one => money(one, usage.total.usd < 1 ? 4 : 2), "number"], ["%", one => all
+    ? (100 * valueOf(one) / all).toFixed(0) : "–", "number"]];
+  const name = one => [swatch(colour(one.name)), one.name ? link("usage", closer(one.name),
+    one.name) : "none"];
+  const columns = [[title(usage.by), name], ...numbers];
+  const rows = usage.groups.map(one => row(columns, one, "of " + one.name));
+  const last = row([["", () => "Total"], ...numbers], usage.total, "total", {class: "total"});
+  return h("div", null, table(columns, [rows, last]), h("p", null,
+    small(`Tokens: ${short(input)} input (` +
+    `${short(cached)} cached), ${short(output)} output (${short(reasoning)} reasoning). `
     + `${plural(limited, "call")} met a limit.`)));
 }
 
 // Charts: stacked bars; a line follows the pointer or the arrow keys.
 
 const EDGE = {left: 56, right: 8, top: 16, bottom: 24};
+const allOf = step => sumOf(step.values ?? []);
 function ticks(top) { // round numbers from zero up, three to five of them
   const power = 10 ** Math.floor(Math.log10(top / 4));
   const step = [1, 2, 5, 10].map(number => number * power).find(step => top / step <= 4.5);
   return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step);
 }
-function scaleOf({steps, to, budget, pace}, width, height) {
-  const top = Math.max(...steps.map(sumOf), pace || 0) || 1, from = steps[0].at;
+function scaleOf({steps, end, budget, pace}, {width, height}) {
+  const top = Math.max(...steps.map(allOf), pace || 0) || 1, from = steps[0].at;
   const isNear = budget && budget.value < 3 * top; // one far above would flatten all else
   const lines = ticks(isNear ? Math.max(top, budget.value) : top), floor = height - EDGE.bottom;
-  const right = width - EDGE.right, span = (to || steps.at(-1).end) - from;
+  const right = width - EDGE.right, span = (end || steps.at(-1).end) - from;
   return {width, floor, lines, isNear, right, x: time => EDGE.left + (time - from) / span * (right
     - EDGE.left), y: value => floor - value / lines.at(-1) * (floor - EDGE.top)};
 }
 function chart(data) {
-  const {steps, label} = data, values = h("table", {class: "values", hidden: true});
-  let scale = null, current = -1;
-  const point = at => {
-    current = Math.max(-1, Math.min(steps.length - 1, at));
-    drawing.querySelector(".cursor")?.remove();
-    values.hidden = current < 0;
-    if (current < 0) return;
-    const x = (scale.x(steps[current].at) + scale.x(steps[current].end)) / 2,
-      isLeft = x < scale.width / 2;
-    drawing.append(svg("line", {class: "cursor", x1: x, x2: x, y1: EDGE.top, y2: scale.floor}));
-    values.replaceChildren(valueRows(data, steps[current]));
-    values.style.left = isLeft ? x + 12 + "px" : "auto";
-    values.style.right = isLeft ? "auto" : scale.width - x + 12 + "px";
+  const {steps, label} = data, size = $("chart")?.getBoundingClientRect() ?? {width: 640,
+    height: 300};
+  const scale = scaleOf(data, size), at = view.pointed ?? -1, step = steps[at];
+  if (!$("chart")) setTimeout(paint); // now its width is known
+  const point = to => {
+    if (to === view.pointed) return;
+    view.pointed = Math.max(-1, Math.min(steps.length - 1, to));
+    paint(true);
   };
-  const hide = () => point(-1);
-  const drawing = svg("svg", {tabindex: 0, role: "img", onblur: hide, onpointerleave: hide,
-    "aria-label": label + ". The table has the same numbers; arrow keys read them one by one.",
-    onpointermove: ({offsetX}) => point(steps.findIndex(({end}) => offsetX < scale.x(end))),
-    onkeydown(event) {
-      const to = {ArrowLeft: current < 0 ? steps.length : current - 1, ArrowRight: current + 1,
-        Home: 0, End: steps.length, Escape: -1}[event.key];
-      if (to === undefined) return;
-      event.preventDefault();
-      point(to);
-    }});
-  new ResizeObserver(() => {
-    scale = scaleOf(data, drawing.clientWidth, drawing.clientHeight);
-    drawing.replaceChildren(...chartParts(data, scale));
-    point(current);
-  }).observe(drawing);
-  return h("div", {class: "chart live"}, drawing, values);
+  const onkeydown = event => {
+    const to = {ArrowLeft: at < 0 ? steps.length : at - 1, ArrowRight: at + 1, Home: 0,
+      End: steps.length}[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    point(to);
+  };
+  const drawing = svg("svg", {id: "chart", tabindex: 0, role: "img", onkeydown, onblur: () =>
+    point(-1), onpointerleave: () => point(-1), "aria-label": label
+    + ". The table has the same numbers.", onpointermove: ({offsetX}) =>
+    point(steps.findIndex(({end}) => offsetX < scale.x(end)))}, chartParts(data, scale), step
+    && cursor(step, scale));
+  return h("div", {class: "chart live"}, drawing, step && valueTable(data, step, scale));
 }
+const middle = (step, scale) => (scale.x(step.at) + scale.x(step.end)) / 2;
+const cursor = (step, scale) => svg("line", {class: "cursor", x1: middle(step, scale),
+  x2: middle(step, scale), y1: EDGE.top, y2: scale.floor});
 function chartParts(data, scale) {
+  const {budget, pace, steps} = data, digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1])
+    + 1e-9));
   const line = (kind, value, from) => svg("line", {class: kind, x1: from, x2: scale.right,
     y1: scale.y(value), y2: scale.y(value)});
   const said = (x, value, text, anchor) => svg("text", {class: "said", x, y: scale.y(value) - 5,
     "text-anchor": anchor}, text);
-  const digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1]) + 1e-9));
   const grid = value => [line("grid", value, EDGE.left), svg("text", {x: EDGE.left - 8,
     y: scale.y(value) + 4, "text-anchor": "end"}, value < 10000 ? value.toFixed(digits)
     : compact.format(value))];
   const hatch = svg("pattern", {id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse",
     patternTransform: "rotate(45)"}, svg("rect", {class: "paper", width: 3, height: 6}));
-  const {budget, pace, steps} = data;
-  return shown([svg("defs", null, hatch), scale.lines.map(grid), timeLabels(data, scale),
+  return [svg("defs", null, hatch), scale.lines.map(grid), timeLabels(steps, scale),
     steps.filter(step => step.values).map(step => bar(step, data, scale, said)), pace > 0
     && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value,
-    EDGE.left), said(EDGE.left + 4, budget.value, budget.text)]]);
+    EDGE.left), said(EDGE.left + 4, budget.value, budget.text)]];
 }
 // At round times, and at most one in 64 pixels.
-function timeLabels({steps}, scale) {
+function timeLabels(steps, scale) {
   const {kind, at, end} = steps[0], isDays = kind === "day", room = 64 / (scale.x(end)
     - scale.x(at));
   const every = [1, 2, 3, 4, 6, 7, 12, 14, 24].find(number => number >= room) ?? 31;
   const number = (step, position) => kind === "hour" ? new Date(step.at * 1000).getHours()
     : position;
-  return steps.filter((step, position) => number(step, position) % every === 0).map(({at, end}) =>
-    svg("text", {x: isDays ? (scale.x(at) + scale.x(end)) / 2 : scale.x(at), y: scale.floor + 18,
-    "text-anchor": isDays ? "middle" : "start"}, isDays ? day(at) : date(at,
+  return steps.filter((step, position) => number(step, position) % every === 0).map(step =>
+    svg("text", {x: isDays ? middle(step, scale) : scale.x(step.at), y: scale.floor + 18,
+    "text-anchor": isDays ? "middle" : "start"}, isDays ? day(step.at) : date(step.at,
     {timeStyle: "short"})));
 }
 function bar(step, {series}, scale, said) {
-  const room = scale.x(step.end) - scale.x(step.at), width = Math.max(1, Math.min(48, room * .75));
-  const x = scale.x(step.at) + (room - width) / 2, sum = sumOf(step), y = scale.y(sum);
-  let above = sum;
-  const parts = series.map(({colour}, at) => svg("rect", {class: "s" + colour, x, width,
-    y: scale.y(above), height: Math.max(0, scale.y(above -= step.values[at]) - scale.y(above
-    + step.values[at]))}));
-  return [parts, sum > 0 && svg("path", {class: "total", d: `M${x} ${y}h${width}`}),
+  const width = Math.max(1, Math.min(48, (scale.x(step.end) - scale.x(step.at)) * .75));
+  const x = middle(step, scale) - width / 2, sum = allOf(step), y = scale.y(sum);
+  const part = ({colour}, at) => {
+    const [above, value] = [sumOf(step.values.slice(at)), step.values[at]];
+    return svg("rect", {class: "s" + colour, x, width, y: scale.y(above), height: scale.y(above
+      - value) - scale.y(above)});
+  };
+  return [series.map(part), sum > 0 && svg("path", {class: "total", d: `M${x} ${y}h${width}`}),
     step.end > now() && [svg("rect", {fill: "url(#hatch)", x, y, width, height: scale.floor - y}),
     said(x + width / 2, sum, "so far", "middle")]];
 }
-function valueRows({series, isMoney}, step) {
-  const format = value => isMoney ? usd(value, sumOf(step) < 1 ? 4 : 2) : count(value);
+function valueTable({series, isMoney}, step, scale) {
+  const x = middle(step, scale), format = value => isMoney ? usd(value, allOf(step) < 1 ? 4 : 2)
+    : count(value);
   const when = step.kind === "day" ? {weekday: "short", day: "numeric", month: "short"}
     : {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"};
-  const row = (name, value) => h("tr", null, h("td", null, name), h("td", {class: "number"},
+  const line = (name, value) => h("tr", null, h("td", null, name), h("td", {class: "number"},
     value));
-  return h("tbody", null, row(date(step.at, when) + (step.end > now() ? ", so far" : ""), ""),
-    series.map(({name, colour}, at) => step.values?.[at] > 0 && row([swatch(colour), name
-    ?? "other"], format(step.values[at]))), row(step.values ? "Total" : "no call",
-    format(sumOf(step))));
+  const style = x < scale.width / 2 ? `left: ${x + 12}px` : `right: ${scale.width - x + 12}px`;
+  return h("table", {class: "values", style}, h("tbody", null, line(date(step.at, when)
+    + (step.end > now() ? ", so far" : ""), ""), series.map(({name, colour}, at) =>
+    step.values?.[at] > 0 && line([swatch(colour), name ?? "other"], format(step.values[at]))),
+    line(step.values ? "Total" : "no call", format(allOf(step)))));
 }
 
 // Calls: the live list; a row opens to where its time and money went.
@@ -12959,8 +12858,8 @@ const CALLS = [["Time", call => moment(call.time), "line"], ["Caller", call => [
 function chips(tab, query, names) { // what narrows a view: a click takes it away
   const texts = {failed: () => "failed", slow: value => "slower than " + seconds(value / 1000)};
   return h("div", {class: "tools"}, Object.entries(only(query, names)).map(([name, value]) =>
-    button((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () => go(tab,
-    {...Object.fromEntries(query), [name]: ""}), {class: "chip", title: "Remove"})));
+    button((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () => go(tab, changed(query,
+    {[name]: ""})), {class: "chip", title: "Remove"})));
 }
 // "model:x", "slow:2" (seconds), "failed", an id, or else a caller
 function meaning(text) {
@@ -12974,328 +12873,291 @@ const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow) && 
   "limited"].includes(call.outcome)) && Object.entries(same).every(([name, value]) =>
   call[name] === value);
 
-async function openCalls(main, query) {
-  const chosen = only(query, FILTERS), list = table(CALLS), rows = list.tBodies[0];
-  const set = text => go("calls", {...chosen, ...meaning(text)});
-  const filter = h("input", {id: "filter", type: "search",
-    placeholder: "alice or model:gpt-4 ( / )", size: 26,
-    "aria-label": "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"});
-  const fresh = [], older = button("Older calls", () => load(), {hidden: true});
-  const waiting = button("", () => show(true), {hidden: true});
-  const empty = h("div", {hidden: true}, Object.keys(chosen).length ? h("p", null,
-    "No such call, or it still runs. ", link("calls", {}, "Show all calls")) : firstCall());
-  const submit = event => {
-    event.preventDefault();
-    if (filter.value.trim()) set(filter.value.trim());
-  };
-  main.append(h("div", {class: "tools"}, h("form", {onsubmit: submit}, filter), ["failed",
-    "slow"].map(word => button(title(word), () => set(word), {class: "chip"})), waiting),
-    chips("calls", query, FILTERS), list, empty, older);
+async function openCalls(query) {
+  const chosen = only(query, FILTERS), calls = [], fresh = [];
   let before = null;
+  const narrow = text => go("calls", {...chosen, ...meaning(text)});
   const load = () => attempt("Loading", async () => {
     const page = await read("calls", {...chosen, before, limit: 50});
-    rows.append(...page.calls.map(call => callRow(call)));
-    older.hidden = (before = page.next) == null;
-    list.hidden = !(empty.hidden = rows.childElementCount > 0);
-    if (chosen.id && page.calls.length) rows.firstChild.click();
+    calls.push(...page.calls);
+    before = page.next;
+    if (chosen.id) calls.forEach(({id}) => view.open.add(id));
+    paint(true);
   });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
-  const show = asked => {
-    const isRead = !asked && (isHeld(rows) || rows.querySelector(".open") || scrollY > 200);
-    waiting.hidden = !fresh.length || !isRead;
-    say(waiting, plural(fresh.length, "new call"));
-    if (isRead || !fresh.length) return;
-    rows.prepend(...fresh.splice(0).map(call => callRow(call)));
-    list.hidden = !(waiting.hidden = empty.hidden = true);
-  };
+  const showFresh = () => calls.unshift(...fresh.splice(0));
+  const isRead = () => view.open.size || scrollY > 200 || document.querySelector("tbody:hover");
+  view.open = new Set();
   view.ended = call => { if (isLike(call, chosen) && fresh.unshift(call) > 200) fresh.pop(); };
-  view.paint = () => show(false);
+  view.draw = () => {
+    if (!isRead()) showFresh();
+    return [h("div", {class: "tools"}, form(({text}) => text.trim() && narrow(text.trim()), null,
+      h("input", {
+      id: "filter", name: "text", type: "search", size: 26,
+        placeholder: "alice or model:gpt-4 ( / )", "aria-label":
+        "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"})), ["failed",
+        "slow"].map(word => button(title(word), () => narrow(word), {class: "chip"})),
+        fresh.length > 0 && button(plural(fresh.length, "new call"), () => {
+      showFresh();
+      paint(true);
+    })), chips("calls", query, FILTERS), calls.length ? table(CALLS, calls.map(call =>
+      callRows(CALLS, call))) : query.size ? h("p", null, "No such call, or it still runs. ",
+      link("calls", {}, "Show all calls")) : firstCall(), before != null && button("Older calls",
+      load)];
+  };
   await load();
 }
-function callRow(call, columns = CALLS) {
-  const toggle = () => {
-    if (String(getSelection())) return;
-    row.ariaExpanded = row.classList.toggle("open");
-    if (row.className) row.after(h("tr", {class: "open"}, h("td", {colspan: 7, class: "whole"},
-      callParts(call))));
-    else row.nextSibling.remove();
+function callRows(columns, call) {
+  const isOpen = view.open.has(call.id), toggle = () => {
+    view.open[isOpen ? "delete" : "add"](call.id);
+    paint(true);
   };
-  const isToggled = key => key === "Enter" || (key === "Escape" && row.className);
-  const row = tableRow(columns, call, {tabindex: 0, onclick: toggle, "aria-expanded": "false",
-    onkeydown: event => isToggled(event.key) && toggle()});
-  return row;
+  return [row(columns, call, call.id, {...opens(toggle), "aria-expanded": String(isOpen),
+    class: isOpen && "open"}), isOpen && row([["", callParts, "whole"]], call, "of " + call.id,
+    {class: "open"})];
 }
 // Where the time went: a name, milliseconds, and the reason where this is most of it.
 function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output}) {
   const line = queue_ms ?? 0, connect = connect_ms ?? 0, first = Math.max(0, (first_ms ?? ms) - line
     - connect);
-  const rest = Math.max(0, ms - line - connect - first), pace = 1000 * output / rest,
-    name = upstream ?? "it";
+  const rest = Math.max(0, ms - line - connect - first), name = upstream ?? "it";
   return [["in line", line, `all places at ${name} were taken`], ["connecting", connect,
     `${name} was slow to take a connection`], ["to first byte", first,
     `${name} took so long to begin, after ${count(input)} tokens of input`], ["streaming", rest,
-    `${count(output)} tokens of output, ${count(pace)} a second`]];
+    `${count(output)} tokens of output, ${count(1000 * output / rest)} a second`]];
 }
 function callParts(call) {
-  const phases = phasesOf(call), most = phases.reduce((a, b) => b[1] > a[1] ? b : a);
-  const bar = h("div", {class: "timing", "aria-hidden": "true"}, phases.map((_, at) => h("div",
-    {class: "s" + (at + 1)})));
-  phases.forEach(([, ms], at) => Object.assign(bar.children[at],
-    {hidden: !ms}).style.flexGrow = ms);
+  const phases = phasesOf(call), [name, most, reason] = phases.reduce((a, b) => b[1] > a[1] ? b
+    : a);
   const facts = {Cause: call.cause, Upstream: call.upstream, Status: call.status, Rule: call.held,
-    Charged: chargesOf(call), Tokens:
-    `${count(call.input)} input (${count(call.cached)} cached, ${count(call.cache_write)}`
-    + ` written to a cache), ${count(call.output)} output (${count(call.reasoning)} reasoning)`,
-    "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+    Charged: call.charges?.split(";").map(charge), Tokens: `${count(call.input)} input (`
+    + `${count(call.cached)} cached, ${count(call.cache_write)} written to a cache), `
+    + `${count(call.output)} output (${count(call.reasoning)} reasoning)`, "Served by": call.served,
+    Path: `${call.method} ${call.path}`, From: call.address, Agent: call.agent, Tag: call.tag,
+    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   return [call.ms > 0 && h("p", null,
-    `Mostly ${most[0]}, ${count(most[1])} of ${count(call.ms)} ms: ${most[2]}.`), bar, h("p", null,
-    phases.map(([name, ms], at) => [h("span", {class: "phase"}, swatch(at + 1),
-    `${name} ${count(ms)} ms`), " "])), h("dl", null, Object.entries(facts).filter(([, value]) =>
-    value != null && value !== "").map(fact => [h("dt", null, fact[0]), h("dd", null, fact[1])])),
-    !isMe && h("p", null, "All calls of ", link("calls", {caller: call.caller}, call.caller),
-    ", of ", link("calls", {model: call.model ?? ""}, call.model))];
+    `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${reason}.`), h("div",
+    {class: "timing", "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div",
+    {class: "s" + (at + 1), style: "flex-grow: " + ms}))), h("p", null, phases.map(([name, ms],
+    at) => [h("span", {class: "phase"}, swatch(at + 1), `${name} ${count(ms)} ms`), " "])), h("dl",
+    null, Object.entries(facts).filter(([, value]) => value || value === 0).map(([name, value]) =>
+    [h("dt", null, name), h("dd", null, value)])), !isMe && h("p", null, "All calls of ",
+    link("calls", {caller: call.caller}, call.caller), ", of ", link("calls", {model: call.model
+    ?? ""}, call.model))];
 }
-// "rule=amount;rule=amount", of money in picodollars
-const chargesOf = call => call.charges?.split(";").map(text => {
+function charge(text) { // "rule=amount", of money in picodollars
   const [, rule, amount] = /^(.*)=(.*)$/.exec(text) ?? [null, text, 0];
   return h("div", null,
     `${rule}: ${/\busd\b/.test(rule) ? usd(amount / 1e12) + " USD" : count(amount)}`);
-});
+}
 
 // Keys: the table, and one form that makes a key or changes one.
 
-const FIELDS = [["name", "Name", {required: true}], ["limits", "Limits",
-  {placeholder: "1 usd per day; 2 running"}], ["expires", "Expires in", {placeholder: "30d"}],
-  ["models", "Models", {placeholder: "gemma*,gpt-4*"}], ["team", "Team"], ["upstream", "Upstream"],
-  ["tag", "Tag"], ["note", "Note"]];
+const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d",
+  models: "gemma*,gpt-4*", team: "", upstream: "", tag: "", note: ""};
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
-const KEYS = [["Name", key => [link("calls", {caller: key.name}, key.name), key.note && [h("br"),
-  small(key.note)]]], ["Role", key => [key.role, key.team && [h("br"), small(key.team)]]],
-  ["Limits", key => [key.limits || small("general rules"), key.models && [h("br"),
-  small(key.models)]]], ["Expires", key => key.expires ? date(key.expires, {dateStyle: "medium"})
-  : "never"], ["Last used", key => key.last_used ? seconds(Math.max(1, now() - key.last_used))
-  + " ago" : "never"], ["State", key => key.disabled ? mark("off", "paused") : key.expires
-  && key.expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
-
-async function openKeys(main) {
-  const list = h("div"), side = h("div", {class: "side"});
-  main.append(isAdmin() ? h("div", {class: "columns form"}, list, side) : list);
-  const load = () => attempt("Loading", async () => {
-    const {keys} = await read("keys");
-    const columns = isAdmin() ? [...KEYS, ["", key => keyActions(key, edit, load), "actions whole"]]
-      : KEYS;
-    list.replaceChildren(keys.length ? table(columns, keys.map(key => tableRow(columns, key)))
-      : noKey());
+const KEYS = [["Name", key => [link("calls", {caller: key.name}, key.name), below(key.note)]],
+  ["Role", key => [key.role, below(key.team)]], ["Limits", key => [key.limits
+  || small("general rules"), below(key.models)]], ["Expires", key => key.expires ? date(key.expires,
+  {dateStyle: "medium"}) : "never"], ["Last used", key => key.last_used ? seconds(Math.max(1, now()
+  - key.last_used)) + " ago" : "never"], ["State", key => key.disabled ? mark("off", "paused")
+  : key.expires && key.expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
+async function openKeys() {
+  const columns = isAdmin() ? [...KEYS, ["", keyActions, "actions whole"]] : KEYS;
+  let keys = [];
+  view.changed = () => attempt("Loading", async () => {
+    ({keys} = await read("keys"));
+    paint(true);
   });
-  const edit = key => side.replaceChildren(keyForm(key, edit, load));
-  view.changed = what => { if (what === "keys" && !isHeld(list)) load(); };
-  if (isAdmin()) edit(null);
-  await load();
+  view.draw = () => {
+    const list = keys.length ? table(columns, keys.map(key => row(columns, key, key.name)))
+      : noKey();
+    return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"}, h("div",
+      null, list), keyForm(view.edited)) : list];
+  };
+  await view.changed();
+  if (innerWidth > 719) document.querySelector(".side input")?.focus();
 }
 const noKey = () => h("div", null, h("p", null, model.keys_are_asked_for ? "No key is stored."
-  : "Whoever reaches this proxy may call. The first stored key closes the door: make one here, "
-  + "or by a command:"), h("pre", null,
+  : "Whoever reaches this proxy may call. The first stored key closes the door: "
+  + "make one here, or by a command:"), h("pre", null,
   "python llm_proxy.py keys add alice --limits '1 usd per day'"));
-
-function keyActions(key, edit, load) {
+function keyActions({name, disabled, ...key}) {
   const act = (verb, done, body) => attempt(title(verb), async () => {
-    const made = await (verb === "remove" ? write("DELETE", pathOf("keys", key.name))
-      : write("POST", pathOf("keys", key.name, verb), body));
-    if (made.key) showKey(key.name, made.key);
-    load();
-  }, done && key.name + done);
-  return [button("Edit", () => edit(key)), askingButton("Rotate", () =>
-    "The old secret works for one more hour.", () => act("rotate", null, {grace: "1h"})),
-    key.disabled ? button("Resume", () => act("restore", " may call again."))
-    : askingButton("Pause", () => "Running calls go on; new ones get 401.", () => act("revoke",
-    " is paused.")), askingButton("Remove", () => "For ever; its books stay.", () => act("remove",
-    " is removed."))];
+    const made = await (verb === "remove" ? write("DELETE", pathOf("keys", name)) : write("POST",
+      pathOf("keys", name, verb), body));
+    if (made.key) view.made = {name, key: made.key};
+    view.changed();
+  }, done && name + done);
+  const ask = (verb, consequence, act) => asking(`${verb} ${name}`, verb, small(consequence), act);
+  return [button("Edit", () => edit({name, ...key})), ask("Rotate",
+    "The old secret works for one more hour.", () => act("rotate", null, {grace: "1h"})), disabled
+    ? button("Resume", () => act("restore", " may call again.")) : ask("Pause",
+    "Running calls go on; new ones get 401.", () => act("revoke", " is paused.")), ask("Remove",
+    "For ever; its books stay.", () => act("remove", " is removed."))];
 }
-function keyForm(key, edit, load) {
-  const isWide = innerWidth > 719, labels = FIELDS.map(([name, text, more]) => h("label", null,
-    small(text), h("input", {name, ...more, autocomplete: "off", disabled: key && name === "name",
-    value: name === "expires" ? null : key?.[name]})));
-  const [name, limits] = labels.map(label => label.lastChild);
-  const role = h("select", {name: "role"}, ["caller", "viewer", "admin"].map(role => h("option",
-    {selected: role === key?.role}, role)));
-  const save = async event => {
-    event.preventDefault();
-    const body = Object.fromEntries([...new FormData(event.target)].filter(([name, value]) => value
-      || (key && name !== "expires")));
+function edit(key) {
+  view.edited = key;
+  paint(true);
+  document.querySelector(key && ".side [name=limits]")?.focus();
+}
+function keyForm(key) {
+  const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
+    required: name === "name", disabled: key && name === "name", placeholder: FIELDS[name],
+    value: name === "expires" ? null : key?.[name]}));
+  const save = async fields => {
+    const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value || (key
+      && name !== "expires")));
     const made = await attempt(key ? "Change" : "Making a key", () => key ? write("PATCH",
       pathOf("keys", key.name), body) : write("POST", "keys", body), key && "Changed.");
-    if (!made) return;
-    edit(null);
-    if (made.key) showKey(body.name, made.key);
-    load();
+    if (made?.key) view.made = {name: body.name, key: made.key};
+    if (made) edit(null);
   };
-  const example = text => button(text, () => {
-    limits.value = [limits.value, text].filter(Boolean).join("; ");
+  const example = text => button(text, ({target}) => {
+    const {value} = target.form.limits;
+    target.form.limits.value = value ? value + "; " + text : text;
   }, {class: "chip"});
-  if (key || isWide) setTimeout(() => (key ? limits : name).focus());
-  return h("details", {open: key || isWide}, h("summary", null, key ? "Change " + key.name
-    : "New key"), h("form", {onsubmit: save}, labels.slice(0, 2), h("p", null,
-    EXAMPLES.map(example)), h("details", {open: key}, h("summary", null, "More"), labels.slice(2),
-    h("label", null, small("Role"), role)), h("button", {class: "main"}, key ? "Save" : "Make key"),
-    " ", key && cancelButton(() => edit(null))));
+  const [name, limits, ...more] = Object.keys(FIELDS).map(field);
+  return h("details", {class: "side", open: key || innerWidth > 719, "data-key": key?.name
+    + (view.made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
+    form(save, null, name, limits, h("p", null, EXAMPLES.map(example)), h("details", {open: key},
+    h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
+    ["caller", "viewer", "admin"].map(role => h("option", {selected: role === key?.role}, role))))),
+    h("button", {class: "main"}, key ? "Save" : "Make key"), " ", key && button("Cancel", () =>
+    edit(null))));
 }
 function curlLine(key) { // that makes a call here
-  const names = model.upstreams.flatMap(one => one.model ?? one.models ?? []);
-  const body = {model: names.find(name => !/[*?[]/.test(name)) ?? "MODEL", messages: [{role: "user",
-    content: "Hello"}]};
+  const name = model.upstreams.flatMap(one => one.model ?? one.models ?? []).find(name =>
+    !/[*?[]/.test(name));
+  const body = JSON.stringify({model: name ?? "MODEL", messages: [{role: "user",
+    content: "Hello"}]});
   return [`curl ${new URL("v1/chat/completions", location.href)}`,
     `-H 'Authorization: Bearer ${key}'`, "-H 'Content-Type: application/json'",
-    `-d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`].join(" \\\n  ");
+    `-d '${body.replaceAll("'", "'\\''")}'`].join(" \\\n  ");
 }
-function showKey(name, key) {
-  const line = curlLine(key), copy = copyButton("Copy key", key);
-  $("made")?.remove();
-  $("main").prepend(h("section", {class: "box", id: "made"}, h("h2", null,
-    `The key of ${name}, shown only now`), h("pre", null, key), h("p", null, copy), h("pre", null,
-    line), h("p", null, copyButton("Copy command", line), " ", link("calls", {caller: name},
-    `Watch the calls of ${name}`))));
-  copy.focus();
-}
+const madeKey = ({name, key}) => h("section", {class: "box", "data-key": key}, h("h2", null,
+  `The key of ${name}, shown only now`), h("pre", null, key), h("p", null, copyButton("Copy key",
+  key)), h("pre", null, curlLine(key)), h("p", null, copyButton("Copy command", curlLine(key)), " ",
+  link("calls", {caller: name}, `Watch the calls of ${name}`)));
 
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
 
-const UPSTREAMS = [["Name", one => one.name], ["State", redrawn(stateMark)], ["Addresses", one =>
+const UPSTREAMS = [["Name", one => one.name], ["State", one => stateMark(one)], ["Addresses", one =>
   one.addresses, "number"], ["In flight", one => one.in_flight + (one.max_concurrency ? " of "
   + one.max_concurrency : ""), "number"], ["In line", one => count(one.waiting), "number"],
   ["Longest wait, ms", one => count(one.longest_ms), "number"], ["First byte, ms", one =>
   count(one.first_p50), "number"], ["95% within", one => count(one.first_p95), "number"], ["Models",
   one => one.model || one.models?.join(", ") || "all"]];
-function openUpstreams(main) {
+function openUpstreams() {
   const columns = isAdmin() ? [...UPSTREAMS, ["", upstreamActions, "actions whole"]] : UPSTREAMS;
-  const list = table(columns);
-  main.append(list);
-  view.paint = () => sync(list.tBodies[0], model.upstreams, one => one.name, one => liveRow(columns,
-    one));
+  view.tests = {};
+  view.draw = () => table(columns, model.upstreams.map(one => row(columns, one, one.name)));
 }
-function upstreamActions({name, ...one}) {
-  const told = small();
-  const act = (verb, done) => attempt(title(verb), () => write("POST", pathOf("upstreams", name,
-    verb)), name + done);
+function upstreamActions({name, state}) {
+  const act = (verb, done) => attempt(title(verb), () => post("upstreams", name, verb), name
+    + done);
   const test = () => attempt("Test", async () => {
-    say(told, "testing ");
-    const {ok, ms, models, fault} = await write("POST", pathOf("upstreams", name, "test"));
-    say(told, ok ? `ok, ${count(ms)} ms, ${plural(models?.length ?? 0, "model")} `
-      : `failed: ${fault} `);
+    const {ok, ms, models, fault} = await post("upstreams", name, "test");
+    view.tests[name] = ok ? `ok, ${count(ms)} ms, ${plural(models?.length ?? 0, "model")} `
+      : `failed: ${fault} `;
+    paint(true);
   });
-  const enable = button("Enable", () => act("enable", " takes calls again."));
-  const disable = askingButton("Disable", () =>
-    "Running calls go on; new ones go elsewhere, or get 404.", () => act("disable",
-    " takes no new calls."));
-  return live(h("span", null, told, button("Test", test), enable, disable), ({state}) => {
-    enable.hidden = !(disable.hidden = state === "disabled");
-  }, one);
+  return [small(view.tests[name]), button("Test", test), state === "disabled" ? button("Enable",
+    () => act("enable", " takes calls again.")) : asking("disable " + name, "Disable",
+    small("Running calls go on; new ones go elsewhere, or get 404."), () => act("disable",
+    " takes no new calls."))];
 }
 
 // Audit: who changed what.
 
 const AUDIT = [["Time", row => moment(row.time), "line"], ["Who", row => [row.who, small(" ",
   row.role)]], ["What", row => row.what], ["Target", row => row.target], ["From", row =>
-  row.address], ["Detail", row => typeof row.detail === "string" ? row.detail
-  : JSON.stringify(row.detail ?? "").replaceAll('"', "")]];
-async function openAudit(main) {
-  const list = table(AUDIT), rows = list.tBodies[0], older = button("Older", () => load(),
-    {hidden: true});
-  const empty = h("p", {hidden: true},
-    "Nothing was changed yet; what is changed here or by commands will stand here.");
-  let before = null;
-  const load = () => attempt("Loading", async () => {
+  row.address], ["Detail", ({detail}) => typeof detail === "string" ? detail : JSON.stringify(detail
+  ?? "").replaceAll('"', "")]];
+async function openAudit() {
+  let rows = [], next = null;
+  const load = (known, before) => attempt("Loading", async () => {
     const page = await read("audit", {before});
-    rows.append(...page.rows.map(row => tableRow(AUDIT, row)));
-    older.hidden = (before = page.next) == null;
-    list.hidden = !(empty.hidden = rows.childElementCount > 0);
+    [rows, next] = [[...known, ...page.rows], page.next];
+    paint(true);
   });
-  main.append(list, empty, older);
-  view.changed = () => {
-    before = null;
-    rows.replaceChildren();
-    load();
-  };
-  await load();
+  view.changed = () => load([]);
+  view.draw = () => [rows.length ? table(AUDIT, rows.map(one => row(AUDIT, one, String(one.id))))
+    : h("p", null, "Nothing was changed yet; what is changed here or by commands will stand here."),
+    next != null && button("Older", () => load(rows, next))];
+  await load([]);
 }
 
 // One's own page: what is left, when there is more, the last calls, a month of days.
 
-async function openMe(main) {
-  const quota = await (await send("v1/quota")).json(), {today, caller, calls} = quota;
+async function openMe() {
+  const quota = await (await send("v1/quota")).json(), {today, caller, calls, buckets,
+    warning} = quota;
+  const doubt = doubts(today), columns = CALLS.filter(([head]) => head !== "Caller");
   model = {upstreams: [], you: {name: caller, role: quota.role}, has_calls: calls.length > 0};
   skew = quota.now - Date.now() / 1000;
-  const bars = quota.buckets.map(bucketBar), columns = CALLS.filter(([head]) => head !== "Caller");
-  const steps = stepsOf("day", midnight(-29), quota.days, sum => [tokensOf(sum)]),
-    doubt = doubts(today);
-  main.append(...shown([h("section", {class: "big"}, h("h2", null, `What ${caller} has left`),
-    quota.warning && h("p", {class: "warned"}, quota.warning), bars.length ? bars : h("p", null,
-    "No limit holds for this key.")), h("h2", null, "Today"), h("p", null,
-    `${plural(today.calls, "call")}, ${short(tokensOf(today))} tokens, `
-    + `${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of ${clock(quota.now)}, ${zone} `,
-    button("Again", show)), h("h2", null, "Tokens by day, last 30 days"), chart({steps,
-    label: "Tokens by day", series: [{name: "tokens", colour: 1}]}), h("h2", null, "Last calls"),
-    calls.length ? table(columns, calls.map(call => callRow(call, columns))) : firstCall()]));
-  view.paint = () => { bars.forEach((bar, at) => bar.update(quota.buckets[at])); paintSoon(); };
+  view.open = new Set();
+  view.draw = () => {
+    const steps = stepsOf("day", midnight(-29), quota.days, sum => [tokensOf(sum)]);
+    paintSoon();
+    return [h("section", {class: "big"}, h("h2", null, `What ${caller} has left`), warning && h("p",
+      {class: "warned"}, warning), buckets.length ? buckets.map(bucketBar) : h("p", null,
+      "No limit holds for this key.")), h("h2", null, "Today"), h("p", null,
+      `${plural(today.calls, "call")}, ${short(tokensOf(today))} tokens, `
+      + `${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of ${clock(quota.now)}, ${zone} `,
+      button("Again", show)), h("h2", null, "Tokens by day, last 30 days"), chart({steps,
+      label: "Tokens by day", series: [{name: "tokens", colour: 1}]}), h("h2", null, "Last calls"),
+      calls.length ? table(columns, calls.map(call => callRows(columns, call))) : firstCall()];
+  };
 }
 
 // Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
 
 const VIEWS = {now: openNow, callers: openCallers, usage: openUsage, calls: openCalls,
   keys: openKeys, upstreams: openUpstreams, audit: openAudit};
+const FAULTS = {401: "No such key, or it is not valid any more.",
+  403: "This key may call, but not look here."};
 function hashOf(tab, query = {}) {
   const text = String(new URLSearchParams(Object.entries(query).filter(([, value]) =>
     value !== "")));
   return "#" + tab + (text && "?" + text);
 }
 const go = (tab, query) => { location.hash = hashOf(tab, query); };
-const FAULTS = {401: "No such key, or it is not valid any more.",
-  403: "This key may call, but not look here."};
 
 async function show() {
   if (!sessionStorage.getItem(KEY)) return showLogin("");
-  const [name, query] = location.hash.slice(1).split("?"), main = h("main", {id: "main"});
-  const tab = Object.hasOwn(VIEWS, name) ? name : "now";
-  view = {};
-  $("main").replaceWith(main);
+  const [name, query] = location.hash.slice(1).split("?"), tab = Object.hasOwn(VIEWS, name) ? name
+    : "now";
+  const mine = view = {};
   try {
     if (!isMe && !model) await start();
     for (const one of $("tabs").children) one.ariaCurrent = one.dataset.tab === tab ? "page" : null;
-    await (isMe ? openMe : VIEWS[tab])(main, new URLSearchParams(query));
-    showHead();
-    view.paint?.();
+    $("main").replaceChildren();
+    await (isMe ? openMe : VIEWS[tab])(new URLSearchParams(query));
+    $("head").hidden = false;
+    $("who").textContent = `${model.you.name} (${model.you.role})`;
   } catch (fault) {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
-    main.append(h("p", {class: "failed"}, "This could not be shown: " + fault.message),
-      button("Try again", show));
+    mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
+      button("Try again", show)];
   }
+  if (view === mine) paint(true);
 }
 async function start() {
   await loadSummary();
   $("tabs").replaceChildren(...Object.keys(VIEWS).map(tab => link(tab, {}, title(tab),
     {"data-tab": tab})));
-  paintBar();
-  showHead();
   listen();
 }
-function showHead() {
-  $("head").hidden = false;
-  say($("who"), `${model.you.name} (${model.you.role})`);
-}
 function showLogin(fault) {
-  const key = h("input", {type: "password", autocomplete: "current-password", required: true,
-    id: "key"});
-  const logIn = event => {
-    event.preventDefault();
-    sessionStorage.setItem(KEY, key.value.trim());
-    show();
-  };
-  $("main").replaceWith(h("main", {id: "main"}, h("form", {class: "login", onsubmit: logIn}, h("h2",
-    null, isMe ? "llm_proxy: what have I left?" : "llm_proxy"), h("label", null, small(isMe
-    ? "Your key" : "Key of an admin or a viewer"), key), fault && h("p", {class: "failed"}, fault),
+  const logIn = ({key}) => { sessionStorage.setItem(KEY, key.trim()); show(); };
+  $("main").replaceChildren(form(logIn, {class: "login"}, h("h2", null, isMe
+    ? "llm_proxy: what have I left?" : "llm_proxy"), h("label", null, small(isMe ? "Your key"
+    : "Key of an admin or a viewer"), h("input", {type: "password", name: "key",
+    autocomplete: "current-password", required: true})), fault && h("p", {class: "failed"}, fault),
     h("button", {class: "main"}, "Log in"), " ", !isMe && h("a", {href: "me"},
-    "What have I left?"))));
-  key.focus();
+    "What have I left?")));
+  document.querySelector(".login input").focus();
 }
 function leave(fault) {
   stream?.abort();
@@ -13308,23 +13170,28 @@ function leave(fault) {
 const theme = () => localStorage.getItem("llm_proxy.theme") ?? "auto";
 function paintTheme() {
   document.documentElement.dataset.theme = theme();
-  say($("theme"), "Theme: " + theme());
+  $("theme").textContent = "Theme: " + theme();
 }
-function press(event) {
-  const near = event.target.closest(".ask, form, .notice") ?? $("notices");
-  if (event.key === "Escape") near.querySelector("[data-escape]")?.click();
-  if (event.key !== "/" || event.target.matches("input, select") || !$("filter")) return;
-  event.preventDefault();
-  $("filter").focus();
-}
-$("theme").addEventListener("click", () => {
+$("theme").onclick = () => {
   localStorage.setItem("llm_proxy.theme", {auto: "light", light: "dark", dark: "auto"}[theme()]);
   paintTheme();
-});
-$("leave").addEventListener("click", () => leave(""));
-addEventListener("hashchange", show);
-addEventListener("keydown", press);
-document.addEventListener("visibilitychange", paintSoon);
+};
+$("leave").onclick = () => leave("");
+onhashchange = show;
+onresize = paintSoon;
+document.onvisibilitychange = paintSoon;
+onkeydown = event => {
+  if (event.key === "Escape") {
+    if (view.asked) return ask(null);
+    [view.pointed, view.edited] = [-1, null];
+    view.open?.clear();
+    $("notices").replaceChildren();
+    if (model) paint(true);
+  } else if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
+    event.preventDefault();
+    $("filter").focus();
+  }
+};
 paintTheme();
 show();
 </script>
@@ -14220,57 +14087,37 @@ def open_patiently(log_stream, path, lock, tries=12):
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
-class AdminKey:
-    """The key of whoever started this process, where no other admin's key is set or stored: another
-    one at each start, told on the terminal, else in a file that its owner alone can read."""
-    path: Optional[str] = None
-
-    def __init__(self, proxy: Proxy):
-        self.proxy = proxy
-        self.is_needed = not proxy.config.admin_key and not (
-            proxy.callers.stored.has_admin(proxy.wall()))
-
-    def words(self, at_terminal: bool) -> List[str]:
-        """Makes it, if it is needed; returns what the log is to say of it."""
-        config = self.proxy.config
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-        page = "%s/dashboard" % (
-            config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
-        if not self.is_needed:
-            return ["dashboard: %s" % page]
-        key = new_secret()
-        if not at_terminal:
-            fault = self.write(key)
-            if fault:
-                return ["dashboard: %s needs ADMIN_KEY to be set: %s" % (page, fault)]
-        config.admin_key = key
-        self.proxy.callers = build_callers(
-            config, self.proxy.callers.label_secret, self.proxy.callers.stored)
-        return ["dashboard: %s with the key %s" % (
-            page, "in " + self.path if self.path else key)]
-
-    def write(self, key):
-        """Puts it into a file of this process's own; returns why that cannot be done."""
-        ledger = self.proxy.books.ledger
+def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
+    """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
+    this process; it is told on a terminal, else written to a file that its owner alone can read."""
+    config = proxy.config
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    page = "dashboard: %s/dashboard" % (
+        config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+    if config.admin_key or proxy.callers.stored.has_admin(proxy.wall()):
+        return page
+    key = place = new_secret()
+    if not at_terminal:
+        ledger = proxy.books.ledger
         if not (ledger and ledger.database):
-            return "there is no DATABASE beside which a key could be kept"
-        path = ledger.path + ".admin-key"
+            return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
+        place = ledger.path + ".admin-key"
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-            # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(file, "w", encoding="ascii") as stream:
-                stream.write(key + "\n")
+            write_secret(place, key)
         except OSError as failure:
-            return "%s cannot be written: %s" % (path, failure.strerror or failure)
-        self.path = path
-        return None
+            return page + " needs ADMIN_KEY to be set: %s" % failure
+    config.admin_key = key
+    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
+    return "%s with the key %s" % (page, place)
 
-    def forget(self):
-        if self.path:
-            with contextlib.suppress(OSError):
-                os.remove(self.path)
+
+def write_secret(path, secret):
+    """Writes a file anew. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secret + "\n")
 
 
 def run(config: Config, log_stream: BinaryIO, remarks: List[str],
@@ -14290,10 +14137,8 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
-    admin_key = AdminKey(proxy)
-    words = greeting(config) + remarks + admin_key.words(log_stream.isatty())
+    words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
-    admin_key.forget()
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
@@ -14623,7 +14468,6 @@ KEY_ACTS = {
     "reset": "fill a caller's buckets"}
 KEY_OPTIONS = (
     ("list", ["--json"], {"action": "store_true"}),
-    ("show", ["--json"], {"action": "store_true"}),
     ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
     ("rotate", ["--grace"], {"metavar": "1h", "help": "how long the old secret is good still"}),
     ("give", ["amount"], {"metavar": "AMOUNT"}),
@@ -14638,13 +14482,13 @@ def keys_command(options, found, log_stream):
     path = found.get("DATABASE", DEFAULT_DATABASE)
     if path == "off":
         raise ConfigFaults("keys are stored in DATABASE, and that is off")
-    user = found.get("USER") or found.get("LOGNAME") or found.get("USERNAME") or "somebody"
-    database = open_patiently(path, log_stream)
-    store = KeyStore(database, time, Actor(user, "admin", "command line"))
+    database = open_patiently(log_stream, path, None)
+    store = KeyStore(database, time, Actor(
+        found.get("USER", "somebody"), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
              if name not in ("act", "command", "check", "demo", "json") and value is not None}
     try:
-        with contextlib.closing(database.connection):
+        with contextlib.closing(database):
             if options.act in ("give", "reset"):
                 require_caller(store, options.name, found)
             show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
@@ -14659,13 +14503,12 @@ def keys_command(options, found, log_stream):
 
 def require_caller(store, name, found):
     """Raises KeyFault where nobody who is known here has this name: it may be misspelt."""
-    try:
-        keys = proxy_keys(found.get("PROXY_API_KEYS", "anyone"))
-        names = [*filter(None, keys.values()), str(read_network(name).network_address)]
-    except ValueError:
-        names = list(filter(None, keys.values()))
-    if name not in names:
-        store.find(name)
+    with contextlib.suppress(ValueError):
+        if name in proxy_keys(found.get("PROXY_API_KEYS", "anyone")).values():
+            return
+    with contextlib.suppress(ValueError):
+        return read_network(name)
+    store.find(name)
 
 
 def show_keys(options, result, found):
@@ -14674,61 +14517,59 @@ def show_keys(options, result, found):
         print(result.secret)
         if result.closes and not found.get("PROXY_API_KEYS"):
             print(CLOSED, file=sys.stderr)
-    elif options.act in ("list", "show"):
-        keys = result if options.act == "list" else [result]
-        rows = [key.as_dict() for key in keys]
-        if options.json:
-            print(json.dumps(rows if options.act == "list" else rows[0], indent=2))
-        elif options.act == "show":
-            print_table(("field", "value"), list(map_times(rows[0]).items()))
-        elif rows:
-            print_table(list(rows[0]), [list(map_times(row).values()) for row in rows])
-        else:
-            print("no keys yet")
+    elif options.act == "show":
+        print_table(("field", "value"), list(map_times(result).items()))
+    elif options.act == "list" and options.json:
+        print(json.dumps([key.as_dict() for key in result], indent=2))
+    elif options.act == "list" and result:
+        print_table(list(result[0].as_dict()), [list(map_times(key).values()) for key in result])
+    elif options.act == "list":
+        print("no keys yet")
 
 
-def map_times(row):
+def map_times(key):
     """Returns a key's fields as people read them."""
-    found = {name: "-" if value is None else value for name, value in row.items()}
+    found = {name: "-" if value in (None, False) else value
+             for name, value in key.as_dict().items()}
     for name in ("created", "expires", "last_used"):
-        if row[name]:
-            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name]))
-    found["disabled"] = "yes" if row["disabled"] else "-"
+        if found[name] != "-":
+            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(found[name]))
     return found
 
 
 # Panels of the dashboard for Grafana: title, unit, {legend: what is shown}. `[5m]` becomes the
 # interval of the graph; a histogram's name alone its percentiles.
 PANELS = (
-    ("Calls by outcome", "reqps", {"{{outcome}}": "sum by (outcome) (rate(requests_total[5m]))"}),
+    ("Calls by outcome", "reqps", {
+        "{{outcome}}": "sum by (outcome) (rate(llm_proxy_requests_total[5m]))"}),
     ("In flight and in line", "short", {
-        "{{upstream}}": "sum by (upstream) (in_flight)",
-        "{{upstream}}, in line": "sum by (upstream) (queue_length)"}),
+        "{{upstream}}": "sum by (upstream) (llm_proxy_in_flight)",
+        "{{upstream}}, in line": "sum by (upstream) (llm_proxy_queue_length)"}),
     ("Tokens by model", "cps", {
-        "{{model}} {{kind}}": "sum by (model, kind) (rate(tokens_total[5m]))"}),
+        "{{model}} {{kind}}": "sum by (model, kind) (rate(llm_proxy_tokens_total[5m]))"}),
     ("Tokens by caller, the ten most", "cps", {
-        "{{caller}}": 'topk(10, sum by (caller) (rate(tokens_total{kind=~"input|output"}[5m])))'}),
+        "{{caller}}": "topk(10, sum by (caller) (rate("
+                      'llm_proxy_tokens_total{kind=~"input|output"}[5m])))'}),
     ("Money by caller, per hour", "currencyUSD", {
-        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(usd_total[5m])))"}),
+        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(llm_proxy_usd_total[5m])))"}),
     ("Money by model, per hour", "currencyUSD", {
-        "{{model}}": "topk(10, sum by (model) (3600 * rate(usd_total[5m])))"}),
+        "{{model}}": "topk(10, sum by (model) (3600 * rate(llm_proxy_usd_total[5m])))"}),
     ("Time to the first byte", "s", "first_byte_seconds"),
     ("Duration", "s", "request_duration_seconds"),
     ("Time per output token", "s", "time_per_output_token_seconds"),
     ("Wait in line", "s", "queue_wait_seconds"),
     ("The proxy's own overhead", "s", "overhead_seconds"),
     ("Buckets, share left, the ten emptiest", "percentunit", {
-        "{{caller}} {{rule}}": "bottomk(10, bucket_level / bucket_capacity)"}),
-    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(refused_total[5m]))"}),
+        "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
+    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
     ("Addresses that are not well", "short", {
-        "{{upstream}} {{state}}": 'upstream_addresses{state!="closed"}'}),
+        "{{upstream}} {{state}}": 'llm_proxy_upstream_addresses{state!="closed"}'}),
     ("Dropped, and the loop held", "short", {
-        "{{what}}": "rate(dropped_total[5m])",
-        "seconds held": "rate(loop_held_seconds_total[5m])"}),
+        "{{what}}": "rate(llm_proxy_dropped_total[5m])",
+        "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
     ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
 )
-OWN_METRIC = re.compile(r"\b(\w+_(?:total|flight|length|level|capacity|addresses|bucket))\b")
-PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(%s_bucket[5m])))"
+PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 
 
 def grafana_panel(number, title, unit, shown):
@@ -14737,7 +14578,7 @@ def grafana_panel(number, title, unit, shown):
         shown = {"p%d" % share: PERCENTILE % (share, shown) for share in (50, 95, 99)}
     targets = [
         {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
-         "expr": OWN_METRIC.sub(r"llm_proxy_\1", query).replace("5m", "$__rate_interval")}
+         "expr": query.replace("5m", "$__rate_interval")}
         for row, (legend, query) in enumerate(shown.items())]
     return {
         "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
@@ -14790,11 +14631,13 @@ def parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-def open_log_stream():
-    try:
-        return open(2, "wb", buffering=0, closefd=False)
-    except OSError:
-        return open(os.devnull, "wb", buffering=0)  # started with stderr closed
+def open_standard_files():
+    """Has those that are closed lead nowhere, before a connection gets the number of one."""
+    number = 0
+    while number < 3:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
 
 
 def read_dotenv_file():
@@ -14837,8 +14680,9 @@ def run_command(options, environ, log_stream):
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
-    log_stream = open_log_stream()  # before another file could get the number of stderr
+    open_standard_files()
     try:
+        log_stream = open(2, "wb", buffering=0, closefd=False)
         code = run_command(options, dict(os.environ), log_stream)
         sys.stdout.flush()
         return code

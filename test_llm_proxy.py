@@ -460,14 +460,21 @@ class Stub:
     def calls(self):
         return len(self.requests)
 
-    def refuse_connections(self):
+    def stop_listening(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         self.thread.join(PATIENCE)
 
+    def refuse_connections(self):
+        """Its port stays taken, so that nobody else listens there."""
+        self.stop_listening()
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", self.port))
+
     def close(self):
-        self.refuse_connections()
+        self.stop_listening()
         for asked in self.requests:
             asked.over.set()
         for sock in self.sockets:
@@ -618,6 +625,13 @@ def switches():
     return usage.ru_nvcsw, usage.ru_nivcsw
 
 
+def seconds_in_line():
+    """For how long this thread has waited for a CPU."""
+    with contextlib.suppress(OSError), open("/proc/thread-self/schedstat") as file:
+        return int(file.read().split()[1]) / 1e9
+    return 0
+
+
 def run_and_measure(handle):
     """Stands in for Handle._run: keeps in its loop's `held` what holds that too long.
 
@@ -633,7 +647,7 @@ def run_and_measure(handle):
     slept = False
     if SWITCHES and took > 0.25:
         waited, put_off = map(int.__sub__, switches(), before)
-        slept = waited < 10 and not put_off
+        slept = waited < 10 and not put_off and seconds_in_line() < 0.1
     if cpu > CPU_SECONDS or slept:
         held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
 
@@ -889,6 +903,13 @@ class FileTest(TableCase):
             uses += [(section, name) for name in globals_in(code)]
         below = [(section, name) for section, name in uses if homes.get(name, 0) > section]
         self.assertEqual(below, [])
+
+    def test_no_name_of_the_module_is_given_twice(self):
+        """Each statement may use its own again, as in a comprehension."""
+        names = [name for statement in ast.parse(source()).body
+                 for name in set(names_of(statement)) if hasattr(llm_proxy, name)]
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        self.assertEqual(twice, [])
 
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
     def test_nothing_is_imported_but_the_standard_library(self):
@@ -7325,7 +7346,7 @@ class KeysCase(LedgerCase):
 
     def store(self, path=None, clock=None):
         database = llm_proxy.Database(path or self.path)
-        self.addCleanup(database.connection.close)
+        self.addCleanup(database.close)
         return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
 
     def change(self, act, *arguments, **fields):
@@ -7359,7 +7380,7 @@ class KeyStoreTest(KeysCase):
             getattr(self.keys, act)(*arguments, **fields)
 
     FIELDS = {"role": "caller", "team": "red", "expires": "30d", "models": "gemma*,gpt-4*",
-              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web app",
+              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web-app",
               "note": "ann's laptop"}
 
     def test_what_is_said_of_a_key_is_kept_and_can_be_changed_and_taken_away(self):
@@ -7382,7 +7403,7 @@ class KeyStoreTest(KeysCase):
     def test_no_secret_is_stored(self):
         made = self.keys.add("ann")
         again = self.keys.rotate("ann", "1h")
-        self.keys.database.connection.close()
+        self.keys.database.close()
         with open(self.path, "rb") as file:
             data = file.read()
         for secret in (made.secret, again.secret):
@@ -7401,7 +7422,7 @@ class KeyStoreTest(KeysCase):
                 ("add", "ben", {"limits": "each 1 usd per day"}, "limits must be rules"),
                 ("add", "ben", {"models": "a,,b"}, "models must be"),
                 ("add", "ben", {"note": "a\nb"}, "note must be one line"),
-                ("add", "ben", {"tag": "x" * 65}, "tag must be one line"),
+                ("add", "ben", {"tag": "web app"}, "tag must be 1 to 64"),
                 ("add", "ben", {"upstream": "A/B"}, "upstream must be"),
                 ("add", "ben", {"secret": "x"}, "no field secret"),
                 ("set", "ann", {"subject": "x"}, "no field subject"),
@@ -7652,7 +7673,7 @@ class SumsTest(TableCase):
             self.reader.days("a", utc, now)
             for question in (self.reader.hours, functools.partial(self.reader.today, utc)):
                 question(now)
-            self.assertTrue(self.reader.has_calls() and self.reader.seen())
+            self.assertTrue(self.reader.seen())
             for by in ("caller", "day"):
                 options = types.SimpleNamespace(since="36h", by=[by], id=None, caller=None)
                 llm_proxy.read_usage(self.path, options, now)
@@ -8006,13 +8027,13 @@ class MetricsTest(SignalsCase):
         self.assert_status(200, request("GET", "/metrics", key="adm"))
 
     def test_a_histogram_counts_what_is_at_most_its_bound(self):
-        histogram = llm_proxy.Histogram(".1 .5 1")
+        histogram = llm_proxy.Histogram("0.1 0.5 1")
         histogram.times += [.5, .05, .1, .7, 3]
-        rows = {labels.get("le", end): value for end, labels, value in histogram.samples({})}
+        rows = {labels.get("le", end): value for labels, value, end in histogram.samples({})}
         self.assertEqual({name: float(value) for name, value in rows.items()}, {
             "0.1": 2, "0.5": 3, "1": 4, "+Inf": 5, "_sum": 4.35, "_count": 5})
         histogram.times += [.2] * 3
-        self.assertEqual(histogram.samples({})[1][2], 6)
+        self.assertEqual(histogram.samples({})[1][1], 6)
 
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
         clock = Clock()
@@ -8644,6 +8665,7 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
         self.assertIn("nobody may call without one from now on", self.lines.text())
         self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
+        self.proxy.books.close(PATIENCE)
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
         self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
 
@@ -8658,9 +8680,10 @@ class KeysTest(KeysCase):
         self.add()
         self.change("remove", "ann")
         self.assertEqual(self.statuses("x"), [401])
+        self.proxy.books.close(PATIENCE)
         self.start(DATABASE=self.path)
         self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
-        self.assertEqual(self.proxy.config.web_origins, ("*",))
+        self.assertEqual(self.proxy.config.cors_origins, ("*",))
 
     def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
         config = read_config({"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"})
@@ -8863,7 +8886,7 @@ class KeysTest(KeysCase):
     def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
         self.start()
         self.change("give", "nobody", "5", "usd")
-        wait_for(lambda: "nobody has no bucket in usd here" in self.lines.text())
+        wait_for(lambda: "nobody has no bucket in usd: it was given nothing" in self.lines.text())
 
     def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
         for column, value in self.each((
@@ -9642,7 +9665,8 @@ off                             https://one.example     -
 off                             http://localhost        -""")
 
     def test_every_answer_tells_browsers_who_may_read_it(self):
-        for setting, origin, allowed in self.each(self.ORIGINS):
+        too_long = "local", "http://" + "a" * 300, ""
+        for setting, origin, allowed in self.each([*self.ORIGINS, too_long]):
             self.start(CORS_ORIGINS=setting)
             field = b"\r\nOrigin: %b\r\n" % origin.encode() if origin else b"\r\n"
             for data in (call(), HEALTH, request("POST", CHAT, b"{")):
@@ -10001,7 +10025,7 @@ class AdminBooksTest(AdminCase):
                 ("POST", "/keys", {"name": "b", "note": 3}, 400, "must be text"),
                 ("PATCH", "/keys/bob", {"note": "x"}, 404, "no key is stored"),
                 ("GET", "/keys/bob", None, 404, "no key is stored"),
-                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cows"}, 400, "must be in"))):
+                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cows"}, 400, "amount must be"))):
             answered = self.admin(method, path, payload)
             self.assertEqual(answered.status, status)
             self.assertIn(said, answered.error()["message"])
@@ -10811,8 +10835,7 @@ class KeysCommandTest(ProcessCase):
         _, out, _ = self.keys("list")
         self.assertRegex(out, r"\Aname +role .*\nann +caller +- +20\d\d-.* her laptop +-\n\Z")
         self.assertRegex(self.keys("show", "ann")[1], r"(?m)^note +her laptop$")
-        found = json.loads(self.keys("show", "ann", "--json")[1])
-        self.assertEqual(json.loads(self.keys("list", "--json")[1]), [found])
+        found, = json.loads(self.keys("list", "--json")[1])
         self.assertEqual((found["name"], found["disabled"]), ("ann", False))
         self.assertEqual(found["expires"] - found["created"], 30 * 86400)
 
@@ -10842,7 +10865,7 @@ class KeysCommandTest(ProcessCase):
         for _ in range(2):
             process = self.serve(**self.settings)
             wait_for(lambda: process.said(
-                "dashboard: http://127.0.0.1:%d/dashboard with the key in %s" % (
+                "dashboard: http://127.0.0.1:%d/dashboard with the key %s" % (
                     self.address[1], file)))
             self.assertEqual(os.stat(file).st_mode & 0o777, 0o600)
             with open(file, encoding="ascii") as stream:
@@ -10852,7 +10875,6 @@ class KeysCommandTest(ProcessCase):
             self.assertEqual(error["code"], "key_not_for_calls")
             self.assertFalse(process.said(key))
             process.stop().wait()
-            self.assertFalse(os.path.exists(file))
         self.assertEqual(len(keys), 2)
 
     def test_no_admins_key_is_made_where_there_is_one_or_no_place_for_it(self):
@@ -10860,7 +10882,7 @@ class KeysCommandTest(ProcessCase):
                 ({"DATABASE": "off"}, "needs ADMIN_KEY to be set"),
                 ({"ADMIN_KEY": "sk-0123456789abcdef"}, "/dashboard\n"),
                 ({"PUBLIC_URL": "https://llm.example.org"},
-                 "dashboard: https://llm.example.org/dashboard with the key in"))):
+                 "dashboard: https://llm.example.org/dashboard with the key /"))):
             process = self.serve(**{**self.settings, **settings})
             wait_for(lambda: process.said(said))
             self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
@@ -10876,7 +10898,7 @@ class KeysCommandTest(ProcessCase):
             stream.write("mine")
         os.symlink(other, file)
         process = self.serve(**self.settings)
-        wait_for(lambda: process.said("with the key in"))
+        wait_for(lambda: process.said("with the key /"))
         self.assertFalse(os.path.islink(file))
         with open(other, encoding="ascii") as stream:
             self.assertEqual(stream.read(), "mine")
@@ -10886,10 +10908,10 @@ class KeysCommandTest(ProcessCase):
         proxy = build(config, Lines())
         self.addCleanup(proxy.loop.close)
         self.addCleanup(proxy.books.close, PATIENCE)
-        words = llm_proxy.AdminKey(proxy).words(at_terminal=True)
+        words = llm_proxy.tell_of_dashboard(proxy, at_terminal=True)
         page = re.escape("dashboard: http://[::1]:80/dashboard with the key ")
-        self.assertRegex(words[0], "^%s%s$" % (page, r"sk-\S{43}"))
-        found = proxy.callers.known_by(llm_proxy.digest(words[0].split()[-1]))
+        self.assertRegex(words, "^%s%s$" % (page, r"sk-\S{43}"))
+        found = proxy.callers.known_by(llm_proxy.digest(words.split()[-1]))
         self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
 
 
@@ -11114,7 +11136,8 @@ class CommandsTest(ProcessCase):
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
-        gone.close()
+        self.addCleanup(gone.close)
+        gone.refuse_connections()
         process = self.serve(BASE_API_URL=good + "," + gone.url, OPEN_TIMEOUT="0.3",
                              UPSTREAM_BOX_URL=good.replace("http", "https"))
         rows = wait_for(lambda: [row for row in process.rows if row.startswith("upstream http")][1:]
@@ -11135,6 +11158,15 @@ class CommandsTest(ProcessCase):
             found = wait_for(lambda: [row for row in process.rows if said in row])
             self.assertEqual(len(found), 1)
         self.assertFalse(process.said("hush"))
+
+    def test_it_runs_with_its_standard_files_closed(self):
+        closed = "sh", "-c", 'exec "$@" <&- >&-', "sh"
+        path = self.ledger()
+        self.assertEqual(self.command("usage", before=closed, DATABASE=path).finish(), (0, "", ""))
+        process = self.serve(before=closed)
+        self.assertEqual(self.ask(call()).status, 200)
+        self.assertEqual(process.stop().wait(), 0)
+        self.assertFalse(process.said("Traceback"))
 
     def test_two_services_never_have_one_database(self):
         path = new_path(self, "books.db")
