@@ -3111,8 +3111,8 @@ MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
     rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
     rb'\s*:\s*\[?\s*|,\s*)"$')
-# A string, up to where it may be cut, and whether it is a key; or a bracket
-JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
+# A string without escapes, up to where it may be cut, and whether it is a key; or a bracket
+JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
 
 def value_start(data, key):
@@ -3120,7 +3120,7 @@ def value_start(data, key):
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
     name = b'"%b"' % key.encode()
-    for step in JSON_STEP.finditer(data):
+    for step in JSON_STEP.finditer(data.replace(b"\\\\", b"--").replace(b'\\"', b"--")):
         if step[1] is None:
             depth += 1 if step[0] in b"{[" else -1
         elif depth == 1 and step[1] == name and step[2]:
@@ -4373,7 +4373,7 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})\s*,?'
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
 USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
