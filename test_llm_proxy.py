@@ -10031,7 +10031,8 @@ class AdminBooksTest(AdminCase):
                 ("POST", "/keys", {"name": "b", "note": 3}, 400, "must be text"),
                 ("PATCH", "/keys/bob", {"note": "x"}, 404, "no key is stored"),
                 ("GET", "/keys/bob", None, 404, "no key is stored"),
-                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cows"}, 400, "amount must be"))):
+                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cows"}, 400,
+                 "amount must be"))):
             answered = self.admin(method, path, payload)
             self.assertEqual(answered.status, status)
             self.assertIn(said, answered.error()["message"])
