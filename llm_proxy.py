@@ -55,6 +55,7 @@ import argparse
 import array
 import asyncio
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -110,6 +111,7 @@ VERSION = "0.1.0"
 # --------------------------------------------------------------------------------------------------
 
 Texts = Dict[str, str]
+JsonObject = Dict[str, Any]
 
 
 class Setting:
@@ -338,7 +340,7 @@ public_url = pattern("https?://" + HOST_SHAPE + "/?",
                      lambda match: match[0].rstrip("/"))
 otlp_headers = mapping(
     "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
-    lambda match: (match[1], urllib.parse.unquote(match[2])))
+    lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1"))))
 shares = listed(pattern(  # '80%' -> 0.8
     "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
     lambda match: int(match[1]) / 100))
@@ -350,12 +352,12 @@ UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running"
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
-SCOPE_SHAPE = r"(each|all|address|(key|model|upstream):[^\s,]{1,200})"
+SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
-     "each, all, address, key:GLOB, model:GLOB or upstream:GLOB"),
+     "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
     ("N|unlimited", "an amount above 0, or unlimited"),
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
@@ -364,7 +366,8 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     ("(burst)?", "burst N or the end"),
     ("N", "an amount above 0"),
     ("", "burst N or the end"))
-JOINED_SCOPES = "(all|(address)?,?(caller)?),?(model)?,?(upstream)?", "scopes that can be joined"
+JOINED_SCOPES = ("(all|(address)?,?(caller)?),?(model)?,?(team)?,?(upstream)?",
+                 "scopes that can be joined")
 
 
 class Rule(NamedTuple):
@@ -411,6 +414,25 @@ def read_rule(text):
 
 def read_duration(word):
     return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
+age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
+              lambda match: read_duration(match[0]))
+
+
+def read_amount(text, unit):
+    """Returns an amount of a unit, of money in picodollars."""
+    shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be in requests, tokens,"
+            " input_tokens, output_tokens or usd, and above 0")
+    return read_rule("each %s %s per day" % (text, unit)).capacity
+
+
+def rules_of_one(text):
+    """'60 requests per minute; 2 usd per day' -> rules of one caller, which has no need of scopes.
+    """
+    parts = [part.strip() for part in re.split("[;\n]", text) if part.strip()]
+    return tuple(rules("; ".join(["each " + part for part in parts])))
 
 
 def check_rule(text, words, kinds):
@@ -798,6 +820,13 @@ NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
+    keys_are_stored = False  # in DATABASE, at the start: nobody else may call
+
+    def note_stored_keys(self):
+        """Keys of callers are stored, so that no stranger spends the operator's key."""
+        self.keys_are_stored = True
+        vars(self).update(dict.fromkeys(self.chosen))
+        self.choose_defaults()
 
     def all_upstreams(self) -> List[UpstreamConfig]:
         """Returns the base first, where it is set."""
@@ -818,6 +847,8 @@ class Config(types.SimpleNamespace):
         if self.proxy_api_keys and new.proxy_api_keys is None:
             raise ConfigFaults("PROXY_API_KEYS must not be unset while it runs: anyone opens the"
                                " door to all")
+        if self.keys_are_stored:
+            new.note_stored_keys()
         for name in self.RELOADED:
             self.texts[name] = new.texts.get(name)
             setattr(self, name.lower(), getattr(new, name.lower()))
@@ -826,6 +857,8 @@ class Config(types.SimpleNamespace):
 
     def choose_defaults(self):
         """Sets what depends on other settings."""
+        self.chosen = [name for name in ("host", "stored", "cors_origins")
+                       if getattr(self, name) is None]
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
         keyed = self.keys_are_asked_for
@@ -838,7 +871,8 @@ class Config(types.SimpleNamespace):
     def is_open(self) -> bool:
         """Tells whether others than this machine may call without a key, be it by a proxy here."""
         is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
+        return self.proxy_api_keys is None and not self.keys_are_stored and (
+            not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
@@ -855,7 +889,8 @@ class Config(types.SimpleNamespace):
     @property
     def keys_are_asked_for(self) -> bool:
         """Whether callers are told apart by keys: ours, or their own for an upstream."""
-        return bool(self.proxy_api_keys) or any(
+        own = self.keys_are_stored if self.proxy_api_keys is None else self.proxy_api_keys
+        return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
 
     def speaks_https(self) -> bool:
@@ -878,7 +913,7 @@ class Config(types.SimpleNamespace):
               if kind == "upstream" and not fnmatch.filter(names, glob)),
             *(f"KEY_WEIGHTS speaks of '{name}', which no key in PROXY_API_KEYS is named"
               for name in self.key_weights or ()
-              if name not in (self.proxy_api_keys or {}).values()),
+              if name not in (self.proxy_api_keys or {}).values() and not self.keys_are_stored),
             *self.mistakes(), *self.doubts()]
 
     def mistakes(self):
@@ -891,6 +926,9 @@ class Config(types.SimpleNamespace):
             if len(key) < 16:
                 yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
                        " characters: it can be guessed")
+        for name in ("ADMIN_KEY", "VIEWER_KEY"):
+            if len(getattr(self, name.lower()) or name * 2) < 16:
+                yield name + " has less than 16 characters: it can be guessed"
 
     def doubts(self):
         """Yields the warnings of which each is given once at most."""
@@ -905,12 +943,7 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if self.host_is_narrowed:
-            yield ("it listens on this machine alone, because anyone could spend the key of a"
-                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.is_open():
-            yield ("callers are not checked: whoever reaches this port can call, and every invented"
-                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
+        yield from self.doubts_of_callers()
         if self.unknown_calls == "count" and not self.counts_requests():
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
@@ -920,6 +953,14 @@ class Config(types.SimpleNamespace):
                    " sees")
         if not self.limits:
             yield from self.doubts_of_bucket()
+
+    def doubts_of_callers(self):
+        if self.host_is_narrowed:
+            yield ("it listens on this machine alone, because anyone could spend the key of a"
+                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
+        elif self.is_open():
+            yield ("callers are not checked: whoever reaches this port can call, and every invented"
+                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -953,16 +994,22 @@ class Config(types.SimpleNamespace):
         if self.texts["BASE_API_URL"] is None and not names:
             yield ("BASE_API_URL is not set. Start like this:"
                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
+        if "{me}" in (self.limit_message or "") and not self.public_url:
+            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        yield from self.contradictions_of_keys()
+        yield from self.contradictions_of_tls()
+
+    def contradictions_of_keys(self):
         if self.proxy_api_keys:
             for name, text in self.texts.items():
                 if name.endswith("_KEY") and text == PASSTHROUGH:
                     yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
                            " a caller shows one key only")
-        if "{me}" in (self.limit_message or "") and not self.public_url:
-            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
-        yield from self.tls_faults()
+        own = [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
+        if len(set(own)) < len(own):
+            yield "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"
 
-    def tls_faults(self):
+    def contradictions_of_tls(self):
         if self.tls_cert_file:
             try:
                 server_context(self.tls_cert_file, self.tls_key_file)
@@ -1182,6 +1229,26 @@ class Forbidden(Refusal):
     message = "This path is not passed on"
 
 
+class NotForCalls(Forbidden):
+    code = "key_not_for_calls"
+    message = "This key is for looking at this proxy and steering it: it makes no calls"
+
+
+class RoleTooLow(Forbidden):
+    code = "role_too_low"
+    message = "This key may not do that here"
+
+
+class ModelNotAllowed(Forbidden):
+    code = "model_not_allowed"
+    message = "This key may not use the model, or the call names none"
+
+
+class UpstreamNotAllowed(Forbidden):
+    code = "upstream_not_allowed"
+    message = "This key may not use the upstream"
+
+
 class NothingStored(Refusal):
     status = 404
     message = "Nothing of this name is stored here for this caller"
@@ -1190,6 +1257,11 @@ class NothingStored(Refusal):
 class NoSuchPage(Refusal):
     status = 404
     message = "There is no such page: GET /admin/api lists them all"
+
+
+class BooksAway(Refusal):
+    status = 503
+    message = "The database cannot be read or written now"
 
 
 class MethodNotAllowed(Refusal):
@@ -1434,24 +1506,138 @@ def address_of(host: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
+ROLES = ("caller", "viewer", "admin")  # the later one may do all that the former may, but call
+STEERING = ROLES[1:]
+
+
+class Key(NamedTuple):
+    """What is known of a stored key but its secrets. Times are in seconds since 1970. `globs` and
+    `rules` are what `models` and `limits` say. `subject` is whose bucket it has: it outlives the
+    secrets, and is the digest of the first one."""
+    name: str
+    role: str = "caller"
+    team: Optional[str] = None
+    created: float = 0.0
+    expires: Optional[float] = None
+    disabled: bool = False
+    models: Optional[str] = None
+    upstream: Optional[str] = None
+    limits: Optional[str] = None
+    tag: Optional[str] = None
+    note: Optional[str] = None
+    last_used: Optional[float] = None
+    subject: bytes = b""
+    globs: Sequence[str] = ()
+    rules: Tuple[Rule, ...] = ()
+
+    def __hash__(self):
+        return hash(self.subject)
+
+    def as_dict(self) -> Dict[str, Any]:
+        """Returns what may be shown of it."""
+        return dict(zip(self._fields[:-3], self))
+
+    def end(self, valid_until: Optional[float]) -> Optional[float]:
+        """Returns when it is good no more by a secret that is valid so long; None: never."""
+        ends = [one for one in (self.expires, valid_until) if one is not None]
+        return -1.0 if self.disabled else min(ends, default=None)
+
+
+# What can be said of a key: a reader of its text, and a sentence.
+KEY_NAME = pattern("[A-Za-z0-9_.@-]{1,64}", "must be 1 to 64 of A-Z a-z 0-9 _ . @ -")
+KEY_FIELDS = {
+    "role": (one_of(*ROLES), "caller: makes calls; viewer, admin: for /dashboard and /admin/api"),
+    "team": (KEY_NAME, "its team, for rules such as team:NAME"),
+    "expires": (word_or({"never": None}, age),
+                "how long it is good from when it was made, such as 15m or 30d; never"),
+    "models": (model_globs, "the only models that it may use, such as 'gemma*,gpt-4*'"),
+    "limits": (rules_of_one, "rules without a scope, such as '2 usd per day', each instead of the"
+                             " general one of its unit and duration"),
+    "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
+                 "the only upstream that its calls go to"),
+    "tag": (KEY_NAME, "a word to add up usage by"),
+    "note": (printable, "a line for people")}
+
+
+@functools.lru_cache(20_000)
+def read_key(*values: Any) -> Key:
+    """Returns a key of what is stored of it. Raises ValueError or TypeError for what somebody else
+    has written."""
+    key = Key(*values)
+    derived = {field: read(getattr(key, field)) for field, (read, _) in KEY_FIELDS.items()
+               if field != "expires" and (getattr(key, field) is not None or field == "role")}
+    times = [key.created, key.expires or 0, key.last_used or 0]
+    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
+            and {*map(type, times)} <= {int, float}, "no key")
+    return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
+                        rules=derived.get("limits", ()))
+
+
 class Caller:
     """A person or program that calls. `key` finds its bucket. It says what it is, so a bearer that
-    spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, which people may
-    share. `label` is for logs: a name, the address, or key:1a2b3c4d, a digest against which nobody
-    can test guesses without `secret`."""
-    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag")
+    spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, or its name where
+    it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
+    digest against which nobody can test guesses without `secret`. `role` is None where the key is
+    none that was given out. `until`: when that ends, in seconds since 1970."""
+    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag", "stored_key", "until")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
-                 key_name: Optional[str] = None, role: str = "caller"):
+                 key_name: Optional[str] = None, role: Optional[str] = None,
+                 stored_key: Optional[Key] = None, until: Optional[float] = None):
         self.key = key
-        self.role = role
-        self.team = self.tag = None
         self.name = name
         self.key_name = key_name
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
+        self.role = role
+        self.stored_key = stored_key
+        self.team = stored_key and stored_key.team
+        self.tag = stored_key and stored_key.tag
+        self.until = until
 
     def __repr__(self):
         return f"<Caller {self.label}>"
+
+
+Known = Dict[bytes, Tuple[bytes, Caller]]  # blinded digest of a secret -> that digest, and whose
+
+
+def digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("latin-1")).digest()
+
+
+def new_secret() -> str:
+    return "sk-" + base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
+
+
+def blinded(credential: bytes, secret: bytes) -> bytes:
+    """Returns what a table may be searched by, of a digest: nobody can choose how a guess of theirs
+    comes out, so the time that a search takes tells them nothing."""
+    return hashlib.blake2b(credential, key=secret).digest()
+
+
+class StoredKeys:
+    """The keys of DATABASE as they were when they were read: in `rows`. `closed`: nobody else may
+    call. `faults` are sentences about what could not be read."""
+    rows: Optional[Tuple[Any, ...]] = None
+    faults: Sequence[str] = ()
+
+    def __init__(self, secret: bytes, keys: Sequence[Key] = (),
+                 secrets: Sequence[Tuple[bytes, str, Optional[float]]] = (), closed: bool = False):
+        """`secrets` are (digest, name of the key, valid until). One of a key that cannot be read
+        lets nobody in, not even where anyone may call."""
+        self.closed = closed
+        self.keys = {key.name: key for key in keys}
+        self.rules = {key.subject: key.rules for key in keys if key.rules}
+        self.known: Known = {}
+        for one, name, valid_until in secrets:
+            key = self.keys.get(name) or Key(name, disabled=True, subject=one)
+            self.known[blinded(one, secret)] = one, Caller(
+                ("key", key.subject), name, key_name=name, role=key.role, stored_key=key,
+                until=key.end(valid_until))
+
+    def has_admin(self, wall: float) -> bool:
+        return any([key.role == "admin" and (key.end(None) or math.inf) > wall
+                    for key in self.keys.values()])
 
 
 class Callers:
@@ -1460,20 +1646,30 @@ class Callers:
 
     def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes,
                  trusted: Sequence["ipaddress.IPv4Network | ipaddress.IPv6Network"] = (),
-                 caller_header: Optional[str] = None, azure: bool = False):
+                 caller_header: Optional[str] = None, azure: bool = False,
+                 stored: Optional[StoredKeys] = None, steering: Optional[Texts] = None):
         """`keys` is {key: its name or None}, or None where anyone may call. `trusted` are the
         networks of proxies that are believed for whom they speak: for which address, and, in
         `caller_header`, for which of the people that share a key. `azure`: its clients call,
-        too."""
+        too. `stored` are keys beside these, and `steering` is {key: its role} of those that are for
+        pages alone."""
         self.credential_fields = CREDENTIAL_FIELDS[1:] + (AZURE_CREDENTIAL_FIELD,) * azure
         self.trusted = trusted
         self.caller_header = caller_header
         self.label_secret = label_secret
-        self.names = keys and {self.digest(key): name for key, name in keys.items()}
+        self.stored = stored or StoredKeys(label_secret)
+        self.is_open = keys is None
+        self.known: Known = {}
+        for key, name in (keys or {}).items():
+            self.add(key, name, "caller")
+        for key, role in (steering or {}).items():
+            name = role.upper() + "_KEY"
+            self.add(key, name, role, Key(name, role))
 
-    @staticmethod
-    def digest(key):
-        return hashlib.sha256(key.encode("latin-1")).digest()
+    def add(self, key, name, role, stored_key=None):
+        one = digest(key)
+        self.known[blinded(one, self.label_secret)] = one, Caller(
+            ("key", one), name, self.label_secret, name, role, stored_key)
 
     def credential_in(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
@@ -1495,7 +1691,7 @@ class Callers:
     def credential(self, fields: Fields, query: str) -> Optional[bytes]:
         """Returns the digest of the credential of a request, None without one."""
         credential = self.credential_in(fields, query)
-        return credential and self.digest(credential)
+        return credential and digest(credential)
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
@@ -1524,24 +1720,47 @@ class Callers:
         if not name:
             return caller
         keyed = caller.key[0] == "key"
-        digest = hashlib.sha256(repr((caller.key if keyed else None, name)).encode())
+        owner = hashlib.sha256(repr((caller.key if keyed else None, name)).encode())
         if len(name) > 64:
-            name = f"{name[:55]}~{digest.hexdigest()[:8]}"
+            name = f"{name[:55]}~{owner.hexdigest()[:8]}"
         name = urllib.parse.quote(name, safe="@:+~", encoding="latin-1")
         label = caller.label if keyed else "-"
-        return Caller(("key", digest.digest()), f"{label}/{name}", key_name=caller.key_name)
+        return Caller(("key", owner.digest()), f"{label}/{name}", key_name=caller.key_name,
+                      role=caller.role, stored_key=caller.stored_key, until=caller.until)
 
-    def identify(self, credential: Optional[bytes], address: str) -> Caller:
-        """Returns who calls. Raises Unauthorized where keys are asked for and `credential`, a
-        digest, is none of them."""
-        # All are compared, always: else the time taken would tell how close a guess was.
-        if self.names is not None and not any(
-                [hmac.compare_digest(credential or b"", one) for one in self.names]):
+    def identify(self, credential: Optional[bytes], address: str, wall: float = 0.0) -> Caller:
+        """Returns who calls at the time `wall`. Raises Unauthorized where keys are asked for and
+        `credential`, a digest, is none of them, and for one that was, wherever it comes."""
+        caller = self.known_by(credential) if credential else None
+        if caller:
+            if caller.until is not None and caller.until <= wall:
+                raise Unauthorized()
+            return caller
+        if not self.is_open:
             raise Unauthorized()
         if credential is None:
             return Caller(("address", address), address)
-        name = self.names and self.names[credential]
-        return Caller(("key", credential), name, self.label_secret, name)
+        return Caller(("key", credential), None, self.label_secret)
+
+    def known_by(self, credential):
+        """Returns whose secret has this digest, None where it is nobody's."""
+        blind = blinded(credential, self.label_secret)
+        found = self.known.get(blind) or self.stored.known.get(blind)
+        return found[1] if found and hmac.compare_digest(found[0], credential) else None
+
+    def everybody(self) -> List[Caller]:
+        """Returns all whose keys were given out."""
+        return [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
+
+    def named(self, label: str) -> List[Caller]:
+        """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
+        name is found by the address alone."""
+        found = {caller.key: caller for caller in self.everybody() if caller.label == label}
+        if not found:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_network(label)
+                return [Caller(("address", label), label)]
+        return list(found.values())
 
 
 class Origins:
@@ -1551,6 +1770,7 @@ class Origins:
     SCHEMES = frozenset(("chrome-extension", "moz-extension", "app", "tauri", "capacitor",
                          "vscode-webview"))
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
+    LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4); what is judged is remembered
 
     def __init__(self, allowed: Sequence[str], host_name: str):
         """`allowed` as CORS_ORIGINS has it; `host_name` is what this machine calls itself."""
@@ -1560,10 +1780,13 @@ class Origins:
         self.host_name = host_name.lower()
         globs = [re.escape(one).replace(r"\*", "[a-z0-9.-]+") for one in allowed if one != "local"]
         self.shape = re.compile("|".join(globs) or "(?!)")
-        self.allows = functools.lru_cache(1000)(self.judge)
+        self.judged = functools.lru_cache(1000)(self.judge)
 
-    def judge(self, origin: str) -> bool:
-        return self.any or bool(self.shape.fullmatch(origin)) or (
+    def allows(self, origin: str) -> bool:
+        return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
+
+    def judge(self, origin):
+        return bool(self.shape.fullmatch(origin)) or (
             self.local and self.is_local(origin.lower()))
 
     def is_local(self, origin):
@@ -1710,6 +1933,28 @@ class Buckets:
         self.room = room
         self.levels: "collections.OrderedDict[BucketKey, Level]" = (
             collections.OrderedDict())  # as they were last seen; least recently used first
+        # key -> (amount, until) of what a bucket holds beyond its rule
+        self.given: Dict[BucketKey, List[Tuple[int, float]]] = {}
+
+    def given_to(self, key, now):
+        """Returns how much more than its rule says a bucket holds, for a time."""
+        found = [one for one in self.given.pop(key, ()) if one[1] > now]
+        if found:
+            self.given[key] = found
+        return sum([amount for amount, _ in found])
+
+    def give(self, rule: Rule, key: BucketKey, amount: int, until: float, again: bool = False):
+        """Lets a bucket hold so much more until then, and adds that, unless it was added before.
+        What is left of it afterwards is kept as far as the rule lets it."""
+        if not again:
+            self.levels[key] = self.level_of(rule, key).less(-amount)
+        self.given.setdefault(key, []).append((amount, until))
+
+    def fill(self, owner: CallerKey):
+        """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
+        for key in [key for key, found in self.levels.items()
+                    if owner in key[1:] and found.rule.unit != RUNNING]:
+            del self.levels[key]
 
     def levels_after(self, keyed_rules, costs, taken):
         """Returns what the buckets hold once `costs` are charged instead of what was taken. The
@@ -1719,6 +1964,8 @@ class Buckets:
         levels = []
         for rule, key in keyed_rules:
             unit, capacity = rule.unit, rule.capacity
+            if self.given:
+                capacity += self.given_to(key, now)
             known = self.levels.get(key)
             if known is None:
                 level, refilled = capacity, now
@@ -1743,20 +1990,21 @@ class Buckets:
         """Returns what is in a bucket."""
         return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
 
-    async def take(self, keyed_rules: KeyedRules, costs: Costs) -> List[Level]:
+    async def take(self, keyed_rules: KeyedRules, costs: Costs) -> Tuple[Level, List[Level]]:
         """Takes `costs` of all buckets, or nothing where one would hold less than 0 then; returns
-        what they hold, or would hold."""
+        the tightest of them and all, as they are, or would be."""
         levels = self.levels_after(keyed_rules, costs, NO_COST)
-        if tightest_of(levels).level >= 0:
+        tightest = tightest_of(levels)
+        if tightest.level >= 0:
             self.store(levels)
-        return levels
+        return tightest, levels
 
-    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> List[Level]:
-        """Charges `costs` instead of what was taken; returns what the buckets hold. It never waits:
+    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> Level:
+        """Charges `costs` instead of what was taken; returns the tightest bucket. It never waits:
         a store outside of this process would have to queue this."""
         levels = self.levels_after(keyed_rules, costs, taken)
         self.store(levels)
-        return levels
+        return tightest_of(levels)
 
     def peek(self, charges: List[Charge]) -> Tuple[Quota, int]:
         """Returns the tightest bucket as it is, and the whole seconds until all of `charges` could
@@ -1784,14 +2032,16 @@ class Buckets:
 
     def is_full(self, found):
         """Returns whether a bucket is full by now."""
-        return self.level_of(found.rule, found.key).level >= found.rule.capacity
+        return found.key not in self.given and (
+            self.level_of(found.rule, found.key).level >= found.rule.capacity)
 
-    def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
-        running calls are left out, because they end with the process."""
+    def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
+                 ) -> Dict[BucketKey, Tuple[int, float]]:
+        """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
+        not full; running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (found.level, found.refilled + wall - now)
-                for key, found in self.levels.items()
+        return {found.key: (found.level, found.refilled + wall - now)
+                for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
     def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
@@ -1809,6 +2059,7 @@ class Hold:
     """What is set aside for one call in all its buckets. It ends once: settled, or given back,
     which leaving the with-block does too. `tightest` is the emptiest bucket as it was last seen,
     None where the call takes nothing."""
+    ended = False
 
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None):
@@ -1817,7 +2068,6 @@ class Hold:
         self.costs = costs
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
-        self.ended = False
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -1834,7 +2084,7 @@ class Hold:
         self.costs = costs
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
-                self.tightest = tightest_of(self.buckets.settle(self.keyed_rules, costs, taken))
+                self.tightest = self.buckets.settle(self.keyed_rules, costs, taken)
                 break
 
     def give_back(self):
@@ -1885,18 +2135,28 @@ def fold_model(name: str) -> str:
     return VERSION_DOT.sub("-", MODEL_VARIANT.sub("", folded)) or name.casefold()
 
 
+@functools.lru_cache(1000)
 def fold_glob(glob: str) -> str:
     """Returns a glob for folded names."""
     return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
 
 
+def may_use(globs: Sequence[str], model: str) -> bool:
+    """Tells whether a key of these models may use one, in whichever spelling."""
+    return any([fnmatch.fnmatchcase(model.casefold(), glob.casefold())
+                or fnmatch.fnmatchcase(fold_model(model), fold_glob(glob)) for glob in globs])
+
+
 class Limits:
     """Which rules a call must pass. Of each family the first that matches counts, those for `each`
-    last, so that the special may stand before the general."""
+    last, so that the special may stand before the general; those of the caller's own key, which are
+    in `own` by its subject, come before all."""
     MAX_KNOWN = 4_000
+    own: Dict[bytes, Tuple[Rule, ...]] = {}
 
     def __init__(self, ordered_rules: List[Rule], buckets: Buckets, message: str):
         self.rules = ordered_rules
+        self.special_first = sorted(ordered_rules, key=lambda rule: ("each", "") in rule.scopes)
         self.buckets = buckets
         self.message = message
         self.kinds = {kind for rule in ordered_rules for kind, _ in rule.scopes}
@@ -1905,7 +2165,7 @@ class Limits:
         self.known = {}
 
     def units(self) -> Set[str]:
-        return {UNITS[rule.unit] for rule in self.rules}
+        return {UNITS[rule.unit] for rule in itertools.chain(self.rules, *self.own.values())}
 
     def matching(self, caller: Caller, address: str, model: Optional[str],
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
@@ -1913,7 +2173,7 @@ class Limits:
         `model`, and of the `others` that may serve it instead."""
         kinds = self.kinds  # what no rule names would only fill the table
         call = (caller.key, caller.name, address if "address" in kinds else None,
-                model if "model" in kinds else None, upstream)
+                model if "model" in kinds else None, upstream, caller.stored_key)
         found = self.known.get(call)
         if found is None:
             if len(self.known) >= self.MAX_KNOWN:
@@ -1925,19 +2185,41 @@ class Limits:
                 found = found + [pair for pair in more if pair not in found]
         return found
 
-    def find_rules(self, key, name, address, model, upstream):
-        names = {"key": name or "", "model": (model or "").casefold(), "upstream": upstream}
-        owners = {"each": key, "key": key, "address": ("address", address)}
+    def find_rules(self, key, name, address, model, upstream, stored_key):
+        own, team = (stored_key.rules, stored_key.team) if stored_key else ((), None)
+        names = {"key": name, "team": team, "model": (model or "").casefold(), "upstream": upstream}
+        owners = self.owners(key, address, team)
         families = {}
-        for rule in sorted(self.rules, key=lambda rule: ("each", "") in rule.scopes):
-            globs = dict(rule.scopes)
-            if "key" in globs and key[0] != "key":
-                continue
-            if all(self.means(kind, glob, names.get(kind, "")) for kind, glob in rule.scopes):
-                whose = [owners[kind] for kind in owners if kind in globs]
+        for rule in [*own, *self.special_first]:
+            if all(owners.get(kind, key) and self.means(kind, glob, names.get(kind) or "")
+                   for kind, glob in rule.scopes):
+                whose = [owners[kind] for kind in owners if kind in dict(rule.scopes)]
                 families.setdefault(rule.family, (rule, (rule.text, *whose)))
-        found = [pair for pair in families.values() if pair[0].capacity is not None]
-        return sorted(found, key=lambda pair: self.rules.index(pair[0]))
+        return sorted([pair for pair in families.values() if pair[0].capacity is not None],
+                      key=lambda pair: [*own, *self.rules].index(pair[0]))
+
+    @staticmethod
+    def owners(key, address, team):
+        """Returns whose bucket it is by each kind of scope, None where there is nobody such."""
+        return {"each": key, "key": key if key[0] == "key" else None,
+                "address": ("address", address), "team": team and ("team", team)}
+
+    def buckets_of(self, caller: Caller) -> KeyedRules:
+        """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
+        are buckets."""
+        pairs = [*self.matching(caller, "", None), *[
+            (found.rule, key) for key, found in self.buckets.levels.items()]]
+        return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
+
+    def give(self, caller: Caller, unit: str, amount: int, until: float,
+             again: bool = False) -> int:
+        """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
+        returns how many there are."""
+        found = [(rule, key) for rule, key in self.buckets_of(caller)
+                 if unit in (UNITS[rule.unit], rule.text.split(" ")[2])]
+        for rule, key in found:
+            self.buckets.give(rule, key, amount, until, again)
+        return len(found)
 
     def means(self, kind, glob, name):
         """Returns whether a scope means what is named. A model must not slip through in another
@@ -1953,14 +2235,13 @@ class Limits:
         """Puts back the buckets that were saved, with the refill of the time in between. One whose
         rule was changed keeps its share: it is as full, of the new, as it would be of the old.
         Returns how many were saved in the future."""
-        kept = {rule.text: rule for rule in self.rules if rule.capacity is not None}
-        successors = self.successors({key[0] for key in saved} - kept.keys())
+        find = functools.lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
-            if key[0] in kept:
-                self.buckets.restore(kept[key[0]], key, level, wall - since)
-            elif key[0] in successors:
-                old, new = successors[key[0]]
+            owner = key[1] if len(key) == 2 else None
+            old, new = find(key[0], self.own.get(owner[1], ()) if owner else ())
+            if new:
                 self.buckets.restore(old, key, level, wall - since)
+            if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
                 self.buckets.restore(new, (new.text, *key[1:]), level, 0)
@@ -1969,25 +2250,42 @@ class Limits:
     def take_over(self, wall: float):
         """Has the buckets of rules that came before these go over to these."""
         self.restore(self.buckets.snapshot(wall), wall)
-        texts = {rule.text for rule in self.rules}
+        texts = {rule.text for rule in itertools.chain(self.rules, *self.own.values())}
         for key in [key for key in self.buckets.levels if key[0] not in texts]:
             del self.buckets.levels[key]
 
-    def successors(self, texts):
-        """Returns {text of a rule that is no more: (that rule, the one that came in its place)}:
-        the one of the same scopes and unit, of the same duration if there is one."""
-        found = {}
-        for text in texts:
-            try:
-                old = read_rule(text)
-            except ValueError:
-                continue
-            new = [rule for rule in self.rules if rule.capacity is not None
-                   and rule.scopes == old.scopes and rule.text.split(" ")[2] == text.split(" ")[2]]
-            new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
-            if new and old.capacity is not None:
-                found[text] = old, new[0]
-        return found
+    def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
+        """Goes by other rules of keys; the buckets of those that were changed go over."""
+        changed = {subject for subject in {*self.own, *own}
+                   if self.own.get(subject) != own.get(subject)}
+        self.own = own
+        self.known.clear()
+        moved = self.buckets.snapshot(wall, [
+            key for key in self.buckets.levels if len(key) == 2 and key[1][1] in changed])
+        for key in moved:
+            del self.buckets.levels[key]
+        self.restore(moved, wall)
+
+    def successor(self, text, own):
+        """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
+        has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
+        duration if there is one. Both are None where there is none."""
+        families = {rule.family for rule in own}
+        now = [*own, *[rule for rule in self.rules if rule.family not in families]]
+        # The last are for people behind a key.
+        known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        same = next((rule for rule in known if rule.text == text), None)
+        if same:
+            return (same, same) if same.capacity is not None else (None, None)
+        try:
+            old = read_rule(text)
+        except ValueError:
+            return None, None
+        new = [rule for rule in now if rule.capacity is not None
+               and rule.text.split(" ")[2] == text.split(" ")[2]
+               and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
+        new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+        return (old, new[0]) if new and old.capacity is not None else (None, None)
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -1998,14 +2296,13 @@ class Limits:
         matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
-        levels = await self.buckets.take(matching, costs)
-        tightest = tightest_of(levels)
-        if tightest.level < 0 and least is not None and least is not costs:
-            costs = self.what_is_left(levels, costs, least)
-            levels = await self.buckets.take(matching, costs)
-            tightest = tightest_of(levels)
+        tightest, levels = await self.buckets.take(matching, costs)
         if tightest.level < 0:
-            raise self.refusal(levels)
+            if least is not None and least is not costs:
+                costs = self.what_is_left(levels, costs, least)
+                tightest, levels = await self.buckets.take(matching, costs)
+            if tightest.level < 0:
+                raise self.refusal(levels)
         return Hold(self.buckets, matching, costs, tightest)
 
     @staticmethod
@@ -2097,38 +2394,72 @@ def sum_of_weights(texts: List[str]) -> int:
     return sum(map(len if all(map(str.isascii, texts)) else text_weight, texts))
 
 
+PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
+
+
+def kind_of_text(text: str) -> int:
+    """Returns 0 for prose in Latin letters, 1 for code, 2 for other scripts, by what the beginning
+    holds that is rare in prose: their tokens differ in length."""
+    data = text[:1000].encode("utf-8", "surrogatepass")
+    rare = len(data.translate(None, PROSE))
+    return (rare * 25 > len(data)) + (rare * 2 > len(data))
+
+
+ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
+NUMBERS = frozenset((int, float))
+
+
 def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
                 media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
-                ) -> Tuple[int, List[int]]:
+                ) -> Tuple[int, List[int], int]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
     list of numbers has as many tokens. Of images and the like, which are those of which
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
-    `plain` names alone."""
-    texts = []
-    numbers = cut = 0
-    media = []
-    values = list({**payload, skip: None}.values())
-    for value in values:  # the list grows meanwhile
+    `plain` names alone. Third comes the kind of the longest text."""
+    texts, media = [], []
+    level = list({**payload, skip: None}.values())
+    level, rest = look_through(level, plain, names, media_texts, texts, media)
+    while level:
+        kinds = set(map(type, level))
+        if kinds == ONLY_TEXTS:  # the last level of nearly all
+            texts += level
+            break
+        if kinds == ONLY_OBJECTS and all(map(plain.issuperset, level)):
+            level = list(itertools.chain.from_iterable(map(dict.values, level)))
+        else:
+            level, more = look_through(level, plain, names, media_texts, texts, media)
+            rest += more
+    weight = sum_of_weights(texts) + len(texts) + rest
+    kind = kind_of_text(max(texts, key=len)) if texts else 0
+    return weight - 1 if weight else 0, media, kind
+
+
+def look_through(level, plain, names, media_texts, texts, media):
+    """Adds what is found in a level of a payload to `texts` and `media`; returns the level below,
+    and the weight of what is neither."""
+    below = []
+    rest = 0
+    for value in level:
         kind = type(value)
         if kind is str:
             texts.append(value)
+        elif kind is list:
+            if NUMBERS.issuperset(map(type, value)):
+                rest += CHARACTERS_PER_TOKEN * len(value)
+            else:
+                below += value
         elif kind is dict:
             if not plain.issuperset(value):
                 found = media_texts(value)
                 if found is not None:
                     media.append(text_weight(" ".join(found)))
                     continue
-                values += [key for key in value if key not in names]
-            values += value.values()
-        elif kind is list:
-            values += value
-            if value and type(value[0]) in (int, float):
-                numbers += len(value)
+                below += [key for key in value if key not in names]
+            below += value.values()
         elif kind is CutText:
-            cut += value.size + 1
-    weight = sum_of_weights(texts) + len(texts) + CHARACTERS_PER_TOKEN * numbers + cut
-    return max(0, weight - 1), media
+            rest += value.size + 1
+    return below, rest
 
 
 class Usage(NamedTuple):
@@ -2163,13 +2494,16 @@ class Usage(NamedTuple):
 
 
 class Billable:
-    """What a cost depends on before the call is made: `models` are all that may serve it."""
+    """What a cost depends on before the call is made: `models` are all that may serve it, and
+    `length` is what `prompt_length` has returned, once it was asked."""
     __slots__ = ()
     upstream_model: str
     models: Tuple[str, ...]
+    length: Optional[Tuple[int, List[int], int]] = None
 
-    def prompt_length(self) -> Tuple[int, List[int]]:
-        """Returns the weight of the prompt's text, and of that in each image and the like."""
+    def prompt_length(self) -> Tuple[int, List[int], int]:
+        """Returns the weight of the prompt's text, and of that in each image and the like, and what
+        kind of text it is."""
         raise NotImplementedError
 
     def output_limit(self) -> Tuple[Optional[int], int]:
@@ -2421,8 +2755,9 @@ class Habits:
 
 
 class ModelHabits:
-    """The habits of a model's callers, each for itself, so that nobody teaches what others pay. Who
-    has made few calls yet is taken for the one in the middle of all, within bounds."""
+    """The habits of a model's callers with one kind of text, each for itself, so that nobody
+    teaches what others pay. Who has made few calls yet is taken for the one in the middle of all,
+    within bounds."""
     CALLERS = 50
     FEW = 3
     OWN_RATIOS = 0.5, 8
@@ -2479,14 +2814,22 @@ class CostEstimator:
         self.reserve = reserve
         self.media_tokens = media_tokens
         self.units = units
-        self.models: "collections.OrderedDict[str, ModelHabits]" = collections.OrderedDict()
+        # by the name of the model, and the kind of text
+        self.models: "collections.OrderedDict[Tuple[str, int], ModelHabits]" = (
+            collections.OrderedDict())
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
+    @staticmethod
+    def model_key(call):
+        """Returns what the habits of a call's model are found by. Where rules count no tokens, no
+        text is looked at for them."""
+        return fold_model(call.upstream_model), call.length[2] if call.length else 0
+
     def habits(self, call):
-        return self.models.get(fold_model(call.upstream_model), self.unknown)
+        return self.models.get(self.model_key(call), self.unknown)
 
     def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
@@ -2494,15 +2837,15 @@ class CostEstimator:
         output = self.reserve if limit is None else limit
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.prompt_tokens(call, CHARACTERS_PER_TOKEN)
+            prompt = self.tokens_of(call.prompt_length(), CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        prompt = self.prompt_tokens(call, ratio)
+        prompt = self.estimated_input(call, habits.of(caller))
         least = held = self.held(call, prompt, output * outputs, estimate)
-        peak = 0 if limit else habits.peak(caller) or self.last_peak(caller)
-        if peak > output:
-            held = self.held(call, prompt, peak * outputs, estimate)
+        if not limit:
+            peak = habits.peak(caller) or self.last_peak(caller)
+            if peak > output:
+                held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
 
     def last_peak(self, caller):
@@ -2512,16 +2855,21 @@ class CostEstimator:
         return max([model.peak(caller) for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
-        expected = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
+        output = min(output, MAX_TOKENS_PER_CALL)
         picodollars = 0
         if "usd" in self.units:
             # A cheaper tier that is asked for is not always what serves.
-            picodollars = max([self.prices.cost(expected._replace(tiers=tiers), name)[0]
+            picodollars = max([self.prices.cost(Usage(prompt, output, tiers=tiers), name)[0]
                                for name in call.models for tiers in {(), call.tiers()}])
-        return self.costs(expected, picodollars, estimate, 1)
+        return self.request_cost, prompt + output, prompt, output, picodollars, 1, estimate
 
-    def prompt_tokens(self, call, ratio):
-        weight, media = call.prompt_length()
+    def estimated_input(self, call, habits):
+        ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
+        return self.tokens_of(call.prompt_length(), ratio)
+
+    def tokens_of(self, length, ratio):
+        """Returns the tokens of a prompt."""
+        weight, media, _ = length
         tokens = math.ceil(weight / ratio)
         for one in media:
             tokens += max(self.media_tokens, math.ceil(one / ratio))
@@ -2529,7 +2877,9 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        prompt, output, *_ = used.with_others() if used.others else used
+        if used.others:
+            used = used.with_others()
+        prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
@@ -2540,6 +2890,9 @@ class CostEstimator:
         reported, complete = source.reported_usage(whole) if source else (None, False)
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
+            if reported.estimated:  # its input was not told
+                own = self.habits(call).of(caller)
+                return reported._replace(input=self.estimated_input(call, own))
             self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
@@ -2549,13 +2902,14 @@ class CostEstimator:
             output = math.ceil(output / (1 - habits.hidden))
         else:
             output = max(output, held)
-        if reported is None:
-            ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-            reported = Usage(self.prompt_tokens(call, ratio))
-            if source:
-                tiers = (source.tier,) if source.tier else ()
-                reported = reported._replace(model=source.model, tiers=tiers)
+        reported = reported or self.unreported(call, habits, source)
         return reported._replace(output=max(reported.output, output), estimated=True)
+
+    def unreported(self, call, habits, source):
+        used = Usage(self.estimated_input(call, habits))
+        if source is None:
+            return used
+        return used._replace(model=source.model, tiers=(source.tier,) if source.tier else ())
 
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
@@ -2570,28 +2924,30 @@ class CostEstimator:
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
-        name = fold_model(call.upstream_model)
-        model = self.models.get(name)
-        if model is None:
-            if len(self.models) >= KNOWN_MODELS:
-                self.models.popitem(last=False)
-            model = self.models[name] = ModelHabits()
+        name = self.model_key(call)
+        model = self.models.get(name) or self.add_model(name)
         own = model.callers.get(caller) or model.add(caller)
-        own.calls += 1
+        own.calls = calls = own.calls + 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
             if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
-        if own.calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+        if calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
             self.models.move_to_end(name)  # who calls often is here often enough
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
 
+    def add_model(self, name):
+        if len(self.models) >= KNOWN_MODELS:
+            self.models.popitem(last=False)
+        found = self.models[name] = ModelHabits()
+        return found
+
     def learn_ratios(self, call, own, used, source):
         """Leaves out what is short: what stands around it would count too much."""
         if self.needs_estimate and used.input:
-            weight, media = call.prompt_length()
+            weight, media, _ = call.prompt_length()
             if weight >= 64 and not media:
                 own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
         weight = source.output_characters() if used.output >= 16 else 0
@@ -2618,25 +2974,37 @@ MAX_JSON_DEPTH = 128
 MAX_JSON_PARTS = 160_000
 # The same and back slashes, in strings, too: these are 10 MB of prose.
 MAX_JSON_MARKS = 4_000_000
+LONG_NUMBER = 400     # digits; an integer of more takes too long to read
+MANY_NUMBERS = 50_000  # commas outside of strings: each is read without a function of ours
 # Nothing else need be looked at. The letters are those that may follow a back slash.
 MARKS = b'[{]}"\\,:.ebfnrtu'
 NO_MARKS = bytes(set(range(256)) - set(MARKS))
 STEPS = bytes.maketrans(MARKS, b"\1\1\xff\xff" + bytes(12))
 
 
-def is_too_complex(data: bytes) -> bool:
+def is_too_complex(data):
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
-    if len(data) <= MAX_JSON_PARTS and data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return False
     marks = data.translate(None, NO_MARKS)
     if len(marks) > MAX_JSON_MARKS:
         return True
     marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside = b'""'.join(marks.split(b'"', 2 * MAX_JSON_PARTS)[::2])
-    if len(outside) - outside.count(b",") // 2 > MAX_JSON_PARTS:
+    if marks.count(b'"') > MAX_JSON_PARTS:
+        return True
+    outside = b'""'.join(marks.split(b'"')[::2])
+    commas = outside.count(b",")
+    if len(outside) - commas // 2 > MAX_JSON_PARTS:
+        return True
+    if commas > MANY_NUMBERS and may_have_long_number(data):
         return True
     return is_deep(outside)
+
+
+def may_have_long_number(data: bytes) -> bool:
+    """Returns False where LONG_NUMBER digits never follow one another: then no half of them stand
+    at any of the places that are looked at."""
+    half = LONG_NUMBER // 2
+    return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
 
 
 def is_deep(outside: bytes) -> bool:
@@ -2659,7 +3027,7 @@ def unique(pairs):
     return found
 
 
-def finite(text: str) -> float:
+def finite(text):
     """Returns a number of JSON, which is none of the NaN and Infinity that Python would read."""
     value = float(text)
     if not math.isfinite(value):
@@ -2667,31 +3035,28 @@ def finite(text: str) -> float:
     return value
 
 
-def short_integer(text: str) -> int:
+def short_integer(text):
     """Returns an integer of JSON: to read one of thousands of digits takes long."""
-    if len(text) > 400:
+    if len(text) > LONG_NUMBER:
         raise ValueError("a number is too long")
     return int(text)
 
 
-def with_cuts(sizes: Dict[str, int], pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def with_cuts(sizes, pairs):
     """Returns an object of JSON in which what was cut out says so; `sizes` are by mark."""
-    found = unique(pairs)
-    for key, value in found.items():
-        if type(value) is list:
-            found[key] = [cut_text(one, sizes) for one in value]
-        else:
-            found[key] = cut_text(value, sizes)
-    return found
+    return {key: cut_text(value, sizes) for key, value in unique(pairs).items()}
 
 
 def cut_text(value, sizes):
+    if type(value) is list:
+        return [cut_text(one, sizes) for one in value]
     size = sizes.get(value[32:]) if type(value) is str else None
     return value if size is None else CutText.of(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]]) -> json.JSONDecoder:
-    return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=short_integer,
+def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], JsonObject],
+                   parse_int: Callable[[str], int] = short_integer) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
 
 
@@ -2700,7 +3065,6 @@ HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = strict_decoder(unique)
 BY_LOADS = PLAIN_JSON, STRICT_JSON
-LONG_NUMBER = re.compile("[0-9]{400}")
 
 
 KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
@@ -2722,13 +3086,14 @@ def was_strict(text, value):
     return keys == len(KEY_END.findall(text))
 
 
-def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
+def decode_json(data, decoder=PLAIN_JSON):
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
-    if is_too_complex(data):
+    brackets = data.count(b"[") + data.count(b"{")
+    if (brackets > MAX_JSON_DEPTH or len(data) > MAX_JSON_PARTS) and is_too_complex(data):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder in BY_LOADS and not LONG_NUMBER.search(text):
+        if not HAS_SCANNER and decoder in BY_LOADS and not may_have_long_number(data):
             value = json.loads(text)  # PyPy: ten times as fast
             if decoder is PLAIN_JSON or was_strict(text, value):
                 return value
@@ -2740,7 +3105,7 @@ def decode_json(data: bytes, decoder: json.JSONDecoder = PLAIN_JSON) -> Any:
     raise ValueError("not valid JSON")
 
 
-def parse_json(body: bytes) -> Dict[str, Any]:
+def parse_json(body: bytes) -> JsonObject:
     """Reads a JSON object in UTF-8 (RFC 8259); raises BadRequest for anything else that json.loads
     would take or choke on."""
     return JsonBody(body).parse()
@@ -2755,7 +3120,7 @@ BEFORE_MEDIA = re.compile(
 JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
 
 
-def value_start(data: bytes, key: str) -> int:
+def value_start(data, key):
     """Returns where the value at a key of a JSON object begins, however deep the same key stands
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
@@ -2774,9 +3139,10 @@ class JsonBody:
     spelled again. `cuts` are by the mark that stands for each."""
 
     def __init__(self, data: bytes):
-        self.data = data
+        self.data = self.short = data
         self.cuts: Dict[bytes, slice] = {}
-        self.short = self.cut_media() if len(data) > 2 * MEDIA_BYTES else data
+        if len(data) > 2 * MEDIA_BYTES:
+            self.short = self.cut_media()
 
     def cut_media(self):
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
@@ -2797,12 +3163,15 @@ class JsonBody:
             end = data.find(b'"', end + MEDIA_BYTES)
         return b"".join((*pieces, data[taken:]))
 
-    def parse(self) -> Dict[str, Any]:
+    def parse(self) -> JsonObject:
         """Raises BadRequest."""
-        decoder = STRICT_JSON
+        decoder, parse_int = STRICT_JSON, short_integer
+        if HAS_SCANNER and len(self.short) > 2 * MANY_NUMBERS and (
+                self.short.count(b",") > MANY_NUMBERS and not may_have_long_number(self.short)):
+            decoder, parse_int = strict_decoder(unique, int), int
         if self.cuts:
             sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
-            decoder = strict_decoder(functools.partial(with_cuts, sizes))
+            decoder = strict_decoder(functools.partial(with_cuts, sizes), parse_int)
         try:
             payload = decode_json(self.short, decoder)
         except ValueError as error:
@@ -2820,7 +3189,7 @@ class JsonBody:
                 and data.find(b",", start + 256, end) < 0  # else it is what stands between strings
                 and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
 
-    def with_value(self, key: str, value: Any, known: Dict[str, Any]) -> bytes:
+    def with_value(self, key, value, known):
         """Returns the object with another value at a top-level key; `known` is what it has. Raises
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
@@ -2835,7 +3204,7 @@ class JsonBody:
             end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
         return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
 
-    def spell(self, payload: Dict[str, Any]) -> bytes:
+    def spell(self, payload: JsonObject) -> bytes:
         """Returns a changed payload as JSON."""
         return self.whole(to_json_bytes(payload))
 
@@ -2852,23 +3221,13 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def parse_or_none(data: bytes) -> Any:
-    """Returns JSON of an upstream, None where it cannot be read."""
+def object_in(data: bytes) -> JsonObject:
+    """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
+    none."""
     try:
-        return decode_json(data.lstrip(BYTE_ORDER_MARK))
+        found = parse_response(data)
     except ValueError:
-        return None
-
-
-def object_in(data: bytes) -> Dict[str, Any]:
-    """Returns a JSON object of an upstream, {} where there is none."""
-    found = parse_or_none(data)
-    return found if isinstance(found, dict) else {}
-
-
-def last_object(data: bytes) -> Dict[str, Any]:
-    """Returns the same, or the last of an array of them."""
-    found = parse_or_none(data)
+        return {}
     if type(found) is list and found:
         found = found[-1]
     return found if type(found) is dict else {}
@@ -2887,7 +3246,7 @@ def to_json_bytes(payload: Any) -> bytes:
     return json.dumps(payload, separators=(",", ":")).encode()
 
 
-def dig(value: Any, *names: str) -> Any:
+def dig(value, *names):
     """Returns what stands at these names in objects within objects, None where nothing does."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
@@ -2995,10 +3354,14 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-def is_count(value: Any) -> bool:
-    """Returns whether a value of JSON can be a number of tokens: some servers write 12.0."""
-    return (type(value) is int or (type(value) is float and value.is_integer())) and (
-        0 <= value < MAX_TOKENS_PER_CALL)
+def is_integer(value):
+    """Returns whether a value of JSON is an integer: some write 12.0."""
+    return type(value) is int or (type(value) is float and value.is_integer())
+
+
+def is_count(value):
+    """Returns whether a value of JSON can be a number of tokens."""
+    return is_integer(value) and 0 <= value < MAX_TOKENS_PER_CALL
 
 
 def merged(before, after):
@@ -3017,7 +3380,7 @@ def merged(before, after):
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 
 
-def fold_path(path: str) -> str:
+def fold_path(path):
     """Returns a path as the most forgiving upstream might read it: escapes decoded again and again,
     back slashes turned, parameters, empty and dot segments dropped, lower case. Raises
     BadRequest."""
@@ -3059,7 +3422,7 @@ class EventFraming(NamedTuple):
         prefix = self.prefix.rstrip()  # others leave out the space
         return line[len(prefix):] if line.startswith(prefix) else None
 
-    def payload(self, event: bytes) -> Dict[str, Any]:
+    def payload(self, event: bytes) -> JsonObject:
         """Returns the JSON object of an event or its line, {} where there is none."""
         return object_in(self.all_data(event))
 
@@ -3071,38 +3434,35 @@ class EventFraming(NamedTuple):
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
         lines = event.splitlines(keepends=True)
-        places = [place for place, line in enumerate(lines) if self.data(line) is not None]
-        last = lines[places[-1]]
-        end = last[len(last.rstrip(b"\r\n")):]
-        lines[places[0]:places[-1] + 1] = [self.prefix + data + end]
-        return b"".join(lines)
+        end = lines[-1][len(lines[-1].rstrip(b"\r\n")):] or self.ends[0][:1]
+        rest = [line for line in lines if self.data(line) is None]
+        rest.insert(sum(map(bool, map(bytes.strip, rest))), self.prefix + data + end)
+        return b"".join(rest)
 
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
         events = []
-        lines: List[bytes] = []
+        ended = True
         for line in data.splitlines(keepends=True):
             blank = not line.strip(b"\r\n")
-            if lines and not blank and self.is_whole(lines):
-                events.append(b"".join(lines))
-                lines = []
-            lines.append(line)
-            if blank:
-                events.append(b"".join(lines))
-                lines = []
-        return events + [b"".join(lines)] if lines else events
+            if ended or (not blank and self.is_whole(events[-1])):
+                events.append(line)
+            else:
+                events[-1] += line
+            ended = blank
+        return events
 
     def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
         return 0 if place < 0 else place + 2
 
-    def is_whole(self, lines):
+    def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
-        data = self.data(lines[-1])
+        data = self.data(event.splitlines()[-1])
         return data is not None and (data.strip() == LAST_DATA or (
-            data.rstrip().endswith(b"}") and bool(self.payload(b"".join(lines)))))
+            data.rstrip().endswith(b"}") and bool(self.payload(event))))
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
@@ -3117,6 +3477,7 @@ NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
 UPLOAD = "upload"    # that of a file to be stored
+UNNAMED = (UNKNOWN, UPLOAD)
 
 
 class StoredPath(NamedTuple):
@@ -3144,14 +3505,13 @@ class Call(Billable):
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
+    trace: Optional["Trace"] = None
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
-    is_json = False
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects: Optional[List[Dict[str, Any]]] = None
-    length: Optional[Tuple[int, List[int]]] = None
+    objects: Optional[List[JsonObject]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3162,7 +3522,7 @@ class Call(Billable):
         self.stored = stored
         self.path = path
         self.query = query
-        self.payload: Dict[str, Any] = {}
+        self.payload: JsonObject = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
 
     def __repr__(self) -> str:
@@ -3185,24 +3545,22 @@ class Call(Billable):
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
             payload, others = self.dialect.with_other_models(payload, rename)
             self.models += tuple(others)
-        if self.endpoint in (UNKNOWN, UPLOAD):
+        if self.endpoint in UNNAMED:
             return self.prepare_unknown(model, payload, rename or (lambda name: model))
         if not model == self.model == payload.get("model"):
             self.path, payload = self.dialect.with_model(self.path, payload, model)
         if rewrite:
             payload = rewrite(payload)
-        self.spell(payload)
+        if payload is not self.payload:
+            self.spell(payload)
 
     def spell(self, payload):
         """Puts a changed payload into the upstream's body: a model alone is spliced in."""
         before = self.payload
-        if payload is before:
-            return
-        same = {**payload, "model": None} == {**before, "model": None} if (
-            payload.keys() - {"model"} == before.keys() - {"model"}) else False
-        if same and "model" in payload:
+        changed = [key for key in {**before, **payload} if payload.get(key) is not before.get(key)]
+        if changed == ["model"] and payload.get("model"):
             self.upstream_body = self.json_body.with_value("model", payload["model"], before)
-        else:
+        elif changed:
             self.upstream_body = self.json_body.spell(payload)
 
     def request_usage(self) -> None:
@@ -3214,13 +3572,16 @@ class Call(Billable):
         if self.put_model:
             self.upstream_body = self.body if model == self.model else self.put_model(model)
             return
-        named = [one["model"] for one in self.holders() if is_name(one.get("model"))]
-        names = list(map(rename, named))
+        renamed = json.loads(to_json_bytes(payload))
+        named = []
+        for one in objects_in(renamed):
+            if is_name(one.get("model")):
+                named.append(one["model"])
+                one["model"] = rename(one["model"])
         if named != [self.model]:
-            self.models = tuple(self.dialect.few([*self.models, *names]))
-        if named != names:
-            payload = json.loads(to_json_bytes(payload), object_hook=lambda one: (
-                {**one, "model": rename(one["model"])} if is_name(one.get("model")) else one))
+            self.models = tuple(self.dialect.few([*self.models, *map(rename, named)]))
+        if renamed != payload:
+            payload = renamed
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
         self.spell(payload)
@@ -3248,10 +3609,12 @@ class Call(Billable):
         for part in objects_in(self.payload, says_of_things):
             if not meant.isdisjoint(part):
                 for key in meant.intersection(part):
-                    found += names_of_things(part[key])
+                    found += names_of_things(part[key], PREFIXES.get(key, ""))
+            if part.get("type") in REFERENCE_TYPES:
+                found += names_of_things(part)
         return found
 
-    def prompt_length(self) -> Tuple[int, List[int]]:
+    def prompt_length(self) -> Tuple[int, List[int], int]:
         if self.length is None:
             payload = self.payload
             if payload.get(IMAGES_KEY):
@@ -3265,16 +3628,13 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            found, outputs = [], 1
-            for holder in self.holders():
-                for name, value in self.numbers(holder):
-                    if name in OUTPUT_COUNTS:
-                        outputs = max(outputs, value)
-                    else:
-                        found.append(value if value >= 0 else math.inf)
-            most = max(found, default=None)
-            if self.endpoint in (UNKNOWN, UPLOAD):  # it may be a batch of calls, or have no output
-                most = sum(found)
+            numbers = self.numbers()
+            limits = [math.inf if value < 0 else value
+                      for name, value in numbers if name in OUTPUT_LIMITS]
+            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            most = max(limits, default=None)
+            if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
+                most = sum(limits)
             prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
             for name in self.payload.keys() & prompts:
                 many = self.payload[name]
@@ -3293,26 +3653,21 @@ class Call(Billable):
             if self.endpoint == UNKNOWN:
                 self.objects = objects_in(self.payload)
             elif not OPTION_HOLDERS.isdisjoint(self.payload):
-                self.objects += [self.payload[name] or {}
-                                 for name in OPTION_HOLDERS & self.payload.keys()]
+                options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+                self.objects += [one for one in options if type(one) is dict]
+                if len(self.objects) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
+                    raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
         return self.objects
 
-    def numbers(self, holder):
-        """Returns what stands at the names of limits and counts in an object. Raises BadRequest for
-        what is no number where text is generated: a server might read it as one."""
-        found = []
-        if not isinstance(holder, dict):
-            self.complain("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-            return found
-        for name in OUTPUT_NUMBERS.intersection(holder):
-            value = holder[name]
-            if type(value) is int:
-                found.append((name, value))
-            elif type(value) is float and value.is_integer():
-                found.append((name, int(value)))
-            elif value is not None:
-                self.complain("%s must be an integer" % name)
-        return found
+    def numbers(self):
+        """Returns what stands at the names of limits and counts, as (name, value). Raises
+        BadRequest for what is no number where text is generated: a server might read it as one."""
+        found = [(name, one[name]) for one in self.holders()
+                 for name in OUTPUT_NUMBERS.intersection(one) if one[name] is not None]
+        for name, value in found:
+            if not is_integer(value) and self.endpoint not in NO_LIMIT_REPLY:
+                raise BadRequest("%s must be an integer" % name)
+        return [(name, int(value)) for name, value in found if is_integer(value)]
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
@@ -3327,13 +3682,8 @@ class Call(Billable):
             self.objects = None
             self.forgotten = True
 
-    def complain(self, message):
-        """Raises BadRequest, but for calls of which we know too little."""
-        if self.endpoint not in NO_LIMIT_REPLY:
-            raise BadRequest(message)
 
-
-def is_small(value: Any) -> bool:
+def is_small(value):
     """Tells whether a part of a payload takes little room."""
     parts = [value]
     size = 0
@@ -3419,7 +3769,7 @@ class Model(NamedTuple):
     """A model in a list: its name for callers, and its row as an upstream of `dialect` has it."""
     name: str
     dialect: Optional["Dialect"] = None
-    facts: Dict[str, Any] = {}
+    facts: JsonObject = {}
 
 
 # Keys at which a payload names what an upstream stores
@@ -3428,7 +3778,11 @@ REFERENCES = frozenset("""
     conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
     training_file validation_file video_id vector_store_id vector_store_ids container container_id
     cachedContent cached_content fileUri file_uri fileSearchStoreNames
-    file_search_store_names""".split())
+    file_search_store_names eval_id skill_id prompt""".split())
+# At these there may be something else, too: how names of stored things begin.
+PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
+# Objects of these types name one by their id.
+REFERENCE_TYPES = ("item_reference", "file_id")
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -3462,12 +3816,12 @@ def says_of_things(part):
     return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
-def names_of_things(value):
+def names_of_things(value, prefix=""):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
-    values = value if type(value) is list else [value]
-    names = [one.get("id") if type(one) is dict else one for one in values]
-    matches = [THING_NAME.fullmatch(name) for name in names if type(name) is str]
+    names = [one.get("id") if type(one) is dict else one for one in as_list(value)]
+    matches = [THING_NAME.fullmatch(name) for name in names
+               if type(name) is str and name.startswith(prefix)]
     return [match[match.lastindex] for match in matches if match]
 
 
@@ -3504,12 +3858,12 @@ def without_masks(query):
 def fault_status(value):
     """Returns the status of an error in a response: what it says itself, else 400 where its kind is
     one that speaks of the caller, and 502."""
-    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
-    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
-    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
+    words = " ".join([str(dig(value, key)) for key in ("code", "status", "status_code", "type")])
+    told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
+    return int(told[0]) if told else 400 if BLAMELESS.search(words) else 502
 
 
-def is_name(value: Any) -> bool:
+def is_name(value):
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
@@ -3523,13 +3877,11 @@ def with_iterations(told, parts):
     """Returns the usage of a call that ran in several steps, some of them by another model. What
     was told may leave out some (Anthropic's compaction)."""
     served = fold_model(told.model or "")
-    names = [served and fold_model(part.model or told.model) for part in parts]
-    own = tuple([part for part, name in zip(parts, names) if name == served])
-    others = tuple([part for part, name in zip(parts, names) if name != served])
-    steps = Usage(others=own).with_others()
+    own = [part for part in parts if not served or fold_model(part.model) == served]
+    steps = Usage(others=tuple(own)).with_others()
     if steps.input + steps.output > told.input + told.output:
         told = steps._replace(model=told.model, tiers=told.tiers, picodollars=told.picodollars)
-    return told._replace(others=others)
+    return told._replace(others=tuple([part for part in parts if part not in own]))
 
 
 class Dialect:
@@ -3543,9 +3895,11 @@ class Dialect:
         "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
     # Asks Google's servers to leave out parts of a response, such as its usage.
     MASK_FIELD = "x-goog-fieldmask"
-    # The keys of lists that name more models which may serve: to fall back to, or as tools.
+    # The keys of lists that name more models which may serve: to fall back to, or as tools; and
+    # those of models in their rows.
     FALLBACKS = frozenset(("models", "fallbacks"))
-    MODEL_LISTS = FALLBACKS.union(("tools",))
+    MODEL_LISTS = FALLBACKS.union(("tools", "plugins"))
+    ROW_KEYS = frozenset(("model", "analysis_models"))
     MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
@@ -3589,19 +3943,22 @@ class Dialect:
         meta tokens""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
-        "prompt": "prompt_tokens input_tokens inputTokens tokens_evaluated",
-        "output": "completion_tokens output_tokens outputTokens tokens_predicted "
-                  "total_output_tokens",
-        "total": "total_tokens totalTokens",
-        "cached": "cached_tokens prompt_cache_hit_tokens cache_read_input_tokens "
-                  "cache_read_tokens cacheReadInputTokens",
-        "written": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens "
-                   "cacheWriteInputTokens",
+        "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
+            total_input_tokens prompt_eval_count""",
+        "tools": "toolUsePromptTokenCount total_tool_use_tokens",
+        "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
+            total_output_tokens candidatesTokenCount""",
+        "total": "total_tokens totalTokens totalTokenCount",
+        "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
+            cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
+        "written": """cache_write_tokens cache_creation_input_tokens cache_creation_tokens
+            cacheWriteInputTokens""",
         "minutes": "ephemeral_5m_input_tokens", "hour": "ephemeral_1h_input_tokens",
-        "reasoning": "reasoning_tokens thinking_tokens reasoning_output_tokens",
+        "reasoning": """reasoning_tokens thinking_tokens reasoning_output_tokens
+            thoughtsTokenCount total_thought_tokens""",
     }.items() for name in names.split()}
     # What is added up to all of the input, and of the output.
-    INPUT = ("prompt",)
+    INPUT = ("prompt", "tools")
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
@@ -3617,6 +3974,8 @@ class Dialect:
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
+    # The one that begins it, where that tells of usage.
+    FIRST_TYPE = ""
     # The states of a call in the background that has ended.
     LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
@@ -3628,11 +3987,10 @@ class Dialect:
 
     def __init__(self):
         self.usage_key = self.USAGE_MARK[1:-1].decode()
-        self.count_names = frozenset(self.COUNTS)
 
     # -- requests
 
-    def claims(self, path: str, fields: Fields) -> bool:
+    def claims(self, path, fields):
         """Returns whether a request is one of this API, though nothing of it is metered; `path` is
         in lower case."""
         return False
@@ -3662,7 +4020,7 @@ class Dialect:
         if rename is None and not self.FALLBACKS.isdisjoint(payload):
             payload = {key: payload[key] for key in payload if key not in self.FALLBACKS}
         names = []
-        lists = {key: [self.renamed(one, rename, names) for one in payload[key]]
+        lists = {key: self.renamed(payload[key], rename, names)
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
         same = all([lists[key] == payload[key] for key in lists])
         return payload if same else {**payload, **lists}, self.few(names)
@@ -3674,18 +4032,19 @@ class Dialect:
             raise BadRequest("The request names too many models")
         return names
 
-    @staticmethod
-    def renamed(one, rename, names):
-        """Returns a row of such a list, which is a name or an object with one."""
+    def renamed(self, one, rename, names):
+        """Returns such a list, or a row of it, which is a name or an object with some."""
+        if type(one) is list:
+            return [self.renamed(row, rename, names) for row in one]
         if type(one) is str and rename:
             names.append(rename(one))
             return names[-1]
-        if type(one) is not dict or type(one.get("model")) is not str:
+        if type(one) is not dict or self.ROW_KEYS.isdisjoint(one):
             return one
-        if rename is None:
-            return {key: one[key] for key in one if key != "model"}
-        names.append(rename(one["model"]))
-        return {**one, "model": names[-1]}
+        found = {key: one[key] for key in one.keys() - self.ROW_KEYS}
+        for key in self.ROW_KEYS.intersection(one if rename else ()):
+            found[key] = self.renamed(one[key], rename, names)
+        return found
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -3714,31 +4073,33 @@ class Dialect:
     def usage_counts(self, payload):
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
-        final = self.is_finished(payload) or not payload.get(self.REASON[0])
-        return self.counts_in(payload), final or None
+        final = self.is_finished(payload) or not payload.get(self.REASON[0]) or None
+        if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
+            final = False  # what it tells of the output is no count
+        return self.counts_in(payload), final
 
     def parts(self, payload):
         """Returns the objects in a response or an event in which usage and the like may stand."""
         found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
         return [part for part in found if isinstance(part, dict)]
 
-    def counts_in(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
             for part in self.parts(payload):
                 found = merged(found, self.counts_in(part))
-        if self.count_names.isdisjoint(payload):
+        if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
 
-    def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+    def served(self, payload: JsonObject) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
-        if type(model) is str and is_name(model):
+        if is_name(model):
             tier = payload.get(self.TIERS[0])
-            return model, tier if tier and is_name(tier) else None
+            return model, tier if is_name(tier) else None
         for part in self.parts(payload):
             if self.SERVED in part:
                 return self.served(part)
@@ -3756,7 +4117,7 @@ class Dialect:
         """Returns whether an event ends its stream."""
         return payload.get(self.LAST_KEY) in self.LAST_TYPES
 
-    def fault(self, payload: Dict[str, Any]) -> int:
+    def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
         for part in (payload, *self.parts(payload)):
@@ -3766,12 +4127,12 @@ class Dialect:
                 return fault_status(as_list(error)[0] if error else part)
         return 0
 
-    def usual_counts(self, data: bytes, model: str) -> Optional[Dict[str, Any]]:
-        """Returns the usage of a response that is no error, where it can be told without parsing
-        all of it that `model` served, and that nothing else is of interest."""
+    def usual_usage(self, data, model):
+        """Returns the usage of a response that is no error, where it can be told without parsing it
+        that `model` served, and that nothing else is of interest."""
         return None
 
-    def find_usage(self, data: bytes, openings: Iterable[bytes]) -> Dict[str, Any]:
+    def find_usage(self, data, openings):
         """Returns a JSON object from its usage on: most of it is never parsed, and its beginning
         may be missing. The usage must be the response's own, as callers can plant others in what
         is echoed: then one of `openings` and the rest of the JSON are one whole object."""
@@ -3788,7 +4149,7 @@ class Dialect:
                     return found
         return {}
 
-    def usage(self, counts: Dict[str, Any], model: Optional[str] = None,
+    def usage(self, counts: JsonObject, model: Optional[str] = None,
               tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
         told = self.plain_usage(counts, model, tier)
@@ -3808,8 +4169,7 @@ class Dialect:
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        tiers = [tier, *map(counts.get, self.TIERS)]
-        tiers = dict.fromkeys(filter(is_name, tiers)) if any(tiers) else ()
+        tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
@@ -3845,9 +4205,8 @@ class Dialect:
 
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * self.MONEY[name]
-                for part in parts if not self.MONEY.keys().isdisjoint(part)
-                for name in self.MONEY.keys() & part.keys() if is_money(part[name])]
+        told = [part[name] * unit for part in parts for name, unit in self.MONEY.items()
+                if is_money(part.get(name))]
         if not told:
             return None
         own = dig(parts[0], "cost_details", "upstream_inference_cost")
@@ -3855,7 +4214,7 @@ class Dialect:
             told = [max(told) + own * PICODOLLARS]
         return min(MAX_COST, round(max(told)))
 
-    def without_usage(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
         rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
@@ -4018,6 +4377,9 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
+# Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})\s*,?'
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4080,14 +4442,16 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
-    def usual_counts(self, data, model):
+    def usual_usage(self, data, model):
         """Finds three counts, as most servers tell no more, in what then ends the response."""
-        if data.count(b"_tokens") == 3 and data.count(b'"model"') == 1 and (
-                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) > 0
-                and data.find(b'"service_tier"') < 0 and data.find(b'"status"') < 0):
-            start = data.rfind(self.USAGE_MARK)
-            counts = object_in(b"{" + data[start:]).get(self.usage_key)
-            return counts if type(counts) is dict else None
+        if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
+                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) < 0
+                or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
+            return None
+        end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
+        counts = dict(zip(end.groups()[::2], map(int, end.groups()[1::2]))) if end else ()
+        if len(counts) == 3 and counts[b"prompt"] + counts[b"completion"] == counts[b"total"]:
+            return Usage(counts[b"prompt"], counts[b"completion"], model=model)
         return None
 
     def usage(self, counts, model=None, tier=None):
@@ -4178,6 +4542,7 @@ class Anthropic(Dialect):
     INPUT = ("prompt", "cached", "written")
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     REASON = ("delta", "stop_reason")
+    FIRST_TYPE = "message_start"
     LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
@@ -4200,11 +4565,6 @@ class Anthropic(Dialect):
     def has_endpoint(self, path):
         return not path.endswith("/messages") or bool(self.PATH.search(path))
 
-    def usage_counts(self, payload):
-        """What message_start tells of the output is no count of it."""
-        counts, final = super().usage_counts(payload)
-        return counts, False if payload.get("type") == "message_start" else final
-
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
 "finishReason": "STOP", "index": 0}], "usageMetadata": {"promptTokenCount": 0, \
@@ -4226,7 +4586,6 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
-    INPUT = ("prompt", "tools")
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
@@ -4254,11 +4613,6 @@ class Gemini(Google):
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
-    COUNTS = {
-        "promptTokenCount": "prompt", "toolUsePromptTokenCount": "tools",
-        "candidatesTokenCount": "output", "thoughtsTokenCount": "reasoning",
-        "totalTokenCount": "total",
-        "cachedContentTokenCount": "cached"}
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
@@ -4323,10 +4677,6 @@ class Interactions(Google):
     not metered is taken for the other's."""
     name = "interactions"
     ENDPOINTS = {"/interactions": "interactions"}
-    COUNTS = {
-        "total_input_tokens": "prompt", "total_tool_use_tokens": "tools",
-        "total_output_tokens": "output", "total_thought_tokens": "reasoning",
-        "total_cached_tokens": "cached", "total_tokens": "total"}
     PARSED = {
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
@@ -4369,7 +4719,6 @@ class Ollama(Dialect):
     events = NDJSON
     TAKES_COMMENTS = False
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
-    COUNTS = {"prompt_eval_count": "prompt", "eval_count": "output"}
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
     LAST_KEY = "done"
@@ -4395,12 +4744,13 @@ class Ollama(Dialect):
             path = "/v1" + path
         return super().place(path, dialect, metered)
 
+    def usage(self, counts, model=None, tier=None):
+        """It tells no count of a prompt that it has in its cache."""
+        told = super().usage(counts, model, tier)
+        return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
+
     def listed_models(self, payload):
         return [Model(str(row["name"]), self, row) for row in payload["models"]]
-
-    def counts_in(self, payload):
-        """Takes those that the last line has beside all else."""
-        return {name: payload[name] for name in self.COUNTS if name in payload}
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
@@ -4432,9 +4782,9 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
-    "|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora|skills|agents"
-    "|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections|predictions)"
-    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+    "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
+    "|skills|agents|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections"
+    "|predictions)(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
 VERBS = "input_tokens compact runs generations edits extensions".split()
@@ -4455,7 +4805,8 @@ ADMIN_PARTS = """
     (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
     get_load set_trace_level (add|remove)_worker
     (add|remove|list)_external_(corpus|corpora) dumper stop-generation
-    realtime/(sessions|calls) chatkit/sessions auth/keys v1/(key|activity|streams?)
+    realtime/(sessions|calls) chatkit/sessions auth/keys
+    v1/(key|activity|streams?|usage|costs|balance|account|me) user/balance
     api/(pull|push|create|copy|delete|blobs|signout|admin)
     models/(load|unload|sse|download|apply|delete)
     (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
@@ -4472,7 +4823,7 @@ ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
 MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
 
 
-def is_admin_path(method: str, path: str) -> bool:
+def is_admin_path(method, path):
     """Returns whether a path, as `fold_path` has it, manages an upstream."""
     return bool(ADMIN_PATH.fullmatch(path)
                 or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
@@ -4565,7 +4916,7 @@ class Dialects:
         """Reads the rest of a call. `read_body` is only called, and the payload only parsed, where
         it is metered. Raises BadRequest, and what `read_body` raises."""
         model = None  # of any type
-        if call.endpoint in (UNKNOWN, UPLOAD):
+        if call.endpoint in UNNAMED:
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif call.endpoint:
             call.body = await read_body()
@@ -4576,7 +4927,7 @@ class Dialects:
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.resolve(model)
+            call.resolved_model = self.aliases.get(model, model)
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -4630,21 +4981,21 @@ class Dialects:
             found, call.put_model = read_form(call.body, content_type, call.payload)
         return model or found
 
-    def read_payload(self, call: Call) -> Any:
+    def read_payload(self, call):
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
         Raises BadRequest."""
-        call.json_body = JsonBody(call.body)
-        if len(call.json_body.short) > self.max_text:
+        call.json_body = body = JsonBody(call.body)
+        if len(body.short) > self.max_text:
             raise TextTooLarge()
-        call.payload = payload = call.json_body.parse()
+        call.payload = payload = body.parse()
         others = payload.keys() - self.READ_KEYS
         for key in self.READ_KEYS.intersection(map(str.casefold, others)):
             raise BadRequest("The key %s must be spelled in lower case" % key)
-        stream = payload.get("stream")
-        if stream is not None and type(stream) is not bool and call.endpoint != UNKNOWN:
+        dialect = call.dialect
+        if call.endpoint == UNKNOWN:
+            dialect = UNKNOWN_DIALECT
+        elif payload.get("stream") is not None and type(payload["stream"]) is not bool:
             raise BadRequest("stream must be true or false")  # an upstream could take it for one
-        call.is_json = True
-        dialect = UNKNOWN_DIALECT if call.endpoint == UNKNOWN else call.dialect
         model, call.stream = dialect.requested(call.path, payload)
         return model
 
@@ -4654,36 +5005,11 @@ WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
 
 
-def may_be_fault(data: bytes) -> bool:
+def may_be_fault(data):
     """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
-
-
-class Unpacker:
-    """Unpacks gzip and deflate (RFC 9110 8.4.1), piece by piece. One that has very much in it would
-    hold the loop: then what is left stays packed."""
-    MOST = 1 << 20
-
-    def __init__(self):
-        self.inflater = None
-        self.waiting = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Raises zlib.error."""
-        if self.inflater is None:
-            data = self.waiting = self.waiting + data
-            if len(data) < 2:
-                return b""
-            # Deflate has a header (RFC 1950 2.2), which some leave out.
-            headed = data[:2] == b"\x1f\x8b" or (
-                data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)
-            self.inflater = zlib.decompressobj(47 if headed else -15)
-        unpacked = self.inflater.decompress(data, self.MOST)
-        if self.inflater.unconsumed_tail:
-            raise zlib.error("too much")
-        return unpacked
 
 
 class UsageReader(UsageSource):
@@ -4698,20 +5024,20 @@ class UsageReader(UsageSource):
     LAST_EVENTS = 1 << 12
     LAST_LINES = 64
     MAX_HELD = 1 << 14
+    MAX_UNPACKED = 1 << 20
 
     characters = 0
     size = 0
     compact_above = MAX_KEPT
     cut = False     # the beginning of a line or of JSON is gone
     final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
-    model: Optional[str] = None   # the one that served
-    tier: Optional[str] = None
+    usual: Optional[Usage] = None  # by usual_usage
     end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
-    unpacker: Optional[Unpacker] = None
+    inflater = None
     changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
@@ -4725,15 +5051,15 @@ class UsageReader(UsageSource):
         self.events = call.dialect.events
         self.endpoint = (call.owes or call).endpoint
         self.asked = call.upstream_model
+        self.on_made = call.on_made
         self.streamed = streamed
         self.readable = readable
-        if packed:
-            self.unpacker = Unpacker()
+        self.packed = packed
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
-        self.counts: Dict[str, Any] = {}
+        self.counts: JsonObject = {}
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -4741,7 +5067,7 @@ class UsageReader(UsageSource):
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
-        piece = self.unpack(payload) if self.unpacker else payload
+        piece = self.unpack(payload) if self.packed else payload
         self.pieces.append(piece)
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
@@ -4749,13 +5075,18 @@ class UsageReader(UsageSource):
         return self.hide_usage(payload) if self.changes_stream else payload
 
     def unpack(self, payload):
-        """Returns what is packed in a piece; it and the rest are unreadable where that fails."""
-        try:
-            return self.unpacker.feed(payload)
-        except zlib.error:
-            self.unpacker = None
-            self.readable = False
-            return payload
+        """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
+        that fails, or is so much that it would hold the loop."""
+        if self.inflater is None:
+            # Deflate has a header (RFC 1950 2.2), which some leave out; nothing else begins so.
+            headed = payload[0] == 0x1f or payload[0] & 15 == 8
+            self.inflater = zlib.decompressobj(47 if headed else -15)
+        with contextlib.suppress(zlib.error):
+            unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
+            if not self.inflater.unconsumed_tail:
+                return unpacked
+        self.packed = self.readable = False
+        return payload
 
     # -- what the caller did not ask for
 
@@ -4788,7 +5119,7 @@ class UsageReader(UsageSource):
         if event != shown:
             return self.events.at_boundary(event) and not event.endswith(b"\r")
         return not event.strip() or self.events.at_boundary(event) or (
-            event.endswith((b"\n", b"\r")) and self.events.is_whole(event.splitlines(True)))
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
     def shown(self, event: bytes) -> bytes:
         """Returns what of an event the caller sees: it stays as it is where it has more to say."""
@@ -4802,7 +5133,7 @@ class UsageReader(UsageSource):
 
     # -- what it says
 
-    def compact(self) -> None:
+    def compact(self):
         """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
         too long."""
         data = b"".join(self.pieces)
@@ -4822,7 +5153,7 @@ class UsageReader(UsageSource):
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
-    def front(self, data: bytes) -> Dict[str, Any]:
+    def front(self, data: bytes) -> JsonObject:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
         for key in (self.dialect.usage_key, "model"):
@@ -4850,7 +5181,7 @@ class UsageReader(UsageSource):
             rest = data[found[-1].end():] if found else data
             self.final = False if self.count_characters(rest) else None
 
-    def note(self, payload: Dict[str, Any]) -> None:
+    def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
         if type(counts) is dict and counts:
@@ -4859,17 +5190,13 @@ class UsageReader(UsageSource):
                 self.final = final
         self.note_server(payload)
 
-    def note_server(self, payload: Dict[str, Any]) -> None:
+    def note_server(self, payload):
         """Takes which model served, and how."""
-        dialect = self.dialect
-        if payload.get(dialect.SERVED) == self.asked and payload.get(dialect.TIERS[0]) is None:
-            self.model = self.asked  # as nearly always
-            return
-        model, tier = dialect.served(payload)
+        model, tier = self.dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
 
-    def read_end(self, whole: bool) -> None:
+    def read_end(self, whole):
         """Reads what is still kept, when no more comes. A response that is not `whole` is believed
         of events alone: in JSON it could be anybody's."""
         if self.end_is_read or not self.readable:
@@ -4913,6 +5240,9 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        names = self.on_made and self.closed and names_made(payload)
+        if names:
+            self.on_made(names)
         if self.counts:
             self.note_server(payload)
         else:  # it may be told without a mark
@@ -4923,17 +5253,17 @@ class UsageReader(UsageSource):
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
-        counts = small and not may_be_fault(data) and self.dialect.usual_counts(data, self.asked)
-        if counts:
-            self.counts, self.model = counts, self.asked
-            return
-        payload = last_object(data) if small else {}
+        if small and not may_be_fault(data):
+            self.usual = self.dialect.usual_usage(data, self.asked)
+            if self.usual:
+                return
+        payload = object_in(data) if small else {}
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
                 payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
-                    last_object(data))
+                    object_in(data))
         if payload:
             found = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, found) if self.counts else found
@@ -4962,7 +5292,7 @@ class UsageReader(UsageSource):
         self.ending(whole=False)
         return self.closed
 
-    def tells_end(self) -> bool:
+    def tells_end(self):
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
         return bool(known and self.streamed and self.readable and not self.cut
@@ -4973,7 +5303,7 @@ class UsageReader(UsageSource):
         it."""
         if not self.end_is_read:
             self.read_end(whole)
-        usage = self.dialect.usage(self.counts, self.model, self.tier)
+        usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
         complete = self.final or (whole and self.final is None)
         return usage, usage is not None and bool(complete)
 
@@ -5417,9 +5747,12 @@ class BodyAdapter:
 # know no LLMs and no buckets.
 # --------------------------------------------------------------------------------------------------
 
-BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
+# Bytes to read at once: PyPy pays for what it could have read, and of a TLS record, which holds no
+# more, nothing stays inside OpenSSL, where it would make no descriptor ready.
+BLOCK = 16384
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+CAN_POLL = hasattr(select, "poll")
 READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
@@ -5525,6 +5858,26 @@ class Context:
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
+class Wakeup(asyncio.Future):
+    """What one task awaits of a socket. `wake` has the task go on at once, within the callback that
+    read, where any other future has it go on in the loop's next pass: that costs more than all else
+    of a wait, above all on PyPy."""
+    go_on: Optional[Callable[[asyncio.Future], None]] = None  # the task
+
+    def add_done_callback(self, callback, *, context=None):
+        self.go_on = callback
+        super().add_done_callback(callback, context=context)
+
+    def wake(self):
+        """Complete it with True."""
+        go_on = self.go_on
+        if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
+            return self.set_result(True)
+        self.remove_done_callback(go_on)
+        self.set_result(True)
+        go_on(self)
+
+
 class Stream:
     """One side's socket on the loop. `read_buffer` holds what came and nobody has taken yet;
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
@@ -5537,9 +5890,10 @@ class Stream:
     write_failed = False  # what is written is dropped,
     unsent = b""          # and so was this
     discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter: Optional[asyncio.Future] = None        # of who awaits that more comes,
-    write_waiter: Optional[asyncio.Future] = None  # or that something goes
+    waiter: Optional[Wakeup] = None        # of who awaits that more comes,
+    write_waiter: Optional[Wakeup] = None  # or that something goes
     source: Optional["Stream"] = None              # the stream to pause while this one is slow
+    poller = None
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -5573,9 +5927,6 @@ class Stream:
     def on_readable(self):
         try:
             data = self.sock.recv(BLOCK)
-            # Decrypted bytes that wait inside OpenSSL make no descriptor ready.
-            while self.encrypted and data and self.sock.pending():
-                data += self.sock.recv(BLOCK)
         except WOULD_BLOCK:
             if self.encrypted:
                 self.wake(self.waiter)  # a part of a record: something has begun to come
@@ -5595,7 +5946,10 @@ class Stream:
         """Keep what nobody has asked for yet, up to MAX_READ_AHEAD."""
         if not self.discarding:
             self.read_buffer += data
-        if not self.wake(self.waiter) and len(self.read_buffer) >= MAX_READ_AHEAD:
+        waiter = self.waiter
+        if waiter and not waiter.done():
+            waiter.wake()
+        elif len(self.read_buffer) >= MAX_READ_AHEAD:
             self.pause_reading()
             if self.on_full:
                 self.on_full()
@@ -5627,7 +5981,7 @@ class Stream:
     def more(self, context: Context, seconds: float, what: str) -> asyncio.Future:
         """Wait until more has come; the result is False at the end. Raises OSError, and as `wait`
         does."""
-        self.waiter = context.wait(self.loop.create_future(), seconds, what)
+        self.waiter = context.wait(Wakeup(loop=self.loop), seconds, what)
         if self.ended:
             self.tell_end()
         elif not self.reading:
@@ -5657,16 +6011,16 @@ class Stream:
         data = self.read_buffer
         if data.startswith(b"\r"):
             self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4 or end > MAX_HEAD:
+        head, blank_line, rest = data.partition(b"\r\n\r\n")
+        if not blank_line or len(head) > MAX_HEAD - 4:
             return None
-        self.read_buffer = data[end:]
-        return data[:end]
+        self.read_buffer = rest
+        return head + blank_line
 
     def take(self, size):
-        taken = self.read_buffer[:size]
-        self.read_buffer = self.read_buffer[size:]
-        return taken
+        data = self.read_buffer
+        self.read_buffer = data[size:]
+        return data[:size]
 
     def take_all(self) -> bytes:
         taken = self.read_buffer
@@ -5688,9 +6042,9 @@ class Stream:
 
     def may_be(self, event):
         """Tells whether an event of poll's is there, or cannot be told."""
-        if not hasattr(select, "poll"):
+        if not CAN_POLL:
             return True
-        poller = select.poll()
+        poller = self.poller = self.poller or select.poll()
         poller.register(self.descriptor, event)
         return bool(poller.poll(0))
 
@@ -5762,7 +6116,7 @@ class Stream:
         if or_answer:
             self.resume_reading()
         while self.write_buffer and not (or_answer and (self.read_buffer or self.ended)):
-            self.write_waiter = self.loop.create_future()
+            self.write_waiter = Wakeup(loop=self.loop)
             if or_answer:
                 self.waiter = self.write_waiter
             await context.wait(self.write_waiter, seconds, what)
@@ -6016,7 +6370,7 @@ class RequestBody:
         self.budget = budget
         self.length = request.length
         self.framing: Framing = Chunked() if request.length is None else Sized(request.length)
-        self.coding = request.get("content-encoding", "identity").lower()
+        self.coding = (request.get("content-encoding") or "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
             raise UnsupportedExpectation()
@@ -6485,52 +6839,44 @@ class NameReader:
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None:
             self.kept += payload
-            if self.events:
-                self.look_at_events()
-            elif payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
-                self.tries += 1
-                self.look_at_json()
+            is_end = self.events or payload[-16:].rstrip().endswith(b"}")
+            if is_end and self.tries < self.MAX_TRIES:
+                self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
-                self.look_at_beginning()
+                match = self.FIRST_NAME.match(self.kept)
+                self.tell([match[1].decode("utf-8", "replace")] if match else [])
+                self.kept = None
         return self.reader.feed(payload) if self.reader else payload
 
     def flush(self) -> bytes:
-        if self.kept and not self.events:
-            self.look_at_json()
+        if self.kept:
+            self.look()
         return self.reader.flush() if self.reader else b""
 
-    def look_at_events(self):
+    def look(self):
+        if not self.events:
+            self.tries += 1
+            return self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
         events = self.events.cut(self.kept)
         self.kept = events[-1]  # which may not be whole
         for event in events:
             self.tries += 1
-            if self.tell(names_made(self.events.payload(event))):
-                return
-        if self.tries > self.MAX_TRIES:
+            if self.kept is not None:
+                self.tell(names_made(self.events.payload(event)))
+        if self.tries >= self.MAX_TRIES:
             self.kept = None
-
-    def look_at_json(self):
-        with contextlib.suppress(ValueError):  # it has not come whole
-            found = parse_response(self.kept)
-            self.tell(names_made(found))
-
-    def look_at_beginning(self):
-        match = self.FIRST_NAME.match(self.kept)
-        self.tell([match[1].decode("utf-8", "replace")] if match else [])
-        self.kept = None
 
     def tell(self, names):
         if names:
             self.found(names)
             self.kept = None
-        return names
 
 
 # --------------------------------------------------------------------------------------------------
-# Upstreams: the one place that opens sockets, and only to configured addresses: no header, path or
-# body of a caller can change host, port or scheme. http.client opens connections; responses are
-# read by Wire. An Address knows connections; an Upstream which of its addresses to ask; Routes
-# which upstreams a call may go to. They know no callers and no buckets.
+# Upstreams: the one place that opens sockets for calls, and only to configured addresses: no
+# header, path or body of a caller can change host, port or scheme. http.client opens connections;
+# responses are read by Wire. An Address knows connections; an Upstream which of its addresses to
+# ask; Routes which upstreams a call may go to. They know no callers and no buckets.
 # --------------------------------------------------------------------------------------------------
 
 # What of a caller's head goes upstream, by the beginnings of names; all else could name the caller,
@@ -6549,6 +6895,7 @@ ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
 NEVER_UPSTREAM = HOP_BY_HOP.union(
     CREDENTIAL_FIELDS, (AZURE_CREDENTIAL_FIELD, "host", "content-length", "expect"))
 MAX_INTERIM_RESPONSES = 16  # 1xx, before the real one
+CONTENT_METHODS = "POST", "PUT", "PATCH"  # whose length is told though it is 0 (RFC 9110 8.6)
 
 
 class Response:
@@ -6597,8 +6944,8 @@ class Response:
             return self.release()
         if not self.released:
             self.release()
-        unread = framing.trailing or stream.read_buffer
-        if self.reusable and framing.ended and not unread and not stream.ended:
+        if self.reusable and framing.ended and not (
+                framing.trailing or stream.read_buffer or stream.ended):
             self.address.keep(stream, self.streamed or self.bodiless)
         else:
             stream.close()
@@ -6710,6 +7057,11 @@ class Breakers:
         self.seconds = seconds
         self.connections = Breaker(most, seconds)
         self.models = collections.OrderedDict()
+
+    def fails_for_all(self) -> bool:
+        """Tells whether it fails, for more callers than one."""
+        return self.connections.opened is not None or any(
+            one.opened is not None and len(one.callers) > 1 for one in self.models.values())
 
     def is_tried(self, subject) -> bool:
         """Tells whether one that is open waits for how this call goes."""
@@ -6841,11 +7193,12 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                if body or method in ("POST", "PUT", "PATCH"):
+                if body or method in CONTENT_METHODS:
                     head += b"Content-Length: %d\r\n" % len(body)
-                at_once = body if len(body) <= BLOCK else b""  # what is large is not copied
-                stream.write(b"%b\r\n%b" % (head, at_once))
-                if at_once is not body:
+                if len(body) <= BLOCK:
+                    stream.write(b"%b\r\n%b" % (head, body))
+                else:  # what is large is not copied
+                    stream.write(head + b"\r\n")
                     stream.write(body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
@@ -7136,8 +7489,6 @@ class Upstream:
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
         """A call went well there, or failed, or (None) nobody knows."""
-        if good and not address.breakers.troubled:
-            return
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
@@ -7158,10 +7509,20 @@ class Upstream:
         wait = min([one.breakers.seconds_left(now, subject) for one in self.addresses])
         return BreakerOpen(wait=wait) if wait > 0 else None
 
+    def states(self) -> List[str]:
+        """Returns the state of each address."""
+        now = self.clock.monotonic()
+        return [one.breakers.state(now) for one in self.addresses]
+
+    def can_connect(self) -> bool:
+        """Tells whether calls may be sent to one of its addresses. What fails behind a connection,
+        for one model, is no reason to keep all others away."""
+        now = self.clock.monotonic()
+        return any(one.breakers.connections.state(now) != "open" for one in self.addresses)
+
     def stats(self) -> Dict[str, Any]:
         """Returns what /health says of it."""
-        now = self.clock.monotonic()
-        states = [one.breakers.state(now) for one in self.addresses]
+        states = self.states()
         best = min(states, key=("closed", "half_open", "open").index)
         found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
@@ -7196,16 +7557,15 @@ class Upstream:
         while True:
             address = self.choose(failed, failure, context)
             response = good = None
-            stream = None if stale else address.spare()
-            was_spare = stream is not None
+            stream = spare = None if stale else address.spare()
             try:
-                stream = stream or await address.connect(context)
+                stream = spare or await address.connect(context)
                 response = await address.send(stream, method, head(address), body, context)
                 good = response.status not in FAILING
                 return response
             except (UpstreamFailed, UpstreamTimeout) as refusal:
-                good = self.verdict(refusal, was_spare, body, context)
-                stale = was_spare and not body and self.is_repeatable(method, refusal)
+                good = self.verdict(refusal, spare, body, context)
+                stale = spare and not body and self.is_repeatable(method, refusal)
                 if not (refusal.nothing_sent or stale):
                     raise
                 failure = refusal
@@ -7224,7 +7584,7 @@ class Upstream:
             refusal.broke_before_response)
 
     @staticmethod
-    def verdict(refusal, was_spare, body, context):
+    def verdict(refusal, spare, body, context):
         """Returns False where the address is to blame. It is not for a malformed response, the
         call's own deadline, a spare connection that was closed under us, or an upload that took so
         long that it may have tired of waiting for the client."""
@@ -7233,7 +7593,7 @@ class Upstream:
             return None
         if isinstance(refusal, UpstreamTimeout):
             return False
-        return False if refusal.broke_before_response and not was_spare else None
+        return False if refusal.broke_before_response and not spare else None
 
     def head(self, method: str, path: str, query: str, dialect: Dialect, key: Optional[str],
              lines: List[str], address: Address) -> bytes:
@@ -7402,6 +7762,7 @@ def clean(text: Optional[str]) -> Optional[str]:
 
 MAX_AGENT = 120
 UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
+SEEN = bytes(range(ord(" "), 0x7f)) + b"\n"
 
 
 def visible(text: str) -> str:
@@ -7453,6 +7814,8 @@ class Entry:
     agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
+    held_up = 0.0       # seconds before that in which others were awaited
+    trace: Optional["Trace"] = None        # where traces are wanted
     context: Optional[Context] = None      # while it runs, these three
     ticket: Optional[Ticket] = None
     adapter: Optional[BodyAdapter] = None
@@ -7529,7 +7892,10 @@ class Entry:
     def charged(self, nothing):
         """Returns what was taken of the tightest bucket, and what it holds."""
         tightest = self.hold and self.hold.tightest
-        return (tightest.amount, tightest.remaining) if tightest else (nothing, nothing)
+        if not tightest:
+            return nothing, nothing
+        cost = tightest.amount
+        return format_usd(cost) if tightest.rule.unit == USD else cost, tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -7573,7 +7939,7 @@ class Writer:
 
     def __init__(self, name: str):
         self.queue = collections.deque()
-        self.dropped = 0
+        self.dropped = 0  # since the start
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
 
@@ -7602,6 +7968,7 @@ class Log(Writer):
     """Lines on stderr."""
     PAUSE = 0.05
     BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
+    told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
     def __init__(self, stream: BinaryIO, as_json: bool):
@@ -7630,16 +7997,21 @@ class Log(Writer):
         while self.queue:
             batch = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
             lines = [line if isinstance(line, str) else self.format(line) for line in batch]
-            dropped = self.dropped
-            if dropped:
-                lines.append(self.message("%d log lines dropped" % dropped))
+            untold = self.dropped - self.told
+            if untold:
+                lines.append(self.message("%d log lines dropped" % untold))
             left = self.write("\n".join(lines + [""]))
-            self.dropped += left - bool(dropped) if left else -dropped
+            if left:
+                self.dropped += left - bool(untold)
+            else:
+                self.told += untold
 
     def write(self, text):
         """Returns how many lines could not be written. A full disk may take half a line."""
-        text = "\n" * self.cut + visible(text)
-        data = whole = memoryview(text.encode("ascii", "backslashreplace"))
+        data = ("\n" * self.cut + text).encode("ascii", "backslashreplace")
+        if data.translate(None, SEEN):  # sooner known than by an expression
+            data = visible(data.decode("ascii")).encode("ascii")
+        data = whole = memoryview(data)
         try:
             while data:
                 written = self.stream.write(data)
@@ -7840,6 +8212,15 @@ class Database:
         CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, owner TEXT, upstream TEXT,
         address TEXT);
+        CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, role TEXT, team TEXT, created REAL,
+        expires REAL, disabled INTEGER, models TEXT, upstream TEXT, limits TEXT, tag TEXT,
+        note TEXT, last_used REAL, subject BLOB);
+        CREATE TABLE IF NOT EXISTS secrets (digest BLOB PRIMARY KEY, name TEXT, valid_until REAL);
+        CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, caller TEXT, unit TEXT,
+        amount INTEGER, until REAL, done INTEGER);
+        CREATE TABLE IF NOT EXISTS audit (id INTEGER PRIMARY KEY,
+        time REAL DEFAULT ((julianday('now') - 2440587.5) * 86400), who TEXT, role TEXT,
+        address TEXT, what TEXT, target TEXT, detail TEXT);
         CREATE TABLE IF NOT EXISTS sums (span INTEGER, start INTEGER, %s, %s, first INTEGER,
         last INTEGER, slowest INTEGER, PRIMARY KEY (span, start, %s)) WITHOUT ROWID;
         CREATE TABLE IF NOT EXISTS ids (chunk INTEGER, id TEXT, call INTEGER,
@@ -8086,6 +8467,64 @@ class Database:
         execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (os.urandom(32),))
         (found,), = execute("SELECT value FROM facts WHERE name = 'secret'").fetchall()
         return bytes(found)
+
+    def key_rows(self) -> Tuple[Any, ...]:
+        """Returns (rows of keys, of their secrets, whether nobody else may call), all of one
+        moment; when a key was used last is left out."""
+        execute = self.connection.execute
+        execute("BEGIN")
+        with self.connection:
+            return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
+                    execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
+                    self.is_closed())
+
+    def disabled_upstreams(self) -> List[str]:
+        """Returns the names of upstreams that an admin has switched off."""
+        rows = self.connection.execute(
+            "SELECT value FROM facts WHERE name = 'disabled'").fetchall()
+        return json.loads(rows[0][0]) if rows else []
+
+    def is_closed(self) -> bool:
+        return bool(self.connection.execute(
+            "SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
+
+    def close_door(self):
+        """Notes that a key of a caller was stored: nobody else may call, for good."""
+        self.connection.execute("INSERT OR IGNORE INTO facts VALUES ('closed', 1)")
+
+    def note_use(self, used):
+        """{name of a key: when it was used last}"""
+        for name, wall in used.items():
+            self.connection.execute(
+                "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
+                (wall, name, wall - 60))
+
+    def take_orders(self, now: float, again: bool = False) -> List["Order"]:
+        """Returns what is to be done, which counts as done from then on; `again`: also what was
+        given before and is good still."""
+        execute = self.connection.execute
+        if not execute("SELECT 1 FROM orders WHERE done = 0 OR ? LIMIT 1", (again,)).fetchall():
+            return []
+        execute("BEGIN IMMEDIATE")
+        with self.connection:
+            found = execute(  # and nothing that somebody else has written
+                "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
+                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
+                (now if again else math.inf,)).fetchall()
+            execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
+            execute("UPDATE orders SET done = 1")
+        return list(map(Order._make, found))
+
+    def audit(self, who: str, role: str, address: str, what: str, target: str, detail: str):
+        """Notes who did what, from where, to what."""
+        self.connection.execute(
+            "INSERT INTO audit (who, role, address, what, target, detail)"
+            " VALUES (?, ?, ?, ?, ?, ?)", (who, role, address, what, target, detail))
+
+    def data_version(self) -> int:
+        """Returns a number that changes when another connection has written."""
+        (found,), = self.connection.execute("PRAGMA data_version").fetchall()
+        return found
 
     def forget(self, before: float, sums_before: float) -> bool:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
@@ -8371,11 +8810,25 @@ class LedgerReader:
         return dict(sorted(found.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
-    # -- calls
+    def of_callers(self, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+        """Returns today's sums, the tokens of the last hours and when they called last, each by
+        caller."""
+        return self.today(zone, now), self.hours(now), self.seen()
 
-    def has_calls(self) -> bool:
+    def of_one(self, caller: str, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+        """Returns the last 20 calls of a caller, and its days."""
+        return (self.calls(None, 20, {"caller": caller})["calls"],
+                self.days(caller, zone, now))
+
+    def audit(self, before: Optional[int], limit: int) -> List[Dict[str, Any]]:
+        """Returns who changed what, the latest first, from before the number of a row."""
+        names = ("id", "time", "who", "role", "address", "what", "target", "detail")
+        query = "SELECT %s FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?" % ", ".join(names)
         with self.ask() as execute:
-            return execute("SELECT max(rowid) FROM calls").fetchone() != (None,)
+            rows = execute(query, (MOST if before is None else before, limit)).fetchall()
+        return [dict(zip(names, row)) for row in rows]
+
+    # -- calls
 
     def call(self, name: str) -> Optional[Dict[str, Any]]:
         """Returns the last call of this id."""
@@ -8473,6 +8926,200 @@ class LedgerReader:
         return rows, None
 
 
+KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-2])
+
+
+class Order(NamedTuple):
+    """What the running proxy is to do with the buckets of a caller: let those of a unit hold so
+    much more until then (seconds since 1970), or, without a unit, fill all."""
+    id: int
+    caller: str  # its label
+    unit: Optional[str]
+    amount: Optional[int]
+    until: Optional[float]
+    done: int
+
+
+def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> StoredKeys:
+    """Returns the keys of Database.key_rows()."""
+    keys, secrets, is_closed = rows
+    found = []
+    faults = []
+    for row in keys:
+        try:
+            found.append(read_key(*row))
+        except (ValueError, TypeError):
+            faults.append("the key %.80r in DATABASE cannot be read: it lets nobody in" % row[:1])
+    good = [(one, name, until if type(until) in (int, float, type(None)) else 0.0)
+            for one, name, until in secrets if type(one) is bytes]
+    stored = StoredKeys(secret, found, good, closed or is_closed)
+    stored.rows = rows
+    stored.faults = faults
+    return stored
+
+
+class KeyFault(ValueError):
+    """Why something cannot be done with keys, in a sentence for whoever asked."""
+
+
+class Actor(NamedTuple):
+    """Who does what the audit keeps."""
+    who: str
+    role: str
+    address: str
+
+
+class NewKey(NamedTuple):
+    """A key that was made; its secret is told once. `closes`: from now on nobody else may call,
+    unless PROXY_API_KEYS says so."""
+    key: Key
+    secret: str
+    closes: bool = False
+
+
+class KeyStore:
+    """What can be done with stored keys: each in one transaction, with a row of the audit. A
+    running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
+    None or empty for none. Raises KeyFault, and sqlite3.Error."""
+    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is known for so long: as no stranger
+    COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
+
+    def __init__(self, database: Database, clock: Any, actor: Actor):
+        self.database = database
+        self.clock = clock
+        self.actor = actor
+
+    @contextlib.contextmanager
+    def change(self, what, name, detail=""):
+        """One transaction, to which the audit belongs."""
+        execute = self.database.connection.execute
+        execute("BEGIN IMMEDIATE")
+        with self.database.connection:
+            yield execute
+            self.database.audit(*self.actor, what, name, detail)
+
+    def list(self) -> List[Key]:
+        """Returns all that can be read, by name."""
+        rows = self.database.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
+        return list(read_keys((rows, (), False), b"").keys.values())
+
+    def find(self, name: str) -> Key:
+        rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
+        if not rows:
+            raise KeyFault("no key is stored by the name %s" % ascii(name)[1:-1])
+        try:
+            return read_key(*rows[0])
+        except (ValueError, TypeError):
+            raise KeyFault("the key %s cannot be read: remove it, and add it anew" % name) from None
+
+    def add(self, name: str, **fields: Optional[str]) -> NewKey:
+        secret = new_secret()
+        self.check_field("name", KEY_NAME, name)
+        with self.change("add key", name, describe_fields(fields)) as execute:
+            if execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchall():
+                raise KeyFault("a key by the name %s is stored already" % name)
+            execute("INSERT INTO keys (name, role, created, disabled, subject)"
+                    " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+            was_closed = self.database.is_closed()
+            key = self.write(execute, name, fields)
+            return NewKey(key, secret, self.database.is_closed() and not was_closed)
+
+    def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
+        """Changes these fields; `reset`: its buckets are full then."""
+        with self.change("set key", name, describe_fields(fields) + " reset" * reset) as execute:
+            if reset:
+                self.order(execute, name)
+            return self.write(execute, name, fields)
+
+    def revoke(self, name: str, what: str = "revoke key", disabled: bool = True) -> Key:
+        """It lets nobody in until it is restored."""
+        with self.change(what, name) as execute:
+            execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
+            return self.find(name)
+
+    def restore(self, name: str) -> Key:
+        return self.revoke(name, "restore key", False)
+
+    def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
+        """Gives it another secret; those before are good for the `grace`, such as 1h. All else
+        stays."""
+        secret = new_secret()
+        now = self.now()
+        until = now + (self.check_field("grace", age, grace) if grace else 0)
+        with self.change("rotate key", name, "grace %s" % grace if grace else "") as execute:
+            key = self.find(name)
+            execute("DELETE FROM secrets WHERE name = ? AND valid_until < ?",
+                    (name, now - self.KEEP_SECONDS))
+            execute("UPDATE secrets SET valid_until = min(coalesce(valid_until, ?), ?)"
+                    " WHERE name = ?", (until, until, name))
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+        return NewKey(key, secret)
+
+    def remove(self, name: str):
+        """Forgets it: the books keep what it used."""
+        with self.change("remove key", name) as execute:
+            if not execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
+                self.find(name)
+            execute("DELETE FROM secrets WHERE name = ?", (name,))
+
+    def give(self, name: str, amount: str, unit: str, seconds: Optional[str] = None):
+        """Lets a caller's buckets of a unit hold so much more for a time, such as 1d, and adds
+        that."""
+        value = self.check_field("amount", lambda text: read_amount(text, unit), amount)
+        length = seconds or "1d"
+        until = self.now() + self.check_field("time", age, length)
+        detail = "%s %s for %s" % (amount, unit, length)
+        with self.change("give", name, detail) as execute:
+            self.order(execute, name, unit, value, until)
+
+    def reset(self, name: str):
+        """Fills a caller's buckets."""
+        with self.change("reset", name) as execute:
+            self.order(execute, name)
+
+    def note_disabled(self, name: str, on: bool, names: List[str]):
+        """Notes which upstreams are not to be asked, for the next start."""
+        with self.change("enable upstream" if on else "disable upstream", name) as execute:
+            execute("INSERT OR REPLACE INTO facts VALUES ('disabled', ?)", (json.dumps(names),))
+
+    # -- what these have in common
+
+    def now(self):
+        return self.clock.time_ns() / 1e9
+
+    def order(self, execute, name, unit=None, amount=None, until=None):
+        execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
+                (name, unit, amount, until))
+
+    def write(self, execute, name, fields):
+        """Changes fields; returns the key."""
+        for field, text in fields.items():
+            if field not in KEY_FIELDS:
+                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
+            value = None if text in (None, "") else self.check_field(
+                field, KEY_FIELDS[field][0], text)
+            execute("UPDATE keys SET %s = %s WHERE name = ?" % (
+                field, self.COLUMNS.get(field, "?")), (
+                    value if field == "expires" else value and text, name))
+        key = self.find(name)
+        if key.role == "caller":
+            self.database.close_door()
+        return key
+
+    @staticmethod
+    def check_field(field, read, text):
+        try:
+            require(isinstance(text, str), "must be text")
+            return read(text)
+        except ValueError as fault:
+            raise KeyFault("%s %s" % (field, fault)) from None
+
+
+def describe_fields(fields):
+    return " ".join(["%s=%s" % (field, text or "none") for field, text in fields.items()])
+
+
 def lock_name(path: str) -> str:
     """Returns the name of a database's lock, which is one, whatever links lead to it."""
     return os.path.realpath(path) + ".lock"
@@ -8520,10 +9167,12 @@ class Ledger(Writer):
     sum_at = 0.0
     complain_at = 0.0
     reopen_at = 0.0
+    version = -1          # of the database, when keys were read
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
-                 clock: Any, days: int, log: Log):
-        """Without a database one is looked for at `path` once in a while."""
+                 clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes):
+        """`secret` is what digests of keys are blinded by. Without a database one is looked for at
+        `path` once in a while."""
         super().__init__("ledger")
         self.database = database
         self.path = path
@@ -8532,6 +9181,10 @@ class Ledger(Writer):
         self.clock = clock
         self.days = days
         self.log = log
+        self.keys = keys
+        self.secret = secret
+        # Is told of keys that were changed and of orders, in the ledger's thread.
+        self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
         ahead = limits.restore(self.saved, clock.time_ns() / 1e9)
@@ -8560,12 +9213,11 @@ class Ledger(Writer):
         try:
             if not self.is_open(now):
                 return
+            self.look_at_keys(now)
             self.write(batch, now)
+            self.note_use(batch, now)
         except sqlite3.Error as failure:
-            if now >= self.complain_at:
-                self.complain_at = now + 60
-                self.log.say("the database cannot be written: %s" % failure)
-            return
+            return self.complain(now, "the database cannot be written: %s" % failure)
         except Exception:
             self.log.report()  # and go on without these
         for _ in batch:
@@ -8598,10 +9250,47 @@ class Ledger(Writer):
             try:
                 self.database = open_for_service(self.path)
                 self.saved = {}
+                self.version = -1
+                if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
+                    self.database.close_door()
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
         return self.database is not None
+
+    def look_at_keys(self, now):
+        """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
+        nobody is let in by that, and nobody shut out."""
+        try:
+            version = self.database.data_version()
+            if version == self.version:
+                return
+            rows = self.database.key_rows()
+            orders = self.database.take_orders(self.clock.time_ns() / 1e9)
+        except sqlite3.Error as failure:
+            return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
+        self.version = version
+        if rows != self.keys.rows:
+            self.keys = read_keys(rows, self.secret, self.keys.closed)
+            for fault in self.keys.faults:
+                self.log.say(fault)
+        elif not orders:
+            return
+        self.on_news(self.keys, orders)
+
+    def note_use(self, entries, now):
+        """Writes when keys were used, to the minute."""
+        used = {entry.caller.stored_key.name: entry.wall / 1e9 for entry in entries
+                if entry.caller and entry.caller.stored_key}
+        try:
+            self.database.note_use(used)
+        except sqlite3.Error as failure:  # which is no reason to write the calls again
+            self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
+
+    def complain(self, now, text):
+        if now >= self.complain_at:
+            self.complain_at = now + 60
+            self.log.say(text)
 
     def recent_levels(self, entries):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
@@ -8664,8 +9353,9 @@ class RefusalSums:
         self.counts = collections.Counter()  # by status and address
 
     def counts_only(self, entry: Entry) -> bool:
-        """Returns whether it is counted here, and written down nowhere else."""
-        if entry.caller is not None or entry.outcome != "refused":
+        """Returns whether a call without a known caller is counted here, and written down nowhere
+        else."""
+        if entry.outcome != "refused":
             return False
         if entry.ended >= self.until:
             self.report()
@@ -8702,6 +9392,8 @@ class Books:
     `running` are the entries of calls that run, oldest first."""
 
     watchers: Sequence[Watcher] = ()
+    on_begin: Sequence[Callable[[Entry], None]] = ()
+    on_end: Sequence[Callable[[Entry], None]] = ()
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
@@ -8716,16 +9408,22 @@ class Books:
         if self.ledger:
             self.ledger.thread.start()
 
+    def watch(self, watchers: Sequence[Watcher]):
+        """Tells these of calls, what each wants to know."""
+        self.watchers = watchers
+        self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
+        self.on_end = [one.record for one in watchers if type(one).record is not Watcher.record]
+
     def begin(self, entry: Entry):
         """A call runs from now on."""
         self.running[entry] = None
-        for watcher in self.watchers:
-            watcher.begin(entry)
+        for tell in self.on_begin:
+            tell(entry)
 
     def record(self, entry: Entry):
         if entry.call:
             self.running.pop(entry, None)
-        if self.refusals.counts_only(entry):
+        if entry.caller is None and self.refusals.counts_only(entry):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
@@ -8734,8 +9432,8 @@ class Books:
                 self.ledger.record(entry)
             if self.usage_log:
                 self.usage_log.record(entry)
-            for watcher in self.watchers:
-                watcher.record(entry)
+            for tell in self.on_end:
+                tell(entry)
 
     def save(self, levels: Levels):
         """Hands the levels of buckets to the ledger; to be called every Ledger.SAVE_SECONDS."""
@@ -8751,7 +9449,8 @@ class Books:
 
 # --------------------------------------------------------------------------------------------------
 # Signals: what is told of calls outside of the books, to monitors, collectors and whoever looks at
-# the page: metrics, traces, warnings, and the feed of events. It does not know sockets.
+# the page: metrics, traces, warnings, and the feed of events. Nothing of it holds up a call; what
+# goes out, to addresses that the operator set, goes by threads of their own.
 # --------------------------------------------------------------------------------------------------
 
 def dollars(entry: Entry) -> str:
@@ -8889,6 +9588,10 @@ class Pulse(Watcher):
             for rule, key in entry.hold.keyed_rules:
                 self.changed[key] = rule, caller
 
+    def named(self, label: str) -> List[Caller]:
+        """Returns who called lately by this label."""
+        return [caller for caller in self.callers.values() if caller.label == label]
+
     def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
         """Returns percentiles of the last minute, in milliseconds."""
         oldest = self.clock.monotonic() - self.MINUTE
@@ -8929,10 +9632,632 @@ class Pulse(Watcher):
                 for key, (rule, caller) in changed.items()]
 
 
+class Poster(Writer):
+    """Posts JSON to a URL of the operator's, which may hold secrets: no line in the log shows it.
+    What is not taken in a few tries is dropped and counted."""
+    ROOM = 2048
+    PAUSE = 1
+    MOST = 500          # items of one body, where several go into one
+    DELAYS = (0, 1, 5)  # seconds before each try
+    SECONDS = 10        # to connect, to send and to be answered
+    COMPLAIN_SECONDS = 60
+    PASSING = (408, 429, 500, 502, 503, 504)  # statuses after which another try may go well
+    complain_at = -math.inf  # monotonic seconds
+
+    def __init__(self, name: str, url: str, tls: Optional[ssl.SSLContext], clock: Any, log: Log,
+                 fields: Optional[Texts] = None):
+        """`fields` are more header fields; with `tls` the URL is one of https."""
+        super().__init__(name)
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.hostname
+        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        self.tls = tls
+        self.clock = clock
+        self.log = log
+        self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
+                       **(fields or {})}
+        # Makes one body of many items; without it each goes by itself.
+        self.bundle: Optional[Callable[[List[Any]], Dict[str, Any]]] = None
+        self.thread.start()
+
+    def write_queued(self):
+        while self.queue:
+            most = self.MOST if self.bundle else 1
+            batch = [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+            try:
+                taken = self.deliver(self.bundle(batch) if self.bundle else batch[0])
+            except Exception:
+                self.log.report()
+                taken = False
+            self.dropped += 0 if taken else len(batch)
+
+    def deliver(self, payload) -> bool:
+        data = to_json_bytes(payload)
+        for delay in self.DELAYS:
+            if delay and self.stop.wait(delay):  # in the end there is one try
+                break
+            fault = self.post(data)
+            if fault is None:
+                return True
+            if fault.isdecimal() and int(fault) not in self.PASSING:
+                break
+        now = self.clock.monotonic()
+        if now >= self.complain_at:
+            self.complain_at = now + self.COMPLAIN_SECONDS
+            self.log.say("%s cannot be delivered: %s" % (
+                self.thread.name, "status " + fault if fault.isdecimal() else fault))
+        return False
+
+    def post(self, data) -> Optional[str]:
+        """Returns why it was not taken: a status, or words."""
+        connection = self.connection()
+        try:
+            connection.request("POST", self.target, data, self.fields)
+            status = connection.getresponse().status
+            return None if status < 300 else str(status)
+        except (OSError, ValueError, http.client.HTTPException) as failure:
+            return CAUSES.get(type(failure), "connection failed")
+        finally:
+            connection.close()
+
+    def connection(self):
+        """The one place here that opens any."""
+        if self.tls:
+            return http.client.HTTPSConnection(
+                self.host, self.port, timeout=self.SECONDS, context=self.tls)
+        return http.client.HTTPConnection(self.host, self.port, timeout=self.SECONDS)
+
+
+# -- metrics, as Prometheus reads them (https://prometheus.io/docs/instrumenting/exposition_formats)
+
+OTHER = "other"  # the label of what is one too many to have one of its own,
+NONE = "-"       # and of what there is none of
+CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
+TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
+WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
+COUNTERS = {
+    "requests_total": "Calls that have ended",
+    "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
+    "usd_total": "What calls cost, where their price is known",
+    "refused_total": "Calls that a rule refused",
+    "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
+HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
+    ("request_duration_seconds", "From a call's head to its end",
+     "0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68"
+     " 655.36 1310.72"),
+    ("first_byte_seconds", "From a call's head to the first byte of its answer", WAITS),
+    ("time_per_output_token_seconds", "Of streams, between two tokens",
+     "0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5"),
+    ("queue_wait_seconds", "In line before a busy upstream", WAITS),
+    ("overhead_seconds", "In the proxy's own hands, until sent on and from the answer's head",
+     "0.0001 0.00025 0.0005 0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5"))
+
+
+class Family(NamedTuple):
+    """All samples of one metric: (labels, value), and of a histogram the end of its name, too."""
+    name: str
+    kind: str
+    help: str
+    samples: Iterable[Tuple[Any, ...]]
+
+    def lines(self) -> Iterable[str]:
+        yield f"# HELP {self.name} {self.help}"
+        yield f"# TYPE {self.name} {self.kind}"
+        for labels, value, *end in self.samples:
+            name = "".join([self.name, *end])
+            yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+
+
+def labels_of(**values: str) -> str:
+    """Returns labels as they are written; what nobody sees is spelled out."""
+    shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
+             for name, value in values.items()]
+    return ",".join(['%s="%s"' % (name, value.replace('"', r'\"')) for name, value in shown])
+
+
+class Histogram:
+    """How many times fell below each of some bounds. They are sorted in many at once, because that
+    costs each next to nothing."""
+    __slots__ = ("bounds", "texts", "times", "counts", "count", "total")
+
+    def __init__(self, bounds: str):
+        self.texts = bounds.split()
+        self.bounds = list(map(float, self.texts))
+        self.times = []  # those that are yet to be sorted in
+        self.counts = [0] * len(self.bounds)
+        self.count = 0
+        self.total = 0.0
+
+    def sort_in(self):
+        times = sorted(self.times)
+        self.times.clear()
+        self.count += len(times)
+        self.total += math.fsum(times)
+        for number, bound in enumerate(self.bounds):
+            self.counts[number] += bisect.bisect_right(times, bound)
+
+    def samples(self, labels: str):
+        self.sort_in()
+        rows = [(f'{labels},le="{bound}"', count, "_bucket")
+                for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
+        return [*rows, (labels, f"{self.total:.9f}", "_sum"), (labels, self.count, "_count")]
+
+
+class Times:
+    """The histograms of one upstream, in the order of HISTOGRAMS."""
+    __slots__ = ("histograms", "duration", "first_byte", "token", "queue", "overhead")
+
+    def __init__(self):
+        self.histograms = [Histogram(bounds) for _, _, bounds in HISTOGRAMS]
+        self.duration, self.first_byte, self.token, self.queue, self.overhead = [
+            one.times for one in self.histograms]
+
+
+class Used:
+    """What a caller has used of a model at an upstream."""
+    __slots__ = ("labels", "picodollars", *TOKEN_KINDS)
+
+    def __init__(self, *values: str):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.picodollars = 0
+        self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
+
+    def add_parts(self, usage: Usage):
+        self.cached += usage.cached
+        self.cache_write += usage.cache_write
+        self.reasoning += usage.reasoning
+
+
+class Series:
+    """How many calls had these labels."""
+    __slots__ = ("labels", "calls", "used", "times")
+
+    def __init__(self, values: Sequence[str], used: Used, times: Times):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.calls = 0
+        self.used = used
+        self.times = times
+
+
+class Metrics(Watcher):
+    """Counts calls as the ledger does. Callers may invent names, so there are only so many series:
+    a model has its own once an upstream has answered for it."""
+    MAX_NAMES = 200     # of callers, of models, and of rules that refused
+    MAX_SERIES = 5_000
+    MAX_KNOWN = 10_000  # spellings of calls whose series is known
+    held = 0.0          # seconds in which something held the loop
+
+    def __init__(self):
+        self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
+        self.series: Dict[Tuple[str, ...], Series] = {}
+        self.used: Dict[Tuple[str, ...], Used] = {}
+        self.times: Dict[str, Times] = {}
+        self.callers: Dict[CallerKey, str] = {}
+        self.models: Set[str] = set()
+        self.refused: Dict[str, int] = {}
+
+    def record(self, entry):
+        call, usage = entry.call, entry.usage
+        key = (entry.caller.label, call.upstream_model, entry.upstream, call.dialect,
+               entry.outcome) if call else (entry.caller, entry.outcome)
+        series = self.known.get(key) or self.find(key, entry)
+        series.calls += 1
+        times, started, first_byte = series.times, entry.started, entry.first_byte
+        times.duration.append(entry.ended - started)
+        if usage:
+            used = series.used
+            used.input += usage.input
+            used.output += usage.output
+            used.picodollars += entry.picodollars
+            if usage.cached or usage.reasoning or usage.cache_write:
+                used.add_parts(usage)
+        if first_byte is not None:
+            times.first_byte.append(first_byte - started)
+            if usage:
+                times.overhead.append(first_byte - started - entry.held_up)
+                if call.stream and usage.output > 1:
+                    times.token.append((entry.ended - first_byte) / (usage.output - 1))
+        if entry.queued is not None:
+            times.queue.append(entry.queued / 1000)
+
+    def sort_in(self):
+        """Spares memory; to be called every few seconds."""
+        for times in self.times.values():
+            for one in times.histograms:
+                one.sort_in()
+
+    def note_refusal(self, rule):
+        if rule not in self.refused and len(self.refused) >= self.MAX_NAMES:
+            rule = OTHER
+        self.refused[rule] = self.refused.get(rule, 0) + 1
+
+    def find(self, key, entry):
+        """Returns the series of such calls, which is known from then on. What a rule refused is
+        counted here, too."""
+        upstream = entry.upstream or NONE
+        rest = upstream, entry.call.dialect.name if entry.call else NONE, entry.outcome
+        values = (self.caller_label(entry.caller), self.model_label(entry), *rest)
+        if values not in self.series and len(self.series) >= self.MAX_SERIES:
+            values = OTHER, OTHER, *rest
+        if values not in self.series:
+            used = self.used.setdefault(values[:3], Used(*values[:3]))
+            times = self.times.setdefault(upstream, Times())
+            self.series[values] = Series(values, used, times)
+        if len(self.known) >= self.MAX_KNOWN:
+            self.known.clear()
+        if entry.outcome == LimitReached.outcome:  # these come here each time
+            self.note_refusal(entry.cause)
+        else:
+            self.known[key] = self.series[values]
+        return self.series[values]
+
+    def caller_label(self, caller):
+        if caller is None:
+            return NONE
+        if caller.key not in self.callers and len(self.callers) < self.MAX_NAMES:
+            self.callers[caller.key] = visible(clean(caller.label))
+        return self.callers.get(caller.key, OTHER)
+
+    def model_label(self, entry):
+        model = visible(clean(entry.call.upstream_model or "")[:80]) if entry.call else ""
+        answered = entry.outcome == "ok" and entry.status == 200
+        if model and model not in self.models and answered and len(self.models) < self.MAX_NAMES:
+            self.models.add(model)
+            self.known.clear()  # what else was asked of it has a series of its own from now on
+        return model if model in self.models else OTHER if model else NONE
+
+    # -- what is told when somebody asks
+
+    def families(self) -> List[Family]:
+        """Returns what was counted."""
+        series, used = list(self.series.values()), list(self.used.values())
+        found = {
+            "requests_total": ((one.labels, one.calls) for one in series),
+            "tokens_total": ((f'{one.labels},kind="{kind}"', getattr(one, kind))
+                             for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
+            "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
+                          for one in used if one.picodollars),
+            "refused_total": [(labels_of(rule=rule), count)
+                              for rule, count in self.refused.items()],
+            "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
+        return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
+                for name, samples in found.items()] + self.histogram_families()
+
+    def histogram_families(self):
+        return [Family("llm_proxy_" + name, "histogram", what, [
+            sample for upstream, times in self.times.items()
+            for sample in times.histograms[number].samples(labels_of(upstream=upstream))])
+            for number, (name, what, _) in enumerate(HISTOGRAMS)]
+
+    def bucket_families(self, buckets: Buckets) -> List[Family]:
+        """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
+        several keys with one name the last one's counts."""
+        levels, capacities = {}, {}
+        for key, seen in buckets.levels.items():
+            owners = [self.callers.get(owner) for owner in key[1:]]
+            if None not in owners and len(levels) < self.MAX_SERIES:
+                now = buckets.level_of(seen.rule, key)
+                labels = labels_of(rule=now.rule.text, caller=" ".join(owners) or NONE)
+                levels[labels] = format_amount(now.rule, now.level)
+                capacities[labels] = format_amount(now.rule, now.rule.capacity)
+        return [Family("llm_proxy_bucket_level", "gauge",
+                       "What is left in buckets that are not full, in USD where a rule counts it",
+                       levels.items()),
+                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
+                       capacities.items())]
+
+
+def upstream_families(routes: Routes) -> List[Family]:
+    """Returns how the upstreams are; no address is named."""
+    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
+    states = []
+    for one in routes.all:
+        known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
+        states += [(labels_of(upstream=one.name, state=state), known.count(state))
+                   for state in ("closed", "half_open", "open", "disabled")]
+    return [
+        Family("llm_proxy_upstream_addresses", "gauge",
+               "Addresses of an upstream by the state of their breakers; closed is well", states),
+        Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
+               [(labels, found["in_flight"]) for labels, found in stats]),
+        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
+               [(labels, found.get("queue", {"waiting": 0})["waiting"])
+                for labels, found in stats])]
+
+
+def process_families() -> List[Family]:
+    """Returns what the system says of this process, under the names that all programs have."""
+    cpu = os.times()
+    found = [("cpu_seconds_total", "counter", "CPU time", "%.2f" % (cpu.user + cpu.system))]
+    with contextlib.suppress(OSError, ImportError, ValueError):  # Linux alone has all of them
+        import resource
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        found.append(("max_fds", "gauge", "Descriptors it may open", most))
+        found.append(("open_fds", "gauge", "Descriptors", len(os.listdir("/proc/self/fd"))))
+        with open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+        found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
+    return [Family("process_" + name, kind, what, [("", value)])
+            for name, kind, what, value in found]
+
+
+# -- traces, as OpenTelemetry has them
+
+TRACEPARENT = re.compile(  # https://www.w3.org/TR/trace-context; 00 has nothing after its flags
+    "(?!ff|00.{53}.)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
+    "(?:-.*)?")
+SEMANTIC_CONVENTIONS = "1.41.0"
+SPAN_OF_CLIENT, SPAN_FAILED = 3, 2  # a span's kind and status
+# The names of those conventions, and ours, each with what of a call it tells.
+ATTRIBUTES = {
+    "http.request.method": "method",
+    "http.route": "route",
+    "http.response.status_code": "status",
+    "gen_ai.operation.name": "operation",
+    "gen_ai.provider.name": "provider",
+    "gen_ai.request.model": "model",
+    "gen_ai.response.model": "served",
+    "gen_ai.usage.input_tokens": "input",
+    "gen_ai.usage.output_tokens": "output",
+    "gen_ai.usage.cache_read.input_tokens": "cached",
+    "gen_ai.usage.reasoning.output_tokens": "reasoning",
+    "error.type": "error",
+    "llm_proxy.request_id": "id",
+    "llm_proxy.caller": "caller",
+    "llm_proxy.upstream": "upstream",
+    "llm_proxy.outcome": "outcome",
+    "llm_proxy.rule": "rule",
+    "llm_proxy.queue_ms": "queue_ms",
+    "llm_proxy.first_ms": "first_ms",
+    "llm_proxy.usd": "usd"}
+USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "usd")
+OPERATIONS = {  # by endpoint; others have the last word of their path
+    "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
+    "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
+    "embed": "embeddings"}
+PROVIDERS = {  # by upstream or dialect, where the conventions have another name
+    "gemini": "gcp.gemini", "interactions": "gcp.gemini", "azure": "azure.ai.openai",
+    "grok": "x_ai", "mistral": "mistral_ai"}
+
+
+class Trace:
+    """Of what a call is a part, and by which number; all in hexadecimal."""
+    __slots__ = ("number", "parent", "flags", "span")
+
+    def __init__(self, number: Optional[str] = None, parent: str = "", flags: str = "01"):
+        self.number = number or "%032x" % random.getrandbits(128)
+        self.parent = parent
+        self.flags = flags
+        self.span = "%016x" % random.getrandbits(64)
+
+    @classmethod
+    def join(cls, fields: Fields) -> "Trace":
+        """Returns the caller's trace, or a new one."""
+        match = TRACEPARENT.fullmatch(fields.get("traceparent", ""))
+        return cls(*match.groups()) if match else cls()
+
+    @staticmethod
+    def replaced(fields: Fields) -> List[str]:
+        """Returns the fields that do not go upstream as they came."""
+        known = TRACEPARENT.fullmatch(fields.get("traceparent", ""))
+        return ["traceparent"] if known else ["traceparent", "tracestate"]
+
+    def line(self) -> bytes:
+        """Returns a header line that names this call as the parent."""
+        return f"traceparent: 00-{self.number}-{self.span}-{self.flags}\r\n".encode()
+
+
+class Traces(Watcher):
+    """Has one span of each call posted (https://opentelemetry.io/docs/specs/otlp, OTLP/HTTP in
+    JSON: ids in hexadecimal, whole numbers as text)."""
+
+    def __init__(self, service: str, poster: Poster):
+        self.resource = {"attributes": self.attributes(
+            {"service.name": service, "service.version": VERSION})}
+        self.poster = poster
+        poster.bundle = self.bundle
+
+    def begin(self, entry):
+        entry.call.trace = entry.trace
+
+    def record(self, entry):
+        self.poster.record(entry)
+
+    def close(self, wait):
+        self.poster.close(wait)
+
+    # -- in the poster's thread
+
+    def bundle(self, entries: List[Entry]) -> Dict[str, Any]:
+        return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
+            "scope": {"name": "llm_proxy", "version": VERSION},
+            "schemaUrl": "https://opentelemetry.io/schemas/" + SEMANTIC_CONVENTIONS,
+            "spans": list(map(self.span, entries))}]}]}
+
+    def span(self, entry):
+        facts = self.facts(entry)
+        trace = entry.trace or Trace()
+        named = {name: facts[fact] for name, fact in ATTRIBUTES.items()
+                 if facts[fact] not in (None, "")}
+        took = int((entry.ended - entry.started) * 1e9)
+        found = {
+            "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
+            "name": " ".join(filter(None, (
+                facts["operation"] or facts["method"], facts["model"]))),
+            "kind": SPAN_OF_CLIENT, "startTimeUnixNano": str(entry.wall - took),
+            "endTimeUnixNano": str(entry.wall), "attributes": self.attributes(named)}
+        if trace.parent:
+            found["parentSpanId"] = trace.parent
+        if facts["error"]:
+            found["status"] = {"code": SPAN_FAILED}
+        return found
+
+    def facts(self, entry):
+        """Returns the row of a call, and what only spans tell."""
+        facts = {**entry.as_row()._asdict(), **self.kind(entry)}
+        if entry.usage is None:
+            facts.update(dict.fromkeys(USAGE_FACTS))
+        status = entry.outcome == "upstream_status"
+        facts["error"] = None if entry.outcome == "ok" else (
+            str(entry.status) if status else entry.outcome)
+        facts["rule"] = entry.cause if entry.outcome == LimitReached.outcome else None
+        return facts
+
+    @staticmethod
+    def kind(entry):
+        call = entry.call
+        route, operation, provider = entry.path[:200], None, entry.upstream
+        if call and call.stored and call.stored.name:
+            route = route.replace("/" + call.stored.name, "/{id}")
+        if call and call.endpoint is not None:
+            last_word = call.path.rpartition("/")[2][:80]
+            operation = OPERATIONS.get(call.endpoint, last_word)
+        if call and provider not in VENDORS:
+            provider = call.dialect.name
+        return {"route": route, "operation": operation,
+                "provider": PROVIDERS.get(provider, provider)}
+
+    @staticmethod
+    def attributes(values):
+        kinds = {str: "stringValue", float: "doubleValue", int: "intValue", bool: "boolValue"}
+        return [{"key": name, "value": {
+            kinds[type(value)]: str(value) if type(value) is int else value}}
+            for name, value in values.items()]
+
+
+# -- warnings
+
+def shares_used(hold: Hold) -> List[Tuple[float, Level]]:
+    """Returns what share is used of each bucket of a call that counts tokens or money."""
+    found = []
+    for rule, key in hold.keyed_rules:
+        if UNITS[rule.unit] not in UNITS_OF_CALLS:
+            level = hold.buckets.level_of(rule, key)
+            found.append(((rule.capacity - level.level) / rule.capacity, level))
+    return found
+
+
+class Warnings(Watcher):
+    """Tells the operator what should be known: on the page, by one line in the log, and to a
+    webhook; the same of the same at most once in QUIET_SECONDS."""
+    QUIET_SECONDS = 3600
+    KEY_SECONDS = 86400  # before its end, of a key that lives longer
+    ROOM = 10_000
+
+    def __init__(self, clock: Any, log: Log, feed: Feed, webhook: Optional[Poster]):
+        self.clock = clock
+        self.log = log
+        self.feed = feed
+        self.webhook = webhook
+        self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
+        self.down: Set[str] = set()  # the upstreams that are said to be
+        self.dropped = 0             # calls that the ledger is said to have lost
+        self.ending: Set[Tuple[str, float]] = set()  # keys that are said to expire, and when
+
+    def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
+             **about: Any) -> bool:
+        """Returns whether it was told; without a `line` the log knows it already."""
+        now = self.clock.monotonic()
+        key = (event, *subject)
+        if now < self.quiet_until.get(key, -math.inf):
+            return False
+        self.quiet_until.pop(key, None)
+        if len(self.quiet_until) >= self.ROOM:
+            del self.quiet_until[next(iter(self.quiet_until))]
+        self.quiet_until[key] = now + self.QUIET_SECONDS
+        payload = {"event": event, **about, "time": self.clock.time_ns() / 1e9}
+        self.feed.tell("warning", payload)
+        if line:
+            self.log.say(line)
+        if self.webhook:
+            self.webhook.record(payload)
+        return True
+
+    def look(self, routes: Routes, ledger: Optional[Ledger], keys: Iterable[Key]):
+        """Look for what no call tells; to be called every few seconds."""
+        for upstream in routes.all:
+            name = upstream.name
+            is_down = all(one.breakers.fails_for_all() for one in upstream.addresses)
+            event = "upstream_down" if is_down else "upstream_up"
+            if is_down != (name in self.down) and self.tell(event, (name,), None, upstream=name):
+                self.down ^= {name}
+        lost = ledger.dropped - self.dropped if ledger else 0
+        if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
+            self.dropped = ledger.dropped
+        self.look_at_keys(keys)
+
+    def look_at_keys(self, keys):
+        now, day = self.clock.time_ns() / 1e9, self.KEY_SECONDS
+        ending = {(key.name, key.expires) for key in keys if key.expires and not key.disabled
+                  and now < key.expires < now + day and key.expires - key.created > day}
+        for name, expires in ending - self.ending:
+            line = "the key %s expires in %s" % (name, format_wait(expires - now))
+            self.tell("key_expires", (name,), line, key=name, expires=expires)
+        self.ending = ending
+
+    def close(self, wait):
+        if self.webhook:
+            self.webhook.close(wait)
+
+
+class Marks(Watcher):
+    """Warns when a call takes a bucket past one of some shares."""
+    ROOM = 10_000
+
+    def __init__(self, shares: Sequence[float], warnings: Warnings):
+        self.shares = sorted(shares)
+        self.warnings = warnings
+        self.passed: Dict[BucketKey, int] = {}  # how many of them, by those that are past one
+
+    def record(self, entry):
+        for share, level in shares_used(entry.hold) if entry.hold else ():
+            key, rule = level.key, level.rule
+            passed = bisect.bisect_right(self.shares, share)
+            # It may have been refilled since the last call.
+            alone = share - entry.hold.costs[rule.unit] / rule.capacity
+            before = min(self.passed.pop(key, 0), bisect.bisect_right(self.shares, alone))
+            if passed:
+                self.passed[key] = passed
+                if len(self.passed) > self.ROOM:
+                    del self.passed[next(iter(self.passed))]
+            if passed > before:
+                self.warn(entry, share, level, passed)
+
+    def warn(self, entry, share, level, passed):
+        rule, caller = level.rule, entry.caller.label
+        line = "%s has used %d%% of %s" % (caller, 100 * share, rule.text)
+        self.warnings.tell(
+            "limit_near", (level.key, passed), line, caller=caller, rule=rule.text,
+            level=format_amount(rule, level.level), capacity=format_amount(rule, rule.capacity),
+            share=round(share, 4))
+
+
 class Watchers(NamedTuple):
-    """All whom the books tell of calls."""
+    """All who watch; some are there only where they are set."""
     feed: Feed
     pulse: Pulse
+    metrics: Metrics
+    warnings: Warnings
+    traces: Optional[Traces] = None
+    marks: Optional[Marks] = None
+
+    def metric_lines(self, routes: Routes, books: Books, buckets: Buckets) -> Iterable[str]:
+        """Yields what /metrics says."""
+        writers = {
+            "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
+            "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
+        dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
+        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3]))
+        for family in (
+                *self.metrics.families(), *self.metrics.bucket_families(buckets),
+                *upstream_families(routes),
+                Family("llm_proxy_dropped_total", "counter",
+                       "What could not be written or delivered", dropped),
+                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
+                *process_families()):
+            yield from family.lines()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8960,7 +10285,8 @@ CRLF = "\r\n"
 REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
     "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
-    "x-llm-estimated", "x-queue-ms"), map(str.lower, RATE_FIELDS), (  # or that name the account
+    "x-llm-estimated", "x-queue-ms", "x-ratelimit-warning"), map(str.lower, RATE_FIELDS), (
+        # or that name the account
         "set-cookie", "set-cookie2", "openai-organization", "openai-project",
         "anthropic-organization-id"))
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
@@ -8977,6 +10303,10 @@ REASONS = {status: phrase for status, (phrase, _) in
 def format_date(second):
     """Returns a header line (RFC 9110 5.6.7)."""
     return "Date: " + email.utils.formatdate(second, usegmt=True)
+
+
+def status_line(status, reason):
+    return "HTTP/1.1 %d %s" % (status, reason)
 
 
 class ReplyParts(NamedTuple):
@@ -9006,7 +10336,6 @@ class Reply:
     content: Optional[bytes] = None         # its body, where that came with its head,
     body: Optional[RequestBody] = None      # or what is still to come of it
     call: Optional[Call] = None
-    ticket: Optional[Ticket] = None         # its place in the queue
     adapter: Optional[BodyAdapter] = None   # of the response's body,
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
@@ -9043,7 +10372,9 @@ class Reply:
         most = self.parts.config.max_body_bytes
         if self.content is None:
             self.body.owner = owner = self.entry.caller.key
+            began = self.context.loop.time()
             content = await self.body.read(most, self.context)
+            self.entry.held_up += self.context.loop.time() - began
             if len(content) > Turns.SMALL:
                 try:
                     await self.parts.turns.take(owner, self.context)
@@ -9105,9 +10436,10 @@ class Reply:
     def send_comment(self):
         """Tell the caller of a stream that its call is alive, after a head where there was none."""
         text, head = self.WAITING, b""
-        if self.ticket:
-            text = "waiting, %d ahead" % self.ticket.queue.position(self.ticket)
-            self.entry.queued = self.ticket.waited()
+        ticket = self.entry.ticket
+        if ticket:
+            text = "waiting, %d ahead" % ticket.queue.position(ticket)
+            self.entry.queued = ticket.waited()
         if not self.begun:
             self.early = True
             head = self.stream_head(self.call.dialect.events.content_type)
@@ -9117,10 +10449,11 @@ class Reply:
         """Returns the head of a stream of ours."""
         if self.request.version == 0:
             self.close_after = self.until_close = True
-        lines = [self.date_line(), "Content-Type: " + content_type, *STREAM_LINES]
+        lines = [status_line(200, "OK"), self.date_line(), "Content-Type: " + content_type,
+                 *STREAM_LINES]
         if not self.until_close:
             lines.append("Transfer-Encoding: chunked")
-        return self.head(200, "OK", "".join([line + CRLF for line in lines]))
+        return self.head(200, "".join([line + CRLF for line in lines]))
 
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
@@ -9140,9 +10473,9 @@ class Reply:
         if self.comment_timer:
             self.stop_comments()
         self.context.until = self.end_at
-        streamed, encoding = self.kind_of(response.head)
+        streamed, encoding, may_tell_usage = self.kind_of(response.head)
         response.streamed = streamed
-        if response.status < 400 and self.may_tell_usage(response.head, streamed):
+        if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
@@ -9155,31 +10488,37 @@ class Reply:
             raise UpstreamFailed(failure) from None
         return adapter
 
-    def may_tell_usage(self, head, streamed):
+    def kind_of(self, head):
+        """Returns whether a response is a stream of events, how its body is encoded, and whether it
+        may tell usage."""
+        call = self.call
+        key = call.dialect, call.endpoint, call.owes is None
+        return head.cache.get(key) or self.find_kind(head, key)
+
+    def find_kind(self, head, key):
+        kind = head.get("content-type", "")
+        encoding = head.get("content-encoding", "").strip().lower()
+        streamed = self.call.dialect.is_stream(kind)
+        found = streamed, ENCODINGS.get(encoding, UNREADABLE), self.may_tell_usage(kind, streamed)
+        head.cache[key] = found
+        return found
+
+    def may_tell_usage(self, kind, streamed):
         """An answer to a call that we do not know may be anything, and sounds are not awaited."""
         call = self.call
         if call.unmetered or call.endpoint == UPLOAD:
             return call.owes is not None
-        return call.endpoint != UNKNOWN or streamed or (
-            "json" in head.get("content-type", "").lower())
-
-    def kind_of(self, head):
-        """Returns whether a response is a stream of events, and how its body is encoded."""
-        dialect = self.call.dialect
-        if dialect not in head.cache:
-            encoding = head.get("content-encoding", "").strip().lower()
-            head.cache[dialect] = (dialect.is_stream(head.get("content-type", "")),
-                                   ENCODINGS.get(encoding, UNREADABLE))
-        return head.cache[dialect]
+        return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
     def adapt(self, response, has_events):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
         framing, reader = response.framing, self.entry.reader
-        drops = reader is not None and reader.changes_stream and not framing.ended
-        comments = has_events and self.comment_seconds() < math.inf
-        events = self.call.dialect.events if comments or self.early else None
-        style = BodyAdapter.AS_IS
+        drops, events, style = False, None, BodyAdapter.AS_IS
+        if has_events:
+            drops = reader is not None and reader.changes_stream and not framing.ended
+            if self.early or self.comment_seconds() < math.inf:
+                events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
             if response.head.length is not None and response.status != 204:
                 self.framing_line = f"Content-Length: {response.head.length}\r\n"
@@ -9204,14 +10543,17 @@ class Reply:
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
         deadline = loop.time() + seconds
         while not adapter.framing.ended and len(self.first) < self.MAX_WHOLE:
+            began = loop.time()
             try:
                 alive = await stream.more(
-                    self.context, deadline - loop.time(), response.address.what_body)
+                    self.context, deadline - began, response.address.what_body)
                 payload = adapter.feed(stream.take_all()) if alive else self.last_of(adapter)
             except TimeoutError:
                 return
             except (Malformed, OSError) as failure:
                 raise UpstreamFailed(failure) from None
+            finally:
+                self.entry.held_up += loop.time() - began
             self.first += payload
 
     @staticmethod
@@ -9226,7 +10568,8 @@ class Reply:
         begun."""
         self.stop_comments()
         self.context.until = self.end_at
-        if response.status == 200 and self.kind_of(response.head) == (True, IDENTITY):
+        streamed, encoding, _ = self.kind_of(response.head)
+        if response.status == 200 and streamed and encoding == IDENTITY:
             return
         body = await response.read(self.context, 65536, self.patience)
         try:
@@ -9243,21 +10586,22 @@ class Reply:
         if self.early:
             return self.client.write(self.first)
         now = clock.time_ns()
-        dated = "date" in response.head.lines  # else it is for us to say (RFC 9110 6.6.1)
-        lines = (f"{'' if dated else format_date(now // 10 ** 9) + CRLF}"
-                 f"{self.response_lines(response)}{self.framing_line}"
+        lines = (f"{self.response_lines(response)}{self.framing_line}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
+        if "date" not in response.head.lines:  # it is for us to say (RFC 9110 6.6.1)
+            lines += format_date(now // 10 ** 9) + CRLF
         usage = entry.usage
         if usage and not self.call.stream:
             lines += (f"X-LLM-Input-Tokens: {usage.input}\r\n"
                       f"X-LLM-Output-Tokens: {usage.output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        self.client.write(self.head(response.status, response.head.reason, lines) + self.first)
+        self.client.write(self.head(response.status, lines) + self.first)
 
     def response_lines(self, response):
-        """Returns the header lines of a response that are passed on as they came, or nearly."""
+        """Returns the status line of a response, and the header lines that are passed on as they
+        came, or nearly."""
         head = response.head
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
@@ -9266,7 +10610,8 @@ class Reply:
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
             replaced = replaced.union(["x-accel-buffering"])
             unbuffered = [UNBUFFERED]
-        lines = head.end_to_end(replaced) + unbuffered
+        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced)]
+        lines += unbuffered
         redirects = [name for name in ("location", "content-location") if name in head]
         prefix = "/" + self.call.prefix if self.call.prefix else ""
         for name in redirects:
@@ -9343,9 +10688,10 @@ class Reply:
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
         few bytes, or, where only closing ends the body, a reset. A stream whose head was ours is
         told `why`, where there is room for that, and ends properly: a broken one would hide it."""
-        self.close_after = True
         told = self.early and self.tell(why)
         self.reset = self.until_close and not told
+        if why.close_after or not (told and self.body_is_taken()):
+            self.close_after = True
 
     def tell(self, why):
         """Say `why` and end the stream; returns False where there is no room for it."""
@@ -9366,14 +10712,14 @@ class Reply:
     def send(self, status: int, body: bytes = b"", lines: Iterable[str] = (),
              content_type: str = "application/json"):
         """Send a whole answer."""
-        lines = [self.date_line(), *lines]
+        lines = [status_line(status, REASONS.get(status, "Error")), self.date_line(), *lines]
         if status != 204:
             lines += ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
         if self.request and self.request.method == "HEAD":
             body = b""
         self.entry.passed = len(body)
         text = "".join([line + "\r\n" for line in lines])
-        self.client.write(self.head(status, REASONS.get(status, "Error"), text) + body)
+        self.client.write(self.head(status, text) + body)
 
     def refuse(self, refusal: Refusal):
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
@@ -9426,9 +10772,9 @@ class Reply:
 
     # -- both
 
-    def head(self, status: int, reason: str, lines: str) -> bytes:
-        """Returns the head of an answer; `lines` are header lines, each with its line end. A header
-        on every answer belongs here."""
+    def head(self, status: int, lines: str) -> bytes:
+        """Returns the head of an answer; `lines` are its status line and header lines, each with
+        its line end. A header on every answer belongs here."""
         self.begun = True
         entry, hold = self.entry, self.entry.hold
         entry.status = status
@@ -9437,10 +10783,22 @@ class Reply:
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
-        queue = "" if entry.queued is None else f"X-Queue-Ms: {entry.queued}\r\n"
-        close = "Connection: close\r\n" if self.close_after else ""
-        return (f"HTTP/1.1 {status} {reason}\r\n{lines}X-Request-ID: {entry.request_id}\r\n"
-                f"{rate}{queue}{self.cors_lines()}{close}\r\n").encode("latin-1")
+        lines += f"X-Request-ID: {entry.request_id}\r\n{rate}{self.cors_lines()}"
+        if rate and self.parts.config.warn_at:
+            lines += self.warning_line(hold)
+        if entry.queued is not None:
+            lines += f"X-Queue-Ms: {entry.queued}\r\n"
+        if self.close_after:
+            lines += "Connection: close\r\n"
+        return (lines + CRLF).encode("latin-1")
+
+    def warning_line(self, hold):
+        """Returns what tells a caller that a limit is near."""
+        share, level = max(shares_used(hold), default=(0, None), key=lambda one: one[0])
+        if share < min(self.parts.config.warn_at):
+            return ""
+        return "X-RateLimit-Warning: %d%% of %s is used\r\n" % (
+            100 * share, ascii(level.rule.text))
 
     def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
@@ -9482,7 +10840,11 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
-        self.watchers = books.watchers = watchers
+        self.watchers = watchers
+        self.traces = watchers.traces
+        if self.traces:
+            self.request_head = self.traced_head
+        books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
 
@@ -9491,19 +10853,15 @@ class Proxy:
         before anything was sent leaves the call to the next upstream that it may go to."""
         entry = reply.entry
         self.identify(request, entry)                                               # identify
-        if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
-            reply.set_deadlines()
-        call = self.new_call(request)
+        call = self.new_call(request, reply)
         await self.dialects.read(call, request.method, request, reply.read_body)
-        reply.call = entry.call = call
-        entry.context = reply.context
-        self.books.begin(entry)
-        if call.stream:
-            reply.start_comments()
-        thing = None
-        if self.stored.policy != "pass" or self.stored.things:
-            thing = self.find_thing(call, entry.caller)
-        upstreams = self.routes.find(call, thing)                                   # route
+        large = call.body and len(call.body) > Turns.SMALL
+        if large:  # others come in between reading it, looking for things and estimating it
+            await asyncio.sleep(0)
+        self.begin(call, reply)
+        upstreams = self.route(call, entry.caller)                                  # route
+        if large:
+            await asyncio.sleep(0)
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -9526,7 +10884,9 @@ class Proxy:
                     if response.status == 401:
                         upstream.refuse_key()
                     ending = await self.pass_on(response, reply, entry)
-                    upstream.judge(response.address, reply.went_well(response, ending), subject)
+                    if ending != "ok" or response.address.breakers.troubled:
+                        upstream.judge(
+                            response.address, reply.went_well(response, ending), subject)
                 if reply.client.write_buffer:
                     await reply.drain()
             except (CallerGone, Stopped, UpstreamTimeout) as reason:
@@ -9542,12 +10902,14 @@ class Proxy:
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
         ending = "ok"
+        entry.held_up += self.loop.time() - reply.context.since
         if reply.early:
             await reply.require_stream(response)
         adapter = reply.receive(response)
-        if not adapter.framing.ended:
-            await reply.receive_whole(response)
         ended = adapter.framing.ended
+        if not ended:
+            await reply.receive_whole(response)
+            ended = adapter.framing.ended
         if ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
@@ -9579,21 +10941,10 @@ class Proxy:
         entry.call.made = names
         self.stored.note(Thing(entry.caller.key, entry.upstream, address), names)
 
-    def estimate(self, call, entry):
-        """Returns what to hold for a call, and how much of that is not learned. Raises NoPrice."""
-        if call.unmetered:
-            return NO_COST, NO_COST
-        estimator = self.estimator
-        if not estimator.needs_estimate:
-            return estimator.plain, estimator.plain
-        if "usd" in estimator.units:
-            self.require_price(call, entry)
-        return estimator.estimate(call, entry.caller.key)
-
     def require_price(self, call, entry):
         """Raises NoPrice for a model that may pass no rule in USD, where one counts."""
         names = [name for name in call.models if name]
-        if not names and call.endpoint not in (UNKNOWN, UPLOAD):
+        if not names and call.endpoint not in UNNAMED:
             names = [""]  # the upstream will take what it likes
         if all(map(self.prices.knows, names)):
             return
@@ -9603,46 +10954,145 @@ class Proxy:
             raise NoPrice()
 
     def identify(self, request: Request, entry: Entry):
-        """Finds out who asks, which is decided once for each head that a connection repeats."""
-        cache, callers = request.cache, self.callers
-        if callers not in cache:
-            entry.address = callers.address(request, entry.peer)  # also of those who are refused
-            entry.agent = user_agent(request)
-            credential = callers.credential(request, request.query)
-            try:
-                caller = callers.identify(credential, entry.address)
-            except Unauthorized:
-                raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
-            caller = callers.end_user(request, entry.peer, caller)
-            cache[callers] = caller, entry.address, entry.agent
-        entry.caller, entry.address, entry.agent = cache[callers]
+        """Finds out who asks, which is decided once for each head that a connection repeats, until
+        keys are changed."""
+        known = request.cache.get("caller")
+        if known is None or known[0] is not self.callers or (
+                known[1].until is not None and known[1].until <= self.wall()):
+            known = request.cache["caller"] = self.identify_anew(request, entry)
+        _, entry.caller, entry.address, entry.agent = known
+
+    def identify_anew(self, request, entry):
+        callers = self.callers
+        entry.address = callers.address(request, entry.peer)  # also of those who are refused
+        entry.agent = user_agent(request)
+        credential = callers.credential(request, request.query)
+        try:
+            caller = callers.identify(credential, entry.address, self.wall())
+        except Unauthorized:
+            raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        caller = callers.end_user(request, entry.peer, caller)
+        return callers, caller, entry.address, entry.agent
 
     def require_role(self, request: Request, entry: Entry, role: str):
-        """Finds out who asks for a page. Raises Unauthorized, TooManyGuesses, Forbidden."""
-        entry.address = self.callers.address(request, entry.peer)
-        credential = self.callers.credential(request, request.query)
-        config = self.config
-        for key, has in ((config.admin_key, "admin"), (config.viewer_key, "viewer")):
-            if key and hmac.compare_digest(credential or b"", self.callers.digest(key)):
-                entry.caller = Caller(("key", credential), has, role=has)
-                if role == "admin" != has:
-                    raise Forbidden("This takes an admin's key")
-                return
-        raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        """Finds out who asks for a page that is for this role and those above it. Raises
+        Unauthorized, TooManyGuesses, RoleTooLow."""
+        self.identify(request, entry)
+        has = entry.caller.role
+        if has is None:  # anyone may call, and nobody else
+            raise (self.wrong_keys.refusal(entry.address) if entry.caller.key[0] == "key"
+                   else Unauthorized())
+        if ROLES.index(has) < ROLES.index(role):
+            raise RoleTooLow()
+
+    def wall(self) -> float:
+        return self.clock.time_ns() / 1e9
+
+    def bind(self, call, name):
+        """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
+        if call.prefix not in (None, name) or name not in self.routes.by_name:
+            raise UpstreamNotAllowed()
+        call.prefix = name
+
+    @staticmethod
+    def own_secrets_only(upstreams):
+        """Returns those upstreams that are not shown what a caller shows us: its key is one of
+        ours. Raises UpstreamNotAllowed."""
+        found = [one for one in upstreams if one.key != PASSTHROUGH]
+        if not found:
+            raise UpstreamNotAllowed()
+        return found
+
+    def check_models(self, call, method, globs):
+        """Raises ModelNotAllowed for a call of another model than these, or of nobody knows
+        which."""
+        names = [name for name in call.models if name]
+        if call.endpoint is None:  # what is not read
+            if method not in FREE_METHODS and self.config.unknown_calls == "pass":
+                raise ModelNotAllowed()
+            return
+        if call.model in self.dialects.aliases and may_use(globs, call.model):
+            names[:1] = [call.model]
+        if not names or not all([may_use(globs, name) for name in names]):
+            raise ModelNotAllowed()
+
+    def take_keys(self, keys: StoredKeys, orders: Sequence[Order]):
+        """Goes by keys as they are now, and does what was ordered."""
+        if keys.closed > self.callers.stored.closed and self.config.proxy_api_keys is None:
+            self.books.log.say("a key is stored: nobody may call without one from now on")
+        self.callers = build_callers(self.config, self.callers.label_secret, keys)
+        self.limits.take_keys(keys.rules, self.wall())
+        renew_estimator(self)
+        for order in orders:
+            self.carry_out(order)
+        self.watchers.feed.tell("change", {"what": "keys"})
+
+    def carry_out(self, order: Order):
+        """Fills or adds to the buckets of a caller."""
+        found = 0
+        label = order.caller
+        seen = {caller.key: caller for caller in [
+            *self.callers.named(label), *self.watchers.pulse.named(label)]}
+        for caller in seen.values():
+            if order.unit is None:
+                self.limits.buckets.fill(caller.key)
+                found += 1
+            else:
+                until = self.clock.monotonic() + order.until - self.wall()
+                found += self.limits.give(
+                    caller, order.unit, order.amount, until, bool(order.done))
+        if not found:
+            self.books.log.say("%s has no bucket in %s: it was given nothing" % (
+                ascii(label)[1:-1], order.unit))
 
     def admit(self, upstream, entry, call):
-        """Sets aside what the call will cost. Raises LimitReached, NoPrice."""
-        costs, least = self.estimate(call, entry)
+        """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
+        NoPrice, ModelNotAllowed."""
+        key = entry.caller.stored_key
+        if key and key.globs:
+            self.check_models(call, entry.method, key.globs)
+        estimator = self.estimator
+        costs = least = NO_COST if call.unmetered else estimator.plain
+        if estimator.needs_estimate and not call.unmetered:
+            if "usd" in estimator.units:
+                self.require_price(call, entry)
+            costs, least = estimator.estimate(call, entry.caller.key)
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
                                  upstream.name, least, call.models[1:])
 
-    def new_call(self, request: Request) -> Call:
-        """Returns a call as its head tells of it, which is read once, too."""
-        cache = request.cache
-        if "call" not in cache:
-            cache["call"] = self.dialects.place(
-                request.method, request.path, request.query, request)
-        return Call(*cache["call"])
+    def new_call(self, request: Request, reply: Reply) -> Call:
+        """Returns a call as its head tells of it, which is read once, too. Raises NotForCalls."""
+        if reply.entry.caller.role in STEERING:
+            raise NotForCalls()
+        if self.traces:
+            reply.entry.trace = Trace.join(request)
+        if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
+            reply.set_deadlines()
+        place = request.cache.get("place")
+        if place is None:
+            place = self.dialects.place(request.method, request.path, request.query, request)
+            request.cache["place"] = place
+        return Call(*place)
+
+    def begin(self, call, reply):
+        """A call is understood, and runs from now on."""
+        entry = reply.entry
+        reply.call = entry.call = call
+        entry.context = reply.context
+        self.books.begin(entry)
+        if call.stream:
+            reply.start_comments()
+
+    def route(self, call, caller):
+        """Returns the upstreams that a call may go to, in the order to try them. Raises NoRoute,
+        UpstreamNotAllowed, and what speaking of things that are not one's own is refused by."""
+        thing, key = None, caller.stored_key
+        if self.stored.policy != "pass" or self.stored.things:
+            thing = self.find_thing(call, caller)
+        if key and key.upstream:
+            self.bind(call, key.upstream)
+        upstreams = self.routes.find(call, thing)
+        return self.own_secrets_only(upstreams) if key else upstreams
 
     def forward(self, upstream, reply, call):
         """Sends a call, in its turn where the upstream is busy: what is not metered does not
@@ -9666,14 +11116,14 @@ class Proxy:
 
     async def stand_in_line(self, upstream, reply):
         """Raises QueueRefused, BreakerOpen, UpstreamTimeout, Stopped, CallerGone."""
-        refusal = upstream.breaker_open(reply.context.subject)
+        entry, context = reply.entry, reply.context
+        refusal = upstream.breaker_open(context.subject)
         if refusal:
             raise refusal
-        entry, context = reply.entry, reply.context
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
-        ticket = reply.ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
+        ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
         try:
             if not ticket.running:
                 turn = context.loop.create_future()
@@ -9694,8 +11144,9 @@ class Proxy:
                 raise UpstreamTimeout(nothing_sent=True) from None
             raise QueueRefused("queue timeout") from None
         finally:
-            reply.ticket = entry.ticket = None
+            entry.ticket = None
             entry.queued = ticket.waited()
+            entry.held_up += entry.queued / 1000 - before
 
     def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
@@ -9740,7 +11191,8 @@ class Proxy:
         # Nobody knows how much a call used whose caller did not wait for its end.
         held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
-        if call.runs_in_background() and self.may_run(entry, usage, ending):
+        if (usage.estimated or reader.running) and (
+                call.runs_in_background() and self.may_run(entry, usage, ending)):
             return self.await_usage(call, hold)
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
@@ -9814,7 +11266,8 @@ class Proxy:
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
         known = request.cache.get(address)
-        if known and known[0] == call.path and known[1] == call.is_json:
+        is_json = call.json_body is not None
+        if known and known[0] == call.path and known[1] == is_json:
             return known[2]
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
@@ -9826,13 +11279,17 @@ class Proxy:
         if key == PASSTHROUGH:
             key = self.callers.credential_in(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, call.is_json, head
+        request.cache[address] = call.path, is_json, head
         return head
+
+    def traced_head(self, request, call, upstream, address):
+        """Returns the same for an upstream that is told of the trace of which the call is part."""
+        return Proxy.request_head(self, request, call, upstream, address) + call.trace.line()
 
     @staticmethod
     def lines_of_ours(call):
         lines = []
-        if call.is_json:
+        if call.json_body:
             lines.append("Content-Type: application/json")
         if not call.unmetered or call.body is not None:  # what is metered must stay readable
             lines.append("Accept-Encoding: identity")
@@ -9844,6 +11301,8 @@ class Proxy:
         own_key = upstream.key == PASSTHROUGH
         passed = self.config.pass_headers or ()
         dropped = [self.callers.caller_header]
+        if self.traces:
+            dropped += Trace.replaced(request)
         dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
         if call.body is not None:
             dropped += ["content-encoding", Dialect.MASK_FIELD]
@@ -9861,8 +11320,9 @@ def default_rule(config):
     units = {"request": "requests", "estimate": "estimate", "usage": "tokens"}
     rate = config.refill_tokens, config.refill_interval_seconds
     text = "each %d tokens per %ds burst %d" % (*rate, config.max_tokens)
-    unit = UNITS.index(units[config.token_cost_mode])
-    return Rule(text, (("each", ""),), unit, config.max_tokens, *rate, rate)
+    unit = units[config.token_cost_mode]
+    return Rule(text, (("each", ""),), UNITS.index(unit), config.max_tokens, *rate, rate,
+                (("caller",), unit, rate[1]))
 
 
 def new_loop(clock, log):
@@ -9885,15 +11345,58 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
-    limits = build_limits(config, Buckets(clock))
+    secret = database.secret() if database else os.urandom(32)
+    keys = stored_keys(database, secret, log.say)
+    if keys.closed:
+        config.note_stored_keys()
+    limits = build_limits(config, Buckets(clock), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
-    secret = database.secret() if database else os.urandom(32)
-    return Proxy(config, clock, new_loop(clock, log), build_callers(config, secret), limits,
-                 prices, build_estimator(config, prices, limits), build_dialects(config), stored,
-                 build_routes(config, clock, log.say),
-                 build_books(config, clock, log, limits, stored, database),
-                 build_watchers(config, clock, limits))
+    proxy = Proxy(config, clock, new_loop(clock, log), build_callers(config, secret, keys), limits,
+                  prices, build_estimator(config, prices, limits), build_dialects(config), stored,
+                  build_routes(config, clock, log.say),
+                  build_books(config, clock, log, limits, stored, database, keys, secret),
+                  build_watchers(config, clock, log, limits))
+    hear_of_keys(proxy)
+    if database:
+        with contextlib.suppress(sqlite3.Error, ValueError):
+            go_on(proxy, database)
+    return proxy
+
+
+def stored_keys(database: Optional[Database], secret: bytes,
+                say: Callable[[str], None]) -> StoredKeys:
+    """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
+    let in."""
+    if database is None:
+        return StoredKeys(secret)
+    try:
+        found = read_keys(database.key_rows(), secret)
+    except sqlite3.Error:
+        return StoredKeys(secret, closed=True)
+    for fault in found.faults:
+        say(fault)
+    return found
+
+
+def hear_of_keys(proxy: Proxy):
+    """Has the ledger tell the loop what it reads of keys and orders."""
+    def tell(keys, orders):
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
+
+    if proxy.books.ledger:
+        proxy.books.ledger.on_news = tell
+
+
+def go_on(proxy: Proxy, database: Database):
+    """Does again what was ordered before, and holds still, before a call could find it undone.
+    Raises sqlite3.Error, ValueError."""
+    for order in database.take_orders(proxy.wall(), again=True):
+        proxy.carry_out(order)
+    for name in database.disabled_upstreams():
+        with contextlib.suppress(LookupError):  # it was taken out of the settings
+            proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -9902,24 +11405,38 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     rest = proxy.config.take(config)
     config = proxy.config
     proxy.weights = config.key_weights or {}
-    proxy.callers = build_callers(config, proxy.callers.label_secret)
-    proxy.limits = build_limits(config, proxy.limits.buckets)
+    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
+    proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
     proxy.limits.take_over(proxy.clock.time_ns() / 1e9)
     proxy.prices = Prices(config.prices, config.unpriced)
-    models = proxy.estimator.models
-    proxy.estimator = build_estimator(config, proxy.prices, proxy.limits)
-    proxy.estimator.models = models
+    renew_estimator(proxy)
     return rest
 
 
-def build_callers(config: Config, secret: bytes) -> Callers:
-    return Callers(config.proxy_api_keys or None, secret, config.trusted_proxies or (),
-                   config.caller_header, config.has_dialect("azure"))
+def renew_estimator(proxy: Proxy):
+    """Has the costs estimated that rules count now, by what was learned before."""
+    models = proxy.estimator.models
+    proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
+    proxy.estimator.models = models
 
 
-def build_limits(config: Config, buckets: Buckets) -> Limits:
+def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
+    keys = config.proxy_api_keys
+    if keys is None and stored.closed:
+        keys = {}
+    elif not keys:
+        keys = None
+    steering = {config.viewer_key: "viewer", config.admin_key: "admin"}
+    steering.pop(None, None)
+    return Callers(keys, secret, config.trusted_proxies or (), config.caller_header,
+                   config.has_dialect("azure"), stored, steering)
+
+
+def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, ...]]) -> Limits:
     message = config.limit_message.replace("{me}", "%s/me" % config.public_url)
-    return Limits(config.limits or [default_rule(config)], buckets, message)
+    limits = Limits(config.limits or [default_rule(config)], buckets, message)
+    limits.own = own
+    return limits
 
 
 def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
@@ -9928,17 +11445,41 @@ def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstim
                          config.image_tokens, limits.units())
 
 
-def build_books(config, clock, log, limits, stored, database):
+def build_books(config, clock, log, limits, stored, database, keys, secret):
     ledger = None
     if config.database != "off":
-        ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log)
+        ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log,
+                        keys, secret)
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
     return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config, clock: Any, limits: Limits) -> Watchers:
+def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
+    def poster(name, url, **options):
+        tls = build_tls(config) if url.startswith("https:") else None
+        return Poster(name, url, tls, clock, log, **options)
+
+    traces = webhook = None
+    if config.otel_exporter_otlp_endpoint:
+        traces = Traces(config.otel_service_name, poster(
+            "traces", config.otel_exporter_otlp_endpoint.rstrip("/") + "/v1/traces",
+            fields=config.otel_exporter_otlp_headers))
+    if config.webhook_url:
+        webhook = poster("webhook", config.webhook_url)
     feed = Feed(clock)
-    return Watchers(feed, Pulse(clock, limits.buckets, feed))
+    warnings = Warnings(clock, log, feed, webhook)
+    marks = Marks(config.warn_at, warnings) if config.warn_at else None
+    pulse = Pulse(clock, limits.buckets, feed)
+    return Watchers(feed, pulse, Metrics(), warnings, traces, marks)
+
+
+def build_tls(config: Config) -> ssl.SSLContext:
+    """Returns the context of connections that go out."""
+    tls = ssl.create_default_context(cafile=config.upstream_ca_file)
+    if config.upstream_tls_verify == "off":
+        tls.check_hostname = False
+        tls.verify_mode = ssl.CERT_NONE
+    return tls
 
 
 def build_dialects(config: Config) -> Dialects:
@@ -9948,12 +11489,7 @@ def build_dialects(config: Config) -> Dialects:
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
-    tls = None
-    if config.speaks_https():
-        tls = ssl.create_default_context(cafile=config.upstream_ca_file)
-        if config.upstream_tls_verify == "off":
-            tls.check_hostname = False
-            tls.verify_mode = ssl.CERT_NONE
+    tls = build_tls(config) if config.speaks_https() else None
     transport = TransportConfig(
         config.open_timeout, config.first_byte_timeout or config.read_timeout,
         config.read_timeout, tls, config.https_proxy, config.no_proxy or "")
@@ -9984,9 +11520,9 @@ class Catalogue:
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
-    async def models(self, context: Context) -> Dict[str, Model]:
-        """Returns them by name; the first of a name counts. Who asks while another one's question
-        is under way takes what that brings."""
+    async def models(self, context: Context, upstream: Optional[str] = None) -> Dict[str, Model]:
+        """Returns them by name, or those of one upstream; the first of a name counts. Who asks
+        while another one's question is under way takes what that brings."""
         if self.clock.monotonic() >= self.good_until:
             if self.asking is None:
                 self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
@@ -9997,7 +11533,9 @@ class Catalogue:
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
-        for model in itertools.chain(*self.lists):
+        lists = [models for one, models in zip(self.upstreams, self.lists)
+                 if upstream in (None, one.name)]
+        for model in itertools.chain(*lists):
             found.setdefault(model.name, model)
         return found
 
@@ -10025,6 +11563,9 @@ class Catalogue:
 
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+    PAGES = {"/health": "health", "/healthz": "alive", "/readyz": "ready", "/metrics": "metrics"}
+    METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+    MANY_LINES = 500  # of metrics, after which the loop has its turn
     MODELS_PATHS = frozenset(path for dialect in DIALECTS.values() for path in dialect.LIST_PATHS)
 
     def __init__(self, proxy: Proxy):
@@ -10040,10 +11581,9 @@ class Pages:
             return self.preflight
         if request.method not in ("GET", "HEAD"):
             return None
-        if request.path == "/health":
-            return self.health
-        if request.path in self.MODELS_PATHS and (
-                self.lists_models or not self.dialect(request).OWN_LIST):
+        if request.path in self.PAGES:
+            return getattr(self, self.PAGES[request.path])
+        if request.path in self.MODELS_PATHS:
             return self.models
         return None
 
@@ -10082,6 +11622,26 @@ class Pages:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
         reply.send(200, json.dumps(found).encode())
 
+    async def alive(self, request, reply):
+        """Open to all, as is the next one; they tell nothing else."""
+        reply.send(200, b"ok\n", (), "text/plain")
+
+    async def ready(self, request, reply):
+        """Tells whether calls can go anywhere."""
+        able = [one for one in self.proxy.routes.all if one.can_connect() and not one.disabled]
+        reply.send(200 if able else 503, b"ready\n" if able else b"not ready\n", (), "text/plain")
+
+    async def metrics(self, request, reply):
+        proxy = self.proxy
+        if proxy.config.metrics != "open":
+            proxy.require_role(request, reply.entry, "viewer")
+        lines = []
+        for line in proxy.watchers.metric_lines(proxy.routes, proxy.books, proxy.limits.buckets):
+            lines.append(line)
+            if len(lines) % self.MANY_LINES == 0:
+                await asyncio.sleep(0)
+        reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
+
     def usual_charges(self, entry):
         """Returns what a small call would cost, by each rule."""
         config, limits = self.proxy.config, self.proxy.limits
@@ -10092,12 +11652,18 @@ class Pages:
     async def models(self, request, reply):
         proxy = self.proxy
         proxy.identify(request, reply.entry)
-        models = await self.catalogue.models(reply.context)
-        if not models and not self.lists_models:
+        key = reply.entry.caller.stored_key
+        own = key and (key.globs or key.upstream)
+        if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
+            return await proxy.serve(request, reply)
+        models = await self.catalogue.models(reply.context, key and key.upstream)
+        if not (own or models or self.lists_models):
             return await proxy.serve(request, reply)  # it may speak the client's API alone
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        reply.send(200, self.dialect(request).models(list(models.values())))
+        found = [model for model in models.values()
+                 if not (key and key.globs) or may_use(key.globs, model.name)]
+        reply.send(200, self.dialect(request).models(found))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10168,11 +11734,16 @@ class Admin:
         self.proxy = proxy
         self.clock = proxy.clock
         self.feed, self.pulse, *_ = proxy.watchers
+        self.path = proxy.config.database
+        self.reader = LedgerReader(self.path) if proxy.books.ledger else None
         self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
+        self.asking: Set[CallerKey] = set()  # who asks for its own use
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
     def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
         """Returns what answers a request, None where it is not for the admin API."""
+        if request.path == "/v1/quota" and request.method in ("GET", "HEAD"):
+            return self.quota
         is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
         return self.answer if is_ours else None
 
@@ -10199,11 +11770,17 @@ class Admin:
         ask = Ask(request, reply, entry.caller, name, query, body)
         try:
             found = await getattr(self, row.handler)(ask)
-        except (ValueError, LookupError) as fault:
+        except ValueError as fault:
             raise BadRequest(str(fault)) from None
+        if row.role == "admin":
+            self.proxy.books.log.say("%s of %s did %s %s" % (
+                entry.caller.label, entry.address, row.method, ascii(request.path)[1:-1]))
         if found is not None:
-            status = 201 if row.handler == "add_key" else 200
-            reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+            self.send_json(reply, found, 201 if row.handler == "add_key" else 200)
+
+    @staticmethod
+    def send_json(reply, found, status=200):
+        reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
@@ -10215,14 +11792,43 @@ class Admin:
             raise BodyTooLarge()
         return parse_json(content) if content.strip() else {}
 
-    async def in_pool(self, ask, act, *arguments):
-        """Returns what `act` does, in a helper thread."""
-        context = ask.reply.context
+    async def in_pool(self, reply, act, *arguments):
+        """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
+        context = reply.context
         job = context.loop.run_in_executor(self.pool, act, *arguments)
         try:
             return await context.wait(job, self.POOL_SECONDS, "the database")
         except TimeoutError:
             raise Overloaded() from None
+        except (sqlite3.Error, DatabaseFault):
+            raise BooksAway() from None
+
+    async def read_books(self, reply, act, *arguments):
+        """Returns what a method of LedgerReader does."""
+        if self.reader is None:
+            raise BooksAway("Nothing is kept: DATABASE is off")
+        return await self.in_pool(reply, functools.partial(act, self.reader), *arguments)
+
+    async def change_keys(self, ask, act, *arguments, **fields):
+        """Does something with the stored keys, as KeyStore has it, in the name of who asks."""
+        if self.reader is None:
+            raise BooksAway("Nothing is kept: DATABASE is off")
+        actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
+
+        def change():
+            database = Database(self.path)
+            with contextlib.closing(database.connection):
+                store = KeyStore(database, self.clock, actor)
+                return act(store, *arguments, **fields)
+
+        return await self.in_pool(ask.reply, change)
+
+    @staticmethod
+    def zone(ask):
+        return read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
+
+    def now(self):
+        return self.clock.time_ns() / 1e9
 
     # -- what happens now
 
@@ -10234,6 +11840,29 @@ class Admin:
     @staticmethod
     def you(ask):
         return {"name": ask.caller.label, "role": ask.caller.role}
+
+    async def summary(self, ask):
+        proxy, sums = self.proxy, {}
+        with contextlib.suppress(BooksAway):
+            sums = await self.read_books(ask.reply, LedgerReader.today, self.zone(ask), self.now())
+        return {"you": self.you(ask), "version": VERSION, "now": self.now(),
+                "keys_are_asked_for": not proxy.callers.is_open,
+                "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
+                    sums or self.pulse.callers),
+                "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
+                "running": [running_call(entry, self.clock) for entry in self.running()],
+                "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
+
+    def near(self):
+        """Returns the buckets that are near their end."""
+        mark = min(self.proxy.config.warn_at or (0.8,))
+        found = []
+        for caller in self.pulse.callers.values():
+            for one in self.proxy.limits.buckets.levels.values():
+                if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
+                        one.level <= (1 - mark) * one.rule.capacity):
+                    found.append({"caller": caller.label, **self.pulse.bucket(one.rule, one.key)})
+        return found[:20]
 
     def running(self):
         """Returns the calls that run, the latest last."""
@@ -10314,14 +11943,18 @@ class Admin:
         return found
 
     async def enable(self, ask):
-        return self.switch(ask, on=True)
+        return await self.switch(ask, on=True)
 
     async def disable(self, ask):
-        return self.switch(ask, on=False)
+        return await self.switch(ask, on=False)
 
-    def switch(self, ask, on):
-        upstream = self.upstream(ask.name)
-        self.proxy.routes.switch(ask.name, on)
+    async def switch(self, ask, on):
+        """It stays so after a new start, too."""
+        upstream, routes = self.upstream(ask.name), self.proxy.routes
+        routes.switch(ask.name, on)
+        if self.reader:
+            names = [one.name for one in routes.all if one.disabled]
+            await self.change_keys(ask, KeyStore.note_disabled, ask.name, on, names)
         self.feed.tell("change", {"what": "upstreams"})
         return self.describe(upstream)
 
@@ -10341,14 +11974,183 @@ class Admin:
             context.close()
         return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
 
+    # -- keys
+
+    async def find_key(self, ask):
+        """Returns a key. Raises NoSuchPage."""
+        try:
+            return await self.change_keys(ask, KeyStore.find, ask.name)
+        except KeyFault as fault:
+            raise NoSuchPage(str(fault)) from None
+
+    async def keys(self, ask):
+        return {"keys": [key.as_dict() for key in await self.change_keys(ask, KeyStore.list)]}
+
+    async def key(self, ask):
+        return (await self.find_key(ask)).as_dict()
+
+    @staticmethod
+    def fields_of_key(ask, *others):
+        """Returns what is to be said of a key, and the values of the others that may be there.
+        Raises BadRequest."""
+        fields = dict(ask.body)
+        values = [fields.pop(name, None) for name in others]
+        unknown = fields.keys() - KEY_FIELDS.keys()
+        if unknown:
+            raise BadRequest("A key has no field %s" % ascii(min(unknown))[1:-1])
+        return fields, *values
+
+    async def add_key(self, ask):
+        fields, name = self.fields_of_key(ask, "name")
+        made = await self.change_keys(ask, KeyStore.add, name, **fields)
+        return {"key": made.secret, **made.key.as_dict()}
+
+    async def set_key(self, ask):
+        await self.find_key(ask)
+        fields, reset = self.fields_of_key(ask, "reset")
+        key = await self.change_keys(ask, KeyStore.set, ask.name, reset is True, **fields)
+        return key.as_dict()
+
+    async def remove_key(self, ask):
+        await self.find_key(ask)
+        await self.change_keys(ask, KeyStore.remove, ask.name)
+        return {}
+
+    async def revoke_key(self, ask):
+        await self.find_key(ask)
+        return (await self.change_keys(ask, KeyStore.revoke, ask.name)).as_dict()
+
+    async def restore_key(self, ask):
+        await self.find_key(ask)
+        return (await self.change_keys(ask, KeyStore.restore, ask.name)).as_dict()
+
+    async def rotate_key(self, ask):
+        await self.find_key(ask)
+        made = await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
+        return {"key": made.secret, **made.key.as_dict()}
+
+    async def give(self, ask):
+        body = ask.body
+        await self.change_keys(ask, KeyStore.give, ask.name, body.get("amount"),
+                               body.get("unit"), body.get("for"))
+        return {}
+
+    async def reset(self, ask):
+        await self.change_keys(ask, KeyStore.reset, ask.name)
+        return {}
+
+    async def audit(self, ask):
+        rows = await self.read_books(
+            ask.reply, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
+        return {"rows": rows, "next": rows[-1]["id"] if len(rows) == self.MAX_SHOWN else None}
+
+    # -- the books
+
+    @staticmethod
+    def number(ask, name, usual=None):
+        """Returns a whole number of the query. Raises BadRequest."""
+        text = ask.query.get(name)
+        if text is None:
+            return usual
+        if not re.fullmatch("[0-9]{1,15}", text):
+            raise BadRequest("%s must be a whole number" % name)
+        return int(text)
+
+    async def calls(self, ask):
+        limit = min(self.MAX_SHOWN, self.number(ask, "limit", 50) or 1)
+        filters = {name: ask.query[name] for name in ("id", *CALL_FILTERS) if name in ask.query}
+        return await self.read_books(
+            ask.reply, LedgerReader.calls, self.number(ask, "before"), limit, filters)
+
+    async def call(self, ask):
+        found = await self.read_books(ask.reply, LedgerReader.call, ask.name)
+        if not found:
+            raise NoSuchPage("No call of this id is known")
+        return found
+
+    async def usage(self, ask):
+        query, now = ask.query, int(self.now())
+        filters = {name: query[name] for name in SUM_KEYS if name in query}
+        by, step = query.get("by", "caller"), query.get("step", "day")
+        start, end = self.number(ask, "from", now - DAY), self.number(ask, "to", now)
+        found = await self.read_books(
+            ask.reply, LedgerReader.usage, by, step, start, end, self.zone(ask), filters)
+        if query.get("format") == "csv":
+            return self.send_csv(ask.reply, found["groups"])
+        budgets = [self.budget(one) for one in self.known_callers()
+                   if one.label == filters.get("caller")]
+        return {**found, "budget": next(filter(None, budgets), None)}
+
+    @staticmethod
+    def send_csv(reply, groups):
+        names = list(groups[0]) if groups else ["name", *NO_SUM.as_dict()]
+        text = csv_of(names, [one.values() for one in groups])
+        reply.send(200, text.encode(), ['Content-Disposition: attachment; filename="usage.csv"',
+                                        "Cache-Control: no-store"], "text/csv; charset=utf-8")
+
+    def budget(self, caller):
+        """Returns the longest of a caller's rules in USD."""
+        rules = [rule for rule, _ in self.proxy.limits.matching(caller, "", None)
+                 if rule.unit == USD and rule.capacity]
+        rule = max(rules, key=lambda one: one.rate[1], default=None)
+        return rule and {"usd": format_usd(rule.rate[0]), "seconds": rule.rate[1],
+                         "rule": rule.text}
+
     # -- callers and limits
+
+    def known_callers(self):
+        """Returns those who called lately, and those whose keys have names."""
+        found = dict(self.pulse.callers)
+        for caller in self.proxy.callers.everybody():
+            if caller.role == "caller":
+                found.setdefault(caller.key, caller)
+        return list(found.values())
+
+    async def callers(self, ask):
+        sums, hours, seen = {}, {}, {}
+        with contextlib.suppress(BooksAway):
+            sums, hours, seen = await self.read_books(
+                ask.reply, LedgerReader.of_callers, self.zone(ask), self.now())
+        not_full = self.buckets_by_owner()
+        rows = []
+        for caller in self.known_callers():
+            label, key = caller.label, caller.stored_key
+            rows.append({
+                "name": label, "team": caller.team, "key": bool(key),
+                "paused": bool(key and key.disabled), "buckets": self.buckets_of(caller, not_full),
+                "today": sums.get(label, NO_SUM).as_dict(), "hours": hours.get(label, [0] * 24),
+                "last": self.pulse.last_seen.get(caller.key, seen.get(label))})
+        rows.sort(key=lambda row: -(row["last"] or 0))
+        return {"callers": rows[:self.MAX_SHOWN]}
+
+    async def quota(self, request, reply):
+        """A page for every caller: what it has left, and what it used."""
+        entry = reply.entry
+        self.proxy.identify(request, entry)
+        caller = entry.caller
+        if caller.key in self.asking:
+            raise Overloaded(fields={"Retry-After": 1})
+        query = dict(urllib.parse.parse_qsl(request.query))
+        ask = Ask(request, reply, caller, "", query, {})
+        self.asking.add(caller.key)
+        try:
+            calls, days = await self.read_books(
+                reply, LedgerReader.of_one, caller.label, self.zone(ask), self.now())
+        except BooksAway:
+            calls, days = [], []
+        finally:
+            self.asking.discard(caller.key)
+        self.send_json(reply, {
+            "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
+            "buckets": self.buckets_of(caller, self.buckets_by_owner()),
+            "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
 
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
         found = collections.defaultdict(dict)
-        for key, (_, _, rule) in self.proxy.limits.buckets.levels.items():
-            for owner in key[1:]:
-                found[owner][key] = rule
+        for one in self.proxy.limits.buckets.levels.values():
+            for owner in one.key[1:]:
+                found[owner][one.key] = one.rule
         return found
 
     def buckets_of(self, caller, not_full):
@@ -10383,12 +12185,1176 @@ class Admin:
 
 
 # --------------------------------------------------------------------------------------------------
-# Dashboard: the source of the page, which asks the admin API for all that it shows.
+# Dashboard: the source of the page, which asks the admin API for all that it shows: markup, style,
+# script. It holds no data and no key; what others said goes into it as text, never as markup.
 # --------------------------------------------------------------------------------------------------
 
-DASHBOARD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>llm_proxy</title></html>
+DASHBOARD = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>llm_proxy</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
+<path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
+<style nonce="%NONCE%">
+:root { color-scheme: light dark;
+  --page: light-dark(#ffffff, #151514);    --surface: light-dark(#f6f6f3, #1e1e1c);
+  --text: light-dark(#1a1a18, #ebebe8);    --muted: light-dark(#5d5c57, #a5a49d);
+  --lines: light-dark(#dddcd6, #35342f);   --accent: light-dark(#1f5fbf, #82aef0);
+  --good: light-dark(#1d7a4c, #59c08c);    --warn: light-dark(#8f5b00, #e3b341);
+  --bad: light-dark(#b3261e, #f2857d);     --s0: light-dark(#8b8a84, #77766f);
+  --s1: light-dark(#1f6fb8, #5aa2e8);      --s2: light-dark(#d0700f, #d8832a);
+  --s3: light-dark(#12906f, #a8e6cf);      --s4: light-dark(#4a2c86, #8a5cf0);
+  --s5: light-dark(#6b5a12, #e9e3b0);      --box: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
+:root[data-theme=light] { color-scheme: light; }
+:root[data-theme=dark] { color-scheme: dark; }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 14px/20px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+small, th, dt, text, button, .choices a, .label, .values, #lost {
+  font-size: 12px; line-height: 16px; }
+small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400; }
+header { border-bottom: 1px solid var(--lines); margin-bottom: 24px; }
+.wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; }
+main { padding-bottom: 64px; outline: none; }
+#bar, .tools { display: flex; align-items: center; flex-wrap: wrap; gap: 4px 20px;
+  min-height: 48px; }
+.tools { gap: 8px 16px; min-height: 0; margin-bottom: 16px; }
+#states { display: flex; flex-wrap: wrap; gap: 0 16px; flex: 1; }
+nav { display: flex; gap: 0 24px; overflow-x: auto; scrollbar-width: none; }
+nav a { padding: 8px 0; white-space: nowrap; border-bottom: 2px solid transparent; }
+nav a[aria-current] { color: var(--text); border-color: var(--accent); }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+h2 { font-size: 14px; line-height: 20px; font-weight: 600; margin: 24px 0 8px; }
+h2:first-child { margin-top: 0; } p, pre { margin: 0 0 8px; max-width: 72ch; }
+button, .choices a { font-family: inherit; padding: 5px 9px; border: 1px solid var(--lines);
+  border-radius: 4px; cursor: pointer; white-space: nowrap; background: var(--page); }
+button { color: var(--text); }
+button:hover, .choices a:hover { border-color: var(--muted); text-decoration: none; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
+button.chip { border-radius: 14px; margin: 0 4px 4px 0; }
+#bar button, .notice button { border-color: transparent; background: none; }
+.tools:empty, p:empty { display: none; } ::placeholder { color: var(--muted); opacity: 1; }
+input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
+  border: 1px solid var(--muted); border-radius: 4px; min-width: 0; max-width: 100%; height: 32px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+label { display: block; margin-bottom: 12px; }
+label :is(small, input, select) { display: block; width: 100%; margin-bottom: 4px; }
+.choices a { display: inline-block; border-radius: 0; margin-left: -1px; }
+.choices a[aria-current] { color: var(--text); background: var(--surface); font-weight: 600; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: 6px 16px 6px 0; border-bottom: 1px solid var(--lines); vertical-align: top;
+  text-align: left; }
+:is(th, td):last-child { padding-right: 0; }
+:is(th, td):is(.number, .actions) { text-align: right; }
+th, td.number, td.line, .mark, .value, .phase, #today, #who { white-space: nowrap; }
+tr.total td { font-weight: 600; border: 0; } tr[tabindex] { cursor: pointer; }
+tr[tabindex]:hover, tr.open { background: var(--surface); }
+.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
+.actions button { margin-left: 4px; }
+.ask { display: inline-flex; flex-wrap: wrap; gap: 4px; justify-content: end; align-items: center; }
+.mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
+.mark.good::before { background: var(--good); border-radius: 50%; }
+.mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
+.mark.bad::before { background: var(--bad); }
+.mark.off::before { border: 1.5px solid var(--muted); border-radius: 50%; }
+.warned { color: var(--warn); } .failed { color: var(--bad); }
+.figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 16px 24px;
+  margin-bottom: 32px; }
+.figure { display: grid; grid-template: 16px 28px 16px / 1fr auto; column-gap: 8px; }
+.figure .label { grid-column: 1 / -1; white-space: nowrap; }
+.value { font-size: 20px; line-height: 28px; font-weight: 400; }
+svg { display: block; overflow: visible; }
+.spark path { fill: none; stroke: var(--s1); stroke-width: 1.5; } .spark rect { fill: var(--s1); }
+.spark line, .grid { stroke: var(--lines); }
+.bucket { display: flex; align-items: center; gap: 0 12px; flex-wrap: wrap; }
+.track { flex: 0 0 144px; height: 8px; border-radius: 2px; background: var(--surface);
+  box-shadow: inset 0 0 0 1px var(--lines); overflow: hidden; }
+.level { height: 100%; background: var(--accent); transform-origin: left;
+  transition: transform 900ms linear; }
+.low .level { background: var(--warn); }
+.big .track { flex-basis: 100%; height: 16px; margin-top: 12px; }
+.columns { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 32px; }
+.columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart { position: relative; }
+.chart svg { width: 100%; height: 300px; touch-action: pan-y; } .chart text { fill: var(--muted); }
+.chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
+.chart .ahead { stroke-dasharray: 5 4; } .chart .budget { stroke: var(--bad); }
+.chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
+.chart .cursor { stroke: var(--muted); } .paper { fill: var(--page); opacity: .6; }
+.values { position: absolute; top: 0; width: auto; background: var(--page); pointer-events: none;
+  box-shadow: var(--box); }
+.values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
+.swatch { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px; }
+.s0 { fill: var(--s0); background: var(--s0); }   .s1 { fill: var(--s1); background: var(--s1); }
+.s2 { fill: var(--s2); background: var(--s2); }   .s3 { fill: var(--s3); background: var(--s3); }
+.s4 { fill: var(--s4); background: var(--s4); }   .s5 { fill: var(--s5); background: var(--s5); }
+.timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
+.timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0; }
+dd { margin: 0; }
+pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
+  font: 13px/20px ui-monospace, monospace; }
+.box { border: 1px solid var(--lines); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
+.login { max-width: 360px; margin: 15vh auto 0; }
+#notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
+.notice { display: flex; align-items: start; background: var(--page); padding: 6px 8px 6px 12px;
+  margin-top: 8px; border-radius: 4px; box-shadow: var(--box); }
+.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; }
+#lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; text-align: center;
+  max-width: none; background: var(--warn); color: var(--page); }
+.stale .live, .stale .live * { color: var(--muted); }
+.stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
+summary { cursor: pointer; font-weight: 600; margin-bottom: 12px; }
+@media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
+  .columns { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 719px) {
+  .wide, main { padding-left: 16px; padding-right: 16px; } nav { gap: 0 12px; }
+  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; }
+  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; }
+  .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
+  .track { flex-basis: 100%; } .chart svg { height: 240px; }
+  .cards, .cards :is(tbody, td) { display: block; } .cards thead, .cards td:empty { display: none; }
+  .cards tr { border-bottom: 1px solid var(--lines); padding: 8px 0; display: grid;
+    grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2px 24px; }
+  .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
+  .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
+    margin-right: 8px; }
+  .cards td > svg { display: inline-block; }
+  .cards td.whole { grid-column: 1 / -1; text-align: left; }
+  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
+  button, .choices a { padding: 7px 10px; } }
+@media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
+@media print { #notices, #lost, nav, button, .tools, .side { display: none !important; }
+  :root { color-scheme: light; } }
+</style>
+<body>
+<header id="head" hidden>
+  <div id="bar" class="wide"><strong>llm_proxy</strong><div id="states" class="live"></div>
+    <span id="today" class="live"></span><span id="who"></span>
+    <span><button id="theme"></button><button id="leave">Log out</button></span></div>
+  <nav id="tabs" class="wide" aria-label="Views"></nav>
+</header>
+<main id="main"></main>
+<div id="notices" role="status"></div>
+<p id="lost" role="status"></p>
+<script type="module" nonce="%NONCE%">
+// Elements. Text goes in as text nodes only: nothing that a caller or an upstream said is markup.
+
+const $ = id => document.getElementById(id);
+const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+const svg = (tag, attributes, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+const shown = children => children.flat(9).filter(child => child || child === 0);
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes ?? {}))
+    if (name === "style") element.style.cssText = value;
+    else if (name.startsWith("on")) element[name] = value;
+    else if (value != null && value !== false) element.setAttribute(name, value);
+  element.append(...shown(children));
+  return element;
+}
+const small = (...children) => h("small", null, children);
+const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
+const swatch = number => h("span", {class: "swatch s" + number});
+const link = (tab, query, text, more) => h("a", {href: hashOf(tab, query), ...more}, text);
+const button = (text, onclick, more) => h("button", {type: "button", onclick, ...more}, text);
+const copyButton = (title, text) => button(title, () => attempt("Copying", () =>
+  navigator.clipboard.writeText(text), "Copied."));
+const form = (act, more, ...children) => h("form", {...more, onsubmit(event) {
+  event.preventDefault();
+  act(Object.fromEntries(new FormData(event.target)));
+}}, children);
+
+// A button that asks once, in its own place: for what `contents` has fields for, or just again.
+const asking = (id, text, contents, act) => view.asked !== id ? button(text, () => ask(id),
+  {"data-asks": id}) : form(async fields => { if (await act(fields)) ask(null); }, {class: "ask"},
+  contents, h("button", {class: "main"}, text), button("Cancel", () => ask(null)));
+function ask(id) {
+  const [before] = [view.asked, view.asked = id];
+  paint(true);
+  const buttons = [...document.querySelectorAll("[data-asks]")];
+  const next = id ? document.querySelector(".ask :is(input, .main)") : buttons.find(one =>
+    one.dataset.asks === before);
+  next?.focus();
+}
+
+// Columns: the head, what a cell shows of an item, and classes. Rows have a key.
+const table = (columns, rows) => h("table", {class: "cards"}, h("thead", null, h("tr", null,
+  columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", {class: "live"},
+  rows));
+const row = (columns, item, key, more) => h("tr", {"data-key": key, ...more}, columns.map(([head,
+  cell, kind]) => h("td", {class: kind, "data-label": head}, cell(item))));
+
+// Makes what is shown like what was drawn anew, and touches only what differs.
+const HANDLERS = ["onclick", "onsubmit", "oninput", "onkeydown", "onpointermove", "onpointerleave",
+  "onblur"];
+function patch(old, fresh) {
+  if (!fresh.attributes) return old.data === fresh.data || (old.data = fresh.data);
+  for (const {name} of [...old.attributes])
+    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+  for (const {name, value} of fresh.attributes)
+    if (name !== "style" && name !== "open" && old.getAttribute(name) !== value)
+      old.setAttribute(name, value);
+  if (old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
+  for (const name of HANDLERS) old[name] = fresh[name];
+  patchChildren(old, [...fresh.childNodes]);
+}
+function patchChildren(old, children) {
+  // What the pointer or the focus is on does not move.
+  const isStill = !isAsked && old.localName === "tbody" && old.matches(":hover, :focus-within");
+  const keyed = new Map([...old.children].map(child => [child.dataset.key, child]));
+  const used = new Set();
+  let place = old.firstChild;
+  for (const child of children) {
+    while (place && (used.has(place) || place.isLeaving)) place = place.nextSibling;
+    const key = child.dataset?.key, isAlike = place?.nodeName === child.nodeName
+      && !place.dataset?.key;
+    const twin = key ? keyed.get(key) : isAlike && place;
+    if (twin) patch(twin, child);
+    if (!isStill && twin !== place) old.insertBefore(twin || child, place);
+    used.add(twin || child);
+  }
+  if (!isStill) for (const child of [...old.childNodes]) if (!used.has(child)) drop(child);
+}
+function drop(node) { // rows of lists fade
+  if (!node.dataset?.key || node.isLeaving || isAsked) return node.isLeaving || node.remove();
+  node.isLeaving = true;
+  node.className = "gone";
+  setTimeout(() => node.remove(), 300);
+}
+
+// Painting: at once where somebody asked for it, else at most once a second, and where one looks.
+let isAsked = false, painted = 0, planned = null;
+function paint(asked) {
+  isAsked = asked;
+  painted = performance.now();
+  if (model && !isMe) paintBar();
+  if (view.draw) patchChildren($("main"), shown([view.draw()]));
+}
+function paintSoon() {
+  planned ??= setTimeout(() => {
+    planned = null;
+    if (!document.hidden && model) paint(false);
+  }, Math.max(0, painted + 1000 - performance.now()));
+}
+
+// Numbers, money and times as people read them. Times are unix seconds, in the viewer's zone.
+
+const HOUR = 3600, DAY = 86400;
+const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
+const count = number => number == null ? "–" : Math.round(number).toLocaleString("en").replace("-",
+  "−");
+const short = number => number < 10000 ? count(number) : compact.format(number);
+const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+const words = name => name.replaceAll("_", " ");
+const title = text => text[0].toUpperCase() + text.slice(1);
+const sumOf = values => values.reduce((sum, value) => sum + value, 0);
+const tokensOf = sum => (sum.input ?? 0) + (sum.output ?? 0);
+const date = (time, options) => new Date(time * 1000).toLocaleString("en-GB", options);
+const clock = time => date(time, {timeStyle: "medium"});
+const day = time => date(time, {day: "numeric", month: "short"});
+const moment = time => (day(time) === day(now()) ? "" : day(time) + " ") + clock(time);
+function seconds(number) {
+  const units = [[DAY, "d"], [HOUR, "h"], [60, "min"]];
+  const [size, unit] = units.find(([size]) => number >= 1.5 * size) ?? [1, "s"];
+  const digits = number < 10 * size && size !== 60 ? 1 : 0;
+  return `${(Math.max(0, number) / size).toFixed(digits).replace(".0", "")} ${unit}`;
+}
+function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
+  const least = 10 ** -digits, limits = {minimumFractionDigits: digits,
+    maximumFractionDigits: digits};
+  if (value > 0 && value < least) return "<" + least.toFixed(digits);
+  return Number(value ?? 0).toLocaleString("en", limits).replace("-", "−");
+}
+const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(word =>
+  sum[word] === true ? word : `${count(sum[word])} ${word}`).join(", ");
+const below = text => text && [h("br"), small(text)];
+const money = (sum, digits) => [usd(sum.usd, digits), below(doubts(sum))];
+
+// What the page knows, and what it asks.
+
+const KEY = "llm_proxy.key", isMe = location.pathname.endsWith("/me");
+let model = null; // the summary, kept up to date by events
+let view = {};    // the shown tab: `draw`, and what to do on `ended`, `bucket` and `changed`
+let skew = 0;     // seconds by which the proxy's clock is ahead
+const now = () => Date.now() / 1000 + skew;
+const isAdmin = () => model.you.role === "admin";
+const timeZone = () => ({zone, offset: -new Date().getTimezoneOffset()});
+const pathOf = (...parts) => parts.map(encodeURIComponent).join("/");
+
+async function send(path, options = {}) {
+  const headers = {Authorization: "Bearer " + sessionStorage.getItem(KEY), ...options.headers};
+  const response = await fetch(path, {cache: "no-store", ...options, headers}).catch(() => null);
+  if (response?.ok) return response;
+  const told = await response?.json().catch(() => null);
+  const text = response ? "status " + response.status : "the proxy does not answer; does it run?";
+  throw Object.assign(new Error(told?.error?.message ?? text), {status: response?.status});
+}
+async function read(path, query = {}) {
+  const asked = Object.entries(query).filter(([, value]) => value != null && value !== "");
+  return (await send(`admin/api/${path}?${new URLSearchParams(asked)}`)).json();
+}
+async function write(method, path, body = {}) {
+  const headers = {"Content-Type": "application/json"};
+  const response = await send("admin/api/" + path, {method, headers, body: JSON.stringify(body)});
+  return response.json().catch(() => ({}));
+}
+const post = (...path) => write("POST", pathOf(...path));
+// Does what was asked for, and says how it went; returns nothing where it failed.
+async function attempt(what, act, done) {
+  try {
+    const result = await act();
+    if (done) notice(done);
+    return result ?? {};
+  } catch (fault) {
+    if (fault.status === 401) leave(FAULTS[401]);
+    else notice(`${what} failed: ${fault.message}`, "bad", 30);
+  }
+}
+function notice(text, kind = "good", lasts = 8) {
+  const box = h("div", {class: "notice"}, mark(kind, text), button("Close", () => box.remove()));
+  $("notices").append(box);
+  if ($("notices").children.length > 3) $("notices").firstChild.remove();
+  setTimeout(() => box.remove(), lasts * 1000);
+}
+
+// Events: one stream, read by fetch, because an EventSource sends no key.
+
+let stream = null, lastId = "", heardAt = 0;
+async function listen() {
+  const mine = stream = new AbortController();
+  for (let wait = 1; !mine.signal.aborted; wait = Math.min(wait * 2, 15)) {
+    const since = heardAt, fault = await follow(mine).catch(fault => fault);
+    if (mine.signal.aborted) return;
+    if (fault?.status === 401) return leave(FAULTS[401]);
+    if (heardAt > since) wait = 1;
+    showLost(true);
+    await new Promise(resolve => setTimeout(resolve, wait * 1000));
+  }
+}
+async function follow(mine) {
+  const silence = new AbortController(), signal = AbortSignal.any([mine.signal, silence.signal]);
+  const headers = lastId ? {"Last-Event-ID": lastId} : {};
+  const response = await send("admin/api/events", {headers, signal});
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const timer = setTimeout(() => silence.abort(), 10000); // a pulse comes each second
+    const {done, value} = await reader.read().finally(() => clearTimeout(timer));
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    events.forEach(takeEvent);
+  }
+}
+function takeEvent(text) {
+  const fields = new Map(text.split("\n").map(line => [line.split(":", 1)[0],
+    line.slice(line.indexOf(":") + 1).trim()]));
+  lastId = fields.get("id") ?? lastId;
+  if (!Object.hasOwn(EVENTS, fields.get("event"))) return;
+  EVENTS[fields.get("event")](JSON.parse(fields.get("data") || "{}"));
+  heardAt = now();
+  showLost(false);
+  paintSoon();
+}
+function showLost(isLost) {
+  document.body.classList.toggle("stale", isLost);
+  $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : "";
+}
+const EVENTS = {
+  begin(call) { model.running.set(call.id, call); }, end(call) {
+    Object.assign(model.running.get(call.id) ?? {}, {ended: now(), call});
+    model.has_calls = true;
+    view.ended?.(call);
+  }, pulse(pulse) {
+    skew = pulse.now - Date.now() / 1000;
+    model.pulses = [...model.pulses, pulse].slice(-60);
+    model.today.usd = pulse.usd_today ?? Number(model.today.usd) + Number(pulse.usd ?? 0);
+    takeRunning(pulse.running);
+    for (const one of pulse.upstreams)
+      Object.assign(model.upstreams.find(({name}) => name === one.name) ?? {}, one);
+    for (const bucket of pulse.buckets) {
+      takeBucket(model.near.filter(({caller}) => caller === bucket.caller), bucket);
+      view.bucket?.(bucket);
+    }
+  }, warning(told) {
+    const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean).join(", ");
+    notice(words(told.event) + ": " + about, "warn", 60);
+    loadSummary();
+  }, change({what}) {
+    if (what === "upstreams") loadSummary();
+    view.changed?.(what);
+  }, lost: () => loadSummary(),
+};
+const takeBucket = (buckets, bucket) => Object.assign(buckets?.find(({rule}) =>
+  rule === bucket.rule) ?? {}, bucket);
+// A call that the pulse does not tell of any more has ended unseen.
+function takeRunning(told) {
+  const states = new Map(told.map(one => [one.id, one])), isWhole = told.length < 200;
+  for (const [id, call] of model.running) {
+    const isOver = now() - (call.ended ?? (isWhole && !states.has(id) ? call.started : now())) > 3;
+    if (isOver) model.running.delete(id);
+    else if (!call.ended) Object.assign(call, states.get(id));
+  }
+}
+async function loadSummary() {
+  const summary = await read("summary", timeZone());
+  model = {...summary, running: new Map(summary.running.map(call => [call.id, call]))};
+  heardAt = summary.now;
+  skew = summary.now - Date.now() / 1000;
+  paintSoon();
+}
+
+const STATES = {closed: ["good", "up"], half_open: ["warn", "trying again"], open: ["bad", "down"],
+  disabled: ["off", "disabled"]};
+const stateMark = (one, name = "") => mark(STATES[one.state][0], name + STATES[one.state][1]);
+function paintBar() {
+  const all = model.upstreams, ill = all.filter(({state}) => state !== "closed");
+  const many = {name: `${all.length - ill.length} of ${all.length} upstreams`, state: "closed"};
+  patchChildren($("states"), (all.length > 4 ? [many, ...ill.slice(0, 3)] : all).map(one =>
+    stateMark(one, one.name + " ")));
+  $("today").textContent = usd(model.today.usd, 2) + " USD today";
+}
+
+// Now: six figures with a minute behind them, the running calls, and who is near a limit.
+
+const total = (pulses, name) => sumOf(pulses.map(pulse => pulse[name]));
+const top = (pulses, name) => "at most " + Math.max(0, ...pulses.map(pulse => pulse[name]));
+const last = (pulses, name) => count(pulses.at(-1)?.[name]);
+const minute = (pulses, name) => short(total(pulses, name)) + " in a minute";
+function rate(pulses, name) { // a second, of the last ten
+  const mean = total(pulses.slice(-10), name) / Math.min(10, pulses.length || 1);
+  return mean < 10 ? mean.toFixed(1) : short(mean);
+}
+const failures = pulses => [total(pulses, "failed"), total(pulses, "calls")];
+const errorRate = ([failed, calls]) => (100 * failed / (calls || 1)).toFixed(1) + "%";
+// A label, what is drawn of the last minute, its value, and a note under it.
+const FIGURES = [["Calls per second", "calls", rate, minute], ["Tokens per second", "tokens", rate,
+  minute], ["In flight", "in_flight", last, top], ["In line", "line", last, top], ["First byte, ms",
+  "first_p50", last, pulses => "95% within " + last(pulses, "first_p95")], ["Errors", "failed",
+  pulses => errorRate(failures(pulses)), pulses => failures(pulses).map(count).join(" of ")
+  + " calls"]];
+const figure = ([label, name, value, note]) => h("div", {class: "figure live"}, h("div",
+  {class: "label"}, label), h("div", {class: "value"}, value(model.pulses, name)), svg("svg",
+  {class: "spark", width: 72, height: 28, "aria-hidden": true}, svg("line", {x2: 72, y1: 27.5,
+  y2: 27.5}), svg("path", {d: minuteLine(model.pulses.map(pulse => pulse[name]))})), h("div",
+  {class: "label"}, note(model.pulses, name)));
+function minuteLine(values) { // what is null is a gap
+  const top = Math.max(...values, 1), step = 72 / 59, first = 60 - values.length;
+  return values.map((value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
+    + ((first + at) * step).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join("");
+}
+const WAITS = {line: "in line", "first byte": "waits for first byte"};
+const stateOf = call => call.ended ? "ended: " + words(call.call.outcome) : (WAITS[call.state]
+  ?? call.state) + (call.position ? ", place " + call.position : "");
+const RUNNING = [["Caller", call => [call.caller, call.team && small(" ", call.team)]], ["Model",
+  call => call.model], ["Upstream", call => call.upstream ?? "–"], ["State", stateOf], ["Seconds",
+  call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1), "number"], ["Tokens",
+  call => count(call.call?.output ?? call.tokens), "number"]];
+const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act(),
+  onkeydown: event => event.key === "Enter" && act()});
+const runningRow = call => row(RUNNING, call, call.id, opens(() => go("calls", call.ended
+  ? {id: call.id} : {caller: call.caller})));
+const NEAR = [["Caller", one => link("callers", {filter: one.caller}, one.caller)], ["What is left",
+  one => bucketBar(one), "whole"]];
+const nearRow = one => row(NEAR, one, one.caller + "\n" + one.rule);
+
+function openNow() {
+  view.draw = () => {
+    const calls = [...model.running.values()].sort((a, b) => b.started - a.started);
+    const going = calls.filter(call => !call.ended).length, more = calls.length - 50;
+    return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null, plural(going,
+      "running call")), calls.length || model.has_calls ? table(RUNNING, calls.slice(0,
+      50).map(runningRow)) : firstCall(), h("p", null, more > 0 && `and ${more} more`),
+      model.near.length > 0 && [h("h2", null, "Near a limit"), table(NEAR,
+      model.near.map(nearRow))]];
+  };
+}
+const firstCall = () => h("div", null, h("p", null, model.has_calls ? "There was no call."
+  : "No call has come yet. Make one:"), h("pre", null, curlLine("YOUR-KEY")));
+
+// Buckets: what is in one now follows from what was in it at its last refill.
+
+function bucketNow(bucket) {
+  const [capacity, refill, told] = [bucket.capacity, bucket.refill ?? 0, bucket.level].map(Number);
+  const interval = bucket.interval ?? 0;
+  const turns = interval && Math.max(0, Math.floor((now() - bucket.refilled) / interval));
+  const level = Math.max(told, Math.min(capacity, told + turns * refill));
+  const next = bucket.refilled + (turns + 1) * interval - now();
+  const full = next + (Math.ceil((capacity - level) / refill) - 1) * interval;
+  return {level, capacity, refill: interval && refill, next, full};
+}
+function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
+  const amount = number => unit === "usd" ? usd(number, 2) : count(number);
+  const state = level <= 0 ? "empty: " : level < .2 * capacity ? "low: " : "";
+  const text =
+    `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : words(unit)}`;
+  const more = full > next && interval > 5 ? `, ${amount(refill)} more in ${seconds(next)}` : "";
+  return text + (level >= capacity ? ", full" : refill ? `${more}, full in ${seconds(full)}` : "");
+}
+function bucketBar(bucket) {
+  const found = bucketNow(bucket), share = Math.max(0, Math.min(1, found.level / found.capacity))
+    || 0;
+  const level = h("div", {class: "level", style: `transform: scaleX(${share.toFixed(4)})`});
+  return h("div", {class: share < .2 ? "bucket low live" : "bucket live", title: bucket.rule},
+    h("div", {class: "track", "aria-hidden": true}, level), h("span", null, bucketText(bucket,
+    found)));
+}
+
+// Callers: their buckets, what they used today, and what may be done about it.
+
+const CALLERS = [["Caller", one => [link("calls", {caller: one.name}, one.name), one.team
+  && small(" ", one.team)]], ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar)
+  : small("no limit"), "whole"], ["Tokens today", one => short(tokensOf(one.today)), "number"],
+  ["USD today", one => money(one.today, 2), "number"], ["Last 24 hours", one =>
+  hourBars(one.hours)], ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"),
+  "actions whole"]];
+async function openCallers(query) {
+  const known = new Map(), used = ({today}) => today.usd * 1e9 + tokensOf(today);
+  let sought = query.get("filter") ?? "", loaded = 0;
+  const filter = () => h("input", {id: "filter", type: "search",
+    placeholder: "Filter callers ( / )", "aria-label": "Filter callers", value: sought,
+    oninput(event) { sought = event.target.value; paint(true); }});
+  const isSought = ({name, team}) =>
+    `${name} ${team ?? ""}`.toLowerCase().includes(sought.toLowerCase());
+  view.draw = () => {
+    const found = [...known.values()].filter(isSought), all = plural(known.size, "caller");
+    return [h("div", {class: "tools"}, filter(), sought ? `${found.length} of ${all}` : all),
+      known.size ? table(CALLERS, found.map(one => row(CALLERS, one, one.name))) : firstCall()];
+  };
+  view.bucket = bucket => takeBucket(known.get(bucket.caller)?.buckets, bucket);
+  view.ended = call => {
+    if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
+    else if (now() - loaded > 2) view.changed();
+  };
+  view.changed = () => attempt("Loading", async () => {
+    loaded = now();
+    const {callers} = await read("callers", timeZone());
+    for (const one of callers.sort((a, b) => used(b) - used(a)))
+      known.set(one.name, Object.assign(known.get(one.name) ?? {}, one));
+    paintSoon();
+  });
+  await view.changed();
+}
+function addCall(today, call) {
+  for (const name of ["input", "output", "estimated", "unpriced"]) today[name] += Number(call[name]
+    ?? 0);
+  today.usd = Number(today.usd) + Number(call.usd ?? 0);
+}
+function hourBars(values) {
+  const top = Math.max(...values, 1), title = `at most ${short(top)} tokens an hour`;
+  return svg("svg", {class: "spark", width: 96, height: 20, role: "img", "aria-label": title},
+    svg("line", {x2: 96, y1: 19.5, y2: 19.5}), values.map((value, at) => svg("rect", {x: at * 4,
+    width: 3, height: 18 * value / top, y: 19 - 18 * value / top})));
+}
+function callerActions(one) {
+  const {name, buckets, paused} = one, units = [...new Set(buckets.map(({unit}) => unit))];
+  const set = (verb, done) => attempt(title(verb), async () => {
+    await post("keys", name, verb);
+    one.paused = verb === "revoke";
+    paintSoon();
+  }, name + done);
+  const going = [...model.running.values()].filter(({caller, ended}) => caller === name
+    && !ended).length;
+  const give = fields => attempt("Give", () => write("POST", pathOf("callers", name, "give"),
+    fields), `${name} got ${fields.amount} ${fields.unit} more.`);
+  return [units.length > 0 && [asking("give " + name, "Give", [h("input", {name: "amount", size: 6,
+    inputmode: "decimal", required: true, "aria-label": "Amount",
+    value: Number(buckets[0].capacity)}), h("select", {name: "unit", "aria-label": "Unit"},
+    units.map(unit => h("option", null, unit)))], give), button("Reset", () => attempt("Reset",
+    () => post("callers", name, "reset"), `All of ${name} is full.`))], one.key && (paused
+    ? button("Resume", () => set("restore", " may call again.")) : asking("pause " + name, "Pause",
+    small(`${plural(going, "running call")} of ${name} will go on; new ones get 401.`), () =>
+    set("revoke", " is paused.")))];
+}
+
+// Usage: what was used, by whom; the chart and the table show the same numbers.
+
+const RANGES = {hour: ["quarter", "last hour"], day: ["hour", "last 24 hours"], week: ["day",
+  "last 7 days"], month: ["day", "this month"]};
+const GROUPS = {caller: 1, team: 1, model: 1, upstream: 1, tag: 1};
+const MEASURES = {money: ["Money", ", USD", sum => Number(sum.usd)], calls: ["Calls", "", sum =>
+  sum.calls], tokens: ["Tokens", "", sum => sum.tokens ?? tokensOf(sum)]};
+const LENGTHS = {quarter: HOUR / 4, hour: HOUR, day: DAY};
+const moved = (change, time = now()) => { // a time in the viewer's zone
+  const moment = new Date(time * 1000);
+  return change(moment, moment.getFullYear(), moment.getMonth(), moment.getDate()) / 1000;
+};
+const midnight = (days, time) => moved((_, year, month, date) => new Date(year, month, date + days),
+  time);
+const monthStart = months => moved((_, year, month) => new Date(year, month + months));
+const START = {hour: () => Math.floor(now() / 900) * 900 - 2700, week: () => midnight(-6),
+  day: () => moved(moment => moment.setMinutes(0, 0, 0)) - 23 * HOUR, month: () => monthStart(0)};
+const only = (query, names) => Object.fromEntries([...query].filter(([name]) => Object.hasOwn(names,
+  name)));
+const changed = (query, change) => ({...Object.fromEntries(query), ...change});
+
+async function openUsage(query) {
+  const pick = (name, values, usual) => Object.hasOwn(values, query.get(name)) ? query.get(name)
+    : usual;
+  const choices = (name, values, chosen) => h("span", {class: "choices", role: "group",
+    "aria-label": name}, Object.keys(values).map(value => link("usage", changed(query,
+    {[name]: value}), value, {"aria-current": value === chosen})));
+  const range = pick("range", RANGES, "week"), by = pick("by", GROUPS, "caller");
+  const measure = pick("measure", MEASURES, "money");
+  const asked = () => ({by, step: RANGES[range][0], from: START[range](),
+    to: Math.ceil(now()),...timeZone(), ...only(query, GROUPS)});
+  let usage = null, loaded = 0;
+  const load = async () => {
+    loaded = now();
+    usage = await read("usage", asked());
+    usage.groups.sort((a, b) => MEASURES[measure][2](b) - MEASURES[measure][2](a));
+    paintSoon();
+  };
+  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
+    GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
+    download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
+    range, measure, query) : firstCall()];
+  view.ended = () => now() - loaded > 15 && attempt("Loading", load);
+  await load();
+}
+async function download(asked) {
+  const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
+  const href = URL.createObjectURL(await response.blob());
+  h("a", {href, download: `usage-by-${asked.by}.csv`}).click();
+  URL.revokeObjectURL(href);
+}
+function usageParts(usage, range, measure, query) {
+  const [name, unit, valueOf] = MEASURES[measure], all = valueOf(usage.total),
+    isMoney = measure === "money";
+  const series = seriesOf(usage.by, usage.groups.map(({name}) => name)),
+    length = LENGTHS[usage.step];
+  const steps = stepsOf(usage.step, usage.from, usage.series, ({groups}) => valuesOf(groups, series,
+    valueOf));
+  const end = range === "month" && isMoney && monthStart(1), pace = end && all / (now()
+    - usage.from);
+  const budget = isMoney && usage.budget && {text: "budget: " + usage.budget.rule,
+    value: usage.budget.usd / usage.budget.seconds * length};
+  const label = `${name} by ${usage.by}, ${RANGES[range][1]}${unit}`;
+  const ahead = pace &&
+    ` At this pace (dashed) ${usd(pace * (end - usage.from), 2)} by the end of the month.`;
+  return h("div", {class: "columns"}, h("section", null, h("h2", null, label), h("div",
+    {class: "value"}, isMoney ? usd(all) : short(all)), chart({label, series, steps, isMoney,
+    budget, end, pace: pace * length}), h("p", null, small(`Times in ${zone}.`, ahead))),
+    usageTable(usage, series, query, valueOf));
+}
+function valuesOf(groups, series, valueOf) {
+  const values = series.map(({name}) => Object.hasOwn(groups, name) ? valueOf(groups[name]) : 0);
+  const all = sumOf(Object.values(groups).map(valueOf));
+  if (series.at(-1).name === null) values[values.length - 1] = all - sumOf(values);
+  return values;
+}
+// Five groups and "other" (null). A group keeps its colour while the page is open.
+const colours = new Map();
+function seriesOf(by, names) {
+  const series = names.slice(0, 5).map(name => ({name, colour: colours.get(by + name)}));
+  for (const one of series) {
+    one.colour ??= [1, 2, 3, 4, 5].find(number => !series.some(({colour}) => colour === number))
+      ?? 0;
+    colours.set(by + one.name, one.colour);
+  }
+  return names.length > 5 ? [...series, {name: null, colour: 0}] : series;
+}
+function stepsOf(kind, from, told, valuesOf) {
+  const next = at => kind === "day" ? midnight(1, at) : at + LENGTHS[kind], steps = [];
+  for (let at = from; at < now(); at = next(at)) steps.push({at, end: next(at), kind});
+  for (const one of told) Object.assign(steps.findLast(({at}) => at <= one.at) ?? {},
+    {values: valuesOf(one)});
+  return steps;
+}
+function usageTable(usage, series, query, valueOf) {
+  const all = valueOf(usage.total), {input, cached, output, reasoning, limited} = usage.total;
+  const colour = name => series.find(one => one.name === name)?.colour ?? 0;
+  const closer = name => changed(query, {[usage.by]: name, by: usage.by === "caller" ? "model"
+    : "caller"});
+  const numbers = [["Calls", one => [count(one.calls), below(one.failed > 0
+    && `${count(one.failed)} failed`)], "number"], ["Tokens", one => short(tokensOf(one)),
+    "number"], ["USD", one => money(one, usage.total.usd < 1 ? 4 : 2), "number"], ["%", one => all
+    ? (100 * valueOf(one) / all).toFixed(0) : "–", "number"]];
+  const name = one => [swatch(colour(one.name)), one.name ? link("usage", closer(one.name),
+    one.name) : "none"];
+  const columns = [[title(usage.by), name], ...numbers];
+  const rows = usage.groups.map(one => row(columns, one, "of " + one.name));
+  const last = row([["", () => "Total"], ...numbers], usage.total, "total", {class: "total"});
+  return h("div", null, table(columns, [rows, last]), h("p", null,
+    small(`Tokens: ${short(input)} input (` +
+    `${short(cached)} cached), ${short(output)} output (${short(reasoning)} reasoning). `
+    + `${plural(limited, "call")} met a limit.`)));
+}
+
+// Charts: stacked bars; a line follows the pointer or the arrow keys.
+
+const EDGE = {left: 56, right: 8, top: 16, bottom: 24};
+const allOf = step => sumOf(step.values ?? []);
+function ticks(top) { // round numbers from zero up, three to five of them
+  const power = 10 ** Math.floor(Math.log10(top / 4));
+  const step = [1, 2, 5, 10].map(number => number * power).find(step => top / step <= 4.5);
+  return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step);
+}
+function scaleOf({steps, end, budget, pace}, {width, height}) {
+  const top = Math.max(...steps.map(allOf), pace || 0) || 1, from = steps[0].at;
+  const isNear = budget && budget.value < 3 * top; // one far above would flatten all else
+  const lines = ticks(isNear ? Math.max(top, budget.value) : top), floor = height - EDGE.bottom;
+  const right = width - EDGE.right, span = (end || steps.at(-1).end) - from;
+  return {width, floor, lines, isNear, right, x: time => EDGE.left + (time - from) / span * (right
+    - EDGE.left), y: value => floor - value / lines.at(-1) * (floor - EDGE.top)};
+}
+function chart(data) {
+  const {steps, label} = data, size = $("chart")?.getBoundingClientRect() ?? {width: 640,
+    height: 300};
+  const scale = scaleOf(data, size), at = view.pointed ?? -1, step = steps[at];
+  if (!$("chart")) setTimeout(paint); // now its width is known
+  const point = to => {
+    if (to === view.pointed) return;
+    view.pointed = Math.max(-1, Math.min(steps.length - 1, to));
+    paint(true);
+  };
+  const onkeydown = event => {
+    const to = {ArrowLeft: at < 0 ? steps.length : at - 1, ArrowRight: at + 1, Home: 0,
+      End: steps.length}[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    point(to);
+  };
+  const drawing = svg("svg", {id: "chart", tabindex: 0, role: "img", onkeydown, onblur: () =>
+    point(-1), onpointerleave: () => point(-1), "aria-label": label
+    + ". The table has the same numbers.", onpointermove: ({offsetX}) =>
+    point(steps.findIndex(({end}) => offsetX < scale.x(end)))}, chartParts(data, scale), step
+    && cursor(step, scale));
+  return h("div", {class: "chart live"}, drawing, step && valueTable(data, step, scale));
+}
+const middle = (step, scale) => (scale.x(step.at) + scale.x(step.end)) / 2;
+const cursor = (step, scale) => svg("line", {class: "cursor", x1: middle(step, scale),
+  x2: middle(step, scale), y1: EDGE.top, y2: scale.floor});
+function chartParts(data, scale) {
+  const {budget, pace, steps} = data, digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1])
+    + 1e-9));
+  const line = (kind, value, from) => svg("line", {class: kind, x1: from, x2: scale.right,
+    y1: scale.y(value), y2: scale.y(value)});
+  const said = (x, value, text, anchor) => svg("text", {class: "said", x, y: scale.y(value) - 5,
+    "text-anchor": anchor}, text);
+  const grid = value => [line("grid", value, EDGE.left), svg("text", {x: EDGE.left - 8,
+    y: scale.y(value) + 4, "text-anchor": "end"}, value < 10000 ? value.toFixed(digits)
+    : compact.format(value))];
+  const hatch = svg("pattern", {id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse",
+    patternTransform: "rotate(45)"}, svg("rect", {class: "paper", width: 3, height: 6}));
+  return [svg("defs", null, hatch), scale.lines.map(grid), timeLabels(steps, scale),
+    steps.filter(step => step.values).map(step => bar(step, data, scale, said)), pace > 0
+    && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value,
+    EDGE.left), said(EDGE.left + 4, budget.value, budget.text)]];
+}
+// At round times, and at most one in 64 pixels.
+function timeLabels(steps, scale) {
+  const {kind, at, end} = steps[0], isDays = kind === "day", room = 64 / (scale.x(end)
+    - scale.x(at));
+  const every = [1, 2, 3, 4, 6, 7, 12, 14, 24].find(number => number >= room) ?? 31;
+  const number = (step, position) => kind === "hour" ? new Date(step.at * 1000).getHours()
+    : position;
+  return steps.filter((step, position) => number(step, position) % every === 0).map(step =>
+    svg("text", {x: isDays ? middle(step, scale) : scale.x(step.at), y: scale.floor + 18,
+    "text-anchor": isDays ? "middle" : "start"}, isDays ? day(step.at) : date(step.at,
+    {timeStyle: "short"})));
+}
+function bar(step, {series}, scale, said) {
+  const width = Math.max(1, Math.min(48, (scale.x(step.end) - scale.x(step.at)) * .75));
+  const x = middle(step, scale) - width / 2, sum = allOf(step), y = scale.y(sum);
+  const part = ({colour}, at) => {
+    const [above, value] = [sumOf(step.values.slice(at)), step.values[at]];
+    return svg("rect", {class: "s" + colour, x, width, y: scale.y(above), height: scale.y(above
+      - value) - scale.y(above)});
+  };
+  return [series.map(part), sum > 0 && svg("path", {class: "total", d: `M${x} ${y}h${width}`}),
+    step.end > now() && [svg("rect", {fill: "url(#hatch)", x, y, width, height: scale.floor - y}),
+    said(x + width / 2, sum, "so far", "middle")]];
+}
+function valueTable({series, isMoney}, step, scale) {
+  const x = middle(step, scale), format = value => isMoney ? usd(value, allOf(step) < 1 ? 4 : 2)
+    : count(value);
+  const when = step.kind === "day" ? {weekday: "short", day: "numeric", month: "short"}
+    : {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"};
+  const line = (name, value) => h("tr", null, h("td", null, name), h("td", {class: "number"},
+    value));
+  const style = x < scale.width / 2 ? `left: ${x + 12}px` : `right: ${scale.width - x + 12}px`;
+  return h("table", {class: "values", style}, h("tbody", null, line(date(step.at, when)
+    + (step.end > now() ? ", so far" : ""), ""), series.map(({name, colour}, at) =>
+    step.values?.[at] > 0 && line([swatch(colour), name ?? "other"], format(step.values[at]))),
+    line(step.values ? "Total" : "no call", format(allOf(step)))));
+}
+
+// Calls: the live list; a row opens to where its time and money went.
+
+const FILTERS = {caller: 1, team: 1, model: 1, upstream: 1, outcome: 1, failed: 1, slow: 1, id: 1};
+const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
+const CALLS = [["Time", call => moment(call.time), "line"], ["Caller", call => [call.caller,
+  call.team && small(" ", call.team)]], ["Model", call => call.model], ["Outcome", call =>
+  mark(OUTCOMES[call.outcome] ?? "bad", words(call.outcome))], ["Tokens", call =>
+  count(tokensOf(call)), "number"], ["USD", call => money(call, 4), "number"], ["ms", call =>
+  count(call.ms), "number"]];
+
+function chips(tab, query, names) { // what narrows a view: a click takes it away
+  const texts = {failed: () => "failed", slow: value => "slower than " + seconds(value / 1000)};
+  return h("div", {class: "tools"}, Object.entries(only(query, names)).map(([name, value]) =>
+    button((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () => go(tab, changed(query,
+    {[name]: ""})), {class: "chip", title: "Remove"})));
+}
+// "model:x", "slow:2" (seconds), "failed", an id, or else a caller
+function meaning(text) {
+  const [, name, value] = /^(\w+):(.+)$/.exec(text) ?? [null, text, ""];
+  if (name === "slow") return {slow: 1000 * (Number(value) || 10)};
+  if (name === "failed") return {failed: 1};
+  if (value && Object.hasOwn(FILTERS, name)) return {[name]: value};
+  return /^[0-9a-f]{8}-[0-9a-f-]{27}$/.test(text) ? {id: text} : {caller: text};
+}
+const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow) && (!failed || !["ok",
+  "limited"].includes(call.outcome)) && Object.entries(same).every(([name, value]) =>
+  call[name] === value);
+
+async function openCalls(query) {
+  const chosen = only(query, FILTERS), calls = [], fresh = [];
+  let before = null;
+  const narrow = text => go("calls", {...chosen, ...meaning(text)});
+  const load = () => attempt("Loading", async () => {
+    const page = await read("calls", {...chosen, before, limit: 50});
+    calls.push(...page.calls);
+    before = page.next;
+    if (chosen.id) calls.forEach(({id}) => view.open.add(id));
+    paint(true);
+  });
+  // New calls come on top, but not while somebody reads: then a button tells how many there are.
+  const showFresh = () => calls.unshift(...fresh.splice(0));
+  const isRead = () => view.open.size || scrollY > 200 || document.querySelector("tbody:hover");
+  view.open = new Set();
+  view.ended = call => { if (isLike(call, chosen) && fresh.unshift(call) > 200) fresh.pop(); };
+  view.draw = () => {
+    if (!isRead()) showFresh();
+    return [h("div", {class: "tools"}, form(({text}) => text.trim() && narrow(text.trim()), null,
+      h("input", {
+      id: "filter", name: "text", type: "search", size: 26,
+        placeholder: "alice or model:gpt-4 ( / )", "aria-label":
+        "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"})), ["failed",
+        "slow"].map(word => button(title(word), () => narrow(word), {class: "chip"})),
+        fresh.length > 0 && button(plural(fresh.length, "new call"), () => {
+      showFresh();
+      paint(true);
+    })), chips("calls", query, FILTERS), calls.length ? table(CALLS, calls.map(call =>
+      callRows(CALLS, call))) : query.size ? h("p", null, "No such call, or it still runs. ",
+      link("calls", {}, "Show all calls")) : firstCall(), before != null && button("Older calls",
+      load)];
+  };
+  await load();
+}
+function callRows(columns, call) {
+  const isOpen = view.open.has(call.id), toggle = () => {
+    view.open[isOpen ? "delete" : "add"](call.id);
+    paint(true);
+  };
+  return [row(columns, call, call.id, {...opens(toggle), "aria-expanded": String(isOpen),
+    class: isOpen && "open"}), isOpen && row([["", callParts, "whole"]], call, "of " + call.id,
+    {class: "open"})];
+}
+// Where the time went: a name, milliseconds, and the reason where this is most of it.
+function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output}) {
+  const line = queue_ms ?? 0, connect = connect_ms ?? 0, first = Math.max(0, (first_ms ?? ms) - line
+    - connect);
+  const rest = Math.max(0, ms - line - connect - first), name = upstream ?? "it";
+  return [["in line", line, `all places at ${name} were taken`], ["connecting", connect,
+    `${name} was slow to take a connection`], ["to first byte", first,
+    `${name} took so long to begin, after ${count(input)} tokens of input`], ["streaming", rest,
+    `${count(output)} tokens of output, ${count(1000 * output / rest)} a second`]];
+}
+function callParts(call) {
+  const phases = phasesOf(call), [name, most, reason] = phases.reduce((a, b) => b[1] > a[1] ? b
+    : a);
+  const facts = {Cause: call.cause, Upstream: call.upstream, Status: call.status, Rule: call.held,
+    Charged: call.charges?.split(";").map(charge), Tokens: `${count(call.input)} input (`
+    + `${count(call.cached)} cached, ${count(call.cache_write)} written to a cache), `
+    + `${count(call.output)} output (${count(call.reasoning)} reasoning)`, "Served by": call.served,
+    Path: `${call.method} ${call.path}`, From: call.address, Agent: call.agent, Tag: call.tag,
+    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+  return [call.ms > 0 && h("p", null,
+    `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${reason}.`), h("div",
+    {class: "timing", "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div",
+    {class: "s" + (at + 1), style: "flex-grow: " + ms}))), h("p", null, phases.map(([name, ms],
+    at) => [h("span", {class: "phase"}, swatch(at + 1), `${name} ${count(ms)} ms`), " "])), h("dl",
+    null, Object.entries(facts).filter(([, value]) => value || value === 0).map(([name, value]) =>
+    [h("dt", null, name), h("dd", null, value)])), !isMe && h("p", null, "All calls of ",
+    link("calls", {caller: call.caller}, call.caller), ", of ", link("calls", {model: call.model
+    ?? ""}, call.model))];
+}
+function charge(text) { // "rule=amount", of money in picodollars
+  const [, rule, amount] = /^(.*)=(.*)$/.exec(text) ?? [null, text, 0];
+  return h("div", null,
+    `${rule}: ${/\busd\b/.test(rule) ? usd(amount / 1e12) + " USD" : count(amount)}`);
+}
+
+// Keys: the table, and one form that makes a key or changes one.
+
+const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d",
+  models: "gemma*,gpt-4*", team: "", upstream: "", tag: "", note: ""};
+const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
+const KEYS = [["Name", key => [link("calls", {caller: key.name}, key.name), below(key.note)]],
+  ["Role", key => [key.role, below(key.team)]], ["Limits", key => [key.limits
+  || small("general rules"), below(key.models)]], ["Expires", key => key.expires ? date(key.expires,
+  {dateStyle: "medium"}) : "never"], ["Last used", key => key.last_used ? seconds(Math.max(1, now()
+  - key.last_used)) + " ago" : "never"], ["State", key => key.disabled ? mark("off", "paused")
+  : key.expires && key.expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
+async function openKeys() {
+  const columns = isAdmin() ? [...KEYS, ["", keyActions, "actions whole"]] : KEYS;
+  let keys = [];
+  view.changed = () => attempt("Loading", async () => {
+    ({keys} = await read("keys"));
+    paint(true);
+  });
+  view.draw = () => {
+    const list = keys.length ? table(columns, keys.map(key => row(columns, key, key.name)))
+      : noKey();
+    return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"}, h("div",
+      null, list), keyForm(view.edited)) : list];
+  };
+  await view.changed();
+  if (innerWidth > 719) document.querySelector(".side input")?.focus();
+}
+const noKey = () => h("div", null, h("p", null, model.keys_are_asked_for ? "No key is stored."
+  : "Whoever reaches this proxy may call. The first stored key closes the door: "
+  + "make one here, or by a command:"), h("pre", null,
+  "python llm_proxy.py keys add alice --limits '1 usd per day'"));
+function keyActions({name, disabled, ...key}) {
+  const act = (verb, done, body) => attempt(title(verb), async () => {
+    const made = await (verb === "remove" ? write("DELETE", pathOf("keys", name)) : write("POST",
+      pathOf("keys", name, verb), body));
+    if (made.key) view.made = {name, key: made.key};
+    view.changed();
+  }, done && name + done);
+  const ask = (verb, consequence, act) => asking(`${verb} ${name}`, verb, small(consequence), act);
+  return [button("Edit", () => edit({name, ...key})), ask("Rotate",
+    "The old secret works for one more hour.", () => act("rotate", null, {grace: "1h"})), disabled
+    ? button("Resume", () => act("restore", " may call again.")) : ask("Pause",
+    "Running calls go on; new ones get 401.", () => act("revoke", " is paused.")), ask("Remove",
+    "For ever; its books stay.", () => act("remove", " is removed."))];
+}
+function edit(key) {
+  view.edited = key;
+  paint(true);
+  document.querySelector(key && ".side [name=limits]")?.focus();
+}
+function keyForm(key) {
+  const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
+    required: name === "name", disabled: key && name === "name", placeholder: FIELDS[name],
+    value: name === "expires" ? null : key?.[name]}));
+  const save = async fields => {
+    const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value || (key
+      && name !== "expires")));
+    const made = await attempt(key ? "Change" : "Making a key", () => key ? write("PATCH",
+      pathOf("keys", key.name), body) : write("POST", "keys", body), key && "Changed.");
+    if (made?.key) view.made = {name: body.name, key: made.key};
+    if (made) edit(null);
+  };
+  const example = text => button(text, ({target}) => {
+    const {value} = target.form.limits;
+    target.form.limits.value = value ? value + "; " + text : text;
+  }, {class: "chip"});
+  const [name, limits, ...more] = Object.keys(FIELDS).map(field);
+  return h("details", {class: "side", open: key || innerWidth > 719, "data-key": key?.name
+    + (view.made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
+    form(save, null, name, limits, h("p", null, EXAMPLES.map(example)), h("details", {open: key},
+    h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
+    ["caller", "viewer", "admin"].map(role => h("option", {selected: role === key?.role}, role))))),
+    h("button", {class: "main"}, key ? "Save" : "Make key"), " ", key && button("Cancel", () =>
+    edit(null))));
+}
+function curlLine(key) { // that makes a call here
+  const name = model.upstreams.flatMap(one => one.model ?? one.models ?? []).find(name =>
+    !/[*?[]/.test(name));
+  const body = JSON.stringify({model: name ?? "MODEL", messages: [{role: "user",
+    content: "Hello"}]});
+  return [`curl ${new URL("v1/chat/completions", location.href)}`,
+    `-H 'Authorization: Bearer ${key}'`, "-H 'Content-Type: application/json'",
+    `-d '${body.replaceAll("'", "'\\''")}'`].join(" \\\n  ");
+}
+const madeKey = ({name, key}) => h("section", {class: "box", "data-key": key}, h("h2", null,
+  `The key of ${name}, shown only now`), h("pre", null, key), h("p", null, copyButton("Copy key",
+  key)), h("pre", null, curlLine(key)), h("p", null, copyButton("Copy command", curlLine(key)), " ",
+  link("calls", {caller: name}, `Watch the calls of ${name}`)));
+
+// Upstreams: state, load and latency of each; admins may test one, and take it out.
+
+const UPSTREAMS = [["Name", one => one.name], ["State", one => stateMark(one)], ["Addresses", one =>
+  one.addresses, "number"], ["In flight", one => one.in_flight + (one.max_concurrency ? " of "
+  + one.max_concurrency : ""), "number"], ["In line", one => count(one.waiting), "number"],
+  ["Longest wait, ms", one => count(one.longest_ms), "number"], ["First byte, ms", one =>
+  count(one.first_p50), "number"], ["95% within", one => count(one.first_p95), "number"], ["Models",
+  one => one.model || one.models?.join(", ") || "all"]];
+function openUpstreams() {
+  const columns = isAdmin() ? [...UPSTREAMS, ["", upstreamActions, "actions whole"]] : UPSTREAMS;
+  view.tests = {};
+  view.draw = () => table(columns, model.upstreams.map(one => row(columns, one, one.name)));
+}
+function upstreamActions({name, state}) {
+  const act = (verb, done) => attempt(title(verb), () => post("upstreams", name, verb), name
+    + done);
+  const test = () => attempt("Test", async () => {
+    const {ok, ms, models, fault} = await post("upstreams", name, "test");
+    view.tests[name] = ok ? `ok, ${count(ms)} ms, ${plural(models?.length ?? 0, "model")} `
+      : `failed: ${fault} `;
+    paint(true);
+  });
+  return [small(view.tests[name]), button("Test", test), state === "disabled" ? button("Enable",
+    () => act("enable", " takes calls again.")) : asking("disable " + name, "Disable",
+    small("Running calls go on; new ones go elsewhere, or get 404."), () => act("disable",
+    " takes no new calls."))];
+}
+
+// Audit: who changed what.
+
+const AUDIT = [["Time", row => moment(row.time), "line"], ["Who", row => [row.who, small(" ",
+  row.role)]], ["What", row => row.what], ["Target", row => row.target], ["From", row =>
+  row.address], ["Detail", ({detail}) => typeof detail === "string" ? detail : JSON.stringify(detail
+  ?? "").replaceAll('"', "")]];
+async function openAudit() {
+  let rows = [], next = null;
+  const load = (known, before) => attempt("Loading", async () => {
+    const page = await read("audit", {before});
+    [rows, next] = [[...known, ...page.rows], page.next];
+    paint(true);
+  });
+  view.changed = () => load([]);
+  view.draw = () => [rows.length ? table(AUDIT, rows.map(one => row(AUDIT, one, String(one.id))))
+    : h("p", null, "Nothing was changed yet; what is changed here or by commands will stand here."),
+    next != null && button("Older", () => load(rows, next))];
+  await load([]);
+}
+
+// One's own page: what is left, when there is more, the last calls, a month of days.
+
+async function openMe() {
+  const quota = await (await send("v1/quota?" + new URLSearchParams(timeZone()))).json(), {today,
+    caller, calls, buckets, warning} = quota;
+  const doubt = doubts(today), columns = CALLS.filter(([head]) => head !== "Caller");
+  model = {upstreams: [], you: {name: caller, role: quota.role}, has_calls: calls.length > 0};
+  skew = quota.now - Date.now() / 1000;
+  view.open = new Set();
+  view.draw = () => {
+    const steps = stepsOf("day", midnight(-29), quota.days, sum => [tokensOf(sum)]);
+    paintSoon();
+    return [h("section", {class: "big"}, h("h2", null, `What ${caller} has left`), warning && h("p",
+      {class: "warned"}, warning), buckets.length ? buckets.map(bucketBar) : h("p", null,
+      "No limit holds for this key.")), h("h2", null, "Today"), h("p", null,
+      `${plural(today.calls, "call")}, ${short(tokensOf(today))} tokens, `
+      + `${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of ${clock(quota.now)}, ${zone} `,
+      button("Again", show)), h("h2", null, "Tokens by day, last 30 days"), chart({steps,
+      label: "Tokens by day", series: [{name: "tokens", colour: 1}]}), h("h2", null, "Last calls"),
+      calls.length ? table(columns, calls.map(call => callRows(columns, call))) : firstCall()];
+  };
+}
+
+// Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
+
+const VIEWS = {now: openNow, callers: openCallers, usage: openUsage, calls: openCalls,
+  keys: openKeys, upstreams: openUpstreams, audit: openAudit};
+const FAULTS = {401: "No such key, or it is not valid any more.",
+  403: "This key may call, but not look here."};
+function hashOf(tab, query = {}) {
+  const text = String(new URLSearchParams(Object.entries(query).filter(([, value]) =>
+    value !== "")));
+  return "#" + tab + (text && "?" + text);
+}
+const go = (tab, query) => { location.hash = hashOf(tab, query); };
+
+async function show() {
+  if (!sessionStorage.getItem(KEY)) return showLogin("");
+  const [name, query] = location.hash.slice(1).split("?"), tab = Object.hasOwn(VIEWS, name) ? name
+    : "now";
+  const mine = view = {};
+  try {
+    if (!isMe && !model) await start();
+    for (const one of $("tabs").children) one.ariaCurrent = one.dataset.tab === tab ? "page" : null;
+    $("main").replaceChildren();
+    await (isMe ? openMe : VIEWS[tab])(new URLSearchParams(query));
+    $("head").hidden = false;
+    $("who").textContent = `${model.you.name} (${model.you.role})`;
+  } catch (fault) {
+    if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
+    mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
+      button("Try again", show)];
+  }
+  if (view === mine) paint(true);
+}
+async function start() {
+  await loadSummary();
+  $("tabs").replaceChildren(...Object.keys(VIEWS).map(tab => link(tab, {}, title(tab),
+    {"data-tab": tab})));
+  listen();
+}
+function showLogin(fault) {
+  const logIn = ({key}) => { sessionStorage.setItem(KEY, key.trim()); show(); };
+  $("main").replaceChildren(form(logIn, {class: "login"}, h("h2", null, isMe
+    ? "llm_proxy: what have I left?" : "llm_proxy"), h("label", null, small(isMe ? "Your key"
+    : "Key of an admin or a viewer"), h("input", {type: "password", name: "key",
+    autocomplete: "current-password", required: true})), fault && h("p", {class: "failed"}, fault),
+    h("button", {class: "main"}, "Log in"), " ", !isMe && h("a", {href: "me"},
+    "What have I left?")));
+  document.querySelector(".login input").focus();
+}
+function leave(fault) {
+  stream?.abort();
+  sessionStorage.removeItem(KEY);
+  [model, view, lastId] = [null, {}, ""];
+  $("head").hidden = true;
+  showLost(false);
+  showLogin(fault);
+}
+const theme = () => localStorage.getItem("llm_proxy.theme") ?? "auto";
+function paintTheme() {
+  document.documentElement.dataset.theme = theme();
+  $("theme").textContent = "Theme: " + theme();
+}
+$("theme").onclick = () => {
+  localStorage.setItem("llm_proxy.theme", {auto: "light", light: "dark", dark: "auto"}[theme()]);
+  paintTheme();
+};
+$("leave").onclick = () => leave("");
+onhashchange = show;
+onresize = paintSoon;
+document.onvisibilitychange = paintSoon;
+onkeydown = event => {
+  if (event.key === "Escape") {
+    if (view.asked) return ask(null);
+    [view.pointed, view.edited] = [-1, null];
+    view.open?.clear();
+    $("notices").replaceChildren();
+    if (model) paint(true);
+  } else if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
+    event.preventDefault();
+    $("filter").focus();
+  }
+};
+paintTheme();
+show();
+</script>
+</body>
+</html>
 """
+PAGE_LINES = """Cache-Control: no-store
+Referrer-Policy: no-referrer
+X-Content-Type-Options: nosniff
+Content-Security-Policy: default-src 'none'; script-src 'nonce-%NONCE%'; style-src 'nonce-%NONCE%';
+ connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'
+""".replace("\n ", " ").splitlines()
+
+
+async def send_dashboard(_, reply: Reply):
+    """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
+    but what carries the nonce of this answer."""
+    nonce = os.urandom(16).hex()
+    page, *lines = [text.replace("%NONCE%", nonce) for text in (DASHBOARD, *PAGE_LINES)]
+    reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
+
+
+def find_dashboard(request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    """Returns what answers where the page is asked for, all of it or one's own use; else None."""
+    is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
+    return send_dashboard if is_asked else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10416,7 +13382,6 @@ class ClientConnection:
     last: Optional[Request] = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
-    began = 0.0                     # when the request's head was there
     leave_timer = None
     full_timer = None
 
@@ -10442,7 +13407,7 @@ class ClientConnection:
         entry = reply.entry
         return "%s %s %s %.1fs upstream=%s %r unsent=%d" % (
             entry.caller.label if entry.caller else self.address, entry.method, entry.path[:200],
-            self.loop.time() - self.began, entry.upstream or "-", self.context,
+            self.loop.time() - entry.started, entry.upstream or "-", self.context,
             len(self.client.write_buffer))
 
     # -- what the client does while its call awaits something else
@@ -10473,6 +13438,7 @@ class ClientConnection:
         if self.reply:
             entry = self.reply.entry
             entry.connect_ms = (entry.connect_ms or 0) + int(seconds * 1000)
+            entry.held_up += seconds
 
     def end_if_idle(self):
         """The server stops. A request that has come whole is answered, an idle connection is
@@ -10581,7 +13547,7 @@ class ClientConnection:
         if data is None:
             raise QuietEnd()
         self.idle = False
-        self.began = reply.entry.started = self.loop.time()
+        reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
         reply.take(request)
         if self.server.draining:
@@ -10601,7 +13567,8 @@ class ClientConnection:
         if respond is None or not origins.is_own(request):
             origins.check(request.method, request)
         self.refuse_other_protocols(request)
-        respond = respond or self.server.pages.find(request) or self.proxy.serve
+        respond = (respond or find_dashboard(request) or self.server.pages.find(request)
+                   or self.proxy.serve)
         request.cache["respond"] = respond
         return respond
 
@@ -10691,18 +13658,21 @@ class LoopWatch:
     quiet_until = -math.inf
     thread = 0  # that of the loop, once it runs
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, say: Callable[[str], None]):
-        self.loop = loop
-        self.say = say
-        self.due = loop.time()
+    def __init__(self, proxy: Proxy):
+        self.loop = proxy.loop
+        self.say = proxy.books.log.say
+        self.metrics = proxy.watchers.metrics
+        self.due = self.loop.time()
 
     def tick(self):
         """Runs on the loop."""
         now = self.loop.time()
         late = now - self.due
-        if late > self.PERIOD and self.thread and now >= self.quiet_until:
-            self.quiet_until = now + self.REPORT_SECONDS
-            self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+        if late > self.PERIOD and self.thread:
+            self.metrics.held += late
+            if now >= self.quiet_until:
+                self.quiet_until = now + self.REPORT_SECONDS
+                self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
         self.culprit = ""
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
@@ -10766,7 +13736,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
-        self.loop_watch = LoopWatch(self.loop, proxy.books.log.say)
+        self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
         for act in (self.loop_watch.tick, self.sweep, self.beat):
@@ -10893,6 +13863,9 @@ class Server(http.server.ThreadingHTTPServer):
         proxy.routes.close_stale()
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
+        proxy.watchers.metrics.sort_in()
+        proxy.watchers.warnings.look(
+            proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
 
     def beat(self):
         """Runs every second."""
@@ -11043,7 +14016,8 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        threading.Thread(target=self.serve_forever, name="demo", daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=(0.05,), name="demo", daemon=True).start()
 
     def server_bind(self):
         Server.server_bind(self)
@@ -11252,6 +14226,39 @@ def open_patiently(log_stream, path, lock, tries=12):
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
+def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
+    """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
+    this process; it is told on a terminal, else written to a file that its owner alone can read."""
+    config = proxy.config
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    page = "dashboard: %s/dashboard" % (
+        config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+    if config.admin_key or proxy.callers.stored.has_admin(proxy.wall()):
+        return page
+    key = place = new_secret()
+    if not at_terminal:
+        ledger = proxy.books.ledger
+        if not (ledger and ledger.database):
+            return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
+        place = ledger.path + ".admin-key"
+        try:
+            write_secret(place, key)
+        except OSError as failure:
+            return page + " needs ADMIN_KEY to be set: %s" % failure
+    config.admin_key = key
+    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
+    return "%s with the key %s" % (page, place)
+
+
+def write_secret(path, secret):
+    """Writes a file anew. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secret + "\n")
+
+
 def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         reread: Callable[[], Config]) -> int:
     """Serve until a signal says stop; returns the exit code. `remarks` are for the start of the
@@ -11269,7 +14276,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
-    words = greeting(config) + remarks
+    words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
@@ -11572,6 +14579,163 @@ def version_line():
         VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
 
 
+def add_keys_command(commands):
+    """Adds `keys`, and what can be done with them."""
+    acts = commands.add_parser(
+        "keys", help="make, list and change keys in DATABASE; see keys --help").add_subparsers(
+            dest="act", metavar="|".join(KEY_ACTS), required=True)
+    for act, sentence in KEY_ACTS.items():
+        parser = acts.add_parser(act, help=sentence, description=sentence)
+        if act != "list":
+            parser.add_argument("name", metavar="NAME")
+        for field, (_, meaning) in KEY_FIELDS.items() if act in ("add", "set") else ():
+            parser.add_argument("--" + field, metavar="TEXT", help=meaning)
+    for act, words, options in KEY_OPTIONS:
+        acts.choices[act].add_argument(*words, **options)
+
+
+KEY_ACTS = {
+    "add": "make a key, and print it, once",
+    "list": "print all keys",
+    "show": "print what is known of a key",
+    "set": "change what a key may do; an empty text takes it away",
+    "revoke": "let a key in no more, until it is restored",
+    "restore": "let a revoked key in again",
+    "rotate": "make another secret for a key, and print it, once; all else stays",
+    "remove": "forget a key; the books keep what it used",
+    "give": "let a caller's buckets of a unit hold more for a time, and add that",
+    "reset": "fill a caller's buckets"}
+KEY_OPTIONS = (
+    ("list", ["--json"], {"action": "store_true"}),
+    ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
+    ("rotate", ["--grace"], {"metavar": "1h", "help": "how long the old secret is good still"}),
+    ("give", ["amount"], {"metavar": "AMOUNT"}),
+    ("give", ["unit"], {"choices": UNITS[:5]}),
+    ("give", ["--for"], {"dest": "seconds", "metavar": "1d", "help": "how long; 1d if not said"}))
+CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY_API_KEYS"
+          " (PROXY_API_KEYS=anyone lets all in)")
+
+
+def keys_command(options, found, log_stream):
+    """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
+    path = found.get("DATABASE", DEFAULT_DATABASE)
+    if path == "off":
+        raise ConfigFaults("keys are stored in DATABASE, and that is off")
+    database = open_patiently(log_stream, path, None)
+    store = KeyStore(database, time, Actor(
+        found.get("USER", "somebody"), "admin", "command line"))
+    given = {name: value for name, value in vars(options).items()
+             if name not in ("act", "command", "check", "demo", "json") and value is not None}
+    try:
+        with contextlib.closing(database):
+            if options.act in ("give", "reset"):
+                require_caller(store, options.name, found)
+            show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
+                **given), found)
+    except KeyFault as fault:
+        print(fault, file=sys.stderr)
+        return 1
+    except sqlite3.Error as failure:
+        raise Unwritable(path, failure) from None
+    return 0
+
+
+def require_caller(store, name, found):
+    """Raises KeyFault where nobody who is known here has this name: it may be misspelt."""
+    with contextlib.suppress(ValueError):
+        if name in proxy_keys(found.get("PROXY_API_KEYS", "anyone")).values():
+            return
+    with contextlib.suppress(ValueError):
+        return read_network(name)
+    store.find(name)
+
+
+def show_keys(options, result, found):
+    """Prints what came of it: of a new key the secret alone on stdout."""
+    if isinstance(result, NewKey):
+        print(result.secret)
+        if result.closes and not found.get("PROXY_API_KEYS"):
+            print(CLOSED, file=sys.stderr)
+    elif options.act == "show":
+        print_table(("field", "value"), list(map_times(result).items()))
+    elif options.act == "list" and options.json:
+        print(json.dumps([key.as_dict() for key in result], indent=2))
+    elif options.act == "list" and result:
+        print_table(list(result[0].as_dict()), [list(map_times(key).values()) for key in result])
+    elif options.act == "list":
+        print("no keys yet")
+
+
+def map_times(key):
+    """Returns a key's fields as people read them."""
+    found = {name: "-" if value in (None, False) else value
+             for name, value in key.as_dict().items()}
+    for name in ("created", "expires", "last_used"):
+        if found[name] != "-":
+            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(found[name]))
+    return found
+
+
+# Panels of the dashboard for Grafana: title, unit, {legend: what is shown}. `[5m]` becomes the
+# interval of the graph; a histogram's name alone its percentiles.
+PANELS = (
+    ("Calls by outcome", "reqps", {
+        "{{outcome}}": "sum by (outcome) (rate(llm_proxy_requests_total[5m]))"}),
+    ("In flight and in line", "short", {
+        "{{upstream}}": "sum by (upstream) (llm_proxy_in_flight)",
+        "{{upstream}}, in line": "sum by (upstream) (llm_proxy_queue_length)"}),
+    ("Tokens by model", "cps", {
+        "{{model}} {{kind}}": "sum by (model, kind) (rate(llm_proxy_tokens_total[5m]))"}),
+    ("Tokens by caller, the ten most", "cps", {
+        "{{caller}}": "topk(10, sum by (caller) (rate("
+                      'llm_proxy_tokens_total{kind=~"input|output"}[5m])))'}),
+    ("Money by caller, per hour", "currencyUSD", {
+        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(llm_proxy_usd_total[5m])))"}),
+    ("Money by model, per hour", "currencyUSD", {
+        "{{model}}": "topk(10, sum by (model) (3600 * rate(llm_proxy_usd_total[5m])))"}),
+    ("Time to the first byte", "s", "first_byte_seconds"),
+    ("Duration", "s", "request_duration_seconds"),
+    ("Time per output token", "s", "time_per_output_token_seconds"),
+    ("Wait in line", "s", "queue_wait_seconds"),
+    ("The proxy's own overhead", "s", "overhead_seconds"),
+    ("Buckets, share left, the ten emptiest", "percentunit", {
+        "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
+    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
+    ("Addresses that are not well", "short", {
+        "{{upstream}} {{state}}": 'llm_proxy_upstream_addresses{state!="closed"}'}),
+    ("Dropped, and the loop held", "short", {
+        "{{what}}": "rate(llm_proxy_dropped_total[5m])",
+        "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
+    ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
+)
+PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
+
+
+def grafana_panel(number, title, unit, shown):
+    source = {"type": "prometheus", "uid": "${source}"}
+    if isinstance(shown, str):
+        shown = {"p%d" % share: PERCENTILE % (share, shown) for share in (50, 95, 99)}
+    targets = [
+        {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
+         "expr": query.replace("5m", "$__rate_interval")}
+        for row, (legend, query) in enumerate(shown.items())]
+    return {
+        "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
+        "gridPos": {"x": number % 2 * 12, "y": number // 2 * 8, "w": 12, "h": 8},
+        "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+        "targets": targets}
+
+
+def grafana_dashboard() -> Dict[str, Any]:
+    """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
+    panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
+    return {
+        "title": "llm_proxy", "uid": "llm_proxy", "schemaVersion": 39, "editable": True,
+        "refresh": "30s", "time": {"from": "now-6h", "to": "now"}, "panels": panels,
+        "templating": {"list": [{"name": "source", "label": "Data source", "type": "datasource",
+                                 "query": "prometheus"}]}}
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
@@ -11584,7 +14748,8 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage | prices")
+    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys | grafana")
+    commands.add_parser("grafana", help="print a dashboard of /metrics, to import in Grafana")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", choices=GROUPS, action="append",
@@ -11601,14 +14766,17 @@ def parse_arguments(arguments):
         "--update", nargs="+", metavar=("FILE", "URL"),
         help="fetch a list into FILE, by default from " + PRICES_URL)
     prices.add_argument("--json", action="store_true")
+    add_keys_command(commands)
     return parser.parse_args(arguments)
 
 
-def open_log_stream():
-    try:
-        return open(2, "wb", buffering=0, closefd=False)
-    except OSError:
-        return open(os.devnull, "wb", buffering=0)  # started with stderr closed
+def open_standard_files():
+    """Has those that are closed lead nowhere, before a connection gets the number of one."""
+    number = 0
+    while number < 3:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
 
 
 def read_dotenv_file():
@@ -11627,9 +14795,14 @@ def run_command(options, environ, log_stream):
     dotenv = read_dotenv_file()
     if options.command:
         sys.stdout.reconfigure(errors="backslashreplace")
+        if options.command == "grafana":
+            print(json.dumps(grafana_dashboard(), indent=2))
+            return 0
         found = set_variables(environ, read_dotenv(dotenv)[0])
         if options.command == "prices":
             return prices_command(options, found.get("PRICES"))
+        if options.command == "keys":
+            return keys_command(options, found, log_stream)
         return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
     if options.demo:
         environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
@@ -11646,8 +14819,9 @@ def run_command(options, environ, log_stream):
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
-    log_stream = open_log_stream()  # before another file could get the number of stderr
+    open_standard_files()
     try:
+        log_stream = open(2, "wb", buffering=0, closefd=False)
         code = run_command(options, dict(os.environ), log_stream)
         sys.stdout.flush()
         return code

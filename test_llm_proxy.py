@@ -47,6 +47,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -459,14 +460,21 @@ class Stub:
     def calls(self):
         return len(self.requests)
 
-    def refuse_connections(self):
+    def stop_listening(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         self.thread.join(PATIENCE)
 
+    def refuse_connections(self):
+        """Its port stays taken, so that nobody else listens there."""
+        self.stop_listening()
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", self.port))
+
     def close(self):
-        self.refuse_connections()
+        self.stop_listening()
         for asked in self.requests:
             asked.over.set()
         for sock in self.sockets:
@@ -607,13 +615,21 @@ def cpu_seconds():
 
 getattr(gc, "callbacks", []).append(note_collection)  # PyPy has none
 RUN = asyncio.events.Handle._run
-SWITCHES = getattr(resource, "RUSAGE_THREAD", None)  # Linux counts those of a thread
+# Linux counts those of a thread; PyPy waits for its lock without any.
+SWITCHES = getattr(resource, "RUSAGE_THREAD", None) if hasattr(gc, "freeze") else None
 
 
 def switches():
     """How often this thread has waited, and how often it was put off."""
-    usage = resource.getrusage(SWITCHES) if SWITCHES else None
-    return (usage.ru_nvcsw, usage.ru_nivcsw) if usage else (0, 1)
+    usage = resource.getrusage(SWITCHES)
+    return usage.ru_nvcsw, usage.ru_nivcsw
+
+
+def seconds_in_line():
+    """For how long this thread has waited for a CPU."""
+    with contextlib.suppress(OSError), open("/proc/thread-self/schedstat") as file:
+        return int(file.read().split()[1]) / 1e9
+    return 0
 
 
 def run_and_measure(handle):
@@ -624,22 +640,27 @@ def run_and_measure(handle):
     held = getattr(handle._loop, "held", None)
     if held is None:
         return RUN(handle)
-    text, waited, put_off = str(handle._callback), *switches()
+    text, before = str(handle._callback), SWITCHES and switches()
     cpu, began = cpu_seconds(), time.monotonic()
     RUN(handle)
     cpu, took = cpu_seconds() - cpu, time.monotonic() - began
-    if cpu > CPU_SECONDS or took > 0.25:
-        waited, put_off = switches()[0] - waited, switches()[1] - put_off
-        if cpu > CPU_SECONDS or (waited < 10 and not put_off):
-            held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
+    slept = False
+    if SWITCHES and took > 0.25:
+        waited, put_off = map(int.__sub__, switches(), before)
+        slept = waited < 10 and not put_off and seconds_in_line() < 0.1
+    if cpu > CPU_SECONDS or slept:
+        held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
 
 
 class ProxyCase(TableCase):
     """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends."""
+    proxy = None
 
     @classmethod
     def setUpClass(cls):
-        for patch in (mock.patch.object(llm_proxy.Log, "PAUSE", 0.002),  # most tests wait for it
+        # Most tests wait for the log, and many for a caller that closed to be taken for gone.
+        for patch in (mock.patch.object(llm_proxy.Log, "PAUSE", 0.002),
+                      mock.patch.object(llm_proxy.ClientConnection, "HALF_CLOSE_SECONDS", 0.05),
                       mock.patch.object(asyncio.events.Handle, "_run", run_and_measure)):
             patch.start()
             cls.addClassCleanup(patch.stop)
@@ -655,6 +676,8 @@ class ProxyCase(TableCase):
     def run_proxy(self, config, clock):
         database = None
         if config.database != "off":
+            if self.proxy and self.proxy.config.database == config.database:  # a restart
+                self.proxy.books.close(PATIENCE)
             database = llm_proxy.open_for_service(config.database)
         self.lines = Lines()
         self.tracebacks = 0
@@ -811,6 +834,15 @@ def source(path=FILE):
         return file.read()
 
 
+@functools.lru_cache(None)
+def tree(path=FILE):
+    return ast.parse(source(path))
+
+
+def functions():
+    return [node for node in ast.walk(tree()) if isinstance(node, FUNCTIONS)]
+
+
 def banners(text):
     """Returns [(line number, section)]."""
     found = re.finditer(r"^# -{20,}\n# (\w+): ", text, re.MULTILINE)
@@ -856,7 +888,7 @@ def globals_in(code):
 
 class FileTest(TableCase):
     def test_the_table_of_contents_names_every_section_in_order(self):
-        contents = ast.get_docstring(ast.parse(source())).partition("Contents")[2]
+        contents = ast.get_docstring(tree()).partition("Contents")[2]
         listed = re.findall(r"^ {4}(\w+) {2,}\S", contents, re.MULTILINE)
         self.assertGreater(len(listed), 10)
         self.assertEqual(listed, [name for _, name in banners(source())])
@@ -866,7 +898,7 @@ class FileTest(TableCase):
         starts = [line for line, _ in banners(source())]
         homes = {}
         uses = []
-        for statement in ast.parse(source()).body:
+        for statement in tree().body:
             section = sum(line <= statement.lineno for line in starts)
             for name in names_of(statement):
                 homes.setdefault(name, section)
@@ -875,9 +907,16 @@ class FileTest(TableCase):
         below = [(section, name) for section, name in uses if homes.get(name, 0) > section]
         self.assertEqual(below, [])
 
+    def test_no_name_of_the_module_is_given_twice(self):
+        """Each statement may use its own again, as in a comprehension."""
+        names = [name for statement in ast.parse(source()).body
+                 for name in set(names_of(statement)) if hasattr(llm_proxy, name)]
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        self.assertEqual(twice, [])
+
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
     def test_nothing_is_imported_but_the_standard_library(self):
-        nodes = [*ast.walk(ast.parse(source())), *ast.walk(ast.parse(source(__file__)))]
+        nodes = [*ast.walk(tree()), *ast.walk(tree(__file__))]
         imports = [node for node in nodes if isinstance(node, ast.Import)]
         names = [alias.name for node in imports for alias in node.names]
         names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
@@ -885,7 +924,7 @@ class FileTest(TableCase):
         self.assertLessEqual(roots, sys.stdlib_module_names | {"llm_proxy"})
 
     def test_no_module_state_is_changed_by_a_global_statement(self):
-        nodes = ast.walk(ast.parse(source()))
+        nodes = ast.walk(tree())
         self.assertEqual([node.lineno for node in nodes if isinstance(node, ast.Global)], [])
 
     def test_no_line_is_longer_than_100_columns(self):
@@ -895,17 +934,15 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 80000)
-        functions = [node for node in ast.walk(ast.parse(source())) if isinstance(node, FUNCTIONS)]
-        heavy = [node.name for node in functions if branches(node) > 15 or bisect.bisect_right(
+        self.assertLessEqual(len(lines), 96000)
+        heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
 
     def test_any_stands_for_json_and_clocks_only(self):
         """A bare `Any` is the type of these arguments, of *args and **kwargs, and of no other."""
         free = {"clock", "payload", "counts", "value", "_"}
-        functions = [node for node in ast.walk(ast.parse(source())) if isinstance(node, FUNCTIONS)]
-        arguments = [one for function in functions for one in function.args.args]
+        arguments = [one for function in functions() for one in function.args.args]
         hidden = {one.arg for one in arguments if getattr(one.annotation, "id", "") == "Any"}
         self.assertEqual(hidden - free, set())
 
@@ -1285,6 +1322,8 @@ class RulesTest(TableCase):
         each unlimited tokens per week -> tokens None 0
         key:ci-* 5 running -> running 5 inf
         all unlimited running -> running None 0
+        team:red 2 usd per day -> usd 2000000000000 4.32e-08
+        each,team:* 3 tokens per day -> tokens 3 28800
         """
 
     def test_a_rule_is_a_bucket(self):
@@ -1316,6 +1355,7 @@ class RulesTest(TableCase):
         key: 1 requests per day -> 'key:'
         each,key:a 1 requests per day -> 'each,key:a'
         all,address 1 requests per day -> 'all,address'
+        team: 1 requests per day -> 'team:'
         each -> the end
         each 1 usd per day burst 0.0000001 -> '0.0000001'
         each 2 running per day -> 'per'
@@ -2018,6 +2058,99 @@ class RulesTogetherTest(LimitsCase):
             self.assertEqual(self.left(), 6)
 
 
+class KeysRulesTest(LimitsCase):
+    """Rules of teams, and of keys themselves."""
+
+    def key(self, name, limits=None, team=None):
+        rules = llm_proxy.rules_of_one(limits) if limits else ()
+        return llm_proxy.Key(name, team=team, limits=limits, subject=name.encode(), rules=rules)
+
+    def caller(self, name, **fields):
+        key = self.key(name, **fields)
+        return llm_proxy.Caller(("key", key.subject), name, stored_key=key)
+
+    def ask(self, one, *amounts):
+        return awaited(self.limits.admit(one, "1", "m", costs(*amounts)))
+
+    def test_a_team_is_charged_beside_its_members(self):
+        self.start("each 5 requests per hour; team:r* 3 requests per hour")
+        for name, team, left in self.each((
+                ("ann", "red", 2), ("ben", "red", 1), ("cem", "blue", 4), ("dan", None, 4))):
+            self.assertEqual(self.ask(self.caller(name, team=team), 1).tightest.level, left)
+        self.ask(self.caller("ann", team="red"), 1)
+        with self.assertRaises(LimitReached) as caught:
+            self.ask(self.caller("ben", team="red"), 1)
+        self.assertEqual(caught.exception.cause, "team:r* 3 requests per hour")
+
+    def test_each_member_of_a_team_may_have_a_bucket(self):
+        self.start("each,team:red 1 requests per hour")
+        for name in ("ann", "ben"):
+            self.ask(self.caller(name, team="red"), 1)
+        self.ask(self.caller("cem"), 9)
+        self.assertEqual([level for _, level in self.levels()], [0, 0])
+
+    def test_a_keys_own_rule_replaces_the_general_one_of_its_unit_and_duration(self):
+        self.start("each 5 requests per hour; key:ann 7 requests per hour; each 9 tokens per day;"
+                   "all 99 requests per hour")
+        for limits, expected in self.each("""
+                3 requests per hour -> each 3 requests per hour, each 9 tokens per day
+                unlimited requests per hour -> each 9 tokens per day
+                3 requests per 1h; 1 usd per day -> each 3 requests per 1h, each 1 usd per day, \
+each 9 tokens per day
+                3 requests per day -> each 3 requests per day, key:ann 7 requests per hour, \
+each 9 tokens per day"""):
+            found = self.limits.matching(self.caller("ann", limits=limits), "1", "m")
+            texts = [rule.text for rule, _ in found]
+            self.assertEqual(texts[:-1], expected.split(", "))
+
+    def test_the_one_bucket_of_the_plain_settings_is_a_general_rule_too(self):
+        config = read_config({**HERE, "MAX_TOKENS": "5"})
+        limits = llm_proxy.build_limits(config, Buckets(Clock()), {})
+        one = self.caller("ann", limits="9 requests per 5m")
+        texts = [rule.text for rule, _ in limits.matching(one, "1", "m")]
+        self.assertEqual(texts, ["each 9 requests per 5m"])
+
+    def change(self, old, new, general="each 10 requests per hour"):
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        self.start(general)
+        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.ask(self.caller("ann", limits=old), 2)
+        rules = llm_proxy.rules_of_one(new) if new else ()
+        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        return self.levels()
+
+    def test_a_changed_rules_bucket_keeps_its_share(self):
+        for old, new, left in self.each((
+                ("10 requests per hour", "100 requests per hour", 80),
+                ("20 requests per hour", "5 requests per day", 9),  # the general one counts now
+                (None, "20 requests per hour", 16), ("20 requests per hour", None, 9),
+                ("10 requests per hour", "10 requests per hour; 5 usd per day", 8))):
+            self.assertEqual([level for _, level in self.change(old, new)], [left])
+        self.assertEqual(self.change("10 requests per day", "5 tokens per day"),
+                         [("each 10 requests per hour", 8)])
+
+    def test_what_is_given_is_beyond_the_rule_for_a_time(self):
+        self.start("each 5 requests per hour")
+        ann = self.caller("ann")
+        self.ask(ann, 4)
+        self.assertEqual(self.limits.give(ann, "requests", 6, self.clock.now + 100), 1)
+        self.assertEqual(self.limits.give(ann, "usd", 6, self.clock.now + 100), 0)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 6)
+        self.assertEqual([level for _, level in self.levels()], [6])  # and is saved, though full
+        self.clock.now += 100
+        self.assertEqual(self.ask(ann, 0).tightest.level, 5)
+        self.assertEqual(self.buckets.given, {})
+
+    def test_what_is_given_lifts_a_debt_and_ends_with_its_time(self):
+        self.start("each 5 requests per 5h")
+        ann = self.caller("ann")
+        self.ask(ann, 5).settle(costs(9))
+        self.limits.give(ann, "requests", 6, self.clock.now + 10)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+        self.clock.now += 3600
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+
+
 class LimitsOverHttpTest(ProxyCase):
     def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
         self.start(MAX_TOKENS=50)
@@ -2090,7 +2223,13 @@ class UsageTest(ProxyCase):
         for payload, length in self.each(self.LENGTHS):
             found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.TEXT_KEYS,
                                           llm_proxy.PLAIN_KEYS, llm_proxy.media_texts)
-            self.assertEqual(found, (int(length), []))
+            self.assertEqual(found[:2], (int(length), []))
+
+    def test_prose_and_code_and_other_scripts_are_three_kinds_of_text(self):
+        rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 1), ("a = b[key]", 1),
+                ("\u4e2d\u6587 etc.", 2), ("\ud800", 2), (ENGLISH * 9 + CHINESE * 99, 0)]
+        for text, kind in self.each(rows):
+            self.assertEqual(llm_proxy.kind_of_text(text), kind)
 
     def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
         for text, times, tokens in self.each("""
@@ -2273,11 +2412,13 @@ class LearningTest(ProxyCase):
         return costs[0]
 
     def test_estimates_are_within_a_tenth_after_fifty_calls_in_any_language(self):
+        """Also of one who mixes them."""
         choose = random.Random(13)
-        for text in self.each((ENGLISH, CODE, CHINESE)):
+        rows = [[ENGLISH], [CODE], [CHINESE], [ENGLISH, CODE], [ENGLISH, CODE, CHINESE]]
+        for texts in self.each(rows):
             self.start()
-            errors = []
-            for number in range(80):
+            errors = {text: ([], []) for text in texts}
+            for number, text in zip(range(80), itertools.cycle(texts)):
                 self.tells = number < 50
                 start = choose.randrange(100)
                 prompt, self.said = [
@@ -2285,9 +2426,10 @@ class LearningTest(ProxyCase):
                 found = self.used(prompt)
                 exact = 9 + tokens_of(prompt), tokens_of(self.said)
                 if not self.tells:
-                    errors.append([abs(one / other - 1) for one, other in zip(found, exact)])
-            medians = [sorted(side)[len(errors) // 2] for side in zip(*errors)]
-            self.assertLess(max(medians), 0.1)
+                    for side, one, other in zip(errors[text], found, exact):
+                        side.append(abs(one / other - 1))
+            for side in itertools.chain(*errors.values()):
+                self.assertLess(statistics.median(side), 0.1)
 
     def test_an_answer_that_does_not_tell_what_it_hid_is_charged_the_usual_share(self):
         """Also where only the sum was told."""
@@ -2405,7 +2547,7 @@ class LearningTest(ProxyCase):
             asked.upstream_model = "m%d" % number if number < 1500 else "m"
             estimator.usage(asked, ("key", b"%d" % number), source, True, 0)
         self.assertEqual(len(estimator.models), llm_proxy.KNOWN_MODELS)
-        self.assertEqual(len(estimator.models["m"].callers), llm_proxy.ModelHabits.CALLERS)
+        self.assertEqual(len(estimator.models["m", 0].callers), llm_proxy.ModelHabits.CALLERS)
 
 
 class PricesTest(TableCase):
@@ -2585,6 +2727,7 @@ class JsonTest(ProxyCase):
         brackets_in_a_string = '{"a": "%s\\"["}' % ("[" * 1000)
         for text in self.each([
                 '{}', ' {"a": [1, -2.5e3, true, null, "\\u00e4"]} ',
+                '{"a": [%s-1]}' % ("12, 3," * 50000),
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
             self.assertEqual(parse_json(text.encode()), json.loads(text))
 
@@ -2619,6 +2762,7 @@ class JsonTest(ProxyCase):
                 '{"model": "fast",  "messages": [%s]}' % picture,
                 ' {"messages": [%s, %s], "a": {"model": "fast"}, "model" : "fast"\n}' % (
                     picture, picture),
+                '{"a": [%s], "model": "fast"}' % ", ".join(['{"model": "fast"}'] * 40),
                 '{"x": "\\"model\\": \\"fast\\"", "y\\\\": ["model"], "model":"fast"}',
                 '{"x": ["\\\\", "model"], "messages": [%s], "model": "fast", "e": "\\u00e4"}'
                 % picture)):
@@ -2659,6 +2803,7 @@ class JsonTest(ProxyCase):
         for body in self.each((
                 b"[" * 65536, b"[" * (2 << 20), b"[" + b"[]," * 700000 + b"1]",
                 b'{"a":[' + (b"1" * 4299 + b",") * 1000 + b"1]}",
+                b'{"a":[' + b"1," * 60000 + b"1" * 600 + b"]}",
                 b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
             began = time.thread_time()
             with self.assertRaises(llm_proxy.BadRequest):
@@ -3179,21 +3324,23 @@ class UsageReaderTest(ProxyCase):
         {"model":"m","service_tier":"flex",TOLD} -> False
         {"model":"m",TOLD,"cached_tokens":5} -> False
         {"model":"m","choices":[{TOLD}]} -> False
+        {"model":"m",TOLD,"system_fingerprint":"x"} -> True
+        {"model":"m","usage":{TOLD_COUNTS,"cost":1}} -> False
         {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
         [{"model":"m","choices":[],TOLD}] -> False"""
 
     def test_the_end_of_an_answer_tells_what_all_of_it_does_or_all_of_it_is_read(self):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
-            data = text.replace("TOLD", told).encode()
-            counts = llm_proxy.OpenAI().usual_counts(data, "m")
-            self.assertEqual(str(counts is not None), is_usual)
+            data = text.replace("TOLD_COUNTS", told[9:-1]).replace("TOLD", told).encode()
+            usage = llm_proxy.OpenAI().usual_usage(data, "m")
+            self.assertEqual(str(usage is not None), is_usual)
             found = []
-            for short in (counts, None):
+            for short in (usage, None):
                 reader = self.new_reader(streamed=False)
                 reader.asked = "m"
                 reader.feed(data)
-                with mock.patch.object(llm_proxy.OpenAI, "usual_counts", return_value=short):
+                with mock.patch.object(llm_proxy.OpenAI, "usual_usage", return_value=short):
                     found.append((reader.reported_usage(True), reader.fault))
             self.assertEqual(found[0], found[1])
 
@@ -4528,6 +4675,37 @@ class StreamTest(ProxyCase):
                 self.assertEqual(answered.get("content-length"), length or None)
                 self.assertIsNone(answered.get("transfer-encoding"))
 
+    def test_a_task_goes_on_within_the_callback_that_reads_for_it(self):
+        """Not within another task: two of one loop cannot run at once."""
+        loop, (ours, theirs) = asyncio.SelectorEventLoop(), socket.socketpair()
+        stream, context = llm_proxy.Stream(loop, ours), llm_proxy.Context(loop)
+        taken, seen = [], []
+        for one in (loop, theirs, stream):
+            self.addCleanup(one.close)
+
+        async def take():
+            while await stream.more(context, 9, "more"):
+                taken.append(stream.take_all())
+
+        def read(data):
+            theirs.send(data)
+            stream.on_readable()
+            seen.append(list(taken))
+
+        async def read_twice():
+            await asyncio.sleep(0)
+            loop.call_soon(read, b"1")
+            await asyncio.sleep(0)
+            read(b"2")
+            await asyncio.sleep(0)
+
+        task = loop.create_task(take())
+        loop.run_until_complete(read_twice())
+        self.assertEqual((seen, taken), ([[b"1"], [b"1"]], [b"1", b"2"]))
+        task.cancel()
+        with self.assertRaises(asyncio.CancelledError):
+            loop.run_until_complete(task)
+
     def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
         loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
         self.addCleanup(loop.close)
@@ -5158,6 +5336,7 @@ class EarlyStreamTest(WaitingCase):
             entry = self.entry(number)
             self.assertEqual(entry["bytes"], len(client.answered.body))
             self.assertGreater(entry["first_ms"], 40)
+            self.assertEqual(client.exchange(HEALTH).status, 200)  # it came to a proper end
 
     def test_a_stream_that_breaks_off_later_is_told_so_between_two_events(self):
         """Half an event that was held back, to look for usage, is not mistaken for a whole one."""
@@ -5191,18 +5370,22 @@ class EarlyStreamTest(WaitingCase):
         gzip = raw_head("HTTP/1.1 200 OK | Content-Type: text/event-stream | "
                         "Transfer-Encoding: chunked | Content-Encoding: gzip")
         whole = answer(event(1) + event(2))
-        self.start(None, STREAM_COMMENT_SECONDS="0.15")
-        for data, first, rest in self.each([
-                (gemini, b"", STREAM + LAST), (call(), b"", answer()),
+        rows = [(gemini, b"", STREAM + LAST), (call(), b"", answer()),
                 (gemini, STREAM + chunk(event(1)), LAST),
                 (packed, gzip, chunk(b"\x1f\x8b") + LAST),
-                (call(stream=True), whole[:-len(event(2))], event(2))]):
+                (call(stream=True), whole[:-len(event(2))], event(2))]
+        self.start(None, STREAM_COMMENT_SECONDS="0.15")
+        pairs = []
+        for data, first, _ in self.each(rows):
             client, asked = self.ask_stub(data)
+            pairs.append((client, asked))
             asked.send(first)
             if first:
                 client.head()
                 client.expect(event(1) if event(1) in first else b"")
-            self.assert_silent(client, 0.25)
+        self.assert_silent(client, 0.25)
+        for (client, asked), (_, first, rest) in self.each(zip(pairs, rows)):
+            self.assert_silent(client, 0)
             asked.send(rest)
             asked.finish()
             answered = client.rest() if first else client.read()
@@ -5375,7 +5558,14 @@ class StoredTest(ManyCase):
         ("/v1/responses", {}, {"id": "resp_1", "conversation": {"id": "conv_1"}},
          "/v1/responses/resp_1 /v1/responses/resp_1/input_items /v1/conversations/conv_1/items",
          [{"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
-          {"conversation": {"id": "conv_1"}}]),
+          {"conversation": {"id": "conv_1"}},
+          {"input": [{"type": "item_reference", "id": "resp_1"}]}]),
+        ("/v1/responses", {}, {"id": "resp_2", "output": [{"type": "message", "id": "msg_1"}]},
+         "/v1/responses/resp_2", [{"input": [{"type": "item_reference", "id": "msg_1"}]}]),
+        ("/v1/skills", {}, {"id": "skill_1"}, "/v1/skills/skill_1",
+         [{"tools": [{"environment": {"skills": [{"skill_id": "skill_1"}]}}]}]),
+        ("/v1/evals", {}, {"id": "eval_1"}, "/v1/evals/eval_1/runs",
+         [{"eval_id": "eval_1"}, {"source": {"type": "file_id", "id": "eval_1"}}]),
         ("/v1/batches", {}, {"id": "batch_1"}, "/v1/batches/batch_1", []),
         ("/v1/messages/batches", {}, {"id": "msgbatch_1"},
          "/v1/messages/batches/msgbatch_1/results", []),
@@ -5407,7 +5597,8 @@ class StoredTest(ManyCase):
         {"metadata": {"file_id": "x"}}, {"client_metadata": {"thread_id": "codex"}},
         {"input": [{"type": "code_interpreter_call", "container_id": "cntr_1"}]},
         {"input": [{"content": [{"annotations": [{"file_id": "x"}]}]}]},
-        {"messages": [{"content": "file_id: x"}]},
+        {"messages": [{"content": "file_id: x"}]}, {"prompt": "hello"}, {"prompt": ["x", "y"]},
+        {"container": {"skills": [{"type": "anthropic", "skill_id": "pptx"}]}},
         {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
 
     def post(self, path, payload, key="a"):
@@ -5442,12 +5633,15 @@ class StoredTest(ManyCase):
         for path, status in self.each((
                 ("/v1/files", 403), ("/v1/files/", 403), ("/v1/Files?limit=1", 403),
                 ("/v1/chat/completions", 403), ("/v1beta/cachedContents", 403),
+                ("/v1/usage", 403), ("/api/v1/generation?id=gen-1", 403), ("/v1/credits", 403),
+                ("/v1/organization/costs", 403), ("/api/v1/key", 403), ("/user/balance", 403),
                 ("/v1/files/file%2D1", 404), ("/v1//files/file-1", 404), ("/v1/files/FILE-1", 404),
                 ("/v1/files/file-1", 200), ("/v1/models", 200))):
             self.assertEqual(self.status("GET", path), status)
         self.assertEqual(self.post("/v1/files/file-2", {}).status, 404)
         escaped = b'{"file\\u005fid": "file-2"}'
         self.assertEqual(self.ask(request("POST", "/v1/responses", escaped, key="a")).status, 404)
+        self.assertEqual(self.post("/v1/responses", {"prompt": {"id": "pmpt_1"}}).status, 404)
         error = self.ask(request("GET", "/v1/messages/batches/x", key="a")).json()
         self.assertEqual(error["error"]["type"], "not_found_error")
 
@@ -5483,6 +5677,15 @@ class StoredTest(ManyCase):
         self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
         self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
         asked.chunks(end=True)
+
+    def test_the_last_event_of_a_stream_names_its_items(self):
+        response = {"id": "resp_1", "output": [{"type": "reasoning", "id": "rs_1"}]}
+        self.start(says_events({"type": "response.created", "response": {"id": "resp_1"}},
+                               {"type": "response.completed", "response": response}), **self.KEYS)
+        self.post("/v1/responses", {"stream": True})
+        asked = {"input": [{"type": "item_reference", "id": "rs_1"}]}
+        self.assertEqual([self.post("/v1/responses", asked, key).status for key in "ab"],
+                         [200, 404])
 
     def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
         self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
@@ -5947,6 +6150,7 @@ class UploadTest(CallCase):
         self.assertEqual(client.read().status, 200)
 
     def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
+        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.5)
         self.start()
         upload = unsized("/v1/files", CHUNKED) + chunk(b"x") + LAST
         client = self.connect().send(call() + upload)
@@ -6417,6 +6621,15 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             self.ask(request("POST", path, chat(), field))
             self.assert_fields(azure.requests[-1], "api-key: mine", "authorization")
 
+    def test_ollama_tells_no_count_of_a_prompt_that_it_has_in_its_cache(self):
+        for told, expected in self.each(((26, (26, 9, False)), (None, (3, 9, True)))):
+            self.start(says_json({"done": True, "total_duration": 5, "eval_count": 9,
+                                  "prompt_eval_count": told}))
+            body = b'{"prompt": "hello world", "stream": false}'
+            self.ask(request("POST", "/api/generate", body))
+            entry = self.entry()
+            self.assertEqual((entry["input"], entry["output"], entry["estimated"]), expected)
+
     def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
         self.start()
         for number, (path, payload, stream) in enumerate(self.each((
@@ -6732,6 +6945,12 @@ agent         curl/8\\x9b"""))
                               r"first=[0-9.]+ms all=[0-9.]+ms cost=1 left=4 in=~3 out=~0 bytes=14 "
                               r"upstream=base id=\S+\n$")
         self.assertIn(" id=%s\n" % answered.get("x-request-id"), row)
+
+    def test_a_line_tells_in_dollars_what_a_rule_in_dollars_was_charged(self):
+        self.start(says(self.USAGE), BASE_MODEL="gpt-4o-mini", LIMITS="all 3 usd per day",
+                   LOG_FORMAT="text", **self.KEYS)
+        self.ask(call("sk-1", max_tokens=50))
+        self.assertIn(" cost=0.000117 left=2.9998", wait_for(self.lines.text))
 
     CALLS = (  # what is asked, the status, outcome and remaining quota
         (call("sk-1"), 200, "ok", "3"),
@@ -7125,6 +7344,139 @@ class LedgerTest(LedgerCase):
             self.assertEqual(path.read_bytes(), data)
 
 
+class KeysCase(LedgerCase):
+    """A proxy with a ledger, whose keys are changed by another connection, as a command does."""
+    ACTOR = llm_proxy.Actor("ida", "admin", "command line")
+
+    def store(self, path=None, clock=None):
+        database = llm_proxy.Database(path or self.path)
+        self.addCleanup(database.close)
+        return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
+
+    def change(self, act, *arguments, **fields):
+        """Changes keys; returns what came of it when the proxy knows."""
+        before = self.proxy.callers
+        result = getattr(self.store(), act)(*arguments, **fields)
+        wait_for(lambda: self.proxy.callers is not before, "the change")
+        return result
+
+    def add(self, name="ann", **fields):
+        """Returns the secret of a new key."""
+        return self.change("add", name, **fields).secret
+
+    def execute(self, *statements, path=None):
+        with contextlib.closing(sqlite3.connect(path or self.path)) as connection:
+            found = [connection.execute(statement).fetchall() for statement in statements]
+            connection.commit()
+        return found[-1]
+
+    def statuses(self, *keys):
+        return [self.ask(call(key)).status for key in keys]
+
+
+class KeyStoreTest(KeysCase):
+    def setUp(self):
+        self.path, self.clock = new_path(self, "llm_proxy.db"), Clock()
+        self.keys = self.store(clock=self.clock)
+
+    def fails(self, said, act, *arguments, **fields):
+        with self.assertRaisesRegex(llm_proxy.KeyFault, said):
+            getattr(self.keys, act)(*arguments, **fields)
+
+    FIELDS = {"role": "caller", "team": "red", "expires": "30d", "models": "gemma*,gpt-4*",
+              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web-app",
+              "note": "ann's laptop"}
+
+    def test_what_is_said_of_a_key_is_kept_and_can_be_changed_and_taken_away(self):
+        made = self.keys.add("ann", **self.FIELDS)
+        self.assertRegex(made.secret, "^sk-[A-Za-z0-9_-]{43}$")
+        now = self.clock.time_ns() / 1e9
+        expected = {"name": "ann", **self.FIELDS, "created": now, "expires": now + 30 * 86400,
+                    "disabled": False, "last_used": None}
+        self.assertEqual(self.keys.find("ann").as_dict(), expected)
+        self.assertEqual([key.as_dict() for key in self.keys.list()], [expected])
+        self.clock.now += 99
+        self.keys.set("ann", expires="1h", team="", models=None, limits="7 running")
+        changed = {**expected, "expires": now + 3600, "team": None, "models": None,
+                   "limits": "7 running"}
+        self.assertEqual(self.keys.find("ann").as_dict(), changed)
+        self.keys.set("ann", **dict.fromkeys(self.FIELDS, ""))
+        bare = {**changed, **dict.fromkeys(self.FIELDS), "role": "caller"}
+        self.assertEqual(self.keys.find("ann").as_dict(), bare)
+
+    def test_no_secret_is_stored(self):
+        made = self.keys.add("ann")
+        again = self.keys.rotate("ann", "1h")
+        self.keys.database.close()
+        with open(self.path, "rb") as file:
+            data = file.read()
+        for secret in (made.secret, again.secret):
+            self.assertNotIn(secret.encode(), data)
+            self.assertIn(llm_proxy.digest(secret), data)
+
+    def test_what_is_wrong_is_said_and_changes_nothing(self):
+        self.keys.add("ann")
+        for act, name, fields, said in self.each((
+                ("add", "ann", {}, "stored already"), ("add", "a b", {}, "name must be"),
+                ("add", "", {}, "name must be"), ("add", "a" * 65, {}, "name must be"),
+                ("add", None, {}, "name must be text"),
+                ("add", "ben", {"role": "root"}, "role must"),
+                ("add", "ben", {"expires": "soon"}, "expires must be such as"),
+                ("add", "ben", {"expires": 7}, "expires must be text"),
+                ("add", "ben", {"limits": "each 1 usd per day"}, "limits must be rules"),
+                ("add", "ben", {"models": "a,,b"}, "models must be"),
+                ("add", "ben", {"note": "a\nb"}, "note must be one line"),
+                ("add", "ben", {"tag": "web app"}, "tag must be 1 to 64"),
+                ("add", "ben", {"upstream": "A/B"}, "upstream must be"),
+                ("add", "ben", {"secret": "x"}, "no field secret"),
+                ("set", "ann", {"subject": "x"}, "no field subject"),
+                ("set", "ben", {}, "no key is stored by the name ben"),
+                ("rotate", "ben", {}, "no key"), ("rotate", "ann", {"grace": "1x"}, "grace must"),
+                ("revoke", "ben", {}, "no key"), ("remove", "ben", {}, "no key"))):
+            self.fails(said, act, name, **fields)
+        for amount, unit, time in self.each((("0", "usd", None), ("1.5", "tokens", None),
+                                             ("1", "running", None), ("1", "usd", "1x"))):
+            self.fails("must be", "give", "ann", amount, unit, time)
+        self.assertEqual([key.name for key in self.keys.list()], ["ann"])
+        self.assertEqual(self.execute("SELECT count(*) FROM audit"), [(1,)])
+
+    def test_every_change_is_in_the_audit(self):
+        self.keys.add("ann", team="red")
+        for act, *arguments in (("revoke",), ("restore",), ("rotate", "1h"), ("reset",),
+                                ("give", "2", "usd", "1h"), ("remove",)):
+            getattr(self.keys, act)("ann", *arguments)
+        rows = self.execute(
+            "SELECT who, role, address, what, target, detail FROM audit ORDER BY id")
+        self.assertEqual({row[:3] + row[4:5] for row in rows}, {(*self.ACTOR, "ann")})
+        self.assertEqual([(row[3], row[5]) for row in rows], [
+            ("add key", "team=red"), ("revoke key", ""), ("restore key", ""),
+            ("rotate key", "grace 1h"), ("reset", ""), ("give", "2 usd for 1h"),
+            ("remove key", "")])
+        (found,), = self.execute("SELECT max(time) FROM audit")
+        self.assertLess(abs(found - time.time()), 60)
+
+    def test_a_hundred_keys_made_at_once_are_all_there(self):
+        made = []
+
+        def make(number):
+            keys = self.store(clock=self.clock)
+            made.extend(keys.add("%d.%d" % (number, one)).secret for one in range(5))
+        with threads([functools.partial(make, number) for number in range(20)]):
+            pass
+        self.assertEqual((len(self.keys.list()), len(set(made))), (100, 100))
+        digests = {row[0] for row in self.execute("SELECT digest FROM secrets")}
+        self.assertEqual(digests, set(map(llm_proxy.digest, made)))
+
+    def test_the_first_key_of_a_caller_closes_the_door_for_good(self):
+        self.assertFalse(self.keys.add("boss", role="admin").closes)
+        self.assertFalse(self.keys.database.is_closed())
+        self.assertTrue(self.keys.add("ann").closes)
+        self.assertFalse(self.keys.add("ben").closes)
+        for name in ("ann", "ben"):
+            self.keys.remove(name)
+        self.assertTrue(self.keys.database.is_closed())
+
+
 def columns_of(row):
     """A row of the ledger, with something at each column that is added up."""
     usual = {"outcome": "ok", "caller": "alice", "model": "m", "upstream": "base", "status": 200,
@@ -7329,7 +7681,7 @@ class SumsTest(TableCase):
             self.reader.days("a", utc, now)
             for question in (self.reader.hours, functools.partial(self.reader.today, utc)):
                 question(now)
-            self.assertTrue(self.reader.has_calls() and self.reader.seen())
+            self.assertTrue(self.reader.seen())
             for by in ("caller", "day"):
                 options = types.SimpleNamespace(since="36h", by=[by], id=None, caller=None)
                 llm_proxy.read_usage(self.path, options, now)
@@ -7431,7 +7783,7 @@ class BalanceTest(LedgerCase):
     KINDS = ("ok",) * 6 + (
         "no usage", "too little", "fault", "error", "cut", "reset", "garbage", "gone", "gone early")
     MODELS = "gpt-4o", "gpt-4o-mini", "claude-sonnet-4", "gemma4"
-    CALLERS, CALLS = 50, 40
+    CALLERS, CALLS = 50, 14  # in the long form 40
 
     def payload(self, asked, body):
         """A whole answer."""
@@ -7546,6 +7898,468 @@ class BalanceTest(LedgerCase):
         self.assertEqual(sum(row["input"] + row["output"] for row in rows), tokens)
         picodollars = sum(row["picodollars"] for row in rows)
         self.assertEqual(picodollars, charged["all 5000 usd per month", None])
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals: metrics, traces, warnings
+# --------------------------------------------------------------------------------------------------
+
+METRIC_LINE = re.compile(
+    r'# (?:HELP|TYPE) \w+ .+|(\w+(?:\{\w+="(?:[^"\\\n]|\\[\\n"])*"'
+    r'(?:,\w+="(?:[^"\\\n]|\\[\\n"])*")*\})?) ([0-9.e+-]+)')
+
+
+def opcodes(act, *arguments):
+    """How many bytecodes of Python's this takes."""
+    count = itertools.count()
+
+    def trace(frame, event, _):
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            next(count)
+        return trace
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act(*arguments)
+    finally:
+        sys.settrace(before)
+    return next(count)
+
+
+class SignalsCase(LedgerCase):
+    KEYS = {"PROXY_API_KEYS": "alice=sk-1,bob=sk-2", "METRICS": "open"}
+
+    def start(self, *arguments, **settings):
+        self.patch_seconds(Poster_PAUSE=0.002, Poster_DELAYS=(0, 0, 0))
+        super().start(*arguments, **settings)
+
+    def scrape(self, *fields, **options):
+        """What /metrics says: {name and labels: value}; fails where a line is none."""
+        answered = self.ask(request("GET", "/metrics", b"", *fields, **options))
+        self.assertEqual(answered.status, 200, answered.body)
+        found = {}
+        for line in answered.body.decode().splitlines():
+            match = METRIC_LINE.fullmatch(line)
+            self.assertTrue(match, line)
+            if match[1]:
+                self.assertNotIn(match[1], found)
+                found[match[1]] = float(match[2])
+        return found
+
+    def sums(self, name, *words):
+        """What the samples of this name with these words in their labels add up to."""
+        return sum(value for key, value in self.scrape().items()
+                   if key.startswith("llm_proxy_" + name + "{") and all(
+                       word in key for word in words))
+
+
+class MetricsTest(SignalsCase):
+    STREAMED = events(delta("hello"), LAST_DELTA, USAGE_EVENT, "[DONE]")
+
+    @staticmethod
+    def answer_by_model(asked):
+        bad = asked.json()["model"].startswith("bad")
+        asked.answer(b"{}", "404 Not Found" if bad else "200 OK")
+
+    def test_counters_are_the_sums_of_the_ledger(self):
+        self.start(lambda asked: asked.answer(completion(1000, 20)), **self.KEYS,
+                   LIMITS="each 3000 tokens per day; all 3 usd per day")
+        for model, key in (("gpt-4o-mini", "sk-1"), ("gpt-4o", "sk-1"), ("gpt-4o", "sk-2"),
+                           ("gpt-4o-mini", "sk-1"), ("gpt-4o-mini", "sk-1"), ("m", "wrong")):
+            self.ask(call(key, model=model, max_tokens=20))
+        rows = self.wait_for_rows(6)
+        for kind in self.each(("input", "cached", "output", "reasoning")):
+            for caller in ("alice", "bob"):
+                found = self.sums("tokens_total", 'kind="%s"' % kind, 'caller="%s"' % caller)
+                self.assertEqual(found, sum(
+                    row[kind] for row in rows if row["caller"] == caller))
+        self.assertEqual(self.sums("requests_total"), 6)
+        self.assertGreater(self.sums("usd_total"), 0)
+        self.assertAlmostEqual(
+            self.sums("usd_total"), sum(row["picodollars"] for row in rows) / 1e12, 12)
+        for outcome in self.each(("ok", "limited", "refused")):
+            self.assertEqual(self.sums("requests_total", 'outcome="%s"' % outcome),
+                             sum(row["outcome"] == outcome for row in rows))
+        self.assertEqual(self.sums("refused_total", 'rule="each 3000 tokens per day"'),
+                         sum(row["outcome"] == "limited" for row in rows))
+
+    def test_models_and_callers_that_anyone_may_invent_make_one_series(self):
+        self.start(self.answer_by_model, METRICS="open", DATABASE="off")
+        client = self.connect()
+        client.exchange(call(model="bad-good"))
+        for number in range(300):
+            client.exchange(call(model="bad-%d" % number))
+        self.assertEqual(self.sums("requests_total", 'model="other"'), 301)
+        self.proxy.watchers.metrics.MAX_NAMES = 5
+        for number in range(10):
+            client.exchange(call("key-%d" % number, model="good-%d" % number))
+        found = {key: value for key, value in self.scrape().items() if "requests_total" in key}
+        self.assertEqual(sum(found.values()), 311)
+        for label, most in self.each((("caller", 6), ("model", 6))):
+            names = {re.search('%s="([^"]*)"' % label, key)[1] for key in found}
+            self.assertEqual((len(names), "other" in names), (most, True), names)
+
+    def test_a_failure_of_a_known_model_counts_as_its_own(self):
+        self.start(**self.KEYS)
+        self.ask(call("sk-1", model="m"))
+        self.stub.answer = says(b"{}", "500 No")
+        self.ask(call("sk-1", model="m"))
+        self.assertEqual(self.sums("requests_total", 'model="m"', 'outcome="upstream_status"'), 1)
+
+    def test_keys_of_one_name_have_one_sample(self):
+        self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
+                   LIMITS="each 9 requests per day")
+        for key in ("sk-1", "sk-2"):
+            self.ask(call(key))
+        self.assertEqual(self.sums("requests_total", 'caller="alice"'), 2)
+        self.assertEqual(self.sums("bucket_level"), 8)
+
+    def test_labels_hold_whatever_a_caller_sends(self):
+        models = ('a"b', "a\\b", "a\nb", "\x1b[31m\r\u20ac\ud800", "{,}=", "x" * 200)
+        self.start(METRICS="open")
+        for model in models:
+            self.ask(call(model=model))
+        self.ask(call(model="\\x1b[31m\\x0d\u20ac\\ud800"))  # looks the same
+        found = [key for key in self.scrape() if "requests_total" in key]
+        self.assertEqual(len(found), len(models))
+        for shown in self.each((r'a\"b', r"a\\b", r"a\nb", r"\\x1b[31m\\x0d", "x" * 80 + '"')):
+            self.assertTrue(any('model="%s' % shown in key for key in found), found)
+
+    def test_metrics_are_for_viewers_unless_they_are_open(self):
+        keys = {"ADMIN_KEY": "adm", "VIEWER_KEY": "view", "PROXY_API_KEYS": "sk-1"}
+        self.start(**keys)
+        for key, status in self.each((("adm", 200), ("view", 200), ("sk-1", 403), (None, 401),
+                                      ("vie", 401))):
+            self.assert_status(status, request("GET", "/metrics", key=key))
+        self.start(**keys, METRICS="open")
+        self.assert_status(200, request("GET", "/metrics"),
+                           "content-type: text/plain; version=0.0.4; charset=utf-8")
+        self.assertEqual(self.stub.calls, 0)
+
+    def test_ten_wrong_keys_in_a_row_at_metrics_are_too_many(self):
+        self.start(clock=Clock(), ADMIN_KEY="adm")
+        found = [self.ask(request("GET", "/metrics", key="k%d" % number)).status
+                 for number in range(12)]
+        self.assertEqual(found, [401] * 10 + [429] * 2)
+        self.assert_status(200, request("GET", "/metrics", key="adm"))
+
+    def test_a_histogram_counts_what_is_at_most_its_bound(self):
+        histogram = llm_proxy.Histogram("0.1 0.5 1")
+        histogram.times += [.5, .05, .1, .7, 3]
+        rows = {labels.partition("le=")[2].strip('"') or end: value
+                for labels, value, end in histogram.samples("a=")}
+        self.assertEqual({name: float(value) for name, value in rows.items()}, {
+            "0.1": 2, "0.5": 3, "1": 4, "+Inf": 5, "_sum": 4.35, "_count": 5})
+        histogram.times += [.2] * 3
+        self.assertEqual(histogram.samples("a=")[1][1], 6)
+
+    def test_times_are_those_of_the_call_without_what_it_waited_for(self):
+        clock = Clock()
+        self.start(None, clock=clock, METRICS="open", MAX_CONCURRENCY=1)
+        client, asked = self.begin(event(1))
+        waiting = self.connect().send(call("second"))
+        wait_for(lambda: self.base()["queue"]["waiting"], "the line")
+        clock.now += 20
+        asked.chunks(self.STREAMED, end=True)
+        self.assertTrue(client.rest().whole)
+        asked = self.stub.next()
+        wait_for(lambda: "the response of" in "".join(self.server.running_calls()), "its waiting")
+        clock.now += 3
+        asked.answer()
+        waiting.read()
+        self.wait_for_rows(2)
+        found = self.scrape()
+        for name, sums in self.each((
+                ("request_duration", 43), ("first_byte", 23), ("queue_wait", 20),
+                ("overhead", 0))):
+            name = "llm_proxy_%s_seconds_" % name + '%s{upstream="base"}'
+            self.assertAlmostEqual(found[name % "sum"], sums, 1)
+            self.assertEqual(found[name % "count"], 2)
+        self.assertGreater(found['llm_proxy_time_per_output_token_seconds_sum{upstream="base"}'], 1)
+
+    def test_what_is_now_is_told_when_it_is_asked_for(self):
+        self.start(None, **self.KEYS, MAX_CONCURRENCY=1, LIMITS="each 100 requests per day")
+        client, asked = self.ask_stub(call("sk-1"))
+        second = self.connect().send(call("sk-2"))
+        wait_for(lambda: self.base("sk-1")["queue"]["waiting"], "the line")
+        found = self.scrape()
+        asked.answer()
+        client.read()
+        self.stub.next().answer()
+        second.read()
+        self.wait_for_rows(2)
+        found.update({key: value for key, value in self.scrape().items() if "bucket" in key})
+        version = 'llm_proxy_build_info{version="%s",python="' % llm_proxy.VERSION
+        self.assertEqual([value for key, value in found.items() if key.startswith(version)], [1])
+        bucket = '{rule="each 100 requests per day",caller="alice"}'
+        for key, value in self.each({
+                'llm_proxy_in_flight{upstream="base"}': 1,
+                'llm_proxy_queue_length{upstream="base"}': 1,
+                'llm_proxy_upstream_addresses{upstream="base",state="closed"}': 1,
+                'llm_proxy_upstream_addresses{upstream="base",state="open"}': 0,
+                'llm_proxy_dropped_total{what="ledger"}': 0, "llm_proxy_bucket_level" + bucket: 99,
+                "llm_proxy_bucket_capacity" + bucket: 100,
+                "llm_proxy_loop_held_seconds_total": 0}.items()):
+            self.assertEqual(found[key], value, key)
+        self.assertGreater(found["process_resident_memory_bytes"], 1 << 20)
+        self.assertGreater(found["process_open_fds"], 5)
+
+    @unittest.skipUnless(sys.implementation.name == "cpython", "it counts CPython's bytecodes")
+    def test_to_record_a_call_takes_150_bytecodes_at_most(self):
+        self.start(lambda asked: asked.stream(self.STREAMED, end=True))
+        entries = []
+        self.proxy.books.on_end.append(entries.append)
+        self.ask(call(stream=True))
+        self.entry()
+        metrics = self.proxy.watchers.metrics
+        metrics.record(entries[0])
+        self.assertLess(opcodes(metrics.record, entries[0]), 151)
+
+
+class TracesTest(SignalsCase):
+    PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+    def start_traced(self, answer=says(), taken=says(b"{}"), **settings):
+        """A proxy with a collector, a Stub of its own."""
+        self.collector = self.stub_of("collector", taken)
+        self.start(answer, **self.KEYS, **{
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.collector.url + "/otlp/", **settings})
+
+    def spans(self, count=1):
+        """The spans that have come, and their attributes: [(span, {name: value})]."""
+        def found():
+            return [span for asked in self.collector.requests
+                    for resource in asked.json()["resourceSpans"]
+                    for scope in resource["scopeSpans"] for span in scope["spans"]]
+        wait_for(lambda: len(found()) >= count, "%d spans" % count)
+        return [(span, {one["key"]: next(iter(one["value"].values()))
+                        for one in span["attributes"]}) for span in found()]
+
+    def test_a_span_tells_of_a_call_under_the_names_of_the_conventions(self):
+        self.start_traced(says(BooksTest.USAGE), OTEL_SERVICE_NAME="gate",
+                          OTEL_EXPORTER_OTLP_HEADERS="x-key=a%20b, x-other=2")
+        self.ask(call("sk-1", model="gpt-4o-mini"))
+        (span, told), = self.spans()
+        asked, = self.collector.requests
+        self.assertEqual((asked.method, asked.target), ("POST", "/otlp/v1/traces"))
+        self.assert_fields(asked, "content-type: application/json", "x-key: a b", "x-other: 2")
+        self.assertIn({"key": "service.name", "value": {"stringValue": "gate"}},
+                      asked.json()["resourceSpans"][0]["resource"]["attributes"])
+        self.assertEqual(
+            (span["name"], span["kind"], "status" in span), ("chat gpt-4o-mini", 3, False))
+        took = int(span["endTimeUnixNano"]) - int(span["startTimeUnixNano"])
+        self.assertTrue(0 < took < PATIENCE * 10 ** 9)
+        self.assertRegex(span["traceId"] + span["spanId"], "^[0-9a-f]{48}$")
+        self.assertNotIn("parentSpanId", span)
+        for name, value in self.each({
+                "http.route": CHAT, "http.response.status_code": "200",
+                "gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai",
+                "gen_ai.request.model": "gpt-4o-mini", "gen_ai.usage.input_tokens": "1000",
+                "gen_ai.usage.output_tokens": "20", "gen_ai.usage.reasoning.output_tokens": "5",
+                "gen_ai.usage.cache_read.input_tokens": "600", "llm_proxy.caller": "alice",
+                "llm_proxy.usd": 0.000117}.items()):
+            self.assertEqual(told[name], value, name)
+        self.assertNotIn("error.type", told)
+
+    def test_what_went_wrong_is_told(self):
+        self.start_traced(says(b"{}", "404 Not Found"), LIMITS="each 1 requests per day")
+        for key in ("sk-1", "sk-1", "wrong"):
+            self.ask(call(key))
+        found = {told["llm_proxy.outcome"]: (span, told) for span, told in self.spans(3)}
+        for outcome, error in self.each((("upstream_status", "404"), ("limited", "limited"),
+                                         ("refused", "refused"))):
+            span, told = found[outcome]
+            self.assertEqual((told["error.type"], span["status"]), (error, {"code": 2}))
+        self.assertEqual(found["limited"][1]["llm_proxy.rule"], "each 1 requests per day")
+        self.assertNotIn("gen_ai.usage.input_tokens", found["limited"][1])
+
+    def test_the_callers_trace_is_joined_and_passed_on(self):
+        self.start_traced()
+        client = self.connect()
+        for number in range(2):
+            client.exchange(call("sk-1", "Traceparent: " + self.PARENT, "Tracestate: a=b"))
+            span, _ = self.spans(number + 1)[number]
+            asked = self.stub.requests[number]
+            self.assertEqual((span["traceId"], span["parentSpanId"]),
+                             (self.PARENT[3:35], self.PARENT[36:52]))
+            self.assert_fields(asked, "tracestate: a=b", "traceparent: 00-%s-%s-01" % (
+                span["traceId"], span["spanId"]))
+
+    ODD = ("00-0-0-01", "", "ff" + PARENT[2:], PARENT.upper(), PARENT + "-more",
+           "00-" + "0" * 32 + PARENT[35:], PARENT[:36] + "0" * 16 + "-01")
+
+    def test_what_is_no_trace_begins_a_new_one(self):
+        self.start_traced()
+        for number, odd in enumerate(self.each(self.ODD)):
+            self.ask(call("sk-1", "Traceparent: " + odd, "Tracestate: a=b"))
+            span, _ = self.spans(number + 1)[number]
+            self.assertNotIn("parentSpanId", span)
+            self.assert_fields(self.stub.requests[-1], "tracestate:", "traceparent: 00-%s-%s-01" % (
+                span["traceId"], span["spanId"]))
+
+    def test_a_later_version_of_the_field_is_read_as_far_as_it_is_known(self):
+        self.start_traced()
+        self.ask(call("sk-1", "Traceparent: 01%s-more" % self.PARENT[2:]))
+        self.assertEqual(self.spans()[0][0]["traceId"], self.PARENT[3:35])
+
+    def test_without_traces_the_field_passes_as_it_came(self):
+        self.start(**self.KEYS)
+        self.ask(call("sk-1", "Traceparent: " + self.PARENT))
+        self.assert_fields(self.stub.requests[0], "traceparent: " + self.PARENT)
+
+    def test_the_names_of_stored_things_make_no_routes(self):
+        self.start_traced(STORED="pass")
+        self.ask(request("GET", "/v1/files/file-123/content", key="sk-1"))
+        span, told = self.spans()[0]
+        self.assertEqual((told["http.route"], span["name"]), ("/v1/files/{id}/content", "GET"))
+
+    def test_a_collector_that_is_busy_is_asked_again_and_one_that_refuses_is_not(self):
+        answers = [b"503 Busy", b"200 OK", b"400 Bad"]
+
+        def answer(asked):
+            asked.answer(b"{}", answers[min(2, self.collector.calls - 1)].decode())
+        self.start_traced(taken=answer)
+        self.ask(call("sk-1"))
+        wait_for(lambda: self.collector.calls == 2, "the second try")
+        self.assertEqual(self.sums("dropped_total", 'what="traces"'), 0)
+        self.ask(call("sk-1"))
+        wait_for(lambda: self.sums("dropped_total", 'what="traces"') == 1, "the loss")
+        self.assertEqual(self.collector.calls, 3)
+        wait_for(lambda: "traces cannot be delivered: status 400" in self.lines.text())
+
+    def test_a_collector_that_is_away_holds_up_nothing_and_its_address_is_not_told(self):
+        self.start_traced(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1/secret-path")
+        self.proxy.traces.poster.ROOM = 3
+        client = self.connect()
+        for _ in range(10):
+            self.assertEqual(client.exchange(call("sk-1")).status, 200)
+        wait_for(lambda: self.sums("dropped_total", 'what="traces"') == 10, "the count")
+        wait_for(lambda: "traces cannot be delivered: connection refused" in self.lines.text())
+        self.assertNotIn("secret-path", self.lines.text())
+
+    def test_a_collector_by_https_must_be_who_it_says(self):
+        file = pem_file(self)
+        for settings, outcome in self.each((({"UPSTREAM_CA_FILE": file}, None),
+                                            ({}, "certificate not trusted"))):
+            collector = self.stub_of("collector", tls=llm_proxy.server_context(file, None))
+            self.start(**self.KEYS, **settings, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+            self.ask(call("sk-1"))
+            wait_for(lambda: (outcome or "") in self.lines.text() if outcome else collector.calls)
+            self.assertEqual(collector.calls, 0 if outcome else 1)
+
+
+class WarningsTest(SignalsCase):
+    def start_warned(self, answer=None, clock=None, **settings):
+        self.hook = self.stub_of("hook", says(b""))
+        self.clock = clock or Clock()
+        self.start(answer or (lambda asked: asked.answer(completion(80, 5))), self.clock,
+                   **{**self.KEYS, "WEBHOOK_URL": self.hook.url + "/hook?token=hush",
+                      "WARN_AT": "80%,95%", **settings})
+
+    def look(self, keys=()):
+        self.proxy.watchers.warnings.look(self.proxy.routes, self.proxy.books.ledger, keys)
+
+    def events(self, count):
+        wait_for(lambda: len(self.hook.requests) >= count, "%d events" % count)
+        return [asked.json() for asked in self.hook.requests]
+
+    def test_a_limit_that_is_near_is_told_once_an_hour_everywhere(self):
+        self.start_warned(LIMITS="each 100 tokens per day; each 100 requests per day",
+                          WARN_AT="80%")
+        first = self.assert_status(200, call("sk-1", max_tokens=5))
+        second = self.ask(call("sk-1", max_tokens=5))
+        self.assertEqual((first.get("x-ratelimit-warning"), second.get("x-ratelimit-limit")), (
+            "85% of 'each 100 tokens per day' is used", "100"))
+        told, = self.events(1)
+        self.assertEqual((self.hook.requests[0].target, told), ("/hook?token=hush", {
+            "event": "limit_near", "caller": "alice", "rule": "each 100 tokens per day",
+            "level": 15, "capacity": 100, "share": 0.85, "time": self.clock.time_ns() / 1e9}))
+        feed = [one.about for one in self.proxy.watchers.feed.events if one.name == "warning"]
+        self.assertEqual(feed, [told])
+        self.assertIn("alice has used 85% of each 100 tokens per day", self.lines.text())
+        self.assertNotIn("hush", self.lines.text())
+
+    def test_each_mark_each_caller_and_each_hour_has_a_warning(self):
+        self.start_warned(lambda asked: asked.answer(completion(79, 1)),
+                          LIMITS="each 100 tokens per hour")
+        for key, used, later in (("sk-1", 79, 0), ("sk-2", 79, 0), ("sk-1", 15, 1800),
+                                 ("sk-1", 39, 1800), ("sk-1", 49, 0)):
+            self.stub.answer = says(completion(used, 1))
+            self.ask(call(key, max_tokens=1))
+            self.on_loop(int)  # it is written down
+            self.clock.now += later
+        self.wait_for_rows(5)
+        wait_for(lambda: not self.proxy.watchers.warnings.webhook.queue, "the last of them")
+        self.assertEqual(
+            [(one["caller"], one["share"]) for one in self.events(4)],
+            [("alice", 0.8), ("bob", 0.8), ("alice", 0.96), ("alice", 0.86)])
+
+    def test_money_is_told_in_dollars(self):
+        self.start_warned(lambda asked: asked.answer(completion(6_000_000, 1)),
+                          LIMITS="all 1 usd per day")
+        self.ask(call("sk-1", model="gpt-4o-mini"))
+        told, = self.events(1)
+        self.assertEqual((told["level"], told["capacity"], told["share"]),
+                         ("0.0999994", "1", 0.9))
+
+    def test_without_marks_no_answer_carries_a_warning(self):
+        self.start_warned(WARN_AT="", LIMITS="each 100 tokens per day")
+        self.assert_status(200, call("sk-1"), "x-ratelimit-warning:")
+        self.assertEqual(self.proxy.watchers.marks, None)
+
+    def test_an_upstream_that_is_down_and_up_again_is_told_once(self):
+        self.start_warned(BREAKER_FAILURES=1, BREAKER_SECONDS=1)
+        self.stub.refuse_connections()
+        for connection in self.stub.sockets:
+            hang_up(connection)
+        look = functools.partial(self.on_loop, self.look)
+        self.ask(call("sk-1"))
+        look()
+        look()
+        self.assertEqual([one["event"] for one in self.events(1)], ["upstream_down"])
+        self.assertEqual(self.events(1)[0]["upstream"], "base")
+        for address in self.proxy.routes.addresses():
+            self.on_loop(address.breakers.connections.judge, True, self.clock.now)
+        look()
+        self.assertEqual([one["event"] for one in self.events(2)], ["upstream_down", "upstream_up"])
+        address.breakers.connections.opened = self.clock.now
+        look()
+        self.clock.now += 3600
+        look()
+        self.assertEqual([one["event"] for one in self.events(3)][2:], ["upstream_down"])
+
+    def test_a_key_is_told_of_once_a_day_before_it_expires(self):
+        self.start_warned()
+        now, day = self.clock.time_ns() / 1e9, 86400
+        keys = [llm_proxy.Key(name, created=now - 40 * day, expires=expires, disabled=off)
+                for name, expires, off in (("soon", now + 3600, False), ("never", None, False),
+                                           ("later", now + 2 * day, False),
+                                           ("off", now + 3600, True), ("past", now - 1, False))]
+        keys.append(llm_proxy.Key("short", created=now, expires=now + 900))
+        for _ in range(3):
+            self.on_loop(self.look, keys)
+            self.clock.now += 1800
+        told, = self.events(1)
+        self.assertEqual((told["event"], told["key"], told["expires"]),
+                         ("key_expires", "soon", now + 3600))
+        self.assertIn("the key soon expires in 60 min", self.lines.text())
+
+    def test_rows_that_the_ledger_lost_are_told(self):
+        self.start_warned()
+        ledger = self.proxy.books.ledger
+        ledger.dropped += 7
+        self.on_loop(self.look)
+        told, = self.events(1)
+        self.assertEqual((told["event"], told["rows"]), ("ledger_dropped", 7))
+
+    def test_a_webhook_that_fails_is_tried_three_times(self):
+        self.start_warned()
+        self.hook.answer = says(b"", "500 No")
+        self.on_loop(self.proxy.watchers.warnings.tell, "test", (), None)
+        wait_for(lambda: "webhook cannot be delivered: status 500" in self.lines.text())
+        self.assertEqual(self.hook.calls, 3)
+        self.assertEqual(self.sums("dropped_total", 'what="webhook"'), 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7880,13 +8694,343 @@ class SettlingTest(LedgerCase):
             self.assert_status(200, call(model="gpt-4o-mini"), "x-llm-cost-usd: " + usd)
 
 
+class KeysTest(KeysCase):
+    def test_the_first_key_closes_the_door_and_keys_of_the_settings_go_on_working(self):
+        self.start()
+        self.assertEqual(self.statuses("x", None), [200, 200])
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
+        self.assertIn("nobody may call without one from now on", self.lines.text())
+        self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
+        self.proxy.books.close(PATIENCE)
+        self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
+        self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
+
+    def test_the_door_stays_open_where_anyone_may_call(self):
+        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day",
+                   LIMIT_REPLY="error")
+        ann = self.add()
+        self.assertEqual(self.statuses("x", None, ann, ann), [200, 200, 200, 429])
+
+    def test_the_door_is_closed_at_the_next_start_too(self):
+        self.start()
+        self.add()
+        self.change("remove", "ann")
+        self.assertEqual(self.statuses("x"), [401])
+        self.proxy.books.close(PATIENCE)
+        self.start(DATABASE=self.path)
+        self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
+        self.assertEqual(self.proxy.config.cors_origins, ("*",))
+
+    def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
+        settings = {"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"}
+        config = read_config(settings)
+        self.assertEqual(config.host, "127.0.0.1")
+        config.note_stored_keys()
+        self.assertEqual(config.host, "0.0.0.0")
+        self.assertEqual(config.warnings(), [])
+        self.assertEqual(config.take(read_config(settings)), [])  # nothing has changed
+
+    def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
+        for policy, act in self.each(itertools.product(
+                ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
+            if (policy, act) == ("anyone", "remove"):
+                continue  # nobody knows it any more
+            clock = Clock()
+            self.start(clock=clock, PROXY_API_KEYS=policy)
+            ann = self.add(expires="30d")
+            client = self.connect()
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            clock.now += 60
+            self.change(act, "ann", **{"expires": "1m"} if act == "set" else {})
+            self.assertEqual(client.exchange(call(ann)).status, 401)
+            self.assertEqual(self.stub.calls, 1)
+
+    def test_a_key_that_expires_is_a_401_from_then_on(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, client = self.add(expires="1m"), self.connect()
+        for seconds, status in self.each(((0, 200), (59, 200), (1, 401), (60, 401))):
+            clock.now += seconds
+            self.assertEqual(client.exchange(call(ann)).status, status)
+        self.change("set", "ann", expires="never")
+        self.assertEqual(client.exchange(call(ann)).status, 200)
+
+    def test_a_revoked_key_is_let_in_again_when_it_is_restored(self):
+        self.start()
+        ann = self.add()
+        self.change("revoke", "ann")
+        self.assertEqual(self.statuses(ann), [401])
+        self.change("restore", "ann")
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_rotation_changes_the_secret_and_nothing_else(self):
+        self.start(clock=Clock(), MAX_TOKENS=10)
+        first = self.add(team="red")
+        self.ask(call(first))
+        second = self.change("rotate", "ann").secret
+        third = self.change("rotate", "ann", "1h").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 200, 200])
+        self.assertEqual((self.left(second), self.left(third)), (7, 7))
+        rows = self.wait_for_rows(4)
+        self.assertEqual([row["caller"] for row in rows], ["ann", "127.0.0.1", "ann", "ann"])
+        self.proxy.clock.now += 3600
+        self.assertEqual(self.statuses(second, third), [401, 200])
+
+    def test_a_rotation_without_grace_ends_all_secrets_before(self):
+        self.start()
+        first = self.add()
+        second = self.change("rotate", "ann", "1h").secret
+        third = self.change("rotate", "ann").secret
+        self.assertEqual(self.statuses(first, second, third), [401, 401, 200])
+
+    STEERING = {"ADMIN_KEY": "sk-admin-0123456789", "VIEWER_KEY": "sk-viewer-0123456789"}
+
+    def test_keys_of_viewers_and_admins_make_no_calls_and_never_go_upstream(self):
+        for settings in self.each(({"PROXY_API_KEYS": "anyone"}, {"BASE_API_KEY": "passthrough"},
+                                   {"PROXY_API_KEYS": "ann=sk-1"})):
+            self.start(**self.STEERING, **settings)
+            stored = [self.add(role, role=role) for role in ("viewer", "admin")]
+            for key in [*self.STEERING.values(), *stored]:
+                for data in (call(key), request("GET", "/v1/files", key=key)):
+                    self.assertEqual(self.ask(data).error()["code"], "key_not_for_calls")
+            self.assertEqual(self.stub.calls, 0)
+            self.assertFalse(self.execute("SELECT * FROM facts WHERE name = 'closed'"))
+
+    def test_a_stored_key_never_goes_up_where_callers_show_their_own(self):
+        stubs = self.start_named("free", "UPSTREAM_FREE_MODELS=m BASE_API_KEY=passthrough"
+                                 " PROXY_API_KEYS=anyone")
+        ann = self.add()
+        self.assertEqual(self.ask(call(ann, model="x")).error()["code"], "upstream_not_allowed")
+        self.assertEqual(self.statuses(ann), [200])
+        self.assertEqual((self.stub.calls, stubs[0].requests[0].get("authorization")), (0, None))
+
+    def start_page(self, role, **settings):
+        """A page at /v1/x for a role."""
+        self.start(**{**self.STEERING, **settings})
+
+        async def page(request, reply):
+            self.proxy.require_role(request, reply.entry, role)
+            reply.send(200, json.dumps({"who": reply.entry.caller.label}).encode())
+        self.server.pages.find = lambda request: page
+
+    def test_a_page_asks_for_a_role(self):
+        for role, statuses in self.each((("caller", [200, 200, 200]), ("viewer", [403, 200, 200]),
+                                         ("admin", [403, 403, 200]))):
+            self.start_page(role)
+            keys = [self.add(one, role=one) for one in llm_proxy.ROLES]
+            for three in (keys, [keys[0], *reversed([*self.STEERING.values()])]):
+                self.assertEqual(self.statuses(*three), statuses)
+        self.assertEqual(self.ask(call(self.STEERING["ADMIN_KEY"])).json(), {"who": "ADMIN_KEY"})
+
+    def test_wrong_keys_are_counted_at_pages_too_even_where_anyone_may_call(self):
+        for policy in self.each(("anyone", "ann=sk-1")):
+            self.start_page("viewer", PROXY_API_KEYS=policy)
+            self.assertEqual(self.statuses(None), [401])
+            found = self.statuses(*["sk-x%d" % number for number in range(11)])
+            self.assertEqual(found, [401] * 10 + [429])
+            self.assertEqual(self.statuses(self.STEERING["VIEWER_KEY"], None), [200, 401])
+
+    def test_a_key_that_is_no_more_opens_no_page(self):
+        self.start_page("admin")
+        secret = self.add("boss", role="admin")
+        new = self.change("rotate", "boss").secret
+        self.assertEqual(self.statuses(secret, new), [401, 200])
+        self.change("revoke", "boss")
+        self.assertEqual(self.statuses(new), [401])
+
+    MODELS = (
+        ("gemma-3", 200), ("GEMMA-3", 200), ("google/gemma-3", 200), ("gpt-4o", 200),
+        ("openai/gpt-4o-2024-08-06", 200), ("gpt-4o-mini", 403), ("llama", 403), (None, 403),
+        ("cheap", 200), ("dear", 403))
+
+    def test_a_key_may_use_its_models_alone_in_every_spelling(self):
+        self.start(MODEL_ALIASES="cheap=gemma-3,dear=gpt-5")
+        ann, ben = self.add(models="gemma*,gpt-4o"), self.add("ben")
+        for model, status in self.each(self.MODELS):
+            answered = self.ask(call(ann, model=model))
+            self.assertEqual(answered.status, status)
+            if status == 403:
+                self.assertEqual(answered.error()["code"], "model_not_allowed")
+        called = self.stub.calls
+        for payload in self.each((
+                {"models": ["gemma-3", "llama"]}, {"fallbacks": ["llama"]},
+                {"fallbacks": [{"model": "llama"}]})):
+            self.assertEqual(self.ask(call(ann, model="gemma-3", **payload)).status, 403)
+        for path in self.each(("/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/unknown",
+                               "/v1beta/models/llama:generateContent", "/api/chat")):
+            self.assert_status(403, request("POST", path, chat(model="llama"), key=ann))
+        self.assertEqual(self.ask(request("POST", "/v1/files", b"x", key=ann)).status, 403)
+        self.assertEqual(self.stub.calls, called)
+        self.assertEqual(self.statuses(ben), [200])
+
+    def test_the_list_of_models_shows_what_a_key_may_use(self):
+        listed = {"object": "list", "data": [{"id": name} for name in ("gemma-3", "llama")]}
+        self.start(says_json(listed))
+        ann, ben, bound = self.add(models="gemma*"), self.add("ben"), self.add(
+            "cem", upstream="base")
+        for key, names in self.each(((ann, ["gemma-3"]), (ben, ["gemma-3", "llama"]),
+                                     (bound, ["gemma-3", "llama"]))):
+            for path in ("/v1/models", "/models"):
+                found = self.ask(request("GET", path, key=key)).json()
+                self.assertEqual([one["id"] for one in found["data"]], names)
+
+    def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
+        one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
+        ann, base, lost = self.add(upstream="two"), self.add("b", upstream="base"), self.add(
+            "c", upstream="gone")
+        for key, path, expected in self.each((
+                (ann, CHAT, "two"), (ann, "/two" + CHAT, "two"), (ann, "/one" + CHAT, 403),
+                (base, CHAT, "base"), (base, "/two" + CHAT, 403), (lost, CHAT, 403))):
+            answered = self.ask(request("POST", path, chat(), key=key))
+            found = answered.json()["from"] if answered.status == 200 else answered.status
+            self.assertEqual(found, expected)
+        self.assertEqual(two.requests[0].get("authorization"), "Bearer sk-two")
+        self.assertEqual(one.calls, 0)
+
+    def test_limits_of_a_key_and_of_its_team_hold_at_once(self):
+        self.start(LIMITS="each 9 requests per day; team:red 3 requests per day",
+                   LIMIT_REPLY="error")
+        ann, ben = self.add(team="red"), self.add("ben", team="red")
+        self.assertEqual(self.statuses(ann, ann, ben, ben), [200, 200, 200, 429])
+        self.change("set", "ann", team="", limits="4 requests per day")
+        self.assertEqual(self.statuses(*[ann] * 4), [200, 200, 200, 429])  # 7 of 9 were left
+        self.change("set", "ann", reset=True)
+        self.assertEqual(self.statuses(ann), [200])
+
+    def test_a_keys_rule_may_count_what_no_other_does(self):
+        self.start(says(completion(60, 0)), clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="100 tokens per day")
+        self.ask(call(ann, max_tokens=1))
+        self.assertEqual(self.left(ann), 40)
+        self.proxy.books.close(PATIENCE)
+        self.start(DATABASE=self.path, clock=self.proxy.clock, LIMITS="each 9 requests per day")
+        self.assertEqual(self.left(ann), 40)
+
+    def test_what_is_given_and_reset_counts_at_once_and_after_a_restart(self):
+        self.start(clock=Clock(), LIMITS="each 2 requests per day", LIMIT_REPLY="error",
+                   PROXY_API_KEYS="old=sk-old")
+        ann = self.add()
+        self.assertEqual(self.statuses(ann, ann, ann), [200, 200, 429])
+        self.change("give", "ann", "5", "requests")
+        self.assertEqual(self.statuses(ann, "sk-old", "sk-old", "sk-old"), [200, 200, 200, 429])
+        self.change("reset", "old")
+        self.assertEqual(self.statuses("sk-old"), [200])
+        self.proxy.books.close(PATIENCE)
+        self.start(clock=self.proxy.clock, DATABASE=self.path, LIMITS="each 2 requests per day")
+        self.assertEqual(self.left(ann), 4)
+        self.proxy.clock.now += 86400
+        self.assertEqual(self.left(ann), 2)
+
+    def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
+        self.start()
+        self.change("give", "nobody", "5", "usd")
+        wait_for(lambda: "nobody has no bucket in usd: it was given nothing" in self.lines.text())
+
+    def test_orders_that_somebody_else_has_written_are_not_carried_out(self):
+        self.start()
+        ann = self.add()
+        self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
+                     " ('ann', 'requests', 'x', 1e12, 0), ('ann', 'requests', 5, 'soon', 0),"
+                     " ('ann', 'requests', NULL, NULL, 0), (x'00', NULL, NULL, NULL, 0)")
+        self.store().give("ann", "5", "requests")
+        wait_for(lambda: self.left(ann) == 1005)
+        self.proxy.books.close(PATIENCE)
+        self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
+                     " ('ann', 'requests', 'x', 1e12, 1)")
+        self.start(DATABASE=self.path)
+        self.assertEqual(self.left(ann), 1005)
+
+    def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
+        for column, value in self.each((
+                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
+                ("expires", "soon"), ("subject", "x" * 32), ("disabled", "no"), ("created", None),
+                ("team", "a b"))):
+            self.start(PROXY_API_KEYS="anyone")
+            ann, ben = self.add(), self.add("ben")
+            before = self.proxy.callers
+            self.execute("UPDATE keys SET %s = %s WHERE name = 'ann'" % (
+                column, "NULL" if value is None else repr(value)))
+            wait_for(lambda: self.proxy.callers is not before)
+            self.assertEqual(self.statuses(ann, ben), [401, 200])
+            self.assertIn("in DATABASE cannot be read: it lets nobody in", self.lines.text())
+
+    def test_keys_that_cannot_be_read_any_more_change_nothing(self):
+        self.start()
+        ann = self.add()
+        self.execute("ALTER TABLE keys RENAME TO old")
+        wait_for(lambda: "the keys in DATABASE cannot be read" in self.lines.text())
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+        self.assertEqual(len(self.wait_for_rows(2)), 2)
+        self.execute("ALTER TABLE old RENAME TO keys")
+        self.add("ben")
+        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+
+    def test_keys_that_cannot_be_read_at_the_start_let_nobody_in(self):
+        self.start()
+        ann = self.add()
+        self.proxy.books.close(PATIENCE)
+        with mock.patch.object(llm_proxy.Database, "key_rows", side_effect=sqlite3.DatabaseError):
+            self.start(DATABASE=self.path)
+            self.assertEqual(self.statuses(ann, "x"), [401, 401])
+        wait_for(lambda: self.statuses(ann) == [200])
+
+    def test_a_database_that_is_deleted_opens_no_door(self):
+        self.start()
+        ann = self.add()
+        os.remove(self.path)
+        wait_for(lambda: self.statuses(ann) == [401])
+        self.assertEqual(self.statuses("x"), [401])
+        self.assertEqual(self.statuses(self.add("ben")), [200])
+
+    def test_when_a_key_was_used_is_known_to_the_minute(self):
+        clock = Clock()
+        self.start(clock=clock)
+        ann, keys = self.add(), self.store()
+        for seconds, used in self.each(((0, 1000), (59, 1000), (2, 1061))):
+            clock.now += seconds
+            self.ask(call(ann))
+            wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
+
+    def test_people_behind_a_key_have_what_it_may(self):
+        self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
+        ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
+        self.assertEqual(client.exchange(call(ann, "X-User: u")).status, 403)
+        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 200)
+        self.assertEqual(self.wait_for_rows(2)[1]["caller"], "ann/u")
+        self.change("revoke", "ann")
+        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 401)
+
+    def test_changes_of_keys_leave_nothing_behind_in_a_connection(self):
+        self.start()
+        ann, client = self.add(), self.connect()
+        for number in range(3):
+            self.assertEqual(client.exchange(call(ann)).status, 200)
+            self.change("set", "ann", note=str(number))
+        connection, = self.server.open
+        sizes = {len(connection.last.cache)}
+        client.exchange(call(ann))
+        self.assertEqual(sizes, {len(connection.last.cache)})
+
+    def test_settings_that_are_read_again_leave_stored_keys_as_they_are(self):
+        self.start(clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="5 requests per day")
+        self.ask(call(ann))
+        new = {**self.proxy.config.texts, "LIMITS": "each 7 requests per day"}
+        config = read_config({name: text for name, text in new.items() if text})
+        self.on_loop(llm_proxy.rebuild, self.proxy, config)
+        self.assertEqual((self.left(ann), self.statuses("x")), (4, [401]))
+
+
 class FallbackTest(CallCase):
     RULES = "model:dear 1 requests per day; model:cheap 5 requests per day"
 
     def test_what_a_call_names_to_fall_back_to_counts_like_what_it_asks_for(self):
         for payload in self.each((
                 {"models": ["cheap", "dear"]}, {"fallbacks": ["dear"], "route": "fallback"},
-                {"fallbacks": [{"model": "dear"}]}, {"tools": [{"type": "x", "model": "dear"}]})):
+                {"fallbacks": [{"model": "dear"}]}, {"tools": [{"type": "x", "model": "dear"}]},
+                {"plugins": [{"id": "x", "model": "dear"}]},
+                {"plugins": [{"id": "x", "analysis_models": ["dear"]}]})):
             self.start(LIMITS=self.RULES, LIMIT_REPLY="error")
             statuses = [self.ask(call(model="cheap", **payload)).status for _ in range(2)]
             self.assertEqual(statuses + [self.ask(call(model="cheap")).status], [200, 429, 200])
@@ -7899,7 +9043,9 @@ class FallbackTest(CallCase):
         ({"models": "a", "fallbacks": None}, {}, {"models": "a", "fallbacks": None}),
         ({"tools": [{"type": "x", "model": "a"}, {"type": "y"}]},
          {"tools": [{"type": "x"}, {"type": "y"}]},
-         {"tools": [{"type": "x", "model": "b"}, {"type": "y"}]})]
+         {"tools": [{"type": "x", "model": "b"}, {"type": "y"}]}),
+        ({"plugins": [{"id": "x", "analysis_models": ["a"]}]}, {"plugins": [{"id": "x"}]},
+         {"plugins": [{"id": "x", "analysis_models": ["b"]}]})]
 
     def test_a_pin_holds_for_other_models_too_and_so_do_aliases(self):
         paths = CHAT, "/v1/score", "/v1/responses"
@@ -8173,7 +9319,6 @@ class EndingsTest(LedgerCase):
             (True, self.SIZED, 1, self.TEXT),
             (False, self.HALF, 50, 50),
         )
-        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.05)
         self.start(None, TOKEN_COST_MODE="usage")
         cases = itertools.product(rows, self.HANG_UPS)
         for number, ((stream, begun, most, output), hang_up) in enumerate(self.each(cases)):
@@ -8209,6 +9354,7 @@ class EndingsTest(LedgerCase):
         asked.wait_for_hang_up()
 
     def test_a_caller_who_half_closed_has_a_moment_for_each_of_its_calls(self):
+        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.5)
         self.start(None)
         client, asked = self.ask_stub(call() + call())
         client.sock.shutdown(socket.SHUT_WR)
@@ -8241,7 +9387,7 @@ class EndingsTest(LedgerCase):
         self.assert_ending("internal_error", left=1000)
 
     def test_a_slow_reader_that_goes_on_is_not_cut_and_pays_for_what_it_took(self):
-        """It reads 10 KB each 4 ms, of 4 MB; if the system took more of those ahead, the reader
+        """It reads 20 KB each 4 ms, of 4 MB; if the system took more of those ahead, the reader
         would be silent for longer than a reader may be."""
         self.patch_seconds(Transfer_SLOW_READER_SECONDS=0.3)
         data = chunk(events(delta("word " * 200))) * 4000 + chunk(events(LAST_DELTA, "[DONE]"))
@@ -8255,7 +9401,7 @@ class EndingsTest(LedgerCase):
             found = client.reader.data
             while len(found) < 0.9 * share * len(data) or share == 1 and found[-5:] != LAST:
                 time.sleep(0.004)
-                part = client.sock.recv(10000)
+                part = client.sock.recv(20000)
                 self.assertTrue(part, "it was cut")
                 found += part
             client.reset()
@@ -8505,6 +9651,24 @@ class PagesTest(CallCase):
             self.assertEqual(self.left("key-%d" % number), 10)
         self.assertEqual((len(self.proxy.limits.buckets.levels), self.stub.calls), (0, 0))
 
+    def test_checks_tell_whether_it_lives_and_whether_calls_can_go_anywhere(self):
+        self.start_named("spare", "BREAKER_FAILURES=1 PROXY_API_KEYS=sk-1 OPEN_TIMEOUT=1")
+        client = self.connect()
+        for address in (None, *self.proxy.routes.addresses()):
+            self.assertEqual(client.exchange(request("GET", "/readyz")).status, 200)
+            if address:
+                self.on_loop(address.breakers.connections.judge, False, time.monotonic())
+        self.assertEqual(client.exchange(request("GET", "/readyz")).status, 503)
+        answered = client.exchange(request("GET", "/healthz"))
+        self.assertEqual((answered.status, answered.body, self.stub.calls), (200, b"ok\n", 0))
+
+    def test_a_model_that_fails_leaves_the_proxy_ready(self):
+        self.start(says(b"{}", "503 No"), BREAKER_FAILURES=1)
+        for key in ("a", "b"):
+            self.ask(call(key))
+        self.assert_base("open", addresses="0/1")
+        self.assert_status(200, request("GET", "/readyz"))
+
     def test_head_of_a_page_is_its_head(self):
         self.start(BASE_MODEL="m")
         client = self.connect()
@@ -8554,7 +9718,8 @@ off                             https://one.example     -
 off                             http://localhost        -""")
 
     def test_every_answer_tells_browsers_who_may_read_it(self):
-        for setting, origin, allowed in self.each(self.ORIGINS):
+        too_long = "local", "http://" + "a" * 300, ""
+        for setting, origin, allowed in self.each([*self.ORIGINS, too_long]):
             self.start(CORS_ORIGINS=setting)
             field = b"\r\nOrigin: %b\r\n" % origin.encode() if origin else b"\r\n"
             for data in (call(), HEALTH, request("POST", CHAT, b"{")):
@@ -8799,8 +9964,13 @@ class AdminTest(AdminCase):
     def test_the_contents_name_every_page_and_who_asks(self):
         self.start()
         found = self.look("")
-        self.assertEqual(found["you"], {"name": "viewer", "role": "viewer"})
+        self.assertEqual(found["you"], {"name": "VIEWER_KEY", "role": "viewer"})
         self.assertIn("/admin/api/upstreams/NAME/test", [row["path"] for row in found["endpoints"]])
+
+    def test_the_readme_has_the_same_list(self):
+        rows = ["| `%s /admin/api%s` | %s | %s |" % (row.method, row.path, row.role, row.does)
+                for row in llm_proxy.ADMIN_PAGES]
+        self.assertIn("\n".join(rows), source(os.path.join(FOLDER, "README.md")))
 
     def test_a_page_of_ours_may_ask_whatever_its_origin(self):
         self.start(CORS_ORIGINS="off")
@@ -8858,6 +10028,146 @@ class AdminTest(AdminCase):
         self.assertEqual(found, ["/v1/admin/api", "/v1/chat/completions"])
 
 
+class AdminBooksTest(AdminCase):
+    def start(self, *arguments, **settings):
+        self.path = new_path(self, "llm_proxy.db")
+        super().start(*arguments, **{"DATABASE": self.path, **settings})
+
+    def wait_for_rows(self, count):
+        wait_for(lambda: len(self.look("/calls")["calls"]) == count, "rows in the ledger")
+
+    def change(self, method, path, payload=None, status=200):
+        """Returns what an admin is told of a change, once the proxy goes by it."""
+        before = self.proxy.callers
+        answered = self.admin(method, path, payload)
+        self.assertEqual(answered.status, status, answered.body)
+        wait_for(lambda: self.proxy.callers is not before, "the change")
+        return answered.json()
+
+    def add(self, name="ann", **fields):
+        return self.change("POST", "/keys", {"name": name, **fields}, 201)
+
+    def test_a_key_is_made_shown_changed_and_removed(self):
+        self.start()
+        made = self.add(team="red", limits="5000 tokens per day")
+        self.assertEqual(self.ask(call(made["key"])).status, 200)
+        self.assertEqual(self.ask(call("another")).status, 401)
+        self.change("PATCH", "/keys/ann", {"tag": "web", "team": ""})
+        found = self.look("/keys/ann")
+        self.assertEqual((found["tag"], found["team"], found["limits"]), (
+            "web", None, "5000 tokens per day"))
+        self.assertNotIn("key", found)
+        self.change("DELETE", "/keys/ann")
+        self.assertEqual(self.look("/keys"), {"keys": []})
+        self.assertEqual(self.ask(call(made["key"])).status, 401)
+
+    def test_a_key_is_revoked_restored_and_rotated(self):
+        self.start()
+        first = self.add()["key"]
+        self.change("POST", "/keys/ann/revoke")
+        self.assertEqual(self.ask(call(first)).status, 401)
+        self.change("POST", "/keys/ann/restore")
+        self.assertEqual(self.ask(call(first)).status, 200)
+        second = self.change("POST", "/keys/ann/rotate", {"grace": "1h"})["key"]
+        self.assertEqual([self.ask(call(key)).status for key in (first, second)], [200, 200])
+
+    def test_what_is_wrong_with_a_key_is_told(self):
+        self.start()
+        self.add()
+        for method, path, payload, status, said in self.each((
+                ("POST", "/keys", {"name": "ann"}, 400, "stored already"),
+                ("POST", "/keys", {}, 400, "name must be"),
+                ("POST", "/keys", {"name": "a b"}, 400, "name must be"),
+                ("POST", "/keys", {"name": "b", "limits": "3 cows"}, 400, "limits must be"),
+                ("POST", "/keys", {"name": "b", "self": "x"}, 400, "no field self"),
+                ("POST", "/keys", {"name": "b", "note": 3}, 400, "must be text"),
+                ("PATCH", "/keys/bob", {"note": "x"}, 404, "no key is stored"),
+                ("GET", "/keys/bob", None, 404, "no key is stored"),
+                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cow"}, 400, "amount must"))):
+            answered = self.admin(method, path, payload)
+            self.assertEqual(answered.status, status)
+            self.assertIn(said, answered.error()["message"])
+
+    def test_a_caller_is_given_more_and_its_buckets_are_filled(self):
+        self.start(LIMITS="each 2 requests per day")
+        secret = self.add()["key"]
+        self.assertEqual([self.left(secret) for _ in range(2) if self.ask(call(secret))], [1, 0])
+        self.change("POST", "/callers/ann/give", {"amount": "5", "unit": "requests"})
+        self.assertEqual(self.left(secret), 5)
+        self.change("POST", "/keys/ann/reset")
+        self.assertGreaterEqual(self.left(secret), 2)
+
+    def test_every_write_is_in_the_audit_and_in_the_log(self):
+        self.start()
+        self.add()
+        self.admin("POST", "/upstreams/base/disable")
+        self.change("POST", "/keys/ann/revoke")
+        rows = self.look("/audit")["rows"]
+        self.assertEqual([(row["who"], row["what"], row["target"]) for row in rows], [
+            ("ADMIN_KEY", "revoke key", "ann"), ("ADMIN_KEY", "disable upstream", "base"),
+            ("ADMIN_KEY", "add key", "ann")])
+        self.assertIn("ADMIN_KEY of 127.0.0.1 did POST /admin/api/keys/ann/revoke",
+                      self.lines.text())
+        self.assertEqual(len(self.look("/audit?before=%d" % rows[1]["id"])["rows"]), 1)
+
+    def test_an_upstream_stays_disabled_after_a_new_start(self):
+        self.start()
+        self.admin("POST", "/upstreams/base/disable")
+        copied = new_path(self, "copy.db")
+        with contextlib.closing(sqlite3.connect(self.path)) as source:
+            with contextlib.closing(sqlite3.connect(copied)) as target:
+                source.backup(target)
+        self.run_proxy(read_config({"BASE_API_URL": self.stub.url, "DATABASE": copied}), time)
+        self.assertEqual(self.ask(call()).status, 404)
+
+    def test_calls_and_their_sums_are_told(self):
+        self.start()
+        for key in ("k1", "k1", "k2"):
+            self.ask(call(key))
+        self.wait_for_rows(3)
+        first = self.look("/calls?limit=2")
+        rest = self.look("/calls?limit=2&before=%d" % first["next"])
+        self.assertEqual((len(first["calls"]), len(rest["calls"])), (2, 1))
+        one = first["calls"][0]
+        self.assertEqual(self.look("/calls/" + one["id"]), one)
+        usage = self.look("/usage?by=caller&step=hour")
+        self.assertEqual([row["calls"] for row in usage["groups"]], [2, 1])
+        self.assertEqual(usage["total"]["calls"], 3)
+        text = self.admin("GET", "/usage?format=csv").body.decode()
+        self.assertTrue(text.startswith("name,calls,failed,limited,"))
+        callers = self.look("/callers")["callers"]
+        self.assertEqual([row["today"]["calls"] for row in callers], [1, 2])
+        self.assertEqual(callers[0]["buckets"][0]["capacity"], 1000)
+        self.assertEqual(self.look("/summary")["today"]["calls"], 3)
+
+    def test_a_caller_sees_its_own_use_and_nobody_elses(self):
+        self.start(PROXY_API_KEYS="ann=sk-ann, ben=sk-ben")
+        self.ask(call("sk-ann"))
+        self.wait_for_rows(1)
+        for key, calls in self.each((("sk-ann", 1), ("sk-ben", 0))):
+            found = self.ask(request("GET", "/v1/quota", key=key)).json()
+            self.assertEqual((len(found["calls"]), found["today"]["calls"]), (calls, calls))
+            self.assertEqual(found["buckets"][0]["level"], 1000 - calls)
+        self.assertEqual(self.ask(request("GET", "/v1/quota")).status, 401)
+
+    def test_without_a_database_there_is_what_the_process_knows(self):
+        self.start(DATABASE="off")
+        self.ask(call("k"))
+        self.assertEqual(len(self.look("/callers")["callers"]), 1)
+        self.assertTrue(self.look("/summary")["has_calls"])
+        self.assertEqual(self.ask(request("GET", "/v1/quota", key="k")).json()["calls"], [])
+        for path in self.each(("/keys", "/calls", "/usage", "/audit")):
+            answered = self.admin("GET", path)
+            self.assertEqual(answered.status, 503)
+            self.assertIn("DATABASE is off", answered.error()["message"])
+
+    def test_what_is_asked_for_wrongly_is_told(self):
+        self.start()
+        for path in self.each("""/calls?before=x  /calls?slow=x  /usage?step=year  /usage?by=x
+                /usage?from=9&to=3  /usage?step=quarter&from=0""".split()):
+            self.assertEqual(self.admin("GET", path).status, 400)
+
+
 class EventsTest(AdminCase):
     def listen(self, *fields):
         client = self.connect()
@@ -8913,6 +10223,324 @@ class EventsTest(AdminCase):
         began = time.monotonic()
         self.drain(20)
         self.assertLess(time.monotonic() - began, 5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dashboard: the page, in a real browser
+# --------------------------------------------------------------------------------------------------
+
+class Browser:
+    """Chromium without a window, driven by WebDriver (https://www.w3.org/TR/webdriver2/)."""
+    PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
+    DRIVER = shutil.which("chromedriver")
+    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+    def __init__(self, folder):
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
+            self.port = sock.getsockname()[1]
+        self.process = subprocess.Popen(
+            [self.DRIVER, "--port=%d" % self.port], stdout=subprocess.DEVNULL)
+        self.session = "/session"
+        wait_for(self.is_ready, "chromedriver")
+        options = {"binary": self.PROGRAM, "args": [*self.OPTIONS, "--user-data-dir=" + folder]}
+        made = self.do("POST", "", {"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}}})
+        self.session += "/" + made["sessionId"]
+
+    def is_ready(self):
+        with contextlib.suppress(OSError):
+            return self.ask("GET", "/status")["ready"]
+
+    def ask(self, method, path, payload=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, None if payload is None else json.dumps(payload))
+            found = json.loads(connection.getresponse().read())["value"]
+        if isinstance(found, dict) and "error" in found:
+            raise LookupError("%s: %s" % (payload, found["message"].split("\n")[0]))
+        return found
+
+    def do(self, method, path, payload=None):
+        return self.ask(method, self.session + path, payload)
+
+    def open(self, address):
+        self.do("POST", "/url", {"url": address})
+
+    def run(self, script):
+        """Returns what an expression in the page is."""
+        return self.do("POST", "/execute/sync", {"script": "return " + script, "args": []})
+
+    def find(self, path):
+        """Returns an element by its XPath. Raises LookupError."""
+        found = self.do("POST", "/element", {"using": "xpath", "value": path})
+        return "/element/" + "".join(found.values())
+
+    def log(self, kind):
+        """Returns what was logged since the last time."""
+        return self.do("POST", "/se/log", {"type": kind})
+
+    def close(self):
+        with contextlib.suppress(OSError, LookupError):
+            self.do("DELETE", "")
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+class DashboardTest(AdminCase):
+    """What needs no browser."""
+
+    def test_the_page_may_run_nothing_but_its_own_script(self):
+        self.start()
+        for path in self.each(("/dashboard", "/me")):
+            first, second = [self.ask(request("GET", path)) for _ in range(2)]
+            policy = first.get("content-security-policy")
+            nonce = re.search("script-src 'nonce-([0-9a-f]{32})'", policy)[1]
+            self.assertEqual(first.body.count(b'nonce="%b"' % nonce.encode()), 2)
+            self.assertNotIn(nonce.encode(), second.body)
+            self.assertIn("default-src 'none'", policy)
+            self.assertEqual(first.get("cache-control"), "no-store")
+            self.assertEqual(first.get("content-type"), "text/html; charset=utf-8")
+
+    def test_the_page_is_small_and_makes_no_markup_of_text(self):
+        page = llm_proxy.DASHBOARD
+        self.assertLess(len(page.encode()), 100_000)
+        for word in self.each(("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write",
+                               "eval(", "setAttribute(\"style", "http://", "https://")):
+            text = page.replace("http://www.w3.org/2000/svg", "")
+            self.assertNotIn(word, text)
+
+    @staticmethod
+    def luminance(colour):
+        """https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+        parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = [
+            part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    def contrast(self, *colours):
+        low, high = sorted(map(self.luminance, colours))
+        return (high + 0.05) / (low + 0.05)
+
+    def test_text_stands_out_from_what_is_behind_it(self):
+        rows = re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", llm_proxy.DASHBOARD)
+        colours = {name: pair for name, *pair in rows}
+        self.assertEqual(len(colours), 15)
+        for name, least in self.each((
+                *[(name, 4.5) for name in ("text", "muted", "accent", "good", "warn", "bad")],
+                *[("s%d" % number, 3) for number in range(6)])):
+            for behind in ("page", "surface"):
+                for ours, theirs in zip(colours[name], colours[behind]):
+                    self.assertGreater(self.contrast(ours, theirs), least, (ours, theirs))
+
+
+@unittest.skipUnless(Browser.PROGRAM and Browser.DRIVER, "there is no chromium and chromedriver")
+@unittest.skipUnless(sys.implementation.name == "cpython" and sys.version_info >= (3, 11)
+                     or "BROWSER" in os.environ, "one interpreter is enough for the page")
+class PageTest(AdminCase):
+    KEY = "//main//tr[td[1]//*[.='ann']]"
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        cls.addClassCleanup(folder.cleanup)
+        cls.browser = Browser(folder.name)
+        cls.addClassCleanup(cls.browser.close)
+
+    def start(self, *arguments, **settings):
+        settings = {"DATABASE": new_path(self, "llm_proxy.db"), **settings}
+        super().start(*arguments, **settings)
+        self.place = "http://127.0.0.1:%d" % self.address[1]
+        self.addCleanup(self.leave)
+
+    def leave(self):
+        """Nothing was wrong in the browser, and nobody else was asked."""
+        self.browser.open("about:blank")
+        wrong = [row["message"] for row in self.browser.log("browser") if row["level"] == "SEVERE"]
+        self.assertEqual([text for text in wrong if "the server responded with" not in text], [])
+        events = [json.loads(row["message"])["message"] for row in self.browser.log("performance")]
+        asked = [event["params"]["request"]["url"] for event in events
+                 if event["method"] == "Network.requestWillBeSent"]
+        self.assertEqual([url for url in asked if not url.startswith((
+            self.place + "/", "chrome:", "about:", "data:"))], [])
+
+    def until(self, act):
+        """Returns what `act` does, once it can be done."""
+        fault, end = "it is not so", time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                found = act()
+                if found is not False:
+                    return found
+            except LookupError as failure:
+                fault = failure
+            time.sleep(0.02)
+        self.fail("%s; the page: %s" % (fault, self.text()))
+
+    def text(self):
+        return self.browser.run("document.body.innerText")
+
+    def see(self, *texts):
+        for text in texts:
+            self.until(lambda: text in self.text())
+
+    def click(self, name, within="//*"):
+        """Click on the button or link of this name."""
+        path = within + "//*[self::button or self::a or self::summary][normalize-space()='%s']"
+        self.until(lambda: self.browser.do(
+            "POST", self.browser.find(path % name) + "/click", {}) is None)
+
+    def enter(self, name, text):
+        """Put text into the field of this name."""
+        field = self.until(lambda: self.browser.find("//main//input[@name='%s']" % name))
+        self.browser.do("POST", field + "/clear", {})
+        self.browser.do("POST", field + "/value", {"text": text})
+
+    def log_in(self, key=ADMIN, path="/dashboard"):
+        self.browser.open(self.place + path)
+        self.enter("key", key)
+        self.click("Log in")
+        self.see("Log out")
+
+    def test_a_call_is_seen_while_it_runs_and_opened_when_it_has_ended(self):
+        self.start()
+        self.stub.answer = None
+        self.log_in()
+        self.see("0 running calls", "No call has come yet")
+        client, asked = self.begin(event(1), key="ann", model="gemma")
+        self.see("1 running call", "gemma", "streaming")
+        asked.send(chunk(b"data: [DONE]\n\n") + LAST)
+        client.rest()
+        self.see("ended: ok", "0 running calls")
+        self.click("Calls")
+        self.see("gemma")
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.see("Mostly", "first byte", self.entry()["id"])
+
+    def made_key(self):
+        self.see("The key of ann, shown only now")
+        return self.browser.run("document.querySelector('pre').textContent")
+
+    def test_a_key_is_made_used_filled_paused_and_rotated(self):
+        self.start()
+        self.log_in()
+        self.click("Keys")
+        before = self.proxy.callers
+        self.enter("name", "ann")
+        self.enter("limits", "5 requests per day")
+        self.click("Make key")
+        first = self.made_key()
+        wait_for(lambda: self.proxy.callers is not before, "the key")
+        self.assertEqual(self.ask(call(first)).status, 200)
+        self.click("Callers")
+        self.see("4 of 5 requests")
+        self.ask(call(first))
+        self.see("3 of 5 requests")
+        self.click("Give", self.KEY)
+        self.enter("amount", "1")
+        self.click("Give", self.KEY + "//form")
+        self.see("4 of 5 requests", "ann got 1 requests more.")
+        self.click("Pause", self.KEY)
+        self.see("0 running calls of ann will go on; new ones get 401.")
+        self.click("Pause", self.KEY + "//form")
+        self.see("ann is paused.")
+        wait_for(lambda: self.ask(call(first)).status == 401, "the pause")
+        self.click("Resume", self.KEY)
+        wait_for(lambda: self.ask(call(first)).status == 200, "the end of the pause")
+        self.click("Keys")
+        self.click("Rotate", self.KEY)
+        self.click("Rotate", self.KEY + "//form")
+        second = self.made_key()
+        wait_for(lambda: self.ask(call(second)).status == 200, "the other key")
+        self.assertEqual(self.ask(call(first)).status, 200)
+        self.click("Audit")
+        self.see("ADMIN_KEY", "ann")
+
+    def test_an_upstream_is_tested_and_disabled(self):
+        self.start(says(b'{"data": [{"id": "gemma"}]}'))
+        self.log_in()
+        self.click("Upstreams")
+        self.click("Test")
+        self.see("1 model")
+        self.click("Disable")
+        self.click("Disable", "//main//form")
+        self.see("base disabled")
+        self.assertEqual(self.ask(call()).status, 404)
+        self.click("Enable")
+        self.see("base up")
+
+    def test_usage_is_drawn_for_the_range_that_was_chosen(self):
+        self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
+        self.ask(call("ann"))
+        self.log_in()
+        self.click("Usage")
+        self.click("day")
+        self.click("tokens")
+        self.see("Tokens by caller, last 24 hours", "1,234", "so far")
+        self.assertIn("range=day", self.browser.run("location.hash"))
+        self.assertGreater(self.browser.run("document.querySelectorAll('#chart rect.s1').length"), 0)
+        chart = self.browser.find("//main//*[@id='chart']")
+        self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
+        self.see("Total")
+
+    def test_a_viewer_sees_nothing_that_changes_anything(self):
+        self.start()
+        self.ask(call("ann"))
+        self.log_in(VIEWER)
+        for tab, text in self.each((("Callers", "1 caller"), ("Keys", "keys add alice"),
+                                    ("Upstreams", "base"), ("Audit", "Nothing was changed"))):
+            self.click(tab)
+            self.see(text)
+            found = self.browser.run(
+                "[...document.querySelectorAll('main button')].map(one => one.textContent)")
+            self.assertEqual(found, [])
+
+    def test_a_wrong_key_and_that_of_a_caller_are_told_so(self):
+        self.start(PROXY_API_KEYS="ann=sk-ann")
+        self.browser.open(self.place + "/dashboard")
+        for key, text in (("guess", "No such key"), ("sk-ann", "may call, but not look here")):
+            self.enter("key", key)
+            self.click("Log in")
+            self.see(text)
+
+    def test_a_caller_sees_what_it_has_left(self):
+        self.start(PROXY_API_KEYS="ann=sk-ann", LIMITS="each 5 requests per day")
+        self.ask(call("sk-ann"))
+        self.log_in("sk-ann", "/me")
+        self.see("What ann has left", "4 of 5 requests, full in", "1 call", "Last calls")
+
+    EVIL = "<img src=x onerror=alert(1)></script>\"'>"
+
+    def test_what_others_said_is_text(self):
+        self.start(says(json.dumps({"error": {"message": self.EVIL}}).encode(), "400 Bad"))
+        self.ask(call("ann", "User-Agent: " + self.EVIL, model=self.EVIL))
+        self.log_in()
+        self.click("Calls")
+        self.see(self.EVIL)
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.see("Mostly")
+        self.click("Usage")
+        self.click("model")
+        self.see(self.EVIL)
+        self.admin("POST", "/keys", {"name": "ann", "note": self.EVIL})
+        self.click("Keys")
+        self.see(self.EVIL)
+        self.assertEqual(self.browser.run("document.querySelectorAll('main img').length"), 0)
+
+    def test_a_lost_connection_is_told_and_found_again(self):
+        self.start()
+        self.log_in()
+        self.see("0 running calls")
+        feed = self.proxy.watchers[0]
+        with mock.patch.object(llm_proxy.Admin, "events", side_effect=llm_proxy.Overloaded):
+            self.on_loop(setattr, feed, "closed", True)
+            self.on_loop(feed.wake)
+            self.see("reconnecting, as of")
+        self.on_loop(setattr, feed, "closed", False)
+        self.until(lambda: "reconnecting" not in self.text())
+        self.ask(call("ann"))
+        self.see("ended: ok")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9092,7 +10720,8 @@ class ClientConnectionTest(ServerCase):
         packed = gzip.compress(body) + gzip.flush()
         for coding, sent, status in self.each((
                 ("gzip", packed, 200), ("X-GZIP", packed, 200), ("identity", body, 200),
-                ("deflate", zlib.compress(body), 200), ("deflate", zlib.compress(large), 200),
+                ("", body, 200), ("deflate", zlib.compress(body), 200),
+                ("deflate", zlib.compress(large), 200),
                 ("deflate", zlib.compress(b"x" * 3000001), 413), ("gzip", body, 400),
                 ("gzip", packed[:-1], 400), ("gzip", packed + b"x", 400), ("gzip", b"", 400),
                 ("zstd", packed, 415), ("br", packed, 415), ("gzip, gzip", packed, 415))):
@@ -9101,7 +10730,7 @@ class ClientConnectionTest(ServerCase):
             expected = "gzip, deflate" if status == 415 else None
             self.assertEqual(answered.get("accept-encoding"), expected)
         self.assertEqual({asked.get("content-encoding") for asked in self.stub.requests}, {None})
-        self.assertEqual([asked.body for asked in self.stub.requests[:4]], [body] * 4)
+        self.assertEqual([asked.body for asked in self.stub.requests[:5]], [body] * 5)
         self.ask(request("POST", "/v1/files", packed, "Content-Encoding: gzip"))
         asked = self.stub.requests[-1]
         self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", packed))
@@ -9300,7 +10929,7 @@ class ServerTest(ServerCase):
         self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
-        said = re.compile(r"the event loop was held for 0\.\d\d s by serve, line \d")
+        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d")
 
         def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
@@ -9462,11 +11091,12 @@ def compiled():
 class Process:
     """`python -I -S llm_proxy.py` as a process of its own, with no environment but the settings."""
 
-    def __init__(self, *arguments, cwd="/", before=(), stdin=subprocess.DEVNULL, **settings):
-        """`before` are words of a command that starts this one."""
+    def __init__(self, *arguments, cwd="/", before=(), file=None, stdin=subprocess.DEVNULL,
+                 **settings):
+        """`before` are words of a command that starts this one; `file` is what else it runs."""
         settings = {"DATABASE": "off", **settings}
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-I", "-S", compiled(), *arguments], cwd=cwd,
+            [*before, sys.executable, "-I", "-S", file or compiled(), *arguments], cwd=cwd,
             env={name: str(value) for name, value in settings.items()},
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.rows = []
@@ -9507,27 +11137,6 @@ class ProcessCase(ServerCase):
         self.addCleanup(process.close)
         return process
 
-    def new_stub(self, answer=says()):
-        self.stub = Stub(answer)
-        self.addCleanup(self.stub.close)
-        return self.stub.url
-
-    def serve(self, *arguments, answer=says(), **settings):
-        """Starts one on a free port, on another where a process takes that in between."""
-        settings = {"HOST": "127.0.0.1", "BASE_API_URL": self.new_stub(answer), **settings}
-        for _ in range(5):
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                self.address = free.getsockname()
-            process = self.command(*arguments, PORT=self.address[1], **settings)
-            wait_for(lambda: process.said("listens on") or process.process.poll() is not None)
-            if process.process.poll() is None:
-                return process
-        raise AssertionError("it does not start: %r" % process.rows)
-
-
-class CommandsTest(ProcessCase):
-    NOWHERE = "http://127.0.0.1:1"
-
     def finish(self, *arguments, cwd="/", **settings):
         """Returns (exit code, standard output, standard error). A command needs no process."""
         if not arguments:
@@ -9547,6 +11156,143 @@ class CommandsTest(ProcessCase):
         for stream in (out, err):
             stream.flush()
         return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+
+    def new_stub(self, answer=says()):
+        self.stub = Stub(answer)
+        self.addCleanup(self.stub.close)
+        return self.stub.url
+
+    def serve(self, *arguments, answer=says(), **settings):
+        """Starts one on a free port, on another where a process takes that in between."""
+        settings = {"HOST": "127.0.0.1", "BASE_API_URL": self.new_stub(answer), **settings}
+        for _ in range(5):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.address = free.getsockname()
+            process = self.command(*arguments, PORT=self.address[1], **settings)
+            wait_for(lambda: process.said("listens on") or process.process.poll() is not None)
+            if process.process.poll() is None:
+                return process
+        raise AssertionError("it does not start: %r" % process.rows)
+
+
+class KeysCommandTest(ProcessCase):
+    def setUp(self):
+        self.folder = new_path(self)
+        self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
+
+    def keys(self, *arguments, **settings):
+        """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
+        return self.command("keys", *arguments, **{**self.settings, **settings}).finish()
+
+    def status(self, key):
+        return self.ask(call(key)).status
+
+    def test_a_command_beside_the_running_service_holds_within_a_second(self):
+        self.serve(**self.settings)
+        self.assertEqual(self.status("x"), 200)
+        code, out, err = self.keys("add", "ann", "--models", "m,n")
+        self.assertEqual((code, err), (0, llm_proxy.CLOSED + "\n"))
+        ann = out.strip()
+        for act, key, status in self.each((
+                ((), "x", 401), (("set", "ann", "--models", "n"), ann, 403),
+                (("set", "ann", "--models", ""), ann, 200), (("revoke", "ann"), ann, 401),
+                (("restore", "ann"), ann, 200), (("remove", "ann"), ann, 401))):
+            if act:
+                self.assertEqual(self.keys(*act), (0, "", ""))
+            ended = time.monotonic()
+            # Ten wrong keys were counted, maybe, while this waited.
+            wait_for(lambda: self.status(key) in (status, 429 if status == 401 else status))
+            self.assertLess(time.monotonic() - ended, 1)
+
+    def test_keys_can_be_listed_and_shown(self):
+        self.assertEqual(self.keys("list"), (0, "no keys yet\n", ""))
+        self.keys("add", "ann", "--note", "\x1b[2J" "x")
+        self.keys("add", "ann", "--note", "her laptop", "--expires", "30d")
+        _, out, _ = self.keys("list")
+        self.assertRegex(out, r"\Aname +role .*\nann +caller +- +20\d\d-.* her laptop +-\n\Z")
+        self.assertRegex(self.keys("show", "ann")[1], r"(?m)^note +her laptop$")
+        found, = json.loads(self.keys("list", "--json")[1])
+        self.assertEqual((found["name"], found["disabled"]), ("ann", False))
+        self.assertEqual(found["expires"] - found["created"], 30 * 86400)
+
+    def test_only_a_new_secret_is_on_standard_output(self):
+        for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
+            code, out, err = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
+            self.assertRegex(out, r"\Ask-\S{43}\n\Z")
+            self.assertEqual((code, err), (0, ""))
+
+    def test_what_is_wrong_is_said(self):
+        self.keys("add", "ann")
+        for code, said, *arguments in self.each((
+                (1, "stored already", "add", "ann"),
+                (1, "expires must be", "add", "b", "--expires", "x"),
+                (1, "no key is stored by the name b", "give", "b", "2", "usd"),
+                (0, "", "give", "old", "2", "usd"), (0, "", "reset", "192.0.2.1"),
+                (1, "amount must be", "give", "ann", "x", "usd"),
+                (2, "invalid choice", "give", "ann", "2", "running"))):
+            found = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
+            self.assertEqual(found[:2], (code, ""))
+            self.assertIn(said, found[2])
+        self.assertEqual(self.keys("list", DATABASE="off"), (
+            2, "", "keys are stored in DATABASE, and that is off\n"))
+
+    def test_an_admins_key_is_made_at_each_start_and_ends_with_it(self):
+        file, keys = self.settings["DATABASE"] + ".admin-key", set()
+        for _ in range(2):
+            process = self.serve(**self.settings)
+            wait_for(lambda: process.said(
+                "dashboard: http://127.0.0.1:%d/dashboard with the key %s" % (
+                    self.address[1], file)))
+            self.assertEqual(os.stat(file).st_mode & 0o777, 0o600)
+            with open(file, encoding="ascii") as stream:
+                key = stream.read().strip()
+            keys.add(key)
+            error = self.ask(call(key)).error()
+            self.assertEqual(error["code"], "key_not_for_calls")
+            self.assertFalse(process.said(key))
+            process.stop().wait()
+        self.assertEqual(len(keys), 2)
+
+    def test_no_admins_key_is_made_where_there_is_one_or_no_place_for_it(self):
+        for settings, said in self.each((
+                ({"DATABASE": "off"}, "needs ADMIN_KEY to be set"),
+                ({"ADMIN_KEY": "sk-0123456789abcdef"}, "/dashboard\n"),
+                ({"PUBLIC_URL": "https://llm.example.org"},
+                 "dashboard: https://llm.example.org/dashboard with the key /"))):
+            process = self.serve(**{**self.settings, **settings})
+            wait_for(lambda: process.said(said))
+            self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
+                             "PUBLIC_URL" in settings)
+            process.stop().wait()
+        self.keys("add", "boss", "--role", "admin")
+        process = self.serve(**self.settings)
+        wait_for(lambda: process.said("/dashboard\n"))
+
+    def test_the_file_of_an_admins_key_is_no_other_file(self):
+        file, other = self.settings["DATABASE"] + ".admin-key", os.path.join(self.folder, "other")
+        with open(other, "w", encoding="ascii") as stream:
+            stream.write("mine")
+        os.symlink(other, file)
+        process = self.serve(**self.settings)
+        wait_for(lambda: process.said("with the key /"))
+        self.assertFalse(os.path.islink(file))
+        with open(other, encoding="ascii") as stream:
+            self.assertEqual(stream.read(), "mine")
+
+    def test_an_admins_key_is_told_on_a_terminal(self):
+        config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "80"})
+        proxy = build(config, Lines())
+        self.addCleanup(proxy.loop.close)
+        self.addCleanup(proxy.books.close, PATIENCE)
+        words = llm_proxy.tell_of_dashboard(proxy, at_terminal=True)
+        page = re.escape("dashboard: http://[::1]:80/dashboard with the key ")
+        self.assertRegex(words, "^%s%s$" % (page, r"sk-\S{43}"))
+        found = proxy.callers.known_by(llm_proxy.digest(words.split()[-1]))
+        self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
+
+
+class CommandsTest(ProcessCase):
+    NOWHERE = "http://127.0.0.1:1"
 
     def assert_fails(self, code, number, text, *arguments, **settings):
         """Fails unless it ends with this code and so many lines of errors, `text` among them."""
@@ -9577,11 +11323,28 @@ class CommandsTest(ProcessCase):
                               "REFILL_TOKENS 1", "BASE_API_KEY not set")):
             self.assertIn(row.split(), rows)
 
+    def test_grafana_prints_a_dashboard_of_metrics_that_there_are(self):
+        code, out, err = self.command("grafana").finish()
+        self.assertEqual((code, err), (0, ""))
+        board = json.loads(out)
+        self.start(METRICS="open", DATABASE="off")
+        there = {name for name in re.findall(
+            r"^# TYPE (\w+)", self.ask(request("GET", "/metrics")).body.decode(), re.MULTILINE)}
+        places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
+        self.assertEqual(len(set(places)), len(places))
+        for panel in self.each(board["panels"]):
+            self.assertEqual(panel["datasource"]["uid"], "${source}")
+            for target in panel["targets"]:
+                names = re.findall(r"\b(?:llm_proxy|process)_\w+", target["expr"])
+                self.assertTrue(names, target)
+                self.assertLessEqual({name.replace("_bucket", "") if name.endswith(
+                    "seconds_bucket") else name for name in names}, there)
+
     def test_version_is_told(self):
         digest = hashlib.sha256(source().encode()).hexdigest()
         said = "llm_proxy %s, sha256 %s, %s %s\n" % (
             llm_proxy.VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
-        self.assertEqual(self.command("--version").finish(), (0, said, ""))
+        self.assertEqual(self.command("--version", file=FILE).finish(), (0, said, ""))
 
     CALLS = (
         {"caller": "alice", "served": "m1", "picodollars": 5 * 10 ** 11},
@@ -9749,7 +11512,8 @@ class CommandsTest(ProcessCase):
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
-        gone.close()
+        self.addCleanup(gone.close)
+        gone.refuse_connections()
         process = self.serve(BASE_API_URL=good + "," + gone.url, OPEN_TIMEOUT="0.3",
                              UPSTREAM_BOX_URL=good.replace("http", "https"))
         rows = wait_for(lambda: [row for row in process.rows if row.startswith("upstream http")][1:]
@@ -9771,6 +11535,15 @@ class CommandsTest(ProcessCase):
             self.assertEqual(len(found), 1)
         self.assertFalse(process.said("hush"))
 
+    def test_it_runs_with_its_standard_files_closed(self):
+        closed = "sh", "-c", 'exec "$@" <&- >&-', "sh"
+        path = self.ledger()
+        self.assertEqual(self.command("usage", before=closed, DATABASE=path).finish(), (0, "", ""))
+        process = self.serve(before=closed)
+        self.assertEqual(self.ask(call()).status, 200)
+        self.assertEqual(process.stop().wait(), 0)
+        self.assertFalse(process.said("Traceback"))
+
     def test_two_services_never_have_one_database(self):
         path = new_path(self, "books.db")
         first = self.serve(BASE_API_URL=self.NOWHERE, DATABASE=path)
@@ -9787,7 +11560,7 @@ class CommandsTest(ProcessCase):
         path = new_path(self, "books.db")
         with contextlib.closing(llm_proxy.Database(path).connection) as connection:
             stream = io.BytesIO()
-            with mock.patch.object(llm_proxy.Database, "WAIT_SECONDS", 0.01):
+            with mock.patch.object(llm_proxy, "WAIT_SECONDS", 0.01):
                 connection.execute("BEGIN EXCLUSIVE")
                 with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
                     llm_proxy.open_patiently(stream, path, None)
@@ -9936,9 +11709,18 @@ class CommandsTest(ProcessCase):
         self.assertNotEqual(process.wait(), 0)
         self.assertFalse(client.rest().whole)
 
-    def test_the_demo_shows_a_stream_and_then_the_limit_reply(self):
-        process = self.serve("--demo", MAX_TOKENS=3)
+    def test_the_demo_brings_its_own_endpoint(self):
+        process = self.serve("--demo", MAX_TOKENS=1)
         wait_for(lambda: process.said("curl -N http://127.0.0.1:%d%s" % (self.address[1], CHAT)))
+        self.assertIn(b"built-in demo endpoint", self.ask(call()).body)
+        self.assertIn(b"limit reached", self.ask(call()).body)
+
+    def test_the_demo_lists_its_model_answers_and_streams(self):
+        self.patch_seconds(DemoHandler_WORD_SECONDS=0.001)
+        demo = llm_proxy.DemoServer()
+        self.addCleanup(demo.server_close)
+        self.addCleanup(demo.shutdown)
+        self.start(BASE_API_URL="http://127.0.0.1:%d/v1" % demo.server_port)
         client = self.connect()
         models = client.exchange(request("GET", "/v1/models")).json()
         self.assertEqual(models["data"][0]["id"], "demo")
@@ -9947,7 +11729,6 @@ class CommandsTest(ProcessCase):
         self.assertEqual(legacy["choices"][0]["text"], said)
         client.exchange(call(stream=True, stream_options={"include_usage": True}))
         self.assert_demo_stream(client.answered, said)
-        self.assertIn(b"limit reached", client.exchange(call()).body)
 
     def assert_demo_stream(self, answered, said):
         self.assertTrue(answered.whole)
@@ -10251,6 +12032,7 @@ class DoorTest(EnduranceCase):
 
     def test_whatever_runs_has_no_thread_but_those_that_connect(self):
         """Streams, calls in line and to https upstreams, trickling heads, idle connections."""
+        self.patch_seconds(Handshakes_PER_SECOND=1000)
         number = self.size(10, 100)
         path = pem_file(self)
         box = Stub(None, tls=llm_proxy.server_context(path, None))
@@ -10335,8 +12117,9 @@ class DoorTest(EnduranceCase):
     def converse(self, requests):
         """Sends each request on a connection of its own; every other caller closes its sending
         side. Returns the answers as bytes, None for a reset."""
-        clients = [self.connect() for _ in requests]
+        clients = []
         for number, data in enumerate(requests):
+            clients.append(self.connect())  # its time for a head begins
             data = data.replace(Fuzz.MARK, b"%08d" % number)
             with contextlib.suppress(OSError):  # it may have been refused by its first bytes
                 clients[number].send(data)
@@ -10422,13 +12205,18 @@ class DoorTest(EnduranceCase):
         for _ in range(self.size(1, 60)):
             requests = [Fuzz.mutate(chance) for _ in range(100)]
             self.assert_none_was_smuggled(self.converse(requests))
-        names = pathlib.Path(path).read_text("latin-1").splitlines()
+        names = wait_for(lambda: self.names_in(path), "a request that came there")
         entries = self.assert_each_was_logged(names)
         self.report("%d requests came there: %r", len(names), collections.Counter(
             (entry["status"], entry["outcome"]) for entry in entries))
         faults = [entry for entry in entries if entry["outcome"].startswith("upstream")
                   and entry["method"] in Fuzz.METHODS]  # they refuse those that they do not know
         self.assertEqual(faults, [])
+
+    @staticmethod
+    def names_in(path):
+        with contextlib.suppress(FileNotFoundError):
+            return pathlib.Path(path).read_text("latin-1").splitlines()
 
     @staticmethod
     def is_there(address):
@@ -10950,11 +12738,12 @@ class FaultsTest(EnduranceCase):
         faulty.update(UPSTREAM_DEAD_HEADERS="X(Y): " + self.secrets["header"],
                       UPSTREAM_FAR_URL="https://" + dead, HTTPS_PROXY=tunnel + ":x",
                       BASE_API_URL="http://user:%(base key)s@127.0.0.1/v1" % self.secrets)
-        processes = [self.command("--help", **far), self.command("--check", **far),
-                     self.command("--check", **faulty),
-                     self.command("usage", "--json", DATABASE=self.ledger), self.serve(**here)]
+        processes = [self.command("--check", **far), self.serve(**here)]
         processes[-1].stop()
-        said = ["".join(process.finish()[1:]).encode() for process in processes]
+        ends = [self.finish("--help", **far), self.finish("--check", **faulty),
+                self.finish("usage", "--json", DATABASE=self.ledger)]
+        ends += [process.finish() for process in processes]
+        said = ["".join(end[1:]).encode() for end in ends]
         self.assertNotIn(b"", said)
         return said
 
@@ -11460,6 +13249,24 @@ class HostileTest(EnduranceCase):
     MEMORY = 300  # MiB
     SECONDS = 30  # of attacks at random
     KEYS = ["an-honest-caller-%d" % number for number in range(10)]
+    # Has the product write down each callback that held its loop for longer than any before.
+    MEASURING = """
+import asyncio, os, sys, time
+sys.path.insert(0, os.environ["FOLDER"])
+import llm_proxy
+run, longest = asyncio.events.Handle._run, 0
+def measure(handle):
+    global longest
+    text, began = str(handle._callback), time.thread_time()
+    run(handle)
+    took = time.thread_time() - began
+    if took > longest:
+        longest = took
+        with open(os.environ["LONGEST"], "w") as file:
+            file.write("%.4f %s" % (took, text))
+asyncio.events.Handle._run = measure
+sys.exit(llm_proxy.main())
+"""
     RULES = ("key:empty 1 requests per month; each 1 requests per month burst 100000000;"
              "all 1 tokens per month burst 100000000000")
 
@@ -11499,7 +13306,10 @@ class HostileTest(EnduranceCase):
         """Returns a Metronome whose streams go through a new proxy."""
         metronome = Metronome()
         self.addCleanup(metronome.close)
-        return metronome, self.serve_both(sink, UPSTREAM_BEAT_URL=metronome.url, **settings)
+        self.longest = new_path(self, "longest")
+        return metronome, self.serve_both(
+            sink, UPSTREAM_BEAT_URL=metronome.url, file=pem_file(self, self.MEASURING),
+            FOLDER=FOLDER, LONGEST=self.longest, **settings)
 
     def test_no_request_makes_the_events_of_others_late_or_fills_the_memory(self):
         sink, path = self.start_attacker(), pem_file(self)
@@ -11522,11 +13332,14 @@ class HostileTest(EnduranceCase):
         before, sizes = self.resident(), []
         self.attack(name, seconds)
         metronome.run(self.attacker.stdout.fileno(), lambda: sizes.append(self.resident()))
-        self.report("%-30s latest event %6.1f ms (own lag %4.1f); MiB %5.1f, %6.1f, %6.1f; %r",
-                    name, 1000 * metronome.latest, 1000 * metronome.lag, before, max(sizes),
+        longest, callback = pathlib.Path(self.longest).read_text().split(" ", 1)
+        self.report("%-30s latest event %6.1f ms (own lag %4.1f), longest callback %5.1f ms of CPU;"
+                    " MiB %5.1f, %6.1f, %6.1f; %r", name, 1000 * metronome.latest,
+                    1000 * metronome.lag, 1000 * float(longest), before, max(sizes),
                     self.resident(), self.answered())
-        if metronome.latest > self.LATEST:
-            yield "%s: an event took %.0f ms" % (name, 1000 * metronome.latest)
+        if max(metronome.latest, float(longest)) > self.LATEST:
+            yield "%s: an event took %.0f ms, %s %.0f ms of CPU" % (
+                name, 1000 * metronome.latest, callback, 1000 * float(longest))
         if max(sizes) > memory:
             yield "%s: %.0f MiB" % (name, max(sizes))
 
@@ -11626,7 +13439,8 @@ if __name__ == "__main__":
         Attacker().main()
     elif "--soak" in sys.argv:
         EnduranceCase.LONG = True
-        names = ["DoorTest", "FaultsTest", "HostileTest"]
+        BalanceTest.CALLS = 40
+        names = ["BalanceTest", "DoorTest", "FaultsTest", "HostileTest"]
         if "long" in sys.argv:
             HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
             names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
