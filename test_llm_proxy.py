@@ -7722,7 +7722,8 @@ class SumsTest(TableCase):
         with mock.patch.object(llm_proxy.SumsOfCalls, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
-                          "input": 0, "output": 0, "caller": "10.0.0.%d" % number})
+                          "input": 0, "cached": 0, "output": 0, "picodollars": 0,
+                          "caller": "10.0.0.%d" % number})
             self.add({"served": "good", "time": self.DAY})
         for by, plain in self.each((("model", "good"), ("caller", "alice"))):
             found = self.reader.totals(by, self.DAY, self.DAY + 900)
