@@ -78,6 +78,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -7724,14 +7725,17 @@ SUM_KEYS = {
     "caller": "coalesce(caller, '-')",
     "team": "coalesce(team, '-')",
     "tag": "coalesce(tag, '-')",
-    "model": "coalesce(served, model, '-')",
+    "model": "coalesce(nullif(served, ''), nullif(model, ''), '-')",
     "upstream": "coalesce(upstream, '-')"}
-FAILED = "outcome NOT IN ('ok', 'limited', 'caller_gone')"
+PASSED = "ok", "limited", "caller_gone"  # outcomes that are nobody's failure
+FAILED = "outcome NOT IN %r" % (PASSED,)
 # What is added up: how much of it is in a call.
 SUM_COUNTS = {
     "calls": "1", "failed": FAILED, "limited": "outcome = 'limited'",
     **{name: name for name in (
         "input cached output reasoning estimated unpriced picodollars").split()}}
+# The columns of calls that this needs.
+ADDED = "time caller team tag served model upstream outcome ms".split() + [*SUM_COUNTS][3:]
 MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
@@ -8076,62 +8080,104 @@ def listed_columns(columns: Dict[str, str]) -> str:
     return ", ".join(["%s AS %s" % (value, name) for name, value in columns.items()])
 
 
-def exact_total(value: str) -> str:
+def exact_total(name: str) -> str:
     """Returns an integer's expression: SQLite's sum() fails, and its total() rounds, above what is
     plausible, and money is exact for far longer."""
-    if value == "picodollars":
+    if name == "picodollars":
         return ("CAST(min(total(picodollars / 1000000), 4e12) AS INTEGER) * 1000000"
                 " + CAST(total(picodollars % 1000000) AS INTEGER)")
-    return "CAST(min(total(%s), 4e18) AS INTEGER)" % value
+    return "CAST(min(total(%s), 4e18) AS INTEGER)" % name
+
+
+# Adds SUM_COLUMNS to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+SUMMING = """INSERT OR REPLACE INTO sums SELECT %d, {keys}, {counts},
+    min(new.column{first}, coalesce(old.first, new.column{first})),
+    max(new.column{last}, coalesce(old.last, 0)),
+    max(new.column{slowest}, coalesce(old.slowest, 0))
+    FROM (VALUES %%s) AS new LEFT JOIN sums AS old ON old.span = %d AND {same}""" % (
+        QUARTER, QUARTER)
+SUM_COLUMNS = ["start", *SUM_KEYS, *SUM_COUNTS, "first", "last", "slowest"]
 
 
 def adding_statement() -> str:
-    """Returns the statement that adds calls to the sums. Where a quarter has many sums, names of
-    calls that nobody answered are not told apart any more: whoever is refused can make up more."""
-    keys = {"start": "start", **SUM_KEYS}
-    for name in ("caller", "model"):
-        keys[name] = ("CASE WHEN outcome = 'ok' OR input + output > 0 OR start NOT IN full"
-                      " THEN %s ELSE 'other' END" % SUM_KEYS[name])
-    counts = {name: exact_total(value) for name, value in SUM_COUNTS.items()}
-    return """WITH
-        told AS (SELECT *, rowid AS number, {start} AS start FROM calls
-            WHERE rowid > :after AND rowid <= :upto),
-        full AS (SELECT start FROM sums WHERE span = {quarter}
-            AND start BETWEEN (SELECT min(start) FROM told) AND (SELECT max(start) FROM told)
-            GROUP BY start HAVING count(*) >= :full),
-        new AS (SELECT {columns}, min(number) AS first, max(number) AS last,
-            max(coalesce(ms, 0)) AS slowest FROM told GROUP BY {numbers})
-        INSERT OR REPLACE INTO sums SELECT {quarter}, {keys}, {added},
-            min(new.first, coalesce(old.first, new.first)),
-            max(new.last, coalesce(old.last, new.last)),
-            max(new.slowest, coalesce(old.slowest, 0))
-        FROM new LEFT JOIN (SELECT * FROM sums WHERE span = {quarter}) AS old USING ({keys})
-        """.format(
-            start=START, quarter=QUARTER, keys=", ".join(keys),
-            columns=listed_columns({**keys, **counts}),
-            numbers=", ".join([str(number) for number, _ in enumerate(keys, 1)]),
-            added=", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
-                             for name in counts]))
+    places = {name: place for place, name in enumerate(SUM_COLUMNS, 1)}
+    keys = SUM_COLUMNS[:1 + len(SUM_KEYS)]
+    return SUMMING.format(
+        **{name: places[name] for name in ("first", "last", "slowest")},
+        keys=", ".join(["new.column%d" % places[name] for name in keys]),
+        counts=", ".join(["min(new.column%d + coalesce(old.%s, 0), %d)" % (
+            places[name], name, MOST) for name in SUM_COUNTS]),
+        same=" AND ".join(["old.%s = new.column%d" % (name, places[name]) for name in keys]))
 
 
-ADD_TO_SUMS = adding_statement()
 # Makes a sum of a longer span from those of shorter ones in it.
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
     GROUP BY %s""" % (
-        ", ".join(SUM_KEYS),
-        ", ".join(map(exact_total, SUM_COUNTS)),
-        ", ".join(SUM_KEYS))
-# Ids are listed by hours, so that what is written together lies together.
-ADD_TO_IDS = """INSERT OR IGNORE INTO ids SELECT CAST(coalesce(time, 0) / 3600 AS INTEGER), id,
-    rowid FROM calls WHERE rowid > :after AND rowid <= :upto AND id IS NOT NULL"""
-# Each with as many rows as mean that there may be more of them.
-FORGET = (
-    ("DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT 1000)", 1000),
-    ("DELETE FROM ids WHERE hour < min(?, (SELECT min(hour) FROM ids) + 1)", 1),
-    *[("DELETE FROM sums WHERE span = {0} AND start < min(?,"
-       " (SELECT min(start) FROM sums WHERE span = {0}) + 86400)".format(span), 1)
-      for span in SPANS])
+        ", ".join(SUM_KEYS), ", ".join(map(exact_total, SUM_COUNTS)), ", ".join(SUM_KEYS))
+# The last call stays, else its rowid were given again.
+FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
+    AND rowid < (SELECT max(rowid) FROM calls)"""
+FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
+    AND chunk < (SELECT min(rowid) FROM calls) / %d"""
+FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
+    AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
+
+
+ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
+ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
+ADD_TO_SUMS = adding_statement()
+
+
+class SumsOfCalls:
+    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models for whom nobody
+    answered go by the name of `other`: whoever is refused may make up as many as they like."""
+    NAMES = 200
+
+    def __init__(self):
+        self.names = collections.defaultdict(set)  # by quarter and what they are of
+
+    def add_up(self, calls: Iterable[Tuple]) -> List[List[Union[int, str]]]:
+        """Takes rows of (rowid, *ADDED); returns rows of SUM_COLUMNS."""
+        found = {}
+        for key, rows in self.grouped(calls).items():
+            numbers, outcomes, waits, *used = zip(*rows)
+            failed = sum([outcome not in PASSED for outcome in outcomes])
+            counts = [len(rows), failed, outcomes.count("limited"), *[
+                min(MOST, sum(filter(None, column))) for column in used]]
+            key = self.named(key, "ok" in outcomes or any(counts[3:]))
+            limits = min(numbers), max(numbers), max(waits)
+            found[key] = self.merged(found[key], counts, limits) if key in found else [
+                *counts, *limits]
+        if len(self.names) > 8:  # of quarters that are over
+            self.names.clear()
+        return [[*key, *counts] for key, counts in found.items()]
+
+    @staticmethod
+    def grouped(calls):
+        groups = collections.defaultdict(list)
+        for number, time, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
+            key = (int((time or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
+                   served or model or "-", upstream or "-")
+            groups[key].append((number, outcome, ms or 0, *used))
+        return groups
+
+    @staticmethod
+    def merged(old, counts, limits):
+        """Adds to a sum what got the same names."""
+        added = [min(MOST, one + other) for one, other in zip(old, counts)]
+        return [*added, *[pick(pair) for pick, pair in zip((min, max, max), zip(old[-3:], limits))]]
+
+    def named(self, key, answered):
+        """Returns the key of a sum, with names that are told apart."""
+        start, caller, team, tag, model, upstream = key
+        shown = []
+        for kind, name in (("caller", caller), ("model", model)):
+            names = self.names[start, kind]
+            if answered or len(names) < self.NAMES:
+                names.add(name)
+            shown.append(name if name in names else "other")
+        return start, shown[0], team, tag, shown[1], upstream
 
 
 def connect(path: str, mode: str) -> sqlite3.Connection:
@@ -8151,7 +8197,9 @@ class Database:
     written to."""
     ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
-    FULL = 1000                 # sums of a quarter: more are not begun for calls that failed
+    CHUNK = 8192                # calls whose ids are listed together, by their order
+    BATCH = 500                 # calls that are added up at once
+    SUMS = 999 // len(SUM_COLUMNS)
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -8171,8 +8219,8 @@ class Database:
         address TEXT, what TEXT, target TEXT, detail TEXT);
         CREATE TABLE IF NOT EXISTS sums (span INTEGER, start INTEGER, %s, %s, first INTEGER,
         last INTEGER, slowest INTEGER, PRIMARY KEY (span, start, %s)) WITHOUT ROWID;
-        CREATE TABLE IF NOT EXISTS ids (hour INTEGER, id TEXT, call INTEGER,
-        PRIMARY KEY (hour, id, call)) WITHOUT ROWID""" % (
+        CREATE TABLE IF NOT EXISTS ids (chunk INTEGER, id TEXT, call INTEGER,
+        PRIMARY KEY (chunk, id, call)) WITHOUT ROWID""" % (
             APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
             ", ".join([name + " TEXT" for name in SUM_KEYS]),
             ", ".join([name + " INTEGER" for name in SUM_COUNTS]), ", ".join(SUM_KEYS))
@@ -8189,6 +8237,9 @@ class Database:
         is nothing to read."""
         self.path = path
         self.lock = lock
+        self.sums = SumsOfCalls()
+        self.fresh: List[Tuple] = []  # what is yet to be added up of the last calls,
+        self.behind = True            # of which there may be more in the file
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -8256,11 +8307,12 @@ class Database:
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
                 execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
-            execute("INSERT OR IGNORE INTO facts SELECT 'unsummed', coalesce(max(rowid), 0)"
-                    " FROM calls UNION ALL SELECT 'rolled', 0")
-            facts = dict(execute("SELECT name, value FROM facts").fetchall())
-            self.unsummed = facts["unsummed"]  # calls of an older version, up to this rowid
-            self.rolled = facts["rolled"]      # up to when there are sums of hours and days
+            (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls").fetchall()
+            self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
+            for fact in self.facts.items():
+                execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
+            self.facts.update(execute("SELECT name, value FROM facts WHERE name IN"
+                                      " ('summed', 'unsummed', 'rolled', 'listed')").fetchall())
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
@@ -8270,52 +8322,90 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    def add(self, rows):
-        """Inserts calls and adds them up, a few dozen by one statement: after each, this thread
-        must wait for the interpreter again."""
-        (before,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
+    def add(self, rows) -> List[Tuple]:
+        """Inserts calls, a few dozen by one statement: after each, this thread must wait for the
+        interpreter again. Returns what is added up of them."""
         marks = "(%s)" % ",".join("?" * len(COLUMNS))
         for start in range(0, len(rows), self.ROWS):
             batch = rows[start:start + self.ROWS]
             self.connection.execute("INSERT INTO calls VALUES " + ",".join([marks] * len(batch)),
                                     list(itertools.chain(*batch)))
+        (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
+        first = (last or 0) - len(rows) + 1
+        return [(number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
+
+    # -- sums, and the list of ids; each of these does a little, and returns whether it did
+
+    def add_new(self) -> bool:
+        """Adds calls to the sums that came since the last time."""
+        summed = self.facts["summed"]
+        if self.behind or self.fresh and self.fresh[0][0] != summed + 1:
+            self.fresh = self.added("rowid > ? ORDER BY rowid LIMIT ?", summed, self.BATCH)
+            self.behind = len(self.fresh) == self.BATCH
+        rows, rest = self.fresh[:self.BATCH], self.fresh[self.BATCH:]
         if rows:
-            self.add_up(before or 0, MOST)
-            first = int(min([row[1] or 0 for row in rows]))
-            if first < self.rolled:  # a clock was set back
-                self.rolled = first - first % HOUR
-                self.note("rolled", self.rolled)
+            self.add_up(rows, "summed", rows[-1][0])
+        self.fresh = rest
+        return bool(rows)
 
-    def add_up(self, after, upto):
-        """Adds calls with these rowids to the sums, and to the list of ids."""
-        for statement in (ADD_TO_SUMS, ADD_TO_IDS):
-            self.connection.execute(statement, {"after": after, "upto": upto, "full": self.FULL})
+    def add_older(self) -> bool:
+        """Adds calls of an older version, which had no sums, the newest first."""
+        last = self.facts["unsummed"]
+        if last:
+            first = max(0, last - self.BATCH)
+            self.add_up(self.added("rowid > ? AND rowid <= ?", first, last), "unsummed", first)
+        return bool(last)
 
-    def note(self, name, value):
-        self.connection.execute("UPDATE facts SET value = ? WHERE name = ?", (value, name))
+    def added(self, where, *values):
+        return self.connection.execute("SELECT rowid, %s FROM calls WHERE %s" % (
+            ", ".join(ADDED), where), values).fetchall()
 
-    def add_older(self, most):
-        """Adds up to `most` calls of an older version, which had no sums, the newest first."""
-        rest = max(0, self.unsummed - most)
+    def add_up(self, calls, fact, value):
+        """Adds calls to the sums, and notes that."""
+        sums = self.sums.add_up(calls)
+        rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
         with self.transaction():
-            self.add_up(rest, self.unsummed)
-            self.note("unsummed", rest)
-        self.unsummed = rest
+            for start in range(0, len(sums), self.SUMS):
+                batch = sums[start:start + self.SUMS]
+                marks = ", ".join(["(%s)" % ",".join("?" * len(SUM_COLUMNS))] * len(batch))
+                self.connection.execute(ADD_TO_SUMS % marks, list(itertools.chain(*batch)))
+            # A clock may be set back: what begins before goes once more to hours and days.
+            facts = {fact: value, "rolled": min(rolled, self.facts["rolled"])}
+            self.note(**facts)
+        self.facts.update(facts)
 
-    def roll_up(self, now) -> bool:
-        """Makes the sums of the next hour that is over, and of its day as far as that has come;
-        returns whether there was one. The same is done again where a call comes late."""
+    def note(self, **facts):
+        self.connection.executemany("UPDATE facts SET value = ? WHERE name = ?", [
+            (value, name) for name, value in facts.items()])
+
+    def roll_up(self, now: float) -> bool:
+        """Makes the sums of the next hour that is over, and of its day as far as that has come."""
         found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
-        (start,), = self.connection.execute(found, (QUARTER, self.rolled)).fetchall()
-        if start is None or start - start % HOUR + HOUR > now:
+        (start,), = self.connection.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
+        if start is None or start // HOUR * HOUR + HOUR > now or self.facts["unsummed"]:
             return False
-        hour = start - start % HOUR
+        hour = start // HOUR * HOUR
         with self.transaction():
             for span, shorter in ((HOUR, QUARTER), (DAY, HOUR)):
                 self.connection.execute(ROLL_UP, {
-                    "span": span, "shorter": shorter, "start": hour - hour % span})
-            self.note("rolled", hour + HOUR)
-        self.rolled = hour + HOUR
+                    "span": span, "shorter": shorter, "start": hour // span * span})
+            self.note(rolled=hour + HOUR)
+        self.facts["rolled"] = hour + HOUR
+        return True
+
+    def list_ids(self) -> bool:
+        """Lists the ids of the next CHUNK of calls, so that one can be found by its id. Written one
+        by one, each would change a page of its own."""
+        listed = self.facts["listed"]
+        if self.facts["summed"] < listed + self.CHUNK:
+            return False
+        with self.transaction():
+            self.connection.execute(
+                "INSERT INTO ids SELECT ?, id, rowid FROM calls WHERE rowid > ? AND rowid <= ?"
+                " AND id IS NOT NULL ORDER BY id", (
+                    listed // self.CHUNK, listed, listed + self.CHUNK))
+            self.note(listed=listed + self.CHUNK)
+        self.facts["listed"] = listed + self.CHUNK
         return True
 
     def save(self, changed, gone):
@@ -8435,9 +8525,11 @@ class Database:
     def forget(self, before: float, sums_before: float) -> bool:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
         whether there may be more."""
-        times = before, before // HOUR, *[sums_before] * len(SPANS)
-        return any([self.connection.execute(statement, (since,)).rowcount >= most
-                    for (statement, most), since in zip(FORGET, times)])
+        execute = self.connection.execute
+        calls = execute(FORGET_CALLS % self.BATCH, (before,)).rowcount
+        others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
+            execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
+        return calls >= self.BATCH or any(others)
 
 
 class Sum(NamedTuple):
@@ -8599,14 +8691,16 @@ CALL_FILTERS = {
                 " ELSE failed END > 0", "outcome = :outcome"),
     "failed": ("failed > 0", FAILED),
     "slow": ("slowest >= :slow", "ms >= :slow")}
-# Walks from hour to hour, by the index, because calls of one id may be in any.
-FIND_ID = """WITH RECURSIVE hours(hour) AS (SELECT max(hour) FROM ids UNION ALL
-    SELECT (SELECT max(hour) FROM ids WHERE hour < hours.hour) FROM hours WHERE hour IS NOT NULL)
-    SELECT call FROM hours CROSS JOIN ids ON ids.hour = hours.hour AND ids.id = :id LIMIT 100"""
+# Walks from chunk to chunk of listed ids, and through the calls that are not listed yet.
+FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION ALL
+    SELECT (SELECT max(chunk) FROM ids WHERE chunk < chunks.chunk) FROM chunks
+    WHERE chunk IS NOT NULL), found AS (
+    SELECT rowid AS number FROM calls WHERE rowid > :listed AND id = :id UNION ALL
+    SELECT call FROM chunks CROSS JOIN ids ON ids.chunk = chunks.chunk AND ids.id = :id)
+    SELECT number FROM found LIMIT 100"""
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
     GROUP BY start ORDER BY start DESC"""
-ALL_CALLS = "SELECT coalesce((SELECT min(rowid) FROM calls), 0), (SELECT max(rowid) FROM calls)"
 ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
     SELECT at, %s, %s FROM steps CROSS JOIN sums
     ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
@@ -8620,7 +8714,7 @@ LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last
 class LedgerReader:
     """Answers what pages ask of a ledger, from any thread but the loop's. Each question has a
     connection of its own, so nothing is kept of a file that was replaced. Raises sqlite3.Error."""
-    LOOK = 30_000  # calls that one question looks at
+    LOOK = 60_000  # calls that one question looks at
     NAMED = 200    # groups; what is beyond goes by the name of `other`
 
     def __init__(self, path: str):
@@ -8632,10 +8726,6 @@ class LedgerReader:
         with contextlib.closing(connect(self.path, "ro")) as connection:
             yield connection.execute
 
-    @staticmethod
-    def fact(execute, name):
-        return execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0]
-
     # -- sums
 
     def add_up(self, by: str, steps: List[Step],
@@ -8646,7 +8736,7 @@ class LedgerReader:
         if by not in SUM_KEYS:
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
-            rolled = self.fact(execute, "rolled")
+            rolled = self.facts(execute)["rolled"]
             spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
                      for span in read_spans(low, high, rolled)]
             query = ADD_SUMS % (", ".join(spans), by, Sum.TOTALS, where)
@@ -8760,7 +8850,7 @@ class LedgerReader:
                 ranges = self.find_ranges(
                     execute, values, " AND ".join([where for where, _ in conditions]))
             else:
-                ranges = execute(ALL_CALLS).fetchall()
+                ranges = self.all_calls(execute)
             where = " AND ".join([where for _, where in conditions]) or "1"
             rows, following = self.look(execute, ranges, values, where, limit)
         return {"calls": [call_fields(Row._make(row), number) for number, *row in rows],
@@ -8777,20 +8867,34 @@ class LedgerReader:
         return values
 
     @staticmethod
-    def find_id(execute, values):
+    def facts(execute):
+        return dict(execute("SELECT name, value FROM facts").fetchall())
+
+    @staticmethod
+    def all_calls(execute):
+        """Returns one range of rowids."""
+        (first, last), = execute(ENDS_OF_CALLS).fetchall()
+        return [(first or 0, last or 0)]
+
+    def find_id(self, execute, values):
         """Returns ranges of one rowid each, newest first."""
-        found = [number for number, in execute(FIND_ID, {"id": values["id"]})]
+        (_, last), = self.all_calls(execute)
+        listed = max(self.facts(execute)["listed"], last - self.LOOK)
+        found = [number for number, in execute(FIND_ID, {"id": values["id"], "listed": listed})]
         return [(number, number) for number in sorted(found, reverse=True)]
 
     def find_ranges(self, execute, values, where):
-        """Yields ranges of rowids, the newest first, in which the sums say that there may be calls
-        that match: of quarters since yesterday, before that of hours in days."""
+        """Yields ranges of rowids, the newest first, in which there may be calls that match: those
+        that are in no sum yet, then as the sums say, of quarters in the last days, before that of
+        hours."""
         def find(span, low, high):
             return execute(FIND_SUMS % (span, where), {
                 **values, "oldest": oldest, "low": low, "high": high})
 
-        oldest = execute("SELECT min(rowid) FROM calls").fetchone()[0] or 0
-        rolled = self.fact(execute, "rolled") // DAY * DAY
+        facts = self.facts(execute)
+        (oldest, last), = self.all_calls(execute)
+        yield facts["summed"] + 1, last
+        rolled = facts["rolled"] // DAY * DAY
         for _, first, last in find(QUARTER, rolled, MOST):
             yield first, last
         for day, _, _ in find(DAY, 0, rolled):
@@ -8803,7 +8907,7 @@ class LedgerReader:
                  " ORDER BY rowid DESC LIMIT :limit" % where)
         rows, before, left = [], values["before"], self.LOOK
         for first, last in ranges:
-            last = min(last or 0, before - 1)  # where a clock was set back, ranges overlap
+            last = min(last, before - 1)  # where a clock was set back, ranges overlap
             if first > last:
                 continue
             lowest = max(first, last - left + 1)
@@ -9054,10 +9158,9 @@ class Ledger(Writer):
     FORGET_SECONDS = 600
     REOPEN_SECONDS = 60
     SUMS_DAYS = 400
-    OLDER = 2000          # calls that are added up in one transaction, which takes some 10 ms
-    ROLL_SECONDS = 60
+    SUM_SECONDS = 2
     forget_at = 0.0       # monotonic seconds, as are the others
-    add_up_at = 0.0
+    sum_at = 0.0
     complain_at = 0.0
     reopen_at = 0.0
     version = -1          # of the database, when keys were read
@@ -9115,21 +9218,20 @@ class Ledger(Writer):
             self.log.report()  # and go on without these
         for _ in batch:
             self.queue.popleft()
-        if now >= self.add_up_at:
+        if now >= self.sum_at:
             self.add_up(now)
 
     def add_up(self, now):
-        """Adds up calls of an older version, and quarters to hours, a little at a time."""
+        """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
         database, wall = self.database, self.clock.time_ns() / 1e9
         try:
-            for _ in range(8):
-                if database.unsummed:
-                    database.add_older(self.OLDER)
-                elif not database.roll_up(wall):
-                    self.add_up_at = now + self.ROLL_SECONDS
+            for _ in range(16):
+                if not (database.add_new() or database.add_older() or database.list_ids()
+                        or database.roll_up(wall)):
+                    self.sum_at = now + self.SUM_SECONDS
                     break
         except sqlite3.Error as failure:
-            self.add_up_at = now + self.ROLL_SECONDS
+            self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
 
     def is_open(self, now):
@@ -9208,12 +9310,14 @@ class Ledger(Writer):
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
         with self.database.transaction():
-            self.database.add([entry.as_row() for entry in entries])
+            added = self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 self.forget_old(now)
+        if len(self.database.fresh) < self.ROOM:
+            self.database.fresh += added
         self.saved = levels
         for _ in things:
             self.stored.unsaved.popleft()
@@ -9222,7 +9326,7 @@ class Ledger(Writer):
 
     def forget_old(self, now):
         now_wall = self.clock.time_ns() / 1e9
-        if self.database.unsummed or not self.database.forget(
+        if self.database.facts["unsummed"] or not self.database.forget(
                 now_wall - self.days * 86400, now_wall - max(self.days, self.SUMS_DAYS) * 86400):
             self.forget_at = now + self.FORGET_SECONDS
 
@@ -9359,7 +9463,7 @@ def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
 
 def ended_call(entry: Entry) -> Dict[str, Any]:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
-    return {**entry.as_row()._asdict(), "row": None, "usd": dollars(entry)}
+    return call_fields(entry.as_row())
 
 
 class Event:
@@ -14328,13 +14432,14 @@ def usage_parts(facts, by, since):
     """Yields the statements that tell what calls since then used: whole quarters from the sums, as
     far as there are any, the rest from the calls."""
     whole = int(-(-since // QUARTER)) * QUARTER
-    if "unsummed" not in facts or "outcome" in by:
+    if "summed" not in facts or "outcome" in by:
         whole = MOST
     else:
         columns = ", ".join([*SUM_KEYS, *SUM_COUNTS])
         for span, low, high in read_spans(whole, MOST, facts["rolled"]):
             yield PART_OF_SUMS.format(columns=columns, span=span, low=low, high=high)
-        yield PART_OF_CALLS % "number <= %d AND time >= %d" % (facts["unsummed"], whole)
+        for rowids in ("number <= %d" % facts["unsummed"], "number > %d" % facts["summed"]):
+            yield PART_OF_CALLS % "%s AND time >= %d" % (rowids, whole)
     yield PART_OF_CALLS % "time >= %r AND time < %d" % (since, whole)
 
 
@@ -14369,14 +14474,13 @@ def read_usage(path, options, now):
 
 def find_call(execute, name):
     """Returns the row of the last call with this id, or none."""
-    try:
-        for number in execute(FIND_ID, {"id": name}).fetchall():
-            return execute("SELECT * FROM calls WHERE rowid = ?", number).fetchall()
-        (upto,), = execute("SELECT value FROM facts WHERE name = 'unsummed'").fetchall()
-    except sqlite3.OperationalError:
-        upto = MOST  # an older version had no list of ids
-    return execute("SELECT * FROM calls WHERE rowid = (SELECT max(rowid) FROM calls"
-                   " WHERE rowid <= ? AND id = ?)", (upto, name)).fetchall()
+    listed = dict(execute("SELECT name, value FROM facts").fetchall()).get("listed")
+    if listed is None:  # an older version had no list
+        find = "SELECT max(rowid) FROM calls WHERE id = :id"
+    else:
+        find = "SELECT max(number) FROM (%s)" % FIND_ID
+    return execute("SELECT * FROM calls WHERE rowid = (%s)" % find,
+                   {"id": name, "listed": listed}).fetchall()
 
 
 def print_table(names, rows):

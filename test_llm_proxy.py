@@ -7492,13 +7492,17 @@ class SumsTest(TableCase):
     def setUp(self):
         self.path = new_path(self, "llm_proxy.db")
         self.database = llm_proxy.Database(self.path)
+        self.database.CHUNK = 10
         self.addCleanup(lambda: self.database.connection.close())
         self.reader = llm_proxy.LedgerReader(self.path)
         self.random = random.Random(5)
 
     def add(self, *rows):
+        """Adds calls, and these to the sums."""
         with self.database.transaction():
-            self.database.add(list(map(columns_of, rows)))
+            self.database.fresh += self.database.add(list(map(columns_of, rows)))
+        while self.database.add_new():
+            pass
 
     def add_many(self, count, days=3):
         """Adds calls, in order of time, and makes the sums of hours and days but the last."""
@@ -7511,7 +7515,7 @@ class SumsTest(TableCase):
         self.roll_up(self.DAY + days * 86400 - 5000)
 
     def roll_up(self, now):
-        while self.database.roll_up(now):
+        while self.database.list_ids() or self.database.roll_up(now):
             pass
 
     def counted(self, by, where="1"):
@@ -7644,7 +7648,7 @@ class SumsTest(TableCase):
             rows = [row for row, in self.database.connection.execute(query)]
             self.assertEqual(self.pages(filters, 1000)[0], rows)
             self.assertEqual(self.pages(filters, 3)[0], rows)
-            with mock.patch.object(llm_proxy.LedgerReader, "LOOK", 10):
+            with mock.patch.object(llm_proxy.LedgerReader, "LOOK", 20):
                 self.assertEqual(self.pages(filters, 50)[0], rows)
         with self.assertRaises(llm_proxy.BadRequest):
             self.reader.calls(None, 5, {"slow": "1 OR 1"})
@@ -7661,7 +7665,7 @@ class SumsTest(TableCase):
     def test_no_question_scans_the_calls(self):
         """SQLite tells how it would go about each statement."""
         self.add_many(20_000)
-        self.database.connection.execute("UPDATE facts SET value = 9 WHERE name = 'unsummed'")
+        self.database.note(unsummed=9, summed=19_000, rolled=self.DAY + 80_000)
         asked, now, utc = [], self.DAY + 3 * 86400, datetime.timezone.utc
         connect = llm_proxy.connect
 
@@ -7704,20 +7708,22 @@ class SumsTest(TableCase):
         for step in range(6):
             with contextlib.suppress(KeyError), mock.patch.object(
                     self.database, "note", side_effect=KeyError if step % 2 else None,
-                    wraps=self.database.note):
-                self.database.add_older(220)
+                    wraps=self.database.note), mock.patch.object(llm_proxy.Database, "BATCH", 220):
+                self.database.add_older()
             usage = llm_proxy.read_usage(self.path, options, self.DAY + 2 * 86400)
             self.assertEqual(usage, used or usage)
             used = usage
         found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
-        self.assertEqual((self.database.unsummed, found.pop("new").calls, found), (0, 1, whole))
+        self.assertEqual((self.database.facts["unsummed"], found.pop("new").calls, found),
+                         (0, 1, whole))
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
-        with mock.patch.object(llm_proxy.Database, "FULL", 5):
+        with mock.patch.object(llm_proxy.SumsOfCalls, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
-                          "input": 0, "output": 0, "caller": "10.0.0.%d" % number})
+                          "input": 0, "cached": 0, "output": 0, "picodollars": 0,
+                          "caller": "10.0.0.%d" % number})
             self.add({"served": "good", "time": self.DAY})
         for by, plain in self.each((("model", "good"), ("caller", "alice"))):
             found = self.reader.totals(by, self.DAY, self.DAY + 900)
