@@ -10507,7 +10507,8 @@ class PageTest(AdminCase):
         self.click("tokens")
         self.see("Tokens by caller, last 24 hours", "1,234", "so far")
         self.assertIn("range=day", self.browser.run("location.hash"))
-        self.assertGreater(self.browser.run("document.querySelectorAll('#chart rect.s1').length"), 0)
+        bars = self.browser.run("document.querySelectorAll('#chart rect.s1').length")
+        self.assertGreater(bars, 0)
         chart = self.browser.find("//main//*[@id='chart']")
         self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
         self.see("Total")
