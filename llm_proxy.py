@@ -1568,7 +1568,7 @@ def read_key(*values: Any) -> Key:
                if field != "expires" and (getattr(key, field) is not None or field == "role")}
     times = [key.created, key.expires or 0, key.last_used or 0]
     require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
-            and {*map(type, times)} <= {int, float}, "no key")
+            and all([0 <= one < 1e11 for one in times]), "no key")
     return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
                         rules=derived.get("limits", ()))
 
@@ -8977,7 +8977,7 @@ class KeyStore:
     """What can be done with stored keys: each in one transaction, with a row of the audit. A
     running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
     None or empty for none. Raises KeyFault, and sqlite3.Error."""
-    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is known for so long: as no stranger
+    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
     COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
     def __init__(self, database: Database, clock: Any, actor: Actor):
@@ -9045,19 +9045,19 @@ class KeyStore:
         until = now + (self.check_field("grace", age, grace) if grace else 0)
         with self.change("rotate key", name, "grace %s" % grace if grace else "") as execute:
             key = self.find(name)
-            execute("DELETE FROM secrets WHERE name = ? AND valid_until < ?",
-                    (name, now - self.KEEP_SECONDS))
             execute("UPDATE secrets SET valid_until = min(coalesce(valid_until, ?), ?)"
                     " WHERE name = ?", (until, until, name))
             execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+            execute("DELETE FROM secrets WHERE valid_until < ?", (now - self.KEEP_SECONDS,))
         return NewKey(key, secret)
 
     def remove(self, name: str):
-        """Forgets it: the books keep what it used."""
+        """Forgets it: the books keep what it used, and its secrets are known as nobody's."""
         with self.change("remove key", name) as execute:
             if not execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
                 self.find(name)
-            execute("DELETE FROM secrets WHERE name = ?", (name,))
+            execute("UPDATE secrets SET name = NULL, valid_until = ? WHERE name = ?",
+                    (self.now(), name))
 
     def give(self, name: str, amount: str, unit: str, seconds: Optional[str] = None):
         """Lets a caller's buckets of a unit hold so much more for a time, such as 1d, and adds
