@@ -110,6 +110,7 @@ VERSION = "0.1.0"
 # --------------------------------------------------------------------------------------------------
 
 Texts = Dict[str, str]
+JsonObject = Dict[str, Any]
 
 
 class Setting:
@@ -421,8 +422,8 @@ age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
 def read_amount(text, unit):
     """Returns an amount of a unit, of money in picodollars."""
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
-    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
-            " of requests, tokens, input_tokens, output_tokens or usd")
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be in requests, tokens,"
+            " input_tokens, output_tokens or usd, and above 0")
     return read_rule("each %s %s per day" % (text, unit)).capacity
 
 
@@ -1565,7 +1566,7 @@ def read_key(*values: Any) -> Key:
     derived = {field: read(getattr(key, field)) for field, (read, _) in KEY_FIELDS.items()
                if field != "expires" and (getattr(key, field) is not None or field == "role")}
     times = [key.created, key.expires or 0, key.last_used or 0]
-    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(key.subject) == 32
+    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
             and {*map(type, times)} <= {int, float}, "no key")
     return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
                         rules=derived.get("limits", ()))
@@ -1754,7 +1755,11 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        return list(found.values()) or [Caller(("address", label), label)]
+        if not found:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_network(label)
+                return [Caller(("address", label), label)]
+        return list(found.values())
 
 
 class Origins:
@@ -2029,12 +2034,13 @@ class Buckets:
         return found.key not in self.given and (
             self.level_of(found.rule, found.key).level >= found.rule.capacity)
 
-    def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
-        running calls are left out, because they end with the process."""
+    def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
+                 ) -> Dict[BucketKey, Tuple[int, float]]:
+        """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
+        not full; running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (found.level, found.refilled + wall - now)
-                for key, found in self.levels.items()
+        return {found.key: (found.level, found.refilled + wall - now)
+                for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
     def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
@@ -2253,12 +2259,11 @@ class Limits:
                    if self.own.get(subject) != own.get(subject)}
         self.own = own
         self.known.clear()
-        if changed:
-            moved = {key: found for key, found in self.buckets.snapshot(wall).items()
-                     if len(key) == 2 and key[1][1] in changed}
-            for key in moved:
-                del self.buckets.levels[key]
-            self.restore(moved, wall)
+        moved = self.buckets.snapshot(wall, [
+            key for key in self.buckets.levels if len(key) == 2 and key[1][1] in changed])
+        for key in moved:
+            del self.buckets.levels[key]
+        self.restore(moved, wall)
 
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
@@ -2266,8 +2271,9 @@ class Limits:
         duration if there is one. Both are None where there is none."""
         families = {rule.family for rule in own}
         now = [*own, *[rule for rule in self.rules if rule.family not in families]]
-        others = itertools.chain(*self.own.values())  # of the key behind which a person stands
-        same = next((rule for rule in [*now, *others] if rule.text == text), None)
+        # The last are for people behind a key.
+        known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
         try:
@@ -3047,7 +3053,7 @@ def cut_text(value, sizes):
     return value if size is None else CutText.of(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]],
+def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], JsonObject],
                    parse_int: Callable[[str], int] = short_integer) -> json.JSONDecoder:
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
@@ -3098,7 +3104,7 @@ def decode_json(data, decoder=PLAIN_JSON):
     raise ValueError("not valid JSON")
 
 
-def parse_json(body: bytes) -> Dict[str, Any]:
+def parse_json(body: bytes) -> JsonObject:
     """Reads a JSON object in UTF-8 (RFC 8259); raises BadRequest for anything else that json.loads
     would take or choke on."""
     return JsonBody(body).parse()
@@ -3156,7 +3162,7 @@ class JsonBody:
             end = data.find(b'"', end + MEDIA_BYTES)
         return b"".join((*pieces, data[taken:]))
 
-    def parse(self) -> Dict[str, Any]:
+    def parse(self) -> JsonObject:
         """Raises BadRequest."""
         decoder, parse_int = STRICT_JSON, short_integer
         if HAS_SCANNER and len(self.short) > 2 * MANY_NUMBERS and (
@@ -3197,7 +3203,7 @@ class JsonBody:
             end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
         return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
 
-    def spell(self, payload: Dict[str, Any]) -> bytes:
+    def spell(self, payload: JsonObject) -> bytes:
         """Returns a changed payload as JSON."""
         return self.whole(to_json_bytes(payload))
 
@@ -3214,7 +3220,7 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def object_in(data: bytes) -> Dict[str, Any]:
+def object_in(data: bytes) -> JsonObject:
     """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
     none."""
     try:
@@ -3415,7 +3421,7 @@ class EventFraming(NamedTuple):
         prefix = self.prefix.rstrip()  # others leave out the space
         return line[len(prefix):] if line.startswith(prefix) else None
 
-    def payload(self, event: bytes) -> Dict[str, Any]:
+    def payload(self, event: bytes) -> JsonObject:
         """Returns the JSON object of an event or its line, {} where there is none."""
         return object_in(self.all_data(event))
 
@@ -3504,7 +3510,7 @@ class Call(Billable):
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects: Optional[List[Dict[str, Any]]] = None
+    objects: Optional[List[JsonObject]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3515,7 +3521,7 @@ class Call(Billable):
         self.stored = stored
         self.path = path
         self.query = query
-        self.payload: Dict[str, Any] = {}
+        self.payload: JsonObject = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
 
     def __repr__(self) -> str:
@@ -3565,13 +3571,16 @@ class Call(Billable):
         if self.put_model:
             self.upstream_body = self.body if model == self.model else self.put_model(model)
             return
-        named = [one["model"] for one in self.holders() if is_name(one.get("model"))]
-        names = list(map(rename, named))
+        renamed = json.loads(to_json_bytes(payload))
+        named = []
+        for one in objects_in(renamed):
+            if is_name(one.get("model")):
+                named.append(one["model"])
+                one["model"] = rename(one["model"])
         if named != [self.model]:
-            self.models = tuple(self.dialect.few([*self.models, *names]))
-        if named != names:
-            payload = json.loads(to_json_bytes(payload), object_hook=lambda one: (
-                {**one, "model": rename(one["model"])} if is_name(one.get("model")) else one))
+            self.models = tuple(self.dialect.few([*self.models, *map(rename, named)]))
+        if renamed != payload:
+            payload = renamed
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
         self.spell(payload)
@@ -3759,7 +3768,7 @@ class Model(NamedTuple):
     """A model in a list: its name for callers, and its row as an upstream of `dialect` has it."""
     name: str
     dialect: Optional["Dialect"] = None
-    facts: Dict[str, Any] = {}
+    facts: JsonObject = {}
 
 
 # Keys at which a payload names what an upstream stores
@@ -3848,9 +3857,9 @@ def without_masks(query):
 def fault_status(value):
     """Returns the status of an error in a response: what it says itself, else 400 where its kind is
     one that speaks of the caller, and 502."""
-    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
-    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
-    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
+    words = " ".join([str(dig(value, key)) for key in ("code", "status", "status_code", "type")])
+    told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
+    return int(told[0]) if told else 400 if BLAMELESS.search(words) else 502
 
 
 def is_name(value):
@@ -4084,12 +4093,12 @@ class Dialect:
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
 
-    def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+    def served(self, payload: JsonObject) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
-        if type(model) is str and is_name(model):
+        if is_name(model):
             tier = payload.get(self.TIERS[0])
-            return model, tier if tier and is_name(tier) else None
+            return model, tier if is_name(tier) else None
         for part in self.parts(payload):
             if self.SERVED in part:
                 return self.served(part)
@@ -4107,7 +4116,7 @@ class Dialect:
         """Returns whether an event ends its stream."""
         return payload.get(self.LAST_KEY) in self.LAST_TYPES
 
-    def fault(self, payload: Dict[str, Any]) -> int:
+    def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
         for part in (payload, *self.parts(payload)):
@@ -4139,7 +4148,7 @@ class Dialect:
                     return found
         return {}
 
-    def usage(self, counts: Dict[str, Any], model: Optional[str] = None,
+    def usage(self, counts: JsonObject, model: Optional[str] = None,
               tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
         told = self.plain_usage(counts, model, tier)
@@ -4159,8 +4168,7 @@ class Dialect:
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        tiers = [tier, *map(counts.get, self.TIERS)]
-        tiers = dict.fromkeys(filter(is_name, tiers)) if any(tiers) else ()
+        tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
@@ -4196,9 +4204,8 @@ class Dialect:
 
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * self.MONEY[name]
-                for part in parts if not self.MONEY.keys().isdisjoint(part)
-                for name in self.MONEY.keys() & part.keys() if is_money(part[name])]
+        told = [part[name] * unit for part in parts for name, unit in self.MONEY.items()
+                if is_money(part.get(name))]
         if not told:
             return None
         own = dig(parts[0], "cost_details", "upstream_inference_cost")
@@ -4370,9 +4377,8 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_END = re.compile(
-    rb'"usage"\s*:\s*\{((?:\s*"\w+_tokens"\s*:\s*[0-9]{1,9}\s*,?){3})\s*\}[^{}]*\}\s*')
-USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]+)')
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})\s*,?'
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4442,11 +4448,9 @@ class OpenAI(Dialect):
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        counts = dict(USUAL_COUNT.findall(end[1])) if end else ()
-        if len(counts) == 3:
-            prompt, output = int(counts[b"prompt"]), int(counts[b"completion"])
-            if prompt + output == int(counts[b"total"]):
-                return Usage(prompt, output, model=model)
+        counts = dict(zip(end.groups()[::2], map(int, end.groups()[1::2]))) if end else ()
+        if len(counts) == 3 and counts[b"prompt"] + counts[b"completion"] == counts[b"total"]:
+            return Usage(counts[b"prompt"], counts[b"completion"], model=model)
         return None
 
     def usage(self, counts, model=None, tier=None):
@@ -5054,7 +5058,7 @@ class UsageReader(UsageSource):
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
-        self.counts: Dict[str, Any] = {}
+        self.counts: JsonObject = {}
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -5148,7 +5152,7 @@ class UsageReader(UsageSource):
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
-    def front(self, data: bytes) -> Dict[str, Any]:
+    def front(self, data: bytes) -> JsonObject:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
         for key in (self.dialect.usage_key, "model"):
@@ -5176,7 +5180,7 @@ class UsageReader(UsageSource):
             rest = data[found[-1].end():] if found else data
             self.final = False if self.count_characters(rest) else None
 
-    def note(self, payload: Dict[str, Any]) -> None:
+    def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
         if type(counts) is dict and counts:
@@ -8413,8 +8417,10 @@ class Database:
             return []
         execute("BEGIN IMMEDIATE")
         with self.connection:
-            found = execute("SELECT * FROM orders WHERE done = 0 OR until > ? ORDER BY id",
-                            (now if again else math.inf,)).fetchall()
+            found = execute(  # and nothing that somebody else has written
+                "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
+                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
+                (now if again else math.inf,)).fetchall()
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1")
         return list(map(Order._make, found))
@@ -9629,20 +9635,21 @@ class Family(NamedTuple):
     name: str
     kind: str
     help: str
-    samples: List[Tuple[Any, ...]]
+    samples: Iterable[Tuple[Any, ...]]
 
     def lines(self) -> Iterable[str]:
         yield f"# HELP {self.name} {self.help}"
         yield f"# TYPE {self.name} {self.kind}"
         for labels, value, *end in self.samples:
             name = "".join([self.name, *end])
-            text = ",".join([f'{key}="{label_value(of)}"' for key, of in labels.items()])
-            yield f"{name}{{{text}}} {value}" if text else f"{name} {value}"
+            yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
-def label_value(text):
-    shown = visible(clean(text)).replace("\\", r"\\")
-    return shown.replace('"', r"\"").replace("\n", r"\n")
+def labels_of(**values: str) -> str:
+    """Returns labels as they are written; what nobody sees is spelled out."""
+    shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
+             for name, value in values.items()]
+    return ",".join(['%s="%s"' % (name, value.replace('"', r'\"')) for name, value in shown])
 
 
 class Histogram:
@@ -9666,9 +9673,9 @@ class Histogram:
         for number, bound in enumerate(self.bounds):
             self.counts[number] += bisect.bisect_right(times, bound)
 
-    def samples(self, labels: Dict[str, str]):
+    def samples(self, labels: str):
         self.sort_in()
-        rows = [({**labels, "le": bound}, count, "_bucket")
+        rows = [(f'{labels},le="{bound}"', count, "_bucket")
                 for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
         return [*rows, (labels, f"{self.total:.9f}", "_sum"), (labels, self.count, "_count")]
 
@@ -9683,20 +9690,30 @@ class Times:
             one.times for one in self.histograms]
 
 
-class Series:
-    """What calls that have the same labels used, all in all."""
-    __slots__ = ("labels", "times", "calls", "picodollars", *TOKEN_KINDS)
+class Used:
+    """What a caller has used of a model at an upstream."""
+    __slots__ = ("labels", "picodollars", *TOKEN_KINDS)
 
-    def __init__(self, labels: Tuple[str, ...], times: Times):
-        self.labels = dict(zip(CALL_LABELS, labels))
-        self.times = times
-        self.calls = self.picodollars = 0
+    def __init__(self, *values: str):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.picodollars = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
     def add_parts(self, usage: Usage):
         self.cached += usage.cached
         self.cache_write += usage.cache_write
         self.reasoning += usage.reasoning
+
+
+class Series:
+    """How many calls had these labels."""
+    __slots__ = ("labels", "calls", "used", "times")
+
+    def __init__(self, values: Sequence[str], used: Used, times: Times):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.calls = 0
+        self.used = used
+        self.times = times
 
 
 class Metrics(Watcher):
@@ -9710,6 +9727,7 @@ class Metrics(Watcher):
     def __init__(self):
         self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
         self.series: Dict[Tuple[str, ...], Series] = {}
+        self.used: Dict[Tuple[str, ...], Used] = {}
         self.times: Dict[str, Times] = {}
         self.callers: Dict[CallerKey, str] = {}
         self.models: Set[str] = set()
@@ -9723,15 +9741,16 @@ class Metrics(Watcher):
         series.calls += 1
         times, started, first_byte = series.times, entry.started, entry.first_byte
         times.duration.append(entry.ended - started)
+        if usage:
+            used = series.used
+            used.input += usage.input
+            used.output += usage.output
+            used.picodollars += entry.picodollars
+            if usage.cached or usage.reasoning or usage.cache_write:
+                used.add_parts(usage)
         if first_byte is not None:
             times.first_byte.append(first_byte - started)
-        if usage:
-            series.input += usage.input
-            series.output += usage.output
-            series.picodollars += entry.picodollars
-            if usage.cached or usage.reasoning or usage.cache_write:
-                series.add_parts(usage)
-            if first_byte is not None:
+            if usage:
                 times.overhead.append(first_byte - started - entry.held_up)
                 if call.stream and usage.output > 1:
                     times.token.append((entry.ended - first_byte) / (usage.output - 1))
@@ -9754,29 +9773,30 @@ class Metrics(Watcher):
         counted here, too."""
         upstream = entry.upstream or NONE
         rest = upstream, entry.call.dialect.name if entry.call else NONE, entry.outcome
-        labels = (self.caller_label(entry.caller), self.model_label(entry), *rest)
-        if labels not in self.series and len(self.series) >= self.MAX_SERIES:
-            labels = OTHER, OTHER, *rest
-        if labels not in self.series:
+        values = (self.caller_label(entry.caller), self.model_label(entry), *rest)
+        if values not in self.series and len(self.series) >= self.MAX_SERIES:
+            values = OTHER, OTHER, *rest
+        if values not in self.series:
+            used = self.used.setdefault(values[:3], Used(*values[:3]))
             times = self.times.setdefault(upstream, Times())
-            self.series[labels] = Series(labels, times)
+            self.series[values] = Series(values, used, times)
         if len(self.known) >= self.MAX_KNOWN:
             self.known.clear()
         if entry.outcome == LimitReached.outcome:  # these come here each time
             self.note_refusal(entry.cause)
         else:
-            self.known[key] = self.series[labels]
-        return self.series[labels]
+            self.known[key] = self.series[values]
+        return self.series[values]
 
     def caller_label(self, caller):
         if caller is None:
             return NONE
         if caller.key not in self.callers and len(self.callers) < self.MAX_NAMES:
-            self.callers[caller.key] = caller.label
+            self.callers[caller.key] = visible(clean(caller.label))
         return self.callers.get(caller.key, OTHER)
 
     def model_label(self, entry):
-        model = entry.call.upstream_model[:80] if entry.call else ""
+        model = visible(clean(entry.call.upstream_model or "")[:80]) if entry.call else ""
         answered = entry.outcome == "ok" and entry.status == 200
         if model and model not in self.models and answered and len(self.models) < self.MAX_NAMES:
             self.models.add(model)
@@ -9787,69 +9807,59 @@ class Metrics(Watcher):
 
     def families(self) -> List[Family]:
         """Returns what was counted."""
-        series = list(self.series.values())
-        refused = list(self.refused.items())
+        series, used = list(self.series.values()), list(self.used.values())
         found = {
-            "requests_total": [(one.labels, one.calls) for one in series],
-            "tokens_total": [({**labels, "kind": kind}, count)
-                             for labels, counts in self.sums(series, *TOKEN_KINDS)
-                             for kind, count in zip(TOKEN_KINDS, counts) if count],
-            "usd_total": [(labels, format_usd(sums[0]))
-                          for labels, sums in self.sums(series, "picodollars") if sums[0]],
-            "refused_total": [({"rule": rule}, count) for rule, count in refused],
-            "loop_held_seconds_total": [({}, f"{self.held:.6f}")]}
+            "requests_total": ((one.labels, one.calls) for one in series),
+            "tokens_total": ((f'{one.labels},kind="{kind}"', getattr(one, kind))
+                             for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
+            "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
+                          for one in used if one.picodollars),
+            "refused_total": [(labels_of(rule=rule), count)
+                              for rule, count in self.refused.items()],
+            "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
 
     def histogram_families(self):
-        upstreams = list(self.times.items())
         return [Family("llm_proxy_" + name, "histogram", what, [
-            sample for upstream, times in upstreams
-            for sample in times.histograms[number].samples({"upstream": upstream})])
+            sample for upstream, times in self.times.items()
+            for sample in times.histograms[number].samples(labels_of(upstream=upstream))])
             for number, (name, what, _) in enumerate(HISTOGRAMS)]
 
-    @staticmethod
-    def sums(series, *names):
-        """Returns (labels, sums) by caller, model and upstream."""
-        found = {}
-        for one in series:
-            where = tuple(one.labels.values())[:3]
-            before = found.get(where) or [0] * len(names)
-            found[where] = [old + getattr(one, name) for old, name in zip(before, names)]
-        return [(dict(zip(CALL_LABELS, where)), sums) for where, sums in found.items()]
-
     def bucket_families(self, buckets: Buckets) -> List[Family]:
-        """Returns the buckets of callers that are known here, and of nobody, that are not full."""
-        levels, capacities = [], []
-        for key, seen in list(buckets.levels.items()):
+        """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
+        several keys with one name the last one's counts."""
+        levels, capacities = {}, {}
+        for key, seen in buckets.levels.items():
             owners = [self.callers.get(owner) for owner in key[1:]]
             if None not in owners and len(levels) < self.MAX_SERIES:
-                labels = {"rule": seen.rule.text, "caller": " ".join(owners) or NONE}
                 now = buckets.level_of(seen.rule, key)
-                levels.append((labels, format_amount(now.rule, now.level)))
-                capacities.append((labels, format_amount(now.rule, now.rule.capacity)))
+                labels = labels_of(rule=now.rule.text, caller=" ".join(owners) or NONE)
+                levels[labels] = format_amount(now.rule, now.level)
+                capacities[labels] = format_amount(now.rule, now.rule.capacity)
         return [Family("llm_proxy_bucket_level", "gauge",
                        "What is left in buckets that are not full, in USD where a rule counts it",
-                       levels),
-                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most", capacities)]
+                       levels.items()),
+                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
+                       capacities.items())]
 
 
 def upstream_families(routes: Routes) -> List[Family]:
     """Returns how the upstreams are; no address is named."""
-    stats = [(one, {"upstream": one.name}, one.stats()) for one in routes.all]
+    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     states = []
-    for upstream, labels, _ in stats:
-        known = ["disabled"] * len(upstream.addresses) if upstream.disabled else upstream.states()
-        states += [({**labels, "state": state}, known.count(state))
+    for one in routes.all:
+        known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
+        states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
         Family("llm_proxy_upstream_addresses", "gauge",
                "Addresses of an upstream by the state of their breakers; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
-               [(labels, found["in_flight"]) for _, labels, found in stats]),
-        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream", [
-            (labels, found.get("queue", {"waiting": 0})["waiting"])
-            for _, labels, found in stats])]
+               [(labels, found["in_flight"]) for labels, found in stats]),
+        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
+               [(labels, found.get("queue", {"waiting": 0})["waiting"])
+                for labels, found in stats])]
 
 
 def process_families() -> List[Family]:
@@ -9864,7 +9874,7 @@ def process_families() -> List[Family]:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
         found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
-    return [Family("process_" + name, kind, what, [({}, value)])
+    return [Family("process_" + name, kind, what, [("", value)])
             for name, kind, what, value in found]
 
 
@@ -10028,6 +10038,7 @@ class Warnings(Watcher):
     """Tells the operator what should be known: on the page, by one line in the log, and to a
     webhook; the same of the same at most once in QUIET_SECONDS."""
     QUIET_SECONDS = 3600
+    KEY_SECONDS = 86400  # before its end, of a key that lives longer
     ROOM = 10_000
 
     def __init__(self, clock: Any, log: Log, feed: Feed, webhook: Optional[Poster]):
@@ -10038,6 +10049,7 @@ class Warnings(Watcher):
         self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
         self.down: Set[str] = set()  # the upstreams that are said to be
         self.dropped = 0             # calls that the ledger is said to have lost
+        self.ending: Set[Tuple[str, float]] = set()  # keys that are said to expire, and when
 
     def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
              **about: Any) -> bool:
@@ -10058,7 +10070,7 @@ class Warnings(Watcher):
             self.webhook.record(payload)
         return True
 
-    def look(self, routes: Routes, ledger: Optional[Ledger]):
+    def look(self, routes: Routes, ledger: Optional[Ledger], keys: Iterable[Key]):
         """Look for what no call tells; to be called every few seconds."""
         for upstream in routes.all:
             name = upstream.name
@@ -10069,6 +10081,16 @@ class Warnings(Watcher):
         lost = ledger.dropped - self.dropped if ledger else 0
         if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
             self.dropped = ledger.dropped
+        self.look_at_keys(keys)
+
+    def look_at_keys(self, keys):
+        now, day = self.clock.time_ns() / 1e9, self.KEY_SECONDS
+        ending = {(key.name, key.expires) for key in keys if key.expires and not key.disabled
+                  and now < key.expires < now + day and key.expires - key.created > day}
+        for name, expires in ending - self.ending:
+            line = "the key %s expires in %s" % (name, format_wait(expires - now))
+            self.tell("key_expires", (name,), line, key=name, expires=expires)
+        self.ending = ending
 
     def close(self, wait):
         if self.webhook:
@@ -10121,9 +10143,9 @@ class Watchers(NamedTuple):
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
-        dropped = [({"what": name}, one.dropped) for name, one in writers.items() if one]
-        build = {"version": VERSION, "python": "%s %d.%d.%d" % (
-            sys.implementation.name, *sys.version_info[:3])}
+        dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
+        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3]))
         for family in (
                 *self.metrics.families(), *self.metrics.bucket_families(buckets),
                 *upstream_families(routes),
@@ -11220,11 +11242,9 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
     secret = database.secret() if database else os.urandom(32)
-    keys = stored_keys(database, secret)
+    keys = stored_keys(database, secret, log.say)
     if keys.closed:
         config.note_stored_keys()
-    for fault in keys.faults:
-        log.say(fault)
     limits = build_limits(config, Buckets(clock), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
@@ -11233,37 +11253,46 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
-    hear_of_keys(proxy, database)
+    hear_of_keys(proxy)
+    if database:
+        with contextlib.suppress(sqlite3.Error, ValueError):
+            go_on(proxy, database)
     return proxy
 
 
-def stored_keys(database: Optional[Database], secret: bytes) -> StoredKeys:
+def stored_keys(database: Optional[Database], secret: bytes,
+                say: Callable[[str], None]) -> StoredKeys:
     """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
     let in."""
     if database is None:
         return StoredKeys(secret)
     try:
-        return read_keys(database.key_rows(), secret)
+        found = read_keys(database.key_rows(), secret)
     except sqlite3.Error:
         return StoredKeys(secret, closed=True)
+    for fault in found.faults:
+        say(fault)
+    return found
 
 
-def hear_of_keys(proxy: Proxy, database: Optional[Database]):
-    """Has the ledger tell the loop what it reads of keys and orders; what was given before is given
-    again before a call could find less."""
+def hear_of_keys(proxy: Proxy):
+    """Has the ledger tell the loop what it reads of keys and orders."""
     def tell(keys, orders):
         with contextlib.suppress(RuntimeError):  # the loop is closed
             proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
 
     if proxy.books.ledger:
         proxy.books.ledger.on_news = tell
-    with contextlib.suppress(sqlite3.Error):
-        for order in database.take_orders(proxy.wall(), again=True) if database else ():
-            proxy.carry_out(order)
-    with contextlib.suppress(sqlite3.Error, ValueError):
-        for name in database.disabled_upstreams() if database else ():
-            with contextlib.suppress(LookupError):  # it was taken out of the settings
-                proxy.routes.switch(name, False)
+
+
+def go_on(proxy: Proxy, database: Database):
+    """Does again what was ordered before, and holds still, before a call could find it undone.
+    Raises sqlite3.Error, ValueError."""
+    for order in database.take_orders(proxy.wall(), again=True):
+        proxy.carry_out(order)
+    for name in database.disabled_upstreams():
+        with contextlib.suppress(LookupError):  # it was taken out of the settings
+            proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -11520,7 +11549,7 @@ class Pages:
         proxy = self.proxy
         proxy.identify(request, reply.entry)
         key = reply.entry.caller.stored_key
-        own = key and (key.models or key.upstream)
+        own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
             return await proxy.serve(request, reply)
         models = await self.catalogue.models(reply.context, key and key.upstream)
@@ -11647,7 +11676,8 @@ class Admin:
 
     @staticmethod
     def send_json(reply, found, status=200):
-        reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+        reply.send(status, to_json_bytes(found),
+                   ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"])
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
@@ -11662,9 +11692,21 @@ class Admin:
     async def in_pool(self, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
         context = reply.context
+        answered = context.loop.create_future()
+
+        def deliver(job):
+            failure = job.exception()
+            if answered.done():  # nobody waits for it any more
+                return
+            if failure:
+                answered.set_exception(failure)
+            else:
+                answered.set_result(job.result())
+
         job = context.loop.run_in_executor(self.pool, act, *arguments)
+        job.add_done_callback(deliver)
         try:
-            return await context.wait(job, self.POOL_SECONDS, "the database")
+            return await context.wait(answered, self.POOL_SECONDS, "the database")
         except TimeoutError:
             raise Overloaded() from None
         except (sqlite3.Error, DatabaseFault):
@@ -13095,8 +13137,8 @@ async function openAudit() {
 // One's own page: what is left, when there is more, the last calls, a month of days.
 
 async function openMe() {
-  const quota = await (await send("v1/quota")).json(), {today, caller, calls, buckets,
-    warning} = quota;
+  const quota = await (await send("v1/quota?" + new URLSearchParams(timeZone()))).json(), {today,
+    caller, calls, buckets, warning} = quota;
   const doubt = doubts(today), columns = CALLS.filter(([head]) => head !== "Caller");
   model = {upstreams: [], you: {name: caller, role: quota.role}, has_calls: calls.length > 0};
   skew = quota.now - Date.now() / 1000;
@@ -13305,6 +13347,7 @@ class ClientConnection:
         if self.reply:
             entry = self.reply.entry
             entry.connect_ms = (entry.connect_ms or 0) + int(seconds * 1000)
+            entry.held_up += seconds
 
     def end_if_idle(self):
         """The server stops. A request that has come whole is answered, an idle connection is
@@ -13730,7 +13773,8 @@ class Server(http.server.ThreadingHTTPServer):
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
         proxy.watchers.metrics.sort_in()
-        proxy.watchers.warnings.look(proxy.routes, proxy.books.ledger)
+        proxy.watchers.warnings.look(
+            proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
 
     def beat(self):
         """Runs every second."""
@@ -13968,6 +14012,7 @@ def shown(name, text):
 
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
+    note_stored_keys(config)
     for name, text in config.texts.items():
         print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
@@ -13989,6 +14034,16 @@ def check(config):
                 code = 1
             print("models of %s at %s: %s" % (upstream.name, address.endpoint.origin, models))
     return code
+
+
+def note_stored_keys(config):
+    """Has the settings know of keys in the database, as a start would."""
+    path = config.database
+    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
+        if path != "off":
+            with contextlib.closing(Database(path, reading=True)) as database:
+                if read_keys(database.key_rows(), b"").closed:
+                    config.note_stored_keys()
 
 
 def port_faults(config):

@@ -8002,11 +8002,20 @@ class MetricsTest(SignalsCase):
         self.ask(call("sk-1", model="m"))
         self.assertEqual(self.sums("requests_total", 'model="m"', 'outcome="upstream_status"'), 1)
 
+    def test_keys_of_one_name_have_one_sample(self):
+        self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
+                   LIMITS="each 9 requests per day")
+        for key in ("sk-1", "sk-2"):
+            self.ask(call(key))
+        self.assertEqual(self.sums("requests_total", 'caller="alice"'), 2)
+        self.assertEqual(self.sums("bucket_level"), 8)
+
     def test_labels_hold_whatever_a_caller_sends(self):
         models = ('a"b', "a\\b", "a\nb", "\x1b[31m\r\u20ac\ud800", "{,}=", "x" * 200)
         self.start(METRICS="open")
         for model in models:
             self.ask(call(model=model))
+        self.ask(call(model="\\x1b[31m\\x0d\u20ac\\ud800"))  # looks the same
         found = [key for key in self.scrape() if "requests_total" in key]
         self.assertEqual(len(found), len(models))
         for shown in self.each((r'a\"b', r"a\\b", r"a\nb", r"\\x1b[31m\\x0d", "x" * 80 + '"')):
@@ -8033,11 +8042,12 @@ class MetricsTest(SignalsCase):
     def test_a_histogram_counts_what_is_at_most_its_bound(self):
         histogram = llm_proxy.Histogram("0.1 0.5 1")
         histogram.times += [.5, .05, .1, .7, 3]
-        rows = {labels.get("le", end): value for labels, value, end in histogram.samples({})}
+        rows = {labels.partition("le=")[2].strip('"') or end: value
+                for labels, value, end in histogram.samples("a=")}
         self.assertEqual({name: float(value) for name, value in rows.items()}, {
             "0.1": 2, "0.5": 3, "1": 4, "+Inf": 5, "_sum": 4.35, "_count": 5})
         histogram.times += [.2] * 3
-        self.assertEqual(histogram.samples({})[1][1], 6)
+        self.assertEqual(histogram.samples("a=")[1][1], 6)
 
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
         clock = Clock()
@@ -8242,6 +8252,9 @@ class WarningsTest(SignalsCase):
                    **{**self.KEYS, "WEBHOOK_URL": self.hook.url + "/hook?token=hush",
                       "WARN_AT": "80%,95%", **settings})
 
+    def look(self, keys=()):
+        self.proxy.watchers.warnings.look(self.proxy.routes, self.proxy.books.ledger, keys)
+
     def events(self, count):
         wait_for(lambda: len(self.hook.requests) >= count, "%d events" % count)
         return [asked.json() for asked in self.hook.requests]
@@ -8295,8 +8308,7 @@ class WarningsTest(SignalsCase):
         self.stub.refuse_connections()
         for connection in self.stub.sockets:
             hang_up(connection)
-        look = functools.partial(self.on_loop, lambda: self.proxy.watchers.warnings.look(
-            self.proxy.routes, self.proxy.books.ledger))
+        look = functools.partial(self.on_loop, self.look)
         self.ask(call("sk-1"))
         look()
         look()
@@ -8312,11 +8324,27 @@ class WarningsTest(SignalsCase):
         look()
         self.assertEqual([one["event"] for one in self.events(3)][2:], ["upstream_down"])
 
+    def test_a_key_is_told_of_once_a_day_before_it_expires(self):
+        self.start_warned()
+        now, day = self.clock.time_ns() / 1e9, 86400
+        keys = [llm_proxy.Key(name, created=now - 40 * day, expires=expires, disabled=off)
+                for name, expires, off in (("soon", now + 3600, False), ("never", None, False),
+                                           ("later", now + 2 * day, False),
+                                           ("off", now + 3600, True), ("past", now - 1, False))]
+        keys.append(llm_proxy.Key("short", created=now, expires=now + 900))
+        for _ in range(3):
+            self.on_loop(self.look, keys)
+            self.clock.now += 1800
+        told, = self.events(1)
+        self.assertEqual((told["event"], told["key"], told["expires"]),
+                         ("key_expires", "soon", now + 3600))
+        self.assertIn("the key soon expires in 60 min", self.lines.text())
+
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
         ledger = self.proxy.books.ledger
         ledger.dropped += 7
-        self.on_loop(lambda: self.proxy.watchers.warnings.look(self.proxy.routes, ledger))
+        self.on_loop(self.look)
         told, = self.events(1)
         self.assertEqual((told["event"], told["rows"]), ("ledger_dropped", 7))
 
@@ -8894,10 +8922,24 @@ class KeysTest(KeysCase):
         self.change("give", "nobody", "5", "usd")
         wait_for(lambda: "nobody has no bucket in usd: it was given nothing" in self.lines.text())
 
+    def test_orders_that_somebody_else_has_written_are_not_carried_out(self):
+        self.start()
+        ann = self.add()
+        self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
+                     " ('ann', 'requests', 'x', 1e12, 0), ('ann', 'requests', 5, 'soon', 0),"
+                     " ('ann', 'requests', NULL, NULL, 0), (x'00', NULL, NULL, NULL, 0)")
+        self.store().give("ann", "5", "requests")
+        wait_for(lambda: self.left(ann) == 1005)
+        self.proxy.books.close(PATIENCE)
+        self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
+                     " ('ann', 'requests', 'x', 1e12, 1)")
+        self.start(DATABASE=self.path)
+        self.assertEqual(self.left(ann), 1005)
+
     def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
         for column, value in self.each((
                 ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
-                ("expires", "soon"), ("subject", "x"), ("disabled", "no"), ("created", None),
+                ("expires", "soon"), ("subject", "x" * 32), ("disabled", "no"), ("created", None),
                 ("team", "a b"))):
             self.start(PROXY_API_KEYS="anyone")
             ann, ben = self.add(), self.add("ben")
@@ -9920,6 +9962,11 @@ class AdminTest(AdminCase):
         self.assertEqual(found["you"], {"name": "VIEWER_KEY", "role": "viewer"})
         self.assertIn("/admin/api/upstreams/NAME/test", [row["path"] for row in found["endpoints"]])
 
+    def test_the_readme_has_the_same_list(self):
+        rows = ["| `%s /admin/api%s` | %s | %s |" % (row.method, row.path, row.role, row.does)
+                for row in llm_proxy.ADMIN_PAGES]
+        self.assertIn("\n".join(rows), source(os.path.join(FOLDER, "README.md")))
+
     def test_a_page_of_ours_may_ask_whatever_its_origin(self):
         self.start(CORS_ORIGINS="off")
         for origin, status in self.each((("http://proxy.test", 200), ("http://evil.test", 403))):
@@ -10031,8 +10078,7 @@ class AdminBooksTest(AdminCase):
                 ("POST", "/keys", {"name": "b", "note": 3}, 400, "must be text"),
                 ("PATCH", "/keys/bob", {"note": "x"}, 404, "no key is stored"),
                 ("GET", "/keys/bob", None, 404, "no key is stored"),
-                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cows"}, 400,
-                 "amount must be"))):
+                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cow"}, 400, "amount must"))):
             answered = self.admin(method, path, payload)
             self.assertEqual(answered.status, status)
             self.assertIn(said, answered.error()["message"])
@@ -10110,6 +10156,23 @@ class AdminBooksTest(AdminCase):
             self.assertEqual(answered.status, 503)
             self.assertIn("DATABASE is off", answered.error()["message"])
 
+    def test_who_leaves_before_the_database_has_answered_leaves_nothing_behind(self):
+        self.start()
+        asked, leaves = threading.Event(), threading.Event()
+
+        def slow(*_):
+            asked.set()
+            leaves.wait(PATIENCE)
+            raise sqlite3.OperationalError("disk I/O error")
+
+        with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
+            client = self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
+            self.assertTrue(asked.wait(PATIENCE))
+            client.reset()
+            wait_for(lambda: not self.server.open, "its end")
+            leaves.set()
+            self.assertEqual(self.admin("GET", "/usage").status, 503)
+
     def test_what_is_asked_for_wrongly_is_told(self):
         self.start()
         for path in self.each("""/calls?before=x  /calls?slow=x  /usage?step=year  /usage?by=x
@@ -10172,6 +10235,325 @@ class EventsTest(AdminCase):
         began = time.monotonic()
         self.drain(20)
         self.assertLess(time.monotonic() - began, 5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dashboard: the page, in a real browser
+# --------------------------------------------------------------------------------------------------
+
+class Browser:
+    """Chromium without a window, driven by WebDriver (https://www.w3.org/TR/webdriver2/)."""
+    PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
+    DRIVER = shutil.which("chromedriver")
+    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+    def __init__(self, folder):
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
+            self.port = sock.getsockname()[1]
+        self.process = subprocess.Popen(
+            [self.DRIVER, "--port=%d" % self.port], stdout=subprocess.DEVNULL)
+        self.session = "/session"
+        wait_for(self.is_ready, "chromedriver")
+        options = {"binary": self.PROGRAM, "args": [*self.OPTIONS, "--user-data-dir=" + folder]}
+        made = self.do("POST", "", {"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}}})
+        self.session += "/" + made["sessionId"]
+
+    def is_ready(self):
+        with contextlib.suppress(OSError):
+            return self.ask("GET", "/status")["ready"]
+
+    def ask(self, method, path, payload=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, None if payload is None else json.dumps(payload))
+            found = json.loads(connection.getresponse().read())["value"]
+        if isinstance(found, dict) and "error" in found:
+            raise LookupError("%s: %s" % (payload, found["message"].split("\n")[0]))
+        return found
+
+    def do(self, method, path, payload=None):
+        return self.ask(method, self.session + path, payload)
+
+    def open(self, address):
+        self.do("POST", "/url", {"url": address})
+
+    def run(self, script):
+        """Returns what an expression in the page is."""
+        return self.do("POST", "/execute/sync", {"script": "return " + script, "args": []})
+
+    def find(self, path):
+        """Returns an element by its XPath. Raises LookupError."""
+        found = self.do("POST", "/element", {"using": "xpath", "value": path})
+        return "/element/" + "".join(found.values())
+
+    def log(self, kind):
+        """Returns what was logged since the last time."""
+        return self.do("POST", "/se/log", {"type": kind})
+
+    def close(self):
+        with contextlib.suppress(OSError, LookupError):
+            self.do("DELETE", "")
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+class DashboardTest(AdminCase):
+    """What needs no browser."""
+
+    def test_the_page_may_run_nothing_but_its_own_script(self):
+        self.start()
+        for path in self.each(("/dashboard", "/me")):
+            first, second = [self.ask(request("GET", path)) for _ in range(2)]
+            policy = first.get("content-security-policy")
+            nonce = re.search("script-src 'nonce-([0-9a-f]{32})'", policy)[1]
+            self.assertEqual(first.body.count(b'nonce="%b"' % nonce.encode()), 2)
+            self.assertNotIn(nonce.encode(), second.body)
+            self.assertIn("default-src 'none'", policy)
+            self.assertEqual(first.get("cache-control"), "no-store")
+            self.assertEqual(first.get("content-type"), "text/html; charset=utf-8")
+
+    def test_the_page_is_small_and_makes_no_markup_of_text(self):
+        page = llm_proxy.DASHBOARD
+        self.assertLess(len(page.encode()), 100_000)
+        for word in self.each(("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write",
+                               "eval(", "setAttribute(\"style", "http://", "https://")):
+            text = page.replace("http://www.w3.org/2000/svg", "")
+            self.assertNotIn(word, text)
+
+    @staticmethod
+    def luminance(colour):
+        """https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+        parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = [
+            part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    def contrast(self, *colours):
+        low, high = sorted(map(self.luminance, colours))
+        return (high + 0.05) / (low + 0.05)
+
+    def test_text_stands_out_from_what_is_behind_it(self):
+        rows = re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", llm_proxy.DASHBOARD)
+        colours = {name: pair for name, *pair in rows}
+        self.assertEqual(len(colours), 15)
+        for name, least in self.each((
+                *[(name, 4.5) for name in ("text", "muted", "accent", "good", "warn", "bad")],
+                *[("s%d" % number, 3) for number in range(6)])):
+            for behind in ("page", "surface"):
+                for ours, theirs in zip(colours[name], colours[behind]):
+                    self.assertGreater(self.contrast(ours, theirs), least, (ours, theirs))
+
+
+@unittest.skipUnless(Browser.PROGRAM and Browser.DRIVER, "there is no chromium and chromedriver")
+@unittest.skipUnless(sys.implementation.name == "cpython" and sys.version_info >= (3, 11)
+                     or "BROWSER" in os.environ, "one interpreter is enough for the page")
+class PageTest(AdminCase):
+    KEY = "//main//tr[td[1]//*[.='ann']]"
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        cls.addClassCleanup(folder.cleanup)
+        cls.browser = Browser(folder.name)
+        cls.addClassCleanup(cls.browser.close)
+
+    def start(self, *arguments, **settings):
+        settings = {"DATABASE": new_path(self, "llm_proxy.db"), **settings}
+        super().start(*arguments, **settings)
+        self.place = "http://127.0.0.1:%d" % self.address[1]
+        self.addCleanup(self.leave)
+
+    def leave(self):
+        """Nothing was wrong in the browser, and nobody else was asked."""
+        self.browser.open("about:blank")
+        wrong = [row["message"] for row in self.browser.log("browser") if row["level"] == "SEVERE"]
+        self.assertEqual([text for text in wrong if "the server responded with" not in text], [])
+        events = [json.loads(row["message"])["message"] for row in self.browser.log("performance")]
+        asked = [event["params"]["request"]["url"] for event in events
+                 if event["method"] == "Network.requestWillBeSent"]
+        self.assertEqual([url for url in asked if not url.startswith((
+            self.place + "/", "chrome:", "about:", "data:"))], [])
+
+    def until(self, act):
+        """Returns what `act` does, once it can be done."""
+        fault, end = "it is not so", time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                found = act()
+                if found is not False:
+                    return found
+            except LookupError as failure:
+                fault = failure
+            time.sleep(0.02)
+        self.fail("%s; the page: %s" % (fault, self.text()))
+
+    def text(self):
+        return self.browser.run("document.body.innerText")
+
+    def see(self, *texts):
+        for text in texts:
+            self.until(lambda: text in self.text())
+
+    def click(self, name, within="//*"):
+        """Click on the button or link of this name."""
+        path = within + "//*[self::button or self::a or self::summary][normalize-space()='%s']"
+        self.until(lambda: self.browser.do(
+            "POST", self.browser.find(path % name) + "/click", {}) is None)
+
+    def enter(self, name, text):
+        """Put text into the field of this name."""
+        field = self.until(lambda: self.browser.find("//main//input[@name='%s']" % name))
+        self.browser.do("POST", field + "/clear", {})
+        self.browser.do("POST", field + "/value", {"text": text})
+
+    def log_in(self, key=ADMIN, path="/dashboard"):
+        self.browser.open(self.place + path)
+        self.enter("key", key)
+        self.click("Log in")
+        self.see("Log out")
+
+    def test_a_call_is_seen_while_it_runs_and_opened_when_it_has_ended(self):
+        self.start()
+        self.stub.answer = None
+        self.log_in()
+        self.see("0 running calls", "No call has come yet")
+        client, asked = self.begin(event(1), key="ann", model="gemma")
+        self.see("1 running call", "gemma", "streaming")
+        asked.send(chunk(b"data: [DONE]\n\n") + LAST)
+        client.rest()
+        self.see("ended: ok", "0 running calls")
+        self.click("Calls")
+        self.see("gemma")
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.see("Mostly", "first byte", self.entry()["id"])
+
+    def made_key(self):
+        self.see("The key of ann, shown only now")
+        return self.browser.run("document.querySelector('pre').textContent")
+
+    def test_a_key_is_made_used_filled_paused_and_rotated(self):
+        self.start()
+        self.log_in()
+        self.click("Keys")
+        before = self.proxy.callers
+        self.enter("name", "ann")
+        self.enter("limits", "5 requests per day")
+        self.click("Make key")
+        first = self.made_key()
+        wait_for(lambda: self.proxy.callers is not before, "the key")
+        self.assertEqual(self.ask(call(first)).status, 200)
+        self.click("Callers")
+        self.see("4 of 5 requests")
+        self.ask(call(first))
+        self.see("3 of 5 requests")
+        self.click("Give", self.KEY)
+        self.enter("amount", "1")
+        self.click("Give", self.KEY + "//form")
+        self.see("4 of 5 requests", "ann got 1 requests more.")
+        self.click("Pause", self.KEY)
+        self.see("0 running calls of ann will go on; new ones get 401.")
+        self.click("Pause", self.KEY + "//form")
+        self.see("ann is paused.")
+        wait_for(lambda: self.ask(call(first)).status == 401, "the pause")
+        self.click("Resume", self.KEY)
+        wait_for(lambda: self.ask(call(first)).status == 200, "the end of the pause")
+        self.click("Keys")
+        self.click("Rotate", self.KEY)
+        self.click("Rotate", self.KEY + "//form")
+        second = self.made_key()
+        wait_for(lambda: self.ask(call(second)).status == 200, "the other key")
+        self.assertEqual(self.ask(call(first)).status, 200)
+        self.click("Audit")
+        self.see("ADMIN_KEY", "ann")
+
+    def test_an_upstream_is_tested_and_disabled(self):
+        self.start(says(b'{"data": [{"id": "gemma"}]}'))
+        self.log_in()
+        self.click("Upstreams")
+        self.click("Test")
+        self.see("1 model")
+        self.click("Disable")
+        self.click("Disable", "//main//form")
+        self.see("base disabled")
+        self.assertEqual(self.ask(call()).status, 404)
+        self.click("Enable")
+        self.see("base up")
+
+    def test_usage_is_drawn_for_the_range_that_was_chosen(self):
+        self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
+        self.ask(call("ann"))
+        self.log_in()
+        self.click("Usage")
+        self.click("day")
+        self.click("tokens")
+        self.see("Tokens by caller, last 24 hours", "1,234", "so far")
+        self.assertIn("range=day", self.browser.run("location.hash"))
+        bars = "document.querySelectorAll('#chart rect.s1').length"
+        self.assertGreater(self.browser.run(bars), 0)
+        chart = self.browser.find("//main//*[@id='chart']")
+        self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
+        self.see("Total")
+
+    def test_a_viewer_sees_nothing_that_changes_anything(self):
+        self.start()
+        self.ask(call("ann"))
+        self.log_in(VIEWER)
+        for tab, text in self.each((("Callers", "1 caller"), ("Keys", "keys add alice"),
+                                    ("Upstreams", "base"), ("Audit", "Nothing was changed"))):
+            self.click(tab)
+            self.see(text)
+            found = self.browser.run(
+                "[...document.querySelectorAll('main button')].map(one => one.textContent)")
+            self.assertEqual(found, [])
+
+    def test_a_wrong_key_and_that_of_a_caller_are_told_so(self):
+        self.start(PROXY_API_KEYS="ann=sk-ann")
+        self.browser.open(self.place + "/dashboard")
+        for key, text in (("guess", "No such key"), ("sk-ann", "may call, but not look here")):
+            self.enter("key", key)
+            self.click("Log in")
+            self.see(text)
+
+    def test_a_caller_sees_what_it_has_left(self):
+        self.start(PROXY_API_KEYS="ann=sk-ann", LIMITS="each 5 requests per day")
+        self.ask(call("sk-ann"))
+        self.log_in("sk-ann", "/me")
+        self.see("What ann has left", "4 of 5 requests, full in", "1 call", "Last calls")
+
+    EVIL = "<img src=x onerror=alert(1)></script>\"'>"
+
+    def test_what_others_said_is_text(self):
+        self.start(says(json.dumps({"error": {"message": self.EVIL}}).encode(), "400 Bad"))
+        self.ask(call("ann", "User-Agent: " + self.EVIL, model=self.EVIL))
+        self.log_in()
+        self.click("Calls")
+        self.see(self.EVIL)
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.see("Mostly")
+        self.click("Usage")
+        self.click("model")
+        self.see(self.EVIL)
+        self.admin("POST", "/keys", {"name": "ann", "note": self.EVIL})
+        self.click("Keys")
+        self.see(self.EVIL)
+        self.assertEqual(self.browser.run("document.querySelectorAll('main img').length"), 0)
+
+    def test_a_lost_connection_is_told_and_found_again(self):
+        self.start()
+        self.log_in()
+        self.see("0 running calls")
+        feed = self.proxy.watchers[0]
+        with mock.patch.object(llm_proxy.Admin, "events", side_effect=llm_proxy.Overloaded):
+            self.on_loop(setattr, feed, "closed", True)
+            self.on_loop(feed.wake)
+            self.see("reconnecting, as of")
+        self.on_loop(setattr, feed, "closed", False)
+        self.until(lambda: "reconnecting" not in self.text())
+        self.ask(call("ann"))
+        self.see("ended: ok")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10813,7 +11195,7 @@ class KeysCommandTest(ProcessCase):
 
     def keys(self, *arguments, **settings):
         """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
-        return self.command("keys", *arguments, **{**self.settings, **settings}).finish()
+        return self.finish("keys", *arguments, **{**self.settings, **settings})
 
     def status(self, key):
         return self.ask(call(key)).status
@@ -10834,6 +11216,16 @@ class KeysCommandTest(ProcessCase):
             # Ten wrong keys were counted, maybe, while this waited.
             wait_for(lambda: self.status(key) in (status, 429 if status == 401 else status))
             self.assertLess(time.monotonic() - ended, 1)
+
+    def test_check_knows_that_keys_are_stored(self):
+        settings = {"UPSTREAM_OPENAI_URL": "https://api.openai.invalid/v1",
+                    "UPSTREAM_OPENAI_KEY": "sk", "OPEN_TIMEOUT": "0.1", **self.settings}
+        for host, stored in self.each((("127.0.0.1", "pass"), ("0.0.0.0", "own"))):
+            _, out, _ = self.finish("--check", **settings)
+            self.assertRegex(out, r"(?m)^HOST +%s$" % host)
+            self.assertRegex(out, r"(?m)^STORED +%s$" % stored)
+            self.assertEqual("on this machine alone" in out, stored == "pass")
+            self.keys("add", "ann")
 
     def test_keys_can_be_listed_and_shown(self):
         self.assertEqual(self.keys("list"), (0, "no keys yet\n", ""))
