@@ -3600,6 +3600,8 @@ class Call(Billable):
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
+        if self.json_body and not MAY_REFER(self.body):  # as nearly always
+            return []
         found = []
         meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
         for part in objects_in(self.payload, says_of_things):
@@ -3779,6 +3781,9 @@ REFERENCES = frozenset("""
 PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
 # Objects of these types name one by their id.
 REFERENCE_TYPES = ("item_reference", "file_id")
+# Finds where JSON may do either: at one of these words, or where an escape may spell one.
+MAY_REFER = re.compile(
+    (r'\\u|"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode()).search
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
