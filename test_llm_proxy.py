@@ -2111,13 +2111,31 @@ each 9 tokens per day"""):
         self.assertEqual(texts, ["each 9 requests per 5m"])
 
     def change(self, old, new, general="each 10 requests per hour"):
-        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed; ben has what
+        she had before."""
         self.start(general)
-        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.limits.take_keys({name: self.key("", old).rules for name in (b"ann", b"ben")}, 0)
         self.ask(self.caller("ann", limits=old), 2)
-        rules = llm_proxy.rules_of_one(new) if new else ()
-        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        self.limits.take_keys({b"ann": self.key("", new).rules, b"ben": self.key("", old).rules}, 0)
         return self.levels()
+
+    def test_the_bucket_of_somebody_behind_a_key_goes_by_the_keys_rules_after_a_restart_too(self):
+        self.start("each 10 requests per hour")
+        self.limits.take_keys({b"webui": self.key("", "20 requests per hour").rules}, 0)
+        saved = {("each 20 requests per hour", ("key", b"somebody")): (5, 0.0)}
+        self.limits.restore(saved, 0)
+        self.assertEqual(self.levels(), [("each 20 requests per hour", 5)])
+
+    def test_what_was_given_goes_along_when_the_rule_is_changed(self):
+        self.start("all 99 requests per hour")
+        self.limits.take_keys({b"ann": self.key("", "5 requests per day").rules}, 0)
+        self.ask(self.caller("ann", limits="5 requests per day"), 5)
+        ann = self.caller("ann", limits="5 requests per day")
+        self.limits.give(ann, "requests", 4, self.clock.now + 100)
+        self.limits.take_keys({b"ann": self.key("", "10 requests per day").rules}, 0)
+        ann = self.caller("ann", limits="10 requests per day")
+        self.assertEqual(self.ask(ann, 0).tightest.level, 8)
+        self.assertEqual([key[0] for key in self.buckets.given], ["each 10 requests per day"])
 
     def test_a_changed_rules_bucket_keeps_its_share(self):
         for old, new, left in self.each((
