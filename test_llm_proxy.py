@@ -9030,6 +9030,12 @@ class KeysTest(KeysCase):
             self.ask(call(ann))
             wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
 
+    def test_a_stored_key_has_the_turns_of_its_name(self):
+        self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="ann=5")
+        self.ask_stub(call(self.add()))
+        queues = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual([one.weight for one in queues], [5])
+
     def test_people_behind_a_key_have_what_it_may(self):
         self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
         ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
@@ -11286,14 +11292,6 @@ class KeysCommandTest(ProcessCase):
         code, out, err = self.keys("list", DATABASE=os.path.join(self.folder, "other.db"))
         self.assertEqual((code, out), (0, "no keys yet\n"))
         self.assertRegex(err, r"\ADATABASE \S+other.db is made now: no proxy that runs has it\n\Z")
-
-    def test_check_knows_of_stored_keys(self):
-        for policy, warned in self.each((("pass", True), ("own", False))):
-            _, out, _ = self.command(
-                "--check", BASE_API_URL="http://127.0.0.1:1", **self.settings).finish()
-            self.assertRegex(out, "(?m)^STORED +%s$" % policy)
-            self.assertEqual("warning: callers are not checked" in out, warned)
-            self.keys("add", "ann")
 
     def test_only_a_new_secret_is_on_standard_output(self):
         for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
