@@ -1627,7 +1627,7 @@ class StoredKeys:
         lets nobody in, not even where anyone may call."""
         self.closed = closed
         self.keys = {key.name: key for key in keys}
-        self.rules = {key.subject: key.rules for key in keys if key.rules}
+        self.rules = {key.subject: key.rules for key in keys}
         self.known: Known = {}
         for one, name, valid_until in secrets:
             key = self.keys.get(name) or Key(name, disabled=True, subject=one)
@@ -2233,14 +2233,16 @@ class Limits:
         Returns how many were saved in the future."""
         find = functools.lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
-            owner = key[1] if len(key) == 2 else None
-            old, new = find(key[0], self.own.get(owner[1], ()) if owner else ())
+            old, new = find(key[0], self.own.get(key[1][1]) if len(key) == 2 else ())
             if new:
                 self.buckets.restore(old, key, level, wall - since)
             if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
-                self.buckets.restore(new, (new.text, *key[1:]), level, 0)
+                heir = (new.text, *key[1:])
+                self.buckets.restore(new, heir, level, 0)
+                if key in self.buckets.given:
+                    self.buckets.given[heir] = self.buckets.given.pop(key)
         return sum([since > wall + 60 for _, since in saved.values()])
 
     def take_over(self, wall: float):
@@ -2265,11 +2267,13 @@ class Limits:
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
         has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
-        duration if there is one. Both are None where there is none."""
-        families = {rule.family for rule in own}
-        now = [*own, *[rule for rule in self.rules if rule.family not in families]]
-        # The last are for people behind a key.
-        known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        duration if there is one. Both are None where there is none. `own` is None for one whose key
+        is not stored, who may be a person behind one that is."""
+        families = {rule.family for rule in own or ()}
+        now = known = [*(own or ()), *[
+            rule for rule in self.rules if rule.family not in families]]
+        if own is None:
+            known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
         same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
@@ -2277,11 +2281,17 @@ class Limits:
             old = read_rule(text)
         except ValueError:
             return None, None
-        new = [rule for rule in now if rule.capacity is not None
-               and rule.text.split(" ")[2] == text.split(" ")[2]
-               and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+        new = self.heirs(old, now, own or ())
         return (old, new[0]) if new and old.capacity is not None else (None, None)
+
+    @staticmethod
+    def heirs(old, now, own):
+        """Returns the rules that count what an old one did, those of its duration first."""
+        unit = old.text.split(" ")[2]
+        found = [rule for rule in now if rule.capacity is not None
+                 and rule.text.split(" ")[2] == unit
+                 and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
+        return sorted(found, key=lambda rule: rule.rate[1] != old.rate[1])
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,

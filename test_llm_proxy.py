@@ -2111,13 +2111,31 @@ each 9 tokens per day"""):
         self.assertEqual(texts, ["each 9 requests per 5m"])
 
     def change(self, old, new, general="each 10 requests per hour"):
-        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed; ben has what
+        she had before."""
         self.start(general)
-        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.limits.take_keys({name: self.key("", old).rules for name in (b"ann", b"ben")}, 0)
         self.ask(self.caller("ann", limits=old), 2)
-        rules = llm_proxy.rules_of_one(new) if new else ()
-        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        self.limits.take_keys({b"ann": self.key("", new).rules, b"ben": self.key("", old).rules}, 0)
         return self.levels()
+
+    def test_the_bucket_of_somebody_behind_a_key_goes_by_the_keys_rules_after_a_restart_too(self):
+        self.start("each 10 requests per hour")
+        self.limits.take_keys({b"webui": self.key("", "20 requests per hour").rules}, 0)
+        saved = {("each 20 requests per hour", ("key", b"somebody")): (5, 0.0)}
+        self.limits.restore(saved, 0)
+        self.assertEqual(self.levels(), [("each 20 requests per hour", 5)])
+
+    def test_what_was_given_goes_along_when_the_rule_is_changed(self):
+        self.start("all 99 requests per hour")
+        self.limits.take_keys({b"ann": self.key("", "5 requests per day").rules}, 0)
+        self.ask(self.caller("ann", limits="5 requests per day"), 5)
+        ann = self.caller("ann", limits="5 requests per day")
+        self.limits.give(ann, "requests", 4, self.clock.now + 100)
+        self.limits.take_keys({b"ann": self.key("", "10 requests per day").rules}, 0)
+        ann = self.caller("ann", limits="10 requests per day")
+        self.assertEqual(self.ask(ann, 0).tightest.level, 8)
+        self.assertEqual([key[0] for key in self.buckets.given], ["each 10 requests per day"])
 
     def test_a_changed_rules_bucket_keeps_its_share(self):
         for old, new, left in self.each((
@@ -9012,6 +9030,12 @@ class KeysTest(KeysCase):
             self.ask(call(ann))
             wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
 
+    def test_a_stored_key_has_the_turns_of_its_name(self):
+        self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="ann=5")
+        self.ask_stub(call(self.add()))
+        queues = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual([one.weight for one in queues], [5])
+
     def test_people_behind_a_key_have_what_it_may(self):
         self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
         ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
@@ -11268,14 +11292,6 @@ class KeysCommandTest(ProcessCase):
         code, out, err = self.keys("list", DATABASE=os.path.join(self.folder, "other.db"))
         self.assertEqual((code, out), (0, "no keys yet\n"))
         self.assertRegex(err, r"\ADATABASE \S+other.db is made now: no proxy that runs has it\n\Z")
-
-    def test_check_knows_of_stored_keys(self):
-        for policy, warned in self.each((("pass", True), ("own", False))):
-            _, out, _ = self.command(
-                "--check", BASE_API_URL="http://127.0.0.1:1", **self.settings).finish()
-            self.assertRegex(out, "(?m)^STORED +%s$" % policy)
-            self.assertEqual("warning: callers are not checked" in out, warned)
-            self.keys("add", "ann")
 
     def test_only_a_new_secret_is_on_standard_output(self):
         for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
