@@ -7407,6 +7407,17 @@ class KeyStoreTest(KeysCase):
         bare = {**changed, **dict.fromkeys(self.FIELDS), "role": "caller"}
         self.assertEqual(self.keys.find("ann").as_dict(), bare)
 
+    def test_a_secret_that_is_good_no_more_is_forgotten_after_90_days(self):
+        for name, days, left in self.each((("ann", 0, 2), ("ben", 89, 4), ("cem", 2, 5))):
+            self.clock.now += days * 86400
+            self.keys.add(name)
+            self.keys.rotate(name)
+            self.assertEqual(self.execute("SELECT count(*) FROM secrets"), [(left,)])
+        self.keys.remove("ben")
+        self.keys.add("ben")
+        good = self.execute("SELECT name FROM secrets WHERE valid_until IS NULL ORDER BY name")
+        self.assertEqual(good, [("ann",), ("ben",), ("cem",)])
+
     def test_no_secret_is_stored(self):
         made = self.keys.add("ann")
         again = self.keys.rotate("ann", "1h")
@@ -8732,7 +8743,7 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses("x", None), [200, 200])
         ann = self.add()
         self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
-        self.assertIn("nobody may call without one from now on", self.lines.text())
+        wait_for(lambda: "nobody may call without one from now on" in self.lines.text())
         self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
         self.proxy.books.close(PATIENCE)
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
@@ -8766,8 +8777,6 @@ class KeysTest(KeysCase):
     def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
         for policy, act in self.each(itertools.product(
                 ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
-            if (policy, act) == ("anyone", "remove"):
-                continue  # nobody knows it any more
             clock = Clock()
             self.start(clock=clock, PROXY_API_KEYS=policy)
             ann = self.add(expires="30d")
@@ -8985,7 +8994,7 @@ class KeysTest(KeysCase):
                 column, "NULL" if value is None else repr(value)))
             wait_for(lambda: self.proxy.callers is not before)
             self.assertEqual(self.statuses(ann, ben), [401, 200])
-            self.assertIn("in DATABASE cannot be read: it lets nobody in", self.lines.text())
+            wait_for(lambda: "in DATABASE cannot be read: it lets nobody" in self.lines.text())
 
     def test_keys_that_cannot_be_read_any_more_change_nothing(self):
         self.start()
@@ -10354,6 +10363,7 @@ class DashboardTest(AdminCase):
     def test_the_page_is_small_and_makes_no_markup_of_text(self):
         page = llm_proxy.DASHBOARD
         self.assertLess(len(page.encode()), 100_000)
+        self.assertLessEqual(page.count("\n"), 900)
         for word in self.each(("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write",
                                "eval(", "setAttribute(\"style", "http://", "https://")):
             text = page.replace("http://www.w3.org/2000/svg", "")
@@ -10465,7 +10475,7 @@ class PageTest(AdminCase):
         self.click("Calls")
         self.see("gemma")
         self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
-        self.see("Mostly", "first byte", self.entry()["id"])
+        self.see("Mostly streaming", "to first byte", "Request id")
 
     def made_key(self):
         self.see("The key of ann, shown only now")
@@ -10528,8 +10538,7 @@ class PageTest(AdminCase):
         self.click("tokens")
         self.see("Tokens by caller, last 24 hours", "1,234", "so far")
         self.assertIn("range=day", self.browser.run("location.hash"))
-        bars = self.browser.run("document.querySelectorAll('#chart rect.s1').length")
-        self.assertGreater(bars, 0)
+        self.assertTrue(self.browser.run("document.querySelector('#chart rect.s1') !== null"))
         chart = self.browser.find("//main//*[@id='chart']")
         self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
         self.see("Total")
@@ -11233,7 +11242,7 @@ class KeysCommandTest(ProcessCase):
 
     def keys(self, *arguments, **settings):
         """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
-        return self.command("keys", *arguments, **{**self.settings, **settings}).finish()
+        return self.finish("keys", *arguments, **{**self.settings, **settings})
 
     def status(self, key):
         return self.ask(call(key)).status
@@ -11254,6 +11263,16 @@ class KeysCommandTest(ProcessCase):
             # Ten wrong keys were counted, maybe, while this waited.
             wait_for(lambda: self.status(key) in (status, 429 if status == 401 else status))
             self.assertLess(time.monotonic() - ended, 1)
+
+    def test_check_knows_that_keys_are_stored(self):
+        settings = {"UPSTREAM_OPENAI_URL": "https://api.openai.invalid/v1",
+                    "UPSTREAM_OPENAI_KEY": "sk", "OPEN_TIMEOUT": "0.1", **self.settings}
+        for host, stored in self.each((("127.0.0.1", "pass"), ("0.0.0.0", "own"))):
+            _, out, _ = self.finish("--check", **settings)
+            self.assertRegex(out, r"(?m)^HOST +%s$" % host)
+            self.assertRegex(out, r"(?m)^STORED +%s$" % stored)
+            self.assertEqual("on this machine alone" in out, stored == "pass")
+            self.keys("add", "ann")
 
     def test_keys_can_be_listed_and_shown(self):
         self.assertEqual(self.keys("list"), (0, "no keys yet\n", ""))
