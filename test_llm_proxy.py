@@ -7037,6 +7037,9 @@ agent         curl/8\\x9b"""))
             wait_for(lambda: log.dropped == 15, "the last of them")
         wait_for(lambda: "15 log lines dropped" in self.lines.text(), "the count")
         self.assertEqual(len(self.lines.entries()), 11)
+        client.exchange(call())
+        self.entry(11)
+        self.assertEqual((self.lines.text().count("dropped"), log.dropped), (1, 15))
 
     def test_nothing_in_a_log_moves_a_terminals_cursor(self):
         self.start(LOG_FORMAT="text")
@@ -8032,10 +8035,20 @@ class MetricsTest(SignalsCase):
 
     def test_a_failure_of_a_known_model_counts_as_its_own(self):
         self.start(**self.KEYS)
-        self.ask(call("sk-1", model="m"))
-        self.stub.answer = says(b"{}", "500 No")
-        self.ask(call("sk-1", model="m"))
-        self.assertEqual(self.sums("requests_total", 'model="m"', 'outcome="upstream_status"'), 1)
+        for status in ("500 No", "200 OK", "500 No"):
+            self.stub.answer = says(b"{}", status)
+            self.ask(call("sk-1", model="m"))
+        for model in self.each(("m", "other")):
+            self.assertEqual(self.sums("requests_total", 'model="%s"' % model,
+                                       'outcome="upstream_status"'), 1)
+
+    def test_series_without_end_are_one(self):
+        self.start(**self.KEYS)
+        self.proxy.watchers.metrics.MAX_SERIES = 2
+        for model in "abcd":
+            self.ask(call("sk-1", model=model))
+        self.assertEqual(self.sums("requests_total", 'caller="other",model="other"'), 2)
+        self.assertEqual(self.sums("requests_total"), 4)
 
     def test_keys_of_one_name_have_one_sample(self):
         self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
@@ -8294,8 +8307,14 @@ class WarningsTest(SignalsCase):
                    **{**self.KEYS, "WEBHOOK_URL": self.hook.url + "/hook?token=hush",
                       "WARN_AT": "80%,95%", **settings})
 
-    def look(self, keys=()):
-        self.proxy.watchers.warnings.look(self.proxy.routes, self.proxy.books.ledger, keys)
+    def look(self):
+        proxy = self.proxy
+        proxy.watchers.warnings.look(
+            proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
+
+    def told(self):
+        """What the page is told."""
+        return [one.about for one in self.proxy.watchers.feed.events if one.name == "warning"]
 
     def events(self, count):
         wait_for(lambda: len(self.hook.requests) >= count, "%d events" % count)
@@ -8315,8 +8334,7 @@ class WarningsTest(SignalsCase):
         self.assertEqual((self.hook.requests[0].target, told), ("/hook?token=hush", {
             "event": "limit_near", "caller": "alice", "rule": "each 100 tokens per day",
             "level": 15, "capacity": 100, "share": 0.85, "time": self.clock.time_ns() / 1e9}))
-        feed = [one.about for one in self.proxy.watchers.feed.events if one.name == "warning"]
-        self.assertEqual(feed, [told])
+        self.assertEqual(self.told(), [told])
         self.assertIn("alice has used 85% of each 100 tokens per day", self.lines.text())
         self.assertNotIn("hush", self.lines.text())
 
@@ -8344,9 +8362,10 @@ class WarningsTest(SignalsCase):
                          ("0.0999994", "1", 0.9))
 
     def test_without_marks_no_answer_carries_a_warning(self):
-        self.start_warned(WARN_AT="", LIMITS="each 100 tokens per day")
-        self.assert_status(200, call("sk-1"), "x-ratelimit-warning:")
-        self.assertEqual(self.proxy.watchers.marks, None)
+        self.start_warned(says(completion(80, 5), "200 OK", "X-RateLimit-Warning: from upstream"),
+                          WARN_AT="", LIMITS="each 100 tokens per day")
+        self.assert_status(200, call("sk-1", max_tokens=5), "x-ratelimit-warning:")
+        self.assertEqual((self.proxy.watchers.marks, self.stub.calls), (None, 1))
 
     def test_an_upstream_that_is_down_and_up_again_is_told_once(self):
         self.start_warned(BREAKER_FAILURES=1, BREAKER_SECONDS=1)
@@ -8372,18 +8391,20 @@ class WarningsTest(SignalsCase):
     def test_a_key_is_told_of_once_a_day_before_it_expires(self):
         self.start_warned()
         now, day = self.clock.time_ns() / 1e9, 86400
+        end = now + 5 * 3600
         keys = [llm_proxy.Key(name, created=now - 40 * day, expires=expires, disabled=off)
-                for name, expires, off in (("soon", now + 3600, False), ("never", None, False),
+                for name, expires, off in (("soon", end, False), ("never", None, False),
                                            ("later", now + 2 * day, False),
-                                           ("off", now + 3600, True), ("past", now - 1, False))]
+                                           ("off", end, True), ("past", now - 1, False))]
         keys.append(llm_proxy.Key("short", created=now, expires=now + 900))
-        for _ in range(3):
-            self.on_loop(self.look, keys)
-            self.clock.now += 1800
-        told, = self.events(1)
-        self.assertEqual((told["event"], told["key"], told["expires"]),
-                         ("key_expires", "soon", now + 3600))
-        self.assertIn("the key soon expires in 60 min", self.lines.text())
+        self.proxy.callers.stored.keys = {key.name: key for key in keys}
+        for _ in range(4):
+            self.on_loop(self.look)
+            self.clock.now += 3601
+        told, = self.told()
+        found = told["event"], told["key"], told["expires"]
+        self.assertEqual(found, ("key_expires", "soon", end))
+        wait_for(lambda: "the key soon expires in 300 min" in self.lines.text(), "its line")
 
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
