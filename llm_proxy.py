@@ -423,8 +423,8 @@ age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
 def read_amount(text, unit):
     """Returns an amount of a unit, of money in picodollars."""
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
-    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be in requests, tokens,"
-            " input_tokens, output_tokens or usd, and above 0")
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
+            " of requests, tokens, input_tokens, output_tokens or usd")
     return read_rule("each %s %s per day" % (text, unit)).capacity
 
 
@@ -1568,7 +1568,7 @@ def read_key(*values: Any) -> Key:
                if field != "expires" and (getattr(key, field) is not None or field == "role")}
     times = [key.created, key.expires or 0, key.last_used or 0]
     require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
-            and {*map(type, times)} <= {int, float}, "no key")
+            and all([0 <= one < 1e11 for one in times]), "no key")
     return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
                         rules=derived.get("limits", ()))
 
@@ -1756,11 +1756,7 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        if not found:
-            with contextlib.suppress(ValueError):
-                ipaddress.ip_network(label)
-                return [Caller(("address", label), label)]
-        return list(found.values())
+        return list(found.values()) or [Caller(("address", label), label)]
 
 
 class Origins:
@@ -3116,8 +3112,8 @@ MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
     rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
     rb'\s*:\s*\[?\s*|,\s*)"$')
-# A string, up to where it may be cut, and whether it is a key; or a bracket
-JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
+# A string without escapes, up to where it may be cut, and whether it is a key; or a bracket
+JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
 
 def value_start(data, key):
@@ -3125,7 +3121,7 @@ def value_start(data, key):
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
     name = b'"%b"' % key.encode()
-    for step in JSON_STEP.finditer(data):
+    for step in JSON_STEP.finditer(data.replace(b"\\\\", b"--").replace(b'\\"', b"--")):
         if step[1] is None:
             depth += 1 if step[0] in b"{[" else -1
         elif depth == 1 and step[1] == name and step[2]:
@@ -3604,6 +3600,8 @@ class Call(Billable):
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
+        if self.json_body and not MAY_REFER(self.body):  # as nearly always
+            return []
         found = []
         meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
         for part in objects_in(self.payload, says_of_things):
@@ -3783,6 +3781,9 @@ REFERENCES = frozenset("""
 PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
 # Objects of these types name one by their id.
 REFERENCE_TYPES = ("item_reference", "file_id")
+# Finds where JSON may do either: at one of these words, or where an escape may spell one.
+MAY_REFER = re.compile(
+    (r'\\u|"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode()).search
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -4378,7 +4379,7 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})\s*,?'
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
 USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
@@ -8983,7 +8984,7 @@ class KeyStore:
     """What can be done with stored keys: each in one transaction, with a row of the audit. A
     running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
     None or empty for none. Raises KeyFault, and sqlite3.Error."""
-    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is known for so long: as no stranger
+    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
     COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
     def __init__(self, database: Database, clock: Any, actor: Actor):
@@ -9051,19 +9052,19 @@ class KeyStore:
         until = now + (self.check_field("grace", age, grace) if grace else 0)
         with self.change("rotate key", name, "grace %s" % grace if grace else "") as execute:
             key = self.find(name)
-            execute("DELETE FROM secrets WHERE name = ? AND valid_until < ?",
-                    (name, now - self.KEEP_SECONDS))
             execute("UPDATE secrets SET valid_until = min(coalesce(valid_until, ?), ?)"
                     " WHERE name = ?", (until, until, name))
             execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+            execute("DELETE FROM secrets WHERE valid_until < ?", (now - self.KEEP_SECONDS,))
         return NewKey(key, secret)
 
     def remove(self, name: str):
-        """Forgets it: the books keep what it used."""
+        """Forgets it: the books keep what it used, and its secrets are known as nobody's."""
         with self.change("remove key", name) as execute:
             if not execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
                 self.find(name)
-            execute("DELETE FROM secrets WHERE name = ?", (name,))
+            execute("UPDATE secrets SET name = NULL, valid_until = ? WHERE name = ?",
+                    (self.now(), name))
 
     def give(self, name: str, amount: str, unit: str, seconds: Optional[str] = None):
         """Lets a caller's buckets of a unit hold so much more for a time, such as 1d, and adds
@@ -9962,8 +9963,8 @@ def upstream_families(routes: Routes) -> List[Family]:
         states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
-        Family("llm_proxy_upstream_addresses", "gauge",
-               "Addresses of an upstream by the state of their breakers; closed is well", states),
+        Family("llm_proxy_upstream_state", "gauge",
+               "How many addresses of an upstream are in this state; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
                [(labels, found["in_flight"]) for labels, found in stats]),
         Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
@@ -10015,8 +10016,9 @@ ATTRIBUTES = {
     "llm_proxy.rule": "rule",
     "llm_proxy.queue_ms": "queue_ms",
     "llm_proxy.first_ms": "first_ms",
-    "llm_proxy.usd": "usd"}
-USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "usd")
+    "llm_proxy.usd": "usd",
+    "llm_proxy.estimated": "estimated"}
+USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "estimated")
 OPERATIONS = {  # by endpoint; others have the last word of their path
     "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
     "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
@@ -10103,6 +10105,8 @@ class Traces(Watcher):
         facts = {**entry.as_row()._asdict(), **self.kind(entry)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
+        if not entry.priced:
+            facts["usd"] = None
         status = entry.outcome == "upstream_status"
         facts["error"] = None if entry.outcome == "ok" else (
             str(entry.status) if status else entry.outcome)
@@ -10141,6 +10145,15 @@ def shares_used(hold: Hold) -> List[Tuple[float, Level]]:
             level = hold.buckets.level_of(rule, key)
             found.append(((rule.capacity - level.level) / rule.capacity, level))
     return found
+
+
+def warning_text(shares: List[Tuple[float, str]], marks: Sequence[float]) -> Optional[str]:
+    """Returns what tells a caller that a limit is near: of (share that is used, rule) the largest,
+    where that is past a mark."""
+    share, rule = max(shares, default=(0, ""))
+    if share < min(marks, default=math.inf):
+        return None
+    return "%d%% of %s is used" % (100 * share, ascii(rule))
 
 
 class Warnings(Watcher):
@@ -10798,12 +10811,9 @@ class Reply:
         return (lines + CRLF).encode("latin-1")
 
     def warning_line(self, hold):
-        """Returns what tells a caller that a limit is near."""
-        share, level = max(shares_used(hold), default=(0, None), key=lambda one: one[0])
-        if share < min(self.parts.config.warn_at):
-            return ""
-        return "X-RateLimit-Warning: %d%% of %s is used\r\n" % (
-            100 * share, ascii(level.rule.text))
+        text = warning_text([(share, level.rule.text) for share, level in shares_used(hold)],
+                            self.parts.config.warn_at)
+        return f"X-RateLimit-Warning: {text}\r\n" if text else ""
 
     def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
@@ -11785,7 +11795,8 @@ class Admin:
 
     @staticmethod
     def send_json(reply, found, status=200):
-        reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+        reply.send(status, to_json_bytes(found),
+                   ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"])
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
@@ -11800,9 +11811,21 @@ class Admin:
     async def in_pool(self, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
         context = reply.context
+        answered = context.loop.create_future()
+
+        def deliver(job):
+            failure = job.exception()
+            if answered.done():  # nobody waits for it any more
+                return
+            if failure:
+                answered.set_exception(failure)
+            else:
+                answered.set_result(job.result())
+
         job = context.loop.run_in_executor(self.pool, act, *arguments)
+        job.add_done_callback(deliver)
         try:
-            return await context.wait(job, self.POOL_SECONDS, "the database")
+            return await context.wait(answered, self.POOL_SECONDS, "the database")
         except TimeoutError:
             raise Overloaded() from None
         except (sqlite3.Error, DatabaseFault):
@@ -12145,10 +12168,16 @@ class Admin:
             calls, days = [], []
         finally:
             self.asking.discard(caller.key)
+        buckets = self.buckets_of(caller, self.buckets_by_owner())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
-            "buckets": self.buckets_of(caller, self.buckets_by_owner()),
+            "buckets": buckets, "warning": self.warning_of(buckets),
             "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
+
+    def warning_of(self, buckets):
+        shares = [(1 - float(one["level"]) / float(one["capacity"]), one["rule"])
+                  for one in buckets if one["unit"] not in UNITS_OF_CALLS]
+        return warning_text(shares, self.proxy.config.warn_at or ())
 
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
@@ -14106,8 +14135,17 @@ def shown(name, text):
     return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
+def ask_for_stored_keys(config):
+    """Notes whether keys are stored, as a start would."""
+    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
+        with contextlib.closing(Database(config.database, reading=True)) as database:
+            if database.is_closed():
+                config.note_stored_keys()
+
+
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
+    ask_for_stored_keys(config)
     for name, text in config.texts.items():
         print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
@@ -14626,6 +14664,8 @@ def keys_command(options, found, log_stream):
     path = found.get("DATABASE", DEFAULT_DATABASE)
     if path == "off":
         raise ConfigFaults("keys are stored in DATABASE, and that is off")
+    if not os.path.exists(path):
+        print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
     store = KeyStore(database, time, Actor(
         found.get("USER", "somebody"), "admin", "command line"))
@@ -14707,11 +14747,12 @@ PANELS = (
         "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
     ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
     ("Addresses that are not well", "short", {
-        "{{upstream}} {{state}}": 'llm_proxy_upstream_addresses{state!="closed"}'}),
+        "{{upstream}} {{state}}": 'llm_proxy_upstream_state{state!="closed"}'}),
     ("Dropped, and the loop held", "short", {
         "{{what}}": "rate(llm_proxy_dropped_total[5m])",
         "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
-    ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
+    ("Memory", "bytes", {
+        "resident": "process_resident_memory_bytes and on (job, instance) llm_proxy_build_info"}),
 )
 PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 
