@@ -8145,9 +8145,11 @@ ADD_TO_SUMS = adding_statement()
 
 
 class SumsOfCalls:
-    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models for whom nobody
-    answered go by the name of `other`: whoever is refused may make up as many as they like."""
+    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models that got no answer go
+    by the name of `other`: whoever is refused may make up as many as they like. Beyond MOST_NAMES
+    all do."""
     NAMES = 200
+    MOST_NAMES = 2000
 
     def __init__(self):
         self.names = collections.defaultdict(set)  # by quarter and what they are of
@@ -8189,7 +8191,7 @@ class SumsOfCalls:
         shown = []
         for kind, name in (("caller", caller), ("model", model)):
             names = self.names[start, kind]
-            if answered or len(names) < self.NAMES:
+            if len(names) < (self.MOST_NAMES if answered else self.NAMES):
                 names.add(name)
             shown.append(name if name in names else "other")
         return start, shown[0], team, tag, shown[1], upstream
@@ -9248,6 +9250,9 @@ class Ledger(Writer):
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
+        except Exception:
+            self.sum_at = now + 60
+            self.log.report()
 
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be

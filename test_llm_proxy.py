@@ -7086,6 +7086,15 @@ class LedgerTest(LedgerCase):
         self.assertEqual((self.row()["id"], old, spare), ("old", None, None))
         self.assertGreaterEqual(new, 0)
 
+    def test_a_call_is_in_the_sums_seconds_after_its_end(self):
+        self.patch_seconds(Ledger_SUM_SECONDS=0.01)
+        self.start()
+        reader, now = llm_proxy.LedgerReader(self.path), time.time()
+        for number in range(1, 3):
+            self.ask(call())
+            wait_for(lambda: [one.calls for one in reader.totals(
+                "model", now - 900, now + 900).values()] == [number], "the sum")
+
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
         self.start()
         models = ["\ud800", "a\x00b", "\U0001f600", "'; DROP TABLE calls; --"]
@@ -7616,6 +7625,14 @@ class SumsTest(TableCase):
             self.assertEqual(found, list(map(float, hours)))
             self.assertEqual([low for _, low, _ in steps[1:]], [high for _, _, high in steps[:-1]])
 
+    def test_no_cell_of_a_table_is_computed_and_none_moves_a_cursor(self):
+        cells = {"-": "-", "a,b": '"a,b"', "=1+1": "'=1+1", "-1": "'-1", " @x": "' @x",
+                 "a;=b": "a;'=b", "\t=a": "'\\t=a", "\n+a": "'\\n+a", "\uff1da": "'\uff1da",
+                 "a\x1b[2J": "a\\x1b[2J", "a\u202eb": "a\\u202eb", "\xe9": "\xe9"}
+        for cell, text in self.each(cells.items()):
+            self.assertEqual(llm_proxy.csv_of(["x"], [[cell]]), "x\n%s\n" % text)
+        self.assertEqual(llm_proxy.csv_of(["x", "y"], [[-1, None]]), "x,y\n-1,\n")
+
     def test_zones_that_are_none_and_ranges_without_end_are_refused(self):
         utc = datetime.timezone.utc
         for name, offset in self.each((
@@ -7761,6 +7778,24 @@ class SumsTest(TableCase):
             found = self.reader.totals(by, self.DAY, self.DAY + 900)
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
+
+        with mock.patch.object(llm_proxy.SumsOfCalls, "MOST_NAMES", 8):
+            self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
+        found = self.reader.totals("model", self.DAY, self.DAY + 900)
+        self.assertEqual((len(found), found["other"].calls), (9, 22))
+
+    def test_what_was_not_added_up_before_the_end_is_after_the_next_start(self):
+        for number in range(3):
+            with self.database.transaction():
+                self.database.add([columns_of({"time": self.DAY})] * 7)
+            self.database.connection.close()
+            self.database = llm_proxy.Database(self.path)
+            with self.database.transaction():  # some calls that nobody kept in mind
+                self.database.add([columns_of({"time": self.DAY})] * 4)
+            with mock.patch.object(llm_proxy.Database, "BATCH", 3):
+                self.add({"time": self.DAY})
+            found = self.reader.totals("caller", self.DAY, self.DAY + 900)
+            self.assertEqual(found["alice"].calls, 12 * (number + 1))
 
     def test_a_clock_that_was_set_back_leaves_no_sum_behind(self):
         self.add_many(50)
@@ -11454,6 +11489,7 @@ class CommandsTest(ProcessCase):
         ("", "caller,%s\nalice,2,20,2,4,0,1,0,0.5\nbob,2,20,2,4,0,0,1,0\n"),
         ("--by model --since 2d", "model,%s\nm1,2,20,2,4,0,0,1,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by outcome", "outcome,%s\nok,3,30,3,6,0,1,1,0.5\nrefused,1,10,1,2,0,0,0,0\n"),
+        ("--by team --by tag", "team,tag,%s\n-,-,4,40,4,8,0,1,1,0.5\n"),
         ("--by upstream", "upstream,%s\n-,3,30,3,6,0,1,0,0.5\nbase,1,10,1,2,0,0,1,0\n"),
         ("--by model --caller alice", "model,%s\nm1,1,10,1,2,0,0,0,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by caller --by outcome --since 2d",
