@@ -783,6 +783,10 @@ class ProxyCase(TableCase):
         """
         return wait_for(lambda: self.lines.entries()[number:number + 1], "an access line")[0]
 
+    def assert_said(self, text):
+        """The log, which a thread of its own writes, has this."""
+        wait_for(lambda: text in self.lines.text(), text)
+
     def left(self, key=None):
         """What is left in a caller's bucket, by /health."""
         return self.ask(request("GET", "/health", key=key)).json()["quota"]["remaining"]
@@ -7004,7 +7008,7 @@ agent         curl/8\\x9b"""))
         wait_for(lambda: len(self.lines.entries()) == 12, "the lines")
         self.assertEqual(len(self.wait_for_rows(11)), 11)  # the last had no head
         line = "90 more were refused without a known caller: 401 127.0.0.1 x75, 429 127.0.0.1 x15"
-        self.assertIn(line, self.lines.text())
+        self.assert_said(line)
 
     def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
         models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"',
@@ -8370,7 +8374,7 @@ class WarningsTest(SignalsCase):
             "event": "limit_near", "caller": "alice", "rule": "each 100 tokens per day",
             "level": 15, "capacity": 100, "share": 0.85, "time": self.clock.time_ns() / 1e9}))
         self.assertEqual(self.told(), [told])
-        self.assertIn("alice has used 85% of each 100 tokens per day", self.lines.text())
+        self.assert_said("alice has used 85% of each 100 tokens per day")
         self.assertNotIn("hush", self.lines.text())
 
     def test_each_mark_each_caller_and_each_hour_has_a_warning(self):
@@ -8439,7 +8443,7 @@ class WarningsTest(SignalsCase):
         told, = self.told()
         found = told["event"], told["key"], told["expires"]
         self.assertEqual(found, ("key_expires", "soon", end))
-        wait_for(lambda: "the key soon expires in 300 min" in self.lines.text(), "its line")
+        self.assert_said("the key soon expires in 300 min")
 
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
@@ -8796,7 +8800,7 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses("x", None), [200, 200])
         ann = self.add()
         self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
-        wait_for(lambda: "nobody may call without one from now on" in self.lines.text())
+        self.assert_said("nobody may call without one from now on")
         self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
         self.proxy.books.close(PATIENCE)
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
@@ -9047,7 +9051,7 @@ class KeysTest(KeysCase):
                 column, "NULL" if value is None else repr(value)))
             wait_for(lambda: self.proxy.callers is not before)
             self.assertEqual(self.statuses(ann, ben), [401, 200])
-            wait_for(lambda: "in DATABASE cannot be read: it lets nobody" in self.lines.text())
+            self.assert_said("in DATABASE cannot be read: it lets nobody in")
 
     def test_keys_that_cannot_be_read_any_more_change_nothing(self):
         self.start()
@@ -11112,7 +11116,7 @@ class TlsTest(ServerCase):
 
     def test_calls_streams_and_uploads_go_as_without_it(self):
         self.start_tls()
-        client, body = self.connect_tls(), os.urandom(1 << 20)
+        client, body = self.connect_tls(), b"RIFF" + os.urandom(1 << 20)  # nothing like JSON
         self.assertEqual(client.exchange(call()).body, b'{"said": "hi"}')
         self.stub.answer = says(body)
         answered = client.exchange(request("POST", "/v1/audio", body))
@@ -13472,7 +13476,8 @@ sys.exit(llm_proxy.main())
                     " MiB %5.1f, %6.1f, %6.1f; %r", name, 1000 * metronome.latest,
                     1000 * metronome.lag, 1000 * float(longest), before, max(sizes),
                     self.resident(), self.answered())
-        if max(metronome.latest, float(longest)) > self.LATEST:
+        # A busy machine makes the metronome itself late.
+        if max(metronome.latest - metronome.lag, float(longest)) > self.LATEST:
             yield "%s: an event took %.0f ms, %s %.0f ms of CPU" % (
                 name, 1000 * metronome.latest, callback, 1000 * float(longest))
         if max(sizes) > memory:
