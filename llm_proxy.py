@@ -3517,7 +3517,6 @@ class Call(Billable):
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects: Optional[List[JsonObject]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3636,15 +3635,17 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            numbers = self.numbers()
-            limits = [math.inf if value < 0 else value
-                      for name, value in numbers if name in OUTPUT_LIMITS]
-            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            limits, outputs = [], 1
+            for name, value in self.numbers():
+                if name in OUTPUT_LIMITS:
+                    limits.append(math.inf if value < 0 else value)
+                elif value > outputs:
+                    outputs = value
             most = max(limits, default=None)
             if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
                 most = sum(limits)
-            prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
-            for name in self.payload.keys() & prompts:
+            prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
+            for name in prompts.intersection(self.payload):
                 many = self.payload[name]
                 if type(many) is list and many and type(many[0]) in (str, list, dict):
                     outputs *= len(many)
@@ -3656,26 +3657,28 @@ class Call(Billable):
 
     def holders(self):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
-        if self.objects is None:
-            self.objects = [self.payload]
-            if self.endpoint == UNKNOWN:
-                self.objects = objects_in(self.payload)
-            elif not OPTION_HOLDERS.isdisjoint(self.payload):
-                options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
-                self.objects += [one for one in options if type(one) is dict]
-                if len(self.objects) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
-                    raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-        return self.objects
+        if self.endpoint == UNKNOWN:
+            return objects_in(self.payload)
+        found = [self.payload]
+        if not OPTION_HOLDERS.isdisjoint(self.payload):
+            options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+            found += [one for one in options if type(one) is dict]
+            if len(found) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
+                raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+        return found
 
     def numbers(self):
         """Returns what stands at the names of limits and counts, as (name, value). Raises
         BadRequest for what is no number where text is generated: a server might read it as one."""
-        found = [(name, one[name]) for one in self.holders()
-                 for name in OUTPUT_NUMBERS.intersection(one) if one[name] is not None]
-        for name, value in found:
-            if not is_integer(value) and self.endpoint not in NO_LIMIT_REPLY:
-                raise BadRequest("%s must be an integer" % name)
-        return [(name, int(value)) for name, value in found if is_integer(value)]
+        found = []
+        for one in self.holders():
+            for name in OUTPUT_NUMBERS.intersection(one):
+                value = one[name]
+                if is_integer(value):
+                    found.append((name, int(value)))
+                elif value is not None and self.endpoint not in NO_LIMIT_REPLY:
+                    raise BadRequest("%s must be an integer" % name)
+        return found
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
@@ -3687,7 +3690,6 @@ class Call(Billable):
             with contextlib.suppress(BadRequest):
                 self.output_limit()
             self.payload = {key: value for key, value in self.payload.items() if is_small(value)}
-            self.objects = None
             self.forgotten = True
 
 
@@ -3722,6 +3724,7 @@ OUTPUT_COUNTS = frozenset("""
     numResults""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 PROMPTS = frozenset(("prompt", "text", "inputs", "instances"))  # lists of them: each has an output
+BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
     "generationConfig generation_config options parameters inferenceConfig".split())
@@ -4389,8 +4392,11 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
-USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
+USUAL_COUNT = rb'\s*"(?:prompt|completion|total)_tokens"\s*:\s*[0-9]{1,9}(?:\s*,)?'
+EACH_COUNT = b"".join([rb'(?=[^}]*"%b_tokens"\s*:\s*([0-9]+))' % name
+                       for name in (b"prompt", b"completion", b"total")])
+USUAL_END = re.compile(
+    rb'"usage"\s*:\s*\{%b%b\s*\}[^{}]*\}\s*' % (EACH_COUNT, 3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4460,10 +4466,10 @@ class OpenAI(Dialect):
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        counts = dict(zip(end.groups()[::2], map(int, end.groups()[1::2]))) if end else ()
-        if len(counts) == 3 and counts[b"prompt"] + counts[b"completion"] == counts[b"total"]:
-            return Usage(counts[b"prompt"], counts[b"completion"], model=model)
-        return None
+        if not end:
+            return None
+        prompt, output, total = map(int, end.groups())
+        return Usage(prompt, output, model=model) if prompt + output == total else None
 
     def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
@@ -5315,8 +5321,8 @@ class UsageReader(UsageSource):
         if not self.end_is_read:
             self.read_end(whole)
         usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
-        complete = self.final or (whole and self.final is None)
-        return usage, usage is not None and bool(complete)
+        complete = whole if self.final is None else self.final
+        return usage, usage is not None and complete
 
     def most_characters(self) -> float:
         """Returns what was counted; of what is kept, all, or what is usual in events."""
@@ -7849,7 +7855,7 @@ class Entry:
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = call.objects = None
+            call.json_body = None
         return self
 
     def milliseconds(self, until):
