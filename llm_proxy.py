@@ -2844,12 +2844,14 @@ class CostEstimator:
         """Returns what to hold for a call, and how much of that is not learned."""
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
+        length = call.prompt_length()  # first: it tells the kind of text, which habits go by
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.tokens_of(call.prompt_length(), CHARACTERS_PER_TOKEN)
+            prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        prompt = self.estimated_input(call, habits.of(caller))
+        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        prompt = self.tokens_of(length, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
             peak = habits.peak(caller) or self.last_peak(caller)
