@@ -2828,6 +2828,7 @@ class CostEstimator:
             collections.OrderedDict())
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
+        self.needs_price = "usd" in units
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
@@ -2868,7 +2869,7 @@ class CostEstimator:
     def held(self, call, prompt, output, estimate):
         output = min(output, MAX_TOKENS_PER_CALL)
         picodollars = 0
-        if "usd" in self.units:
+        if self.needs_price:
             # A cheaper tier that is asked for is not always what serves.
             picodollars = max([self.prices.cost(Usage(prompt, output, tiers=tiers), name)[0]
                                for name in call.models for tiers in {(), call.tiers()}])
@@ -11096,7 +11097,7 @@ class Proxy:
         estimator = self.estimator
         costs = least = NO_COST if call.unmetered else estimator.plain
         if estimator.needs_estimate and not call.unmetered:
-            if "usd" in estimator.units:
+            if estimator.needs_price:
                 self.require_price(call, entry)
             costs, least = estimator.estimate(call, entry.caller.key)
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
