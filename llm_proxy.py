@@ -8086,8 +8086,8 @@ def listed_columns(columns: Dict[str, str]) -> str:
 
 
 def exact_total(name: str) -> str:
-    """Returns an integer's expression: SQLite's sum() fails, and its total() rounds, above what is
-    plausible, and money is exact for far longer."""
+    """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
+    is too large, and its total() rounds; money needs more digits than counts."""
     if name == "picodollars":
         return ("CAST(min(total(picodollars / 1000000), 4e12) AS INTEGER) * 1000000"
                 " + CAST(total(picodollars % 1000000) AS INTEGER)")
@@ -8105,6 +8105,7 @@ SUM_COLUMNS = ["start", *SUM_KEYS, *SUM_COUNTS, "first", "last", "slowest"]
 
 
 def adding_statement() -> str:
+    """Returns SUMMING with the places of its columns."""
     places = {name: place for place, name in enumerate(SUM_COLUMNS, 1)}
     keys = SUM_COLUMNS[:1 + len(SUM_KEYS)]
     return SUMMING.format(
@@ -8120,15 +8121,13 @@ ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
     GROUP BY %s""" % (
         ", ".join(SUM_KEYS), ", ".join(map(exact_total, SUM_COUNTS)), ", ".join(SUM_KEYS))
-# The last call stays, else its rowid were given again.
+# The last call stays, else its rowid would be given to another one.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
     AND rowid < (SELECT max(rowid) FROM calls)"""
 FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
     AND chunk < (SELECT min(rowid) FROM calls) / %d"""
 FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
-
-
 ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
 ADD_TO_SUMS = adding_statement()
@@ -8163,8 +8162,8 @@ class SumsOfCalls:
     @staticmethod
     def grouped(calls):
         groups = collections.defaultdict(list)
-        for number, time, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
-            key = (int((time or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
+        for number, end, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
+            key = (int((end or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
                    served or model or "-", upstream or "-")
             groups[key].append((number, outcome, ms or 0, *used))
         return groups
@@ -8197,6 +8196,14 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
         timeout=WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     return connection
+
+
+def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
+    """Returns how far the sums have come: `summed` is the rowid of the last call that is in them,
+    `unsummed` of the last of an older version that is not, `listed` of the last that is in `ids`;
+    `rolled` is when the last hour ends of which there is a sum."""
+    return dict(execute(
+        "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
 
 
 class Database:
@@ -8318,8 +8325,7 @@ class Database:
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
-            self.facts.update(execute("SELECT name, value FROM facts WHERE name IN"
-                                      " ('summed', 'unsummed', 'rolled', 'listed')").fetchall())
+            self.facts.update(read_facts(execute))
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
@@ -8376,8 +8382,9 @@ class Database:
                 batch = sums[start:start + self.SUMS]
                 marks = ", ".join(["(%s)" % ",".join("?" * len(SUM_COLUMNS))] * len(batch))
                 self.connection.execute(ADD_TO_SUMS % marks, list(itertools.chain(*batch)))
-            # A clock may be set back: what begins before goes once more to hours and days.
-            facts = {fact: value, "rolled": min(rolled, self.facts["rolled"])}
+            facts = {fact: value}
+            if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
+                facts["rolled"] = rolled
             self.note(**facts)
         self.facts.update(facts)
 
@@ -8743,7 +8750,7 @@ class LedgerReader:
         if by not in SUM_KEYS:
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
-            rolled = self.facts(execute)["rolled"]
+            rolled = read_facts(execute)["rolled"]
             spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
                      for span in read_spans(low, high, rolled)]
             query = ADD_SUMS % (", ".join(spans), by, Sum.TOTALS, where)
@@ -8874,10 +8881,6 @@ class LedgerReader:
         return values
 
     @staticmethod
-    def facts(execute):
-        return dict(execute("SELECT name, value FROM facts").fetchall())
-
-    @staticmethod
     def all_calls(execute):
         """Returns one range of rowids."""
         (first, last), = execute(ENDS_OF_CALLS).fetchall()
@@ -8886,7 +8889,7 @@ class LedgerReader:
     def find_id(self, execute, values):
         """Returns ranges of one rowid each, newest first."""
         (_, last), = self.all_calls(execute)
-        listed = max(self.facts(execute)["listed"], last - self.LOOK)
+        listed = max(read_facts(execute)["listed"], last - self.LOOK)
         found = [number for number, in execute(FIND_ID, {"id": values["id"], "listed": listed})]
         return [(number, number) for number in sorted(found, reverse=True)]
 
@@ -8898,7 +8901,7 @@ class LedgerReader:
             return execute(FIND_SUMS % (span, where), {
                 **values, "oldest": oldest, "low": low, "high": high})
 
-        facts = self.facts(execute)
+        facts = read_facts(execute)
         (oldest, last), = self.all_calls(execute)
         yield facts["summed"] + 1, last
         rolled = facts["rolled"] // DAY * DAY
@@ -14455,7 +14458,7 @@ def usage_parts(facts, by, since):
 
 def usage_query(execute, by, since):
     """Returns the statement that adds up what calls since then used."""
-    facts = dict(execute("SELECT name, value FROM facts").fetchall())
+    facts = read_facts(execute)
     known = {row[1] for row in execute("PRAGMA table_info(calls)")}
     missing = "".join([", NULL AS " + name for name in ("team", "tag") if name not in known])
     names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
@@ -14477,14 +14480,14 @@ def read_usage(path, options, now):
             return Row._fields, find_call(execute, options.id)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
-    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, group[0]))
+    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
     rows = [(names, one.as_dict()) for names, one in found]
     return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
 
 
 def find_call(execute, name):
     """Returns the row of the last call with this id, or none."""
-    listed = dict(execute("SELECT name, value FROM facts").fetchall()).get("listed")
+    listed = read_facts(execute).get("listed")
     if listed is None:  # an older version had no list
         find = "SELECT max(rowid) FROM calls WHERE id = :id"
     else:
