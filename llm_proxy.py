@@ -1627,7 +1627,7 @@ class StoredKeys:
         lets nobody in, not even where anyone may call."""
         self.closed = closed
         self.keys = {key.name: key for key in keys}
-        self.rules = {key.subject: key.rules for key in keys if key.rules}
+        self.rules = {key.subject: key.rules for key in keys}
         self.known: Known = {}
         for one, name, valid_until in secrets:
             key = self.keys.get(name) or Key(name, disabled=True, subject=one)
@@ -2233,14 +2233,16 @@ class Limits:
         Returns how many were saved in the future."""
         find = functools.lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
-            owner = key[1] if len(key) == 2 else None
-            old, new = find(key[0], self.own.get(owner[1], ()) if owner else ())
+            old, new = find(key[0], self.own.get(key[1][1]) if len(key) == 2 else ())
             if new:
                 self.buckets.restore(old, key, level, wall - since)
             if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
-                self.buckets.restore(new, (new.text, *key[1:]), level, 0)
+                heir = (new.text, *key[1:])
+                self.buckets.restore(new, heir, level, 0)
+                if key in self.buckets.given:
+                    self.buckets.given[heir] = self.buckets.given.pop(key)
         return sum([since > wall + 60 for _, since in saved.values()])
 
     def take_over(self, wall: float):
@@ -2265,11 +2267,13 @@ class Limits:
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
         has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
-        duration if there is one. Both are None where there is none."""
-        families = {rule.family for rule in own}
-        now = [*own, *[rule for rule in self.rules if rule.family not in families]]
-        # The last are for people behind a key.
-        known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        duration if there is one. Both are None where there is none. `own` is None for one whose key
+        is not stored, who may be a person behind one that is."""
+        families = {rule.family for rule in own or ()}
+        now = known = [*(own or ()), *[
+            rule for rule in self.rules if rule.family not in families]]
+        if own is None:
+            known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
         same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
@@ -2277,11 +2281,17 @@ class Limits:
             old = read_rule(text)
         except ValueError:
             return None, None
-        new = [rule for rule in now if rule.capacity is not None
-               and rule.text.split(" ")[2] == text.split(" ")[2]
-               and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+        new = self.heirs(old, now, own or ())
         return (old, new[0]) if new and old.capacity is not None else (None, None)
+
+    @staticmethod
+    def heirs(old, now, own):
+        """Returns the rules that count what an old one did, those of its duration first."""
+        unit = old.text.split(" ")[2]
+        found = [rule for rule in now if rule.capacity is not None
+                 and rule.text.split(" ")[2] == unit
+                 and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
+        return sorted(found, key=lambda rule: rule.rate[1] != old.rate[1])
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -9555,92 +9565,6 @@ class Feed(Watcher):
         return list(itertools.islice(self.events, first, None))
 
 
-class Pulse(Watcher):
-    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
-    and which buckets changed. `labels` are the names of those who called lately."""
-    MINUTE = 60
-    MAX_TIMES = 5_000
-    MAX_CALLERS = 1_000
-    MAX_SHOWN = 100
-
-    def __init__(self, clock: Any, buckets: Buckets, feed: Feed):
-        self.clock = clock
-        self.buckets = buckets
-        self.feed = feed
-        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
-        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, ms, upstream)
-        self.callers: "collections.OrderedDict[CallerKey, Caller]" = collections.OrderedDict()
-        self.last_seen: Dict[CallerKey, float] = {}
-        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
-        self.refused = collections.Counter()  # calls, by the text of the rule
-        self.calls = self.tokens = self.failed = self.picodollars = 0
-
-    def record(self, entry):
-        if not entry.call:
-            return
-        self.calls += 1
-        if entry.outcome == "limited":
-            self.refused[entry.cause] += 1
-        if entry.outcome not in ("ok", "limited", "caller_gone"):
-            self.failed += 1
-        if entry.usage:
-            self.tokens += entry.usage.input + entry.usage.output
-            self.picodollars += entry.picodollars
-        if entry.first_byte is not None:
-            self.times.append((entry.ended, entry.milliseconds(entry.first_byte), entry.upstream))
-        caller = entry.caller
-        self.callers[caller.key] = caller
-        self.last_seen[caller.key] = entry.wall / 1e9
-        if len(self.callers) > self.MAX_CALLERS:
-            del self.last_seen[self.callers.popitem(last=False)[0]]
-        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
-            for rule, key in entry.hold.keyed_rules:
-                self.changed[key] = rule, caller
-
-    def named(self, label: str) -> List[Caller]:
-        """Returns who called lately by this label."""
-        return [caller for caller in self.callers.values() if caller.label == label]
-
-    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
-        """Returns percentiles of the last minute, in milliseconds."""
-        oldest = self.clock.monotonic() - self.MINUTE
-        found = sorted([ms for ended, ms, name in self.times
-                        if ended >= oldest and upstream in (None, name)])
-        return {"first_p%d" % share: found[len(found) * share // 100] if found else None
-                for share in (50, 95)}
-
-    def tick(self, running: int, line: int) -> Dict[str, Any]:
-        """A second is over; returns what was in it."""
-        found = {"now": self.clock.time_ns() / 1e9, "calls": self.calls, "tokens": self.tokens,
-                 "failed": self.failed, "in_flight": running, "line": line,
-                 "usd": format_usd(self.picodollars), **self.first_bytes()}
-        self.calls = self.tokens = self.failed = self.picodollars = 0
-        self.seconds.append(found)
-        return found
-
-    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
-        """Returns a bucket as the page shows it."""
-        level = self.buckets.level_of(rule, key)
-        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
-        missing = -(-(rule.capacity - level.level) // rule.refill)
-        runs = rule.unit == RUNNING
-        return {"rule": rule.text, "unit": UNITS[rule.unit],
-                "level": format_amount(rule, level.level),
-                "capacity": format_amount(rule, rule.capacity),
-                "refill": 0 if runs else format_amount(rule, rule.refill),
-                "interval": 0 if runs else rule.interval,
-                "refilled": wall - (now - level.refilled),
-                "full_in": 0 if runs else max(
-                    0, round(level.refilled + missing * rule.interval - now, 3))}
-
-    def changed_buckets(self) -> List[Dict[str, Any]]:
-        """Returns those of the last second."""
-        changed = self.changed
-        self.changed = {}
-        return [{"caller": caller.label, **self.bucket(rule, key)}
-                for key, (rule, caller) in changed.items()]
-
-
 class Poster(Writer):
     """Posts JSON to a URL of the operator's, which may hold secrets: no line in the log shows it.
     What is not taken in a few tries is dropped and counted."""
@@ -9918,6 +9842,16 @@ class Metrics(Watcher):
 
     # -- what is told when somebody asks
 
+    def totals(self) -> Tuple[int, int, int, int]:
+        """Returns how many calls ended, how many of them failed, and their tokens and
+        picodollars."""
+        fine = ("ok", "limited", "caller_gone")
+        failed = [one.calls for names, one in self.series.items() if names[-1] not in fine]
+        used = self.used.values()
+        return (sum([one.calls for one in self.series.values()]), sum(failed),
+                sum([one.input + one.output for one in used]),
+                sum([one.picodollars for one in used]))
+
     def families(self) -> List[Family]:
         """Returns what was counted."""
         series, used = list(self.series.values()), list(self.used.values())
@@ -9955,6 +9889,86 @@ class Metrics(Watcher):
                        levels.items()),
                 Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
                        capacities.items())]
+
+
+class Pulse(Watcher):
+    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
+    which buckets changed, and who called lately."""
+    MINUTE = 60
+    MAX_TIMES = 5_000
+    MAX_CALLERS = 1_000
+    MAX_SHOWN = 100
+
+    def __init__(self, clock: Any, buckets: Buckets, feed: Feed, metrics: Metrics):
+        self.clock = clock
+        self.buckets = buckets
+        self.feed = feed
+        self.metrics = metrics
+        self.before = metrics.totals()
+        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
+        self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
+        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+
+    def record(self, entry):
+        caller = entry.caller
+        if caller is None:
+            return
+        self.callers[caller.key] = caller, entry.wall
+        if entry.first_byte is not None:
+            self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
+        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
+            for rule, key in entry.hold.keyed_rules:
+                self.changed[key] = rule, caller
+
+    def named(self, label: str) -> List[Caller]:
+        """Returns who called lately by this label."""
+        return [caller for caller, _ in self.callers.values() if caller.label == label]
+
+    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
+        """Returns percentiles of the last minute, in milliseconds."""
+        oldest = self.clock.monotonic() - self.MINUTE
+        found = sorted([seconds for ended, seconds, name in self.times
+                        if ended >= oldest and upstream in (None, name)])
+        return {"first_p%d" % share:
+                int(found[len(found) * share // 100] * 1000) if found else None
+                for share in (50, 95)}
+
+    def tick(self, running: int, line: int) -> Dict[str, Any]:
+        """A second is over; returns what was in it."""
+        totals = self.metrics.totals()
+        calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
+        self.before = totals
+        found = {"now": self.clock.time_ns() / 1e9, "calls": calls, "tokens": tokens,
+                 "failed": failed, "in_flight": running, "line": line,
+                 "usd": format_usd(picodollars), **self.first_bytes()}
+        self.seconds.append(found)
+        if len(self.callers) > self.MAX_CALLERS:
+            lately = sorted(self.callers.items(), key=lambda one: one[1][1])
+            self.callers = dict(lately[-self.MAX_CALLERS // 2:])
+        return found
+
+    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+        """Returns a bucket as the page shows it."""
+        level = self.buckets.level_of(rule, key)
+        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        missing = -(-(rule.capacity - level.level) // rule.refill)
+        runs = rule.unit == RUNNING
+        return {"rule": rule.text, "unit": UNITS[rule.unit],
+                "level": format_amount(rule, level.level),
+                "capacity": format_amount(rule, rule.capacity),
+                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "interval": 0 if runs else rule.interval,
+                "refilled": wall - (now - level.refilled),
+                "full_in": 0 if runs else max(
+                    0, round(level.refilled + missing * rule.interval - now, 3))}
+
+    def changed_buckets(self) -> List[Dict[str, Any]]:
+        """Returns those of the last second."""
+        changed = self.changed
+        self.changed = {}
+        return [{"caller": caller.label, **self.bucket(rule, key)}
+                for key, (rule, caller) in changed.items()]
 
 
 def upstream_families(routes: Routes) -> List[Family]:
@@ -11487,8 +11501,9 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
     feed = Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
     marks = Marks(config.warn_at, warnings) if config.warn_at else None
-    pulse = Pulse(clock, limits.buckets, feed)
-    return Watchers(feed, pulse, Metrics(), warnings, traces, marks)
+    metrics = Metrics()
+    pulse = Pulse(clock, limits.buckets, feed, metrics)
+    return Watchers(feed, pulse, metrics, warnings, traces, marks)
 
 
 def build_tls(config: Config) -> ssl.SSLContext:
@@ -11888,7 +11903,7 @@ class Admin:
         """Returns the buckets that are near their end."""
         mark = min(self.proxy.config.warn_at or (0.8,))
         found = []
-        for caller in self.pulse.callers.values():
+        for caller, _ in self.pulse.callers.values():
             for one in self.proxy.limits.buckets.levels.values():
                 if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
                         one.level <= (1 - mark) * one.rule.capacity):
@@ -12131,10 +12146,10 @@ class Admin:
 
     def known_callers(self):
         """Returns those who called lately, and those whose keys have names."""
-        found = dict(self.pulse.callers)
+        found = {key: caller for key, (caller, _) in self.pulse.callers.items()}
         for caller in self.proxy.callers.everybody():
             if caller.role == "caller":
-                found.setdefault(caller.key, caller)
+                found[caller.key] = caller  # as it is now, not when it called
         return list(found.values())
 
     async def callers(self, ask):
@@ -12150,9 +12165,13 @@ class Admin:
                 "name": label, "team": caller.team, "key": bool(key),
                 "paused": bool(key and key.disabled), "buckets": self.buckets_of(caller, not_full),
                 "today": sums.get(label, NO_SUM).as_dict(), "hours": hours.get(label, [0] * 24),
-                "last": self.pulse.last_seen.get(caller.key, seen.get(label))})
+                "last": self.last_seen(caller) or seen.get(label)})
         rows.sort(key=lambda row: -(row["last"] or 0))
         return {"callers": rows[:self.MAX_SHOWN]}
+
+    def last_seen(self, caller):
+        _, wall = self.pulse.callers.get(caller.key, (None, 0))
+        return wall / 1e9
 
     async def quota(self, request, reply):
         """A page for every caller: what it has left, and what it used."""
@@ -12200,9 +12219,9 @@ class Admin:
         return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
 
     async def limits(self, _):
-        refused = self.pulse.refused
+        refused = self.proxy.watchers.metrics.refused
         return {"rules": [
-            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused[rule.text],
+            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
             for rule in self.proxy.limits.rules]}
 
@@ -12223,15 +12242,14 @@ class Admin:
 
 # --------------------------------------------------------------------------------------------------
 # Dashboard: the source of the page, which asks the admin API for all that it shows: markup, style,
-# script. It holds no data and no key; what others said goes into it as text, never as markup.
+# script. It holds no data and no key; what others said goes into it as text, never as markup. Its
+# closing braces stand behind the last line of a block: indentation shows where that ends, as here.
 # --------------------------------------------------------------------------------------------------
 
 DASHBOARD = r"""<!doctype html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
+<head><meta charset="utf-8"><title>llm_proxy</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>llm_proxy</title>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
 <path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
 <style nonce="%NONCE%">
@@ -12243,127 +12261,110 @@ DASHBOARD = r"""<!doctype html>
   --bad: light-dark(#b3261e, #f2857d);     --s0: light-dark(#8b8a84, #77766f);
   --s1: light-dark(#1f6fb8, #5aa2e8);      --s2: light-dark(#d0700f, #d8832a);
   --s3: light-dark(#12906f, #a8e6cf);      --s4: light-dark(#4a2c86, #8a5cf0);
-  --s5: light-dark(#6b5a12, #e9e3b0);      --box: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
-:root[data-theme=light] { color-scheme: light; }
-:root[data-theme=dark] { color-scheme: dark; }
-* { box-sizing: border-box; } [hidden] { display: none !important; }
+  --s5: light-dark(#6b5a12, #e9e3b0);      --edge: 1px solid var(--lines);
+  --box: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
+[data-theme=light] { color-scheme: light; } [data-theme=dark] { color-scheme: dark; }
+* { box-sizing: border-box; } [hidden], :is(.tools, p):empty { display: none !important; }
 body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
   font: 14px/20px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 small, th, dt, text, button, .choices a, .label, .values, #lost {
   font-size: 12px; line-height: 16px; }
 small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400; }
-header { border-bottom: 1px solid var(--lines); margin-bottom: 24px; }
-.wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; }
-main { padding-bottom: 64px; outline: none; }
-#bar, .tools { display: flex; align-items: center; flex-wrap: wrap; gap: 4px 20px;
-  min-height: 48px; }
-.tools { gap: 8px 16px; min-height: 0; margin-bottom: 16px; }
-#states { display: flex; flex-wrap: wrap; gap: 0 16px; flex: 1; }
-nav { display: flex; gap: 0 24px; overflow-x: auto; scrollbar-width: none; }
-nav a { padding: 8px 0; white-space: nowrap; border-bottom: 2px solid transparent; }
-nav a[aria-current] { color: var(--text); border-color: var(--accent); }
+header { border-bottom: var(--edge); margin-bottom: 24px; }
+.wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; } main { padding-bottom: 64px; }
+#bar, .tools, #states, .bucket, nav { display: flex; align-items: center; flex-wrap: wrap; }
+#bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: 1; }
+.tools { gap: 8px 16px; margin-bottom: 16px; } .bucket { gap: 0 12px; }
+nav { gap: 0 24px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
+nav a { padding: 8px 0; border-bottom: 2px solid transparent; }
+nav [aria-current=true] { color: var(--text); border-color: var(--accent); }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
-h2 { font-size: 14px; line-height: 20px; font-weight: 600; margin: 24px 0 8px; }
-h2:first-child { margin-top: 0; } p, pre { margin: 0 0 8px; max-width: 72ch; }
-button, .choices a { font-family: inherit; padding: 5px 9px; border: 1px solid var(--lines);
-  border-radius: 4px; cursor: pointer; white-space: nowrap; background: var(--page); }
-button { color: var(--text); }
+h2 { font-size: 14px; line-height: 20px; margin: 24px 0 8px; } h2:first-child { margin-top: 0; }
+p, pre { margin: 0 0 8px; max-width: 72ch; } label { display: block; margin-bottom: 12px; }
+button, .choices a { font-family: inherit; padding: 5px 9px; border: var(--edge); cursor: pointer;
+  background: var(--page); } button { color: var(--text); border-radius: 4px; }
 button:hover, .choices a:hover { border-color: var(--muted); text-decoration: none; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
-button.chip { border-radius: 14px; margin: 0 4px 4px 0; }
+button.chip { border-radius: 14px; margin: 0 4px 4px 0; } .tools button.chip { margin: 0; }
 #bar button, .notice button { border-color: transparent; background: none; }
-.tools:empty, p:empty { display: none; } ::placeholder { color: var(--muted); opacity: 1; }
 input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
-  border: 1px solid var(--muted); border-radius: 4px; min-width: 0; max-width: 100%; height: 32px; }
+  border: 1px solid var(--muted); border-radius: 4px; max-width: 100%; height: 32px; }
+::placeholder { color: var(--muted); opacity: 1; } summary { cursor: pointer; font-weight: 600; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-label { display: block; margin-bottom: 12px; }
 label :is(small, input, select) { display: block; width: 100%; margin-bottom: 4px; }
-.choices a { display: inline-block; border-radius: 0; margin-left: -1px; }
-.choices a[aria-current] { color: var(--text); background: var(--surface); font-weight: 600; }
+summary { margin-bottom: 12px; } .choices a { display: inline-block; margin-left: -1px; }
+.choices [aria-current=true] { color: var(--text); background: var(--surface); font-weight: 600; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: 6px 16px 6px 0; border-bottom: 1px solid var(--lines); vertical-align: top;
-  text-align: left; }
-:is(th, td):last-child { padding-right: 0; }
-:is(th, td):is(.number, .actions) { text-align: right; }
-th, td.number, td.line, .mark, .value, .phase, #today, #who { white-space: nowrap; }
-tr.total td { font-weight: 600; border: 0; } tr[tabindex] { cursor: pointer; }
-tr[tabindex]:hover, tr.open { background: var(--surface); }
+th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: top;
+  text-align: left; } :is(th, td):last-child { padding-right: 0; }
+.number, td.actions { text-align: right; }
+th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, #who {
+  white-space: nowrap; } .total td { font-weight: 600; border: 0; }
+tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(--surface); }
 .gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
-.actions button { margin-left: 4px; }
-.ask { display: inline-flex; flex-wrap: wrap; gap: 4px; justify-content: end; align-items: center; }
+.actions button { margin-left: 4px; } .ask { display: inline-flex; flex-wrap: wrap; gap: 4px;
+  justify-content: end; align-items: center; } .warned { color: var(--warn); }
 .mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
-.mark.bad::before { background: var(--bad); }
+.mark.bad::before { background: var(--bad); } .failed { color: var(--bad); }
 .mark.off::before { border: 1.5px solid var(--muted); border-radius: 50%; }
-.warned { color: var(--warn); } .failed { color: var(--bad); }
-.figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 16px 24px;
-  margin-bottom: 32px; }
+.figures, .columns { display: grid; grid-template-columns: repeat(6, 1fr); gap: 16px 24px; }
+.figures { margin-bottom: 32px; } .figure .label { grid-column: 1 / -1; white-space: nowrap; }
 .figure { display: grid; grid-template: 16px 28px 16px / 1fr auto; column-gap: 8px; }
-.figure .label { grid-column: 1 / -1; white-space: nowrap; }
-.value { font-size: 20px; line-height: 28px; font-weight: 400; }
-svg { display: block; overflow: visible; }
-.spark path { fill: none; stroke: var(--s1); stroke-width: 1.5; } .spark rect { fill: var(--s1); }
-.spark line, .grid { stroke: var(--lines); }
-.bucket { display: flex; align-items: center; gap: 0 12px; flex-wrap: wrap; }
+.value { font-size: 20px; line-height: 28px; } svg { display: block; overflow: visible; }
+.spark path, .chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
+.spark path { stroke: var(--s1); } .spark rect { fill: var(--s1); }
+.spark line, .grid { stroke: var(--lines); } .columns { gap: 32px; }
 .track { flex: 0 0 144px; height: 8px; border-radius: 2px; background: var(--surface);
   box-shadow: inset 0 0 0 1px var(--lines); overflow: hidden; }
 .level { height: 100%; background: var(--accent); transform-origin: left;
-  transition: transform 900ms linear; }
-.low .level { background: var(--warn); }
+  transition: transform 900ms linear; } .low .level { background: var(--warn); }
 .big .track { flex-basis: 100%; height: 16px; margin-top: 12px; }
-.columns { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 32px; }
-.columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart { position: relative; }
-.chart svg { width: 100%; height: 300px; touch-action: pan-y; } .chart text { fill: var(--muted); }
-.chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
+.columns { grid-template-columns: minmax(0, 1fr) 440px; } .chart { position: relative; }
+.columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart text { fill: var(--muted); }
+.chart svg { width: 100%; height: 300px; touch-action: pan-y; }
 .chart .ahead { stroke-dasharray: 5 4; } .chart .budget { stroke: var(--bad); }
 .chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
-.chart .cursor { stroke: var(--muted); } .paper { fill: var(--page); opacity: .6; }
-.values { position: absolute; top: 0; width: auto; background: var(--page); pointer-events: none;
-  box-shadow: var(--box); }
+.chart .cursor { stroke: var(--muted); }
+.values, .notice { background: var(--page); box-shadow: var(--box); border-radius: 4px; }
+.values { position: absolute; top: 0; width: auto; pointer-events: none; }
 .values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
-.swatch { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px; }
+.values td:first-child { text-align: left; } .swatch { display: inline-block; width: 10px;
+  height: 10px; margin-right: 8px; border-radius: 2px; }
 .s0 { fill: var(--s0); background: var(--s0); }   .s1 { fill: var(--s1); background: var(--s1); }
 .s2 { fill: var(--s2); background: var(--s2); }   .s3 { fill: var(--s3); background: var(--s3); }
 .s4 { fill: var(--s4); background: var(--s4); }   .s5 { fill: var(--s5); background: var(--s5); }
 .timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
-.timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; }
+.timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; } dd { margin: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0; }
-dd { margin: 0; }
 pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
-  font: 13px/20px ui-monospace, monospace; }
-.box { border: 1px solid var(--lines); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
-.login { max-width: 360px; margin: 15vh auto 0; }
+  font: 13px/20px ui-monospace, monospace; } .login { max-width: 360px; margin: 15vh auto 0; }
+.box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
 #notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
-.notice { display: flex; align-items: start; background: var(--page); padding: 6px 8px 6px 12px;
-  margin-top: 8px; border-radius: 4px; box-shadow: var(--box); }
+.notice { display: flex; align-items: start; padding: 6px 8px 6px 12px; margin-top: 8px; }
 .notice > .mark { flex: 1; white-space: normal; padding: 2px 0; }
-#lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; text-align: center;
-  max-width: none; background: var(--warn); color: var(--page); }
+#lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; max-width: none;
+  text-align: center; background: var(--warn); color: var(--page); }
 .stale .live, .stale .live * { color: var(--muted); }
 .stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
-summary { cursor: pointer; font-weight: 600; margin-bottom: 12px; }
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
   .columns { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 719px) {
-  .wide, main { padding-left: 16px; padding-right: 16px; } nav { gap: 0 12px; }
-  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; }
-  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; }
+@media (max-width: 719px) { .wide, main { padding-left: 16px; padding-right: 16px; }
+  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 12px; }
   .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
-  .track { flex-basis: 100%; } .chart svg { height: 240px; }
-  .cards, .cards :is(tbody, td) { display: block; } .cards thead, .cards td:empty { display: none; }
-  .cards tr { border-bottom: 1px solid var(--lines); padding: 8px 0; display: grid;
-    grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2px 24px; }
+  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; }
+  .track { flex-basis: 100%; } .chart svg { height: 240px; } button { padding: 7px 10px; }
+  .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
+  .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
+    grid-template-columns: repeat(2, minmax(0, 1fr)); } .cards td > svg { display: inline-block; }
   .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
   .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
-    margin-right: 8px; }
-  .cards td > svg { display: inline-block; }
-  .cards td.whole { grid-column: 1 / -1; text-align: left; }
-  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
-  button, .choices a { padding: 7px 10px; } }
+    margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
+  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
-@media print { #notices, #lost, nav, button, .tools, .side { display: none !important; }
-  :root { color-scheme: light; } }
+@media print { :root { color-scheme: light; }
+  #notices, #lost, nav, button, .tools, .side { display: none !important; } }
 </style>
 <body>
 <header id="head" hidden>
@@ -12377,8 +12378,7 @@ summary { cursor: pointer; font-weight: 600; margin-bottom: 12px; }
 <p id="lost" role="status"></p>
 <script type="module" nonce="%NONCE%">
 // Elements. Text goes in as text nodes only: nothing that a caller or an upstream said is markup.
-
-const $ = id => document.getElementById(id);
+const $ = id => document.getElementById(id), one = selector => document.querySelector(selector);
 const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
@@ -12388,101 +12388,72 @@ function fill(element, attributes, children) {
     if (name === "style") element.style.cssText = value;
     else if (name.startsWith("on")) element[name] = value;
     else if (value != null && value !== false) element.setAttribute(name, value);
-  element.append(...shown(children));
-  return element;
-}
+  element.append(...shown(children)); return element; }
 const small = (...children) => h("small", null, children);
 const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
 const swatch = number => h("span", {class: "swatch s" + number});
 const link = (tab, query, text, more) => h("a", {href: hashOf(tab, query), ...more}, text);
 const button = (text, onclick, more) => h("button", {type: "button", onclick, ...more}, text);
+const main = text => h("button", {class: "main"}, text);
 const copyButton = (title, text) => button(title, () => attempt("Copying", () =>
   navigator.clipboard.writeText(text), "Copied."));
 const form = (act, more, ...children) => h("form", {...more, onsubmit(event) {
-  event.preventDefault();
-  act(Object.fromEntries(new FormData(event.target)));
-}}, children);
-
+  event.preventDefault(); act(Object.fromEntries(new FormData(event.target)));}}, children);
 // A button that asks once, in its own place: for what `contents` has fields for, or just again.
-const asking = (id, text, contents, act) => view.asked !== id ? button(text, () => ask(id),
-  {"data-asks": id}) : form(async fields => { if (await act(fields)) ask(null); }, {class: "ask"},
-  contents, h("button", {class: "main"}, text), button("Cancel", () => ask(null)));
+const asking = (id, text, contents, act) => view.asked === id ? form(async fields =>
+  { if (await act(fields)) ask(null); }, {class: "ask"}, contents, main(text), button("Cancel",
+  () => ask(null))) : button(text, () => ask(id), {"data-asks": id});
 function ask(id) {
-  const [before] = [view.asked, view.asked = id];
-  paint(true);
-  const buttons = [...document.querySelectorAll("[data-asks]")];
-  const next = id ? document.querySelector(".ask :is(input, .main)") : buttons.find(one =>
-    one.dataset.asks === before);
-  next?.focus();
-}
-
+  const asks = CSS.escape(view.asked);
+  view.asked = id; paint(true);
+  one(id ? ".ask :is(input, .main)" : `[data-asks="${asks}"]`)?.focus(); }
 // Columns: the head, what a cell shows of an item, and classes. Rows have a key.
-const table = (columns, rows) => h("table", {class: "cards"}, h("thead", null, h("tr", null,
-  columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", {class: "live"},
-  rows));
-const row = (columns, item, key, more) => h("tr", {"data-key": key, ...more}, columns.map(([head,
-  cell, kind]) => h("td", {class: kind, "data-label": head}, cell(item))));
-
-// Makes what is shown like what was drawn anew, and touches only what differs.
-const HANDLERS = ["onclick", "onsubmit", "oninput", "onkeydown", "onpointermove", "onpointerleave",
-  "onblur"];
+const table = (columns, rows) => h("table", {class: "cards live"}, h("thead", null, h("tr", null,
+  columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", null, rows));
+const row = (columns, item, key, more) => h("tr", {"data-key": key, ...more},
+  columns.map(([head, cell, kind]) => h("td", {class: kind, "data-label": head}, cell(item))));
+// Painting makes what is shown like what was drawn anew, and touches only what differs: at once
+// where somebody asked for it, else at most once a second. What is pointed at does not move.
+const HANDLERS = "click submit input keydown pointermove pointerleave blur".split(" ");
+let isAsked = false, painted = 0, planned = null;
+function paint(asked) {
+  [isAsked, painted] = [asked, performance.now()];
+  if (model && !isMe) paintBar();
+  if (view.draw) patchChildren($("main"), shown([view.draw()])); }
+function paintSoon() {
+  const act = () => { planned = null; if (model && !document.hidden) paint(false); };
+  planned ??= setTimeout(act, Math.max(0, painted + 1000 - performance.now())); }
 function patch(old, fresh) {
   if (!fresh.attributes) return old.data === fresh.data || (old.data = fresh.data);
+  const isSet = name => name !== "style" && name !== "open"; // who looks opens and closes
   for (const {name} of [...old.attributes])
-    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+    if (isSet(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
   for (const {name, value} of fresh.attributes)
-    if (name !== "style" && name !== "open" && old.getAttribute(name) !== value)
-      old.setAttribute(name, value);
+    if (isSet(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
   if (old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
-  for (const name of HANDLERS) old[name] = fresh[name];
-  patchChildren(old, [...fresh.childNodes]);
-}
+  for (const name of HANDLERS) old["on" + name] = fresh["on" + name];
+  patchChildren(old, [...fresh.childNodes]); }
 function patchChildren(old, children) {
-  // What the pointer or the focus is on does not move.
   const isStill = !isAsked && old.localName === "tbody" && old.matches(":hover, :focus-within");
   const keyed = new Map([...old.children].map(child => [child.dataset.key, child]));
   const used = new Set();
   let place = old.firstChild;
   for (const child of children) {
     while (place && (used.has(place) || place.isLeaving)) place = place.nextSibling;
-    const key = child.dataset?.key, isAlike = place?.nodeName === child.nodeName
-      && !place.dataset?.key;
-    const twin = key ? keyed.get(key) : isAlike && place;
+    const isAlike = place?.nodeName === child.nodeName && !place.dataset?.key;
+    const twin = child.dataset?.key ? keyed.get(child.dataset.key) : isAlike && place;
     if (twin) patch(twin, child);
     if (!isStill && twin !== place) old.insertBefore(twin || child, place);
-    used.add(twin || child);
-  }
-  if (!isStill) for (const child of [...old.childNodes]) if (!used.has(child)) drop(child);
-}
+    used.add(twin || child); }
+  if (!isStill) [...old.childNodes].filter(child => !used.has(child)).forEach(drop); }
 function drop(node) { // rows of lists fade
-  if (!node.dataset?.key || node.isLeaving || isAsked) return node.isLeaving || node.remove();
-  node.isLeaving = true;
-  node.className = "gone";
-  setTimeout(() => node.remove(), 300);
-}
-
-// Painting: at once where somebody asked for it, else at most once a second, and where one looks.
-let isAsked = false, painted = 0, planned = null;
-function paint(asked) {
-  isAsked = asked;
-  painted = performance.now();
-  if (model && !isMe) paintBar();
-  if (view.draw) patchChildren($("main"), shown([view.draw()]));
-}
-function paintSoon() {
-  planned ??= setTimeout(() => {
-    planned = null;
-    if (!document.hidden && model) paint(false);
-  }, Math.max(0, painted + 1000 - performance.now()));
-}
-
+  if (node.isLeaving) return;
+  if (!node.dataset?.key || isAsked) return node.remove();
+  [node.isLeaving, node.className] = [true, "gone"]; setTimeout(() => node.remove(), 300); }
 // Numbers, money and times as people read them. Times are unix seconds, in the viewer's zone.
-
-const HOUR = 3600, DAY = 86400;
-const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+const HOUR = 3600, DAY = 24 * HOUR, zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
 const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
-const count = number => number == null ? "–" : Math.round(number).toLocaleString("en").replace("-",
-  "−");
+const count = number => number == null ? "–" : usd(Math.round(number), 0);
 const short = number => number < 10000 ? count(number) : compact.format(number);
 const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 const words = name => name.replaceAll("_", " ");
@@ -12497,21 +12468,17 @@ function seconds(number) {
   const units = [[DAY, "d"], [HOUR, "h"], [60, "min"]];
   const [size, unit] = units.find(([size]) => number >= 1.5 * size) ?? [1, "s"];
   const digits = number < 10 * size && size !== 60 ? 1 : 0;
-  return `${(Math.max(0, number) / size).toFixed(digits).replace(".0", "")} ${unit}`;
-}
+  return `${(Math.max(0, number) / size).toFixed(digits).replace(".0", "")} ${unit}`; }
 function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
-  const least = 10 ** -digits, limits = {minimumFractionDigits: digits,
-    maximumFractionDigits: digits};
+  const least = 10 ** -digits;
   if (value > 0 && value < least) return "<" + least.toFixed(digits);
-  return Number(value ?? 0).toLocaleString("en", limits).replace("-", "−");
-}
+  return Number(value ?? 0).toLocaleString("en", {minimumFractionDigits: digits,
+    maximumFractionDigits: digits}).replace("-", "−"); }
 const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(word =>
   sum[word] === true ? word : `${count(sum[word])} ${word}`).join(", ");
 const below = text => text && [h("br"), small(text)];
 const money = (sum, digits) => [usd(sum.usd, digits), below(doubts(sum))];
-
 // What the page knows, and what it asks.
-
 const KEY = "llm_proxy.key", isMe = location.pathname.endsWith("/me");
 let model = null; // the summary, kept up to date by events
 let view = {};    // the shown tab: `draw`, and what to do on `ended`, `bucket` and `changed`
@@ -12520,24 +12487,20 @@ const now = () => Date.now() / 1000 + skew;
 const isAdmin = () => model.you.role === "admin";
 const timeZone = () => ({zone, offset: -new Date().getTimezoneOffset()});
 const pathOf = (...parts) => parts.map(encodeURIComponent).join("/");
-
 async function send(path, options = {}) {
   const headers = {Authorization: "Bearer " + sessionStorage.getItem(KEY), ...options.headers};
   const response = await fetch(path, {cache: "no-store", ...options, headers}).catch(() => null);
   if (response?.ok) return response;
   const told = await response?.json().catch(() => null);
   const text = response ? "status " + response.status : "the proxy does not answer; does it run?";
-  throw Object.assign(new Error(told?.error?.message ?? text), {status: response?.status});
-}
+  throw Object.assign(new Error(told?.error?.message ?? text), {status: response?.status}); }
 async function read(path, query = {}) {
   const asked = Object.entries(query).filter(([, value]) => value != null && value !== "");
-  return (await send(`admin/api/${path}?${new URLSearchParams(asked)}`)).json();
-}
+  return (await send(`admin/api/${path}?${new URLSearchParams(asked)}`)).json(); }
 async function write(method, path, body = {}) {
   const headers = {"Content-Type": "application/json"};
   const response = await send("admin/api/" + path, {method, headers, body: JSON.stringify(body)});
-  return response.json().catch(() => ({}));
-}
+  return response.json().catch(() => ({})); }
 const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
@@ -12547,32 +12510,24 @@ async function attempt(what, act, done) {
     return result ?? {};
   } catch (fault) {
     if (fault.status === 401) leave(FAULTS[401]);
-    else notice(`${what} failed: ${fault.message}`, "bad", 30);
-  }
-}
+    else notice(`${what} failed: ${fault.message}`, "bad", 30); }}
 function notice(text, kind = "good", lasts = 8) {
   const box = h("div", {class: "notice"}, mark(kind, text), button("Close", () => box.remove()));
   $("notices").append(box);
   if ($("notices").children.length > 3) $("notices").firstChild.remove();
-  setTimeout(() => box.remove(), lasts * 1000);
-}
-
+  setTimeout(() => box.remove(), lasts * 1000); }
 // Events: one stream, read by fetch, because an EventSource sends no key.
-
 let stream = null, lastId = "", heardAt = 0;
 async function listen() {
   const mine = stream = new AbortController();
   for (let wait = 1; !mine.signal.aborted; wait = Math.min(wait * 2, 15)) {
-    const since = heardAt, fault = await follow(mine).catch(fault => fault);
+    const since = heardAt, fault = await follow(mine.signal).catch(fault => fault);
     if (mine.signal.aborted) return;
     if (fault?.status === 401) return leave(FAULTS[401]);
     if (heardAt > since) wait = 1;
-    showLost(true);
-    await new Promise(resolve => setTimeout(resolve, wait * 1000));
-  }
-}
-async function follow(mine) {
-  const silence = new AbortController(), signal = AbortSignal.any([mine.signal, silence.signal]);
+    showLost(true); await new Promise(resolve => setTimeout(resolve, wait * 1000)); }}
+async function follow(end) {
+  const silence = new AbortController(), signal = AbortSignal.any([end, silence.signal]);
   const headers = lastId ? {"Last-Event-ID": lastId} : {};
   const response = await send("admin/api/events", {headers, signal});
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -12581,796 +12536,616 @@ async function follow(mine) {
     const {done, value} = await reader.read().finally(() => clearTimeout(timer));
     if (done) return;
     const events = (rest + value).split("\n\n");
-    rest = events.pop();
-    events.forEach(takeEvent);
-  }
-}
+    rest = events.pop(); events.forEach(takeEvent); }}
 function takeEvent(text) {
-  const fields = new Map(text.split("\n").map(line => [line.split(":", 1)[0],
-    line.slice(line.indexOf(":") + 1).trim()]));
-  lastId = fields.get("id") ?? lastId;
-  if (!Object.hasOwn(EVENTS, fields.get("event"))) return;
-  EVENTS[fields.get("event")](JSON.parse(fields.get("data") || "{}"));
-  heardAt = now();
-  showLost(false);
-  paintSoon();
-}
+  const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
+  lastId = id ?? lastId;
+  if (!Object.hasOwn(EVENTS, event)) return;
+  EVENTS[event](JSON.parse(data || "{}")); heardAt = now(); showLost(false); paintSoon(); }
 function showLost(isLost) {
   document.body.classList.toggle("stale", isLost);
-  $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : "";
-}
+  $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : ""; }
 const EVENTS = {
   begin(call) { model.running.set(call.id, call); }, end(call) {
-    Object.assign(model.running.get(call.id) ?? {}, {ended: now(), call});
-    model.has_calls = true;
+    Object.assign(model.running.get(call.id) ?? {}, {ended: now(), call}); model.has_calls = true;
     view.ended?.(call);
   }, pulse(pulse) {
-    skew = pulse.now - Date.now() / 1000;
-    model.pulses = [...model.pulses, pulse].slice(-60);
-    model.today.usd = pulse.usd_today ?? Number(model.today.usd) + Number(pulse.usd ?? 0);
-    takeRunning(pulse.running);
-    for (const one of pulse.upstreams)
-      Object.assign(model.upstreams.find(({name}) => name === one.name) ?? {}, one);
+    skew = pulse.now - Date.now() / 1000; model.pulses = [...model.pulses, pulse].slice(-60);
+    model.today.usd = Number(model.today.usd) + Number(pulse.usd); takeRunning(pulse.running);
+    for (const told of pulse.upstreams)
+      Object.assign(model.upstreams.find(({name}) => name === told.name) ?? {}, told);
     for (const bucket of pulse.buckets) {
       takeBucket(model.near.filter(({caller}) => caller === bucket.caller), bucket);
-      view.bucket?.(bucket);
-    }
-  }, warning(told) {
-    const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean).join(", ");
-    notice(words(told.event) + ": " + about, "warn", 60);
-    loadSummary();
+      view.bucket?.(bucket); }
+  }, warning({event, ...told}) {
+    const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean);
+    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60); loadSummary();
   }, change({what}) {
     if (what === "upstreams") loadSummary();
-    view.changed?.(what);
-  }, lost: () => loadSummary(),
-};
-const takeBucket = (buckets, bucket) => Object.assign(buckets?.find(({rule}) =>
-  rule === bucket.rule) ?? {}, bucket);
+    view.changed?.(what); }, lost: () => loadSummary(), };
+const takeBucket = (known, told) => Object.assign(known?.find(({rule}) => rule === told.rule) ?? {},
+  told);
 // A call that the pulse does not tell of any more has ended unseen.
 function takeRunning(told) {
-  const states = new Map(told.map(one => [one.id, one])), isWhole = told.length < 200;
+  const states = new Map(told.map(call => [call.id, call]));
   for (const [id, call] of model.running) {
-    const isOver = now() - (call.ended ?? (isWhole && !states.has(id) ? call.started : now())) > 3;
-    if (isOver) model.running.delete(id);
-    else if (!call.ended) Object.assign(call, states.get(id));
-  }
-}
+    const isUnseen = told.length < 200 && !states.has(id);
+    if (now() - (call.ended ?? (isUnseen ? call.started : now())) > 3) model.running.delete(id);
+    else if (!call.ended) Object.assign(call, states.get(id)); }}
 async function loadSummary() {
   const summary = await read("summary", timeZone());
   model = {...summary, running: new Map(summary.running.map(call => [call.id, call]))};
-  heardAt = summary.now;
-  skew = summary.now - Date.now() / 1000;
-  paintSoon();
-}
-
+  heardAt = summary.now; skew = summary.now - Date.now() / 1000; paintSoon(); }
 const STATES = {closed: ["good", "up"], half_open: ["warn", "trying again"], open: ["bad", "down"],
   disabled: ["off", "disabled"]};
-const stateMark = (one, name = "") => mark(STATES[one.state][0], name + STATES[one.state][1]);
+const stateMark = ({state}, name = "") => mark(STATES[state][0], name + STATES[state][1]);
 function paintBar() {
   const all = model.upstreams, ill = all.filter(({state}) => state !== "closed");
-  const many = {name: `${all.length - ill.length} of ${all.length} upstreams`, state: "closed"};
-  patchChildren($("states"), (all.length > 4 ? [many, ...ill.slice(0, 3)] : all).map(one =>
-    stateMark(one, one.name + " ")));
-  $("today").textContent = usd(model.today.usd, 2) + " USD today";
-}
-
+  const up = {name: `${all.length - ill.length} of ${all.length} upstreams`, state: "closed"};
+  const told = all.length > 4 ? [up, ...ill.slice(0, 3)] : all;
+  patchChildren($("states"), told.map(upstream => stateMark(upstream, upstream.name + " ")));
+  $("today").textContent = usd(model.today.usd, 2) + " USD today"; }
 // Now: six figures with a minute behind them, the running calls, and who is near a limit.
-
 const total = (pulses, name) => sumOf(pulses.map(pulse => pulse[name]));
-const top = (pulses, name) => "at most " + Math.max(0, ...pulses.map(pulse => pulse[name]));
+const most = (pulses, name) => "at most " + Math.max(0, ...pulses.map(pulse => pulse[name]));
 const last = (pulses, name) => count(pulses.at(-1)?.[name]);
 const minute = (pulses, name) => short(total(pulses, name)) + " in a minute";
 function rate(pulses, name) { // a second, of the last ten
   const mean = total(pulses.slice(-10), name) / Math.min(10, pulses.length || 1);
-  return mean < 10 ? mean.toFixed(1) : short(mean);
-}
-const failures = pulses => [total(pulses, "failed"), total(pulses, "calls")];
-const errorRate = ([failed, calls]) => (100 * failed / (calls || 1)).toFixed(1) + "%";
+  return mean < 10 ? mean.toFixed(1) : short(mean); }
+const failed = pulses => (100 * total(pulses, "failed") / (total(pulses, "calls") || 1)).toFixed(1);
 // A label, what is drawn of the last minute, its value, and a note under it.
-const FIGURES = [["Calls per second", "calls", rate, minute], ["Tokens per second", "tokens", rate,
-  minute], ["In flight", "in_flight", last, top], ["In line", "line", last, top], ["First byte, ms",
-  "first_p50", last, pulses => "95% within " + last(pulses, "first_p95")], ["Errors", "failed",
-  pulses => errorRate(failures(pulses)), pulses => failures(pulses).map(count).join(" of ")
-  + " calls"]];
-const figure = ([label, name, value, note]) => h("div", {class: "figure live"}, h("div",
-  {class: "label"}, label), h("div", {class: "value"}, value(model.pulses, name)), svg("svg",
-  {class: "spark", width: 72, height: 28, "aria-hidden": true}, svg("line", {x2: 72, y1: 27.5,
-  y2: 27.5}), svg("path", {d: minuteLine(model.pulses.map(pulse => pulse[name]))})), h("div",
-  {class: "label"}, note(model.pulses, name)));
+const FIGURES = [
+  ["Calls per second", "calls", rate, minute], ["Tokens per second", "tokens", rate, minute],
+  ["In flight", "in_flight", last, most], ["In line", "line", last, most],
+  ["First byte, ms", "first_p50", last, pulses => "95% within " + last(pulses, "first_p95")],
+  ["Errors", "failed", pulses => failed(pulses) + "%", minute]];
+const figure = ([label, name, value, note]) => h("div", {class: "figure live"},
+  h("div", {class: "label"}, label), h("div", {class: "value"}, value(model.pulses, name)),
+  svg("svg", {class: "spark", width: 72, height: 28, "aria-hidden": true},
+  svg("line", {x2: 72, y1: 27.5, y2: 27.5}),
+  svg("path", {d: minuteLine(model.pulses.map(pulse => pulse[name]))})), h("div", {class: "label"},
+  note(model.pulses, name)));
 function minuteLine(values) { // what is null is a gap
-  const top = Math.max(...values, 1), step = 72 / 59, first = 60 - values.length;
+  const top = Math.max(...values, 1), first = 60 - values.length;
   return values.map((value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
-    + ((first + at) * step).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join("");
-}
+    + ((first + at) * 72 / 59).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join(""); }
 const WAITS = {line: "in line", "first byte": "waits for first byte"};
 const stateOf = call => call.ended ? "ended: " + words(call.call.outcome) : (WAITS[call.state]
   ?? call.state) + (call.position ? ", place " + call.position : "");
-const RUNNING = [["Caller", call => [call.caller, call.team && small(" ", call.team)]], ["Model",
-  call => call.model], ["Upstream", call => call.upstream ?? "–"], ["State", stateOf], ["Seconds",
-  call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1), "number"], ["Tokens",
-  call => count(call.call?.output ?? call.tokens), "number"]];
+const callerOf = call => [call.caller, call.team && small(" ", call.team)];
+const RUNNING = [
+  ["Caller", callerOf], ["Model", call => call.model],
+  ["Upstream", call => call.upstream ?? "–"], ["State", stateOf],
+  ["Seconds", call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1), "number"],
+  ["Tokens", call => count(call.call?.output ?? call.tokens), "number"]];
 const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act(),
   onkeydown: event => event.key === "Enter" && act()});
 const runningRow = call => row(RUNNING, call, call.id, opens(() => go("calls", call.ended
   ? {id: call.id} : {caller: call.caller})));
-const NEAR = [["Caller", one => link("callers", {filter: one.caller}, one.caller)], ["What is left",
-  one => bucketBar(one), "whole"]];
-const nearRow = one => row(NEAR, one, one.caller + "\n" + one.rule);
-
+const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller)],
+  ["Left", bucket => bucketBar(bucket), "whole"]];
 function openNow() {
   view.draw = () => {
     const calls = [...model.running.values()].sort((a, b) => b.started - a.started);
-    const going = calls.filter(call => !call.ended).length, more = calls.length - 50;
-    return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null, plural(going,
-      "running call")), calls.length || model.has_calls ? table(RUNNING, calls.slice(0,
-      50).map(runningRow)) : firstCall(), h("p", null, more > 0 && `and ${more} more`),
-      model.near.length > 0 && [h("h2", null, "Near a limit"), table(NEAR,
-      model.near.map(nearRow))]];
-  };
-}
+    return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null,
+      plural(calls.filter(call => !call.ended).length, "running call")), calls.length
+      || model.has_calls ? table(RUNNING, calls.slice(0, 50).map(runningRow)) : firstCall(),
+      h("p", null, calls.length > 50 && `and ${calls.length - 50} more`), model.near.length > 0
+      && [h("h2", null, "Near a limit"), table(NEAR, model.near.map(near => row(NEAR, near,
+      near.caller + "\n" + near.rule)))]]; }; }
 const firstCall = () => h("div", null, h("p", null, model.has_calls ? "There was no call."
   : "No call has come yet. Make one:"), h("pre", null, curlLine("YOUR-KEY")));
-
 // Buckets: what is in one now follows from what was in it at its last refill.
-
 function bucketNow(bucket) {
   const [capacity, refill, told] = [bucket.capacity, bucket.refill ?? 0, bucket.level].map(Number);
-  const interval = bucket.interval ?? 0;
-  const turns = interval && Math.max(0, Math.floor((now() - bucket.refilled) / interval));
+  const interval = bucket.interval ?? 0, age = now() - bucket.refilled;
+  const turns = interval && Math.max(0, Math.floor(age / interval));
   const level = Math.max(told, Math.min(capacity, told + turns * refill));
-  const next = bucket.refilled + (turns + 1) * interval - now();
+  const next = (turns + 1) * interval - age;
   const full = next + (Math.ceil((capacity - level) / refill) - 1) * interval;
-  return {level, capacity, refill: interval && refill, next, full};
-}
+  return {level, capacity, refill: interval && refill, next, full}; }
 function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
   const amount = number => unit === "usd" ? usd(number, 2) : count(number);
   const state = level <= 0 ? "empty: " : level < .2 * capacity ? "low: " : "";
-  const text =
-    `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : words(unit)}`;
+  const text = `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : unit}`;
   const more = full > next && interval > 5 ? `, ${amount(refill)} more in ${seconds(next)}` : "";
-  return text + (level >= capacity ? ", full" : refill ? `${more}, full in ${seconds(full)}` : "");
-}
+  const end = refill ? `${more}, full in ${seconds(full)}` : "";
+  return text + (level >= capacity ? ", full" : end); }
 function bucketBar(bucket) {
-  const found = bucketNow(bucket), share = Math.max(0, Math.min(1, found.level / found.capacity))
-    || 0;
-  const level = h("div", {class: "level", style: `transform: scaleX(${share.toFixed(4)})`});
-  return h("div", {class: share < .2 ? "bucket low live" : "bucket live", title: bucket.rule},
-    h("div", {class: "track", "aria-hidden": true}, level), h("span", null, bucketText(bucket,
-    found)));
-}
-
+  const found = bucketNow(bucket), share = Math.max(0, Math.min(1, found.level / found.capacity));
+  const style = `transform: scaleX(${share.toFixed(4)})`;
+  return h("div", {class: "bucket live" + (share < .2 ? " low" : ""), title: bucket.rule},
+    h("div", {class: "track", "aria-hidden": true}, h("div", {class: "level", style})),
+    h("span", null, words(bucketText(bucket, found)))); }
 // Callers: their buckets, what they used today, and what may be done about it.
-
-const CALLERS = [["Caller", one => [link("calls", {caller: one.name}, one.name), one.team
-  && small(" ", one.team)]], ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar)
-  : small("no limit"), "whole"], ["Tokens today", one => short(tokensOf(one.today)), "number"],
-  ["USD today", one => money(one.today, 2), "number"], ["Last 24 hours", one =>
-  hourBars(one.hours)], ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"),
-  "actions whole"]];
+const CALLERS = [
+  ["Caller", ({name, team}) => [link("calls", {caller: name}, name), team && small(" ", team)]],
+  ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar) : small("no limit"), "whole"],
+  ["Tokens today", ({today}) => short(tokensOf(today)), "number"],
+  ["USD today", ({today}) => money(today, 2), "number"],
+  ["Last 24 hours", ({hours}) => hourBars(hours)],
+  ["", caller => isAdmin() ? callerActions(caller) : caller.paused && small("paused"),
+    "actions whole"]];
 async function openCallers(query) {
   const known = new Map(), used = ({today}) => today.usd * 1e9 + tokensOf(today);
   let sought = query.get("filter") ?? "", loaded = 0;
-  const filter = () => h("input", {id: "filter", type: "search",
-    placeholder: "Filter callers ( / )", "aria-label": "Filter callers", value: sought,
-    oninput(event) { sought = event.target.value; paint(true); }});
-  const isSought = ({name, team}) =>
-    `${name} ${team ?? ""}`.toLowerCase().includes(sought.toLowerCase());
+  const filter = () => h("input", {id: "filter", type: "search", value: sought,
+    placeholder: "Filter callers ( / )", "aria-label": "Filter callers", oninput({target}) {
+      sought = target.value; paint(true);}});
   view.draw = () => {
-    const found = [...known.values()].filter(isSought), all = plural(known.size, "caller");
+    const found = [...known.values()].filter(({name, team}) =>
+      `${name} ${team ?? ""}`.toLowerCase().includes(sought.toLowerCase()));
+    const all = plural(known.size, "caller");
+    const rows = found.map(caller => row(CALLERS, caller, caller.name));
     return [h("div", {class: "tools"}, filter(), sought ? `${found.length} of ${all}` : all),
-      known.size ? table(CALLERS, found.map(one => row(CALLERS, one, one.name))) : firstCall()];
-  };
+      known.size ? table(CALLERS, rows) : firstCall()]; };
   view.bucket = bucket => takeBucket(known.get(bucket.caller)?.buckets, bucket);
   view.ended = call => {
     if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
-    else if (now() - loaded > 2) view.changed();
-  };
+    else if (now() - loaded > 2) view.changed(); };
   view.changed = () => attempt("Loading", async () => {
     loaded = now();
     const {callers} = await read("callers", timeZone());
-    for (const one of callers.sort((a, b) => used(b) - used(a)))
-      known.set(one.name, Object.assign(known.get(one.name) ?? {}, one));
-    paintSoon();
-  });
-  await view.changed();
-}
+    for (const caller of callers.sort((a, b) => used(b) - used(a)))
+      known.set(caller.name, Object.assign(known.get(caller.name) ?? {}, caller));
+    paintSoon(); });
+  await view.changed(); }
 function addCall(today, call) {
-  for (const name of ["input", "output", "estimated", "unpriced"]) today[name] += Number(call[name]
-    ?? 0);
-  today.usd = Number(today.usd) + Number(call.usd ?? 0);
-}
+  for (const name of ["input", "output", "estimated", "unpriced", "usd"])
+    today[name] = Number(today[name]) + Number(call[name] ?? 0); }
 function hourBars(values) {
-  const top = Math.max(...values, 1), title = `at most ${short(top)} tokens an hour`;
-  return svg("svg", {class: "spark", width: 96, height: 20, role: "img", "aria-label": title},
-    svg("line", {x2: 96, y1: 19.5, y2: 19.5}), values.map((value, at) => svg("rect", {x: at * 4,
-    width: 3, height: 18 * value / top, y: 19 - 18 * value / top})));
-}
-function callerActions(one) {
-  const {name, buckets, paused} = one, units = [...new Set(buckets.map(({unit}) => unit))];
+  const top = Math.max(...values, 1), label = `at most ${short(top)} tokens an hour`;
+  return svg("svg", {class: "spark", width: 96, height: 20, role: "img", "aria-label": label},
+    svg("line", {x2: 96, y1: 19.5, y2: 19.5}), values.map((value, at) =>
+    svg("rect", {x: at * 4, width: 3, height: 18 * value / top, y: 19 - 18 * value / top}))); }
+function callerActions(caller) {
+  const {name, buckets, paused, key} = caller;
+  const units = [...new Set(buckets.map(({unit}) => unit))];
   const set = (verb, done) => attempt(title(verb), async () => {
-    await post("keys", name, verb);
-    one.paused = verb === "revoke";
-    paintSoon();
-  }, name + done);
-  const going = [...model.running.values()].filter(({caller, ended}) => caller === name
-    && !ended).length;
+    await post("keys", name, verb); caller.paused = verb === "revoke"; paintSoon(); }, name + done);
+  const calls = [...model.running.values()].filter(call => call.caller === name && !call.ended);
   const give = fields => attempt("Give", () => write("POST", pathOf("callers", name, "give"),
     fields), `${name} got ${fields.amount} ${fields.unit} more.`);
-  return [units.length > 0 && [asking("give " + name, "Give", [h("input", {name: "amount", size: 6,
-    inputmode: "decimal", required: true, "aria-label": "Amount",
-    value: Number(buckets[0].capacity)}), h("select", {name: "unit", "aria-label": "Unit"},
-    units.map(unit => h("option", null, unit)))], give), button("Reset", () => attempt("Reset",
-    () => post("callers", name, "reset"), `All of ${name} is full.`))], one.key && (paused
-    ? button("Resume", () => set("restore", " may call again.")) : asking("pause " + name, "Pause",
-    small(`${plural(going, "running call")} of ${name} will go on; new ones get 401.`), () =>
-    set("revoke", " is paused.")))];
-}
-
+  const fields = () => [h("input", {name: "amount", size: 6, inputmode: "decimal", required: true,
+    "aria-label": "Amount", value: Number(buckets[0].capacity)}),
+    h("select", {name: "unit", "aria-label": "Unit"}, units.map(unit => h("option", null, unit)))];
+  const reset = () => attempt("Reset", () => post("callers", name, "reset"), name + ": all full.");
+  return [buckets.length > 0 && [asking("give " + name, "Give", fields(), give), button("Reset",
+    reset)], key && paused && button("Resume", () => set("restore", " may call again.")), key
+    && !paused && asking("pause " + name, "Pause", small(plural(calls.length, "running call"),
+    ` of ${name} will go on; new ones get 401.`), () => set("revoke", " is paused."))]; }
 // Usage: what was used, by whom; the chart and the table show the same numbers.
-
-const RANGES = {hour: ["quarter", "last hour"], day: ["hour", "last 24 hours"], week: ["day",
-  "last 7 days"], month: ["day", "this month"]};
-const GROUPS = {caller: 1, team: 1, model: 1, upstream: 1, tag: 1};
-const MEASURES = {money: ["Money", ", USD", sum => Number(sum.usd)], calls: ["Calls", "", sum =>
-  sum.calls], tokens: ["Tokens", "", sum => sum.tokens ?? tokensOf(sum)]};
+const RANGES = {__proto__: null, hour: ["quarter", "last hour"], day: ["hour", "last 24 hours"],
+  week: ["day", "last 7 days"], month: ["day", "this month"]};
+const GROUPS = {__proto__: null, caller: 1, team: 1, model: 1, upstream: 1, tag: 1};
+const MEASURES = {__proto__: null, money: ["Money", ", USD", ({usd}) => Number(usd)],
+  tokens: ["Tokens", "", sum => sum.tokens ?? tokensOf(sum)], calls: ["Calls", "", ({calls}) =>
+  calls]};
 const LENGTHS = {quarter: HOUR / 4, hour: HOUR, day: DAY};
-const moved = (change, time = now()) => { // a time in the viewer's zone
-  const moment = new Date(time * 1000);
-  return change(moment, moment.getFullYear(), moment.getMonth(), moment.getDate()) / 1000;
-};
-const midnight = (days, time) => moved((_, year, month, date) => new Date(year, month, date + days),
-  time);
-const monthStart = months => moved((_, year, month) => new Date(year, month + months));
-const START = {hour: () => Math.floor(now() / 900) * 900 - 2700, week: () => midnight(-6),
-  day: () => moved(moment => moment.setMinutes(0, 0, 0)) - 23 * HOUR, month: () => monthStart(0)};
-const only = (query, names) => Object.fromEntries([...query].filter(([name]) => Object.hasOwn(names,
-  name)));
+function midnight(days, time = now()) { // in the viewer's zone
+  const start = new Date(time * 1000);
+  return new Date(start.getFullYear(), start.getMonth(), start.getDate() + days) / 1000; }
+const monthStart = time => midnight(1 - new Date(time * 1000).getDate(), time);
+const ago = (number, length) => (Math.floor(now() / length) - number) * length;
+const START = {hour: () => ago(3, HOUR / 4), day: () => ago(23, HOUR), week: () => midnight(-6),
+  month: () => monthStart(now())};
+const only = (query, names) => Object.fromEntries([...query].filter(([name]) => name in names));
 const changed = (query, change) => ({...Object.fromEntries(query), ...change});
-
 async function openUsage(query) {
-  const pick = (name, values, usual) => Object.hasOwn(values, query.get(name)) ? query.get(name)
-    : usual;
+  const pick = (name, values, usual) => query.get(name) in values ? query.get(name) : usual;
   const choices = (name, values, chosen) => h("span", {class: "choices", role: "group",
     "aria-label": name}, Object.keys(values).map(value => link("usage", changed(query,
     {[name]: value}), value, {"aria-current": value === chosen})));
   const range = pick("range", RANGES, "week"), by = pick("by", GROUPS, "caller");
-  const measure = pick("measure", MEASURES, "money");
+  const measure = pick("measure", MEASURES, "money"), valueOf = MEASURES[measure][2];
   const asked = () => ({by, step: RANGES[range][0], from: START[range](),
     to: Math.ceil(now()),...timeZone(), ...only(query, GROUPS)});
   let usage = null, loaded = 0;
   const load = async () => {
-    loaded = now();
-    usage = await read("usage", asked());
-    usage.groups.sort((a, b) => MEASURES[measure][2](b) - MEASURES[measure][2](a));
-    paintSoon();
-  };
+    loaded = now(); usage = await read("usage", asked());
+    usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); paintSoon(); };
   view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
     GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
     download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
     range, measure, query) : firstCall()];
-  view.ended = () => now() - loaded > 15 && attempt("Loading", load);
-  await load();
-}
+  view.ended = () => now() - loaded > 15 && attempt("Loading", load); await load(); }
 async function download(asked) {
   const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
   const href = URL.createObjectURL(await response.blob());
-  h("a", {href, download: `usage-by-${asked.by}.csv`}).click();
-  URL.revokeObjectURL(href);
-}
+  h("a", {href, download: `usage-by-${asked.by}.csv`}).click(); URL.revokeObjectURL(href); }
 function usageParts(usage, range, measure, query) {
-  const [name, unit, valueOf] = MEASURES[measure], all = valueOf(usage.total),
-    isMoney = measure === "money";
-  const series = seriesOf(usage.by, usage.groups.map(({name}) => name)),
-    length = LENGTHS[usage.step];
-  const steps = stepsOf(usage.step, usage.from, usage.series, ({groups}) => valuesOf(groups, series,
-    valueOf));
-  const end = range === "month" && isMoney && monthStart(1), pace = end && all / (now()
-    - usage.from);
-  const budget = isMoney && usage.budget && {text: "budget: " + usage.budget.rule,
-    value: usage.budget.usd / usage.budget.seconds * length};
+  const [name, unit, valueOf] = MEASURES[measure], isMoney = measure === "money";
+  const series = seriesOf(usage.by, usage.groups.map(({name}) => name));
+  const valuesAt = ({groups}) => valuesOf(groups, series, valueOf);
+  const steps = stepsOf(usage.step, usage.from, usage.series, valuesAt);
+  const all = valueOf(usage.total), length = LENGTHS[usage.step], rule = isMoney && usage.budget;
+  const end = isMoney && range === "month" && monthStart(monthStart(now()) + 32 * DAY);
+  const pace = end && all / (now() - usage.from), ahead = pace * (end - usage.from);
+  const budget = rule && {text: rule.rule, value: rule.usd / rule.seconds * length};
   const label = `${name} by ${usage.by}, ${RANGES[range][1]}${unit}`;
-  const ahead = pace &&
-    ` At this pace (dashed) ${usd(pace * (end - usage.from), 2)} by the end of the month.`;
-  return h("div", {class: "columns"}, h("section", null, h("h2", null, label), h("div",
-    {class: "value"}, isMoney ? usd(all) : short(all)), chart({label, series, steps, isMoney,
-    budget, end, pace: pace * length}), h("p", null, small(`Times in ${zone}.`, ahead))),
-    usageTable(usage, series, query, valueOf));
-}
+  return h("div", {class: "columns"}, h("section", null, h("h2", null, label),
+    h("div", {class: "value"}, isMoney ? usd(all) : short(all)), chart({label, series, steps,
+    isMoney, budget, end, pace: pace * length}), h("p", null, small(`Times in ${zone}.`, end
+    && ` At this pace (dashed) ${usd(ahead, 2)} by the` + " end of the month."))), usageTable(usage,
+    series, query, valueOf)); }
 function valuesOf(groups, series, valueOf) {
   const values = series.map(({name}) => Object.hasOwn(groups, name) ? valueOf(groups[name]) : 0);
-  const all = sumOf(Object.values(groups).map(valueOf));
-  if (series.at(-1).name === null) values[values.length - 1] = all - sumOf(values);
-  return values;
-}
+  const rest = sumOf(Object.values(groups).map(valueOf)) - sumOf(values);
+  return series.at(-1).name === null ? [...values.slice(0, -1), rest] : values; }
 // Five groups and "other" (null). A group keeps its colour while the page is open.
 const colours = new Map();
 function seriesOf(by, names) {
   const series = names.slice(0, 5).map(name => ({name, colour: colours.get(by + name)}));
-  for (const one of series) {
-    one.colour ??= [1, 2, 3, 4, 5].find(number => !series.some(({colour}) => colour === number))
-      ?? 0;
-    colours.set(by + one.name, one.colour);
-  }
-  return names.length > 5 ? [...series, {name: null, colour: 0}] : series;
-}
+  for (const group of series) {
+    const isFree = number => !series.some(({colour}) => colour === number);
+    colours.set(by + group.name, group.colour ??= [1, 2, 3, 4, 5].find(isFree)); }
+  return names.length > 5 ? [...series, {name: null, colour: 0}] : series; }
 function stepsOf(kind, from, told, valuesOf) {
   const next = at => kind === "day" ? midnight(1, at) : at + LENGTHS[kind], steps = [];
   for (let at = from; at < now(); at = next(at)) steps.push({at, end: next(at), kind});
-  for (const one of told) Object.assign(steps.findLast(({at}) => at <= one.at) ?? {},
-    {values: valuesOf(one)});
-  return steps;
-}
+  for (const part of told)
+    Object.assign(steps.findLast(({at}) => at <= part.at) ?? {}, {values: valuesOf(part)});
+  return steps; }
 function usageTable(usage, series, query, valueOf) {
-  const all = valueOf(usage.total), {input, cached, output, reasoning, limited} = usage.total;
-  const colour = name => series.find(one => one.name === name)?.colour ?? 0;
-  const closer = name => changed(query, {[usage.by]: name, by: usage.by === "caller" ? "model"
-    : "caller"});
-  const numbers = [["Calls", one => [count(one.calls), below(one.failed > 0
-    && `${count(one.failed)} failed`)], "number"], ["Tokens", one => short(tokensOf(one)),
-    "number"], ["USD", one => money(one, usage.total.usd < 1 ? 4 : 2), "number"], ["%", one => all
-    ? (100 * valueOf(one) / all).toFixed(0) : "–", "number"]];
-  const name = one => [swatch(colour(one.name)), one.name ? link("usage", closer(one.name),
-    one.name) : "none"];
-  const columns = [[title(usage.by), name], ...numbers];
-  const rows = usage.groups.map(one => row(columns, one, "of " + one.name));
-  const last = row([["", () => "Total"], ...numbers], usage.total, "total", {class: "total"});
-  return h("div", null, table(columns, [rows, last]), h("p", null,
-    small(`Tokens: ${short(input)} input (` +
-    `${short(cached)} cached), ${short(output)} output (${short(reasoning)} reasoning). `
-    + `${plural(limited, "call")} met a limit.`)));
-}
-
+  const {total, by, groups} = usage, all = valueOf(total), isCaller = by === "caller";
+  const colour = name => series.find(group => group.name === name)?.colour ?? 0;
+  const next = isCaller ? "model" : "caller";
+  const closer = name => link("usage", changed(query, {[by]: name, by: next}), name);
+  const numbers = [["Calls", sum => [count(sum.calls), below(sum.failed > 0 && sum.failed
+    + " failed")], "number"], ["Tokens", sum => short(tokensOf(sum)), "number"], ["USD", sum =>
+    money(sum, total.usd < 1 ? 4 : 2), "number"], ["%", sum => all
+    ? (100 * valueOf(sum) / all).toFixed(0) : "–", "number"]];
+  const group = ({name}) => [swatch(colour(name)), name ? closer(name) : "none"];
+  const columns = [[title(by), group], ...numbers];
+  const rows = groups.map(group => row(columns, group, "of " + group.name));
+  const last = row([["", () => "Total"], ...numbers], total, "total", {class: "total"});
+  const told = `Tokens: ${short(total.input)} input, ${short(total.cached)} of them cached; `
+    + `${short(total.output)} output. ${plural(total.limited, "call")} met a limit.`;
+  return h("div", null, table(columns, [rows, last]), h("p", null, small(told))); }
 // Charts: stacked bars; a line follows the pointer or the arrow keys.
-
 const EDGE = {left: 56, right: 8, top: 16, bottom: 24};
 const allOf = step => sumOf(step.values ?? []);
 function ticks(top) { // round numbers from zero up, three to five of them
   const power = 10 ** Math.floor(Math.log10(top / 4));
   const step = [1, 2, 5, 10].map(number => number * power).find(step => top / step <= 4.5);
-  return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step);
-}
+  return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step); }
 function scaleOf({steps, end, budget, pace}, {width, height}) {
   const top = Math.max(...steps.map(allOf), pace || 0) || 1, from = steps[0].at;
   const isNear = budget && budget.value < 3 * top; // one far above would flatten all else
   const lines = ticks(isNear ? Math.max(top, budget.value) : top), floor = height - EDGE.bottom;
   const right = width - EDGE.right, span = (end || steps.at(-1).end) - from;
-  return {width, floor, lines, isNear, right, x: time => EDGE.left + (time - from) / span * (right
-    - EDGE.left), y: value => floor - value / lines.at(-1) * (floor - EDGE.top)};
-}
+  const x = time => EDGE.left + (time - from) / span * (right - EDGE.left);
+  return {width, floor, lines, isNear, right, x, middle: ({at, end}) => (x(at) + x(end)) / 2,
+    y: value => floor - value / lines.at(-1) * (floor - EDGE.top)}; }
 function chart(data) {
-  const {steps, label} = data, size = $("chart")?.getBoundingClientRect() ?? {width: 640,
-    height: 300};
-  const scale = scaleOf(data, size), at = view.pointed ?? -1, step = steps[at];
+  const size = $("chart")?.getBoundingClientRect() ?? {width: 640, height: 300};
   if (!$("chart")) setTimeout(paint); // now its width is known
+  const {steps, label} = data, scale = scaleOf(data, size), at = view.pointed ?? -1;
   const point = to => {
-    if (to === view.pointed) return;
-    view.pointed = Math.max(-1, Math.min(steps.length - 1, to));
-    paint(true);
-  };
+    if (to === at) return;
+    view.pointed = Math.max(-1, Math.min(steps.length - 1, to)); paint(true); };
   const onkeydown = event => {
-    const to = {ArrowLeft: at < 0 ? steps.length : at - 1, ArrowRight: at + 1, Home: 0,
-      End: steps.length}[event.key];
+    const to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length}[event.key];
     if (to === undefined) return;
-    event.preventDefault();
-    point(to);
-  };
-  const drawing = svg("svg", {id: "chart", tabindex: 0, role: "img", onkeydown, onblur: () =>
-    point(-1), onpointerleave: () => point(-1), "aria-label": label
-    + ". The table has the same numbers.", onpointermove: ({offsetX}) =>
-    point(steps.findIndex(({end}) => offsetX < scale.x(end)))}, chartParts(data, scale), step
-    && cursor(step, scale));
-  return h("div", {class: "chart live"}, drawing, step && valueTable(data, step, scale));
-}
-const middle = (step, scale) => (scale.x(step.at) + scale.x(step.end)) / 2;
-const cursor = (step, scale) => svg("line", {class: "cursor", x1: middle(step, scale),
-  x2: middle(step, scale), y1: EDGE.top, y2: scale.floor});
-function chartParts(data, scale) {
-  const {budget, pace, steps} = data, digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1])
-    + 1e-9));
+    event.preventDefault(); point(to < -1 ? steps.length : to); };
+  return h("div", {class: "chart live"}, svg("svg", {id: "chart", tabindex: 0, role: "img",
+    "aria-label": label + ". The table has the same numbers.", onkeydown, onblur: () => point(-1),
+    onpointermove: ({offsetX}) => point(steps.findIndex(({end}) => offsetX < scale.x(end))),
+    onpointerleave: () => point(-1)}, chartParts(data, scale, steps[at])), steps[at]
+    && valueTable(data, steps[at], scale)); }
+function chartParts({steps, series, budget, pace}, scale, step) {
+  const digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1]) + 1e-9)), x = scale.middle;
+  const number = value => value < 10000 ? value.toFixed(digits) : compact.format(value);
   const line = (kind, value, from) => svg("line", {class: kind, x1: from, x2: scale.right,
     y1: scale.y(value), y2: scale.y(value)});
-  const said = (x, value, text, anchor) => svg("text", {class: "said", x, y: scale.y(value) - 5,
-    "text-anchor": anchor}, text);
-  const grid = value => [line("grid", value, EDGE.left), svg("text", {x: EDGE.left - 8,
-    y: scale.y(value) + 4, "text-anchor": "end"}, value < 10000 ? value.toFixed(digits)
-    : compact.format(value))];
-  const hatch = svg("pattern", {id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse",
-    patternTransform: "rotate(45)"}, svg("rect", {class: "paper", width: 3, height: 6}));
-  return [svg("defs", null, hatch), scale.lines.map(grid), timeLabels(steps, scale),
-    steps.filter(step => step.values).map(step => bar(step, data, scale, said)), pace > 0
-    && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value,
-    EDGE.left), said(EDGE.left + 4, budget.value, budget.text)]];
-}
-// At round times, and at most one in 64 pixels.
-function timeLabels(steps, scale) {
-  const {kind, at, end} = steps[0], isDays = kind === "day", room = 64 / (scale.x(end)
-    - scale.x(at));
+  const text = (x, y, end, told, kind) => svg("text", {class: kind, x, y, "text-anchor": end},
+    told);
+  return [scale.lines.map(value => [line("grid", value, EDGE.left), text(EDGE.left - 8,
+    scale.y(value) + 4, "end", number(value))]), labelled(steps, scale).map(step =>
+    text(x(step), scale.floor + 18, "middle", date(step.at, step.kind === "day" ? {day: "numeric",
+    month: "short"} : {timeStyle: "short"}))), steps.filter(step => step.values).map(step =>
+    [bar(step, series, scale), step.end > now() && text(x(step), scale.y(allOf(step)) - 5, "middle",
+    "so far", "said")]), pace > 0 && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear
+    && [line("budget", budget.value, EDGE.left), text(EDGE.left + 4, scale.y(budget.value) - 5,
+    "start", "budget: " + budget.text, "said")], step && svg("line", {class: "cursor", x1: x(step),
+    x2: x(step), y1: EDGE.top, y2: scale.floor})]; }
+// The steps at round times, at most one in 64 pixels.
+function labelled(steps, scale) {
+  const [{kind, at, end}] = steps, room = 64 / (scale.x(end) - scale.x(at));
   const every = [1, 2, 3, 4, 6, 7, 12, 14, 24].find(number => number >= room) ?? 31;
-  const number = (step, position) => kind === "hour" ? new Date(step.at * 1000).getHours()
-    : position;
-  return steps.filter((step, position) => number(step, position) % every === 0).map(step =>
-    svg("text", {x: isDays ? middle(step, scale) : scale.x(step.at), y: scale.floor + 18,
-    "text-anchor": isDays ? "middle" : "start"}, isDays ? day(step.at) : date(step.at,
-    {timeStyle: "short"})));
-}
-function bar(step, {series}, scale, said) {
+  const hour = ({at}) => new Date(at * 1000).getHours();
+  return steps.filter((step, number) => (kind === "hour" ? hour(step) : number) % every === 0); }
+function bar(step, series, scale) {
   const width = Math.max(1, Math.min(48, (scale.x(step.end) - scale.x(step.at)) * .75));
-  const x = middle(step, scale) - width / 2, sum = allOf(step), y = scale.y(sum);
-  const part = ({colour}, at) => {
-    const [above, value] = [sumOf(step.values.slice(at)), step.values[at]];
-    return svg("rect", {class: "s" + colour, x, width, y: scale.y(above), height: scale.y(above
-      - value) - scale.y(above)});
-  };
-  return [series.map(part), sum > 0 && svg("path", {class: "total", d: `M${x} ${y}h${width}`}),
-    step.end > now() && [svg("rect", {fill: "url(#hatch)", x, y, width, height: scale.floor - y}),
-    said(x + width / 2, sum, "so far", "middle")]];
-}
+  const x = scale.middle(step) - width / 2, y = scale.y(allOf(step)), height = scale.floor - y;
+  return [series.map(({colour}, at) => {
+    const y = scale.y(sumOf(step.values.slice(at))),
+      end = scale.y(sumOf(step.values.slice(at + 1)));
+    const opacity = step.end > now() ? .5 : 1;
+    return svg("rect", {class: "s" + colour, x, width, y, height: end - y, opacity});
+  }), height > 0 && svg("path", {class: "total", d: `M${x} ${y}h${width}`})]; }
 function valueTable({series, isMoney}, step, scale) {
-  const x = middle(step, scale), format = value => isMoney ? usd(value, allOf(step) < 1 ? 4 : 2)
-    : count(value);
-  const when = step.kind === "day" ? {weekday: "short", day: "numeric", month: "short"}
-    : {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"};
-  const line = (name, value) => h("tr", null, h("td", null, name), h("td", {class: "number"},
-    value));
-  const style = x < scale.width / 2 ? `left: ${x + 12}px` : `right: ${scale.width - x + 12}px`;
+  const format = value => isMoney ? usd(value, allOf(step) < 1 ? 4 : 2) : count(value);
+  const when = {day: "numeric", month: "short", ...(step.kind === "day" ? {weekday: "short"}
+    : {hour: "2-digit", minute: "2-digit"})};
+  const line = (...cells) => h("tr", null, cells.map(cell => h("td", {class: "number"}, cell)));
+  const x = scale.middle(step), isLeft = x < scale.width / 2;
+  const style = isLeft ? `left: ${x + 12}px` : `right: ${scale.width - x + 12}px`;
   return h("table", {class: "values", style}, h("tbody", null, line(date(step.at, when)
     + (step.end > now() ? ", so far" : ""), ""), series.map(({name, colour}, at) =>
     step.values?.[at] > 0 && line([swatch(colour), name ?? "other"], format(step.values[at]))),
-    line(step.values ? "Total" : "no call", format(allOf(step)))));
-}
-
+    line(step.values ? "Total" : "no call", format(allOf(step))))); }
 // Calls: the live list; a row opens to where its time and money went.
-
-const FILTERS = {caller: 1, team: 1, model: 1, upstream: 1, outcome: 1, failed: 1, slow: 1, id: 1};
+const FILTERS = {...GROUPS, outcome: 1, failed: 1, slow: 1, id: 1, __proto__: null};
 const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
-const CALLS = [["Time", call => moment(call.time), "line"], ["Caller", call => [call.caller,
-  call.team && small(" ", call.team)]], ["Model", call => call.model], ["Outcome", call =>
-  mark(OUTCOMES[call.outcome] ?? "bad", words(call.outcome))], ["Tokens", call =>
-  count(tokensOf(call)), "number"], ["USD", call => money(call, 4), "number"], ["ms", call =>
-  count(call.ms), "number"]];
-
+const CALLS = [
+  ["Time", ({time}) => moment(time), "line"], ["Caller", callerOf], ["Model", ({model}) => model],
+  ["Outcome", ({outcome}) => mark(OUTCOMES[outcome] ?? "bad", words(outcome))],
+  ["Tokens", call => count(tokensOf(call)), "number"],
+  ["USD", call => money(call, 4), "number"], ["ms", ({ms}) => count(ms), "number"]];
 function chips(tab, query, names) { // what narrows a view: a click takes it away
   const texts = {failed: () => "failed", slow: value => "slower than " + seconds(value / 1000)};
   return h("div", {class: "tools"}, Object.entries(only(query, names)).map(([name, value]) =>
-    button((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () => go(tab, changed(query,
-    {[name]: ""})), {class: "chip", title: "Remove"})));
-}
+    button((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () =>
+    go(tab, changed(query, {[name]: ""})), {class: "chip", title: "Remove"}))); }
 // "model:x", "slow:2" (seconds), "failed", an id, or else a caller
 function meaning(text) {
   const [, name, value] = /^(\w+):(.+)$/.exec(text) ?? [null, text, ""];
   if (name === "slow") return {slow: 1000 * (Number(value) || 10)};
   if (name === "failed") return {failed: 1};
-  if (value && Object.hasOwn(FILTERS, name)) return {[name]: value};
-  return /^[0-9a-f]{8}-[0-9a-f-]{27}$/.test(text) ? {id: text} : {caller: text};
-}
-const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow) && (!failed || !["ok",
-  "limited"].includes(call.outcome)) && Object.entries(same).every(([name, value]) =>
-  call[name] === value);
-
+  if (value && name in FILTERS) return {[name]: value};
+  return /^[0-9a-f]{8}-[0-9a-f-]{27}$/.test(text) ? {id: text} : {caller: text}; }
+const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow)
+  && (!failed || !["ok", "limited"].includes(call.outcome))
+  && Object.entries(same).every(([name, value]) => call[name] === value);
 async function openCalls(query) {
   const chosen = only(query, FILTERS), calls = [], fresh = [];
-  let before = null;
   const narrow = text => go("calls", {...chosen, ...meaning(text)});
+  let before = null;
   const load = () => attempt("Loading", async () => {
     const page = await read("calls", {...chosen, before, limit: 50});
-    calls.push(...page.calls);
-    before = page.next;
+    calls.push(...page.calls); before = page.next;
     if (chosen.id) calls.forEach(({id}) => view.open.add(id));
-    paint(true);
-  });
+    paint(true); });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
-  const showFresh = () => calls.unshift(...fresh.splice(0));
-  const isRead = () => view.open.size || scrollY > 200 || document.querySelector("tbody:hover");
+  const isRead = () => view.open.size || scrollY > 200 || one("tbody:hover");
+  const take = () => calls.unshift(...fresh.splice(0));
+  const filter = () => form(({text}) => text.trim() && narrow(text.trim()), null, h("input", {
+    id: "filter", name: "text", type: "search", size: 26, placeholder: "alice or model:gpt-4 ( / )",
+      "aria-label": "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"}));
   view.open = new Set();
   view.ended = call => { if (isLike(call, chosen) && fresh.unshift(call) > 200) fresh.pop(); };
   view.draw = () => {
-    if (!isRead()) showFresh();
-    return [h("div", {class: "tools"}, form(({text}) => text.trim() && narrow(text.trim()), null,
-      h("input", {
-      id: "filter", name: "text", type: "search", size: 26,
-        placeholder: "alice or model:gpt-4 ( / )", "aria-label":
-        "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"})), ["failed",
-        "slow"].map(word => button(title(word), () => narrow(word), {class: "chip"})),
-        fresh.length > 0 && button(plural(fresh.length, "new call"), () => {
-      showFresh();
-      paint(true);
-    })), chips("calls", query, FILTERS), calls.length ? table(CALLS, calls.map(call =>
-      callRows(CALLS, call))) : query.size ? h("p", null, "No such call, or it still runs. ",
-      link("calls", {}, "Show all calls")) : firstCall(), before != null && button("Older calls",
-      load)];
-  };
-  await load();
-}
+    if (!isRead()) take();
+    return [h("div", {class: "tools"}, filter(), ["failed", "slow"].map(word => button(title(word),
+      () => narrow(word), {class: "chip"})), fresh.length > 0 && button(plural(fresh.length,
+      "new call"), () => paint(take()))), chips("calls", query, FILTERS), calls.length
+      ? table(CALLS, calls.map(call => callRows(CALLS, call))) : query.size ? h("p", null,
+      "No such call, or it still runs. ", link("calls", {}, "Show all calls")) : firstCall(),
+      before != null && button("Older calls", load)]; };
+  await load(); }
 function callRows(columns, call) {
   const isOpen = view.open.has(call.id), toggle = () => {
-    view.open[isOpen ? "delete" : "add"](call.id);
-    paint(true);
-  };
+    view.open[isOpen ? "delete" : "add"](call.id); paint(true); };
   return [row(columns, call, call.id, {...opens(toggle), "aria-expanded": String(isOpen),
-    class: isOpen && "open"}), isOpen && row([["", callParts, "whole"]], call, "of " + call.id,
-    {class: "open"})];
-}
+    class: isOpen && "open"}), isOpen && h("tr", {class: "open", "data-key": "of " + call.id},
+    h("td", {colspan: columns.length, class: "whole"}, callParts(call)))]; }
 // Where the time went: a name, milliseconds, and the reason where this is most of it.
 function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output}) {
-  const line = queue_ms ?? 0, connect = connect_ms ?? 0, first = Math.max(0, (first_ms ?? ms) - line
-    - connect);
-  const rest = Math.max(0, ms - line - connect - first), name = upstream ?? "it";
+  const line = queue_ms ?? 0, connect = connect_ms ?? 0, name = upstream ?? "it";
+  const first = Math.max(0, (first_ms ?? ms) - line - connect);
+  const rest = Math.max(0, ms - line - connect - first), pace = count(1000 * output / rest);
   return [["in line", line, `all places at ${name} were taken`], ["connecting", connect,
     `${name} was slow to take a connection`], ["to first byte", first,
-    `${name} took so long to begin, after ${count(input)} tokens of input`], ["streaming", rest,
-    `${count(output)} tokens of output, ${count(1000 * output / rest)} a second`]];
-}
+    `${name} took it to begin, after ${count(input)} tokens of input`], ["streaming", rest,
+    `${count(output)} tokens of output, ${pace} a second`]]; }
 function callParts(call) {
-  const phases = phasesOf(call), [name, most, reason] = phases.reduce((a, b) => b[1] > a[1] ? b
-    : a);
-  const facts = {Cause: call.cause, Upstream: call.upstream, Status: call.status, Rule: call.held,
-    Charged: call.charges?.split(";").map(charge), Tokens: `${count(call.input)} input (`
-    + `${count(call.cached)} cached, ${count(call.cache_write)} written to a cache), `
-    + `${count(call.output)} output (${count(call.reasoning)} reasoning)`, "Served by": call.served,
-    Path: `${call.method} ${call.path}`, From: call.address, Agent: call.agent, Tag: call.tag,
-    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+  const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
+  const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause,
+    Upstream: call.upstream, Status: call.status, Charged: call.charges?.split(";").map(charge),
+    Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
+    Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
+    "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
+    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+  const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [call.ms > 0 && h("p", null,
-    `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${reason}.`), h("div",
-    {class: "timing", "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div",
-    {class: "s" + (at + 1), style: "flex-grow: " + ms}))), h("p", null, phases.map(([name, ms],
-    at) => [h("span", {class: "phase"}, swatch(at + 1), `${name} ${count(ms)} ms`), " "])), h("dl",
-    null, Object.entries(facts).filter(([, value]) => value || value === 0).map(([name, value]) =>
+    `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`),
+    h("div", {class: "timing", "aria-hidden": true}, phases.map(([, ms], at) => ms > 0
+    && h("div", {class: "s" + (at + 1), style: "flex-grow: " + ms}))),
+    h("p", null, phases.map(([name, ms], at) => [h("span", {class: "phase"}, swatch(at + 1),
+    `${name} ${count(ms)} ms`), " "])), h("dl", null, told.map(([name, value]) =>
     [h("dt", null, name), h("dd", null, value)])), !isMe && h("p", null, "All calls of ",
-    link("calls", {caller: call.caller}, call.caller), ", of ", link("calls", {model: call.model
-    ?? ""}, call.model))];
-}
+    link("calls", {caller: call.caller}, call.caller), " or ", link("calls", {model: call.model},
+    call.model))]; }
 function charge(text) { // "rule=amount", of money in picodollars
   const [, rule, amount] = /^(.*)=(.*)$/.exec(text) ?? [null, text, 0];
-  return h("div", null,
-    `${rule}: ${/\busd\b/.test(rule) ? usd(amount / 1e12) + " USD" : count(amount)}`);
-}
-
+  return h("div", null, / usd /.test(rule) ? usd(amount / 1e12) : count(amount), ": ", rule); }
 // Keys: the table, and one form that makes a key or changes one.
-
 const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d",
   models: "gemma*,gpt-4*", team: "", upstream: "", tag: "", note: ""};
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
-const KEYS = [["Name", key => [link("calls", {caller: key.name}, key.name), below(key.note)]],
-  ["Role", key => [key.role, below(key.team)]], ["Limits", key => [key.limits
-  || small("general rules"), below(key.models)]], ["Expires", key => key.expires ? date(key.expires,
-  {dateStyle: "medium"}) : "never"], ["Last used", key => key.last_used ? seconds(Math.max(1, now()
-  - key.last_used)) + " ago" : "never"], ["State", key => key.disabled ? mark("off", "paused")
-  : key.expires && key.expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
+const KEYS = [
+  ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
+  ["Role", ({role, team}) => [role, below(team)]],
+  ["Limits", ({limits, models}) => [limits || small("general rules"), below(models)]],
+  ["Expires", ({expires}) => expires ? date(expires, {dateStyle: "medium"}) : "never"],
+  ["Last used", ({last_used}) => last_used ? moment(last_used) : "never"],
+  ["State", ({disabled, expires}) => disabled ? mark("off", "paused")
+    : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
 async function openKeys() {
   const columns = isAdmin() ? [...KEYS, ["", keyActions, "actions whole"]] : KEYS;
   let keys = [];
   view.changed = () => attempt("Loading", async () => {
-    ({keys} = await read("keys"));
-    paint(true);
-  });
+    ({keys} = await read("keys")); paint(true); });
   view.draw = () => {
-    const list = keys.length ? table(columns, keys.map(key => row(columns, key, key.name)))
-      : noKey();
-    return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"}, h("div",
-      null, list), keyForm(view.edited)) : list];
-  };
+    const rows = keys.map(key => row(columns, key, key.name));
+    const list = rows.length ? table(columns, rows) : noKey();
+    return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"},
+      h("div", null, list), keyForm(view.edited)) : list]; };
   await view.changed();
-  if (innerWidth > 719) document.querySelector(".side input")?.focus();
-}
+  if (innerWidth > 719) one(".side input")?.focus(); }
 const noKey = () => h("div", null, h("p", null, model.keys_are_asked_for ? "No key is stored."
-  : "Whoever reaches this proxy may call. The first stored key closes the door: "
-  + "make one here, or by a command:"), h("pre", null,
-  "python llm_proxy.py keys add alice --limits '1 usd per day'"));
-function keyActions({name, disabled, ...key}) {
+  : "Whoever reaches this proxy may call, until the first key is stored. Make one here, or so:"),
+  h("pre", null, "python llm_proxy.py keys add alice --limits '1 usd per day'"));
+function keyActions(key) {
   const act = (verb, done, body) => attempt(title(verb), async () => {
-    const made = await (verb === "remove" ? write("DELETE", pathOf("keys", name)) : write("POST",
-      pathOf("keys", name, verb), body));
-    if (made.key) view.made = {name, key: made.key};
-    view.changed();
-  }, done && name + done);
-  const ask = (verb, consequence, act) => asking(`${verb} ${name}`, verb, small(consequence), act);
-  return [button("Edit", () => edit({name, ...key})), ask("Rotate",
-    "The old secret works for one more hour.", () => act("rotate", null, {grace: "1h"})), disabled
-    ? button("Resume", () => act("restore", " may call again.")) : ask("Pause",
-    "Running calls go on; new ones get 401.", () => act("revoke", " is paused.")), ask("Remove",
-    "For ever; its books stay.", () => act("remove", " is removed."))];
-}
-function edit(key) {
-  view.edited = key;
-  paint(true);
-  document.querySelector(key && ".side [name=limits]")?.focus();
-}
+    const path = pathOf("keys", key.name), isEnd = verb === "remove";
+    const made = await write(isEnd ? "DELETE" : "POST", isEnd ? path : `${path}/${verb}`, body);
+    if (made.key) view.made = {...made, name: key.name};
+    view.changed(); }, done && key.name + done);
+  const ask = (text, told, act) => asking(`${text} ${key.name}`, text, small(told), act);
+  return [button("Edit", () => edit(key)), ask("Rotate", "The old secret works for one more hour.",
+    () => act("rotate", "", {grace: "1h"})), key.disabled ? button("Resume", () => act("restore",
+    " may call again.")) : ask("Pause", "Running calls go on; new ones get 401.", () =>
+    act("revoke", " is paused.")), ask("Remove", "For ever; its books stay.", () => act("remove",
+    " is removed."))]; }
+function edit(key) { view.edited = key; paint(true); if (key) one(".side [name=limits]").focus(); }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
     required: name === "name", disabled: key && name === "name", placeholder: FIELDS[name],
     value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
-    const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value || (key
-      && name !== "expires")));
+    const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
+      || (key && name !== "expires")));
     const made = await attempt(key ? "Change" : "Making a key", () => key ? write("PATCH",
-      pathOf("keys", key.name), body) : write("POST", "keys", body), key && "Changed.");
-    if (made?.key) view.made = {name: body.name, key: made.key};
-    if (made) edit(null);
-  };
-  const example = text => button(text, ({target}) => {
-    const {value} = target.form.limits;
-    target.form.limits.value = value ? value + "; " + text : text;
-  }, {class: "chip"});
+      pathOf("keys", key.name), body) : write("POST", "keys", body));
+    if (made?.key) view.made = {...made, name: body.name};
+    if (made) edit(null); };
+  const example = text => button(text, ({target: {form}}) => {
+    form.limits.value = [form.limits.value, text].filter(Boolean).join("; "); }, {class: "chip"});
   const [name, limits, ...more] = Object.keys(FIELDS).map(field);
+  const roles = ["caller", "viewer", "admin"].map(role =>
+    h("option", {selected: role === key?.role}, role));
   return h("details", {class: "side", open: key || innerWidth > 719, "data-key": key?.name
     + (view.made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
     form(save, null, name, limits, h("p", null, EXAMPLES.map(example)), h("details", {open: key},
     h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
-    ["caller", "viewer", "admin"].map(role => h("option", {selected: role === key?.role}, role))))),
-    h("button", {class: "main"}, key ? "Save" : "Make key"), " ", key && button("Cancel", () =>
-    edit(null))));
-}
+    roles))), main(key ? "Save" : "Make key"), " ", key && button("Cancel", () => edit(null)))); }
 function curlLine(key) { // that makes a call here
-  const name = model.upstreams.flatMap(one => one.model ?? one.models ?? []).find(name =>
-    !/[*?[]/.test(name));
-  const body = JSON.stringify({model: name ?? "MODEL", messages: [{role: "user",
-    content: "Hello"}]});
+  const names = model.upstreams.flatMap(({model, models}) => model ?? models ?? []);
+  const body = JSON.stringify({model: names.find(name => !/[*?[]/.test(name)) ?? "MODEL",
+    messages: [{role: "user", content: "Hello"}]});
   return [`curl ${new URL("v1/chat/completions", location.href)}`,
-    `-H 'Authorization: Bearer ${key}'`, "-H 'Content-Type: application/json'",
-    `-d '${body.replaceAll("'", "'\\''")}'`].join(" \\\n  ");
-}
+    "-H 'Content-Type: application/json'", `-H 'Authorization: Bearer ${key}'`,
+    `-d '${body.replaceAll("'", "'\\''")}'`].join(" \\\n  "); }
 const madeKey = ({name, key}) => h("section", {class: "box", "data-key": key}, h("h2", null,
   `The key of ${name}, shown only now`), h("pre", null, key), h("p", null, copyButton("Copy key",
   key)), h("pre", null, curlLine(key)), h("p", null, copyButton("Copy command", curlLine(key)), " ",
   link("calls", {caller: name}, `Watch the calls of ${name}`)));
-
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
-
-const UPSTREAMS = [["Name", one => one.name], ["State", one => stateMark(one)], ["Addresses", one =>
-  one.addresses, "number"], ["In flight", one => one.in_flight + (one.max_concurrency ? " of "
-  + one.max_concurrency : ""), "number"], ["In line", one => count(one.waiting), "number"],
-  ["Longest wait, ms", one => count(one.longest_ms), "number"], ["First byte, ms", one =>
-  count(one.first_p50), "number"], ["95% within", one => count(one.first_p95), "number"], ["Models",
-  one => one.model || one.models?.join(", ") || "all"]];
+const UPSTREAMS = [
+  ["Name", ({name}) => name], ["State", upstream => stateMark(upstream)],
+  ["Addresses", ({addresses}) => addresses, "number"],
+  ["In flight", ({in_flight, max_concurrency}) => max_concurrency
+    ? `${in_flight} of ${max_concurrency}` : in_flight, "number"],
+  ["In line", ({waiting}) => count(waiting), "number"],
+  ["Longest wait, ms", ({longest_ms}) => count(longest_ms), "number"],
+  ["First byte, ms", ({first_p50}) => count(first_p50), "number"],
+  ["95% within", ({first_p95}) => count(first_p95), "number"],
+  ["Models", ({model, models}) => model || models?.join(", ") || "all"]];
 function openUpstreams() {
   const columns = isAdmin() ? [...UPSTREAMS, ["", upstreamActions, "actions whole"]] : UPSTREAMS;
-  view.tests = {};
-  view.draw = () => table(columns, model.upstreams.map(one => row(columns, one, one.name)));
-}
+  view.draw = () => table(columns, model.upstreams.map(each => row(columns, each, each.name))); }
 function upstreamActions({name, state}) {
-  const act = (verb, done) => attempt(title(verb), () => post("upstreams", name, verb), name
-    + done);
+  const act = (verb, done) => attempt(verb, () => post("upstreams", name, verb), name + done);
   const test = () => attempt("Test", async () => {
     const {ok, ms, models, fault} = await post("upstreams", name, "test");
-    view.tests[name] = ok ? `ok, ${count(ms)} ms, ${plural(models?.length ?? 0, "model")} `
-      : `failed: ${fault} `;
-    paint(true);
-  });
-  return [small(view.tests[name]), button("Test", test), state === "disabled" ? button("Enable",
-    () => act("enable", " takes calls again.")) : asking("disable " + name, "Disable",
-    small("Running calls go on; new ones go elsewhere, or get 404."), () => act("disable",
-    " takes no new calls."))];
-}
-
+    const found = () => `ok, ${count(ms)} ms, ${plural(models?.length ?? 0, "model")}`;
+    notice(`Test of ${name}: ${ok ? found() : fault}`, ok ? "good" : "bad", 30); });
+  return [button("Test", test), state === "disabled" ? button("Enable", () => act("enable",
+    " takes calls again.")) : asking("disable " + name, "Disable",
+    small("New calls go elsewhere, or get 404."), () => act("disable", " takes no new calls."))]; }
 // Audit: who changed what.
-
-const AUDIT = [["Time", row => moment(row.time), "line"], ["Who", row => [row.who, small(" ",
-  row.role)]], ["What", row => row.what], ["Target", row => row.target], ["From", row =>
-  row.address], ["Detail", ({detail}) => typeof detail === "string" ? detail : JSON.stringify(detail
-  ?? "").replaceAll('"', "")]];
+const AUDIT = [
+  ["Time", ({time}) => moment(time), "line"], ["Who", ({who, role}) => [who, small(" ", role)]],
+  ["What", ({what}) => what], ["Target", ({target}) => target], ["From", ({address}) => address],
+  ["Detail", ({detail}) => detail?.at ? detail : JSON.stringify(detail ?? "")]];
 async function openAudit() {
   let rows = [], next = null;
   const load = (known, before) => attempt("Loading", async () => {
     const page = await read("audit", {before});
-    [rows, next] = [[...known, ...page.rows], page.next];
-    paint(true);
-  });
+    [rows, next] = [[...known, ...page.rows], page.next]; paint(true); });
   view.changed = () => load([]);
-  view.draw = () => [rows.length ? table(AUDIT, rows.map(one => row(AUDIT, one, String(one.id))))
-    : h("p", null, "Nothing was changed yet; what is changed here or by commands will stand here."),
+  view.draw = () => [rows.length ? table(AUDIT, rows.map(change => row(AUDIT, change,
+    String(change.id)))) : h("p", null, "Nothing was changed yet: what is, stands here."),
     next != null && button("Older", () => load(rows, next))];
-  await load([]);
-}
-
+  await load([]); }
 // One's own page: what is left, when there is more, the last calls, a month of days.
-
 async function openMe() {
-  const quota = await (await send("v1/quota?" + new URLSearchParams(timeZone()))).json(), {today,
-    caller, calls, buckets, warning} = quota;
+  const response = await send("v1/quota?" + new URLSearchParams(timeZone()));
+  const {now: told, caller, role, today, calls, days, buckets, warning} = await response.json();
   const doubt = doubts(today), columns = CALLS.filter(([head]) => head !== "Caller");
-  model = {upstreams: [], you: {name: caller, role: quota.role}, has_calls: calls.length > 0};
-  skew = quota.now - Date.now() / 1000;
-  view.open = new Set();
+  model = {upstreams: [], you: {name: caller, role}, has_calls: calls.length > 0};
+  skew = told - Date.now() / 1000; view.open = new Set();
   view.draw = () => {
-    const steps = stepsOf("day", midnight(-29), quota.days, sum => [tokensOf(sum)]);
+    const steps = stepsOf("day", midnight(-29), days, sum => [tokensOf(sum)]);
+    const series = [{name: "tokens", colour: 1}], label = "Tokens by day, last 30 days";
     paintSoon();
-    return [h("section", {class: "big"}, h("h2", null, `What ${caller} has left`), warning && h("p",
-      {class: "warned"}, warning), buckets.length ? buckets.map(bucketBar) : h("p", null,
-      "No limit holds for this key.")), h("h2", null, "Today"), h("p", null,
-      `${plural(today.calls, "call")}, ${short(tokensOf(today))} tokens, `
-      + `${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of ${clock(quota.now)}, ${zone} `,
-      button("Again", show)), h("h2", null, "Tokens by day, last 30 days"), chart({steps,
-      label: "Tokens by day", series: [{name: "tokens", colour: 1}]}), h("h2", null, "Last calls"),
-      calls.length ? table(columns, calls.map(call => callRows(columns, call))) : firstCall()];
-  };
-}
-
+    return [h("section", {class: "big"}, h("h2", null, `What ${caller} has left`), warning
+      && h("p", {class: "warned"}, warning), buckets.map(bucketBar), !buckets.length && h("p", null,
+      "No limit holds for this key.")), h("h2", null, "Today"),
+      h("p", null, `${plural(today.calls, "call")}, `
+      + `${short(tokensOf(today))} tokens, ${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of `
+      + `${clock(told)}, ${zone} `, button("Again", show)), h("h2", null, label),
+      chart({steps, label, series}), h("h2", null, "Last calls"), calls.length ? table(columns,
+      calls.map(call => callRows(columns, call))) : firstCall()]; }; }
 // Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
-
-const VIEWS = {now: openNow, callers: openCallers, usage: openUsage, calls: openCalls,
-  keys: openKeys, upstreams: openUpstreams, audit: openAudit};
+const VIEWS = {__proto__: null, now: openNow, callers: openCallers, usage: openUsage,
+  calls: openCalls, keys: openKeys, upstreams: openUpstreams, audit: openAudit};
 const FAULTS = {401: "No such key, or it is not valid any more.",
   403: "This key may call, but not look here."};
 function hashOf(tab, query = {}) {
-  const text = String(new URLSearchParams(Object.entries(query).filter(([, value]) =>
-    value !== "")));
-  return "#" + tab + (text && "?" + text);
-}
+  const text = new URLSearchParams(Object.entries(query).filter(([, value]) => value));
+  return "#" + tab + (text.size ? "?" + text : ""); }
 const go = (tab, query) => { location.hash = hashOf(tab, query); };
-
 async function show() {
   if (!sessionStorage.getItem(KEY)) return showLogin("");
-  const [name, query] = location.hash.slice(1).split("?"), tab = Object.hasOwn(VIEWS, name) ? name
-    : "now";
-  const mine = view = {};
+  const [name, query] = location.hash.slice(1).split("?"), mine = view = {};
+  const tab = name in VIEWS ? name : "now";
   try {
     if (!isMe && !model) await start();
-    for (const one of $("tabs").children) one.ariaCurrent = one.dataset.tab === tab ? "page" : null;
-    $("main").replaceChildren();
-    await (isMe ? openMe : VIEWS[tab])(new URLSearchParams(query));
-    $("head").hidden = false;
-    $("who").textContent = `${model.you.name} (${model.you.role})`;
+    for (const each of $("tabs").children) each.ariaCurrent = String(each.dataset.tab === tab);
+    $("main").replaceChildren(); await (isMe ? openMe : VIEWS[tab])(new URLSearchParams(query));
+    $("head").hidden = false; $("who").textContent = `${model.you.name} (${model.you.role})`;
   } catch (fault) {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
     mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
-      button("Try again", show)];
-  }
-  if (view === mine) paint(true);
-}
+      button("Try again", show)]; }
+  if (view === mine) paint(true); }
 async function start() {
   await loadSummary();
-  $("tabs").replaceChildren(...Object.keys(VIEWS).map(tab => link(tab, {}, title(tab),
-    {"data-tab": tab})));
-  listen();
-}
+  const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
+  $("tabs").replaceChildren(...tabs); listen(); }
 function showLogin(fault) {
   const logIn = ({key}) => { sessionStorage.setItem(KEY, key.trim()); show(); };
-  $("main").replaceChildren(form(logIn, {class: "login"}, h("h2", null, isMe
-    ? "llm_proxy: what have I left?" : "llm_proxy"), h("label", null, small(isMe ? "Your key"
-    : "Key of an admin or a viewer"), h("input", {type: "password", name: "key",
-    autocomplete: "current-password", required: true})), fault && h("p", {class: "failed"}, fault),
-    h("button", {class: "main"}, "Log in"), " ", !isMe && h("a", {href: "me"},
+  $("main").replaceChildren(form(logIn, {class: "login"}, h("h2", null, "llm_proxy"),
+    h("label", null, small(isMe ? "Your key" : "Key of an admin or a viewer"),
+    h("input", {type: "password", name: "key", autocomplete: "current-password", required: true})),
+    h("p", {class: "failed"}, fault), main("Log in"), " ", !isMe && h("a", {href: "me"},
     "What have I left?")));
-  document.querySelector(".login input").focus();
-}
+  one(".login input").focus(); }
 function leave(fault) {
-  stream?.abort();
-  sessionStorage.removeItem(KEY);
-  [model, view, lastId] = [null, {}, ""];
-  $("head").hidden = true;
-  showLost(false);
-  showLogin(fault);
-}
-const theme = () => localStorage.getItem("llm_proxy.theme") ?? "auto";
-function paintTheme() {
-  document.documentElement.dataset.theme = theme();
-  $("theme").textContent = "Theme: " + theme();
-}
-$("theme").onclick = () => {
-  localStorage.setItem("llm_proxy.theme", {auto: "light", light: "dark", dark: "auto"}[theme()]);
-  paintTheme();
-};
+  stream?.abort(); sessionStorage.removeItem(KEY); [model, view, lastId] = [null, {}, ""];
+  $("head").hidden = true; showLost(false); showLogin(fault); }
+function setTheme(theme) {
+  localStorage.setItem("llm_proxy.theme", document.documentElement.dataset.theme = theme);
+  $("theme").textContent = "Theme: " + theme; }
+function press(event) {
+  if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
+    event.preventDefault(); $("filter").focus(); }
+  if (event.key !== "Escape" || !model) return;
+  if (view.asked) return ask(null);
+  [view.pointed, view.edited] = [-1, null]; view.open?.clear(); $("notices").replaceChildren();
+  paint(true); }
+const THEMES = {auto: "light", light: "dark", dark: "auto"};
+$("theme").onclick = () => setTheme(THEMES[document.documentElement.dataset.theme]);
 $("leave").onclick = () => leave("");
-onhashchange = show;
-onresize = paintSoon;
-document.onvisibilitychange = paintSoon;
-onkeydown = event => {
-  if (event.key === "Escape") {
-    if (view.asked) return ask(null);
-    [view.pointed, view.edited] = [-1, null];
-    view.open?.clear();
-    $("notices").replaceChildren();
-    if (model) paint(true);
-  } else if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
-    event.preventDefault();
-    $("filter").focus();
-  }
-};
-paintTheme();
+[onhashchange, onkeydown] = [show, press];
+onresize = document.onvisibilitychange = paintSoon;
+setTheme(localStorage.getItem("llm_proxy.theme") ?? "auto");
 show();
 </script>
-</body>
-</html>
 """
 PAGE_LINES = """Cache-Control: no-store
 Referrer-Policy: no-referrer
