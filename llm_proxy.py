@@ -70,6 +70,7 @@ import fnmatch
 import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import http.client
 import http.server
@@ -8724,7 +8725,7 @@ FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION A
     SELECT number FROM found LIMIT 100"""
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
-    GROUP BY start ORDER BY start DESC"""
+    GROUP BY start"""
 ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
     SELECT at, %s, %s FROM steps CROSS JOIN sums
     ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
@@ -8904,22 +8905,26 @@ class LedgerReader:
         return [(number, number) for number in sorted(found, reverse=True)]
 
     def find_ranges(self, execute, values, where):
-        """Yields ranges of rowids, the newest first, in which there may be calls that match: those
-        that are in no sum yet, then as the sums say, of quarters in the last days, before that of
-        hours."""
+        """Yields ranges of rowids, those that end last first, in which there may be calls that
+        match: those that are in no sum yet, then as the sums say, of quarters in the last days,
+        before that of hours. Where a clock was set back, these may overlap."""
         def find(span, low, high):
-            return execute(FIND_SUMS % (span, where), {
-                **values, "oldest": oldest, "low": low, "high": high})
+            return [(-last, first, span, start) for start, first, last in execute(
+                FIND_SUMS % (span, where), {**values, "oldest": oldest, "low": low, "high": high})]
 
         facts = read_facts(execute)
-        (oldest, last), = self.all_calls(execute)
-        yield facts["summed"] + 1, last
+        (oldest, newest), = self.all_calls(execute)
         rolled = facts["rolled"] // DAY * DAY
-        for _, first, last in find(QUARTER, rolled, MOST):
-            yield first, last
-        for day, _, _ in find(DAY, 0, rolled):
-            for _, first, last in find(HOUR, day, day + DAY):
-                yield first, last
+        heap = [(-newest, facts["summed"] + 1, 0, 0), *find(QUARTER, rolled, MOST),
+                *find(DAY, 0, rolled)]
+        heapq.heapify(heap)
+        while heap:
+            last, first, span, start = heapq.heappop(heap)
+            if span != DAY:
+                yield first, -last
+            else:
+                for one in find(HOUR, start, start + DAY):
+                    heapq.heappush(heap, one)
 
     def look(self, execute, ranges, values, where, limit):
         """Returns rows that match, and where to go on."""
@@ -8927,7 +8932,7 @@ class LedgerReader:
                  " ORDER BY rowid DESC LIMIT :limit" % where)
         rows, before, left = [], values["before"], self.LOOK
         for first, last in ranges:
-            last = min(last, before - 1)  # where a clock was set back, ranges overlap
+            last = min(last, before - 1)
             if first > last:
                 continue
             lowest = max(first, last - left + 1)

@@ -7695,6 +7695,11 @@ class SumsTest(TableCase):
     def test_calls_are_found_page_by_page_by_what_they_are(self):
         self.add({"served": "rare", "time": self.DAY + 9})
         self.add_many(700)
+        for hour in (99, 1, 50, 27, 0, 72, 26):  # of a clock that is set back and forth
+            self.add(*({"time": self.DAY + hour * 3600 + number, "caller": "a", "served": "m2",
+                        "ms": 999, "outcome": ("refused", "limited")[number % 2]}
+                       for number in range(4)))
+        self.roll_up(self.DAY + 90 * 3600)
         for filters, where in self.each(row.split(" -> ") for row in self.FILTERS.splitlines()):
             filters = dict(part.split("=") for part in filters.split())
             query = "SELECT rowid FROM calls WHERE %s ORDER BY 1 DESC" % where
