@@ -14066,9 +14066,10 @@ def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
         ledger = proxy.books.ledger
         if not (ledger and ledger.database):
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
-        place = ledger.path + ".admin-key"
+        path = ledger.path + ".admin-key"
+        place = "in " + path
         try:
-            write_secret(place, key)
+            write_secret(path, key)
         except OSError as failure:
             return page + " needs ADMIN_KEY to be set: %s" % failure
     config.admin_key = key

@@ -11384,7 +11384,7 @@ class KeysCommandTest(ProcessCase):
         for _ in range(2):
             process = self.serve(**self.settings)
             wait_for(lambda: process.said(
-                "dashboard: http://127.0.0.1:%d/dashboard with the key %s" % (
+                "dashboard: http://127.0.0.1:%d/dashboard with the key in %s" % (
                     self.address[1], file)))
             self.assertEqual(os.stat(file).st_mode & 0o777, 0o600)
             with open(file, encoding="ascii") as stream:
@@ -11401,7 +11401,7 @@ class KeysCommandTest(ProcessCase):
                 ({"DATABASE": "off"}, "needs ADMIN_KEY to be set"),
                 ({"ADMIN_KEY": "sk-0123456789abcdef"}, "/dashboard\n"),
                 ({"PUBLIC_URL": "https://llm.example.org"},
-                 "dashboard: https://llm.example.org/dashboard with the key /"))):
+                 "dashboard: https://llm.example.org/dashboard with the key in /"))):
             process = self.serve(**{**self.settings, **settings})
             wait_for(lambda: process.said(said))
             self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
@@ -11417,7 +11417,7 @@ class KeysCommandTest(ProcessCase):
             stream.write("mine")
         os.symlink(other, file)
         process = self.serve(**self.settings)
-        wait_for(lambda: process.said("with the key /"))
+        wait_for(lambda: process.said("with the key in /"))
         self.assertFalse(os.path.islink(file))
         with open(other, encoding="ascii") as stream:
             self.assertEqual(stream.read(), "mine")
