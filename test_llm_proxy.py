@@ -72,7 +72,7 @@ from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults,
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
-PATIENCE = 10  # seconds after which what has not happened never will
+PATIENCE = 20  # seconds after which what has not happened never will
 CPU_SECONDS = 0.05 if sys.implementation.name == "cpython" else 0.5  # for a callback
 CHAT = "/v1/chat/completions"
 
