@@ -72,7 +72,7 @@ from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults,
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
-PATIENCE = 10  # seconds after which what has not happened never will
+PATIENCE = 20  # seconds after which what has not happened never will
 CPU_SECONDS = 0.05 if sys.implementation.name == "cpython" else 0.5  # for a callback
 CHAT = "/v1/chat/completions"
 
@@ -625,11 +625,9 @@ def switches():
     return usage.ru_nvcsw, usage.ru_nivcsw
 
 
-def seconds_in_line():
-    """For how long this thread has waited for a CPU."""
-    with contextlib.suppress(OSError), open("/proc/thread-self/schedstat") as file:
-        return int(file.read().split()[1]) / 1e9
-    return 0
+def is_busy():
+    """Whether more wants to run than there are CPUs: then threads wait for what others hold."""
+    return os.getloadavg()[0] > os.cpu_count()
 
 
 def run_and_measure(handle):
@@ -647,7 +645,7 @@ def run_and_measure(handle):
     slept = False
     if SWITCHES and took > 0.25:
         waited, put_off = map(int.__sub__, switches(), before)
-        slept = waited < 10 and not put_off and seconds_in_line() < 0.1
+        slept = waited < 10 and not put_off and not is_busy()
     if cpu > CPU_SECONDS or slept:
         held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
 
