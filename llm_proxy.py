@@ -70,6 +70,7 @@ import fnmatch
 import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import http.client
 import http.server
@@ -1627,7 +1628,7 @@ class StoredKeys:
         lets nobody in, not even where anyone may call."""
         self.closed = closed
         self.keys = {key.name: key for key in keys}
-        self.rules = {key.subject: key.rules for key in keys if key.rules}
+        self.rules = {key.subject: key.rules for key in keys}
         self.known: Known = {}
         for one, name, valid_until in secrets:
             key = self.keys.get(name) or Key(name, disabled=True, subject=one)
@@ -2233,14 +2234,16 @@ class Limits:
         Returns how many were saved in the future."""
         find = functools.lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
-            owner = key[1] if len(key) == 2 else None
-            old, new = find(key[0], self.own.get(owner[1], ()) if owner else ())
+            old, new = find(key[0], self.own.get(key[1][1]) if len(key) == 2 else ())
             if new:
                 self.buckets.restore(old, key, level, wall - since)
             if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
-                self.buckets.restore(new, (new.text, *key[1:]), level, 0)
+                heir = (new.text, *key[1:])
+                self.buckets.restore(new, heir, level, 0)
+                if key in self.buckets.given:
+                    self.buckets.given[heir] = self.buckets.given.pop(key)
         return sum([since > wall + 60 for _, since in saved.values()])
 
     def take_over(self, wall: float):
@@ -2265,11 +2268,13 @@ class Limits:
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
         has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
-        duration if there is one. Both are None where there is none."""
-        families = {rule.family for rule in own}
-        now = [*own, *[rule for rule in self.rules if rule.family not in families]]
-        # The last are for people behind a key.
-        known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        duration if there is one. Both are None where there is none. `own` is None for one whose key
+        is not stored, who may be a person behind one that is."""
+        families = {rule.family for rule in own or ()}
+        now = known = [*(own or ()), *[
+            rule for rule in self.rules if rule.family not in families]]
+        if own is None:
+            known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
         same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
@@ -2277,11 +2282,17 @@ class Limits:
             old = read_rule(text)
         except ValueError:
             return None, None
-        new = [rule for rule in now if rule.capacity is not None
-               and rule.text.split(" ")[2] == text.split(" ")[2]
-               and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+        new = self.heirs(old, now, own or ())
         return (old, new[0]) if new and old.capacity is not None else (None, None)
+
+    @staticmethod
+    def heirs(old, now, own):
+        """Returns the rules that count what an old one did, those of its duration first."""
+        unit = old.text.split(" ")[2]
+        found = [rule for rule in now if rule.capacity is not None
+                 and rule.text.split(" ")[2] == unit
+                 and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
+        return sorted(found, key=lambda rule: rule.rate[1] != old.rate[1])
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -8086,8 +8097,8 @@ def listed_columns(columns: Dict[str, str]) -> str:
 
 
 def exact_total(name: str) -> str:
-    """Returns an integer's expression: SQLite's sum() fails, and its total() rounds, above what is
-    plausible, and money is exact for far longer."""
+    """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
+    is too large, and its total() rounds; money needs more digits than counts."""
     if name == "picodollars":
         return ("CAST(min(total(picodollars / 1000000), 4e12) AS INTEGER) * 1000000"
                 " + CAST(total(picodollars % 1000000) AS INTEGER)")
@@ -8105,6 +8116,7 @@ SUM_COLUMNS = ["start", *SUM_KEYS, *SUM_COUNTS, "first", "last", "slowest"]
 
 
 def adding_statement() -> str:
+    """Returns SUMMING with the places of its columns."""
     places = {name: place for place, name in enumerate(SUM_COLUMNS, 1)}
     keys = SUM_COLUMNS[:1 + len(SUM_KEYS)]
     return SUMMING.format(
@@ -8120,24 +8132,24 @@ ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
     GROUP BY %s""" % (
         ", ".join(SUM_KEYS), ", ".join(map(exact_total, SUM_COUNTS)), ", ".join(SUM_KEYS))
-# The last call stays, else its rowid were given again.
+# The last call stays, else its rowid would be given to another one.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
     AND rowid < (SELECT max(rowid) FROM calls)"""
 FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
     AND chunk < (SELECT min(rowid) FROM calls) / %d"""
 FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
-
-
 ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
 ADD_TO_SUMS = adding_statement()
 
 
 class SumsOfCalls:
-    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models for whom nobody
-    answered go by the name of `other`: whoever is refused may make up as many as they like."""
+    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models that got no answer go
+    by the name of `other`: whoever is refused may make up as many as they like. Beyond MOST_NAMES
+    all do."""
     NAMES = 200
+    MOST_NAMES = 2000
 
     def __init__(self):
         self.names = collections.defaultdict(set)  # by quarter and what they are of
@@ -8161,8 +8173,8 @@ class SumsOfCalls:
     @staticmethod
     def grouped(calls):
         groups = collections.defaultdict(list)
-        for number, time, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
-            key = (int((time or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
+        for number, end, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
+            key = (int((end or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
                    served or model or "-", upstream or "-")
             groups[key].append((number, outcome, ms or 0, *used))
         return groups
@@ -8179,7 +8191,7 @@ class SumsOfCalls:
         shown = []
         for kind, name in (("caller", caller), ("model", model)):
             names = self.names[start, kind]
-            if answered or len(names) < self.NAMES:
+            if len(names) < (self.MOST_NAMES if answered else self.NAMES):
                 names.add(name)
             shown.append(name if name in names else "other")
         return start, shown[0], team, tag, shown[1], upstream
@@ -8195,6 +8207,14 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
         timeout=WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     return connection
+
+
+def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
+    """Returns how far the sums have come: `summed` is the rowid of the last call that is in them,
+    `unsummed` of the last of an older version that is not, `listed` of the last that is in `ids`;
+    `rolled` is when the last hour ends of which there is a sum."""
+    return dict(execute(
+        "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
 
 
 class Database:
@@ -8316,8 +8336,7 @@ class Database:
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
-            self.facts.update(execute("SELECT name, value FROM facts WHERE name IN"
-                                      " ('summed', 'unsummed', 'rolled', 'listed')").fetchall())
+            self.facts.update(read_facts(execute))
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
@@ -8374,8 +8393,9 @@ class Database:
                 batch = sums[start:start + self.SUMS]
                 marks = ", ".join(["(%s)" % ",".join("?" * len(SUM_COLUMNS))] * len(batch))
                 self.connection.execute(ADD_TO_SUMS % marks, list(itertools.chain(*batch)))
-            # A clock may be set back: what begins before goes once more to hours and days.
-            facts = {fact: value, "rolled": min(rolled, self.facts["rolled"])}
+            facts = {fact: value}
+            if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
+                facts["rolled"] = rolled
             self.note(**facts)
         self.facts.update(facts)
 
@@ -8705,7 +8725,7 @@ FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION A
     SELECT number FROM found LIMIT 100"""
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
-    GROUP BY start ORDER BY start DESC"""
+    GROUP BY start"""
 ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
     SELECT at, %s, %s FROM steps CROSS JOIN sums
     ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
@@ -8741,7 +8761,7 @@ class LedgerReader:
         if by not in SUM_KEYS:
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
-            rolled = self.facts(execute)["rolled"]
+            rolled = read_facts(execute)["rolled"]
             spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
                      for span in read_spans(low, high, rolled)]
             query = ADD_SUMS % (", ".join(spans), by, Sum.TOTALS, where)
@@ -8872,10 +8892,6 @@ class LedgerReader:
         return values
 
     @staticmethod
-    def facts(execute):
-        return dict(execute("SELECT name, value FROM facts").fetchall())
-
-    @staticmethod
     def all_calls(execute):
         """Returns one range of rowids."""
         (first, last), = execute(ENDS_OF_CALLS).fetchall()
@@ -8884,27 +8900,31 @@ class LedgerReader:
     def find_id(self, execute, values):
         """Returns ranges of one rowid each, newest first."""
         (_, last), = self.all_calls(execute)
-        listed = max(self.facts(execute)["listed"], last - self.LOOK)
+        listed = max(read_facts(execute)["listed"], last - self.LOOK)
         found = [number for number, in execute(FIND_ID, {"id": values["id"], "listed": listed})]
         return [(number, number) for number in sorted(found, reverse=True)]
 
     def find_ranges(self, execute, values, where):
-        """Yields ranges of rowids, the newest first, in which there may be calls that match: those
-        that are in no sum yet, then as the sums say, of quarters in the last days, before that of
-        hours."""
+        """Yields ranges of rowids, those that end last first, in which there may be calls that
+        match: those that are in no sum yet, then as the sums say, of quarters in the last days,
+        before that of hours. Where a clock was set back, these may overlap."""
         def find(span, low, high):
-            return execute(FIND_SUMS % (span, where), {
-                **values, "oldest": oldest, "low": low, "high": high})
+            return [(-last, first, span, start) for start, first, last in execute(
+                FIND_SUMS % (span, where), {**values, "oldest": oldest, "low": low, "high": high})]
 
-        facts = self.facts(execute)
-        (oldest, last), = self.all_calls(execute)
-        yield facts["summed"] + 1, last
+        facts = read_facts(execute)
+        (oldest, newest), = self.all_calls(execute)
         rolled = facts["rolled"] // DAY * DAY
-        for _, first, last in find(QUARTER, rolled, MOST):
-            yield first, last
-        for day, _, _ in find(DAY, 0, rolled):
-            for _, first, last in find(HOUR, day, day + DAY):
-                yield first, last
+        heap = [(-newest, facts["summed"] + 1, 0, 0), *find(QUARTER, rolled, MOST),
+                *find(DAY, 0, rolled)]
+        heapq.heapify(heap)
+        while heap:
+            last, first, span, start = heapq.heappop(heap)
+            if span != DAY:
+                yield first, -last
+            else:
+                for one in find(HOUR, start, start + DAY):
+                    heapq.heappush(heap, one)
 
     def look(self, execute, ranges, values, where, limit):
         """Returns rows that match, and where to go on."""
@@ -8912,7 +8932,7 @@ class LedgerReader:
                  " ORDER BY rowid DESC LIMIT :limit" % where)
         rows, before, left = [], values["before"], self.LOOK
         for first, last in ranges:
-            last = min(last, before - 1)  # where a clock was set back, ranges overlap
+            last = min(last, before - 1)
             if first > last:
                 continue
             lowest = max(first, last - left + 1)
@@ -9238,6 +9258,9 @@ class Ledger(Writer):
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
+        except Exception:
+            self.sum_at = now + 60
+            self.log.report()
 
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
@@ -9547,92 +9570,6 @@ class Feed(Watcher):
         return list(itertools.islice(self.events, first, None))
 
 
-class Pulse(Watcher):
-    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
-    and which buckets changed. `labels` are the names of those who called lately."""
-    MINUTE = 60
-    MAX_TIMES = 5_000
-    MAX_CALLERS = 1_000
-    MAX_SHOWN = 100
-
-    def __init__(self, clock: Any, buckets: Buckets, feed: Feed):
-        self.clock = clock
-        self.buckets = buckets
-        self.feed = feed
-        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
-        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, ms, upstream)
-        self.callers: "collections.OrderedDict[CallerKey, Caller]" = collections.OrderedDict()
-        self.last_seen: Dict[CallerKey, float] = {}
-        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
-        self.refused = collections.Counter()  # calls, by the text of the rule
-        self.calls = self.tokens = self.failed = self.picodollars = 0
-
-    def record(self, entry):
-        if not entry.call:
-            return
-        self.calls += 1
-        if entry.outcome == "limited":
-            self.refused[entry.cause] += 1
-        if entry.outcome not in ("ok", "limited", "caller_gone"):
-            self.failed += 1
-        if entry.usage:
-            self.tokens += entry.usage.input + entry.usage.output
-            self.picodollars += entry.picodollars
-        if entry.first_byte is not None:
-            self.times.append((entry.ended, entry.milliseconds(entry.first_byte), entry.upstream))
-        caller = entry.caller
-        self.callers[caller.key] = caller
-        self.last_seen[caller.key] = entry.wall / 1e9
-        if len(self.callers) > self.MAX_CALLERS:
-            del self.last_seen[self.callers.popitem(last=False)[0]]
-        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
-            for rule, key in entry.hold.keyed_rules:
-                self.changed[key] = rule, caller
-
-    def named(self, label: str) -> List[Caller]:
-        """Returns who called lately by this label."""
-        return [caller for caller in self.callers.values() if caller.label == label]
-
-    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
-        """Returns percentiles of the last minute, in milliseconds."""
-        oldest = self.clock.monotonic() - self.MINUTE
-        found = sorted([ms for ended, ms, name in self.times
-                        if ended >= oldest and upstream in (None, name)])
-        return {"first_p%d" % share: found[len(found) * share // 100] if found else None
-                for share in (50, 95)}
-
-    def tick(self, running: int, line: int) -> Dict[str, Any]:
-        """A second is over; returns what was in it."""
-        found = {"now": self.clock.time_ns() / 1e9, "calls": self.calls, "tokens": self.tokens,
-                 "failed": self.failed, "in_flight": running, "line": line,
-                 "usd": format_usd(self.picodollars), **self.first_bytes()}
-        self.calls = self.tokens = self.failed = self.picodollars = 0
-        self.seconds.append(found)
-        return found
-
-    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
-        """Returns a bucket as the page shows it."""
-        level = self.buckets.level_of(rule, key)
-        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
-        missing = -(-(rule.capacity - level.level) // rule.refill)
-        runs = rule.unit == RUNNING
-        return {"rule": rule.text, "unit": UNITS[rule.unit],
-                "level": format_amount(rule, level.level),
-                "capacity": format_amount(rule, rule.capacity),
-                "refill": 0 if runs else format_amount(rule, rule.refill),
-                "interval": 0 if runs else rule.interval,
-                "refilled": wall - (now - level.refilled),
-                "full_in": 0 if runs else max(
-                    0, round(level.refilled + missing * rule.interval - now, 3))}
-
-    def changed_buckets(self) -> List[Dict[str, Any]]:
-        """Returns those of the last second."""
-        changed = self.changed
-        self.changed = {}
-        return [{"caller": caller.label, **self.bucket(rule, key)}
-                for key, (rule, caller) in changed.items()]
-
-
 class Poster(Writer):
     """Posts JSON to a URL of the operator's, which may hold secrets: no line in the log shows it.
     What is not taken in a few tries is dropped and counted."""
@@ -9918,6 +9855,16 @@ class Metrics(Watcher):
 
     # -- what is told when somebody asks
 
+    def totals(self) -> Tuple[int, int, int, int]:
+        """Returns how many calls ended, how many of them failed, and their tokens and
+        picodollars."""
+        fine = ("ok", "limited", "caller_gone")
+        failed = [one.calls for names, one in self.series.items() if names[-1] not in fine]
+        used = self.used.values()
+        return (sum([one.calls for one in self.series.values()]), sum(failed),
+                sum([one.input + one.output for one in used]),
+                sum([one.picodollars for one in used]))
+
     def families(self) -> List[Family]:
         """Returns what was counted."""
         series, used = list(self.series.values()), list(self.used.values())
@@ -9957,6 +9904,86 @@ class Metrics(Watcher):
                        levels.items()),
                 Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
                        capacities.items())]
+
+
+class Pulse(Watcher):
+    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
+    which buckets changed, and who called lately."""
+    MINUTE = 60
+    MAX_TIMES = 5_000
+    MAX_CALLERS = 1_000
+    MAX_SHOWN = 100
+
+    def __init__(self, clock: Any, buckets: Buckets, feed: Feed, metrics: Metrics):
+        self.clock = clock
+        self.buckets = buckets
+        self.feed = feed
+        self.metrics = metrics
+        self.before = metrics.totals()
+        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
+        self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
+        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+
+    def record(self, entry):
+        caller = entry.caller
+        if caller is None:
+            return
+        self.callers[caller.key] = caller, entry.wall
+        if entry.first_byte is not None:
+            self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
+        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
+            for rule, key in entry.hold.keyed_rules:
+                self.changed[key] = rule, caller
+
+    def named(self, label: str) -> List[Caller]:
+        """Returns who called lately by this label."""
+        return [caller for caller, _ in self.callers.values() if caller.label == label]
+
+    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
+        """Returns percentiles of the last minute, in milliseconds."""
+        oldest = self.clock.monotonic() - self.MINUTE
+        found = sorted([seconds for ended, seconds, name in self.times
+                        if ended >= oldest and upstream in (None, name)])
+        return {"first_p%d" % share:
+                int(found[len(found) * share // 100] * 1000) if found else None
+                for share in (50, 95)}
+
+    def tick(self, running: int, line: int) -> Dict[str, Any]:
+        """A second is over; returns what was in it."""
+        totals = self.metrics.totals()
+        calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
+        self.before = totals
+        found = {"now": self.clock.time_ns() / 1e9, "calls": calls, "tokens": tokens,
+                 "failed": failed, "in_flight": running, "line": line,
+                 "usd": format_usd(picodollars), **self.first_bytes()}
+        self.seconds.append(found)
+        if len(self.callers) > self.MAX_CALLERS:
+            lately = sorted(self.callers.items(), key=lambda one: one[1][1])
+            self.callers = dict(lately[-self.MAX_CALLERS // 2:])
+        return found
+
+    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+        """Returns a bucket as the page shows it."""
+        level = self.buckets.level_of(rule, key)
+        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        missing = -(-(rule.capacity - level.level) // rule.refill)
+        runs = rule.unit == RUNNING
+        return {"rule": rule.text, "unit": UNITS[rule.unit],
+                "level": format_amount(rule, level.level),
+                "capacity": format_amount(rule, rule.capacity),
+                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "interval": 0 if runs else rule.interval,
+                "refilled": wall - (now - level.refilled),
+                "full_in": 0 if runs else max(
+                    0, round(level.refilled + missing * rule.interval - now, 3))}
+
+    def changed_buckets(self) -> List[Dict[str, Any]]:
+        """Returns those of the last second."""
+        changed = self.changed
+        self.changed = {}
+        return [{"caller": caller.label, **self.bucket(rule, key)}
+                for key, (rule, caller) in changed.items()]
 
 
 def upstream_families(routes: Routes) -> List[Family]:
@@ -11489,8 +11516,9 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
     feed = Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
     marks = Marks(config.warn_at, warnings) if config.warn_at else None
-    pulse = Pulse(clock, limits.buckets, feed)
-    return Watchers(feed, pulse, Metrics(), warnings, traces, marks)
+    metrics = Metrics()
+    pulse = Pulse(clock, limits.buckets, feed, metrics)
+    return Watchers(feed, pulse, metrics, warnings, traces, marks)
 
 
 def build_tls(config: Config) -> ssl.SSLContext:
@@ -11890,7 +11918,7 @@ class Admin:
         """Returns the buckets that are near their end."""
         mark = min(self.proxy.config.warn_at or (0.8,))
         found = []
-        for caller in self.pulse.callers.values():
+        for caller, _ in self.pulse.callers.values():
             for one in self.proxy.limits.buckets.levels.values():
                 if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
                         one.level <= (1 - mark) * one.rule.capacity):
@@ -12133,10 +12161,10 @@ class Admin:
 
     def known_callers(self):
         """Returns those who called lately, and those whose keys have names."""
-        found = dict(self.pulse.callers)
+        found = {key: caller for key, (caller, _) in self.pulse.callers.items()}
         for caller in self.proxy.callers.everybody():
             if caller.role == "caller":
-                found.setdefault(caller.key, caller)
+                found[caller.key] = caller  # as it is now, not when it called
         return list(found.values())
 
     async def callers(self, ask):
@@ -12152,9 +12180,13 @@ class Admin:
                 "name": label, "team": caller.team, "key": bool(key),
                 "paused": bool(key and key.disabled), "buckets": self.buckets_of(caller, not_full),
                 "today": sums.get(label, NO_SUM).as_dict(), "hours": hours.get(label, [0] * 24),
-                "last": self.pulse.last_seen.get(caller.key, seen.get(label))})
+                "last": self.last_seen(caller) or seen.get(label)})
         rows.sort(key=lambda row: -(row["last"] or 0))
         return {"callers": rows[:self.MAX_SHOWN]}
+
+    def last_seen(self, caller):
+        _, wall = self.pulse.callers.get(caller.key, (None, 0))
+        return wall / 1e9
 
     async def quota(self, request, reply):
         """A page for every caller: what it has left, and what it used."""
@@ -12202,9 +12234,9 @@ class Admin:
         return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
 
     async def limits(self, _):
-        refused = self.pulse.refused
+        refused = self.proxy.watchers.metrics.refused
         return {"rules": [
-            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused[rule.text],
+            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
             for rule in self.proxy.limits.rules]}
 
@@ -14044,9 +14076,10 @@ def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
         ledger = proxy.books.ledger
         if not (ledger and ledger.database):
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
-        place = ledger.path + ".admin-key"
+        path = ledger.path + ".admin-key"
+        place = "in " + path
         try:
-            write_secret(place, key)
+            write_secret(path, key)
         except OSError as failure:
             return page + " needs ADMIN_KEY to be set: %s" % failure
     config.admin_key = key
@@ -14216,7 +14249,7 @@ def usage_parts(facts, by, since):
 
 def usage_query(execute, by, since):
     """Returns the statement that adds up what calls since then used."""
-    facts = dict(execute("SELECT name, value FROM facts").fetchall())
+    facts = read_facts(execute)
     known = {row[1] for row in execute("PRAGMA table_info(calls)")}
     missing = "".join([", NULL AS " + name for name in ("team", "tag") if name not in known])
     names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
@@ -14238,14 +14271,14 @@ def read_usage(path, options, now):
             return Row._fields, find_call(execute, options.id)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
-    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, group[0]))
+    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
     rows = [(names, one.as_dict()) for names, one in found]
     return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
 
 
 def find_call(execute, name):
     """Returns the row of the last call with this id, or none."""
-    listed = dict(execute("SELECT name, value FROM facts").fetchall()).get("listed")
+    listed = read_facts(execute).get("listed")
     if listed is None:  # an older version had no list
         find = "SELECT max(rowid) FROM calls WHERE id = :id"
     else:

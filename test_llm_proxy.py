@@ -72,7 +72,7 @@ from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults,
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
-PATIENCE = 10  # seconds after which what has not happened never will
+PATIENCE = 20  # seconds after which what has not happened never will
 CPU_SECONDS = 0.05 if sys.implementation.name == "cpython" else 0.5  # for a callback
 CHAT = "/v1/chat/completions"
 
@@ -625,11 +625,9 @@ def switches():
     return usage.ru_nvcsw, usage.ru_nivcsw
 
 
-def seconds_in_line():
-    """For how long this thread has waited for a CPU."""
-    with contextlib.suppress(OSError), open("/proc/thread-self/schedstat") as file:
-        return int(file.read().split()[1]) / 1e9
-    return 0
+def is_busy():
+    """Whether more wants to run than there are CPUs: then threads wait for what others hold."""
+    return os.getloadavg()[0] > os.cpu_count()
 
 
 def run_and_measure(handle):
@@ -647,7 +645,7 @@ def run_and_measure(handle):
     slept = False
     if SWITCHES and took > 0.25:
         waited, put_off = map(int.__sub__, switches(), before)
-        slept = waited < 10 and not put_off and seconds_in_line() < 0.1
+        slept = waited < 10 and not put_off and not is_busy()
     if cpu > CPU_SECONDS or slept:
         held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
 
@@ -782,6 +780,10 @@ class ProxyCase(TableCase):
         Calls on different connections may be logged in any order: where it matters, wait for each.
         """
         return wait_for(lambda: self.lines.entries()[number:number + 1], "an access line")[0]
+
+    def assert_said(self, text):
+        """The log, which a thread of its own writes, has this."""
+        wait_for(lambda: text in self.lines.text(), text)
 
     def left(self, key=None):
         """What is left in a caller's bucket, by /health."""
@@ -934,7 +936,7 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 96000)
+        self.assertLessEqual(len(lines), 97000)
         heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
@@ -2111,13 +2113,31 @@ each 9 tokens per day"""):
         self.assertEqual(texts, ["each 9 requests per 5m"])
 
     def change(self, old, new, general="each 10 requests per hour"):
-        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed; ben has what
+        she had before."""
         self.start(general)
-        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.limits.take_keys({name: self.key("", old).rules for name in (b"ann", b"ben")}, 0)
         self.ask(self.caller("ann", limits=old), 2)
-        rules = llm_proxy.rules_of_one(new) if new else ()
-        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        self.limits.take_keys({b"ann": self.key("", new).rules, b"ben": self.key("", old).rules}, 0)
         return self.levels()
+
+    def test_the_bucket_of_somebody_behind_a_key_goes_by_the_keys_rules_after_a_restart_too(self):
+        self.start("each 10 requests per hour")
+        self.limits.take_keys({b"webui": self.key("", "20 requests per hour").rules}, 0)
+        saved = {("each 20 requests per hour", ("key", b"somebody")): (5, 0.0)}
+        self.limits.restore(saved, 0)
+        self.assertEqual(self.levels(), [("each 20 requests per hour", 5)])
+
+    def test_what_was_given_goes_along_when_the_rule_is_changed(self):
+        self.start("all 99 requests per hour")
+        self.limits.take_keys({b"ann": self.key("", "5 requests per day").rules}, 0)
+        self.ask(self.caller("ann", limits="5 requests per day"), 5)
+        ann = self.caller("ann", limits="5 requests per day")
+        self.limits.give(ann, "requests", 4, self.clock.now + 100)
+        self.limits.take_keys({b"ann": self.key("", "10 requests per day").rules}, 0)
+        ann = self.caller("ann", limits="10 requests per day")
+        self.assertEqual(self.ask(ann, 0).tightest.level, 8)
+        self.assertEqual([key[0] for key in self.buckets.given], ["each 10 requests per day"])
 
     def test_a_changed_rules_bucket_keeps_its_share(self):
         for old, new, left in self.each((
@@ -6986,7 +7006,7 @@ agent         curl/8\\x9b"""))
         wait_for(lambda: len(self.lines.entries()) == 12, "the lines")
         self.assertEqual(len(self.wait_for_rows(11)), 11)  # the last had no head
         line = "90 more were refused without a known caller: 401 127.0.0.1 x75, 429 127.0.0.1 x15"
-        self.assertIn(line, self.lines.text())
+        self.assert_said(line)
 
     def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
         models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"',
@@ -7067,6 +7087,15 @@ class LedgerTest(LedgerCase):
         old, new, spare = [row["connect_ms"] for row in self.wait_for_rows(3)]
         self.assertEqual((self.row()["id"], old, spare), ("old", None, None))
         self.assertGreaterEqual(new, 0)
+
+    def test_a_call_is_in_the_sums_seconds_after_its_end(self):
+        self.patch_seconds(Ledger_SUM_SECONDS=0.01)
+        self.start()
+        reader, now = llm_proxy.LedgerReader(self.path), time.time()
+        for number in range(1, 3):
+            self.ask(call())
+            wait_for(lambda: [one.calls for one in reader.totals(
+                "model", now - 900, now + 900).values()] == [number], "the sum")
 
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
         self.start()
@@ -7598,6 +7627,14 @@ class SumsTest(TableCase):
             self.assertEqual(found, list(map(float, hours)))
             self.assertEqual([low for _, low, _ in steps[1:]], [high for _, _, high in steps[:-1]])
 
+    def test_no_cell_of_a_table_is_computed_and_none_moves_a_cursor(self):
+        cells = {"-": "-", "a,b": '"a,b"', "=1+1": "'=1+1", "-1": "'-1", " @x": "' @x",
+                 "a;=b": "a;'=b", "\t=a": "'\\t=a", "\n+a": "'\\n+a", "\uff1da": "'\uff1da",
+                 "a\x1b[2J": "a\\x1b[2J", "a\u202eb": "a\\u202eb", "\xe9": "\xe9"}
+        for cell, text in self.each(cells.items()):
+            self.assertEqual(llm_proxy.csv_of(["x"], [[cell]]), "x\n%s\n" % text)
+        self.assertEqual(llm_proxy.csv_of(["x", "y"], [[-1, None]]), "x,y\n-1,\n")
+
     def test_zones_that_are_none_and_ranges_without_end_are_refused(self):
         utc = datetime.timezone.utc
         for name, offset in self.each((
@@ -7656,6 +7693,11 @@ class SumsTest(TableCase):
     def test_calls_are_found_page_by_page_by_what_they_are(self):
         self.add({"served": "rare", "time": self.DAY + 9})
         self.add_many(700)
+        for hour in (99, 1, 50, 27, 0, 72, 26):  # of a clock that is set back and forth
+            self.add(*({"time": self.DAY + hour * 3600 + number, "caller": "a", "served": "m2",
+                        "ms": 999, "outcome": ("refused", "limited")[number % 2]}
+                       for number in range(4)))
+        self.roll_up(self.DAY + 90 * 3600)
         for filters, where in self.each(row.split(" -> ") for row in self.FILTERS.splitlines()):
             filters = dict(part.split("=") for part in filters.split())
             query = "SELECT rowid FROM calls WHERE %s ORDER BY 1 DESC" % where
@@ -7743,6 +7785,24 @@ class SumsTest(TableCase):
             found = self.reader.totals(by, self.DAY, self.DAY + 900)
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
+
+        with mock.patch.object(llm_proxy.SumsOfCalls, "MOST_NAMES", 8):
+            self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
+        found = self.reader.totals("model", self.DAY, self.DAY + 900)
+        self.assertEqual((len(found), found["other"].calls), (9, 22))
+
+    def test_what_was_not_added_up_before_the_end_is_after_the_next_start(self):
+        for number in range(3):
+            with self.database.transaction():
+                self.database.add([columns_of({"time": self.DAY})] * 7)
+            self.database.connection.close()
+            self.database = llm_proxy.Database(self.path)
+            with self.database.transaction():  # some calls that nobody kept in mind
+                self.database.add([columns_of({"time": self.DAY})] * 4)
+            with mock.patch.object(llm_proxy.Database, "BATCH", 3):
+                self.add({"time": self.DAY})
+            found = self.reader.totals("caller", self.DAY, self.DAY + 900)
+            self.assertEqual(found["alice"].calls, 12 * (number + 1))
 
     def test_a_clock_that_was_set_back_leaves_no_sum_behind(self):
         self.add_many(50)
@@ -8330,7 +8390,7 @@ class WarningsTest(SignalsCase):
             "event": "limit_near", "caller": "alice", "rule": "each 100 tokens per day",
             "level": 15, "capacity": 100, "share": 0.85, "time": self.clock.time_ns() / 1e9}))
         self.assertEqual(self.told(), [told])
-        self.assertIn("alice has used 85% of each 100 tokens per day", self.lines.text())
+        self.assert_said("alice has used 85% of each 100 tokens per day")
         self.assertNotIn("hush", self.lines.text())
 
     def test_each_mark_each_caller_and_each_hour_has_a_warning(self):
@@ -8399,7 +8459,7 @@ class WarningsTest(SignalsCase):
         told, = self.told()
         found = told["event"], told["key"], told["expires"]
         self.assertEqual(found, ("key_expires", "soon", end))
-        wait_for(lambda: "the key soon expires in 300 min" in self.lines.text(), "its line")
+        self.assert_said("the key soon expires in 300 min")
 
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
@@ -8756,7 +8816,7 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses("x", None), [200, 200])
         ann = self.add()
         self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
-        wait_for(lambda: "nobody may call without one from now on" in self.lines.text())
+        self.assert_said("nobody may call without one from now on")
         self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
         self.proxy.books.close(PATIENCE)
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
@@ -9007,7 +9067,7 @@ class KeysTest(KeysCase):
                 column, "NULL" if value is None else repr(value)))
             wait_for(lambda: self.proxy.callers is not before)
             self.assertEqual(self.statuses(ann, ben), [401, 200])
-            wait_for(lambda: "in DATABASE cannot be read: it lets nobody" in self.lines.text())
+            self.assert_said("in DATABASE cannot be read: it lets nobody in")
 
     def test_keys_that_cannot_be_read_any_more_change_nothing(self):
         self.start()
@@ -9045,6 +9105,12 @@ class KeysTest(KeysCase):
             clock.now += seconds
             self.ask(call(ann))
             wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
+
+    def test_a_stored_key_has_the_turns_of_its_name(self):
+        self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="ann=5")
+        self.ask_stub(call(self.add()))
+        queues = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual([one.weight for one in queues], [5])
 
     def test_people_behind_a_key_have_what_it_may(self):
         self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
@@ -11066,7 +11132,7 @@ class TlsTest(ServerCase):
 
     def test_calls_streams_and_uploads_go_as_without_it(self):
         self.start_tls()
-        client, body = self.connect_tls(), os.urandom(1 << 20)
+        client, body = self.connect_tls(), b"RIFF" + os.urandom(1 << 20)  # nothing like JSON
         self.assertEqual(client.exchange(call()).body, b'{"said": "hi"}')
         self.stub.answer = says(body)
         answered = client.exchange(request("POST", "/v1/audio", body))
@@ -11303,14 +11369,6 @@ class KeysCommandTest(ProcessCase):
         self.assertEqual((code, out), (0, "no keys yet\n"))
         self.assertRegex(err, r"\ADATABASE \S+other.db is made now: no proxy that runs has it\n\Z")
 
-    def test_check_knows_of_stored_keys(self):
-        for policy, warned in self.each((("pass", True), ("own", False))):
-            _, out, _ = self.command(
-                "--check", BASE_API_URL="http://127.0.0.1:1", **self.settings).finish()
-            self.assertRegex(out, "(?m)^STORED +%s$" % policy)
-            self.assertEqual("warning: callers are not checked" in out, warned)
-            self.keys("add", "ann")
-
     def test_only_a_new_secret_is_on_standard_output(self):
         for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
             code, out, err = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
@@ -11337,7 +11395,7 @@ class KeysCommandTest(ProcessCase):
         for _ in range(2):
             process = self.serve(**self.settings)
             wait_for(lambda: process.said(
-                "dashboard: http://127.0.0.1:%d/dashboard with the key %s" % (
+                "dashboard: http://127.0.0.1:%d/dashboard with the key in %s" % (
                     self.address[1], file)))
             self.assertEqual(os.stat(file).st_mode & 0o777, 0o600)
             with open(file, encoding="ascii") as stream:
@@ -11354,7 +11412,7 @@ class KeysCommandTest(ProcessCase):
                 ({"DATABASE": "off"}, "needs ADMIN_KEY to be set"),
                 ({"ADMIN_KEY": "sk-0123456789abcdef"}, "/dashboard\n"),
                 ({"PUBLIC_URL": "https://llm.example.org"},
-                 "dashboard: https://llm.example.org/dashboard with the key /"))):
+                 "dashboard: https://llm.example.org/dashboard with the key in /"))):
             process = self.serve(**{**self.settings, **settings})
             wait_for(lambda: process.said(said))
             self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
@@ -11370,7 +11428,7 @@ class KeysCommandTest(ProcessCase):
             stream.write("mine")
         os.symlink(other, file)
         process = self.serve(**self.settings)
-        wait_for(lambda: process.said("with the key /"))
+        wait_for(lambda: process.said("with the key in /"))
         self.assertFalse(os.path.islink(file))
         with open(other, encoding="ascii") as stream:
             self.assertEqual(stream.read(), "mine")
@@ -11451,6 +11509,7 @@ class CommandsTest(ProcessCase):
         ("", "caller,%s\nalice,2,20,2,4,0,1,0,0.5\nbob,2,20,2,4,0,0,1,0\n"),
         ("--by model --since 2d", "model,%s\nm1,2,20,2,4,0,0,1,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by outcome", "outcome,%s\nok,3,30,3,6,0,1,1,0.5\nrefused,1,10,1,2,0,0,0,0\n"),
+        ("--by team --by tag", "team,tag,%s\n-,-,4,40,4,8,0,1,1,0.5\n"),
         ("--by upstream", "upstream,%s\n-,3,30,3,6,0,1,0,0.5\nbase,1,10,1,2,0,0,1,0\n"),
         ("--by model --caller alice", "model,%s\nm1,1,10,1,2,0,0,0,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by caller --by outcome --since 2d",
@@ -13433,7 +13492,8 @@ sys.exit(llm_proxy.main())
                     " MiB %5.1f, %6.1f, %6.1f; %r", name, 1000 * metronome.latest,
                     1000 * metronome.lag, 1000 * float(longest), before, max(sizes),
                     self.resident(), self.answered())
-        if max(metronome.latest, float(longest)) > self.LATEST:
+        # A busy machine makes the metronome itself late.
+        if max(metronome.latest - metronome.lag, float(longest)) > self.LATEST:
             yield "%s: an event took %.0f ms, %s %.0f ms of CPU" % (
                 name, 1000 * metronome.latest, callback, 1000 * float(longest))
         if max(sizes) > memory:
