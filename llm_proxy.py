@@ -9690,12 +9690,16 @@ class Poster(Writer):
 OTHER = "other"  # the label of what is one too many to have one of its own,
 NONE = "-"       # and of what there is none of
 CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
+DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
+NO_DETAILS = NO_USAGE[DETAILS]
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 COUNTERS = {
     "requests_total": "Calls that have ended",
     "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
     "usd_total": "What calls cost, where their price is known",
+    "unpriced_total": "Calls whose price is not known",
+    "estimated_total": "Calls whose tokens are guessed, because nobody told them",
     "refused_total": "Calls that a rule refused",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
@@ -9772,14 +9776,15 @@ class Times:
 
 class Used:
     """What a caller has used of a model at an upstream."""
-    __slots__ = ("labels", "picodollars", *TOKEN_KINDS)
+    __slots__ = ("labels", "picodollars", "unpriced", "estimated", *TOKEN_KINDS)
 
     def __init__(self, *values: str):
         self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
-        self.picodollars = 0
+        self.picodollars = self.unpriced = self.estimated = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
-    def add_parts(self, usage: Usage):
+    def add_details(self, usage: Usage):
+        self.estimated += usage.estimated
         self.cached += usage.cached
         self.cache_write += usage.cache_write
         self.reasoning += usage.reasoning
@@ -9825,9 +9830,12 @@ class Metrics(Watcher):
             used = series.used
             used.input += usage.input
             used.output += usage.output
-            used.picodollars += entry.picodollars
-            if usage.cached or usage.reasoning or usage.cache_write:
-                used.add_parts(usage)
+            if entry.priced:
+                used.picodollars += entry.picodollars
+            else:
+                used.unpriced += 1
+            if usage[DETAILS] != NO_DETAILS:
+                used.add_details(usage)
         if first_byte is not None:
             times.first_byte.append(first_byte - started)
             if usage:
@@ -9904,6 +9912,8 @@ class Metrics(Watcher):
                              for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
             "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
                           for one in used if one.picodollars),
+            "unpriced_total": ((one.labels, one.unpriced) for one in used if one.unpriced),
+            "estimated_total": ((one.labels, one.estimated) for one in used if one.estimated),
             "refused_total": [(labels_of(rule=rule), count)
                               for rule, count in self.refused.items()],
             "loop_held_seconds_total": [("", f"{self.held:.6f}")]}

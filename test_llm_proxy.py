@@ -8059,6 +8059,19 @@ class MetricsTest(SignalsCase):
         self.assertEqual(self.sums("refused_total", 'rule="each 3000 tokens per day"'),
                          sum(row["outcome"] == "limited" for row in rows))
 
+    def test_doubts_are_counted_beside_money(self):
+        self.start(says(), **self.KEYS)
+        self.ask(call("sk-1", model="gpt-4o"))
+        self.stub.answer = says(completion(10, 2))
+        self.ask(call("sk-1", model="nobody-knows"))
+        for name, models in self.each((("unpriced", "nobody-knows"), ("estimated", "gpt-4o"))):
+            self.assertEqual(self.sums(name + "_total"), 1)
+            self.assertEqual(self.sums(name + "_total", 'model="%s"' % models), 1)
+
+    def test_the_details_of_usage_are_those_that_are_meant(self):
+        names = llm_proxy.Usage._fields[llm_proxy.DETAILS]
+        self.assertEqual(names, ("cached", "cache_write", "reasoning", "estimated"))
+
     def test_models_and_callers_that_anyone_may_invent_make_one_series(self):
         self.start(self.answer_by_model, METRICS="open", DATABASE="off")
         client = self.connect()
@@ -8192,7 +8205,7 @@ class MetricsTest(SignalsCase):
 
     @unittest.skipUnless(sys.implementation.name == "cpython", "it counts CPython's bytecodes")
     def test_to_record_a_call_takes_150_bytecodes_at_most(self):
-        self.start(lambda asked: asked.stream(self.STREAMED, end=True))
+        self.start(lambda asked: asked.stream(self.STREAMED, end=True), UNPRICED="1")
         entries = []
         self.proxy.books.on_end.append(entries.append)
         self.ask(call(stream=True))
