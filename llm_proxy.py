@@ -1231,22 +1231,22 @@ class Forbidden(Refusal):
 
 
 class NotForCalls(Forbidden):
-    code = "key_not_for_calls"
+    code = cause = "key_not_for_calls"
     message = "This key is for looking at this proxy and steering it: it makes no calls"
 
 
 class RoleTooLow(Forbidden):
-    code = "role_too_low"
+    code = cause = "role_too_low"
     message = "This key may not do that here"
 
 
 class ModelNotAllowed(Forbidden):
-    code = "model_not_allowed"
+    code = cause = "model_not_allowed"
     message = "This key may not use the model, or the call names none"
 
 
 class UpstreamNotAllowed(Forbidden):
-    code = "upstream_not_allowed"
+    code = cause = "upstream_not_allowed"
     message = "This key may not use the upstream"
 
 
@@ -1735,7 +1735,7 @@ class Callers:
         caller = self.known_by(credential) if credential else None
         if caller:
             if caller.until is not None and caller.until <= wall:
-                raise Unauthorized()
+                raise Unauthorized(cause="key of %s ended" % caller.label)
             return caller
         if not self.is_open:
             raise Unauthorized()
@@ -11068,8 +11068,10 @@ class Proxy:
         credential = callers.credential(request, request.query)
         try:
             caller = callers.identify(credential, entry.address, self.wall())
-        except Unauthorized:
-            raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        except Unauthorized as refusal:
+            found = self.wrong_keys.refusal(entry.address) if credential else refusal
+            found.cause = refusal.cause
+            raise found from None
         caller = callers.end_user(request, entry.peer, caller)
         return callers, caller, entry.address, entry.agent
 

@@ -8898,6 +8898,19 @@ class KeysTest(KeysCase):
         third = self.change("rotate", "ann").secret
         self.assertEqual(self.statuses(first, second, third), [401, 401, 200])
 
+    def test_the_log_says_why_a_key_is_refused(self):
+        self.start(PROXY_API_KEYS="anyone", **self.STEERING)
+        ann, ben = self.add(models="n", upstream="base"), self.add("ben", upstream="gone")
+        old = self.add("cem")
+        self.change("revoke", "cem")
+        for number, (key, caller, cause) in enumerate(self.each((
+                (ann, "ann", "model_not_allowed"), (ben, "ben", "upstream_not_allowed"),
+                (self.STEERING["VIEWER_KEY"], "VIEWER_KEY", "key_not_for_calls"),
+                (old, "127.0.0.1", "key of cem ended")))):
+            self.ask(call(key))
+            entry = self.entry(number)
+            self.assertEqual((entry["caller"], entry["cause"]), (caller, cause))
+
     STEERING = {"ADMIN_KEY": "sk-admin-0123456789", "VIEWER_KEY": "sk-viewer-0123456789"}
 
     def test_keys_of_viewers_and_admins_make_no_calls_and_never_go_upstream(self):
