@@ -1627,7 +1627,7 @@ class StoredKeys:
         lets nobody in, not even where anyone may call."""
         self.closed = closed
         self.keys = {key.name: key for key in keys}
-        self.rules = {key.subject: key.rules for key in keys if key.rules}
+        self.rules = {key.subject: key.rules for key in keys}
         self.known: Known = {}
         for one, name, valid_until in secrets:
             key = self.keys.get(name) or Key(name, disabled=True, subject=one)
@@ -2233,14 +2233,16 @@ class Limits:
         Returns how many were saved in the future."""
         find = functools.lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
-            owner = key[1] if len(key) == 2 else None
-            old, new = find(key[0], self.own.get(owner[1], ()) if owner else ())
+            old, new = find(key[0], self.own.get(key[1][1]) if len(key) == 2 else ())
             if new:
                 self.buckets.restore(old, key, level, wall - since)
             if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
-                self.buckets.restore(new, (new.text, *key[1:]), level, 0)
+                heir = (new.text, *key[1:])
+                self.buckets.restore(new, heir, level, 0)
+                if key in self.buckets.given:
+                    self.buckets.given[heir] = self.buckets.given.pop(key)
         return sum([since > wall + 60 for _, since in saved.values()])
 
     def take_over(self, wall: float):
@@ -2265,11 +2267,13 @@ class Limits:
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
         has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
-        duration if there is one. Both are None where there is none."""
-        families = {rule.family for rule in own}
-        now = [*own, *[rule for rule in self.rules if rule.family not in families]]
-        # The last are for people behind a key.
-        known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        duration if there is one. Both are None where there is none. `own` is None for one whose key
+        is not stored, who may be a person behind one that is."""
+        families = {rule.family for rule in own or ()}
+        now = known = [*(own or ()), *[
+            rule for rule in self.rules if rule.family not in families]]
+        if own is None:
+            known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
         same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
@@ -2277,11 +2281,17 @@ class Limits:
             old = read_rule(text)
         except ValueError:
             return None, None
-        new = [rule for rule in now if rule.capacity is not None
-               and rule.text.split(" ")[2] == text.split(" ")[2]
-               and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+        new = self.heirs(old, now, own or ())
         return (old, new[0]) if new and old.capacity is not None else (None, None)
+
+    @staticmethod
+    def heirs(old, now, own):
+        """Returns the rules that count what an old one did, those of its duration first."""
+        unit = old.text.split(" ")[2]
+        found = [rule for rule in now if rule.capacity is not None
+                 and rule.text.split(" ")[2] == unit
+                 and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
+        return sorted(found, key=lambda rule: rule.rate[1] != old.rate[1])
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -8135,9 +8145,11 @@ ADD_TO_SUMS = adding_statement()
 
 
 class SumsOfCalls:
-    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models for whom nobody
-    answered go by the name of `other`: whoever is refused may make up as many as they like."""
+    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models that got no answer go
+    by the name of `other`: whoever is refused may make up as many as they like. Beyond MOST_NAMES
+    all do."""
     NAMES = 200
+    MOST_NAMES = 2000
 
     def __init__(self):
         self.names = collections.defaultdict(set)  # by quarter and what they are of
@@ -8179,7 +8191,7 @@ class SumsOfCalls:
         shown = []
         for kind, name in (("caller", caller), ("model", model)):
             names = self.names[start, kind]
-            if answered or len(names) < self.NAMES:
+            if len(names) < (self.MOST_NAMES if answered else self.NAMES):
                 names.add(name)
             shown.append(name if name in names else "other")
         return start, shown[0], team, tag, shown[1], upstream
@@ -9238,6 +9250,9 @@ class Ledger(Writer):
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
+        except Exception:
+            self.sum_at = now + 60
+            self.log.report()
 
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
@@ -9547,92 +9562,6 @@ class Feed(Watcher):
         return list(itertools.islice(self.events, first, None))
 
 
-class Pulse(Watcher):
-    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
-    and which buckets changed. `labels` are the names of those who called lately."""
-    MINUTE = 60
-    MAX_TIMES = 5_000
-    MAX_CALLERS = 1_000
-    MAX_SHOWN = 100
-
-    def __init__(self, clock: Any, buckets: Buckets, feed: Feed):
-        self.clock = clock
-        self.buckets = buckets
-        self.feed = feed
-        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
-        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, ms, upstream)
-        self.callers: "collections.OrderedDict[CallerKey, Caller]" = collections.OrderedDict()
-        self.last_seen: Dict[CallerKey, float] = {}
-        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
-        self.refused = collections.Counter()  # calls, by the text of the rule
-        self.calls = self.tokens = self.failed = self.picodollars = 0
-
-    def record(self, entry):
-        if not entry.call:
-            return
-        self.calls += 1
-        if entry.outcome == "limited":
-            self.refused[entry.cause] += 1
-        if entry.outcome not in ("ok", "limited", "caller_gone"):
-            self.failed += 1
-        if entry.usage:
-            self.tokens += entry.usage.input + entry.usage.output
-            self.picodollars += entry.picodollars
-        if entry.first_byte is not None:
-            self.times.append((entry.ended, entry.milliseconds(entry.first_byte), entry.upstream))
-        caller = entry.caller
-        self.callers[caller.key] = caller
-        self.last_seen[caller.key] = entry.wall / 1e9
-        if len(self.callers) > self.MAX_CALLERS:
-            del self.last_seen[self.callers.popitem(last=False)[0]]
-        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
-            for rule, key in entry.hold.keyed_rules:
-                self.changed[key] = rule, caller
-
-    def named(self, label: str) -> List[Caller]:
-        """Returns who called lately by this label."""
-        return [caller for caller in self.callers.values() if caller.label == label]
-
-    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
-        """Returns percentiles of the last minute, in milliseconds."""
-        oldest = self.clock.monotonic() - self.MINUTE
-        found = sorted([ms for ended, ms, name in self.times
-                        if ended >= oldest and upstream in (None, name)])
-        return {"first_p%d" % share: found[len(found) * share // 100] if found else None
-                for share in (50, 95)}
-
-    def tick(self, running: int, line: int) -> Dict[str, Any]:
-        """A second is over; returns what was in it."""
-        found = {"now": self.clock.time_ns() / 1e9, "calls": self.calls, "tokens": self.tokens,
-                 "failed": self.failed, "in_flight": running, "line": line,
-                 "usd": format_usd(self.picodollars), **self.first_bytes()}
-        self.calls = self.tokens = self.failed = self.picodollars = 0
-        self.seconds.append(found)
-        return found
-
-    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
-        """Returns a bucket as the page shows it."""
-        level = self.buckets.level_of(rule, key)
-        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
-        missing = -(-(rule.capacity - level.level) // rule.refill)
-        runs = rule.unit == RUNNING
-        return {"rule": rule.text, "unit": UNITS[rule.unit],
-                "level": format_amount(rule, level.level),
-                "capacity": format_amount(rule, rule.capacity),
-                "refill": 0 if runs else format_amount(rule, rule.refill),
-                "interval": 0 if runs else rule.interval,
-                "refilled": wall - (now - level.refilled),
-                "full_in": 0 if runs else max(
-                    0, round(level.refilled + missing * rule.interval - now, 3))}
-
-    def changed_buckets(self) -> List[Dict[str, Any]]:
-        """Returns those of the last second."""
-        changed = self.changed
-        self.changed = {}
-        return [{"caller": caller.label, **self.bucket(rule, key)}
-                for key, (rule, caller) in changed.items()]
-
-
 class Poster(Writer):
     """Posts JSON to a URL of the operator's, which may hold secrets: no line in the log shows it.
     What is not taken in a few tries is dropped and counted."""
@@ -9910,6 +9839,16 @@ class Metrics(Watcher):
 
     # -- what is told when somebody asks
 
+    def totals(self) -> Tuple[int, int, int, int]:
+        """Returns how many calls ended, how many of them failed, and their tokens and
+        picodollars."""
+        fine = ("ok", "limited", "caller_gone")
+        failed = [one.calls for names, one in self.series.items() if names[-1] not in fine]
+        used = self.used.values()
+        return (sum([one.calls for one in self.series.values()]), sum(failed),
+                sum([one.input + one.output for one in used]),
+                sum([one.picodollars for one in used]))
+
     def families(self) -> List[Family]:
         """Returns what was counted."""
         series, used = list(self.series.values()), list(self.used.values())
@@ -9947,6 +9886,86 @@ class Metrics(Watcher):
                        levels.items()),
                 Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
                        capacities.items())]
+
+
+class Pulse(Watcher):
+    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
+    which buckets changed, and who called lately."""
+    MINUTE = 60
+    MAX_TIMES = 5_000
+    MAX_CALLERS = 1_000
+    MAX_SHOWN = 100
+
+    def __init__(self, clock: Any, buckets: Buckets, feed: Feed, metrics: Metrics):
+        self.clock = clock
+        self.buckets = buckets
+        self.feed = feed
+        self.metrics = metrics
+        self.before = metrics.totals()
+        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
+        self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
+        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+
+    def record(self, entry):
+        caller = entry.caller
+        if caller is None:
+            return
+        self.callers[caller.key] = caller, entry.wall
+        if entry.first_byte is not None:
+            self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
+        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
+            for rule, key in entry.hold.keyed_rules:
+                self.changed[key] = rule, caller
+
+    def named(self, label: str) -> List[Caller]:
+        """Returns who called lately by this label."""
+        return [caller for caller, _ in self.callers.values() if caller.label == label]
+
+    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
+        """Returns percentiles of the last minute, in milliseconds."""
+        oldest = self.clock.monotonic() - self.MINUTE
+        found = sorted([seconds for ended, seconds, name in self.times
+                        if ended >= oldest and upstream in (None, name)])
+        return {"first_p%d" % share:
+                int(found[len(found) * share // 100] * 1000) if found else None
+                for share in (50, 95)}
+
+    def tick(self, running: int, line: int) -> Dict[str, Any]:
+        """A second is over; returns what was in it."""
+        totals = self.metrics.totals()
+        calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
+        self.before = totals
+        found = {"now": self.clock.time_ns() / 1e9, "calls": calls, "tokens": tokens,
+                 "failed": failed, "in_flight": running, "line": line,
+                 "usd": format_usd(picodollars), **self.first_bytes()}
+        self.seconds.append(found)
+        if len(self.callers) > self.MAX_CALLERS:
+            lately = sorted(self.callers.items(), key=lambda one: one[1][1])
+            self.callers = dict(lately[-self.MAX_CALLERS // 2:])
+        return found
+
+    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+        """Returns a bucket as the page shows it."""
+        level = self.buckets.level_of(rule, key)
+        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        missing = -(-(rule.capacity - level.level) // rule.refill)
+        runs = rule.unit == RUNNING
+        return {"rule": rule.text, "unit": UNITS[rule.unit],
+                "level": format_amount(rule, level.level),
+                "capacity": format_amount(rule, rule.capacity),
+                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "interval": 0 if runs else rule.interval,
+                "refilled": wall - (now - level.refilled),
+                "full_in": 0 if runs else max(
+                    0, round(level.refilled + missing * rule.interval - now, 3))}
+
+    def changed_buckets(self) -> List[Dict[str, Any]]:
+        """Returns those of the last second."""
+        changed = self.changed
+        self.changed = {}
+        return [{"caller": caller.label, **self.bucket(rule, key)}
+                for key, (rule, caller) in changed.items()]
 
 
 def upstream_families(routes: Routes) -> List[Family]:
@@ -11479,8 +11498,9 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
     feed = Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
     marks = Marks(config.warn_at, warnings) if config.warn_at else None
-    pulse = Pulse(clock, limits.buckets, feed)
-    return Watchers(feed, pulse, Metrics(), warnings, traces, marks)
+    metrics = Metrics()
+    pulse = Pulse(clock, limits.buckets, feed, metrics)
+    return Watchers(feed, pulse, metrics, warnings, traces, marks)
 
 
 def build_tls(config: Config) -> ssl.SSLContext:
@@ -11880,7 +11900,7 @@ class Admin:
         """Returns the buckets that are near their end."""
         mark = min(self.proxy.config.warn_at or (0.8,))
         found = []
-        for caller in self.pulse.callers.values():
+        for caller, _ in self.pulse.callers.values():
             for one in self.proxy.limits.buckets.levels.values():
                 if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
                         one.level <= (1 - mark) * one.rule.capacity):
@@ -12123,10 +12143,10 @@ class Admin:
 
     def known_callers(self):
         """Returns those who called lately, and those whose keys have names."""
-        found = dict(self.pulse.callers)
+        found = {key: caller for key, (caller, _) in self.pulse.callers.items()}
         for caller in self.proxy.callers.everybody():
             if caller.role == "caller":
-                found.setdefault(caller.key, caller)
+                found[caller.key] = caller  # as it is now, not when it called
         return list(found.values())
 
     async def callers(self, ask):
@@ -12142,9 +12162,13 @@ class Admin:
                 "name": label, "team": caller.team, "key": bool(key),
                 "paused": bool(key and key.disabled), "buckets": self.buckets_of(caller, not_full),
                 "today": sums.get(label, NO_SUM).as_dict(), "hours": hours.get(label, [0] * 24),
-                "last": self.pulse.last_seen.get(caller.key, seen.get(label))})
+                "last": self.last_seen(caller) or seen.get(label)})
         rows.sort(key=lambda row: -(row["last"] or 0))
         return {"callers": rows[:self.MAX_SHOWN]}
+
+    def last_seen(self, caller):
+        _, wall = self.pulse.callers.get(caller.key, (None, 0))
+        return wall / 1e9
 
     async def quota(self, request, reply):
         """A page for every caller: what it has left, and what it used."""
@@ -12192,9 +12216,9 @@ class Admin:
         return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
 
     async def limits(self, _):
-        refused = self.pulse.refused
+        refused = self.proxy.watchers.metrics.refused
         return {"rules": [
-            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused[rule.text],
+            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
             for rule in self.proxy.limits.rules]}
 
@@ -14034,9 +14058,10 @@ def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
         ledger = proxy.books.ledger
         if not (ledger and ledger.database):
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
-        place = ledger.path + ".admin-key"
+        path = ledger.path + ".admin-key"
+        place = "in " + path
         try:
-            write_secret(place, key)
+            write_secret(path, key)
         except OSError as failure:
             return page + " needs ADMIN_KEY to be set: %s" % failure
     config.admin_key = key
