@@ -12846,10 +12846,10 @@ async function openUsage(query) {
   const load = async () => {
     loaded = now(); usage = await read("usage", asked());
     usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); paintSoon(); };
-  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
-    GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
-    download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
-    range, measure, query) : firstCall()];
+  view.draw = () => usage && [h("div", {class: "tools"}, choices("range", RANGES, range),
+    choices("by", GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () =>
+    attempt("CSV", () => download(asked())))), chips("usage", query, GROUPS),
+    usage.groups.length ? usageParts(usage, range, measure, query) : firstCall()];
   view.ended = () => now() - loaded > 15 && attempt("Loading", load); await load(); }
 async function download(asked) {
   const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
