@@ -70,6 +70,7 @@ import fnmatch
 import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import http.client
 import http.server
@@ -78,6 +79,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -110,6 +112,7 @@ VERSION = "0.1.0"
 # --------------------------------------------------------------------------------------------------
 
 Texts = Dict[str, str]
+JsonObject = Dict[str, Any]
 
 
 class Setting:
@@ -420,11 +423,10 @@ age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
 
 def read_amount(text, unit):
     """Returns an amount of a unit, of money in picodollars."""
-    require(unit in UNITS[:5], "must be in requests, tokens, input_tokens, output_tokens or usd")
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
-    scale = PICODOLLARS if unit == "usd" else 1
-    return pattern(shape, "must be an amount above 0, such as 2",
-                   lambda match: int(decimal.Decimal(match[0]) * scale))(text)
+    require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
+            " of requests, tokens, input_tokens, output_tokens or usd")
+    return read_rule("each %s %s per day" % (text, unit)).capacity
 
 
 def rules_of_one(text):
@@ -819,12 +821,12 @@ NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
-    left_to_us: Sequence[str] = ()  # what nobody has set, and depends on the rest
     keys_are_stored = False  # in DATABASE, at the start: nobody else may call
 
     def note_stored_keys(self):
         """Keys of callers are stored, so that no stranger spends the operator's key."""
         self.keys_are_stored = True
+        vars(self).update(dict.fromkeys(self.chosen))
         self.choose_defaults()
 
     def all_upstreams(self) -> List[UpstreamConfig]:
@@ -846,6 +848,8 @@ class Config(types.SimpleNamespace):
         if self.proxy_api_keys and new.proxy_api_keys is None:
             raise ConfigFaults("PROXY_API_KEYS must not be unset while it runs: anyone opens the"
                                " door to all")
+        if self.keys_are_stored:
+            new.note_stored_keys()
         for name in self.RELOADED:
             self.texts[name] = new.texts.get(name)
             setattr(self, name.lower(), getattr(new, name.lower()))
@@ -853,11 +857,9 @@ class Config(types.SimpleNamespace):
         return [name for name in names if self.texts.get(name) != new.texts.get(name)]
 
     def choose_defaults(self):
-        """Sets what depends on other settings, and on whether keys are stored."""
-        if not self.left_to_us:
-            self.left_to_us = [name for name in ("host", "stored", "cors_origins")
-                               if getattr(self, name) is None]
-        vars(self).update(dict.fromkeys(self.left_to_us))
+        """Sets what depends on other settings."""
+        self.chosen = [name for name in ("host", "stored", "cors_origins")
+                       if getattr(self, name) is None]
         self.host_is_narrowed = self.host is None and self.pays_for_anyone()
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
         keyed = self.keys_are_asked_for
@@ -870,7 +872,8 @@ class Config(types.SimpleNamespace):
     def is_open(self) -> bool:
         """Tells whether others than this machine may call without a key, be it by a proxy here."""
         is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        return self.proxy_api_keys is None and (not is_loopback or bool(self.trusted_proxies))
+        return self.proxy_api_keys is None and not self.keys_are_stored and (
+            not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self) -> bool:
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
@@ -956,13 +959,9 @@ class Config(types.SimpleNamespace):
         if self.host_is_narrowed:
             yield ("it listens on this machine alone, because anyone could spend the key of a"
                    " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.is_open() and not self.keys_are_stored:
+        elif self.is_open():
             yield ("callers are not checked: whoever reaches this port can call, and every invented"
                    " key has a bucket of its own (PROXY_API_KEYS is unset)")
-        if self.proxy_api_keys is None and self.keys_are_stored and any(
-                upstream.key == PASSTHROUGH for upstream in self.all_upstreams()):
-            yield ("nobody can call by a key of their own (passthrough): keys are stored, and no"
-                   " others may call unless PROXY_API_KEYS=anyone")
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -1513,22 +1512,23 @@ STEERING = ROLES[1:]
 
 
 class Key(NamedTuple):
-    """What is known of a stored key but its secrets. Times are in seconds since 1970. `models` are
-    globs, none: all; `rules` are what `limits` say. `subject` is whose bucket it has: it outlives
-    the secrets, and is the digest of the first one."""
+    """What is known of a stored key but its secrets. Times are in seconds since 1970. `globs` and
+    `rules` are what `models` and `limits` say. `subject` is whose bucket it has: it outlives the
+    secrets, and is the digest of the first one."""
     name: str
     role: str = "caller"
     team: Optional[str] = None
     created: float = 0.0
     expires: Optional[float] = None
     disabled: bool = False
-    models: Tuple[str, ...] = ()
+    models: Optional[str] = None
     upstream: Optional[str] = None
     limits: Optional[str] = None
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
     subject: bytes = b""
+    globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
 
     def __hash__(self):
@@ -1536,22 +1536,12 @@ class Key(NamedTuple):
 
     def as_dict(self) -> Dict[str, Any]:
         """Returns what may be shown of it."""
-        found = dict(zip(self._fields[:-2], self))
-        found["models"] = ",".join(self.models) or None
-        return found
+        return dict(zip(self._fields[:-3], self))
 
     def end(self, valid_until: Optional[float]) -> Optional[float]:
         """Returns when it is good no more by a secret that is valid so long; None: never."""
-        ends = [0.0] if self.disabled else [self.expires, valid_until]
-        return min([one for one in ends if one is not None], default=None)
-
-
-def short_text(most):
-    def read(text):
-        require(text.isprintable() and len(text) <= most,
-                "must be one line of at most %d printable characters" % most)
-        return text
-    return read
+        ends = [one for one in (self.expires, valid_until) if one is not None]
+        return -1.0 if self.disabled else min(ends, default=None)
 
 
 # What can be said of a key: a reader of its text, and a sentence.
@@ -1566,9 +1556,8 @@ KEY_FIELDS = {
                              " general one of its unit and duration"),
     "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
                  "the only upstream that its calls go to"),
-    "tag": (short_text(64), "a word to add up usage by"),
-    "note": (short_text(500), "a line for people")}
-TEXT_FIELDS = [field for field in KEY_FIELDS if field not in ("role", "expires")]
+    "tag": (KEY_NAME, "a word to add up usage by"),
+    "note": (printable, "a line for people")}
 
 
 @functools.lru_cache(20_000)
@@ -1576,17 +1565,13 @@ def read_key(*values: Any) -> Key:
     """Returns a key of what is stored of it. Raises ValueError or TypeError for what somebody else
     has written."""
     key = Key(*values)
-    for field in ("role", *TEXT_FIELDS):
-        text = getattr(key, field)
-        if text is not None:
-            KEY_FIELDS[field][0](text)
-    numbers = [key.created, *[one for one in (key.expires, key.last_used) if one is not None]]
-    require(KEY_NAME(key.name) and key.role and key.disabled in (0, 1) and len(key.subject) == 32
-            and all([type(one) in (int, float) for one in numbers]), "no key")
-    return key._replace(
-        disabled=bool(key.disabled), subject=bytes(key.subject),
-        models=model_globs(key.models) if key.models else (),
-        rules=rules_of_one(key.limits) if key.limits else ())
+    derived = {field: read(getattr(key, field)) for field, (read, _) in KEY_FIELDS.items()
+               if field != "expires" and (getattr(key, field) is not None or field == "role")}
+    times = [key.created, key.expires or 0, key.last_used or 0]
+    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
+            and all([0 <= one < 1e11 for one in times]), "no key")
+    return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
+                        rules=derived.get("limits", ()))
 
 
 class Caller:
@@ -1595,7 +1580,7 @@ class Caller:
     it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
     digest against which nobody can test guesses without `secret`. `role` is None where the key is
     none that was given out. `until`: when that ends, in seconds since 1970."""
-    __slots__ = ("key", "name", "key_name", "label", "role", "stored_key", "until")
+    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag", "stored_key", "until")
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
                  key_name: Optional[str] = None, role: Optional[str] = None,
@@ -1606,18 +1591,12 @@ class Caller:
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
         self.role = role
         self.stored_key = stored_key
+        self.team = stored_key and stored_key.team
+        self.tag = stored_key and stored_key.tag
         self.until = until
 
     def __repr__(self):
         return f"<Caller {self.label}>"
-
-    @property
-    def team(self) -> Optional[str]:
-        return self.stored_key and self.stored_key.team
-
-    @property
-    def tag(self) -> Optional[str]:
-        return self.stored_key and self.stored_key.tag
 
 
 Known = Dict[bytes, Tuple[bytes, Caller]]  # blinded digest of a secret -> that digest, and whose
@@ -1649,7 +1628,7 @@ class StoredKeys:
         lets nobody in, not even where anyone may call."""
         self.closed = closed
         self.keys = {key.name: key for key in keys}
-        self.rules = {key.subject: key.rules for key in keys if key.rules}
+        self.rules = {key.subject: key.rules for key in keys}
         self.known: Known = {}
         for one, name, valid_until in secrets:
             key = self.keys.get(name) or Key(name, disabled=True, subject=one)
@@ -1658,8 +1637,8 @@ class StoredKeys:
                 until=key.end(valid_until))
 
     def has_admin(self, wall: float) -> bool:
-        return any([caller.role == "admin" and (caller.until is None or caller.until > wall)
-                    for _, caller in self.known.values()])
+        return any([key.role == "admin" and (key.end(None) or math.inf) > wall
+                    for key in self.keys.values()])
 
 
 class Callers:
@@ -1778,11 +1757,7 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        if not found:
-            with contextlib.suppress(ValueError):
-                ipaddress.ip_network(label)
-                return [Caller(("address", label), label)]
-        return list(found.values())
+        return list(found.values()) or [Caller(("address", label), label)]
 
 
 class Origins:
@@ -1792,6 +1767,7 @@ class Origins:
     SCHEMES = frozenset(("chrome-extension", "moz-extension", "app", "tauri", "capacitor",
                          "vscode-webview"))
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
+    LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4); what is judged is remembered
 
     def __init__(self, allowed: Sequence[str], host_name: str):
         """`allowed` as CORS_ORIGINS has it; `host_name` is what this machine calls itself."""
@@ -1801,10 +1777,13 @@ class Origins:
         self.host_name = host_name.lower()
         globs = [re.escape(one).replace(r"\*", "[a-z0-9.-]+") for one in allowed if one != "local"]
         self.shape = re.compile("|".join(globs) or "(?!)")
-        self.allows = functools.lru_cache(1000)(self.judge)
+        self.judged = functools.lru_cache(1000)(self.judge)
 
-    def judge(self, origin: str) -> bool:
-        return self.any or bool(self.shape.fullmatch(origin)) or (
+    def allows(self, origin: str) -> bool:
+        return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
+
+    def judge(self, origin):
+        return bool(self.shape.fullmatch(origin)) or (
             self.local and self.is_local(origin.lower()))
 
     def is_local(self, origin):
@@ -1965,14 +1944,13 @@ class Buckets:
         """Lets a bucket hold so much more until then, and adds that, unless it was added before.
         What is left of it afterwards is kept as far as the rule lets it."""
         if not again:
-            one = self.level_of(rule, key)
-            self.levels[key] = one._replace(level=one.level + amount)
+            self.levels[key] = self.level_of(rule, key).less(-amount)
         self.given.setdefault(key, []).append((amount, until))
 
     def fill(self, owner: CallerKey):
         """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
-        for key in [one.key for one in self.levels.values()
-                    if owner in one.key[1:] and one.rule.unit != RUNNING]:
+        for key in [key for key, found in self.levels.items()
+                    if owner in key[1:] and found.rule.unit != RUNNING]:
             del self.levels[key]
 
     def levels_after(self, keyed_rules, costs, taken):
@@ -2054,12 +2032,13 @@ class Buckets:
         return found.key not in self.given and (
             self.level_of(found.rule, found.key).level >= found.rule.capacity)
 
-    def snapshot(self, wall: float) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those that are not full;
-        running calls are left out, because they end with the process."""
+    def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
+                 ) -> Dict[BucketKey, Tuple[int, float]]:
+        """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
+        not full; running calls are left out, because they end with the process."""
         now = self.clock.monotonic()
-        return {key: (found.level, found.refilled + wall - now)
-                for key, found in self.levels.items()
+        return {found.key: (found.level, found.refilled + wall - now)
+                for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
     def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
@@ -2159,10 +2138,10 @@ def fold_glob(glob: str) -> str:
     return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
 
 
-def names_model(glob: str, name: str) -> bool:
-    """Tells whether a glob means a model, in whichever spelling."""
-    return fnmatch.fnmatchcase(name.casefold(), glob.casefold()) or (
-        fnmatch.fnmatchcase(fold_model(name), fold_glob(glob)))
+def may_use(globs: Sequence[str], model: str) -> bool:
+    """Tells whether a key of these models may use one, in whichever spelling."""
+    return any([fnmatch.fnmatchcase(model.casefold(), glob.casefold())
+                or fnmatch.fnmatchcase(fold_model(model), fold_glob(glob)) for glob in globs])
 
 
 class Limits:
@@ -2226,7 +2205,7 @@ class Limits:
         """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
         are buckets."""
         pairs = [*self.matching(caller, "", None), *[
-            (one.rule, one.key) for one in self.buckets.levels.values()]]
+            (found.rule, key) for key, found in self.buckets.levels.items()]]
         return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
 
     def give(self, caller: Caller, unit: str, amount: int, until: float,
@@ -2255,14 +2234,16 @@ class Limits:
         Returns how many were saved in the future."""
         find = functools.lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
-            owner = key[1] if len(key) == 2 else None
-            old, new = find(key[0], self.own.get(owner[1], ()) if owner else ())
+            old, new = find(key[0], self.own.get(key[1][1]) if len(key) == 2 else ())
             if new:
                 self.buckets.restore(old, key, level, wall - since)
             if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
                 del self.buckets.levels[key]
-                self.buckets.restore(new, (new.text, *key[1:]), level, 0)
+                heir = (new.text, *key[1:])
+                self.buckets.restore(new, heir, level, 0)
+                if key in self.buckets.given:
+                    self.buckets.given[heir] = self.buckets.given.pop(key)
         return sum([since > wall + 60 for _, since in saved.values()])
 
     def take_over(self, wall: float):
@@ -2278,32 +2259,40 @@ class Limits:
                    if self.own.get(subject) != own.get(subject)}
         self.own = own
         self.known.clear()
-        if changed:
-            moved = {key: found for key, found in self.buckets.snapshot(wall).items()
-                     if len(key) == 2 and key[1][1] in changed}
-            for key in moved:
-                del self.buckets.levels[key]
-            self.restore(moved, wall)
+        moved = self.buckets.snapshot(wall, [
+            key for key in self.buckets.levels if len(key) == 2 and key[1][1] in changed])
+        for key in moved:
+            del self.buckets.levels[key]
+        self.restore(moved, wall)
 
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
         has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
-        duration if there is one. Both are None where there is none."""
-        families = {rule.family for rule in own}
-        now = [*own, *[rule for rule in self.rules if rule.family not in families]]
-        others = itertools.chain(*self.own.values())  # of the key behind which a person stands
-        same = next((rule for rule in [*now, *others] if rule.text == text), None)
+        duration if there is one. Both are None where there is none. `own` is None for one whose key
+        is not stored, who may be a person behind one that is."""
+        families = {rule.family for rule in own or ()}
+        now = known = [*(own or ()), *[
+            rule for rule in self.rules if rule.family not in families]]
+        if own is None:
+            known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+        same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
         try:
             old = read_rule(text)
         except ValueError:
             return None, None
-        new = [rule for rule in now if rule.capacity is not None
-               and rule.text.split(" ")[2] == text.split(" ")[2]
-               and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        new.sort(key=lambda rule: rule.rate[1] != old.rate[1])
+        new = self.heirs(old, now, own or ())
         return (old, new[0]) if new and old.capacity is not None else (None, None)
+
+    @staticmethod
+    def heirs(old, now, own):
+        """Returns the rules that count what an old one did, those of its duration first."""
+        unit = old.text.split(" ")[2]
+        found = [rule for rule in now if rule.capacity is not None
+                 and rule.text.split(" ")[2] == unit
+                 and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
+        return sorted(found, key=lambda rule: rule.rate[1] != old.rate[1])
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -3072,7 +3061,7 @@ def cut_text(value, sizes):
     return value if size is None else CutText.of(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], Dict[str, Any]],
+def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], JsonObject],
                    parse_int: Callable[[str], int] = short_integer) -> json.JSONDecoder:
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
@@ -3123,7 +3112,7 @@ def decode_json(data, decoder=PLAIN_JSON):
     raise ValueError("not valid JSON")
 
 
-def parse_json(body: bytes) -> Dict[str, Any]:
+def parse_json(body: bytes) -> JsonObject:
     """Reads a JSON object in UTF-8 (RFC 8259); raises BadRequest for anything else that json.loads
     would take or choke on."""
     return JsonBody(body).parse()
@@ -3134,8 +3123,8 @@ MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
     rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
     rb'\s*:\s*\[?\s*|,\s*)"$')
-# A string, up to where it may be cut, and whether it is a key; or a bracket
-JSON_STEP = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*"?)(\s*:\s*)?|[][{}]', re.DOTALL)
+# A string without escapes, up to where it may be cut, and whether it is a key; or a bracket
+JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
 
 def value_start(data, key):
@@ -3143,7 +3132,7 @@ def value_start(data, key):
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
     name = b'"%b"' % key.encode()
-    for step in JSON_STEP.finditer(data):
+    for step in JSON_STEP.finditer(data.replace(b"\\\\", b"--").replace(b'\\"', b"--")):
         if step[1] is None:
             depth += 1 if step[0] in b"{[" else -1
         elif depth == 1 and step[1] == name and step[2]:
@@ -3181,7 +3170,7 @@ class JsonBody:
             end = data.find(b'"', end + MEDIA_BYTES)
         return b"".join((*pieces, data[taken:]))
 
-    def parse(self) -> Dict[str, Any]:
+    def parse(self) -> JsonObject:
         """Raises BadRequest."""
         decoder, parse_int = STRICT_JSON, short_integer
         if HAS_SCANNER and len(self.short) > 2 * MANY_NUMBERS and (
@@ -3222,7 +3211,7 @@ class JsonBody:
             end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
         return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
 
-    def spell(self, payload: Dict[str, Any]) -> bytes:
+    def spell(self, payload: JsonObject) -> bytes:
         """Returns a changed payload as JSON."""
         return self.whole(to_json_bytes(payload))
 
@@ -3239,7 +3228,7 @@ def parse_response(data: bytes) -> Any:
     return decode_json(data.lstrip(BYTE_ORDER_MARK))
 
 
-def object_in(data: bytes) -> Dict[str, Any]:
+def object_in(data: bytes) -> JsonObject:
     """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
     none."""
     try:
@@ -3440,7 +3429,7 @@ class EventFraming(NamedTuple):
         prefix = self.prefix.rstrip()  # others leave out the space
         return line[len(prefix):] if line.startswith(prefix) else None
 
-    def payload(self, event: bytes) -> Dict[str, Any]:
+    def payload(self, event: bytes) -> JsonObject:
         """Returns the JSON object of an event or its line, {} where there is none."""
         return object_in(self.all_data(event))
 
@@ -3529,7 +3518,7 @@ class Call(Billable):
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects: Optional[List[Dict[str, Any]]] = None
+    objects: Optional[List[JsonObject]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3540,7 +3529,7 @@ class Call(Billable):
         self.stored = stored
         self.path = path
         self.query = query
-        self.payload: Dict[str, Any] = {}
+        self.payload: JsonObject = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
 
     def __repr__(self) -> str:
@@ -3590,13 +3579,16 @@ class Call(Billable):
         if self.put_model:
             self.upstream_body = self.body if model == self.model else self.put_model(model)
             return
-        named = [one["model"] for one in self.holders() if is_name(one.get("model"))]
-        names = list(map(rename, named))
+        renamed = json.loads(to_json_bytes(payload))
+        named = []
+        for one in objects_in(renamed):
+            if is_name(one.get("model")):
+                named.append(one["model"])
+                one["model"] = rename(one["model"])
         if named != [self.model]:
-            self.models = tuple(self.dialect.few([*self.models, *names]))
-        if named != names:
-            payload = json.loads(to_json_bytes(payload), object_hook=lambda one: (
-                {**one, "model": rename(one["model"])} if is_name(one.get("model")) else one))
+            self.models = tuple(self.dialect.few([*self.models, *map(rename, named)]))
+        if renamed != payload:
+            payload = renamed
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
         self.spell(payload)
@@ -3619,6 +3611,8 @@ class Call(Billable):
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
+        if self.json_body and not MAY_REFER(self.body):  # as nearly always
+            return []
         found = []
         meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
         for part in objects_in(self.payload, says_of_things):
@@ -3784,7 +3778,7 @@ class Model(NamedTuple):
     """A model in a list: its name for callers, and its row as an upstream of `dialect` has it."""
     name: str
     dialect: Optional["Dialect"] = None
-    facts: Dict[str, Any] = {}
+    facts: JsonObject = {}
 
 
 # Keys at which a payload names what an upstream stores
@@ -3798,6 +3792,9 @@ REFERENCES = frozenset("""
 PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
 # Objects of these types name one by their id.
 REFERENCE_TYPES = ("item_reference", "file_id")
+# Finds where JSON may do either: at one of these words, or where an escape may spell one.
+MAY_REFER = re.compile(
+    (r'\\u|"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode()).search
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -3873,9 +3870,9 @@ def without_masks(query):
 def fault_status(value):
     """Returns the status of an error in a response: what it says itself, else 400 where its kind is
     one that speaks of the caller, and 502."""
-    found = [dig(value, key) for key in ("code", "status", "status_code", "type")]
-    told = [int(code) for code in map(str, found) if re.fullmatch("[45][0-9]{2}", code)]
-    return told[0] if told else 400 if BLAMELESS.search(" ".join(map(str, found))) else 502
+    words = " ".join([str(dig(value, key)) for key in ("code", "status", "status_code", "type")])
+    told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
+    return int(told[0]) if told else 400 if BLAMELESS.search(words) else 502
 
 
 def is_name(value):
@@ -4109,12 +4106,12 @@ class Dialect:
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
 
-    def served(self, payload: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+    def served(self, payload: JsonObject) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
-        if type(model) is str and is_name(model):
+        if is_name(model):
             tier = payload.get(self.TIERS[0])
-            return model, tier if tier and is_name(tier) else None
+            return model, tier if is_name(tier) else None
         for part in self.parts(payload):
             if self.SERVED in part:
                 return self.served(part)
@@ -4132,7 +4129,7 @@ class Dialect:
         """Returns whether an event ends its stream."""
         return payload.get(self.LAST_KEY) in self.LAST_TYPES
 
-    def fault(self, payload: Dict[str, Any]) -> int:
+    def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
         for part in (payload, *self.parts(payload)):
@@ -4164,7 +4161,7 @@ class Dialect:
                     return found
         return {}
 
-    def usage(self, counts: Dict[str, Any], model: Optional[str] = None,
+    def usage(self, counts: JsonObject, model: Optional[str] = None,
               tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
         told = self.plain_usage(counts, model, tier)
@@ -4184,8 +4181,7 @@ class Dialect:
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
-        tiers = [tier, *map(counts.get, self.TIERS)]
-        tiers = dict.fromkeys(filter(is_name, tiers)) if any(tiers) else ()
+        tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
@@ -4221,9 +4217,8 @@ class Dialect:
 
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * self.MONEY[name]
-                for part in parts if not self.MONEY.keys().isdisjoint(part)
-                for name in self.MONEY.keys() & part.keys() if is_money(part[name])]
+        told = [part[name] * unit for part in parts for name, unit in self.MONEY.items()
+                if is_money(part.get(name))]
         if not told:
             return None
         own = dig(parts[0], "cost_details", "upstream_inference_cost")
@@ -4394,9 +4389,9 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
-# The usage at the end of a response: in whatever it may stand, a bracket more would follow.
-USUAL_END = re.compile(rb'"usage"\s*:\s*\{([^{}]*)\}[^{}]*\}\s*')
-USUAL_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE])')
+# Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4466,11 +4461,9 @@ class OpenAI(Dialect):
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        counts = dict(USUAL_COUNT.findall(end[1])) if end else ()
-        if len(counts) == 3:
-            prompt, output = int(counts[b"prompt"]), int(counts[b"completion"])
-            if prompt + output == int(counts[b"total"]):
-                return Usage(prompt, output, model=model)
+        counts = dict(zip(end.groups()[::2], map(int, end.groups()[1::2]))) if end else ()
+        if len(counts) == 3 and counts[b"prompt"] + counts[b"completion"] == counts[b"total"]:
+            return Usage(counts[b"prompt"], counts[b"completion"], model=model)
         return None
 
     def usage(self, counts, model=None, tier=None):
@@ -5078,7 +5071,7 @@ class UsageReader(UsageSource):
             self.changes_stream = True
             self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
         self.pieces: List[bytes] = []
-        self.counts: Dict[str, Any] = {}
+        self.counts: JsonObject = {}
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -5172,7 +5165,7 @@ class UsageReader(UsageSource):
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
-    def front(self, data: bytes) -> Dict[str, Any]:
+    def front(self, data: bytes) -> JsonObject:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         found = {}
         for key in (self.dialect.usage_key, "model"):
@@ -5200,7 +5193,7 @@ class UsageReader(UsageSource):
             rest = data[found[-1].end():] if found else data
             self.final = False if self.count_characters(rest) else None
 
-    def note(self, payload: Dict[str, Any]) -> None:
+    def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
         if type(counts) is dict and counts:
@@ -5766,7 +5759,9 @@ class BodyAdapter:
 # know no LLMs and no buckets.
 # --------------------------------------------------------------------------------------------------
 
-BLOCK = 16384           # bytes to read at once: PyPy pays for what it could have read
+# Bytes to read at once: PyPy pays for what it could have read, and of a TLS record, which holds no
+# more, nothing stays inside OpenSSL, where it would make no descriptor ready.
+BLOCK = 16384
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 CAN_POLL = hasattr(select, "poll")
@@ -5944,9 +5939,6 @@ class Stream:
     def on_readable(self):
         try:
             data = self.sock.recv(BLOCK)
-            # Decrypted bytes that wait inside OpenSSL make no descriptor ready.
-            while self.encrypted and data and self.sock.pending():
-                data += self.sock.recv(BLOCK)
         except WOULD_BLOCK:
             if self.encrypted:
                 self.wake(self.waiter)  # a part of a record: something has begun to come
@@ -6915,6 +6907,7 @@ ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
 NEVER_UPSTREAM = HOP_BY_HOP.union(
     CREDENTIAL_FIELDS, (AZURE_CREDENTIAL_FIELD, "host", "content-length", "expect"))
 MAX_INTERIM_RESPONSES = 16  # 1xx, before the real one
+CONTENT_METHODS = "POST", "PUT", "PATCH"  # whose length is told though it is 0 (RFC 9110 8.6)
 
 
 class Response:
@@ -7212,7 +7205,13 @@ class Address:
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
-                self.write(stream, method, head, body)
+                if body or method in CONTENT_METHODS:
+                    head += b"Content-Length: %d\r\n" % len(body)
+                if len(body) <= BLOCK:
+                    stream.write(b"%b\r\n%b" % (head, body))
+                else:  # what is large is not copied
+                    stream.write(head + b"\r\n")
+                    stream.write(body)
                 request_was_sent = not stream.write_failed
                 if stream.write_buffer:
                     request_was_sent = await stream.drain(
@@ -7233,16 +7232,6 @@ class Address:
             if isinstance(failure, (OSError, Malformed)):
                 raise UpstreamFailed(failure) from None
             raise
-
-    @staticmethod
-    def write(stream, method, head, body):
-        """Send both, at once where they are small: what is large is not copied for that."""
-        if body or method in ("POST", "PUT", "PATCH"):
-            head += b"Content-Length: %d\r\n" % len(body)
-        at_once = body if len(body) <= BLOCK else b""
-        stream.write(b"%b\r\n%b" % (head, at_once))
-        if at_once is not body:
-            stream.write(body)
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leave a connection whose caller left."""
@@ -7752,14 +7741,17 @@ SUM_KEYS = {
     "caller": "coalesce(caller, '-')",
     "team": "coalesce(team, '-')",
     "tag": "coalesce(tag, '-')",
-    "model": "coalesce(served, model, '-')",
+    "model": "coalesce(nullif(served, ''), nullif(model, ''), '-')",
     "upstream": "coalesce(upstream, '-')"}
-FAILED = "outcome NOT IN ('ok', 'limited', 'caller_gone')"
+PASSED = "ok", "limited", "caller_gone"  # outcomes that are nobody's failure
+FAILED = "outcome NOT IN %r" % (PASSED,)
 # What is added up: how much of it is in a call.
 SUM_COUNTS = {
     "calls": "1", "failed": FAILED, "limited": "outcome = 'limited'",
     **{name: name for name in (
         "input cached output reasoning estimated unpriced picodollars").split()}}
+# The columns of calls that this needs.
+ADDED = "time caller team tag served model upstream outcome ms".split() + [*SUM_COUNTS][3:]
 MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
@@ -8104,62 +8096,105 @@ def listed_columns(columns: Dict[str, str]) -> str:
     return ", ".join(["%s AS %s" % (value, name) for name, value in columns.items()])
 
 
-def exact_total(value: str) -> str:
-    """Returns an integer's expression: SQLite's sum() fails, and its total() rounds, above what is
-    plausible, and money is exact for far longer."""
-    if value == "picodollars":
+def exact_total(name: str) -> str:
+    """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
+    is too large, and its total() rounds; money needs more digits than counts."""
+    if name == "picodollars":
         return ("CAST(min(total(picodollars / 1000000), 4e12) AS INTEGER) * 1000000"
                 " + CAST(total(picodollars % 1000000) AS INTEGER)")
-    return "CAST(min(total(%s), 4e18) AS INTEGER)" % value
+    return "CAST(min(total(%s), 4e18) AS INTEGER)" % name
+
+
+# Adds SUM_COLUMNS to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+SUMMING = """INSERT OR REPLACE INTO sums SELECT %d, {keys}, {counts},
+    min(new.column{first}, coalesce(old.first, new.column{first})),
+    max(new.column{last}, coalesce(old.last, 0)),
+    max(new.column{slowest}, coalesce(old.slowest, 0))
+    FROM (VALUES %%s) AS new LEFT JOIN sums AS old ON old.span = %d AND {same}""" % (
+        QUARTER, QUARTER)
+SUM_COLUMNS = ["start", *SUM_KEYS, *SUM_COUNTS, "first", "last", "slowest"]
 
 
 def adding_statement() -> str:
-    """Returns the statement that adds calls to the sums. Where a quarter has many sums, names of
-    calls that nobody answered are not told apart any more: whoever is refused can make up more."""
-    keys = {"start": "start", **SUM_KEYS}
-    for name in ("caller", "model"):
-        keys[name] = ("CASE WHEN outcome = 'ok' OR input + output > 0 OR start NOT IN full"
-                      " THEN %s ELSE 'other' END" % SUM_KEYS[name])
-    counts = {name: exact_total(value) for name, value in SUM_COUNTS.items()}
-    return """WITH
-        told AS (SELECT *, rowid AS number, {start} AS start FROM calls
-            WHERE rowid > :after AND rowid <= :upto),
-        full AS (SELECT start FROM sums WHERE span = {quarter}
-            AND start BETWEEN (SELECT min(start) FROM told) AND (SELECT max(start) FROM told)
-            GROUP BY start HAVING count(*) >= :full),
-        new AS (SELECT {columns}, min(number) AS first, max(number) AS last,
-            max(coalesce(ms, 0)) AS slowest FROM told GROUP BY {numbers})
-        INSERT OR REPLACE INTO sums SELECT {quarter}, {keys}, {added},
-            min(new.first, coalesce(old.first, new.first)),
-            max(new.last, coalesce(old.last, new.last)),
-            max(new.slowest, coalesce(old.slowest, 0))
-        FROM new LEFT JOIN (SELECT * FROM sums WHERE span = {quarter}) AS old USING ({keys})
-        """.format(
-            start=START, quarter=QUARTER, keys=", ".join(keys),
-            columns=listed_columns({**keys, **counts}),
-            numbers=", ".join([str(number) for number, _ in enumerate(keys, 1)]),
-            added=", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
-                             for name in counts]))
+    """Returns SUMMING with the places of its columns."""
+    places = {name: place for place, name in enumerate(SUM_COLUMNS, 1)}
+    keys = SUM_COLUMNS[:1 + len(SUM_KEYS)]
+    return SUMMING.format(
+        **{name: places[name] for name in ("first", "last", "slowest")},
+        keys=", ".join(["new.column%d" % places[name] for name in keys]),
+        counts=", ".join(["min(new.column%d + coalesce(old.%s, 0), %d)" % (
+            places[name], name, MOST) for name in SUM_COUNTS]),
+        same=" AND ".join(["old.%s = new.column%d" % (name, places[name]) for name in keys]))
 
 
-ADD_TO_SUMS = adding_statement()
 # Makes a sum of a longer span from those of shorter ones in it.
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
     GROUP BY %s""" % (
-        ", ".join(SUM_KEYS),
-        ", ".join(map(exact_total, SUM_COUNTS)),
-        ", ".join(SUM_KEYS))
-# Ids are listed by hours, so that what is written together lies together.
-ADD_TO_IDS = """INSERT OR IGNORE INTO ids SELECT CAST(coalesce(time, 0) / 3600 AS INTEGER), id,
-    rowid FROM calls WHERE rowid > :after AND rowid <= :upto AND id IS NOT NULL"""
-# Each with as many rows as mean that there may be more of them.
-FORGET = (
-    ("DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT 1000)", 1000),
-    ("DELETE FROM ids WHERE hour < min(?, (SELECT min(hour) FROM ids) + 1)", 1),
-    *[("DELETE FROM sums WHERE span = {0} AND start < min(?,"
-       " (SELECT min(start) FROM sums WHERE span = {0}) + 86400)".format(span), 1)
-      for span in SPANS])
+        ", ".join(SUM_KEYS), ", ".join(map(exact_total, SUM_COUNTS)), ", ".join(SUM_KEYS))
+# The last call stays, else its rowid would be given to another one.
+FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
+    AND rowid < (SELECT max(rowid) FROM calls)"""
+FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
+    AND chunk < (SELECT min(rowid) FROM calls) / %d"""
+FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
+    AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
+ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
+ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
+ADD_TO_SUMS = adding_statement()
+
+
+class SumsOfCalls:
+    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models that got no answer go
+    by the name of `other`: whoever is refused may make up as many as they like. Beyond MOST_NAMES
+    all do."""
+    NAMES = 200
+    MOST_NAMES = 2000
+
+    def __init__(self):
+        self.names = collections.defaultdict(set)  # by quarter and what they are of
+
+    def add_up(self, calls: Iterable[Tuple]) -> List[List[Union[int, str]]]:
+        """Takes rows of (rowid, *ADDED); returns rows of SUM_COLUMNS."""
+        found = {}
+        for key, rows in self.grouped(calls).items():
+            numbers, outcomes, waits, *used = zip(*rows)
+            failed = sum([outcome not in PASSED for outcome in outcomes])
+            counts = [len(rows), failed, outcomes.count("limited"), *[
+                min(MOST, sum(filter(None, column))) for column in used]]
+            key = self.named(key, "ok" in outcomes or any(counts[3:]))
+            limits = min(numbers), max(numbers), max(waits)
+            found[key] = self.merged(found[key], counts, limits) if key in found else [
+                *counts, *limits]
+        if len(self.names) > 8:  # of quarters that are over
+            self.names.clear()
+        return [[*key, *counts] for key, counts in found.items()]
+
+    @staticmethod
+    def grouped(calls):
+        groups = collections.defaultdict(list)
+        for number, end, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
+            key = (int((end or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
+                   served or model or "-", upstream or "-")
+            groups[key].append((number, outcome, ms or 0, *used))
+        return groups
+
+    @staticmethod
+    def merged(old, counts, limits):
+        """Adds to a sum what got the same names."""
+        added = [min(MOST, one + other) for one, other in zip(old, counts)]
+        return [*added, *[pick(pair) for pick, pair in zip((min, max, max), zip(old[-3:], limits))]]
+
+    def named(self, key, answered):
+        """Returns the key of a sum, with names that are told apart."""
+        start, caller, team, tag, model, upstream = key
+        shown = []
+        for kind, name in (("caller", caller), ("model", model)):
+            names = self.names[start, kind]
+            if len(names) < (self.MOST_NAMES if answered else self.NAMES):
+                names.add(name)
+            shown.append(name if name in names else "other")
+        return start, shown[0], team, tag, shown[1], upstream
 
 
 def connect(path: str, mode: str) -> sqlite3.Connection:
@@ -8174,12 +8209,22 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
     return connection
 
 
+def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
+    """Returns how far the sums have come: `summed` is the rowid of the last call that is in them,
+    `unsummed` of the last of an older version that is not, `listed` of the last that is in `ids`;
+    `rolled` is when the last hour ends of which there is a sum."""
+    return dict(execute(
+        "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
+
+
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
     ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
-    FULL = 1000                 # sums of a quarter: more are not begun for calls that failed
+    CHUNK = 8192                # calls whose ids are listed together, by their order
+    BATCH = 500                 # calls that are added up at once
+    SUMS = 999 // len(SUM_COLUMNS)
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -8199,8 +8244,8 @@ class Database:
         address TEXT, what TEXT, target TEXT, detail TEXT);
         CREATE TABLE IF NOT EXISTS sums (span INTEGER, start INTEGER, %s, %s, first INTEGER,
         last INTEGER, slowest INTEGER, PRIMARY KEY (span, start, %s)) WITHOUT ROWID;
-        CREATE TABLE IF NOT EXISTS ids (hour INTEGER, id TEXT, call INTEGER,
-        PRIMARY KEY (hour, id, call)) WITHOUT ROWID""" % (
+        CREATE TABLE IF NOT EXISTS ids (chunk INTEGER, id TEXT, call INTEGER,
+        PRIMARY KEY (chunk, id, call)) WITHOUT ROWID""" % (
             APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
             ", ".join([name + " TEXT" for name in SUM_KEYS]),
             ", ".join([name + " INTEGER" for name in SUM_COUNTS]), ", ".join(SUM_KEYS))
@@ -8217,6 +8262,9 @@ class Database:
         is nothing to read."""
         self.path = path
         self.lock = lock
+        self.sums = SumsOfCalls()
+        self.fresh: List[Tuple] = []  # what is yet to be added up of the last calls,
+        self.behind = True            # of which there may be more in the file
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -8284,11 +8332,11 @@ class Database:
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
                 execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
-            execute("INSERT OR IGNORE INTO facts SELECT 'unsummed', coalesce(max(rowid), 0)"
-                    " FROM calls UNION ALL SELECT 'rolled', 0")
-            facts = dict(execute("SELECT name, value FROM facts").fetchall())
-            self.unsummed = facts["unsummed"]  # calls of an older version, up to this rowid
-            self.rolled = facts["rolled"]      # up to when there are sums of hours and days
+            (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls").fetchall()
+            self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
+            for fact in self.facts.items():
+                execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
+            self.facts.update(read_facts(execute))
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
@@ -8298,52 +8346,91 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    def add(self, rows):
-        """Inserts calls and adds them up, a few dozen by one statement: after each, this thread
-        must wait for the interpreter again."""
-        (before,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
+    def add(self, rows) -> List[Tuple]:
+        """Inserts calls, a few dozen by one statement: after each, this thread must wait for the
+        interpreter again. Returns what is added up of them."""
         marks = "(%s)" % ",".join("?" * len(COLUMNS))
         for start in range(0, len(rows), self.ROWS):
             batch = rows[start:start + self.ROWS]
             self.connection.execute("INSERT INTO calls VALUES " + ",".join([marks] * len(batch)),
                                     list(itertools.chain(*batch)))
+        (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
+        first = (last or 0) - len(rows) + 1
+        return [(number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
+
+    # -- sums, and the list of ids; each of these does a little, and returns whether it did
+
+    def add_new(self) -> bool:
+        """Adds calls to the sums that came since the last time."""
+        summed = self.facts["summed"]
+        if self.behind or self.fresh and self.fresh[0][0] != summed + 1:
+            self.fresh = self.added("rowid > ? ORDER BY rowid LIMIT ?", summed, self.BATCH)
+            self.behind = len(self.fresh) == self.BATCH
+        rows, rest = self.fresh[:self.BATCH], self.fresh[self.BATCH:]
         if rows:
-            self.add_up(before or 0, MOST)
-            first = int(min([row[1] or 0 for row in rows]))
-            if first < self.rolled:  # a clock was set back
-                self.rolled = first - first % HOUR
-                self.note("rolled", self.rolled)
+            self.add_up(rows, "summed", rows[-1][0])
+        self.fresh = rest
+        return bool(rows)
 
-    def add_up(self, after, upto):
-        """Adds calls with these rowids to the sums, and to the list of ids."""
-        for statement in (ADD_TO_SUMS, ADD_TO_IDS):
-            self.connection.execute(statement, {"after": after, "upto": upto, "full": self.FULL})
+    def add_older(self) -> bool:
+        """Adds calls of an older version, which had no sums, the newest first."""
+        last = self.facts["unsummed"]
+        if last:
+            first = max(0, last - self.BATCH)
+            self.add_up(self.added("rowid > ? AND rowid <= ?", first, last), "unsummed", first)
+        return bool(last)
 
-    def note(self, name, value):
-        self.connection.execute("UPDATE facts SET value = ? WHERE name = ?", (value, name))
+    def added(self, where, *values):
+        return self.connection.execute("SELECT rowid, %s FROM calls WHERE %s" % (
+            ", ".join(ADDED), where), values).fetchall()
 
-    def add_older(self, most):
-        """Adds up to `most` calls of an older version, which had no sums, the newest first."""
-        rest = max(0, self.unsummed - most)
+    def add_up(self, calls, fact, value):
+        """Adds calls to the sums, and notes that."""
+        sums = self.sums.add_up(calls)
+        rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
         with self.transaction():
-            self.add_up(rest, self.unsummed)
-            self.note("unsummed", rest)
-        self.unsummed = rest
+            for start in range(0, len(sums), self.SUMS):
+                batch = sums[start:start + self.SUMS]
+                marks = ", ".join(["(%s)" % ",".join("?" * len(SUM_COLUMNS))] * len(batch))
+                self.connection.execute(ADD_TO_SUMS % marks, list(itertools.chain(*batch)))
+            facts = {fact: value}
+            if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
+                facts["rolled"] = rolled
+            self.note(**facts)
+        self.facts.update(facts)
 
-    def roll_up(self, now) -> bool:
-        """Makes the sums of the next hour that is over, and of its day as far as that has come;
-        returns whether there was one. The same is done again where a call comes late."""
+    def note(self, **facts):
+        self.connection.executemany("UPDATE facts SET value = ? WHERE name = ?", [
+            (value, name) for name, value in facts.items()])
+
+    def roll_up(self, now: float) -> bool:
+        """Makes the sums of the next hour that is over, and of its day as far as that has come."""
         found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
-        (start,), = self.connection.execute(found, (QUARTER, self.rolled)).fetchall()
-        if start is None or start - start % HOUR + HOUR > now:
+        (start,), = self.connection.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
+        if start is None or start // HOUR * HOUR + HOUR > now or self.facts["unsummed"]:
             return False
-        hour = start - start % HOUR
+        hour = start // HOUR * HOUR
         with self.transaction():
             for span, shorter in ((HOUR, QUARTER), (DAY, HOUR)):
                 self.connection.execute(ROLL_UP, {
-                    "span": span, "shorter": shorter, "start": hour - hour % span})
-            self.note("rolled", hour + HOUR)
-        self.rolled = hour + HOUR
+                    "span": span, "shorter": shorter, "start": hour // span * span})
+            self.note(rolled=hour + HOUR)
+        self.facts["rolled"] = hour + HOUR
+        return True
+
+    def list_ids(self) -> bool:
+        """Lists the ids of the next CHUNK of calls, so that one can be found by its id. Written one
+        by one, each would change a page of its own."""
+        listed = self.facts["listed"]
+        if self.facts["summed"] < listed + self.CHUNK:
+            return False
+        with self.transaction():
+            self.connection.execute(
+                "INSERT INTO ids SELECT ?, id, rowid FROM calls WHERE rowid > ? AND rowid <= ?"
+                " AND id IS NOT NULL ORDER BY id", (
+                    listed // self.CHUNK, listed, listed + self.CHUNK))
+            self.note(listed=listed + self.CHUNK)
+        self.facts["listed"] = listed + self.CHUNK
         return True
 
     def save(self, changed, gone):
@@ -8428,8 +8515,10 @@ class Database:
 
     def note_use(self, used):
         """{name of a key: when it was used last}"""
-        self.connection.executemany("UPDATE keys SET last_used = ? WHERE name = ?", [
-            (wall, name) for name, wall in used.items()])
+        for name, wall in used.items():
+            self.connection.execute(
+                "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
+                (wall, name, wall - 60))
 
     def take_orders(self, now: float, again: bool = False) -> List["Order"]:
         """Returns what is to be done, which counts as done from then on; `again`: also what was
@@ -8439,8 +8528,10 @@ class Database:
             return []
         execute("BEGIN IMMEDIATE")
         with self.connection:
-            found = execute("SELECT * FROM orders WHERE done = 0 OR until > ? ORDER BY id",
-                            (now if again else math.inf,)).fetchall()
+            found = execute(  # and nothing that somebody else has written
+                "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
+                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
+                (now if again else math.inf,)).fetchall()
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1")
         return list(map(Order._make, found))
@@ -8459,9 +8550,11 @@ class Database:
     def forget(self, before: float, sums_before: float) -> bool:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
         whether there may be more."""
-        times = before, before // HOUR, *[sums_before] * len(SPANS)
-        return any([self.connection.execute(statement, (since,)).rowcount >= most
-                    for (statement, most), since in zip(FORGET, times)])
+        execute = self.connection.execute
+        calls = execute(FORGET_CALLS % self.BATCH, (before,)).rowcount
+        others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
+            execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
+        return calls >= self.BATCH or any(others)
 
 
 class Sum(NamedTuple):
@@ -8623,14 +8716,16 @@ CALL_FILTERS = {
                 " ELSE failed END > 0", "outcome = :outcome"),
     "failed": ("failed > 0", FAILED),
     "slow": ("slowest >= :slow", "ms >= :slow")}
-# Walks from hour to hour, by the index, because calls of one id may be in any.
-FIND_ID = """WITH RECURSIVE hours(hour) AS (SELECT max(hour) FROM ids UNION ALL
-    SELECT (SELECT max(hour) FROM ids WHERE hour < hours.hour) FROM hours WHERE hour IS NOT NULL)
-    SELECT call FROM hours CROSS JOIN ids ON ids.hour = hours.hour AND ids.id = :id LIMIT 100"""
+# Walks from chunk to chunk of listed ids, and through the calls that are not listed yet.
+FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION ALL
+    SELECT (SELECT max(chunk) FROM ids WHERE chunk < chunks.chunk) FROM chunks
+    WHERE chunk IS NOT NULL), found AS (
+    SELECT rowid AS number FROM calls WHERE rowid > :listed AND id = :id UNION ALL
+    SELECT call FROM chunks CROSS JOIN ids ON ids.chunk = chunks.chunk AND ids.id = :id)
+    SELECT number FROM found LIMIT 100"""
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
-    GROUP BY start ORDER BY start DESC"""
-ALL_CALLS = "SELECT coalesce((SELECT min(rowid) FROM calls), 0), (SELECT max(rowid) FROM calls)"
+    GROUP BY start"""
 ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
     SELECT at, %s, %s FROM steps CROSS JOIN sums
     ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
@@ -8644,7 +8739,7 @@ LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last
 class LedgerReader:
     """Answers what pages ask of a ledger, from any thread but the loop's. Each question has a
     connection of its own, so nothing is kept of a file that was replaced. Raises sqlite3.Error."""
-    LOOK = 30_000  # calls that one question looks at
+    LOOK = 60_000  # calls that one question looks at
     NAMED = 200    # groups; what is beyond goes by the name of `other`
 
     def __init__(self, path: str):
@@ -8656,10 +8751,6 @@ class LedgerReader:
         with contextlib.closing(connect(self.path, "ro")) as connection:
             yield connection.execute
 
-    @staticmethod
-    def fact(execute, name):
-        return execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0]
-
     # -- sums
 
     def add_up(self, by: str, steps: List[Step],
@@ -8670,7 +8761,7 @@ class LedgerReader:
         if by not in SUM_KEYS:
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
-            rolled = self.fact(execute, "rolled")
+            rolled = read_facts(execute)["rolled"]
             spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
                      for span in read_spans(low, high, rolled)]
             query = ADD_SUMS % (", ".join(spans), by, Sum.TOTALS, where)
@@ -8784,7 +8875,7 @@ class LedgerReader:
                 ranges = self.find_ranges(
                     execute, values, " AND ".join([where for where, _ in conditions]))
             else:
-                ranges = execute(ALL_CALLS).fetchall()
+                ranges = self.all_calls(execute)
             where = " AND ".join([where for _, where in conditions]) or "1"
             rows, following = self.look(execute, ranges, values, where, limit)
         return {"calls": [call_fields(Row._make(row), number) for number, *row in rows],
@@ -8801,25 +8892,39 @@ class LedgerReader:
         return values
 
     @staticmethod
-    def find_id(execute, values):
+    def all_calls(execute):
+        """Returns one range of rowids."""
+        (first, last), = execute(ENDS_OF_CALLS).fetchall()
+        return [(first or 0, last or 0)]
+
+    def find_id(self, execute, values):
         """Returns ranges of one rowid each, newest first."""
-        found = [number for number, in execute(FIND_ID, {"id": values["id"]})]
+        (_, last), = self.all_calls(execute)
+        listed = max(read_facts(execute)["listed"], last - self.LOOK)
+        found = [number for number, in execute(FIND_ID, {"id": values["id"], "listed": listed})]
         return [(number, number) for number in sorted(found, reverse=True)]
 
     def find_ranges(self, execute, values, where):
-        """Yields ranges of rowids, the newest first, in which the sums say that there may be calls
-        that match: of quarters since yesterday, before that of hours in days."""
+        """Yields ranges of rowids, those that end last first, in which there may be calls that
+        match: those that are in no sum yet, then as the sums say, of quarters in the last days,
+        before that of hours. Where a clock was set back, these may overlap."""
         def find(span, low, high):
-            return execute(FIND_SUMS % (span, where), {
-                **values, "oldest": oldest, "low": low, "high": high})
+            return [(-last, first, span, start) for start, first, last in execute(
+                FIND_SUMS % (span, where), {**values, "oldest": oldest, "low": low, "high": high})]
 
-        oldest = execute("SELECT min(rowid) FROM calls").fetchone()[0] or 0
-        rolled = self.fact(execute, "rolled") // DAY * DAY
-        for _, first, last in find(QUARTER, rolled, MOST):
-            yield first, last
-        for day, _, _ in find(DAY, 0, rolled):
-            for _, first, last in find(HOUR, day, day + DAY):
-                yield first, last
+        facts = read_facts(execute)
+        (oldest, newest), = self.all_calls(execute)
+        rolled = facts["rolled"] // DAY * DAY
+        heap = [(-newest, facts["summed"] + 1, 0, 0), *find(QUARTER, rolled, MOST),
+                *find(DAY, 0, rolled)]
+        heapq.heapify(heap)
+        while heap:
+            last, first, span, start = heapq.heappop(heap)
+            if span != DAY:
+                yield first, -last
+            else:
+                for one in find(HOUR, start, start + DAY):
+                    heapq.heappush(heap, one)
 
     def look(self, execute, ranges, values, where, limit):
         """Returns rows that match, and where to go on."""
@@ -8827,7 +8932,7 @@ class LedgerReader:
                  " ORDER BY rowid DESC LIMIT :limit" % where)
         rows, before, left = [], values["before"], self.LOOK
         for first, last in ranges:
-            last = min(last or 0, before - 1)  # where a clock was set back, ranges overlap
+            last = min(last, before - 1)
             if first > last:
                 continue
             lowest = max(first, last - left + 1)
@@ -8842,12 +8947,7 @@ class LedgerReader:
         return rows, None
 
 
-def lock_name(path: str) -> str:
-    """Returns the name of a database's lock, which is one, whatever links lead to it."""
-    return os.path.realpath(path) + ".lock"
-
-
-KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-1])
+KEYS_QUERY = "SELECT %s FROM keys" % ", ".join(Key._fields[:-2])
 
 
 class Order(NamedTuple):
@@ -8902,7 +9002,8 @@ class KeyStore:
     """What can be done with stored keys: each in one transaction, with a row of the audit. A
     running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
     None or empty for none. Raises KeyFault, and sqlite3.Error."""
-    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is known for so long: as no stranger
+    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
+    COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
     def __init__(self, database: Database, clock: Any, actor: Actor):
         self.database = database
@@ -8935,41 +9036,31 @@ class KeyStore:
     def add(self, name: str, **fields: Optional[str]) -> NewKey:
         secret = new_secret()
         self.check_field("name", KEY_NAME, name)
-        created = self.now()
-        key = self.with_fields(Key(name, created=created, subject=digest(secret)), fields)
         with self.change("add key", name, describe_fields(fields)) as execute:
             if execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchall():
                 raise KeyFault("a key by the name %s is stored already" % name)
-            self.write(key)
-            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (key.subject, name))
-            closes = key.role == "caller" and not self.database.is_closed()
-            if closes:
-                self.database.close_door()
-        return NewKey(key, secret, closes)
+            execute("INSERT INTO keys (name, role, created, disabled, subject)"
+                    " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
+            execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+            was_closed = self.database.is_closed()
+            key = self.write(execute, name, fields)
+            return NewKey(key, secret, self.database.is_closed() and not was_closed)
 
     def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
         """Changes these fields; `reset`: its buckets are full then."""
         with self.change("set key", name, describe_fields(fields) + " reset" * reset) as execute:
-            key = self.with_fields(self.find(name), fields)
-            self.write(key)
-            if key.role == "caller":
-                self.database.close_door()
             if reset:
                 self.order(execute, name)
-        return key
+            return self.write(execute, name, fields)
 
-    def revoke(self, name: str) -> Key:
+    def revoke(self, name: str, what: str = "revoke key", disabled: bool = True) -> Key:
         """It lets nobody in until it is restored."""
-        return self.disable("revoke key", name, True)
+        with self.change(what, name) as execute:
+            execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
+            return self.find(name)
 
     def restore(self, name: str) -> Key:
-        return self.disable("restore key", name, False)
-
-    def disable(self, what, name, disabled):
-        with self.change(what, name):
-            key = self.find(name)._replace(disabled=disabled)
-            self.write(key)
-        return key
+        return self.revoke(name, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -8979,19 +9070,19 @@ class KeyStore:
         until = now + (self.check_field("grace", age, grace) if grace else 0)
         with self.change("rotate key", name, "grace %s" % grace if grace else "") as execute:
             key = self.find(name)
-            execute("DELETE FROM secrets WHERE name = ? AND valid_until < ?",
-                    (name, now - self.KEEP_SECONDS))
             execute("UPDATE secrets SET valid_until = min(coalesce(valid_until, ?), ?)"
                     " WHERE name = ?", (until, until, name))
             execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
+            execute("DELETE FROM secrets WHERE valid_until < ?", (now - self.KEEP_SECONDS,))
         return NewKey(key, secret)
 
     def remove(self, name: str):
-        """Forgets it: the books keep what it used."""
+        """Forgets it: the books keep what it used, and its secrets are known as nobody's."""
         with self.change("remove key", name) as execute:
             if not execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
                 self.find(name)
-            execute("DELETE FROM secrets WHERE name = ?", (name,))
+            execute("UPDATE secrets SET name = NULL, valid_until = ? WHERE name = ?",
+                    (self.now(), name))
 
     def give(self, name: str, amount: str, unit: str, seconds: Optional[str] = None):
         """Lets a caller's buckets of a unit hold so much more for a time, such as 1d, and adds
@@ -9022,11 +9113,20 @@ class KeyStore:
         execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
                 (name, unit, amount, until))
 
-    def write(self, key):
-        values = [*key[:-1]]
-        values[key._fields.index("models")] = ",".join(key.models) or None
-        self.database.connection.execute("INSERT OR REPLACE INTO keys VALUES (%s)" % ", ".join(
-            "?" * len(values)), values)
+    def write(self, execute, name, fields):
+        """Changes fields; returns the key."""
+        for field, text in fields.items():
+            if field not in KEY_FIELDS:
+                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
+            value = None if text in (None, "") else self.check_field(
+                field, KEY_FIELDS[field][0], text)
+            execute("UPDATE keys SET %s = %s WHERE name = ?" % (
+                field, self.COLUMNS.get(field, "?")), (
+                    value if field == "expires" else value and text, name))
+        key = self.find(name)
+        if key.role == "caller":
+            self.database.close_door()
+        return key
 
     @staticmethod
     def check_field(field, read, text):
@@ -9036,28 +9136,14 @@ class KeyStore:
         except ValueError as fault:
             raise KeyFault("%s %s" % (field, fault)) from None
 
-    def with_fields(self, key, fields):
-        """Returns a key with these fields in it."""
-        for field, text in fields.items():
-            if field not in KEY_FIELDS:
-                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
-            value = None if text in (None, "") else self.check_field(
-                field, KEY_FIELDS[field][0], text)
-            if field == "expires":
-                value = value and key.created + value
-            elif field == "role":
-                value = value or "caller"
-            elif field == "models":
-                value = value or ()
-            elif field == "limits":
-                key = key._replace(rules=value or ())
-                value = text or None
-            key = key._replace(**{field: value})
-        return key
-
 
 def describe_fields(fields):
     return " ".join(["%s=%s" % (field, text or "none") for field, text in fields.items()])
+
+
+def lock_name(path: str) -> str:
+    """Returns the name of a database's lock, which is one, whatever links lead to it."""
+    return os.path.realpath(path) + ".lock"
 
 
 def lock_for_service(path: str) -> Optional[BinaryIO]:
@@ -9097,10 +9183,9 @@ class Ledger(Writer):
     FORGET_SECONDS = 600
     REOPEN_SECONDS = 60
     SUMS_DAYS = 400
-    OLDER = 2000          # calls that are added up in one transaction, which takes some 10 ms
-    ROLL_SECONDS = 60
+    SUM_SECONDS = 2
     forget_at = 0.0       # monotonic seconds, as are the others
-    add_up_at = 0.0
+    sum_at = 0.0
     complain_at = 0.0
     reopen_at = 0.0
     version = -1          # of the database, when keys were read
@@ -9119,7 +9204,6 @@ class Ledger(Writer):
         self.log = log
         self.keys = keys
         self.secret = secret
-        self.used: Dict[str, float] = {}  # when keys were, by name
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
@@ -9159,22 +9243,24 @@ class Ledger(Writer):
             self.log.report()  # and go on without these
         for _ in batch:
             self.queue.popleft()
-        if now >= self.add_up_at:
+        if now >= self.sum_at:
             self.add_up(now)
 
     def add_up(self, now):
-        """Adds up calls of an older version, and quarters to hours, a little at a time."""
+        """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
         database, wall = self.database, self.clock.time_ns() / 1e9
         try:
-            for _ in range(8):
-                if database.unsummed:
-                    database.add_older(self.OLDER)
-                elif not database.roll_up(wall):
-                    self.add_up_at = now + self.ROLL_SECONDS
+            for _ in range(16):
+                if not (database.add_new() or database.add_older() or database.list_ids()
+                        or database.roll_up(wall)):
+                    self.sum_at = now + self.SUM_SECONDS
                     break
         except sqlite3.Error as failure:
-            self.add_up_at = now + self.ROLL_SECONDS
+            self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
+        except Exception:
+            self.sum_at = now + 60
+            self.log.report()
 
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
@@ -9218,15 +9304,10 @@ class Ledger(Writer):
 
     def note_use(self, entries, now):
         """Writes when keys were used, to the minute."""
-        used = {}
-        for entry in entries:
-            key = entry.caller and entry.caller.stored_key
-            wall = entry.wall / 1e9
-            if key and wall > self.used.get(key.name, 0) + 60:
-                used[key.name] = self.used[key.name] = wall
+        used = {entry.caller.stored_key.name: entry.wall / 1e9 for entry in entries
+                if entry.caller and entry.caller.stored_key}
         try:
-            if used:
-                self.database.note_use(used)
+            self.database.note_use(used)
         except sqlite3.Error as failure:  # which is no reason to write the calls again
             self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
 
@@ -9257,12 +9338,14 @@ class Ledger(Writer):
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
         with self.database.transaction():
-            self.database.add([entry.as_row() for entry in entries])
+            added = self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 self.forget_old(now)
+        if len(self.database.fresh) < self.ROOM:
+            self.database.fresh += added
         self.saved = levels
         for _ in things:
             self.stored.unsaved.popleft()
@@ -9271,7 +9354,7 @@ class Ledger(Writer):
 
     def forget_old(self, now):
         now_wall = self.clock.time_ns() / 1e9
-        if self.database.unsummed or not self.database.forget(
+        if self.database.facts["unsummed"] or not self.database.forget(
                 now_wall - self.days * 86400, now_wall - max(self.days, self.SUMS_DAYS) * 86400):
             self.forget_at = now + self.FORGET_SECONDS
 
@@ -9408,7 +9491,7 @@ def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
 
 def ended_call(entry: Entry) -> Dict[str, Any]:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
-    return {**entry.as_row()._asdict(), "row": None, "usd": dollars(entry)}
+    return call_fields(entry.as_row())
 
 
 class Event:
@@ -9485,92 +9568,6 @@ class Feed(Watcher):
             return None
         first = len(self.events) - (self.number - number)
         return list(itertools.islice(self.events, first, None))
-
-
-class Pulse(Watcher):
-    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
-    and which buckets changed. `labels` are the names of those who called lately."""
-    MINUTE = 60
-    MAX_TIMES = 5_000
-    MAX_CALLERS = 1_000
-    MAX_SHOWN = 100
-
-    def __init__(self, clock: Any, buckets: Buckets, feed: Feed):
-        self.clock = clock
-        self.buckets = buckets
-        self.feed = feed
-        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
-        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, ms, upstream)
-        self.callers: "collections.OrderedDict[CallerKey, Caller]" = collections.OrderedDict()
-        self.last_seen: Dict[CallerKey, float] = {}
-        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
-        self.refused = collections.Counter()  # calls, by the text of the rule
-        self.calls = self.tokens = self.failed = self.picodollars = 0
-
-    def record(self, entry):
-        if not entry.call:
-            return
-        self.calls += 1
-        if entry.outcome == "limited":
-            self.refused[entry.cause] += 1
-        if entry.outcome not in ("ok", "limited", "caller_gone"):
-            self.failed += 1
-        if entry.usage:
-            self.tokens += entry.usage.input + entry.usage.output
-            self.picodollars += entry.picodollars
-        if entry.first_byte is not None:
-            self.times.append((entry.ended, entry.milliseconds(entry.first_byte), entry.upstream))
-        caller = entry.caller
-        self.callers[caller.key] = caller
-        self.last_seen[caller.key] = entry.wall / 1e9
-        if len(self.callers) > self.MAX_CALLERS:
-            del self.last_seen[self.callers.popitem(last=False)[0]]
-        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
-            for rule, key in entry.hold.keyed_rules:
-                self.changed[key] = rule, caller
-
-    def named(self, label: str) -> List[Caller]:
-        """Returns who called lately by this label."""
-        return [caller for caller in self.callers.values() if caller.label == label]
-
-    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
-        """Returns percentiles of the last minute, in milliseconds."""
-        oldest = self.clock.monotonic() - self.MINUTE
-        found = sorted([ms for ended, ms, name in self.times
-                        if ended >= oldest and upstream in (None, name)])
-        return {"first_p%d" % share: found[len(found) * share // 100] if found else None
-                for share in (50, 95)}
-
-    def tick(self, running: int, line: int) -> Dict[str, Any]:
-        """A second is over; returns what was in it."""
-        found = {"now": self.clock.time_ns() / 1e9, "calls": self.calls, "tokens": self.tokens,
-                 "failed": self.failed, "in_flight": running, "line": line,
-                 "usd": format_usd(self.picodollars), **self.first_bytes()}
-        self.calls = self.tokens = self.failed = self.picodollars = 0
-        self.seconds.append(found)
-        return found
-
-    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
-        """Returns a bucket as the page shows it."""
-        level = self.buckets.level_of(rule, key)
-        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
-        missing = -(-(rule.capacity - level.level) // rule.refill)
-        runs = rule.unit == RUNNING
-        return {"rule": rule.text, "unit": UNITS[rule.unit],
-                "level": format_amount(rule, level.level),
-                "capacity": format_amount(rule, rule.capacity),
-                "refill": 0 if runs else format_amount(rule, rule.refill),
-                "interval": 0 if runs else rule.interval,
-                "refilled": wall - (now - level.refilled),
-                "full_in": 0 if runs else max(
-                    0, round(level.refilled + missing * rule.interval - now, 3))}
-
-    def changed_buckets(self) -> List[Dict[str, Any]]:
-        """Returns those of the last second."""
-        changed = self.changed
-        self.changed = {}
-        return [{"caller": caller.label, **self.bucket(rule, key)}
-                for key, (rule, caller) in changed.items()]
 
 
 class Poster(Writer):
@@ -9656,7 +9653,7 @@ OTHER = "other"  # the label of what is one too many to have one of its own,
 NONE = "-"       # and of what there is none of
 CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
-WAITS = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640"
+WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 COUNTERS = {
     "requests_total": "Calls that have ended",
     "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
@@ -9664,34 +9661,37 @@ COUNTERS = {
     "refused_total": "Calls that a rule refused",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
-    ("request_duration_seconds", "From a call's head to its end", ".01 .02 .04 .08 .16 .32 .64"
-     " 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68 655.36 1310.72"),
+    ("request_duration_seconds", "From a call's head to its end",
+     "0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68"
+     " 655.36 1310.72"),
     ("first_byte_seconds", "From a call's head to the first byte of its answer", WAITS),
     ("time_per_output_token_seconds", "Of streams, between two tokens",
-     ".0025 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5"),
+     "0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5"),
     ("queue_wait_seconds", "In line before a busy upstream", WAITS),
     ("overhead_seconds", "In the proxy's own hands, until sent on and from the answer's head",
-     ".0001 .00025 .0005 .001 .0025 .005 .01 .025 .05 .1 .25 .5 1 2.5"))
+     "0.0001 0.00025 0.0005 0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5"))
 
 
 class Family(NamedTuple):
-    """All samples of one metric; each is (end of its name, labels, value)."""
+    """All samples of one metric: (labels, value), and of a histogram the end of its name, too."""
     name: str
     kind: str
     help: str
-    samples: List[Tuple[str, Dict[str, str], Union[int, float, str]]]
+    samples: Iterable[Tuple[Any, ...]]
 
     def lines(self) -> Iterable[str]:
         yield f"# HELP {self.name} {self.help}"
         yield f"# TYPE {self.name} {self.kind}"
-        for end, labels, value in self.samples:
-            text = ",".join([f'{name}="{label_value(of)}"' for name, of in labels.items()])
-            yield f"{self.name}{end}{{{text}}} {value}" if text else f"{self.name}{end} {value}"
+        for labels, value, *end in self.samples:
+            name = "".join([self.name, *end])
+            yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
-def label_value(text):
-    shown = visible(clean(text)).replace("\\", r"\\")
-    return shown.replace('"', r"\"").replace("\n", r"\n")
+def labels_of(**values: str) -> str:
+    """Returns labels as they are written; what nobody sees is spelled out."""
+    shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
+             for name, value in values.items()]
+    return ",".join(['%s="%s"' % (name, value.replace('"', r'\"')) for name, value in shown])
 
 
 class Histogram:
@@ -9715,12 +9715,11 @@ class Histogram:
         for number, bound in enumerate(self.bounds):
             self.counts[number] += bisect.bisect_right(times, bound)
 
-    def samples(self, labels: Dict[str, str]):
+    def samples(self, labels: str):
         self.sort_in()
-        rows = [("_bucket", {**labels, "le": f"{bound:g}"}, count)
-                for bound, count in zip(self.bounds, self.counts)]
-        return [*rows, ("_bucket", {**labels, "le": "+Inf"}, self.count),
-                ("_sum", labels, f"{self.total:.9f}"), ("_count", labels, self.count)]
+        rows = [(f'{labels},le="{bound}"', count, "_bucket")
+                for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
+        return [*rows, (labels, f"{self.total:.9f}", "_sum"), (labels, self.count, "_count")]
 
 
 class Times:
@@ -9733,20 +9732,30 @@ class Times:
             one.times for one in self.histograms]
 
 
-class Series:
-    """What calls that have the same labels used, all in all."""
-    __slots__ = ("labels", "times", "calls", "picodollars", *TOKEN_KINDS)
+class Used:
+    """What a caller has used of a model at an upstream."""
+    __slots__ = ("labels", "picodollars", *TOKEN_KINDS)
 
-    def __init__(self, labels: Tuple[str, ...], times: Times):
-        self.labels = dict(zip(CALL_LABELS, labels))
-        self.times = times
-        self.calls = self.picodollars = 0
+    def __init__(self, *values: str):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.picodollars = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
     def add_parts(self, usage: Usage):
         self.cached += usage.cached
         self.cache_write += usage.cache_write
         self.reasoning += usage.reasoning
+
+
+class Series:
+    """How many calls had these labels."""
+    __slots__ = ("labels", "calls", "used", "times")
+
+    def __init__(self, values: Sequence[str], used: Used, times: Times):
+        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.calls = 0
+        self.used = used
+        self.times = times
 
 
 class Metrics(Watcher):
@@ -9760,6 +9769,7 @@ class Metrics(Watcher):
     def __init__(self):
         self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
         self.series: Dict[Tuple[str, ...], Series] = {}
+        self.used: Dict[Tuple[str, ...], Used] = {}
         self.times: Dict[str, Times] = {}
         self.callers: Dict[CallerKey, str] = {}
         self.models: Set[str] = set()
@@ -9773,15 +9783,16 @@ class Metrics(Watcher):
         series.calls += 1
         times, started, first_byte = series.times, entry.started, entry.first_byte
         times.duration.append(entry.ended - started)
+        if usage:
+            used = series.used
+            used.input += usage.input
+            used.output += usage.output
+            used.picodollars += entry.picodollars
+            if usage.cached or usage.reasoning or usage.cache_write:
+                used.add_parts(usage)
         if first_byte is not None:
             times.first_byte.append(first_byte - started)
-        if usage:
-            series.input += usage.input
-            series.output += usage.output
-            series.picodollars += entry.picodollars
-            if usage.cached or usage.reasoning or usage.cache_write:
-                series.add_parts(usage)
-            if first_byte is not None:
+            if usage:
                 times.overhead.append(first_byte - started - entry.held_up)
                 if call.stream and usage.output > 1:
                     times.token.append((entry.ended - first_byte) / (usage.output - 1))
@@ -9804,29 +9815,30 @@ class Metrics(Watcher):
         counted here, too."""
         upstream = entry.upstream or NONE
         rest = upstream, entry.call.dialect.name if entry.call else NONE, entry.outcome
-        labels = (self.caller_label(entry.caller), self.model_label(entry), *rest)
-        if labels not in self.series and len(self.series) >= self.MAX_SERIES:
-            labels = OTHER, OTHER, *rest
-        if labels not in self.series:
+        values = (self.caller_label(entry.caller), self.model_label(entry), *rest)
+        if values not in self.series and len(self.series) >= self.MAX_SERIES:
+            values = OTHER, OTHER, *rest
+        if values not in self.series:
+            used = self.used.setdefault(values[:3], Used(*values[:3]))
             times = self.times.setdefault(upstream, Times())
-            self.series[labels] = Series(labels, times)
+            self.series[values] = Series(values, used, times)
         if len(self.known) >= self.MAX_KNOWN:
             self.known.clear()
         if entry.outcome == LimitReached.outcome:  # these come here each time
             self.note_refusal(entry.cause)
         else:
-            self.known[key] = self.series[labels]
-        return self.series[labels]
+            self.known[key] = self.series[values]
+        return self.series[values]
 
     def caller_label(self, caller):
         if caller is None:
             return NONE
         if caller.key not in self.callers and len(self.callers) < self.MAX_NAMES:
-            self.callers[caller.key] = caller.label
+            self.callers[caller.key] = visible(clean(caller.label))
         return self.callers.get(caller.key, OTHER)
 
     def model_label(self, entry):
-        model = entry.call.upstream_model[:80] if entry.call else ""
+        model = visible(clean(entry.call.upstream_model or "")[:80]) if entry.call else ""
         answered = entry.outcome == "ok" and entry.status == 200
         if model and model not in self.models and answered and len(self.models) < self.MAX_NAMES:
             self.models.add(model)
@@ -9835,73 +9847,151 @@ class Metrics(Watcher):
 
     # -- what is told when somebody asks
 
+    def totals(self) -> Tuple[int, int, int, int]:
+        """Returns how many calls ended, how many of them failed, and their tokens and
+        picodollars."""
+        fine = ("ok", "limited", "caller_gone")
+        failed = [one.calls for names, one in self.series.items() if names[-1] not in fine]
+        used = self.used.values()
+        return (sum([one.calls for one in self.series.values()]), sum(failed),
+                sum([one.input + one.output for one in used]),
+                sum([one.picodollars for one in used]))
+
     def families(self) -> List[Family]:
         """Returns what was counted."""
-        series = list(self.series.values())
-        refused = list(self.refused.items())
+        series, used = list(self.series.values()), list(self.used.values())
         found = {
-            "requests_total": [("", one.labels, one.calls) for one in series],
-            "tokens_total": [("", {**labels, "kind": kind}, count)
-                             for labels, counts in self.sums(series, *TOKEN_KINDS)
-                             for kind, count in zip(TOKEN_KINDS, counts) if count],
-            "usd_total": [("", labels, format_usd(sums[0]))
-                          for labels, sums in self.sums(series, "picodollars") if sums[0]],
-            "refused_total": [("", {"rule": rule}, count) for rule, count in refused],
-            "loop_held_seconds_total": [("", {}, f"{self.held:.6f}")]}
+            "requests_total": ((one.labels, one.calls) for one in series),
+            "tokens_total": ((f'{one.labels},kind="{kind}"', getattr(one, kind))
+                             for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
+            "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
+                          for one in used if one.picodollars),
+            "refused_total": [(labels_of(rule=rule), count)
+                              for rule, count in self.refused.items()],
+            "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
 
     def histogram_families(self):
-        upstreams = list(self.times.items())
         return [Family("llm_proxy_" + name, "histogram", what, [
-            sample for upstream, times in upstreams
-            for sample in times.histograms[number].samples({"upstream": upstream})])
+            sample for upstream, times in self.times.items()
+            for sample in times.histograms[number].samples(labels_of(upstream=upstream))])
             for number, (name, what, _) in enumerate(HISTOGRAMS)]
 
-    @staticmethod
-    def sums(series, *names):
-        """Returns (labels, sums) by caller, model and upstream."""
-        found = {}
-        for one in series:
-            where = tuple(one.labels.values())[:3]
-            before = found.get(where) or [0] * len(names)
-            found[where] = [old + getattr(one, name) for old, name in zip(before, names)]
-        return [(dict(zip(CALL_LABELS, where)), sums) for where, sums in found.items()]
-
     def bucket_families(self, buckets: Buckets) -> List[Family]:
-        """Returns the buckets of callers that are known here, and of nobody, that are not full."""
-        levels, capacities = [], []
-        for one in list(buckets.levels.values()):
-            rule, key = one.rule, one.key
+        """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
+        several keys with one name the last one's counts."""
+        levels, capacities = {}, {}
+        for key, seen in buckets.levels.items():
             owners = [self.callers.get(owner) for owner in key[1:]]
             if None not in owners and len(levels) < self.MAX_SERIES:
-                labels = {"rule": rule.text, "caller": " ".join(owners) or NONE}
-                level = buckets.level_of(rule, key).level
-                levels.append(("", labels, format_amount(rule, level)))
-                capacities.append(("", labels, format_amount(rule, rule.capacity)))
+                now = buckets.level_of(seen.rule, key)
+                labels = labels_of(rule=now.rule.text, caller=" ".join(owners) or NONE)
+                levels[labels] = format_amount(now.rule, now.level)
+                capacities[labels] = format_amount(now.rule, now.rule.capacity)
         return [Family("llm_proxy_bucket_level", "gauge",
                        "What is left in buckets that are not full, in USD where a rule counts it",
-                       levels),
-                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most", capacities)]
+                       levels.items()),
+                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
+                       capacities.items())]
+
+
+class Pulse(Watcher):
+    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
+    which buckets changed, and who called lately."""
+    MINUTE = 60
+    MAX_TIMES = 5_000
+    MAX_CALLERS = 1_000
+    MAX_SHOWN = 100
+
+    def __init__(self, clock: Any, buckets: Buckets, feed: Feed, metrics: Metrics):
+        self.clock = clock
+        self.buckets = buckets
+        self.feed = feed
+        self.metrics = metrics
+        self.before = metrics.totals()
+        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
+        self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
+        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+
+    def record(self, entry):
+        caller = entry.caller
+        if caller is None:
+            return
+        self.callers[caller.key] = caller, entry.wall
+        if entry.first_byte is not None:
+            self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
+        if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
+            for rule, key in entry.hold.keyed_rules:
+                self.changed[key] = rule, caller
+
+    def named(self, label: str) -> List[Caller]:
+        """Returns who called lately by this label."""
+        return [caller for caller, _ in self.callers.values() if caller.label == label]
+
+    def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
+        """Returns percentiles of the last minute, in milliseconds."""
+        oldest = self.clock.monotonic() - self.MINUTE
+        found = sorted([seconds for ended, seconds, name in self.times
+                        if ended >= oldest and upstream in (None, name)])
+        return {"first_p%d" % share:
+                int(found[len(found) * share // 100] * 1000) if found else None
+                for share in (50, 95)}
+
+    def tick(self, running: int, line: int) -> Dict[str, Any]:
+        """A second is over; returns what was in it."""
+        totals = self.metrics.totals()
+        calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
+        self.before = totals
+        found = {"now": self.clock.time_ns() / 1e9, "calls": calls, "tokens": tokens,
+                 "failed": failed, "in_flight": running, "line": line,
+                 "usd": format_usd(picodollars), **self.first_bytes()}
+        self.seconds.append(found)
+        if len(self.callers) > self.MAX_CALLERS:
+            lately = sorted(self.callers.items(), key=lambda one: one[1][1])
+            self.callers = dict(lately[-self.MAX_CALLERS // 2:])
+        return found
+
+    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+        """Returns a bucket as the page shows it."""
+        level = self.buckets.level_of(rule, key)
+        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        missing = -(-(rule.capacity - level.level) // rule.refill)
+        runs = rule.unit == RUNNING
+        return {"rule": rule.text, "unit": UNITS[rule.unit],
+                "level": format_amount(rule, level.level),
+                "capacity": format_amount(rule, rule.capacity),
+                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "interval": 0 if runs else rule.interval,
+                "refilled": wall - (now - level.refilled),
+                "full_in": 0 if runs else max(
+                    0, round(level.refilled + missing * rule.interval - now, 3))}
+
+    def changed_buckets(self) -> List[Dict[str, Any]]:
+        """Returns those of the last second."""
+        changed = self.changed
+        self.changed = {}
+        return [{"caller": caller.label, **self.bucket(rule, key)}
+                for key, (rule, caller) in changed.items()]
 
 
 def upstream_families(routes: Routes) -> List[Family]:
     """Returns how the upstreams are; no address is named."""
-    stats = [(one, {"upstream": one.name}, one.stats()) for one in routes.all]
+    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     states = []
-    for upstream, labels, found in stats:
-        known = upstream.states()
-        known = ["disabled"] * len(known) if found["state"] == "disabled" else known
-        states += [("", {**labels, "state": state}, known.count(state))
+    for one in routes.all:
+        known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
+        states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
     return [
-        Family("llm_proxy_upstream_addresses", "gauge",
-               "Addresses of an upstream by the state of their breakers; closed is well", states),
+        Family("llm_proxy_upstream_state", "gauge",
+               "How many addresses of an upstream are in this state; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
-               [("", labels, found["in_flight"]) for _, labels, found in stats]),
-        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream", [
-            ("", labels, found.get("queue", {"waiting": 0})["waiting"])
-            for _, labels, found in stats])]
+               [(labels, found["in_flight"]) for labels, found in stats]),
+        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
+               [(labels, found.get("queue", {"waiting": 0})["waiting"])
+                for labels, found in stats])]
 
 
 def process_families() -> List[Family]:
@@ -9916,7 +10006,7 @@ def process_families() -> List[Family]:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
         found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
-    return [Family("process_" + name, kind, what, [("", {}, value)])
+    return [Family("process_" + name, kind, what, [("", value)])
             for name, kind, what, value in found]
 
 
@@ -9926,7 +10016,7 @@ TRACEPARENT = re.compile(  # https://www.w3.org/TR/trace-context; 00 has nothing
     "(?!ff|00.{53}.)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
     "(?:-.*)?")
 SEMANTIC_CONVENTIONS = "1.41.0"
-CLIENT, FAILED = 3, 2  # a span's kind and status
+SPAN_OF_CLIENT, SPAN_FAILED = 3, 2  # a span's kind and status
 # The names of those conventions, and ours, each with what of a call it tells.
 ATTRIBUTES = {
     "http.request.method": "method",
@@ -9948,8 +10038,9 @@ ATTRIBUTES = {
     "llm_proxy.rule": "rule",
     "llm_proxy.queue_ms": "queue_ms",
     "llm_proxy.first_ms": "first_ms",
-    "llm_proxy.usd": "usd"}
-USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "usd")
+    "llm_proxy.usd": "usd",
+    "llm_proxy.estimated": "estimated"}
+USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "estimated")
 OPERATIONS = {  # by endpoint; others have the last word of their path
     "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
     "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
@@ -10023,12 +10114,12 @@ class Traces(Watcher):
             "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
             "name": " ".join(filter(None, (
                 facts["operation"] or facts["method"], facts["model"]))),
-            "kind": CLIENT, "startTimeUnixNano": str(entry.wall - took),
+            "kind": SPAN_OF_CLIENT, "startTimeUnixNano": str(entry.wall - took),
             "endTimeUnixNano": str(entry.wall), "attributes": self.attributes(named)}
         if trace.parent:
             found["parentSpanId"] = trace.parent
         if facts["error"]:
-            found["status"] = {"code": FAILED}
+            found["status"] = {"code": SPAN_FAILED}
         return found
 
     def facts(self, entry):
@@ -10036,6 +10127,8 @@ class Traces(Watcher):
         facts = {**entry.as_row()._asdict(), **self.kind(entry)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
+        if not entry.priced:
+            facts["usd"] = None
         status = entry.outcome == "upstream_status"
         facts["error"] = None if entry.outcome == "ok" else (
             str(entry.status) if status else entry.outcome)
@@ -10076,10 +10169,20 @@ def shares_used(hold: Hold) -> List[Tuple[float, Level]]:
     return found
 
 
+def warning_text(shares: List[Tuple[float, str]], marks: Sequence[float]) -> Optional[str]:
+    """Returns what tells a caller that a limit is near: of (share that is used, rule) the largest,
+    where that is past a mark."""
+    share, rule = max(shares, default=(0, ""))
+    if share < min(marks, default=math.inf):
+        return None
+    return "%d%% of %s is used" % (100 * share, ascii(rule))
+
+
 class Warnings(Watcher):
     """Tells the operator what should be known: on the page, by one line in the log, and to a
     webhook; the same of the same at most once in QUIET_SECONDS."""
     QUIET_SECONDS = 3600
+    KEY_SECONDS = 86400  # before its end, of a key that lives longer
     ROOM = 10_000
 
     def __init__(self, clock: Any, log: Log, feed: Feed, webhook: Optional[Poster]):
@@ -10090,6 +10193,7 @@ class Warnings(Watcher):
         self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
         self.down: Set[str] = set()  # the upstreams that are said to be
         self.dropped = 0             # calls that the ledger is said to have lost
+        self.ending: Set[Tuple[str, float]] = set()  # keys that are said to expire, and when
 
     def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
              **about: Any) -> bool:
@@ -10110,20 +10214,27 @@ class Warnings(Watcher):
             self.webhook.record(payload)
         return True
 
-    def look(self, routes: Routes, ledger: Optional[Ledger]):
+    def look(self, routes: Routes, ledger: Optional[Ledger], keys: Iterable[Key]):
         """Look for what no call tells; to be called every few seconds."""
         for upstream in routes.all:
             name = upstream.name
             is_down = all(one.breakers.fails_for_all() for one in upstream.addresses)
-            if is_down and name not in self.down:
-                if self.tell("upstream_down", (name,), None, upstream=name):
-                    self.down.add(name)
-            elif name in self.down and not is_down:
-                if self.tell("upstream_up", (name,), None, upstream=name):
-                    self.down.remove(name)
+            event = "upstream_down" if is_down else "upstream_up"
+            if is_down != (name in self.down) and self.tell(event, (name,), None, upstream=name):
+                self.down ^= {name}
         lost = ledger.dropped - self.dropped if ledger else 0
         if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
             self.dropped = ledger.dropped
+        self.look_at_keys(keys)
+
+    def look_at_keys(self, keys):
+        now, day = self.clock.time_ns() / 1e9, self.KEY_SECONDS
+        ending = {(key.name, key.expires) for key in keys if key.expires and not key.disabled
+                  and now < key.expires < now + day and key.expires - key.created > day}
+        for name, expires in ending - self.ending:
+            line = "the key %s expires in %s" % (name, format_wait(expires - now))
+            self.tell("key_expires", (name,), line, key=name, expires=expires)
+        self.ending = ending
 
     def close(self, wait):
         if self.webhook:
@@ -10176,15 +10287,15 @@ class Watchers(NamedTuple):
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
-        dropped = [("", {"what": name}, one.dropped) for name, one in writers.items() if one]
-        build = {"version": VERSION, "python": "%s %d.%d.%d" % (
-            sys.implementation.name, *sys.version_info[:3])}
+        dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
+        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3]))
         for family in (
                 *self.metrics.families(), *self.metrics.bucket_families(buckets),
                 *upstream_families(routes),
                 Family("llm_proxy_dropped_total", "counter",
                        "What could not be written or delivered", dropped),
-                Family("llm_proxy_build_info", "gauge", "What runs here", [("", build, 1)]),
+                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
                 *process_families()):
             yield from family.lines()
 
@@ -10265,7 +10376,6 @@ class Reply:
     content: Optional[bytes] = None         # its body, where that came with its head,
     body: Optional[RequestBody] = None      # or what is still to come of it
     call: Optional[Call] = None
-    ticket: Optional[Ticket] = None         # its place in the queue
     adapter: Optional[BodyAdapter] = None   # of the response's body,
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
@@ -10366,9 +10476,10 @@ class Reply:
     def send_comment(self):
         """Tell the caller of a stream that its call is alive, after a head where there was none."""
         text, head = self.WAITING, b""
-        if self.ticket:
-            text = "waiting, %d ahead" % self.ticket.queue.position(self.ticket)
-            self.entry.queued = self.ticket.waited()
+        ticket = self.entry.ticket
+        if ticket:
+            text = "waiting, %d ahead" % ticket.queue.position(ticket)
+            self.entry.queued = ticket.waited()
         if not self.begun:
             self.early = True
             head = self.stream_head(self.call.dialect.events.content_type)
@@ -10617,9 +10728,10 @@ class Reply:
         """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
         few bytes, or, where only closing ends the body, a reset. A stream whose head was ours is
         told `why`, where there is room for that, and ends properly: a broken one would hide it."""
-        self.close_after = True
         told = self.early and self.tell(why)
         self.reset = self.until_close and not told
+        if why.close_after or not (told and self.body_is_taken()):
+            self.close_after = True
 
     def tell(self, why):
         """Say `why` and end the stream; returns False where there is no room for it."""
@@ -10721,12 +10833,9 @@ class Reply:
         return (lines + CRLF).encode("latin-1")
 
     def warning_line(self, hold):
-        """Returns what tells a caller that a limit is near."""
-        share, level = max(shares_used(hold), default=(0, None), key=lambda one: one[0])
-        if share < min(self.parts.config.warn_at):
-            return ""
-        return "X-RateLimit-Warning: %d%% of %s is used\r\n" % (
-            100 * share, ascii(level.rule.text))
+        text = warning_text([(share, level.rule.text) for share, level in shares_used(hold)],
+                            self.parts.config.warn_at)
+        return f"X-RateLimit-Warning: {text}\r\n" if text else ""
 
     def date_line(self):
         return format_date(self.parts.clock.time_ns() // 10 ** 9)
@@ -10783,10 +10892,13 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
         await self.dialects.read(call, request.method, request, reply.read_body)
-        if call.body and len(call.body) > Turns.SMALL:
-            await asyncio.sleep(0)  # others come in between reading and estimating it
+        large = call.body and len(call.body) > Turns.SMALL
+        if large:  # others come in between reading it, looking for things and estimating it
+            await asyncio.sleep(0)
         self.begin(call, reply)
         upstreams = self.route(call, entry.caller)                                  # route
+        if large:
+            await asyncio.sleep(0)
         for upstream in upstreams:
             try:
                 return await self.serve_by(upstream, reply, entry, call)
@@ -10947,39 +11059,38 @@ class Proxy:
             self.books.log.say("a key is stored: nobody may call without one from now on")
         self.callers = build_callers(self.config, self.callers.label_secret, keys)
         self.limits.take_keys(keys.rules, self.wall())
-        models = self.estimator.models
-        self.estimator = build_estimator(self.config, self.prices, self.limits)
-        self.estimator.models = models
+        renew_estimator(self)
         for order in orders:
             self.carry_out(order)
         self.watchers.feed.tell("change", {"what": "keys"})
 
     def carry_out(self, order: Order):
         """Fills or adds to the buckets of a caller."""
-        count = 0
-        for caller in self.callers.named(order.caller) or self.watchers.pulse.named(order.caller):
+        found = 0
+        label = order.caller
+        seen = {caller.key: caller for caller in [
+            *self.callers.named(label), *self.watchers.pulse.named(label)]}
+        for caller in seen.values():
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
-                count += 1
+                found += 1
             else:
                 until = self.clock.monotonic() + order.until - self.wall()
-                count += self.limits.give(
+                found += self.limits.give(
                     caller, order.unit, order.amount, until, bool(order.done))
-        if not count:
-            self.books.log.say("%s has no bucket%s here: it was given nothing" % (
-                ascii(order.caller)[1:-1], " in " + order.unit if order.unit else ""))
+        if not found:
+            self.books.log.say("%s has no bucket in %s: it was given nothing" % (
+                ascii(label)[1:-1], order.unit))
 
     def admit(self, upstream, entry, call):
-        """Sets aside what the call will cost. Raises LimitReached, NoPrice, ModelNotAllowed."""
+        """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
+        NoPrice, ModelNotAllowed."""
         key = entry.caller.stored_key
-        if key and key.models:
-            self.check_models(call, entry.method, key.models)
+        if key and key.globs:
+            self.check_models(call, entry.method, key.globs)
         estimator = self.estimator
-        if call.unmetered:
-            costs = least = NO_COST
-        elif not estimator.needs_estimate:
-            costs = least = estimator.plain
-        else:
+        costs = least = NO_COST if call.unmetered else estimator.plain
+        if estimator.needs_estimate and not call.unmetered:
             if "usd" in estimator.units:
                 self.require_price(call, entry)
             costs, least = estimator.estimate(call, entry.caller.key)
@@ -11042,10 +11153,10 @@ class Proxy:
 
     async def stand_in_line(self, upstream, reply):
         """Raises QueueRefused, BreakerOpen, UpstreamTimeout, Stopped, CallerGone."""
-        refusal = upstream.breaker_open(reply.context.subject)
+        entry, context = reply.entry, reply.context
+        refusal = upstream.breaker_open(context.subject)
         if refusal:
             raise refusal
-        entry, context = reply.entry, reply.context
         caller = entry.caller
         before = (entry.queued or 0) / 1000  # in the line of another upstream
         weight = self.weights.get(caller.key_name, 1)
@@ -11241,11 +11352,6 @@ class Proxy:
         return request.end_to_end(NEVER_UPSTREAM.union(dropped))
 
 
-def may_use(globs: Sequence[str], model: str) -> bool:
-    """Tells whether a key of these models may use one."""
-    return any([names_model(glob, model) for glob in globs])
-
-
 def default_rule(config):
     """Returns the plain settings as a rule: whole intervals, several tokens each."""
     units = {"request": "requests", "estimate": "estimate", "usage": "tokens"}
@@ -11277,11 +11383,9 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     without a `database` everything is kept in memory."""
     log = Log(stream, config.log_format == "json")
     secret = database.secret() if database else os.urandom(32)
-    keys = stored_keys(database, secret)
+    keys = stored_keys(database, secret, log.say)
     if keys.closed:
         config.note_stored_keys()
-    for fault in keys.faults:
-        log.say(fault)
     limits = build_limits(config, Buckets(clock), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
@@ -11290,37 +11394,46 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
-    hear_of_keys(proxy, database)
+    hear_of_keys(proxy)
+    if database:
+        with contextlib.suppress(sqlite3.Error, ValueError):
+            go_on(proxy, database)
     return proxy
 
 
-def stored_keys(database: Optional[Database], secret: bytes) -> StoredKeys:
+def stored_keys(database: Optional[Database], secret: bytes,
+                say: Callable[[str], None]) -> StoredKeys:
     """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
     let in."""
     if database is None:
         return StoredKeys(secret)
     try:
-        return read_keys(database.key_rows(), secret)
+        found = read_keys(database.key_rows(), secret)
     except sqlite3.Error:
         return StoredKeys(secret, closed=True)
+    for fault in found.faults:
+        say(fault)
+    return found
 
 
-def hear_of_keys(proxy: Proxy, database: Optional[Database]):
-    """Has the ledger tell the loop what it reads of keys and orders; what was given before is given
-    again before a call could find less."""
+def hear_of_keys(proxy: Proxy):
+    """Has the ledger tell the loop what it reads of keys and orders."""
     def tell(keys, orders):
         with contextlib.suppress(RuntimeError):  # the loop is closed
             proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
 
     if proxy.books.ledger:
         proxy.books.ledger.on_news = tell
-    with contextlib.suppress(sqlite3.Error):
-        for order in database.take_orders(proxy.wall(), again=True) if database else ():
-            proxy.carry_out(order)
-    with contextlib.suppress(sqlite3.Error, ValueError):
-        for name in database.disabled_upstreams() if database else ():
-            with contextlib.suppress(LookupError):  # it was taken out of the settings
-                proxy.routes.switch(name, False)
+
+
+def go_on(proxy: Proxy, database: Database):
+    """Does again what was ordered before, and holds still, before a call could find it undone.
+    Raises sqlite3.Error, ValueError."""
+    for order in database.take_orders(proxy.wall(), again=True):
+        proxy.carry_out(order)
+    for name in database.disabled_upstreams():
+        with contextlib.suppress(LookupError):  # it was taken out of the settings
+            proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -11333,10 +11446,15 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
     proxy.limits.take_over(proxy.clock.time_ns() / 1e9)
     proxy.prices = Prices(config.prices, config.unpriced)
-    models = proxy.estimator.models
-    proxy.estimator = build_estimator(config, proxy.prices, proxy.limits)
-    proxy.estimator.models = models
+    renew_estimator(proxy)
     return rest
+
+
+def renew_estimator(proxy: Proxy):
+    """Has the costs estimated that rules count now, by what was learned before."""
+    models = proxy.estimator.models
+    proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
+    proxy.estimator.models = models
 
 
 def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
@@ -11388,8 +11506,9 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
     feed = Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
     marks = Marks(config.warn_at, warnings) if config.warn_at else None
-    pulse = Pulse(clock, limits.buckets, feed)
-    return Watchers(feed, pulse, Metrics(), warnings, traces, marks)
+    metrics = Metrics()
+    pulse = Pulse(clock, limits.buckets, feed, metrics)
+    return Watchers(feed, pulse, metrics, warnings, traces, marks)
 
 
 def build_tls(config: Config) -> ssl.SSLContext:
@@ -11547,8 +11666,7 @@ class Pages:
 
     async def ready(self, request, reply):
         """Tells whether calls can go anywhere."""
-        able = [one for one in self.proxy.routes.all
-                if one.can_connect() and one.stats()["state"] != "disabled"]
+        able = [one for one in self.proxy.routes.all if one.can_connect() and not one.disabled]
         reply.send(200 if able else 503, b"ready\n" if able else b"not ready\n", (), "text/plain")
 
     async def metrics(self, request, reply):
@@ -11573,7 +11691,7 @@ class Pages:
         proxy = self.proxy
         proxy.identify(request, reply.entry)
         key = reply.entry.caller.stored_key
-        own = key and (key.models or key.upstream)
+        own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
             return await proxy.serve(request, reply)
         models = await self.catalogue.models(reply.context, key and key.upstream)
@@ -11582,7 +11700,7 @@ class Pages:
         for alias, name in (proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
         found = [model for model in models.values()
-                 if not (key and key.models) or may_use(key.models, model.name)]
+                 if not (key and key.globs) or may_use(key.globs, model.name)]
         reply.send(200, self.dialect(request).models(found))
 
 
@@ -11700,7 +11818,8 @@ class Admin:
 
     @staticmethod
     def send_json(reply, found, status=200):
-        reply.send(status, to_json_bytes(found), ["Cache-Control: no-store"])
+        reply.send(status, to_json_bytes(found),
+                   ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"])
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
@@ -11715,9 +11834,21 @@ class Admin:
     async def in_pool(self, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
         context = reply.context
+        answered = context.loop.create_future()
+
+        def deliver(job):
+            failure = job.exception()
+            if answered.done():  # nobody waits for it any more
+                return
+            if failure:
+                answered.set_exception(failure)
+            else:
+                answered.set_result(job.result())
+
         job = context.loop.run_in_executor(self.pool, act, *arguments)
+        job.add_done_callback(deliver)
         try:
-            return await context.wait(job, self.POOL_SECONDS, "the database")
+            return await context.wait(answered, self.POOL_SECONDS, "the database")
         except TimeoutError:
             raise Overloaded() from None
         except (sqlite3.Error, DatabaseFault):
@@ -11777,7 +11908,7 @@ class Admin:
         """Returns the buckets that are near their end."""
         mark = min(self.proxy.config.warn_at or (0.8,))
         found = []
-        for caller in self.pulse.callers.values():
+        for caller, _ in self.pulse.callers.values():
             for one in self.proxy.limits.buckets.levels.values():
                 if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
                         one.level <= (1 - mark) * one.rule.capacity):
@@ -12020,10 +12151,10 @@ class Admin:
 
     def known_callers(self):
         """Returns those who called lately, and those whose keys have names."""
-        found = dict(self.pulse.callers)
+        found = {key: caller for key, (caller, _) in self.pulse.callers.items()}
         for caller in self.proxy.callers.everybody():
             if caller.role == "caller":
-                found.setdefault(caller.key, caller)
+                found[caller.key] = caller  # as it is now, not when it called
         return list(found.values())
 
     async def callers(self, ask):
@@ -12039,9 +12170,13 @@ class Admin:
                 "name": label, "team": caller.team, "key": bool(key),
                 "paused": bool(key and key.disabled), "buckets": self.buckets_of(caller, not_full),
                 "today": sums.get(label, NO_SUM).as_dict(), "hours": hours.get(label, [0] * 24),
-                "last": self.pulse.last_seen.get(caller.key, seen.get(label))})
+                "last": self.last_seen(caller) or seen.get(label)})
         rows.sort(key=lambda row: -(row["last"] or 0))
         return {"callers": rows[:self.MAX_SHOWN]}
+
+    def last_seen(self, caller):
+        _, wall = self.pulse.callers.get(caller.key, (None, 0))
+        return wall / 1e9
 
     async def quota(self, request, reply):
         """A page for every caller: what it has left, and what it used."""
@@ -12060,10 +12195,16 @@ class Admin:
             calls, days = [], []
         finally:
             self.asking.discard(caller.key)
+        buckets = self.buckets_of(caller, self.buckets_by_owner())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
-            "buckets": self.buckets_of(caller, self.buckets_by_owner()),
+            "buckets": buckets, "warning": self.warning_of(buckets),
             "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
+
+    def warning_of(self, buckets):
+        shares = [(1 - float(one["level"]) / float(one["capacity"]), one["rule"])
+                  for one in buckets if one["unit"] not in UNITS_OF_CALLS]
+        return warning_text(shares, self.proxy.config.warn_at or ())
 
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
@@ -12083,9 +12224,9 @@ class Admin:
         return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
 
     async def limits(self, _):
-        refused = self.pulse.refused
+        refused = self.proxy.watchers.metrics.refused
         return {"rules": [
-            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused[rule.text],
+            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
             for rule in self.proxy.limits.rules]}
 
@@ -13114,6 +13255,7 @@ class ClientConnection:
         if self.reply:
             entry = self.reply.entry
             entry.connect_ms = (entry.connect_ms or 0) + int(seconds * 1000)
+            entry.held_up += seconds
 
     def end_if_idle(self):
         """The server stops. A request that has come whole is answered, an idle connection is
@@ -13539,7 +13681,8 @@ class Server(http.server.ThreadingHTTPServer):
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
         proxy.watchers.metrics.sort_in()
-        proxy.watchers.warnings.look(proxy.routes, proxy.books.ledger)
+        proxy.watchers.warnings.look(
+            proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
 
     def beat(self):
         """Runs every second."""
@@ -13775,8 +13918,17 @@ def shown(name, text):
     return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
+def ask_for_stored_keys(config):
+    """Notes whether keys are stored, as a start would."""
+    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
+        with contextlib.closing(Database(config.database, reading=True)) as database:
+            if database.is_closed():
+                config.note_stored_keys()
+
+
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
+    ask_for_stored_keys(config)
     for name, text in config.texts.items():
         print("%-24s %s" % (name, shown(name, text)))
     for warning in config.warnings():
@@ -13900,57 +14052,38 @@ def open_patiently(log_stream, path, lock, tries=12):
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
-class AdminKey:
-    """The key of whoever started this process, where no other admin's key is set or stored: another
-    one at each start, told on the terminal, else in a file that its owner alone can read."""
-    path: Optional[str] = None
-
-    def __init__(self, proxy: Proxy):
-        self.proxy = proxy
-        self.is_needed = not proxy.config.admin_key and not (
-            proxy.callers.stored.has_admin(proxy.wall()))
-
-    def words(self, at_terminal: bool) -> List[str]:
-        """Makes it, if it is needed; returns what the log is to say of it."""
-        config = self.proxy.config
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-        page = "%s/dashboard" % (
-            config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
-        if not self.is_needed:
-            return ["dashboard: %s" % page]
-        key = new_secret()
-        if not at_terminal:
-            fault = self.write(key)
-            if fault:
-                return ["dashboard: %s needs ADMIN_KEY to be set: %s" % (page, fault)]
-        config.admin_key = key
-        self.proxy.callers = build_callers(
-            config, self.proxy.callers.label_secret, self.proxy.callers.stored)
-        return ["dashboard: %s with the key %s" % (
-            page, "in " + self.path if self.path else key)]
-
-    def write(self, key):
-        """Puts it into a file of this process's own; returns why that cannot be done."""
-        ledger = self.proxy.books.ledger
+def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
+    """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
+    this process; it is told on a terminal, else written to a file that its owner alone can read."""
+    config = proxy.config
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    page = "dashboard: %s/dashboard" % (
+        config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+    if config.admin_key or proxy.callers.stored.has_admin(proxy.wall()):
+        return page
+    key = place = new_secret()
+    if not at_terminal:
+        ledger = proxy.books.ledger
         if not (ledger and ledger.database):
-            return "there is no DATABASE beside which a key could be kept"
+            return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
         path = ledger.path + ".admin-key"
+        place = "in " + path
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-            # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(file, "w", encoding="ascii") as stream:
-                stream.write(key + "\n")
+            write_secret(path, key)
         except OSError as failure:
-            return "%s cannot be written: %s" % (path, failure.strerror or failure)
-        self.path = path
-        return None
+            return page + " needs ADMIN_KEY to be set: %s" % failure
+    config.admin_key = key
+    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
+    return "%s with the key %s" % (page, place)
 
-    def forget(self):
-        if self.path:
-            with contextlib.suppress(OSError):
-                os.remove(self.path)
+
+def write_secret(path, secret):
+    """Writes a file anew. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secret + "\n")
 
 
 def run(config: Config, log_stream: BinaryIO, remarks: List[str],
@@ -13970,10 +14103,8 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
-    admin_key = AdminKey(proxy)
-    words = greeting(config) + remarks + admin_key.words(log_stream.isatty())
+    words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
-    admin_key.forget()
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
@@ -14095,19 +14226,20 @@ def usage_parts(facts, by, since):
     """Yields the statements that tell what calls since then used: whole quarters from the sums, as
     far as there are any, the rest from the calls."""
     whole = int(-(-since // QUARTER)) * QUARTER
-    if "unsummed" not in facts or "outcome" in by:
+    if "summed" not in facts or "outcome" in by:
         whole = MOST
     else:
         columns = ", ".join([*SUM_KEYS, *SUM_COUNTS])
         for span, low, high in read_spans(whole, MOST, facts["rolled"]):
             yield PART_OF_SUMS.format(columns=columns, span=span, low=low, high=high)
-        yield PART_OF_CALLS % "number <= %d AND time >= %d" % (facts["unsummed"], whole)
+        for rowids in ("number <= %d" % facts["unsummed"], "number > %d" % facts["summed"]):
+            yield PART_OF_CALLS % "%s AND time >= %d" % (rowids, whole)
     yield PART_OF_CALLS % "time >= %r AND time < %d" % (since, whole)
 
 
 def usage_query(execute, by, since):
     """Returns the statement that adds up what calls since then used."""
-    facts = dict(execute("SELECT name, value FROM facts").fetchall())
+    facts = read_facts(execute)
     known = {row[1] for row in execute("PRAGMA table_info(calls)")}
     missing = "".join([", NULL AS " + name for name in ("team", "tag") if name not in known])
     names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
@@ -14129,21 +14261,20 @@ def read_usage(path, options, now):
             return Row._fields, find_call(execute, options.id)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
-    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, group[0]))
+    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
     rows = [(names, one.as_dict()) for names, one in found]
     return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
 
 
 def find_call(execute, name):
     """Returns the row of the last call with this id, or none."""
-    try:
-        for number in execute(FIND_ID, {"id": name}).fetchall():
-            return execute("SELECT * FROM calls WHERE rowid = ?", number).fetchall()
-        (upto,), = execute("SELECT value FROM facts WHERE name = 'unsummed'").fetchall()
-    except sqlite3.OperationalError:
-        upto = MOST  # an older version had no list of ids
-    return execute("SELECT * FROM calls WHERE rowid = (SELECT max(rowid) FROM calls"
-                   " WHERE rowid <= ? AND id = ?)", (upto, name)).fetchall()
+    listed = read_facts(execute).get("listed")
+    if listed is None:  # an older version had no list
+        find = "SELECT max(rowid) FROM calls WHERE id = :id"
+    else:
+        find = "SELECT max(number) FROM (%s)" % FIND_ID
+    return execute("SELECT * FROM calls WHERE rowid = (%s)" % find,
+                   {"id": name, "listed": listed}).fetchall()
 
 
 def print_table(names, rows):
@@ -14303,7 +14434,6 @@ KEY_ACTS = {
     "reset": "fill a caller's buckets"}
 KEY_OPTIONS = (
     ("list", ["--json"], {"action": "store_true"}),
-    ("show", ["--json"], {"action": "store_true"}),
     ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
     ("rotate", ["--grace"], {"metavar": "1h", "help": "how long the old secret is good still"}),
     ("give", ["amount"], {"metavar": "AMOUNT"}),
@@ -14318,13 +14448,15 @@ def keys_command(options, found, log_stream):
     path = found.get("DATABASE", DEFAULT_DATABASE)
     if path == "off":
         raise ConfigFaults("keys are stored in DATABASE, and that is off")
-    user = found.get("USER") or found.get("LOGNAME") or found.get("USERNAME") or "somebody"
-    database = open_patiently(path, log_stream)
-    store = KeyStore(database, time, Actor(user, "admin", "command line"))
+    if not os.path.exists(path):
+        print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
+    database = open_patiently(log_stream, path, None)
+    store = KeyStore(database, time, Actor(
+        found.get("USER", "somebody"), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
              if name not in ("act", "command", "check", "demo", "json") and value is not None}
     try:
-        with contextlib.closing(database.connection):
+        with contextlib.closing(database):
             if options.act in ("give", "reset"):
                 require_caller(store, options.name, found)
             show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
@@ -14339,13 +14471,12 @@ def keys_command(options, found, log_stream):
 
 def require_caller(store, name, found):
     """Raises KeyFault where nobody who is known here has this name: it may be misspelt."""
-    try:
-        keys = proxy_keys(found.get("PROXY_API_KEYS", "anyone"))
-        names = [*filter(None, keys.values()), str(read_network(name).network_address)]
-    except ValueError:
-        names = list(filter(None, keys.values()))
-    if name not in names:
-        store.find(name)
+    with contextlib.suppress(ValueError):
+        if name in proxy_keys(found.get("PROXY_API_KEYS", "anyone")).values():
+            return
+    with contextlib.suppress(ValueError):
+        return read_network(name)
+    store.find(name)
 
 
 def show_keys(options, result, found):
@@ -14354,61 +14485,60 @@ def show_keys(options, result, found):
         print(result.secret)
         if result.closes and not found.get("PROXY_API_KEYS"):
             print(CLOSED, file=sys.stderr)
-    elif options.act in ("list", "show"):
-        keys = result if options.act == "list" else [result]
-        rows = [key.as_dict() for key in keys]
-        if options.json:
-            print(json.dumps(rows if options.act == "list" else rows[0], indent=2))
-        elif options.act == "show":
-            print_table(("field", "value"), list(map_times(rows[0]).items()))
-        elif rows:
-            print_table(list(rows[0]), [list(map_times(row).values()) for row in rows])
-        else:
-            print("no keys yet")
+    elif options.act == "show":
+        print_table(("field", "value"), list(map_times(result).items()))
+    elif options.act == "list" and options.json:
+        print(json.dumps([key.as_dict() for key in result], indent=2))
+    elif options.act == "list" and result:
+        print_table(list(result[0].as_dict()), [list(map_times(key).values()) for key in result])
+    elif options.act == "list":
+        print("no keys yet")
 
 
-def map_times(row):
+def map_times(key):
     """Returns a key's fields as people read them."""
-    found = {name: "-" if value is None else value for name, value in row.items()}
+    found = {name: "-" if value in (None, False) else value
+             for name, value in key.as_dict().items()}
     for name in ("created", "expires", "last_used"):
-        if row[name]:
-            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name]))
-    found["disabled"] = "yes" if row["disabled"] else "-"
+        if found[name] != "-":
+            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(found[name]))
     return found
 
 
 # Panels of the dashboard for Grafana: title, unit, {legend: what is shown}. `[5m]` becomes the
 # interval of the graph; a histogram's name alone its percentiles.
 PANELS = (
-    ("Calls by outcome", "reqps", {"{{outcome}}": "sum by (outcome) (rate(requests_total[5m]))"}),
+    ("Calls by outcome", "reqps", {
+        "{{outcome}}": "sum by (outcome) (rate(llm_proxy_requests_total[5m]))"}),
     ("In flight and in line", "short", {
-        "{{upstream}}": "sum by (upstream) (in_flight)",
-        "{{upstream}}, in line": "sum by (upstream) (queue_length)"}),
+        "{{upstream}}": "sum by (upstream) (llm_proxy_in_flight)",
+        "{{upstream}}, in line": "sum by (upstream) (llm_proxy_queue_length)"}),
     ("Tokens by model", "cps", {
-        "{{model}} {{kind}}": "sum by (model, kind) (rate(tokens_total[5m]))"}),
+        "{{model}} {{kind}}": "sum by (model, kind) (rate(llm_proxy_tokens_total[5m]))"}),
     ("Tokens by caller, the ten most", "cps", {
-        "{{caller}}": 'topk(10, sum by (caller) (rate(tokens_total{kind=~"input|output"}[5m])))'}),
+        "{{caller}}": "topk(10, sum by (caller) (rate("
+                      'llm_proxy_tokens_total{kind=~"input|output"}[5m])))'}),
     ("Money by caller, per hour", "currencyUSD", {
-        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(usd_total[5m])))"}),
+        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(llm_proxy_usd_total[5m])))"}),
     ("Money by model, per hour", "currencyUSD", {
-        "{{model}}": "topk(10, sum by (model) (3600 * rate(usd_total[5m])))"}),
+        "{{model}}": "topk(10, sum by (model) (3600 * rate(llm_proxy_usd_total[5m])))"}),
     ("Time to the first byte", "s", "first_byte_seconds"),
     ("Duration", "s", "request_duration_seconds"),
     ("Time per output token", "s", "time_per_output_token_seconds"),
     ("Wait in line", "s", "queue_wait_seconds"),
     ("The proxy's own overhead", "s", "overhead_seconds"),
     ("Buckets, share left, the ten emptiest", "percentunit", {
-        "{{caller}} {{rule}}": "bottomk(10, bucket_level / bucket_capacity)"}),
-    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(refused_total[5m]))"}),
+        "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
+    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
     ("Addresses that are not well", "short", {
-        "{{upstream}} {{state}}": 'upstream_addresses{state!="closed"}'}),
+        "{{upstream}} {{state}}": 'llm_proxy_upstream_state{state!="closed"}'}),
     ("Dropped, and the loop held", "short", {
-        "{{what}}": "rate(dropped_total[5m])",
-        "seconds held": "rate(loop_held_seconds_total[5m])"}),
-    ("Memory", "bytes", {"resident": "process_resident_memory_bytes"}),
+        "{{what}}": "rate(llm_proxy_dropped_total[5m])",
+        "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
+    ("Memory", "bytes", {
+        "resident": "process_resident_memory_bytes and on (job, instance) llm_proxy_build_info"}),
 )
-OWN_METRIC = re.compile(r"\b(\w+_(?:total|flight|length|level|capacity|addresses|bucket))\b")
-PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(%s_bucket[5m])))"
+PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 
 
 def grafana_panel(number, title, unit, shown):
@@ -14417,7 +14547,7 @@ def grafana_panel(number, title, unit, shown):
         shown = {"p%d" % share: PERCENTILE % (share, shown) for share in (50, 95, 99)}
     targets = [
         {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
-         "expr": OWN_METRIC.sub(r"llm_proxy_\1", query).replace("5m", "$__rate_interval")}
+         "expr": query.replace("5m", "$__rate_interval")}
         for row, (legend, query) in enumerate(shown.items())]
     return {
         "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
@@ -14470,11 +14600,13 @@ def parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-def open_log_stream():
-    try:
-        return open(2, "wb", buffering=0, closefd=False)
-    except OSError:
-        return open(os.devnull, "wb", buffering=0)  # started with stderr closed
+def open_standard_files():
+    """Has those that are closed lead nowhere, before a connection gets the number of one."""
+    number = 0
+    while number < 3:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
 
 
 def read_dotenv_file():
@@ -14517,8 +14649,9 @@ def run_command(options, environ, log_stream):
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
-    log_stream = open_log_stream()  # before another file could get the number of stderr
+    open_standard_files()
     try:
+        log_stream = open(2, "wb", buffering=0, closefd=False)
         code = run_command(options, dict(os.environ), log_stream)
         sys.stdout.flush()
         return code

@@ -72,7 +72,7 @@ from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults,
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
-PATIENCE = 10  # seconds after which what has not happened never will
+PATIENCE = 20  # seconds after which what has not happened never will
 CPU_SECONDS = 0.05 if sys.implementation.name == "cpython" else 0.5  # for a callback
 CHAT = "/v1/chat/completions"
 
@@ -460,14 +460,21 @@ class Stub:
     def calls(self):
         return len(self.requests)
 
-    def refuse_connections(self):
+    def stop_listening(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         self.thread.join(PATIENCE)
 
+    def refuse_connections(self):
+        """Its port stays taken, so that nobody else listens there."""
+        self.stop_listening()
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", self.port))
+
     def close(self):
-        self.refuse_connections()
+        self.stop_listening()
         for asked in self.requests:
             asked.over.set()
         for sock in self.sockets:
@@ -618,6 +625,11 @@ def switches():
     return usage.ru_nvcsw, usage.ru_nivcsw
 
 
+def is_busy():
+    """Whether more wants to run than there are CPUs: then threads wait for what others hold."""
+    return os.getloadavg()[0] > os.cpu_count()
+
+
 def run_and_measure(handle):
     """Stands in for Handle._run: keeps in its loop's `held` what holds that too long.
 
@@ -633,13 +645,14 @@ def run_and_measure(handle):
     slept = False
     if SWITCHES and took > 0.25:
         waited, put_off = map(int.__sub__, switches(), before)
-        slept = waited < 10 and not put_off
+        slept = waited < 10 and not put_off and not is_busy()
     if cpu > CPU_SECONDS or slept:
         held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
 
 
 class ProxyCase(TableCase):
     """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends."""
+    proxy = None
 
     @classmethod
     def setUpClass(cls):
@@ -661,6 +674,8 @@ class ProxyCase(TableCase):
     def run_proxy(self, config, clock):
         database = None
         if config.database != "off":
+            if self.proxy and self.proxy.config.database == config.database:  # a restart
+                self.proxy.books.close(PATIENCE)
             database = llm_proxy.open_for_service(config.database)
         self.lines = Lines()
         self.tracebacks = 0
@@ -765,6 +780,10 @@ class ProxyCase(TableCase):
         Calls on different connections may be logged in any order: where it matters, wait for each.
         """
         return wait_for(lambda: self.lines.entries()[number:number + 1], "an access line")[0]
+
+    def assert_said(self, text):
+        """The log, which a thread of its own writes, has this."""
+        wait_for(lambda: text in self.lines.text(), text)
 
     def left(self, key=None):
         """What is left in a caller's bucket, by /health."""
@@ -890,6 +909,13 @@ class FileTest(TableCase):
         below = [(section, name) for section, name in uses if homes.get(name, 0) > section]
         self.assertEqual(below, [])
 
+    def test_no_name_of_the_module_is_given_twice(self):
+        """Each statement may use its own again, as in a comprehension."""
+        names = [name for statement in ast.parse(source()).body
+                 for name in set(names_of(statement)) if hasattr(llm_proxy, name)]
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        self.assertEqual(twice, [])
+
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
     def test_nothing_is_imported_but_the_standard_library(self):
         nodes = [*ast.walk(tree()), *ast.walk(tree(__file__))]
@@ -910,7 +936,7 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 96000)
+        self.assertLessEqual(len(lines), 97000)
         heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
@@ -2087,13 +2113,31 @@ each 9 tokens per day"""):
         self.assertEqual(texts, ["each 9 requests per 5m"])
 
     def change(self, old, new, general="each 10 requests per hour"):
-        """What is left of 8 of 10 in ann's buckets when her key's limits are changed."""
+        """What is left of 8 of 10 in ann's buckets when her key's limits are changed; ben has what
+        she had before."""
         self.start(general)
-        self.limits.take_keys({b"ann": self.key("ann", old).rules} if old else {}, 0)
+        self.limits.take_keys({name: self.key("", old).rules for name in (b"ann", b"ben")}, 0)
         self.ask(self.caller("ann", limits=old), 2)
-        rules = llm_proxy.rules_of_one(new) if new else ()
-        self.limits.take_keys({b"ann": rules} if new else {}, 0)
+        self.limits.take_keys({b"ann": self.key("", new).rules, b"ben": self.key("", old).rules}, 0)
         return self.levels()
+
+    def test_the_bucket_of_somebody_behind_a_key_goes_by_the_keys_rules_after_a_restart_too(self):
+        self.start("each 10 requests per hour")
+        self.limits.take_keys({b"webui": self.key("", "20 requests per hour").rules}, 0)
+        saved = {("each 20 requests per hour", ("key", b"somebody")): (5, 0.0)}
+        self.limits.restore(saved, 0)
+        self.assertEqual(self.levels(), [("each 20 requests per hour", 5)])
+
+    def test_what_was_given_goes_along_when_the_rule_is_changed(self):
+        self.start("all 99 requests per hour")
+        self.limits.take_keys({b"ann": self.key("", "5 requests per day").rules}, 0)
+        self.ask(self.caller("ann", limits="5 requests per day"), 5)
+        ann = self.caller("ann", limits="5 requests per day")
+        self.limits.give(ann, "requests", 4, self.clock.now + 100)
+        self.limits.take_keys({b"ann": self.key("", "10 requests per day").rules}, 0)
+        ann = self.caller("ann", limits="10 requests per day")
+        self.assertEqual(self.ask(ann, 0).tightest.level, 8)
+        self.assertEqual([key[0] for key in self.buckets.given], ["each 10 requests per day"])
 
     def test_a_changed_rules_bucket_keeps_its_share(self):
         for old, new, left in self.each((
@@ -3300,13 +3344,15 @@ class UsageReaderTest(ProxyCase):
         {"model":"m","service_tier":"flex",TOLD} -> False
         {"model":"m",TOLD,"cached_tokens":5} -> False
         {"model":"m","choices":[{TOLD}]} -> False
+        {"model":"m",TOLD,"system_fingerprint":"x"} -> True
+        {"model":"m","usage":{TOLD_COUNTS,"cost":1}} -> False
         {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
         [{"model":"m","choices":[],TOLD}] -> False"""
 
     def test_the_end_of_an_answer_tells_what_all_of_it_does_or_all_of_it_is_read(self):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
-            data = text.replace("TOLD", told).encode()
+            data = text.replace("TOLD_COUNTS", told[9:-1]).replace("TOLD", told).encode()
             usage = llm_proxy.OpenAI().usual_usage(data, "m")
             self.assertEqual(str(usage is not None), is_usual)
             found = []
@@ -5310,6 +5356,7 @@ class EarlyStreamTest(WaitingCase):
             entry = self.entry(number)
             self.assertEqual(entry["bytes"], len(client.answered.body))
             self.assertGreater(entry["first_ms"], 40)
+            self.assertEqual(client.exchange(HEALTH).status, 200)  # it came to a proper end
 
     def test_a_stream_that_breaks_off_later_is_told_so_between_two_events(self):
         """Half an event that was held back, to look for usage, is not mistaken for a whole one."""
@@ -6959,7 +7006,7 @@ agent         curl/8\\x9b"""))
         wait_for(lambda: len(self.lines.entries()) == 12, "the lines")
         self.assertEqual(len(self.wait_for_rows(11)), 11)  # the last had no head
         line = "90 more were refused without a known caller: 401 127.0.0.1 x75, 429 127.0.0.1 x15"
-        self.assertIn(line, self.lines.text())
+        self.assert_said(line)
 
     def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
         models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"',
@@ -6992,6 +7039,9 @@ agent         curl/8\\x9b"""))
             wait_for(lambda: log.dropped == 15, "the last of them")
         wait_for(lambda: "15 log lines dropped" in self.lines.text(), "the count")
         self.assertEqual(len(self.lines.entries()), 11)
+        client.exchange(call())
+        self.entry(11)
+        self.assertEqual((self.lines.text().count("dropped"), log.dropped), (1, 15))
 
     def test_nothing_in_a_log_moves_a_terminals_cursor(self):
         self.start(LOG_FORMAT="text")
@@ -7037,6 +7087,15 @@ class LedgerTest(LedgerCase):
         old, new, spare = [row["connect_ms"] for row in self.wait_for_rows(3)]
         self.assertEqual((self.row()["id"], old, spare), ("old", None, None))
         self.assertGreaterEqual(new, 0)
+
+    def test_a_call_is_in_the_sums_seconds_after_its_end(self):
+        self.patch_seconds(Ledger_SUM_SECONDS=0.01)
+        self.start()
+        reader, now = llm_proxy.LedgerReader(self.path), time.time()
+        for number in range(1, 3):
+            self.ask(call())
+            wait_for(lambda: [one.calls for one in reader.totals(
+                "model", now - 900, now + 900).values()] == [number], "the sum")
 
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
         self.start()
@@ -7323,7 +7382,7 @@ class KeysCase(LedgerCase):
 
     def store(self, path=None, clock=None):
         database = llm_proxy.Database(path or self.path)
-        self.addCleanup(database.connection.close)
+        self.addCleanup(database.close)
         return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
 
     def change(self, act, *arguments, **fields):
@@ -7357,7 +7416,7 @@ class KeyStoreTest(KeysCase):
             getattr(self.keys, act)(*arguments, **fields)
 
     FIELDS = {"role": "caller", "team": "red", "expires": "30d", "models": "gemma*,gpt-4*",
-              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web app",
+              "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web-app",
               "note": "ann's laptop"}
 
     def test_what_is_said_of_a_key_is_kept_and_can_be_changed_and_taken_away(self):
@@ -7377,10 +7436,21 @@ class KeyStoreTest(KeysCase):
         bare = {**changed, **dict.fromkeys(self.FIELDS), "role": "caller"}
         self.assertEqual(self.keys.find("ann").as_dict(), bare)
 
+    def test_a_secret_that_is_good_no_more_is_forgotten_after_90_days(self):
+        for name, days, left in self.each((("ann", 0, 2), ("ben", 89, 4), ("cem", 2, 5))):
+            self.clock.now += days * 86400
+            self.keys.add(name)
+            self.keys.rotate(name)
+            self.assertEqual(self.execute("SELECT count(*) FROM secrets"), [(left,)])
+        self.keys.remove("ben")
+        self.keys.add("ben")
+        good = self.execute("SELECT name FROM secrets WHERE valid_until IS NULL ORDER BY name")
+        self.assertEqual(good, [("ann",), ("ben",), ("cem",)])
+
     def test_no_secret_is_stored(self):
         made = self.keys.add("ann")
         again = self.keys.rotate("ann", "1h")
-        self.keys.database.connection.close()
+        self.keys.database.close()
         with open(self.path, "rb") as file:
             data = file.read()
         for secret in (made.secret, again.secret):
@@ -7399,7 +7469,7 @@ class KeyStoreTest(KeysCase):
                 ("add", "ben", {"limits": "each 1 usd per day"}, "limits must be rules"),
                 ("add", "ben", {"models": "a,,b"}, "models must be"),
                 ("add", "ben", {"note": "a\nb"}, "note must be one line"),
-                ("add", "ben", {"tag": "x" * 65}, "tag must be one line"),
+                ("add", "ben", {"tag": "web app"}, "tag must be 1 to 64"),
                 ("add", "ben", {"upstream": "A/B"}, "upstream must be"),
                 ("add", "ben", {"secret": "x"}, "no field secret"),
                 ("set", "ann", {"subject": "x"}, "no field subject"),
@@ -7465,13 +7535,17 @@ class SumsTest(TableCase):
     def setUp(self):
         self.path = new_path(self, "llm_proxy.db")
         self.database = llm_proxy.Database(self.path)
+        self.database.CHUNK = 10
         self.addCleanup(lambda: self.database.connection.close())
         self.reader = llm_proxy.LedgerReader(self.path)
         self.random = random.Random(5)
 
     def add(self, *rows):
+        """Adds calls, and these to the sums."""
         with self.database.transaction():
-            self.database.add(list(map(columns_of, rows)))
+            self.database.fresh += self.database.add(list(map(columns_of, rows)))
+        while self.database.add_new():
+            pass
 
     def add_many(self, count, days=3):
         """Adds calls, in order of time, and makes the sums of hours and days but the last."""
@@ -7484,7 +7558,7 @@ class SumsTest(TableCase):
         self.roll_up(self.DAY + days * 86400 - 5000)
 
     def roll_up(self, now):
-        while self.database.roll_up(now):
+        while self.database.list_ids() or self.database.roll_up(now):
             pass
 
     def counted(self, by, where="1"):
@@ -7553,6 +7627,14 @@ class SumsTest(TableCase):
             self.assertEqual(found, list(map(float, hours)))
             self.assertEqual([low for _, low, _ in steps[1:]], [high for _, _, high in steps[:-1]])
 
+    def test_no_cell_of_a_table_is_computed_and_none_moves_a_cursor(self):
+        cells = {"-": "-", "a,b": '"a,b"', "=1+1": "'=1+1", "-1": "'-1", " @x": "' @x",
+                 "a;=b": "a;'=b", "\t=a": "'\\t=a", "\n+a": "'\\n+a", "\uff1da": "'\uff1da",
+                 "a\x1b[2J": "a\\x1b[2J", "a\u202eb": "a\\u202eb", "\xe9": "\xe9"}
+        for cell, text in self.each(cells.items()):
+            self.assertEqual(llm_proxy.csv_of(["x"], [[cell]]), "x\n%s\n" % text)
+        self.assertEqual(llm_proxy.csv_of(["x", "y"], [[-1, None]]), "x,y\n-1,\n")
+
     def test_zones_that_are_none_and_ranges_without_end_are_refused(self):
         utc = datetime.timezone.utc
         for name, offset in self.each((
@@ -7611,13 +7693,18 @@ class SumsTest(TableCase):
     def test_calls_are_found_page_by_page_by_what_they_are(self):
         self.add({"served": "rare", "time": self.DAY + 9})
         self.add_many(700)
+        for hour in (99, 1, 50, 27, 0, 72, 26):  # of a clock that is set back and forth
+            self.add(*({"time": self.DAY + hour * 3600 + number, "caller": "a", "served": "m2",
+                        "ms": 999, "outcome": ("refused", "limited")[number % 2]}
+                       for number in range(4)))
+        self.roll_up(self.DAY + 90 * 3600)
         for filters, where in self.each(row.split(" -> ") for row in self.FILTERS.splitlines()):
             filters = dict(part.split("=") for part in filters.split())
             query = "SELECT rowid FROM calls WHERE %s ORDER BY 1 DESC" % where
             rows = [row for row, in self.database.connection.execute(query)]
             self.assertEqual(self.pages(filters, 1000)[0], rows)
             self.assertEqual(self.pages(filters, 3)[0], rows)
-            with mock.patch.object(llm_proxy.LedgerReader, "LOOK", 10):
+            with mock.patch.object(llm_proxy.LedgerReader, "LOOK", 20):
                 self.assertEqual(self.pages(filters, 50)[0], rows)
         with self.assertRaises(llm_proxy.BadRequest):
             self.reader.calls(None, 5, {"slow": "1 OR 1"})
@@ -7634,7 +7721,7 @@ class SumsTest(TableCase):
     def test_no_question_scans_the_calls(self):
         """SQLite tells how it would go about each statement."""
         self.add_many(20_000)
-        self.database.connection.execute("UPDATE facts SET value = 9 WHERE name = 'unsummed'")
+        self.database.note(unsummed=9, summed=19_000, rolled=self.DAY + 80_000)
         asked, now, utc = [], self.DAY + 3 * 86400, datetime.timezone.utc
         connect = llm_proxy.connect
 
@@ -7650,7 +7737,7 @@ class SumsTest(TableCase):
             self.reader.days("a", utc, now)
             for question in (self.reader.hours, functools.partial(self.reader.today, utc)):
                 question(now)
-            self.assertTrue(self.reader.has_calls() and self.reader.seen())
+            self.assertTrue(self.reader.seen())
             for by in ("caller", "day"):
                 options = types.SimpleNamespace(since="36h", by=[by], id=None, caller=None)
                 llm_proxy.read_usage(self.path, options, now)
@@ -7677,25 +7764,45 @@ class SumsTest(TableCase):
         for step in range(6):
             with contextlib.suppress(KeyError), mock.patch.object(
                     self.database, "note", side_effect=KeyError if step % 2 else None,
-                    wraps=self.database.note):
-                self.database.add_older(220)
+                    wraps=self.database.note), mock.patch.object(llm_proxy.Database, "BATCH", 220):
+                self.database.add_older()
             usage = llm_proxy.read_usage(self.path, options, self.DAY + 2 * 86400)
             self.assertEqual(usage, used or usage)
             used = usage
         found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
-        self.assertEqual((self.database.unsummed, found.pop("new").calls, found), (0, 1, whole))
+        self.assertEqual((self.database.facts["unsummed"], found.pop("new").calls, found),
+                         (0, 1, whole))
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
-        with mock.patch.object(llm_proxy.Database, "FULL", 5):
+        with mock.patch.object(llm_proxy.SumsOfCalls, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
-                          "input": 0, "output": 0, "caller": "10.0.0.%d" % number})
+                          "input": 0, "cached": 0, "output": 0, "picodollars": 0,
+                          "caller": "10.0.0.%d" % number})
             self.add({"served": "good", "time": self.DAY})
         for by, plain in self.each((("model", "good"), ("caller", "alice"))):
             found = self.reader.totals(by, self.DAY, self.DAY + 900)
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
+
+        with mock.patch.object(llm_proxy.SumsOfCalls, "MOST_NAMES", 8):
+            self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
+        found = self.reader.totals("model", self.DAY, self.DAY + 900)
+        self.assertEqual((len(found), found["other"].calls), (9, 22))
+
+    def test_what_was_not_added_up_before_the_end_is_after_the_next_start(self):
+        for number in range(3):
+            with self.database.transaction():
+                self.database.add([columns_of({"time": self.DAY})] * 7)
+            self.database.connection.close()
+            self.database = llm_proxy.Database(self.path)
+            with self.database.transaction():  # some calls that nobody kept in mind
+                self.database.add([columns_of({"time": self.DAY})] * 4)
+            with mock.patch.object(llm_proxy.Database, "BATCH", 3):
+                self.add({"time": self.DAY})
+            found = self.reader.totals("caller", self.DAY, self.DAY + 900)
+            self.assertEqual(found["alice"].calls, 12 * (number + 1))
 
     def test_a_clock_that_was_set_back_leaves_no_sum_behind(self):
         self.add_many(50)
@@ -7970,16 +8077,35 @@ class MetricsTest(SignalsCase):
 
     def test_a_failure_of_a_known_model_counts_as_its_own(self):
         self.start(**self.KEYS)
-        self.ask(call("sk-1", model="m"))
-        self.stub.answer = says(b"{}", "500 No")
-        self.ask(call("sk-1", model="m"))
-        self.assertEqual(self.sums("requests_total", 'model="m"', 'outcome="upstream_status"'), 1)
+        for status in ("500 No", "200 OK", "500 No"):
+            self.stub.answer = says(b"{}", status)
+            self.ask(call("sk-1", model="m"))
+        for model in self.each(("m", "other")):
+            self.assertEqual(self.sums("requests_total", 'model="%s"' % model,
+                                       'outcome="upstream_status"'), 1)
+
+    def test_series_without_end_are_one(self):
+        self.start(**self.KEYS)
+        self.proxy.watchers.metrics.MAX_SERIES = 2
+        for model in "abcd":
+            self.ask(call("sk-1", model=model))
+        self.assertEqual(self.sums("requests_total", 'caller="other",model="other"'), 2)
+        self.assertEqual(self.sums("requests_total"), 4)
+
+    def test_keys_of_one_name_have_one_sample(self):
+        self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
+                   LIMITS="each 9 requests per day")
+        for key in ("sk-1", "sk-2"):
+            self.ask(call(key))
+        self.assertEqual(self.sums("requests_total", 'caller="alice"'), 2)
+        self.assertEqual(self.sums("bucket_level"), 8)
 
     def test_labels_hold_whatever_a_caller_sends(self):
         models = ('a"b', "a\\b", "a\nb", "\x1b[31m\r\u20ac\ud800", "{,}=", "x" * 200)
         self.start(METRICS="open")
         for model in models:
             self.ask(call(model=model))
+        self.ask(call(model="\\x1b[31m\\x0d\u20ac\\ud800"))  # looks the same
         found = [key for key in self.scrape() if "requests_total" in key]
         self.assertEqual(len(found), len(models))
         for shown in self.each((r'a\"b', r"a\\b", r"a\nb", r"\\x1b[31m\\x0d", "x" * 80 + '"')):
@@ -8004,13 +8130,14 @@ class MetricsTest(SignalsCase):
         self.assert_status(200, request("GET", "/metrics", key="adm"))
 
     def test_a_histogram_counts_what_is_at_most_its_bound(self):
-        histogram = llm_proxy.Histogram(".1 .5 1")
+        histogram = llm_proxy.Histogram("0.1 0.5 1")
         histogram.times += [.5, .05, .1, .7, 3]
-        rows = {labels.get("le", end): value for end, labels, value in histogram.samples({})}
+        rows = {labels.partition("le=")[2].strip('"') or end: value
+                for labels, value, end in histogram.samples("a=")}
         self.assertEqual({name: float(value) for name, value in rows.items()}, {
             "0.1": 2, "0.5": 3, "1": 4, "+Inf": 5, "_sum": 4.35, "_count": 5})
         histogram.times += [.2] * 3
-        self.assertEqual(histogram.samples({})[1][2], 6)
+        self.assertEqual(histogram.samples("a=")[1][1], 6)
 
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
         clock = Clock()
@@ -8054,8 +8181,8 @@ class MetricsTest(SignalsCase):
         for key, value in self.each({
                 'llm_proxy_in_flight{upstream="base"}': 1,
                 'llm_proxy_queue_length{upstream="base"}': 1,
-                'llm_proxy_upstream_addresses{upstream="base",state="closed"}': 1,
-                'llm_proxy_upstream_addresses{upstream="base",state="open"}': 0,
+                'llm_proxy_upstream_state{upstream="base",state="closed"}': 1,
+                'llm_proxy_upstream_state{upstream="base",state="open"}': 0,
                 'llm_proxy_dropped_total{what="ledger"}': 0, "llm_proxy_bucket_level" + bucket: 99,
                 "llm_proxy_bucket_capacity" + bucket: 100,
                 "llm_proxy_loop_held_seconds_total": 0}.items()):
@@ -8119,6 +8246,13 @@ class TracesTest(SignalsCase):
                 "llm_proxy.usd": 0.000117}.items()):
             self.assertEqual(told[name], value, name)
         self.assertNotIn("error.type", told)
+
+    def test_a_guess_is_told_as_one_and_what_has_no_price_has_none(self):
+        self.start_traced()
+        self.ask(call("sk-1"))
+        (_, told), = self.spans()
+        self.assertEqual(
+            (told["llm_proxy.estimated"], "llm_proxy.usd" in told), (True, False))
 
     def test_what_went_wrong_is_told(self):
         self.start_traced(says(b"{}", "404 Not Found"), LIMITS="each 1 requests per day")
@@ -8215,6 +8349,15 @@ class WarningsTest(SignalsCase):
                    **{**self.KEYS, "WEBHOOK_URL": self.hook.url + "/hook?token=hush",
                       "WARN_AT": "80%,95%", **settings})
 
+    def look(self):
+        proxy = self.proxy
+        proxy.watchers.warnings.look(
+            proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
+
+    def told(self):
+        """What the page is told."""
+        return [one.about for one in self.proxy.watchers.feed.events if one.name == "warning"]
+
     def events(self, count):
         wait_for(lambda: len(self.hook.requests) >= count, "%d events" % count)
         return [asked.json() for asked in self.hook.requests]
@@ -8226,13 +8369,15 @@ class WarningsTest(SignalsCase):
         second = self.ask(call("sk-1", max_tokens=5))
         self.assertEqual((first.get("x-ratelimit-warning"), second.get("x-ratelimit-limit")), (
             "85% of 'each 100 tokens per day' is used", "100"))
+        quotas = [self.ask(request("GET", "/v1/quota", key=key)).json() for key in ("sk-1", "sk-2")]
+        self.assertEqual([one["warning"] for one in quotas],
+                         ["170% of 'each 100 tokens per day' is used", None])
         told, = self.events(1)
         self.assertEqual((self.hook.requests[0].target, told), ("/hook?token=hush", {
             "event": "limit_near", "caller": "alice", "rule": "each 100 tokens per day",
             "level": 15, "capacity": 100, "share": 0.85, "time": self.clock.time_ns() / 1e9}))
-        feed = [one.about for one in self.proxy.watchers.feed.events if one.name == "warning"]
-        self.assertEqual(feed, [told])
-        self.assertIn("alice has used 85% of each 100 tokens per day", self.lines.text())
+        self.assertEqual(self.told(), [told])
+        self.assert_said("alice has used 85% of each 100 tokens per day")
         self.assertNotIn("hush", self.lines.text())
 
     def test_each_mark_each_caller_and_each_hour_has_a_warning(self):
@@ -8259,17 +8404,17 @@ class WarningsTest(SignalsCase):
                          ("0.0999994", "1", 0.9))
 
     def test_without_marks_no_answer_carries_a_warning(self):
-        self.start_warned(WARN_AT="", LIMITS="each 100 tokens per day")
-        self.assert_status(200, call("sk-1"), "x-ratelimit-warning:")
-        self.assertEqual(self.proxy.watchers.marks, None)
+        self.start_warned(says(completion(80, 5), "200 OK", "X-RateLimit-Warning: from upstream"),
+                          WARN_AT="", LIMITS="each 100 tokens per day")
+        self.assert_status(200, call("sk-1", max_tokens=5), "x-ratelimit-warning:")
+        self.assertEqual((self.proxy.watchers.marks, self.stub.calls), (None, 1))
 
     def test_an_upstream_that_is_down_and_up_again_is_told_once(self):
         self.start_warned(BREAKER_FAILURES=1, BREAKER_SECONDS=1)
         self.stub.refuse_connections()
         for connection in self.stub.sockets:
             hang_up(connection)
-        look = functools.partial(self.on_loop, lambda: self.proxy.watchers.warnings.look(
-            self.proxy.routes, self.proxy.books.ledger))
+        look = functools.partial(self.on_loop, self.look)
         self.ask(call("sk-1"))
         look()
         look()
@@ -8285,11 +8430,29 @@ class WarningsTest(SignalsCase):
         look()
         self.assertEqual([one["event"] for one in self.events(3)][2:], ["upstream_down"])
 
+    def test_a_key_is_told_of_once_a_day_before_it_expires(self):
+        self.start_warned()
+        now, day = self.clock.time_ns() / 1e9, 86400
+        end = now + 5 * 3600
+        keys = [llm_proxy.Key(name, created=now - 40 * day, expires=expires, disabled=off)
+                for name, expires, off in (("soon", end, False), ("never", None, False),
+                                           ("later", now + 2 * day, False),
+                                           ("off", end, True), ("past", now - 1, False))]
+        keys.append(llm_proxy.Key("short", created=now, expires=now + 900))
+        self.proxy.callers.stored.keys = {key.name: key for key in keys}
+        for _ in range(4):
+            self.on_loop(self.look)
+            self.clock.now += 3601
+        told, = self.told()
+        found = told["event"], told["key"], told["expires"]
+        self.assertEqual(found, ("key_expires", "soon", end))
+        self.assert_said("the key soon expires in 300 min")
+
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
         ledger = self.proxy.books.ledger
         ledger.dropped += 7
-        self.on_loop(lambda: self.proxy.watchers.warnings.look(self.proxy.routes, ledger))
+        self.on_loop(self.look)
         told, = self.events(1)
         self.assertEqual((told["event"], told["rows"]), ("ledger_dropped", 7))
 
@@ -8640,8 +8803,9 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses("x", None), [200, 200])
         ann = self.add()
         self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
-        self.assertIn("nobody may call without one from now on", self.lines.text())
+        self.assert_said("nobody may call without one from now on")
         self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
+        self.proxy.books.close(PATIENCE)
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
         self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
 
@@ -8656,22 +8820,23 @@ class KeysTest(KeysCase):
         self.add()
         self.change("remove", "ann")
         self.assertEqual(self.statuses("x"), [401])
+        self.proxy.books.close(PATIENCE)
         self.start(DATABASE=self.path)
         self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
-        self.assertEqual(self.proxy.config.web_origins, ("*",))
+        self.assertEqual(self.proxy.config.cors_origins, ("*",))
 
     def test_a_vendors_key_is_not_kept_to_this_machine_once_keys_are_stored(self):
-        config = read_config({"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"})
+        settings = {"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"}
+        config = read_config(settings)
         self.assertEqual(config.host, "127.0.0.1")
         config.note_stored_keys()
         self.assertEqual(config.host, "0.0.0.0")
         self.assertEqual(config.warnings(), [])
+        self.assertEqual(config.take(read_config(settings)), [])  # nothing has changed
 
     def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
         for policy, act in self.each(itertools.product(
                 ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
-            if (policy, act) == ("anyone", "remove"):
-                continue  # nobody knows it any more
             clock = Clock()
             self.start(clock=clock, PROXY_API_KEYS=policy)
             ann = self.add(expires="30d")
@@ -8861,12 +9026,26 @@ class KeysTest(KeysCase):
     def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
         self.start()
         self.change("give", "nobody", "5", "usd")
-        wait_for(lambda: "nobody has no bucket in usd here" in self.lines.text())
+        wait_for(lambda: "nobody has no bucket in usd: it was given nothing" in self.lines.text())
+
+    def test_orders_that_somebody_else_has_written_are_not_carried_out(self):
+        self.start()
+        ann = self.add()
+        self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
+                     " ('ann', 'requests', 'x', 1e12, 0), ('ann', 'requests', 5, 'soon', 0),"
+                     " ('ann', 'requests', NULL, NULL, 0), (x'00', NULL, NULL, NULL, 0)")
+        self.store().give("ann", "5", "requests")
+        wait_for(lambda: self.left(ann) == 1005)
+        self.proxy.books.close(PATIENCE)
+        self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
+                     " ('ann', 'requests', 'x', 1e12, 1)")
+        self.start(DATABASE=self.path)
+        self.assertEqual(self.left(ann), 1005)
 
     def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
         for column, value in self.each((
                 ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
-                ("expires", "soon"), ("subject", "x"), ("disabled", "no"), ("created", None),
+                ("expires", "soon"), ("subject", "x" * 32), ("disabled", "no"), ("created", None),
                 ("team", "a b"))):
             self.start(PROXY_API_KEYS="anyone")
             ann, ben = self.add(), self.add("ben")
@@ -8875,7 +9054,7 @@ class KeysTest(KeysCase):
                 column, "NULL" if value is None else repr(value)))
             wait_for(lambda: self.proxy.callers is not before)
             self.assertEqual(self.statuses(ann, ben), [401, 200])
-            self.assertIn("in DATABASE cannot be read: it lets nobody in", self.lines.text())
+            self.assert_said("in DATABASE cannot be read: it lets nobody in")
 
     def test_keys_that_cannot_be_read_any_more_change_nothing(self):
         self.start()
@@ -8913,6 +9092,12 @@ class KeysTest(KeysCase):
             clock.now += seconds
             self.ask(call(ann))
             wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
+
+    def test_a_stored_key_has_the_turns_of_its_name(self):
+        self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="ann=5")
+        self.ask_stub(call(self.add()))
+        queues = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual([one.weight for one in queues], [5])
 
     def test_people_behind_a_key_have_what_it_may(self):
         self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
@@ -9640,7 +9825,8 @@ off                             https://one.example     -
 off                             http://localhost        -""")
 
     def test_every_answer_tells_browsers_who_may_read_it(self):
-        for setting, origin, allowed in self.each(self.ORIGINS):
+        too_long = "local", "http://" + "a" * 300, ""
+        for setting, origin, allowed in self.each([*self.ORIGINS, too_long]):
             self.start(CORS_ORIGINS=setting)
             field = b"\r\nOrigin: %b\r\n" % origin.encode() if origin else b"\r\n"
             for data in (call(), HEALTH, request("POST", CHAT, b"{")):
@@ -9888,6 +10074,11 @@ class AdminTest(AdminCase):
         self.assertEqual(found["you"], {"name": "VIEWER_KEY", "role": "viewer"})
         self.assertIn("/admin/api/upstreams/NAME/test", [row["path"] for row in found["endpoints"]])
 
+    def test_the_readme_has_the_same_list(self):
+        rows = ["| `%s /admin/api%s` | %s | %s |" % (row.method, row.path, row.role, row.does)
+                for row in llm_proxy.ADMIN_PAGES]
+        self.assertIn("\n".join(rows), source(os.path.join(FOLDER, "README.md")))
+
     def test_a_page_of_ours_may_ask_whatever_its_origin(self):
         self.start(CORS_ORIGINS="off")
         for origin, status in self.each((("http://proxy.test", 200), ("http://evil.test", 403))):
@@ -9999,7 +10190,7 @@ class AdminBooksTest(AdminCase):
                 ("POST", "/keys", {"name": "b", "note": 3}, 400, "must be text"),
                 ("PATCH", "/keys/bob", {"note": "x"}, 404, "no key is stored"),
                 ("GET", "/keys/bob", None, 404, "no key is stored"),
-                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cows"}, 400, "must be in"))):
+                ("POST", "/keys/ann/give", {"amount": "2", "unit": "cow"}, 400, "amount must"))):
             answered = self.admin(method, path, payload)
             self.assertEqual(answered.status, status)
             self.assertIn(said, answered.error()["message"])
@@ -10076,6 +10267,23 @@ class AdminBooksTest(AdminCase):
             answered = self.admin("GET", path)
             self.assertEqual(answered.status, 503)
             self.assertIn("DATABASE is off", answered.error()["message"])
+
+    def test_who_leaves_before_the_database_has_answered_leaves_nothing_behind(self):
+        self.start()
+        asked, leaves = threading.Event(), threading.Event()
+
+        def slow(*_):
+            asked.set()
+            leaves.wait(PATIENCE)
+            raise sqlite3.OperationalError("disk I/O error")
+
+        with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
+            client = self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
+            self.assertTrue(asked.wait(PATIENCE))
+            client.reset()
+            wait_for(lambda: not self.server.open, "its end")
+            leaves.set()
+            self.assertEqual(self.admin("GET", "/usage").status, 503)
 
     def test_what_is_asked_for_wrongly_is_told(self):
         self.start()
@@ -10846,7 +11054,7 @@ class ServerTest(ServerCase):
         self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
-        said = re.compile(r"the event loop was held for 0\.\d\d s by serve, line \d")
+        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d")
 
         def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
@@ -10911,7 +11119,7 @@ class TlsTest(ServerCase):
 
     def test_calls_streams_and_uploads_go_as_without_it(self):
         self.start_tls()
-        client, body = self.connect_tls(), os.urandom(1 << 20)
+        client, body = self.connect_tls(), b"RIFF" + os.urandom(1 << 20)  # nothing like JSON
         self.assertEqual(client.exchange(call()).body, b'{"said": "hi"}')
         self.stub.answer = says(body)
         answered = client.exchange(request("POST", "/v1/audio", body))
@@ -11096,10 +11304,11 @@ class KeysCommandTest(ProcessCase):
     def setUp(self):
         self.folder = new_path(self)
         self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
+        llm_proxy.Database(self.settings["DATABASE"]).close()
 
     def keys(self, *arguments, **settings):
         """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
-        return self.command("keys", *arguments, **{**self.settings, **settings}).finish()
+        return self.finish("keys", *arguments, **{**self.settings, **settings})
 
     def status(self, key):
         return self.ask(call(key)).status
@@ -11121,6 +11330,16 @@ class KeysCommandTest(ProcessCase):
             wait_for(lambda: self.status(key) in (status, 429 if status == 401 else status))
             self.assertLess(time.monotonic() - ended, 1)
 
+    def test_check_knows_that_keys_are_stored(self):
+        settings = {"UPSTREAM_OPENAI_URL": "https://api.openai.invalid/v1",
+                    "UPSTREAM_OPENAI_KEY": "sk", "OPEN_TIMEOUT": "0.1", **self.settings}
+        for host, stored in self.each((("127.0.0.1", "pass"), ("0.0.0.0", "own"))):
+            _, out, _ = self.finish("--check", **settings)
+            self.assertRegex(out, r"(?m)^HOST +%s$" % host)
+            self.assertRegex(out, r"(?m)^STORED +%s$" % stored)
+            self.assertEqual("on this machine alone" in out, stored == "pass")
+            self.keys("add", "ann")
+
     def test_keys_can_be_listed_and_shown(self):
         self.assertEqual(self.keys("list"), (0, "no keys yet\n", ""))
         self.keys("add", "ann", "--note", "\x1b[2J" "x")
@@ -11128,10 +11347,14 @@ class KeysCommandTest(ProcessCase):
         _, out, _ = self.keys("list")
         self.assertRegex(out, r"\Aname +role .*\nann +caller +- +20\d\d-.* her laptop +-\n\Z")
         self.assertRegex(self.keys("show", "ann")[1], r"(?m)^note +her laptop$")
-        found = json.loads(self.keys("show", "ann", "--json")[1])
-        self.assertEqual(json.loads(self.keys("list", "--json")[1]), [found])
+        found, = json.loads(self.keys("list", "--json")[1])
         self.assertEqual((found["name"], found["disabled"]), ("ann", False))
         self.assertEqual(found["expires"] - found["created"], 30 * 86400)
+
+    def test_a_database_that_no_proxy_has_is_said(self):
+        code, out, err = self.keys("list", DATABASE=os.path.join(self.folder, "other.db"))
+        self.assertEqual((code, out), (0, "no keys yet\n"))
+        self.assertRegex(err, r"\ADATABASE \S+other.db is made now: no proxy that runs has it\n\Z")
 
     def test_only_a_new_secret_is_on_standard_output(self):
         for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
@@ -11169,7 +11392,6 @@ class KeysCommandTest(ProcessCase):
             self.assertEqual(error["code"], "key_not_for_calls")
             self.assertFalse(process.said(key))
             process.stop().wait()
-            self.assertFalse(os.path.exists(file))
         self.assertEqual(len(keys), 2)
 
     def test_no_admins_key_is_made_where_there_is_one_or_no_place_for_it(self):
@@ -11177,7 +11399,7 @@ class KeysCommandTest(ProcessCase):
                 ({"DATABASE": "off"}, "needs ADMIN_KEY to be set"),
                 ({"ADMIN_KEY": "sk-0123456789abcdef"}, "/dashboard\n"),
                 ({"PUBLIC_URL": "https://llm.example.org"},
-                 "dashboard: https://llm.example.org/dashboard with the key in"))):
+                 "dashboard: https://llm.example.org/dashboard with the key in /"))):
             process = self.serve(**{**self.settings, **settings})
             wait_for(lambda: process.said(said))
             self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
@@ -11193,7 +11415,7 @@ class KeysCommandTest(ProcessCase):
             stream.write("mine")
         os.symlink(other, file)
         process = self.serve(**self.settings)
-        wait_for(lambda: process.said("with the key in"))
+        wait_for(lambda: process.said("with the key in /"))
         self.assertFalse(os.path.islink(file))
         with open(other, encoding="ascii") as stream:
             self.assertEqual(stream.read(), "mine")
@@ -11203,10 +11425,10 @@ class KeysCommandTest(ProcessCase):
         proxy = build(config, Lines())
         self.addCleanup(proxy.loop.close)
         self.addCleanup(proxy.books.close, PATIENCE)
-        words = llm_proxy.AdminKey(proxy).words(at_terminal=True)
+        words = llm_proxy.tell_of_dashboard(proxy, at_terminal=True)
         page = re.escape("dashboard: http://[::1]:80/dashboard with the key ")
-        self.assertRegex(words[0], "^%s%s$" % (page, r"sk-\S{43}"))
-        found = proxy.callers.known_by(llm_proxy.digest(words[0].split()[-1]))
+        self.assertRegex(words, "^%s%s$" % (page, r"sk-\S{43}"))
+        found = proxy.callers.known_by(llm_proxy.digest(words.split()[-1]))
         self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
 
 
@@ -11274,6 +11496,7 @@ class CommandsTest(ProcessCase):
         ("", "caller,%s\nalice,2,20,2,4,0,1,0,0.5\nbob,2,20,2,4,0,0,1,0\n"),
         ("--by model --since 2d", "model,%s\nm1,2,20,2,4,0,0,1,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by outcome", "outcome,%s\nok,3,30,3,6,0,1,1,0.5\nrefused,1,10,1,2,0,0,0,0\n"),
+        ("--by team --by tag", "team,tag,%s\n-,-,4,40,4,8,0,1,1,0.5\n"),
         ("--by upstream", "upstream,%s\n-,3,30,3,6,0,1,0,0.5\nbase,1,10,1,2,0,0,1,0\n"),
         ("--by model --caller alice", "model,%s\nm1,1,10,1,2,0,0,0,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by caller --by outcome --since 2d",
@@ -11431,7 +11654,8 @@ class CommandsTest(ProcessCase):
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
-        gone.close()
+        self.addCleanup(gone.close)
+        gone.refuse_connections()
         process = self.serve(BASE_API_URL=good + "," + gone.url, OPEN_TIMEOUT="0.3",
                              UPSTREAM_BOX_URL=good.replace("http", "https"))
         rows = wait_for(lambda: [row for row in process.rows if row.startswith("upstream http")][1:]
@@ -11453,6 +11677,15 @@ class CommandsTest(ProcessCase):
             self.assertEqual(len(found), 1)
         self.assertFalse(process.said("hush"))
 
+    def test_it_runs_with_its_standard_files_closed(self):
+        closed = "sh", "-c", 'exec "$@" <&- >&-', "sh"
+        path = self.ledger()
+        self.assertEqual(self.command("usage", before=closed, DATABASE=path).finish(), (0, "", ""))
+        process = self.serve(before=closed)
+        self.assertEqual(self.ask(call()).status, 200)
+        self.assertEqual(process.stop().wait(), 0)
+        self.assertFalse(process.said("Traceback"))
+
     def test_two_services_never_have_one_database(self):
         path = new_path(self, "books.db")
         first = self.serve(BASE_API_URL=self.NOWHERE, DATABASE=path)
@@ -11469,7 +11702,7 @@ class CommandsTest(ProcessCase):
         path = new_path(self, "books.db")
         with contextlib.closing(llm_proxy.Database(path).connection) as connection:
             stream = io.BytesIO()
-            with mock.patch.object(llm_proxy.Database, "WAIT_SECONDS", 0.01):
+            with mock.patch.object(llm_proxy, "WAIT_SECONDS", 0.01):
                 connection.execute("BEGIN EXCLUSIVE")
                 with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
                     llm_proxy.open_patiently(stream, path, None)
@@ -13246,7 +13479,8 @@ sys.exit(llm_proxy.main())
                     " MiB %5.1f, %6.1f, %6.1f; %r", name, 1000 * metronome.latest,
                     1000 * metronome.lag, 1000 * float(longest), before, max(sizes),
                     self.resident(), self.answered())
-        if max(metronome.latest, float(longest)) > self.LATEST:
+        # A busy machine makes the metronome itself late.
+        if max(metronome.latest - metronome.lag, float(longest)) > self.LATEST:
             yield "%s: an event took %.0f ms, %s %.0f ms of CPU" % (
                 name, 1000 * metronome.latest, callback, 1000 * float(longest))
         if max(sizes) > memory:
