@@ -12427,7 +12427,7 @@ function paint(asked) {
   if (model && !isMe) paintBar();
   if (view.draw && !view.isLoading) patchChildren($("main"), shown([view.draw()])); }
 function paintSoon() {
-  const act = () => { planned = null; if (model && !document.hidden) paint(false); };
+  const act = () => paint(false, planned = null);
   planned ??= setTimeout(act, Math.max(0, painted + 1000 - performance.now())); }
 function patch(old, fresh) {
   if (!fresh.attributes) return old.data === fresh.data || (old.data = fresh.data);
@@ -13006,7 +13006,7 @@ function keyActions(key) {
 function edit(key) { view.edited = key; paint(true); if (key) one(".side [name=limits]").focus(); }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
-    autofocus: name === "name" && innerWidth > 719, disabled: key && name === "name",
+    "data-first": name === "name" && innerWidth > 719, disabled: key && name === "name",
     placeholder: FIELDS[name], value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
@@ -13117,7 +13117,7 @@ async function show() {
       button("Try again", show)]; }
   mine.isLoading = false;
   if (view === mine) paint(true);
-  one("main [autofocus]")?.focus(); }
+  one("main [data-first]")?.focus(); }
 async function start() {
   await loadSummary();
   const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
@@ -13145,9 +13145,9 @@ function press(event) {
   paint(true); }
 const THEMES = {auto: "light", light: "dark", dark: "auto"};
 $("theme").onclick = () => setTheme(THEMES[document.documentElement.dataset.theme]);
-$("leave").onclick = () => leave("");
-[onhashchange, onkeydown] = [show, press];
-onresize = document.onvisibilitychange = paintSoon;
+[$("leave").onclick, onhashchange, onkeydown] = [() => leave(""), show, press];
+// Without a stream while nobody looks: a browser has but six connections to one host.
+document.onvisibilitychange = () => document.hidden ? stream?.abort() : model && !isMe && listen();
 setTheme(localStorage.getItem("llm_proxy.theme") ?? "auto");
 show();
 </script>
