@@ -12404,7 +12404,7 @@ th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, 
 tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(--surface); }
 .gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
 .actions button { margin-left: 4px; } .ask { display: inline-flex; flex-wrap: wrap; gap: 4px;
-  justify-content: end; align-items: center; } .warned { color: var(--warn); }
+  max-width: 180px; justify-content: end; align-items: center; } .warned { color: var(--warn); }
 .mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
@@ -12444,7 +12444,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
 #notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
 .notice { display: flex; align-items: start; padding: 6px 8px 6px 12px; margin-top: 8px; }
-.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; }
+.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; } .box pre { max-width: none; }
 #lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; max-width: none;
   text-align: center; background: var(--warn); color: var(--page); }
 .stale .live, .stale .live * { color: var(--muted); }
@@ -12452,7 +12452,8 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
   .columns { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 719px) { .wide, main { padding-left: 16px; padding-right: 16px; }
-  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 12px; }
+  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 8px;
+    justify-content: space-between; }
   .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
   #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; }
   .track { flex-basis: 100%; } .chart svg { height: 240px; } button { padding: 7px 10px; }
@@ -12520,9 +12521,9 @@ let isAsked = false, painted = 0, planned = null;
 function paint(asked) {
   [isAsked, painted] = [asked, performance.now()];
   if (model && !isMe) paintBar();
-  if (view.draw) patchChildren($("main"), shown([view.draw()])); }
+  if (view.draw && !view.isLoading) patchChildren($("main"), shown([view.draw()])); }
 function paintSoon() {
-  const act = () => { planned = null; if (model && !document.hidden) paint(false); };
+  const act = () => paint(false, planned = null);
   planned ??= setTimeout(act, Math.max(0, painted + 1000 - performance.now())); }
 function patch(old, fresh) {
   if (!fresh.attributes) return old.data === fresh.data || (old.data = fresh.data);
@@ -12560,7 +12561,7 @@ const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : 
 const words = name => name.replaceAll("_", " ");
 const title = text => text[0].toUpperCase() + text.slice(1);
 const sumOf = values => values.reduce((sum, value) => sum + value, 0);
-const tokensOf = sum => (sum.input ?? 0) + (sum.output ?? 0);
+const tokensOf = sum => sum.tokens ?? (sum.input ?? 0) + (sum.output ?? 0);
 const date = (time, options) => new Date(time * 1000).toLocaleString("en-GB", options);
 const clock = time => date(time, {timeStyle: "medium"});
 const day = time => date(time, {day: "numeric", month: "short"});
@@ -12576,9 +12577,9 @@ function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
   return Number(value ?? 0).toLocaleString("en", {minimumFractionDigits: digits,
     maximumFractionDigits: digits}).replace("-", "−"); }
 const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(word =>
-  sum[word] === true ? word : `${count(sum[word])} ${word}`).join(", ");
+  sum[word] === true ? word : `${count(sum[word])} ${word}`);
 const below = text => text && [h("br"), small(text)];
-const money = (sum, digits) => [usd(sum.usd, digits), below(doubts(sum))];
+const money = (sum, digits) => [usd(sum.usd, digits), doubts(sum).map(below)];
 // What the page knows, and what it asks.
 const KEY = "llm_proxy.key", isMe = location.pathname.endsWith("/me");
 let model = null; // the summary, kept up to date by events
@@ -12821,16 +12822,15 @@ const RANGES = {__proto__: null, hour: ["quarter", "last hour"], day: ["hour", "
   week: ["day", "last 7 days"], month: ["day", "this month"]};
 const GROUPS = {__proto__: null, caller: 1, team: 1, model: 1, upstream: 1, tag: 1};
 const MEASURES = {__proto__: null, money: ["Money", ", USD", ({usd}) => Number(usd)],
-  tokens: ["Tokens", "", sum => sum.tokens ?? tokensOf(sum)], calls: ["Calls", "", ({calls}) =>
-  calls]};
+  tokens: ["Tokens", "", tokensOf], calls: ["Calls", "", ({calls}) => calls]};
 const LENGTHS = {quarter: HOUR / 4, hour: HOUR, day: DAY};
 function midnight(days, time = now()) { // in the viewer's zone
   const start = new Date(time * 1000);
   return new Date(start.getFullYear(), start.getMonth(), start.getDate() + days) / 1000; }
-const monthStart = time => midnight(1 - new Date(time * 1000).getDate(), time);
+const monthStart = (time = now()) => midnight(1 - new Date(time * 1000).getDate(), time);
 const ago = (number, length) => (Math.floor(now() / length) - number) * length;
 const START = {hour: () => ago(3, HOUR / 4), day: () => ago(23, HOUR), week: () => midnight(-6),
-  month: () => monthStart(now())};
+  month: () => monthStart()};
 const only = (query, names) => Object.fromEntries([...query].filter(([name]) => name in names));
 const changed = (query, change) => ({...Object.fromEntries(query), ...change});
 async function openUsage(query) {
@@ -12861,7 +12861,7 @@ function usageParts(usage, range, measure, query) {
   const valuesAt = ({groups}) => valuesOf(groups, series, valueOf);
   const steps = stepsOf(usage.step, usage.from, usage.series, valuesAt);
   const all = valueOf(usage.total), length = LENGTHS[usage.step], rule = isMoney && usage.budget;
-  const end = isMoney && range === "month" && monthStart(monthStart(now()) + 32 * DAY);
+  const end = isMoney && range === "month" && monthStart(monthStart() + 32 * DAY);
   const pace = end && all / (now() - usage.from), ahead = pace * (end - usage.from);
   const budget = rule && {text: rule.rule, value: rule.usd / rule.seconds * length};
   const label = `${name} by ${usage.by}, ${RANGES[range][1]}${unit}`;
@@ -12937,18 +12937,17 @@ function chart(data) {
     && valueTable(data, steps[at], scale)); }
 function chartParts({steps, series, budget, pace}, scale, step) {
   const digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1]) + 1e-9)), x = scale.middle;
-  const number = value => value < 10000 ? value.toFixed(digits) : compact.format(value);
+  const number = value => value && value < 10000 ? value.toFixed(digits) : compact.format(value);
   const line = (kind, value, from) => svg("line", {class: kind, x1: from, x2: scale.right,
     y1: scale.y(value), y2: scale.y(value)});
-  const text = (x, y, end, told, kind) => svg("text", {class: kind, x, y, "text-anchor": end},
-    told);
-  return [scale.lines.map(value => [line("grid", value, EDGE.left), text(EDGE.left - 8,
+  const say = (x, y, end, text, kind) => svg("text", {class: kind, x, y, "text-anchor": end}, text);
+  return [scale.lines.map(value => [line("grid", value, EDGE.left), say(EDGE.left - 8,
     scale.y(value) + 4, "end", number(value))]), labelled(steps, scale).map(step =>
-    text(x(step), scale.floor + 18, "middle", date(step.at, step.kind === "day" ? {day: "numeric",
+    say(x(step), scale.floor + 18, "middle", date(step.at, step.kind === "day" ? {day: "numeric",
     month: "short"} : {timeStyle: "short"}))), steps.filter(step => step.values).map(step =>
-    [bar(step, series, scale), step.end > now() && text(x(step), scale.y(allOf(step)) - 5, "middle",
+    [bar(step, series, scale), step.end > now() && say(x(step), scale.y(allOf(step)) - 5, "middle",
     "so far", "said")]), pace > 0 && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear
-    && [line("budget", budget.value, EDGE.left), text(EDGE.left + 4, scale.y(budget.value) - 5,
+    && [line("budget", budget.value, EDGE.left), say(EDGE.left + 4, scale.y(budget.value) - 5,
     "start", "budget: " + budget.text, "said")], step && svg("line", {class: "cursor", x1: x(step),
     x2: x(step), y1: EDGE.top, y2: scale.floor})]; }
 // The steps at round times, at most one in 64 pixels.
@@ -13084,8 +13083,7 @@ async function openKeys() {
     const list = rows.length ? table(columns, rows) : noKey();
     return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"},
       h("div", null, list), keyForm(view.edited)) : list]; };
-  await view.changed();
-  if (innerWidth > 719) one(".side input")?.focus(); }
+  await view.changed(); }
 const noKey = () => h("div", null, h("p", null, model.keys_are_asked_for ? "No key is stored."
   : "Whoever reaches this proxy may call, until the first key is stored. Make one here, or so:"),
   h("pre", null, "python llm_proxy.py keys add alice --limits '1 usd per day'"));
@@ -13104,8 +13102,8 @@ function keyActions(key) {
 function edit(key) { view.edited = key; paint(true); if (key) one(".side [name=limits]").focus(); }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
-    required: name === "name", disabled: key && name === "name", placeholder: FIELDS[name],
-    value: name === "expires" ? null : key?.[name]}));
+    "data-first": name === "name" && innerWidth > 719, disabled: key && name === "name",
+    placeholder: FIELDS[name], value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
       || (key && name !== "expires")));
@@ -13176,7 +13174,7 @@ async function openAudit() {
 async function openMe() {
   const response = await send("v1/quota?" + new URLSearchParams(timeZone()));
   const {now: told, caller, role, today, calls, days, buckets, warning} = await response.json();
-  const doubt = doubts(today), columns = CALLS.filter(([head]) => head !== "Caller");
+  const doubt = doubts(today).join(", "), columns = CALLS.filter(([head]) => head !== "Caller");
   model = {upstreams: [], you: {name: caller, role}, has_calls: calls.length > 0};
   skew = told - Date.now() / 1000; view.open = new Set();
   view.draw = () => {
@@ -13188,9 +13186,9 @@ async function openMe() {
       "No limit holds for this key.")), h("h2", null, "Today"),
       h("p", null, `${plural(today.calls, "call")}, `
       + `${short(tokensOf(today))} tokens, ${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of `
-      + `${clock(told)}, ${zone} `, button("Again", show)), h("h2", null, label),
-      chart({steps, label, series}), h("h2", null, "Last calls"), calls.length ? table(columns,
-      calls.map(call => callRows(columns, call))) : firstCall()]; }; }
+      + `${clock(told)}, ${zone} `, button("Refresh", show)), calls.length > 0
+      && [h("h2", null, label), chart({steps, label, series})], h("h2", null, "Last calls"),
+      calls.length ? table(columns, calls.map(call => callRows(columns, call))) : firstCall()]; }; }
 // Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
 const VIEWS = {__proto__: null, now: openNow, callers: openCallers, usage: openUsage,
   calls: openCalls, keys: openKeys, upstreams: openUpstreams, audit: openAudit};
@@ -13202,7 +13200,7 @@ function hashOf(tab, query = {}) {
 const go = (tab, query) => { location.hash = hashOf(tab, query); };
 async function show() {
   if (!sessionStorage.getItem(KEY)) return showLogin("");
-  const [name, query] = location.hash.slice(1).split("?"), mine = view = {};
+  const [name, query] = location.hash.slice(1).split("?"), mine = view = {isLoading: true};
   const tab = name in VIEWS ? name : "now";
   try {
     if (!isMe && !model) await start();
@@ -13213,7 +13211,9 @@ async function show() {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
     mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
       button("Try again", show)]; }
-  if (view === mine) paint(true); }
+  mine.isLoading = false;
+  if (view === mine) paint(true);
+  one("main [data-first]")?.focus(); }
 async function start() {
   await loadSummary();
   const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
@@ -13241,9 +13241,9 @@ function press(event) {
   paint(true); }
 const THEMES = {auto: "light", light: "dark", dark: "auto"};
 $("theme").onclick = () => setTheme(THEMES[document.documentElement.dataset.theme]);
-$("leave").onclick = () => leave("");
-[onhashchange, onkeydown] = [show, press];
-onresize = document.onvisibilitychange = paintSoon;
+[$("leave").onclick, onhashchange, onkeydown] = [() => leave(""), show, press];
+// Without a stream while nobody looks: a browser has but six connections to one host.
+document.onvisibilitychange = () => document.hidden ? stream?.abort() : model && !isMe && listen();
 setTheme(localStorage.getItem("llm_proxy.theme") ?? "auto");
 show();
 </script>
