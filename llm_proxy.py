@@ -8231,8 +8231,9 @@ class SumsOfCalls:
 def connect(path: str, mode: str) -> sqlite3.Connection:
     """Opens a database to read ("ro"), or also to write ("rw"). Raises sqlite3.Error."""
     path = os.path.abspath(path)
-    if mode == "ro" and not os.path.exists(path + "-wal"):
-        mode = "ro&immutable=1"  # nobody writes it now, and the folder may be one to read only
+    if mode == "ro" and not os.path.exists(path + "-wal") and (
+            not os.access(os.path.dirname(path), os.W_OK)):
+        mode = "ro&immutable=1"  # nobody can write it, and SQLite could put nothing beside it
     connection = sqlite3.connect(
         "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
         timeout=WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
