@@ -2408,7 +2408,9 @@ def kind_of_text(text: str) -> int:
     holds that is rare in prose: their tokens differ in length."""
     data = text[:1000].encode("utf-8", "surrogatepass")
     rare = len(data.translate(None, PROSE))
-    return (rare * 25 > len(data)) + (rare * 2 > len(data))
+    if rare * 25 <= len(data):
+        return 0  # as nearly always
+    return 2 if rare * 2 > len(data) else 1
 
 
 ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
@@ -2424,8 +2426,9 @@ def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
     `plain` names alone. Third comes the kind of the longest text."""
     texts, media = [], []
-    level = list({**payload, skip: None}.values())
-    level, rest = look_through(level, plain, names, media_texts, texts, media)
+    read = payload.copy()
+    read.pop(skip, None)
+    level, rest = look_through(read.values(), plain, names, media_texts, texts, media)
     while level:
         kinds = set(map(type, level))
         if kinds == ONLY_TEXTS:  # the last level of nearly all
@@ -2883,8 +2886,6 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        if used.others:
-            used = used.with_others()
         prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
@@ -7868,12 +7869,13 @@ class Entry:
         usage = self.usage or NO_USAGE
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
-        return Row._make((
+        asked = (  # two tuples: CPython makes one of more than 30 item by item
             self.request_id, self.wall / 1e9, caller.label if caller else self.address,
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
-            self.status, self.outcome, self.cause,
-            bool(call and call.stream), usage.input, usage.cached, usage.cache_write, usage.output,
+            self.status, self.outcome, self.cause, bool(call and call.stream))
+        return Row._make(asked + (
+            usage.input, usage.cached, usage.cache_write, usage.output,
             usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
@@ -7942,6 +7944,7 @@ class Entry:
         return (
             f"{self.moment()} {caller} {self.method or '-'} {(self.path or '-')[:200]} "
             f"{one_word(call and call.model)} {self.status} {self.outcome} "
+            +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
@@ -11234,7 +11237,7 @@ class Proxy:
         estimate = hold.costs[-1]
         if estimate and ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
-        hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+        hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
     def settle_unended(self, reply, entry, reason):
         """Do so for a call whose caller has left, or did not want to wait so long."""
@@ -11287,7 +11290,7 @@ class Proxy:
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
-        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
