@@ -2421,7 +2421,9 @@ def kind_of_text(text: str) -> int:
     holds that is rare in prose: their tokens differ in length."""
     data = text[:1000].encode("utf-8", "surrogatepass")
     rare = len(data.translate(None, PROSE))
-    return (rare * 25 > len(data)) + (rare * 2 > len(data))
+    if rare * 25 <= len(data):
+        return 0  # as nearly always
+    return 2 if rare * 2 > len(data) else 1
 
 
 ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
@@ -2437,8 +2439,9 @@ def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
     `plain` names alone. Third comes the kind of the longest text."""
     texts, media = [], []
-    level = list({**payload, skip: None}.values())
-    level, rest = look_through(level, plain, names, media_texts, texts, media)
+    read = payload.copy()
+    read.pop(skip, None)
+    level, rest = look_through(read.values(), plain, names, media_texts, texts, media)
     while level:
         kinds = set(map(type, level))
         if kinds == ONLY_TEXTS:  # the last level of nearly all
@@ -2896,8 +2899,6 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        if used.others:
-            used = used.with_others()
         prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
@@ -3530,7 +3531,6 @@ class Call(Billable):
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects: Optional[List[JsonObject]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3649,15 +3649,17 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            numbers = self.numbers()
-            limits = [math.inf if value < 0 else value
-                      for name, value in numbers if name in OUTPUT_LIMITS]
-            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            limits, outputs = [], 1
+            for name, value in self.numbers():
+                if name in OUTPUT_LIMITS:
+                    limits.append(math.inf if value < 0 else value)
+                elif value > outputs:
+                    outputs = value
             most = max(limits, default=None)
             if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
                 most = sum(limits)
-            prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
-            for name in self.payload.keys() & prompts:
+            prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
+            for name in prompts.intersection(self.payload):
                 many = self.payload[name]
                 if type(many) is list and many and type(many[0]) in (str, list, dict):
                     outputs *= len(many)
@@ -3669,26 +3671,28 @@ class Call(Billable):
 
     def holders(self):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
-        if self.objects is None:
-            self.objects = [self.payload]
-            if self.endpoint == UNKNOWN:
-                self.objects = objects_in(self.payload)
-            elif not OPTION_HOLDERS.isdisjoint(self.payload):
-                options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
-                self.objects += [one for one in options if type(one) is dict]
-                if len(self.objects) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
-                    raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-        return self.objects
+        if self.endpoint == UNKNOWN:
+            return objects_in(self.payload)
+        found = [self.payload]
+        if not OPTION_HOLDERS.isdisjoint(self.payload):
+            options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+            found += [one for one in options if type(one) is dict]
+            if len(found) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
+                raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+        return found
 
     def numbers(self):
         """Returns what stands at the names of limits and counts, as (name, value). Raises
         BadRequest for what is no number where text is generated: a server might read it as one."""
-        found = [(name, one[name]) for one in self.holders()
-                 for name in OUTPUT_NUMBERS.intersection(one) if one[name] is not None]
-        for name, value in found:
-            if not is_integer(value) and self.endpoint not in NO_LIMIT_REPLY:
-                raise BadRequest("%s must be an integer" % name)
-        return [(name, int(value)) for name, value in found if is_integer(value)]
+        found = []
+        for one in self.holders():
+            for name in OUTPUT_NUMBERS.intersection(one):
+                value = one[name]
+                if is_integer(value):
+                    found.append((name, int(value)))
+                elif value is not None and self.endpoint not in NO_LIMIT_REPLY:
+                    raise BadRequest("%s must be an integer" % name)
+        return found
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
@@ -3700,7 +3704,6 @@ class Call(Billable):
             with contextlib.suppress(BadRequest):
                 self.output_limit()
             self.payload = {key: value for key, value in self.payload.items() if is_small(value)}
-            self.objects = None
             self.forgotten = True
 
 
@@ -3735,6 +3738,7 @@ OUTPUT_COUNTS = frozenset("""
     numResults""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 PROMPTS = frozenset(("prompt", "text", "inputs", "instances"))  # lists of them: each has an output
+BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
     "generationConfig generation_config options parameters inferenceConfig".split())
@@ -4402,8 +4406,11 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
-USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
+USUAL_COUNT = rb'\s*"(?:prompt|completion|total)_tokens"\s*:\s*[0-9]{1,9}(?:\s*,)?'
+EACH_COUNT = b"".join([rb'(?=[^}]*"%b_tokens"\s*:\s*([0-9]+))' % name
+                       for name in (b"prompt", b"completion", b"total")])
+USUAL_END = re.compile(
+    rb'"usage"\s*:\s*\{%b%b\s*\}[^{}]*\}\s*' % (EACH_COUNT, 3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4473,10 +4480,10 @@ class OpenAI(Dialect):
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        counts = dict(zip(end.groups()[::2], map(int, end.groups()[1::2]))) if end else ()
-        if len(counts) == 3 and counts[b"prompt"] + counts[b"completion"] == counts[b"total"]:
-            return Usage(counts[b"prompt"], counts[b"completion"], model=model)
-        return None
+        if not end:
+            return None
+        prompt, output, total = map(int, end.groups())
+        return Usage(prompt, output, model=model) if prompt + output == total else None
 
     def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
@@ -5347,8 +5354,8 @@ class UsageReader(UsageSource):
         if not self.end_is_read:
             self.read_end(whole)
         usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
-        complete = self.final or (whole and self.final is None)
-        return usage, usage is not None and bool(complete)
+        complete = whole if self.final is None else self.final
+        return usage, usage is not None and complete
 
     def most_characters(self) -> float:
         """Returns what was counted; of what is kept, all, or what is usual in events."""
@@ -7881,7 +7888,7 @@ class Entry:
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = call.objects = None
+            call.json_body = None
         return self
 
     def milliseconds(self, until):
@@ -7894,12 +7901,13 @@ class Entry:
         usage = self.usage or NO_USAGE
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
-        return Row._make((
+        asked = (  # two tuples: CPython makes one of more than 30 item by item
             self.request_id, self.wall / 1e9, caller.label if caller else self.address,
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
-            self.status, self.outcome, self.cause,
-            bool(call and call.stream), usage.input, usage.cached, usage.cache_write, usage.output,
+            self.status, self.outcome, self.cause, bool(call and call.stream))
+        return Row._make(asked + (
+            usage.input, usage.cached, usage.cache_write, usage.output,
             usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
@@ -7968,6 +7976,7 @@ class Entry:
         return (
             f"{self.moment()} {caller} {self.method or '-'} {(self.path or '-')[:200]} "
             f"{one_word(call and call.model)} {self.status} {self.outcome} "
+            +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
@@ -11301,7 +11310,7 @@ class Proxy:
         estimate = hold.costs[-1]
         if estimate and ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
-        hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+        hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
     def settle_unended(self, reply, entry, reason):
         """Do so for a call whose caller has left, or did not want to wait so long."""
@@ -11354,7 +11363,7 @@ class Proxy:
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
-        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
