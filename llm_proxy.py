@@ -11567,8 +11567,11 @@ def build_books(config, clock, log, limits, stored, database, keys, secret):
 
 def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
     def poster(name, url, **options):
-        # The settings of upstreams are for upstreams: secrets go to these, too.
-        tls = ssl.create_default_context() if url.startswith("https:") else None
+        tls = None
+        if url.startswith("https:"):  # always checked, by the system's certificates or the own ones
+            tls = ssl.create_default_context()
+            if config.upstream_ca_file:
+                tls.load_verify_locations(config.upstream_ca_file)
         return Poster(name, url, tls, clock, log, **options)
 
     traces = webhook = None
