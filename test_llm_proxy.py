@@ -10303,7 +10303,12 @@ class AdminBooksTest(AdminCase):
     def test_a_line_before_the_database_is_bounded(self):
         self.start()
         leaves = threading.Event()
-        with mock.patch.object(llm_proxy.LedgerReader, "usage", lambda *_: leaves.wait(PATIENCE) and {}):
+
+        def slow(*_):
+            leaves.wait(PATIENCE)
+            return {}
+
+        with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
             clients = [self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
                        for _ in range(llm_proxy.Jobs.MOST)]
             wait_for(lambda: sum(self.server.admin.reading.owners.values()) == len(clients))
