@@ -70,6 +70,7 @@ import fnmatch
 import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import http.client
 import http.server
@@ -1230,22 +1231,22 @@ class Forbidden(Refusal):
 
 
 class NotForCalls(Forbidden):
-    code = "key_not_for_calls"
+    code = cause = "key_not_for_calls"
     message = "This key is for looking at this proxy and steering it: it makes no calls"
 
 
 class RoleTooLow(Forbidden):
-    code = "role_too_low"
+    code = cause = "role_too_low"
     message = "This key may not do that here"
 
 
 class ModelNotAllowed(Forbidden):
-    code = "model_not_allowed"
+    code = cause = "model_not_allowed"
     message = "This key may not use the model, or the call names none"
 
 
 class UpstreamNotAllowed(Forbidden):
-    code = "upstream_not_allowed"
+    code = cause = "upstream_not_allowed"
     message = "This key may not use the upstream"
 
 
@@ -1734,7 +1735,7 @@ class Callers:
         caller = self.known_by(credential) if credential else None
         if caller:
             if caller.until is not None and caller.until <= wall:
-                raise Unauthorized()
+                raise Unauthorized(cause="key of %s ended" % caller.label)
             return caller
         if not self.is_open:
             raise Unauthorized()
@@ -1756,7 +1757,11 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        return list(found.values()) or [Caller(("address", label), label)]
+        if not found:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_network(label)
+                return [Caller(("address", label), label)]
+        return list(found.values())
 
 
 class Origins:
@@ -1802,7 +1807,8 @@ class Origins:
     @staticmethod
     def is_own(fields: Fields) -> bool:
         """Tells whether a page of ours asks, which shows a key in a field of its own."""
-        return fields.get("origin", "").partition("://")[2].lower() == fields.get("host").lower()
+        host = fields.get("host", "")  # HTTP/1.0 may name none
+        return fields.get("origin", "").partition("://")[2].lower() == host.lower() != ""
 
     def check(self, method: str, fields: Fields):
         """Raises ForeignOrigin for a request that a page makes which may not. Reading is the
@@ -1943,14 +1949,13 @@ class Buckets:
         """Lets a bucket hold so much more until then, and adds that, unless it was added before.
         What is left of it afterwards is kept as far as the rule lets it."""
         if not again:
-            self.levels[key] = self.level_of(rule, key).less(-amount)
+            self.store([self.level_of(rule, key).less(-amount)])
         self.given.setdefault(key, []).append((amount, until))
 
     def fill(self, owner: CallerKey):
-        """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
-        for key in [key for key, found in self.levels.items()
-                    if owner in key[1:] and found.rule.unit != RUNNING]:
-            del self.levels[key]
+        """Fills all buckets of a caller; calls that run go on to count."""
+        self.drop([found.key for found in self.seen()
+                   if owner in found.key[1:] and found.rule.unit != RUNNING])
 
     def levels_after(self, keyed_rules, costs, taken):
         """Returns what the buckets hold once `costs` are charged instead of what was taken. The
@@ -2024,12 +2029,12 @@ class Buckets:
         for key in list(itertools.islice(self.levels, 2)):
             if len(self.levels) < self.room and not self.is_full(self.levels[key]):
                 break
-            del self.levels[key]
+            self.drop([key])
 
     def is_full(self, found):
         """Returns whether a bucket is full by now."""
-        return found.key not in self.given and (
-            self.level_of(found.rule, found.key).level >= found.rule.capacity)
+        level = self.level_of(found.rule, found.key).level  # which drops gifts that have ended
+        return found.key not in self.given and level >= found.rule.capacity
 
     def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
                  ) -> Dict[BucketKey, Tuple[int, float]]:
@@ -2039,6 +2044,15 @@ class Buckets:
         return {found.key: (found.level, found.refilled + wall - now)
                 for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
+
+    def seen(self) -> List[Level]:
+        """Returns all that are known here as they were last seen, which may be long ago."""
+        return list(self.levels.values())
+
+    def drop(self, keys: Iterable[BucketKey]):
+        """Makes buckets full."""
+        for key in keys:
+            del self.levels[key]
 
     def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
         """Returns buckets as they were last seen, those that are there. Any thread may ask: what
@@ -2204,7 +2218,7 @@ class Limits:
         """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
         are buckets."""
         pairs = [*self.matching(caller, "", None), *[
-            (found.rule, key) for key, found in self.buckets.levels.items()]]
+            (found.rule, found.key) for found in self.buckets.seen()]]
         return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
 
     def give(self, caller: Caller, unit: str, amount: int, until: float,
@@ -2238,7 +2252,7 @@ class Limits:
                 self.buckets.restore(old, key, level, wall - since)
             if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
-                del self.buckets.levels[key]
+                self.buckets.drop([key])
                 heir = (new.text, *key[1:])
                 self.buckets.restore(new, heir, level, 0)
                 if key in self.buckets.given:
@@ -2249,8 +2263,7 @@ class Limits:
         """Has the buckets of rules that came before these go over to these."""
         self.restore(self.buckets.snapshot(wall), wall)
         texts = {rule.text for rule in itertools.chain(self.rules, *self.own.values())}
-        for key in [key for key in self.buckets.levels if key[0] not in texts]:
-            del self.buckets.levels[key]
+        self.buckets.drop([one.key for one in self.buckets.seen() if one.key[0] not in texts])
 
     def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
         """Goes by other rules of keys; the buckets of those that were changed go over."""
@@ -2259,9 +2272,9 @@ class Limits:
         self.own = own
         self.known.clear()
         moved = self.buckets.snapshot(wall, [
-            key for key in self.buckets.levels if len(key) == 2 and key[1][1] in changed])
-        for key in moved:
-            del self.buckets.levels[key]
+            one.key for one in self.buckets.seen()
+            if len(one.key) == 2 and one.key[1][1] in changed])
+        self.buckets.drop(moved)
         self.restore(moved, wall)
 
     def successor(self, text, own):
@@ -2889,8 +2902,6 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        if used.others:
-            used = used.with_others()
         prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
@@ -5035,6 +5046,32 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
+class HiddenUsage:
+    """An edit of a stream: takes out the usage that we asked for, and its caller did not."""
+
+    def __init__(self, dialect: Dialect):
+        self.dialect = dialect
+        self.mark = dialect.USAGE_MARK
+        self.search = re.compile(self.mark + rb"\s*:\s*\{").search
+
+    def find(self, data: bytes) -> int:
+        """Returns where there may be something to change, the end where there is nothing."""
+        found = None
+        if data.find(self.mark) >= 0:  # as in `may_be_fault`
+            found = self.search(data)
+        return found.start() if found else len(data)
+
+    def apply(self, event: bytes) -> bytes:
+        """Returns what of an event goes on: it stays as it is where it has more to say."""
+        if not self.search(event) or self.dialect.CONTENT.search(event):
+            return event
+        payload = self.dialect.events.payload(event)
+        rest = self.dialect.without_usage(payload)
+        if rest == payload:
+            return event
+        return self.dialect.events.replaced(event, to_json_bytes(rest)) if rest else b""
+
+
 class UsageReader(UsageSource):
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
@@ -5061,7 +5098,6 @@ class UsageReader(UsageSource):
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
     inflater = None
-    changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
@@ -5078,9 +5114,10 @@ class UsageReader(UsageSource):
         self.streamed = streamed
         self.readable = readable
         self.packed = packed
+        # What changes events on their way, one after the other. Whoever changes more belongs here.
+        self.edits: List[HiddenUsage] = []
         if call.usage_requested_by_us and streamed and readable and not packed:
-            self.changes_stream = True
-            self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
+            self.edits.append(HiddenUsage(self.dialect))
         self.pieces: List[bytes] = []
         self.counts: JsonObject = {}
 
@@ -5095,7 +5132,7 @@ class UsageReader(UsageSource):
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
             self.compact()
-        return self.hide_usage(payload) if self.changes_stream else payload
+        return self.edit(payload) if self.edits else payload
 
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
@@ -5111,31 +5148,34 @@ class UsageReader(UsageSource):
         self.packed = self.readable = False
         return payload
 
-    # -- what the caller did not ask for
+    # -- what the caller sees
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end."""
         held = self.held
         self.held = b""
-        return self.shown(held) if held else held  # its line end may be missing
+        return self.edited(held) if held else held  # its line end may be missing
 
-    def hide_usage(self, payload):
-        """Keeps back the usage that the caller did not ask for. An event that is not whole waits
-        for its end, or for that of its JSON: nobody could have used it before."""
+    def edit(self, payload):
+        """Returns what of a stream goes on. An event that is not whole waits for its end, or for
+        that of its JSON: nobody could have used it before."""
         data = self.held + payload
         self.held = b""
-        found = None
-        if data.find(self.dialect.USAGE_MARK) >= 0:  # as in `may_be_fault`
-            found = self.find_usage(data)
-        if not found and self.events.at_boundary(data):  # as nearly always
+        first = min([edit.find(data) for edit in self.edits])
+        if first == len(data) and self.events.at_boundary(data):  # as nearly always
             return data
-        begin = self.events.last_end(data, found.start() if found else len(data))
+        begin = self.events.last_end(data, first)
         events = self.events.cut(data[begin:])
-        shown = list(map(self.shown, events))
+        shown = list(map(self.edited, events))
         if events and len(events[-1]) <= self.MAX_HELD and not self.is_over(events[-1], shown[-1]):
             self.held = events[-1]
             shown.pop()
         return data[:begin] + b"".join(shown)
+
+    def edited(self, event):
+        for edit in self.edits:
+            event = edit.apply(event) if event else event
+        return event
 
     def is_over(self, event, shown):
         """Returns whether an event need not wait; one that is hidden goes with all of its end."""
@@ -5143,16 +5183,6 @@ class UsageReader(UsageSource):
             return self.events.at_boundary(event) and not event.endswith(b"\r")
         return not event.strip() or self.events.at_boundary(event) or (
             event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
-
-    def shown(self, event: bytes) -> bytes:
-        """Returns what of an event the caller sees: it stays as it is where it has more to say."""
-        if not self.find_usage(event) or self.dialect.CONTENT.search(event):
-            return event
-        payload = self.events.payload(event)
-        rest = self.dialect.without_usage(payload)
-        if rest == payload:
-            return event
-        return self.events.replaced(event, to_json_bytes(rest)) if rest else b""
 
     # -- what it says
 
@@ -8110,8 +8140,8 @@ def listed_columns(columns: Dict[str, str]) -> str:
 
 
 def exact_total(name: str) -> str:
-    """Returns an integer's expression: SQLite's sum() fails, and its total() rounds, above what is
-    plausible, and money is exact for far longer."""
+    """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
+    is too large, and its total() rounds; money needs more digits than counts."""
     if name == "picodollars":
         return ("CAST(min(total(picodollars / 1000000), 4e12) AS INTEGER) * 1000000"
                 " + CAST(total(picodollars % 1000000) AS INTEGER)")
@@ -8129,6 +8159,7 @@ SUM_COLUMNS = ["start", *SUM_KEYS, *SUM_COUNTS, "first", "last", "slowest"]
 
 
 def adding_statement() -> str:
+    """Returns SUMMING with the places of its columns."""
     places = {name: place for place, name in enumerate(SUM_COLUMNS, 1)}
     keys = SUM_COLUMNS[:1 + len(SUM_KEYS)]
     return SUMMING.format(
@@ -8144,15 +8175,13 @@ ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
     GROUP BY %s""" % (
         ", ".join(SUM_KEYS), ", ".join(map(exact_total, SUM_COUNTS)), ", ".join(SUM_KEYS))
-# The last call stays, else its rowid were given again.
+# The last call stays, else its rowid would be given to another one.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
     AND rowid < (SELECT max(rowid) FROM calls)"""
 FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
     AND chunk < (SELECT min(rowid) FROM calls) / %d"""
 FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
-
-
 ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
 ADD_TO_SUMS = adding_statement()
@@ -8187,8 +8216,8 @@ class SumsOfCalls:
     @staticmethod
     def grouped(calls):
         groups = collections.defaultdict(list)
-        for number, time, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
-            key = (int((time or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
+        for number, end, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
+            key = (int((end or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
                    served or model or "-", upstream or "-")
             groups[key].append((number, outcome, ms or 0, *used))
         return groups
@@ -8214,13 +8243,22 @@ class SumsOfCalls:
 def connect(path: str, mode: str) -> sqlite3.Connection:
     """Opens a database to read ("ro"), or also to write ("rw"). Raises sqlite3.Error."""
     path = os.path.abspath(path)
-    if mode == "ro" and not os.path.exists(path + "-wal"):
-        mode = "ro&immutable=1"  # nobody writes it now, and the folder may be one to read only
+    if mode == "ro" and not os.path.exists(path + "-wal") and (
+            not os.access(os.path.dirname(path), os.W_OK)):
+        mode = "ro&immutable=1"  # nobody can write it, and SQLite could put nothing beside it
     connection = sqlite3.connect(
         "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
         timeout=WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     return connection
+
+
+def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
+    """Returns how far the sums have come: `summed` is the rowid of the last call that is in them,
+    `unsummed` of the last of an older version that is not, `listed` of the last that is in `ids`;
+    `rolled` is when the last hour ends of which there is a sum."""
+    return dict(execute(
+        "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
 
 
 class Database:
@@ -8342,8 +8380,7 @@ class Database:
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
-            self.facts.update(execute("SELECT name, value FROM facts WHERE name IN"
-                                      " ('summed', 'unsummed', 'rolled', 'listed')").fetchall())
+            self.facts.update(read_facts(execute))
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
@@ -8400,8 +8437,9 @@ class Database:
                 batch = sums[start:start + self.SUMS]
                 marks = ", ".join(["(%s)" % ",".join("?" * len(SUM_COLUMNS))] * len(batch))
                 self.connection.execute(ADD_TO_SUMS % marks, list(itertools.chain(*batch)))
-            # A clock may be set back: what begins before goes once more to hours and days.
-            facts = {fact: value, "rolled": min(rolled, self.facts["rolled"])}
+            facts = {fact: value}
+            if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
+                facts["rolled"] = rolled
             self.note(**facts)
         self.facts.update(facts)
 
@@ -8507,9 +8545,8 @@ class Database:
 
     def disabled_upstreams(self) -> List[str]:
         """Returns the names of upstreams that an admin has switched off."""
-        rows = self.connection.execute(
-            "SELECT value FROM facts WHERE name = 'disabled'").fetchall()
-        return json.loads(rows[0][0]) if rows else []
+        query = "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %' AND value = 1"
+        return [name for name, in self.connection.execute(query)]
 
     def is_closed(self) -> bool:
         return bool(self.connection.execute(
@@ -8731,7 +8768,7 @@ FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION A
     SELECT number FROM found LIMIT 100"""
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
-    GROUP BY start ORDER BY start DESC"""
+    GROUP BY start"""
 ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
     SELECT at, %s, %s FROM steps CROSS JOIN sums
     ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
@@ -8767,7 +8804,7 @@ class LedgerReader:
         if by not in SUM_KEYS:
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
-            rolled = self.facts(execute)["rolled"]
+            rolled = read_facts(execute)["rolled"]
             spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
                      for span in read_spans(low, high, rolled)]
             query = ADD_SUMS % (", ".join(spans), by, Sum.TOTALS, where)
@@ -8898,10 +8935,6 @@ class LedgerReader:
         return values
 
     @staticmethod
-    def facts(execute):
-        return dict(execute("SELECT name, value FROM facts").fetchall())
-
-    @staticmethod
     def all_calls(execute):
         """Returns one range of rowids."""
         (first, last), = execute(ENDS_OF_CALLS).fetchall()
@@ -8910,27 +8943,31 @@ class LedgerReader:
     def find_id(self, execute, values):
         """Returns ranges of one rowid each, newest first."""
         (_, last), = self.all_calls(execute)
-        listed = max(self.facts(execute)["listed"], last - self.LOOK)
+        listed = max(read_facts(execute)["listed"], last - self.LOOK)
         found = [number for number, in execute(FIND_ID, {"id": values["id"], "listed": listed})]
         return [(number, number) for number in sorted(found, reverse=True)]
 
     def find_ranges(self, execute, values, where):
-        """Yields ranges of rowids, the newest first, in which there may be calls that match: those
-        that are in no sum yet, then as the sums say, of quarters in the last days, before that of
-        hours."""
+        """Yields ranges of rowids, those that end last first, in which there may be calls that
+        match: those that are in no sum yet, then as the sums say, of quarters in the last days,
+        before that of hours. Where a clock was set back, these may overlap."""
         def find(span, low, high):
-            return execute(FIND_SUMS % (span, where), {
-                **values, "oldest": oldest, "low": low, "high": high})
+            return [(-last, first, span, start) for start, first, last in execute(
+                FIND_SUMS % (span, where), {**values, "oldest": oldest, "low": low, "high": high})]
 
-        facts = self.facts(execute)
-        (oldest, last), = self.all_calls(execute)
-        yield facts["summed"] + 1, last
+        facts = read_facts(execute)
+        (oldest, newest), = self.all_calls(execute)
         rolled = facts["rolled"] // DAY * DAY
-        for _, first, last in find(QUARTER, rolled, MOST):
-            yield first, last
-        for day, _, _ in find(DAY, 0, rolled):
-            for _, first, last in find(HOUR, day, day + DAY):
-                yield first, last
+        heap = [(-newest, facts["summed"] + 1, 0, 0), *find(QUARTER, rolled, MOST),
+                *find(DAY, 0, rolled)]
+        heapq.heapify(heap)
+        while heap:
+            last, first, span, start = heapq.heappop(heap)
+            if span != DAY:
+                yield first, -last
+            else:
+                for one in find(HOUR, start, start + DAY):
+                    heapq.heappush(heap, one)
 
     def look(self, execute, ranges, values, where, limit):
         """Returns rows that match, and where to go on."""
@@ -8938,7 +8975,7 @@ class LedgerReader:
                  " ORDER BY rowid DESC LIMIT :limit" % where)
         rows, before, left = [], values["before"], self.LOOK
         for first, last in ranges:
-            last = min(last, before - 1)  # where a clock was set back, ranges overlap
+            last = min(last, before - 1)
             if first > last:
                 continue
             lowest = max(first, last - left + 1)
@@ -8989,6 +9026,10 @@ class KeyFault(ValueError):
     """Why something cannot be done with keys, in a sentence for whoever asked."""
 
 
+class NoSuchKey(KeyFault):
+    """None is stored by a name."""
+
+
 class Actor(NamedTuple):
     """Who does what the audit keeps."""
     who: str
@@ -9033,7 +9074,7 @@ class KeyStore:
     def find(self, name: str) -> Key:
         rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
         if not rows:
-            raise KeyFault("no key is stored by the name %s" % ascii(name)[1:-1])
+            raise NoSuchKey("no key is stored by the name %s" % ascii(name)[1:-1])
         try:
             return read_key(*rows[0])
         except (ValueError, TypeError):
@@ -9059,14 +9100,17 @@ class KeyStore:
                 self.order(execute, name)
             return self.write(execute, name, fields)
 
-    def revoke(self, name: str, what: str = "revoke key", disabled: bool = True) -> Key:
+    def revoke(self, name: str) -> Key:
         """It lets nobody in until it is restored."""
+        return self.set_disabled("revoke key", name, True)
+
+    def restore(self, name: str) -> Key:
+        return self.set_disabled("restore key", name, False)
+
+    def set_disabled(self, what, name, disabled):
         with self.change(what, name) as execute:
             execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
             return self.find(name)
-
-    def restore(self, name: str) -> Key:
-        return self.revoke(name, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -9105,10 +9149,10 @@ class KeyStore:
         with self.change("reset", name) as execute:
             self.order(execute, name)
 
-    def note_disabled(self, name: str, on: bool, names: List[str]):
-        """Notes which upstreams are not to be asked, for the next start."""
+    def switch_upstream(self, name: str, on: bool):
+        """Notes whether an upstream is to be asked, for the next start."""
         with self.change("enable upstream" if on else "disable upstream", name) as execute:
-            execute("INSERT OR REPLACE INTO facts VALUES ('disabled', ?)", (json.dumps(names),))
+            execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", ("disabled " + name, not on))
 
     # -- what these have in common
 
@@ -9247,6 +9291,7 @@ class Ledger(Writer):
             return self.complain(now, "the database cannot be written: %s" % failure)
         except Exception:
             self.log.report()  # and go on without these
+            self.dropped += len(batch)
         for _ in batch:
             self.queue.popleft()
         if now >= self.sum_at:
@@ -9658,12 +9703,16 @@ class Poster(Writer):
 OTHER = "other"  # the label of what is one too many to have one of its own,
 NONE = "-"       # and of what there is none of
 CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
+DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
+NO_DETAILS = NO_USAGE[DETAILS]
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 COUNTERS = {
     "requests_total": "Calls that have ended",
     "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
     "usd_total": "What calls cost, where their price is known",
+    "unpriced_total": "Calls whose price is not known",
+    "estimated_total": "Calls whose tokens are guessed, because nobody told them",
     "refused_total": "Calls that a rule refused",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
@@ -9740,14 +9789,15 @@ class Times:
 
 class Used:
     """What a caller has used of a model at an upstream."""
-    __slots__ = ("labels", "picodollars", *TOKEN_KINDS)
+    __slots__ = ("labels", "picodollars", "unpriced", "estimated", *TOKEN_KINDS)
 
     def __init__(self, *values: str):
         self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
-        self.picodollars = 0
+        self.picodollars = self.unpriced = self.estimated = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
-    def add_parts(self, usage: Usage):
+    def add_details(self, usage: Usage):
+        self.estimated += usage.estimated
         self.cached += usage.cached
         self.cache_write += usage.cache_write
         self.reasoning += usage.reasoning
@@ -9793,9 +9843,12 @@ class Metrics(Watcher):
             used = series.used
             used.input += usage.input
             used.output += usage.output
-            used.picodollars += entry.picodollars
-            if usage.cached or usage.reasoning or usage.cache_write:
-                used.add_parts(usage)
+            if entry.priced:
+                used.picodollars += entry.picodollars
+            else:
+                used.unpriced += 1
+            if usage[DETAILS] != NO_DETAILS:
+                used.add_details(usage)
         if first_byte is not None:
             times.first_byte.append(first_byte - started)
             if usage:
@@ -9872,6 +9925,8 @@ class Metrics(Watcher):
                              for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
             "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
                           for one in used if one.picodollars),
+            "unpriced_total": ((one.labels, one.unpriced) for one in used if one.unpriced),
+            "estimated_total": ((one.labels, one.estimated) for one in used if one.estimated),
             "refused_total": [(labels_of(rule=rule), count)
                               for rule, count in self.refused.items()],
             "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
@@ -9887,19 +9942,19 @@ class Metrics(Watcher):
     def bucket_families(self, buckets: Buckets) -> List[Family]:
         """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
         several keys with one name the last one's counts."""
-        levels, capacities = {}, {}
-        for key, seen in buckets.levels.items():
-            owners = [self.callers.get(owner) for owner in key[1:]]
-            if None not in owners and len(levels) < self.MAX_SERIES:
-                now = buckets.level_of(seen.rule, key)
-                labels = labels_of(rule=now.rule.text, caller=" ".join(owners) or NONE)
-                levels[labels] = format_amount(now.rule, now.level)
-                capacities[labels] = format_amount(now.rule, now.rule.capacity)
+        known = {}
+        for seen in buckets.seen():
+            owners = [self.callers.get(owner) for owner in seen.key[1:]]
+            if None not in owners and len(known) < self.MAX_SERIES:
+                known[seen.rule.text, " ".join(owners) or NONE] = seen.rule, seen.key
+        rows = [(labels_of(rule=text, caller=caller), *pair)
+                for (text, caller), pair in known.items()]
         return [Family("llm_proxy_bucket_level", "gauge",
                        "What is left in buckets that are not full, in USD where a rule counts it",
-                       levels.items()),
+                       ((labels, format_amount(rule, buckets.level_of(rule, key).level))
+                        for labels, rule, key in rows)),
                 Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
-                       capacities.items())]
+                       ((labels, format_amount(rule, rule.capacity)) for labels, rule, _ in rows))]
 
 
 class Pulse(Watcher):
@@ -10501,6 +10556,20 @@ class Reply:
             lines.append("Transfer-Encoding: chunked")
         return self.head(200, "".join([line + CRLF for line in lines]))
 
+    @contextlib.asynccontextmanager
+    async def streaming(self, content_type: str):
+        """A stream of ours, while the block runs: yields what sends a piece of it, and waits until
+        that is taken."""
+        async def send(data: bytes):
+            self.client.write(self.framed(data))
+            await self.drain()
+
+        self.client.write(self.stream_head(content_type))
+        yield send
+        self.close_after = True
+        if not self.until_close:
+            self.client.write(LAST_CHUNK)
+
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
         self.entry.passed += len(event)
@@ -10562,7 +10631,7 @@ class Reply:
         framing, reader = response.framing, self.entry.reader
         drops, events, style = False, None, BodyAdapter.AS_IS
         if has_events:
-            drops = reader is not None and reader.changes_stream and not framing.ended
+            drops = reader is not None and reader.edits and not framing.ended
             if self.early or self.comment_seconds() < math.inf:
                 events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
@@ -11012,8 +11081,10 @@ class Proxy:
         credential = callers.credential(request, request.query)
         try:
             caller = callers.identify(credential, entry.address, self.wall())
-        except Unauthorized:
-            raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        except Unauthorized as refusal:
+            found = self.wrong_keys.refusal(entry.address) if credential else refusal
+            found.cause = refusal.cause
+            raise found from None
         caller = callers.end_user(request, entry.peer, caller)
         return callers, caller, entry.address, entry.agent
 
@@ -11242,7 +11313,7 @@ class Proxy:
         estimate = hold.costs[-1]
         if estimate and ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
-        hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+        hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
     def settle_unended(self, reply, entry, reason):
         """Do so for a call whose caller has left, or did not want to wait so long."""
@@ -11295,7 +11366,7 @@ class Proxy:
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
-        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
@@ -11499,7 +11570,11 @@ def build_books(config, clock, log, limits, stored, database, keys, secret):
 
 def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
     def poster(name, url, **options):
-        tls = build_tls(config) if url.startswith("https:") else None
+        tls = None
+        if url.startswith("https:"):  # always checked, by the system's certificates or the own ones
+            tls = ssl.create_default_context()
+            if config.upstream_ca_file:
+                tls.load_verify_locations(config.upstream_ca_file)
         return Poster(name, url, tls, clock, log, **options)
 
     traces = webhook = None
@@ -11649,7 +11724,10 @@ class Pages:
         try:
             proxy.identify(request, entry)
         except Refusal as refusal:
-            if "authorization" in request or "x-api-key" in request:
+            guess = None
+            with contextlib.suppress(BadRequest):
+                guess = proxy.callers.credential_in(request, request.query)
+            if guess:
                 entry.outcome, entry.cause = refusal.outcome, refusal.code  # it may be guessing
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
@@ -11764,13 +11842,52 @@ class Ask(NamedTuple):
     body: Dict[str, Any]
 
 
+class Jobs:
+    """Helper threads for what blocks, and a bounded line before them, so that nobody's questions
+    hold up another's for long."""
+    MOST = 20
+    SECONDS = 30
+
+    def __init__(self, threads: int, name: str):
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads, name)
+        self.owners = collections.Counter()  # whose jobs are waiting or running
+
+    async def run(self, context: Context, owner: CallerKey, act: Callable[..., Any],
+                  *arguments: Any) -> Any:
+        """Returns what `act` does in a helper thread. A job whose owner has left before it began is
+        dropped. Raises Overloaded, and what `act` raises."""
+        if sum(self.owners.values()) >= self.MOST:
+            raise Overloaded(wait=1)
+        answered = context.loop.create_future()
+
+        def deliver(job):
+            self.owners[owner] -= 1
+            self.owners += collections.Counter()  # which drops those that have none
+            failure = None if job.cancelled() else job.exception()
+            if answered.done() or job.cancelled():  # nobody waits for it any more
+                return
+            if failure:
+                answered.set_exception(failure)
+            else:
+                answered.set_result(job.result())
+
+        self.owners[owner] += 1
+        job = context.loop.run_in_executor(self.pool, act, *arguments)
+        job.add_done_callback(deliver)
+        try:
+            return await context.wait(answered, self.SECONDS, "the database")
+        except TimeoutError:
+            raise Overloaded() from None
+        finally:
+            job.cancel()
+
+
 class Admin:
     """Answers the admin API. A handler returns what is sent as JSON; it may refuse by raising, also
     ValueError, whose message says what would be right."""
     ROOT = "/admin/api"
     MAX_BODY = 1 << 16
     MAX_SHOWN = 200
-    POOL_SECONDS = 30
     BEAT_SECONDS = 0.25     # events that come within it go out together
     SILENT_SECONDS = 15     # then a comment shows that the stream lives
 
@@ -11780,8 +11897,9 @@ class Admin:
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
         self.reader = LedgerReader(self.path) if proxy.books.ledger else None
-        self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
-        self.asking: Set[CallerKey] = set()  # who asks for its own use
+        self.reading = Jobs(2, "pages")
+        self.changing = Jobs(1, "changes")
+        self.own_use = Jobs(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
     def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
@@ -11799,7 +11917,8 @@ class Admin:
         if not found:
             raise NoSuchPage()
         for match, row in found:
-            if row.method == method or (row.method, method) == ("GET", "HEAD"):
+            if row.method == method or (
+                    (row.method, method) == ("GET", "HEAD") and row.handler != "events"):
                 return row, urllib.parse.unquote("".join(match.groups()))
         raise MethodNotAllowed()
 
@@ -11814,6 +11933,8 @@ class Admin:
         ask = Ask(request, reply, entry.caller, name, query, body)
         try:
             found = await getattr(self, row.handler)(ask)
+        except NoSuchKey as fault:
+            raise NoSuchPage(str(fault)) from None
         except ValueError as fault:
             raise BadRequest(str(fault)) from None
         if row.role == "admin":
@@ -11837,48 +11958,40 @@ class Admin:
             raise BodyTooLarge()
         return parse_json(content) if content.strip() else {}
 
-    async def in_pool(self, reply, act, *arguments):
+    async def run(self, jobs, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
-        context = reply.context
-        answered = context.loop.create_future()
-
-        def deliver(job):
-            failure = job.exception()
-            if answered.done():  # nobody waits for it any more
-                return
-            if failure:
-                answered.set_exception(failure)
-            else:
-                answered.set_result(job.result())
-
-        job = context.loop.run_in_executor(self.pool, act, *arguments)
-        job.add_done_callback(deliver)
+        if self.reader is None:
+            raise BooksAway("Nothing is kept: DATABASE is off")
         try:
-            return await context.wait(answered, self.POOL_SECONDS, "the database")
-        except TimeoutError:
-            raise Overloaded() from None
-        except (sqlite3.Error, DatabaseFault):
+            return await jobs.run(reply.context, reply.entry.caller.key, act, *arguments)
+        except (sqlite3.Error, DatabaseFault, FileNotFoundError):
             raise BooksAway() from None
 
     async def read_books(self, reply, act, *arguments):
         """Returns what a method of LedgerReader does."""
-        if self.reader is None:
-            raise BooksAway("Nothing is kept: DATABASE is off")
-        return await self.in_pool(reply, functools.partial(act, self.reader), *arguments)
+        return await self.run(self.reading, reply, act, self.reader, *arguments)
+
+    async def read_keys(self, ask, act, *arguments):
+        """Returns what a method of KeyStore does that changes nothing."""
+        def read():
+            with contextlib.closing(Database(self.path, reading=True)) as database:
+                return act(KeyStore(database, self.clock, None), *arguments)
+
+        return await self.run(self.reading, ask.reply, read)
 
     async def change_keys(self, ask, act, *arguments, **fields):
-        """Does something with the stored keys, as KeyStore has it, in the name of who asks."""
-        if self.reader is None:
-            raise BooksAway("Nothing is kept: DATABASE is off")
+        """Does something with the stored keys, as KeyStore has it, in the name of who asks; one
+        after the other."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
 
         def change():
-            database = Database(self.path)
-            with contextlib.closing(database.connection):
-                store = KeyStore(database, self.clock, actor)
-                return act(store, *arguments, **fields)
+            with contextlib.closing(Database(self.path)) as database:
+                return act(KeyStore(database, self.clock, actor), *arguments, **fields)
 
-        return await self.in_pool(ask.reply, change)
+        return await self.run(self.changing, ask.reply, change)
+
+    def pools(self) -> List[concurrent.futures.Executor]:
+        return [jobs.pool for jobs in (self.reading, self.changing, self.own_use)]
 
     @staticmethod
     def zone(ask):
@@ -11911,15 +12024,19 @@ class Admin:
                 "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
 
     def near(self):
-        """Returns the buckets that are near their end."""
-        mark = min(self.proxy.config.warn_at or (0.8,))
+        """Returns the buckets that are nearest to their end."""
+        mark, buckets = min(self.proxy.config.warn_at or (0.8,)), self.proxy.limits.buckets
         found = []
-        for caller, _ in self.pulse.callers.values():
-            for one in self.proxy.limits.buckets.levels.values():
-                if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
-                        one.level <= (1 - mark) * one.rule.capacity):
-                    found.append({"caller": caller.label, **self.pulse.bucket(one.rule, one.key)})
-        return found[:20]
+        for seen in buckets.seen():
+            rule = seen.rule
+            owners = [owner for owner in seen.key[1:] if owner in self.pulse.callers]
+            if owners and rule.unit != RUNNING and seen.level <= (1 - mark) * rule.capacity:
+                share = buckets.level_of(rule, seen.key).level / rule.capacity
+                if share <= 1 - mark:
+                    found.append((share, owners[0], seen))
+        return [{"caller": self.pulse.callers[owner][0].label,
+                 **self.pulse.bucket(seen.rule, seen.key)}
+                for _, owner, seen in heapq.nsmallest(20, found, key=lambda one: one[0])]
 
     def running(self):
         """Returns the calls that run, the latest last."""
@@ -11931,22 +12048,20 @@ class Admin:
         reply, feed = ask.reply, self.feed
         text = ask.request.get("last-event-id", "")
         number = int(text) if re.fullmatch("[0-9]{1,18}", text) else feed.number
-        reply.client.write(reply.stream_head("text/event-stream") + reply.framed(b": hello\n\n"))
         feed.listeners += 1
         try:
-            while not feed.closed:
-                data, number = self.events_since(number)
-                if data:
-                    reply.client.write(reply.framed(data))
-                    await reply.drain()
-                    await reply.context.sleep(self.BEAT_SECONDS, "more events")
-                else:
-                    await self.next_event(reply)
+            async with reply.streaming("text/event-stream") as send:
+                await send(b": hello\n\n")
+                while not feed.closed:
+                    self.proxy.require_role(ask.request, reply.entry, "viewer")  # still
+                    data, number = self.events_since(number)
+                    if not data:
+                        data = await self.next_event(reply)
+                    if data:
+                        await send(data)
+                        await reply.context.sleep(self.BEAT_SECONDS, "more events")
         finally:
             feed.listeners -= 1
-        reply.close_after = True
-        if not reply.until_close:
-            reply.client.write(LAST_CHUNK)
 
     def events_since(self, number):
         """Returns the events after a number, and the last number."""
@@ -11956,12 +12071,13 @@ class Admin:
         return b"".join([event.encoded() for event in events]), self.feed.number
 
     async def next_event(self, reply):
+        """Wait for an event; returns a comment where none comes."""
         future = reply.context.loop.create_future()
         self.feed.waiting.add(future)
         try:
             await reply.context.wait(future, self.SILENT_SECONDS, "events")
         except TimeoutError:
-            reply.client.write(reply.framed(b": still here\n\n"))
+            return b": still here\n\n"
         finally:
             self.feed.waiting.discard(future)
 
@@ -12006,12 +12122,11 @@ class Admin:
         return await self.switch(ask, on=False)
 
     async def switch(self, ask, on):
-        """It stays so after a new start, too."""
-        upstream, routes = self.upstream(ask.name), self.proxy.routes
-        routes.switch(ask.name, on)
+        """It stays so after a new start, too, where there is a DATABASE."""
+        upstream = self.upstream(ask.name)
         if self.reader:
-            names = [one.name for one in routes.all if one.disabled]
-            await self.change_keys(ask, KeyStore.note_disabled, ask.name, on, names)
+            await self.change_keys(ask, KeyStore.switch_upstream, ask.name, on)
+        self.proxy.routes.switch(ask.name, on)
         self.feed.tell("change", {"what": "upstreams"})
         return self.describe(upstream)
 
@@ -12033,18 +12148,11 @@ class Admin:
 
     # -- keys
 
-    async def find_key(self, ask):
-        """Returns a key. Raises NoSuchPage."""
-        try:
-            return await self.change_keys(ask, KeyStore.find, ask.name)
-        except KeyFault as fault:
-            raise NoSuchPage(str(fault)) from None
-
     async def keys(self, ask):
-        return {"keys": [key.as_dict() for key in await self.change_keys(ask, KeyStore.list)]}
+        return {"keys": [key.as_dict() for key in await self.read_keys(ask, KeyStore.list)]}
 
     async def key(self, ask):
-        return (await self.find_key(ask)).as_dict()
+        return (await self.read_keys(ask, KeyStore.find, ask.name)).as_dict()
 
     @staticmethod
     def fields_of_key(ask, *others):
@@ -12063,36 +12171,38 @@ class Admin:
         return {"key": made.secret, **made.key.as_dict()}
 
     async def set_key(self, ask):
-        await self.find_key(ask)
         fields, reset = self.fields_of_key(ask, "reset")
         key = await self.change_keys(ask, KeyStore.set, ask.name, reset is True, **fields)
         return key.as_dict()
 
     async def remove_key(self, ask):
-        await self.find_key(ask)
         await self.change_keys(ask, KeyStore.remove, ask.name)
         return {}
 
     async def revoke_key(self, ask):
-        await self.find_key(ask)
         return (await self.change_keys(ask, KeyStore.revoke, ask.name)).as_dict()
 
     async def restore_key(self, ask):
-        await self.find_key(ask)
         return (await self.change_keys(ask, KeyStore.restore, ask.name)).as_dict()
 
     async def rotate_key(self, ask):
-        await self.find_key(ask)
         made = await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
         return {"key": made.secret, **made.key.as_dict()}
 
+    def require_known(self, label):
+        """Raises NoSuchPage where nobody is known by a name: it may be misspelt."""
+        if not (self.proxy.callers.named(label) or self.pulse.named(label)):
+            raise NoSuchPage("Nobody of this name is known here")
+
     async def give(self, ask):
+        self.require_known(ask.name)
         body = ask.body
         await self.change_keys(ask, KeyStore.give, ask.name, body.get("amount"),
                                body.get("unit"), body.get("for"))
         return {}
 
     async def reset(self, ask):
+        self.require_known(ask.name)
         await self.change_keys(ask, KeyStore.reset, ask.name)
         return {}
 
@@ -12189,18 +12299,14 @@ class Admin:
         entry = reply.entry
         self.proxy.identify(request, entry)
         caller = entry.caller
-        if caller.key in self.asking:
-            raise Overloaded(fields={"Retry-After": 1})
+        if caller.key in self.own_use.owners:
+            raise Overloaded(wait=1)
         query = dict(urllib.parse.parse_qsl(request.query))
         ask = Ask(request, reply, caller, "", query, {})
-        self.asking.add(caller.key)
-        try:
-            calls, days = await self.read_books(
-                reply, LedgerReader.of_one, caller.label, self.zone(ask), self.now())
-        except BooksAway:
-            calls, days = [], []
-        finally:
-            self.asking.discard(caller.key)
+        calls, days = [], []
+        with contextlib.suppress(BooksAway):
+            calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
+                                         caller.label, self.zone(ask), self.now())
         buckets = self.buckets_of(caller, self.buckets_by_owner())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
@@ -12215,7 +12321,7 @@ class Admin:
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
         found = collections.defaultdict(dict)
-        for one in self.proxy.limits.buckets.levels.values():
+        for one in self.proxy.limits.buckets.seen():
             for owner in one.key[1:]:
                 found[owner][one.key] = one.rule
         return found
@@ -12314,7 +12420,7 @@ th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, 
 tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(--surface); }
 .gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
 .actions button { margin-left: 4px; } .ask { display: inline-flex; flex-wrap: wrap; gap: 4px;
-  justify-content: end; align-items: center; } .warned { color: var(--warn); }
+  max-width: 180px; justify-content: end; align-items: center; } .warned { color: var(--warn); }
 .mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
@@ -12354,7 +12460,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
 #notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
 .notice { display: flex; align-items: start; padding: 6px 8px 6px 12px; margin-top: 8px; }
-.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; }
+.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; } .box pre { max-width: none; }
 #lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; max-width: none;
   text-align: center; background: var(--warn); color: var(--page); }
 .stale .live, .stale .live * { color: var(--muted); }
@@ -12362,7 +12468,8 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
   .columns { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 719px) { .wide, main { padding-left: 16px; padding-right: 16px; }
-  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 12px; }
+  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 8px;
+    justify-content: space-between; }
   .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
   #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; }
   .track { flex-basis: 100%; } .chart svg { height: 240px; } button { padding: 7px 10px; }
@@ -12430,9 +12537,9 @@ let isAsked = false, painted = 0, planned = null;
 function paint(asked) {
   [isAsked, painted] = [asked, performance.now()];
   if (model && !isMe) paintBar();
-  if (view.draw) patchChildren($("main"), shown([view.draw()])); }
+  if (view.draw && !view.isLoading) patchChildren($("main"), shown([view.draw()])); }
 function paintSoon() {
-  const act = () => { planned = null; if (model && !document.hidden) paint(false); };
+  const act = () => paint(false, planned = null);
   planned ??= setTimeout(act, Math.max(0, painted + 1000 - performance.now())); }
 function patch(old, fresh) {
   if (!fresh.attributes) return old.data === fresh.data || (old.data = fresh.data);
@@ -12470,7 +12577,7 @@ const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : 
 const words = name => name.replaceAll("_", " ");
 const title = text => text[0].toUpperCase() + text.slice(1);
 const sumOf = values => values.reduce((sum, value) => sum + value, 0);
-const tokensOf = sum => (sum.input ?? 0) + (sum.output ?? 0);
+const tokensOf = sum => sum.tokens ?? (sum.input ?? 0) + (sum.output ?? 0);
 const date = (time, options) => new Date(time * 1000).toLocaleString("en-GB", options);
 const clock = time => date(time, {timeStyle: "medium"});
 const day = time => date(time, {day: "numeric", month: "short"});
@@ -12486,9 +12593,9 @@ function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
   return Number(value ?? 0).toLocaleString("en", {minimumFractionDigits: digits,
     maximumFractionDigits: digits}).replace("-", "−"); }
 const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(word =>
-  sum[word] === true ? word : `${count(sum[word])} ${word}`).join(", ");
+  sum[word] === true ? word : `${count(sum[word])} ${word}`);
 const below = text => text && [h("br"), small(text)];
-const money = (sum, digits) => [usd(sum.usd, digits), below(doubts(sum))];
+const money = (sum, digits) => [usd(sum.usd, digits), doubts(sum).map(below)];
 // What the page knows, and what it asks.
 const KEY = "llm_proxy.key", isMe = location.pathname.endsWith("/me");
 let model = null; // the summary, kept up to date by events
@@ -12731,16 +12838,15 @@ const RANGES = {__proto__: null, hour: ["quarter", "last hour"], day: ["hour", "
   week: ["day", "last 7 days"], month: ["day", "this month"]};
 const GROUPS = {__proto__: null, caller: 1, team: 1, model: 1, upstream: 1, tag: 1};
 const MEASURES = {__proto__: null, money: ["Money", ", USD", ({usd}) => Number(usd)],
-  tokens: ["Tokens", "", sum => sum.tokens ?? tokensOf(sum)], calls: ["Calls", "", ({calls}) =>
-  calls]};
+  tokens: ["Tokens", "", tokensOf], calls: ["Calls", "", ({calls}) => calls]};
 const LENGTHS = {quarter: HOUR / 4, hour: HOUR, day: DAY};
 function midnight(days, time = now()) { // in the viewer's zone
   const start = new Date(time * 1000);
   return new Date(start.getFullYear(), start.getMonth(), start.getDate() + days) / 1000; }
-const monthStart = time => midnight(1 - new Date(time * 1000).getDate(), time);
+const monthStart = (time = now()) => midnight(1 - new Date(time * 1000).getDate(), time);
 const ago = (number, length) => (Math.floor(now() / length) - number) * length;
 const START = {hour: () => ago(3, HOUR / 4), day: () => ago(23, HOUR), week: () => midnight(-6),
-  month: () => monthStart(now())};
+  month: () => monthStart()};
 const only = (query, names) => Object.fromEntries([...query].filter(([name]) => name in names));
 const changed = (query, change) => ({...Object.fromEntries(query), ...change});
 async function openUsage(query) {
@@ -12756,10 +12862,10 @@ async function openUsage(query) {
   const load = async () => {
     loaded = now(); usage = await read("usage", asked());
     usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); paintSoon(); };
-  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
-    GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
-    download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
-    range, measure, query) : firstCall()];
+  view.draw = () => usage && [h("div", {class: "tools"}, choices("range", RANGES, range),
+    choices("by", GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () =>
+    attempt("CSV", () => download(asked())))), chips("usage", query, GROUPS),
+    usage.groups.length ? usageParts(usage, range, measure, query) : firstCall()];
   view.ended = () => now() - loaded > 15 && attempt("Loading", load); await load(); }
 async function download(asked) {
   const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
@@ -12771,7 +12877,7 @@ function usageParts(usage, range, measure, query) {
   const valuesAt = ({groups}) => valuesOf(groups, series, valueOf);
   const steps = stepsOf(usage.step, usage.from, usage.series, valuesAt);
   const all = valueOf(usage.total), length = LENGTHS[usage.step], rule = isMoney && usage.budget;
-  const end = isMoney && range === "month" && monthStart(monthStart(now()) + 32 * DAY);
+  const end = isMoney && range === "month" && monthStart(monthStart() + 32 * DAY);
   const pace = end && all / (now() - usage.from), ahead = pace * (end - usage.from);
   const budget = rule && {text: rule.rule, value: rule.usd / rule.seconds * length};
   const label = `${name} by ${usage.by}, ${RANGES[range][1]}${unit}`;
@@ -12847,18 +12953,17 @@ function chart(data) {
     && valueTable(data, steps[at], scale)); }
 function chartParts({steps, series, budget, pace}, scale, step) {
   const digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1]) + 1e-9)), x = scale.middle;
-  const number = value => value < 10000 ? value.toFixed(digits) : compact.format(value);
+  const number = value => value && value < 10000 ? value.toFixed(digits) : compact.format(value);
   const line = (kind, value, from) => svg("line", {class: kind, x1: from, x2: scale.right,
     y1: scale.y(value), y2: scale.y(value)});
-  const text = (x, y, end, told, kind) => svg("text", {class: kind, x, y, "text-anchor": end},
-    told);
-  return [scale.lines.map(value => [line("grid", value, EDGE.left), text(EDGE.left - 8,
+  const say = (x, y, end, text, kind) => svg("text", {class: kind, x, y, "text-anchor": end}, text);
+  return [scale.lines.map(value => [line("grid", value, EDGE.left), say(EDGE.left - 8,
     scale.y(value) + 4, "end", number(value))]), labelled(steps, scale).map(step =>
-    text(x(step), scale.floor + 18, "middle", date(step.at, step.kind === "day" ? {day: "numeric",
+    say(x(step), scale.floor + 18, "middle", date(step.at, step.kind === "day" ? {day: "numeric",
     month: "short"} : {timeStyle: "short"}))), steps.filter(step => step.values).map(step =>
-    [bar(step, series, scale), step.end > now() && text(x(step), scale.y(allOf(step)) - 5, "middle",
+    [bar(step, series, scale), step.end > now() && say(x(step), scale.y(allOf(step)) - 5, "middle",
     "so far", "said")]), pace > 0 && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear
-    && [line("budget", budget.value, EDGE.left), text(EDGE.left + 4, scale.y(budget.value) - 5,
+    && [line("budget", budget.value, EDGE.left), say(EDGE.left + 4, scale.y(budget.value) - 5,
     "start", "budget: " + budget.text, "said")], step && svg("line", {class: "cursor", x1: x(step),
     x2: x(step), y1: EDGE.top, y2: scale.floor})]; }
 // The steps at round times, at most one in 64 pixels.
@@ -12994,8 +13099,7 @@ async function openKeys() {
     const list = rows.length ? table(columns, rows) : noKey();
     return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"},
       h("div", null, list), keyForm(view.edited)) : list]; };
-  await view.changed();
-  if (innerWidth > 719) one(".side input")?.focus(); }
+  await view.changed(); }
 const noKey = () => h("div", null, h("p", null, model.keys_are_asked_for ? "No key is stored."
   : "Whoever reaches this proxy may call, until the first key is stored. Make one here, or so:"),
   h("pre", null, "python llm_proxy.py keys add alice --limits '1 usd per day'"));
@@ -13014,8 +13118,8 @@ function keyActions(key) {
 function edit(key) { view.edited = key; paint(true); if (key) one(".side [name=limits]").focus(); }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
-    required: name === "name", disabled: key && name === "name", placeholder: FIELDS[name],
-    value: name === "expires" ? null : key?.[name]}));
+    "data-first": name === "name" && innerWidth > 719, disabled: key && name === "name",
+    placeholder: FIELDS[name], value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
       || (key && name !== "expires")));
@@ -13086,7 +13190,7 @@ async function openAudit() {
 async function openMe() {
   const response = await send("v1/quota?" + new URLSearchParams(timeZone()));
   const {now: told, caller, role, today, calls, days, buckets, warning} = await response.json();
-  const doubt = doubts(today), columns = CALLS.filter(([head]) => head !== "Caller");
+  const doubt = doubts(today).join(", "), columns = CALLS.filter(([head]) => head !== "Caller");
   model = {upstreams: [], you: {name: caller, role}, has_calls: calls.length > 0};
   skew = told - Date.now() / 1000; view.open = new Set();
   view.draw = () => {
@@ -13098,9 +13202,9 @@ async function openMe() {
       "No limit holds for this key.")), h("h2", null, "Today"),
       h("p", null, `${plural(today.calls, "call")}, `
       + `${short(tokensOf(today))} tokens, ${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of `
-      + `${clock(told)}, ${zone} `, button("Again", show)), h("h2", null, label),
-      chart({steps, label, series}), h("h2", null, "Last calls"), calls.length ? table(columns,
-      calls.map(call => callRows(columns, call))) : firstCall()]; }; }
+      + `${clock(told)}, ${zone} `, button("Refresh", show)), calls.length > 0
+      && [h("h2", null, label), chart({steps, label, series})], h("h2", null, "Last calls"),
+      calls.length ? table(columns, calls.map(call => callRows(columns, call))) : firstCall()]; }; }
 // Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
 const VIEWS = {__proto__: null, now: openNow, callers: openCallers, usage: openUsage,
   calls: openCalls, keys: openKeys, upstreams: openUpstreams, audit: openAudit};
@@ -13112,7 +13216,7 @@ function hashOf(tab, query = {}) {
 const go = (tab, query) => { location.hash = hashOf(tab, query); };
 async function show() {
   if (!sessionStorage.getItem(KEY)) return showLogin("");
-  const [name, query] = location.hash.slice(1).split("?"), mine = view = {};
+  const [name, query] = location.hash.slice(1).split("?"), mine = view = {isLoading: true};
   const tab = name in VIEWS ? name : "now";
   try {
     if (!isMe && !model) await start();
@@ -13123,7 +13227,9 @@ async function show() {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
     mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
       button("Try again", show)]; }
-  if (view === mine) paint(true); }
+  mine.isLoading = false;
+  if (view === mine) paint(true);
+  one("main [data-first]")?.focus(); }
 async function start() {
   await loadSummary();
   const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
@@ -13151,9 +13257,9 @@ function press(event) {
   paint(true); }
 const THEMES = {auto: "light", light: "dark", dark: "auto"};
 $("theme").onclick = () => setTheme(THEMES[document.documentElement.dataset.theme]);
-$("leave").onclick = () => leave("");
-[onhashchange, onkeydown] = [show, press];
-onresize = document.onvisibilitychange = paintSoon;
+[$("leave").onclick, onhashchange, onkeydown] = [() => leave(""), show, press];
+// Without a stream while nobody looks: a browser has but six connections to one host.
+document.onvisibilitychange = () => document.hidden ? stream?.abort() : model && !isMe && listen();
 setTheme(localStorage.getItem("llm_proxy.theme") ?? "auto");
 show();
 </script>
@@ -13730,7 +13836,7 @@ class Server(http.server.ThreadingHTTPServer):
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
         helpers = [address.helpers for address in self.proxy.routes.addresses()]
-        for pool in (self.admin.pool, *helpers):
+        for pool in (*self.admin.pools(), *helpers):
             pool.shutdown(wait=False)
         return len(cut)
 
@@ -14245,7 +14351,7 @@ def usage_parts(facts, by, since):
 
 def usage_query(execute, by, since):
     """Returns the statement that adds up what calls since then used."""
-    facts = dict(execute("SELECT name, value FROM facts").fetchall())
+    facts = read_facts(execute)
     known = {row[1] for row in execute("PRAGMA table_info(calls)")}
     missing = "".join([", NULL AS " + name for name in ("team", "tag") if name not in known])
     names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
@@ -14267,14 +14373,14 @@ def read_usage(path, options, now):
             return Row._fields, find_call(execute, options.id)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
-    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, group[0]))
+    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
     rows = [(names, one.as_dict()) for names, one in found]
     return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
 
 
 def find_call(execute, name):
     """Returns the row of the last call with this id, or none."""
-    listed = dict(execute("SELECT name, value FROM facts").fetchall()).get("listed")
+    listed = read_facts(execute).get("listed")
     if listed is None:  # an older version had no list
         find = "SELECT max(rowid) FROM calls WHERE id = :id"
     else:
