@@ -11303,7 +11303,8 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
+        gone = ending == CallerGone.outcome
+        held = hold.output_tokens if entry.gave_up or gone else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
@@ -11311,7 +11312,7 @@ class Proxy:
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
-        if estimate and ending not in ("ok", CallerGone.outcome):
+        if estimate and not gone and ending != "ok":
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
