@@ -2902,8 +2902,6 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        if used.others:
-            used = used.with_others()
         prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
@@ -11312,10 +11310,16 @@ class Proxy:
             return self.await_usage(call, hold)
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
+        estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
+        hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
+
+    @staticmethod
+    def estimate_to_charge(hold, usage, ending):
+        """Of an answer that broke off no more is charged than came."""
         estimate = hold.costs[-1]
-        if estimate and ending not in ("ok", CallerGone.outcome):
-            estimate = min(estimate, max(1, usage.input + usage.output))
-        hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+        if ending in ("ok", CallerGone.outcome):
+            return estimate
+        return min(estimate, max(1, usage.input + usage.output))
 
     def settle_unended(self, reply, entry, reason):
         """Do so for a call whose caller has left, or did not want to wait so long."""
@@ -11368,7 +11372,7 @@ class Proxy:
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
-        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
