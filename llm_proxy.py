@@ -1231,22 +1231,22 @@ class Forbidden(Refusal):
 
 
 class NotForCalls(Forbidden):
-    code = "key_not_for_calls"
+    code = cause = "key_not_for_calls"
     message = "This key is for looking at this proxy and steering it: it makes no calls"
 
 
 class RoleTooLow(Forbidden):
-    code = "role_too_low"
+    code = cause = "role_too_low"
     message = "This key may not do that here"
 
 
 class ModelNotAllowed(Forbidden):
-    code = "model_not_allowed"
+    code = cause = "model_not_allowed"
     message = "This key may not use the model, or the call names none"
 
 
 class UpstreamNotAllowed(Forbidden):
-    code = "upstream_not_allowed"
+    code = cause = "upstream_not_allowed"
     message = "This key may not use the upstream"
 
 
@@ -1735,7 +1735,7 @@ class Callers:
         caller = self.known_by(credential) if credential else None
         if caller:
             if caller.until is not None and caller.until <= wall:
-                raise Unauthorized()
+                raise Unauthorized(cause="key of %s ended" % caller.label)
             return caller
         if not self.is_open:
             raise Unauthorized()
@@ -1757,7 +1757,11 @@ class Callers:
         """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        return list(found.values()) or [Caller(("address", label), label)]
+        if not found:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_network(label)
+                return [Caller(("address", label), label)]
+        return list(found.values())
 
 
 class Origins:
@@ -1803,7 +1807,8 @@ class Origins:
     @staticmethod
     def is_own(fields: Fields) -> bool:
         """Tells whether a page of ours asks, which shows a key in a field of its own."""
-        return fields.get("origin", "").partition("://")[2].lower() == fields.get("host").lower()
+        host = fields.get("host", "")  # HTTP/1.0 may name none
+        return fields.get("origin", "").partition("://")[2].lower() == host.lower() != ""
 
     def check(self, method: str, fields: Fields):
         """Raises ForeignOrigin for a request that a page makes which may not. Reading is the
@@ -1944,14 +1949,13 @@ class Buckets:
         """Lets a bucket hold so much more until then, and adds that, unless it was added before.
         What is left of it afterwards is kept as far as the rule lets it."""
         if not again:
-            self.levels[key] = self.level_of(rule, key).less(-amount)
+            self.store([self.level_of(rule, key).less(-amount)])
         self.given.setdefault(key, []).append((amount, until))
 
     def fill(self, owner: CallerKey):
-        """Drops all buckets of a caller, so that they are full; calls that run go on to count."""
-        for key in [key for key, found in self.levels.items()
-                    if owner in key[1:] and found.rule.unit != RUNNING]:
-            del self.levels[key]
+        """Fills all buckets of a caller; calls that run go on to count."""
+        self.drop([found.key for found in self.seen()
+                   if owner in found.key[1:] and found.rule.unit != RUNNING])
 
     def levels_after(self, keyed_rules, costs, taken):
         """Returns what the buckets hold once `costs` are charged instead of what was taken. The
@@ -2025,12 +2029,12 @@ class Buckets:
         for key in list(itertools.islice(self.levels, 2)):
             if len(self.levels) < self.room and not self.is_full(self.levels[key]):
                 break
-            del self.levels[key]
+            self.drop([key])
 
     def is_full(self, found):
         """Returns whether a bucket is full by now."""
-        return found.key not in self.given and (
-            self.level_of(found.rule, found.key).level >= found.rule.capacity)
+        level = self.level_of(found.rule, found.key).level  # which drops gifts that have ended
+        return found.key not in self.given and level >= found.rule.capacity
 
     def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
                  ) -> Dict[BucketKey, Tuple[int, float]]:
@@ -2040,6 +2044,15 @@ class Buckets:
         return {found.key: (found.level, found.refilled + wall - now)
                 for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
+
+    def seen(self) -> List[Level]:
+        """Returns all that are known here as they were last seen, which may be long ago."""
+        return list(self.levels.values())
+
+    def drop(self, keys: Iterable[BucketKey]):
+        """Makes buckets full."""
+        for key in keys:
+            del self.levels[key]
 
     def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
         """Returns buckets as they were last seen, those that are there. Any thread may ask: what
@@ -2205,7 +2218,7 @@ class Limits:
         """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
         are buckets."""
         pairs = [*self.matching(caller, "", None), *[
-            (found.rule, key) for key, found in self.buckets.levels.items()]]
+            (found.rule, found.key) for found in self.buckets.seen()]]
         return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
 
     def give(self, caller: Caller, unit: str, amount: int, until: float,
@@ -2239,7 +2252,7 @@ class Limits:
                 self.buckets.restore(old, key, level, wall - since)
             if new is not old:
                 level = self.buckets.level_of(old, key).level * new.capacity // old.capacity
-                del self.buckets.levels[key]
+                self.buckets.drop([key])
                 heir = (new.text, *key[1:])
                 self.buckets.restore(new, heir, level, 0)
                 if key in self.buckets.given:
@@ -2250,8 +2263,7 @@ class Limits:
         """Has the buckets of rules that came before these go over to these."""
         self.restore(self.buckets.snapshot(wall), wall)
         texts = {rule.text for rule in itertools.chain(self.rules, *self.own.values())}
-        for key in [key for key in self.buckets.levels if key[0] not in texts]:
-            del self.buckets.levels[key]
+        self.buckets.drop([one.key for one in self.buckets.seen() if one.key[0] not in texts])
 
     def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
         """Goes by other rules of keys; the buckets of those that were changed go over."""
@@ -2260,9 +2272,9 @@ class Limits:
         self.own = own
         self.known.clear()
         moved = self.buckets.snapshot(wall, [
-            key for key in self.buckets.levels if len(key) == 2 and key[1][1] in changed])
-        for key in moved:
-            del self.buckets.levels[key]
+            one.key for one in self.buckets.seen()
+            if len(one.key) == 2 and one.key[1][1] in changed])
+        self.buckets.drop(moved)
         self.restore(moved, wall)
 
     def successor(self, text, own):
@@ -2409,7 +2421,9 @@ def kind_of_text(text: str) -> int:
     holds that is rare in prose: their tokens differ in length."""
     data = text[:1000].encode("utf-8", "surrogatepass")
     rare = len(data.translate(None, PROSE))
-    return (rare * 25 > len(data)) + (rare * 2 > len(data))
+    if rare * 25 <= len(data):
+        return 0  # as nearly always
+    return 2 if rare * 2 > len(data) else 1
 
 
 ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
@@ -2425,8 +2439,9 @@ def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
     `plain` names alone. Third comes the kind of the longest text."""
     texts, media = [], []
-    level = list({**payload, skip: None}.values())
-    level, rest = look_through(level, plain, names, media_texts, texts, media)
+    read = payload.copy()
+    read.pop(skip, None)
+    level, rest = look_through(read.values(), plain, names, media_texts, texts, media)
     while level:
         kinds = set(map(type, level))
         if kinds == ONLY_TEXTS:  # the last level of nearly all
@@ -2884,8 +2899,6 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        if used.others:
-            used = used.with_others()
         prompt, output = used.input, used.output
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
@@ -3518,7 +3531,6 @@ class Call(Billable):
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
-    objects: Optional[List[JsonObject]] = None
     limit: Optional[Tuple[Optional[int], int]] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
@@ -3637,15 +3649,17 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            numbers = self.numbers()
-            limits = [math.inf if value < 0 else value
-                      for name, value in numbers if name in OUTPUT_LIMITS]
-            outputs = max([1, *[value for name, value in numbers if name in OUTPUT_COUNTS]])
+            limits, outputs = [], 1
+            for name, value in self.numbers():
+                if name in OUTPUT_LIMITS:
+                    limits.append(math.inf if value < 0 else value)
+                elif value > outputs:
+                    outputs = value
             most = max(limits, default=None)
             if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
                 most = sum(limits)
-            prompts = ("messages",) if self.endpoint == "batch" else PROMPTS
-            for name in self.payload.keys() & prompts:
+            prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
+            for name in prompts.intersection(self.payload):
                 many = self.payload[name]
                 if type(many) is list and many and type(many[0]) in (str, list, dict):
                     outputs *= len(many)
@@ -3657,26 +3671,28 @@ class Call(Billable):
 
     def holders(self):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
-        if self.objects is None:
-            self.objects = [self.payload]
-            if self.endpoint == UNKNOWN:
-                self.objects = objects_in(self.payload)
-            elif not OPTION_HOLDERS.isdisjoint(self.payload):
-                options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
-                self.objects += [one for one in options if type(one) is dict]
-                if len(self.objects) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
-                    raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-        return self.objects
+        if self.endpoint == UNKNOWN:
+            return objects_in(self.payload)
+        found = [self.payload]
+        if not OPTION_HOLDERS.isdisjoint(self.payload):
+            options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+            found += [one for one in options if type(one) is dict]
+            if len(found) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
+                raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
+        return found
 
     def numbers(self):
         """Returns what stands at the names of limits and counts, as (name, value). Raises
         BadRequest for what is no number where text is generated: a server might read it as one."""
-        found = [(name, one[name]) for one in self.holders()
-                 for name in OUTPUT_NUMBERS.intersection(one) if one[name] is not None]
-        for name, value in found:
-            if not is_integer(value) and self.endpoint not in NO_LIMIT_REPLY:
-                raise BadRequest("%s must be an integer" % name)
-        return [(name, int(value)) for name, value in found if is_integer(value)]
+        found = []
+        for one in self.holders():
+            for name in OUTPUT_NUMBERS.intersection(one):
+                value = one[name]
+                if is_integer(value):
+                    found.append((name, int(value)))
+                elif value is not None and self.endpoint not in NO_LIMIT_REPLY:
+                    raise BadRequest("%s must be an integer" % name)
+        return found
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
@@ -3688,7 +3704,6 @@ class Call(Billable):
             with contextlib.suppress(BadRequest):
                 self.output_limit()
             self.payload = {key: value for key, value in self.payload.items() if is_small(value)}
-            self.objects = None
             self.forgotten = True
 
 
@@ -3723,6 +3738,7 @@ OUTPUT_COUNTS = frozenset("""
     numResults""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 PROMPTS = frozenset(("prompt", "text", "inputs", "instances"))  # lists of them: each has an output
+BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
     "generationConfig generation_config options parameters inferenceConfig".split())
@@ -4390,8 +4406,11 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
-USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
+USUAL_COUNT = rb'\s*"(?:prompt|completion|total)_tokens"\s*:\s*[0-9]{1,9}(?:\s*,)?'
+EACH_COUNT = b"".join([rb'(?=[^}]*"%b_tokens"\s*:\s*([0-9]+))' % name
+                       for name in (b"prompt", b"completion", b"total")])
+USUAL_END = re.compile(
+    rb'"usage"\s*:\s*\{%b%b\s*\}[^{}]*\}\s*' % (EACH_COUNT, 3 * USUAL_COUNT))
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4461,10 +4480,10 @@ class OpenAI(Dialect):
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        counts = dict(zip(end.groups()[::2], map(int, end.groups()[1::2]))) if end else ()
-        if len(counts) == 3 and counts[b"prompt"] + counts[b"completion"] == counts[b"total"]:
-            return Usage(counts[b"prompt"], counts[b"completion"], model=model)
-        return None
+        if not end:
+            return None
+        prompt, output, total = map(int, end.groups())
+        return Usage(prompt, output, model=model) if prompt + output == total else None
 
     def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
@@ -5024,6 +5043,32 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
+class HiddenUsage:
+    """An edit of a stream: takes out the usage that we asked for, and its caller did not."""
+
+    def __init__(self, dialect: Dialect):
+        self.dialect = dialect
+        self.mark = dialect.USAGE_MARK
+        self.search = re.compile(self.mark + rb"\s*:\s*\{").search
+
+    def find(self, data: bytes) -> int:
+        """Returns where there may be something to change, the end where there is nothing."""
+        found = None
+        if data.find(self.mark) >= 0:  # as in `may_be_fault`
+            found = self.search(data)
+        return found.start() if found else len(data)
+
+    def apply(self, event: bytes) -> bytes:
+        """Returns what of an event goes on: it stays as it is where it has more to say."""
+        if not self.search(event) or self.dialect.CONTENT.search(event):
+            return event
+        payload = self.dialect.events.payload(event)
+        rest = self.dialect.without_usage(payload)
+        if rest == payload:
+            return event
+        return self.dialect.events.replaced(event, to_json_bytes(rest)) if rest else b""
+
+
 class UsageReader(UsageSource):
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
@@ -5050,7 +5095,6 @@ class UsageReader(UsageSource):
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
     inflater = None
-    changes_stream = False
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
     held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
@@ -5067,9 +5111,10 @@ class UsageReader(UsageSource):
         self.streamed = streamed
         self.readable = readable
         self.packed = packed
+        # What changes events on their way, one after the other. Whoever changes more belongs here.
+        self.edits: List[HiddenUsage] = []
         if call.usage_requested_by_us and streamed and readable and not packed:
-            self.changes_stream = True
-            self.find_usage = re.compile(self.dialect.USAGE_MARK + rb"\s*:\s*\{").search
+            self.edits.append(HiddenUsage(self.dialect))
         self.pieces: List[bytes] = []
         self.counts: JsonObject = {}
 
@@ -5084,7 +5129,7 @@ class UsageReader(UsageSource):
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
             self.compact()
-        return self.hide_usage(payload) if self.changes_stream else payload
+        return self.edit(payload) if self.edits else payload
 
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
@@ -5100,31 +5145,34 @@ class UsageReader(UsageSource):
         self.packed = self.readable = False
         return payload
 
-    # -- what the caller did not ask for
+    # -- what the caller sees
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end."""
         held = self.held
         self.held = b""
-        return self.shown(held) if held else held  # its line end may be missing
+        return self.edited(held) if held else held  # its line end may be missing
 
-    def hide_usage(self, payload):
-        """Keeps back the usage that the caller did not ask for. An event that is not whole waits
-        for its end, or for that of its JSON: nobody could have used it before."""
+    def edit(self, payload):
+        """Returns what of a stream goes on. An event that is not whole waits for its end, or for
+        that of its JSON: nobody could have used it before."""
         data = self.held + payload
         self.held = b""
-        found = None
-        if data.find(self.dialect.USAGE_MARK) >= 0:  # as in `may_be_fault`
-            found = self.find_usage(data)
-        if not found and self.events.at_boundary(data):  # as nearly always
+        first = min([edit.find(data) for edit in self.edits])
+        if first == len(data) and self.events.at_boundary(data):  # as nearly always
             return data
-        begin = self.events.last_end(data, found.start() if found else len(data))
+        begin = self.events.last_end(data, first)
         events = self.events.cut(data[begin:])
-        shown = list(map(self.shown, events))
+        shown = list(map(self.edited, events))
         if events and len(events[-1]) <= self.MAX_HELD and not self.is_over(events[-1], shown[-1]):
             self.held = events[-1]
             shown.pop()
         return data[:begin] + b"".join(shown)
+
+    def edited(self, event):
+        for edit in self.edits:
+            event = edit.apply(event) if event else event
+        return event
 
     def is_over(self, event, shown):
         """Returns whether an event need not wait; one that is hidden goes with all of its end."""
@@ -5132,16 +5180,6 @@ class UsageReader(UsageSource):
             return self.events.at_boundary(event) and not event.endswith(b"\r")
         return not event.strip() or self.events.at_boundary(event) or (
             event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
-
-    def shown(self, event: bytes) -> bytes:
-        """Returns what of an event the caller sees: it stays as it is where it has more to say."""
-        if not self.find_usage(event) or self.dialect.CONTENT.search(event):
-            return event
-        payload = self.events.payload(event)
-        rest = self.dialect.without_usage(payload)
-        if rest == payload:
-            return event
-        return self.events.replaced(event, to_json_bytes(rest)) if rest else b""
 
     # -- what it says
 
@@ -5316,8 +5354,8 @@ class UsageReader(UsageSource):
         if not self.end_is_read:
             self.read_end(whole)
         usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
-        complete = self.final or (whole and self.final is None)
-        return usage, usage is not None and bool(complete)
+        complete = whole if self.final is None else self.final
+        return usage, usage is not None and complete
 
     def most_characters(self) -> float:
         """Returns what was counted; of what is kept, all, or what is usual in events."""
@@ -7850,7 +7888,7 @@ class Entry:
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = call.objects = None
+            call.json_body = None
         return self
 
     def milliseconds(self, until):
@@ -7863,12 +7901,13 @@ class Entry:
         usage = self.usage or NO_USAGE
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
-        return Row._make((
+        asked = (  # two tuples: CPython makes one of more than 30 item by item
             self.request_id, self.wall / 1e9, caller.label if caller else self.address,
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
-            self.status, self.outcome, self.cause,
-            bool(call and call.stream), usage.input, usage.cached, usage.cache_write, usage.output,
+            self.status, self.outcome, self.cause, bool(call and call.stream))
+        return Row._make(asked + (
+            usage.input, usage.cached, usage.cache_write, usage.output,
             usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
@@ -7937,6 +7976,7 @@ class Entry:
         return (
             f"{self.moment()} {caller} {self.method or '-'} {(self.path or '-')[:200]} "
             f"{one_word(call and call.model)} {self.status} {self.outcome} "
+            +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
@@ -8200,8 +8240,9 @@ class SumsOfCalls:
 def connect(path: str, mode: str) -> sqlite3.Connection:
     """Opens a database to read ("ro"), or also to write ("rw"). Raises sqlite3.Error."""
     path = os.path.abspath(path)
-    if mode == "ro" and not os.path.exists(path + "-wal"):
-        mode = "ro&immutable=1"  # nobody writes it now, and the folder may be one to read only
+    if mode == "ro" and not os.path.exists(path + "-wal") and (
+            not os.access(os.path.dirname(path), os.W_OK)):
+        mode = "ro&immutable=1"  # nobody can write it, and SQLite could put nothing beside it
     connection = sqlite3.connect(
         "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
         timeout=WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
@@ -8501,9 +8542,8 @@ class Database:
 
     def disabled_upstreams(self) -> List[str]:
         """Returns the names of upstreams that an admin has switched off."""
-        rows = self.connection.execute(
-            "SELECT value FROM facts WHERE name = 'disabled'").fetchall()
-        return json.loads(rows[0][0]) if rows else []
+        query = "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %' AND value = 1"
+        return [name for name, in self.connection.execute(query)]
 
     def is_closed(self) -> bool:
         return bool(self.connection.execute(
@@ -8983,6 +9023,10 @@ class KeyFault(ValueError):
     """Why something cannot be done with keys, in a sentence for whoever asked."""
 
 
+class NoSuchKey(KeyFault):
+    """None is stored by a name."""
+
+
 class Actor(NamedTuple):
     """Who does what the audit keeps."""
     who: str
@@ -9027,7 +9071,7 @@ class KeyStore:
     def find(self, name: str) -> Key:
         rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
         if not rows:
-            raise KeyFault("no key is stored by the name %s" % ascii(name)[1:-1])
+            raise NoSuchKey("no key is stored by the name %s" % ascii(name)[1:-1])
         try:
             return read_key(*rows[0])
         except (ValueError, TypeError):
@@ -9053,14 +9097,17 @@ class KeyStore:
                 self.order(execute, name)
             return self.write(execute, name, fields)
 
-    def revoke(self, name: str, what: str = "revoke key", disabled: bool = True) -> Key:
+    def revoke(self, name: str) -> Key:
         """It lets nobody in until it is restored."""
+        return self.set_disabled("revoke key", name, True)
+
+    def restore(self, name: str) -> Key:
+        return self.set_disabled("restore key", name, False)
+
+    def set_disabled(self, what, name, disabled):
         with self.change(what, name) as execute:
             execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
             return self.find(name)
-
-    def restore(self, name: str) -> Key:
-        return self.revoke(name, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -9099,10 +9146,10 @@ class KeyStore:
         with self.change("reset", name) as execute:
             self.order(execute, name)
 
-    def note_disabled(self, name: str, on: bool, names: List[str]):
-        """Notes which upstreams are not to be asked, for the next start."""
+    def switch_upstream(self, name: str, on: bool):
+        """Notes whether an upstream is to be asked, for the next start."""
         with self.change("enable upstream" if on else "disable upstream", name) as execute:
-            execute("INSERT OR REPLACE INTO facts VALUES ('disabled', ?)", (json.dumps(names),))
+            execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", ("disabled " + name, not on))
 
     # -- what these have in common
 
@@ -9241,6 +9288,7 @@ class Ledger(Writer):
             return self.complain(now, "the database cannot be written: %s" % failure)
         except Exception:
             self.log.report()  # and go on without these
+            self.dropped += len(batch)
         for _ in batch:
             self.queue.popleft()
         if now >= self.sum_at:
@@ -9652,12 +9700,16 @@ class Poster(Writer):
 OTHER = "other"  # the label of what is one too many to have one of its own,
 NONE = "-"       # and of what there is none of
 CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
+DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
+NO_DETAILS = NO_USAGE[DETAILS]
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 COUNTERS = {
     "requests_total": "Calls that have ended",
     "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
     "usd_total": "What calls cost, where their price is known",
+    "unpriced_total": "Calls whose price is not known",
+    "estimated_total": "Calls whose tokens are guessed, because nobody told them",
     "refused_total": "Calls that a rule refused",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
@@ -9734,14 +9786,15 @@ class Times:
 
 class Used:
     """What a caller has used of a model at an upstream."""
-    __slots__ = ("labels", "picodollars", *TOKEN_KINDS)
+    __slots__ = ("labels", "picodollars", "unpriced", "estimated", *TOKEN_KINDS)
 
     def __init__(self, *values: str):
         self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
-        self.picodollars = 0
+        self.picodollars = self.unpriced = self.estimated = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
-    def add_parts(self, usage: Usage):
+    def add_details(self, usage: Usage):
+        self.estimated += usage.estimated
         self.cached += usage.cached
         self.cache_write += usage.cache_write
         self.reasoning += usage.reasoning
@@ -9787,9 +9840,12 @@ class Metrics(Watcher):
             used = series.used
             used.input += usage.input
             used.output += usage.output
-            used.picodollars += entry.picodollars
-            if usage.cached or usage.reasoning or usage.cache_write:
-                used.add_parts(usage)
+            if entry.priced:
+                used.picodollars += entry.picodollars
+            else:
+                used.unpriced += 1
+            if usage[DETAILS] != NO_DETAILS:
+                used.add_details(usage)
         if first_byte is not None:
             times.first_byte.append(first_byte - started)
             if usage:
@@ -9866,6 +9922,8 @@ class Metrics(Watcher):
                              for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
             "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
                           for one in used if one.picodollars),
+            "unpriced_total": ((one.labels, one.unpriced) for one in used if one.unpriced),
+            "estimated_total": ((one.labels, one.estimated) for one in used if one.estimated),
             "refused_total": [(labels_of(rule=rule), count)
                               for rule, count in self.refused.items()],
             "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
@@ -9881,19 +9939,19 @@ class Metrics(Watcher):
     def bucket_families(self, buckets: Buckets) -> List[Family]:
         """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
         several keys with one name the last one's counts."""
-        levels, capacities = {}, {}
-        for key, seen in buckets.levels.items():
-            owners = [self.callers.get(owner) for owner in key[1:]]
-            if None not in owners and len(levels) < self.MAX_SERIES:
-                now = buckets.level_of(seen.rule, key)
-                labels = labels_of(rule=now.rule.text, caller=" ".join(owners) or NONE)
-                levels[labels] = format_amount(now.rule, now.level)
-                capacities[labels] = format_amount(now.rule, now.rule.capacity)
+        known = {}
+        for seen in buckets.seen():
+            owners = [self.callers.get(owner) for owner in seen.key[1:]]
+            if None not in owners and len(known) < self.MAX_SERIES:
+                known[seen.rule.text, " ".join(owners) or NONE] = seen.rule, seen.key
+        rows = [(labels_of(rule=text, caller=caller), *pair)
+                for (text, caller), pair in known.items()]
         return [Family("llm_proxy_bucket_level", "gauge",
                        "What is left in buckets that are not full, in USD where a rule counts it",
-                       levels.items()),
+                       ((labels, format_amount(rule, buckets.level_of(rule, key).level))
+                        for labels, rule, key in rows)),
                 Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
-                       capacities.items())]
+                       ((labels, format_amount(rule, rule.capacity)) for labels, rule, _ in rows))]
 
 
 class Pulse(Watcher):
@@ -10495,6 +10553,20 @@ class Reply:
             lines.append("Transfer-Encoding: chunked")
         return self.head(200, "".join([line + CRLF for line in lines]))
 
+    @contextlib.asynccontextmanager
+    async def streaming(self, content_type: str):
+        """A stream of ours, while the block runs: yields what sends a piece of it, and waits until
+        that is taken."""
+        async def send(data: bytes):
+            self.client.write(self.framed(data))
+            await self.drain()
+
+        self.client.write(self.stream_head(content_type))
+        yield send
+        self.close_after = True
+        if not self.until_close:
+            self.client.write(LAST_CHUNK)
+
     def framed(self, event):
         """Returns an event of ours, in a stream whose head was ours."""
         self.entry.passed += len(event)
@@ -10556,7 +10628,7 @@ class Reply:
         framing, reader = response.framing, self.entry.reader
         drops, events, style = False, None, BodyAdapter.AS_IS
         if has_events:
-            drops = reader is not None and reader.changes_stream and not framing.ended
+            drops = reader is not None and reader.edits and not framing.ended
             if self.early or self.comment_seconds() < math.inf:
                 events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
@@ -11006,8 +11078,10 @@ class Proxy:
         credential = callers.credential(request, request.query)
         try:
             caller = callers.identify(credential, entry.address, self.wall())
-        except Unauthorized:
-            raise self.wrong_keys.refusal(entry.address) if credential else Unauthorized()
+        except Unauthorized as refusal:
+            found = self.wrong_keys.refusal(entry.address) if credential else refusal
+            found.cause = refusal.cause
+            raise found from None
         caller = callers.end_user(request, entry.peer, caller)
         return callers, caller, entry.address, entry.agent
 
@@ -11236,7 +11310,7 @@ class Proxy:
         estimate = hold.costs[-1]
         if estimate and ending not in ("ok", CallerGone.outcome):
             estimate = min(estimate, max(1, usage.input + usage.output))
-        hold.settle(self.estimator.costs(usage, entry.picodollars, estimate))
+        hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
     def settle_unended(self, reply, entry, reason):
         """Do so for a call whose caller has left, or did not want to wait so long."""
@@ -11289,7 +11363,7 @@ class Proxy:
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
-        costs = self.estimator.costs(usage, entry.picodollars, before[-1])
+        costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
@@ -11493,7 +11567,11 @@ def build_books(config, clock, log, limits, stored, database, keys, secret):
 
 def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
     def poster(name, url, **options):
-        tls = build_tls(config) if url.startswith("https:") else None
+        tls = None
+        if url.startswith("https:"):  # always checked, by the system's certificates or the own ones
+            tls = ssl.create_default_context()
+            if config.upstream_ca_file:
+                tls.load_verify_locations(config.upstream_ca_file)
         return Poster(name, url, tls, clock, log, **options)
 
     traces = webhook = None
@@ -11643,7 +11721,10 @@ class Pages:
         try:
             proxy.identify(request, entry)
         except Refusal as refusal:
-            if "authorization" in request or "x-api-key" in request:
+            guess = None
+            with contextlib.suppress(BadRequest):
+                guess = proxy.callers.credential_in(request, request.query)
+            if guess:
                 entry.outcome, entry.cause = refusal.outcome, refusal.code  # it may be guessing
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
@@ -11758,13 +11839,52 @@ class Ask(NamedTuple):
     body: Dict[str, Any]
 
 
+class Jobs:
+    """Helper threads for what blocks, and a bounded line before them, so that nobody's questions
+    hold up another's for long."""
+    MOST = 20
+    SECONDS = 30
+
+    def __init__(self, threads: int, name: str):
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads, name)
+        self.owners = collections.Counter()  # whose jobs are waiting or running
+
+    async def run(self, context: Context, owner: CallerKey, act: Callable[..., Any],
+                  *arguments: Any) -> Any:
+        """Returns what `act` does in a helper thread. A job whose owner has left before it began is
+        dropped. Raises Overloaded, and what `act` raises."""
+        if sum(self.owners.values()) >= self.MOST:
+            raise Overloaded(wait=1)
+        answered = context.loop.create_future()
+
+        def deliver(job):
+            self.owners[owner] -= 1
+            self.owners += collections.Counter()  # which drops those that have none
+            failure = None if job.cancelled() else job.exception()
+            if answered.done() or job.cancelled():  # nobody waits for it any more
+                return
+            if failure:
+                answered.set_exception(failure)
+            else:
+                answered.set_result(job.result())
+
+        self.owners[owner] += 1
+        job = context.loop.run_in_executor(self.pool, act, *arguments)
+        job.add_done_callback(deliver)
+        try:
+            return await context.wait(answered, self.SECONDS, "the database")
+        except TimeoutError:
+            raise Overloaded() from None
+        finally:
+            job.cancel()
+
+
 class Admin:
     """Answers the admin API. A handler returns what is sent as JSON; it may refuse by raising, also
     ValueError, whose message says what would be right."""
     ROOT = "/admin/api"
     MAX_BODY = 1 << 16
     MAX_SHOWN = 200
-    POOL_SECONDS = 30
     BEAT_SECONDS = 0.25     # events that come within it go out together
     SILENT_SECONDS = 15     # then a comment shows that the stream lives
 
@@ -11774,8 +11894,9 @@ class Admin:
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
         self.reader = LedgerReader(self.path) if proxy.books.ledger else None
-        self.pool = concurrent.futures.ThreadPoolExecutor(2, "pages")
-        self.asking: Set[CallerKey] = set()  # who asks for its own use
+        self.reading = Jobs(2, "pages")
+        self.changing = Jobs(1, "changes")
+        self.own_use = Jobs(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
     def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
@@ -11793,7 +11914,8 @@ class Admin:
         if not found:
             raise NoSuchPage()
         for match, row in found:
-            if row.method == method or (row.method, method) == ("GET", "HEAD"):
+            if row.method == method or (
+                    (row.method, method) == ("GET", "HEAD") and row.handler != "events"):
                 return row, urllib.parse.unquote("".join(match.groups()))
         raise MethodNotAllowed()
 
@@ -11808,6 +11930,8 @@ class Admin:
         ask = Ask(request, reply, entry.caller, name, query, body)
         try:
             found = await getattr(self, row.handler)(ask)
+        except NoSuchKey as fault:
+            raise NoSuchPage(str(fault)) from None
         except ValueError as fault:
             raise BadRequest(str(fault)) from None
         if row.role == "admin":
@@ -11831,48 +11955,40 @@ class Admin:
             raise BodyTooLarge()
         return parse_json(content) if content.strip() else {}
 
-    async def in_pool(self, reply, act, *arguments):
+    async def run(self, jobs, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
-        context = reply.context
-        answered = context.loop.create_future()
-
-        def deliver(job):
-            failure = job.exception()
-            if answered.done():  # nobody waits for it any more
-                return
-            if failure:
-                answered.set_exception(failure)
-            else:
-                answered.set_result(job.result())
-
-        job = context.loop.run_in_executor(self.pool, act, *arguments)
-        job.add_done_callback(deliver)
+        if self.reader is None:
+            raise BooksAway("Nothing is kept: DATABASE is off")
         try:
-            return await context.wait(answered, self.POOL_SECONDS, "the database")
-        except TimeoutError:
-            raise Overloaded() from None
-        except (sqlite3.Error, DatabaseFault):
+            return await jobs.run(reply.context, reply.entry.caller.key, act, *arguments)
+        except (sqlite3.Error, DatabaseFault, FileNotFoundError):
             raise BooksAway() from None
 
     async def read_books(self, reply, act, *arguments):
         """Returns what a method of LedgerReader does."""
-        if self.reader is None:
-            raise BooksAway("Nothing is kept: DATABASE is off")
-        return await self.in_pool(reply, functools.partial(act, self.reader), *arguments)
+        return await self.run(self.reading, reply, act, self.reader, *arguments)
+
+    async def read_keys(self, ask, act, *arguments):
+        """Returns what a method of KeyStore does that changes nothing."""
+        def read():
+            with contextlib.closing(Database(self.path, reading=True)) as database:
+                return act(KeyStore(database, self.clock, None), *arguments)
+
+        return await self.run(self.reading, ask.reply, read)
 
     async def change_keys(self, ask, act, *arguments, **fields):
-        """Does something with the stored keys, as KeyStore has it, in the name of who asks."""
-        if self.reader is None:
-            raise BooksAway("Nothing is kept: DATABASE is off")
+        """Does something with the stored keys, as KeyStore has it, in the name of who asks; one
+        after the other."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
 
         def change():
-            database = Database(self.path)
-            with contextlib.closing(database.connection):
-                store = KeyStore(database, self.clock, actor)
-                return act(store, *arguments, **fields)
+            with contextlib.closing(Database(self.path)) as database:
+                return act(KeyStore(database, self.clock, actor), *arguments, **fields)
 
-        return await self.in_pool(ask.reply, change)
+        return await self.run(self.changing, ask.reply, change)
+
+    def pools(self) -> List[concurrent.futures.Executor]:
+        return [jobs.pool for jobs in (self.reading, self.changing, self.own_use)]
 
     @staticmethod
     def zone(ask):
@@ -11905,15 +12021,19 @@ class Admin:
                 "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
 
     def near(self):
-        """Returns the buckets that are near their end."""
-        mark = min(self.proxy.config.warn_at or (0.8,))
+        """Returns the buckets that are nearest to their end."""
+        mark, buckets = min(self.proxy.config.warn_at or (0.8,)), self.proxy.limits.buckets
         found = []
-        for caller, _ in self.pulse.callers.values():
-            for one in self.proxy.limits.buckets.levels.values():
-                if caller.key in one.key[1:] and one.rule.unit != RUNNING and (
-                        one.level <= (1 - mark) * one.rule.capacity):
-                    found.append({"caller": caller.label, **self.pulse.bucket(one.rule, one.key)})
-        return found[:20]
+        for seen in buckets.seen():
+            rule = seen.rule
+            owners = [owner for owner in seen.key[1:] if owner in self.pulse.callers]
+            if owners and rule.unit != RUNNING and seen.level <= (1 - mark) * rule.capacity:
+                share = buckets.level_of(rule, seen.key).level / rule.capacity
+                if share <= 1 - mark:
+                    found.append((share, owners[0], seen))
+        return [{"caller": self.pulse.callers[owner][0].label,
+                 **self.pulse.bucket(seen.rule, seen.key)}
+                for _, owner, seen in heapq.nsmallest(20, found, key=lambda one: one[0])]
 
     def running(self):
         """Returns the calls that run, the latest last."""
@@ -11925,22 +12045,20 @@ class Admin:
         reply, feed = ask.reply, self.feed
         text = ask.request.get("last-event-id", "")
         number = int(text) if re.fullmatch("[0-9]{1,18}", text) else feed.number
-        reply.client.write(reply.stream_head("text/event-stream") + reply.framed(b": hello\n\n"))
         feed.listeners += 1
         try:
-            while not feed.closed:
-                data, number = self.events_since(number)
-                if data:
-                    reply.client.write(reply.framed(data))
-                    await reply.drain()
-                    await reply.context.sleep(self.BEAT_SECONDS, "more events")
-                else:
-                    await self.next_event(reply)
+            async with reply.streaming("text/event-stream") as send:
+                await send(b": hello\n\n")
+                while not feed.closed:
+                    self.proxy.require_role(ask.request, reply.entry, "viewer")  # still
+                    data, number = self.events_since(number)
+                    if not data:
+                        data = await self.next_event(reply)
+                    if data:
+                        await send(data)
+                        await reply.context.sleep(self.BEAT_SECONDS, "more events")
         finally:
             feed.listeners -= 1
-        reply.close_after = True
-        if not reply.until_close:
-            reply.client.write(LAST_CHUNK)
 
     def events_since(self, number):
         """Returns the events after a number, and the last number."""
@@ -11950,12 +12068,13 @@ class Admin:
         return b"".join([event.encoded() for event in events]), self.feed.number
 
     async def next_event(self, reply):
+        """Wait for an event; returns a comment where none comes."""
         future = reply.context.loop.create_future()
         self.feed.waiting.add(future)
         try:
             await reply.context.wait(future, self.SILENT_SECONDS, "events")
         except TimeoutError:
-            reply.client.write(reply.framed(b": still here\n\n"))
+            return b": still here\n\n"
         finally:
             self.feed.waiting.discard(future)
 
@@ -12000,12 +12119,11 @@ class Admin:
         return await self.switch(ask, on=False)
 
     async def switch(self, ask, on):
-        """It stays so after a new start, too."""
-        upstream, routes = self.upstream(ask.name), self.proxy.routes
-        routes.switch(ask.name, on)
+        """It stays so after a new start, too, where there is a DATABASE."""
+        upstream = self.upstream(ask.name)
         if self.reader:
-            names = [one.name for one in routes.all if one.disabled]
-            await self.change_keys(ask, KeyStore.note_disabled, ask.name, on, names)
+            await self.change_keys(ask, KeyStore.switch_upstream, ask.name, on)
+        self.proxy.routes.switch(ask.name, on)
         self.feed.tell("change", {"what": "upstreams"})
         return self.describe(upstream)
 
@@ -12027,18 +12145,11 @@ class Admin:
 
     # -- keys
 
-    async def find_key(self, ask):
-        """Returns a key. Raises NoSuchPage."""
-        try:
-            return await self.change_keys(ask, KeyStore.find, ask.name)
-        except KeyFault as fault:
-            raise NoSuchPage(str(fault)) from None
-
     async def keys(self, ask):
-        return {"keys": [key.as_dict() for key in await self.change_keys(ask, KeyStore.list)]}
+        return {"keys": [key.as_dict() for key in await self.read_keys(ask, KeyStore.list)]}
 
     async def key(self, ask):
-        return (await self.find_key(ask)).as_dict()
+        return (await self.read_keys(ask, KeyStore.find, ask.name)).as_dict()
 
     @staticmethod
     def fields_of_key(ask, *others):
@@ -12057,36 +12168,38 @@ class Admin:
         return {"key": made.secret, **made.key.as_dict()}
 
     async def set_key(self, ask):
-        await self.find_key(ask)
         fields, reset = self.fields_of_key(ask, "reset")
         key = await self.change_keys(ask, KeyStore.set, ask.name, reset is True, **fields)
         return key.as_dict()
 
     async def remove_key(self, ask):
-        await self.find_key(ask)
         await self.change_keys(ask, KeyStore.remove, ask.name)
         return {}
 
     async def revoke_key(self, ask):
-        await self.find_key(ask)
         return (await self.change_keys(ask, KeyStore.revoke, ask.name)).as_dict()
 
     async def restore_key(self, ask):
-        await self.find_key(ask)
         return (await self.change_keys(ask, KeyStore.restore, ask.name)).as_dict()
 
     async def rotate_key(self, ask):
-        await self.find_key(ask)
         made = await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
         return {"key": made.secret, **made.key.as_dict()}
 
+    def require_known(self, label):
+        """Raises NoSuchPage where nobody is known by a name: it may be misspelt."""
+        if not (self.proxy.callers.named(label) or self.pulse.named(label)):
+            raise NoSuchPage("Nobody of this name is known here")
+
     async def give(self, ask):
+        self.require_known(ask.name)
         body = ask.body
         await self.change_keys(ask, KeyStore.give, ask.name, body.get("amount"),
                                body.get("unit"), body.get("for"))
         return {}
 
     async def reset(self, ask):
+        self.require_known(ask.name)
         await self.change_keys(ask, KeyStore.reset, ask.name)
         return {}
 
@@ -12183,18 +12296,14 @@ class Admin:
         entry = reply.entry
         self.proxy.identify(request, entry)
         caller = entry.caller
-        if caller.key in self.asking:
-            raise Overloaded(fields={"Retry-After": 1})
+        if caller.key in self.own_use.owners:
+            raise Overloaded(wait=1)
         query = dict(urllib.parse.parse_qsl(request.query))
         ask = Ask(request, reply, caller, "", query, {})
-        self.asking.add(caller.key)
-        try:
-            calls, days = await self.read_books(
-                reply, LedgerReader.of_one, caller.label, self.zone(ask), self.now())
-        except BooksAway:
-            calls, days = [], []
-        finally:
-            self.asking.discard(caller.key)
+        calls, days = [], []
+        with contextlib.suppress(BooksAway):
+            calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
+                                         caller.label, self.zone(ask), self.now())
         buckets = self.buckets_of(caller, self.buckets_by_owner())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
@@ -12209,7 +12318,7 @@ class Admin:
     def buckets_by_owner(self):
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
         found = collections.defaultdict(dict)
-        for one in self.proxy.limits.buckets.levels.values():
+        for one in self.proxy.limits.buckets.seen():
             for owner in one.key[1:]:
                 found[owner][one.key] = one.rule
         return found
@@ -12750,10 +12859,10 @@ async function openUsage(query) {
   const load = async () => {
     loaded = now(); usage = await read("usage", asked());
     usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); paintSoon(); };
-  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
-    GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
-    download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
-    range, measure, query) : firstCall()];
+  view.draw = () => usage && [h("div", {class: "tools"}, choices("range", RANGES, range),
+    choices("by", GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () =>
+    attempt("CSV", () => download(asked())))), chips("usage", query, GROUPS),
+    usage.groups.length ? usageParts(usage, range, measure, query) : firstCall()];
   view.ended = () => now() - loaded > 15 && attempt("Loading", load); await load(); }
 async function download(asked) {
   const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
@@ -13724,7 +13833,7 @@ class Server(http.server.ThreadingHTTPServer):
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
         helpers = [address.helpers for address in self.proxy.routes.addresses()]
-        for pool in (self.admin.pool, *helpers):
+        for pool in (*self.admin.pools(), *helpers):
             pool.shutdown(wait=False)
         return len(cut)
 
