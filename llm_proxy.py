@@ -12859,10 +12859,10 @@ async function openUsage(query) {
   const load = async () => {
     loaded = now(); usage = await read("usage", asked());
     usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); paintSoon(); };
-  view.draw = () => usage && [h("div", {class: "tools"}, choices("range", RANGES, range),
-    choices("by", GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () =>
-    attempt("CSV", () => download(asked())))), chips("usage", query, GROUPS),
-    usage.groups.length ? usageParts(usage, range, measure, query) : firstCall()];
+  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
+    GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
+    download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
+    range, measure, query) : firstCall()];
   view.ended = () => now() - loaded > 15 && attempt("Loading", load); await load(); }
 async function download(asked) {
   const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
@@ -13062,7 +13062,7 @@ function callParts(call) {
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
     Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
-  return [call.ms > 0 && h("p", null,
+  return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`),
     h("div", {class: "timing", "aria-hidden": true}, phases.map(([, ms], at) => ms > 0
     && h("div", {class: "s" + (at + 1), style: "flex-grow: " + ms}))),

@@ -10711,7 +10711,7 @@ class PageTest(AdminCase):
         self.click("Calls")
         self.see(self.EVIL)
         self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
-        self.see("Mostly")
+        self.see("Agent", "Request id")
         self.click("Usage")
         self.click("model")
         self.see(self.EVIL)
