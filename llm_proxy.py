@@ -2841,6 +2841,7 @@ class CostEstimator:
             collections.OrderedDict())
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
+        self.needs_price = "usd" in units
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
@@ -2857,12 +2858,14 @@ class CostEstimator:
         """Returns what to hold for a call, and how much of that is not learned."""
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
+        length = call.prompt_length()  # first: it tells the kind of text, which habits go by
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.tokens_of(call.prompt_length(), CHARACTERS_PER_TOKEN)
+            prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        prompt = self.estimated_input(call, habits.of(caller))
+        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
+        prompt = self.tokens_of(length, ratio)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
             peak = habits.peak(caller) or self.last_peak(caller)
@@ -2879,7 +2882,7 @@ class CostEstimator:
     def held(self, call, prompt, output, estimate):
         output = min(output, MAX_TOKENS_PER_CALL)
         picodollars = 0
-        if "usd" in self.units:
+        if self.needs_price:
             # A cheaper tier that is asked for is not always what serves.
             picodollars = max([self.prices.cost(Usage(prompt, output, tiers=tiers), name)[0]
                                for name in call.models for tiers in {(), call.tiers()}])
@@ -11165,7 +11168,7 @@ class Proxy:
         estimator = self.estimator
         costs = least = NO_COST if call.unmetered else estimator.plain
         if estimator.needs_estimate and not call.unmetered:
-            if "usd" in estimator.units:
+            if estimator.needs_price:
                 self.require_price(call, entry)
             costs, least = estimator.estimate(call, entry.caller.key)
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
@@ -11300,7 +11303,8 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
+        gone = ending == CallerGone.outcome
+        held = hold.output_tokens if entry.gave_up or gone else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
@@ -11308,7 +11312,7 @@ class Proxy:
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1]
-        if estimate and ending not in ("ok", CallerGone.outcome):
+        if estimate and not gone and ending != "ok":
             estimate = min(estimate, max(1, usage.input + usage.output))
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 

@@ -2451,6 +2451,14 @@ class LearningTest(ProxyCase):
             for side in itertools.chain(*errors.values()):
                 self.assertLess(statistics.median(side), 0.1)
 
+    def test_what_is_held_for_a_prompt_is_learned_for_each_kind_of_text(self):
+        for text in self.each((ENGLISH, CODE, CHINESE)):
+            self.start()
+            for _ in range(5):
+                self.used(text * 9)
+            exact = 9 + tokens_of(text * 9)
+            self.assertAlmostEqual(self.held(text * 9)[2], exact, delta=exact / 50)
+
     def test_an_answer_that_does_not_tell_what_it_hid_is_charged_the_usual_share(self):
         """Also where only the sum was told."""
         for name in self.each(("reasoning_tokens", "other")):
@@ -10303,7 +10311,12 @@ class AdminBooksTest(AdminCase):
     def test_a_line_before_the_database_is_bounded(self):
         self.start()
         leaves = threading.Event()
-        with mock.patch.object(llm_proxy.LedgerReader, "usage", lambda *_: leaves.wait(PATIENCE)):
+
+        def slow(*_):
+            leaves.wait(PATIENCE)
+            return {}
+
+        with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
             clients = [self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
                        for _ in range(llm_proxy.Jobs.MOST)]
             wait_for(lambda: sum(self.server.admin.reading.owners.values()) == len(clients))
