@@ -11303,18 +11303,23 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        gone = ending == CallerGone.outcome
-        held = hold.output_tokens if entry.gave_up or gone else 0
+        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
             return self.await_usage(call, hold)
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
-        estimate = hold.costs[-1]
-        if estimate and not gone and ending != "ok":
-            estimate = min(estimate, max(1, usage.input + usage.output))
+        estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
+
+    @staticmethod
+    def estimate_to_charge(hold, usage, ending):
+        """Of an answer that broke off no more is charged than came."""
+        estimate = hold.costs[-1]
+        if ending in ("ok", CallerGone.outcome):
+            return estimate
+        return min(estimate, max(1, usage.input + usage.output))
 
     def settle_unended(self, reply, entry, reason):
         """Do so for a call whose caller has left, or did not want to wait so long."""
