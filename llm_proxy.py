@@ -12417,16 +12417,15 @@ input, select { font: inherit; color: var(--text); background: var(--page); padd
 label :is(small, input, select) { display: block; width: 100%; margin-bottom: 4px; }
 summary { margin-bottom: 12px; } .choices a { display: inline-block; margin-left: -1px; }
 .choices [aria-current=true] { color: var(--text); background: var(--surface); font-weight: 600; }
-table { border-collapse: collapse; width: 100%; }
+table { border-collapse: collapse; width: 100%; } .number, td.actions { text-align: right; }
 th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: top;
   text-align: left; } :is(th, td):last-child { padding-right: 0; }
-.number, td.actions { text-align: right; }
 th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, #who {
   white-space: nowrap; } .total td { font-weight: 600; border: 0; }
 tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(--surface); }
 .gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
 .actions button { margin-left: 4px; } .ask { display: inline-flex; flex-wrap: wrap; gap: 4px;
-  max-width: 180px; justify-content: end; align-items: center; } .warned { color: var(--warn); }
+  width: 180px; justify-content: end; align-items: center; } .warned { color: var(--warn); }
 .mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
@@ -12436,9 +12435,8 @@ tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(
 .figures { margin-bottom: 32px; } .figure .label { grid-column: 1 / -1; white-space: nowrap; }
 .figure { display: grid; grid-template: 16px 28px 16px / 1fr auto; column-gap: 8px; }
 .value { font-size: 20px; line-height: 28px; } svg { display: block; overflow: visible; }
-.spark path, .chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
-.spark path { stroke: var(--s1); } .spark rect { fill: var(--s1); }
-.spark line, .grid { stroke: var(--lines); } .columns { gap: 32px; }
+.chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
+.spark path { fill: none; stroke: var(--s1); } .spark line, .grid { stroke: var(--lines); }
 .track { flex: 0 0 144px; height: 8px; border-radius: 2px; background: var(--surface);
   box-shadow: inset 0 0 0 1px var(--lines); overflow: hidden; }
 .level { height: 100%; background: var(--accent); transform-origin: left;
@@ -12449,7 +12447,7 @@ tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(
 .chart svg { width: 100%; height: 300px; touch-action: pan-y; }
 .chart .ahead { stroke-dasharray: 5 4; } .chart .budget { stroke: var(--bad); }
 .chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
-.chart .cursor { stroke: var(--muted); }
+.chart .cursor { stroke: var(--muted); } .columns { gap: 32px; }
 .values, .notice { background: var(--page); box-shadow: var(--box); border-radius: 4px; }
 .values { position: absolute; top: 0; width: auto; pointer-events: none; }
 .values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
@@ -12477,7 +12475,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
   .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 8px;
     justify-content: space-between; }
   .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
-  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; }
+  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; } .ask { width: auto; }
   .track { flex-basis: 100%; } .chart svg { height: 240px; } button { padding: 7px 10px; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
@@ -12510,9 +12508,10 @@ const shown = children => children.flat(9).filter(child => child || child === 0)
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes ?? {}))
     if (name === "style") element.style.cssText = value;
-    else if (name.startsWith("on")) element[name] = value;
+    else if (name.startsWith("on")) [element[name], element.acts] = [value, true];
     else if (value != null && value !== false) element.setAttribute(name, value);
-  element.append(...shown(children)); return element; }
+  element.append(...shown(children));
+  element.acts ||= [...element.children].some(child => child.acts); return element; }
 const small = (...children) => h("small", null, children);
 const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
 const swatch = number => h("span", {class: "swatch s" + number});
@@ -12528,9 +12527,8 @@ const asking = (id, text, contents, act) => view.asked === id ? form(async field
   { if (await act(fields)) ask(null); }, {class: "ask"}, contents, main(text), button("Cancel",
   () => ask(null))) : button(text, () => ask(id), {"data-asks": id});
 function ask(id) {
-  const asks = CSS.escape(view.asked);
-  view.asked = id; paint(true);
-  one(id ? ".ask :is(input, .main)" : `[data-asks="${asks}"]`)?.focus(); }
+  const old = view.asked; view.asked = id; paint(true);
+  one(id ? ".ask :is(input, .main)" : `[data-asks="${CSS.escape(old)}"]`)?.focus(); }
 // Columns: the head, what a cell shows of an item, and classes. Rows have a key.
 const table = (columns, rows) => h("table", {class: "cards live"}, h("thead", null, h("tr", null,
   columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", null, rows));
@@ -12548,20 +12546,21 @@ function paintSoon() {
   const act = () => paint(false, planned = null);
   planned ??= setTimeout(act, Math.max(0, painted + 1000 - performance.now())); }
 function patch(old, fresh) {
-  if (!fresh.attributes) return old.data === fresh.data || (old.data = fresh.data);
+  if (!fresh.acts && !old.acts && old.isEqualNode(fresh)) return;
+  if (!fresh.attributes) return old.data = fresh.data;
+  old.acts = fresh.acts;
   const isSet = name => name !== "style" && name !== "open"; // who looks opens and closes
   for (const {name} of [...old.attributes])
     if (isSet(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
   for (const {name, value} of fresh.attributes)
     if (isSet(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
   if (old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
-  for (const name of HANDLERS) old["on" + name] = fresh["on" + name];
+  if (fresh.acts) for (const name of HANDLERS) old["on" + name] = fresh["on" + name];
   patchChildren(old, [...fresh.childNodes]); }
 function patchChildren(old, children) {
   const isStill = !isAsked && old.localName === "tbody" && old.matches(":hover, :focus-within");
   const keyed = new Map([...old.children].map(child => [child.dataset.key, child]));
-  const used = new Set();
-  let place = old.firstChild;
+  let place = old.firstChild, used = new Set();
   for (const child of children) {
     while (place && (used.has(place) || place.isLeaving)) place = place.nextSibling;
     const isAlike = place?.nodeName === child.nodeName && !place.dataset?.key;
@@ -12571,12 +12570,13 @@ function patchChildren(old, children) {
     used.add(twin || child); }
   if (!isStill) [...old.childNodes].filter(child => !used.has(child)).forEach(drop); }
 function drop(node) { // rows of lists fade
-  if (node.isLeaving) return;
-  if (!node.dataset?.key || isAsked) return node.remove();
+  if (!node.dataset?.key || isAsked) return node.isLeaving || node.remove();
   [node.isLeaving, node.className] = [true, "gone"]; setTimeout(() => node.remove(), 300); }
 // Numbers, money and times as people read them. Times are unix seconds, in the viewer's zone.
 const HOUR = 3600, DAY = 24 * HOUR, zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
 const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
+const MONEY = [0, 1, 2, 3, 4].map(digits => new Intl.NumberFormat("en",
+  {minimumFractionDigits: digits, maximumFractionDigits: digits}));
 const count = number => number == null ? "–" : usd(Math.round(number), 0);
 const short = number => number < 10000 ? count(number) : compact.format(number);
 const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
@@ -12584,9 +12584,10 @@ const words = name => name.replaceAll("_", " ");
 const title = text => text[0].toUpperCase() + text.slice(1);
 const sumOf = values => values.reduce((sum, value) => sum + value, 0);
 const tokensOf = sum => sum.tokens ?? (sum.input ?? 0) + (sum.output ?? 0);
-const date = (time, options) => new Date(time * 1000).toLocaleString("en-GB", options);
-const clock = time => date(time, {timeStyle: "medium"});
-const day = time => date(time, {day: "numeric", month: "short"});
+const dates = (options, format = new Intl.DateTimeFormat("en-GB", options)) => time =>
+  format.format(time * 1000); // once made, as that takes long
+const clock = dates({timeStyle: "medium"}), hour = dates({timeStyle: "short"});
+const day = dates({day: "numeric", month: "short"}), year = dates({dateStyle: "medium"});
 const moment = time => (day(time) === day(now()) ? "" : day(time) + " ") + clock(time);
 function seconds(number) {
   const units = [[DAY, "d"], [HOUR, "h"], [60, "min"]];
@@ -12596,8 +12597,7 @@ function seconds(number) {
 function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
   const least = 10 ** -digits;
   if (value > 0 && value < least) return "<" + least.toFixed(digits);
-  return Number(value ?? 0).toLocaleString("en", {minimumFractionDigits: digits,
-    maximumFractionDigits: digits}).replace("-", "−"); }
+  return MONEY[digits].format(value ?? 0).replace("-", "−"); }
 const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(word =>
   sum[word] === true ? word : `${count(sum[word])} ${word}`);
 const below = text => text && [h("br"), small(text)];
@@ -12727,8 +12727,8 @@ const FIGURES = [
 const figure = ([label, name, value, note]) => h("div", {class: "figure live"},
   h("div", {class: "label"}, label), h("div", {class: "value"}, value(model.pulses, name)),
   svg("svg", {class: "spark", width: 72, height: 28, "aria-hidden": true},
-  svg("line", {x2: 72, y1: 27.5, y2: 27.5}),
-  svg("path", {d: minuteLine(model.pulses.map(pulse => pulse[name]))})), h("div", {class: "label"},
+  svg("line", {x2: 72, y1: 27.5, y2: 27.5}), svg("path", {"stroke-width": 1.5,
+  d: minuteLine(model.pulses.map(pulse => pulse[name]))})), h("div", {class: "label"},
   note(model.pulses, name)));
 function minuteLine(values) { // what is null is a gap
   const top = Math.max(...values, 1), first = 60 - values.length;
@@ -12821,8 +12821,8 @@ function addCall(today, call) {
 function hourBars(values) {
   const top = Math.max(...values, 1), label = `at most ${short(top)} tokens an hour`;
   return svg("svg", {class: "spark", width: 96, height: 20, role: "img", "aria-label": label},
-    svg("line", {x2: 96, y1: 19.5, y2: 19.5}), values.map((value, at) =>
-    svg("rect", {x: at * 4, width: 3, height: 18 * value / top, y: 19 - 18 * value / top}))); }
+    svg("line", {x2: 96, y1: 19.5, y2: 19.5}), svg("path", {"stroke-width": 3,
+    d: values.map((value, at) => `M${at * 4 + 2} 19V${19 - 18 * value / top}`).join("")})); }
 function callerActions(caller) {
   const {name, buckets, paused, key} = caller;
   const units = [...new Set(buckets.map(({unit}) => unit))];
@@ -12868,10 +12868,10 @@ async function openUsage(query) {
   const load = async () => {
     loaded = now(); usage = await read("usage", asked());
     usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); paintSoon(); };
-  view.draw = () => usage && [h("div", {class: "tools"}, choices("range", RANGES, range),
-    choices("by", GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () =>
-    attempt("CSV", () => download(asked())))), chips("usage", query, GROUPS),
-    usage.groups.length ? usageParts(usage, range, measure, query) : firstCall()];
+  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
+    GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
+    download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
+    range, measure, query) : firstCall()];
   view.ended = () => now() - loaded > 15 && attempt("Loading", load); await load(); }
 async function download(asked) {
   const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
@@ -12890,8 +12890,8 @@ function usageParts(usage, range, measure, query) {
   return h("div", {class: "columns"}, h("section", null, h("h2", null, label),
     h("div", {class: "value"}, isMoney ? usd(all) : short(all)), chart({label, series, steps,
     isMoney, budget, end, pace: pace * length}), h("p", null, small(`Times in ${zone}.`, end
-    && ` At this pace (dashed) ${usd(ahead, 2)} by the` + " end of the month."))), usageTable(usage,
-    series, query, valueOf)); }
+    && ` At this pace (dashed) ${usd(ahead, 2)} by the month's end.`))), usageTable(usage, series,
+    query, valueOf)); }
 function valuesOf(groups, series, valueOf) {
   const values = series.map(({name}) => Object.hasOwn(groups, name) ? valueOf(groups[name]) : 0);
   const rest = sumOf(Object.values(groups).map(valueOf)) - sumOf(values);
@@ -12965,19 +12965,19 @@ function chartParts({steps, series, budget, pace}, scale, step) {
   const say = (x, y, end, text, kind) => svg("text", {class: kind, x, y, "text-anchor": end}, text);
   return [scale.lines.map(value => [line("grid", value, EDGE.left), say(EDGE.left - 8,
     scale.y(value) + 4, "end", number(value))]), labelled(steps, scale).map(step =>
-    say(x(step), scale.floor + 18, "middle", date(step.at, step.kind === "day" ? {day: "numeric",
-    month: "short"} : {timeStyle: "short"}))), steps.filter(step => step.values).map(step =>
-    [bar(step, series, scale), step.end > now() && say(x(step), scale.y(allOf(step)) - 5, "middle",
-    "so far", "said")]), pace > 0 && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear
-    && [line("budget", budget.value, EDGE.left), say(EDGE.left + 4, scale.y(budget.value) - 5,
-    "start", "budget: " + budget.text, "said")], step && svg("line", {class: "cursor", x1: x(step),
-    x2: x(step), y1: EDGE.top, y2: scale.floor})]; }
+    say(x(step), scale.floor + 18, "middle", (step.kind === "day" ? day : hour)(step.at))),
+    steps.filter(step => step.values).map(step => [bar(step, series, scale), step.end > now()
+    && say(x(step), scale.y(allOf(step)) - 5, "middle", "so far", "said")]), pace > 0
+    && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value,
+    EDGE.left), say(EDGE.left + 4, scale.y(budget.value) - 5, "start", "budget: " + budget.text,
+    "said")], step && svg("line", {class: "cursor", x1: x(step), x2: x(step), y1: EDGE.top,
+    y2: scale.floor})]; }
 // The steps at round times, at most one in 64 pixels.
 function labelled(steps, scale) {
   const [{kind, at, end}] = steps, room = 64 / (scale.x(end) - scale.x(at));
   const every = [1, 2, 3, 4, 6, 7, 12, 14, 24].find(number => number >= room) ?? 31;
-  const hour = ({at}) => new Date(at * 1000).getHours();
-  return steps.filter((step, number) => (kind === "hour" ? hour(step) : number) % every === 0); }
+  const hourOf = ({at}) => new Date(at * 1000).getHours();
+  return steps.filter((step, number) => (kind === "hour" ? hourOf(step) : number) % every === 0); }
 function bar(step, series, scale) {
   const width = Math.max(1, Math.min(48, (scale.x(step.end) - scale.x(step.at)) * .75));
   const x = scale.middle(step) - width / 2, y = scale.y(allOf(step)), height = scale.floor - y;
@@ -12994,7 +12994,7 @@ function valueTable({series, isMoney}, step, scale) {
   const line = (...cells) => h("tr", null, cells.map(cell => h("td", {class: "number"}, cell)));
   const x = scale.middle(step), isLeft = x < scale.width / 2;
   const style = isLeft ? `left: ${x + 12}px` : `right: ${scale.width - x + 12}px`;
-  return h("table", {class: "values", style}, h("tbody", null, line(date(step.at, when)
+  return h("table", {class: "values", style}, h("tbody", null, line(dates(when)(step.at)
     + (step.end > now() ? ", so far" : ""), ""), series.map(({name, colour}, at) =>
     step.values?.[at] > 0 && line([swatch(colour), name ?? "other"], format(step.values[at]))),
     line(step.values ? "Total" : "no call", format(allOf(step))))); }
@@ -13071,7 +13071,7 @@ function callParts(call) {
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
     Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
-  return [call.ms > 0 && h("p", null,
+  return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`),
     h("div", {class: "timing", "aria-hidden": true}, phases.map(([, ms], at) => ms > 0
     && h("div", {class: "s" + (at + 1), style: "flex-grow: " + ms}))),
@@ -13091,7 +13091,7 @@ const KEYS = [
   ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
   ["Role", ({role, team}) => [role, below(team)]],
   ["Limits", ({limits, models}) => [limits || small("general rules"), below(models)]],
-  ["Expires", ({expires}) => expires ? date(expires, {dateStyle: "medium"}) : "never"],
+  ["Expires", ({expires}) => expires ? year(expires) : "never"],
   ["Last used", ({last_used}) => last_used ? moment(last_used) : "never"],
   ["State", ({disabled, expires}) => disabled ? mark("off", "paused")
     : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
