@@ -7339,8 +7339,8 @@ class LedgerTest(LedgerCase):
             wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
             lines = pathlib.Path(usage_log).read_text("ascii").splitlines()
             lost = [int(line.split()[1][1:]) for line in lines if line.endswith('dropped"}')]
-            self.assertEqual(sum(line[:6] == '{"id":' for line in lines) + sum(lost),
-                             62 + (len(lost) and 1))  # one was cut
+            told = sum(line[:6] == '{"id":' for line in lines) + sum(lost)
+            self.assertIn(told - 62, (0, 1) if lost else (0,))  # one may have been cut
             self.proxy.books.close(PATIENCE)
             with contextlib.closing(sqlite3.connect(path)) as connection:
                 found = connection.execute("SELECT level FROM buckets").fetchall()
@@ -11190,7 +11190,7 @@ class TlsTest(ServerCase):
         waiting = functools.partial(lambda: sorted(
             round(one.context.deadline - clock.now, 2) for one in self.server.open
             if one.context.what == "its turn for a TLS handshake"))
-        self.assertEqual(wait_for(waiting, "who waits"), [0.05, 0.1])
+        wait_for(lambda: waiting() == [0.05, 0.1], "who waits")
         clock.now += 0.06
         self.assertEqual(wait_for(lambda: waiting()[1:] == [] and waiting(), "a turn"), [0.04])
         self.assertEqual(len(clients), 23)
