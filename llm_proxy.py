@@ -1231,22 +1231,22 @@ class Forbidden(Refusal):
 
 
 class NotForCalls(Forbidden):
-    code = cause = "key_not_for_calls"
+    code = "key_not_for_calls"
     message = "This key is for looking at this proxy and steering it: it makes no calls"
 
 
 class RoleTooLow(Forbidden):
-    code = cause = "role_too_low"
+    code = "role_too_low"
     message = "This key may not do that here"
 
 
 class ModelNotAllowed(Forbidden):
-    code = cause = "model_not_allowed"
+    code = "model_not_allowed"
     message = "This key may not use the model, or the call names none"
 
 
 class UpstreamNotAllowed(Forbidden):
-    code = cause = "upstream_not_allowed"
+    code = "upstream_not_allowed"
     message = "This key may not use the upstream"
 
 
@@ -10840,7 +10840,7 @@ class Reply:
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
         self.stop_comments()
         self.entry.outcome = refusal.outcome
-        self.entry.cause = refusal.cause
+        self.entry.cause = refusal.cause or refusal.code
         if self.begun:
             return self.cut(refusal)
         self.close_after = self.close_after or refusal.close_after

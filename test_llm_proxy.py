@@ -9232,6 +9232,7 @@ class UnpricedTest(CallCase):
         for path, payload, keys, said in self.each(self.REFUSED):
             answered = self.assert_status(403, request("POST", path, chat(model="m", **payload)))
             self.assertEqual(llm_proxy.dig(json.loads(answered.body), *keys), said)
+        self.assertEqual(self.entry()["cause"], "model_has_no_price")
         self.assert_status(403, call(model="gpt-4o", models=["m"]))
         self.assert_status(403, call(model=None))
         self.assert_status(403, request("POST", "/v1/audio/speech", chat(model="m")))
