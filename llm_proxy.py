@@ -12840,14 +12840,14 @@ function hourBars(values) {
     d: values.map((value, at) => `M${at * 4 + 2} 19V${19 - 18 * value / top}`).join("")})); }
 function callerActions(caller) {
   const {name, buckets, paused, key} = caller;
-  const units = [...new Set(buckets.map(({unit}) => unit))].filter(unit => unit !== "running");
+  const isOwn = ({unit, rule}) => unit !== "running" && /^(each|key|address)/.test(rule);
+  const own = buckets.filter(isOwn), units = [...new Set(own.map(({unit}) => unit))];
   const set = (verb, done) => attempt(title(verb), () => post("keys", name, verb), name + done);
   const calls = [...model.running.values()].filter(call => call.caller === name && !call.ended);
   const give = fields => attempt("Give", () => write("POST", pathOf("callers", name, "give"),
     fields), `${name} got ${fields.amount} ${fields.unit} more for ${fields.for}.`);
-  const first = buckets.find(({unit}) => unit === units[0]), isOne = units.length === 1;
   const fields = () => [input("amount", "Amount", {size: 4, required: true, inputmode: "decimal",
-    value: isOne && Number(first.capacity)}), h("select", {name: "unit", "aria-label": "Unit"},
+    value: !units[1] && Number(own[0].capacity)}), h("select", {name: "unit", "aria-label": "Unit"},
     units.map(unit => h("option", null, unit))), input("for", "For", {size: 3, value: "1d"})];
   const reset = () => attempt("Reset", () => post("callers", name, "reset"), name + ": all full.");
   const told = [plural(calls.length, "running call"), ` of ${name} will go on; new ones get 401.`];

@@ -10664,7 +10664,7 @@ class PageTest(AdminCase):
         return self.browser.run("document.querySelector('pre').textContent")
 
     def test_a_key_is_made_used_filled_paused_and_rotated(self):
-        self.start()
+        self.start(LIMITS="all 90000 tokens per day")
         self.log_in()
         self.click("Keys")
         self.enter("name", "ann")
