@@ -11658,7 +11658,7 @@ class Catalogue:
     def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
         self.clock = clock
-        self.lists: Dict[str, List[Model]] = {one.name: [] for one in self.upstreams}
+        self.lists = {one.name: [] for one in self.upstreams}
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
@@ -12225,8 +12225,8 @@ class Admin:
 
     async def give(self, ask):
         self.require_known(ask.name)
-        return await self.change_keys(ask, KeyStore.give, ask.name, *[
-            ask.body.get(name) for name in ("amount", "unit", "for")])
+        return await self.change_keys(ask, KeyStore.give, ask.name,
+                                      *map(ask.body.get, ("amount", "unit", "for")))
 
     async def reset(self, ask):
         self.require_known(ask.name)
