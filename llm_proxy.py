@@ -386,6 +386,11 @@ class Rule(NamedTuple):
     rate: Tuple[int, int]
     family: Tuple[Any, ...] = ()
 
+    @property
+    def word(self) -> str:
+        """The unit for people: an estimate is one of tokens."""
+        return UNITS[self.unit].replace("estimate", "tokens")
+
 
 def rules(text):
     """'SCOPE AMOUNT UNIT per DURATION [burst N]' or 'SCOPE AMOUNT running', by semicolons or
@@ -1231,22 +1236,22 @@ class Forbidden(Refusal):
 
 
 class NotForCalls(Forbidden):
-    code = cause = "key_not_for_calls"
+    code = "key_not_for_calls"
     message = "This key is for looking at this proxy and steering it: it makes no calls"
 
 
 class RoleTooLow(Forbidden):
-    code = cause = "role_too_low"
+    code = "role_too_low"
     message = "This key may not do that here"
 
 
 class ModelNotAllowed(Forbidden):
-    code = cause = "model_not_allowed"
+    code = "model_not_allowed"
     message = "This key may not use the model, or the call names none"
 
 
 class UpstreamNotAllowed(Forbidden):
-    code = cause = "upstream_not_allowed"
+    code = "upstream_not_allowed"
     message = "This key may not use the upstream"
 
 
@@ -2226,7 +2231,7 @@ class Limits:
         """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
         returns how many there are."""
         found = [(rule, key) for rule, key in self.buckets_of(caller)
-                 if unit in (UNITS[rule.unit], rule.text.split(" ")[2])]
+                 if unit in (rule.word, rule.text.split(" ")[2])]
         for rule, key in found:
             self.buckets.give(rule, key, amount, until, again)
         return len(found)
@@ -7931,12 +7936,13 @@ class Entry:
         return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
 
     def progress(self, clock: Any) -> Dict[str, Any]:
-        """Returns what changes while it runs."""
+        """Returns what changes while it runs; `key` is no other one's, though callers may choose
+        one id twice."""
         self.request_id = self.request_id or new_request_id()
         place = self.ticket.queue.position(self.ticket) if self.ticket else None
-        return {"id": self.request_id, "state": self.state(), "position": place,
-                "seconds": round(clock.monotonic() - self.started, 3),
-                "tokens": self.tokens_so_far()}
+        return {"id": self.request_id, "key": self.started, "state": self.state(),
+                "position": place, "tokens": self.tokens_so_far(),
+                "seconds": round(clock.monotonic() - self.started, 3)}
 
     def moment(self):
         """Returns the end in UTC, as logs have it."""
@@ -9044,6 +9050,9 @@ class NewKey(NamedTuple):
     secret: str
     closes: bool = False
 
+    def as_dict(self) -> Dict[str, Any]:
+        return {"key": self.secret, **self.key.as_dict()}
+
 
 class KeyStore:
     """What can be done with stored keys: each in one transaction, with a row of the audit. A
@@ -9256,6 +9265,7 @@ class Ledger(Writer):
         self.secret = secret
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
+        self.on_read = collections.deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
         ahead = limits.restore(self.saved, clock.time_ns() / 1e9)
@@ -9284,7 +9294,7 @@ class Ledger(Writer):
         try:
             if not self.is_open(now):
                 return
-            self.look_at_keys(now)
+            self.read_news(now)
             self.write(batch, now)
             self.note_use(batch, now)
         except sqlite3.Error as failure:
@@ -9332,6 +9342,14 @@ class Ledger(Writer):
             except DatabaseFault as fault:
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
         return self.database is not None
+
+    def read_news(self, now):
+        """Looks at keys and orders, and tells those who asked before it looked."""
+        asked = [self.on_read.popleft() for _ in range(len(self.on_read))]
+        self.look_at_keys(now)
+        for tell in asked:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                tell()
 
     def look_at_keys(self, now):
         """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
@@ -9542,7 +9560,7 @@ def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
 
 def ended_call(entry: Entry) -> Dict[str, Any]:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
-    return call_fields(entry.as_row())
+    return {**call_fields(entry.as_row()), "key": entry.started}
 
 
 class Event:
@@ -9909,8 +9927,7 @@ class Metrics(Watcher):
     def totals(self) -> Tuple[int, int, int, int]:
         """Returns how many calls ended, how many of them failed, and their tokens and
         picodollars."""
-        fine = ("ok", "limited", "caller_gone")
-        failed = [one.calls for names, one in self.series.items() if names[-1] not in fine]
+        failed = [one.calls for names, one in self.series.items() if names[-1] not in PASSED]
         used = self.used.values()
         return (sum([one.calls for one in self.series.values()]), sum(failed),
                 sum([one.input + one.output for one in used]),
@@ -10020,7 +10037,7 @@ class Pulse(Watcher):
         now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
         missing = -(-(rule.capacity - level.level) // rule.refill)
         runs = rule.unit == RUNNING
-        return {"rule": rule.text, "unit": UNITS[rule.unit],
+        return {"rule": rule.text, "unit": rule.word,
                 "level": format_amount(rule, level.level),
                 "capacity": format_amount(rule, rule.capacity),
                 "refill": 0 if runs else format_amount(rule, rule.refill),
@@ -10840,7 +10857,7 @@ class Reply:
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
         self.stop_comments()
         self.entry.outcome = refusal.outcome
-        self.entry.cause = refusal.cause
+        self.entry.cause = refusal.cause or refusal.code
         if self.begun:
             return self.cut(refusal)
         self.close_after = self.close_after or refusal.close_after
@@ -11641,7 +11658,7 @@ class Catalogue:
     def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
         self.clock = clock
-        self.lists = [[] for _ in self.upstreams]
+        self.lists = {one.name: [] for one in self.upstreams}
         self.good_until = -math.inf
         self.asking = None  # the task that asks
 
@@ -11658,27 +11675,25 @@ class Catalogue:
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
-        lists = [models for one, models in zip(self.upstreams, self.lists)
-                 if upstream in (None, one.name)]
+        lists = [models for name, models in self.lists.items() if upstream in (None, name)]
         for model in itertools.chain(*lists):
             found.setdefault(model.name, model)
         return found
 
     async def ask_all(self, loop):
         try:
-            numbers = range(len(self.upstreams))
-            answered = await asyncio.gather(*[self.ask(loop, number) for number in numbers])
+            answered = await asyncio.gather(*[self.ask(loop, one) for one in self.upstreams])
             seconds = self.KEEP_SECONDS if all(answered) else self.AGAIN_SECONDS
             self.good_until = self.clock.monotonic() + seconds
         finally:
             self.asking = None
 
-    async def ask(self, loop, number):
+    async def ask(self, loop, upstream):
         """Returns whether it answered."""
         context = Context(loop)
         context.until = loop.time() + self.ASK_SECONDS
         try:
-            self.lists[number] = await self.upstreams[number].models(context)
+            self.lists[upstream.name] = await upstream.models(context)
             return True
         except (Refusal, ValueError):
             return False
@@ -11894,11 +11909,14 @@ class Admin:
     ROOT = "/admin/api"
     MAX_BODY = 1 << 16
     MAX_SHOWN = 200
+    MAX_KNOWN = 20          # models of an upstream
     BEAT_SECONDS = 0.25     # events that come within it go out together
     SILENT_SECONDS = 15     # then a comment shows that the stream lives
+    READ_SECONDS = 2        # until the proxy goes by a change of keys
 
-    def __init__(self, proxy: Proxy):
+    def __init__(self, proxy: Proxy, catalogue: Catalogue):
         self.proxy = proxy
+        self.lists = catalogue.lists
         self.clock = proxy.clock
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
@@ -11987,14 +12005,26 @@ class Admin:
 
     async def change_keys(self, ask, act, *arguments, **fields):
         """Does something with the stored keys, as KeyStore has it, in the name of who asks; one
-        after the other."""
+        after the other. Returns what is told of it, once the proxy goes by it."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
 
         def change():
             with contextlib.closing(Database(self.path)) as database:
                 return act(KeyStore(database, self.clock, actor), *arguments, **fields)
 
-        return await self.run(self.changing, ask.reply, change)
+        found = await self.run(self.changing, ask.reply, change)
+        await self.until_read(ask.reply.context)
+        return found.as_dict() if found else {}
+
+    async def until_read(self, context):
+        """Waits until the ledger has told of keys as they are now. It may be hindered: then what
+        was changed is changed all the same."""
+        loop = context.loop
+        told = loop.create_future()
+        self.proxy.books.ledger.on_read.append(
+            lambda: loop.call_soon_threadsafe(Stream.wake, told))
+        with contextlib.suppress(TimeoutError):
+            await context.wait(told, self.READ_SECONDS, "the ledger")
 
     def pools(self) -> List[concurrent.futures.Executor]:
         return [jobs.pool for jobs in (self.reading, self.changing, self.own_use)]
@@ -12109,8 +12139,10 @@ class Admin:
     def describe(self, upstream):
         stats = upstream.stats()
         queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
+        known = self.lists.get(upstream.name, [])  # as it told them before
         return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
                 "models": list(upstream.globs), "model": upstream.model,
+                "known": [clean(model.name) for model in known[:self.MAX_KNOWN]],
                 "max_concurrency": upstream.queue.most if upstream.queue else 0}
 
     async def upstreams(self, _):
@@ -12121,12 +12153,6 @@ class Admin:
         require(found, "there is no upstream of this name")
         return found
 
-    async def enable(self, ask):
-        return await self.switch(ask, on=True)
-
-    async def disable(self, ask):
-        return await self.switch(ask, on=False)
-
     async def switch(self, ask, on):
         """It stays so after a new start, too, where there is a DATABASE."""
         upstream = self.upstream(ask.name)
@@ -12135,6 +12161,9 @@ class Admin:
         self.proxy.routes.switch(ask.name, on)
         self.feed.tell("change", {"what": "upstreams"})
         return self.describe(upstream)
+
+    enable = functools.partialmethod(switch, on=True)
+    disable = functools.partialmethod(switch, on=False)
 
     async def test(self, ask):
         upstream = copy.copy(self.upstream(ask.name))
@@ -12173,27 +12202,21 @@ class Admin:
 
     async def add_key(self, ask):
         fields, name = self.fields_of_key(ask, "name")
-        made = await self.change_keys(ask, KeyStore.add, name, **fields)
-        return {"key": made.secret, **made.key.as_dict()}
+        return await self.change_keys(ask, KeyStore.add, name, **fields)
 
     async def set_key(self, ask):
         fields, reset = self.fields_of_key(ask, "reset")
-        key = await self.change_keys(ask, KeyStore.set, ask.name, reset is True, **fields)
-        return key.as_dict()
+        return await self.change_keys(ask, KeyStore.set, ask.name, reset is True, **fields)
 
-    async def remove_key(self, ask):
-        await self.change_keys(ask, KeyStore.remove, ask.name)
-        return {}
+    async def change_key(self, act, ask):
+        return await self.change_keys(ask, act, ask.name)
 
-    async def revoke_key(self, ask):
-        return (await self.change_keys(ask, KeyStore.revoke, ask.name)).as_dict()
-
-    async def restore_key(self, ask):
-        return (await self.change_keys(ask, KeyStore.restore, ask.name)).as_dict()
+    remove_key = functools.partialmethod(change_key, KeyStore.remove)
+    revoke_key = functools.partialmethod(change_key, KeyStore.revoke)
+    restore_key = functools.partialmethod(change_key, KeyStore.restore)
 
     async def rotate_key(self, ask):
-        made = await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
-        return {"key": made.secret, **made.key.as_dict()}
+        return await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
 
     def require_known(self, label):
         """Raises NoSuchPage where nobody is known by a name: it may be misspelt."""
@@ -12202,15 +12225,12 @@ class Admin:
 
     async def give(self, ask):
         self.require_known(ask.name)
-        body = ask.body
-        await self.change_keys(ask, KeyStore.give, ask.name, body.get("amount"),
-                               body.get("unit"), body.get("for"))
-        return {}
+        return await self.change_keys(ask, KeyStore.give, ask.name,
+                                      *map(ask.body.get, ("amount", "unit", "for")))
 
     async def reset(self, ask):
         self.require_known(ask.name)
-        await self.change_keys(ask, KeyStore.reset, ask.name)
-        return {}
+        return await self.change_keys(ask, KeyStore.reset, ask.name)
 
     async def audit(self, ask):
         rows = await self.read_books(
@@ -12280,7 +12300,7 @@ class Admin:
         return list(found.values())
 
     async def callers(self, ask):
-        sums, hours, seen = {}, {}, {}
+        sums = hours = seen = {}
         with contextlib.suppress(BooksAway):
             sums, hours, seen = await self.read_books(
                 ask.reply, LedgerReader.of_callers, self.zone(ask), self.now())
@@ -12292,13 +12312,9 @@ class Admin:
                 "name": label, "team": caller.team, "key": bool(key),
                 "paused": bool(key and key.disabled), "buckets": self.buckets_of(caller, not_full),
                 "today": sums.get(label, NO_SUM).as_dict(), "hours": hours.get(label, [0] * 24),
-                "last": self.last_seen(caller) or seen.get(label)})
+                "last": self.pulse.callers.get(caller.key, (None, 0))[1] / 1e9 or seen.get(label)})
         rows.sort(key=lambda row: -(row["last"] or 0))
         return {"callers": rows[:self.MAX_SHOWN]}
-
-    def last_seen(self, caller):
-        _, wall = self.pulse.callers.get(caller.key, (None, 0))
-        return wall / 1e9
 
     async def quota(self, request, reply):
         """A page for every caller: what it has left, and what it used."""
@@ -12307,9 +12323,8 @@ class Admin:
         caller = entry.caller
         if caller.key in self.own_use.owners:
             raise Overloaded(wait=1)
-        query = dict(urllib.parse.parse_qsl(request.query))
-        ask = Ask(request, reply, caller, "", query, {})
-        calls, days = [], []
+        ask = Ask(request, reply, caller, "", dict(urllib.parse.parse_qsl(request.query)), {})
+        calls = days = []
         with contextlib.suppress(BooksAway):
             calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
                                          caller.label, self.zone(ask), self.now())
@@ -12344,7 +12359,7 @@ class Admin:
     async def limits(self, _):
         refused = self.proxy.watchers.metrics.refused
         return {"rules": [
-            {"text": rule.text, "unit": UNITS[rule.unit], "refused": refused.get(rule.text, 0),
+            {"text": rule.text, "unit": rule.word, "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
             for rule in self.proxy.limits.rules]}
 
@@ -12495,9 +12510,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
     <span><button id="theme"></button><button id="leave">Log out</button></span></div>
   <nav id="tabs" class="wide" aria-label="Views"></nav>
 </header>
-<main id="main"></main>
-<div id="notices" role="status"></div>
-<p id="lost" role="status"></p>
+<main id="main"></main><div id="notices" role="status"></div><p id="lost" role="status"></p>
 <script type="module" nonce="%NONCE%">
 // Elements. Text goes in as text nodes only: nothing that a caller or an upstream said is markup.
 const $ = id => document.getElementById(id), one = selector => document.querySelector(selector);
@@ -12512,6 +12525,7 @@ function fill(element, attributes, children) {
     else if (value != null && value !== false) element.setAttribute(name, value);
   element.append(...shown(children));
   element.acts ||= [...element.children].some(child => child.acts); return element; }
+const input = (name, label, more) => h("input", {name, "aria-label": label, ...more});
 const small = (...children) => h("small", null, children);
 const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
 const swatch = number => h("span", {class: "swatch s" + number});
@@ -12523,17 +12537,21 @@ const copyButton = (title, text) => button(title, () => attempt("Copying", () =>
 const form = (act, more, ...children) => h("form", {...more, onsubmit(event) {
   event.preventDefault(); act(Object.fromEntries(new FormData(event.target)));}}, children);
 // A button that asks once, in its own place: for what `contents` has fields for, or just again.
-const asking = (id, text, contents, act) => view.asked === id ? form(async fields =>
-  { if (await act(fields)) ask(null); }, {class: "ask"}, contents, main(text), button("Cancel",
-  () => ask(null))) : button(text, () => ask(id), {"data-asks": id});
+const asking = (id, text, contents, act) => view.asked === id ? form(async fields => { const mine =
+  view; if (await act(fields) && view === mine) ask(null); }, {class: "ask"}, contents, main(text),
+  button("Cancel", () => ask(null))) : button(text, () => ask(id), {"data-asks": id});
 function ask(id) {
   const old = view.asked; view.asked = id; paint(true);
   one(id ? ".ask :is(input, .main)" : `[data-asks="${CSS.escape(old)}"]`)?.focus(); }
-// Columns: the head, what a cell shows of an item, and classes. Rows have a key.
+// Columns: the head, what a cell shows of an item, or its name there, and classes. Rows have keys.
+const shownOf = (item, cell, kind) => cell.call ? cell(item)
+  : kind === "number" ? count(item[cell]) : item[cell] ?? "–";
+const row = (columns, item, key, more) => h("tr", {"data-key": key, ...more}, columns.map(([head,
+  ...cell]) => h("td", {class: cell[1], "data-label": head}, shownOf(item, ...cell))));
 const table = (columns, rows) => h("table", {class: "cards live"}, h("thead", null, h("tr", null,
   columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", null, rows));
-const row = (columns, item, key, more) => h("tr", {"data-key": key, ...more},
-  columns.map(([head, cell, kind]) => h("td", {class: kind, "data-label": head}, cell(item))));
+const list = (columns, items, keyOf = ({name}) => name) =>
+  table(columns, items.map(item => row(columns, item, keyOf(item))));
 // Painting makes what is shown like what was drawn anew, and touches only what differs: at once
 // where somebody asked for it, else at most once a second. What is pointed at does not move.
 const HANDLERS = "click submit input keydown pointermove pointerleave blur".split(" ");
@@ -12543,8 +12561,7 @@ function paint(asked) {
   if (model && !isMe) paintBar();
   if (view.draw && !view.isLoading) patchChildren($("main"), shown([view.draw()])); }
 function paintSoon() {
-  const act = () => paint(false, planned = null);
-  planned ??= setTimeout(act, Math.max(0, painted + 1000 - performance.now())); }
+  planned ??= setTimeout(() => paint(false, planned = null), painted + 1000 - performance.now()); }
 function patch(old, fresh) {
   if (!fresh.acts && !old.acts && old.isEqualNode(fresh)) return;
   if (!fresh.attributes) return old.data = fresh.data;
@@ -12595,8 +12612,7 @@ function seconds(number) {
   const digits = number < 10 * size && size !== 60 ? 1 : 0;
   return `${(Math.max(0, number) / size).toFixed(digits).replace(".0", "")} ${unit}`; }
 function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
-  const least = 10 ** -digits;
-  if (value > 0 && value < least) return "<" + least.toFixed(digits);
+  if (value > 0 && value < 10 ** -digits) return "<" + (10 ** -digits).toFixed(digits);
   return MONEY[digits].format(value ?? 0).replace("-", "−"); }
 const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(word =>
   sum[word] === true ? word : `${count(sum[word])} ${word}`);
@@ -12604,6 +12620,7 @@ const below = text => text && [h("br"), small(text)];
 const money = (sum, digits) => [usd(sum.usd, digits), doubts(sum).map(below)];
 // What the page knows, and what it asks.
 const KEY = "llm_proxy.key", isMe = location.pathname.endsWith("/me");
+let session = {}; // from log-in to log-out: how it is `starting`, and the key that was `made`
 let model = null; // the summary, kept up to date by events
 let view = {};    // the shown tab: `draw`, and what to do on `ended`, `bucket` and `changed`
 let skew = 0;     // seconds by which the proxy's clock is ahead
@@ -12611,20 +12628,22 @@ const now = () => Date.now() / 1000 + skew;
 const isAdmin = () => model.you.role === "admin";
 const timeZone = () => ({zone, offset: -new Date().getTimezoneOffset()});
 const pathOf = (...parts) => parts.map(encodeURIComponent).join("/");
-async function send(path, options = {}) {
+// What was asked for before a log-out is never answered: who logs in then has nothing of it.
+const send = (path, options = {}, mine = session) => answerOf(path, options).finally(() =>
+  mine === session || new Promise(() => {}));
+async function answerOf(path, {take = response => response.json(), ...options}) {
   const headers = {Authorization: "Bearer " + sessionStorage.getItem(KEY), ...options.headers};
   const response = await fetch(path, {cache: "no-store", ...options, headers}).catch(() => null);
-  if (response?.ok) return response;
+  if (response?.ok) return take(response);
   const told = await response?.json().catch(() => null);
   const text = response ? "status " + response.status : "the proxy does not answer; does it run?";
   throw Object.assign(new Error(told?.error?.message ?? text), {status: response?.status}); }
-async function read(path, query = {}) {
-  const asked = Object.entries(query).filter(([, value]) => value != null && value !== "");
-  return (await send(`admin/api/${path}?${new URLSearchParams(asked)}`)).json(); }
-async function write(method, path, body = {}) {
-  const headers = {"Content-Type": "application/json"};
-  const response = await send("admin/api/" + path, {method, headers, body: JSON.stringify(body)});
-  return response.json().catch(() => ({})); }
+function queryOf(query) {
+  const asked = Object.entries(query).filter(([, value]) => value || value === 0);
+  return asked.length ? "?" + new URLSearchParams(asked) : ""; }
+const read = (path, query = {}) => send(`admin/api/${path}` + queryOf(query));
+const write = (method, path, body = {}) => send("admin/api/" + path, {method,
+  headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
 const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
@@ -12643,7 +12662,7 @@ function notice(text, kind = "good", lasts = 8) {
 // Events: one stream, read by fetch, because an EventSource sends no key.
 let stream = null, lastId = "", heardAt = 0;
 async function listen() {
-  const mine = stream = new AbortController();
+  stream?.abort(); const mine = stream = new AbortController();
   for (let wait = 1; !mine.signal.aborted; wait = Math.min(wait * 2, 15)) {
     const since = heardAt, fault = await follow(mine.signal).catch(fault => fault);
     if (mine.signal.aborted) return;
@@ -12653,8 +12672,8 @@ async function listen() {
 async function follow(end) {
   const silence = new AbortController(), signal = AbortSignal.any([end, silence.signal]);
   const headers = lastId ? {"Last-Event-ID": lastId} : {};
-  const response = await send("admin/api/events", {headers, signal});
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const body = await send("admin/api/events", {headers, signal, take: ({body}) => body});
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ;) {
     const timer = setTimeout(() => silence.abort(), 10000); // a pulse comes each second
     const {done, value} = await reader.read().finally(() => clearTimeout(timer));
@@ -12670,8 +12689,8 @@ function showLost(isLost) {
   document.body.classList.toggle("stale", isLost);
   $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : ""; }
 const EVENTS = {
-  begin(call) { model.running.set(call.id, call); }, end(call) {
-    Object.assign(model.running.get(call.id) ?? {}, {ended: now(), call}); model.has_calls = true;
+  begin(call) { model.running.set(call.key, call); }, end(call) {
+    Object.assign(model.running.get(call.key) ?? {}, {ended: now(), call}); model.has_calls = true;
     view.ended?.(call);
   }, pulse(pulse) {
     skew = pulse.now - Date.now() / 1000; model.pulses = [...model.pulses, pulse].slice(-60);
@@ -12683,23 +12702,23 @@ const EVENTS = {
       view.bucket?.(bucket); }
   }, warning({event, ...told}) {
     const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean);
-    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60); loadSummary();
+    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60); renew();
   }, change({what}) {
-    if (what === "upstreams") loadSummary();
-    view.changed?.(what); }, lost: () => loadSummary(), };
-const takeBucket = (known, told) => Object.assign(known?.find(({rule}) => rule === told.rule) ?? {},
-  told);
+    if (what === "upstreams") renew();
+    view.changed?.(what); }, lost: () => renew(), };
+const takeBucket = (all, one) => Object.assign(all?.find(({rule}) => rule === one.rule) ?? {}, one);
 // A call that the pulse does not tell of any more has ended unseen.
 function takeRunning(told) {
-  const states = new Map(told.map(call => [call.id, call]));
-  for (const [id, call] of model.running) {
-    const isUnseen = told.length < 200 && !states.has(id);
-    if (now() - (call.ended ?? (isUnseen ? call.started : now())) > 3) model.running.delete(id);
-    else if (!call.ended) Object.assign(call, states.get(id)); }}
+  const states = new Map(told.map(call => [call.key, call]));
+  for (const [key, call] of model.running) {
+    const isUnseen = told.length < 200 && !states.has(key);
+    if (now() - (call.ended ?? (isUnseen ? call.started : now())) > 3) model.running.delete(key);
+    else if (!call.ended) Object.assign(call, states.get(key)); }}
 async function loadSummary() {
   const summary = await read("summary", timeZone());
-  model = {...summary, running: new Map(summary.running.map(call => [call.id, call]))};
+  model = {...summary, running: new Map(summary.running.map(call => [call.key, call]))};
   heardAt = summary.now; skew = summary.now - Date.now() / 1000; paintSoon(); }
+const renew = () => attempt("Loading", loadSummary);
 const STATES = {closed: ["good", "up"], half_open: ["warn", "trying again"], open: ["bad", "down"],
   disabled: ["off", "disabled"]};
 const stateMark = ({state}, name = "") => mark(STATES[state][0], name + STATES[state][1]);
@@ -12724,12 +12743,11 @@ const FIGURES = [
   ["In flight", "in_flight", last, most], ["In line", "line", last, most],
   ["First byte, ms", "first_p50", last, pulses => "95% within " + last(pulses, "first_p95")],
   ["Errors", "failed", pulses => failed(pulses) + "%", minute]];
-const figure = ([label, name, value, note]) => h("div", {class: "figure live"},
-  h("div", {class: "label"}, label), h("div", {class: "value"}, value(model.pulses, name)),
-  svg("svg", {class: "spark", width: 72, height: 28, "aria-hidden": true},
-  svg("line", {x2: 72, y1: 27.5, y2: 27.5}), svg("path", {"stroke-width": 1.5,
-  d: minuteLine(model.pulses.map(pulse => pulse[name]))})), h("div", {class: "label"},
-  note(model.pulses, name)));
+const figure = ([label, name, value, note]) => h("div", {class: "figure live"}, h("div", {class:
+  "label"}, label), h("div", {class: "value"}, value(model.pulses, name)), svg("svg", {class:
+  "spark", width: 72, height: 28, "aria-hidden": true}, svg("line", {x2: 72, y1: 27.5, y2: 27.5}),
+  svg("path", {"stroke-width": 1.5, d: minuteLine(model.pulses.map(pulse => pulse[name]))})),
+  h("div", {class: "label"}, note(model.pulses, name)));
 function minuteLine(values) { // what is null is a gap
   const top = Math.max(...values, 1), first = 60 - values.length;
   return values.map((value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
@@ -12739,25 +12757,23 @@ const stateOf = call => call.ended ? "ended: " + words(call.call.outcome) : (WAI
   ?? call.state) + (call.position ? ", place " + call.position : "");
 const callerOf = call => [call.caller, call.team && small(" ", call.team)];
 const RUNNING = [
-  ["Caller", callerOf], ["Model", call => call.model],
-  ["Upstream", call => call.upstream ?? "–"], ["State", stateOf],
+  ["Caller", callerOf], ["Model", "model"], ["Upstream", "upstream"], ["State", stateOf],
   ["Seconds", call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1), "number"],
   ["Tokens", call => count(call.call?.output ?? call.tokens), "number"]];
 const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act(),
   onkeydown: event => event.key === "Enter" && act()});
-const runningRow = call => row(RUNNING, call, call.id, opens(() => go("calls", call.ended
+const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", call.ended
   ? {id: call.id} : {caller: call.caller})));
 const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller)],
   ["Left", bucket => bucketBar(bucket), "whole"]];
-function openNow() {
+function openNow(view) {
   view.draw = () => {
     const calls = [...model.running.values()].sort((a, b) => b.started - a.started);
-    return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null,
-      plural(calls.filter(call => !call.ended).length, "running call")), calls.length
+    const running = plural(calls.filter(call => !call.ended).length, "running call");
+    return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null, running), calls.length
       || model.has_calls ? table(RUNNING, calls.slice(0, 50).map(runningRow)) : firstCall(),
-      h("p", null, calls.length > 50 && `and ${calls.length - 50} more`), model.near.length > 0
-      && [h("h2", null, "Near a limit"), table(NEAR, model.near.map(near => row(NEAR, near,
-      near.caller + "\n" + near.rule)))]]; }; }
+      h("p", null, calls.length > 50 && `and ${calls.length - 50} more`), model.near.length > 0 && [
+      h("h2", null, "Near a limit"), list(NEAR, model.near, near => near.caller + near.rule)]]; }; }
 const firstCall = () => h("div", null, h("p", null, model.has_calls ? "There was no call."
   : "No call has come yet. Make one:"), h("pre", null, curlLine("YOUR-KEY")));
 // Buckets: what is in one now follows from what was in it at its last refill.
@@ -12789,28 +12805,27 @@ const CALLERS = [
   ["Tokens today", ({today}) => short(tokensOf(today)), "number"],
   ["USD today", ({today}) => money(today, 2), "number"],
   ["Last 24 hours", ({hours}) => hourBars(hours)],
-  ["", caller => isAdmin() ? callerActions(caller) : caller.paused && small("paused"),
-    "actions whole"]];
-async function openCallers(query) {
+  ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"), "actions whole"]];
+const RULES = [["Rule", "text"], ["Refused since the start", "refused", "number"]];
+async function openCallers(view, query) {
   const known = new Map(), used = ({today}) => today.usd * 1e9 + tokensOf(today);
-  let sought = query.get("filter") ?? "", loaded = 0;
-  const filter = () => h("input", {id: "filter", type: "search", value: sought,
-    placeholder: "Filter callers ( / )", "aria-label": "Filter callers", oninput({target}) {
-      sought = target.value; paint(true);}});
+  let sought = query.get("filter") ?? "", loaded = 0, rules = [];
+  const filter = () => input("text", "Filter callers", {id: "filter", type: "search", value: sought,
+    placeholder: "Filter ( / )", oninput({target}) { paint(true, sought = target.value); }});
   view.draw = () => {
     const found = [...known.values()].filter(({name, team}) =>
       `${name} ${team ?? ""}`.toLowerCase().includes(sought.toLowerCase()));
     const all = plural(known.size, "caller");
-    const rows = found.map(caller => row(CALLERS, caller, caller.name));
     return [h("div", {class: "tools"}, filter(), sought ? `${found.length} of ${all}` : all),
-      known.size ? table(CALLERS, rows) : firstCall()]; };
+      known.size ? list(CALLERS, found) : firstCall(), rules.length > 0 && [h("h2", null, "Rules"),
+      list(RULES, rules, rule => "rule " + rule.text)]]; };
   view.bucket = bucket => takeBucket(known.get(bucket.caller)?.buckets, bucket);
   view.ended = call => {
     if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
     else if (now() - loaded > 2) view.changed(); };
   view.changed = () => attempt("Loading", async () => {
-    loaded = now();
-    const {callers} = await read("callers", timeZone());
+    loaded = now(); let callers;
+    [{callers}, {rules}] = await Promise.all([read("callers", timeZone()), read("limits")]);
     for (const caller of callers.sort((a, b) => used(b) - used(a)))
       known.set(caller.name, Object.assign(known.get(caller.name) ?? {}, caller));
     paintSoon(); });
@@ -12825,23 +12840,24 @@ function hourBars(values) {
     d: values.map((value, at) => `M${at * 4 + 2} 19V${19 - 18 * value / top}`).join("")})); }
 function callerActions(caller) {
   const {name, buckets, paused, key} = caller;
-  const units = [...new Set(buckets.map(({unit}) => unit))];
-  const set = (verb, done) => attempt(title(verb), async () => {
-    await post("keys", name, verb); caller.paused = verb === "revoke"; paintSoon(); }, name + done);
+  const isOwn = ({unit, rule}) => unit !== "running" && /^(each|key|address)/.test(rule);
+  const own = buckets.filter(isOwn), units = [...new Set(own.map(({unit}) => unit))];
+  const set = (verb, done) => attempt(title(verb), () => post("keys", name, verb), name + done);
   const calls = [...model.running.values()].filter(call => call.caller === name && !call.ended);
   const give = fields => attempt("Give", () => write("POST", pathOf("callers", name, "give"),
-    fields), `${name} got ${fields.amount} ${fields.unit} more.`);
-  const fields = () => [h("input", {name: "amount", size: 6, inputmode: "decimal", required: true,
-    "aria-label": "Amount", value: Number(buckets[0].capacity)}),
-    h("select", {name: "unit", "aria-label": "Unit"}, units.map(unit => h("option", null, unit)))];
+    fields), `${name} got ${fields.amount} ${fields.unit} more for ${fields.for}.`);
+  const fields = () => [input("amount", "Amount", {size: 4, required: true, inputmode: "decimal",
+    value: !units[1] && Number(own[0].capacity)}), h("select", {name: "unit", "aria-label": "Unit"},
+    units.map(unit => h("option", null, unit))), input("for", "For", {size: 3, value: "1d"})];
   const reset = () => attempt("Reset", () => post("callers", name, "reset"), name + ": all full.");
-  return [buckets.length > 0 && [asking("give " + name, "Give", fields(), give), button("Reset",
-    reset)], key && paused && button("Resume", () => set("restore", " may call again.")), key
-    && !paused && asking("pause " + name, "Pause", small(plural(calls.length, "running call"),
-    ` of ${name} will go on; new ones get 401.`), () => set("revoke", " is paused."))]; }
+  const told = [plural(calls.length, "running call"), ` of ${name} will go on; new ones get 401.`];
+  return [units.length > 0 && asking("give " + name, "Give", fields(), give), buckets.length > 0
+    && button("Reset", reset), key && (paused ? button("Resume", () => set("restore",
+    " may call again.")) : asking("pause " + name, "Pause", small(told), () => set("revoke",
+    " is paused.")))]; }
 // Usage: what was used, by whom; the chart and the table show the same numbers.
 const RANGES = {__proto__: null, hour: ["quarter", "last hour"], day: ["hour", "last 24 hours"],
-  week: ["day", "last 7 days"], month: ["day", "this month"]};
+  week: ["day", "last 7 days"], month: ["day", "this month"], custom: ["day", "chosen days"]};
 const GROUPS = {__proto__: null, caller: 1, team: 1, model: 1, upstream: 1, tag: 1};
 const MEASURES = {__proto__: null, money: ["Money", ", USD", ({usd}) => Number(usd)],
   tokens: ["Tokens", "", tokensOf], calls: ["Calls", "", ({calls}) => calls]};
@@ -12852,36 +12868,44 @@ function midnight(days, time = now()) { // in the viewer's zone
 const monthStart = (time = now()) => midnight(1 - new Date(time * 1000).getDate(), time);
 const ago = (number, length) => (Math.floor(now() / length) - number) * length;
 const START = {hour: () => ago(3, HOUR / 4), day: () => ago(23, HOUR), week: () => midnight(-6),
-  month: () => monthStart()};
+  month: () => monthStart(), custom: from => dayStart(from)};
+const dateOf = time => new Date(time * 1000).toLocaleDateString("sv"); // as fields have it
+const dayStart = date => Date.parse(date + "T00:00") / 1000;
 const only = (query, names) => Object.fromEntries([...query].filter(([name]) => name in names));
 const changed = (query, change) => ({...Object.fromEntries(query), ...change});
-async function openUsage(query) {
+async function openUsage(view, query) {
   const pick = (name, values, usual) => query.get(name) in values ? query.get(name) : usual;
   const choices = (name, values, chosen) => h("span", {class: "choices", role: "group",
     "aria-label": name}, Object.keys(values).map(value => link("usage", changed(query,
     {[name]: value}), value, {"aria-current": value === chosen})));
   const range = pick("range", RANGES, "week"), by = pick("by", GROUPS, "caller");
   const measure = pick("measure", MEASURES, "money"), valueOf = MEASURES[measure][2];
-  const asked = () => ({by, step: RANGES[range][0], from: START[range](),
-    to: Math.ceil(now()),...timeZone(), ...only(query, GROUPS)});
+  const isCustom = range === "custom", [from, to] = [query.get("from") ?? dateOf(midnight(-6)),
+    query.get("to") ?? dateOf(now())].sort();
+  const asked = () => ({by, step: RANGES[range][0], from: START[range](from), to: isCustom
+    ? midnight(1, dayStart(to)) : Math.ceil(now()), ...timeZone(), ...only(query, GROUPS)});
+  const date = (name, value) => input(name, title(name), {type: "date", value, required: true});
+  const days = () => form(fields => go("usage", changed(query, fields)), null, date("from", from),
+    " to ", date("to", to), " ", main("Show"));
   let usage = null, loaded = 0;
   const load = async () => {
     loaded = now(); usage = await read("usage", asked());
     usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); paintSoon(); };
-  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), choices("by",
-    GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () => attempt("CSV", () =>
-    download(asked())))), chips("usage", query, GROUPS), usage.groups.length ? usageParts(usage,
-    range, measure, query) : firstCall()];
+  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), isCustom && days(),
+    choices("by", GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () =>
+    attempt("CSV", () => download(asked())))), chips("usage", query, GROUPS), usage.groups.length
+    ? usageParts(usage, range, measure, query) : firstCall()];
   view.ended = () => now() - loaded > 15 && attempt("Loading", load); await load(); }
 async function download(asked) {
-  const response = await send("admin/api/usage?" + new URLSearchParams({...asked, format: "csv"}));
-  const href = URL.createObjectURL(await response.blob());
+  const take = response => response.blob(), query = queryOf({...asked, format: "csv"});
+  const href = URL.createObjectURL(await send("admin/api/usage" + query, {take}));
   h("a", {href, download: `usage-by-${asked.by}.csv`}).click(); URL.revokeObjectURL(href); }
 function usageParts(usage, range, measure, query) {
   const [name, unit, valueOf] = MEASURES[measure], isMoney = measure === "money";
   const series = seriesOf(usage.by, usage.groups.map(({name}) => name));
   const valuesAt = ({groups}) => valuesOf(groups, series, valueOf);
-  const steps = stepsOf(usage.step, usage.from, usage.series, valuesAt);
+  const until = range === "custom" ? Math.min(usage.to, now()) : now();
+  const steps = stepsOf(usage.step, usage.from, until, usage.series, valuesAt);
   const all = valueOf(usage.total), length = LENGTHS[usage.step], rule = isMoney && usage.budget;
   const end = isMoney && range === "month" && monthStart(monthStart() + 32 * DAY);
   const pace = end && all / (now() - usage.from), ahead = pace * (end - usage.from);
@@ -12904,9 +12928,9 @@ function seriesOf(by, names) {
     const isFree = number => !series.some(({colour}) => colour === number);
     colours.set(by + group.name, group.colour ??= [1, 2, 3, 4, 5].find(isFree)); }
   return names.length > 5 ? [...series, {name: null, colour: 0}] : series; }
-function stepsOf(kind, from, told, valuesOf) {
+function stepsOf(kind, from, until, told, valuesOf) {
   const next = at => kind === "day" ? midnight(1, at) : at + LENGTHS[kind], steps = [];
-  for (let at = from; at < now(); at = next(at)) steps.push({at, end: next(at), kind});
+  for (let at = from; at < until; at = next(at)) steps.push({at, end: next(at), kind});
   for (const part of told)
     Object.assign(steps.findLast(({at}) => at <= part.at) ?? {}, {values: valuesOf(part)});
   return steps; }
@@ -12964,14 +12988,13 @@ function chartParts({steps, series, budget, pace}, scale, step) {
     y1: scale.y(value), y2: scale.y(value)});
   const say = (x, y, end, text, kind) => svg("text", {class: kind, x, y, "text-anchor": end}, text);
   return [scale.lines.map(value => [line("grid", value, EDGE.left), say(EDGE.left - 8,
-    scale.y(value) + 4, "end", number(value))]), labelled(steps, scale).map(step =>
-    say(x(step), scale.floor + 18, "middle", (step.kind === "day" ? day : hour)(step.at))),
-    steps.filter(step => step.values).map(step => [bar(step, series, scale), step.end > now()
-    && say(x(step), scale.y(allOf(step)) - 5, "middle", "so far", "said")]), pace > 0
-    && line("ahead", pace, scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value,
-    EDGE.left), say(EDGE.left + 4, scale.y(budget.value) - 5, "start", "budget: " + budget.text,
-    "said")], step && svg("line", {class: "cursor", x1: x(step), x2: x(step), y1: EDGE.top,
-    y2: scale.floor})]; }
+    scale.y(value) + 4, "end", number(value))]), labelled(steps, scale).map(step => say(x(step),
+    scale.floor + 18, "middle", (step.kind === "day" ? day : hour)(step.at))), steps.filter(step =>
+    step.values).map(step => [bar(step, series, scale), step.end > now() && say(x(step),
+    scale.y(allOf(step)) - 5, "middle", "so far", "said")]), pace > 0 && line("ahead", pace,
+    scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value, EDGE.left),
+    say(EDGE.left + 4, scale.y(budget.value) - 5, "start", "budget: " + budget.text, "said")], step
+    && svg("line", {class: "cursor", x1: x(step), x2: x(step), y1: EDGE.top, y2: scale.floor})]; }
 // The steps at round times, at most one in 64 pixels.
 function labelled(steps, scale) {
   const [{kind, at, end}] = steps, room = 64 / (scale.x(end) - scale.x(at));
@@ -12981,54 +13004,53 @@ function labelled(steps, scale) {
 function bar(step, series, scale) {
   const width = Math.max(1, Math.min(48, (scale.x(step.end) - scale.x(step.at)) * .75));
   const x = scale.middle(step) - width / 2, y = scale.y(allOf(step)), height = scale.floor - y;
-  return [series.map(({colour}, at) => {
-    const y = scale.y(sumOf(step.values.slice(at))),
-      end = scale.y(sumOf(step.values.slice(at + 1)));
-    const opacity = step.end > now() ? .5 : 1;
-    return svg("rect", {class: "s" + colour, x, width, y, height: end - y, opacity});
-  }), height > 0 && svg("path", {class: "total", d: `M${x} ${y}h${width}`})]; }
+  const top = at => scale.y(sumOf(step.values.slice(at))), opacity = step.end > now() ? .5 : 1;
+  return [series.map(({colour}, at) => svg("rect", {class: "s" + colour, x, width, y: top(at),
+    height: top(at + 1) - top(at), opacity})), height > 0 && svg("path", {class: "total",
+    d: `M${x} ${y}h${width}`})]; }
 function valueTable({series, isMoney}, step, scale) {
   const format = value => isMoney ? usd(value, allOf(step) < 1 ? 4 : 2) : count(value);
-  const when = {day: "numeric", month: "short", ...(step.kind === "day" ? {weekday: "short"}
-    : {hour: "2-digit", minute: "2-digit"})};
+  const when = day(step.at) + (step.kind === "day" ? "" : " " + hour(step.at));
   const line = (...cells) => h("tr", null, cells.map(cell => h("td", {class: "number"}, cell)));
   const x = scale.middle(step), isLeft = x < scale.width / 2;
   const style = isLeft ? `left: ${x + 12}px` : `right: ${scale.width - x + 12}px`;
-  return h("table", {class: "values", style}, h("tbody", null, line(dates(when)(step.at)
-    + (step.end > now() ? ", so far" : ""), ""), series.map(({name, colour}, at) =>
+  return h("table", {class: "values", style}, h("tbody", null, line(when + (step.end > now()
+    ? ", so far" : ""), ""), series.map(({name, colour}, at) =>
     step.values?.[at] > 0 && line([swatch(colour), name ?? "other"], format(step.values[at]))),
     line(step.values ? "Total" : "no call", format(allOf(step))))); }
 // Calls: the live list; a row opens to where its time and money went.
 const FILTERS = {...GROUPS, outcome: 1, failed: 1, slow: 1, id: 1, __proto__: null};
 const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
 const CALLS = [
-  ["Time", ({time}) => moment(time), "line"], ["Caller", callerOf], ["Model", ({model}) => model],
+  ["Time", ({time}) => moment(time), "line"], ["Caller", callerOf], ["Model", "model"],
   ["Outcome", ({outcome}) => mark(OUTCOMES[outcome] ?? "bad", words(outcome))],
   ["Tokens", call => count(tokensOf(call)), "number"],
-  ["USD", call => money(call, 4), "number"], ["ms", ({ms}) => count(ms), "number"]];
+  ["USD", call => money(call, 4), "number"], ["ms", "ms", "number"]];
 function chips(tab, query, names) { // what narrows a view: a click takes it away
   const texts = {failed: () => "failed", slow: value => "slower than " + seconds(value / 1000)};
   return h("div", {class: "tools"}, Object.entries(only(query, names)).map(([name, value]) =>
     button((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () =>
     go(tab, changed(query, {[name]: ""})), {class: "chip", title: "Remove"}))); }
+// What a call is found by, as the sums have it: its model is the one that answered.
+const nameOf = (call, name) => (name === "model" && call.served) || call[name] || "-";
+const keyOf = ({time, id}) => time + " " + id; // callers may choose one id twice
 // "model:x", "slow:2" (seconds), "failed", an id, or else a caller
 function meaning(text) {
   const [, name, value] = /^(\w+):(.+)$/.exec(text) ?? [null, text, ""];
   if (name === "slow") return {slow: 1000 * (Number(value) || 10)};
-  if (name === "failed") return {failed: 1};
-  if (value && name in FILTERS) return {[name]: value};
+  if (name in FILTERS && (value || name === "failed")) return {[name]: value || 1};
   return /^[0-9a-f]{8}-[0-9a-f-]{27}$/.test(text) ? {id: text} : {caller: text}; }
 const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow)
-  && (!failed || !["ok", "limited"].includes(call.outcome))
-  && Object.entries(same).every(([name, value]) => call[name] === value);
-async function openCalls(query) {
+  && (!failed || !["ok", "limited", "caller_gone"].includes(call.outcome))
+  && Object.entries(same).every(([name, value]) => nameOf(call, name) === value);
+async function openCalls(view, query) {
   const chosen = only(query, FILTERS), calls = [], fresh = [];
   const narrow = text => go("calls", {...chosen, ...meaning(text)});
   let before = null;
   const load = () => attempt("Loading", async () => {
     const page = await read("calls", {...chosen, before, limit: 50});
     calls.push(...page.calls); before = page.next;
-    if (chosen.id) calls.forEach(({id}) => view.open.add(id));
+    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call)));
     paint(true); });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
   const isRead = () => view.open.size || scrollY > 200 || one("tbody:hover");
@@ -13044,14 +13066,15 @@ async function openCalls(query) {
       () => narrow(word), {class: "chip"})), fresh.length > 0 && button(plural(fresh.length,
       "new call"), () => paint(take()))), chips("calls", query, FILTERS), calls.length
       ? table(CALLS, calls.map(call => callRows(CALLS, call))) : query.size ? h("p", null,
-      "No such call, or it still runs. ", link("calls", {}, "Show all calls")) : firstCall(),
-      before != null && button("Older calls", load)]; };
+      before == null ? "No such call, or it still runs. " : "None among the latest calls so far. ",
+      link("calls", {}, "Show all calls")) : firstCall(),
+      before != null && button(calls.length ? "Older calls" : "Look further back", load)]; };
   await load(); }
 function callRows(columns, call) {
-  const isOpen = view.open.has(call.id), toggle = () => {
-    view.open[isOpen ? "delete" : "add"](call.id); paint(true); };
-  return [row(columns, call, call.id, {...opens(toggle), "aria-expanded": String(isOpen),
-    class: isOpen && "open"}), isOpen && h("tr", {class: "open", "data-key": "of " + call.id},
+  const key = keyOf(call), isOpen = view.open.has(key), toggle = () => {
+    view.open[isOpen ? "delete" : "add"](key); paint(true); };
+  return [row(columns, call, key, {...opens(toggle), "aria-expanded": String(isOpen),
+    class: isOpen && "open"}), isOpen && h("tr", {class: "open", "data-key": "of " + key},
     h("td", {colspan: columns.length, class: "whole"}, callParts(call)))]; }
 // Where the time went: a name, milliseconds, and the reason where this is most of it.
 function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output}) {
@@ -13072,14 +13095,13 @@ function callParts(call) {
     Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [most > 9 && h("p", null,
-    `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`),
-    h("div", {class: "timing", "aria-hidden": true}, phases.map(([, ms], at) => ms > 0
-    && h("div", {class: "s" + (at + 1), style: "flex-grow: " + ms}))),
-    h("p", null, phases.map(([name, ms], at) => [h("span", {class: "phase"}, swatch(at + 1),
-    `${name} ${count(ms)} ms`), " "])), h("dl", null, told.map(([name, value]) =>
-    [h("dt", null, name), h("dd", null, value)])), !isMe && h("p", null, "All calls of ",
-    link("calls", {caller: call.caller}, call.caller), " or ", link("calls", {model: call.model},
-    call.model))]; }
+    `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
+    "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div", {class: "s" + (at + 1),
+    style: "flex-grow: " + ms}))), h("p", null, phases.map(([name, ms], at) => [h("span", {class:
+    "phase"}, swatch(at + 1), `${name} ${count(ms)} ms`), " "])), h("dl", null, told.map(([name,
+    value]) => [h("dt", null, name), h("dd", null, value)])), !isMe && h("p", null, "All calls of ",
+    ["caller", "model"].map(name => [name === "model" && " or ", link("calls", {[name]: nameOf(call,
+    name)}, nameOf(call, name))]))]; }
 function charge(text) { // "rule=amount", of money in picodollars
   const [, rule, amount] = /^(.*)=(.*)$/.exec(text) ?? [null, text, 0];
   return h("div", null, / usd /.test(rule) ? usd(amount / 1e12) : count(amount), ": ", rule); }
@@ -13095,16 +13117,16 @@ const KEYS = [
   ["Last used", ({last_used}) => last_used ? moment(last_used) : "never"],
   ["State", ({disabled, expires}) => disabled ? mark("off", "paused")
     : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
-async function openKeys() {
+async function openKeys(view) {
   const columns = isAdmin() ? [...KEYS, ["", keyActions, "actions whole"]] : KEYS;
   let keys = [];
   view.changed = () => attempt("Loading", async () => {
     ({keys} = await read("keys")); paint(true); });
   view.draw = () => {
-    const rows = keys.map(key => row(columns, key, key.name));
-    const list = rows.length ? table(columns, rows) : noKey();
+    const stored = keys.length ? list(columns, keys) : noKey();
+    [view.made, session.made] = [session.made ?? view.made, null];
     return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"},
-      h("div", null, list), keyForm(view.edited)) : list]; };
+      h("div", null, stored), keyForm(view.edited)) : stored]; };
   await view.changed(); }
 const noKey = () => h("div", null, h("p", null, model.keys_are_asked_for ? "No key is stored."
   : "Whoever reaches this proxy may call, until the first key is stored. Make one here, or so:"),
@@ -13113,8 +13135,8 @@ function keyActions(key) {
   const act = (verb, done, body) => attempt(title(verb), async () => {
     const path = pathOf("keys", key.name), isEnd = verb === "remove";
     const made = await write(isEnd ? "DELETE" : "POST", isEnd ? path : `${path}/${verb}`, body);
-    if (made.key) view.made = {...made, name: key.name};
-    view.changed(); }, done && key.name + done);
+    if (made.key) session.made = {...made, name: key.name};
+    view.changed?.(); }, done && key.name + done);
   const ask = (text, told, act) => asking(`${text} ${key.name}`, text, small(told), act);
   return [button("Edit", () => edit(key)), ask("Rotate", "The old secret works for one more hour.",
     () => act("rotate", "", {grace: "1h"})), key.disabled ? button("Resume", () => act("restore",
@@ -13131,7 +13153,7 @@ function keyForm(key) {
       || (key && name !== "expires")));
     const made = await attempt(key ? "Change" : "Making a key", () => key ? write("PATCH",
       pathOf("keys", key.name), body) : write("POST", "keys", body));
-    if (made?.key) view.made = {...made, name: body.name};
+    if (made?.key) session.made = {...made, name: body.name};
     if (made) edit(null); };
   const example = text => button(text, ({target: {form}}) => {
     form.limits.value = [form.limits.value, text].filter(Boolean).join("; "); }, {class: "chip"});
@@ -13144,7 +13166,7 @@ function keyForm(key) {
     h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
     roles))), main(key ? "Save" : "Make key"), " ", key && button("Cancel", () => edit(null)))); }
 function curlLine(key) { // that makes a call here
-  const names = model.upstreams.flatMap(({model, models}) => model ?? models ?? []);
+  const names = model.upstreams.flatMap(({model, models, known}) => model ?? [...models, ...known]);
   const body = JSON.stringify({model: names.find(name => !/[*?[]/.test(name)) ?? "MODEL",
     messages: [{role: "user", content: "Hello"}]});
   return [`curl ${new URL("v1/chat/completions", location.href)}`,
@@ -13156,18 +13178,15 @@ const madeKey = ({name, key}) => h("section", {class: "box", "data-key": key}, h
   link("calls", {caller: name}, `Watch the calls of ${name}`)));
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
 const UPSTREAMS = [
-  ["Name", ({name}) => name], ["State", upstream => stateMark(upstream)],
-  ["Addresses", ({addresses}) => addresses, "number"],
+  ["Name", "name"], ["State", stateMark], ["Addresses", ({addresses}) => addresses, "number"],
   ["In flight", ({in_flight, max_concurrency}) => max_concurrency
     ? `${in_flight} of ${max_concurrency}` : in_flight, "number"],
-  ["In line", ({waiting}) => count(waiting), "number"],
-  ["Longest wait, ms", ({longest_ms}) => count(longest_ms), "number"],
-  ["First byte, ms", ({first_p50}) => count(first_p50), "number"],
-  ["95% within", ({first_p95}) => count(first_p95), "number"],
+  ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
+  ["First byte, ms", "first_p50", "number"], ["95% within", "first_p95", "number"],
   ["Models", ({model, models}) => model || models?.join(", ") || "all"]];
-function openUpstreams() {
+function openUpstreams(view) {
   const columns = isAdmin() ? [...UPSTREAMS, ["", upstreamActions, "actions whole"]] : UPSTREAMS;
-  view.draw = () => table(columns, model.upstreams.map(each => row(columns, each, each.name))); }
+  view.draw = () => list(columns, model.upstreams); }
 function upstreamActions({name, state}) {
   const act = (verb, done) => attempt(verb, () => post("upstreams", name, verb), name + done);
   const test = () => attempt("Test", async () => {
@@ -13180,27 +13199,26 @@ function upstreamActions({name, state}) {
 // Audit: who changed what.
 const AUDIT = [
   ["Time", ({time}) => moment(time), "line"], ["Who", ({who, role}) => [who, small(" ", role)]],
-  ["What", ({what}) => what], ["Target", ({target}) => target], ["From", ({address}) => address],
-  ["Detail", ({detail}) => detail?.at ? detail : JSON.stringify(detail ?? "")]];
-async function openAudit() {
+  ["What", "what"], ["Target", "target"], ["From", "address"], ["Detail", "detail"]];
+async function openAudit(view) {
   let rows = [], next = null;
   const load = (known, before) => attempt("Loading", async () => {
     const page = await read("audit", {before});
     [rows, next] = [[...known, ...page.rows], page.next]; paint(true); });
   view.changed = () => load([]);
-  view.draw = () => [rows.length ? table(AUDIT, rows.map(change => row(AUDIT, change,
-    String(change.id)))) : h("p", null, "Nothing was changed yet: what is, stands here."),
+  view.draw = () => [rows.length ? list(AUDIT, rows, ({id}) => String(id)) : h("p", null,
+    "Nothing was changed yet: what is, stands here."),
     next != null && button("Older", () => load(rows, next))];
   await load([]); }
 // One's own page: what is left, when there is more, the last calls, a month of days.
-async function openMe() {
-  const response = await send("v1/quota?" + new URLSearchParams(timeZone()));
-  const {now: told, caller, role, today, calls, days, buckets, warning} = await response.json();
+async function openMe(view) {
+  const {now: told, caller, role, today, calls, days, buckets, warning} =
+    await send("v1/quota" + queryOf(timeZone()));
   const doubt = doubts(today).join(", "), columns = CALLS.filter(([head]) => head !== "Caller");
   model = {upstreams: [], you: {name: caller, role}, has_calls: calls.length > 0};
   skew = told - Date.now() / 1000; view.open = new Set();
   view.draw = () => {
-    const steps = stepsOf("day", midnight(-29), days, sum => [tokensOf(sum)]);
+    const steps = stepsOf("day", midnight(-29), now(), days, sum => [tokensOf(sum)]);
     const series = [{name: "tokens", colour: 1}], label = "Tokens by day, last 30 days";
     paintSoon();
     return [h("section", {class: "big"}, h("h2", null, `What ${caller} has left`), warning
@@ -13214,43 +13232,40 @@ async function openMe() {
 // Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
 const VIEWS = {__proto__: null, now: openNow, callers: openCallers, usage: openUsage,
   calls: openCalls, keys: openKeys, upstreams: openUpstreams, audit: openAudit};
-const FAULTS = {401: "No such key, or it is not valid any more.",
-  403: "This key may call, but not look here."};
-function hashOf(tab, query = {}) {
-  const text = new URLSearchParams(Object.entries(query).filter(([, value]) => value));
-  return "#" + tab + (text.size ? "?" + text : ""); }
+const FAULTS = {401: "No such key, or not valid.", 403: "This key may call, but not look here."};
+const hashOf = (tab, query = {}) => "#" + tab + queryOf(query);
 const go = (tab, query) => { location.hash = hashOf(tab, query); };
 async function show() {
   if (!sessionStorage.getItem(KEY)) return showLogin("");
   const [name, query] = location.hash.slice(1).split("?"), mine = view = {isLoading: true};
   const tab = name in VIEWS ? name : "now";
   try {
-    if (!isMe && !model) await start();
+    if (!isMe && !model) await (session.starting ??= start());
+    if (view !== mine) return; // somebody went on meanwhile
     for (const each of $("tabs").children) each.ariaCurrent = String(each.dataset.tab === tab);
-    $("main").replaceChildren(); await (isMe ? openMe : VIEWS[tab])(new URLSearchParams(query));
+    $("main").replaceChildren();
+    await (isMe ? openMe : VIEWS[tab])(mine, new URLSearchParams(query));
     $("head").hidden = false; $("who").textContent = `${model.you.name} (${model.you.role})`;
   } catch (fault) {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
     mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
       button("Try again", show)]; }
   mine.isLoading = false;
-  if (view === mine) paint(true);
-  one("main [data-first]")?.focus(); }
+  if (view === mine) { paint(true); one("main [data-first]")?.focus(); }}
 async function start() {
-  await loadSummary();
+  await loadSummary().finally(() => { session.starting = null; });
   const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
   $("tabs").replaceChildren(...tabs); listen(); }
 function showLogin(fault) {
   const logIn = ({key}) => { sessionStorage.setItem(KEY, key.trim()); show(); };
-  $("main").replaceChildren(form(logIn, {class: "login"}, h("h2", null, "llm_proxy"),
-    h("label", null, small(isMe ? "Your key" : "Key of an admin or a viewer"),
-    h("input", {type: "password", name: "key", autocomplete: "current-password", required: true})),
-    h("p", {class: "failed"}, fault), main("Log in"), " ", !isMe && h("a", {href: "me"},
-    "What have I left?")));
+  $("main").replaceChildren(form(logIn, {class: "login"}, h("h2", null, "llm_proxy"), h("label",
+    null, small(isMe ? "Your key" : "Key of an admin or a viewer"), h("input", {type: "password",
+    name: "key", autocomplete: "current-password", required: true})), h("p", {class: "failed"},
+    fault), main("Log in"), " ", !isMe && h("a", {href: "me"}, "What have I left?")));
   one(".login input").focus(); }
 function leave(fault) {
-  stream?.abort(); sessionStorage.removeItem(KEY); [model, view, lastId] = [null, {}, ""];
-  $("head").hidden = true; showLost(false); showLogin(fault); }
+  stream?.abort(); [session, model, view, lastId] = [{}, null, {}, ""];
+  sessionStorage.removeItem(KEY); $("head").hidden = true; showLost(false); showLogin(fault); }
 function setTheme(theme) {
   localStorage.setItem("llm_proxy.theme", document.documentElement.dataset.theme = theme);
   $("theme").textContent = "Theme: " + theme; }
@@ -13666,7 +13681,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
-        self.admin = Admin(proxy)
+        self.admin = Admin(proxy, self.pages.catalogue)
         self.most = most
         self.parts = self.make_parts()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -9232,6 +9232,7 @@ class UnpricedTest(CallCase):
         for path, payload, keys, said in self.each(self.REFUSED):
             answered = self.assert_status(403, request("POST", path, chat(model="m", **payload)))
             self.assertEqual(llm_proxy.dig(json.loads(answered.body), *keys), said)
+        self.assertEqual(self.entry()["cause"], "model_has_no_price")
         self.assert_status(403, call(model="gpt-4o", models=["m"]))
         self.assert_status(403, call(model=None))
         self.assert_status(403, request("POST", "/v1/audio/speech", chat(model="m")))
@@ -10158,6 +10159,13 @@ class AdminTest(AdminCase):
         found = self.admin("POST", "/upstreams/base/test").json()
         self.assertEqual((found["ok"], found["models"]), (False, []))
 
+    def test_models_that_an_upstream_has_told_before_are_known(self):
+        self.start(says(b'{"data": [{"id": "gemma"}]}'), MODEL_ALIASES="a=gemma")
+        self.assertEqual(self.look("/summary")["upstreams"][0]["known"], [])
+        self.ask(request("GET", "/v1/models"))
+        self.assertEqual(self.look("/summary")["upstreams"][0]["known"], ["gemma"])
+        self.assertEqual(self.stub.calls, 1)
+
     def test_the_settings_are_shown_without_secrets(self):
         self.start(BASE_API_KEY="sk-of-the-upstream")
         answered = self.admin("GET", "/config")
@@ -10185,11 +10193,9 @@ class AdminBooksTest(AdminCase):
         wait_for(lambda: len(self.look("/calls")["calls"]) == count, "rows in the ledger")
 
     def change(self, method, path, payload=None, status=200):
-        """Returns what an admin is told of a change, once the proxy goes by it."""
-        before = self.proxy.callers
+        """Returns what an admin is told of a change: the proxy goes by it then."""
         answered = self.admin(method, path, payload)
         self.assertEqual(answered.status, status, answered.body)
-        wait_for(lambda: self.proxy.callers is not before, "the change")
         return answered.json()
 
     def add(self, name="ann", **fields):
@@ -10218,6 +10224,21 @@ class AdminBooksTest(AdminCase):
         self.assertEqual(self.ask(call(first)).status, 200)
         second = self.change("POST", "/keys/ann/rotate", {"grace": "1h"})["key"]
         self.assertEqual([self.ask(call(key)).status for key in (first, second)], [200, 200])
+
+    def test_a_change_of_keys_is_answered_though_the_ledger_is_hindered(self):
+        self.start()
+        with mock.patch.object(llm_proxy.Admin, "READ_SECONDS", 0.01), \
+                mock.patch.object(llm_proxy.Ledger, "read_news"):
+            self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
+
+    def test_a_bucket_of_estimates_holds_tokens_and_is_given_some(self):
+        self.start(TOKEN_COST_MODE="estimate")
+        self.ask(call("k"))
+        row, = self.look("/callers")["callers"]
+        self.assertEqual([one["unit"] for one in row["buckets"]], ["tokens"])
+        before = self.left("k")
+        self.change("POST", "/callers/%s/give" % row["name"], {"amount": "50", "unit": "tokens"})
+        self.assertEqual(self.left("k"), before + 50)
 
     def test_what_is_wrong_with_a_key_is_told(self):
         self.start()
@@ -10387,6 +10408,16 @@ class EventsTest(AdminCase):
         _, ended = self.hear(client, "end")
         self.assertEqual((begun["model"], begun["state"]), ("m", "reading"))
         self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+
+    def test_calls_of_one_id_are_told_apart(self):
+        self.start()
+        client, keys = self.listen(), []
+        for _ in range(2):
+            self.ask(call("k", "X-Request-ID: twice"))
+            (_, begun), (_, ended) = [self.hear(client, name) for name in ("begin", "end")]
+            self.assertEqual((begun["id"], begun["key"]), (ended["id"], ended["key"]))
+            keys.append(ended["key"])
+        self.assertNotEqual(*keys)
 
     def test_a_listener_that_comes_back_is_told_what_it_missed(self):
         self.start()
@@ -10633,37 +10664,37 @@ class PageTest(AdminCase):
         return self.browser.run("document.querySelector('pre').textContent")
 
     def test_a_key_is_made_used_filled_paused_and_rotated(self):
-        self.start()
+        self.start(LIMITS="all 90000 tokens per day")
         self.log_in()
         self.click("Keys")
-        before = self.proxy.callers
         self.enter("name", "ann")
-        self.enter("limits", "5 requests per day")
+        self.enter("limits", "5 requests per day; 2 running")
         self.click("Make key")
         first = self.made_key()
-        wait_for(lambda: self.proxy.callers is not before, "the key")
         self.assertEqual(self.ask(call(first)).status, 200)
         self.click("Callers")
-        self.see("4 of 5 requests")
+        self.see("4 of 5 requests", "Refused since the start")
         self.ask(call(first))
         self.see("3 of 5 requests")
         self.click("Give", self.KEY)
+        self.assertEqual(self.browser.run("document.querySelector('main select').innerText"),
+                         "requests")
         self.enter("amount", "1")
         self.click("Give", self.KEY + "//form")
-        self.see("4 of 5 requests", "ann got 1 requests more.")
+        self.see("4 of 5 requests", "ann got 1 requests more for 1d.")
         self.click("Pause", self.KEY)
         self.see("0 running calls of ann will go on; new ones get 401.")
         self.click("Pause", self.KEY + "//form")
         self.see("ann is paused.")
-        wait_for(lambda: self.ask(call(first)).status == 401, "the pause")
+        self.assertEqual(self.ask(call(first)).status, 401)
         self.click("Resume", self.KEY)
-        wait_for(lambda: self.ask(call(first)).status == 200, "the end of the pause")
+        self.see("ann may call again.")
+        self.assertEqual(self.ask(call(first)).status, 200)
         self.click("Keys")
         self.click("Rotate", self.KEY)
         self.click("Rotate", self.KEY + "//form")
         second = self.made_key()
-        wait_for(lambda: self.ask(call(second)).status == 200, "the other key")
-        self.assertEqual(self.ask(call(first)).status, 200)
+        self.assertEqual([self.ask(call(key)).status for key in (first, second)], [200, 200])
         self.click("Audit")
         self.see("ADMIN_KEY", "ann")
 
@@ -10693,6 +10724,98 @@ class PageTest(AdminCase):
         chart = self.browser.find("//main//*[@id='chart']")
         self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
         self.see("Total")
+
+    def test_usage_is_drawn_for_chosen_days(self):
+        self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
+        self.call("ann")
+        self.log_in()
+        self.browser.run("location.hash = '#usage?range=custom&measure=tokens'")
+        self.see("Tokens by caller, chosen days", "1,234")
+        self.browser.run(
+            "[...document.forms[0].elements].slice(0, 2).map(one => one.value = '2020-02-0' + 2)")
+        self.click("Show")
+        self.see("There was no call.")
+        self.assertIn("from=2020-02-02&to=2020-02-02", self.browser.run("location.hash"))
+
+    @contextlib.contextmanager
+    def slow_summary(self):
+        """Holds back the summary until the end of the block."""
+        held, tell = [], llm_proxy.Admin.summary
+
+        async def summary(admin, ask):
+            held.append(ask.reply.context.loop.create_future())
+            await held[-1]
+            return await tell(admin, ask)
+
+        with mock.patch.object(llm_proxy.Admin, "summary", summary):
+            yield held
+            for future in held:
+                self.on_loop(llm_proxy.Stream.wake, future)
+
+    def test_the_next_log_in_has_nothing_of_the_one_before(self):
+        self.start()
+        self.log_in()
+        with self.slow_summary() as held:
+            self.admin("POST", "/upstreams/base/enable")
+            wait_for(lambda: held, "the question")
+            self.click("Log out")
+        self.enter("key", VIEWER)
+        self.click("Log in")
+        self.see("VIEWER_KEY (viewer)", "0 running calls")
+        self.assert_listens_once()
+
+    def test_who_goes_on_before_the_first_view_is_there_sees_the_second(self):
+        self.start()
+        self.browser.open(self.place + "/dashboard")
+        with self.slow_summary() as held:
+            self.enter("key", ADMIN)
+            self.click("Log in")
+            wait_for(lambda: held, "the question")
+            self.browser.run("location.hash = '#audit'")
+        self.see("ADMIN_KEY (admin)", "Nothing was changed yet")
+        self.assertNotIn("running calls", self.text())
+        self.assert_listens_once()
+
+    def assert_listens_once(self):
+        feed = self.proxy.watchers.feed
+        wait_for(lambda: feed.listeners == 1, "one listener")
+        self.ask(call("ann"))
+        self.click("Now")
+        self.see("3 in a minute")  # tokens
+
+    def test_calls_of_one_id_have_a_row_each(self):
+        self.start()
+        for _ in range(2):
+            self.ask(call("ann", "X-Request-ID: twice"))
+        wait_for(lambda: len(self.look("/calls")["calls"]) == 2, "the rows")
+        self.log_in()
+        self.click("Calls")
+        self.ask(call("ann", "X-Request-ID: twice"))
+        self.until(lambda: self.count("tr") == 3)
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[2]") + "/click", {})
+        self.see("Request id")
+        self.assertEqual((self.count("tr"), self.count("tr.open dl")), (4, 1))
+
+    def count(self, what):
+        return self.browser.run("document.querySelectorAll('main tbody %s').length" % what)
+
+    def test_a_live_call_is_found_by_the_model_that_answered_it(self):
+        self.start(says(b'{"model": "gemma-2", "usage": {"prompt_tokens": 7}}'))
+        self.log_in()
+        self.browser.run("location.hash = '#calls?model=gemma-2'")
+        self.see("No such call")
+        self.ask(call("ann", model="gemma"))
+        self.until(lambda: self.count("tr") == 1)
+
+    def test_a_search_that_is_not_at_its_end_says_so(self):
+        self.start()
+        self.log_in()
+        pages = [{"calls": [], "next": 5}, {"calls": [], "next": None}]
+        with mock.patch.object(llm_proxy.LedgerReader, "calls", lambda *_: pages.pop(0)):
+            self.browser.run("location.hash = '#calls?outcome=stopped'")
+            self.see("None among the latest calls so far.")
+            self.click("Look further back")
+            self.see("No such call")
 
     def test_a_viewer_sees_nothing_that_changes_anything(self):
         self.start()
