@@ -12096,6 +12096,8 @@ class Admin:
                     if data:
                         await send(data)
                         await reply.context.sleep(self.BEAT_SECONDS, "more events")
+        except CallerGone:  # as all of them end
+            reply.close_after = True
         finally:
             feed.listeners -= 1
 
