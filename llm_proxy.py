@@ -12096,8 +12096,8 @@ class Admin:
                     if data:
                         await send(data)
                         await reply.context.sleep(self.BEAT_SECONDS, "more events")
-        except CallerGone:  # as all of them end
-            reply.close_after = True
+        except CallerGone:  # as all of them end; nobody takes what is left
+            reply.close_after = reply.reset = True
         finally:
             feed.listeners -= 1
 
