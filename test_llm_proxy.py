@@ -11545,6 +11545,23 @@ class KeysCommandTest(ProcessCase):
             wait_for(lambda: self.status(key) in (status, 429 if status == 401 else status))
             self.assertLess(time.monotonic() - ended, 1)
 
+    def test_a_look_at_keys_by_the_api_does_not_part_the_service_from_its_file(self):
+        """Whoever closes a file drops all locks that its process has on it: a command would take
+        itself for the last one there, and clear away what the service writes."""
+        process = self.serve(**self.settings, ADMIN_KEY=ADMIN)
+        _, out, _ = self.keys("add", "ann")
+        wait_for(lambda: self.status(out.strip()) == 200)
+        for method, path, body in (("GET", "", b""), ("PATCH", "/ann", b'{"note": "x"}')):
+            data = request(method, "/admin/api/keys" + path, body, key=ADMIN)
+            self.assertEqual(self.ask(data).status, 200)
+        for act in (("list",), ("revoke", "ann")):
+            self.assertEqual(self.command("keys", *act, **self.settings).finish()[0], 0)
+        wait_for(lambda: self.status(out.strip()) == 401)
+        held = os.listdir("/proc/%d/fd" % process.process.pid) if os.path.isdir("/proc") else []
+        links = ["/proc/%d/fd/%s" % (process.process.pid, one) for one in held]
+        self.assertEqual([os.readlink(one) for one in links
+                          if os.path.islink(one) and "(deleted)" in os.readlink(one)], [])
+
     def test_check_knows_that_keys_are_stored(self):
         settings = {"UPSTREAM_OPENAI_URL": "https://api.openai.invalid/v1",
                     "UPSTREAM_OPENAI_KEY": "sk", "OPEN_TIMEOUT": "0.1", **self.settings}
