@@ -1427,9 +1427,9 @@ class NoRoute(Refusal):
     status = 404
     code = "model_not_found"
 
-    def __init__(self, model: Optional[str]):
+    def __init__(self, model: Optional[str], **attributes: Any):
         what = "the model '%s'" % model if model else "this path"
-        super().__init__("No upstream serves " + what)
+        super().__init__("No upstream serves " + what, **attributes)
 
 
 class NoPrice(Refusal):
@@ -7708,7 +7708,7 @@ class Routes:
         if self.some_are_disabled:
             found = [one for one in found if not one.disabled]
             if not found:
-                raise NoRoute(call.model)
+                raise NoRoute(call.model, cause="upstream disabled")
         return found
 
     def switch(self, name: str, on: bool):
@@ -11843,7 +11843,8 @@ ADMIN_PAGES = [AdminPage(*row) for row in (
     ("GET", "/calls/NAME", "viewer", "call", "all that is known of one call, by its id"),
     ("GET", "/usage", "viewer", "usage", "who used what: ?by= step= from= to= zone= format=csv"),
     ("GET", "/callers", "viewer", "callers", "who called lately, with their buckets"),
-    ("POST", "/callers/NAME/give", "admin", "give", "more for one caller: amount, unit, for"),
+    ("POST", "/callers/NAME/give", "admin", "give",
+     'more for one caller: {"amount": 2, "unit": "usd", "for": "1d"}'),
     ("POST", "/callers/NAME/reset", "admin", "reset", "fills the buckets of one caller"),
     ("GET", "/keys", "viewer", "keys", "stored keys, without their secrets"),
     ("POST", "/keys", "admin", "add_key", "makes one, and tells its secret this once"),
@@ -11853,7 +11854,7 @@ ADMIN_PAGES = [AdminPage(*row) for row in (
     ("POST", "/keys/NAME/revoke", "admin", "revoke_key", "it is valid no more"),
     ("POST", "/keys/NAME/restore", "admin", "restore_key", "and is again"),
     ("POST", "/keys/NAME/rotate", "admin", "rotate_key", "another secret: grace"),
-    ("POST", "/keys/NAME/give", "admin", "give", "more for it: amount, unit, for"),
+    ("POST", "/keys/NAME/give", "admin", "give", "more for it, as for a caller"),
     ("POST", "/keys/NAME/reset", "admin", "reset", "fills its buckets"),
     ("GET", "/upstreams", "viewer", "upstreams", "upstreams, how they are and how quick"),
     ("POST", "/upstreams/NAME/enable", "admin", "enable", "calls go there again"),
@@ -12238,8 +12239,10 @@ class Admin:
 
     async def give(self, ask):
         self.require_known(ask.name)
-        return await self.change_keys(ask, KeyStore.give, ask.name,
-                                      *map(ask.body.get, ("amount", "unit", "for")))
+        amount, unit, seconds = map(ask.body.get, ("amount", "unit", "for"))
+        if type(amount) in (int, float):
+            amount = "%.12g" % amount
+        return await self.change_keys(ask, KeyStore.give, ask.name, amount, unit, seconds)
 
     async def reset(self, ask):
         self.require_known(ask.name)
@@ -12370,11 +12373,11 @@ class Admin:
         return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
 
     async def limits(self, _):
-        refused = self.proxy.watchers.metrics.refused
+        limits, refused = self.proxy.limits, self.proxy.watchers.metrics.refused
         return {"rules": [
             {"text": rule.text, "unit": rule.word, "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
-            for rule in self.proxy.limits.rules]}
+            for rule in dict.fromkeys(itertools.chain(limits.rules, *limits.own.values()))]}
 
     # -- settings
 
