@@ -1459,8 +1459,8 @@ class CallerGone(Exception):
 
 # --------------------------------------------------------------------------------------------------
 # Callers: the one place that decides who is calling. Keys are known by digest and compared in
-# constant time. No other section sees a raw key, except to show an upstream the caller's own. It
-# does not know what a caller may use.
+# constant time. Elsewhere a raw key is seen only to show an upstream the caller's own, and to tell
+# a new one once. A stored key says what it may use; that it holds to that is for others to see.
 # --------------------------------------------------------------------------------------------------
 
 CREDENTIAL_FIELDS = ("authorization", "x-api-key", "x-goog-api-key")
@@ -1669,13 +1669,12 @@ class Callers:
         for key, name in (keys or {}).items():
             self.add(key, name, "caller")
         for key, role in (steering or {}).items():
-            name = role.upper() + "_KEY"
-            self.add(key, name, role, Key(name, role))
+            self.add(key, role.upper() + "_KEY", role)
 
-    def add(self, key, name, role, stored_key=None):
+    def add(self, key, name, role):
         one = digest(key)
         self.known[blinded(one, self.label_secret)] = one, Caller(
-            ("key", one), name, self.label_secret, name, role, stored_key)
+            ("key", one), name, self.label_secret, name, role)
 
     def credential_in(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
@@ -7874,9 +7873,8 @@ class Entry:
     first_byte = None
     held_up = 0.0       # seconds before that in which others were awaited
     trace: Optional["Trace"] = None        # where traces are wanted
-    context: Optional[Context] = None      # while it runs, these three
+    context: Optional[Context] = None      # while it runs, both
     ticket: Optional[Ticket] = None
-    adapter: Optional[BodyAdapter] = None
 
     def __init__(self, address: str, peer: str):
         """`peer` is where the connection comes from, `address` who that stands for."""
@@ -7892,7 +7890,7 @@ class Entry:
         self.wall = clock.time_ns()
         if self.started is None:
             self.started = self.ended  # no head ever came
-        self.reader = self.context = self.ticket = self.adapter = None
+        self.reader = self.context = self.ticket = None
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
@@ -9556,10 +9554,6 @@ class Books:
 # the page: metrics, traces, warnings, and the feed of events. Nothing of it holds up a call; what
 # goes out, to addresses that the operator set, goes by threads of their own.
 # --------------------------------------------------------------------------------------------------
-
-def dollars(entry: Entry) -> str:
-    return format_usd(entry.picodollars)
-
 
 def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
     """Returns what the page shows of a call that runs."""
@@ -11555,7 +11549,7 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     proxy.weights = config.key_weights or {}
     proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
     proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
-    proxy.limits.take_over(proxy.clock.time_ns() / 1e9)
+    proxy.limits.take_over(proxy.wall())
     proxy.prices = Prices(config.prices, config.unpriced)
     renew_estimator(proxy)
     return rest
@@ -11893,22 +11887,20 @@ class Jobs:
             raise Overloaded(wait=1)
         answered = context.loop.create_future()
 
-        def deliver(job):
+        def end(job):
             self.owners[owner] -= 1
-            self.owners += collections.Counter()  # which drops those that have none
-            failure = None if job.cancelled() else job.exception()
-            if answered.done() or job.cancelled():  # nobody waits for it any more
-                return
-            if failure:
-                answered.set_exception(failure)
-            else:
-                answered.set_result(job.result())
+            if not self.owners[owner]:
+                del self.owners[owner]
+            if not job.cancelled():
+                job.exception()  # asyncio complains of one that nobody has looked at
+            Stream.wake(answered)
 
         self.owners[owner] += 1
         job = context.loop.run_in_executor(self.pool, act, *arguments)
-        job.add_done_callback(deliver)
+        job.add_done_callback(end)
         try:
-            return await context.wait(answered, self.SECONDS, "the database")
+            await context.wait(answered, self.SECONDS, "the database")
+            return job.result()
         except TimeoutError:
             raise Overloaded() from None
         finally:
@@ -12045,9 +12037,6 @@ class Admin:
     def zone(ask):
         return read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
 
-    def now(self):
-        return self.clock.time_ns() / 1e9
-
     # -- what happens now
 
     async def contents(self, ask):
@@ -12062,8 +12051,9 @@ class Admin:
     async def summary(self, ask):
         proxy, sums = self.proxy, {}
         with contextlib.suppress(BooksAway):
-            sums = await self.read_books(ask.reply, LedgerReader.today, self.zone(ask), self.now())
-        return {"you": self.you(ask), "version": VERSION, "now": self.now(),
+            sums = await self.read_books(
+                ask.reply, LedgerReader.today, self.zone(ask), proxy.wall())
+        return {"you": self.you(ask), "version": VERSION, "now": proxy.wall(),
                 "keys_are_asked_for": not proxy.callers.is_open,
                 "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
                     sums or self.pulse.callers),
@@ -12278,7 +12268,7 @@ class Admin:
         return found
 
     async def usage(self, ask):
-        query, now = ask.query, int(self.now())
+        query, now = ask.query, int(self.proxy.wall())
         filters = {name: query[name] for name in SUM_KEYS if name in query}
         by, step = query.get("by", "caller"), query.get("step", "day")
         start, end = self.number(ask, "from", now - DAY), self.number(ask, "to", now)
@@ -12319,7 +12309,7 @@ class Admin:
         sums = hours = seen = {}
         with contextlib.suppress(BooksAway):
             sums, hours, seen = await self.read_books(
-                ask.reply, LedgerReader.of_callers, self.zone(ask), self.now())
+                ask.reply, LedgerReader.of_callers, self.zone(ask), self.proxy.wall())
         not_full = self.buckets_by_owner()
         rows = []
         for caller in self.known_callers():
@@ -12343,10 +12333,11 @@ class Admin:
         calls = days = []
         with contextlib.suppress(BooksAway):
             calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
-                                         caller.label, self.zone(ask), self.now())
+                                         caller.label, self.zone(ask), self.proxy.wall())
         buckets = self.buckets_of(caller, self.buckets_by_owner())
         self.send_json(reply, {
-            "caller": caller.label, "team": caller.team, "role": caller.role, "now": self.now(),
+            "caller": caller.label, "team": caller.team, "role": caller.role,
+            "now": self.proxy.wall(),
             "buckets": buckets, "warning": self.warning_of(buckets),
             "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
 
