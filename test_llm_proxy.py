@@ -633,8 +633,9 @@ def is_busy():
 def run_and_measure(handle):
     """Stands in for Handle._run: keeps in its loop's `held` what holds that too long.
 
-    Who takes 250 ms and little of the CPU has slept, unless it waited for Python's lock, which it
-    tries again and again, or was put off by the system."""
+    Who takes a second and little of the CPU has slept, unless it waited for Python's lock, which it
+    tries again and again, or was put off by the system. (A virtual machine that stands still for
+    a third of a second tells nobody.)"""
     held = getattr(handle._loop, "held", None)
     if held is None:
         return RUN(handle)
@@ -643,7 +644,7 @@ def run_and_measure(handle):
     RUN(handle)
     cpu, took = cpu_seconds() - cpu, time.monotonic() - began
     slept = False
-    if SWITCHES and took > 0.25:
+    if SWITCHES and took > 1:
         waited, put_off = map(int.__sub__, switches(), before)
         slept = waited < 10 and not put_off and not is_busy()
     if cpu > CPU_SECONDS or slept:
