@@ -35,6 +35,7 @@ Contents, in reading order; a section uses only what stands above it:
     Limits      rules, buckets and holds
     Usage       tokens, prices, the estimate before and the cost after
     Dialects    the wire names of every API, limit replies, what responses report of usage
+    Redaction   what must not leave, found in text, and its way back
     Wire        strict HTTP/1.1 in bytes: heads and framing of both sides
     Streams     sockets on the event loop: deadlines, reading, writing, carrying a body
     Line        the slots of a busy upstream, and the fair queue before them
@@ -42,6 +43,7 @@ Contents, in reading order; a section uses only what stands above it:
     Upstreams   addresses and their breakers, connections, responses; which call goes where
     Books       entries, the access log and the ledger
     Signals     what is told outside of the books: metrics, traces, warnings, the feed of events
+    Shared      what several processes have in common: buckets, keys and sums in Redis
     Reply       the way back to one caller
     Proxy       serve: the life of one call; build: the parts list
     Pages       health, models, metrics, one's own quota
@@ -5386,6 +5388,18 @@ class UsageReader(UsageSource):
 
 
 # --------------------------------------------------------------------------------------------------
+# Redaction: what must not leave, found in text, replaced by placeholders, and put back in what the
+# model answers. It knows no sockets, no buckets and no wire names.
+# --------------------------------------------------------------------------------------------------
+
+class Finding(NamedTuple):
+    """What must not leave, in a text: from `start` to `end`, and what it is, as REDACT names it."""
+    start: int
+    end: int
+    kind: str
+
+
+# --------------------------------------------------------------------------------------------------
 # Wire: HTTP/1.1 in bytes, strict, one parser for both sides (RFC 9110, RFC 9112). Heads are taken
 # whole or not at all; bodies are followed through their framing. Nothing here reads a socket or
 # knows what an LLM is.
@@ -10381,6 +10395,15 @@ class Watchers(NamedTuple):
                 Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
                 *process_families()):
             yield from family.lines()
+
+
+# --------------------------------------------------------------------------------------------------
+# Shared: what several processes have in common, in Redis: buckets, keys, sums, slots. Without
+# REDIS_URL nothing of it is used. It knows no HTTP.
+# --------------------------------------------------------------------------------------------------
+
+class RedisFault(Exception):
+    """Redis did not do what it was asked to; says why, without an address or a password."""
 
 
 # --------------------------------------------------------------------------------------------------
