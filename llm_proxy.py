@@ -4008,6 +4008,8 @@ class Dialect:
     SERVED = "model"
     # Where a response or an event says why the model stopped,
     REASON = ("", "")
+    # at some endpoints at another key: the first of these that is there counts,
+    REASON_KEYS: Dict[str, Tuple[str, ...]] = {}
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
@@ -4149,6 +4151,16 @@ class Dialect:
     def has_reason(self, payload):
         holder, reason = self.REASON
         return any([dig(one, reason) for one in as_list(payload.get(holder))])
+
+    def reasons(self, data: bytes, endpoint: str, streamed: bool) -> List[str]:
+        """Returns why the model stopped, as JSON or the last events say: of each choice in JSON, in
+        events, which may say it again, each reason once."""
+        for key in self.REASON_KEYS.get(endpoint, self.REASON[1:]):
+            found = re.findall(REASON_AT % key.encode(), data)
+            if found:
+                once = streamed or endpoint in self.REASON_KEYS
+                return [reason.decode() for reason in (dict.fromkeys(found) if once else found)]
+        return []
 
     def is_last(self, payload):
         """Returns whether an event ends its stream."""
@@ -4352,6 +4364,8 @@ class Dialect:
         return self.events.content_type if call.stream else "application/json"
 
 
+# A word at a key, but for those that say that the model has not stopped
+REASON_AT = rb'"%b"\s*:\s*"(?!in_progress|queued)([A-Za-z_-]{1,40})"'
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
@@ -4443,6 +4457,7 @@ class OpenAI(Dialect):
         id object created model choices service_tier system_fingerprint provider obfuscation p
         x_groq""".split())
     REASON = ("choices", "finish_reason")
+    REASON_KEYS = {"responses": ("reason", "status")}
     LAST_TYPES = (
         "response.completed", "response.incomplete", "response.failed", "response.cancelled")
     PARSED = {
@@ -4721,6 +4736,7 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
+    REASON_KEYS = {"interactions": ("status",)}
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
@@ -4761,6 +4777,7 @@ class Ollama(Dialect):
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
+    REASON = ("", "done_reason")
     LAST_KEY = "done"
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
@@ -5377,6 +5394,10 @@ class UsageReader(UsageSource):
         self.pieces = []
         self.size = 0
         return self.characters
+
+    def finish_reasons(self) -> List[str]:
+        """Returns why the model stopped, where what is kept says so."""
+        return self.dialect.reasons(b"".join(self.pieces), self.endpoint, self.streamed)
 
     def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
@@ -7886,7 +7907,8 @@ class Entry:
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
     held_up = 0.0       # seconds before that in which others were awaited
-    trace: Optional["Trace"] = None        # where traces are wanted
+    trace: Optional["Trace"] = None        # where traces are wanted,
+    reasons: Sequence[str] = ()            # and with it why the model stopped
     context: Optional[Context] = None      # while it runs, both
     ticket: Optional[Ticket] = None
 
@@ -10123,6 +10145,7 @@ ATTRIBUTES = {
     "gen_ai.provider.name": "provider",
     "gen_ai.request.model": "model",
     "gen_ai.response.model": "served",
+    "gen_ai.response.finish_reasons": "reasons",
     "gen_ai.usage.input_tokens": "input",
     "gen_ai.usage.output_tokens": "output",
     "gen_ai.usage.cache_read.input_tokens": "cached",
@@ -10205,7 +10228,7 @@ class Traces(Watcher):
         facts = self.facts(entry)
         trace = entry.trace or Trace()
         named = {name: facts[fact] for name, fact in ATTRIBUTES.items()
-                 if facts[fact] not in (None, "")}
+                 if facts[fact] not in (None, "", [])}
         took = int((entry.ended - entry.started) * 1e9)
         found = {
             "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
@@ -10221,7 +10244,7 @@ class Traces(Watcher):
 
     def facts(self, entry):
         """Returns the row of a call, and what only spans tell."""
-        facts = {**entry.as_row()._asdict(), **self.kind(entry)}
+        facts = {**entry.as_row()._asdict(), **self.kind(entry), "reasons": list(entry.reasons)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
         if not entry.priced:
@@ -10246,12 +10269,16 @@ class Traces(Watcher):
         return {"route": route, "operation": operation,
                 "provider": PROVIDERS.get(provider, provider)}
 
-    @staticmethod
-    def attributes(values):
+    @classmethod
+    def attributes(cls, values):
+        return [{"key": name, "value": cls.typed(value)} for name, value in values.items()]
+
+    @classmethod
+    def typed(cls, value):
+        if type(value) is list:
+            return {"arrayValue": {"values": list(map(cls.typed, value))}}
         kinds = {str: "stringValue", float: "doubleValue", int: "intValue", bool: "boolValue"}
-        return [{"key": name, "value": {
-            kinds[type(value)]: str(value) if type(value) is int else value}}
-            for name, value in values.items()]
+        return {kinds[type(value)]: str(value) if type(value) is int else value}
 
 
 # -- warnings
@@ -11001,6 +11028,7 @@ class Proxy:
         self.traces = watchers.traces
         if self.traces:
             self.request_head = self.traced_head
+            self.settle = self.traced_settle
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
@@ -11357,6 +11385,12 @@ class Proxy:
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
+
+    def traced_settle(self, entry, ending):
+        """Do so, once it is known why the model stopped: what says so is dropped then."""
+        if entry.reader and not entry.reasons:
+            entry.reasons = entry.reader.finish_reasons()
+        Proxy.settle(self, entry, ending)
 
     @staticmethod
     def estimate_to_charge(hold, usage, ending):

@@ -8269,6 +8269,41 @@ class TracesTest(SignalsCase):
             self.assertEqual(told[name], value, name)
         self.assertNotIn("error.type", told)
 
+    REASONS = json.loads(r"""[
+        ["/v1/chat/completions", [{"choices": [{"finish_reason": "stop", "message": {
+            "content": "\"finish_reason\": \"no\""}}, {"finish_reason": "stop"}]}],
+            ["stop", "stop"]],
+        ["/v1/chat/completions", ["LAST_DELTA", "LAST_DELTA", "[DONE]"], ["stop"]],
+        ["/v1/completions", [{"choices": [{"text": "a", "finish_reason": "length"}]}], ["length"]],
+        ["/v1/responses", [{"status": "completed", "output": [{"status": "completed"}]}],
+            ["completed"]],
+        ["/v1/responses", [{"type": "response.created", "response": {"status": "in_progress"}},
+            {"type": "response.incomplete", "response": {"status": "incomplete",
+            "incomplete_details": {"reason": "max_output_tokens"}}}], ["max_output_tokens"]],
+        ["/v1/messages", [{"stop_reason": "tool_use"}], ["tool_use"]],
+        ["/v1/messages", ["ANTHROPIC_EVENTS"], ["end_turn"]],
+        ["/v1beta/models/m:generateContent", [{"candidates": [{"finishReason": "STOP"}]}],
+            ["STOP"]],
+        ["/v1beta/models/m:streamGenerateContent?alt=sse", ["GEMINI_EVENTS"], ["STOP"]],
+        ["/v1beta/interactions", [{"status": "completed"}], ["completed"]],
+        ["/v1beta/interactions", ["INTERACTION_EVENTS"], ["completed"]],
+        ["/api/chat", [{"done": true, "done_reason": "stop"}], ["stop"]],
+        ["/v1/chat/completions", [{"choices": [{"finish_reason": null}]}], []]]""")
+    NAMED = {"LAST_DELTA": [LAST_DELTA], "ANTHROPIC_EVENTS": ANTHROPIC_EVENTS,
+             "GEMINI_EVENTS": GEMINI_EVENTS, "INTERACTION_EVENTS": INTERACTION_EVENTS}
+
+    def test_a_span_says_why_the_model_stopped(self):
+        self.start_traced()
+        for number, (path, told, reasons) in enumerate(self.each(self.REASONS), 1):
+            told = [part for one in told for part in self.NAMED.get(str(one), [one])]
+            streamed = len(told) > 1
+            kind = "text/event-stream" if streamed else "application/json"
+            self.stub.answer = says(events(*told) if streamed else json.dumps(told[0]).encode(),
+                                    "200 OK", "Content-Type: " + kind)
+            self.ask(request("POST", path, chat(), key="sk-1"))
+            found = self.spans(number)[-1][1].get("gen_ai.response.finish_reasons", {"values": []})
+            self.assertEqual([one["stringValue"] for one in found["values"]], reasons)
+
     def test_a_guess_is_told_as_one_and_what_has_no_price_has_none(self):
         self.start_traced()
         self.ask(call("sk-1"))
