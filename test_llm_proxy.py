@@ -7392,7 +7392,7 @@ class KeysCase(LedgerCase):
     def store(self, path=None, clock=None):
         database = llm_proxy.Database(path or self.path)
         self.addCleanup(database.close)
-        return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
+        return llm_proxy.KeyStore(database.connection, clock or self.proxy.clock, self.ACTOR)
 
     def change(self, act, *arguments, **fields):
         """Changes keys; returns what came of it when the proxy knows."""
@@ -7459,7 +7459,7 @@ class KeyStoreTest(KeysCase):
     def test_no_secret_is_stored(self):
         made = self.keys.add("ann")
         again = self.keys.rotate("ann", "1h")
-        self.keys.database.close()
+        self.keys.connection.close()
         with open(self.path, "rb") as file:
             data = file.read()
         for secret in (made.secret, again.secret):
@@ -7521,12 +7521,12 @@ class KeyStoreTest(KeysCase):
 
     def test_the_first_key_of_a_caller_closes_the_door_for_good(self):
         self.assertFalse(self.keys.add("boss", role="admin").closes)
-        self.assertFalse(self.keys.database.is_closed())
+        self.assertFalse(llm_proxy.is_closed(self.keys.connection.execute))
         self.assertTrue(self.keys.add("ann").closes)
         self.assertFalse(self.keys.add("ben").closes)
         for name in ("ann", "ben"):
             self.keys.remove(name)
-        self.assertTrue(self.keys.database.is_closed())
+        self.assertTrue(llm_proxy.is_closed(self.keys.connection.execute))
 
 
 def columns_of(row):
