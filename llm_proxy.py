@@ -71,6 +71,7 @@ import errno
 import fnmatch
 import functools
 import gc
+import getpass
 import hashlib
 import heapq
 import hmac
@@ -489,7 +490,7 @@ class Price(NamedTuple):
         return self.times(found) if found is not None else self
 
 
-def read_price(cost: Dict[str, Any]) -> Price:
+def read_price(cost: JsonObject) -> Price:
     """{input, output, cache_read, cache_write, hour_write}, each in USD per million tokens, above:
     {tokens, input, output ...}, tiers: {name: factor or {input, output ...}} -> Price. A cached
     token costs what any other input does, and one that is kept for an hour twice that, unless the
@@ -787,9 +788,9 @@ def find_setting(name):
     return SETTINGS_BY_NAME.get(RENAMED.get(general, general))
 
 
-def is_secret(name: str) -> bool:
-    """Tells whether the text of a variable in Config.texts may be shown to nobody."""
-    return find_setting(name).secret
+def shown(name: str, text: Optional[str]) -> Optional[str]:
+    """Returns the text of a variable in Config.texts without a secret."""
+    return "set, not shown" if text is not None and find_setting(name).secret else text
 
 
 # Settings that guard: who misspells one thinks that a door is shut.
@@ -829,6 +830,7 @@ class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
     keys_are_stored = False  # in DATABASE, at the start: nobody else may call
+    admin_key_file: Optional[str] = None  # of a key that was made, and ends with the process
 
     def note_stored_keys(self):
         """Keys of callers are stored, so that no stranger spends the operator's key."""
@@ -860,8 +862,9 @@ class Config(types.SimpleNamespace):
         for name in self.RELOADED:
             self.texts[name] = new.texts.get(name)
             setattr(self, name.lower(), getattr(new, name.lower()))
-        names = sorted({*self.texts, *new.texts})
-        return [name for name in names if self.texts.get(name) != new.texts.get(name)]
+        names = {*self.texts, *new.texts} - {  # nobody has set these, before nor now
+            name.upper() for name in self.chosen if name in new.chosen}
+        return [name for name in sorted(names) if self.texts.get(name) != new.texts.get(name)]
 
     def choose_defaults(self):
         """Sets what depends on other settings."""
@@ -1190,7 +1193,7 @@ class Refusal(Exception):
     cause: Optional[str] = None       # for the operator alone
     nothing_sent = False              # nothing of the call went upstream: another one may be asked
     body: Optional[bytes] = None      # the upstream's own words, where they are known
-    fields: Dict[str, Any] = {}       # more header fields of the reply
+    fields: JsonObject = {}       # more header fields of the reply
 
     def __init__(self, message: str = "", wait: Optional[float] = None, **attributes: Any):
         """`wait`: in so many seconds it may be asked again."""
@@ -1541,7 +1544,7 @@ class Key(NamedTuple):
     def __hash__(self):
         return hash(self.subject)
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns what may be shown of it."""
         return dict(zip(self._fields[:-3], self))
 
@@ -1893,8 +1896,8 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
-        capacity = rule.capacity
         left = level if level > 0 else 0
+        capacity = rule.capacity if level <= rule.capacity else level  # more was given
         if rule.unit == RUNNING:
             return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
@@ -2236,13 +2239,17 @@ class Limits:
                  if address or not any(kind == "address" for kind, _ in rule.scopes)}
         return {**found, **not_full.get(caller.key, {})}
 
+    def own_buckets(self, caller: Caller, unit: Optional[str]) -> KeyedRules:
+        """Returns the rules of a unit that count this caller alone, each with its bucket."""
+        return [(rule, key)
+                for key, rule in self.buckets_of(caller, None, self.not_full()).items()
+                if key[1:] == (caller.key,) and unit in (rule.word, rule.text.split(" ")[2])]
+
     def give(self, caller: Caller, unit: str, amount: int, until: float,
              again: bool = False) -> int:
         """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
         returns how many there are."""
-        found = [(rule, key)
-                 for key, rule in self.buckets_of(caller, None, self.not_full()).items()
-                 if key[1:] == (caller.key,) and unit in (rule.word, rule.text.split(" ")[2])]
+        found = self.own_buckets(caller, unit)
         for rule, key in found:
             self.buckets.give(rule, key, amount, until, again)
         return len(found)
@@ -2446,8 +2453,8 @@ ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
 NUMBERS = frozenset((int, float))
 
 
-def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
-                media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
+def text_length(payload: JsonObject, skip: str, plain: FrozenSet[str], names: FrozenSet[str],
+                media_texts: Callable[[JsonObject], Optional[List[str]]]
                 ) -> Tuple[int, List[int], int]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
@@ -5873,6 +5880,12 @@ def keep_alive(sock: socket.socket):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+def soon(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *arguments: Any):
+    """Has the loop do something, from another thread; a loop that is closed does nothing."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(act, *arguments)
+
+
 class Context:
     """Goes through a call, as Go's context does: every await for a peer is one of `wait`, so it
     ends at its deadline or when the call is ended, and can be seen. The timer is moved only when it
@@ -7622,7 +7635,7 @@ class Upstream:
         now = self.clock.monotonic()
         return any(one.breakers.connections.state(now) != "open" for one in self.addresses)
 
-    def stats(self) -> Dict[str, Any]:
+    def stats(self) -> JsonObject:
         """Returns what /health says of it."""
         states = self.states()
         best = min(states, key=("closed", "half_open", "open").index)
@@ -7894,6 +7907,12 @@ def format_second(second):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
+def format_moment(nanoseconds):
+    """Returns a time since 1970 in UTC, as logs have it."""
+    second, rest = divmod(nanoseconds, 10 ** 9)
+    return f"{format_second(second)}.{rest // 10 ** 6:03d}Z"
+
+
 class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
@@ -7984,7 +8003,7 @@ class Entry:
         reader = self.reader
         return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
 
-    def progress(self, clock: Any) -> Dict[str, Any]:
+    def progress(self, clock: Any) -> JsonObject:
         """Returns what changes while it runs; `key` is no other one's, though callers may choose
         one id twice."""
         self.request_id = self.request_id or new_request_id()
@@ -7992,11 +8011,6 @@ class Entry:
         return {"id": self.request_id, "key": self.started, "state": self.state(),
                 "position": place, "tokens": self.tokens_so_far(),
                 "seconds": round(clock.monotonic() - self.started, 3)}
-
-    def moment(self):
-        """Returns the end in UTC, as logs have it."""
-        second, rest = divmod(self.wall, 10 ** 9)
-        return f"{format_second(second)}.{rest // 10 ** 6:03d}Z"
 
     def charged(self, nothing):
         """Returns what was taken of the tightest bucket, and what it holds."""
@@ -8009,7 +8023,7 @@ class Entry:
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
         fields = self.as_row()._asdict()
-        fields["time"] = self.moment()
+        fields["time"] = format_moment(self.wall)
         fields["model"] = fields["model"] and fields["model"][:80]
         fields["usd"] = format_usd(self.picodollars) if self.priced else None
         fields["cost"], fields["remaining"] = self.charged(None)
@@ -8032,7 +8046,7 @@ class Entry:
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
         return (
-            f"{self.moment()} {caller} {self.method or '-'} {(self.path or '-')[:200]} "
+            f"{format_moment(self.wall)} {caller} {self.method or '-'} {(self.path or '-')[:200]} "
             f"{one_word(call and call.model)} {self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
@@ -8062,6 +8076,10 @@ class Writer:
         else:
             self.queue.append(item)
 
+    def take(self, most):
+        """Returns what has waited longest."""
+        return [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+
     def run(self):
         while not self.stop.wait(self.PAUSE):
             self.write_queued()
@@ -8081,10 +8099,11 @@ class Log(Writer):
     told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
-    def __init__(self, stream: BinaryIO, as_json: bool):
+    def __init__(self, stream: BinaryIO, as_json: bool, clock: Any = time):
         """`stream` is unbuffered: a buffer has a lock, which a blocked writer would hold when the
         process ends."""
         super().__init__("log")
+        self.clock = clock
         self.stream = stream
         self.as_json = as_json
         self.thread.start()
@@ -8094,7 +8113,9 @@ class Log(Writer):
         self.record(self.message(text))
 
     def message(self, text):
-        return json.dumps({"message": text}) if self.as_json else text
+        moment = format_moment(self.clock.time_ns())
+        return json.dumps({"time": moment, "message": text}) if self.as_json else (
+            f"{moment} {text}")
 
     def report(self):
         """Queues the traceback of the exception being handled: a bug of ours."""
@@ -8105,7 +8126,7 @@ class Log(Writer):
 
     def write_queued(self):
         while self.queue:
-            batch = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
+            batch = self.take(self.BATCH)
             lines = [line if isinstance(line, str) else self.format(line) for line in batch]
             untold = self.dropped - self.told
             if untold:
@@ -8199,25 +8220,16 @@ def exact_total(name: str) -> str:
 
 
 # Adds SUM_COLUMNS to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
-SUMMING = """INSERT OR REPLACE INTO sums SELECT %d, {keys}, {counts},
-    min(new.column{first}, coalesce(old.first, new.column{first})),
-    max(new.column{last}, coalesce(old.last, 0)),
-    max(new.column{slowest}, coalesce(old.slowest, 0))
-    FROM (VALUES %%s) AS new LEFT JOIN sums AS old ON old.span = %d AND {same}""" % (
-        QUARTER, QUARTER)
-SUM_COLUMNS = ["start", *SUM_KEYS, *SUM_COUNTS, "first", "last", "slowest"]
-
-
-def adding_statement() -> str:
-    """Returns SUMMING with the places of its columns."""
-    places = {name: place for place, name in enumerate(SUM_COLUMNS, 1)}
-    keys = SUM_COLUMNS[:1 + len(SUM_KEYS)]
-    return SUMMING.format(
-        **{name: places[name] for name in ("first", "last", "slowest")},
-        keys=", ".join(["new.column%d" % places[name] for name in keys]),
-        counts=", ".join(["min(new.column%d + coalesce(old.%s, 0), %d)" % (
-            places[name], name, MOST) for name in SUM_COUNTS]),
-        same=" AND ".join(["old.%s = new.column%d" % (name, places[name]) for name in keys]))
+SUMMED_BY = ["start", *SUM_KEYS]
+SUM_COLUMNS = [*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"]
+ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH new(%s) AS (VALUES %%s) SELECT %d, %s, %s,
+    min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
+    max(new.slowest, coalesce(old.slowest, 0))
+    FROM new LEFT JOIN sums AS old ON old.span = %d AND %s""" % (
+        ", ".join(SUM_COLUMNS), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
+        ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
+                   for name in SUM_COUNTS]),
+        QUARTER, " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
 
 
 # Makes a sum of a longer span from those of shorter ones in it.
@@ -8234,7 +8246,6 @@ FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
 ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
-ADD_TO_SUMS = adding_statement()
 
 
 class SumsOfCalls:
@@ -8249,19 +8260,21 @@ class SumsOfCalls:
 
     def add_up(self, calls: Iterable[Tuple]) -> List[List[Union[int, str]]]:
         """Takes rows of (rowid, *ADDED); returns rows of SUM_COLUMNS."""
-        found = {}
+        groups = collections.defaultdict(list)
         for key, rows in self.grouped(calls).items():
-            numbers, outcomes, waits, *used = zip(*rows)
-            failed = sum([outcome not in PASSED for outcome in outcomes])
-            counts = [len(rows), failed, outcomes.count("limited"), *[
-                min(MOST, sum(filter(None, column))) for column in used]]
-            key = self.named(key, "ok" in outcomes or any(counts[3:]))
-            limits = min(numbers), max(numbers), max(waits)
-            found[key] = self.merged(found[key], counts, limits) if key in found else [
-                *counts, *limits]
+            answered = any(outcome == "ok" or any(used) for _, outcome, _, *used in rows)
+            groups[self.named(key, answered)] += rows
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        return [[*key, *counts] for key, counts in found.items()]
+        return [[*key, *self.counts(rows)] for key, rows in groups.items()]
+
+    @staticmethod
+    def counts(rows):
+        numbers, outcomes, waits, *used = zip(*rows)
+        failed = sum([outcome not in PASSED for outcome in outcomes])
+        return [len(rows), failed, outcomes.count("limited"), *[
+            min(MOST, sum(filter(None, column))) for column in used],
+            min(numbers), max(numbers), max(waits)]
 
     @staticmethod
     def grouped(calls):
@@ -8271,12 +8284,6 @@ class SumsOfCalls:
                    served or model or "-", upstream or "-")
             groups[key].append((number, outcome, ms or 0, *used))
         return groups
-
-    @staticmethod
-    def merged(old, counts, limits):
-        """Adds to a sum what got the same names."""
-        added = [min(MOST, one + other) for one, other in zip(old, counts)]
-        return [*added, *[pick(pair) for pick, pair in zip((min, max, max), zip(old[-3:], limits))]]
 
     def named(self, key, answered):
         """Returns the key of a sum, with names that are told apart."""
@@ -8427,8 +8434,7 @@ class Database:
     def prepare(self):
         """Makes the tables, or adds the columns that an older file lacks."""
         execute = self.connection.execute
-        execute("BEGIN IMMEDIATE")
-        with self.connection:
+        with self.transaction():
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
@@ -8620,8 +8626,7 @@ class Database:
         execute = self.connection.execute
         if not execute("SELECT 1 FROM orders WHERE done = 0 OR ? LIMIT 1", (again,)).fetchall():
             return []
-        execute("BEGIN IMMEDIATE")
-        with self.connection:
+        with self.transaction():
             found = execute(  # and nothing that somebody else has written
                 "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
                 " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
@@ -8645,18 +8650,9 @@ class Database:
         return calls >= self.BATCH or any(others)
 
 
-class Sum(NamedTuple):
+class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
     """What calls came to."""
-    calls: int
-    failed: int
-    limited: int
-    input: int
-    cached: int
-    output: int
-    reasoning: int
-    estimated: int
-    unpriced: int
-    picodollars: int
+    __slots__ = ()
 
     # As they are added up over sums: picodollars in two parts, both of which are exact.
     TOTALS = ", ".join(["total(%s)" % name for name in SUM_COUNTS if name != "picodollars"] + [
@@ -8676,12 +8672,12 @@ class Sum(NamedTuple):
     def tokens(self) -> int:
         return self.input + self.output
 
-    def as_dict(self) -> Dict[str, Union[int, str]]:
+    def as_dict(self) -> JsonObject:
         found = self._asdict()
         found["usd"] = format_usd(found.pop("picodollars"))
         return found
 
-    def as_point(self) -> Dict[str, Union[int, str]]:
+    def as_point(self) -> JsonObject:
         return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
 
 
@@ -8722,10 +8718,6 @@ def read_time_zone(name: str, offset: str = "") -> datetime.tzinfo:
     return datetime.timezone(datetime.timedelta(minutes=int(offset)))
 
 
-def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
-    return datetime.datetime.fromtimestamp(moment, zone).date()
-
-
 def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
     """Returns when a day begins, in unix seconds."""
     return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
@@ -8753,7 +8745,7 @@ def read_steps(step: str, start: float, end: float, zone: datetime.tzinfo) -> Li
     start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
     if end - start > size * MAX_STEPS:
         raise BadRequest("The range has too many steps: ask for longer ones")
-    day = date_in(zone, start)
+    day = datetime.datetime.fromtimestamp(start, zone).date()
     if step == "month":
         day = day.replace(day=1)
     found = []
@@ -8786,7 +8778,7 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
-def call_fields(row: Row, number: Optional[int] = None) -> Dict[str, Union[int, float, str, None]]:
+def call_fields(row: Row, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
     found = {"row": number, **row._asdict()}
     found["usd"] = format_usd(found.pop("picodollars") or 0)
@@ -8830,8 +8822,12 @@ class LedgerReader:
     LOOK = 60_000  # calls that one question looks at
     NAMED = 200    # groups; what is beyond goes by the name of `other`
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, now: float = 0.0,
+                 zone: datetime.tzinfo = datetime.timezone.utc):
+        """`now`, in unix seconds, and `zone` are those of who asks."""
         self.path = path
+        self.now = now
+        self.zone = zone
 
     @contextlib.contextmanager
     def ask(self):
@@ -8842,7 +8838,7 @@ class LedgerReader:
     # -- sums
 
     def add_up(self, by: str, steps: List[Step],
-               filters: Dict[str, str]) -> List[Tuple[int, str, Sum]]:
+               filters: Texts) -> List[Tuple[int, str, Sum]]:
         """Returns (when a step begins, whose, what it comes to), as far as there is something."""
         values = {name: filters[name] for name in SUM_KEYS if filters.get(name)}
         where = " AND ".join(["%s = :%s" % (name, name) for name in values]) or "1"
@@ -8857,37 +8853,41 @@ class LedgerReader:
                     for at, name, *totals in execute(query, values)]
 
     def totals(self, by: str, start: float, end: float,
-               filters: Optional[Dict[str, str]] = None) -> Dict[str, Sum]:
+               filters: Optional[Texts] = None) -> Dict[str, Sum]:
         """Returns sums of a range, which is widened to whole quarters."""
         start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
         return {name: found
                 for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
 
-    def today(self, zone: datetime.tzinfo, now: float) -> Dict[str, Sum]:
-        """Returns the sums of callers since midnight."""
-        return self.totals("caller", midnight(date_in(zone, now), zone), now + 1)
+    def midnight(self, days: int = 0) -> int:
+        """Returns when a day began, so many days ago."""
+        day = datetime.datetime.fromtimestamp(self.now, self.zone).date()
+        return midnight(day - datetime.timedelta(days), self.zone)
 
-    def days(self, caller: str, zone: datetime.tzinfo, now: float, count: int = 30):
+    def today(self) -> Dict[str, Sum]:
+        """Returns the sums of callers since midnight."""
+        return self.totals("caller", self.midnight(), self.now + 1)
+
+    def days(self, caller: str, count: int = 30):
         """Returns {"at": midnight, **sum} for each of the last days of a caller."""
-        first = date_in(zone, now) - datetime.timedelta(count - 1)
-        steps = read_steps("day", midnight(first, zone), now + 1, zone)
+        steps = read_steps("day", self.midnight(count - 1), self.now + 1, self.zone)
         found = {at: one for at, _, one in self.add_up("caller", steps, {"caller": caller})}
         return [{"at": at, **found.get(at, NO_SUM).as_dict()} for at, _, _ in steps]
 
-    def hours(self, now: float) -> Dict[str, List[int]]:
+    def hours(self) -> Dict[str, List[int]]:
         """Returns the tokens of the last 24 hours, oldest first, of each caller."""
-        first = int(now // HOUR - 23) * HOUR
+        first = int(self.now // HOUR - 23) * HOUR
         steps = [(at, at, at + HOUR) for at in range(first, first + DAY, HOUR)]
         found = {}
         for at, name, one in self.add_up("caller", steps, {}):
             found.setdefault(name, [0] * 24)[(at - first) // HOUR] = one.tokens()
         return found
 
-    def usage(self, by: str, step: str, start: float, end: float, zone: datetime.tzinfo,
-              filters: Dict[str, str]) -> Dict[str, Any]:
+    def usage(self, by: str, step: str, start: float, end: float,
+              filters: Texts) -> JsonObject:
         """Returns groups, the most expensive first, their total, and a series of them. Raises
         BadRequest."""
-        steps = read_steps(step, start, end, zone)
+        steps = read_steps(step, start, end, self.zone)
         rows = self.add_up(by, steps, filters)
         groups = self.merge(rows)
         if len(groups) > self.NAMED:
@@ -8919,27 +8919,26 @@ class LedgerReader:
         return dict(sorted(found.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
-    def of_callers(self, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+    def of_callers(self) -> Tuple[Any, ...]:
         """Returns today's sums, the tokens of the last hours and when they called last, each by
         caller."""
-        return self.today(zone, now), self.hours(now), self.seen()
+        return self.today(), self.hours(), self.seen()
 
-    def of_one(self, caller: str, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+    def of_one(self, caller: str) -> Tuple[Any, ...]:
         """Returns the last 20 calls of a caller, and its days."""
-        return (self.calls(None, 20, {"caller": caller})["calls"],
-                self.days(caller, zone, now))
+        return self.calls(None, 20, {"caller": caller})["calls"], self.days(caller)
 
-    def audit(self, before: Optional[int], limit: int) -> List[Dict[str, Any]]:
+    def audit(self, before: Optional[int], limit: int) -> List[JsonObject]:
         """Returns who changed what, the latest first, from before the number of a row."""
-        names = ("id", "time", "who", "role", "address", "what", "target", "detail")
-        query = "SELECT %s FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?" % ", ".join(names)
         with self.ask() as execute:
-            rows = execute(query, (MOST if before is None else before, limit)).fetchall()
-        return [dict(zip(names, row)) for row in rows]
+            found = execute("SELECT * FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?",
+                            (MOST if before is None else before, limit))
+            names = [name for name, *_ in found.description]
+            return [dict(zip(names, row)) for row in found]
 
     # -- calls
 
-    def call(self, name: str) -> Optional[Dict[str, Any]]:
+    def call(self, name: str) -> Optional[JsonObject]:
         """Returns the last call of this id."""
         found = self.calls(None, 1, {"id": name})["calls"]
         return found[0] if found else None
@@ -8949,7 +8948,7 @@ class LedgerReader:
         with self.ask() as execute:
             return dict(execute(LAST_CALLS).fetchall())
 
-    def calls(self, before: Optional[int], limit: int, filters: Dict[str, str]) -> Dict[str, Any]:
+    def calls(self, before: Optional[int], limit: int, filters: Texts) -> JsonObject:
         """Returns a page of calls, the newest first, from before a rowid, and from where to go on,
         None at the end. A page may be short, or empty, and not the last: where it had to look at
         very many calls. Raises BadRequest."""
@@ -9075,6 +9074,12 @@ class NoSuchKey(KeyFault):
     """None is stored by a name."""
 
 
+def require_bucket(limits: Limits, callers: Iterable[Caller], unit: str):
+    """Raises KeyFault where these have no bucket of a unit, of which more could be given."""
+    if not any([limits.own_buckets(one, unit) for one in callers]):
+        raise KeyFault("no rule counts %s for this caller alone: it was given nothing" % unit)
+
+
 class Actor(NamedTuple):
     """Who does what the audit keeps."""
     who: str
@@ -9089,7 +9094,7 @@ class NewKey(NamedTuple):
     secret: str
     closes: bool = False
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return {"key": self.secret, **self.key.as_dict()}
 
 
@@ -9130,6 +9135,8 @@ class KeyStore:
         except (ValueError, TypeError):
             raise KeyFault("the key %s cannot be read: remove it, and add it anew" % name) from None
 
+    show = find
+
     def add(self, name: str, **fields: Optional[str]) -> NewKey:
         secret = new_secret()
         self.check_field("name", KEY_NAME, name)
@@ -9150,17 +9157,14 @@ class KeyStore:
                 self.order(execute, name)
             return self.write(execute, name, fields)
 
-    def revoke(self, name: str) -> Key:
+    def disable(self, what: str, disabled: bool, name: str) -> Key:
         """It lets nobody in until it is restored."""
-        return self.set_disabled("revoke key", name, True)
-
-    def restore(self, name: str) -> Key:
-        return self.set_disabled("restore key", name, False)
-
-    def set_disabled(self, what, name, disabled):
         with self.change(what, name) as execute:
             execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
             return self.find(name)
+
+    revoke = functools.partialmethod(disable, "revoke key", True)
+    restore = functools.partialmethod(disable, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -9389,8 +9393,7 @@ class Ledger(Writer):
         asked = [self.on_read.popleft() for _ in range(len(self.on_read))]
         self.look_at_keys(now)
         for tell in asked:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                tell()
+            tell()
 
     def look_at_keys(self, now):
         """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
@@ -9587,7 +9590,7 @@ class Books:
 # goes out, to addresses that the operator set, goes by threads of their own.
 # --------------------------------------------------------------------------------------------------
 
-def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
+def running_call(entry: Entry, clock: Any) -> JsonObject:
     """Returns what the page shows of a call that runs."""
     call = entry.call
     return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
@@ -9595,7 +9598,7 @@ def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
             "started": wall_time(clock) - (clock.monotonic() - entry.started)}
 
 
-def ended_call(entry: Entry) -> Dict[str, Any]:
+def ended_call(entry: Entry) -> JsonObject:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
     return {**call_fields(entry.as_row()), "key": entry.started}
 
@@ -9604,7 +9607,7 @@ class Event:
     """Something that happened. Its text is made once, for the first who asks."""
     __slots__ = ("number", "name", "about", "text")
 
-    def __init__(self, number: int, name: str, about: Union[Entry, Dict[str, Any]]):
+    def __init__(self, number: int, name: str, about: Union[Entry, JsonObject]):
         self.number = number
         self.name = name
         self.about = about
@@ -9636,7 +9639,7 @@ class Feed(Watcher):
         self.waiting: Set["asyncio.Future[bool]"] = set()
         self.closed = False
 
-    def tell(self, name: str, about: Union[Entry, Dict[str, Any]]):
+    def tell(self, name: str, about: Union[Entry, JsonObject]):
         """Adds an event, and wakes who waits for one."""
         self.number += 1
         self.events.append(Event(self.number, name, about))
@@ -9658,7 +9661,7 @@ class Feed(Watcher):
             self.told += 1
             self.tell("end", entry)
 
-    def pulse(self, payload: Dict[str, Any]):
+    def pulse(self, payload: JsonObject):
         """A second is over."""
         self.told = 0
         if self.listeners:
@@ -9702,13 +9705,12 @@ class Poster(Writer):
         self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
                        **(fields or {})}
         # Makes one body of many items; without it each goes by itself.
-        self.bundle: Optional[Callable[[List[Any]], Dict[str, Any]]] = None
+        self.bundle: Optional[Callable[[List[Any]], JsonObject]] = None
         self.thread.start()
 
     def write_queued(self):
         while self.queue:
-            most = self.MOST if self.bundle else 1
-            batch = [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+            batch = self.take(self.MOST if self.bundle else 1)
             try:
                 taken = self.deliver(self.bundle(batch) if self.bundle else batch[0])
             except Exception:
@@ -10025,7 +10027,7 @@ class Pulse(Watcher):
         self.feed = feed
         self.metrics = metrics
         self.before = metrics.totals()
-        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.seconds: "collections.deque[JsonObject]" = collections.deque(maxlen=self.MINUTE)
         self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
         self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
         self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
@@ -10054,7 +10056,7 @@ class Pulse(Watcher):
                 int(found[len(found) * share // 100] * 1000) if found else None
                 for share in (50, 95)}
 
-    def tick(self, running: int, line: int) -> Dict[str, Any]:
+    def tick(self, running: int, line: int) -> JsonObject:
         """A second is over; returns what was in it."""
         totals = self.metrics.totals()
         calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
@@ -10068,7 +10070,7 @@ class Pulse(Watcher):
             self.callers = dict(lately[-self.MAX_CALLERS // 2:])
         return found
 
-    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+    def bucket(self, rule: Rule, key: BucketKey) -> JsonObject:
         """Returns a bucket as the page shows it."""
         level = self.buckets.level_of(rule, key)
         now, wall = self.clock.monotonic(), wall_time(self.clock)
@@ -10076,14 +10078,14 @@ class Pulse(Watcher):
         runs = rule.unit == RUNNING
         return {"rule": rule.text, "unit": rule.word,
                 "level": format_amount(rule, level.level),
-                "capacity": format_amount(rule, rule.capacity),
+                "capacity": format_amount(rule, max(rule.capacity, level.level)),
                 "refill": 0 if runs else format_amount(rule, rule.refill),
                 "interval": 0 if runs else rule.interval,
                 "refilled": wall - (now - level.refilled),
                 "full_in": 0 if runs else max(
                     0, round(level.refilled + missing * rule.interval - now, 3))}
 
-    def changed_buckets(self) -> List[Dict[str, Any]]:
+    def changed_buckets(self) -> List[JsonObject]:
         """Returns those of the last second."""
         changed = self.changed
         self.changed = {}
@@ -10214,7 +10216,7 @@ class Traces(Watcher):
 
     # -- in the poster's thread
 
-    def bundle(self, entries: List[Entry]) -> Dict[str, Any]:
+    def bundle(self, entries: List[Entry]) -> JsonObject:
         return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
             "scope": {"name": "llm_proxy", "version": VERSION},
             "schemaUrl": "https://opentelemetry.io/schemas/" + SEMANTIC_CONVENTIONS,
@@ -11210,13 +11212,15 @@ class Proxy:
             self.carry_out(order)
         self.watchers.feed.tell("change", {"what": "keys"})
 
+    def known_as(self, label: str) -> Iterable[Caller]:
+        """Returns who has this label, or had it lately."""
+        return {caller.key: caller for caller in [  # as it is now, not when it called
+            *self.watchers.pulse.named(label), *self.callers.named(label)]}.values()
+
     def carry_out(self, order: Order):
         """Fills or adds to the buckets of a caller."""
         found = 0
-        label = order.caller
-        seen = {caller.key: caller for caller in [
-            *self.callers.named(label), *self.watchers.pulse.named(label)]}
-        for caller in seen.values():
+        for caller in self.known_as(order.caller):
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
                 found += 1
@@ -11226,7 +11230,7 @@ class Proxy:
                     caller, order.unit, order.amount, until, bool(order.done))
         if not found:
             self.books.log.say("%s has no bucket in %s: it was given nothing" % (
-                ascii(label)[1:-1], order.unit))
+                ascii(order.caller)[1:-1], order.unit))
 
     def admit(self, upstream, entry, call):
         """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
@@ -11539,7 +11543,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
           database: Optional[Database] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory."""
-    log = Log(stream, config.log_format == "json")
+    log = Log(stream, config.log_format == "json", clock)
     secret = database.secret() if database else os.urandom(32)
     keys = stored_keys(database, secret, log.say)
     if keys.closed:
@@ -11576,12 +11580,8 @@ def stored_keys(database: Optional[Database], secret: bytes,
 
 def hear_of_keys(proxy: Proxy):
     """Has the ledger tell the loop what it reads of keys and orders."""
-    def tell(keys, orders):
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
-
     if proxy.books.ledger:
-        proxy.books.ledger.on_news = tell
+        proxy.books.ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
 
 
 def go_on(proxy: Proxy, database: Database):
@@ -11705,6 +11705,25 @@ def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Rout
 # name no address. A page is a coroutine that answers by its Reply.
 # --------------------------------------------------------------------------------------------------
 
+Page = Callable[[Request, Reply], Awaitable[None]]
+
+
+async def ask_models(loop: asyncio.AbstractEventLoop, upstream: Upstream,
+                     seconds: float) -> List[Model]:
+    """Returns the models that an upstream lists. Raises Refusal, and ValueError for an answer that
+    is no list."""
+    context = Context(loop)
+    context.until = loop.time() + seconds
+    with contextlib.closing(context):
+        return await upstream.models(context)
+
+
+def with_cause(refusal: Union[Refusal, ValueError]) -> str:
+    """Returns what is known of why an upstream has no list."""
+    cause = getattr(refusal, "cause", None)
+    return "%s (%s)" % (refusal, cause) if cause else str(refusal)
+
+
 class Catalogue:
     """The models of all upstreams. They are asked side by side, and what they say is kept for a
     minute; who does not answer in time is asked again soon, and what it said before holds until
@@ -11748,15 +11767,11 @@ class Catalogue:
 
     async def ask(self, loop, upstream):
         """Returns whether it answered."""
-        context = Context(loop)
-        context.until = loop.time() + self.ASK_SECONDS
         try:
-            self.lists[upstream.name] = await upstream.models(context)
+            self.lists[upstream.name] = await ask_models(loop, upstream, self.ASK_SECONDS)
             return True
         except (Refusal, ValueError):
             return False
-        finally:
-            context.close()
 
 
 class Pages:
@@ -11773,7 +11788,7 @@ class Pages:
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
-    def find(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    def find(self, request: Request) -> Optional[Page]:
         """Returns the page that answers this request, None where it is the upstream's."""
         if request.method == "OPTIONS":
             return self.preflight
@@ -11781,8 +11796,9 @@ class Pages:
             return None
         if request.path in self.PAGES:
             return getattr(self, self.PAGES[request.path])
-        if request.path in self.MODELS_PATHS:
-            return self.models
+        name, path = self.proxy.dialects.split(request.path)
+        if path in self.MODELS_PATHS:
+            return functools.partial(self.models, name)
         return None
 
     def dialect(self, request):
@@ -11850,21 +11866,36 @@ class Pages:
         return [Charge(rule, key, min(rule.capacity, amount)) for rule, key in
                 limits.matching(entry.caller, entry.address, config.base_model)]
 
-    async def models(self, request, reply):
+    async def models(self, name, request, reply):
+        """`name` is that of an upstream whose prefix the path has. It tells its list itself, but
+        that a key sees what it may use alone."""
         proxy = self.proxy
         proxy.identify(request, reply.entry)
         key = reply.entry.caller.stored_key
+        globs = key.globs if key else ()
+        if not name:
+            models = await self.all_models(request, reply, key)
+        elif globs and key.upstream in (None, name):
+            await self.catalogue.ask(proxy.loop, proxy.routes.by_name[name])
+            models = self.catalogue.lists.get(name, ())
+        else:
+            models = None
+        if models is None:
+            return await proxy.serve(request, reply)
+        reply.send(200, self.dialect(request).models([
+            model for model in models if not globs or may_use(globs, model.name)]))
+
+    async def all_models(self, request, reply, key):
+        """Returns None where the list is that of the only upstream."""
         own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
-            return await proxy.serve(request, reply)
+            return None
         models = await self.catalogue.models(reply.context, key and key.upstream)
         if not (own or models or self.lists_models):
-            return await proxy.serve(request, reply)  # it may speak the client's API alone
-        for alias, name in (proxy.config.model_aliases or {}).items():
+            return None  # it may speak the client's API alone
+        for alias, name in (self.proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        found = [model for model in models.values()
-                 if not (key and key.globs) or may_use(key.globs, model.name)]
-        reply.send(200, self.dialect(request).models(found))
+        return models.values()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11877,39 +11908,42 @@ class AdminPage(NamedTuple):
     """One row of the admin API."""
     method: str
     path: str  # below /admin/api; NAME stands for what varies
-    role: str  # that it takes at least
     handler: str
     does: str  # for people
 
+    @property
+    def role(self) -> str:
+        """The role that it takes at least."""
+        return "viewer" if self.method == "GET" else "admin"
 
-ADMIN_PAGES = [AdminPage(*row) for row in (
-    ("GET", "", "viewer", "contents", "this list, and who you are"),
-    ("GET", "/summary", "viewer", "summary", "today, the last minute, running calls, upstreams"),
-    ("GET", "/events", "viewer", "events", "what happens, as server-sent events"),
-    ("GET", "/calls", "viewer", "calls", "calls, the latest first: ?before= limit= and filters"),
-    ("GET", "/calls/NAME", "viewer", "call", "all that is known of one call, by its id"),
-    ("GET", "/usage", "viewer", "usage", "who used what: ?by= step= from= to= zone= format=csv"),
-    ("GET", "/callers", "viewer", "callers", "who called lately, with their buckets"),
-    ("POST", "/callers/NAME/give", "admin", "give",
-     'more for one caller: {"amount": 2, "unit": "usd", "for": "1d"}'),
-    ("POST", "/callers/NAME/reset", "admin", "reset", "fills the buckets of one caller"),
-    ("GET", "/keys", "viewer", "keys", "stored keys, without their secrets"),
-    ("POST", "/keys", "admin", "add_key", "makes one, and tells its secret this once"),
-    ("GET", "/keys/NAME", "viewer", "key", "one of them"),
-    ("PATCH", "/keys/NAME", "admin", "set_key", "changes fields of it"),
-    ("DELETE", "/keys/NAME", "admin", "remove_key", "removes it"),
-    ("POST", "/keys/NAME/revoke", "admin", "revoke_key", "it is valid no more"),
-    ("POST", "/keys/NAME/restore", "admin", "restore_key", "and is again"),
-    ("POST", "/keys/NAME/rotate", "admin", "rotate_key", "another secret: grace"),
-    ("POST", "/keys/NAME/give", "admin", "give", "more for it, as for a caller"),
-    ("POST", "/keys/NAME/reset", "admin", "reset", "fills its buckets"),
-    ("GET", "/upstreams", "viewer", "upstreams", "upstreams, how they are and how quick"),
-    ("POST", "/upstreams/NAME/enable", "admin", "enable", "calls go there again"),
-    ("POST", "/upstreams/NAME/disable", "admin", "disable", "no more calls go there"),
-    ("POST", "/upstreams/NAME/test", "admin", "test", "asks it for its models"),
-    ("GET", "/limits", "viewer", "limits", "the rules, and how often each refused"),
-    ("GET", "/audit", "viewer", "audit", "who changed what: ?before="),
-    ("GET", "/config", "viewer", "config", "the settings, without secrets"))]
+
+ADMIN_PAGES = [AdminPage(*row.split(None, 3)) for row in """\
+GET    /                       contents    this list, and who you are
+GET    /summary                summary     today, the last minute, running calls, upstreams
+GET    /events                 events      what happens, as server-sent events
+GET    /calls                  calls       calls, the latest first: ?before= limit= and filters
+GET    /calls/NAME             call        all that is known of one call, by its id
+GET    /usage                  usage       who used what: ?by= step= from= to= zone= format=csv
+GET    /callers                callers     who called lately, with their buckets
+POST   /callers/NAME/give      give        gives more: {"amount": 2, "unit": "usd", "for": "1d"}
+POST   /callers/NAME/reset     reset       fills the buckets of one caller
+GET    /keys                   keys        stored keys, without their secrets
+POST   /keys                   add_key     makes one, and tells its secret this once
+GET    /keys/NAME              key         one of them
+PATCH  /keys/NAME              set_key     changes fields of it
+DELETE /keys/NAME              remove_key  removes it
+POST   /keys/NAME/revoke       revoke_key  it is valid no more
+POST   /keys/NAME/restore      restore_key and is again
+POST   /keys/NAME/rotate       rotate_key  another secret: grace
+POST   /keys/NAME/give         give        more for it, as for a caller
+POST   /keys/NAME/reset        reset       fills its buckets
+GET    /upstreams              upstreams   upstreams, how they are and how quick
+POST   /upstreams/NAME/enable  enable      calls go there again
+POST   /upstreams/NAME/disable disable     no more calls go there
+POST   /upstreams/NAME/test    test        asks it for its models
+GET    /limits                 limits      the rules, and how often each refused
+GET    /audit                  audit       who changed what: ?before=
+GET    /config                 config      the settings, without secrets""".splitlines()]
 
 
 class Ask(NamedTuple):
@@ -11918,8 +11952,8 @@ class Ask(NamedTuple):
     reply: Reply
     caller: Caller
     name: str
-    query: Dict[str, str]
-    body: Dict[str, Any]
+    query: Texts
+    body: JsonObject
 
 
 class Jobs:
@@ -11935,22 +11969,21 @@ class Jobs:
     async def run(self, context: Context, owner: CallerKey, act: Callable[..., Any],
                   *arguments: Any) -> Any:
         """Returns what `act` does in a helper thread. A job whose owner has left before it began is
-        dropped. Raises Overloaded, and what `act` raises."""
+        dropped; one that has begun counts until it ends. Raises Overloaded, and what `act`
+        raises."""
         if sum(self.owners.values()) >= self.MOST:
             raise Overloaded(wait=1)
         answered = context.loop.create_future()
 
-        def end(job):
+        def end():
             self.owners[owner] -= 1
             if not self.owners[owner]:
                 del self.owners[owner]
-            if not job.cancelled():
-                job.exception()  # asyncio complains of one that nobody has looked at
             Stream.wake(answered)
 
         self.owners[owner] += 1
-        job = context.loop.run_in_executor(self.pool, act, *arguments)
-        job.add_done_callback(end)
+        job = self.pool.submit(act, *arguments)
+        job.add_done_callback(lambda _: soon(context.loop, end))
         try:
             await context.wait(answered, self.SECONDS, "the database")
             return job.result()
@@ -11977,13 +12010,12 @@ class Admin:
         self.clock = proxy.clock
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
-        self.reader = LedgerReader(self.path) if proxy.books.ledger else None
         self.reading = Jobs(2, "pages")
         self.changing = Jobs(1, "changes")
         self.own_use = Jobs(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
-    def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    def page(self, request: Request) -> Optional[Page]:
         """Returns what answers a request, None where it is not for the admin API."""
         if request.path == "/v1/quota" and request.method in ("GET", "HEAD"):
             return self.quota
@@ -11994,7 +12026,7 @@ class Admin:
         """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
         MethodNotAllowed."""
         found = [(match, row) for shape, row in self.rows
-                 for match in [shape.fullmatch(path)] if match]
+                 for match in [shape.fullmatch(path or "/")] if match]
         if not found:
             raise NoSuchPage()
         for match, row in found:
@@ -12041,16 +12073,18 @@ class Admin:
 
     async def run(self, jobs, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
-        if self.reader is None:
+        if not self.proxy.books.ledger:
             raise BooksAway("Nothing is kept: DATABASE is off")
         try:
             return await jobs.run(reply.context, reply.entry.caller.key, act, *arguments)
         except (sqlite3.Error, DatabaseFault, FileNotFoundError):
             raise BooksAway() from None
 
-    async def read_books(self, reply, act, *arguments):
-        """Returns what a method of LedgerReader does."""
-        return await self.run(self.reading, reply, act, self.reader, *arguments)
+    async def read_books(self, ask, act, *arguments, jobs=None):
+        """Returns what a method of LedgerReader does, for who asks."""
+        zone = read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
+        reader = LedgerReader(self.path, self.proxy.wall(), zone)
+        return await self.run(jobs or self.reading, ask.reply, act, reader, *arguments)
 
     def work_on_keys(self, mode, actor, act, *arguments, **fields):
         """Returns what a method of KeyStore does. By SQLite alone: closing the file that was opened
@@ -12077,19 +12111,14 @@ class Admin:
     async def until_read(self, context):
         """Waits until the ledger has told of keys as they are now. It may be hindered: then what
         was changed is changed all the same."""
-        loop = context.loop
-        told = loop.create_future()
+        told = context.loop.create_future()
         self.proxy.books.ledger.on_read.append(
-            lambda: loop.call_soon_threadsafe(Stream.wake, told))
+            functools.partial(soon, context.loop, Stream.wake, told))
         with contextlib.suppress(TimeoutError):
             await context.wait(told, self.READ_SECONDS, "the ledger")
 
     def pools(self) -> List[concurrent.futures.Executor]:
         return [jobs.pool for jobs in (self.reading, self.changing, self.own_use)]
-
-    @staticmethod
-    def zone(ask):
-        return read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
 
     # -- what happens now
 
@@ -12105,8 +12134,7 @@ class Admin:
     async def summary(self, ask):
         proxy, sums = self.proxy, {}
         with contextlib.suppress(BooksAway):
-            sums = await self.read_books(
-                ask.reply, LedgerReader.today, self.zone(ask), proxy.wall())
+            sums = await self.read_books(ask, LedgerReader.today)
         return {"you": self.you(ask), "version": VERSION, "now": proxy.wall(),
                 "keys_are_asked_for": not proxy.callers.is_open,
                 "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
@@ -12208,13 +12236,14 @@ class Admin:
 
     def upstream(self, name):
         found = self.proxy.routes.by_name.get(name)
-        require(found, "there is no upstream of this name")
+        if not found:
+            raise NoSuchPage("There is no upstream of this name")
         return found
 
     async def switch(self, ask, on):
         """It stays so after a new start, too, where there is a DATABASE."""
         upstream = self.upstream(ask.name)
-        if self.reader:
+        if self.proxy.books.ledger:
             await self.change_keys(ask, KeyStore.switch_upstream, ask.name, on)
         self.proxy.routes.switch(ask.name, on)
         self.feed.tell("change", {"what": "upstreams"})
@@ -12226,17 +12255,13 @@ class Admin:
     async def test(self, ask):
         upstream = copy.copy(self.upstream(ask.name))
         upstream.model = None  # its own list is asked for
-        context = Context(ask.reply.context.loop)
-        context.until = context.loop.time() + 10
         began = self.clock.monotonic()
         try:
-            names = [clean(model.name) for model in await upstream.models(context)]
-            found = {"ok": True, "models": names[:self.MAX_SHOWN], "fault": None}
+            models = await ask_models(self.proxy.loop, upstream, 10)
+            names = [clean(model.name) for model in models[:self.MAX_SHOWN]]
+            found = {"ok": True, "models": names, "fault": None}
         except (Refusal, ValueError) as refusal:
-            found = {"ok": False, "models": [], "fault": "%s (%s)" % (
-                refusal, getattr(refusal, "cause", None) or "no more is known")}
-        finally:
-            context.close()
+            found = {"ok": False, "models": [], "fault": with_cause(refusal)}
         return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
 
     # -- keys
@@ -12276,25 +12301,29 @@ class Admin:
     async def rotate_key(self, ask):
         return await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
 
-    def require_known(self, label):
-        """Raises NoSuchPage where nobody is known by a name: it may be misspelt."""
-        if not (self.proxy.callers.named(label) or self.pulse.named(label)):
+    def known_as(self, label):
+        """Returns who has this name. Raises NoSuchPage where nobody has: it may be misspelt."""
+        found = self.proxy.known_as(label)
+        if not found:
             raise NoSuchPage("Nobody of this name is known here")
+        return found
 
     async def give(self, ask):
-        self.require_known(ask.name)
+        callers = self.known_as(ask.name)
         amount, unit, seconds = map(ask.body.get, ("amount", "unit", "for"))
+        if unit in UNITS:
+            require_bucket(self.proxy.limits, callers, unit)
         if type(amount) in (int, float):
             amount = "%.12g" % amount
         return await self.change_keys(ask, KeyStore.give, ask.name, amount, unit, seconds)
 
     async def reset(self, ask):
-        self.require_known(ask.name)
+        self.known_as(ask.name)
         return await self.change_keys(ask, KeyStore.reset, ask.name)
 
     async def audit(self, ask):
         rows = await self.read_books(
-            ask.reply, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
+            ask, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
         return {"rows": rows, "next": rows[-1]["id"] if len(rows) == self.MAX_SHOWN else None}
 
     # -- the books
@@ -12313,10 +12342,10 @@ class Admin:
         limit = min(self.MAX_SHOWN, self.number(ask, "limit", 50) or 1)
         filters = {name: ask.query[name] for name in ("id", *CALL_FILTERS) if name in ask.query}
         return await self.read_books(
-            ask.reply, LedgerReader.calls, self.number(ask, "before"), limit, filters)
+            ask, LedgerReader.calls, self.number(ask, "before"), limit, filters)
 
     async def call(self, ask):
-        found = await self.read_books(ask.reply, LedgerReader.call, ask.name)
+        found = await self.read_books(ask, LedgerReader.call, ask.name)
         if not found:
             raise NoSuchPage("No call of this id is known")
         return found
@@ -12326,12 +12355,10 @@ class Admin:
         filters = {name: query[name] for name in SUM_KEYS if name in query}
         by, step = query.get("by", "caller"), query.get("step", "day")
         start, end = self.number(ask, "from", now - DAY), self.number(ask, "to", now)
-        found = await self.read_books(
-            ask.reply, LedgerReader.usage, by, step, start, end, self.zone(ask), filters)
+        found = await self.read_books(ask, LedgerReader.usage, by, step, start, end, filters)
         if query.get("format") == "csv":
             return self.send_csv(ask.reply, found["groups"])
-        budgets = [self.budget(one) for one in self.known_callers()
-                   if one.label == filters.get("caller")]
+        budgets = map(self.budget, self.proxy.known_as(filters.get("caller")))
         return {**found, "budget": next(filter(None, budgets), None)}
 
     @staticmethod
@@ -12362,8 +12389,7 @@ class Admin:
     async def callers(self, ask):
         sums = hours = seen = {}
         with contextlib.suppress(BooksAway):
-            sums, hours, seen = await self.read_books(
-                ask.reply, LedgerReader.of_callers, self.zone(ask), self.proxy.wall())
+            sums, hours, seen = await self.read_books(ask, LedgerReader.of_callers)
         not_full = self.proxy.limits.not_full()
         rows = []
         for caller in self.known_callers():
@@ -12386,8 +12412,8 @@ class Admin:
         ask = Ask(request, reply, caller, "", dict(urllib.parse.parse_qsl(request.query)), {})
         calls = days = []
         with contextlib.suppress(BooksAway):
-            calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
-                                         caller.label, self.zone(ask), self.proxy.wall())
+            calls, days = await self.read_books(
+                ask, LedgerReader.of_one, caller.label, jobs=self.own_use)
         buckets = self.buckets_of(caller, self.proxy.limits.not_full())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role,
@@ -12419,9 +12445,7 @@ class Admin:
         rows = []
         for name, text in config.texts.items():
             setting = find_setting(name)
-            hidden = text is not None and setting.secret
-            rows.append({"name": name, "group": groups[setting.name],
-                         "value": "set, not shown" if hidden else text,
+            rows.append({"name": name, "group": groups[setting.name], "value": shown(name, text),
                          "is_default": text == setting.default, "sentence": setting.sentence})
         return {"settings": rows, "warnings": config.warnings()}
 
@@ -13349,7 +13373,7 @@ async def send_dashboard(_, reply: Reply):
     reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
 
 
-def find_dashboard(request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+def find_dashboard(request: Request) -> Optional[Page]:
     """Returns what answers where the page is asked for, all of it or one's own use; else None."""
     is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
     return send_dashboard if is_asked else None
@@ -14082,26 +14106,14 @@ def settings_help():
     return "\n".join(rows)
 
 
-def ask_models(upstream):
-    """Returns the models that an upstream lists. Raises Refusal, and ValueError for an answer that
-    is no list."""
+def ask_at_once(upstream):
+    """Returns the models that an upstream lists. Raises as `ask_models` does."""
     loop = asyncio.SelectorEventLoop()
-    context = Context(loop)
-    context.until = loop.time() + 10
     with contextlib.closing(loop):
         try:
-            return loop.run_until_complete(upstream.models(context))
+            return loop.run_until_complete(ask_models(loop, upstream, 10))
         finally:
             upstream.addresses[0].close_stale(everything=True)
-
-
-def shown(name, text):
-    """Returns the text of a setting on one line, without a secret."""
-    if text is None:
-        return "not set"
-    if is_secret(name):
-        return "set, not shown"
-    return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
 def ask_for_stored_keys(config):
@@ -14116,7 +14128,8 @@ def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     ask_for_stored_keys(config)
     for name, text in config.texts.items():
-        print("%-24s %s" % (name, shown(name, text)))
+        line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
+        print("%-24s %s" % (name, visible(line)))
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
@@ -14128,11 +14141,10 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [clean(model.name) for model in ask_models(upstream)]
+                names = [clean(model.name) for model in ask_at_once(upstream)]
                 models = visible(", ".join(names)) or "none that would be asked of it"
-            except (Refusal, ValueError) as reason:
-                cause = getattr(reason, "cause", None)
-                models = "%s (%s)" % (reason, cause) if cause else reason
+            except (Refusal, ValueError) as refusal:
+                models = with_cause(refusal)
                 code = 1
             print("models of %s at %s: %s" % (upstream.name, address.endpoint.origin, models))
     return code
@@ -14252,7 +14264,7 @@ def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
         ledger = proxy.books.ledger
         if not (ledger and ledger.database):
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
-        path = ledger.path + ".admin-key"
+        path = config.admin_key_file = ledger.path + ".admin-key"
         place = "in " + path
         try:
             write_secret(path, key)
@@ -14291,6 +14303,9 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         return 1
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
+    with contextlib.suppress(OSError):
+        if config.admin_key_file:
+            os.remove(config.admin_key_file)
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
@@ -14389,6 +14404,10 @@ def handle_signals(loop, actions):
             signal.signal(getattr(signal, name), handle)
 
 
+USAGE_OPTIONS = (
+    ("--since", "7d", "only the last minutes (30m), hours (12h) or days (7d)", "99999d"),
+    ("--caller", "NAME", "only the calls of this caller"),
+    ("--id", "REQUEST_ID", "all that is known of one call"))
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
@@ -14399,13 +14418,12 @@ PART_OF_CALLS = """SELECT {start} AS start, outcome, {columns}
     FROM (SELECT *, rowid AS number{missing} FROM calls) WHERE %s"""
 
 
-def read_age(text):
-    """Returns seconds: 30m, 12h, 7d. Raises ConfigFaults."""
-    if text is None:
-        return math.inf
-    if not re.fullmatch("[0-9]{1,6}[smhd]", text):
-        raise ConfigFaults("--since must be such as 30m, 12h or 7d (got %r)" % text)
-    return int(text[:-1]) * DURATIONS[text[-1]]
+def read_option(name, read, text):
+    """Returns the value of an option of the command line. Raises ConfigFaults."""
+    try:
+        return read(text)
+    except ValueError as fault:
+        raise ConfigFaults("%s %s (got %r)" % (name, fault, text)) from None
 
 
 def usage_parts(facts, by, since):
@@ -14440,8 +14458,8 @@ def read_usage(path, options, now):
     """Returns the names of columns, and a row for each group, the most expensive first; with --id
     the one row of that call. Raises DatabaseFault, and FileNotFoundError where there is no
     ledger."""
-    since = max(0, now - read_age(options.since))
-    by = options.by or ["caller"]
+    since = max(0, now - read_option("--since", age, options.since))
+    by = read_option("--by", listed(one_of(*GROUPS)), ",".join(options.by or ["caller"]))
     with contextlib.closing(Database(path, reading=True).connection) as connection:
         execute = connection.execute
         if options.id:
@@ -14626,6 +14644,7 @@ KEY_OPTIONS = (
     ("give", ["amount"], {"metavar": "AMOUNT"}),
     ("give", ["unit"], {"choices": UNITS[:5]}),
     ("give", ["--for"], {"dest": "seconds", "metavar": "1d", "help": "how long; 1d if not said"}))
+NOT_OF_KEYS = "act command check demo json".split()
 CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY_API_KEYS"
           " (PROXY_API_KEYS=anyone lets all in)")
 
@@ -14638,22 +14657,48 @@ def keys_command(options, found, log_stream):
     if not os.path.exists(path):
         print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
-    store = KeyStore(database.connection, time, Actor(
-        found.get("USER", "somebody"), "admin", "command line"))
+    store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
-             if name not in ("act", "command", "check", "demo", "json") and value is not None}
+             if name not in NOT_OF_KEYS and value is not None}
     try:
         with contextlib.closing(database):
             if options.act in ("give", "reset"):
                 require_caller(store, options.name, found)
-            show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
-                **given), found)
+            compare_with_settings(options, found, database)
+            show_keys(options, getattr(store, options.act)(**given), found)
+            if options.act not in ("list", "show"):
+                print("done: %s %s" % (options.act, describe_fields(given)), file=sys.stderr)
     except KeyFault as fault:
         print(fault, file=sys.stderr)
         return 1
     except sqlite3.Error as failure:
         raise Unwritable(path, failure) from None
     return 0
+
+
+def user_name():
+    """Returns who gives the command, by name or, in a container, number."""
+    try:
+        return getpass.getuser()
+    except (ImportError, LookupError, OSError):
+        return "uid %d" % os.getuid()
+
+
+def compare_with_settings(options, found, database):
+    """Warns of an upstream that there is none of. Raises KeyFault where a caller would be given
+    more of what no rule counts."""
+    try:
+        config = read_config(found)
+    except ConfigFaults:
+        return  # the settings of the proxy are elsewhere
+    names = [one.name for one in config.all_upstreams()]
+    if getattr(options, "upstream", None) not in (None, "", *names):
+        print("there is no upstream %s: calls by this key are refused" % ascii(options.upstream),
+              file=sys.stderr)
+    if options.act == "give":
+        callers = build_callers(config, b"", read_keys(database.key_rows(), b""))
+        limits = build_limits(config, Buckets(time), {})
+        require_bucket(limits, callers.named(options.name), options.unit)
 
 
 def require_caller(store, name, found):
@@ -14743,7 +14788,7 @@ def grafana_panel(number, title, unit, shown):
         "targets": targets}
 
 
-def grafana_dashboard() -> Dict[str, Any]:
+def grafana_dashboard() -> JsonObject:
     """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
     panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
     return {
@@ -14769,12 +14814,10 @@ def parse_arguments(arguments):
     commands.add_parser("grafana", help="print a dashboard of /metrics, to import in Grafana")
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
-    report.add_argument("--by", choices=GROUPS, action="append",
-                        help="what to add up by, once or more; caller if it is not said")
-    report.add_argument("--since", metavar="7d",
-                        help="only the last minutes (30m), hours (12h) or days (7d)")
-    report.add_argument("--caller", metavar="NAME", help="only the calls of this caller")
-    report.add_argument("--id", metavar="REQUEST_ID", help="all that is known of one call")
+    report.add_argument("--by", metavar="day,model", action="append",
+                        help="what to add up by, caller if it is not said: " + ", ".join(GROUPS))
+    for option in USAGE_OPTIONS:
+        report.add_argument(option[0], **dict(zip(("metavar", "help", "default"), option[1:])))
     for flag in ("--json", "--csv"):
         report.add_argument(flag, action="store_true")
     prices = commands.add_parser(
@@ -14845,8 +14888,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr)
         return 1 if isinstance(fault, InUse) else 2
-    except BrokenPipeError:  # who reads has enough, such as head
+    except OSError as failure:
+        if failure.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter has yet to flush
+        if failure.errno == errno.ENOSPC:  # else who reads has enough, such as head
+            print(failure.strerror, file=sys.stderr)
         return 1
 
 

@@ -36,6 +36,7 @@ import json
 import math
 import os
 import pathlib
+import pwd
 import py_compile
 import queue
 import random
@@ -2156,11 +2157,19 @@ each 9 tokens per day"""):
         self.ask(ann, 4)
         self.assertEqual(self.limits.give(ann, "requests", 6, self.clock.now + 100), 1)
         self.assertEqual(self.limits.give(ann, "usd", 6, self.clock.now + 100), 0)
-        self.assertEqual(self.ask(ann, 1).tightest.level, 6)
+        found = self.ask(ann, 1).tightest
+        self.assertEqual((found.level, found.quota.limit, found.quota.remaining), (6, 6, 6))
         self.assertEqual([level for _, level in self.levels()], [6])  # and is saved, though full
         self.clock.now += 100
         self.assertEqual(self.ask(ann, 0).tightest.level, 5)
         self.assertEqual(self.buckets.given, {})
+
+    def test_an_address_is_given_more_by_its_own_rule_and_nobody_by_one_that_others_share(self):
+        self.start("address 5 requests per hour; all 9 usd per day")
+        here = caller("192.0.2.1", "address")
+        for unit, count in self.each((("requests", 1), ("usd", 0))):
+            self.assertEqual(self.limits.give(here, unit, 6, self.clock.now + 100), count)
+        self.assertEqual(self.limits.own_buckets(self.caller("ann"), "requests"), [])
 
     def test_what_is_given_lifts_a_debt_and_ends_with_its_time(self):
         self.start("each 5 requests per 5h")
@@ -7058,6 +7067,17 @@ agent         curl/8\\x9b"""))
         said = rb"a\x1b[2J\x0db\x7f\x9b\x09c" + b"\n" + rb"d\u20ac" + b"\n"
         wait_for(lambda: said in self.lines.data, "the lines")
 
+    def test_every_line_of_the_log_begins_with_its_time(self):
+        moment = "2023-11-14T22:30:00.000Z"
+        for kind, *lines in self.each((
+                ("text", "%s hello\n", "%s 127.0.0.1 POST "),
+                ("json", '{"time": "%s", "message": "hello"}\n', '{"time": "%s", "id": '))):
+            self.start(clock=Clock(), LOG_FORMAT=kind)
+            self.proxy.books.log.say("hello")
+            self.ask(call())
+            for line in lines:
+                self.assert_said(line % moment)
+
     def test_a_log_that_takes_little_at_a_time_or_fails_is_no_reason_to_stop(self):
         self.start()
         write = self.lines.write
@@ -7339,7 +7359,7 @@ class LedgerTest(LedgerCase):
             self.ask(call("k", "X-Request-ID: the-last"))
             wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
             lines = pathlib.Path(usage_log).read_text("ascii").splitlines()
-            lost = [int(line.split()[1][1:]) for line in lines if line.endswith('dropped"}')]
+            lost = [int(line.split()[3][1:]) for line in lines if line.endswith('dropped"}')]
             told = sum(line[:6] == '{"id":' for line in lines) + sum(lost)
             self.assertIn(told - 62, (0, 1) if lost else (0,))  # one may have been cut
             self.proxy.books.close(PATIENCE)
@@ -7596,11 +7616,10 @@ class SumsTest(TableCase):
     def test_usage_has_groups_a_series_and_a_total_that_is_the_sum_of_both(self):
         self.add_many(500)
         self.add({"caller": "rich", "picodollars": 9 * 10 ** 12, "time": self.DAY + 3 * 86400})
-        utc = datetime.timezone.utc
         for named, step in self.each(((200, "day"), (2, "hour"), (2, "month"))):
             with mock.patch.object(llm_proxy.LedgerReader, "NAMED", named):
                 found = self.reader.usage(
-                    "caller", step, self.DAY, self.DAY + 4 * 86400, utc, {"caller": ""})
+                    "caller", step, self.DAY, self.DAY + 4 * 86400, {"caller": ""})
             names = [group["name"] for group in found["groups"]]
             self.assertEqual((len(names), "other" in names), (4, False) if named > 2 else (3, True))
             self.assertEqual((names[0], found["groups"][0]["usd"]), ("rich", "9"))
@@ -7659,16 +7678,16 @@ class SumsTest(TableCase):
     def test_a_caller_has_days_hours_and_a_last_call(self):
         self.add_many(300)
         now = self.DAY + 3 * 86400
-        utc = datetime.timezone.utc
-        days = self.reader.days("a", utc, now - 1, 5)
+        self.reader.now = now - 1
+        days = self.reader.days("a", 5)
         found = {one["at"]: one["calls"] for one in days if one["calls"]}
         expected = self.counted("CAST(time AS INTEGER) / 86400 * 86400", "caller = 'a'")
         self.assertEqual((len(days), found), (5, {at: one[0] for at, one in expected.items()}))
-        hours = self.reader.hours(now - 1)
+        hours = self.reader.hours()
         last = self.counted("caller", "time >= %d" % (now - 86400))
         self.assertEqual({name: sum(row) for name, row in hours.items()},
                          {name: one[3] for name, one in last.items()})
-        self.assertEqual(self.told(self.reader.today(utc, now - 1)), last)
+        self.assertEqual(self.told(self.reader.today()), last)
         expected = self.database.connection.execute(
             "SELECT caller, max(time) FROM calls GROUP BY 1").fetchall()
         self.assertEqual(self.reader.seen(), dict(expected))
@@ -7731,7 +7750,7 @@ class SumsTest(TableCase):
         """SQLite tells how it would go about each statement."""
         self.add_many(20_000)
         self.database.note(unsummed=9, summed=19_000, rolled=self.DAY + 80_000)
-        asked, now, utc = [], self.DAY + 3 * 86400, datetime.timezone.utc
+        asked, now = [], self.DAY + 3 * 86400
         connect = llm_proxy.connect
 
         def traced(*arguments):
@@ -7742,10 +7761,10 @@ class SumsTest(TableCase):
             for filters in self.FILTERS.splitlines():
                 filters = dict(part.split("=") for part in filters.split(" -> ")[0].split())
                 self.reader.calls(None, 50, filters)
-            self.reader.usage("team", "day", self.DAY, now, utc, {"caller": "a"})
-            self.reader.days("a", utc, now)
-            for question in (self.reader.hours, functools.partial(self.reader.today, utc)):
-                question(now)
+            self.reader.now = now
+            self.reader.usage("team", "day", self.DAY, now, {"caller": "a"})
+            for question in (self.reader.hours, self.reader.today, lambda: self.reader.days("a")):
+                question()
             self.assertTrue(self.reader.seen())
             for by in ("caller", "day"):
                 options = types.SimpleNamespace(since="36h", by=[by], id=None, caller=None)
@@ -7768,7 +7787,7 @@ class SumsTest(TableCase):
         self.database.connection.close()
         self.database = llm_proxy.Database(self.path)
         self.add({"caller": "new", "time": self.DAY + 90000})
-        options = types.SimpleNamespace(since=None, by=None, id=None, caller=None)
+        options = types.SimpleNamespace(since="99999d", by=None, id=None, caller=None)
         used = None
         for step in range(6):
             with contextlib.suppress(KeyError), mock.patch.object(
@@ -8891,6 +8910,11 @@ class KeysTest(KeysCase):
         self.assertEqual(config.warnings(), [])
         self.assertEqual(config.take(read_config(settings)), [])  # nothing has changed
 
+    def test_what_nobody_has_set_is_not_said_to_need_a_new_start(self):
+        config, keys = read_config(HERE), {"PROXY_API_KEYS": "a-key-of-16-chars-or-more"}
+        self.assertEqual(config.take(read_config({**HERE, **keys})), [])
+        self.assertEqual(config.take(read_config({**HERE, **keys, "STORED": "own"})), ["STORED"])
+
     def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
         for policy, act in self.each(itertools.product(
                 ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
@@ -9045,6 +9069,20 @@ class KeysTest(KeysCase):
             for path in ("/v1/models", "/models"):
                 found = self.ask(request("GET", path, key=key)).json()
                 self.assertEqual([one["id"] for one in found["data"]], names)
+
+    def test_the_list_of_an_upstream_by_its_prefix_shows_what_a_key_may_use(self):
+        box, = self.start_named("box")
+        box.answer = says_json({"data": [{"id": name} for name in ("gemma-3", "llama")]})
+        keys = [self.add(models="gemma*"), self.add("ben"),
+                self.add("cem", models="gemma*", upstream="base")]
+        for key, status, names in self.each(zip(keys, (200, 200, 403), (
+                ["gemma-3"], ["gemma-3", "llama"], []))):
+            answered = self.ask(request("GET", "/box/v1/models", key=key))
+            self.assertEqual(answered.status, status)
+            self.assertEqual([one["id"] for one in answered.json().get("data", ())], names)
+        box.answer = says(b"<html>", "500 No")
+        answered = self.ask(request("GET", "/box/v1/models", key=keys[0]))
+        self.assertEqual([one["id"] for one in answered.json()["data"]], ["gemma-3"])  # as before
 
     def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
         one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
@@ -10129,7 +10167,7 @@ class AdminTest(AdminCase):
                 ("HEAD", "/upstreams", VIEWER, 200), ("HEAD", "/events", VIEWER, 405),
                 ("DELETE", "/upstreams", ADMIN, 405),
                 ("POST", "/upstreams/base/disable", VIEWER, 403),
-                ("POST", "/upstreams/none/disable", ADMIN, 400),
+                ("POST", "/upstreams/none/disable", ADMIN, 404),
                 ("POST", "/upstreams/base/enable", ADMIN, 200))):
             self.assertEqual(self.admin(method, path, key=key).status, status)
 
@@ -10289,6 +10327,7 @@ class AdminBooksTest(AdminCase):
                 ("PATCH", "/keys/bob", {"note": "x"}, 404, "no key is stored"),
                 ("GET", "/keys/bob", None, 404, "no key is stored"),
                 ("POST", "/keys/ann/give", {"amount": "2", "unit": "cow"}, 400, "amount must"),
+                ("POST", "/keys/ann/give", {"amount": "2", "unit": "usd"}, 400, "counts usd"),
                 ("POST", "/callers/bob/reset", None, 404, "Nobody of this name"))):
             answered = self.admin(method, path, payload)
             self.assertEqual(answered.status, status)
@@ -10300,6 +10339,8 @@ class AdminBooksTest(AdminCase):
         self.assertEqual([self.left(secret) for _ in range(2) if self.ask(call(secret))], [1, 0])
         self.change("POST", "/callers/ann/give", {"amount": 5, "unit": "requests"})
         self.assertEqual(self.left(secret), 5)
+        bucket, = self.look("/callers")["callers"][0]["buckets"]
+        self.assertEqual((bucket["level"], bucket["capacity"]), (5, 5))
         self.change("POST", "/keys/ann/reset")
         self.assertGreaterEqual(self.left(secret), 2)
 
@@ -10381,6 +10422,10 @@ class AdminBooksTest(AdminCase):
             self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
             for client in clients:
                 client.reset()
+            # Those that have begun count until they end, though nobody waits for them.
+            wait_for(lambda: sum(self.server.admin.reading.owners.values()) == 2)
+            self.on_loop(int)
+            self.assertEqual(sum(self.server.admin.reading.owners.values()), 2)
             leaves.set()
         wait_for(lambda: not self.server.admin.reading.owners, "the end of all jobs")
 
@@ -11568,14 +11613,15 @@ class KeysCommandTest(ProcessCase):
         self.serve(**self.settings)
         self.assertEqual(self.status("x"), 200)
         code, out, err = self.keys("add", "ann", "--models", "m,n")
-        self.assertEqual((code, err), (0, llm_proxy.CLOSED + "\n"))
+        self.assertEqual((code, err), (
+            0, llm_proxy.CLOSED + "\ndone: add name=ann models=m,n\n"))
         ann = out.strip()
         for act, key, status in self.each((
                 ((), "x", 401), (("set", "ann", "--models", "n"), ann, 403),
                 (("set", "ann", "--models", ""), ann, 200), (("revoke", "ann"), ann, 401),
                 (("restore", "ann"), ann, 200), (("remove", "ann"), ann, 401))):
             if act:
-                self.assertEqual(self.keys(*act), (0, "", ""))
+                self.assertEqual(self.keys(*act)[:2], (0, ""))
             ended = time.monotonic()
             # Ten wrong keys were counted, maybe, while this waited.
             wait_for(lambda: self.status(key) in (status, 429 if status == 401 else status))
@@ -11628,7 +11674,8 @@ class KeysCommandTest(ProcessCase):
         for arguments in self.each((("add", "ann"), ("rotate", "ann", "--grace", "1h"))):
             code, out, err = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
             self.assertRegex(out, r"\Ask-\S{43}\n\Z")
-            self.assertEqual((code, err), (0, ""))
+            self.assertRegex(err, r"\Adone: %s name=ann.*\n\Z" % arguments[0])
+            self.assertEqual(code, 0)
 
     def test_what_is_wrong_is_said(self):
         self.keys("add", "ann")
@@ -11636,7 +11683,8 @@ class KeysCommandTest(ProcessCase):
                 (1, "stored already", "add", "ann"),
                 (1, "expires must be", "add", "b", "--expires", "x"),
                 (1, "no key is stored by the name b", "give", "b", "2", "usd"),
-                (0, "", "give", "old", "2", "usd"), (0, "", "reset", "192.0.2.1"),
+                (0, "done: give name=old amount=2 unit=usd", "give", "old", "2", "usd"),
+                (0, "done: reset name=192.0.2.1", "reset", "192.0.2.1"),
                 (1, "amount must be", "give", "ann", "x", "usd"),
                 (2, "invalid choice", "give", "ann", "2", "running"))):
             found = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
@@ -11644,6 +11692,37 @@ class KeysCommandTest(ProcessCase):
             self.assertIn(said, found[2])
         self.assertEqual(self.keys("list", DATABASE="off"), (
             2, "", "keys are stored in DATABASE, and that is off\n"))
+
+    def test_what_does_not_go_with_the_settings_that_are_here_is_said(self):
+        """Without any, those of the proxy are elsewhere."""
+        here = {"LIMITS": "each 1 usd per day", "UPSTREAM_BOX_URL": "http://127.0.0.1:1",
+                "PROXY_API_KEYS": "old=a-key-of-16-chars-or-more"}
+        self.keys("add", "ann", "--limits", "9 tokens per day")
+        for settings, code, said, *arguments in self.each((
+                (here, 1, "no rule counts requests", "give", "ann", "2", "requests"),
+                (here, 0, "done", "give", "ann", "2", "usd"),
+                (here, 0, "done", "give", "ann", "2", "tokens"),
+                (here, 1, "no rule counts tokens", "give", "old", "2", "tokens"),
+                (here, 0, "done", "give", "192.0.2.1", "2", "usd"),
+                ({}, 0, "done", "give", "ann", "2", "requests"),
+                (here, 0, "there is no upstream 'nope'", "add", "b", "--upstream", "nope"),
+                (here, 0, "done", "add", "c", "--upstream", "box"),
+                ({}, 0, "done", "add", "d", "--upstream", "nope"))):
+            found = self.keys(*arguments, **settings)
+            self.assertEqual((found[0], found[2].startswith(said)), (code, True), found)
+
+    def test_the_audit_has_who_gave_the_command_though_the_environment_has_no_name(self):
+        nobody = mock.patch("pwd.getpwuid", side_effect=KeyError)
+        for settings, found, who in self.each((
+                ({"USER": "ida"}, contextlib.nullcontext(), "ida"),
+                ({}, contextlib.nullcontext(), pwd.getpwuid(os.getuid()).pw_name),
+                ({}, nobody, "uid %d" % os.getuid()))):
+            with found:
+                self.keys("add", "ann", **settings)
+                self.keys("remove", "ann", **settings)
+            with contextlib.closing(sqlite3.connect(self.settings["DATABASE"])) as connection:
+                rows = connection.execute("SELECT who FROM audit ORDER BY id DESC LIMIT 2")
+                self.assertEqual(rows.fetchall(), [(who,)] * 2)
 
     def test_an_admins_key_is_made_at_each_start_and_ends_with_it(self):
         file, keys = self.settings["DATABASE"] + ".admin-key", set()
@@ -11660,6 +11739,7 @@ class KeysCommandTest(ProcessCase):
             self.assertEqual(error["code"], "key_not_for_calls")
             self.assertFalse(process.said(key))
             process.stop().wait()
+            self.assertFalse(os.path.exists(file))
         self.assertEqual(len(keys), 2)
 
     def test_no_admins_key_is_made_where_there_is_one_or_no_place_for_it(self):
@@ -11670,8 +11750,8 @@ class KeysCommandTest(ProcessCase):
                  "dashboard: https://llm.example.org/dashboard with the key in /"))):
             process = self.serve(**{**self.settings, **settings})
             wait_for(lambda: process.said(said))
-            self.assertEqual(os.path.exists(self.settings["DATABASE"] + ".admin-key"),
-                             "PUBLIC_URL" in settings)
+            file = self.settings["DATABASE"] + ".admin-key"
+            self.assertEqual(os.path.exists(file), "PUBLIC_URL" in settings)
             process.stop().wait()
         self.keys("add", "boss", "--role", "admin")
         process = self.serve(**self.settings)
@@ -11765,6 +11845,8 @@ class CommandsTest(ProcessCase):
         ("--by model --since 2d", "model,%s\nm1,2,20,2,4,0,0,1,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by outcome", "outcome,%s\nok,3,30,3,6,0,1,1,0.5\nrefused,1,10,1,2,0,0,0,0\n"),
         ("--by team --by tag", "team,tag,%s\n-,-,4,40,4,8,0,1,1,0.5\n"),
+        ("--by team,tag --by caller --caller bob",
+         "team,tag,caller,%s\n-,-,bob,2,20,2,4,0,0,1,0\n"),
         ("--by upstream", "upstream,%s\n-,3,30,3,6,0,1,0,0.5\nbase,1,10,1,2,0,0,1,0\n"),
         ("--by model --caller alice", "model,%s\nm1,1,10,1,2,0,0,0,0.5\nm2,1,10,1,2,0,1,0,0\n"),
         ("--by caller --by outcome --since 2d",
@@ -11865,6 +11947,7 @@ class CommandsTest(ProcessCase):
                 (2, 1, unwritable, (), {**here, "DATABASE": "/nonexistent/x.db"}),
                 (1, 1, unrecorded, ("usage",), {"DATABASE": none}),
                 (2, 1, not_ours, ("usage",), {"DATABASE": text}),
+                (2, 1, "--by must be caller or", ("usage", "--by", "day,x"), {"DATABASE": none}),
                 (2, 1, "--since", ("usage", "--since", "soon"), {"DATABASE": none}))):
             self.assert_fails(code, number, said, *arguments, **settings)
 
@@ -11893,6 +11976,13 @@ class CommandsTest(ProcessCase):
         asked = self.stub.requests[0]
         self.assertEqual(asked.target, "/v1/models")
         self.assertEqual(asked.get("authorization"), "Bearer sk-hush")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full here")
+    def test_a_full_disk_is_said_in_a_line(self):
+        full = "sh", "-c", 'exec "$@" >/dev/full', "sh"
+        for arguments in self.each((("--check",), ("grafana",))):
+            process = self.command(*arguments, before=full, BASE_API_URL=self.NOWHERE)
+            self.assertEqual(process.finish(), (1, "", "No space left on device\n"))
 
     def test_check_fails_where_there_is_no_upstream_or_no_list(self):
         good = self.new_stub(says(b'{"data": []}'))
@@ -11926,7 +12016,7 @@ class CommandsTest(ProcessCase):
         gone.refuse_connections()
         process = self.serve(BASE_API_URL=good + "," + gone.url, OPEN_TIMEOUT="0.3",
                              UPSTREAM_BOX_URL=good.replace("http", "https"))
-        rows = wait_for(lambda: [row for row in process.rows if row.startswith("upstream http")][1:]
+        rows = wait_for(lambda: [row for row in process.rows if " upstream http" in row][1:]
                         and "".join(process.rows), "the lines")
         self.assertIn("upstream %s: connection refused\n" % gone.url, rows)
         self.assertRegex(rows, r"upstream https.*: (timed out \(does it speak https|TLS failed)")
