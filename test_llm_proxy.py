@@ -11429,17 +11429,104 @@ def compiled():
     return py_compile.compile(FILE, os.path.join(folder.name, "llm_proxy.pyc"), doraise=True)
 
 
-class Process:
-    """`python -I -S llm_proxy.py` as a process of its own, with no environment but the settings."""
+@functools.lru_cache(None)
+def template():
+    """Returns the socket of a process that has read the file and forks one for each message."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", Forked.PROGRAM, str(theirs.fileno()), compiled()],
+            env={}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()])
 
-    def __init__(self, *arguments, cwd="/", before=(), file=None, stdin=subprocess.DEVNULL,
-                 **settings):
+    def close():
+        ours.close()
+        process.wait(PATIENCE)
+    atexit.register(close)
+    return ours
+
+
+class Forked:
+    """Stands in for subprocess.Popen: Python's start and the imports take a tenth of a second, on
+    PyPy half of one, and are done once."""
+    PROGRAM = textwrap.dedent("""\
+        import importlib.util, json, os, signal, socket, sys
+        orders = socket.socket(fileno=int(sys.argv[1]))
+        spec = importlib.util.spec_from_file_location("llm_proxy", sys.argv[2])
+        llm_proxy = sys.modules["llm_proxy"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(llm_proxy)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while True:
+            message, files, *_ = socket.recv_fds(orders, 1 << 16, 4)
+            if not message:
+                sys.exit()
+            if not os.fork():  # a parent that tells how its child ends
+                break
+            for file in files:
+                os.close(file)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        arguments, folder, settings = json.loads(message)
+        child = os.fork()
+        if child:
+            for file in files[:3]:
+                os.close(file)
+            os.write(files[3], b"%d" % child)
+            os.write(files[3], b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            os._exit(0)
+        for number, file in enumerate(files[:3]):
+            os.dup2(file, number)
+        os.closerange(3, 64)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(settings)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.exit(llm_proxy.main(arguments))
+        """)
+    returncode = None
+
+    def __init__(self, arguments, folder, settings, stdin):
+        self.status, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+        with open(os.devnull) as nothing, told:
+            files = nothing.fileno() if stdin is None else stdin, out_end, err_end, told.fileno()
+            socket.send_fds(template(), [json.dumps([arguments, folder, settings]).encode()], files)
+        os.close(out_end)
+        os.close(err_end)
+        self.stdout, self.stderr = open(out), open(err)
+        self.pid = int(self.status.recv(20))
+
+    def wait(self, seconds):
+        """Returns the exit code, None where it has not ended."""
+        if self.returncode is None and select.select([self.status], [], [], seconds)[0]:
+            self.returncode = int(self.status.recv(20))
+            self.status.close()
+        return self.returncode
+
+    def poll(self):
+        return self.wait(0)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+class Process:
+    """`llm_proxy.py` as a process of its own, with no environment but the settings."""
+
+    def __init__(self, *arguments, cwd="/", before=(), file=None, stdin=None, **settings):
         """`before` are words of a command that starts this one; `file` is what else it runs."""
         settings = {"DATABASE": "off", **settings}
-        self.process = subprocess.Popen(
-            [*before, sys.executable, "-I", "-S", file or compiled(), *arguments], cwd=cwd,
-            env={name: str(value) for name, value in settings.items()},
-            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        settings = {name: str(value) for name, value in settings.items()}
+        if before or file:
+            self.process = subprocess.Popen(
+                [*before, sys.executable, "-I", "-S", file or compiled(), *arguments], cwd=cwd,
+                env=settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True)
+        else:
+            self.process = Forked(arguments, cwd, settings, stdin)
         self.rows = []
         self.reader = threading.Thread(
             target=lambda: self.rows.extend(self.process.stderr), daemon=True)
