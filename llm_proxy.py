@@ -2220,19 +2220,29 @@ class Limits:
         return {"each": key, "key": key if key[0] == "key" else None,
                 "address": ("address", address), "team": team and ("team", team)}
 
-    def buckets_of(self, caller: Caller) -> KeyedRules:
-        """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
-        are buckets."""
-        pairs = [*self.matching(caller, "", None), *[
-            (found.rule, found.key) for found in self.buckets.seen()]]
-        return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
+    def not_full(self) -> Dict[CallerKey, Dict[BucketKey, Rule]]:
+        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
+        found = collections.defaultdict(dict)
+        for one in self.buckets.seen():
+            for owner in one.key[1:]:
+                found[owner][one.key] = one.rule
+        return found
+
+    def buckets_of(self, caller: Caller, model: Optional[str],
+                   not_full: Dict[CallerKey, Dict[BucketKey, Rule]]) -> Dict[BucketKey, Rule]:
+        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
+        address = caller.key[1] if caller.key[0] == "address" else None
+        found = {key: rule for rule, key in self.matching(caller, address, model)
+                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
+        return {**found, **not_full.get(caller.key, {})}
 
     def give(self, caller: Caller, unit: str, amount: int, until: float,
              again: bool = False) -> int:
         """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
         returns how many there are."""
-        found = [(rule, key) for rule, key in self.buckets_of(caller)
-                 if unit in (rule.word, rule.text.split(" ")[2])]
+        found = [(rule, key)
+                 for key, rule in self.buckets_of(caller, None, self.not_full()).items()
+                 if key[1:] == (caller.key,) and unit in (rule.word, rule.text.split(" ")[2])]
         for rule, key in found:
             self.buckets.give(rule, key, amount, until, again)
         return len(found)
@@ -4008,6 +4018,8 @@ class Dialect:
     SERVED = "model"
     # Where a response or an event says why the model stopped,
     REASON = ("", "")
+    # at some endpoints at another key: the first of these that is there counts,
+    REASON_KEYS: Dict[str, Tuple[str, ...]] = {}
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
@@ -4149,6 +4161,16 @@ class Dialect:
     def has_reason(self, payload):
         holder, reason = self.REASON
         return any([dig(one, reason) for one in as_list(payload.get(holder))])
+
+    def reasons(self, data: bytes, endpoint: str, streamed: bool) -> List[str]:
+        """Returns why the model stopped, as JSON or the last events say: of each choice in JSON, in
+        events, which may say it again, each reason once."""
+        for key in self.REASON_KEYS.get(endpoint, self.REASON[1:]):
+            found = re.findall(REASON_AT % key.encode(), data)
+            if found:
+                once = streamed or endpoint in self.REASON_KEYS
+                return [reason.decode() for reason in (dict.fromkeys(found) if once else found)]
+        return []
 
     def is_last(self, payload):
         """Returns whether an event ends its stream."""
@@ -4352,6 +4374,8 @@ class Dialect:
         return self.events.content_type if call.stream else "application/json"
 
 
+# A word at a key, but for those that say that the model has not stopped
+REASON_AT = rb'"%b"\s*:\s*"(?!in_progress|queued)([A-Za-z_-]{1,40})"'
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
@@ -4443,6 +4467,7 @@ class OpenAI(Dialect):
         id object created model choices service_tier system_fingerprint provider obfuscation p
         x_groq""".split())
     REASON = ("choices", "finish_reason")
+    REASON_KEYS = {"responses": ("reason", "status")}
     LAST_TYPES = (
         "response.completed", "response.incomplete", "response.failed", "response.cancelled")
     PARSED = {
@@ -4721,6 +4746,7 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
+    REASON_KEYS = {"interactions": ("status",)}
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
@@ -4761,6 +4787,7 @@ class Ollama(Dialect):
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
+    REASON = ("", "done_reason")
     LAST_KEY = "done"
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
@@ -5377,6 +5404,10 @@ class UsageReader(UsageSource):
         self.pieces = []
         self.size = 0
         return self.characters
+
+    def finish_reasons(self) -> List[str]:
+        """Returns why the model stopped, where what is kept says so."""
+        return self.dialect.reasons(b"".join(self.pieces), self.endpoint, self.streamed)
 
     def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
@@ -7824,6 +7855,11 @@ def new_request_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-a{digits[15:18]}-{digits[18:]}"
 
 
+def wall_time(clock: Any) -> float:
+    """Returns seconds since 1970."""
+    return clock.time_ns() / 1e9
+
+
 def clean(text: Optional[str]) -> Optional[str]:
     """Returns text that any file can hold: JSON may spell half a surrogate pair."""
     if text and not text.isascii():
@@ -7886,7 +7922,8 @@ class Entry:
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
     held_up = 0.0       # seconds before that in which others were awaited
-    trace: Optional["Trace"] = None        # where traces are wanted
+    trace: Optional["Trace"] = None        # where traces are wanted,
+    reasons: Sequence[str] = ()            # and with it why the model stopped
     context: Optional[Context] = None      # while it runs, both
     ticket: Optional[Ticket] = None
 
@@ -8152,11 +8189,6 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
-def listed_columns(columns: Dict[str, str]) -> str:
-    """Returns what SELECT takes."""
-    return ", ".join(["%s AS %s" % (value, name) for name, value in columns.items()])
-
-
 def exact_total(name: str) -> str:
     """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
     is too large, and its total() rounds; money needs more digits than counts."""
@@ -8279,14 +8311,21 @@ def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
         "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
 
 
+def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
+    """Tells whether a key of a caller was stored: nobody else may call, for good."""
+    return bool(execute("SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
+
+
+CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
+
+
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
-    ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
+    MOST_VALUES = 999           # of a statement, before SQLite 3.32
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
     CHUNK = 8192                # calls whose ids are listed together, by their order
     BATCH = 500                 # calls that are added up at once
-    SUMS = 999 // len(SUM_COLUMNS)
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -8346,17 +8385,6 @@ class Database:
             if "locked" in str(failure):
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
-
-    @classmethod
-    def again(cls, path: str, mode: str) -> "Database":
-        """Opens one that this process has open already: by SQLite alone, because closing the file
-        that was opened otherwise would drop all locks that the process has on it
-        (https://www.sqlite.org/howtocorrupt.html, 2.2). Raises sqlite3.Error."""
-        database = cls.__new__(cls)
-        database.path = path
-        database.lock = None
-        database.connection = connect(path, mode)
-        return database
 
     def close(self):
         self.connection.close()
@@ -8419,14 +8447,19 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    def add(self, rows) -> List[Tuple]:
-        """Inserts calls, a few dozen by one statement: after each, this thread must wait for the
-        interpreter again. Returns what is added up of them."""
-        marks = "(%s)" % ",".join("?" * len(COLUMNS))
-        for start in range(0, len(rows), self.ROWS):
-            batch = rows[start:start + self.ROWS]
-            self.connection.execute("INSERT INTO calls VALUES " + ",".join([marks] * len(batch)),
+    def insert(self, statement, rows):
+        """Does this with many rows, a few dozen by one statement: after each, this thread must wait
+        for the interpreter again."""
+        width = len(rows[0]) if rows else 1
+        marks = "(%s)" % ",".join("?" * width)
+        for start in range(0, len(rows), self.MOST_VALUES // width):
+            batch = rows[start:start + self.MOST_VALUES // width]
+            self.connection.execute(statement % ",".join([marks] * len(batch)),
                                     list(itertools.chain(*batch)))
+
+    def add(self, rows) -> List[Tuple]:
+        """Inserts calls; returns what is added up of them."""
+        self.insert("INSERT INTO calls VALUES %s", rows)
         (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
         first = (last or 0) - len(rows) + 1
         return [(number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
@@ -8462,10 +8495,7 @@ class Database:
         sums = self.sums.add_up(calls)
         rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
         with self.transaction():
-            for start in range(0, len(sums), self.SUMS):
-                batch = sums[start:start + self.SUMS]
-                marks = ", ".join(["(%s)" % ",".join("?" * len(SUM_COLUMNS))] * len(batch))
-                self.connection.execute(ADD_TO_SUMS % marks, list(itertools.chain(*batch)))
+            self.insert(ADD_TO_SUMS, sums)
             facts = {fact: value}
             if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
                 facts["rolled"] = rolled
@@ -8570,20 +8600,12 @@ class Database:
         with self.connection:
             return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
-                    self.is_closed())
+                    is_closed(execute))
 
     def disabled_upstreams(self) -> List[str]:
         """Returns the names of upstreams that an admin has switched off."""
         query = "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %' AND value = 1"
         return [name for name, in self.connection.execute(query)]
-
-    def is_closed(self) -> bool:
-        return bool(self.connection.execute(
-            "SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
-
-    def close_door(self):
-        """Notes that a key of a caller was stored: nobody else may call, for good."""
-        self.connection.execute("INSERT OR IGNORE INTO facts VALUES ('closed', 1)")
 
     def note_use(self, used):
         """{name of a key: when it was used last}"""
@@ -8607,12 +8629,6 @@ class Database:
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1")
         return list(map(Order._make, found))
-
-    def audit(self, who: str, role: str, address: str, what: str, target: str, detail: str):
-        """Notes who did what, from where, to what."""
-        self.connection.execute(
-            "INSERT INTO audit (who, role, address, what, target, detail)"
-            " VALUES (?, ?, ?, ?, ?, ?)", (who, role, address, what, target, detail))
 
     def data_version(self) -> int:
         """Returns a number that changes when another connection has written."""
@@ -9084,27 +9100,29 @@ class KeyStore:
     KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
     COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
-    def __init__(self, database: Database, clock: Any, actor: Actor):
-        self.database = database
+    def __init__(self, connection: sqlite3.Connection, clock: Any, actor: Optional[Actor]):
+        """`actor` is None where nothing will be changed."""
+        self.connection = connection
         self.clock = clock
         self.actor = actor
 
     @contextlib.contextmanager
     def change(self, what, name, detail=""):
         """One transaction, to which the audit belongs."""
-        execute = self.database.connection.execute
+        execute = self.connection.execute
         execute("BEGIN IMMEDIATE")
-        with self.database.connection:
+        with self.connection:
             yield execute
-            self.database.audit(*self.actor, what, name, detail)
+            execute("INSERT INTO audit (who, role, address, what, target, detail)"
+                    " VALUES (?, ?, ?, ?, ?, ?)", (*self.actor, what, name, detail))
 
     def list(self) -> List[Key]:
         """Returns all that can be read, by name."""
-        rows = self.database.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
+        rows = self.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
         return list(read_keys((rows, (), False), b"").keys.values())
 
     def find(self, name: str) -> Key:
-        rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
+        rows = self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
         if not rows:
             raise NoSuchKey("no key is stored by the name %s" % ascii(name)[1:-1])
         try:
@@ -9121,9 +9139,9 @@ class KeyStore:
             execute("INSERT INTO keys (name, role, created, disabled, subject)"
                     " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
             execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
-            was_closed = self.database.is_closed()
+            was_closed = is_closed(execute)
             key = self.write(execute, name, fields)
-            return NewKey(key, secret, self.database.is_closed() and not was_closed)
+            return NewKey(key, secret, is_closed(execute) and not was_closed)
 
     def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
         """Changes these fields; `reset`: its buckets are full then."""
@@ -9189,7 +9207,7 @@ class KeyStore:
     # -- what these have in common
 
     def now(self):
-        return self.clock.time_ns() / 1e9
+        return wall_time(self.clock)
 
     def order(self, execute, name, unit=None, amount=None, until=None):
         execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
@@ -9207,7 +9225,7 @@ class KeyStore:
                     value if field == "expires" else value and text, name))
         key = self.find(name)
         if key.role == "caller":
-            self.database.close_door()
+            execute(CLOSE_DOOR)
         return key
 
     @staticmethod
@@ -9291,7 +9309,7 @@ class Ledger(Writer):
         self.on_read = collections.deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
-        ahead = limits.restore(self.saved, clock.time_ns() / 1e9)
+        ahead = limits.restore(self.saved, wall_time(clock))
         if ahead:
             log.say("%d buckets were saved by a clock that was ahead: they are taken as of now"
                     % ahead)
@@ -9332,7 +9350,7 @@ class Ledger(Writer):
 
     def add_up(self, now):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
-        database, wall = self.database, self.clock.time_ns() / 1e9
+        database, wall = self.database, wall_time(self.clock)
         try:
             for _ in range(16):
                 if not (database.add_new() or database.add_older() or database.list_ids()
@@ -9360,7 +9378,7 @@ class Ledger(Writer):
                 self.saved = {}
                 self.version = -1
                 if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
-                    self.database.close_door()
+                    self.database.connection.execute(CLOSE_DOOR)
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
@@ -9382,7 +9400,7 @@ class Ledger(Writer):
             if version == self.version:
                 return
             rows = self.database.key_rows()
-            orders = self.database.take_orders(self.clock.time_ns() / 1e9)
+            orders = self.database.take_orders(wall_time(self.clock))
         except sqlite3.Error as failure:
             return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
         self.version = version
@@ -9412,7 +9430,7 @@ class Ledger(Writer):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
         these took is not lost with the process."""
         keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
-        offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
+        offset = wall_time(self.clock) - self.clock.monotonic()
         return {**self.levels, **{one.key: (one.level, one.refilled + offset)
                                   for one in self.limits.buckets.latest(keys)
                                   if one.rule.unit != RUNNING}} if keys else self.levels
@@ -9445,14 +9463,14 @@ class Ledger(Writer):
             self.levels = levels
 
     def forget_old(self, now):
-        now_wall = self.clock.time_ns() / 1e9
+        now_wall = wall_time(self.clock)
         if self.database.facts["unsummed"] or not self.database.forget(
                 now_wall - self.days * 86400, now_wall - max(self.days, self.SUMS_DAYS) * 86400):
             self.forget_at = now + self.FORGET_SECONDS
 
     def close(self, wait: float):
         """Writes what is queued, and the levels as they are now."""
-        self.save(self.limits.buckets.snapshot(self.clock.time_ns() / 1e9))
+        self.save(self.limits.buckets.snapshot(wall_time(self.clock)))
         super().close(wait)
 
 
@@ -9574,7 +9592,7 @@ def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
     call = entry.call
     return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
             "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
-            "started": clock.time_ns() / 1e9 - (clock.monotonic() - entry.started)}
+            "started": wall_time(clock) - (clock.monotonic() - entry.started)}
 
 
 def ended_call(entry: Entry) -> Dict[str, Any]:
@@ -10041,7 +10059,7 @@ class Pulse(Watcher):
         totals = self.metrics.totals()
         calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
         self.before = totals
-        found = {"now": self.clock.time_ns() / 1e9, "calls": calls, "tokens": tokens,
+        found = {"now": wall_time(self.clock), "calls": calls, "tokens": tokens,
                  "failed": failed, "in_flight": running, "line": line,
                  "usd": format_usd(picodollars), **self.first_bytes()}
         self.seconds.append(found)
@@ -10053,7 +10071,7 @@ class Pulse(Watcher):
     def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
         """Returns a bucket as the page shows it."""
         level = self.buckets.level_of(rule, key)
-        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        now, wall = self.clock.monotonic(), wall_time(self.clock)
         missing = -(-(rule.capacity - level.level) // rule.refill)
         runs = rule.unit == RUNNING
         return {"rule": rule.text, "unit": rule.word,
@@ -10123,6 +10141,7 @@ ATTRIBUTES = {
     "gen_ai.provider.name": "provider",
     "gen_ai.request.model": "model",
     "gen_ai.response.model": "served",
+    "gen_ai.response.finish_reasons": "reasons",
     "gen_ai.usage.input_tokens": "input",
     "gen_ai.usage.output_tokens": "output",
     "gen_ai.usage.cache_read.input_tokens": "cached",
@@ -10205,7 +10224,7 @@ class Traces(Watcher):
         facts = self.facts(entry)
         trace = entry.trace or Trace()
         named = {name: facts[fact] for name, fact in ATTRIBUTES.items()
-                 if facts[fact] not in (None, "")}
+                 if facts[fact] not in (None, "", [])}
         took = int((entry.ended - entry.started) * 1e9)
         found = {
             "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
@@ -10221,7 +10240,7 @@ class Traces(Watcher):
 
     def facts(self, entry):
         """Returns the row of a call, and what only spans tell."""
-        facts = {**entry.as_row()._asdict(), **self.kind(entry)}
+        facts = {**entry.as_row()._asdict(), **self.kind(entry), "reasons": list(entry.reasons)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
         if not entry.priced:
@@ -10246,12 +10265,16 @@ class Traces(Watcher):
         return {"route": route, "operation": operation,
                 "provider": PROVIDERS.get(provider, provider)}
 
-    @staticmethod
-    def attributes(values):
+    @classmethod
+    def attributes(cls, values):
+        return [{"key": name, "value": cls.typed(value)} for name, value in values.items()]
+
+    @classmethod
+    def typed(cls, value):
+        if type(value) is list:
+            return {"arrayValue": {"values": list(map(cls.typed, value))}}
         kinds = {str: "stringValue", float: "doubleValue", int: "intValue", bool: "boolValue"}
-        return [{"key": name, "value": {
-            kinds[type(value)]: str(value) if type(value) is int else value}}
-            for name, value in values.items()]
+        return {kinds[type(value)]: str(value) if type(value) is int else value}
 
 
 # -- warnings
@@ -10303,7 +10326,7 @@ class Warnings(Watcher):
         if len(self.quiet_until) >= self.ROOM:
             del self.quiet_until[next(iter(self.quiet_until))]
         self.quiet_until[key] = now + self.QUIET_SECONDS
-        payload = {"event": event, **about, "time": self.clock.time_ns() / 1e9}
+        payload = {"event": event, **about, "time": wall_time(self.clock)}
         self.feed.tell("warning", payload)
         if line:
             self.log.say(line)
@@ -10325,7 +10348,7 @@ class Warnings(Watcher):
         self.look_at_keys(keys)
 
     def look_at_keys(self, keys):
-        now, day = self.clock.time_ns() / 1e9, self.KEY_SECONDS
+        now, day = wall_time(self.clock), self.KEY_SECONDS
         ending = {(key.name, key.expires) for key in keys if key.expires and not key.disabled
                   and now < key.expires < now + day and key.expires - key.created > day}
         for name, expires in ending - self.ending:
@@ -11001,6 +11024,7 @@ class Proxy:
         self.traces = watchers.traces
         if self.traces:
             self.request_head = self.traced_head
+            self.settle = self.traced_settle
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
@@ -11145,7 +11169,7 @@ class Proxy:
             raise RoleTooLow()
 
     def wall(self) -> float:
-        return self.clock.time_ns() / 1e9
+        return wall_time(self.clock)
 
     def bind(self, call, name):
         """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
@@ -11357,6 +11381,12 @@ class Proxy:
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
+
+    def traced_settle(self, entry, ending):
+        """Do so, once it is known why the model stopped: what says so is dropped then."""
+        if entry.reader and not entry.reasons:
+            entry.reasons = entry.reader.finish_reasons()
+        Proxy.settle(self, entry, ending)
 
     @staticmethod
     def estimate_to_charge(hold, usage, ending):
@@ -12022,23 +12052,24 @@ class Admin:
         """Returns what a method of LedgerReader does."""
         return await self.run(self.reading, reply, act, self.reader, *arguments)
 
-    async def read_keys(self, ask, act, *arguments):
-        """Returns what a method of KeyStore does that changes nothing."""
-        def read():
-            with contextlib.closing(Database.again(self.path, "ro")) as database:
-                return act(KeyStore(database, self.clock, None), *arguments)
+    def work_on_keys(self, mode, actor, act, *arguments, **fields):
+        """Returns what a method of KeyStore does. By SQLite alone: closing the file that was opened
+        otherwise would drop all locks that this process has on it
+        (https://www.sqlite.org/howtocorrupt.html, 2.2)."""
+        with contextlib.closing(connect(self.path, mode)) as connection:
+            return act(KeyStore(connection, self.clock, actor), *arguments, **fields)
 
-        return await self.run(self.reading, ask.reply, read)
+    async def read_keys(self, ask, act, *arguments):
+        """Returns what one does that changes nothing."""
+        return await self.run(
+            self.reading, ask.reply, self.work_on_keys, "ro", None, act, *arguments)
 
     async def change_keys(self, ask, act, *arguments, **fields):
         """Does something with the stored keys, as KeyStore has it, in the name of who asks; one
         after the other. Returns what is told of it, once the proxy goes by it."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
 
-        def change():
-            with contextlib.closing(Database.again(self.path, "rw")) as database:
-                return act(KeyStore(database, self.clock, actor), *arguments, **fields)
-
+        change = functools.partial(self.work_on_keys, "rw", actor, act, *arguments, **fields)
         found = await self.run(self.changing, ask.reply, change)
         await self.until_read(ask.reply.context)
         return found.as_dict() if found else {}
@@ -12333,7 +12364,7 @@ class Admin:
         with contextlib.suppress(BooksAway):
             sums, hours, seen = await self.read_books(
                 ask.reply, LedgerReader.of_callers, self.zone(ask), self.proxy.wall())
-        not_full = self.buckets_by_owner()
+        not_full = self.proxy.limits.not_full()
         rows = []
         for caller in self.known_callers():
             label, key = caller.label, caller.stored_key
@@ -12357,7 +12388,7 @@ class Admin:
         with contextlib.suppress(BooksAway):
             calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
                                          caller.label, self.zone(ask), self.proxy.wall())
-        buckets = self.buckets_of(caller, self.buckets_by_owner())
+        buckets = self.buckets_of(caller, self.proxy.limits.not_full())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role,
             "now": self.proxy.wall(),
@@ -12369,22 +12400,9 @@ class Admin:
                   for one in buckets if one["unit"] not in UNITS_OF_CALLS]
         return warning_text(shares, self.proxy.config.warn_at or ())
 
-    def buckets_by_owner(self):
-        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
-        found = collections.defaultdict(dict)
-        for one in self.proxy.limits.buckets.seen():
-            for owner in one.key[1:]:
-                found[owner][one.key] = one.rule
-        return found
-
     def buckets_of(self, caller, not_full):
-        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
-        address = caller.key[1] if caller.key[0] == "address" else None
-        usual = self.proxy.limits.matching(caller, address, self.proxy.config.base_model)
-        rules = {key: rule for rule, key in usual
-                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
-        rules.update(not_full.get(caller.key, {}))
-        return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
+        found = self.proxy.limits.buckets_of(caller, self.proxy.config.base_model, not_full)
+        return [self.pulse.bucket(rule, key) for key, rule in found.items()]
 
     async def limits(self, _):
         limits, refused = self.proxy.limits, self.proxy.watchers.metrics.refused
@@ -13847,8 +13865,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.sweep_timer = self.loop.call_later(Ledger.SAVE_SECONDS, self.sweep)
         proxy.routes.close_stale()
         collect_a_little()
-        wall = proxy.clock.time_ns() / 1e9
-        proxy.books.save(proxy.limits.buckets.snapshot(wall))
+        proxy.books.save(proxy.limits.buckets.snapshot(proxy.wall()))
         proxy.watchers.metrics.sort_in()
         proxy.watchers.warnings.look(
             proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
@@ -14091,7 +14108,7 @@ def ask_for_stored_keys(config):
     """Notes whether keys are stored, as a start would."""
     with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
         with contextlib.closing(Database(config.database, reading=True)) as database:
-            if database.is_closed():
+            if is_closed(database.connection.execute):
                 config.note_stored_keys()
 
 
@@ -14415,7 +14432,8 @@ def usage_query(execute, by, since):
     return USAGE_QUERY.format(
         by=", ".join(names), totals=Sum.TOTALS,
         parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
-            missing=missing, start=START, columns=listed_columns({**SUM_KEYS, **SUM_COUNTS})))
+            missing=missing, start=START, columns=", ".join([
+                "%s AS %s" % (value, name) for name, value in {**SUM_KEYS, **SUM_COUNTS}.items()])))
 
 
 def read_usage(path, options, now):
@@ -14620,7 +14638,7 @@ def keys_command(options, found, log_stream):
     if not os.path.exists(path):
         print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
-    store = KeyStore(database, time, Actor(
+    store = KeyStore(database.connection, time, Actor(
         found.get("USER", "somebody"), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
              if name not in ("act", "command", "check", "demo", "json") and value is not None}

@@ -7393,7 +7393,7 @@ class KeysCase(LedgerCase):
     def store(self, path=None, clock=None):
         database = llm_proxy.Database(path or self.path)
         self.addCleanup(database.close)
-        return llm_proxy.KeyStore(database, clock or self.proxy.clock, self.ACTOR)
+        return llm_proxy.KeyStore(database.connection, clock or self.proxy.clock, self.ACTOR)
 
     def change(self, act, *arguments, **fields):
         """Changes keys; returns what came of it when the proxy knows."""
@@ -7460,7 +7460,7 @@ class KeyStoreTest(KeysCase):
     def test_no_secret_is_stored(self):
         made = self.keys.add("ann")
         again = self.keys.rotate("ann", "1h")
-        self.keys.database.close()
+        self.keys.connection.close()
         with open(self.path, "rb") as file:
             data = file.read()
         for secret in (made.secret, again.secret):
@@ -7522,12 +7522,12 @@ class KeyStoreTest(KeysCase):
 
     def test_the_first_key_of_a_caller_closes_the_door_for_good(self):
         self.assertFalse(self.keys.add("boss", role="admin").closes)
-        self.assertFalse(self.keys.database.is_closed())
+        self.assertFalse(llm_proxy.is_closed(self.keys.connection.execute))
         self.assertTrue(self.keys.add("ann").closes)
         self.assertFalse(self.keys.add("ben").closes)
         for name in ("ann", "ben"):
             self.keys.remove(name)
-        self.assertTrue(self.keys.database.is_closed())
+        self.assertTrue(llm_proxy.is_closed(self.keys.connection.execute))
 
 
 def columns_of(row):
@@ -8269,6 +8269,41 @@ class TracesTest(SignalsCase):
                 "llm_proxy.usd": 0.000117}.items()):
             self.assertEqual(told[name], value, name)
         self.assertNotIn("error.type", told)
+
+    REASONS = json.loads(r"""[
+        ["/v1/chat/completions", [{"choices": [{"finish_reason": "stop", "message": {
+            "content": "\"finish_reason\": \"no\""}}, {"finish_reason": "stop"}]}],
+            ["stop", "stop"]],
+        ["/v1/chat/completions", ["LAST_DELTA", "LAST_DELTA", "[DONE]"], ["stop"]],
+        ["/v1/completions", [{"choices": [{"text": "a", "finish_reason": "length"}]}], ["length"]],
+        ["/v1/responses", [{"status": "completed", "output": [{"status": "completed"}]}],
+            ["completed"]],
+        ["/v1/responses", [{"type": "response.created", "response": {"status": "in_progress"}},
+            {"type": "response.incomplete", "response": {"status": "incomplete",
+            "incomplete_details": {"reason": "max_output_tokens"}}}], ["max_output_tokens"]],
+        ["/v1/messages", [{"stop_reason": "tool_use"}], ["tool_use"]],
+        ["/v1/messages", ["ANTHROPIC_EVENTS"], ["end_turn"]],
+        ["/v1beta/models/m:generateContent", [{"candidates": [{"finishReason": "STOP"}]}],
+            ["STOP"]],
+        ["/v1beta/models/m:streamGenerateContent?alt=sse", ["GEMINI_EVENTS"], ["STOP"]],
+        ["/v1beta/interactions", [{"status": "completed"}], ["completed"]],
+        ["/v1beta/interactions", ["INTERACTION_EVENTS"], ["completed"]],
+        ["/api/chat", [{"done": true, "done_reason": "stop"}], ["stop"]],
+        ["/v1/chat/completions", [{"choices": [{"finish_reason": null}]}], []]]""")
+    NAMED = {"LAST_DELTA": [LAST_DELTA], "ANTHROPIC_EVENTS": ANTHROPIC_EVENTS,
+             "GEMINI_EVENTS": GEMINI_EVENTS, "INTERACTION_EVENTS": INTERACTION_EVENTS}
+
+    def test_a_span_says_why_the_model_stopped(self):
+        self.start_traced()
+        for number, (path, told, reasons) in enumerate(self.each(self.REASONS), 1):
+            told = [part for one in told for part in self.NAMED.get(str(one), [one])]
+            streamed = len(told) > 1
+            kind = "text/event-stream" if streamed else "application/json"
+            self.stub.answer = says(events(*told) if streamed else json.dumps(told[0]).encode(),
+                                    "200 OK", "Content-Type: " + kind)
+            self.ask(request("POST", path, chat(), key="sk-1"))
+            found = self.spans(number)[-1][1].get("gen_ai.response.finish_reasons", {"values": []})
+            self.assertEqual([one["stringValue"] for one in found["values"]], reasons)
 
     def test_a_guess_is_told_as_one_and_what_has_no_price_has_none(self):
         self.start_traced()
