@@ -2375,6 +2375,18 @@ class LimitsOverHttpTest(ProxyCase):
             self.entry(2 * number + 1)
             self.assertEqual(self.left(), 1)
 
+    def test_a_limit_reply_tells_the_end_of_the_window(self):
+        clock = Clock(0)  # Tuesday, 14 November 2023, 22:13:20 UTC
+        for rule, wait, fields in self.each("""
+                each 2 requests per 90s window -> 2 min -> 2 0 2 90 90
+                each 2 requests per calendar day in Asia/Tokyo -> 1007 min -> 2 0 2 86400 60400"""):
+            self.start(clock=clock, LIMITS=rule)
+            for _ in range(3):
+                answered = self.ask(call("k"))
+            self.assertIn(b"limit reached, wait %s" % wait.encode(), answered.body)
+            self.assertEqual(" ".join(value for name, value in answered.fields
+                                      if name.startswith("x-ratelimit-")), fields)
+
     def test_a_rule_for_a_name_with_a_colon_holds_for_all_of_it(self):
         self.start(LIMITS="model:llama3:8b 1 requests per hour", LIMIT_REPLY="error")
         models = ("llama3:8b", "llama3", "llama3", "llama3:8b")
@@ -7315,6 +7327,19 @@ class LedgerTest(LedgerCase):
         self.assertEqual([*levels(self.proxy).values()], [-50])
         self.assertEqual(self.left("k"), 0)
 
+    def test_what_is_left_of_a_month_survives_a_restart_and_a_clock_that_slept(self):
+        clock, later = Clock(), Clock(0.0)  # Tuesday, 14 November 2023, 22:30 UTC
+        rules = ("each 100 tokens per calendar month in Europe/Berlin;"
+                 "each 100 tokens per calendar day; all 100 tokens per 2h window")
+        self.start(says(completion(140, 10)), clock, LIMITS=rules)
+        self.ask(call("k", max_tokens=1))
+        for hours, lost in self.each(((1, 3), (1.6, 2), (2.1, 1), (16 * 24, 1), (16 * 24 + 1, 0))):
+            wall = clock.time_ns() + int(hours * 3600 * 1e9)
+            self.proxy.books.close(PATIENCE)
+            later.time_ns = functools.partial(int, wall)
+            self.start(clock=later, DATABASE=self.path, LIMITS=rules)
+            self.assertEqual([*levels(self.proxy).values()], [-50] * lost)
+
     def test_a_bucket_keeps_its_share_when_its_rule_is_changed(self):
         act, old = says(completion(60, 0)), "each 100 tokens per day; all 10 requests per 100s"
         for new, expected in self.each((
@@ -10422,6 +10447,27 @@ class AdminBooksTest(AdminCase):
             answered = self.admin(method, path, payload)
             self.assertEqual(answered.status, status)
             self.assertIn(said, answered.error()["message"])
+
+    def test_a_window_is_seen_where_buckets_are(self):
+        clock = Clock()  # Tuesday, 14 November 2023, 22:30 UTC
+        self.start(says(completion(150, 0)), clock, METRICS="open", WARN_AT="80%",
+                   LIMITS="each 200 tokens per calendar month in Europe/Berlin")
+        secret = self.add()["key"]
+        self.ask(call(secret, max_tokens=1))
+        self.admin("PATCH", "/keys/ann", {"limits": "100 tokens per 60s window"})
+        self.ask(call(secret, max_tokens=1))
+        row, = self.look("/callers")["callers"]
+        found = {one["rule"]: (one["level"], one["refill"], one["interval"], one["full_in"])
+                 for one in row["buckets"]}
+        self.assertEqual(found, {
+            "each 200 tokens per calendar month in Europe/Berlin":
+                (-100, 300, 30 * 86400, 16 * 86400 + 1800),
+            "each 100 tokens per 60s window": (-50, 150, 60, 60)})
+        text = self.ask(request("GET", "/metrics")).body.decode()
+        self.assertIn('rule="each 100 tokens per 60s window",caller="ann"} -50', text)
+        self.assertIn("150% of each 100 tokens per 60s window", self.lines.text())
+        self.change("POST", "/keys/ann/reset")
+        self.assertEqual(self.left(secret), 100)
 
     def test_a_caller_is_given_more_and_its_buckets_are_filled(self):
         self.start(LIMITS="each 2 requests per day")
