@@ -5399,6 +5399,92 @@ class Finding(NamedTuple):
     kind: str
 
 
+ATOM = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
+LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+
+
+class Kind(NamedTuple):
+    """How a kind is found: `mark` stands in each text that has one, `shape` is searched in linear
+    time, and `check` proves what it found."""
+    mark: str
+    shape: "re.Pattern[str]"
+    check: Callable[["re.Match[str]"], bool] = bool
+
+
+KINDS = {
+    "email": Kind("@", re.compile(
+        rf"(?<![A-Za-z0-9.!#$%&'*+/=?^_`{{|}}~@-]){ATOM}{{1,64}}(?:\.{ATOM}{{1,64}}){{0,8}}"
+        rf"@(?:{LABEL}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9(_-]|\.[A-Za-z0-9])")),
+}
+
+
+class Redactor:
+    """Finds what must not leave."""
+
+    def __init__(self, kinds: Iterable[str]):
+        self.kinds = [(name, KINDS[name]) for name in kinds]
+
+    def find(self, text: str) -> List[Finding]:
+        """Returns what must not leave of a text, in order; nothing overlaps."""
+        found = []
+        for name, kind in self.kinds:
+            if kind.mark in text:
+                found += [Finding(*match.span(), name) for match in kind.shape.finditer(text)
+                          if kind.check(match)]
+        found.sort(key=lambda one: (one.start, -one.end))
+        last = 0
+        apart = []
+        for one in found:
+            if one.start >= last:
+                apart.append(one)
+                last = one.end
+        return apart
+
+
+class Masks:
+    """The map of one call: which placeholder stands for which value. They are numbered by value, in
+    order of appearance, so that the same history is the same text; numbers that the prompt has of
+    its own are skipped."""
+    PLACEHOLDER = re.compile(r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]")
+    MAX_PLACEHOLDER = 64
+
+    def __init__(self, redactor: Redactor):
+        self.redactor = redactor
+        self.counts: Dict[str, int] = collections.Counter()
+        self.placeholders: Texts = {}  # by value
+        self.values: Texts = {}        # by placeholder
+        self.taken: Set[str] = set()
+        self.numbers: Dict[str, int] = collections.Counter()
+
+    def skip(self, text: str):
+        """Takes no placeholder that a text of the prompt has of its own."""
+        if "[[" in text:
+            self.taken.update([match[0] for match in self.PLACEHOLDER.finditer(text)])
+
+    def mask(self, text: str) -> str:
+        """Returns a text in which placeholders stand for what must not leave."""
+        pieces = []
+        last = 0
+        for start, end, kind in self.redactor.find(text):
+            pieces += text[last:start], self.placeholder(text[start:end], kind)
+            last = end
+            self.counts[kind] += 1
+        return "".join((*pieces, text[last:])) if pieces else text
+
+    def placeholder(self, value, kind):
+        found = self.placeholders.get(value)
+        while found is None or found in self.taken:
+            self.numbers[kind] += 1
+            found = "[[%s_%d]]" % (kind.upper(), self.numbers[kind])
+        self.placeholders[value] = found
+        self.values[found] = value
+        return found
+
+    def value_of(self, placeholder: str) -> Optional[str]:
+        """Returns what a placeholder stands for, None where it is none of this call."""
+        return self.values.get(placeholder)
+
+
 # --------------------------------------------------------------------------------------------------
 # Wire: HTTP/1.1 in bytes, strict, one parser for both sides (RFC 9110, RFC 9112). Heads are taken
 # whole or not at all; bodies are followed through their framing. Nothing here reads a socket or
