@@ -735,6 +735,8 @@ SETTING_ROWS = {
          "files, batches, responses and all else that endpoints store: each caller has what it"
          " made (own), all have all (pass), or nobody has any (refuse); unset: own where keys are"
          " asked for, else pass"),
+        ("REDACT_ANSWERS=off", one_of("on", "off"),
+         "on: what the model says that must not leave is masked as well, for good"),
         ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
          "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
@@ -3572,6 +3574,7 @@ class Call(Billable):
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     trace: Optional["Trace"] = None
+    masks: Optional["Masks"] = None  # where something may not leave with it
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -5357,6 +5360,10 @@ class UsageReader(UsageSource):
         """Returns what is still held back at the end."""
         return self.editor.flush() if self.editor else b""
 
+    def add_edit(self, edit: Edit, events: Optional[EventFraming]) -> None:
+        """Has the body changed by one more; `events` as in Editor."""
+        self.editor = Editor(events, [*(self.editor.edits if self.editor else []), edit])
+
     # -- what it says
 
     def compact(self):
@@ -6257,7 +6264,8 @@ class BodyAdapter:
     __slots__ = ("framing", "style", "reader", "events", "passed", "tail")
     AS_IS, PLAIN, CHUNKED = range(3)
 
-    def __init__(self, framing: Framing, style: int = AS_IS, reader: Optional[UsageReader] = None,
+    def __init__(self, framing: Framing, style: int = AS_IS,
+                 reader: Optional[Union[UsageReader, Editor]] = None,
                  events: Optional[EventFraming] = None):
         self.framing = framing
         self.style = style
@@ -11131,7 +11139,8 @@ class Reply:
         if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
+        reader = self.unmasking(response.head) if call.masks else self.entry.reader
+        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
                 adapter.reader, call.dialect.events if streamed else None, call.on_made)
@@ -11163,13 +11172,30 @@ class Reply:
             return call.owes is not None
         return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
-    def adapt(self, response, has_events):
+    def unmasking(self, head):
+        """Returns what reads a body and puts values back for the placeholders of the call, where
+        there are any and the body can be read."""
+        call, masks, reader = self.call, self.call.masks, self.entry.reader
+        streamed, encoding, _ = self.kind_of(head)
+        redactor = masks.redactor if self.parts.config.redact_answers == "on" else None
+        is_text = streamed or "json" in head.get("content-type", "").lower()
+        if encoding != IDENTITY or not is_text or not (masks.values or redactor):
+            return reader
+        events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
+        restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
+        edit = Unmasking(call.dialect, events, restorer)
+        if reader is None:
+            return Editor(events, [edit])
+        reader.add_edit(edit, events)
+        return reader
+
+    def adapt(self, response, has_events, reader):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
-        framing, reader = response.framing, self.entry.reader
-        drops, events, style = False, None, BodyAdapter.AS_IS
+        framing, events, style = response.framing, None, BodyAdapter.AS_IS
+        editor = reader.editor if isinstance(reader, UsageReader) else reader
+        drops = editor is not None and not framing.ended
         if has_events:
-            drops = reader is not None and reader.editor and not framing.ended
             if self.early or self.comment_seconds() < math.inf:
                 events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
