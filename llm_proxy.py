@@ -3151,12 +3151,17 @@ BEFORE_MEDIA = re.compile(
 JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
 
+def without_escapes(data: bytes) -> bytes:
+    """Returns JSON, as long as it was, in which a quote is the begin or the end of a string."""
+    return data.replace(b"\\\\", b"--").replace(b'\\"', b"--")
+
+
 def value_start(data, key):
     """Returns where the value at a key of a JSON object begins, however deep the same key stands
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
     name = b'"%b"' % key.encode()
-    for step in JSON_STEP.finditer(data.replace(b"\\\\", b"--").replace(b'\\"', b"--")):
+    for step in JSON_STEP.finditer(without_escapes(data)):
         if step[1] is None:
             depth += 1 if step[0] in b"{[" else -1
         elif depth == 1 and step[1] == name and step[2]:
@@ -3523,7 +3528,7 @@ class ArrayFraming(EventFraming):
     def cut(self, data: bytes) -> List[bytes]:
         ends = [0]
         depth = 0
-        for step in JSON_STEP.finditer(data.replace(b"\\\\", b"--").replace(b'\\"', b"--")):
+        for step in JSON_STEP.finditer(without_escapes(data)):
             if step[0] in b"{}":
                 depth += 1 if step[0] == b"{" else -1
                 if not depth:
@@ -5716,12 +5721,12 @@ class Restorer:
             text = self.ESCAPE.sub(lambda escape: " " * len(escape[0]), text)
         return self.redactor.find(text)
 
-    def found_in_strings(self, text):
-        """Yields what is found in JSON: numbers are no text."""
-        plain = text.replace("\\\\", "--").replace('\\"', "--")
+    def found_in_strings(self, data):
+        """Yields what is found in JSON, of which each byte is a character: numbers are no text."""
+        plain = without_escapes(data)
         quotes = last = 0
-        for one in self.found(text, True):
-            quotes += plain.count('"', last, one.start)
+        for one in self.found(data.decode("latin-1"), True):
+            quotes += plain.count(b'"', last, one.start)
             last = one.start
             if quotes % 2:
                 yield one
@@ -5743,12 +5748,11 @@ class Restorer:
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
         if self.redactor:
-            text = data.decode("utf-8", "surrogateescape")
-            text = self.without_values(text, self.found_in_strings(text))
-            data = text.encode("utf-8", "surrogateescape")
+            data = self.without_values(
+                data.decode("latin-1"), self.found_in_strings(data)).encode("latin-1")
         if data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
             return data
-        plain = data.replace(b"\\\\", b"--").replace(b'\\"', b"--")
+        plain = without_escapes(data)
         pieces = []
         last = 0
         for match in self.PLACEHOLDER_AT.finditer(plain):
@@ -5783,41 +5787,28 @@ class TextBlock:
         self.event = b""    # the last that had text of it,
         self.way: Way = []  # and where
 
-    def feed(self, text: str) -> str:
-        """Returns what goes on."""
+    def feed(self, text: str, is_end: bool = False) -> str:
+        """Returns what goes on: all of it at the end of the block."""
         text = self.held + text
-        begin = self.restorer.waiting(text, self.is_json)
+        begin = len(text) if is_end else self.restorer.waiting(text, self.is_json)
         self.held = text[begin:]
         return self.restorer.restore(text[:begin], self.is_json)
 
-    def end(self) -> str:
-        """Returns the rest."""
-        text = self.held
-        self.held = ""
-        return self.restorer.restore(text, self.is_json)
-
     def last_event(self, texts: Collection[str]) -> JsonObject:
         """Returns the payload of an event with the rest, and nothing else of what the last one
-        said; `texts` are the keys of texts at its top."""
-        value: Any = self.end()
+        said, of which clients add up the strings of deltas; `texts` are the keys of texts."""
+        value: Any = self.feed("", True)
         keys = [key for _, key in self.way]
         for depth in reversed(range(len(keys))):
             holder = self.way[depth][0]
             if type(holder) is list:
                 value = [value]
-            else:
-                facts = self.facts(holder, "delta" in keys[:depth])
-                value = {**facts, keys[depth]: value}
-        holder = self.way[0][0]
-        lists = {key: [] for key, one in holder.items() if type(one) is list and key not in value}
-        return {**lists, **{key: one for key, one in value.items()
-                            if key == keys[0] or key not in texts}}
-
-    @staticmethod
-    def facts(holder, in_delta):
-        """Returns what of an object may be said again: clients add up the strings of deltas."""
-        return {key: value for key, value in holder.items() if key == "type" or not isinstance(
-            value, (str, list, dict) if in_delta else (list, dict))}
+                continue
+            dropped = (str, list, dict) if "delta" in keys[:depth] else dict
+            facts = {key: [] if type(one) is list else one for key, one in holder.items()
+                     if key == "type" or not (isinstance(one, dropped) or key in texts)}
+            value = {**facts, keys[depth]: value}
+        return value
 
 
 def is_beside(block: Block, other: Block) -> bool:
@@ -5880,10 +5871,9 @@ class Unmasking(Edit):
             self.restorer, self.dialect.is_json_text(block))
         holder, key = way[-1]
         came = holder[key]
-        holder[key] = text.feed(came)
-        if len(event) > self.MAX_EVENT or len(self.blocks) >= self.MAX_BLOCKS or (
-                text.held and self.dialect.ends_block(payload, block)):
-            holder[key] += text.end()
+        is_end = len(event) > self.MAX_EVENT or len(self.blocks) >= self.MAX_BLOCKS or (
+            self.dialect.ends_block(payload, block))
+        holder[key] = text.feed(came, is_end)
         if text.held:
             text.event, text.way = event, way
             self.blocks[block] = text
@@ -5892,7 +5882,7 @@ class Unmasking(Edit):
     def let_go(self, block):
         """Returns an event with the rest of a block."""
         text = self.blocks.pop(block)
-        payload = text.last_event(self.dialect.deltas)
+        payload = text.last_event(self.dialect.TEXT_KEYS)
         return self.events.again(text.event, to_json_bytes(payload))
 
     def end(self) -> bytes:
