@@ -774,6 +774,8 @@ SETTING_ROWS = {
          "files, batches, responses and all else that endpoints store: each caller has what it"
          " made (own), all have all (pass), or nobody has any (refuse); unset: own where keys are"
          " asked for, else pass"),
+        ("REDACT_ANSWERS=off", one_of("on", "off"),
+         "on: what the model says that must not leave is masked as well, for good"),
         ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
          "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
@@ -3277,12 +3279,17 @@ BEFORE_MEDIA = re.compile(
 JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
 
+def without_escapes(data: bytes) -> bytes:
+    """Returns JSON, as long as it was, in which a quote is the begin or the end of a string."""
+    return data.replace(b"\\\\", b"--").replace(b'\\"', b"--")
+
+
 def value_start(data, key):
     """Returns where the value at a key of a JSON object begins, however deep the same key stands
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
     name = b'"%b"' % key.encode()
-    for step in JSON_STEP.finditer(data.replace(b"\\\\", b"--").replace(b'\\"', b"--")):
+    for step in JSON_STEP.finditer(without_escapes(data)):
         if step[1] is None:
             depth += 1 if step[0] in b"{[" else -1
         elif depth == 1 and step[1] == name and step[2]:
@@ -3560,7 +3567,7 @@ class EventFraming(NamedTuple):
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
     ends: Tuple[bytes, ...]  # what may end an event, our own first,
-    pairs: Tuple[bytes, ...]  # and two bytes of which one is in each of these
+    pairs: Tuple[bytes, ...]  # and bytes, equally many, of which one is in each of these
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -3596,6 +3603,11 @@ class EventFraming(NamedTuple):
         rest.insert(sum(map(bool, map(bytes.strip, rest))), self.prefix + data + end)
         return b"".join(rest)
 
+    def again(self, event: bytes, data: bytes) -> bytes:
+        """Returns an event that follows another of the same kind."""
+        event = self.replaced(event, data)
+        return event if self.at_boundary(event) else event.rstrip(b"\r\n") + self.ends[0]
+
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
         events = []
@@ -3612,7 +3624,7 @@ class EventFraming(NamedTuple):
     def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
-        return 0 if place < 0 else place + 2
+        return 0 if place < 0 else place + len(self.pairs[0])
 
     def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
@@ -3620,6 +3632,37 @@ class EventFraming(NamedTuple):
         data = self.data(event.splitlines()[-1])
         return data is not None and (data.strip() == LAST_DATA or (
             data.rstrip().endswith(b"}") and bool(self.payload(event))))
+
+
+class ArrayFraming(EventFraming):
+    """Cuts a JSON array into the objects in it; what stands before one belongs to it."""
+    __slots__ = ()
+
+    def at_boundary(self, tail: bytes) -> bool:
+        return not tail or bool(self.payload(tail))
+
+    def last_end(self, data, before):
+        return 0
+
+    def all_data(self, event):
+        return event.lstrip(b"[, \t\r\n")
+
+    def replaced(self, event: bytes, data: bytes) -> bytes:
+        return event[:len(event) - len(self.all_data(event))] + data
+
+    def again(self, event: bytes, data: bytes) -> bytes:
+        return b",\n" + data
+
+    def cut(self, data: bytes) -> List[bytes]:
+        ends = [0]
+        depth = 0
+        for step in JSON_STEP.finditer(without_escapes(data)):
+            if step[0] in b"{}":
+                depth += 1 if step[0] == b"{" else -1
+                if not depth:
+                    ends.append(step.end())
+        events = [data[start:end] for start, end in zip(ends, ends[1:])]
+        return events + [data[ends[-1]:]] if ends[-1] < len(data) else events
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
@@ -3630,6 +3673,7 @@ SSE = EventFraming(
     (b"\n\n", b"\n\r", b"\r\r"))
 # Each line is an event.
 NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
+JSON_ARRAY = ArrayFraming("application/json", b"", (b"}",), (b"}",))
 
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
@@ -3663,6 +3707,7 @@ class Call(Billable):
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     trace: Optional["Trace"] = None
+    masks: Optional["Masks"] = None  # where something may not leave with it
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -4049,6 +4094,21 @@ def with_iterations(told, parts):
     return told._replace(others=tuple([part for part in parts if part not in own]))
 
 
+Block = Tuple[Any, ...]  # names a block of text: numbers, a type, and the keys and indexes to it
+Way = List[Tuple[Any, Any]]  # to a value of JSON: what it stands in, and at which key or index
+
+
+def tree_of(paths):
+    """Returns paths of keys as dicts within dicts; "" is a key where one ends."""
+    tree: Dict[str, Any] = {}
+    for path in paths.split():
+        level = tree
+        for key in path.split("."):
+            level = level.setdefault(key, {})
+        level[""] = {}
+    return tree
+
+
 class Dialect:
     """Knows the wire names of one API. The base class is that of an upstream of an unknown API, and
     holds what most have in common."""
@@ -4151,8 +4211,17 @@ class Dialect:
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
     DELTA_KEYS = {}
+    # Where events have text that goes on in the next one: paths of keys, through lists;
+    DELTAS = ""
+    # what numbers the block of an event, where these are not the indexes on its path;
+    BLOCK_NUMBERS = ()
+    # and the types of events that end one.
+    BLOCK_END = re.compile("(?!)")
+    # The keys of text that is JSON, or the ends of such events' types.
+    JSON_TEXTS = ("arguments", "partial_json", "arguments.delta")
 
     def __init__(self):
+        self.deltas = tree_of(self.DELTAS)
         self.usage_key = self.USAGE_MARK[1:-1].decode()
 
     # -- requests
@@ -4231,7 +4300,53 @@ class Dialect:
         """Reads an upstream's list of models; raises LookupError or TypeError."""
         return [Model(str(row["id"]), self, row) for row in payload["data"]]
 
-    # -- responses
+    # -- responses: text in events
+
+    def texts(self, payload: JsonObject) -> Iterator[Tuple[Block, Way]]:
+        """Yields the texts of an event that go on in the next one: the block that each belongs to,
+        and the way there."""
+        kind = payload.get(self.LAST_KEY) if self.BLOCK_NUMBERS else None
+        begin = self.block_numbers(payload), kind if type(kind) is str else ""
+        values = [(self.deltas, begin, [], payload)]
+        for tree, block, way, value in values:  # the list grows meanwhile
+            if type(value) is dict:
+                values += [(tree[key], (*block, key), [*way, (value, key)], value[key])
+                           for key in tree if key in value]
+            elif type(value) is list:
+                values += [(tree, (*block, self.number(one, place)), [*way, (value, place)], one)
+                           for place, one in enumerate(value)]
+            elif type(value) is str and "" in tree:
+                yield block, way
+
+    def block_numbers(self, payload):
+        found = [payload.get(name) for name in self.BLOCK_NUMBERS]
+        return tuple([number if type(number) is int else None for number in found])
+
+    def number(self, one, place):
+        """Returns the index of what stands at a place in a list."""
+        index = one.get("index") if type(one) is dict else None
+        return index if type(index) is int else place
+
+    def is_json_text(self, block: Block) -> bool:
+        """Returns whether the text of a block is JSON."""
+        return block[-1] in self.JSON_TEXTS or block[1].endswith(self.JSON_TEXTS)
+
+    def ends_block(self, payload: JsonObject, block: Block) -> bool:
+        """Returns whether an event ends a block of text."""
+        kind = payload.get(self.LAST_KEY)
+        if kind in self.LAST_TYPES or payload.get("error"):
+            return True
+        if type(kind) is str and self.BLOCK_END.search(kind):
+            pairs = zip(self.block_numbers(payload), block[0])
+            return all([number in (None, own) for number, own in pairs])
+        holder, reason = self.REASON
+        ones = payload.get(holder)
+        if type(ones) is not list:
+            return bool(dig(ones, reason))
+        return any([block[2:4] == (holder, self.number(one, place)) and dig(one, reason)
+                    for place, one in enumerate(ones)])
+
+    # -- responses: the rest
 
     def is_stream(self, content_type: str) -> bool:
         """Returns whether a response of this type is cut into events."""
@@ -4601,6 +4716,13 @@ class OpenAI(Dialect):
     REPLY_PARTS = RESPONSE_PARTS
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
+    DELTAS = """
+        choices.text choices.delta.content choices.delta.content.text
+        choices.delta.content.thinking.text choices.delta.reasoning_content
+        choices.delta.reasoning choices.delta.reasoning_details.text choices.delta.refusal
+        choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta"""
+    BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
+    BLOCK_END = re.compile(r"\.done$")
 
     ERROR = """{"error": {"message": %(message)s, "type": "%(kind)s", "param": null, \
 "code": %(code)s}}"""
@@ -4730,6 +4852,9 @@ class Anthropic(Dialect):
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
+    DELTAS = "delta.text delta.thinking delta.partial_json"
+    BLOCK_NUMBERS = ("index",)
+    BLOCK_END = re.compile("_stop$")
     ERROR = '{"type": "error", "error": {"type": "%(kind)s", "message": %(message)s}}'
     ERRORS = {
         401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -4800,6 +4925,7 @@ class Gemini(Google):
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
+    DELTAS = "candidates.content.parts.text"
     LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
@@ -4826,6 +4952,13 @@ class Gemini(Google):
 
     def is_last(self, payload):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
+
+    def number(self, one, place):
+        """The parts of an event go on where those of the one before ended, of thoughts and of
+        text."""
+        if type(one) is dict and "text" in one:
+            return "thought" if one.get("thought") is True else "said"
+        return super().number(one, 0)
 
     def limit_text(self, call, values):
         """A stream without events is an array."""
@@ -4868,6 +5001,9 @@ class Interactions(Google):
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
+    DELTAS = "delta.text delta.arguments delta.content.text"
+    BLOCK_NUMBERS = ("index",)
+    BLOCK_END = re.compile(r"\.stop$")
     LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
     REPLY_PARTS = INTERACTION_PARTS
 
@@ -4909,6 +5045,7 @@ class Ollama(Dialect):
     LAST_KEY = "done"
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
+    DELTAS = "message.content message.thinking response thinking"
     ERROR = '{"error": %(message)s}'
     LIMIT_REPLIES = OLLAMA_REPLIES
     REPLY_PARTS = OLLAMA_PARTS
@@ -5197,8 +5334,25 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
-class HiddenUsage:
-    """An edit of a stream: takes out the usage that we asked for, and its caller did not."""
+class Edit:
+    """A change of a stream, made in its whole events."""
+    MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
+
+    def find(self, data: bytes) -> int:
+        """Returns where there may be something to change, the end where there is nothing."""
+        raise NotImplementedError
+
+    def apply(self, event: bytes) -> bytes:
+        """Returns what goes on for an event."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """Returns what is still to go on when no more events come."""
+        return b""
+
+
+class HiddenUsage(Edit):
+    """Takes out the usage that we asked for, and its caller did not."""
 
     def __init__(self, dialect: Dialect):
         self.dialect = dialect
@@ -5206,14 +5360,13 @@ class HiddenUsage:
         self.search = re.compile(self.mark + rb"\s*:\s*\{").search
 
     def find(self, data: bytes) -> int:
-        """Returns where there may be something to change, the end where there is nothing."""
         found = None
         if data.find(self.mark) >= 0:  # as in `may_be_fault`
             found = self.search(data)
         return found.start() if found else len(data)
 
     def apply(self, event: bytes) -> bytes:
-        """Returns what of an event goes on: it stays as it is where it has more to say."""
+        """An event stays as it is where it has more to say."""
         if not self.search(event) or self.dialect.CONTENT.search(event):
             return event
         payload = self.dialect.events.payload(event)
@@ -5223,18 +5376,74 @@ class HiddenUsage:
         return self.dialect.events.replaced(event, to_json_bytes(rest)) if rest else b""
 
 
+class Editor:
+    """Changes a body on its way to the caller: the one place that may. An event that is not whole
+    waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
+    `events`, all of the body is one."""
+
+    def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
+        self.events = events
+        self.edits = edits  # one after the other
+        self.most_held = max([edit.MAX_HELD for edit in edits])
+        self.held = b""
+        self.pieces: List[bytes] = []  # where there are no events
+        self.size = 0
+
+    def feed(self, payload: bytes) -> bytes:
+        """Returns what goes on."""
+        if self.events is None:
+            return self.gather(payload)
+        data = self.held + payload
+        self.held = b""
+        first = min([edit.find(data) for edit in self.edits])
+        if first == len(data) and self.events.at_boundary(data):  # as nearly always
+            return data
+        begin = self.events.last_end(data, first)
+        events = self.events.cut(data[begin:])
+        if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
+            self.held = events.pop()
+        return data[:begin] + b"".join(map(self.edited, events))
+
+    def gather(self, payload):
+        self.pieces.append(payload)
+        self.size += len(payload)
+        return self.flush() if self.size > self.most_held else b""
+
+    def flush(self) -> bytes:
+        """Returns what is still held back at the end, where a line end may be missing."""
+        held = b"".join([self.held, *self.pieces])
+        self.held = b""
+        self.pieces = []
+        shown = self.edited(held)
+        rest = b"".join([edit.end() for edit in self.edits])
+        if not rest or not self.events.payload(held):
+            return rest + shown
+        return shown + (b"" if self.events.at_boundary(shown) else self.events.ends[0]) + rest
+
+    def edited(self, event):
+        for edit in self.edits:
+            event = edit.apply(event) if event else event
+        return event
+
+    def is_over(self, event):
+        """Returns whether an event need not wait; one that may change does so with all of its
+        end."""
+        if min([edit.find(event) for edit in self.edits]) < len(event):
+            return self.events.at_boundary(event) and not event.endswith(b"\r")
+        return not event.strip() or self.events.at_boundary(event) or (
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
+
+
 class UsageReader(UsageSource):
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
-    caller: the one place where a stream may be changed. What came is kept until MAX_KEPT, then
-    searched and dropped, but for the last events; of a line or JSON above MAX_LINE only the end is
-    kept."""
+    caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
+    for the last events; of a line or JSON above MAX_LINE only the end is kept."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
     LAST_EVENTS = 1 << 12
     LAST_LINES = 64
-    MAX_HELD = 1 << 14
     MAX_UNPACKED = 1 << 20
 
     characters = 0
@@ -5250,7 +5459,6 @@ class UsageReader(UsageSource):
     fault = 0             # the status of the error that the response is
     inflater = None
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
-    held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = None
@@ -5265,10 +5473,9 @@ class UsageReader(UsageSource):
         self.streamed = streamed
         self.readable = readable
         self.packed = packed
-        # What changes events on their way, one after the other. Whoever changes more belongs here.
-        self.edits: List[HiddenUsage] = []
+        self.editor: Optional[Editor] = None
         if call.usage_requested_by_us and streamed and readable and not packed:
-            self.edits.append(HiddenUsage(self.dialect))
+            self.editor = Editor(self.events, [HiddenUsage(self.dialect)])
         self.pieces: List[bytes] = []
         self.counts: JsonObject = {}
 
@@ -5283,7 +5490,7 @@ class UsageReader(UsageSource):
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
             self.compact()
-        return self.edit(payload) if self.edits else payload
+        return self.editor.feed(payload) if self.editor else payload
 
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
@@ -5299,41 +5506,13 @@ class UsageReader(UsageSource):
         self.packed = self.readable = False
         return payload
 
-    # -- what the caller sees
-
     def flush(self) -> bytes:
         """Returns what is still held back at the end."""
-        held = self.held
-        self.held = b""
-        return self.edited(held) if held else held  # its line end may be missing
+        return self.editor.flush() if self.editor else b""
 
-    def edit(self, payload):
-        """Returns what of a stream goes on. An event that is not whole waits for its end, or for
-        that of its JSON: nobody could have used it before."""
-        data = self.held + payload
-        self.held = b""
-        first = min([edit.find(data) for edit in self.edits])
-        if first == len(data) and self.events.at_boundary(data):  # as nearly always
-            return data
-        begin = self.events.last_end(data, first)
-        events = self.events.cut(data[begin:])
-        shown = list(map(self.edited, events))
-        if events and len(events[-1]) <= self.MAX_HELD and not self.is_over(events[-1], shown[-1]):
-            self.held = events[-1]
-            shown.pop()
-        return data[:begin] + b"".join(shown)
-
-    def edited(self, event):
-        for edit in self.edits:
-            event = edit.apply(event) if event else event
-        return event
-
-    def is_over(self, event, shown):
-        """Returns whether an event need not wait; one that is hidden goes with all of its end."""
-        if event != shown:
-            return self.events.at_boundary(event) and not event.endswith(b"\r")
-        return not event.strip() or self.events.at_boundary(event) or (
-            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
+    def add_edit(self, edit: Edit, events: Optional[EventFraming]) -> None:
+        """Has the body changed by one more; `events` as in Editor."""
+        self.editor = Editor(events, [*(self.editor.edits if self.editor else []), edit])
 
     # -- what it says
 
@@ -5546,6 +5725,317 @@ class Finding(NamedTuple):
     start: int
     end: int
     kind: str
+
+
+ATOM = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
+LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+
+
+class Kind(NamedTuple):
+    """How a kind is found: `mark` stands in each text that has one, `shape` is searched in linear
+    time, and `check` proves what it found."""
+    mark: str
+    shape: "re.Pattern[str]"
+    check: Callable[["re.Match[str]"], bool] = bool
+
+
+KINDS = {
+    "email": Kind("@", re.compile(
+        rf"(?<![A-Za-z0-9.!#$%&'*+/=?^_`{{|}}~@-]){ATOM}{{1,64}}(?:\.{ATOM}{{1,64}}){{0,8}}"
+        rf"@(?:{LABEL}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9(_-]|\.[A-Za-z0-9])")),
+}
+
+
+class Redactor:
+    """Finds what must not leave."""
+
+    def __init__(self, kinds: Iterable[str]):
+        self.kinds = [(name, KINDS[name]) for name in kinds]
+
+    def find(self, text: str) -> List[Finding]:
+        """Returns what must not leave of a text, in order; nothing overlaps."""
+        found = []
+        for name, kind in self.kinds:
+            if kind.mark in text:
+                found += [Finding(*match.span(), name) for match in kind.shape.finditer(text)
+                          if kind.check(match)]
+        found.sort(key=lambda one: (one.start, -one.end))
+        last = 0
+        apart = []
+        for one in found:
+            if one.start >= last:
+                apart.append(one)
+                last = one.end
+        return apart
+
+
+class Masks:
+    """The map of one call: which placeholder stands for which value. They are numbered by value, in
+    order of appearance, so that the same history is the same text; numbers that the prompt has of
+    its own are skipped."""
+    PLACEHOLDER = re.compile(r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]")
+    MAX_PLACEHOLDER = 64
+
+    def __init__(self, redactor: Redactor):
+        self.redactor = redactor
+        self.counts: Dict[str, int] = collections.Counter()
+        self.placeholders: Texts = {}  # by value
+        self.values: Texts = {}        # by placeholder
+        self.taken: Set[str] = set()
+        self.numbers: Dict[str, int] = collections.Counter()
+
+    def skip(self, text: str):
+        """Takes no placeholder that a text of the prompt has of its own."""
+        if "[[" in text:
+            self.taken.update([match[0] for match in self.PLACEHOLDER.finditer(text)])
+
+    def mask(self, text: str) -> str:
+        """Returns a text in which placeholders stand for what must not leave."""
+        pieces = []
+        last = 0
+        for start, end, kind in self.redactor.find(text):
+            pieces += text[last:start], self.placeholder(text[start:end], kind)
+            last = end
+            self.counts[kind] += 1
+        return "".join((*pieces, text[last:])) if pieces else text
+
+    def placeholder(self, value, kind):
+        found = self.placeholders.get(value)
+        while found is None or found in self.taken:
+            self.numbers[kind] += 1
+            found = "[[%s_%d]]" % (kind.upper(), self.numbers[kind])
+        self.placeholders[value] = found
+        self.values[found] = value
+        return found
+
+    def value_of(self, placeholder: str) -> Optional[str]:
+        """Returns what a placeholder stands for, None where it is none of this call."""
+        return self.values.get(placeholder)
+
+
+class Restorer:
+    """Puts the values back that the placeholders of a call stand for. With a `redactor`, what the
+    model itself says of what must not be seen is masked for good."""
+    MAX_STRINGS = 10_000  # that are changed in one piece of JSON
+    MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
+    PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Z]")  # in JSON
+    ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
+    # What may become a placeholder, at the end of a text
+    BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
+    # The last word, and groups of a number before it, backwards
+    WORDS = re.compile(r"\S*(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9][0-9A-Z()+.-]{0,33}))*")
+    MAX_WORDS = 320
+
+    def __init__(self, masks: Masks, json_texts: Iterable[str],
+                 redactor: Optional[Redactor] = None):
+        """`json_texts` are the keys of texts that are JSON."""
+        self.masks = masks
+        self.redactor = redactor
+        self.room = self.MAX_VALUES
+        self.before_json = re.compile(
+            b'"(?:%b)"\\s{0,9}:\\s{0,9}"\\Z' % "|".join(json_texts).encode())
+
+    def restore(self, text: str, is_json: bool = False) -> str:
+        """Returns a text with values in it, which are spelled as in JSON where it is that."""
+        if self.redactor:
+            text = self.without_values(text, self.found(text, is_json))
+        return self.with_values(text, is_json)
+
+    def with_values(self, text, is_json):
+        if "[[" not in text:
+            return text
+        return self.masks.PLACEHOLDER.sub(functools.partial(self.value, is_json), text)
+
+    def value(self, is_json, match):
+        value = self.masks.value_of(match[0])
+        if value is None or len(value) > self.room:
+            return match[0]
+        self.room -= len(value)
+        return json.dumps(value)[1:-1] if is_json else value
+
+    def without_values(self, text, found):
+        """Returns a text without what must not be seen, of what was found, and the caller did not
+        say."""
+        pieces = []
+        last = 0
+        for start, end, kind in found:
+            if text[start:end] not in self.masks.placeholders:
+                pieces += text[last:start], "[[%s]]" % kind.upper()
+                last = end
+                self.masks.counts[kind] += 1
+        return "".join((*pieces, text[last:]))
+
+    def found(self, text, is_json):
+        if is_json:  # an escape is no letter of a word
+            text = self.ESCAPE.sub(lambda escape: " " * len(escape[0]), text)
+        return self.redactor.find(text)
+
+    def found_in_strings(self, data):
+        """Yields what is found in JSON, of which each byte is a character: numbers are no text."""
+        plain = without_escapes(data)
+        quotes = last = 0
+        for one in self.found(data.decode("latin-1"), True):
+            quotes += plain.count(b'"', last, one.start)
+            last = one.start
+            if quotes % 2:
+                yield one
+
+    def waiting(self, text: str, is_json: bool) -> int:
+        """Returns where the end of a text begins that may become something else with what
+        follows."""
+        begun = self.BEGUN.search(text, max(0, len(text) - self.masks.MAX_PLACEHOLDER))
+        begin = begun.start() if begun else len(text)
+        if not self.redactor:
+            return begin
+        words = self.WORDS.match(text[:-self.MAX_WORDS - 1:-1])
+        begin = min(begin, len(text) - words.end())
+        for start, end, _ in self.found(text, is_json):
+            if start < begin < end:
+                return start if len(text) - start <= self.MAX_WORDS else end
+        return begin
+
+    def restore_json(self, data: bytes) -> bytes:
+        """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
+        if self.redactor:
+            data = self.without_values(
+                data.decode("latin-1"), self.found_in_strings(data)).encode("latin-1")
+        if data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
+            return data
+        plain = without_escapes(data)
+        pieces = []
+        last = 0
+        for match in self.PLACEHOLDER_AT.finditer(plain):
+            if match.start() < last or len(pieces) > 2 * self.MAX_STRINGS:
+                continue
+            start = plain.rfind(b'"', last, match.start()) + 1 or last
+            end = plain.find(b'"', start)
+            end = len(data) if end < 0 else end
+            is_json = bool(self.before_json.search(data, max(0, start - 64), start))
+            pieces += data[last:start], self.restore_string(data[start:end], is_json)
+            last = end
+        return b"".join((*pieces, data[last:]))
+
+    def restore_string(self, spelled, is_json):
+        """Returns what stands between the quotes of a string of JSON, with values."""
+        try:
+            text = json.loads(b'"%b"' % spelled)
+        except ValueError:
+            return spelled
+        restored = self.with_values(text, is_json)
+        return spelled if restored == text else json.dumps(restored)[1:-1].encode()
+
+
+class TextBlock:
+    """A block of text as it comes: the end that may become a placeholder waits for the next piece,
+    and goes on with it or at the block's end."""
+
+    def __init__(self, restorer: Restorer, is_json: bool = False):
+        self.restorer = restorer
+        self.is_json = is_json
+        self.held = ""
+        self.event = b""    # the last that had text of it,
+        self.way: Way = []  # and where
+
+    def feed(self, text: str, is_end: bool = False) -> str:
+        """Returns what goes on: all of it at the end of the block."""
+        text = self.held + text
+        begin = len(text) if is_end else self.restorer.waiting(text, self.is_json)
+        self.held = text[begin:]
+        return self.restorer.restore(text[:begin], self.is_json)
+
+    def last_event(self, texts: Collection[str]) -> JsonObject:
+        """Returns the payload of an event with the rest, and nothing else of what the last one
+        said, of which clients add up the strings of deltas; `texts` are the keys of texts."""
+        value: Any = self.feed("", True)
+        keys = [key for _, key in self.way]
+        for depth in reversed(range(len(keys))):
+            holder = self.way[depth][0]
+            if type(holder) is list:
+                value = [value]
+                continue
+            dropped = (str, list, dict) if "delta" in keys[:depth] else dict
+            facts = {key: [] if type(one) is list else one for key, one in holder.items()
+                     if key == "type" or not (isinstance(one, dropped) or key in texts)}
+            value = {**facts, keys[depth]: value}
+        return value
+
+
+def is_beside(block: Block, other: Block) -> bool:
+    """Returns whether two blocks of text are of one message, but not two in a list: then one has
+    ended where the other goes on."""
+    if block[0] != other[0]:
+        return False
+    for one, two in zip(block[1:], other[1:]):
+        if one != two:
+            return type(one) is type(two) is str
+    return block != other
+
+
+class Unmasking(Edit):
+    """Puts values back in the events of a stream, though placeholders may be split over several,
+    and in JSON that comes whole. An event in which nothing changes stays as it is."""
+    MAX_HELD = 1 << 20
+    MAX_BLOCKS = 64       # that wait at once,
+    MAX_EVENT = 1 << 16   # each with an event of so many bytes
+
+    def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
+        """`events` is None where the response is no stream."""
+        self.dialect = dialect
+        self.events = events
+        self.restorer = restorer
+        self.blocks: Dict[Block, TextBlock] = {}  # those of which something waits
+
+    def find(self, data: bytes) -> int:
+        if self.blocks or self.restorer.redactor:
+            return 0
+        size = len(data)  # a bracket may be the last of a text
+        first = data.find(b"[["), data.find(b'["'), data.find(b"\\u005")
+        return size if max(first) < 0 else min([place % (size + 1) for place in first])
+
+    def apply(self, event: bytes) -> bytes:
+        payload = self.events.payload(event) if self.events else {}
+        if not payload:
+            is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
+            return (self.end() if is_last else b"") + self.restorer.restore_json(event)
+        texts = list(self.dialect.texts(payload))
+        before = [self.let_go(block) for block in list(self.blocks)
+                  if self.has_ended(block, payload, texts)]
+        changed = [self.put(block, way, payload, event) for block, way in texts]
+        if True in changed:
+            event = self.events.replaced(event, to_json_bytes(payload))
+        if not texts or not self.restorer.redactor:
+            event = self.restorer.restore_json(event)
+        return b"".join((*before, event))
+
+    def has_ended(self, block, payload, texts):
+        """Returns whether an event has no place for the rest of a block that has ended."""
+        if block in [other for other, _ in texts]:
+            return False
+        return self.dialect.ends_block(payload, block) or any(
+            [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
+
+    def put(self, block, way, payload, event):
+        """Puts what goes on of a text into its event; returns whether that is another."""
+        text = self.blocks.pop(block, None) or TextBlock(
+            self.restorer, self.dialect.is_json_text(block))
+        holder, key = way[-1]
+        came = holder[key]
+        is_end = len(event) > self.MAX_EVENT or len(self.blocks) >= self.MAX_BLOCKS or (
+            self.dialect.ends_block(payload, block))
+        holder[key] = text.feed(came, is_end)
+        if text.held:
+            text.event, text.way = event, way
+            self.blocks[block] = text
+        return holder[key] != came
+
+    def let_go(self, block):
+        """Returns an event with the rest of a block."""
+        text = self.blocks.pop(block)
+        payload = text.last_event(self.dialect.TEXT_KEYS)
+        return self.events.again(text.event, to_json_bytes(payload))
+
+    def end(self) -> bytes:
+        return b"".join(map(self.let_go, list(self.blocks)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5913,7 +6403,8 @@ class BodyAdapter:
     __slots__ = ("framing", "style", "reader", "events", "passed", "tail")
     AS_IS, PLAIN, CHUNKED = range(3)
 
-    def __init__(self, framing: Framing, style: int = AS_IS, reader: Optional[UsageReader] = None,
+    def __init__(self, framing: Framing, style: int = AS_IS,
+                 reader: Optional[Union[UsageReader, Editor]] = None,
                  events: Optional[EventFraming] = None):
         self.framing = framing
         self.style = style
@@ -10761,7 +11252,8 @@ class Reply:
         if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
+        reader = self.unmasking(response.head) if call.masks else self.entry.reader
+        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
                 adapter.reader, call.dialect.events if streamed else None, call.on_made)
@@ -10793,13 +11285,30 @@ class Reply:
             return call.owes is not None
         return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
-    def adapt(self, response, has_events):
+    def unmasking(self, head):
+        """Returns what reads a body and puts values back for the placeholders of the call, where
+        there are any and the body can be read."""
+        call, masks, reader = self.call, self.call.masks, self.entry.reader
+        streamed, encoding, _ = self.kind_of(head)
+        redactor = masks.redactor if self.parts.config.redact_answers == "on" else None
+        is_text = streamed or "json" in head.get("content-type", "").lower()
+        if encoding != IDENTITY or not is_text or not (masks.values or redactor):
+            return reader
+        events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
+        restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
+        edit = Unmasking(call.dialect, events, restorer)
+        if reader is None:
+            return Editor(events, [edit])
+        reader.add_edit(edit, events)
+        return reader
+
+    def adapt(self, response, has_events, reader):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
-        framing, reader = response.framing, self.entry.reader
-        drops, events, style = False, None, BodyAdapter.AS_IS
+        framing, events, style = response.framing, None, BodyAdapter.AS_IS
+        editor = reader.editor if isinstance(reader, UsageReader) else reader
+        drops = editor is not None and not framing.ended
         if has_events:
-            drops = reader is not None and reader.edits and not framing.ended
             if self.early or self.comment_seconds() < math.inf:
                 events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:

@@ -4458,6 +4458,227 @@ class LimitReplyTest(ProxyCase):
 
 
 # --------------------------------------------------------------------------------------------------
+# Redaction: the way down
+# --------------------------------------------------------------------------------------------------
+
+CHOICE_END = '{"choices": [{"index": N, "delta": {}, "finish_reason": "stop"}]}'
+CANDIDATE = '{"candidates": [{"index": N, %s}]}'
+BLOCK_DELTA = '{"type": "content_block_delta", "index": N, "delta": {"type": "x", "%s": TEXT}}'
+# Endpoint, an event with a piece of the text of the block N, and what ends that
+TEXT_STREAMS = [
+    *[("chat", '{"choices": [{"index": N, "delta": {%s}, "finish_reason": null}]}' % said, end)
+      for said, end in [
+          ('"content": TEXT', CHOICE_END), ('"reasoning_content": TEXT, "role": "assistant"', ""),
+          ('"refusal": TEXT, "content": null', "[DONE]"),
+          ('"function_call": {"arguments": TEXT}', CHOICE_END)]],
+    ("chat", '{"choices": [{"delta": {"tool_calls": [{"index": N, "id": "c", "function":'
+     ' {"name": "f", "arguments": TEXT}}]}}]}', CHOICE_END.replace("N", "0")),
+    ("completions", '{"choices": [{"index": N, "text": TEXT}]}', CHOICE_END),
+    *[("responses", '{"type": "response.%s.delta", "output_index": %s, "delta": TEXT}' % kind,
+       '{"type": "response.%s.done", "output_index": %s}' % kind)
+      for kind in (("output_text", "N"), ("function_call_arguments", "N"),
+                   ("reasoning_summary_text", '0, "summary_index": N'))],
+    *[("messages", BLOCK_DELTA % key, end)
+      for key, end in [("text", '{"type": "content_block_stop", "index": N}'),
+                       ("thinking", '{"type": "message_stop"}'),
+                       ("partial_json", '{"type": "error", "error": {"type": "x"}}')]],
+    *[(endpoint, CANDIDATE % ('"content": {"parts": [{%s}]}' % part),
+       CANDIDATE % '"finishReason": "STOP"')
+      for endpoint in ("generate", "array") for part in ('"text": TEXT',
+                                                         '"text": TEXT, "thought": true')],
+    *[("interactions", '{"event_type": "step.delta", "index": N, "delta": {"%s": TEXT}}' % key,
+       '{"event_type": "step.stop", "index": N}') for key in ("text", "arguments")],
+    *[("ollama", '{"done": false, %s}' % said, end) for said, end in [
+        ('"message": {"role": "assistant", "content": TEXT}', '{"done": true}'),
+        ('"response": TEXT', '{"response": "", "done": true}')]]]
+TEXT_KEYS = set("""content reasoning_content refusal arguments text thinking delta partial_json
+    response""".split())
+
+
+class UnmaskingTest(ProxyCase):
+    """What comes back for placeholders, in whatever pieces they come."""
+    DIALECTS = {**UsageReaderTest.DIALECTS, "array": llm_proxy.Gemini()}
+    VALUES = {"[[EMAIL_1]]": "ann@example.com", "[[SECRETS_12]]": 'a"b\\c\nd\u00e9'}
+    TEXTS = ["hi [[EMAIL_1]] x", "a[b[[SECRETS_12]][", "\u20ac[[EMAIL_2]]\U0001f600[["]
+    JSON_TEXTS = ['{"a":"[[EMAIL_1]]","b":["[[SECRETS_12]]"]}', '{"k":[["x"]]}']
+
+    def masks(self):
+        masks = llm_proxy.Masks(llm_proxy.Redactor(["email"]))
+        for placeholder, value in self.VALUES.items():
+            masks.placeholders[value] = placeholder
+            masks.values[placeholder] = value
+        return masks
+
+    def unmask(self, endpoint, data, step=None, answers=False, events=True):
+        """What a caller sees of a body that comes in pieces of this size."""
+        dialect = self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
+        events = events and (llm_proxy.JSON_ARRAY if endpoint == "array" else dialect.events)
+        masks = self.masks()
+        restorer = llm_proxy.Restorer(
+            masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
+        editor = llm_proxy.Editor(
+            events or None, [llm_proxy.Unmasking(dialect, events or None, restorer)])
+        step = step or len(data)
+        pieces = [data[at:at + step] for at in range(0, len(data), step)]
+        return b"".join(map(editor.feed, pieces)) + editor.flush()
+
+    @staticmethod
+    def stream(row, pieces):
+        """A stream of this row; `pieces` are numbers of blocks, each with a text."""
+        endpoint, event, end = row
+        texts = [event.replace("TEXT", json.dumps(text)).replace("N", str(number), 1)
+                 for number, text in pieces]
+        numbers = sorted({number for number, _ in pieces}) if "N" in end[2:] else [0]
+        texts += [end if end == "[DONE]" else end.replace("N", str(number))
+                  for number in numbers if end]
+        if endpoint == "array":
+            return ("[%s\n]" % ",\r\n".join(texts)).encode()
+        return "".join(["%s\n" % text if endpoint == "ollama" else "data: %s\n\n" % text
+                        for text in texts]).encode()
+
+    @staticmethod
+    def payloads(endpoint, data):
+        if endpoint == "array":
+            return json.loads(data)
+        return [json.loads(line[line.index(b"{"):]) for line in data.splitlines() if b"{" in line]
+
+    @classmethod
+    def said(cls, value, path=(), found=None):
+        """What a client takes the texts of a stream to be, by where they stand."""
+        found = {} if found is None else found
+        for one in value if type(value) is list else ():
+            cls.said(one, path, found)
+        if type(value) is dict:
+            path += tuple(value[key] for key in value if key.endswith("index"))
+            for key, one in value.items():
+                if key in TEXT_KEYS and type(one) is str and one:
+                    found[(*path, key)] = found.get((*path, key), "") + one
+                cls.said(one, (*path, key), found)
+        return found
+
+    def restored(self, text, is_json):
+        for placeholder, value in self.VALUES.items():
+            text = text.replace(placeholder, json.dumps(value)[1:-1] if is_json else value)
+        return text
+
+    def assert_comes_back(self, row, pieces, step=None, answers=False):
+        data = self.stream(row, pieces)
+        shown = self.payloads(row[0], self.unmask(row[0], data, step, answers))
+        came = self.payloads(row[0], data)
+        expected = {path: self.restored(text, self.is_json(row)) for path, text in self.said(came).items()}
+        self.assertEqual(self.said(shown), expected)
+
+    def is_json(self, row):
+        return "arguments" in row[1] or "partial_json" in row[1]
+
+    def test_a_placeholder_comes_back_wherever_it_is_split_in_two_and_in_three(self):
+        steps = itertools.cycle((None, None, None, 61))
+        for row in self.each(TEXT_STREAMS):
+            for text in self.JSON_TEXTS if self.is_json(row) else self.TEXTS:
+                size = len(text)
+                cuts = [(cut, cut) for cut in range(size)]
+                cuts += random.Random(size).sample(
+                    list(itertools.combinations(range(size), 2)), 12)
+                for first, second in cuts:
+                    parts = text[:first], text[first:second], text[second:]
+                    blocks = (0,) if "N" not in row[1] else (0, 1)
+                    self.assert_comes_back(
+                        row, [(block, part) for part in parts for block in blocks], next(steps))
+
+    def test_texts_at_random_in_streams_at_random_leak_nothing_and_come_back(self):
+        chance = random.Random(17)
+        rows = [(row, text) for row in TEXT_STREAMS
+                for text in (self.JSON_TEXTS if self.is_json(row) else self.TEXTS)]
+        for count in range(20_000 if EnduranceCase.LONG else 300):
+            row, text = chance.choice(rows)
+            texts = [text, text.replace("[[EMAIL_1]]", "[[EMAIL_1]] [[EMAIL_1]]")]
+            pieces = []
+            while any(texts):
+                block = chance.randrange(2 if "N" in row[1] else 1)
+                if not texts[block]:
+                    texts = [one if "N" in row[1] else "" for one in texts]
+                    continue
+                size = chance.choice((1, 2, 3, 9, 30))
+                pieces.append((block, texts[block][:size]))
+                texts[block] = texts[block][size:]
+            with self.subTest(count):
+                self.assert_comes_back(row, pieces, chance.choice((None, 3, 50, 400)),
+                                       answers=chance.random() < 0.3)
+
+    def test_an_event_in_which_nothing_changes_passes_byte_for_byte(self):
+        for data in self.each([
+                b'data: {"choices": [ {"delta": {"content": "a [b] \\u00fc"}} ]}\n\n',
+                b'event: x\nid: 5\ndata: {"choices": [{"delta": {"content": "[[EMAIL_7]] "}}]}\n\n',
+                b": ping\n\n", b'data: {"type": "ping"}\n\n', b"data: [DONE]\n\n",
+                b'data: {"choices": [], "usage": {"prompt_tokens": 1}}\n\n']):
+            held = events({"choices": [{"index": 3, "delta": {"content": "[["}}]})
+            self.assertEqual(self.unmask("chat", data), data)
+            for many in (held + data, held + data * 2):
+                found = self.unmask("chat", many)
+                self.assertEqual(found.count(data), many.count(data))
+
+    def test_what_waits_goes_on_before_what_ends_its_block_and_once_only(self):
+        first = {"id": "c", "choices": [{"index": 1, "delta": {
+            "role": "assistant", "content": "a [["}, "logprobs": {}}], "usage": {"x": 1}}
+        rest = {"id": "c", "choices": [{"index": 1, "delta": {"content": "[["}}]}
+        shown = {**first, "choices": [{**first["choices"][0], "delta": {
+            "role": "assistant", "content": "a "}}]}
+        other = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+        for ends, place in self.each([
+                ([{"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]}], 0),
+                ([{"error": {"message": "x"}}], 0), (["[DONE]"], 0), ([other, "[DONE]"], 1),
+                ([], 0), ([other], 1)]):
+            found = self.unmask("chat", events(first, *ends)).split(b"\n\n")[:-1]
+            found = [one[6:].decode() for one in found]
+            found = [one if one == "[DONE]" else json.loads(one) for one in found]
+            self.assertEqual(found, [shown, *ends[:place], rest, *ends[place:]])
+
+    def test_another_kind_of_text_ends_the_one_before_it(self):
+        said = [{"reasoning": "think ["}, {"content": "say"}, {"content": " ["},
+                {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}]
+        found = self.payloads("chat", self.unmask("chat", events(
+            *[{"choices": [{"index": 0, "delta": one}]} for one in said])))
+        self.assertEqual([one["choices"][0]["delta"] for one in found], [
+            {"reasoning": "think "}, {"reasoning": "["}, {"content": "say"}, {"content": " "},
+            {"content": "["}, said[-1]])
+
+    def test_in_whole_json_values_stand_for_placeholders_and_the_rest_is_as_it_was(self):
+        for told, shown in self.each(r"""
+                {"content": "[[EMAIL_1]]", "n": 1.50} -> {"content": "ann@example.com", "n": 1.50}
+                {"a": ["\u005b[EMAIL_1]] \u00e9"]} -> {"a": ["ann@example.com \u00e9"]}
+                {"arguments" : "{\"k\":\"[[SECRETS_12]]\"}"} -> {"arguments" : ARGUMENTS}
+                {"args": {"k": "[[SECRETS_12]]"}} -> {"args": {"k": VALUE}}
+                {"\\": "\"[[EMAIL_1]]\\", "[[EMAIL_1]]": 1} -> """
+                r"""{"\\": "\"ann@example.com\\", "ann@example.com": 1}
+                {"data": [[1, 2], [[3]]], "text": "[[EMAIL_2]]"} -> SAME
+                {"text": "[[EMAIL_1]], -> {"text": "ann@example.com,"""):
+            value = self.VALUES["[[SECRETS_12]]"]
+            arguments = json.dumps(json.dumps({"k": value}, separators=(",", ":")))
+            shown = shown.replace("SAME", told).replace("VALUE", json.dumps(value)).replace(
+                "ARGUMENTS", arguments)
+            for step in (None, 1):
+                found = self.unmask("chat", told.encode(), step, events=False)
+                self.assertEqual(found.decode(), shown)
+
+    def test_an_answer_that_says_one_placeholder_again_and_again_does_not_grow_without_end(self):
+        with mock.patch.object(llm_proxy.Restorer, "MAX_VALUES", 100):
+            found = self.unmask("chat", b'["%b"]' % (b"[[EMAIL_1]]" * 50), events=False)
+        self.assertEqual(found.count(b"@"), 100 // len("ann@example.com"))
+
+    def test_what_the_model_says_of_its_own_accord_is_masked_for_good_where_that_is_asked_for(self):
+        said = "[[EMAIL_1]], bob@example.org, ann@example.com 5@"
+        shown = "ann@example.com, [[EMAIL]], ann@example.com 5@"
+        for row in self.each([TEXT_STREAMS[0], TEXT_STREAMS[5], TEXT_STREAMS[9]]):
+            for cut in range(len(said)):
+                data = self.stream(row, [(0, said[:cut]), (0, said[cut:])])
+                found = self.said(self.payloads(row[0], self.unmask(row[0], data, answers=True)))
+                self.assertEqual(list(found.values()), [shown])
+        whole = json.dumps({"text": said + "\n", "a@b.example": 5})
+        found = self.unmask("chat", whole.encode(), answers=True, events=False)
+        self.assertEqual(json.loads(found), {"text": shown + "\n", "[[EMAIL]]": 5})
+
+
+# --------------------------------------------------------------------------------------------------
 # Wire
 # --------------------------------------------------------------------------------------------------
 
