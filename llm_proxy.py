@@ -5433,13 +5433,30 @@ CARD_NUMBERS = re.compile(
     rb"|(?:50[0-9]{2}|5[6-9][0-9]{2}|6[0-9]{3})[0-9]{9,15}")  # Maestro
 
 
-def end_of_card(match: "re.Match[str]") -> int:
-    """Wants the last digit to be right (ISO/IEC 7812-1)."""
-    digits = match[match.lastindex or 0].encode().translate(None, b" -")
+def is_card(number: str) -> bool:
+    """Tells whether a card can have this number: its last digit is right (ISO/IEC 7812-1)."""
+    digits = number.encode().translate(None, b" -")
     total = sum(digits[::-2]) + sum(digits[-2::-2].translate(DOUBLED)) - 48 * len(digits)
-    if total % 10 or not CARD_NUMBERS.fullmatch(digits):
-        return 0
-    return match.end(match.lastindex or 0)
+    return total % 10 == 0 and CARD_NUMBERS.fullmatch(digits) is not None
+
+
+def end_of_card(match: "re.Match[str]") -> int:
+    return match.end() if is_card(match[0]) else 0
+
+
+# Of four digits each, but not in a row of many
+CARD_GROUPS = [re.compile(
+    r"[0-9]{4}([ -])[0-9]{4}\1[0-9]{4}\1%s(?![A-Za-z0-9_-]|\1[0-9]{4}\1[0-9]{4}(?![0-9]))" % end)
+               for end in ("[0-9]{1,4}", r"[0-9]{4}\1[0-9]{1,3}")]
+
+
+def end_of_card_groups(match: "re.Match[str]") -> int:
+    """Takes the first group for the beginning of a card's number."""
+    for groups in CARD_GROUPS:
+        found = groups.match(match.string, match.start())
+        if found and is_card(found[0]):
+            return found.end()
+    return 0
 
 
 # How many characters an account's number has, by country (SWIFT's IBAN registry).
@@ -5535,10 +5552,6 @@ def shape(kind, pattern, check=re.Match.end, mark=""):
     return Shape(kind, mark, re.compile(pattern, re.ASCII | re.VERBOSE), check)
 
 
-# In groups of four, but not in a row of many.
-CARD_GROUPS = r"""(?<![A-Za-z0-9_+-])(?<![0-9]{4}~[0-9]{4}~)(?=([2-6][0-9]{3}(?:~[0-9]{4}){2}%s)
-    (?![A-Za-z0-9_-]|~[0-9]{4}~[0-9]{4}(?![0-9])))"""
-CARD_ENDS = "~[0-9]{1,4}", "~[0-9]{4}~[0-9]{1,3}"
 SHAPES = (
     shape("email", r"""
         [A-Za-z0-9_](?<![A-Za-z0-9_].)[A-Za-z0-9_.%+'-]{0,63}
@@ -5547,8 +5560,8 @@ SHAPES = (
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})(?![A-Za-z0-9_-]|\.[0-9])""",
           end_of_card),
-    *[shape("card", (CARD_GROUPS % end).replace("~", separator), end_of_card)
-      for end in CARD_ENDS for separator in ("[ ]", "-")],
+    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]{4}[ -][0-9]{4}[ -].)[0-9]{3}
+        (?=[ -][0-9]{4}[ -][0-9]{4}[ -][0-9])""", end_of_card_groups),
     shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
           end_of_iban),
     shape("phone", PHONES + "(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
@@ -5632,6 +5645,15 @@ class Redactor:
         return kept
 
 
+def finish(steps: Iterator[None]) -> Any:
+    """Takes all steps at once; returns what the last one returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 class Masks:
     """The map of one call: which placeholder stands for which value. They are numbered by value, in
     order of appearance, so that the same history is the same text; numbers that the prompt has of
@@ -5654,12 +5676,18 @@ class Masks:
 
     def mask(self, text: str) -> str:
         """Returns a text in which placeholders stand for what must not leave."""
+        return finish(self.mask_slowly(text))
+
+    def mask_slowly(self, text: str) -> Iterator[None]:
+        """Does so in steps, as Redactor.search does; the last one returns the text."""
         pieces = []
         last = 0
-        for start, end, kind in self.redactor.find(text):
-            pieces += text[last:start], self.placeholder(text[start:end], kind)
-            last = end
-            self.counts[kind] += 1
+        for found in self.redactor.search(text):
+            for start, end, kind in found:
+                pieces += text[last:start], self.placeholder(text[start:end], kind)
+                last = end
+                self.counts[kind] += 1
+            yield
         return "".join((*pieces, text[last:])) if pieces else text
 
     def placeholder(self, value, kind):
