@@ -13895,7 +13895,8 @@ class FaultsTest(EnduranceCase):
         """Returns how often each call was logged, by its name, or 'bad' where it has none."""
         rows = [json.loads(row) for row in self.logged().splitlines(True) if row.endswith("\n")]
         names = [row["id"] if row["path"] else "bad" for row in rows if "outcome" in row]
-        return collections.Counter(names)
+        summed = re.findall(r"(\d+) more were refused without a known caller", self.logged())
+        return collections.Counter(names + ["bad"] * sum(map(int, summed)))
 
     def run_soak(self):
         """Returns {name of a call: (fault, what was seen)}, and the MiB after each second."""
