@@ -619,6 +619,14 @@ VENDORS = {
     "groq": "https://api.groq.com/openai/v1",
     "openrouter": "https://openrouter.ai/api/v1",
     "ollama": "http://localhost:11434"}
+REDACTED = "email", "card", "iban", "phone", "ssn", "ip", "secrets"
+redacted_kinds = listed(one_of(*REDACTED))
+read_kinds = word_or({"off": ()}, redacted_kinds)
+upstream_globs = listed(pattern(
+    "[a-z0-9_*?]+", "must be names of upstreams such as openai or azure*, by commas"))
+values_allowed = listed(pattern(
+    "[!-+.-~-]+", "must be what may leave, such as *@example.com, by commas, none empty"))
+countries = listed(pattern("[A-Z]{2}", "must be countries such as US or DE, by commas"))
 # The APIs that have their own paths beside /v1, and hosts of Azure.
 BESIDE_V1 = ("azure", "ollama")
 AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\.com", re.I)
@@ -779,6 +787,25 @@ SETTING_ROWS = {
         ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
          "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
+    "What must not leave": (
+        ("REDACT", redacted_kinds,
+         "what is looked for in calls before they go to a vendor, by commas: %s; unset: nothing"
+         % ", ".join(REDACTED)),
+        ("REDACT_MODE=mask", one_of("mask", "block", "report"),
+         "mask: placeholders stand for it at the vendor, and it stands in the answer again; block:"
+         " the call gets a 400; report: it is only counted"),
+        ("REDACT_UPSTREAMS", upstream_globs,
+         "upstreams that it must not reach, such as openai,azure*; unset: all but those with"
+         " addresses of this machine or a private network"),
+        ("REDACT_ALLOW", values_allowed, "what may leave all the same, such as *@example.com"),
+        ("REDACT_COUNTRY", countries,
+         "countries, such as US,DE, whose phone numbers are found without +, too"),
+        ("REDACT_ANSWERS=off", one_of("on", "off"),
+         "on: what the answer holds of it, and the call did not, is masked as well"),
+        ("REDACT_OPAQUE=pass", one_of("pass", "refuse"),
+         "what cannot be read, such as a file or a conversation that is kept upstream: pass, or"
+         " refuse by a 400"),
+    ),
     "What is remembered": (
         ("DATABASE=" + DEFAULT_DATABASE, printable,
          "SQLite file of calls and buckets; off: they are kept in memory alone"),
@@ -835,7 +862,7 @@ def is_secret(name: str) -> bool:
 
 # Settings that guard: who misspells one thinks that a door is shut.
 GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CERT_FILE",
-          "TLS_KEY_FILE")
+          "TLS_KEY_FILE", "REDACT", "REDACT_MODE", "REDACT_UPSTREAMS", "REDACT_OPAQUE")
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
@@ -853,14 +880,17 @@ def unknown_setting(name):
         f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
 
 
+def is_far(host: str) -> bool:
+    """Tells whether a host is none of this machine or its network, as far as its name says."""
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." in host and not host.endswith((".local", ".lan"))
+
+
 def is_hosted(url: Endpoint) -> bool:
     """Tells whether a URL is that of somebody who sells, rather than of a machine nearby."""
-    if url.scheme != "https" or "." not in url.host or url.host.endswith((".local", ".lan")):
-        return False
-    try:
-        return ipaddress.ip_address(url.host).is_global
-    except ValueError:
-        return True
+    return url.scheme == "https" and is_far(url.host)
 
 
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
@@ -888,7 +918,8 @@ class Config(types.SimpleNamespace):
     RELOADED = frozenset("""
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
         REFILL_TOKENS REFILL_INTERVAL_SECONDS TOKEN_COST_MODE REQUEST_TOKEN_COST
-        RESPONSE_TOKEN_RESERVE IMAGE_TOKENS""".split())
+        RESPONSE_TOKEN_RESERVE IMAGE_TOKENS REDACT REDACT_MODE REDACT_UPSTREAMS REDACT_ALLOW
+        REDACT_COUNTRY REDACT_ANSWERS REDACT_OPAQUE""".split())
 
     def take(self, new: "Config") -> List[str]:
         """Takes what may change while it runs; returns the names of what else was changed. Raises
@@ -941,6 +972,19 @@ class Config(types.SimpleNamespace):
         own = self.keys_are_stored if self.proxy_api_keys is None else self.proxy_api_keys
         return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+
+    def own_keys(self) -> FrozenSet[str]:
+        """Returns the keys of ours and of callers that stand in the settings."""
+        return frozenset([*(self.proxy_api_keys or ()), *filter(None, (
+            self.admin_key, self.viewer_key, *[one.key for one in self.all_upstreams()]))]) - {
+                PASSTHROUGH}
+
+    def redacted_upstreams(self) -> FrozenSet[str]:
+        """Returns the names of those that what must not leave does not reach."""
+        globs = self.redact_upstreams
+        return frozenset([one.name for one in self.all_upstreams() if (
+            any([fnmatch.fnmatchcase(one.name, glob) for glob in globs]) if globs
+            else any([is_far(url.host) for url in one.url]))])
 
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
@@ -1298,6 +1342,22 @@ class UpstreamNotAllowed(Forbidden):
     message = "This key may not use the upstream"
 
 
+class MustNotLeave(Refusal):
+    """What was found in the call; another upstream may be told of it."""
+    code = "must_not_leave"
+    nothing_sent = True
+
+    def __init__(self, found: str):
+        super().__init__("The request holds what must not leave (REDACT): " + found)
+
+
+class CannotBeRead(Refusal):
+    code = "cannot_be_read"
+    nothing_sent = True
+    message = ("The request holds, or is about, what cannot be searched for what must not leave"
+               " (REDACT_OPAQUE)")
+
+
 class NothingStored(Refusal):
     status = 404
     message = "Nothing of this name is stored here for this caller"
@@ -1575,6 +1635,7 @@ class Key(NamedTuple):
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
+    redact: Optional[str] = None
     subject: bytes = b""
     globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
@@ -1604,6 +1665,7 @@ KEY_FIELDS = {
                              " general one of its unit and duration"),
     "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
                  "the only upstream that its calls go to"),
+    "redact": (read_kinds, "what must not leave with its calls, as REDACT, instead of that; off"),
     "tag": (KEY_NAME, "a word to add up usage by"),
     "note": (printable, "a line for people")}
 
@@ -3703,6 +3765,7 @@ class Call(Billable):
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
     forgotten = False  # what is large of the payload
+    masked: Optional[JsonObject] = None  # the payload, if what must not leave was taken out
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
@@ -3735,14 +3798,13 @@ class Call(Billable):
                     rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there, and `rename` the name of another model, None where none may serve."""
-        if self.forgotten:
-            self.payload = self.json_body.parse()
-            self.forgotten = False
+        self.remember()
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         self.models = (model,)
-        payload = self.payload
+        payload = self.masked or self.payload
+        self.masked = None
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
             payload, others = self.dialect.with_other_models(payload, rename)
             self.models += tuple(others)
@@ -3878,6 +3940,17 @@ class Call(Billable):
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
+    def remember(self):
+        """Undoes `forget`."""
+        if self.forgotten:
+            self.payload = self.json_body.parse()
+            self.forgotten = False
+
+    def is_opaque(self) -> bool:
+        """Returns whether a call with a body holds or continues what cannot be read in it, or has
+        an answer that outlives it."""
+        return not self.json_body or self.runs_in_background() or bool(self.references())
+
     def forget(self):
         """Drops what is large of the payload, once it is known what the call asks for: it takes 40
         times the room of its bytes, and the call may wait long."""
@@ -3970,6 +4043,87 @@ def media_texts(part):
             pairs += value.items()
             texts += [key for key in value if key not in PLAIN_KEYS]
     return texts
+
+
+# What models read before all else, so that its placeholders stay as they are while a talk grows
+READ_FIRST = "tools functions system instructions systemInstruction system_instruction".split()
+# What a tool is given and gives, as an object: there keys are words of somebody, too.
+TOOL_DATA = frozenset("arguments args input response".split())
+# Nobody's words: names by which parts of a call are known, and what upstreams have sealed
+NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_content thoughtSignature
+    thought_signature mimeType mime_type media_type""".split())
+ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
+NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
+MANY_VALUES = 64
+
+
+class Words(NamedTuple):
+    """A text in a payload: it stands at `key` in `holder`, an object or a list, or is that key,
+    which `kind` says, and to which `place` leads: (place of the holder, key)."""
+    holder: Any
+    key: Union[str, int]
+    text: str
+    kind: str  # text; json, in a string; key; or echo, which must come back as the upstream said it
+    place: Tuple[Any, ...]
+
+
+def is_words(key, value):
+    """Tells whether there may be words of somebody at a key of an object that is the API's."""
+    if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
+        return False
+    return type(value) is not str or key not in DATA_KEYS or not NO_PROSE.match(value)
+
+
+def words_in(payload: JsonObject) -> Iterator[Words]:
+    """Yields what persons and tools wrote in a payload, in the order in which it is read. Objects
+    and lists within it are copied before they are looked at, so that they may be changed."""
+    stack = [(payload, key, (None, key), False) for key in reversed(as_read(payload))]
+    while stack:
+        holder, key, place, of_tool = stack.pop()
+        value = holder[key]
+        keys = ()
+        if type(value) is str:
+            yield Words(holder, key, value, kind_of_words(holder, key), place)
+        elif type(value) is dict:
+            holder[key] = value = dict(value)
+            of_tool = of_tool or key in TOOL_DATA
+            if of_tool:
+                for name in list(value):
+                    yield Words(value, name, name, "key", place)
+            keys = [name for name in value if of_tool or is_words(name, value[name])]
+        elif type(value) is list and not is_vector(value):
+            holder[key] = value = list(value)
+            keys = range(len(value))
+        stack += [(value, name, (place, name), of_tool) for name in reversed(keys)]
+
+
+def as_read(payload):
+    keys = [key for key in payload if key not in READ_FIRST and is_words(key, payload[key])]
+    return [key for key in READ_FIRST if key in payload] + keys
+
+
+def kind_of_words(holder, key):
+    if key == "thinking" and "signature" in holder:
+        return "echo"
+    return "json" if key == "arguments" else "text"
+
+
+def is_vector(values):
+    """Tells whether a list is one of many numbers, such as tokens."""
+    return len(values) > MANY_VALUES and {type(values[0]), type(values[-1])} <= {int, float}
+
+
+def spell_place(place: Tuple[Any, ...]) -> str:
+    """Returns where words stand, such as messages.0.content, without keys that may be values."""
+    names = []
+    while place:
+        place, key = place
+        names.append(str(key) if re.fullmatch("[A-Za-z_]{1,20}|[0-9]{1,6}", str(key)) else "*")
+    return ".".join(reversed(names))
+
+
+# A string of JSON, which may be anywhere
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class Model(NamedTuple):
@@ -5171,6 +5325,7 @@ class Dialects:
         self.aliases = aliases
         self.names = names
         self.chooses = bool(names.keys() - {"base"})  # by models, which upstream is asked
+        self.reads_counts = self.chooses              # also of calls that only count
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
@@ -5210,7 +5365,7 @@ class Dialects:
         # Counting is read for its model alone, where that chooses the upstream.
         if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
-        if endpoint == "count" and not self.chooses and PLAIN_PATH.fullmatch(path):
+        if endpoint == "count" and not self.reads_counts and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -5886,8 +6041,8 @@ SHAPES = (
         @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}
         (?![A-Za-z0-9(_-]|\.[A-Za-z0-9])""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
-        (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})(?![A-Za-z0-9_-]|\.[0-9])""",
-          end_of_card),
+        (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
+        (?![A-Za-z0-9_-]|\.[0-9])""", end_of_card),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]{4}[ -][0-9]{4}[ -].)[0-9]{3}
         (?=[ -][0-9]{4}[ -][0-9]{4}[ -][0-9])""", end_of_card_groups),
     shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
@@ -5905,6 +6060,26 @@ SHAPES = (
 )
 
 
+# In a word, as keys are, or as the lot of it may be in one
+KEY_WORD = r"[A-Za-z0-9](?<![A-Za-z0-9_-].)[A-Za-z0-9_-]{7,255}"
+SHORTEST_KEY = 8  # characters: a shorter one may be a word of any text
+
+
+def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[Shape]:
+    """Returns those of keys of our own: `keys`, and those of which a word is one if `knows` says
+    so."""
+    lengths = {len(key) for key in keys} | {len(new_secret())}
+
+    def end(match):
+        word = match[0]
+        return match.end() if len(word) in lengths and (word in keys or knows(word)) else 0
+
+    odd = [re.escape(key) for key in sorted(keys, key=len, reverse=True)
+           if len(key) >= SHORTEST_KEY and not re.fullmatch(KEY_WORD, key)]
+    found = [shape("secrets", KEY_WORD, end)]
+    return found + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
+
+
 class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
@@ -5915,6 +6090,7 @@ class Redactor:
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
+        """`patterns` stand for what is looked for in any case."""
         self.shapes = [one for one in SHAPES if one.kind in kinds]
         self.shapes += [
             shape("phone", r"(?<![A-Za-z0-9_+.-])(?:%s)(?![A-Za-z0-9_:-])" % pattern, end_of_phone)
@@ -5982,15 +6158,25 @@ def finish(steps: Iterator[None]) -> Any:
             return end.value
 
 
+def read_string(spelled):
+    """Returns a string of JSON; what is no valid one is read as it stands."""
+    if "\\" in spelled:
+        with contextlib.suppress(ValueError):
+            return json.loads(spelled)
+    return spelled[1:-1]
+
+
 class Masks:
     """The map of one call: which placeholder stands for which value. They are numbered by value, in
     order of appearance, so that the same history is the same text; numbers that the prompt has of
     its own are skipped."""
     PLACEHOLDER = re.compile(r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]")
     MAX_PLACEHOLDER = 64
+    MAX_PLACES = 5
 
     def __init__(self, redactor: Redactor):
         self.redactor = redactor
+        self.places: List[str] = []    # where the first ones stood
         self.counts: Dict[str, int] = collections.Counter()
         self.placeholders: Texts = {}  # by value
         self.values: Texts = {}        # by placeholder
@@ -6006,17 +6192,59 @@ class Masks:
         """Returns a text in which placeholders stand for what must not leave."""
         return finish(self.mask_slowly(text))
 
-    def mask_slowly(self, text: str) -> Iterator[None]:
-        """Does so in steps, as Redactor.search does; the last one returns the text."""
+    def mask_slowly(self, text: str, anew: bool = True) -> Iterator[None]:
+        """Does so in steps, as Redactor.search does; the last one returns the text. `anew`: also
+        what has no placeholder yet."""
         pieces = []
         last = 0
         for found in self.redactor.search(text):
             for start, end, kind in found:
-                pieces += text[last:start], self.placeholder(text[start:end], kind)
-                last = end
-                self.counts[kind] += 1
+                value = text[start:end]
+                if anew or value in self.placeholders:
+                    pieces += text[last:start], self.placeholder(value, kind)
+                    last = end
+                    self.counts[kind] += 1
             yield
         return "".join((*pieces, text[last:])) if pieces else text
+
+    def mask_strings(self, text: str) -> Iterator[None]:
+        """Does so with the strings of JSON, or of a part of it: numbers stay."""
+        pieces = []
+        last = 0
+        for match in JSON_STRING.finditer(text):
+            before = read_string(match[0])
+            after = yield from self.mask_slowly(before)
+            if after is not before:
+                pieces += text[last:match.start()], json.dumps(after, ensure_ascii=text.isascii())
+                last = match.end()
+        return "".join((*pieces, text[last:])) if pieces else text
+
+    def mask_words(self, words: Words) -> Iterator[None]:
+        """Does so where words stand."""
+        if words.kind == "json":
+            after = yield from self.mask_strings(words.text)
+        else:
+            after = yield from self.mask_slowly(words.text, words.kind != "echo")
+        if after is words.text:
+            return
+        if words.kind == "key":
+            words.holder[after] = words.holder.pop(words.key)
+        else:
+            words.holder[words.key] = after
+        if len(self.places) < self.MAX_PLACES:
+            self.places.append(spell_place(words.place))
+
+    def mask_payload(self, payload: JsonObject, body: bytes) -> Iterator[None]:
+        """Does so with a payload, of which the last step returns a copy, None where nothing is
+        changed; `body` is how it came."""
+        if b"[[" in body or b"\\u005" in body:
+            for words in words_in(dict(payload)):
+                self.skip(words.text)
+                yield
+        masked = dict(payload)
+        for words in words_in(masked):
+            yield from self.mask_words(words)
+        return masked if self.places else None
 
     def placeholder(self, value, kind):
         found = self.placeholders.get(value)
@@ -6027,9 +6255,47 @@ class Masks:
         self.values[found] = value
         return found
 
+    def describe(self) -> str:
+        """Returns what was found, and where; never itself."""
+        more = " and elsewhere" if len(self.places) == self.MAX_PLACES else ""
+        return "%s, at %s%s" % (", ".join(self.counts), ", ".join(self.places), more)
+
     def value_of(self, placeholder: str) -> Optional[str]:
         """Returns what a placeholder stands for, None where it is none of this call."""
         return self.values.get(placeholder)
+
+
+class Redaction:
+    """Says what must not leave, for which upstream and by whose key, and what is done with it."""
+
+    def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Sequence[str],
+                 upstreams: FrozenSet[str], mode: str, opaque: str):
+        """`make` returns what finds some kinds. `opaque`: what to do with what cannot be read."""
+        self.make = functools.lru_cache(1000)(make)
+        self.kinds = tuple(kinds)
+        self.upstreams = upstreams
+        self.mode = mode
+        self.opaque = opaque
+
+    def masks(self, upstream: str, key: Optional[Key]) -> Optional[Masks]:
+        """Returns what takes it out of a call, None where nothing is looked for."""
+        if upstream not in self.upstreams:
+            return None
+        kinds = read_kinds(key.redact) if key and key.redact else self.kinds
+        return Masks(self.make(kinds)) if kinds else None
+
+    def pass_opaque(self, masks: Masks):
+        """Counts what cannot be read. Raises CannotBeRead."""
+        masks.counts["opaque"] += 1
+        if self.opaque == "refuse":
+            raise CannotBeRead()
+
+    def judge(self, call: Call):
+        """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
+        if self.mode == "block" and call.masked:
+            raise MustNotLeave(call.masks.describe())
+        if self.mode != "mask":
+            call.masked = call.masks = None
 
 
 class Restorer:
@@ -8648,7 +8914,8 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "stream INTEGER, input INTEGER, cached INTEGER, cache_write INTEGER, output INTEGER, "
     "reasoning INTEGER, estimated INTEGER, usd REAL, picodollars INTEGER, unpriced INTEGER, "
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
-    "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER").split(", "))
+    "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
+    "redacted TEXT").split(", "))
 Row = collections.namedtuple("Row", [name for name, _ in COLUMNS])
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
@@ -8673,7 +8940,7 @@ ADDED = "time caller team tag served model upstream outcome ms".split() + [*SUM_
 MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
-    "cost remaining input output estimated usd bytes").split()
+    "cost remaining input output estimated usd bytes redacted").split()
 
 
 def new_request_id() -> str:
@@ -8747,6 +9014,7 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     connect_ms = None   # until there was a connection; None where a spare one served
     agent = None        # what the client calls itself
+    found: Dict[str, int] = {}  # by kind, how much that must not leave
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
     held_up = 0.0       # seconds before that in which others were awaited
@@ -8773,11 +9041,20 @@ class Entry:
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = None
+            call.json_body = call.masked = call.masks = None
         return self
 
     def milliseconds(self, until):
         return None if until is None else int((until - self.started) * 1000)
+
+    @property
+    def redacted(self):
+        """How much was found that must not leave, such as email=2,card=1."""
+        return ",".join(["%s=%d" % row for row in self.found.items()]) or None
+
+    def who(self) -> str:
+        """Returns who calls, as books have it."""
+        return self.caller.label if self.caller else self.address
 
     def as_row(self) -> Row:
         """Returns what the ledger keeps; usage is 0 where there was no answer."""
@@ -8787,7 +9064,7 @@ class Entry:
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         asked = (  # two tuples: CPython makes one of more than 30 item by item
-            self.request_id, self.wall / 1e9, caller.label if caller else self.address,
+            self.request_id, self.wall / 1e9, self.who(),
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
@@ -8798,7 +9075,7 @@ class Entry:
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms))
+            self.connect_ms, self.redacted))
 
     def state(self) -> str:
         """Returns where a running call stands."""
@@ -8849,7 +9126,6 @@ class Entry:
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
         call = self.call
         usage = self.usage
-        caller = self.caller.label if self.caller else self.address
         first = "-" if self.first_byte is None else f"{self.milliseconds(self.first_byte)}ms"
         cost, left = self.charged("-")
         used = ""
@@ -8860,7 +9136,7 @@ class Entry:
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
         return (
-            f"{self.moment()} {caller} {self.method or '-'} {(self.path or '-')[:200]} "
+            f"{self.moment()} {self.who()} {self.method or '-'} {(self.path or '-')[:200]} "
             f"{one_word(call and call.model)} {self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
@@ -9164,7 +9440,7 @@ class Database:
         address TEXT);
         CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, role TEXT, team TEXT, created REAL,
         expires REAL, disabled INTEGER, models TEXT, upstream TEXT, limits TEXT, tag TEXT,
-        note TEXT, last_used REAL, subject BLOB);
+        note TEXT, last_used REAL, subject BLOB, redact TEXT);
         CREATE TABLE IF NOT EXISTS secrets (digest BLOB PRIMARY KEY, name TEXT, valid_until REAL);
         CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, caller TEXT, unit TEXT,
         amount INTEGER, until REAL, done INTEGER);
@@ -9261,6 +9537,8 @@ class Database:
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
                 execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
+            if "redact" not in [row[1] for row in execute("PRAGMA table_info(keys)")]:
+                execute("ALTER TABLE keys ADD COLUMN redact TEXT")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls").fetchall()
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
@@ -10577,6 +10855,7 @@ COUNTERS = {
     "unpriced_total": "Calls whose price is not known",
     "estimated_total": "Calls whose tokens are guessed, because nobody told them",
     "refused_total": "Calls that a rule refused",
+    "redacted_total": "What was found in calls that must not leave, by kind",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
     ("request_duration_seconds", "From a call's head to its end",
@@ -10677,6 +10956,10 @@ class Series:
         self.times = times
 
 
+def samples_by(label, counts):
+    return [(labels_of(**{label: name}), count) for name, count in counts.items()]
+
+
 class Metrics(Watcher):
     """Counts calls as the ledger does. Callers may invent names, so there are only so many series:
     a model has its own once an upstream has answered for it."""
@@ -10693,6 +10976,7 @@ class Metrics(Watcher):
         self.callers: Dict[CallerKey, str] = {}
         self.models: Set[str] = set()
         self.refused: Dict[str, int] = {}
+        self.redacted: Dict[str, int] = collections.Counter()
 
     def record(self, entry):
         call, usage = entry.call, entry.usage
@@ -10789,8 +11073,8 @@ class Metrics(Watcher):
                           for one in used if one.picodollars),
             "unpriced_total": ((one.labels, one.unpriced) for one in used if one.unpriced),
             "estimated_total": ((one.labels, one.estimated) for one in used if one.estimated),
-            "refused_total": [(labels_of(rule=rule), count)
-                              for rule, count in self.refused.items()],
+            "refused_total": samples_by("rule", self.refused),
+            "redacted_total": samples_by("kind", self.redacted),
             "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
@@ -10843,6 +11127,8 @@ class Pulse(Watcher):
         if caller is None:
             return
         self.callers[caller.key] = caller, entry.wall
+        if entry.found:
+            self.metrics.redacted.update(entry.found)
         if entry.first_byte is not None:
             self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
         if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
@@ -11833,6 +12119,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 
 class Proxy:
+    STEP_SECONDS = 0.005  # for which something may hold the loop that can be done in steps
+
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
                  dialects: Dialects, stored: Stored, routes: Routes, books: Books,
@@ -11848,6 +12136,7 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
+        self.redaction: Optional[Redaction] = None
         self.watchers = watchers
         self.traces = watchers.traces
         if self.traces:
@@ -11873,6 +12162,8 @@ class Proxy:
             await asyncio.sleep(0)
         for upstream in upstreams:
             try:
+                if self.redaction:
+                    await self.redact(upstream, reply, call)
                 return await self.serve_by(upstream, reply, entry, call)
             except Refusal as refusal:
                 if not refusal.nothing_sent or upstream is upstreams[-1]:
@@ -11905,6 +12196,34 @@ class Proxy:
                 self.settle(entry, ending)                                          # settle
             if ending != "ok":
                 reply.end(ending)
+
+    async def redact(self, upstream, reply, call):
+        """Takes out of a call what must not leave for an upstream. Raises MustNotLeave,
+        CannotBeRead."""
+        entry = reply.entry
+        entry.upstream = upstream.name
+        masks = call.masks = self.redaction.masks(upstream.name, entry.caller.stored_key)
+        if masks is None:
+            return
+        entry.found = masks.counts
+        if reply.request.length != 0 and call.is_opaque():
+            self.redaction.pass_opaque(masks)
+        if call.json_body:
+            call.remember()
+            call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
+            self.redaction.judge(call)
+
+    async def in_steps(self, steps):
+        """Takes steps, and lets others come in between; returns what the last one returns."""
+        until = self.loop.time() + self.STEP_SECONDS
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            if self.loop.time() > until:
+                await asyncio.sleep(0)
+                until = self.loop.time() + self.STEP_SECONDS
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
@@ -12034,6 +12353,7 @@ class Proxy:
         self.callers = build_callers(self.config, self.callers.label_secret, keys)
         self.limits.take_keys(keys.rules, self.wall())
         renew_estimator(self)
+        renew_redaction(self)
         for order in orders:
             self.carry_out(order)
         self.watchers.feed.tell("change", {"what": "keys"})
@@ -12380,6 +12700,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
+    renew_redaction(proxy)
     hear_of_keys(proxy)
     if database:
         with contextlib.suppress(sqlite3.Error, ValueError):
@@ -12433,6 +12754,7 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     proxy.limits.take_over(proxy.wall())
     proxy.prices = Prices(config.prices, config.unpriced)
     renew_estimator(proxy)
+    renew_redaction(proxy)
     return rest
 
 
@@ -12441,6 +12763,19 @@ def renew_estimator(proxy: Proxy):
     models = proxy.estimator.models
     proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
     proxy.estimator.models = models
+
+
+def renew_redaction(proxy: Proxy):
+    """Has that looked for which must not leave, by the settings and the keys that there are."""
+    config, callers = proxy.config, proxy.callers
+    proxy.redaction = None
+    if not (config.redact or any([key.redact for key in callers.stored.keys.values()])):
+        return
+    own = shapes_of_keys(config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
+    proxy.redaction = Redaction(
+        lambda kinds: Redactor(kinds, own, config.redact_allow or (), config.redact_country or ()),
+        config.redact or (), config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
+    proxy.dialects.reads_counts = True
 
 
 def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
@@ -13968,7 +14303,8 @@ function callParts(call) {
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+    Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
+    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",

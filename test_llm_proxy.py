@@ -4565,7 +4565,8 @@ class UnmaskingTest(ProxyCase):
         data = self.stream(row, pieces)
         shown = self.payloads(row[0], self.unmask(row[0], data, step, answers))
         came = self.payloads(row[0], data)
-        expected = {path: self.restored(text, self.is_json(row)) for path, text in self.said(came).items()}
+        expected = {path: self.restored(text, self.is_json(row))
+                    for path, text in self.said(came).items()}
         self.assertEqual(self.said(shown), expected)
 
     def is_json(self, row):
