@@ -769,6 +769,8 @@ SETTING_ROWS = {
          "form of the lines on stderr, one per call: text for people, json for programs"),
         ("CPU_AFFINITY=auto", cpu_number,
          "CPU to stay on (Linux): a number, auto (the port picks one) or off"),
+        ("DEMO_FIRST_MS=0", number_between(0, 86_400_000),
+         "milliseconds until an answer of --demo begins"),
     ),
 }
 SETTINGS = {group: [Setting(*row) for row in rows] for group, rows in SETTING_ROWS.items()}
@@ -14440,11 +14442,12 @@ class Server(http.server.ThreadingHTTPServer):
 # --------------------------------------------------------------------------------------------------
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Speaks HTTP/1.0: the end of the connection is the end of the answer."""
+    """Speaks HTTP/1.0: the end of the connection is the end of the answer. A last message that
+    begins with "say: " comes back."""
     disable_nagle_algorithm = True
     WORD_SECONDS = 0.05
     TEXT = ("This is the built-in demo endpoint of llm_proxy."
-            " It answers every call with these words, one after another.")
+            " It answers every call with these words, one after another. ")
     MODELS = ('{"object": "list", "data": ['
               '{"id": "demo", "object": "model", "created": 0, "owned_by": "demo"}]}')
     FRAME = ('{"id": "demo-1", "object": "%s", "created": %d, "model": "demo",'
@@ -14456,13 +14459,13 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         "chat.completion", "chat.completion.chunk",
         '{"index": 0, "message": {"role": "assistant", "content": "%s"}, "finish_reason": "stop"}',
         '{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null}',
-        '{"index": 0, "delta": {"content": "%s "}, "finish_reason": null}',
+        '{"index": 0, "delta": {"content": "%s"}, "finish_reason": null}',
         '{"index": 0, "delta": {}, "finish_reason": "stop"}')
     COMPLETION = (
         "text_completion", "text_completion",
         '{"index": 0, "text": "%s", "finish_reason": "stop"}',
         '{"index": 0, "text": "", "finish_reason": null}',
-        '{"index": 0, "text": "%s ", "finish_reason": null}',
+        '{"index": 0, "text": "%s", "finish_reason": null}',
         '{"index": 0, "text": "", "finish_reason": "stop"}')
 
     def do_GET(self):
@@ -14476,16 +14479,27 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         call = json.loads(body or b"{}")
         name, event_name, whole, begin, piece, end = (
             self.CHAT if "messages" in call else self.COMPLETION)
-        words = self.TEXT.split()
+        text = self.text_for(call)
+        words = [json.dumps(word)[1:-1] for word in re.findall(r"\s*\S+\s*", text)]
         prompt = len(body) // 4
         usage = self.USAGE % (prompt, len(words), prompt + len(words))
+        time.sleep(self.server.first_seconds)
         if not call.get("stream"):
-            return self.answer("application/json", self.frame(name, whole % self.TEXT, usage))
+            told = whole % "".join(words).rstrip()
+            return self.answer("application/json", self.frame(name, told, usage))
         choices = [begin, *[piece % word for word in words], end]
         events = [self.frame(event_name, choice) for choice in choices]
         if (call.get("stream_options") or {}).get("include_usage"):
             events.append(self.frame(event_name, "", usage))
         self.stream([*events, "[DONE]"])
+
+    def text_for(self, call):
+        said = call.get("prompt")
+        if call.get("messages"):
+            said = call["messages"][-1].get("content")
+        if type(said) is list:
+            said = "".join([str(dig(part, "text") or "") for part in said])
+        return said[5:] if str(said).startswith("say: ") else self.TEXT
 
     def frame(self, name, choice, usage="null"):
         return self.FRAME % (name, time.time(), choice, usage)
@@ -14508,6 +14522,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
 class DemoServer(http.server.ThreadingHTTPServer):
     """Answers to loopback only, on a port that the system picks."""
+    first_seconds = 0.0  # until an answer begins
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoHandler)
@@ -15312,12 +15327,15 @@ def run_command(options, environ, log_stream):
         if options.command == "keys":
             return keys_command(options, found, log_stream)
         return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
-    if options.demo:
-        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
+    demo = DemoServer() if options.demo else None
+    if demo:
+        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % demo.server_port
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
+    if demo:
+        demo.first_seconds = config.demo_first_ms / 1000
     relax_garbage_collection()
     remarks = []
     if options.demo:
