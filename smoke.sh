@@ -259,17 +259,18 @@ part_timeout() {
 part_stream() {
     start_demo MAX_TOKENS=100
     printf %s "$(ask "say: word by word as they come" | sed 's/}$/, "stream": true}/')" >"$dir/sent"
-    curl -q -sSN -H "Authorization: Bearer $key" -H 'Content-Type: application/json' --data-binary "@$dir/sent" \
-        "$url/v1/chat/completions" | "$python" -c '
-import json, sys, time
+    "$python" -c '
+import json, subprocess, sys, time
+call = subprocess.Popen(["curl", "-q", "-sSN", *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
 began, times = time.time(), []
-for line in iter(sys.stdin.readline, ""):
+for line in iter(call.stdout.readline, ""):
     event = line[5:].strip() if line.startswith("data:") else "[DONE]"
     word = "" if event == "[DONE]" else json.loads(event)["choices"][0]["delta"].get("content")
     if word:
         times.append(time.time() - began)
         print("stream: after %.2f s: %s" % (times[-1], word))
-sys.exit(len(times) != 6 or times[-1] - times[0] < 0.1)' || fail "stream: that should be six words, one after another"
+sys.exit(len(times) != 6 or times[-1] - times[0] < 0.1)' -H "Authorization: Bearer $key" -H 'Content-Type: application/json' \
+        --data-binary "@$dir/sent" "$url/v1/chat/completions" || fail "stream: that should be six words, one after another"
 }
 
 show() {
