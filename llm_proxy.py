@@ -580,6 +580,14 @@ VENDORS = {
     "groq": "https://api.groq.com/openai/v1",
     "openrouter": "https://openrouter.ai/api/v1",
     "ollama": "http://localhost:11434"}
+REDACTED = "email", "card", "iban", "phone", "ssn", "ip", "secrets"
+redacted_kinds = listed(one_of(*REDACTED))
+read_kinds = word_or({"off": ()}, redacted_kinds)
+upstream_globs = listed(pattern(
+    "[a-z0-9_*?]+", "must be names of upstreams such as openai or azure*, by commas"))
+values_allowed = listed(pattern(
+    "[!-+.-~-]+", "must be what may leave, such as *@example.com, by commas, none empty"))
+countries = listed(pattern("[A-Z]{2}", "must be countries such as US or DE, by commas"))
 # The APIs that have their own paths beside /v1, and hosts of Azure.
 BESIDE_V1 = ("azure", "ollama")
 AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\.com", re.I)
@@ -735,10 +743,27 @@ SETTING_ROWS = {
          "files, batches, responses and all else that endpoints store: each caller has what it"
          " made (own), all have all (pass), or nobody has any (refuse); unset: own where keys are"
          " asked for, else pass"),
-        ("REDACT_ANSWERS=off", one_of("on", "off"),
-         "on: what the model says that must not leave is masked as well, for good"),
         ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
          "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
+    ),
+    "What must not leave": (
+        ("REDACT", redacted_kinds,
+         "what is looked for in calls before they go to a vendor, by commas: %s; unset: nothing"
+         % ", ".join(REDACTED)),
+        ("REDACT_MODE=mask", one_of("mask", "block", "report"),
+         "mask: placeholders stand for it at the vendor, and it stands in the answer again; block:"
+         " the call gets a 400; report: it is only counted"),
+        ("REDACT_UPSTREAMS", upstream_globs,
+         "upstreams that it must not reach, such as openai,azure*; unset: all but those with"
+         " addresses of this machine or a private network"),
+        ("REDACT_ALLOW", values_allowed, "what may leave all the same, such as *@example.com"),
+        ("REDACT_COUNTRY", countries,
+         "countries, such as US,DE, whose phone numbers are found without +, too"),
+        ("REDACT_ANSWERS=off", one_of("on", "off"),
+         "on: what the answer holds of it, and the call did not, is masked as well"),
+        ("REDACT_OPAQUE=pass", one_of("pass", "refuse"),
+         "what cannot be read, such as a file or a conversation that is kept upstream: pass, or"
+         " refuse by a 400"),
     ),
     "What is remembered": (
         ("DATABASE=" + DEFAULT_DATABASE, printable,
@@ -798,7 +823,7 @@ def is_secret(name: str) -> bool:
 
 # Settings that guard: who misspells one thinks that a door is shut.
 GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CERT_FILE",
-          "TLS_KEY_FILE")
+          "TLS_KEY_FILE", "REDACT", "REDACT_MODE", "REDACT_UPSTREAMS", "REDACT_OPAQUE")
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
@@ -816,14 +841,17 @@ def unknown_setting(name):
         f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
 
 
+def is_far(host: str) -> bool:
+    """Tells whether a host is none of this machine or its network, as far as its name says."""
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." in host and not host.endswith((".local", ".lan"))
+
+
 def is_hosted(url: Endpoint) -> bool:
     """Tells whether a URL is that of somebody who sells, rather than of a machine nearby."""
-    if url.scheme != "https" or "." not in url.host or url.host.endswith((".local", ".lan")):
-        return False
-    try:
-        return ipaddress.ip_address(url.host).is_global
-    except ValueError:
-        return True
+    return url.scheme == "https" and is_far(url.host)
 
 
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
@@ -851,7 +879,8 @@ class Config(types.SimpleNamespace):
     RELOADED = frozenset("""
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
         REFILL_TOKENS REFILL_INTERVAL_SECONDS TOKEN_COST_MODE REQUEST_TOKEN_COST
-        RESPONSE_TOKEN_RESERVE IMAGE_TOKENS""".split())
+        RESPONSE_TOKEN_RESERVE IMAGE_TOKENS REDACT REDACT_MODE REDACT_UPSTREAMS REDACT_ALLOW
+        REDACT_COUNTRY REDACT_ANSWERS REDACT_OPAQUE""".split())
 
     def take(self, new: "Config") -> List[str]:
         """Takes what may change while it runs; returns the names of what else was changed. Raises
@@ -904,6 +933,19 @@ class Config(types.SimpleNamespace):
         own = self.keys_are_stored if self.proxy_api_keys is None else self.proxy_api_keys
         return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+
+    def own_keys(self) -> FrozenSet[str]:
+        """Returns the keys of ours and of callers that stand in the settings."""
+        return frozenset([*(self.proxy_api_keys or ()), *filter(None, (
+            self.admin_key, self.viewer_key, *[one.key for one in self.all_upstreams()]))]) - {
+                PASSTHROUGH}
+
+    def redacted_upstreams(self) -> FrozenSet[str]:
+        """Returns the names of those that what must not leave does not reach."""
+        globs = self.redact_upstreams
+        return frozenset([one.name for one in self.all_upstreams() if (
+            any([fnmatch.fnmatchcase(one.name, glob) for glob in globs]) if globs
+            else any([is_far(url.host) for url in one.url]))])
 
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
@@ -1261,6 +1303,22 @@ class UpstreamNotAllowed(Forbidden):
     message = "This key may not use the upstream"
 
 
+class MustNotLeave(Refusal):
+    """What was found in the call; another upstream may be told of it."""
+    code = "must_not_leave"
+    nothing_sent = True
+
+    def __init__(self, found: str):
+        super().__init__("The request holds what must not leave (REDACT): " + found)
+
+
+class CannotBeRead(Refusal):
+    code = "cannot_be_read"
+    nothing_sent = True
+    message = ("The request holds, or is about, what cannot be searched for what must not leave"
+               " (REDACT_OPAQUE)")
+
+
 class NothingStored(Refusal):
     status = 404
     message = "Nothing of this name is stored here for this caller"
@@ -1538,6 +1596,7 @@ class Key(NamedTuple):
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
+    redact: Optional[str] = None
     subject: bytes = b""
     globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
@@ -1567,6 +1626,7 @@ KEY_FIELDS = {
                              " general one of its unit and duration"),
     "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
                  "the only upstream that its calls go to"),
+    "redact": (read_kinds, "what must not leave with its calls, as REDACT, instead of that; off"),
     "tag": (KEY_NAME, "a word to add up usage by"),
     "note": (printable, "a line for people")}
 
@@ -3577,11 +3637,12 @@ class Call(Billable):
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
     forgotten = False  # what is large of the payload
+    masked: Optional[JsonObject] = None  # the payload, if what must not leave was taken out
+    masks: Optional["Masks"] = None      # what stands for that
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     trace: Optional["Trace"] = None
-    masks: Optional["Masks"] = None  # where something may not leave with it
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -3609,14 +3670,13 @@ class Call(Billable):
                     rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there, and `rename` the name of another model, None where none may serve."""
-        if self.forgotten:
-            self.payload = self.json_body.parse()
-            self.forgotten = False
+        self.remember()
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         self.models = (model,)
-        payload = self.payload
+        payload = self.masked or self.payload
+        self.masked = None
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
             payload, others = self.dialect.with_other_models(payload, rename)
             self.models += tuple(others)
@@ -3752,6 +3812,17 @@ class Call(Billable):
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
+    def remember(self):
+        """Undoes `forget`."""
+        if self.forgotten:
+            self.payload = self.json_body.parse()
+            self.forgotten = False
+
+    def is_opaque(self) -> bool:
+        """Returns whether a call with a body holds or continues what cannot be read in it, or has
+        an answer that outlives it."""
+        return not self.json_body or self.runs_in_background() or bool(self.references())
+
     def forget(self):
         """Drops what is large of the payload, once it is known what the call asks for: it takes 40
         times the room of its bytes, and the call may wait long."""
@@ -3844,6 +3915,87 @@ def media_texts(part):
             pairs += value.items()
             texts += [key for key in value if key not in PLAIN_KEYS]
     return texts
+
+
+# What models read before all else, so that its placeholders stay as they are while a talk grows
+READ_FIRST = "tools functions system instructions systemInstruction system_instruction".split()
+# What a tool is given and gives, as an object: there keys are words of somebody, too.
+TOOL_DATA = frozenset("arguments args input response".split())
+# Nobody's words: names by which parts of a call are known, and what upstreams have sealed
+NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_content thoughtSignature
+    thought_signature mimeType mime_type media_type""".split())
+ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
+NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
+MANY_VALUES = 64
+
+
+class Words(NamedTuple):
+    """A text in a payload: it stands at `key` in `holder`, an object or a list, or is that key,
+    which `kind` says, and to which `place` leads: (place of the holder, key)."""
+    holder: Any
+    key: Union[str, int]
+    text: str
+    kind: str  # text; json, in a string; key; or echo, which must come back as the upstream said it
+    place: Tuple[Any, ...]
+
+
+def is_words(key, value):
+    """Tells whether there may be words of somebody at a key of an object that is the API's."""
+    if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
+        return False
+    return type(value) is not str or key not in DATA_KEYS or not NO_PROSE.match(value)
+
+
+def words_in(payload: JsonObject) -> Iterator[Words]:
+    """Yields what persons and tools wrote in a payload, in the order in which it is read. Objects
+    and lists within it are copied before they are looked at, so that they may be changed."""
+    stack = [(payload, key, (None, key), False) for key in reversed(as_read(payload))]
+    while stack:
+        holder, key, place, of_tool = stack.pop()
+        value = holder[key]
+        keys = ()
+        if type(value) is str:
+            yield Words(holder, key, value, kind_of_words(holder, key), place)
+        elif type(value) is dict:
+            holder[key] = value = dict(value)
+            of_tool = of_tool or key in TOOL_DATA
+            if of_tool:
+                for name in list(value):
+                    yield Words(value, name, name, "key", place)
+            keys = [name for name in value if of_tool or is_words(name, value[name])]
+        elif type(value) is list and not is_vector(value):
+            holder[key] = value = list(value)
+            keys = range(len(value))
+        stack += [(value, name, (place, name), of_tool) for name in reversed(keys)]
+
+
+def as_read(payload):
+    keys = [key for key in payload if key not in READ_FIRST and is_words(key, payload[key])]
+    return [key for key in READ_FIRST if key in payload] + keys
+
+
+def kind_of_words(holder, key):
+    if key == "thinking" and "signature" in holder:
+        return "echo"
+    return "json" if key == "arguments" else "text"
+
+
+def is_vector(values):
+    """Tells whether a list is one of many numbers, such as tokens."""
+    return len(values) > MANY_VALUES and {type(values[0]), type(values[-1])} <= {int, float}
+
+
+def spell_place(place: Tuple[Any, ...]) -> str:
+    """Returns where words stand, such as messages.0.content, without keys that may be values."""
+    names = []
+    while place:
+        place, key = place
+        names.append(str(key) if re.fullmatch("[A-Za-z_]{1,20}|[0-9]{1,6}", str(key)) else "*")
+    return ".".join(reversed(names))
+
+
+# A string of JSON, which may be anywhere
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class Model(NamedTuple):
@@ -5028,6 +5180,7 @@ class Dialects:
         self.aliases = aliases
         self.names = names
         self.chooses = bool(names.keys() - {"base"})  # by models, which upstream is asked
+        self.reads_counts = self.chooses              # also of calls that only count
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
@@ -5067,7 +5220,7 @@ class Dialects:
         # Counting is read for its model alone, where that chooses the upstream.
         if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
-        if endpoint == "count" and not self.chooses and PLAIN_PATH.fullmatch(path):
+        if endpoint == "count" and not self.reads_counts and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -5580,46 +5733,288 @@ class Finding(NamedTuple):
     kind: str
 
 
-ATOM = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
-LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-
-
-class Kind(NamedTuple):
-    """How a kind is found: `mark` stands in each text that has one, `shape` is searched in linear
-    time, and `check` proves what it found."""
+class Shape(NamedTuple):
+    """How what must not leave looks: `mark` stands in each text that holds one, `search` takes
+    linear time, and `check` returns where what it found ends, 0 where that is none."""
+    kind: str
     mark: str
-    shape: "re.Pattern[str]"
-    check: Callable[["re.Match[str]"], bool] = bool
+    search: "re.Pattern[str]"
+    check: Callable[["re.Match[str]"], int]
 
 
-KINDS = {
-    "email": Kind("@", re.compile(
-        rf"(?<![A-Za-z0-9.!#$%&'*+/=?^_`{{|}}~@-]){ATOM}{{1,64}}(?:\.{ATOM}{{1,64}}){{0,8}}"
-        rf"@(?:{LABEL}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9(_-]|\.[A-Za-z0-9])")),
-}
+URL_PASSWORD = re.compile(r"//[^\s/@]*:\Z")
+
+
+def end_of_email(match: "re.Match[str]") -> int:
+    """Leaves out a password before the host of a URL, and what Git clones from."""
+    text, start = match.string, match.start()
+    if text.startswith("git@", start) or (text.startswith(":", start - 1) and start and (
+            URL_PASSWORD.search(text, max(0, start - 80), start))):
+        return 0
+    return match.end()
+
+
+DOUBLED = bytes.maketrans(b"0123456789", bytes([48 + n for n in (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)]))
+# Issuers' prefixes, and how many digits their numbers have.
+CARD_NUMBERS = re.compile(
+    rb"4(?:[0-9]{12}|[0-9]{15}|[0-9]{18})"               # Visa
+    rb"|(?:5[1-5][0-9]{2}|222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720)[0-9]{12}"
+    rb"|3[47][0-9]{13}"                                  # American Express
+    rb"|3(?:0[0-59]|[689][0-9])[0-9]{11,16}"             # Diners Club
+    rb"|(?:6011|64[4-9][0-9]|65[0-9]{2})[0-9]{12,15}"    # Discover
+    rb"|35(?:2[89]|[3-8][0-9])[0-9]{12,15}"              # JCB
+    rb"|62[0-9]{14,17}"                                  # UnionPay
+    rb"|(?:50[0-9]{2}|5[6-9][0-9]{2}|6[0-9]{3})[0-9]{9,15}")  # Maestro
+
+
+def is_card(number: str) -> bool:
+    """Tells whether a card can have this number: its last digit is right (ISO/IEC 7812-1)."""
+    digits = number.encode().translate(None, b" -")
+    total = sum(digits[::-2]) + sum(digits[-2::-2].translate(DOUBLED)) - 48 * len(digits)
+    return total % 10 == 0 and CARD_NUMBERS.fullmatch(digits) is not None
+
+
+def end_of_card(match: "re.Match[str]") -> int:
+    return match.end() if is_card(match[0]) else 0
+
+
+# Of four digits each, but not in a row of many
+CARD_GROUPS = [re.compile(
+    r"[0-9]{4}([ -])[0-9]{4}\1[0-9]{4}\1%s(?![A-Za-z0-9_-]|\1[0-9]{4}\1[0-9]{4}(?![0-9]))" % end)
+               for end in ("[0-9]{1,4}", r"[0-9]{4}\1[0-9]{1,3}")]
+
+
+def end_of_card_groups(match: "re.Match[str]") -> int:
+    """Takes the first group for the beginning of a card's number."""
+    for groups in CARD_GROUPS:
+        found = groups.match(match.string, match.start())
+        if found and is_card(found[0]):
+            return found.end()
+    return 0
+
+
+# How many characters an account's number has, by country (SWIFT's IBAN registry).
+IBAN_LENGTHS = """15:NO 16:BE 18:DK,FI,FK,FO,GL,NL,SD 19:MK,SI 20:AT,BA,EE,KZ,LT,LU,MN,XK
+    21:CH,HR,LI,LV 22:BG,BH,CR,DE,GB,GE,IE,ME,RS,VA 23:AE,GI,IL,IQ,OM,SO,TL
+    24:AD,CZ,ES,MD,PK,RO,SA,SE,SK,TN,VG 25:LY,PT,ST 26:IS,TR 27:BI,DJ,FR,GR,IT,MC,MR,SM
+    28:AL,AZ,BY,CY,DO,GT,HN,HU,LB,NI,PL,SV 29:BR,EG,PS,QA,UA 30:JO,KW,MU,YE 31:MT,SC 32:LC 33:RU"""
+LETTER_NUMBERS = {ord(" "): "", ord("-"): "", **{65 + n: str(10 + n) for n in range(26)}}
+
+
+def iban_pattern(length):
+    """Returns what follows a country, in groups of four or in one."""
+    groups, rest = divmod(length - 4, 4)
+    return re.compile("[0-9]{2}(?:[ -]?[A-Z0-9]{4}){%d}%s(?![A-Za-z0-9])" % (
+        groups, "[ -]?[A-Z0-9]{%d}" % rest if rest else ""))
+
+
+IBANS = {country: iban_pattern(int(row[:2]))
+         for row in IBAN_LENGTHS.split() for country in row[3:].split(",")}
+
+
+def end_of_iban(match: "re.Match[str]") -> int:
+    """Wants the country's length, and the right check digits (ISO 7064, mod 97-10)."""
+    country = match[0][:2]
+    rest = country in IBANS and IBANS[country].match(match.string, match.start() + 2)
+    if not rest or int((rest[0][2:] + country + rest[0][:2]).translate(LETTER_NUMBERS)) % 97 != 1:
+        return 0
+    return rest.end()
+
+
+# Country codes (ITU-T E.164), each with what may follow.
+PHONES = r"""\+(?:1[ .-]?\(?[2-9][0-9]{2}\)?[ .-]?[2-9][0-9]{2}[ .-]?[0-9]{4}
+    |7(?:[ ()./-]{0,2}[0-9]){10}
+    |(?:2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58])(?:[ ()./-]{0,2}[0-9]){7,11}
+    |(?:2[1-689][0-9]|3[578][0-9]|42[0-9]|5[09][0-9]|6[789][0-9]|80[08]|85[0-9]|87[08]|88[0-9]
+    |9[679][0-9])(?:[ ()./-]{0,2}[0-9]){6,11})"""
+# How numbers are written at home, by country.
+NATIONAL_PHONES = {
+    "CA PR US": r"(?:\([2-9][0-9]{2}\)\ ?|[2-9][0-9]{2}[.-])[2-9][0-9]{2}[.-][0-9]{4}",
+    "AR AT AU BE BG BR CH DE EG FI FR GB HR ID IE IL IN IT JP KR MY NG NL NZ PH PK RO RS SE SI SK"
+    " TH TR TW UA VN ZA": r"(?![0-9]{2}-[0-9]{2}-[0-9]{4})\(?0[1-9][0-9]{0,4}\)?[ /-]?[0-9]{2,9}"
+                          r"(?:[ -][0-9]{2,5}){0,4}",
+    "CZ ES GR PL PT": r"[2-9][0-9]{2}(?:\ [0-9]{3}){2}|[2-9][0-9]{2}(?:-[0-9]{3}){2}",
+    "DK NO SG": r"[2-9][0-9](?:\ ?[0-9]{2}){3}"}
+
+
+def end_of_phone(match: "re.Match[str]") -> int:
+    """Wants as many digits as a number at home may have."""
+    digits = len(match[0].encode().translate(None, b" ()./-"))
+    return match.end() if 8 <= digits <= 12 else 0
+
+
+# How vendors' keys look, and a JSON Web Token.
+SECRETS = r"""
+    sk-(?:proj|svcacct|admin|ant|or|lf)-[A-Za-z0-9_-]{20,200}
+    sk-(?=[A-Za-z]{0,60}[0-9])[A-Za-z0-9]{20,200}
+    sk-(?=[a-z0-9_-]{0,60}[A-Z])(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{32,200}
+    AIza[A-Za-z0-9_-]{35} ya29\.[A-Za-z0-9_-]{20,500} GOCSPX-[A-Za-z0-9_-]{28}
+    A(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16} gh[pousr]_[A-Za-z0-9]{36,255} github_pat_[A-Za-z0-9_]{22,255}
+    gl(?:pat|dt|rt|cbt|ptt|ft|imt|agent|soat|ffct|oas)-[A-Za-z0-9_-]{20,255}
+    xox[abeoprs]-[A-Za-z0-9-]{10,255} xapp-[0-9]-[A-Za-z0-9-]{20,255}
+    sk_(?:live|test)_[A-Za-z0-9]{16,255} rk_(?:live|test)_[A-Za-z0-9]{16,255}
+    whsec_[A-Za-z0-9+/=]{24,255} hf_[A-Za-z0-9]{30,60} api_org_[A-Za-z]{34} npm_[A-Za-z0-9]{36}
+    pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50,500} dop_v1_[0-9a-f]{64} pplx-[A-Za-z0-9]{40,80}
+    SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43} xai-[A-Za-z0-9]{60,120} gsk_[A-Za-z0-9]{40,80}
+    r8_[A-Za-z0-9]{37} nvapi-[A-Za-z0-9_-]{60,120}
+    eyJ[A-Za-z0-9_-]{10,3000}\.eyJ[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,1000}"""
+PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----
+    (?:(?:\s|\\[nr]){1,4}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}){0,3}
+    [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?"""
+# Global addresses (RFC 6890) that follow no word for a version; of IPv6 those that are given out.
+IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
+    (?<!ersion\ .)(?<!ersion:\ .)(?<!ersion=.)(?<!ersion":\ ".)(?<!ersion\ =\ ".)
+    (?!(?<=1)(?:0|27|69\.254|72\.(?:1[6-9]|2[0-9]|3[01])|92\.(?:168|0\.[02])|98\.(?:1[89]|51\.100)
+        |00\.(?:6[4-9]|[7-9][0-9]|1[01][0-9]|12[0-7]))\.
+    |(?<=2)(?:03\.0\.113|2[4-9]|[3-5][0-9])\.|[0-9]*\.[0-9]+\.0\.0(?![0-9.]))
+    (?:(?<=1)[0-9]{0,2}|(?<=2)(?:[0-4][0-9]?|5[0-5]?|[6-9]?)|(?<=[3-9])[0-9]?)
+    (?:\.(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])){3}(?![A-Za-z0-9_+-]|\.[A-Za-z0-9])"""
+IPV6 = r"""[23](?<![A-Za-z0-9_:.].)
+    (?!(?<=2)(?:001:(?:0?db8|0?[01]?[0-9a-f]{0,2}):|002:)|(?<=3)fff:0)
+    [0-9a-f]{3}(?:(?::[0-9a-f]{1,4}){7}|(?::[0-9a-f]{1,4}){0,5}::
+    (?:[0-9a-f]{1,4}(?::[0-9a-f]{1,4}){0,5})?)(?![A-Za-z0-9_:]|\.[0-9])"""
+
+
+def end_of_ipv6(match: "re.Match[str]") -> int:
+    """Wants no more than eight groups."""
+    return match.end() if match[0].count(":") <= 7 else 0
+
+
+def shape(kind, pattern, check=re.Match.end, mark=""):
+    """Returns a Shape. A search for one character of a set is ten times as fast as one for what
+    looks around: patterns begin with a character, and look back from behind it."""
+    return Shape(kind, mark, re.compile(pattern, re.ASCII | re.VERBOSE), check)
+
+
+SHAPES = (
+    shape("email", r"""
+        [A-Za-z0-9_](?<![A-Za-z0-9_].)[A-Za-z0-9_.%+'-]{0,63}
+        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}
+        (?![A-Za-z0-9(_-]|\.[A-Za-z0-9])""", end_of_email, "@"),
+    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
+        (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
+        (?![A-Za-z0-9_-]|\.[0-9])""", end_of_card),
+    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]{4}[ -][0-9]{4}[ -].)[0-9]{3}
+        (?=[ -][0-9]{4}[ -][0-9]{4}[ -][0-9])""", end_of_card_groups),
+    shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
+          end_of_iban),
+    shape("phone", PHONES + "(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
+    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)
+        -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-"),
+    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)(?<![0-9][ ].)[0-9]{2}(?<!000|666)
+        [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}(?![A-Za-z0-9_-]|[ ][0-9])"""),
+    shape("ip", IPV4, mark="."),
+    shape("ip", IPV6, end_of_ipv6, ":"),
+    shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
+        "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()])),
+    shape("secrets", PRIVATE_KEY, mark="PRIVATE KEY"),
+)
+
+
+# In a word, as keys are, or as the lot of it may be in one
+KEY_WORD = r"[A-Za-z0-9](?<![A-Za-z0-9_-].)[A-Za-z0-9_-]{7,255}"
+SHORTEST_KEY = 8  # characters: a shorter one may be a word of any text
+
+
+def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[Shape]:
+    """Returns those of keys of our own: `keys`, and those of which a word is one if `knows` says
+    so."""
+    lengths = {len(key) for key in keys} | {len(new_secret())}
+
+    def end(match):
+        word = match[0]
+        return match.end() if len(word) in lengths and (word in keys or knows(word)) else 0
+
+    odd = [re.escape(key) for key in sorted(keys, key=len, reverse=True)
+           if len(key) >= SHORTEST_KEY and not re.fullmatch(KEY_WORD, key)]
+    found = [shape("secrets", KEY_WORD, end)]
+    return found + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
 
 
 class Redactor:
-    """Finds what must not leave."""
+    """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
+    what may leave, and `countries` those whose numbers of phones are known without a code."""
+    # So many characters are searched at once, and as many more for what begins in them.
+    SLICE = 1 << 16
+    OVERLAP = 1 << 14
+    BATCH = 2000  # things that look like some
 
-    def __init__(self, kinds: Iterable[str]):
-        self.kinds = [(name, KINDS[name]) for name in kinds]
+    def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
+                 allow: Sequence[str] = (), countries: Sequence[str] = ()):
+        """`patterns` stand for what is looked for in any case."""
+        self.shapes = [one for one in SHAPES if one.kind in kinds]
+        self.shapes += [
+            shape("phone", r"(?<![A-Za-z0-9_+.-])(?:%s)(?![A-Za-z0-9_:-])" % pattern, end_of_phone)
+            for names, pattern in NATIONAL_PHONES.items()
+            if "phone" in kinds and not set(countries).isdisjoint(names.split())]
+        self.shapes += patterns
+        self.allow = [glob.lower() for glob in allow]
 
     def find(self, text: str) -> List[Finding]:
         """Returns what must not leave of a text, in order; nothing overlaps."""
-        found = []
-        for name, kind in self.kinds:
-            if kind.mark in text:
-                found += [Finding(*match.span(), name) for match in kind.shape.finditer(text)
-                          if kind.check(match)]
-        found.sort(key=lambda one: (one.start, -one.end))
-        last = 0
-        apart = []
+        return list(itertools.chain.from_iterable(self.search(text)))
+
+    def search(self, text: str) -> Iterator[List[Finding]]:
+        """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
+        end = 0
+        for start in range(0, len(text), self.SLICE):
+            found = []
+            for one in self.shapes:
+                if text.find(one.mark, start, start + self.SLICE + self.OVERLAP) >= 0:
+                    for batch in self.batches(one, text, start):
+                        found += batch
+                        yield ()
+                    yield ()
+            if found:
+                found = self.apart(sorted(found), end)
+                end = found[-1].end if found else end
+                yield found
+
+    def batches(self, one, text, start):
+        """Yields what of a Shape begins in a slice, in parts."""
+        _, _, shape, check = one
+        matches = shape.finditer(text, start, start + self.SLICE + self.OVERLAP)
+        for match in matches:
+            some = itertools.chain((match,), itertools.islice(matches, self.BATCH))
+            found = [Finding(match.start(), end, one.kind)
+                     for match, end in [(match, check(match)) for match in some] if end]
+            while found and found[-1].start >= start + self.SLICE:
+                found.pop()
+            yield [one for one in found if not self.may_leave(text[one.start:one.end])] if (
+                self.allow) else found
+
+    def may_leave(self, value):
+        return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
+
+    @staticmethod
+    def apart(found, end):
+        """Returns findings from `end` on; of two that overlap the first, or the longer one."""
+        kept = []
         for one in found:
-            if one.start >= last:
-                apart.append(one)
-                last = one.end
-        return apart
+            if kept and one.start == kept[-1].start:
+                kept[-1] = one
+                end = one.end
+            elif one.start >= end:
+                kept.append(one)
+                end = one.end
+        return kept
+
+
+def finish(steps: Iterator[None]) -> Any:
+    """Takes all steps at once; returns what the last one returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def read_string(spelled):
+    """Returns a string of JSON; what is no valid one is read as it stands."""
+    if "\\" in spelled:
+        with contextlib.suppress(ValueError):
+            return json.loads(spelled)
+    return spelled[1:-1]
 
 
 class Masks:
@@ -5628,10 +6023,13 @@ class Masks:
     its own are skipped."""
     PLACEHOLDER = re.compile(r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]")
     MAX_PLACEHOLDER = 64
+    MAX_PLACES = 5
 
     def __init__(self, redactor: Redactor):
         self.redactor = redactor
-        self.counts: Dict[str, int] = collections.Counter()
+        self.places: List[str] = []    # where the first ones stood
+        self.counts: Dict[str, int] = collections.Counter()  # by kind, of what was found
+        self.answers: Dict[str, int] = collections.Counter()  # and in the answer
         self.placeholders: Texts = {}  # by value
         self.values: Texts = {}        # by placeholder
         self.taken: Set[str] = set()
@@ -5644,13 +6042,61 @@ class Masks:
 
     def mask(self, text: str) -> str:
         """Returns a text in which placeholders stand for what must not leave."""
+        return finish(self.mask_slowly(text))
+
+    def mask_slowly(self, text: str, anew: bool = True) -> Iterator[None]:
+        """Does so in steps, as Redactor.search does; the last one returns the text. `anew`: also
+        what has no placeholder yet."""
         pieces = []
         last = 0
-        for start, end, kind in self.redactor.find(text):
-            pieces += text[last:start], self.placeholder(text[start:end], kind)
-            last = end
-            self.counts[kind] += 1
+        for found in self.redactor.search(text):
+            for start, end, kind in found:
+                value = text[start:end]
+                if anew or value in self.placeholders:
+                    pieces += text[last:start], self.placeholder(value, kind)
+                    last = end
+                    self.counts[kind] += 1
+            yield
         return "".join((*pieces, text[last:])) if pieces else text
+
+    def mask_strings(self, text: str) -> Iterator[None]:
+        """Does so with the strings of JSON, or of a part of it: numbers stay."""
+        pieces = []
+        last = 0
+        for match in JSON_STRING.finditer(text):
+            before = read_string(match[0])
+            after = yield from self.mask_slowly(before)
+            if after is not before:
+                pieces += text[last:match.start()], json.dumps(after, ensure_ascii=text.isascii())
+                last = match.end()
+        return "".join((*pieces, text[last:])) if pieces else text
+
+    def mask_words(self, words: Words) -> Iterator[None]:
+        """Does so where words stand."""
+        if words.kind == "json":
+            after = yield from self.mask_strings(words.text)
+        else:
+            after = yield from self.mask_slowly(words.text, words.kind != "echo")
+        if after is words.text:
+            return
+        if words.kind == "key":
+            words.holder[after] = words.holder.pop(words.key)
+        else:
+            words.holder[words.key] = after
+        if len(self.places) < self.MAX_PLACES:
+            self.places.append(spell_place(words.place))
+
+    def mask_payload(self, payload: JsonObject, body: bytes) -> Iterator[None]:
+        """Does so with a payload, of which the last step returns a copy, None where nothing is
+        changed; `body` is how it came."""
+        if b"[[" in body or b"\\u005" in body:
+            for words in words_in(dict(payload)):
+                self.skip(words.text)
+                yield
+        masked = dict(payload)
+        for words in words_in(masked):
+            yield from self.mask_words(words)
+        return masked if self.places else None
 
     def placeholder(self, value, kind):
         found = self.placeholders.get(value)
@@ -5661,9 +6107,53 @@ class Masks:
         self.values[found] = value
         return found
 
+    def describe(self) -> str:
+        """Returns what was found, and where; never itself."""
+        more = " and elsewhere" if len(self.places) == self.MAX_PLACES else ""
+        return "%s, at %s%s" % (", ".join(self.counts), ", ".join(self.places), more)
+
+    def describe_counts(self) -> Optional[str]:
+        """Returns how much was found, such as email=2,card=1."""
+        return ",".join(["%s=%d" % row for row in self.counts.items()]) or None
+
     def value_of(self, placeholder: str) -> Optional[str]:
         """Returns what a placeholder stands for, None where it is none of this call."""
         return self.values.get(placeholder)
+
+
+class Redaction:
+    """Says what must not leave, for which upstream and by whose key, and what is done with it."""
+
+    def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Sequence[str],
+                 upstreams: FrozenSet[str], mode: str, opaque: str, answers: bool):
+        """`make` returns what finds some kinds. `opaque`: what to do with what cannot be read.
+        `answers`: whether what the answer alone holds is masked, too."""
+        self.make = functools.lru_cache(1000)(make)
+        self.kinds = tuple(kinds)
+        self.upstreams = upstreams
+        self.mode = mode
+        self.opaque = opaque
+        self.answers = answers
+
+    def masks(self, upstream: str, key: Optional[Key]) -> Optional[Masks]:
+        """Returns what takes it out of a call, None where nothing is looked for."""
+        if upstream not in self.upstreams:
+            return None
+        kinds = read_kinds(key.redact) if key and key.redact else self.kinds
+        return Masks(self.make(kinds)) if kinds else None
+
+    def pass_opaque(self, masks: Masks):
+        """Counts what cannot be read. Raises CannotBeRead."""
+        masks.counts["opaque"] += 1
+        if self.opaque == "refuse":
+            raise CannotBeRead()
+
+    def judge(self, call: Call):
+        """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
+        if self.mode == "block" and call.masked:
+            raise MustNotLeave(call.masks.describe())
+        if self.mode != "mask":
+            call.masked = call.masks = None
 
 
 class Restorer:
@@ -5715,7 +6205,7 @@ class Restorer:
             if text[start:end] not in self.masks.placeholders:
                 pieces += text[last:start], "[[%s]]" % kind.upper()
                 last = end
-                self.masks.counts[kind] += 1
+                self.masks.answers[kind] += 1
         return "".join((*pieces, text[last:]))
 
     def found(self, text, is_json):
@@ -8282,7 +8772,8 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "stream INTEGER, input INTEGER, cached INTEGER, cache_write INTEGER, output INTEGER, "
     "reasoning INTEGER, estimated INTEGER, usd REAL, picodollars INTEGER, unpriced INTEGER, "
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
-    "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER").split(", "))
+    "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
+    "redacted TEXT").split(", "))
 Row = collections.namedtuple("Row", [name for name, _ in COLUMNS])
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
@@ -8307,7 +8798,7 @@ ADDED = "time caller team tag served model upstream outcome ms".split() + [*SUM_
 MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
-    "cost remaining input output estimated usd bytes").split()
+    "cost remaining input output estimated usd bytes redacted").split()
 
 
 def new_request_id() -> str:
@@ -8376,6 +8867,7 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     connect_ms = None   # until there was a connection; None where a spare one served
     agent = None        # what the client calls itself
+    redacted = None     # how much was found that must not leave, by kind: email=2,card=1
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
     held_up = 0.0       # seconds before that in which others were awaited
@@ -8401,11 +8893,15 @@ class Entry:
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = None
+            call.json_body = call.masked = call.masks = None
         return self
 
     def milliseconds(self, until):
         return None if until is None else int((until - self.started) * 1000)
+
+    def who(self) -> str:
+        """Returns who calls, as books have it."""
+        return self.caller.label if self.caller else self.address
 
     def as_row(self) -> Row:
         """Returns what the ledger keeps; usage is 0 where there was no answer."""
@@ -8415,7 +8911,7 @@ class Entry:
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         asked = (  # two tuples: CPython makes one of more than 30 item by item
-            self.request_id, self.wall / 1e9, caller.label if caller else self.address,
+            self.request_id, self.wall / 1e9, self.who(),
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
@@ -8426,7 +8922,7 @@ class Entry:
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms))
+            self.connect_ms, self.redacted))
 
     def state(self) -> str:
         """Returns where a running call stands."""
@@ -8477,7 +8973,6 @@ class Entry:
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
         call = self.call
         usage = self.usage
-        caller = self.caller.label if self.caller else self.address
         first = "-" if self.first_byte is None else f"{self.milliseconds(self.first_byte)}ms"
         cost, left = self.charged("-")
         used = ""
@@ -8488,7 +8983,7 @@ class Entry:
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
         return (
-            f"{self.moment()} {caller} {self.method or '-'} {(self.path or '-')[:200]} "
+            f"{self.moment()} {self.who()} {self.method or '-'} {(self.path or '-')[:200]} "
             f"{one_word(call and call.model)} {self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
@@ -8790,7 +9285,7 @@ class Database:
         address TEXT);
         CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, role TEXT, team TEXT, created REAL,
         expires REAL, disabled INTEGER, models TEXT, upstream TEXT, limits TEXT, tag TEXT,
-        note TEXT, last_used REAL, subject BLOB);
+        note TEXT, last_used REAL, subject BLOB, redact TEXT);
         CREATE TABLE IF NOT EXISTS secrets (digest BLOB PRIMARY KEY, name TEXT, valid_until REAL);
         CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, caller TEXT, unit TEXT,
         amount INTEGER, until REAL, done INTEGER);
@@ -8898,6 +9393,8 @@ class Database:
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
                 execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
+            if "redact" not in [row[1] for row in execute("PRAGMA table_info(keys)")]:
+                execute("ALTER TABLE keys ADD COLUMN redact TEXT")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls").fetchall()
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
@@ -10244,6 +10741,7 @@ COUNTERS = {
     "unpriced_total": "Calls whose price is not known",
     "estimated_total": "Calls whose tokens are guessed, because nobody told them",
     "refused_total": "Calls that a rule refused",
+    "redacted_total": "What was found in calls that must not leave, by kind",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
     ("request_duration_seconds", "From a call's head to its end",
@@ -10344,6 +10842,10 @@ class Series:
         self.times = times
 
 
+def samples_by(label, counts):
+    return [(labels_of(**{label: name}), count) for name, count in counts.items()]
+
+
 class Metrics(Watcher):
     """Counts calls as the ledger does. Callers may invent names, so there are only so many series:
     a model has its own once an upstream has answered for it."""
@@ -10360,6 +10862,7 @@ class Metrics(Watcher):
         self.callers: Dict[CallerKey, str] = {}
         self.models: Set[str] = set()
         self.refused: Dict[str, int] = {}
+        self.redacted: Dict[str, int] = collections.Counter()
 
     def record(self, entry):
         call, usage = entry.call, entry.usage
@@ -10456,8 +10959,8 @@ class Metrics(Watcher):
                           for one in used if one.picodollars),
             "unpriced_total": ((one.labels, one.unpriced) for one in used if one.unpriced),
             "estimated_total": ((one.labels, one.estimated) for one in used if one.estimated),
-            "refused_total": [(labels_of(rule=rule), count)
-                              for rule, count in self.refused.items()],
+            "refused_total": samples_by("rule", self.refused),
+            "redacted_total": samples_by("kind", self.redacted),
             "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
@@ -11171,7 +11674,12 @@ class Reply:
         streamed, encoding, _ = self.kind_of(head)
         redactor = masks.redactor if self.parts.config.redact_answers == "on" else None
         is_text = streamed or "json" in head.get("content-type", "").lower()
-        if encoding != IDENTITY or not is_text or not (masks.values or redactor):
+        if not is_text or not (masks.values or redactor):
+            return reader
+        if encoding != IDENTITY:
+            masks.answers["opaque"] += 1
+            if self.parts.config.redact_opaque == "refuse":
+                raise UpstreamFailed("its answer is encoded")
             return reader
         events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
         restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
@@ -11493,6 +12001,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 
 class Proxy:
+    STEP_SECONDS = 0.005  # for which something may hold the loop that can be done in steps
+
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
                  dialects: Dialects, stored: Stored, routes: Routes, books: Books,
@@ -11508,6 +12018,7 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
+        self.redaction: Optional[Redaction] = None
         self.watchers = watchers
         self.traces = watchers.traces
         if self.traces:
@@ -11532,6 +12043,8 @@ class Proxy:
             await asyncio.sleep(0)
         for upstream in upstreams:
             try:
+                if self.redaction:
+                    await self.redact(upstream, reply, call)
                 return await self.serve_by(upstream, reply, entry, call)
             except Refusal as refusal:
                 if not refusal.nothing_sent or upstream is upstreams[-1]:
@@ -11565,6 +12078,37 @@ class Proxy:
             if ending != "ok":
                 reply.end(ending)
 
+    async def redact(self, upstream, reply, call):
+        """Takes out of a call what must not leave for an upstream. Raises MustNotLeave,
+        CannotBeRead."""
+        entry = reply.entry
+        entry.upstream = upstream.name
+        masks = call.masks = self.redaction.masks(upstream.name, entry.caller.stored_key)
+        if masks is None:
+            return
+        try:
+            if reply.request.length != 0 and call.is_opaque():
+                self.redaction.pass_opaque(masks)
+            if call.json_body:
+                call.remember()
+                call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
+                self.redaction.judge(call)
+        finally:
+            entry.redacted = masks.describe_counts()
+            self.watchers.metrics.redacted.update(masks.counts)
+
+    async def in_steps(self, steps):
+        """Takes steps, and lets others come in between; returns what the last one returns."""
+        until = self.loop.time() + self.STEP_SECONDS
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            if self.loop.time() > until:
+                await asyncio.sleep(0)
+                until = self.loop.time() + self.STEP_SECONDS
+
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
         if response.status < 300 and reply.call.makes_things():
@@ -11595,6 +12139,13 @@ class Proxy:
             return ending
         finally:
             entry.passed = adapter.passed
+            if reply.call.masks and reply.call.masks.answers:
+                self.note_redacted(entry, reply.call.masks, reply.call.masks.answers)
+
+    def note_redacted(self, entry, masks, counts):
+        self.watchers.metrics.redacted.update(counts)
+        masks.counts.update(counts)
+        entry.redacted = masks.describe_counts()
 
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
@@ -11693,6 +12244,7 @@ class Proxy:
         self.callers = build_callers(self.config, self.callers.label_secret, keys)
         self.limits.take_keys(keys.rules, self.wall())
         renew_estimator(self)
+        renew_redaction(self)
         for order in orders:
             self.carry_out(order)
         self.watchers.feed.tell("change", {"what": "keys"})
@@ -12033,6 +12585,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
+    renew_redaction(proxy)
     hear_of_keys(proxy)
     if database:
         with contextlib.suppress(sqlite3.Error, ValueError):
@@ -12086,6 +12639,7 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     proxy.limits.take_over(proxy.wall())
     proxy.prices = Prices(config.prices, config.unpriced)
     renew_estimator(proxy)
+    renew_redaction(proxy)
     return rest
 
 
@@ -12094,6 +12648,20 @@ def renew_estimator(proxy: Proxy):
     models = proxy.estimator.models
     proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
     proxy.estimator.models = models
+
+
+def renew_redaction(proxy: Proxy):
+    """Has that looked for which must not leave, by the settings and the keys that there are."""
+    config, callers = proxy.config, proxy.callers
+    proxy.redaction = None
+    if not (config.redact or any([key.redact for key in callers.stored.keys.values()])):
+        return
+    own = shapes_of_keys(config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
+    proxy.redaction = Redaction(
+        lambda kinds: Redactor(kinds, own, config.redact_allow or (), config.redact_country or ()),
+        config.redact or (), config.redacted_upstreams(), config.redact_mode, config.redact_opaque,
+        config.redact_answers == "on")
+    proxy.dialects.reads_counts = True
 
 
 def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
@@ -13633,7 +14201,8 @@ function callParts(call) {
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+    Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
+    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",

@@ -19,7 +19,7 @@ case " $parts " in *" ${url:--} "*) part=$url url= ;; esac
 url=${url%/} url=${url%/v1}
 most_calls=20
 demo=
-stub=
+spy=
 NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
 export NO_PROXY
 unset no_proxy
@@ -34,11 +34,11 @@ done
 
 dir=$(mktemp -d)
 stop_demo() {
-    for one in $demo $stub; do
-        kill "$one" 2>/dev/null || :
-        wait "$one" 2>/dev/null || :
-    done
-    demo='' stub=
+    if [ -n "$demo" ]; then
+        kill "$demo" 2>/dev/null || :
+        wait "$demo" 2>/dev/null || :
+    fi
+    demo=
 }
 finish() {
     code=$?
@@ -198,7 +198,7 @@ start_demo() {
     interpreter=$("$python" -c 'import sys; print(sys.executable)')
     cd "$dir"
     env -i PATH="$PATH" HOST=127.0.0.1 PORT="$port" PROXY_API_KEYS="smoke=$key" "$@" \
-        "$interpreter" "$here/llm_proxy.py" --demo >"$dir/log" 2>&1 &
+        "$interpreter" ${spy:+-c "$spy"} "$here/llm_proxy.py" --demo >"$dir/log" 2>&1 &
     demo=$!
     tries=0
     until curl -q -s -o "$dir/body" "$url/health"; do
@@ -230,15 +230,15 @@ part_quota() {
 }
 
 part_rate() {
-    start_demo LIMITS="each 1 requests per second" LIMIT_REPLY=error
-    expect "1 a second, call 1" "200 one" "say: one"
-    expect "1 a second, call 2" "429 *" "say: two"
-    sleep 1
-    expect "1 a second, a second later" "200 three" "say: three"
+    start_demo LIMITS="each 1 requests per 5 seconds" LIMIT_REPLY=error
+    expect "1 in 5 seconds, call 1" "200 one" "say: one"
+    expect "1 in 5 seconds, call 2" "429 *" "say: two"
+    sleep 5
+    expect "1 in 5 seconds, 5 seconds later" "200 three" "say: three"
 }
 
 part_shed() {
-    start_demo MAX_TOKENS=100 MAX_CONCURRENCY=1 MAX_QUEUE=1 DEMO_FIRST_MS=1000
+    start_demo MAX_TOKENS=100 MAX_CONCURRENCY=1 MAX_QUEUE=1 DEMO_FIRST_MS=3000
     pids=
     for number in 1 2 3; do
         ( dir=$dir/$number; mkdir "$dir"; request "$key" /v1/chat/completions "$(ask "say: my turn")"
@@ -254,6 +254,31 @@ part_shed() {
 part_timeout() {
     start_demo DEMO_FIRST_MS=5000 FIRST_BYTE_TIMEOUT=0.5
     expect "no first byte in half a second" "504 *" "say: too late"
+}
+
+# The demo as it is, but for a file that has what it was told to say.
+seen='
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import llm_proxy
+said = llm_proxy.DemoHandler.text_for
+def text_for(handler, call):
+    with open("seen", "w") as file:
+        file.write(said(handler, call))
+    return said(handler, call)
+llm_proxy.DemoHandler.text_for = text_for
+sys.exit(llm_proxy.main(["--demo"]))'
+
+part_redact() {
+    told="ann@example.com pays by 4111 1111 1111 1111"
+    spy=$seen
+    start_demo MAX_TOKENS=100 REDACT=email,card REDACT_UPSTREAMS='*'
+    expect "redact, what came back" "200 $told" "say: $told"
+    say "redact, what was sent: $(cat "$dir/seen")"
+    [ "$(cat "$dir/seen")" = "[[EMAIL_1]] pays by [[CARD_1]]" ] || fail "redact: that should be placeholders"
+    spy=
+    start_demo MAX_TOKENS=100 REDACT=email REDACT_UPSTREAMS='*' REDACT_MODE=block
+    expect "redact, where it is refused" "400 *must not leave*" "say: $told"
 }
 
 part_stream() {
