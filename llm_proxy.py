@@ -6028,8 +6028,7 @@ class Masks:
     def __init__(self, redactor: Redactor):
         self.redactor = redactor
         self.places: List[str] = []    # where the first ones stood
-        self.counts: Dict[str, int] = collections.Counter()  # by kind, of what was found
-        self.answers: Dict[str, int] = collections.Counter()  # and in the answer
+        self.counts: Dict[str, int] = collections.Counter()
         self.placeholders: Texts = {}  # by value
         self.values: Texts = {}        # by placeholder
         self.taken: Set[str] = set()
@@ -6205,7 +6204,7 @@ class Restorer:
             if text[start:end] not in self.masks.placeholders:
                 pieces += text[last:start], "[[%s]]" % kind.upper()
                 last = end
-                self.masks.answers[kind] += 1
+                self.masks.counts[kind] += 1
         return "".join((*pieces, text[last:]))
 
     def found(self, text, is_json):
@@ -11677,7 +11676,7 @@ class Reply:
         if not is_text or not (masks.values or redactor):
             return reader
         if encoding != IDENTITY:
-            masks.answers["opaque"] += 1
+            masks.counts["opaque"] += 1
             if self.parts.config.redact_opaque == "refuse":
                 raise UpstreamFailed("its answer is encoded")
             return reader
@@ -12139,13 +12138,6 @@ class Proxy:
             return ending
         finally:
             entry.passed = adapter.passed
-            if reply.call.masks and reply.call.masks.answers:
-                self.note_redacted(entry, reply.call.masks, reply.call.masks.answers)
-
-    def note_redacted(self, entry, masks, counts):
-        self.watchers.metrics.redacted.update(counts)
-        masks.counts.update(counts)
-        entry.redacted = masks.describe_counts()
 
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
@@ -15048,19 +15040,23 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         call = json.loads(body or b"{}")
         name, event_name, whole, begin, piece, end = (
             self.CHAT if "messages" in call else self.COMPLETION)
-        text = self.text_for(call)
-        words = [json.dumps(word)[1:-1] for word in re.findall(r"\s*\S+\s*", text)]
+        words = self.words_for(call)
         prompt = len(body) // 4
         usage = self.USAGE % (prompt, len(words), prompt + len(words))
         time.sleep(self.server.first_seconds)
         if not call.get("stream"):
-            told = whole % "".join(words).rstrip()
-            return self.answer("application/json", self.frame(name, told, usage))
+            return self.answer(
+                "application/json", self.frame(name, whole % "".join(words).rstrip(), usage))
         choices = [begin, *[piece % word for word in words], end]
         events = [self.frame(event_name, choice) for choice in choices]
         if (call.get("stream_options") or {}).get("include_usage"):
             events.append(self.frame(event_name, "", usage))
         self.stream([*events, "[DONE]"])
+
+    def words_for(self, call):
+        """Returns what to say, word by word, as in strings of JSON."""
+        words = re.findall(r"\s*\S+\s*", self.text_for(call))
+        return [json.dumps(word)[1:-1] for word in words]
 
     def text_for(self, call):
         said = call.get("prompt")

@@ -230,7 +230,7 @@ part_quota() {
 }
 
 part_rate() {
-    start_demo LIMITS="each 1 requests per 5 seconds" LIMIT_REPLY=error
+    start_demo LIMITS="each 1 requests per 5s" LIMIT_REPLY=error
     expect "1 in 5 seconds, call 1" "200 one" "say: one"
     expect "1 in 5 seconds, call 2" "429 *" "say: two"
     sleep 5
