@@ -353,11 +353,13 @@ shares = listed(pattern(  # '80%' -> 0.8
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
+ANEW = 1 << 80  # more than ever is missing of a bucket
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
+ZONE_SHAPE = "[A-Za-z0-9_+/-]{1,64}"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
@@ -365,10 +367,16 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
-     "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d"),
-    ("(burst)?", "burst N or the end"),
+     "second, minute, hour, day, week, month, such as 30s, 5m, 12h, 7d, or calendar"),
+    ("(burst|window)?", "burst N, window or the end"),
     ("N", "an amount above 0"),
-    ("", "burst N or the end"))
+    ("", "the end"))
+CALENDAR_WORDS = (*RULE_WORDS[:4],
+                  ("calendar", "calendar"),
+                  ("day|week|month", "day, week or month"),
+                  ("(in)?", "in ZONE or the end"),
+                  (ZONE_SHAPE, "a time zone such as Europe/Berlin"),
+                  ("", "the end"))
 JOINED_SCOPES = ("(all|(address)?,?(caller)?),?(model)?,?(team)?,?(upstream)?",
                  "scopes that can be joined")
 
@@ -378,7 +386,9 @@ class Rule(NamedTuple):
     the capacity is None where the rule says `unlimited`. A bucket of calls that are `running` gains
     nothing: its interval is endless. `scopes` are (kind, glob) pairs, `unit` is
     an index into UNITS, and `rate` is (amount, seconds) as the rule has it, for people. Of the
-    rules of one `family` only the first that matches a call counts."""
+    rules of one `family` only the first that matches a call counts. A `window` is one of a fixed
+    length ("window"), or a "day", "week" or "month" in a `zone`: then `refill` is ANEW. In a Level
+    such a calendar's rule has the length of one period, and when it `began`, in unix seconds."""
     text: str
     scopes: Tuple[Tuple[str, str], ...]
     unit: int
@@ -387,6 +397,9 @@ class Rule(NamedTuple):
     interval: float
     rate: Tuple[int, int]
     family: Tuple[Any, ...] = ()
+    window: str = ""
+    zone: str = ""
+    began: int = 0
 
     @property
     def word(self) -> str:
@@ -395,8 +408,8 @@ class Rule(NamedTuple):
 
 
 def rules(text):
-    """'SCOPE AMOUNT UNIT per DURATION [burst N]' or 'SCOPE AMOUNT running', by semicolons or
-    lines."""
+    """'SCOPE AMOUNT UNIT per DURATION [burst N]', '... per DURATION window', '... per calendar
+    PERIOD [in ZONE]' or 'SCOPE AMOUNT running', by semicolons or lines."""
     found = [read_rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
@@ -405,23 +418,40 @@ def rules(text):
 
 def read_rule(text):
     words = text.split(" ") + [""] * 7
-    scope, amount, unit, _, length, _, burst = words[:7]
+    scope, amount, unit, _, length, kind, burst, zone = words[:8]
     scopes = tuple(part.partition(":")[::2] for part in scope.split(","))
     kinds = sorted("caller" if kind in ("each", "key") else kind for kind, _ in scopes)
     check_rule(text, words, ",".join(kinds))
-    # What is unlimited counts as 1: no bucket is made of it.
-    scale = PICODOLLARS if unit == "usd" else 1
-    rate, capacity = [int(decimal.Decimal(word.replace("unlimited", "1")) * scale)
-                      for word in (amount, burst or amount)]
+    if length == "calendar":
+        length, burst, zone = kind, "", zone or "UTC"
+    window = kind.replace("burst", "")
+    rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
-                refill, interval * refill / rate, (rate, interval),
-                (tuple(kinds), unit, interval))
+                ANEW if window else refill, interval if window else interval * refill / rate,
+                (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
+
+
+def count_units(amount, unit):
+    """Returns an amount, of money in picodollars; what is unlimited counts as 1: no bucket is made
+    of it."""
+    scale = PICODOLLARS if unit == "usd" else 1
+    return int(decimal.Decimal(amount.replace("unlimited", "1")) * scale)
 
 
 def read_duration(word):
     return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
+def time_zone(name: str) -> Optional[datetime.tzinfo]:
+    """Returns the time zone of this name, None where this machine does not know it."""
+    try:
+        if re.fullmatch(ZONE_SHAPE, name):
+            return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
+    except (OSError, ValueError, LookupError):
+        pass  # no such name, a folder of names, or a file that is none
+    return None
 
 
 age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
@@ -449,11 +479,20 @@ def check_rule(text, words, kinds):
     rows = RULE_WORDS if words[5] else RULE_WORDS[:6]
     if words[2] == "running":
         rows = RULE_WORDS[:3] + RULE_WORDS[-1:]
+    elif words[4] == "calendar":
+        rows = CALENDAR_WORDS if words[6] else CALENDAR_WORDS[:7]
+    elif words[5] == "window":
+        rows = RULE_WORDS[:6] + RULE_WORDS[-1:]
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
                 "must be rules such as 'each 60 requests per minute'; in '%s' %s should be %s" % (
                     text, "the word '%s'" % word if word else "the end", right))
+    if rows is CALENDAR_WORDS:
+        missing = "" if time_zone("Europe/Berlin") else (
+            ": this machine has no time zone data, install its package tzdata")
+        require(time_zone(words[7]), "must name time zones that are known here, which '%s' is not"
+                "%s" % (words[7], missing))
 
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
@@ -723,7 +762,7 @@ SETTING_ROWS = {
         ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
          "tokens to expect of an image, sound or file in a prompt"),
         ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
+         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N or window],"
          " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
          "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the"
@@ -1891,8 +1930,9 @@ class Origins:
 
 # --------------------------------------------------------------------------------------------------
 # Limits: a bucket holds at most `capacity` tokens, gains `refill` every whole `interval` seconds,
-# and starts full. Taking is all or nothing. All of it belongs to the event loop's thread, so there
-# is no lock. It knows neither HTTP nor what a token stands for.
+# and starts full; a window is full again when it is over. Taking is all or nothing. All of it
+# belongs to the event loop's thread, so there is no lock. It knows neither HTTP nor what a token
+# stands for.
 # --------------------------------------------------------------------------------------------------
 
 USD = UNITS.index("usd")
@@ -1978,6 +2018,11 @@ class Level(NamedTuple):
         refills = -(self.level // self.rule.refill)
         return max(0, self.refilled + refills * self.rule.interval - self.now)
 
+    def refilled_at(self, offset: float) -> float:
+        """Returns the wall-clock time of the last refill; `offset` is how far that clock is ahead
+        of the monotonic one, which may have slept meanwhile."""
+        return self.rule.began or self.refilled + offset
+
     def untaken(self):
         """Returns the same bucket with the amount still in it."""
         return self.less(-self.amount)
@@ -1994,6 +2039,58 @@ def tightest_of(levels):
         return levels[0]
     return min(levels, key=lambda one: (
         one.rule.unit == RUNNING and one.level >= 0, one.level / one.rule.capacity))
+
+
+def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
+    return datetime.datetime.fromtimestamp(moment, zone).date()
+
+
+def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
+    """Returns when a day begins, in unix seconds."""
+    return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
+
+
+def day_after(day, step):
+    """Returns the day after, or that of the next week or the first of the next month."""
+    if step == "month":
+        return (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+    return day + datetime.timedelta(7 if step == "week" else 1)
+
+
+def calendar_rule(rule: Rule, wall: float) -> Rule:
+    """Returns the rule of the day, week (from Monday) or month that it is: some days have 23
+    hours, or 25."""
+    zone = time_zone(rule.zone) or datetime.timezone.utc
+    day = date_in(zone, wall)
+    if rule.window == "week":
+        day -= datetime.timedelta(day.weekday())
+    elif rule.window == "month":
+        day = day.replace(day=1)
+    began = midnight(day, zone)
+    length = midnight(day_after(day, rule.window), zone) - began
+    return rule._replace(began=began, interval=length, rate=(rule.rate[0], length))
+
+
+def window_at(rule: Rule, known: Optional[Level], now: float, wall: float) -> Tuple[Rule, float]:
+    """Returns the rule of the window that it is at `now`, and when that began: one of a fixed
+    length with the call that found the bucket full, or the last window over. `known` is the bucket
+    as it was last seen. A clock that is set back a little begins no period twice."""
+    if not rule.zone:
+        if known and known.level < rule.capacity and now - known.refilled + 1e-6 < rule.interval:
+            return rule, known.refilled
+        return rule, now
+    if known and -3600 < wall - known.rule.began < known.rule.interval:
+        rule = known.rule
+    else:
+        rule = calendar_rule(rule, wall)
+    return rule, rule.began - wall + now
+
+
+def left_in_window(rule: Rule, began: float, known: Level) -> int:
+    """Returns what is in a window that `began` then. With a new one all is as if nothing had been
+    taken, and what was given beyond the rule stays."""
+    same = known.rule.began == rule.began if rule.zone else known.refilled == began
+    return known.level if same else max(known.level, rule.capacity)
 
 
 class Buckets:
@@ -2027,7 +2124,7 @@ class Buckets:
         self.drop([found.key for found in self.seen()
                    if owner in found.key[1:] and found.rule.unit != RUNNING])
 
-    def levels_after(self, keyed_rules, costs, taken):
+    def levels_after(self, keyed_rules, costs, taken, taken_at=0.0):
         """Returns what the buckets hold once `costs` are charged instead of what was taken. The
         time of the last refill moves by whole intervals, so nothing drifts. It starts when the
         bucket stops being full."""
@@ -2037,6 +2134,10 @@ class Buckets:
             unit, capacity = rule.unit, rule.capacity
             if self.given:
                 capacity += self.given_to(key, now)
+            if rule.window:
+                levels.append(self.window_after(
+                    rule, key, capacity, costs[unit], taken[unit], taken_at))
+                continue
             known = self.levels.get(key)
             if known is None:
                 level, refilled = capacity, now
@@ -2057,6 +2158,17 @@ class Buckets:
             levels.append(Level(level, refilled, rule, key, cost, now))
         return levels
 
+    def window_after(self, rule, key, capacity, cost, taken, taken_at):
+        """Returns what a window holds once `cost` is charged instead of what was taken. Nothing
+        comes back of what was taken in an earlier one."""
+        now, known = self.clock.monotonic(), self.levels.get(key)
+        rule, began = window_at(rule, known, now, self.clock.time_ns() / 1e9)
+        level = min(capacity, left_in_window(rule, began, known) if known else capacity)
+        change = taken - cost
+        if taken_at + 1e-6 < began:
+            change = min(0, change)
+        return Level(min(capacity, level + change), began, rule, key, cost, now)
+
     def level_of(self, rule, key):
         """Returns what is in a bucket."""
         return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
@@ -2070,10 +2182,11 @@ class Buckets:
             self.store(levels)
         return tightest, levels
 
-    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> Level:
-        """Charges `costs` instead of what was taken; returns the tightest bucket. It never waits:
-        a store outside of this process would have to queue this."""
-        levels = self.levels_after(keyed_rules, costs, taken)
+    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs,
+               taken_at: float) -> Level:
+        """Charges `costs` instead of what was taken then; returns the tightest bucket. It never
+        waits: a store outside of this process would have to queue this."""
+        levels = self.levels_after(keyed_rules, costs, taken, taken_at)
         self.store(levels)
         return tightest_of(levels)
 
@@ -2110,8 +2223,8 @@ class Buckets:
                  ) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
         not full; running calls are left out, because they end with the process."""
-        now = self.clock.monotonic()
-        return {found.key: (found.level, found.refilled + wall - now)
+        offset = wall - self.clock.monotonic()
+        return {found.key: (found.level, found.refilled_at(offset))
                 for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
@@ -2132,6 +2245,9 @@ class Buckets:
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
         now = self.clock.monotonic()
+        if rule.zone:
+            # A second later: the clocks are not read at once.
+            rule = calendar_rule(rule, self.clock.time_ns() / 1e9 - since + 1)
         self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
@@ -2164,7 +2280,8 @@ class Hold:
         self.costs = costs
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
-                self.tightest = self.buckets.settle(self.keyed_rules, costs, taken)
+                self.tightest = self.buckets.settle(
+                    self.keyed_rules, costs, taken, self.tightest.now)
                 break
 
     def give_back(self):
@@ -2284,19 +2401,29 @@ class Limits:
         return {"each": key, "key": key if key[0] == "key" else None,
                 "address": ("address", address), "team": team and ("team", team)}
 
-    def buckets_of(self, caller: Caller) -> KeyedRules:
-        """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
-        are buckets."""
-        pairs = [*self.matching(caller, "", None), *[
-            (found.rule, found.key) for found in self.buckets.seen()]]
-        return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
+    def not_full(self) -> Dict[CallerKey, Dict[BucketKey, Rule]]:
+        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
+        found = collections.defaultdict(dict)
+        for one in self.buckets.seen():
+            for owner in one.key[1:]:
+                found[owner][one.key] = one.rule
+        return found
+
+    def buckets_of(self, caller: Caller, model: Optional[str],
+                   not_full: Dict[CallerKey, Dict[BucketKey, Rule]]) -> Dict[BucketKey, Rule]:
+        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
+        address = caller.key[1] if caller.key[0] == "address" else None
+        found = {key: rule for rule, key in self.matching(caller, address, model)
+                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
+        return {**found, **not_full.get(caller.key, {})}
 
     def give(self, caller: Caller, unit: str, amount: int, until: float,
              again: bool = False) -> int:
         """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
         returns how many there are."""
-        found = [(rule, key) for rule, key in self.buckets_of(caller)
-                 if unit in (rule.word, rule.text.split(" ")[2])]
+        found = [(rule, key)
+                 for key, rule in self.buckets_of(caller, None, self.not_full()).items()
+                 if key[1:] == (caller.key,) and unit in (rule.word, rule.text.split(" ")[2])]
         for rule, key in found:
             self.buckets.give(rule, key, amount, until, again)
         return len(found)
@@ -2374,7 +2501,8 @@ class Limits:
         found = [rule for rule in now if rule.capacity is not None
                  and rule.text.split(" ")[2] == unit
                  and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        return sorted(found, key=lambda rule: rule.rate[1] != old.rate[1])
+        return sorted(found, key=lambda rule: (
+            rule.rate[1] != old.rate[1], rule.window != old.window))
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -3638,7 +3766,6 @@ class Call(Billable):
     json_body: Optional[JsonBody] = None
     forgotten = False  # what is large of the payload
     masked: Optional[JsonObject] = None  # the payload, if what must not leave was taken out
-    masks: Optional["Masks"] = None      # what stands for that
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
@@ -4222,6 +4349,8 @@ class Dialect:
     SERVED = "model"
     # Where a response or an event says why the model stopped,
     REASON = ("", "")
+    # at some endpoints at another key: the first of these that is there counts,
+    REASON_KEYS: Dict[str, Tuple[str, ...]] = {}
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
@@ -4418,6 +4547,16 @@ class Dialect:
     def has_reason(self, payload):
         holder, reason = self.REASON
         return any([dig(one, reason) for one in as_list(payload.get(holder))])
+
+    def reasons(self, data: bytes, endpoint: str, streamed: bool) -> List[str]:
+        """Returns why the model stopped, as JSON or the last events say: of each choice in JSON, in
+        events, which may say it again, each reason once."""
+        for key in self.REASON_KEYS.get(endpoint, self.REASON[1:]):
+            found = re.findall(REASON_AT % key.encode(), data)
+            if found:
+                once = streamed or endpoint in self.REASON_KEYS
+                return [reason.decode() for reason in (dict.fromkeys(found) if once else found)]
+        return []
 
     def is_last(self, payload):
         """Returns whether an event ends its stream."""
@@ -4621,6 +4760,8 @@ class Dialect:
         return self.events.content_type if call.stream else "application/json"
 
 
+# A word at a key, but for those that say that the model has not stopped
+REASON_AT = rb'"%b"\s*:\s*"(?!in_progress|queued)([A-Za-z_-]{1,40})"'
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
@@ -4712,6 +4853,7 @@ class OpenAI(Dialect):
         id object created model choices service_tier system_fingerprint provider obfuscation p
         x_groq""".split())
     REASON = ("choices", "finish_reason")
+    REASON_KEYS = {"responses": ("reason", "status")}
     LAST_TYPES = (
         "response.completed", "response.incomplete", "response.failed", "response.cancelled")
     PARSED = {
@@ -5008,6 +5150,7 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
+    REASON_KEYS = {"interactions": ("status",)}
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
@@ -5051,6 +5194,7 @@ class Ollama(Dialect):
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
+    REASON = ("", "done_reason")
     LAST_KEY = "done"
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
@@ -5712,6 +5856,10 @@ class UsageReader(UsageSource):
         self.size = 0
         return self.characters
 
+    def finish_reasons(self) -> List[str]:
+        """Returns why the model stopped, where what is kept says so."""
+        return self.dialect.reasons(b"".join(self.pieces), self.endpoint, self.streamed)
+
     def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
@@ -6111,10 +6259,6 @@ class Masks:
         more = " and elsewhere" if len(self.places) == self.MAX_PLACES else ""
         return "%s, at %s%s" % (", ".join(self.counts), ", ".join(self.places), more)
 
-    def describe_counts(self) -> Optional[str]:
-        """Returns how much was found, such as email=2,card=1."""
-        return ",".join(["%s=%d" % row for row in self.counts.items()]) or None
-
     def value_of(self, placeholder: str) -> Optional[str]:
         """Returns what a placeholder stands for, None where it is none of this call."""
         return self.values.get(placeholder)
@@ -6124,15 +6268,13 @@ class Redaction:
     """Says what must not leave, for which upstream and by whose key, and what is done with it."""
 
     def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Sequence[str],
-                 upstreams: FrozenSet[str], mode: str, opaque: str, answers: bool):
-        """`make` returns what finds some kinds. `opaque`: what to do with what cannot be read.
-        `answers`: whether what the answer alone holds is masked, too."""
+                 upstreams: FrozenSet[str], mode: str, opaque: str):
+        """`make` returns what finds some kinds. `opaque`: what to do with what cannot be read."""
         self.make = functools.lru_cache(1000)(make)
         self.kinds = tuple(kinds)
         self.upstreams = upstreams
         self.mode = mode
         self.opaque = opaque
-        self.answers = answers
 
     def masks(self, upstream: str, key: Optional[Key]) -> Optional[Masks]:
         """Returns what takes it out of a call, None where nothing is looked for."""
@@ -8807,6 +8949,11 @@ def new_request_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-a{digits[15:18]}-{digits[18:]}"
 
 
+def wall_time(clock: Any) -> float:
+    """Returns seconds since 1970."""
+    return clock.time_ns() / 1e9
+
+
 def clean(text: Optional[str]) -> Optional[str]:
     """Returns text that any file can hold: JSON may spell half a surrogate pair."""
     if text and not text.isascii():
@@ -8866,11 +9013,12 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     connect_ms = None   # until there was a connection; None where a spare one served
     agent = None        # what the client calls itself
-    redacted = None     # how much was found that must not leave, by kind: email=2,card=1
+    found: Dict[str, int] = {}  # by kind, how much that must not leave
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
     held_up = 0.0       # seconds before that in which others were awaited
-    trace: Optional["Trace"] = None        # where traces are wanted
+    trace: Optional["Trace"] = None        # where traces are wanted,
+    reasons: Sequence[str] = ()            # and with it why the model stopped
     context: Optional[Context] = None      # while it runs, both
     ticket: Optional[Ticket] = None
 
@@ -8897,6 +9045,11 @@ class Entry:
 
     def milliseconds(self, until):
         return None if until is None else int((until - self.started) * 1000)
+
+    @property
+    def redacted(self):
+        """How much was found that must not leave, such as email=2,card=1."""
+        return ",".join(["%s=%d" % row for row in self.found.items()]) or None
 
     def who(self) -> str:
         """Returns who calls, as books have it."""
@@ -9139,11 +9292,6 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
-def listed_columns(columns: Dict[str, str]) -> str:
-    """Returns what SELECT takes."""
-    return ", ".join(["%s AS %s" % (value, name) for name, value in columns.items()])
-
-
 def exact_total(name: str) -> str:
     """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
     is too large, and its total() rounds; money needs more digits than counts."""
@@ -9266,14 +9414,21 @@ def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
         "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
 
 
+def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
+    """Tells whether a key of a caller was stored: nobody else may call, for good."""
+    return bool(execute("SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
+
+
+CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
+
+
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
-    ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
+    MOST_VALUES = 999           # of a statement, before SQLite 3.32
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
     CHUNK = 8192                # calls whose ids are listed together, by their order
     BATCH = 500                 # calls that are added up at once
-    SUMS = 999 // len(SUM_COLUMNS)
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -9333,17 +9488,6 @@ class Database:
             if "locked" in str(failure):
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
-
-    @classmethod
-    def again(cls, path: str, mode: str) -> "Database":
-        """Opens one that this process has open already: by SQLite alone, because closing the file
-        that was opened otherwise would drop all locks that the process has on it
-        (https://www.sqlite.org/howtocorrupt.html, 2.2). Raises sqlite3.Error."""
-        database = cls.__new__(cls)
-        database.path = path
-        database.lock = None
-        database.connection = connect(path, mode)
-        return database
 
     def close(self):
         self.connection.close()
@@ -9408,14 +9552,19 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    def add(self, rows) -> List[Tuple]:
-        """Inserts calls, a few dozen by one statement: after each, this thread must wait for the
-        interpreter again. Returns what is added up of them."""
-        marks = "(%s)" % ",".join("?" * len(COLUMNS))
-        for start in range(0, len(rows), self.ROWS):
-            batch = rows[start:start + self.ROWS]
-            self.connection.execute("INSERT INTO calls VALUES " + ",".join([marks] * len(batch)),
+    def insert(self, statement, rows):
+        """Does this with many rows, a few dozen by one statement: after each, this thread must wait
+        for the interpreter again."""
+        width = len(rows[0]) if rows else 1
+        marks = "(%s)" % ",".join("?" * width)
+        for start in range(0, len(rows), self.MOST_VALUES // width):
+            batch = rows[start:start + self.MOST_VALUES // width]
+            self.connection.execute(statement % ",".join([marks] * len(batch)),
                                     list(itertools.chain(*batch)))
+
+    def add(self, rows) -> List[Tuple]:
+        """Inserts calls; returns what is added up of them."""
+        self.insert("INSERT INTO calls VALUES %s", rows)
         (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
         first = (last or 0) - len(rows) + 1
         return [(number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
@@ -9451,10 +9600,7 @@ class Database:
         sums = self.sums.add_up(calls)
         rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
         with self.transaction():
-            for start in range(0, len(sums), self.SUMS):
-                batch = sums[start:start + self.SUMS]
-                marks = ", ".join(["(%s)" % ",".join("?" * len(SUM_COLUMNS))] * len(batch))
-                self.connection.execute(ADD_TO_SUMS % marks, list(itertools.chain(*batch)))
+            self.insert(ADD_TO_SUMS, sums)
             facts = {fact: value}
             if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
                 facts["rolled"] = rolled
@@ -9559,20 +9705,12 @@ class Database:
         with self.connection:
             return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
-                    self.is_closed())
+                    is_closed(execute))
 
     def disabled_upstreams(self) -> List[str]:
         """Returns the names of upstreams that an admin has switched off."""
         query = "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %' AND value = 1"
         return [name for name, in self.connection.execute(query)]
-
-    def is_closed(self) -> bool:
-        return bool(self.connection.execute(
-            "SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
-
-    def close_door(self):
-        """Notes that a key of a caller was stored: nobody else may call, for good."""
-        self.connection.execute("INSERT OR IGNORE INTO facts VALUES ('closed', 1)")
 
     def note_use(self, used):
         """{name of a key: when it was used last}"""
@@ -9596,12 +9734,6 @@ class Database:
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1")
         return list(map(Order._make, found))
-
-    def audit(self, who: str, role: str, address: str, what: str, target: str, detail: str):
-        """Notes who did what, from where, to what."""
-        self.connection.execute(
-            "INSERT INTO audit (who, role, address, what, target, detail)"
-            " VALUES (?, ?, ?, ?, ?, ?)", (who, role, address, what, target, detail))
 
     def data_version(self) -> int:
         """Returns a number that changes when another connection has written."""
@@ -9685,30 +9817,10 @@ def csv_of(names: Sequence[str], rows: Iterable[Sequence[Union[int, float, str, 
 def read_time_zone(name: str, offset: str = "") -> datetime.tzinfo:
     """Returns the time zone of this name, or, where this machine does not know it, the one that is
     `offset` minutes east of UTC."""
-    try:
-        if re.fullmatch("[A-Za-z0-9_+/-]{1,64}", name):
-            return zoneinfo.ZoneInfo(name)
-    except (OSError, ValueError, LookupError):
-        pass  # no such name, a folder of names, or a file that is none
-    if not re.fullmatch("-?[0-9]{1,4}", offset) or abs(int(offset)) >= 1440:
-        return datetime.timezone.utc
-    return datetime.timezone(datetime.timedelta(minutes=int(offset)))
-
-
-def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
-    return datetime.datetime.fromtimestamp(moment, zone).date()
-
-
-def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
-    """Returns when a day begins, in unix seconds."""
-    return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
-
-
-def day_after(day, step):
-    """Returns the day after, or the first of the next month."""
-    if step == "month":
-        return (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
-    return day + datetime.timedelta(1)
+    found = time_zone(name)
+    if found is None and re.fullmatch("-?[0-9]{1,4}", offset) and abs(int(offset)) < 1440:
+        found = datetime.timezone(datetime.timedelta(minutes=int(offset)))
+    return found or datetime.timezone.utc
 
 
 MAX_STEPS = 3000
@@ -10073,27 +10185,29 @@ class KeyStore:
     KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
     COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
-    def __init__(self, database: Database, clock: Any, actor: Actor):
-        self.database = database
+    def __init__(self, connection: sqlite3.Connection, clock: Any, actor: Optional[Actor]):
+        """`actor` is None where nothing will be changed."""
+        self.connection = connection
         self.clock = clock
         self.actor = actor
 
     @contextlib.contextmanager
     def change(self, what, name, detail=""):
         """One transaction, to which the audit belongs."""
-        execute = self.database.connection.execute
+        execute = self.connection.execute
         execute("BEGIN IMMEDIATE")
-        with self.database.connection:
+        with self.connection:
             yield execute
-            self.database.audit(*self.actor, what, name, detail)
+            execute("INSERT INTO audit (who, role, address, what, target, detail)"
+                    " VALUES (?, ?, ?, ?, ?, ?)", (*self.actor, what, name, detail))
 
     def list(self) -> List[Key]:
         """Returns all that can be read, by name."""
-        rows = self.database.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
+        rows = self.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
         return list(read_keys((rows, (), False), b"").keys.values())
 
     def find(self, name: str) -> Key:
-        rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
+        rows = self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
         if not rows:
             raise NoSuchKey("no key is stored by the name %s" % ascii(name)[1:-1])
         try:
@@ -10110,9 +10224,9 @@ class KeyStore:
             execute("INSERT INTO keys (name, role, created, disabled, subject)"
                     " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
             execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
-            was_closed = self.database.is_closed()
+            was_closed = is_closed(execute)
             key = self.write(execute, name, fields)
-            return NewKey(key, secret, self.database.is_closed() and not was_closed)
+            return NewKey(key, secret, is_closed(execute) and not was_closed)
 
     def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
         """Changes these fields; `reset`: its buckets are full then."""
@@ -10178,7 +10292,7 @@ class KeyStore:
     # -- what these have in common
 
     def now(self):
-        return self.clock.time_ns() / 1e9
+        return wall_time(self.clock)
 
     def order(self, execute, name, unit=None, amount=None, until=None):
         execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
@@ -10196,7 +10310,7 @@ class KeyStore:
                     value if field == "expires" else value and text, name))
         key = self.find(name)
         if key.role == "caller":
-            self.database.close_door()
+            execute(CLOSE_DOOR)
         return key
 
     @staticmethod
@@ -10280,7 +10394,7 @@ class Ledger(Writer):
         self.on_read = collections.deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
-        ahead = limits.restore(self.saved, clock.time_ns() / 1e9)
+        ahead = limits.restore(self.saved, wall_time(clock))
         if ahead:
             log.say("%d buckets were saved by a clock that was ahead: they are taken as of now"
                     % ahead)
@@ -10321,7 +10435,7 @@ class Ledger(Writer):
 
     def add_up(self, now):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
-        database, wall = self.database, self.clock.time_ns() / 1e9
+        database, wall = self.database, wall_time(self.clock)
         try:
             for _ in range(16):
                 if not (database.add_new() or database.add_older() or database.list_ids()
@@ -10349,7 +10463,7 @@ class Ledger(Writer):
                 self.saved = {}
                 self.version = -1
                 if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
-                    self.database.close_door()
+                    self.database.connection.execute(CLOSE_DOOR)
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
@@ -10371,7 +10485,7 @@ class Ledger(Writer):
             if version == self.version:
                 return
             rows = self.database.key_rows()
-            orders = self.database.take_orders(self.clock.time_ns() / 1e9)
+            orders = self.database.take_orders(wall_time(self.clock))
         except sqlite3.Error as failure:
             return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
         self.version = version
@@ -10401,8 +10515,8 @@ class Ledger(Writer):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
         these took is not lost with the process."""
         keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
-        offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
-        return {**self.levels, **{one.key: (one.level, one.refilled + offset)
+        offset = wall_time(self.clock) - self.clock.monotonic()
+        return {**self.levels, **{one.key: (one.level, one.refilled_at(offset))
                                   for one in self.limits.buckets.latest(keys)
                                   if one.rule.unit != RUNNING}} if keys else self.levels
 
@@ -10434,14 +10548,14 @@ class Ledger(Writer):
             self.levels = levels
 
     def forget_old(self, now):
-        now_wall = self.clock.time_ns() / 1e9
+        now_wall = wall_time(self.clock)
         if self.database.facts["unsummed"] or not self.database.forget(
                 now_wall - self.days * 86400, now_wall - max(self.days, self.SUMS_DAYS) * 86400):
             self.forget_at = now + self.FORGET_SECONDS
 
     def close(self, wait: float):
         """Writes what is queued, and the levels as they are now."""
-        self.save(self.limits.buckets.snapshot(self.clock.time_ns() / 1e9))
+        self.save(self.limits.buckets.snapshot(wall_time(self.clock)))
         super().close(wait)
 
 
@@ -10563,7 +10677,7 @@ def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
     call = entry.call
     return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
             "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
-            "started": clock.time_ns() / 1e9 - (clock.monotonic() - entry.started)}
+            "started": wall_time(clock) - (clock.monotonic() - entry.started)}
 
 
 def ended_call(entry: Entry) -> Dict[str, Any]:
@@ -11012,6 +11126,8 @@ class Pulse(Watcher):
         if caller is None:
             return
         self.callers[caller.key] = caller, entry.wall
+        if entry.found:
+            self.metrics.redacted.update(entry.found)
         if entry.first_byte is not None:
             self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
         if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
@@ -11036,7 +11152,7 @@ class Pulse(Watcher):
         totals = self.metrics.totals()
         calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
         self.before = totals
-        found = {"now": self.clock.time_ns() / 1e9, "calls": calls, "tokens": tokens,
+        found = {"now": wall_time(self.clock), "calls": calls, "tokens": tokens,
                  "failed": failed, "in_flight": running, "line": line,
                  "usd": format_usd(picodollars), **self.first_bytes()}
         self.seconds.append(found)
@@ -11048,13 +11164,15 @@ class Pulse(Watcher):
     def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
         """Returns a bucket as the page shows it."""
         level = self.buckets.level_of(rule, key)
-        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
-        missing = -(-(rule.capacity - level.level) // rule.refill)
+        rule = level.rule  # which knows how long this month is
+        now, wall = self.clock.monotonic(), wall_time(self.clock)
+        refill = min(rule.refill, rule.capacity - min(0, level.level))
+        missing = -(-(rule.capacity - level.level) // refill)
         runs = rule.unit == RUNNING
         return {"rule": rule.text, "unit": rule.word,
                 "level": format_amount(rule, level.level),
                 "capacity": format_amount(rule, rule.capacity),
-                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "refill": 0 if runs else format_amount(rule, refill),
                 "interval": 0 if runs else rule.interval,
                 "refilled": wall - (now - level.refilled),
                 "full_in": 0 if runs else max(
@@ -11118,6 +11236,7 @@ ATTRIBUTES = {
     "gen_ai.provider.name": "provider",
     "gen_ai.request.model": "model",
     "gen_ai.response.model": "served",
+    "gen_ai.response.finish_reasons": "reasons",
     "gen_ai.usage.input_tokens": "input",
     "gen_ai.usage.output_tokens": "output",
     "gen_ai.usage.cache_read.input_tokens": "cached",
@@ -11200,7 +11319,7 @@ class Traces(Watcher):
         facts = self.facts(entry)
         trace = entry.trace or Trace()
         named = {name: facts[fact] for name, fact in ATTRIBUTES.items()
-                 if facts[fact] not in (None, "")}
+                 if facts[fact] not in (None, "", [])}
         took = int((entry.ended - entry.started) * 1e9)
         found = {
             "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
@@ -11216,7 +11335,7 @@ class Traces(Watcher):
 
     def facts(self, entry):
         """Returns the row of a call, and what only spans tell."""
-        facts = {**entry.as_row()._asdict(), **self.kind(entry)}
+        facts = {**entry.as_row()._asdict(), **self.kind(entry), "reasons": list(entry.reasons)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
         if not entry.priced:
@@ -11241,12 +11360,16 @@ class Traces(Watcher):
         return {"route": route, "operation": operation,
                 "provider": PROVIDERS.get(provider, provider)}
 
-    @staticmethod
-    def attributes(values):
+    @classmethod
+    def attributes(cls, values):
+        return [{"key": name, "value": cls.typed(value)} for name, value in values.items()]
+
+    @classmethod
+    def typed(cls, value):
+        if type(value) is list:
+            return {"arrayValue": {"values": list(map(cls.typed, value))}}
         kinds = {str: "stringValue", float: "doubleValue", int: "intValue", bool: "boolValue"}
-        return [{"key": name, "value": {
-            kinds[type(value)]: str(value) if type(value) is int else value}}
-            for name, value in values.items()]
+        return {kinds[type(value)]: str(value) if type(value) is int else value}
 
 
 # -- warnings
@@ -11298,7 +11421,7 @@ class Warnings(Watcher):
         if len(self.quiet_until) >= self.ROOM:
             del self.quiet_until[next(iter(self.quiet_until))]
         self.quiet_until[key] = now + self.QUIET_SECONDS
-        payload = {"event": event, **about, "time": self.clock.time_ns() / 1e9}
+        payload = {"event": event, **about, "time": wall_time(self.clock)}
         self.feed.tell("warning", payload)
         if line:
             self.log.say(line)
@@ -11320,7 +11443,7 @@ class Warnings(Watcher):
         self.look_at_keys(keys)
 
     def look_at_keys(self, keys):
-        now, day = self.clock.time_ns() / 1e9, self.KEY_SECONDS
+        now, day = wall_time(self.clock), self.KEY_SECONDS
         ending = {(key.name, key.expires) for key in keys if key.expires and not key.disabled
                   and now < key.expires < now + day and key.expires - key.created > day}
         for name, expires in ending - self.ending:
@@ -12022,6 +12145,7 @@ class Proxy:
         self.traces = watchers.traces
         if self.traces:
             self.request_head = self.traced_head
+            self.settle = self.traced_settle
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
@@ -12085,16 +12209,13 @@ class Proxy:
         masks = call.masks = self.redaction.masks(upstream.name, entry.caller.stored_key)
         if masks is None:
             return
-        try:
-            if reply.request.length != 0 and call.is_opaque():
-                self.redaction.pass_opaque(masks)
-            if call.json_body:
-                call.remember()
-                call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
-                self.redaction.judge(call)
-        finally:
-            entry.redacted = masks.describe_counts()
-            self.watchers.metrics.redacted.update(masks.counts)
+        entry.found = masks.counts
+        if reply.request.length != 0 and call.is_opaque():
+            self.redaction.pass_opaque(masks)
+        if call.json_body:
+            call.remember()
+            call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
+            self.redaction.judge(call)
 
     async def in_steps(self, steps):
         """Takes steps, and lets others come in between; returns what the last one returns."""
@@ -12199,7 +12320,7 @@ class Proxy:
             raise RoleTooLow()
 
     def wall(self) -> float:
-        return self.clock.time_ns() / 1e9
+        return wall_time(self.clock)
 
     def bind(self, call, name):
         """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
@@ -12413,6 +12534,12 @@ class Proxy:
         estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
+    def traced_settle(self, entry, ending):
+        """Do so, once it is known why the model stopped: what says so is dropped then."""
+        if entry.reader and not entry.reasons:
+            entry.reasons = entry.reader.finish_reasons()
+        Proxy.settle(self, entry, ending)
+
     @staticmethod
     def estimate_to_charge(hold, usage, ending):
         """Of an answer that broke off no more is charged than came."""
@@ -12542,7 +12669,7 @@ def default_rule(config):
     text = "each %d tokens per %ds burst %d" % (*rate, config.max_tokens)
     unit = units[config.token_cost_mode]
     return Rule(text, (("each", ""),), UNITS.index(unit), config.max_tokens, *rate, rate,
-                (("caller",), unit, rate[1]))
+                (("caller",), unit, rate[1], ""))
 
 
 def new_loop(clock, log):
@@ -12651,8 +12778,7 @@ def renew_redaction(proxy: Proxy):
     own = shapes_of_keys(config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
     proxy.redaction = Redaction(
         lambda kinds: Redactor(kinds, own, config.redact_allow or (), config.redact_country or ()),
-        config.redact or (), config.redacted_upstreams(), config.redact_mode, config.redact_opaque,
-        config.redact_answers == "on")
+        config.redact or (), config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
     proxy.dialects.reads_counts = True
 
 
@@ -13093,23 +13219,24 @@ class Admin:
         """Returns what a method of LedgerReader does."""
         return await self.run(self.reading, reply, act, self.reader, *arguments)
 
-    async def read_keys(self, ask, act, *arguments):
-        """Returns what a method of KeyStore does that changes nothing."""
-        def read():
-            with contextlib.closing(Database.again(self.path, "ro")) as database:
-                return act(KeyStore(database, self.clock, None), *arguments)
+    def work_on_keys(self, mode, actor, act, *arguments, **fields):
+        """Returns what a method of KeyStore does. By SQLite alone: closing the file that was opened
+        otherwise would drop all locks that this process has on it
+        (https://www.sqlite.org/howtocorrupt.html, 2.2)."""
+        with contextlib.closing(connect(self.path, mode)) as connection:
+            return act(KeyStore(connection, self.clock, actor), *arguments, **fields)
 
-        return await self.run(self.reading, ask.reply, read)
+    async def read_keys(self, ask, act, *arguments):
+        """Returns what one does that changes nothing."""
+        return await self.run(
+            self.reading, ask.reply, self.work_on_keys, "ro", None, act, *arguments)
 
     async def change_keys(self, ask, act, *arguments, **fields):
         """Does something with the stored keys, as KeyStore has it, in the name of who asks; one
         after the other. Returns what is told of it, once the proxy goes by it."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
 
-        def change():
-            with contextlib.closing(Database.again(self.path, "rw")) as database:
-                return act(KeyStore(database, self.clock, actor), *arguments, **fields)
-
+        change = functools.partial(self.work_on_keys, "rw", actor, act, *arguments, **fields)
         found = await self.run(self.changing, ask.reply, change)
         await self.until_read(ask.reply.context)
         return found.as_dict() if found else {}
@@ -13404,7 +13531,7 @@ class Admin:
         with contextlib.suppress(BooksAway):
             sums, hours, seen = await self.read_books(
                 ask.reply, LedgerReader.of_callers, self.zone(ask), self.proxy.wall())
-        not_full = self.buckets_by_owner()
+        not_full = self.proxy.limits.not_full()
         rows = []
         for caller in self.known_callers():
             label, key = caller.label, caller.stored_key
@@ -13428,7 +13555,7 @@ class Admin:
         with contextlib.suppress(BooksAway):
             calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
                                          caller.label, self.zone(ask), self.proxy.wall())
-        buckets = self.buckets_of(caller, self.buckets_by_owner())
+        buckets = self.buckets_of(caller, self.proxy.limits.not_full())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role,
             "now": self.proxy.wall(),
@@ -13440,22 +13567,9 @@ class Admin:
                   for one in buckets if one["unit"] not in UNITS_OF_CALLS]
         return warning_text(shares, self.proxy.config.warn_at or ())
 
-    def buckets_by_owner(self):
-        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
-        found = collections.defaultdict(dict)
-        for one in self.proxy.limits.buckets.seen():
-            for owner in one.key[1:]:
-                found[owner][one.key] = one.rule
-        return found
-
     def buckets_of(self, caller, not_full):
-        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
-        address = caller.key[1] if caller.key[0] == "address" else None
-        usual = self.proxy.limits.matching(caller, address, self.proxy.config.base_model)
-        rules = {key: rule for rule, key in usual
-                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
-        rules.update(not_full.get(caller.key, {}))
-        return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
+        found = self.proxy.limits.buckets_of(caller, self.proxy.config.base_model, not_full)
+        return [self.pulse.bucket(rule, key) for key, rule in found.items()]
 
     async def limits(self, _):
         limits, refused = self.proxy.limits, self.proxy.watchers.metrics.refused
@@ -14919,8 +15033,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.sweep_timer = self.loop.call_later(Ledger.SAVE_SECONDS, self.sweep)
         proxy.routes.close_stale()
         collect_a_little()
-        wall = proxy.clock.time_ns() / 1e9
-        proxy.books.save(proxy.limits.buckets.snapshot(wall))
+        proxy.books.save(proxy.limits.buckets.snapshot(proxy.wall()))
         proxy.watchers.metrics.sort_in()
         proxy.watchers.warnings.look(
             proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
@@ -15180,7 +15293,7 @@ def ask_for_stored_keys(config):
     """Notes whether keys are stored, as a start would."""
     with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
         with contextlib.closing(Database(config.database, reading=True)) as database:
-            if database.is_closed():
+            if is_closed(database.connection.execute):
                 config.note_stored_keys()
 
 
@@ -15504,7 +15617,8 @@ def usage_query(execute, by, since):
     return USAGE_QUERY.format(
         by=", ".join(names), totals=Sum.TOTALS,
         parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
-            missing=missing, start=START, columns=listed_columns({**SUM_KEYS, **SUM_COUNTS})))
+            missing=missing, start=START, columns=", ".join([
+                "%s AS %s" % (value, name) for name, value in {**SUM_KEYS, **SUM_COUNTS}.items()])))
 
 
 def read_usage(path, options, now):
@@ -15709,7 +15823,7 @@ def keys_command(options, found, log_stream):
     if not os.path.exists(path):
         print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
-    store = KeyStore(database, time, Actor(
+    store = KeyStore(database.connection, time, Actor(
         found.get("USER", "somebody"), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
              if name not in ("act", "command", "check", "demo", "json") and value is not None}
