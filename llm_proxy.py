@@ -782,8 +782,6 @@ SETTING_ROWS = {
          "files, batches, responses and all else that endpoints store: each caller has what it"
          " made (own), all have all (pass), or nobody has any (refuse); unset: own where keys are"
          " asked for, else pass"),
-        ("REDACT_ANSWERS=off", one_of("on", "off"),
-         "on: what the model says that must not leave is masked as well, for good"),
         ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
          "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
@@ -835,6 +833,8 @@ SETTING_ROWS = {
          "form of the lines on stderr, one per call: text for people, json for programs"),
         ("CPU_AFFINITY=auto", cpu_number,
          "CPU to stay on (Linux): a number, auto (the port picks one) or off"),
+        ("DEMO_FIRST_MS=0", number_between(0, 86_400_000),
+         "milliseconds until an answer of --demo begins"),
     ),
 }
 SETTINGS = {group: [Setting(*row) for row in rows] for group, rows in SETTING_ROWS.items()}
@@ -3770,7 +3770,6 @@ class Call(Billable):
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     trace: Optional["Trace"] = None
-    masks: Optional["Masks"] = None  # where something may not leave with it
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -11797,7 +11796,12 @@ class Reply:
         streamed, encoding, _ = self.kind_of(head)
         redactor = masks.redactor if self.parts.config.redact_answers == "on" else None
         is_text = streamed or "json" in head.get("content-type", "").lower()
-        if encoding != IDENTITY or not is_text or not (masks.values or redactor):
+        if not is_text or not (masks.values or redactor):
+            return reader
+        if encoding != IDENTITY:
+            masks.counts["opaque"] += 1
+            if self.parts.config.redact_opaque == "refuse":
+                raise UpstreamFailed("its answer is encoded")
             return reader
         events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
         restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
@@ -15112,11 +15116,12 @@ class Server(http.server.ThreadingHTTPServer):
 # --------------------------------------------------------------------------------------------------
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Speaks HTTP/1.0: the end of the connection is the end of the answer."""
+    """Speaks HTTP/1.0: the end of the connection is the end of the answer. A last message that
+    begins with "say: " comes back."""
     disable_nagle_algorithm = True
     WORD_SECONDS = 0.05
     TEXT = ("This is the built-in demo endpoint of llm_proxy."
-            " It answers every call with these words, one after another.")
+            " It answers every call with these words, one after another. ")
     MODELS = ('{"object": "list", "data": ['
               '{"id": "demo", "object": "model", "created": 0, "owned_by": "demo"}]}')
     FRAME = ('{"id": "demo-1", "object": "%s", "created": %d, "model": "demo",'
@@ -15128,13 +15133,13 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         "chat.completion", "chat.completion.chunk",
         '{"index": 0, "message": {"role": "assistant", "content": "%s"}, "finish_reason": "stop"}',
         '{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null}',
-        '{"index": 0, "delta": {"content": "%s "}, "finish_reason": null}',
+        '{"index": 0, "delta": {"content": "%s"}, "finish_reason": null}',
         '{"index": 0, "delta": {}, "finish_reason": "stop"}')
     COMPLETION = (
         "text_completion", "text_completion",
         '{"index": 0, "text": "%s", "finish_reason": "stop"}',
         '{"index": 0, "text": "", "finish_reason": null}',
-        '{"index": 0, "text": "%s ", "finish_reason": null}',
+        '{"index": 0, "text": "%s", "finish_reason": null}',
         '{"index": 0, "text": "", "finish_reason": "stop"}')
 
     def do_GET(self):
@@ -15148,16 +15153,31 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         call = json.loads(body or b"{}")
         name, event_name, whole, begin, piece, end = (
             self.CHAT if "messages" in call else self.COMPLETION)
-        words = self.TEXT.split()
+        words = self.words_for(call)
         prompt = len(body) // 4
         usage = self.USAGE % (prompt, len(words), prompt + len(words))
+        time.sleep(self.server.first_seconds)
         if not call.get("stream"):
-            return self.answer("application/json", self.frame(name, whole % self.TEXT, usage))
+            return self.answer(
+                "application/json", self.frame(name, whole % "".join(words).rstrip(), usage))
         choices = [begin, *[piece % word for word in words], end]
         events = [self.frame(event_name, choice) for choice in choices]
         if (call.get("stream_options") or {}).get("include_usage"):
             events.append(self.frame(event_name, "", usage))
         self.stream([*events, "[DONE]"])
+
+    def words_for(self, call):
+        """Returns what to say, word by word, as in strings of JSON."""
+        words = re.findall(r"\s*\S+\s*", self.text_for(call))
+        return [json.dumps(word)[1:-1] for word in words]
+
+    def text_for(self, call):
+        said = call.get("prompt")
+        if call.get("messages"):
+            said = call["messages"][-1].get("content")
+        if type(said) is list:
+            said = "".join([str(dig(part, "text") or "") for part in said])
+        return said[5:] if str(said).startswith("say: ") else self.TEXT
 
     def frame(self, name, choice, usage="null"):
         return self.FRAME % (name, time.time(), choice, usage)
@@ -15180,6 +15200,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
 class DemoServer(http.server.ThreadingHTTPServer):
     """Answers to loopback only, on a port that the system picks."""
+    first_seconds = 0.0  # until an answer begins
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoHandler)
@@ -15985,12 +16006,15 @@ def run_command(options, environ, log_stream):
         if options.command == "keys":
             return keys_command(options, found, log_stream)
         return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
-    if options.demo:
-        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
+    demo = DemoServer() if options.demo else None
+    if demo:
+        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % demo.server_port
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
+    if demo:
+        demo.first_seconds = config.demo_first_ms / 1000
     relax_garbage_collection()
     remarks = []
     if options.demo:

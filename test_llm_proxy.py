@@ -12672,6 +12672,15 @@ class CommandsTest(ProcessCase):
         self.assertEqual(legacy["choices"][0]["text"], said)
         client.exchange(call(stream=True, stream_options={"include_usage": True}))
         self.assert_demo_stream(client.answered, said)
+        for content in ('say: "a\\b"  c\n', [{"type": "text", "text": 'say: "a\\b"  c\n'}]):
+            client.exchange(call(stream=True, messages=[{"content": "x"}, {"content": content}],
+                                 stream_options={"include_usage": True}))
+            self.assert_demo_stream(client.answered, '"a\\b"  c')
+
+    def test_an_answer_of_the_demo_begins_when_it_is_told_to(self):
+        process = self.serve("--demo", DEMO_FIRST_MS=50_000, FIRST_BYTE_TIMEOUT=0.2)
+        wait_for(lambda: process.said("curl -N"))
+        self.assertEqual(self.ask(call(stream=True)).status, 504)
 
     def assert_demo_stream(self, answered, said):
         self.assertTrue(answered.whole)
