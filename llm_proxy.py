@@ -377,11 +377,13 @@ shares = listed(pattern(  # '80%' -> 0.8
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
+ANEW = 1 << 80  # more than ever is missing of a bucket
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
+ZONE_SHAPE = "[A-Za-z0-9_+/-]{1,64}"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
@@ -389,10 +391,16 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
-     "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d"),
-    ("(burst)?", "burst N or the end"),
+     "second, minute, hour, day, week, month, such as 30s, 5m, 12h, 7d, or calendar"),
+    ("(burst|window)?", "burst N, window or the end"),
     ("N", "an amount above 0"),
-    ("", "burst N or the end"))
+    ("", "the end"))
+CALENDAR_WORDS = (*RULE_WORDS[:4],
+                  ("calendar", "calendar"),
+                  ("day|week|month", "day, week or month"),
+                  ("(in)?", "in ZONE or the end"),
+                  (ZONE_SHAPE, "a time zone such as Europe/Berlin"),
+                  ("", "the end"))
 JOINED_SCOPES = ("(all|(address)?,?(caller)?),?(model)?,?(team)?,?(upstream)?",
                  "scopes that can be joined")
 
@@ -402,7 +410,9 @@ class Rule(NamedTuple):
     the capacity is None where the rule says `unlimited`. A bucket of calls that are `running` gains
     nothing: its interval is endless. `scopes` are (kind, glob) pairs, `unit` is
     an index into UNITS, and `rate` is (amount, seconds) as the rule has it, for people. Of the
-    rules of one `family` only the first that matches a call counts."""
+    rules of one `family` only the first that matches a call counts. A `window` is one of a fixed
+    length ("window"), or a "day", "week" or "month" in a `zone`: then `refill` is ANEW. In a Level
+    such a calendar's rule has the length of one period, and when it `began`, in unix seconds."""
     text: str
     scopes: Tuple[Tuple[str, str], ...]
     unit: int
@@ -411,6 +421,9 @@ class Rule(NamedTuple):
     interval: float
     rate: Tuple[int, int]
     family: Tuple[Any, ...] = ()
+    window: str = ""
+    zone: str = ""
+    began: int = 0
 
     @property
     def word(self) -> str:
@@ -419,8 +432,8 @@ class Rule(NamedTuple):
 
 
 def rules(text):
-    """'SCOPE AMOUNT UNIT per DURATION [burst N]' or 'SCOPE AMOUNT running', by semicolons or
-    lines."""
+    """'SCOPE AMOUNT UNIT per DURATION [burst N]', '... per DURATION window', '... per calendar
+    PERIOD [in ZONE]' or 'SCOPE AMOUNT running', by semicolons or lines."""
     found = [read_rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
@@ -429,23 +442,40 @@ def rules(text):
 
 def read_rule(text):
     words = text.split(" ") + [""] * 7
-    scope, amount, unit, _, length, _, burst = words[:7]
+    scope, amount, unit, _, length, kind, burst, zone = words[:8]
     scopes = tuple(part.partition(":")[::2] for part in scope.split(","))
     kinds = sorted("caller" if kind in ("each", "key") else kind for kind, _ in scopes)
     check_rule(text, words, ",".join(kinds))
-    # What is unlimited counts as 1: no bucket is made of it.
-    scale = PICODOLLARS if unit == "usd" else 1
-    rate, capacity = [int(decimal.Decimal(word.replace("unlimited", "1")) * scale)
-                      for word in (amount, burst or amount)]
+    if length == "calendar":
+        length, burst, zone = kind, "", zone or "UTC"
+    window = kind.replace("burst", "")
+    rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
-                refill, interval * refill / rate, (rate, interval),
-                (tuple(kinds), unit, interval))
+                ANEW if window else refill, interval if window else interval * refill / rate,
+                (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
+
+
+def count_units(amount, unit):
+    """Returns an amount, of money in picodollars; what is unlimited counts as 1: no bucket is made
+    of it."""
+    scale = PICODOLLARS if unit == "usd" else 1
+    return int(decimal.Decimal(amount.replace("unlimited", "1")) * scale)
 
 
 def read_duration(word):
     return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
+def time_zone(name: str) -> Optional[datetime.tzinfo]:
+    """Returns the time zone of this name, None where this machine does not know it."""
+    try:
+        if re.fullmatch(ZONE_SHAPE, name):
+            return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
+    except (OSError, ValueError, LookupError):
+        pass  # no such name, a folder of names, or a file that is none
+    return None
 
 
 age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
@@ -473,11 +503,20 @@ def check_rule(text, words, kinds):
     rows = RULE_WORDS if words[5] else RULE_WORDS[:6]
     if words[2] == "running":
         rows = RULE_WORDS[:3] + RULE_WORDS[-1:]
+    elif words[4] == "calendar":
+        rows = CALENDAR_WORDS if words[6] else CALENDAR_WORDS[:7]
+    elif words[5] == "window":
+        rows = RULE_WORDS[:6] + RULE_WORDS[-1:]
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
                 "must be rules such as 'each 60 requests per minute'; in '%s' %s should be %s" % (
                     text, "the word '%s'" % word if word else "the end", right))
+    if rows is CALENDAR_WORDS:
+        missing = "" if time_zone("Europe/Berlin") else (
+            ": this machine has no time zone data, install its package tzdata")
+        require(time_zone(words[7]), "must name time zones that are known here, which '%s' is not"
+                "%s" % (words[7], missing))
 
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
@@ -739,7 +778,7 @@ SETTING_ROWS = {
         ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
          "tokens to expect of an image, sound or file in a prompt"),
         ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
+         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N or window],"
          " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
          "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the"
@@ -1866,8 +1905,9 @@ class Origins:
 
 # --------------------------------------------------------------------------------------------------
 # Limits: a bucket holds at most `capacity` tokens, gains `refill` every whole `interval` seconds,
-# and starts full. Taking is all or nothing. All of it belongs to the event loop's thread, so there
-# is no lock. It knows neither HTTP nor what a token stands for.
+# and starts full; a window is full again when it is over. Taking is all or nothing. All of it
+# belongs to the event loop's thread, so there is no lock. It knows neither HTTP nor what a token
+# stands for.
 # --------------------------------------------------------------------------------------------------
 
 USD = UNITS.index("usd")
@@ -1953,6 +1993,11 @@ class Level(NamedTuple):
         refills = -(self.level // self.rule.refill)
         return max(0, self.refilled + refills * self.rule.interval - self.now)
 
+    def refilled_at(self, offset: float) -> float:
+        """Returns the wall-clock time of the last refill; `offset` is how far that clock is ahead
+        of the monotonic one, which may have slept meanwhile."""
+        return self.rule.began or self.refilled + offset
+
     def untaken(self):
         """Returns the same bucket with the amount still in it."""
         return self.less(-self.amount)
@@ -1969,6 +2014,58 @@ def tightest_of(levels):
         return levels[0]
     return min(levels, key=lambda one: (
         one.rule.unit == RUNNING and one.level >= 0, one.level / one.rule.capacity))
+
+
+def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
+    return datetime.datetime.fromtimestamp(moment, zone).date()
+
+
+def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
+    """Returns when a day begins, in unix seconds."""
+    return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
+
+
+def day_after(day, step):
+    """Returns the day after, or that of the next week or the first of the next month."""
+    if step == "month":
+        return (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+    return day + datetime.timedelta(7 if step == "week" else 1)
+
+
+def calendar_rule(rule: Rule, wall: float) -> Rule:
+    """Returns the rule of the day, week (from Monday) or month that it is: some days have 23
+    hours, or 25."""
+    zone = time_zone(rule.zone) or datetime.timezone.utc
+    day = date_in(zone, wall)
+    if rule.window == "week":
+        day -= datetime.timedelta(day.weekday())
+    elif rule.window == "month":
+        day = day.replace(day=1)
+    began = midnight(day, zone)
+    length = midnight(day_after(day, rule.window), zone) - began
+    return rule._replace(began=began, interval=length, rate=(rule.rate[0], length))
+
+
+def window_at(rule: Rule, known: Optional[Level], now: float, wall: float) -> Tuple[Rule, float]:
+    """Returns the rule of the window that it is at `now`, and when that began: one of a fixed
+    length with the call that found the bucket full, or the last window over. `known` is the bucket
+    as it was last seen. A clock that is set back a little begins no period twice."""
+    if not rule.zone:
+        if known and known.level < rule.capacity and now - known.refilled + 1e-6 < rule.interval:
+            return rule, known.refilled
+        return rule, now
+    if known and -3600 < wall - known.rule.began < known.rule.interval:
+        rule = known.rule
+    else:
+        rule = calendar_rule(rule, wall)
+    return rule, rule.began - wall + now
+
+
+def left_in_window(rule: Rule, began: float, known: Level) -> int:
+    """Returns what is in a window that `began` then. With a new one all is as if nothing had been
+    taken, and what was given beyond the rule stays."""
+    same = known.rule.began == rule.began if rule.zone else known.refilled == began
+    return known.level if same else max(known.level, rule.capacity)
 
 
 class Buckets:
@@ -2002,7 +2099,7 @@ class Buckets:
         self.drop([found.key for found in self.seen()
                    if owner in found.key[1:] and found.rule.unit != RUNNING])
 
-    def levels_after(self, keyed_rules, costs, taken):
+    def levels_after(self, keyed_rules, costs, taken, taken_at=0.0):
         """Returns what the buckets hold once `costs` are charged instead of what was taken. The
         time of the last refill moves by whole intervals, so nothing drifts. It starts when the
         bucket stops being full."""
@@ -2012,6 +2109,10 @@ class Buckets:
             unit, capacity = rule.unit, rule.capacity
             if self.given:
                 capacity += self.given_to(key, now)
+            if rule.window:
+                levels.append(self.window_after(
+                    rule, key, capacity, costs[unit], taken[unit], taken_at))
+                continue
             known = self.levels.get(key)
             if known is None:
                 level, refilled = capacity, now
@@ -2032,6 +2133,17 @@ class Buckets:
             levels.append(Level(level, refilled, rule, key, cost, now))
         return levels
 
+    def window_after(self, rule, key, capacity, cost, taken, taken_at):
+        """Returns what a window holds once `cost` is charged instead of what was taken. Nothing
+        comes back of what was taken in an earlier one."""
+        now, known = self.clock.monotonic(), self.levels.get(key)
+        rule, began = window_at(rule, known, now, self.clock.time_ns() / 1e9)
+        level = min(capacity, left_in_window(rule, began, known) if known else capacity)
+        change = taken - cost
+        if taken_at + 1e-6 < began:
+            change = min(0, change)
+        return Level(min(capacity, level + change), began, rule, key, cost, now)
+
     def level_of(self, rule, key):
         """Returns what is in a bucket."""
         return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
@@ -2045,10 +2157,11 @@ class Buckets:
             self.store(levels)
         return tightest, levels
 
-    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> Level:
-        """Charges `costs` instead of what was taken; returns the tightest bucket. It never waits:
-        a store outside of this process would have to queue this."""
-        levels = self.levels_after(keyed_rules, costs, taken)
+    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs,
+               taken_at: float) -> Level:
+        """Charges `costs` instead of what was taken then; returns the tightest bucket. It never
+        waits: a store outside of this process would have to queue this."""
+        levels = self.levels_after(keyed_rules, costs, taken, taken_at)
         self.store(levels)
         return tightest_of(levels)
 
@@ -2085,8 +2198,8 @@ class Buckets:
                  ) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
         not full; running calls are left out, because they end with the process."""
-        now = self.clock.monotonic()
-        return {found.key: (found.level, found.refilled + wall - now)
+        offset = wall - self.clock.monotonic()
+        return {found.key: (found.level, found.refilled_at(offset))
                 for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
@@ -2107,6 +2220,9 @@ class Buckets:
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
         now = self.clock.monotonic()
+        if rule.zone:
+            # A second later: the clocks are not read at once.
+            rule = calendar_rule(rule, self.clock.time_ns() / 1e9 - since + 1)
         self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
@@ -2139,7 +2255,8 @@ class Hold:
         self.costs = costs
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
-                self.tightest = self.buckets.settle(self.keyed_rules, costs, taken)
+                self.tightest = self.buckets.settle(
+                    self.keyed_rules, costs, taken, self.tightest.now)
                 break
 
     def give_back(self):
@@ -2349,7 +2466,8 @@ class Limits:
         found = [rule for rule in now if rule.capacity is not None
                  and rule.text.split(" ")[2] == unit
                  and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        return sorted(found, key=lambda rule: rule.rate[1] != old.rate[1])
+        return sorted(found, key=lambda rule: (
+            rule.rate[1] != old.rate[1], rule.window != old.window))
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -8735,30 +8853,10 @@ def csv_of(names: Sequence[str], rows: Iterable[Sequence[Union[int, float, str, 
 def read_time_zone(name: str, offset: str = "") -> datetime.tzinfo:
     """Returns the time zone of this name, or, where this machine does not know it, the one that is
     `offset` minutes east of UTC."""
-    try:
-        if re.fullmatch("[A-Za-z0-9_+/-]{1,64}", name):
-            return zoneinfo.ZoneInfo(name)
-    except (OSError, ValueError, LookupError):
-        pass  # no such name, a folder of names, or a file that is none
-    if not re.fullmatch("-?[0-9]{1,4}", offset) or abs(int(offset)) >= 1440:
-        return datetime.timezone.utc
-    return datetime.timezone(datetime.timedelta(minutes=int(offset)))
-
-
-def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
-    return datetime.datetime.fromtimestamp(moment, zone).date()
-
-
-def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
-    """Returns when a day begins, in unix seconds."""
-    return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
-
-
-def day_after(day, step):
-    """Returns the day after, or the first of the next month."""
-    if step == "month":
-        return (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
-    return day + datetime.timedelta(1)
+    found = time_zone(name)
+    if found is None and re.fullmatch("-?[0-9]{1,4}", offset) and abs(int(offset)) < 1440:
+        found = datetime.timezone(datetime.timedelta(minutes=int(offset)))
+    return found or datetime.timezone.utc
 
 
 MAX_STEPS = 3000
@@ -9452,7 +9550,7 @@ class Ledger(Writer):
         these took is not lost with the process."""
         keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
         offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
-        return {**self.levels, **{one.key: (one.level, one.refilled + offset)
+        return {**self.levels, **{one.key: (one.level, one.refilled_at(offset))
                                   for one in self.limits.buckets.latest(keys)
                                   if one.rule.unit != RUNNING}} if keys else self.levels
 
@@ -10092,13 +10190,15 @@ class Pulse(Watcher):
     def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
         """Returns a bucket as the page shows it."""
         level = self.buckets.level_of(rule, key)
+        rule = level.rule  # which knows how long this month is
         now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
-        missing = -(-(rule.capacity - level.level) // rule.refill)
+        refill = min(rule.refill, rule.capacity - min(0, level.level))
+        missing = -(-(rule.capacity - level.level) // refill)
         runs = rule.unit == RUNNING
         return {"rule": rule.text, "unit": rule.word,
                 "level": format_amount(rule, level.level),
                 "capacity": format_amount(rule, rule.capacity),
-                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "refill": 0 if runs else format_amount(rule, refill),
                 "interval": 0 if runs else rule.interval,
                 "refilled": wall - (now - level.refilled),
                 "full_in": 0 if runs else max(
@@ -11982,7 +12082,7 @@ def default_rule(config):
     text = "each %d tokens per %ds burst %d" % (*rate, config.max_tokens)
     unit = units[config.token_cost_mode]
     return Rule(text, (("each", ""),), UNITS.index(unit), config.max_tokens, *rate, rate,
-                (("caller",), unit, rate[1]))
+                (("caller",), unit, rate[1], ""))
 
 
 def new_loop(clock, log):
