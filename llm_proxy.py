@@ -247,6 +247,26 @@ def endpoints(text):
     return found
 
 
+class RedisUrl(NamedTuple):
+    """Where Redis is; without a host at the socket `path`."""
+    host: Optional[str] = None
+    port: int = 6379
+    path: str = ""
+    user: str = ""
+    password: str = ""
+    database: int = 0
+    encrypted: bool = False
+
+
+def to_redis_url(match):
+    path, encrypted, user, password, host, port, database = match.groups()
+    if path:
+        return RedisUrl(path=path)
+    user, password = [urllib.parse.unquote(text or "") for text in (user, password)]
+    return RedisUrl(host.strip("[]"), int(port or 6379), "", user, password, int(database or 0),
+                    bool(encrypted))
+
+
 def read_network(text):
     """Returns an address as a network of one, and IPv4 that is written as IPv6 as IPv4."""
     try:
@@ -301,6 +321,10 @@ cpu_number = word_or({"auto": -1, "off": None}, number_between(
 networks = listed(read_network)
 read_tunnel = pattern("(?:http://)?(?:([!-.0-~]*)@)?" + HOST_SHAPE + "/?",
                       "must be http://[USER:PASSWORD@]HOST[:PORT]", to_tunnel)
+redis_url = pattern(
+    "unix://(/[!-~]{1,100})|redis(s?)://(?:([!-9;-?A-~]*):([!-?A-~]*)@)?" + HOST_SHAPE
+    + "(?:/([0-9]{1,3})?)?", "must be redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://... or"
+    " unix:///PATH", to_redis_url)
 field_name = pattern(
     "(?!(?i:%s)$)[A-Za-z0-9-]{1,64}" % HAS_OTHER_MEANING,
     "must be the name of a header field that means nothing else", lambda match: match[0].lower())
@@ -827,6 +851,21 @@ SETTING_ROWS = {
         ("OTEL_EXPORTER_OTLP_HEADERS", otlp_headers,
          "header fields for it, as name=value, by commas", SECRET),
         ("OTEL_SERVICE_NAME=llm_proxy", printable, "name of this service there"),
+    ),
+    "What several processes share": (
+        ("REDIS_URL", redis_url,
+         "Redis or Valkey that holds the buckets of all: redis://[USER:PASSWORD@]HOST[:PORT][/DB],"
+         " rediss://... by TLS, or unix:///PATH", SECRET),
+        ("REDIS_CA_FILE", ca_file,
+         "certificates (PEM) to check rediss:// against, instead of the system's"),
+        ("REDIS_PREFIX=llm_proxy", pattern(
+            "[A-Za-z0-9_.:-]{1,64}", "must be 1 to 64 letters, digits and _ . : -"),
+         "what the names of its keys begin with: one for each installation"),
+        ("REDIS_AWAY=share", one_of("share", "open", "closed"),
+         "while Redis is away: each process has its share of every limit (share), there are no"
+         " limits (open), or calls get a 503 (closed)"),
+        ("PEERS=1", number_between(1, 10_000),
+         "processes that share the limits, until Redis has told how many there are"),
     ),
     "How it runs": (
         ("LOG_FORMAT=text", one_of("text", "json"),
@@ -2096,6 +2135,7 @@ def left_in_window(rule: Rule, began: float, known: Level) -> int:
 class Buckets:
     """Every bucket of every rule, in memory. A full bucket and no bucket are the same thing, so the
     table keeps few full ones."""
+    is_degraded: Optional[bool] = None  # whether Redis is away, where it is used
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -11510,6 +11550,10 @@ class Watchers(NamedTuple):
                 *upstream_families(routes),
                 Family("llm_proxy_dropped_total", "counter",
                        "What could not be written or delivered", dropped),
+                *([Family("llm_proxy_limits_degraded", "gauge",
+                          "Whether Redis is away, so that limits are not shared",
+                          [("", int(buckets.is_degraded))])]
+                  if buckets.is_degraded is not None else ()),
                 Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
                 *process_families()):
             yield from family.lines()
@@ -11520,8 +11564,1164 @@ class Watchers(NamedTuple):
 # REDIS_URL nothing of it is used. It knows no HTTP.
 # --------------------------------------------------------------------------------------------------
 
+# What errors of Redis mean, by their first word, for people.
+REDIS_ERRORS = {
+    "OOM": "is out of memory", "READONLY": "is read-only", "LOADING": "is loading its data",
+    "MASTERDOWN": "has lost its master", "CLUSTERDOWN": "is a cluster that is down",
+    "MOVED": "is a cluster whose keys have moved", "TRYAGAIN": "is a cluster whose keys move",
+    "NOAUTH": "asks for a password", "WRONGPASS": "does not take the user and password",
+    "NOPERM": "does not permit what it is asked for", "NOREPLICAS": "has too few replicas",
+    "MISCONF": "cannot write to its disk", "BUSY": "is busy with a script"}
+
+
 class RedisFault(Exception):
-    """Redis did not do what it was asked to; says why, without an address or a password."""
+    """Redis did not do what it was asked to. Its words, such as 'is out of memory', name no address
+    and no password; `code` is the first word of what Redis said itself."""
+
+    LATE = "late"  # no code of Redis's: the reply may come yet
+
+    def __init__(self, words: str, code: str = "", moved_to: Optional[Tuple[str, int]] = None):
+        super().__init__(words)
+        self.code = code
+        self.moved_to = moved_to
+
+    @classmethod
+    def read(cls, line: bytes) -> "RedisFault":
+        code, _, rest = line.decode("latin-1").partition(" ")
+        found = re.fullmatch(r"[0-9]+ ([A-Za-z0-9._:-]+):([0-9]{1,5})", rest)
+        place = (found[1], int(found[2])) if code == "MOVED" and found else None
+        return cls(REDIS_ERRORS.get(code, "refuses a command"), code, place)
+
+
+RedisReply = Union[bytes, int, None, List["RedisReply"], RedisFault]
+
+
+class RedisReader:
+    """Reads replies of RESP2 as they come, in pieces of any size; it is strict, and bounded
+    (https://redis.io/docs/latest/develop/reference/protocol-spec)."""
+    MOST_BYTES = 16 << 20  # of one reply
+    MOST_DEPTH = 4         # of arrays in arrays
+    LINE_BYTES = 8192
+    COUNT = re.compile(rb"0|[1-9][0-9]{0,8}|-1")
+    NUMBER = re.compile(rb"[+-]?[0-9]{1,19}")
+
+    def __init__(self):
+        self.data = bytearray()
+        self.taken = 0                                      # bytes of the reply that is begun
+        self.open: List[Tuple[List[RedisReply], int]] = []  # arrays with how long they will be
+
+    def feed(self, data: bytes) -> List[RedisReply]:
+        """Returns the replies that are whole now. Raises RedisFault."""
+        self.data += data
+        replies = []
+        place = 0
+        while True:
+            found = self.read_one(place)
+            if found is None:
+                break
+            value, end = found
+            self.taken += end - place
+            place = end
+            if not self.is_begun(value) and self.complete(value, replies):
+                self.taken = 0
+        del self.data[:place]
+        if self.taken + len(self.data) > self.MOST_BYTES:
+            raise RedisFault("sends too long a reply")
+        return replies
+
+    def is_begun(self, value):
+        return self.open and value is self.open[-1][0]
+
+    def complete(self, value, replies):
+        """Puts a value where it belongs, and arrays that it completes; returns whether that was the
+        end of a reply."""
+        while self.open:
+            items, size = self.open[-1]
+            items.append(value)
+            if len(items) < size:
+                return False
+            self.open.pop()
+            value = items
+        replies.append(value)
+        return True
+
+    def read_one(self, place):
+        """Returns (value, its end), None where it has not come whole. An array has only begun."""
+        data = self.data
+        end = data.find(b"\r\n", place, place + self.LINE_BYTES)
+        if end < 0:
+            if len(data) - place >= self.LINE_BYTES:
+                raise RedisFault("sends too long a line")
+            return None
+        kind, line = data[place:place + 1], bytes(data[place + 1:end])
+        end += 2
+        if kind == b"$":
+            return self.read_text(self.count(line), end)
+        if kind == b"*":
+            return self.begin_array(self.count(line)), end
+        if kind == b"-":
+            return RedisFault.read(line), end
+        if kind == b"+":
+            return line, end
+        if kind != b":" or not self.NUMBER.fullmatch(line):
+            raise RedisFault("does not speak RESP2")
+        return int(line), end
+
+    def count(self, line):
+        if not self.COUNT.fullmatch(line):
+            raise RedisFault("does not speak RESP2")
+        return int(line)
+
+    def read_text(self, size, start):
+        if size < 0:
+            return None, start
+        if size > self.MOST_BYTES:
+            raise RedisFault("sends too long a reply")
+        end = start + size
+        if len(self.data) < end + 2:
+            return None
+        if self.data[end:end + 2] != b"\r\n":
+            raise RedisFault("does not speak RESP2")
+        return bytes(self.data[start:end]), end + 2
+
+    def begin_array(self, size):
+        if size <= 0:
+            return [] if size == 0 else None
+        if len(self.open) >= self.MOST_DEPTH:
+            raise RedisFault("sends too deep a reply")
+        self.open.append(([], size))
+        return self.open[-1][0]
+
+
+RedisPart = Union[bytes, str, int]
+
+
+def redis_command(parts: Sequence[RedisPart]) -> bytes:
+    """Returns a command as it is sent."""
+    lines = [b"*%d" % len(parts)]
+    for part in parts:
+        if not isinstance(part, bytes):
+            part = str(part).encode()
+        lines += (b"$%d" % len(part), part)
+    return b"\r\n".join([*lines, b""])
+
+
+class RedisScript:
+    """A Lua script. It goes by its digest where the server has taken it, else as a whole."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.digest = hashlib.sha1(text.encode()).hexdigest()  # Redis's own choice
+        self.is_loaded = False
+
+
+class Asked:
+    """A command on its way. `answer` is told the reply, or a RedisFault; one that is late is told
+    to be, and may come yet. Without `answer` the command is sent again where it may be lost."""
+    __slots__ = ("data", "answer", "sent", "is_late")
+
+    def __init__(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
+        self.data = data
+        self.answer = answer
+        self.sent = 0.0
+        self.is_late = False
+
+    def tell(self, reply):
+        if self.answer:
+            self.answer(reply)
+
+
+class Redis(asyncio.Protocol):
+    """One connection, kept up by a task. What is asked for in one pass of the loop travels in one
+    write, and answers come in that order. It is away from the moment it is refused, cut, silent
+    for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
+    it is `available` again when all of these went well."""
+    ANSWER_SECONDS = 0.07    # until who waits for an answer is told that it is late
+    LATE_SECONDS = 0.05
+    LATE_TIMES = 3
+    SILENT_SECONDS = 0.3
+    LOOK_SECONDS = 0.02      # between two looks at what is not answered
+    CONNECT_SECONDS = 1
+    STEADY_SECONDS = 1       # after which a connection was a good one
+    BACK_OFF_SECONDS = 0, 0.05, 0.1, 0.2, 0.4
+    MOST_ASKED = 10_000      # commands that are not answered
+    MOST_WAITING = 10_000    # that wait until Redis is there
+
+    available = False
+    transport: Optional[asyncio.Transport] = None
+    task: Optional[asyncio.Task] = None
+    lost: Optional[asyncio.Future] = None     # of that the connection is no more,
+    reason: Optional[RedisFault] = None       # and why
+    timer: Optional[asyncio.TimerHandle] = None
+    look_at = 0.0
+    flushing = False
+    late_times = 0
+    failures = 0                              # connections in a row that were no good
+    dropped = 0                               # commands that were never sent
+
+    def __init__(self, url: RedisUrl, tls: Optional[ssl.SSLContext],
+                 loop: asyncio.AbstractEventLoop, name: str):
+        """`name` is what the server lists this client as."""
+        self.url = url
+        self.tls = tls
+        self.loop = loop
+        self.name = name
+        self.scripts: List[RedisScript] = []
+        # Are awaited on each new connection before it is available; they use `ask_first`, and
+        # raise RedisFault.
+        self.greetings: List[Callable[[], Awaitable[None]]] = []
+        self.on_return: List[Callable[[], None]] = []
+        self.on_leave: List[Callable[[RedisFault], None]] = []  # also of each try that failed
+        self.unsent: List[Asked] = []
+        self.asked: "collections.deque[Asked]" = collections.deque()
+        self.waiting: "collections.deque[bytes]" = collections.deque()
+
+    def __repr__(self):
+        return "<Redis %s asked=%d waiting=%d>" % (
+            "available" if self.available else "away", len(self.asked), len(self.waiting))
+
+    # -- for everyone, on the loop
+
+    async def call(self, *parts: RedisPart) -> RedisReply:
+        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
+        the latest."""
+        if not self.available:
+            raise RedisFault("is away")
+        return await self.ask_first(*parts)
+
+    async def run(self, script: RedisScript, keys: Sequence[RedisPart],
+                  *arguments: RedisPart) -> RedisReply:
+        """Returns what a script returns that is one of `scripts`. Raises RedisFault."""
+        try:
+            return await self.call(*self.script_parts(script, keys, arguments))
+        except RedisFault as fault:
+            if fault.code != "NOSCRIPT":  # somebody made the server forget it: SCRIPT FLUSH
+                raise
+        script.is_loaded = False
+        return await self.call(*self.script_parts(script, keys, arguments))
+
+    def send(self, *parts: RedisPart):
+        """Has a command done, now or when Redis is there again; never waits. Where a connection is
+        lost it may be done twice."""
+        if self.available:
+            self.ask(redis_command(parts), None)
+        else:
+            self.keep(redis_command(parts))
+
+    async def ask_first(self, *parts: RedisPart) -> RedisReply:
+        """Does what `call` does, also before it is available."""
+        answered = self.loop.create_future()
+
+        def answer(reply):
+            if not answered.done():
+                answered.set_result(reply)
+
+        self.ask(redis_command(parts), answer)
+        reply = await answered
+        if isinstance(reply, RedisFault):
+            raise reply
+        return reply
+
+    def ask(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
+        """Sends a command at the end of this pass of the loop; `answer` is told of the reply, or of
+        a fault."""
+        one = Asked(data, answer)
+        if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
+            return self.drop([one])
+        self.unsent.append(one)
+        if not self.flushing:
+            self.flushing = True
+            self.loop.call_soon(self.flush)
+
+    @staticmethod
+    def script_parts(script: RedisScript, keys: Sequence[RedisPart],
+                     arguments: Sequence[RedisPart]) -> List[RedisPart]:
+        how = ("EVALSHA", script.digest) if script.is_loaded else ("EVAL", script.text)
+        return [*how, len(keys), *keys, *arguments]
+
+    def leave(self, reason: RedisFault):
+        """Ends the connection; another one is made."""
+        self.available = False
+        self.reason = self.reason or reason
+        if self.transport:
+            self.transport.abort()
+
+    # -- its life
+
+    def start(self):
+        self.task = self.loop.create_task(self.live(), name="redis")
+
+    async def close(self):
+        """Sends what there is, if that is possible at once, and ends."""
+        with contextlib.suppress(RedisFault):
+            await self.call("PING")
+        if self.task:
+            self.task.cancel()
+            await asyncio.wait([self.task])
+
+    async def live(self):
+        place = None
+        while True:
+            self.reason = None
+            self.lost = self.loop.create_future()
+            began = self.loop.time()
+            try:
+                await self.begin(place)
+                self.become_available()
+                await self.lost
+            except RedisFault as fault:
+                self.leave(fault)
+            finally:
+                self.leave(RedisFault("is away"))
+                if self.transport:
+                    await self.lost
+            for act in self.on_leave:
+                act(self.reason)
+            place = self.reason.moved_to
+            steady = self.loop.time() - began > self.STEADY_SECONDS
+            self.failures = 0 if steady else self.failures + 1
+            pauses = self.BACK_OFF_SECONDS
+            await asyncio.sleep(pauses[min(self.failures, len(pauses) - 1)])
+
+    async def begin(self, place):
+        """Connects and introduces this client. Raises RedisFault."""
+        await self.connect(place)
+        url = self.url
+        if url.password:
+            await self.ask_first("AUTH", *filter(None, (url.user, url.password)))
+        if url.database:
+            await self.ask_first("SELECT", url.database)
+        with contextlib.suppress(RedisFault):  # who may not do this may do all else
+            await self.ask_first("CLIENT", "SETNAME", self.name)
+        for script in self.scripts:
+            script.is_loaded = False
+            with contextlib.suppress(RedisFault):
+                digest = await self.ask_first("SCRIPT", "LOAD", script.text)
+                script.is_loaded = digest == script.digest.encode()
+        for greet in self.greetings:
+            await greet()
+
+    async def connect(self, place):
+        connecting = self.loop.create_task(self.open_connection(place), name="redis connects")
+        try:
+            await asyncio.wait([connecting], timeout=self.CONNECT_SECONDS)
+            if not connecting.done():
+                raise RedisFault("does not answer")
+            connecting.result()
+        except ssl.SSLCertVerificationError:
+            raise RedisFault("has a certificate that is not trusted") from None
+        except (ConnectionError, OSError, ValueError) as failure:
+            is_tls = isinstance(failure, ssl.SSLError)
+            raise RedisFault("does not speak TLS" if is_tls else "is not there") from None
+        finally:
+            connecting.cancel()
+
+    async def open_connection(self, place):
+        url = self.url
+        if not url.host:
+            return await self.loop.create_unix_connection(lambda: self, url.path)
+        host, port = place or (url.host, url.port)
+        await self.loop.create_connection(
+            lambda: self, host or url.host, port, ssl=self.tls,
+            server_hostname=url.host if self.tls else None)
+
+    def become_available(self):
+        if self.reason:
+            raise self.reason
+        self.available = True
+        self.late_times = 0
+        for _ in range(len(self.waiting)):
+            self.ask(self.waiting.popleft(), None)
+        for act in self.on_return:
+            act()
+
+    # -- what the connection says: the names are asyncio's
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.reader = RedisReader()
+        if self.url.host:
+            keep_alive(transport.get_extra_info("socket"))
+
+    def data_received(self, data):
+        try:
+            replies = self.reader.feed(data)
+            if len(replies) > len(self.asked):
+                raise RedisFault("answers what it was not asked")
+        except RedisFault as fault:
+            return self.leave(fault)
+        if replies:
+            self.note_lateness()
+        for reply in replies:
+            self.asked.popleft().tell(reply)
+
+    def connection_lost(self, failure):
+        self.leave(RedisFault("has closed the connection"))
+        self.transport = None
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+        asked, self.asked = self.asked, collections.deque()
+        self.drop([*asked, *self.unsent])
+        self.unsent = []
+        Stream.wake(self.lost)
+
+    # -- what becomes of commands
+
+    def flush(self):
+        """Sends what was asked for in one pass of the loop."""
+        self.flushing = False
+        unsent, self.unsent = self.unsent, []
+        now = self.loop.time()
+        for one in unsent:
+            one.sent = now
+        if unsent:
+            self.asked.extend(unsent)
+            self.transport.write(b"".join([one.data for one in unsent]))
+            if self.timer is None:
+                self.look()
+
+    def note_lateness(self):
+        """Looks at how long the oldest command was on its way. That something held the loop is not
+        Redis's fault."""
+        now = self.loop.time()
+        took = now - self.asked[0].sent - max(0, now - self.look_at)
+        self.late_times = self.late_times + 1 if took > self.LATE_SECONDS else 0
+        if self.late_times >= self.LATE_TIMES:
+            self.leave(RedisFault("answers late"))
+
+    def look(self):
+        """Tells those who have waited for too long, and ends a connection that is silent."""
+        now = self.loop.time()
+        held = max(0, now - self.look_at) if self.timer else 0
+        self.timer = None
+        if not self.asked:
+            return
+        self.look_at = now + self.LOOK_SECONDS
+        self.timer = self.loop.call_at(self.look_at, self.look)
+        late = itertools.takewhile(
+            lambda one: now - one.sent - held > self.ANSWER_SECONDS, list(self.asked))
+        for one in late:
+            if not one.is_late:
+                one.is_late = True
+                one.tell(RedisFault("answers late", RedisFault.LATE))
+        if now - self.asked[0].sent - held > self.SILENT_SECONDS:
+            self.leave(RedisFault("does not answer"))
+
+    def drop(self, asked):
+        """Nothing of it will be answered."""
+        for one in asked:
+            if one.answer:
+                one.tell(RedisFault("is away"))
+            else:
+                self.keep(one.data)
+
+    def keep(self, data):
+        """Keeps a command until Redis is there."""
+        if len(self.waiting) < self.MOST_WAITING:
+            self.waiting.append(data)
+        else:
+            self.dropped += 1
+
+
+# What holds for both scripts: KEYS[1] is the hash of the process that asks, `now` is in microseconds
+# since 2025, which a double holds to a fraction. Amounts are whole numbers below 2^53.
+LUA_TIME = """
+local time = redis.call('TIME')
+local now = (time[1] - 1735689600) * 1000000 + time[2]
+"""
+
+# Takes, charges and settles for a batch of calls, once: batches of a process have numbers, and one
+# that comes again gets its first answer. A number is missing where Redis has lost what it knew. In
+# ARGV[1] are the number, '-' or 'put' or 'last', the kind and figures of each bucket, then what to
+# do. A key's text is 'level stamp (amount until)...', what was given beyond the rule; of running
+# calls '(process count until)...'. No key is a full bucket.
+LUA_BATCH = LUA_TIME + """
+local words = string.gmatch(ARGV[1], '%S+')
+local function number() return tonumber(words()) end
+local sequence, mode = number(), words()
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+if mode == '-' and sequence > last + 1 then return 'gap' end
+if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
+local unpack = unpack or table.unpack
+local found = KEYS[2] and redis.call('MGET', unpack(KEYS, 2)) or {}
+
+local pass = {}
+function pass.b(b)  -- a bucket is refilled by whole intervals
+  local steps = math.floor((now - b.stamp + 1) / b.interval)
+  if steps > 0 then
+    b.level = b.level + steps * b.refill
+    b.stamp = b.stamp + steps * b.interval
+  end
+  if b.level >= b.room then b.level, b.stamp = b.room, now end
+  b.full_in = math.ceil((b.room - b.level) / b.refill) * b.interval + b.stamp - now
+end
+local function begin(b, stamp)
+  b.level, b.stamp = math.min(b.room, math.max(b.level, b.capacity)), stamp
+end
+function pass.w(b)  -- a window begins with its first call
+  if b.level >= b.capacity or now - b.stamp + 1 >= b.interval then begin(b, now) end
+  b.full_in = b.stamp + b.interval - now
+end
+function pass.d(b)  -- a day, a week or a month
+  if b.stamp ~= b.began then begin(b, b.began) end
+  b.full_in = b.ends - now
+end
+
+local function read_running(text)
+  local b = {kind = 'r', capacity = number(), rows = {}, own = 0, stamp = now}
+  b.level = b.capacity
+  for process, count, ends in string.gmatch(text, '(%S+) (%d+) (%d+)') do
+    if tonumber(ends) > now then
+      b.level = b.level - count
+      if process == ARGV[2] then b.own = tonumber(count)
+      else b.rows[#b.rows + 1] = process .. ' ' .. count .. ' ' .. ends end
+    end
+  end
+  return b
+end
+local function read(text)
+  local kind = words()
+  if kind == 'r' then return read_running(text) end
+  local b = {kind = kind, known = text ~= '', capacity = number(), given = {}, extra = 0}
+  if kind == 'b' then b.refill, b.interval = number(), number() end
+  if kind == 'w' then b.interval = number() end
+  if kind == 'd' then
+    local before, began, ends, after = number(), number(), number(), number()
+    if now < began then began, ends = before, began end
+    if now >= ends then began, ends = ends, after end
+    b.began, b.ends = began, ends
+  end
+  local numbers = {}
+  for word in string.gmatch(text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
+  for i = 3, #numbers, 2 do
+    if numbers[i + 1] > now then
+      b.given[#b.given + 1] = {numbers[i], numbers[i + 1]}
+      b.extra = b.extra + numbers[i]
+    end
+  end
+  b.room = b.capacity + b.extra
+  b.level, b.stamp = math.min(b.room, numbers[1] or b.room), numbers[2] or b.began or now
+  pass[kind](b)
+  return b
+end
+local buckets = {}
+for i = 1, #KEYS - 1 do buckets[i] = read(found[i] or '') end
+
+local function charge(b, amount, age)
+  if amount < 0 and (b.kind == 'w' or b.kind == 'd') and now - age + 1 < b.stamp then return end
+  b.changed = true
+  if b.own then
+    amount = math.max(amount, -b.own)
+    b.own = b.own + amount
+    b.level = b.level - amount
+  else
+    b.level = math.min(b.room, b.level - amount)
+  end
+end
+local function take(wanted)
+  for i = 1, #wanted do
+    if wanted[i][1].level < wanted[i][2] then return '0' end
+  end
+  for i = 1, #wanted do
+    if wanted[i][2] ~= 0 then charge(wanted[i][1], wanted[i][2], 0) end
+  end
+  return '1'
+end
+local flags, act = {}, {}
+function act.t()
+  local wanted = {}
+  for i = 1, number() do wanted[i] = {buckets[number()], number()} end
+  flags[#flags + 1] = take(wanted)
+end
+function act.c() charge(buckets[number()], number(), number()) end
+function act.g()
+  local b, amount, length = buckets[number()], number(), number()
+  b.given[#b.given + 1] = {amount, now + length}
+  b.extra, b.room, b.level = b.extra + amount, b.room + amount, b.level + amount
+  b.changed = true
+end
+function act.o()
+  local b, count = buckets[number()], number()
+  charge(b, count - b.own, 0)
+end
+function act.p()
+  local b, level, age, always = buckets[number()], number(), number(), number()
+  if b.known and always == 0 then return end
+  local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
+               began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
+  if put.began and math.abs(put.stamp - put.began) < 2000000 then put.stamp = put.began end
+  pass[b.kind](put)
+  if put.level < b.level then
+    b.level, b.stamp, b.full_in, b.changed = put.level, put.stamp, put.full_in, true
+  end
+end
+function act.r() buckets[number()].changed = true end
+for word in words do act[word]() end
+
+local function text(value) return string.format('%.0f', value) end
+local function save(b, key)
+  local parts, length = b.rows, 30000000
+  if b.own then
+    local row = {ARGV[2], text(b.own), text(now + length)}
+    if b.own > 0 then parts[#parts + 1] = table.concat(row, ' ') end
+  elseif b.level < b.room or b.extra > 0 then
+    if b.kind == 'b' then pass.b(b) end
+    parts, length = {text(b.level), string.format('%.3f', b.stamp)}, b.full_in
+    for i, one in ipairs(b.given) do
+      parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
+      length = math.max(length, one[2] - now)
+    end
+  else
+    parts = {}
+  end
+  if #parts == 0 then return redis.call('DEL', key) end
+  length = math.min(34560000000, math.floor(length / 1000) + 1000)
+  redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
+end
+local answer = {table.concat(flags) .. '.'}
+for i, b in ipairs(buckets) do
+  if b.changed then save(b, KEYS[i + 1]) end
+  local ends = b.given and b.given[1] and b.given[1][2] - now or 0
+  answer[#answer + 1] = table.concat(
+    {text(b.level), text(now - b.stamp), text(b.extra or 0), text(ends)}, ' ')
+end
+answer = table.concat(answer, ' ')
+if mode == 'put' then return answer end
+redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
+return answer
+"""
+
+# Tells that a process is there. KEYS[2] are all that are; returns whether there were any, how many
+# there are, and the number of the last batch of this one.
+LUA_BEAT = LUA_TIME + """
+local existed = redis.call('EXISTS', KEYS[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 5000000))
+redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
+redis.call('PEXPIRE', KEYS[1], 86400000)
+return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last') or '0'}
+"""
+
+
+class LimitsAway(Refusal):
+    status = 503
+    kind = "server_error"
+    code = "limits_away"
+    message = "The limits cannot be looked up now, try again in a moment"
+    fields = {"Retry-After": 1}
+    nothing_sent = True
+
+
+class Take:
+    """What one call would take of its buckets. `future` is completed when Redis has answered, with
+    `levels`, or is not waited for any more; then `admitted` tells what was decided here."""
+    __slots__ = ("keyed_rules", "costs", "future", "levels", "admitted")
+
+    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup):
+        self.keyed_rules = keyed_rules
+        self.costs = costs
+        self.future = future
+        self.levels: Optional[List[Level]] = None
+        self.admitted = False
+
+
+class Batch(NamedTuple):
+    """What travels together. `charged` is what it charges, by bucket."""
+    number: int
+    pairs: List[Tuple[Rule, BucketKey]]
+    takes: List[Take]
+    charged: Dict[BucketKey, int]
+    keys: List[str]
+    text: str
+
+
+class BatchWriter:
+    """Writes down what a batch does, in the words of LUA_BATCH."""
+
+    def __init__(self, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
+        self.describe = describe
+        self.places: Dict[BucketKey, int] = {}
+        self.pairs: List[Tuple[Rule, BucketKey]] = []
+        self.keys: List[str] = []
+        self.kinds: List[str] = []
+        self.acts: List[str] = []
+        self.takes: List[Take] = []
+        self.charged: Dict[BucketKey, int] = {}
+
+    def place(self, rule, key):
+        found = self.places.get(key)
+        if found is None:
+            found = self.places[key] = len(self.places) + 1
+            name, kind = self.describe(rule, key)
+            self.pairs.append((rule, key))
+            self.keys.append(name)
+            self.kinds.append(kind)
+        return found
+
+    def act(self, word: str, rule: Rule, key: BucketKey, *numbers: int):
+        self.acts.append("%s %d %s" % (word, self.place(rule, key), " ".join(map(str, numbers))))
+
+    def charge(self, rule: Rule, key: BucketKey, amount: int, age: int):
+        self.charged[key] = self.charged.get(key, 0) + amount
+        self.act("c", rule, key, amount, age)
+
+    def take(self, one: Take):
+        self.takes.append(one)
+        wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, one.costs[rule.unit]))
+                  for rule, key in one.keyed_rules]
+        self.acts.append("t %d %s" % (len(wanted), " ".join(wanted)))
+
+    def batch(self, number: int, mode: str = "-") -> Batch:
+        text = " ".join([str(number), mode, *self.kinds, *self.acts])
+        return Batch(number, self.pairs, self.takes, self.charged, self.keys, text)
+
+
+Act = Tuple[Any, ...]  # a word of LUA_BATCH, rule, bucket, numbers
+ONE = ord("1")
+NANODOLLAR = 1000  # picodollars: a double holds 9 million USD of the former
+
+
+def stored_amount(rule: Rule, amount: int) -> int:
+    """Returns an amount as Redis has it: of money in nanodollars, rounded up."""
+    return -(-amount // NANODOLLAR) if rule.unit == USD else amount
+
+
+def since_2025(moment: float) -> int:
+    """Returns microseconds, of a time in unix seconds."""
+    return int((moment - 1735689600) * 1_000_000)
+
+
+def describe_kind(rule: Rule, wall: float) -> str:
+    """Returns the kind of a bucket and its figures, in the words of LUA_BATCH."""
+    scale = NANODOLLAR if rule.unit == USD else 1
+    capacity = rule.capacity // scale
+    if rule.unit == RUNNING:
+        return "r %d" % capacity
+    if rule.zone:
+        now = calendar_rule(rule, wall)
+        ends = now.began + now.interval
+        after = calendar_rule(rule, ends + 1)
+        return "d %d %d %d %d %d" % (capacity, *map(since_2025, (
+            calendar_rule(rule, now.began - 1).began, now.began, ends,
+            after.began + after.interval)))
+    if rule.window:
+        return "w %d %d" % (capacity, rule.interval * 1_000_000)
+    refill = max(1, rule.refill // scale)
+    return "b %d %d %.6f" % (
+        capacity, refill, rule.interval * 1_000_000 * refill * scale / rule.refill)
+
+
+@functools.lru_cache(1000)
+def share_of(rule: Rule, processes: int) -> Rule:
+    """Returns the rule of one process, where so many may take what one rule lets them."""
+    amount, seconds = rule.rate
+    return rule._replace(
+        capacity=max(1, rule.capacity // processes), rate=(max(1, amount // processes), seconds),
+        interval=rule.interval if rule.window else rule.interval * processes)
+
+
+class RedisBuckets(Buckets):
+    """Every bucket of every rule, in Redis. What was last seen of them is kept, too: for headers
+    and pages, to be put back where Redis has lost it, and to go on with while Redis is away.
+
+    Takes and charges of one pass of the loop travel as a batch, which has a number. Batches are
+    sent in order until they are answered, and each is done once. `pending` is what was charged here
+    and has not been answered; what comes back of levels does not have it yet."""
+    MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
+    MOST_ACTS = 200           # in one of them
+    MOST_KEPT = 20_000        # charges that wait, and other acts
+    WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
+    BEAT_SECONDS = 0.5
+    RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
+    state = "returning"       # or "here", or "away"
+    reason = "is not there"
+    number = 1                # of the last batch
+    beats = 0
+    flushing = False
+    fresh = True              # it was never here
+    grace: Optional[asyncio.TimerHandle] = None
+    beat_timer: Optional[asyncio.TimerHandle] = None
+    filling: Optional[asyncio.Task] = None
+
+    def __init__(self, clock: Any, redis: Redis, prefix: str, policy: str, peers: int):
+        super().__init__(clock)
+        self.redis = redis
+        self.policy = policy
+        self.processes = peers
+        self.name = "%08x" % random.getrandbits(32)
+        self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
+        self.process_key = self.prefix + "p:" + self.name
+        self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
+        # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
+        self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
+        self.pending: Dict[BucketKey, int] = collections.Counter()
+        self.own: Dict[BucketKey, int] = collections.Counter()  # calls that run in this process
+        self.rules: Dict[BucketKey, Rule] = {}                  # and the rules that count them
+        self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
+        self.fills: Set[CallerKey] = set()
+        self.takes: "collections.deque[Take]" = collections.deque()
+        self.batches: "collections.deque[Batch]" = collections.deque()
+        self.names: Dict[BucketKey, Tuple[str, str, float]] = {}
+        self.local = Buckets(clock)  # what this process may use while Redis is away
+        self.on_change: Callable[[], None] = lambda: None  # it went away, or came back
+        redis.scripts += [self.batch_script, self.beat_script]
+        redis.greetings.append(self.catch_up)
+        redis.on_return.append(self.come_back)
+        redis.on_leave.append(self.on_leave)
+
+    @property
+    def is_degraded(self) -> bool:
+        return self.state == "away"
+
+    # -- what Buckets does
+
+    async def take(self, keyed_rules, costs):
+        if self.state == "away":
+            return self.take_here(keyed_rules, costs, None)
+        one = Take(keyed_rules, costs, Wakeup(loop=self.redis.loop))
+        self.takes.append(one)
+        self.flush_soon()
+        await one.future
+        if one.levels is None:
+            return self.take_here(keyed_rules, costs, one)
+        return tightest_of(one.levels), one.levels
+
+    def settle(self, keyed_rules, costs, taken, taken_at):
+        for rule, key in keyed_rules:
+            unit = rule.unit
+            if costs[unit] != taken[unit]:
+                amount = stored_amount(rule, costs[unit]) - stored_amount(rule, taken[unit])
+                self.charge(rule, key, amount, taken_at)
+        tightest = super().settle(keyed_rules, costs, taken, taken_at)
+        if self.state == "away" and self.policy == "share":
+            return self.local.settle(self.local_rules(keyed_rules), costs, taken, taken_at)
+        return tightest
+
+    def give(self, rule, key, amount, until, again=False):
+        super().give(rule, key, amount, until, again)
+        if not again:
+            length = int((until - self.clock.monotonic()) * 1_000_000)
+            self.act("g", rule, key, stored_amount(rule, amount), length)
+
+    def fill(self, owner):
+        super().fill(owner)
+        if len(self.fills) < self.MOST_KEPT:
+            self.fills.add(owner)
+        self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
+
+    def restore(self, rule, key, level, since):
+        if key not in self.levels and self.state == "here":
+            self.act("p", rule, key, stored_amount(rule, level), int(since * 1_000_000), 0)
+        super().restore(rule, key, level, since)
+
+    # -- what is asked of Redis
+
+    def act(self, *act):
+        self.acts.append(act)
+        self.flush_soon()
+
+    def charge(self, rule, key, amount, taken_at=0.0):
+        """Has so much charged, in the amounts that Redis has; it may be less than nothing."""
+        place = key, taken_at if rule.window and amount < 0 else 0.0
+        _, before = self.unsent.get(place, (rule, 0))
+        if place not in self.unsent and len(self.unsent) >= self.MOST_KEPT:
+            return
+        self.unsent[place] = rule, before + amount
+        self.pending[key] += amount
+        self.note_running(rule, key, amount)
+        self.flush_soon()
+
+    def note_running(self, rule, key, amount):
+        if rule.unit == RUNNING:
+            self.own[key] += amount
+            self.rules[key] = rule
+            if not self.own[key]:
+                del self.own[key], self.rules[key]
+
+    def flush_soon(self):
+        if not self.flushing:
+            self.flushing = True
+            self.redis.loop.call_soon(self.flush)
+
+    def flush(self):
+        """Sends what there is, as far as not too much is on its way."""
+        self.flushing = False
+        while self.state == "here" and len(self.batches) < self.MOST_BATCHES and (
+                self.takes or self.unsent or self.acts):
+            self.number += 1
+            batch = self.next_batch()
+            self.batches.append(batch)
+            self.redis.ask(self.command(batch), functools.partial(self.on_answer, batch))
+        self.redis.flush()
+
+    def next_batch(self):
+        """Charges stand before takes, so that what is given back can be taken."""
+        writer = BatchWriter(self.describe)
+        for _ in range(min(len(self.acts), self.MOST_ACTS)):
+            writer.act(*self.acts.popleft())
+        now = self.clock.monotonic()
+        for place in list(itertools.islice(self.unsent, self.MOST_ACTS)):
+            rule, amount = self.unsent.pop(place)
+            key, taken_at = place
+            writer.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
+        for _ in range(min(len(self.takes), self.MOST_ACTS)):
+            writer.take(self.takes.popleft())
+        return writer.batch(self.number)
+
+    def describe(self, rule, key):
+        """Returns the name of a bucket in Redis, its kind and figures."""
+        now = self.clock.monotonic()
+        name, kind, until = self.names.get(key, ("", "", 0))
+        if now >= until:
+            wall = self.clock.time_ns() / 1e9
+            kind = describe_kind(rule, wall)
+            until = now + 3600 if rule.zone else math.inf
+            name = "%s%s:%s:%s" % (
+                self.prefix, "r" if rule.unit == RUNNING else "b",
+                ".".join(map(short_digest, key[1:])), short_digest(key[0]))
+            if len(self.names) >= self.room:
+                self.names.clear()
+            self.names[key] = name, kind, until
+        return name, kind
+
+    def command(self, batch):
+        return redis_command(self.redis.script_parts(
+            self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+
+    # -- what Redis answers
+
+    def on_answer(self, batch, reply):
+        if isinstance(reply, RedisFault):
+            if reply.code == RedisFault.LATE:
+                self.decide([*batch.takes, *self.takes])
+                self.takes.clear()
+            elif reply.code:
+                self.redis.leave(reply)
+        elif not self.batches or self.batches[0] is not batch:
+            pass  # it was answered before
+        elif reply == b"gap":
+            self.redis.leave(RedisFault("has lost what it knew"))
+        else:
+            self.batches.popleft()
+            self.read_answer(batch, reply)
+            if self.takes or self.unsent:
+                self.flush_soon()
+
+    def read_answer(self, batch, reply):
+        flags, *numbers = reply.split()
+        numbers = list(map(int, numbers))
+        now = self.clock.monotonic()
+        found = {}
+        for (rule, key), *values in zip(batch.pairs, *[numbers[place::4] for place in range(4)]):
+            found[key] = self.note_level(rule, key, batch.charged.get(key, 0), *values, now)
+        for one, flag in zip(batch.takes, flags):
+            self.finish_take(one, flag == ONE, found, now)
+
+    def note_level(self, rule, key, charged, level, age, given, given_for, now):
+        """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
+        pending = self.pending.pop(key, 0) - charged
+        if pending:
+            self.pending[key] = pending
+        refilled = now - age / 1_000_000
+        if rule.window:
+            rule, refilled = self.window_of(rule, key, refilled, now)
+        self.given.pop(key, None)
+        scale = NANODOLLAR if rule.unit == USD else 1
+        if given:
+            self.given[key] = [(given * scale, now + given_for / 1_000_000)]
+        self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
+        return level * scale, refilled, rule
+
+    def window_of(self, rule, key, began, now):
+        """Returns the rule of a window, and when it began: as that is known already, where the
+        times are nearly the same, because answers take a while."""
+        known = self.levels.get(key)
+        if known and abs(known.refilled - began) < 1:
+            return known.rule, known.refilled
+        if rule.zone:
+            rule = calendar_rule(rule, self.clock.time_ns() / 1e9 - (now - began) + 1)
+        return rule, began
+
+    def finish_take(self, one, taken, found, now):
+        """Tells who waits what Redis has decided. Where that was decided here meanwhile, what was
+        taken in vain is given back, and what was not taken is charged."""
+        levels = []
+        for rule, key in one.keyed_rules:
+            level, refilled, rule = found[key]
+            cost = one.costs[rule.unit]
+            levels.append(Level(level if taken else level - cost, refilled, rule, key, cost, now))
+            if taken:
+                self.note_running(rule, key, cost)
+        if not one.future.done():
+            one.levels = levels
+            one.future.wake()
+        elif taken != one.admitted:
+            for rule, key in one.keyed_rules:
+                amount = stored_amount(rule, one.costs[rule.unit])
+                self.charge(rule, key, -amount if taken else amount, now)
+
+    # -- while Redis is away
+
+    def take_here(self, keyed_rules, costs, one):
+        """Does what `take` does by what is known here. Raises LimitsAway."""
+        if self.policy == "closed":
+            raise LimitsAway()
+        if self.policy == "open":
+            levels = [found._replace(level=max(0, found.level), amount=costs[found.rule.unit])
+                      for found in self.levels_after(keyed_rules, costs, NO_COST)]
+        else:
+            levels = self.local.levels_after(self.local_rules(keyed_rules), costs, NO_COST)
+        tightest = tightest_of(levels)
+        if tightest.level >= 0:
+            self.local.store(levels)
+            if one:
+                one.admitted = True  # Redis may have taken it
+            else:
+                super().settle(keyed_rules, costs, NO_COST, 0.0)
+                for rule, key in keyed_rules:
+                    self.charge(rule, key, stored_amount(rule, costs[rule.unit]))
+        return tightest, levels
+
+    def local_rules(self, keyed_rules):
+        """Returns the rules by which this process has its share, whose buckets begin with their
+        share of what was there."""
+        found = []
+        for rule, key in keyed_rules:
+            share = share_of(rule, self.processes)
+            found.append((share, key))
+            if key not in self.local.levels:
+                known = self.level_of(rule, key)
+                level = known.level // self.processes
+                if rule.unit == RUNNING:
+                    level = share.capacity - self.own[key]
+                self.local.store([known._replace(level=level, rule=share._replace(
+                    began=known.rule.began, interval=share.interval))])
+        return found
+
+    def decide(self, takes):
+        """Has calls decided here that wait for Redis."""
+        for one in takes:
+            if not one.future.done():
+                one.future.wake()
+
+    def on_leave(self, fault):
+        """A connection was lost, or could not be had."""
+        self.reason = str(fault)
+        if self.state == "here":
+            self.state = "returning"
+            self.beat_timer.cancel()
+            self.grace = self.redis.loop.call_later(self.WAIT_SECONDS, self.go_away)
+        elif self.state == "returning":
+            self.go_away()
+
+    def go_away(self):
+        self.cancel_grace()
+        self.state = "away"
+        self.on_change()
+        takes = [one for batch in self.batches for one in batch.takes]
+        self.decide([*takes, *self.takes])
+        self.takes.clear()
+
+    def cancel_grace(self):
+        if self.grace:
+            self.grace.cancel()
+            self.grace = None
+
+    # -- when it is back
+
+    async def catch_up(self):
+        """Has all done that was not answered, after what Redis has lost is put back. Raises
+        RedisFault."""
+        existed, count, last = await self.redis.ask_first(*self.beat_parts())
+        self.processes = max(1, count)
+        done = self.batches[0].number - 1 if self.batches else self.number
+        if int(last) < done:
+            await self.put_back(done, [] if self.fresh and existed else self.known_levels())
+        self.fresh = False
+        for batch in list(self.batches):
+            parts = self.redis.script_parts(
+                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name])
+            self.on_answer(batch, await self.redis.ask_first(*parts))
+        for key, count in self.own.items():
+            self.acts.appendleft(("o", self.rules[key], key, count - self.pending.get(key, 0)))
+
+    def known_levels(self):
+        """Returns the acts that put levels back as they were without what is pending."""
+        now, found = self.clock.monotonic(), []
+        for seen in self.seen():
+            rule, key = seen.rule, seen.key
+            level = self.level_of(rule, key)
+            if rule.unit != RUNNING and level.level < rule.capacity:
+                amount = stored_amount(rule, level.level) + self.pending.get(key, 0)
+                found.append(("p", rule, key, amount, int((now - level.refilled) * 1_000_000), 1))
+        return found
+
+    async def put_back(self, number, acts):
+        """Puts levels back, and has Redis know that batches up to this number were done."""
+        while True:
+            writer = BatchWriter(self.describe)
+            for act in acts[:self.MOST_ACTS]:
+                writer.act(*act)
+            acts = acts[self.MOST_ACTS:]
+            batch = writer.batch(number, "put" if acts else "last")
+            await self.redis.ask_first(*self.redis.script_parts(
+                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+            if not acts:
+                break
+
+    def come_back(self):
+        was_away = self.state == "away"
+        self.cancel_grace()
+        self.state = "here"
+        self.local = Buckets(self.clock)
+        if was_away:
+            self.on_change()
+        self.flush()
+        self.beat()
+        if self.fills:
+            self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
+
+    def beat_parts(self):
+        return self.redis.script_parts(
+            self.beat_script, [self.process_key, self.prefix + "processes"], [self.name])
+
+    def beat(self):
+        """Tells that this process is there, and learns whether Redis has lost what it knew."""
+        self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
+        self.beats += 1
+        if self.beats % self.RENEW_BEATS == 0:
+            for key, rule in self.rules.items():
+                self.act("r", rule, key)
+        self.redis.ask(redis_command(self.beat_parts()),
+                       functools.partial(self.on_beat, self.number))
+
+    def on_beat(self, number, reply):
+        if isinstance(reply, RedisFault):
+            if reply.code not in ("", RedisFault.LATE):
+                self.redis.leave(reply)
+            return
+        self.processes = max(1, reply[1])
+        if int(reply[2]) != number:
+            self.redis.leave(RedisFault("has lost what it knew"))
+
+    async def fill_all(self):
+        """Fills the buckets of callers; what Redis does not do now is done when it is back."""
+        with contextlib.suppress(RedisFault):
+            for owner in list(self.fills):
+                pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
+                cursor = b"0"
+                while True:
+                    cursor, names = await self.redis.call(
+                        "SCAN", cursor, "MATCH", pattern_of_names, "COUNT", 1000)
+                    if names:
+                        await self.redis.call("DEL", *names)
+                    if cursor == b"0":
+                        break
+                self.fills.discard(owner)
+
+
+def short_digest(thing: Union[str, CallerKey]) -> str:
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12124,6 +13324,7 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 class Proxy:
     STEP_SECONDS = 0.005  # for which something may hold the loop that can be done in steps
+    redis: Optional[Redis] = None  # where it is set
 
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
@@ -12696,15 +13897,20 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     keys = stored_keys(database, secret, log.say)
     if keys.closed:
         config.note_stored_keys()
-    limits = build_limits(config, Buckets(clock), keys.rules)
+    loop = new_loop(clock, log)
+    redis = build_redis(config, loop)
+    limits = build_limits(config, build_buckets(config, clock, redis), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
-    proxy = Proxy(config, clock, new_loop(clock, log), build_callers(config, secret, keys), limits,
+    proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
     renew_redaction(proxy)
+    if redis:
+        proxy.redis = redis
+        proxy.limits.buckets.on_change = functools.partial(tell_of_redis, proxy)
     hear_of_keys(proxy)
     if database:
         with contextlib.suppress(sqlite3.Error, ValueError):
@@ -12849,6 +14055,39 @@ def build_tls(config: Config) -> ssl.SSLContext:
     return tls
 
 
+def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Redis]:
+    url, tls = config.redis_url, None
+    if url is None:
+        return None
+    if url.encrypted:
+        tls = ssl.create_default_context(cafile=config.redis_ca_file)
+    return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
+
+
+def build_buckets(config: Config, clock: Any, redis: Optional[Redis]) -> Buckets:
+    if redis is None:
+        return Buckets(clock)
+    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away, config.peers)
+
+
+WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
+              "open": "there are no limits, for none of %d processes",
+              "closed": "calls are refused by all of %d processes"}
+
+
+def tell_of_redis(proxy: Proxy):
+    """Says that Redis went away, or came back."""
+    buckets = proxy.limits.buckets
+    if buckets.is_degraded:
+        line = "Redis %s: %s" % (
+            buckets.reason, WHILE_AWAY[buckets.policy] % buckets.processes)
+    else:
+        line = "Redis is there again: %d processes share the limits" % buckets.processes
+    proxy.books.log.say(line)
+    proxy.watchers.warnings.tell(
+        "limits_degraded" if buckets.is_degraded else "limits_shared", (), None, line=line)
+
+
 def build_dialects(config: Config) -> Dialects:
     names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
@@ -12985,6 +14224,10 @@ class Pages:
                 "refill_tokens": quota.refill_tokens,
                 "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}
         found["upstreams"] = {one.name: one.stats() for one in proxy.routes.all}
+        if proxy.redis:
+            buckets = proxy.limits.buckets
+            found["limits"] = {"shared_by": buckets.processes, "degraded": buckets.is_degraded,
+                               "redis": buckets.reason if buckets.is_degraded else "is there"}
         ledger = proxy.books.ledger
         if ledger:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
@@ -14910,7 +16153,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
-        for act in (self.loop_watch.tick, self.sweep, self.beat):
+        for act in (self.loop_watch.tick, self.sweep, self.beat,
+                    *([proxy.redis.start] if proxy.redis else ())):
             self.loop.call_soon_threadsafe(act)
 
     def make_parts(self) -> ReplyParts:
@@ -15075,6 +16319,8 @@ class Server(http.server.ThreadingHTTPServer):
             connection.on_client_lost()
         await self.emptying(1)
         await self.part()
+        if self.proxy.redis:
+            await self.proxy.redis.close()
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
         helpers = [address.helpers for address in self.proxy.routes.addresses()]
