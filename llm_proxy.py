@@ -3822,6 +3822,7 @@ class Call(Billable):
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     trace: Optional["Trace"] = None
+    masks: Optional["Masks"] = None  # where something may not leave with it
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
