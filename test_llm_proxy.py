@@ -639,7 +639,7 @@ def run_and_measure(handle):
     held = getattr(handle._loop, "held", None)
     if held is None:
         return RUN(handle)
-    text, before = str(handle._callback), SWITCHES and switches()
+    callback, before = handle._callback, SWITCHES and switches()
     cpu, began = cpu_seconds(), time.monotonic()
     RUN(handle)
     cpu, took = cpu_seconds() - cpu, time.monotonic() - began
@@ -648,7 +648,10 @@ def run_and_measure(handle):
         waited, put_off = map(int.__sub__, switches(), before)
         slept = waited < 10 and not put_off and not is_busy()
     if cpu > CPU_SECONDS or slept:
-        held.append("%s: %.3f s of CPU, %.3f s" % (text, cpu, took))
+        held.append("%s: %.3f s of CPU, %.3f s" % (callback, cpu, took))
+
+
+usual_prices = functools.lru_cache(None)(llm_proxy.usual_prices)
 
 
 class ProxyCase(TableCase):
@@ -658,9 +661,10 @@ class ProxyCase(TableCase):
     @classmethod
     def setUpClass(cls):
         # Most tests wait for the log, and many for a caller that closed to be taken for gone.
-        for patch in (mock.patch.object(llm_proxy.Log, "PAUSE", 0.002),
+        for patch in (mock.patch.object(llm_proxy, "usual_prices", usual_prices),
+                      mock.patch.object(llm_proxy.Log, "PAUSE", 0.005),
                       mock.patch.object(llm_proxy.Writer, "PAUSE", 0.01),
-                      mock.patch.object(llm_proxy.Ledger, "SUM_SECONDS", 0.01),
+                      mock.patch.object(llm_proxy.Ledger, "SUM_SECONDS", 0.05),
                       mock.patch.object(llm_proxy.Admin, "BEAT_SECONDS", 0.01),
                       mock.patch.object(llm_proxy.ClientConnection, "HALF_CLOSE_SECONDS", 0.05),
                       mock.patch.object(asyncio.events.Handle, "_run", run_and_measure)):
