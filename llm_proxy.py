@@ -8477,10 +8477,15 @@ class Address:
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leave a connection whose caller left."""
+        def end(parting):  # which may be cancelled before it began
+            self.partings.discard(parting)
+            stream.close()
+            slot.leave()
+
         slot.parting = True
         parting = stream.loop.create_task(self.part(stream, slot, method, framing), name="parting")
         self.partings.add(parting)
-        parting.add_done_callback(self.partings.discard)
+        parting.add_done_callback(end)
 
     async def part(self, stream, slot, method, framing):
         """Tell the upstream by the end of our side. It may go on working all the same: the slot of
@@ -8500,8 +8505,6 @@ class Address:
             pass
         finally:
             context.close()
-            stream.close()
-            slot.leave()
 
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
