@@ -11201,15 +11201,16 @@ class LimitsAway(Refusal):
 
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
-    `levels`, or is not waited for any more; then `admitted` tells what was decided here."""
-    __slots__ = ("keyed_rules", "costs", "future", "levels", "admitted")
+    `levels`, or is not waited for any more; then `admitted` tells what was decided here, where it
+    was sent: Redis may have taken it."""
+    __slots__ = ("keyed_rules", "costs", "future", "levels", "sent", "admitted")
 
     def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup):
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.future = future
         self.levels: Optional[List[Level]] = None
-        self.admitted = False
+        self.sent = self.admitted = False
 
 
 class Batch(NamedTuple):
@@ -11254,6 +11255,7 @@ class BatchWriter:
 
     def take(self, one: Take):
         self.takes.append(one)
+        one.sent = True
         wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, one.costs[rule.unit]))
                   for rule, key in one.keyed_rules]
         self.acts.append("t %d %s" % (len(wanted), " ".join(wanted)))
@@ -11370,7 +11372,7 @@ class RedisBuckets(Buckets):
         self.flush_soon()
         await one.future
         if one.levels is None:
-            return self.take_here(keyed_rules, costs, one)
+            return self.take_here(keyed_rules, costs, one if one.sent else None)
         return tightest_of(one.levels), one.levels
 
     def settle(self, keyed_rules, costs, taken, taken_at):
@@ -11567,7 +11569,7 @@ class RedisBuckets(Buckets):
         if tightest.level >= 0:
             self.local.store(levels)
             if one:
-                one.admitted = True  # Redis may have taken it
+                one.admitted = True
             else:
                 super().settle(keyed_rules, costs, NO_COST, 0.0)
                 for rule, key in keyed_rules:

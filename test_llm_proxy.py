@@ -8055,6 +8055,7 @@ class BalanceTest(LedgerCase):
     RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
              "all 1000 running; key:k1 900000 output_tokens per hour; all 5000 usd per month;"
              "address 1000000000 input_tokens per week; model:gpt-4o* 500000 requests per hour")
+    MONEY = "all 5000 usd per month"
     GEMINI = "/v1beta/models/gemini-2.5-pro:"
     CHAT_API = (
         [delta("word " * 20), LAST_DELTA, USAGE_EVENT, "[DONE]"],
@@ -8188,7 +8189,7 @@ class BalanceTest(LedgerCase):
         tokens = sum(amount for (rule, _), amount in charged.items() if " tokens " in rule)
         self.assertEqual(sum(row["input"] + row["output"] for row in rows), tokens)
         picodollars = sum(row["picodollars"] for row in rows)
-        self.assertEqual(picodollars, charged["all 5000 usd per month", None])
+        self.assertEqual(picodollars, charged[self.MONEY, None])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9169,6 +9170,62 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.redis.ask("KEYS", "*:r:*")[1:], [])
         asked.send(answer())
         client.head()
+
+
+@NEEDS_REDIS
+class BalanceInRedisTest(BalanceTest):
+    """The same with three proxies, while their connections to Redis are cut again and again: what
+    Redis has is, to the unit, what all ledgers say."""
+    RULES = ("each 1 requests per 365d burst 1000000; each 1 tokens per 365d burst 1000000000;"
+             "all 1000 running; key:k1 1 output_tokens per 365d burst 900000;"
+             "all 0.000001 usd per 365d burst 5000;"
+             "address 1 input_tokens per 365d burst 1000000000;"
+             "model:gpt-4o* 1 requests per 365d burst 500000")
+    MONEY = "all 0.000001 usd per 365d burst 5000"
+
+    def connect(self):
+        self.address = random.choice(self.addresses)
+        return super().connect()
+
+    def missing(self):
+        rules = {llm_proxy.short_digest(rule.text): rule for rule in self.proxy.limits.rules}
+        found = []
+        for name in self.redis.ask("KEYS", "*:b:*"):
+            rule = rules[name.decode().rpartition(":")[2]]
+            level = int(self.redis.ask("GET", name).split()[0])
+            capacity = llm_proxy.stored_amount(rule, rule.capacity)
+            scale = llm_proxy.NANODOLLAR if rule.unit == llm_proxy.USD else 1
+            found.append((rule.text, scale * (capacity - level)))
+        return found
+
+    def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
+        self.redis = RedisServer(self)
+        keys = ",".join("k%d=sk-%d" % (number, number) for number in range(5))
+        paths, proxies, self.addresses = [], [], []
+        for _ in range(3):
+            paths.append(new_path(self, "calls.db"))
+            self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text",
+                       UNPRICED="0.5", DATABASE=paths[-1], REDIS_URL=self.redis.url)
+            proxies.append(self.proxy)
+            self.addresses.append(self.address)
+            wait_for(lambda: self.proxy.limits.buckets.state == "here")
+        over = threading.Event()
+
+        def cut():
+            while not over.wait(0.1):
+                self.redis.ask("CLIENT", "KILL", "TYPE", "normal")
+        with threads([cut]):
+            with threads(functools.partial(self.converse, seed) for seed in range(self.CALLERS)):
+                pass
+            over.set()
+        wait_for(lambda: not any(proxy.books.ledger.queue for proxy in proxies))
+        for proxy in proxies:
+            buckets = proxy.limits.buckets
+            wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches)
+            self.assertEqual((dict(buckets.pending), dict(buckets.own)), ({}, {}))
+            proxy.books.close(PATIENCE)
+        self.assert_balance([row for path in paths for row in self.rows(path)],
+                            sorted(self.missing()))
 
 
 # --------------------------------------------------------------------------------------------------
