@@ -12303,11 +12303,11 @@ class CommandsTest(ProcessCase):
         self.assertIn(b"limit reached", self.ask(call()).body)
 
     def test_the_demo_lists_its_model_answers_and_streams(self):
-        self.patch_seconds(DemoHandler_WORD_SECONDS=0.001)
-        demo = llm_proxy.DemoServer()
-        self.addCleanup(demo.server_close)
-        self.addCleanup(demo.shutdown)
-        self.start(BASE_API_URL="http://127.0.0.1:%d/v1" % demo.server_port)
+        self.patch_seconds(Demo_WORD_SECONDS=0.001)
+        demo = llm_proxy.Demo()
+        self.start(BASE_API_URL=demo.url)
+        serving = asyncio.run_coroutine_threadsafe(demo.serve(), self.proxy.loop)
+        self.addCleanup(serving.cancel)
         client = self.connect()
         models = client.exchange(request("GET", "/v1/models")).json()
         self.assertEqual(models["data"][0]["id"], "demo")
