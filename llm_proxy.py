@@ -14042,7 +14042,7 @@ class Demo:
               '{"id": "demo", "object": "model", "created": 0, "owned_by": "demo"}]}')
     FRAME = ('{"id": "demo-%d", "object": "%s", "created": %d, "model": "demo",'
              ' "choices": [%s], "usage": %s}')
-    SENT = re.compile(b'"id": "demo-([0-9]+)"')  # in nanoseconds of the loop's time
+    SENT = re.compile(b'"id": "demo-([0-9]{1,19})"')  # in nanoseconds of the loop's time
     USAGE = '{"prompt_tokens": %d, "completion_tokens": %d, "total_tokens": %d}'
     # names of an answer and of an event; the choice with the whole text, at the begin, of a word,
     # at the end
@@ -14064,13 +14064,15 @@ class Demo:
         self.url = "http://127.0.0.1:%d/v1" % self.listening.getsockname()[1]
 
     async def serve(self):
-        async with await asyncio.start_server(self.converse, sock=self.listening) as server:
+        # Of a coroutine that is cancelled before it runs Python 3.11 complains; not of a task.
+        async with await asyncio.start_server(
+                lambda *streams: asyncio.ensure_future(self.converse(*streams)),
+                sock=self.listening) as server:
             await server.serve_forever()
 
     async def converse(self, reader, writer):
         """Answer one request after another, as simply as a proxy lets one."""
-        # Who asked hung up, or asks what a demo does not understand, or it is to end.
-        with contextlib.suppress(Exception, asyncio.CancelledError):
+        with contextlib.suppress(Exception):  # who asks hung up, or asks what no demo understands
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 length = re.search(r"(?i)\ncontent-length: *([0-9]+)", head)
@@ -14138,9 +14140,10 @@ def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
         for name, share in SHARES.items()}}
 
 
-def upstream_at(url: str, environ: Texts) -> Upstream:
-    """Returns what is at a URL, to be reached as the settings say. Raises ConfigFaults."""
-    config = read_config({**environ, "BASE_API_URL": url})
+def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
+    """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
+    ConfigFaults."""
+    config = read_config({**environ, "BASE_API_URL": url, "BASE_API_KEY": key or ""})
     return build_routes(config, time, lambda news: None).base
 
 
@@ -14149,14 +14152,15 @@ class Bench:
     the proxy told of it, `proxy` the rest of the time to the head of the answer, `event` the way
     of an event of the demo's. `statuses` has how often each came, or what went wrong instead."""
     began = ended = failures = 0
-    leave_after = math.inf  # events, as a caller who hangs up
+    leave_after = math.inf  # reads, as a caller who hangs up
 
-    def __init__(self, upstream: Upstream, path: str, key: Optional[str], payload: JsonObject):
+    def __init__(self, upstream: Upstream, path: str, payload: JsonObject):
         lines = ["Content-Type: application/json", "Accept-Encoding: identity"]
         self.upstream = upstream
         self.head = functools.partial(
-            upstream.head, "POST", path, "", upstream.dialect, key, lines)
+            upstream.head, "POST", path, "", upstream.dialect, upstream.key, lines)
         self.body = json.dumps(payload).encode()
+        self.streamed = payload.get("stream")
         self.statuses = collections.Counter()
         self.times = {name: array.array("d") for name in (
             "whole", "upstream", "proxy", "first byte", "jitter", "event")}
@@ -14188,29 +14192,30 @@ class Bench:
             answered = context.loop.time()
             arrivals = await self.read(response, context)
         self.times["whole"].append(context.loop.time() - began)
-        start, stop = [response.head.get("x-upstream-request-" + name) for name in (
-            "start", "stop")]
-        if start and stop:
-            upstream = (int(stop) - int(start)) / 1e9
+        told = [response.head.get("x-upstream-request-" + name, "") for name in ("start", "stop")]
+        if all(re.fullmatch("[0-9]{1,19}", text) for text in told):
+            upstream = (int(told[1]) - int(told[0])) / 1e9
             self.times["upstream"].append(upstream)
             self.times["proxy"].append(answered - began - upstream)
-        self.times["first byte"].extend([at - began for at in arrivals[:1]])
-        self.times["jitter"].extend([abs(c - 2 * b + a) for a, b, c in zip(
-            arrivals, arrivals[1:], arrivals[2:])])
+        if self.streamed:
+            self.times["first byte"].extend([at - began for at in arrivals[:1]])
+            self.times["jitter"].extend([abs(c - 2 * b + a) for a, b, c in zip(
+                arrivals, arrivals[1:], arrivals[2:])])
         return response.status
 
     async def read(self, response, context):
-        """Read a body to its end; returns when each event came. Raises UpstreamFailed."""
-        deadline = context.loop.time() + response.address.transport.read_timeout
+        """Read a body to its end; returns when something of it came, which of a stream is when an
+        event did. Raises UpstreamFailed."""
+        seconds = response.address.transport.read_timeout
         framing, arrivals, going_on = response.framing, [], True
         try:
             while going_on and not framing.ended and len(arrivals) < self.leave_after:
                 payload = framing.feed(response.stream.take_all())[1]
                 now = context.loop.time()
-                arrivals += [now] * payload.count(b"\n\n")
+                arrivals += [now] * bool(payload)
                 self.times["event"].extend([
                     now - int(sent) / 1e9 for sent in Demo.SENT.findall(payload)])
-                going_on = framing.ended or await response.more(context, deadline)
+                going_on = framing.ended or await response.more(context, now + seconds)
         except (OSError, Malformed) as failure:
             raise UpstreamFailed(failure) from None
         if not going_on and not framing.end_of_stream():
@@ -14233,7 +14238,7 @@ class SelfTest:
     STREAM = {**CALL, "stream": True}
     SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
                 "LIMITS": "each 1000000000 tokens per day"}
-    START_SECONDS, CALL_SECONDS = 10, 3
+    START_TRIES, CALL_SECONDS = 100, 3  # ten a second
     CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
@@ -14277,10 +14282,18 @@ class SelfTest:
             text = asking.getresponse().read().decode()
         return sum(map(float, re.findall(r"(?m)^%s(?:\{.*\})? (\S+)$" % name, text)))
 
-    async def run(self):
+    async def run(self, environ: Texts):
         """Raises OSError, and Refusal where a call fails."""
         asyncio.get_running_loop().create_task(self.demo.serve())
-        for _ in range(10 * self.START_SECONDS):
+        with tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
+            with self.start(folder, environ) as proxy:
+                try:
+                    await self.measure()
+                finally:
+                    proxy.terminate()
+
+    async def measure(self):
+        for _ in range(self.START_TRIES):
             await asyncio.sleep(0.1)
             with contextlib.suppress(ConnectionRefusedError):
                 self.scrape(self.MEMORY)
@@ -14299,7 +14312,7 @@ class SelfTest:
 
     async def timed(self, url, payload, calls, concurrency, leave_after=math.inf):
         """Returns the Bench of these calls. Raises Refusal where one fails."""
-        bench = Bench(upstream_at(url, {}), "/v1/chat/completions", self.key, payload)
+        bench = Bench(upstream_at(url, self.key, {}), "/v1/chat/completions", payload)
         bench.leave_after = leave_after
         await bench.run(calls, concurrency)
         if bench.failures:
@@ -14336,7 +14349,7 @@ class SelfTest:
     async def measure_hang_ups(self):
         before = self.scrape(self.OUTPUT)
         bench = await self.timed(
-            self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=10)
+            self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=5)
         while self.scrape("llm_proxy_in_flight"):
             await asyncio.sleep(0.1)
         billed = self.scrape(self.OUTPUT) - before
@@ -14932,9 +14945,9 @@ def add_bench_command(commands):
 def bench_of(options, environ):
     """Returns the Bench, how many calls it is to make, and how many at once. Raises
     ConfigFaults."""
-    upstream = upstream_at(options.url, environ)
+    upstream = upstream_at(options.url, options.key, environ)
     try:
-        requests = number_between(1, 100_000_000)(options.requests)
+        requests = number_between(1, 10_000_000)(options.requests)
         concurrency = number_between(1, 10_000)(options.concurrency)
         payload = json.loads(options.payload or DEFAULT_PAYLOAD)
         require(type(payload) is dict, "the payload must be a JSON object")
@@ -14944,27 +14957,40 @@ def bench_of(options, environ):
         raise ConfigFaults("bench: %s" % fault) from None
     if options.stream:
         payload["stream"] = True
-    return Bench(upstream, options.endpoint, options.key, payload), requests, concurrency
+    return Bench(upstream, options.endpoint, payload), requests, concurrency
+
+
+def run_unless_stopped(work):
+    """Runs a coroutine; returns whether it came to its end, before a signal."""
+    async def run():
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                loop.add_signal_handler(number, task.cancel)
+        await work
+        return True
+
+    with contextlib.suppress(asyncio.CancelledError):
+        return asyncio.run(run())
 
 
 async def run_bench(bench, requests, concurrency):
     async def tell_progress():
-        while True:
+        while sys.stderr.isatty():
+            print("%d of %d calls, %d failed" % (
+                sum(bench.statuses.values()), requests, bench.failures), end="\r", file=sys.stderr)
             await asyncio.sleep(0.5)
-            print("\r%d of %d calls, %d failed " % (
-                sum(bench.statuses.values()), requests, bench.failures), end="", file=sys.stderr)
 
-    if sys.stderr.isatty():
-        telling = asyncio.ensure_future(tell_progress())
+    telling = asyncio.ensure_future(tell_progress())
     await bench.run(range(requests), concurrency)
+    telling.cancel()
 
 
 def bench_command(options, environ):
-    """Times calls and prints how long they took, also where it is interrupted; returns the exit
+    """Times calls and prints how long they took, also where a signal stops it; returns the exit
     code. Raises ConfigFaults."""
     bench, requests, concurrency = bench_of(options, environ)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run_bench(bench, requests, concurrency))
+    run_unless_stopped(run_bench(bench, requests, concurrency))
     found = bench.report()
     if options.output == "json":
         print(json.dumps(found, indent=2))
@@ -14982,18 +15008,11 @@ def bench_command(options, environ):
 def selftest_command(_, environ):
     """Measures this machine; returns the exit code."""
     test = SelfTest()
-    with tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
-        with test.start(folder, environ) as proxy:
-            try:
-                asyncio.run(test.run())
-            except (Refusal, OSError) as fault:
-                test.all_good = False
-                print("selftest: %s" % (getattr(fault, "cause", None) or fault), file=sys.stderr)
-            except KeyboardInterrupt:
-                test.all_good = False
-            finally:
-                proxy.terminate()
-    return int(not test.all_good)
+    try:
+        return int(not (run_unless_stopped(test.run(environ)) and test.all_good))
+    except (Refusal, OSError) as fault:
+        print("selftest: %s" % (getattr(fault, "cause", None) or fault), file=sys.stderr)
+        return 1
 
 
 def add_keys_command(commands):
@@ -15231,7 +15250,6 @@ def run_other_command(options, found, log_stream):
         return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
     relax_garbage_collection()
     raise_descriptor_limit()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which leaves nothing behind
     return (bench_command if options.command == "bench" else selftest_command)(options, found)
 
 
