@@ -51,6 +51,7 @@ Contents, in reading order; a section uses only what stands above it:
     Dashboard   the source of the page that shows it
     Server      clients' connections, caps, TLS, draining
     Demo        a small endpoint to try things on
+    Bench       calls that are timed, and what this machine can do
     Commands    the command line
 """
 import argparse
@@ -93,7 +94,9 @@ import socketserver
 import sqlite3
 import ssl
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -16403,20 +16406,21 @@ class Server(http.server.ThreadingHTTPServer):
 
 # --------------------------------------------------------------------------------------------------
 # Demo: a small endpoint on loopback, for the first minute without a model. It stands in for a real
-# one, in threads of its own, and is no part of the proxy.
+# one, on a loop of its own, and is no part of the proxy.
 # --------------------------------------------------------------------------------------------------
 
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Speaks HTTP/1.0: the end of the connection is the end of the answer. A last message that
-    begins with "say: " comes back."""
-    disable_nagle_algorithm = True
+class Demo:
+    """Answers the proxy, on a port of loopback that the system picks. A last message that begins
+    with "say: " comes back."""
+    first_seconds = 0.0  # until an answer begins
     WORD_SECONDS = 0.05
     TEXT = ("This is the built-in demo endpoint of llm_proxy."
             " It answers every call with these words, one after another. ")
     MODELS = ('{"object": "list", "data": ['
               '{"id": "demo", "object": "model", "created": 0, "owned_by": "demo"}]}')
-    FRAME = ('{"id": "demo-1", "object": "%s", "created": %d, "model": "demo",'
+    FRAME = ('{"id": "demo-%d", "object": "%s", "created": %d, "model": "demo",'
              ' "choices": [%s], "usage": %s}')
+    SENT = re.compile(b'"id": "demo-([0-9]{1,19})"')  # in nanoseconds of the loop's time
     USAGE = '{"prompt_tokens": %d, "completion_tokens": %d, "total_tokens": %d}'
     # names of an answer and of an event; the choice with the whole text, at the begin, of a word,
     # at the end
@@ -16433,29 +16437,54 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         '{"index": 0, "text": "%s", "finish_reason": null}',
         '{"index": 0, "text": "", "finish_reason": "stop"}')
 
-    def do_GET(self):
-        if self.path == "/v1/models":
-            self.answer("application/json", self.MODELS)
-        else:
-            self.send_error(404)
+    def __init__(self):
+        self.listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.url = "http://127.0.0.1:%d/v1" % self.listening.getsockname()[1]
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    async def serve(self):
+        # Of a coroutine that is cancelled before it runs Python 3.11 complains; not of a task.
+        async with await asyncio.start_server(
+                lambda *streams: asyncio.ensure_future(self.converse(*streams)),
+                sock=self.listening) as server:
+            await server.serve_forever()
+
+    async def converse(self, reader, writer):
+        """Answer one request after another, as simply as a proxy lets one."""
+        with contextlib.suppress(Exception):  # who asks hung up, or asks what no demo understands
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                length = re.search(r"(?i)\ncontent-length: *([0-9]+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                method, target = head.split(" ")[:2]
+                if method == "POST":
+                    await self.answer_call(writer, body)
+                elif target == "/v1/models":
+                    self.answer(writer, self.MODELS)
+                else:
+                    self.answer(writer, "{}", "404 Not Found")
+        writer.close()
+
+    async def answer_call(self, writer, body):
         call = json.loads(body or b"{}")
         name, event_name, whole, begin, piece, end = (
             self.CHAT if "messages" in call else self.COMPLETION)
         words = self.words_for(call)
         prompt = len(body) // 4
         usage = self.USAGE % (prompt, len(words), prompt + len(words))
-        time.sleep(self.server.first_seconds)
+        await asyncio.sleep(self.first_seconds)
         if not call.get("stream"):
             return self.answer(
-                "application/json", self.frame(name, whole % "".join(words).rstrip(), usage))
-        choices = [begin, *[piece % word for word in words], end]
-        events = [self.frame(event_name, choice) for choice in choices]
+                writer, self.frame(name, whole % "".join(words).rstrip(), usage))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                     b"Transfer-Encoding: chunked\r\n\r\n")
+        await asyncio.sleep(self.WORD_SECONDS * random.random())  # streams are not in one beat
+        for choice in [begin, *[piece % word for word in words], end]:
+            await self.tell(writer, self.frame(event_name, choice))
+            await asyncio.sleep(self.WORD_SECONDS)
         if (call.get("stream_options") or {}).get("include_usage"):
-            events.append(self.frame(event_name, "", usage))
-        self.stream([*events, "[DONE]"])
+            await self.tell(writer, self.frame(event_name, "", usage))
+        await self.tell(writer, "[DONE]")
+        writer.write(b"0\r\n\r\n")
 
     def words_for(self, call):
         """Returns what to say, word by word, as in strings of JSON."""
@@ -16471,38 +16500,255 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         return said[5:] if str(said).startswith("say: ") else self.TEXT
 
     def frame(self, name, choice, usage="null"):
-        return self.FRAME % (name, time.time(), choice, usage)
+        sent = asyncio.get_running_loop().time() * 1e9
+        return self.FRAME % (sent, name, time.time(), choice, usage)
 
-    def stream(self, events):
-        self.answer("text/event-stream")
-        for event in events:
-            time.sleep(self.WORD_SECONDS)
-            self.wfile.write(b"data: %b\n\n" % event.encode())
+    @staticmethod
+    async def tell(writer, data):
+        event = b"data: %b\n\n" % data.encode()
+        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+        await writer.drain()
 
-    def answer(self, content_type, body=""):
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *_):
-        pass
+    @staticmethod
+    def answer(writer, body, status="200 OK"):
+        writer.write((
+            "HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+            % (status, len(body), body)).encode())
 
 
-class DemoServer(http.server.ThreadingHTTPServer):
-    """Answers to loopback only, on a port that the system picks."""
-    first_seconds = 0.0  # until an answer begins
+# --------------------------------------------------------------------------------------------------
+# Bench: calls that are timed as a client sees them, to any URL, or, for the self-test, to a proxy
+# of its own in front of the demo. It uses the parts by which the proxy calls upstreams.
+# --------------------------------------------------------------------------------------------------
+
+SHARES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+
+
+def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
+    """Returns the mean and the percentiles of what is not empty."""
+    found = sorted(seconds)
+    last = len(found) - 1
+    return {"mean": round(1000 * sum(found) / len(found), 3), **{
+        name: round(1000 * found[min(last, len(found) * share // 100)], 3)
+        for name, share in SHARES.items()}}
+
+
+def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
+    """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
+    ConfigFaults."""
+    config = read_config({**environ, "BASE_API_URL": url, "BASE_API_KEY": key or ""})
+    return build_routes(config, time, lambda news: None).base
+
+
+class Bench:
+    """Calls of one kind, some at once. `times` has seconds by what they are of: `upstream` is what
+    the proxy told of it, `proxy` the rest of the time to the head of the answer, `event` the way
+    of an event of the demo's. `statuses` has how often each came, or what went wrong instead."""
+    began = ended = failures = 0
+    leave_after = math.inf  # reads, as a caller who hangs up
+
+    def __init__(self, upstream: Upstream, path: str, payload: JsonObject):
+        lines = ["Content-Type: application/json", "Accept-Encoding: identity"]
+        self.upstream = upstream
+        self.head = functools.partial(
+            upstream.head, "POST", path, "", upstream.dialect, upstream.key, lines)
+        self.body = json.dumps(payload).encode()
+        self.streamed = payload.get("stream")
+        self.statuses = collections.Counter()
+        self.times = {name: array.array("d") for name in (
+            "whole", "upstream", "proxy", "first byte", "jitter", "event")}
+
+    async def run(self, calls: Iterable[int], concurrency: int):
+        """Make a call for each of these."""
+        loop, calls = asyncio.get_running_loop(), iter(calls)
+        self.began = self.ended = loop.time()
+        await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
+        self.upstream.addresses[0].close_stale(everything=True)
+
+    async def work(self, loop, calls):
+        context = Context(loop)
+        with contextlib.closing(context):
+            for _ in calls:
+                try:
+                    status = await self.call(context)
+                    self.failures += status >= 400
+                except Refusal as refusal:
+                    status = refusal.cause or str(refusal)
+                    self.failures += 1
+                self.statuses[str(status)] += 1
+                self.ended = loop.time()
+
+    async def call(self, context):
+        """Returns the status of one call. Raises Refusal."""
+        began = context.loop.time()
+        with await self.upstream.send_once("POST", self.head, self.body, context) as response:
+            answered = context.loop.time()
+            arrivals = await self.read(response, context)
+        self.times["whole"].append(context.loop.time() - began)
+        told = [response.head.get("x-upstream-request-" + name, "") for name in ("start", "stop")]
+        if all(re.fullmatch("[0-9]{1,19}", text) for text in told):
+            upstream = (int(told[1]) - int(told[0])) / 1e9
+            self.times["upstream"].append(upstream)
+            self.times["proxy"].append(answered - began - upstream)
+        if self.streamed:
+            self.times["first byte"].extend([at - began for at in arrivals[:1]])
+            self.times["jitter"].extend([abs(c - 2 * b + a) for a, b, c in zip(
+                arrivals, arrivals[1:], arrivals[2:])])
+        return response.status
+
+    async def read(self, response, context):
+        """Read a body to its end; returns when something of it came, which of a stream is when an
+        event did. Raises UpstreamFailed."""
+        seconds = response.address.transport.read_timeout
+        framing, arrivals, going_on = response.framing, [], True
+        try:
+            while going_on and not framing.ended and len(arrivals) < self.leave_after:
+                payload = framing.feed(response.stream.take_all())[1]
+                now = context.loop.time()
+                arrivals += [now] * bool(payload)
+                self.times["event"].extend([
+                    now - int(sent) / 1e9 for sent in Demo.SENT.findall(payload)])
+                going_on = framing.ended or await response.more(context, now + seconds)
+        except (OSError, Malformed) as failure:
+            raise UpstreamFailed(failure) from None
+        if not going_on and not framing.end_of_stream():
+            raise UpstreamFailed("answer was cut")
+        return arrivals
+
+    def report(self) -> JsonObject:
+        calls = sum(self.statuses.values())
+        return {"requests": calls, "failures": self.failures,
+                "seconds": round(self.ended - self.began, 3),
+                "per_second": round(calls / max(1e-6, self.ended - self.began), 1),
+                "statuses": dict(self.statuses),
+                "milliseconds": {name: in_milliseconds(found)
+                                 for name, found in self.times.items() if found}}
+
+
+class SelfTest:
+    """What a proxy of its own does on this machine, in front of the demo, told line by line."""
+    CALL = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20}
+    STREAM = {**CALL, "stream": True}
+    SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
+                "LIMITS": "each 1000000000 tokens per day"}
+    START_TRIES, CALL_SECONDS = 100, 3  # ten a second
+    CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
+    MEMORY = "process_resident_memory_bytes"
+    OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
+    GOOD = {  # the unit, from where and to where it is good
+        "added to the first byte": ("ms", 0, 5),
+        "calls": ("a second", 200, math.inf),
+        "memory of an idle connection": ("KiB", 0, 64),
+        "added to an event, 10 streams": ("ms", 0, 5),
+        "added to an event, 100 streams": ("ms", 0, 10),
+        "added to an event, 500 streams": ("ms", 0, 50),
+        "memory of a running stream": ("KiB", 0, 256),
+        "delivered of what is billed after 50 hang-ups": ("%", 0, 100)}
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), DemoHandler)
-        threading.Thread(
-            target=self.serve_forever, args=(0.05,), name="demo", daemon=True).start()
+        self.demo = Demo()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = "http://127.0.0.1:%d" % self.port
+        self.key = new_secret()
+        self.all_good = True
 
-    def server_bind(self):
-        Server.server_bind(self)
+    def tell(self, what, value):
+        unit, least, most = self.GOOD[what]
+        good = least <= value <= most
+        self.all_good &= good
+        print("%-46s %8.1f %-9s %s" % (what, value, unit, "good" if good else "POOR"), flush=True)
 
-    def handle_error(self, request, client_address):
-        pass  # the proxy hung up, as it should when its caller does
+    def start(self, folder: str, environ: Texts) -> subprocess.Popen:
+        """Starts the proxy, whose files are in this folder."""
+        own = {name: text for name, text in environ.items() if not find_setting(name)}
+        return subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__)], cwd=folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
+                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.port),
+                "PROXY_API_KEYS": "selftest=" + self.key})
+
+    def scrape(self, name: str) -> float:
+        """Returns the sum of the proxy's metrics of a name. Raises OSError."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, 5)) as asking:
+            asking.request("GET", "/metrics")
+            text = asking.getresponse().read().decode()
+        return sum(map(float, re.findall(r"(?m)^%s(?:\{.*\})? (\S+)$" % name, text)))
+
+    async def run(self, environ: Texts):
+        """Raises OSError, and Refusal where a call fails."""
+        asyncio.get_running_loop().create_task(self.demo.serve())
+        with tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
+            with self.start(folder, environ) as proxy:
+                try:
+                    await self.measure()
+                finally:
+                    proxy.terminate()
+
+    async def measure(self):
+        for _ in range(self.START_TRIES):
+            await asyncio.sleep(0.1)
+            with contextlib.suppress(ConnectionRefusedError):
+                self.scrape(self.MEMORY)
+                break
+        await self.measure_calls()
+        before = self.scrape(self.MEMORY)
+        with contextlib.ExitStack() as idle:
+            for _ in range(self.IDLE):
+                idle.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+            await asyncio.sleep(0.5)
+            more = self.scrape(self.MEMORY) - before
+        self.tell("memory of an idle connection", more / self.IDLE / 1024)
+        for count in self.STREAMS:
+            await self.measure_streams(count, before)
+        await self.measure_hang_ups()
+
+    async def timed(self, url, payload, calls, concurrency, leave_after=math.inf):
+        """Returns the Bench of these calls. Raises Refusal where one fails."""
+        bench = Bench(upstream_at(url, self.key, {}), "/v1/chat/completions", payload)
+        bench.leave_after = leave_after
+        await bench.run(calls, concurrency)
+        if bench.failures:
+            raise UpstreamFailed("calls failed: %s" % dict(bench.statuses))
+        return bench
+
+    async def compared(self, name, payload, calls, concurrency):
+        """Returns how many milliseconds the proxy adds, by the medians of a time."""
+        direct, proxied = [
+            (await self.timed(url, payload, calls, concurrency)).report()["milliseconds"]
+            for url in (self.demo.url, self.url)]
+        return proxied[name]["p50"] - direct[name]["p50"]
+
+    async def measure_calls(self):
+        self.tell("added to the first byte", await self.compared("whole", self.CALL, range(200), 1))
+        clock = asyncio.get_running_loop().time
+        until = clock() + self.CALL_SECONDS
+        calls = itertools.takewhile(lambda _: clock() < until, itertools.count())
+        bench = await self.timed(self.url, self.CALL, calls, self.CALLERS)
+        self.tell("calls", bench.report()["per_second"])
+
+    async def measure_streams(self, count, before):
+        """Two rounds of so many streams; how much memory they take is seen while they run."""
+        comparing = asyncio.ensure_future(
+            self.compared("event", self.STREAM, range(2 * count), count))
+        peak = before
+        while not comparing.done():
+            await asyncio.sleep(0.3)
+            peak = max(peak, self.scrape(self.MEMORY))
+        self.tell("added to an event, %d streams" % count, comparing.result())
+        if count == max(self.STREAMS):
+            self.tell("memory of a running stream", (peak - before) / count / 1024)
+
+    async def measure_hang_ups(self):
+        before = self.scrape(self.OUTPUT)
+        bench = await self.timed(
+            self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=5)
+        while self.scrape("llm_proxy_in_flight"):
+            await asyncio.sleep(0.1)
+        billed = self.scrape(self.OUTPUT) - before
+        # The first of a stream's events has no word.
+        had = len(bench.times["event"]) - self.HANG_UPS
+        self.tell("delivered of what is billed after 50 hang-ups", 100 * had / max(1, billed))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -17063,6 +17309,100 @@ def version_line():
         VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
 
 
+DEFAULT_PAYLOAD = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}'
+BENCH_OPTIONS = (
+    ("--endpoint", "PATH", "/v1/chat/completions", "what to call there"),
+    ("--key", "KEY", None, "a key to call with"),
+    ("--model", "NAME", None, "the model to ask for; else the payload's, or the first listed"),
+    ("--payload", "JSON", None, "what to ask; else a short question"),
+    ("--requests", "N", "1000", "how many calls"),
+    ("--concurrency", "N", "50", "how many at once"))
+
+
+def add_bench_command(commands):
+    """Adds `bench` and `selftest`."""
+    commands.add_parser("selftest", help="tell what this machine can do, in half a minute")
+    bench = commands.add_parser("bench", help="time calls to a URL; see bench --help")
+    bench.add_argument("url", metavar="URL")
+    for flag, name, default, meaning in BENCH_OPTIONS:
+        bench.add_argument(flag, metavar=name, default=default, help=meaning)
+    bench.add_argument("--stream", action="store_true", help="ask for streams")
+    bench.add_argument("--output", choices=("text", "json"), default="text")
+
+
+def bench_of(options, environ):
+    """Returns the Bench, how many calls it is to make, and how many at once. Raises
+    ConfigFaults."""
+    upstream = upstream_at(options.url, options.key, environ)
+    try:
+        requests = number_between(1, 10_000_000)(options.requests)
+        concurrency = number_between(1, 10_000)(options.concurrency)
+        payload = json.loads(options.payload or DEFAULT_PAYLOAD)
+        require(type(payload) is dict, "the payload must be a JSON object")
+        if options.model or "model" not in payload:
+            payload["model"] = options.model or ask_models(upstream)[0].name
+    except (Refusal, ValueError, IndexError) as fault:
+        raise ConfigFaults("bench: %s" % fault) from None
+    if options.stream:
+        payload["stream"] = True
+    return Bench(upstream, options.endpoint, payload), requests, concurrency
+
+
+def run_unless_stopped(work):
+    """Runs a coroutine; returns whether it came to its end, before a signal."""
+    async def run():
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                loop.add_signal_handler(number, task.cancel)
+        await work
+        return True
+
+    with contextlib.suppress(asyncio.CancelledError):
+        return asyncio.run(run())
+
+
+async def run_bench(bench, requests, concurrency):
+    async def tell_progress():
+        while sys.stderr.isatty():
+            print("%d of %d calls, %d failed" % (
+                sum(bench.statuses.values()), requests, bench.failures), end="\r", file=sys.stderr)
+            await asyncio.sleep(0.5)
+
+    telling = asyncio.ensure_future(tell_progress())
+    await bench.run(range(requests), concurrency)
+    telling.cancel()
+
+
+def bench_command(options, environ):
+    """Times calls and prints how long they took, also where a signal stops it; returns the exit
+    code. Raises ConfigFaults."""
+    bench, requests, concurrency = bench_of(options, environ)
+    run_unless_stopped(run_bench(bench, requests, concurrency))
+    found = bench.report()
+    if options.output == "json":
+        print(json.dumps(found, indent=2))
+    else:
+        statuses, times = found.pop("statuses"), found.pop("milliseconds")
+        print_table(list(found), [list(found.values())])
+        print()
+        print_table(("answered", "calls"), statuses.items())
+        print()
+        print_table(("milliseconds", "mean", *SHARES),
+                    [(name, *row.values()) for name, row in times.items()])
+    return int(bool(bench.failures))
+
+
+def selftest_command(_, environ):
+    """Measures this machine; returns the exit code."""
+    test = SelfTest()
+    try:
+        return int(not (run_unless_stopped(test.run(environ)) and test.all_good))
+    except (Refusal, OSError) as fault:
+        print("selftest: %s" % (getattr(fault, "cause", None) or fault), file=sys.stderr)
+        return 1
+
+
 def add_keys_command(commands):
     """Adds `keys`, and what can be done with them."""
     acts = commands.add_parser(
@@ -17262,8 +17602,22 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys | grafana")
+    commands = parser.add_subparsers(
+        dest="command", metavar="usage | prices | keys | grafana | bench | selftest")
     commands.add_parser("grafana", help="print a dashboard of /metrics, to import in Grafana")
+    add_usage_command(commands)
+    prices = commands.add_parser(
+        "prices", help="print the prices that are known, or update a file of them")
+    prices.add_argument(
+        "--update", nargs="+", metavar=("FILE", "URL"),
+        help="fetch a list into FILE, by default from " + PRICES_URL)
+    prices.add_argument("--json", action="store_true")
+    add_keys_command(commands)
+    add_bench_command(commands)
+    return parser.parse_args(arguments)
+
+
+def add_usage_command(commands):
     report = commands.add_parser(
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", metavar="day,model", action="append",
@@ -17272,14 +17626,6 @@ def parse_arguments(arguments):
         report.add_argument(option[0], **dict(zip(("metavar", "help", "default"), option[1:])))
     for flag in ("--json", "--csv"):
         report.add_argument(flag, action="store_true")
-    prices = commands.add_parser(
-        "prices", help="print the prices that are known, or update a file of them")
-    prices.add_argument(
-        "--update", nargs="+", metavar=("FILE", "URL"),
-        help="fetch a list into FILE, by default from " + PRICES_URL)
-    prices.add_argument("--json", action="store_true")
-    add_keys_command(commands)
-    return parser.parse_args(arguments)
 
 
 def open_standard_files():
@@ -17302,23 +17648,35 @@ def read_dotenv_file():
         raise ConfigFaults(".env cannot be read: %s" % failure) from None
 
 
+def run_other_command(options, found, log_stream):
+    """Does what needs no proxy here; returns the exit code. Raises ConfigFaults and
+    DatabaseFault."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if options.command == "grafana":
+        print(json.dumps(grafana_dashboard(), indent=2))
+        return 0
+    if options.command == "prices":
+        return prices_command(options, found.get("PRICES"))
+    if options.command == "keys":
+        return keys_command(options, found, log_stream)
+    if options.command == "usage":
+        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
+    relax_garbage_collection()
+    raise_descriptor_limit()
+    return (bench_command if options.command == "bench" else selftest_command)(options, found)
+
+
 def run_command(options, environ, log_stream):
     """Does what the options say; returns the exit code. Raises ConfigFaults and DatabaseFault."""
     dotenv = read_dotenv_file()
     if options.command:
-        sys.stdout.reconfigure(errors="backslashreplace")
-        if options.command == "grafana":
-            print(json.dumps(grafana_dashboard(), indent=2))
-            return 0
         found = set_variables(environ, read_dotenv(dotenv)[0])
-        if options.command == "prices":
-            return prices_command(options, found.get("PRICES"))
-        if options.command == "keys":
-            return keys_command(options, found, log_stream)
-        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
-    demo = DemoServer() if options.demo else None
+        return run_other_command(options, found, log_stream)
+    demo = Demo() if options.demo else None
     if demo:
-        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % demo.server_port
+        threading.Thread(
+            target=asyncio.run, args=(demo.serve(),), name="demo", daemon=True).start()
+        environ["BASE_API_URL"] = demo.url
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
     config = read_config(environ, dotenv)
     if options.check:

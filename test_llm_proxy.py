@@ -12960,6 +12960,173 @@ class KeysCommandTest(ProcessCase):
         self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
 
 
+class BenchTest(ProcessCase):
+    """`bench` and `selftest`."""
+
+    def setUp(self):
+        super().setUp()
+        for name in ("raise_descriptor_limit", "relax_garbage_collection"):
+            patch = mock.patch.object(llm_proxy, name)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def bench(self, *arguments, url=None, code=0, **settings):
+        """Returns what `bench` reports, as JSON."""
+        url = url or "http://%s:%d" % self.address
+        found, out, err = self.finish("bench", url, "--output", "json", *arguments, **settings)
+        self.assertEqual((found, err), (code, ""))
+        return json.loads(out)
+
+    def test_calls_are_timed_as_a_whole_and_in_their_parts(self):
+        self.start(says(completion(1, 1)))
+        report = self.bench("--model", "m", "--requests", "40", "--concurrency", "4")
+        self.assertEqual((report["requests"], report["failures"]), (40, 0))
+        self.assertEqual((report["statuses"], self.stub.calls), ({"200": 40}, 40))
+        self.assertLessEqual(self.stub.connections, 4)
+        self.assertAlmostEqual(report["per_second"] * report["seconds"], 40, delta=4)
+        times = report["milliseconds"]
+        self.assertEqual([*times], ["whole", "upstream", "proxy"])
+        self.assertGreaterEqual(times["whole"]["mean"] + 0.01,
+                                times["upstream"]["mean"] + times["proxy"]["mean"])
+        for row in times.values():
+            self.assertEqual([*row][1:], ["min", "p50", "p90", "p99", "max"])
+            self.assertEqual(sorted([*row.values()][1:]), [*row.values()][1:])
+
+    def test_percentiles_are_of_what_came(self):
+        found = llm_proxy.in_milliseconds([number / 1000 for number in range(1, 101)])
+        self.assertEqual([*found.values()], [50.5, 1, 51, 91, 100, 100])
+        self.assertEqual(set(llm_proxy.in_milliseconds([0.002]).values()), {2})
+
+    def test_what_goes_wrong_is_counted_by_what_it_was(self):
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
+        for act, status in self.each((
+                (says(b"{}", "429 Busy"), "429"), (sends(b""), "closed without an answer"),
+                (sends(head + b"half"), "answer was cut"), (sends(b"SSH-2.0\r\n\r\n"), None))):
+            url = Stub(act).url
+            report = self.bench("--model", "m", "--requests", "3", url=url, code=1)
+            self.assertEqual(report["failures"], 3)
+            self.assertEqual([*report["statuses"].values()], [3])
+            self.assertIn(status or [*report["statuses"]][0], report["statuses"])
+
+    def test_a_stream_has_a_first_byte_and_jitter_between_its_events(self):
+        def answer(asked):
+            for number in range(3):
+                asked.chunks(event(number), head=b"" if number else STREAM, end=number == 2)
+                time.sleep(0.02)
+        self.start(answer)
+        times = self.bench("--stream", "--model", "m", "--requests", "4")["milliseconds"]
+        self.assertEqual([*times], ["whole", "upstream", "proxy", "first byte", "jitter"])
+        self.assertLess(times["first byte"]["min"], times["whole"]["min"] - 39)
+        self.assertLess(times["jitter"]["min"], 20)
+        self.assertTrue(self.stub.requests[-1].json()["stream"])
+
+    def test_what_is_asked_is_as_the_options_say(self):
+        url, listed = self.new_stub(), b'{"data": [{"id": "first"}, {"id": "second"}]}'
+        self.stub.answer = says(listed)
+        for options, model, target in self.each((
+                (["--model", "m"], "m", CHAT), ([], "first", CHAT),
+                (["--payload", '{"model": "own", "input": "x"}', "--endpoint", "/v1/embeddings"],
+                 "own", "/v1/embeddings"),
+                (["--payload", '{"model": "own"}', "--model", "m"], "m", CHAT))):
+            self.bench("--key", "sk-1", "--requests", "1", *options, url=url)
+            asked = self.stub.requests[-1]
+            self.assertEqual((asked.json()["model"], asked.target), (model, target))
+            self.assertEqual(asked.get("authorization"), "Bearer sk-1")
+
+    def test_the_key_of_the_settings_is_sent_nowhere_else(self):
+        url = self.new_stub()
+        self.bench("--model", "m", "--requests", "1", url=url, BASE_API_KEY="sk-vendor",
+                   BASE_API_URL="https://api.openai.com/v1")
+        self.assertNotIn(b"sk-vendor", self.stub.requests[-1].head)
+
+    def test_https_is_checked_as_the_settings_say(self):
+        file = pem_file(self)
+        stub = Stub(says(), tls=llm_proxy.server_context(file, None))
+        self.addCleanup(stub.close)
+        for settings, code, status in self.each((
+                ({"UPSTREAM_CA_FILE": file}, 0, "200"), ({}, 1, "certificate not trusted"))):
+            report = self.bench("--model", "m", "--requests", "2", "--concurrency", "1",
+                                url=stub.url, code=code, **settings)
+            self.assertEqual([*report["statuses"]], [status])
+
+    def test_what_is_wrong_with_the_options_is_told(self):
+        url = self.new_stub()
+        for arguments, said in self.each((
+                (["ftp://x"], "BASE_API_URL"), ([url, "--requests", "0"], "between 1 and"),
+                ([url, "--concurrency", "many"], "between 1 and"),
+                ([url, "--payload", "[]"], "a JSON object"), ([url, "--payload", "{"], "line 1"),
+                ([url], "no list of models"), (["http://127.0.0.1:1"], "could not be reached"))):
+            code, out, err = self.finish("bench", *arguments)
+            self.assertEqual((code, out), (2, ""))
+            self.assertIn(said, err)
+
+    def test_people_get_tables_and_at_a_terminal_a_line_while_it_runs(self):
+        url = self.new_stub()
+        screen, out = io.StringIO(), io.TextIOWrapper(io.BytesIO(), "utf-8")
+        screen.isatty = lambda: True
+        with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(out):
+            llm_proxy.main(["bench", url, "--model", "m", "--requests", "5"])
+        self.assertIn("0 of 5 calls, 0 failed", screen.getvalue())
+        out = out.buffer.getvalue().decode()
+        for row in (r"requests +failures +seconds", r" +5 +0 +", r"answered +calls", r"200 +5",
+                    r"milliseconds +mean +min +p50 +p90 +p99 +max", r"whole +[0-9.]+ "):
+            self.assertRegex(out, "(?m)^" + row)
+
+    def test_a_bench_that_is_interrupted_tells_what_it_saw(self):
+        def answer(asked):
+            asked.answer()
+            if self.stub.calls > 20:
+                asked.wait_for_hang_up()
+        url = self.new_stub(answer)
+        process = self.command("bench", url, "--model", "m", "--concurrency", "2")
+        wait_for(lambda: self.stub.calls > 20)
+        code, out, err = process.stop().finish()
+        self.assertEqual((code, err), (0, ""))
+        self.assertRegex(out, r"(?m)^200 +2[0-9]$")
+
+    def selftest(self, **patches):
+        """Returns (exit code, standard output, standard error) of a short one; nothing of it is
+        left."""
+        folder = new_path(self)
+        self.patch_seconds(SelfTest_STREAMS=(10,), SelfTest_IDLE=10, SelfTest_CALL_SECONDS=0.05,
+                           SelfTest_HANG_UPS=5, Demo_WORD_SECONDS=0.01, **patches)
+        started = []
+
+        def start(test, *arguments):
+            started.append(begin(test, *arguments))
+            return started[0]
+        begin = llm_proxy.SelfTest.start
+        with mock.patch.object(tempfile, "tempdir", folder), \
+                mock.patch.object(llm_proxy.SelfTest, "start", start):
+            found = self.finish("selftest")
+        self.assertIsNotNone(started[0].returncode)
+        self.assertEqual(os.listdir(folder), [])
+        return found
+
+    def test_a_selftest_says_a_verdict_a_line_and_leaves_nothing(self):
+        code, out, err = self.selftest()
+        found = re.findall(r"(?m)^(.+?)  +-?[0-9.]+ (ms|KiB|a second|%) +(good|POOR)$", out)
+        self.assertEqual([what for what, _, _ in found], [
+            "added to the first byte", "calls", "memory of an idle connection",
+            "added to an event, 10 streams", "memory of a running stream",
+            "delivered of what is billed after 50 hang-ups"])
+        self.assertEqual((code, err), (int("POOR" in out), ""))
+        self.assertEqual(found[-1][2], "good")
+
+    def test_a_selftest_whose_proxy_does_not_start_says_so(self):
+        settings = {**llm_proxy.SelfTest.SETTINGS, "LIMITS": "none"}
+        code, out, err = self.selftest(SelfTest_SETTINGS=settings, SelfTest_START_TRIES=2)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("connection refused", err)
+
+    def test_a_selftest_that_is_stopped_leaves_nothing(self):
+        folder = new_path(self)
+        process = self.command("selftest", TMPDIR=folder)
+        self.assertIn("first byte", process.process.stdout.readline())
+        code, _, err = process.stop().finish()
+        self.assertEqual((code, err, os.listdir(folder)), (1, "", []))
+
+
 class CommandsTest(ProcessCase):
     NOWHERE = "http://127.0.0.1:1"
 
@@ -13398,11 +13565,11 @@ class CommandsTest(ProcessCase):
         self.assertIn(b"limit reached", self.ask(call()).body)
 
     def test_the_demo_lists_its_model_answers_and_streams(self):
-        self.patch_seconds(DemoHandler_WORD_SECONDS=0.001)
-        demo = llm_proxy.DemoServer()
-        self.addCleanup(demo.server_close)
-        self.addCleanup(demo.shutdown)
-        self.start(BASE_API_URL="http://127.0.0.1:%d/v1" % demo.server_port)
+        self.patch_seconds(Demo_WORD_SECONDS=0.001)
+        demo = llm_proxy.Demo()
+        self.start(BASE_API_URL=demo.url)
+        serving = asyncio.run_coroutine_threadsafe(demo.serve(), self.proxy.loop)
+        self.addCleanup(serving.cancel)
         client = self.connect()
         models = client.exchange(request("GET", "/v1/models")).json()
         self.assertEqual(models["data"][0]["id"], "demo")
