@@ -3954,6 +3954,7 @@ class Call(Billable):
     json_body: Optional[JsonBody] = None
     forgotten = False  # what is large of the payload
     masked: Optional[JsonObject] = None  # the payload, if what must not leave was taken out
+    masks: Optional["Masks"] = None      # what stands for that
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
