@@ -649,6 +649,191 @@ VENDORS = {
     "groq": "https://api.groq.com/openai/v1",
     "openrouter": "https://openrouter.ai/api/v1",
     "ollama": "http://localhost:11434"}
+PARSER = getattr(re, "_parser", None) or re.sre_parse  # Python 3.10
+COMPILER = getattr(re, "_compiler", None) or re.sre_compile
+TAKE_ONE = "LITERAL", "NOT_LITERAL", "ANY", "IN"
+REPEAT = "MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"
+ARE_GROUPS = "SUBPATTERN", "ATOMIC_GROUP"
+Characters = FrozenSet[str]
+
+
+class Repetition(NamedTuple):
+    """A part of an expression that may take more or less: the characters of it, those of which each
+    round needs one, and those of which one must follow; `number` tells which part."""
+    number: int
+    takes: Characters
+    needs: Tuple[Characters, ...]
+    then: Tuple[Characters, ...] = ()
+
+    def clashes(self, later: "Repetition") -> bool:
+        """Tells whether it is open how much of a text is this one's, and how much the later's."""
+        ends = [*self.then, *self.needs]
+        return not (self.takes.isdisjoint(later.takes)
+                    or any([one.isdisjoint(later.takes) for one in ends])
+                    or any([one.isdisjoint(self.takes) for one in (*self.then, *later.needs)]))
+
+
+def parts_within(op, value):
+    """Returns the expressions within a part of one, as Python's parser has it."""
+    if op.name == "BRANCH":
+        return value[1]
+    if op.name in REPEAT or op.name in ARE_GROUPS:
+        return [value if isinstance(value, PARSER.SubPattern) else value[-1]]
+    return []
+
+
+def numbers_in(value):
+    """Yields the numbers in a parsed expression, and so all its characters."""
+    if type(value) is int:
+        yield value
+    elif isinstance(value, (tuple, list, PARSER.SubPattern)):
+        for one in value:
+            yield from numbers_in(one)
+
+
+class LinearPattern:
+    """A regular expression that any text is searched for in linear time, judged as Python's parser
+    reads it: a search that has begun cannot be stopped, and holds all threads."""
+    LONGEST = 300        # characters
+    MOST_ROUNDS = 64     # what is unlimited takes so many,
+    MOST_OF_GROUPS = 16  # and of more than one character so many
+    MOST_CHOICES = 3     # whose ways begin alike
+    MOST_OPEN = 200
+
+    def __init__(self, text: str):
+        """Raises ValueError, whose message says what is wrong, and where."""
+        require(len(text) <= self.LONGEST, "must have %d characters at most" % self.LONGEST)
+        try:
+            self.tree = PARSER.parse(text)
+        except (re.error, OverflowError, RecursionError) as fault:
+            raise ValueError("must be a regular expression: %s" % fault) from None
+        require(self.tree.getwidth()[0], "must not match an empty text")
+        self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
+        self.alphabet = {*map(chr, range(256)), *[
+            chr(one) for one in numbers_in(self.tree) if 0 <= one <= sys.maxunicode]}
+        self.known: List[int] = []  # repetitions, by identity
+        self.choices = 0
+        self.walk(self.tree, set(), False)
+        begin = self.beginning(self.tree)
+        self.bound(self.tree)
+        if begin:  # else it would be tried from each character of a long word
+            self.tree.insert(0, (PARSER.ASSERT_NOT, (-1, begin)))
+        self.compiled = COMPILER.compile(self.tree)
+
+    def alone(self, part):
+        return PARSER.SubPattern(self.tree.state, [part])
+
+    def characters(self, part) -> Characters:
+        """Returns which characters a part takes that takes one."""
+        one = COMPILER.compile(self.alone(part), self.flags)
+        return frozenset(filter(one.fullmatch, self.alphabet))
+
+    def sets(self, parts, needed):
+        """Yields the characters of what takes one; `needed`: of what cannot be left out."""
+        for op, value in parts:
+            if op.name in TAKE_ONE:
+                yield self.characters((op, value))
+            elif not needed or op.name in ARE_GROUPS or (op.name in REPEAT and value[0]):
+                for inner in parts_within(op, value):
+                    yield from self.sets(inner, needed)
+
+    def first(self, parts) -> Characters:
+        """Returns the characters that a match may begin with."""
+        found = frozenset()
+        for part in parts:
+            found = found.union(*map(self.first, parts_within(*part)))
+            if part[0].name in TAKE_ONE:
+                found |= self.characters(part)
+            if self.alone(part).getwidth()[0]:
+                break
+        return found
+
+    def walk(self, parts, before, repeated):
+        """Goes along parts; returns the repetitions after them. `repeated`: all this is one."""
+        for op, value in parts:
+            name = op.name
+            inner = parts_within(op, value)
+            if name in TAKE_ONE:
+                taken = self.characters((op, value))
+                before = {one._replace(then=(*one.then, taken)) for one in before}
+            elif name in REPEAT:
+                before = self.repeat(before, repeated, *value)
+            elif inner:
+                before = self.choose(inner, before, repeated)
+            else:
+                require(name == "AT", "must not look around or back: %s" % name.lower())
+            require(len(before) <= self.MOST_OPEN, "must be simpler")
+        return before
+
+    def choose(self, ways, before, repeated):
+        firsts = list(map(self.first, ways))
+        alike = sum(map(len, firsts)) > len(frozenset().union(*firsts))
+        self.choices += alike
+        require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
+        require(self.choices <= self.MOST_CHOICES, "must not have many choices that begin alike")
+        one_is_empty = not all([way.getwidth()[0] for way in ways])
+        return set().union(*[
+            self.repeat(before, repeated, 0, 1, way) if one_is_empty and len(ways) > 1
+            else self.walk(way, before, repeated) for way in ways])
+
+    def repeat(self, before, repeated, least, most, inner):
+        unlimited = most == PARSER.MAXREPEAT
+        require(least <= self.MOST_OF_GROUPS if unlimited else most <= self.MOST_ROUNDS,
+                "must not repeat more than %d times" % self.MOST_ROUNDS)
+        require(most < 2 or inner.getwidth()[0], "must not repeat what may be empty")
+        single = inner.getwidth() == (1, 1)
+        after = before
+        for _ in range(1 if single or most < 2 else 2):  # what a round leaves open meets the next
+            after = self.walk(inner, after, repeated or most > 1)
+        if least == most:
+            return after
+        found = Repetition(self.number(inner), frozenset().union(*self.sets(inner, False)),
+                           () if single else tuple(self.sets(inner, True)))
+        for one in before:
+            require(not one.clashes(found), "must not have repetitions, one soon after the other,"
+                    " that can take the same: number %d and number %d, as '%s'" % (
+                        one.number, found.number, min(one.takes & found.takes, default="")))
+        return {*after, *(() if least else before), found}
+
+    def number(self, inner):
+        """Returns which repetition this is, from 1."""
+        if id(inner) not in self.known:
+            self.known.append(id(inner))
+        return self.known.index(id(inner)) + 1
+
+    def beginning(self, parts):
+        """Returns what it begins with as often as it may, if that takes one character."""
+        op, value = parts[0]
+        inner = parts_within(op, value)
+        if op.name in REPEAT and value[1] == PARSER.MAXREPEAT and inner[0].getwidth() == (1, 1):
+            return inner[0]
+        return self.beginning(inner[0]) if len(inner) == 1 else None
+
+    def bound(self, parts):
+        """Limits what is unlimited, which else takes quadratic time."""
+        for place, (op, value) in enumerate(parts):
+            for inner in parts_within(op, value):
+                self.bound(inner)
+            if op.name in REPEAT:
+                least, most, inner = value
+                parts[place] = op, (least, min(most, self.MOST_ROUNDS if (
+                    inner.getwidth() == (1, 1)) else self.MOST_OF_GROUPS), inner)
+
+
+def linear_patterns(text):
+    """'order=ORD-[0-9]+; ...', or such lines -> {'order': re.Pattern}."""
+    found = {}
+    for row in re.split("\n" if "\n" in text else ";", text):
+        name, equals, expression = map(str.strip, row.partition("="))
+        require(equals and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
+            *REDACTED, *found), "must be name=regex, by lines or ;, each name once")
+        try:
+            found[name] = LinearPattern(expression).compiled
+        except ValueError as fault:
+            raise ValueError("is at fault: %s %s" % (name, fault)) from None
+    return found
+
+
 REDACTED = "email", "card", "iban", "phone", "ssn", "ip", "secrets"
 redacted_kinds = listed(one_of(*REDACTED))
 read_kinds = word_or({"off": ()}, redacted_kinds)
@@ -825,6 +1010,9 @@ SETTING_ROWS = {
         ("REDACT_UPSTREAMS", upstream_globs,
          "upstreams that it must not reach, such as openai,azure*; unset: all but those with"
          " addresses of this machine or a private network"),
+        ("REDACT_PATTERNS", linear_patterns,
+         "what else to look for, as name=regex by lines or ;, without lookaround, back references"
+         " and repetitions of the same, one after or within the other"),
         ("REDACT_ALLOW", values_allowed, "what may leave all the same, such as *@example.com"),
         ("REDACT_COUNTRY", countries,
          "countries, such as US,DE, whose phone numbers are found without +, too"),
@@ -965,7 +1153,7 @@ class Config(types.SimpleNamespace):
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
         REFILL_TOKENS REFILL_INTERVAL_SECONDS TOKEN_COST_MODE REQUEST_TOKEN_COST
         RESPONSE_TOKEN_RESERVE IMAGE_TOKENS REDACT REDACT_MODE REDACT_UPSTREAMS REDACT_ALLOW
-        REDACT_COUNTRY REDACT_ANSWERS REDACT_OPAQUE""".split())
+        REDACT_PATTERNS REDACT_COUNTRY REDACT_ANSWERS REDACT_OPAQUE""".split())
 
     def take(self, new: "Config") -> List[str]:
         """Takes what may change while it runs; returns the names of what else was changed. Raises
@@ -3823,6 +4011,7 @@ class Call(Billable):
     json_body: Optional[JsonBody] = None
     forgotten = False  # what is large of the payload
     masked: Optional[JsonObject] = None  # the payload, if what must not leave was taken out
+    masks: Optional["Masks"] = None      # what stands for that
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
@@ -6325,11 +6514,13 @@ class Masks:
 class Redaction:
     """Says what must not leave, for which upstream and by whose key, and what is done with it."""
 
-    def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Sequence[str],
+    def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Optional[Sequence[str]],
                  upstreams: FrozenSet[str], mode: str, opaque: str):
-        """`make` returns what finds some kinds. `opaque`: what to do with what cannot be read."""
+        """`make` returns what finds some kinds, beside patterns of the settings; `kinds` are None
+        where nothing is looked for but by keys that say so. `opaque`: what to do with what cannot
+        be read."""
         self.make = functools.lru_cache(1000)(make)
-        self.kinds = tuple(kinds)
+        self.kinds = kinds
         self.upstreams = upstreams
         self.mode = mode
         self.opaque = opaque
@@ -6338,8 +6529,8 @@ class Redaction:
         """Returns what takes it out of a call, None where nothing is looked for."""
         if upstream not in self.upstreams:
             return None
-        kinds = read_kinds(key.redact) if key and key.redact else self.kinds
-        return Masks(self.make(kinds)) if kinds else None
+        kinds = read_kinds(key.redact) or None if key and key.redact else self.kinds
+        return None if kinds is None else Masks(self.make(kinds))
 
     def pass_opaque(self, masks: Masks):
         """Counts what cannot be read. Raises CannotBeRead."""
@@ -14003,12 +14194,16 @@ def renew_redaction(proxy: Proxy):
     """Has that looked for which must not leave, by the settings and the keys that there are."""
     config, callers = proxy.config, proxy.callers
     proxy.redaction = None
-    if not (config.redact or any([key.redact for key in callers.stored.keys.values()])):
+    kinds = (config.redact or ()) if config.redact or config.redact_patterns else None
+    if kinds is None and not any([key.redact for key in callers.stored.keys.values()]):
         return
-    own = shapes_of_keys(config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
+    shapes = shapes_of_keys(
+        config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
+    shapes += [Shape(name, "", pattern, re.Match.end)
+               for name, pattern in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
-        lambda kinds: Redactor(kinds, own, config.redact_allow or (), config.redact_country or ()),
-        config.redact or (), config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
+        lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
+        kinds, config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
     proxy.dialects.reads_counts = True
 
 

@@ -4552,6 +4552,7 @@ TEXT_KEYS = set("""content reasoning_content refusal arguments text thinking del
 
 class UnmaskingTest(ProxyCase):
     """What comes back for placeholders, in whatever pieces they come."""
+    RANDOM_STREAMS = 300
     DIALECTS = {**UsageReaderTest.DIALECTS, "array": llm_proxy.Gemini()}
     VALUES = {"[[EMAIL_1]]": "ann@example.com", "[[SECRETS_12]]": 'a"b\\c\nd\u00e9'}
     TEXTS = ["hi [[EMAIL_1]] x", "a[b[[SECRETS_12]][", "\u20ac[[EMAIL_2]]\U0001f600[["]
@@ -4564,11 +4565,11 @@ class UnmaskingTest(ProxyCase):
             masks.values[placeholder] = value
         return masks
 
-    def unmask(self, endpoint, data, step=None, answers=False, events=True):
+    def unmask(self, endpoint, data, step=None, answers=False, events=True, masks=None):
         """What a caller sees of a body that comes in pieces of this size."""
         dialect = self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
         events = events and (llm_proxy.JSON_ARRAY if endpoint == "array" else dialect.events)
-        masks = self.masks()
+        masks = masks or self.masks()
         restorer = llm_proxy.Restorer(
             masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
         editor = llm_proxy.Editor(
@@ -4581,7 +4582,7 @@ class UnmaskingTest(ProxyCase):
     def stream(row, pieces):
         """A stream of this row; `pieces` are numbers of blocks, each with a text."""
         endpoint, event, end = row
-        texts = [event.replace("TEXT", json.dumps(text)).replace("N", str(number), 1)
+        texts = [event.replace("N", str(number), 1).replace("TEXT", json.dumps(text))
                  for number, text in pieces]
         numbers = sorted({number for number, _ in pieces}) if "N" in end[2:] else [0]
         texts += [end if end == "[DONE]" else end.replace("N", str(number))
@@ -4641,25 +4642,51 @@ class UnmaskingTest(ProxyCase):
                     self.assert_comes_back(
                         row, [(block, part) for part in parts for block in blocks], next(steps))
 
+    LEAKS = """ann@example.com bob.o'hara+x@mail.example.org 4111111111111111 5500-0000-0000-0004
+        DE89370400440532013000 8.8.8.8 2606:4700:4700::1111 +14155552671 123-45-6789
+        ghp_0123456789abcdefghijABCDEFGHIJ012345 AKIAIOSFODNN7EXAMPLE""".split()
+    BESIDE = ["[", "[[", "]]", "[[EMAIL_1]]", " ", "\n", '"', "\\", "\u00e9", "\U0001f600", "word,",
+              "(", "7", "[[IBAN_", "/"]
+
+    def text_at_random(self, chance):
+        """A text, and what must not leave of it."""
+        said = [chance.choice(self.BESIDE) for _ in range(chance.randrange(12))]
+        leaks = chance.choices(self.LEAKS, k=chance.randrange(4))
+        for one in leaks:
+            said.insert(chance.randrange(len(said) + 1), " is %s, " % one)
+        return "".join(said), leaks
+
+    def pieces_at_random(self, chance, texts):
+        """Pieces of these texts, each with the number of its text."""
+        pieces = []
+        while any(texts):
+            block = chance.choice([block for block, text in enumerate(texts) if text])
+            size = chance.choice((1, 2, 3, 9, 30))
+            pieces.append((block, texts[block][:size]))
+            texts[block] = texts[block][size:]
+        return pieces
+
     def test_texts_at_random_in_streams_at_random_leak_nothing_and_come_back(self):
         chance = random.Random(17)
-        rows = [(row, text) for row in TEXT_STREAMS
-                for text in (self.JSON_TEXTS if self.is_json(row) else self.TEXTS)]
-        for count in range(20_000 if EnduranceCase.LONG else 300):
-            row, text = chance.choice(rows)
-            texts = [text, text.replace("[[EMAIL_1]]", "[[EMAIL_1]] [[EMAIL_1]]")]
-            pieces = []
-            while any(texts):
-                block = chance.randrange(2 if "N" in row[1] else 1)
-                if not texts[block]:
-                    texts = [one if "N" in row[1] else "" for one in texts]
-                    continue
-                size = chance.choice((1, 2, 3, 9, 30))
-                pieces.append((block, texts[block][:size]))
-                texts[block] = texts[block][size:]
-            with self.subTest(count):
-                self.assert_comes_back(row, pieces, chance.choice((None, 3, 50, 400)),
-                                       answers=chance.random() < 0.3)
+        redactor = llm_proxy.Redactor(llm_proxy.REDACTED)
+        for _ in range(self.RANDOM_STREAMS):
+            row = chance.choice(TEXT_STREAMS)
+            found = [self.text_at_random(chance) for _ in range(2 if "N" in row[1] else 1)]
+            texts = [text for text, _ in found]
+            if self.is_json(row):
+                texts = [json.dumps({"k": [text]}, ensure_ascii=chance.random() < 0.5)
+                         for text in texts]
+            payload = {"messages": [{"role": "user", "content": text} for text in texts]}
+            masks = llm_proxy.Masks(redactor)
+            sent = llm_proxy.finish(masks.mask_payload(payload, json.dumps(payload).encode()))
+            seen = [one["content"] for one in (sent or payload)["messages"]]
+            for (_, leaks), text in zip(found, seen):
+                self.assertEqual([one for one in leaks if one in text], [], text)
+            data = self.stream(row, self.pieces_at_random(chance, list(seen)))
+            shown = self.unmask(row[0], data, chance.choice((None, 3, 50, 400)),
+                                chance.random() < 0.3, masks=masks)
+            self.assertEqual(sorted(self.said(self.payloads(row[0], shown)).values()),
+                             sorted(filter(None, texts)), (row, data))
 
     def test_an_event_in_which_nothing_changes_passes_byte_for_byte(self):
         for data in self.each([
@@ -4732,6 +4759,90 @@ class UnmaskingTest(ProxyCase):
         whole = json.dumps({"text": said + "\n", "a@b.example": 5})
         found = self.unmask("chat", whole.encode(), answers=True, events=False)
         self.assertEqual(json.loads(found), {"text": shown + "\n", "[[EMAIL]]": 5})
+
+
+class RedactedAnswersTest(ProxyCase):
+    """The way down of a call whose prompt was masked, over HTTP."""
+    MAIL = "ann@example.com"
+    SAID = {"choices": [{"index": 0, "message": {"content": "to [[EMAIL_1]]"}}], "usage": TOLD}
+    STREAM = [delta("to [[EM"), delta("AIL_1]]! ["), LAST_DELTA, USAGE_EVENT, "[DONE]"]
+
+    def setUp(self):
+        self.settings = {"REDACT": "email", "REDACT_UPSTREAMS": "*"}
+
+    def told(self, answer, path=CHAT, version=b"1.1", **payload):
+        """What a caller sees whose prompt has an address."""
+        self.start(answer, **self.settings)
+        body = json.dumps({"model": "m", "prompt": self.MAIL, **payload}).encode()
+        data = request("POST", path, body).replace(b"HTTP/1.1", b"HTTP/" + version)
+        return self.ask(data)
+
+    def streamed(self, *payloads, kind="text/event-stream"):
+        return says(events(*payloads), "200 OK", "Content-Type: " + kind)
+
+    def test_an_answer_speaks_of_what_its_caller_said_and_the_vendor_never_sees_it(self):
+        for status in self.each(("200 OK", "400 Bad Request")):
+            for version in (b"1.1", b"1.0"):
+                told = self.told(says(json.dumps(self.SAID).encode(), status), version=version)
+                self.assertTrue(told.whole)
+                self.assertEqual(told.body.decode(),
+                                 json.dumps(self.SAID).replace("[[EMAIL_1]]", self.MAIL))
+                asked = self.stub.requests[0].body
+                self.assertEqual(json.loads(asked)["prompt"], "[[EMAIL_1]]")
+                self.assertEqual(self.entry()["redacted"], "email=1")
+
+    def test_a_stream_does_so_too_without_the_usage_that_its_caller_did_not_ask_for(self):
+        self.settings["TOKEN_COST_MODE"] = "usage"
+        for version in self.each((b"1.1", b"1.0")):
+            told = self.told(self.streamed(*self.STREAM), version=version, stream=True)
+            self.assertTrue(told.whole)
+            *found, done, nothing = told.body.decode().split("\n\n")
+            self.assertEqual((done, nothing), ("data: [DONE]", ""))
+            self.assertEqual([json.loads(one[6:]) for one in found], [
+                delta("to "), delta(self.MAIL + "! "), delta("["), LAST_DELTA])
+            self.assertEqual((self.entry()["input"], self.entry()["outcome"]), (20, "ok"))
+
+    def test_what_waits_is_let_go_where_a_stream_is_cut(self):
+        self.start(None, **self.settings)
+        client, asked = self.ask_stub(call(stream=True, messages=[{"content": self.MAIL}]))
+        asked.stream(events(delta("a [["))[:-1])
+        asked.close()
+        client.head()
+        rest = client.rest()
+        self.assertFalse(rest.whole)
+        found = [json.loads(one[6:]) for one in rest.body.split(b"\n\n") if one]
+        self.assertEqual(UnmaskingTest.said(found), {
+            ("choices", 0, "delta", "content"): "a [["})
+
+    def test_lines_of_json_and_arrays_are_streams_as_well(self):
+        lines = [{"response": "to [[EMA", "done": False}, {"response": "IL_1]]", "done": True}]
+        told = self.told(says(lines_of(*lines), "200 OK", "Content-Type: application/x-ndjson"),
+                         "/api/generate", model="m")
+        self.assertEqual([json.loads(line)["response"] for line in told.body.splitlines()],
+                         ["to ", self.MAIL])
+        parts = [{"candidates": [{"content": {"parts": [{"text": text}]}}]}
+                 for text in ("to [[EMA", "IL_1]]")]
+        told = self.told(says(json.dumps(parts).encode()),
+                         "/v1beta/models/m:streamGenerateContent")
+        self.assertEqual(UnmaskingTest.said(told.json()), {
+            ("candidates", "content", "parts", "text"): "to " + self.MAIL})
+
+    def test_an_answer_that_is_encoded_is_counted_and_passed_or_refused(self):
+        packed = gzip.compress(json.dumps(self.SAID).encode())
+        for opaque, status in self.each((("pass", 200), ("refuse", 502))):
+            self.settings["REDACT_OPAQUE"] = opaque
+            told = self.told(says(packed, "200 OK", "Content-Encoding: gzip"))
+            self.assertEqual(told.status, status)
+            self.assertEqual(told.body == packed, status == 200)
+            self.assertEqual(self.entry()["redacted"], "email=1,opaque=1")
+
+    def test_what_the_answer_alone_says_is_counted_where_it_is_masked(self):
+        self.settings["REDACT_ANSWERS"] = "on"
+        said = events(delta("[[EMAIL_1]] bob@exam"), delta("ple.org"), LAST_DELTA, "[DONE]")
+        told = self.told(says(said, "200 OK", "Content-Type: text/event-stream"), stream=True)
+        found = [json.loads(one[6:]) for one in told.body.split(b"\n\n") if b"{" in one]
+        self.assertEqual(list(UnmaskingTest.said(found).values()), [self.MAIL + " [[EMAIL]]"])
+        self.assertEqual(self.entry()["redacted"], "email=2")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -15300,7 +15411,8 @@ if __name__ == "__main__":
     elif "--soak" in sys.argv:
         EnduranceCase.LONG = True
         BalanceTest.CALLS = 40
-        names = ["BalanceTest", "DoorTest", "FaultsTest", "HostileTest"]
+        UnmaskingTest.RANDOM_STREAMS = 20_000
+        names = ["UnmaskingTest", "BalanceTest", "DoorTest", "FaultsTest", "HostileTest"]
         if "long" in sys.argv:
             HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
             names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
