@@ -10688,8 +10688,8 @@ class Ledger(Writer):
         database, wall = self.database, wall_time(self.clock)
         try:
             for _ in range(16):
-                if not (database.add_new() or database.add_older() or database.list_ids()
-                        or database.roll_up(wall)):
+                if not (database.add_new() or database.add_older() or database.roll_up(wall)
+                        or database.list_ids()):
                     self.sum_at = now + self.SUM_SECONDS
                     break
         except sqlite3.Error as failure:

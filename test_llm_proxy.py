@@ -8471,6 +8471,14 @@ class SumsTest(TableCase):
         self.assertEqual((found.calls, found.limited), (36, 0))
         self.assertGreater(min(found.picodollars, found.input), 10 ** 18)
 
+    def test_days_are_added_up_before_ids_are_listed_so_that_pages_are_quick_soon(self):
+        self.add(*({"time": self.DAY + hour * 3600, "id": str(hour)} for hour in range(10)))
+        self.database.CHUNK = 1
+        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9)
+        llm_proxy.Ledger.add_up(types.SimpleNamespace(database=self.database, clock=clock), 0)
+        self.assertEqual((self.database.facts["rolled"], self.database.facts["listed"]),
+                         (self.DAY + 10 * 3600, 6))
+
     def test_old_sums_are_removed_after_old_calls(self):
         now = self.DAY + 500 * 86400
         self.add(*({"time": self.DAY + day * 86400, "id": str(day)} for day in range(500)))
