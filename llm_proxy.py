@@ -15790,13 +15790,12 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
     `${count(output)} tokens of output, ${pace} a second`]]; }
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
-  const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause,
-    Upstream: call.upstream, Status: call.status, Charged: call.charges?.split(";").map(charge),
+  const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause, Status: call.status,
+    Upstream: call.upstream, Charged: call.charges?.split(";").map(charge), Redacted: call.redacted,
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
-    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
