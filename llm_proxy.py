@@ -2238,13 +2238,15 @@ class Level(NamedTuple):
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
         left = level if level > 0 else 0
-        capacity = rule.capacity if level <= rule.capacity else level  # more was given
+        capacity = rule.capacity
         if rule.unit == RUNNING:
             return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
         reset = 0
         if level < capacity:
             reset = math.ceil(self.refilled + rule.interval - self.now)
+        elif level > capacity:  # more was given
+            capacity = level
         if rule.unit == USD:
             return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
