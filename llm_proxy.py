@@ -16826,7 +16826,7 @@ class SelfTest:
     STREAM = {**CALL, "stream": True}
     SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
                 "LIMITS": "each 1000000000 tokens per day"}
-    START_TRIES, CALL_SECONDS = 100, 3  # ten a second
+    START_TRIES, HANG_UP_TRIES, CALL_SECONDS = 100, 50, 3  # ten tries a second
     CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
@@ -16843,8 +16843,8 @@ class SelfTest:
     def __init__(self):
         self.demo = Demo()
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url = "http://127.0.0.1:%d" % self.port
+            self.place = free.getsockname()
+        self.url = "http://%s:%d" % self.place
         self.key = new_secret()
         self.all_good = True
 
@@ -16860,12 +16860,12 @@ class SelfTest:
         return subprocess.Popen(
             [sys.executable, os.path.abspath(__file__)], cwd=folder, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
-                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.port),
+                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.place[1]),
                 "PROXY_API_KEYS": "selftest=" + self.key})
 
     def scrape(self, name: str) -> float:
         """Returns the sum of the proxy's metrics of a name. Raises OSError."""
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, 5)) as asking:
+        with contextlib.closing(http.client.HTTPConnection(*self.place, timeout=5)) as asking:
             asking.request("GET", "/metrics")
             text = asking.getresponse().read().decode()
         return sum(map(float, re.findall(r"(?m)^%s(?:\{.*\})? (\S+)$" % name, text)))
@@ -16890,7 +16890,7 @@ class SelfTest:
         before = self.scrape(self.MEMORY)
         with contextlib.ExitStack() as idle:
             for _ in range(self.IDLE):
-                idle.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+                idle.enter_context(socket.create_connection(self.place))
             await asyncio.sleep(0.5)
             more = self.scrape(self.MEMORY) - before
         self.tell("memory of an idle connection", more / self.IDLE / 1024)
@@ -16938,7 +16938,9 @@ class SelfTest:
         before = self.scrape(self.OUTPUT)
         bench = await self.timed(
             self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=5)
-        while self.scrape("llm_proxy_in_flight"):
+        for _ in range(self.HANG_UP_TRIES):
+            if not self.scrape("llm_proxy_in_flight"):
+                break
             await asyncio.sleep(0.1)
         billed = self.scrape(self.OUTPUT) - before
         # The first of a stream's events has no word.
@@ -17535,9 +17537,9 @@ def bench_of(options, environ):
         payload = json.loads(options.payload or DEFAULT_PAYLOAD)
         require(type(payload) is dict, "the payload must be a JSON object")
         if options.model or "model" not in payload:
-            payload["model"] = options.model or ask_models(upstream)[0].name
+            payload["model"] = options.model or ask_at_once(upstream)[0].name
     except (Refusal, ValueError, IndexError) as fault:
-        raise ConfigFaults("bench: %s" % fault) from None
+        raise ConfigFaults("bench: " + with_cause(fault)) from None
     if options.stream:
         payload["stream"] = True
     return Bench(upstream, options.endpoint, payload), requests, concurrency
@@ -17594,7 +17596,7 @@ def selftest_command(_, environ):
     try:
         return int(not (run_unless_stopped(test.run(environ)) and test.all_good))
     except (Refusal, OSError) as fault:
-        print("selftest: %s" % (getattr(fault, "cause", None) or fault), file=sys.stderr)
+        print("selftest: " + with_cause(fault), file=sys.stderr)
         return 1
 
 
