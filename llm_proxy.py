@@ -16645,7 +16645,8 @@ class Demo:
 
     async def converse(self, reader, writer):
         """Answer one request after another, as simply as a proxy lets one."""
-        with contextlib.suppress(Exception):  # who asks hung up, or asks what no demo understands
+        # Who asks hangs up, or asks what no demo understands.
+        with contextlib.closing(writer), contextlib.suppress(Exception):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 length = re.search(r"(?i)\ncontent-length: *([0-9]+)", head)
@@ -16657,7 +16658,6 @@ class Demo:
                     self.answer(writer, self.MODELS)
                 else:
                     self.answer(writer, "{}", "404 Not Found")
-        writer.close()
 
     async def answer_call(self, writer, body):
         call = json.loads(body or b"{}")
@@ -16728,6 +16728,11 @@ def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
         for name, share in SHARES.items()}}
 
 
+def jitter(arrivals: List[float]) -> List[float]:
+    """Returns by how much each time between two differs from the one before."""
+    return [abs(c - 2 * b + a) for a, b, c in zip(arrivals, arrivals[1:], arrivals[2:])]
+
+
 def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
     """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
     ConfigFaults."""
@@ -16757,8 +16762,10 @@ class Bench:
         """Make a call for each of these."""
         loop, calls = asyncio.get_running_loop(), iter(calls)
         self.began = self.ended = loop.time()
-        await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
-        self.upstream.addresses[0].close_stale(everything=True)
+        try:
+            await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
+        finally:
+            self.upstream.addresses[0].close_stale(everything=True)
 
     async def work(self, loop, calls):
         context = Context(loop)
@@ -16787,8 +16794,7 @@ class Bench:
             self.times["proxy"].append(answered - began - upstream)
         if self.streamed:
             self.times["first byte"].extend([at - began for at in arrivals[:1]])
-            self.times["jitter"].extend([abs(c - 2 * b + a) for a, b, c in zip(
-                arrivals, arrivals[1:], arrivals[2:])])
+            self.times["jitter"].extend(jitter(arrivals))
         return response.status
 
     async def read(self, response, context):
@@ -16831,9 +16837,9 @@ class SelfTest:
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
     GOOD = {  # the unit, from where and to where it is good
+        "memory of an idle connection": ("KiB", 0, 64),
         "added to the first byte": ("ms", 0, 5),
         "calls": ("a second", 200, math.inf),
-        "memory of an idle connection": ("KiB", 0, 64),
         "added to an event, 10 streams": ("ms", 0, 5),
         "added to an event, 100 streams": ("ms", 0, 10),
         "added to an event, 500 streams": ("ms", 0, 50),
@@ -16886,7 +16892,7 @@ class SelfTest:
             with contextlib.suppress(ConnectionRefusedError):
                 self.scrape(self.MEMORY)
                 break
-        await self.measure_calls()
+        await self.timed(self.url, self.STREAM, range(self.CALLERS), self.CALLERS)
         before = self.scrape(self.MEMORY)
         with contextlib.ExitStack() as idle:
             for _ in range(self.IDLE):
@@ -16894,6 +16900,7 @@ class SelfTest:
             await asyncio.sleep(0.5)
             more = self.scrape(self.MEMORY) - before
         self.tell("memory of an idle connection", more / self.IDLE / 1024)
+        await self.measure_calls()
         for count in self.STREAMS:
             await self.measure_streams(count, before)
         await self.measure_hang_ups()
