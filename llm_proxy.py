@@ -6131,11 +6131,13 @@ class Finding(NamedTuple):
 
 class Shape(NamedTuple):
     """How what must not leave looks: `mark` stands in each text that holds one, `search` takes
-    linear time, and `check` returns where what it found ends, 0 where that is none."""
+    linear time, and `check` returns where what it found ends, 0 where that is none. In so many
+    characters as `step` says it is searched for at once."""
     kind: str
     mark: str
     search: "re.Pattern[str]"
     check: Callable[["re.Match[str]"], int]
+    step: int = 1 << 16
 
 
 URL_PASSWORD = re.compile(r"//[^\s/@]*:\Z")
@@ -6333,7 +6335,7 @@ class Redactor:
     # So many characters are searched at once, and as many more for what begins in them.
     SLICE = 1 << 16
     OVERLAP = 1 << 14
-    BATCH = 2000  # things that look like some
+    BATCH = 1000  # things that look like some
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -6360,7 +6362,6 @@ class Redactor:
                     for batch in self.batches(one, text, start):
                         found += batch
                         yield ()
-                    yield ()
             if found:
                 found = self.apart(sorted(found), end)
                 end = found[-1].end if found else end
@@ -6368,19 +6369,20 @@ class Redactor:
 
     def batches(self, one, text, start):
         """Yields what of a Shape begins in a slice, in parts."""
-        _, _, shape, check = one
-        matches = shape.finditer(text, start, start + self.SLICE + self.OVERLAP)
-        for match in matches:
-            some = itertools.chain((match,), itertools.islice(matches, self.BATCH))
-            found = [Finding(match.start(), end, one.kind)
-                     for match, end in [(match, check(match)) for match in some] if end]
-            while found and found[-1].start >= start + self.SLICE:
-                found.pop()
-            yield [one for one in found if not self.may_leave(text[one.start:one.end])] if (
-                self.allow) else found
+        for begin in range(start, min(len(text), start + self.SLICE), one.step):
+            end = begin + one.step
+            matches = one.search.finditer(text, begin, end + self.OVERLAP)
+            while True:
+                some = list(itertools.islice(matches, self.BATCH))
+                found = [(match.start(), one.check(match), one.kind) for match in some]
+                yield [Finding(*row) for row in found
+                       if row[1] and row[0] < end and not self.may_leave(text[row[0]:row[1]])]
+                if len(some) < self.BATCH or found[-1][0] >= end:
+                    break
 
     def may_leave(self, value):
-        return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
+        return bool(self.allow) and any([
+            fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
 
     @staticmethod
     def apart(found, end):
@@ -10557,7 +10559,7 @@ class KeyStore:
                 field, KEY_FIELDS[field][0], text)
             execute("UPDATE keys SET %s = %s WHERE name = ?" % (
                 field, self.COLUMNS.get(field, "?")), (
-                    value if field == "expires" else value and text, name))
+                    value if field == "expires" else text or None, name))
         key = self.find(name)
         if key.role == "caller":
             execute(CLOSE_DOOR)
@@ -14201,7 +14203,7 @@ def renew_redaction(proxy: Proxy):
         return
     shapes = shapes_of_keys(
         config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
-    shapes += [Shape(name, "", pattern, re.Match.end)
+    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 13)
                for name, pattern in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
