@@ -6512,7 +6512,7 @@ class Restorer:
 
     def restore(self, text: str, is_json: bool = False) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that."""
-        if self.redactor:
+        if self.redactor and text:
             text = self.without_values(text, self.found(text, is_json))
         return self.with_values(text, is_json)
 
@@ -6555,7 +6555,7 @@ class Restorer:
             if quotes % 2:
                 yield one
 
-    def waiting(self, text: str, is_json: bool) -> int:
+    def waiting(self, text: str) -> int:
         """Returns where the end of a text begins that may become something else with what
         follows."""
         begun = self.BEGUN.search(text, max(0, len(text) - self.masks.MAX_PLACEHOLDER))
@@ -6563,11 +6563,7 @@ class Restorer:
         if not self.redactor:
             return begin
         words = self.WORDS.match(text[:-self.MAX_WORDS - 1:-1])
-        begin = min(begin, len(text) - words.end())
-        for start, end, _ in self.found(text, is_json):
-            if start < begin < end:
-                return start if len(text) - start <= self.MAX_WORDS else end
-        return begin
+        return min(begin, len(text) - words.end())
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6614,7 +6610,7 @@ class TextBlock:
     def feed(self, text: str, is_end: bool = False) -> str:
         """Returns what goes on: all of it at the end of the block."""
         text = self.held + text
-        begin = len(text) if is_end else self.restorer.waiting(text, self.is_json)
+        begin = len(text) if is_end else self.restorer.waiting(text)
         self.held = text[begin:]
         return self.restorer.restore(text[:begin], self.is_json)
 

@@ -4519,7 +4519,7 @@ class UnmaskingTest(ProxyCase):
             masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
         editor = llm_proxy.Editor(
             events or None, [llm_proxy.Unmasking(dialect, events or None, restorer)])
-        step = step or len(data)
+        step = step or len(data) or 1
         pieces = [data[at:at + step] for at in range(0, len(data), step)]
         return b"".join(map(editor.feed, pieces)) + editor.flush()
 
