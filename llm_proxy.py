@@ -51,6 +51,7 @@ Contents, in reading order; a section uses only what stands above it:
     Dashboard   the source of the page that shows it
     Server      clients' connections, caps, TLS, draining
     Demo        a small endpoint to try things on
+    Bench       calls that are timed, and what this machine can do
     Commands    the command line
 """
 import argparse
@@ -71,6 +72,7 @@ import errno
 import fnmatch
 import functools
 import gc
+import getpass
 import hashlib
 import heapq
 import hmac
@@ -92,7 +94,9 @@ import socketserver
 import sqlite3
 import ssl
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -247,6 +251,26 @@ def endpoints(text):
     return found
 
 
+class RedisUrl(NamedTuple):
+    """Where Redis is; without a host at the socket `path`."""
+    host: Optional[str] = None
+    port: int = 6379
+    path: str = ""
+    user: str = ""
+    password: str = ""
+    database: int = 0
+    encrypted: bool = False
+
+
+def to_redis_url(match):
+    path, encrypted, user, password, host, port, database = match.groups()
+    if path:
+        return RedisUrl(path=path)
+    user, password = [urllib.parse.unquote(text or "") for text in (user, password)]
+    return RedisUrl(host.strip("[]"), int(port or 6379), "", user, password, int(database or 0),
+                    bool(encrypted))
+
+
 def read_network(text):
     """Returns an address as a network of one, and IPv4 that is written as IPv6 as IPv4."""
     try:
@@ -301,6 +325,10 @@ cpu_number = word_or({"auto": -1, "off": None}, number_between(
 networks = listed(read_network)
 read_tunnel = pattern("(?:http://)?(?:([!-.0-~]*)@)?" + HOST_SHAPE + "/?",
                       "must be http://[USER:PASSWORD@]HOST[:PORT]", to_tunnel)
+redis_url = pattern(
+    "unix://(/[!-~]{1,100})|redis(s?)://(?:([!-9;-?A-~]*):([!-?A-~]*)@)?" + HOST_SHAPE
+    + "(?:/([0-9]{1,3})?)?", "must be redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://... or"
+    " unix:///PATH", to_redis_url)
 field_name = pattern(
     "(?!(?i:%s)$)[A-Za-z0-9-]{1,64}" % HAS_OTHER_MEANING,
     "must be the name of a header field that means nothing else", lambda match: match[0].lower())
@@ -428,6 +456,8 @@ def read_rule(text):
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
+    if unit == "usd":  # whole nanodollars, see NANODOLLAR
+        refill = -(-refill // 1000) * 1000
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
                 (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
@@ -528,7 +558,7 @@ class Price(NamedTuple):
         return self.times(found) if found is not None else self
 
 
-def read_price(cost: Dict[str, Any]) -> Price:
+def read_price(cost: JsonObject) -> Price:
     """{input, output, cache_read, cache_write, hour_write}, each in USD per million tokens, above:
     {tokens, input, output ...}, tiers: {name: factor or {input, output ...}} -> Price. A cached
     token costs what any other input does, and one that is kept for an hour twice that, unless the
@@ -1016,6 +1046,21 @@ SETTING_ROWS = {
          "header fields for it, as name=value, by commas", SECRET),
         ("OTEL_SERVICE_NAME=llm_proxy", printable, "name of this service there"),
     ),
+    "What several processes share": (
+        ("REDIS_URL", redis_url,
+         "Redis or Valkey that holds the buckets of all: redis://[USER:PASSWORD@]HOST[:PORT][/DB],"
+         " rediss://... by TLS, or unix:///PATH", SECRET),
+        ("REDIS_CA_FILE", ca_file,
+         "certificates (PEM) to check rediss:// against, instead of the system's"),
+        ("REDIS_PREFIX=llm_proxy", pattern(
+            "[A-Za-z0-9_.:-]{1,64}", "must be 1 to 64 letters, digits and _ . : -"),
+         "what the names of its keys begin with: one for each installation"),
+        ("REDIS_AWAY=share", one_of("share", "open", "closed"),
+         "while Redis is away: each process has its share of every limit (share), there are no"
+         " limits (open), or calls get a 503 (closed)"),
+        ("PEERS=1", number_between(1, 10_000),
+         "processes that share the limits, until Redis has told how many there are"),
+    ),
     "How it runs": (
         ("LOG_FORMAT=text", one_of("text", "json"),
          "form of the lines on stderr, one per call: text for people, json for programs"),
@@ -1043,9 +1088,9 @@ def find_setting(name):
     return SETTINGS_BY_NAME.get(RENAMED.get(general, general))
 
 
-def is_secret(name: str) -> bool:
-    """Tells whether the text of a variable in Config.texts may be shown to nobody."""
-    return find_setting(name).secret
+def shown(name: str, text: Optional[str]) -> Optional[str]:
+    """Returns the text of a variable in Config.texts without a secret."""
+    return "set, not shown" if text is not None and find_setting(name).secret else text
 
 
 # Settings that guard: who misspells one thinks that a door is shut.
@@ -1088,6 +1133,7 @@ class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
     keys_are_stored = False  # in DATABASE, at the start: nobody else may call
+    admin_key_file: Optional[str] = None  # of a key that was made, and ends with the process
 
     def note_stored_keys(self):
         """Keys of callers are stored, so that no stranger spends the operator's key."""
@@ -1120,8 +1166,9 @@ class Config(types.SimpleNamespace):
         for name in self.RELOADED:
             self.texts[name] = new.texts.get(name)
             setattr(self, name.lower(), getattr(new, name.lower()))
-        names = sorted({*self.texts, *new.texts})
-        return [name for name in names if self.texts.get(name) != new.texts.get(name)]
+        names = {*self.texts, *new.texts} - {  # nobody has set these, before nor now
+            name.upper() for name in self.chosen if name in new.chosen}
+        return [name for name in sorted(names) if self.texts.get(name) != new.texts.get(name)]
 
     def choose_defaults(self):
         """Sets what depends on other settings."""
@@ -1463,7 +1510,7 @@ class Refusal(Exception):
     cause: Optional[str] = None       # for the operator alone
     nothing_sent = False              # nothing of the call went upstream: another one may be asked
     body: Optional[bytes] = None      # the upstream's own words, where they are known
-    fields: Dict[str, Any] = {}       # more header fields of the reply
+    fields: JsonObject = {}       # more header fields of the reply
 
     def __init__(self, message: str = "", wait: Optional[float] = None, **attributes: Any):
         """`wait`: in so many seconds it may be asked again."""
@@ -1831,7 +1878,7 @@ class Key(NamedTuple):
     def __hash__(self):
         return hash(self.subject)
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns what may be shown of it."""
         return dict(zip(self._fields[:-3], self))
 
@@ -2134,6 +2181,11 @@ BucketKey = Tuple[Union[str, CallerKey], ...]  # the rule's text, then whose buc
 KeyedRules = Sequence[Tuple[Rule, BucketKey]]  # the rules of a call, each with its bucket
 
 
+def wall_time(clock: Any) -> float:
+    """Returns seconds since 1970."""
+    return clock.time_ns() / 1e9
+
+
 @functools.lru_cache(1000)
 def format_usd(picodollars: int) -> str:
     """12_500_000 -> '0.0000125'."""
@@ -2185,8 +2237,8 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
-        capacity = rule.capacity
         left = level if level > 0 else 0
+        capacity = rule.capacity if level <= rule.capacity else level  # more was given
         if rule.unit == RUNNING:
             return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
@@ -2284,6 +2336,7 @@ def left_in_window(rule: Rule, began: float, known: Level) -> int:
 class Buckets:
     """Every bucket of every rule, in memory. A full bucket and no bucket are the same thing, so the
     table keeps few full ones."""
+    is_degraded: Optional[bool] = None  # whether Redis is away, where it is used
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -2350,7 +2403,7 @@ class Buckets:
         """Returns what a window holds once `cost` is charged instead of what was taken. Nothing
         comes back of what was taken in an earlier one."""
         now, known = self.clock.monotonic(), self.levels.get(key)
-        rule, began = window_at(rule, known, now, self.clock.time_ns() / 1e9)
+        rule, began = window_at(rule, known, now, wall_time(self.clock))
         level = min(capacity, left_in_window(rule, began, known) if known else capacity)
         change = taken - cost
         if taken_at + 1e-6 < began:
@@ -2435,7 +2488,7 @@ class Buckets:
         now = self.clock.monotonic()
         if rule.zone:
             # A second later: the clocks are not read at once.
-            rule = calendar_rule(rule, self.clock.time_ns() / 1e9 - since + 1)
+            rule = calendar_rule(rule, wall_time(self.clock) - since + 1)
         self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
@@ -2605,13 +2658,17 @@ class Limits:
                  if address or not any(kind == "address" for kind, _ in rule.scopes)}
         return {**found, **not_full.get(caller.key, {})}
 
+    def own_buckets(self, caller: Caller, unit: Optional[str]) -> KeyedRules:
+        """Returns the rules of a unit that count this caller alone, each with its bucket."""
+        return [(rule, key)
+                for key, rule in self.buckets_of(caller, None, self.not_full()).items()
+                if key[1:] == (caller.key,) and unit in (rule.word, rule.text.split(" ")[2])]
+
     def give(self, caller: Caller, unit: str, amount: int, until: float,
              again: bool = False) -> int:
         """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
         returns how many there are."""
-        found = [(rule, key)
-                 for key, rule in self.buckets_of(caller, None, self.not_full()).items()
-                 if key[1:] == (caller.key,) and unit in (rule.word, rule.text.split(" ")[2])]
+        found = self.own_buckets(caller, unit)
         for rule, key in found:
             self.buckets.give(rule, key, amount, until, again)
         return len(found)
@@ -2816,8 +2873,8 @@ ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
 NUMBERS = frozenset((int, float))
 
 
-def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
-                media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
+def text_length(payload: JsonObject, skip: str, plain: FrozenSet[str], names: FrozenSet[str],
+                media_texts: Callable[[JsonObject], Optional[List[str]]]
                 ) -> Tuple[int, List[int], int]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
@@ -3958,6 +4015,7 @@ class Call(Billable):
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     trace: Optional["Trace"] = None
+    masks: Optional["Masks"] = None  # where something may not leave with it
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -4441,7 +4499,7 @@ Way = List[Tuple[Any, Any]]  # to a value of JSON: what it stands in, and at whi
 
 def tree_of(paths):
     """Returns paths of keys as dicts within dicts; "" is a key where one ends."""
-    tree: Dict[str, Any] = {}
+    tree: JsonObject = {}
     for path in paths.split():
         level = tree
         for key in path.split("."):
@@ -6065,11 +6123,13 @@ class Finding(NamedTuple):
 
 class Shape(NamedTuple):
     """How what must not leave looks: `mark` stands in each text that holds one, `search` takes
-    linear time, and `check` returns where what it found ends, 0 where that is none."""
+    linear time, and `check` returns where what it found ends, 0 where that is none. In so many
+    characters as `step` says it is searched for at once."""
     kind: str
     mark: str
     search: "re.Pattern[str]"
     check: Callable[["re.Match[str]"], int]
+    step: int = 1 << 16
 
 
 URL_PASSWORD = re.compile(r"//[^\s/@]*:\Z")
@@ -6111,7 +6171,7 @@ def end_of_card(match: "re.Match[str]") -> int:
 # Of four digits each, but not in a row of many
 CARD_GROUPS = [re.compile(
     r"[0-9]{4}([ -])[0-9]{4}\1[0-9]{4}\1%s(?![A-Za-z0-9_-]|\1[0-9]{4}\1[0-9]{4}(?![0-9]))" % end)
-               for end in ("[0-9]{1,4}", r"[0-9]{4}\1[0-9]{1,3}")]
+               for end in (r"[0-9]{4}\1[0-9]{1,3}", "[0-9]{1,4}")]
 
 
 def end_of_card_groups(match: "re.Match[str]") -> int:
@@ -6152,7 +6212,7 @@ def end_of_iban(match: "re.Match[str]") -> int:
 
 
 # Country codes (ITU-T E.164), each with what may follow.
-PHONES = r"""\+(?:1[ .-]?\(?[2-9][0-9]{2}\)?[ .-]?[2-9][0-9]{2}[ .-]?[0-9]{4}
+PHONES = r"""\+(?<![A-Za-z0-9_+.].)(?:1[ .-]?\(?[2-9][0-9]{2}\)?[ .-]?[2-9][0-9]{2}[ .-]?[0-9]{4}
     |7(?:[ ()./-]{0,2}[0-9]){10}
     |(?:2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58])(?:[ ()./-]{0,2}[0-9]){7,11}
     |(?:2[1-689][0-9]|3[578][0-9]|42[0-9]|5[09][0-9]|6[789][0-9]|80[08]|85[0-9]|87[08]|88[0-9]
@@ -6228,7 +6288,7 @@ SHAPES = (
         (?=[ -][0-9]{4}[ -][0-9]{4}[ -][0-9])""", end_of_card_groups),
     shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
           end_of_iban),
-    shape("phone", PHONES + "(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
+    shape("phone", PHONES + "(?<=[0-9]{2})(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)
         -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)(?<![0-9][ ].)[0-9]{2}(?<!000|666)
@@ -6267,7 +6327,7 @@ class Redactor:
     # So many characters are searched at once, and as many more for what begins in them.
     SLICE = 1 << 16
     OVERLAP = 1 << 14
-    BATCH = 2000  # things that look like some
+    BATCH = 1000  # things that look like some
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -6294,7 +6354,6 @@ class Redactor:
                     for batch in self.batches(one, text, start):
                         found += batch
                         yield ()
-                    yield ()
             if found:
                 found = self.apart(sorted(found), end)
                 end = found[-1].end if found else end
@@ -6302,19 +6361,20 @@ class Redactor:
 
     def batches(self, one, text, start):
         """Yields what of a Shape begins in a slice, in parts."""
-        _, _, shape, check = one
-        matches = shape.finditer(text, start, start + self.SLICE + self.OVERLAP)
-        for match in matches:
-            some = itertools.chain((match,), itertools.islice(matches, self.BATCH))
-            found = [Finding(match.start(), end, one.kind)
-                     for match, end in [(match, check(match)) for match in some] if end]
-            while found and found[-1].start >= start + self.SLICE:
-                found.pop()
-            yield [one for one in found if not self.may_leave(text[one.start:one.end])] if (
-                self.allow) else found
+        for begin in range(start, min(len(text), start + self.SLICE), one.step):
+            end = begin + one.step
+            matches = one.search.finditer(text, begin, end + self.OVERLAP)
+            while True:
+                some = list(itertools.islice(matches, self.BATCH))
+                found = [(match.start(), one.check(match), one.kind) for match in some]
+                yield [Finding(*row) for row in found
+                       if row[1] and row[0] < end and not self.may_leave(text[row[0]:row[1]])]
+                if len(some) < self.BATCH or found[-1][0] >= end:
+                    break
 
     def may_leave(self, value):
-        return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
+        return bool(self.allow) and any([
+            fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
 
     @staticmethod
     def apart(found, end):
@@ -7140,6 +7200,12 @@ def keep_alive(sock: socket.socket):
     for name, value in KEEP_ALIVE_OPTIONS:
         with contextlib.suppress(AttributeError, OSError):  # not every system has each
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def soon(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *arguments: Any):
+    """Has the loop do something, from another thread; a loop that is closed does nothing."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(act, *arguments)
 
 
 class Context:
@@ -8594,10 +8660,15 @@ class Address:
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leave a connection whose caller left."""
+        def end(parting):  # which may be cancelled before it began
+            self.partings.discard(parting)
+            stream.close()
+            slot.leave()
+
         slot.parting = True
         parting = stream.loop.create_task(self.part(stream, slot, method, framing), name="parting")
         self.partings.add(parting)
-        parting.add_done_callback(self.partings.discard)
+        parting.add_done_callback(end)
 
     async def part(self, stream, slot, method, framing):
         """Tell the upstream by the end of our side. It may go on working all the same: the slot of
@@ -8617,8 +8688,6 @@ class Address:
             pass
         finally:
             context.close()
-            stream.close()
-            slot.leave()
 
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
@@ -8891,7 +8960,7 @@ class Upstream:
         now = self.clock.monotonic()
         return any(one.breakers.connections.state(now) != "open" for one in self.addresses)
 
-    def stats(self) -> Dict[str, Any]:
+    def stats(self) -> JsonObject:
         """Returns what /health says of it."""
         states = self.states()
         best = min(states, key=("closed", "half_open", "open").index)
@@ -9125,11 +9194,6 @@ def new_request_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-a{digits[15:18]}-{digits[18:]}"
 
 
-def wall_time(clock: Any) -> float:
-    """Returns seconds since 1970."""
-    return clock.time_ns() / 1e9
-
-
 def clean(text: Optional[str]) -> Optional[str]:
     """Returns text that any file can hold: JSON may spell half a surrogate pair."""
     if text and not text.isascii():
@@ -9162,6 +9226,12 @@ def one_word(text):
 @functools.lru_cache(4)
 def format_second(second):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def format_moment(nanoseconds):
+    """Returns a time since 1970 in UTC, as logs have it."""
+    second, rest = divmod(nanoseconds, 10 ** 9)
+    return f"{format_second(second)}.{rest // 10 ** 6:03d}Z"
 
 
 class Entry:
@@ -9264,7 +9334,7 @@ class Entry:
         reader = self.reader
         return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
 
-    def progress(self, clock: Any) -> Dict[str, Any]:
+    def progress(self, clock: Any) -> JsonObject:
         """Returns what changes while it runs; `key` is no other one's, though callers may choose
         one id twice."""
         self.request_id = self.request_id or new_request_id()
@@ -9272,11 +9342,6 @@ class Entry:
         return {"id": self.request_id, "key": self.started, "state": self.state(),
                 "position": place, "tokens": self.tokens_so_far(),
                 "seconds": round(clock.monotonic() - self.started, 3)}
-
-    def moment(self):
-        """Returns the end in UTC, as logs have it."""
-        second, rest = divmod(self.wall, 10 ** 9)
-        return f"{format_second(second)}.{rest // 10 ** 6:03d}Z"
 
     def charged(self, nothing):
         """Returns what was taken of the tightest bucket, and what it holds."""
@@ -9289,7 +9354,7 @@ class Entry:
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
         fields = self.as_row()._asdict()
-        fields["time"] = self.moment()
+        fields["time"] = format_moment(self.wall)
         fields["model"] = fields["model"] and fields["model"][:80]
         fields["usd"] = format_usd(self.picodollars) if self.priced else None
         fields["cost"], fields["remaining"] = self.charged(None)
@@ -9311,8 +9376,9 @@ class Entry:
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
         return (
-            f"{self.moment()} {self.who()} {self.method or '-'} {(self.path or '-')[:200]} "
-            f"{one_word(call and call.model)} {self.status} {self.outcome} "
+            f"{format_moment(self.wall)} {self.who()} {self.method or '-'} "
+            f"{(self.path or '-')[:200]} {one_word(call and call.model)} {self.status} "
+            f"{self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
@@ -9341,6 +9407,10 @@ class Writer:
         else:
             self.queue.append(item)
 
+    def take(self, most):
+        """Returns what has waited longest."""
+        return [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+
     def run(self):
         while not self.stop.wait(self.PAUSE):
             self.write_queued()
@@ -9360,10 +9430,11 @@ class Log(Writer):
     told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
-    def __init__(self, stream: BinaryIO, as_json: bool):
+    def __init__(self, stream: BinaryIO, as_json: bool, clock: Any = time):
         """`stream` is unbuffered: a buffer has a lock, which a blocked writer would hold when the
         process ends."""
         super().__init__("log")
+        self.clock = clock
         self.stream = stream
         self.as_json = as_json
         self.thread.start()
@@ -9373,7 +9444,9 @@ class Log(Writer):
         self.record(self.message(text))
 
     def message(self, text):
-        return json.dumps({"message": text}) if self.as_json else text
+        moment = format_moment(self.clock.time_ns())
+        return json.dumps({"time": moment, "message": text}) if self.as_json else (
+            f"{moment} {text}")
 
     def report(self):
         """Queues the traceback of the exception being handled: a bug of ours."""
@@ -9384,7 +9457,7 @@ class Log(Writer):
 
     def write_queued(self):
         while self.queue:
-            batch = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
+            batch = self.take(self.BATCH)
             lines = [line if isinstance(line, str) else self.format(line) for line in batch]
             untold = self.dropped - self.told
             if untold:
@@ -9478,25 +9551,16 @@ def exact_total(name: str) -> str:
 
 
 # Adds SUM_COLUMNS to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
-SUMMING = """INSERT OR REPLACE INTO sums SELECT %d, {keys}, {counts},
-    min(new.column{first}, coalesce(old.first, new.column{first})),
-    max(new.column{last}, coalesce(old.last, 0)),
-    max(new.column{slowest}, coalesce(old.slowest, 0))
-    FROM (VALUES %%s) AS new LEFT JOIN sums AS old ON old.span = %d AND {same}""" % (
-        QUARTER, QUARTER)
-SUM_COLUMNS = ["start", *SUM_KEYS, *SUM_COUNTS, "first", "last", "slowest"]
-
-
-def adding_statement() -> str:
-    """Returns SUMMING with the places of its columns."""
-    places = {name: place for place, name in enumerate(SUM_COLUMNS, 1)}
-    keys = SUM_COLUMNS[:1 + len(SUM_KEYS)]
-    return SUMMING.format(
-        **{name: places[name] for name in ("first", "last", "slowest")},
-        keys=", ".join(["new.column%d" % places[name] for name in keys]),
-        counts=", ".join(["min(new.column%d + coalesce(old.%s, 0), %d)" % (
-            places[name], name, MOST) for name in SUM_COUNTS]),
-        same=" AND ".join(["old.%s = new.column%d" % (name, places[name]) for name in keys]))
+SUMMED_BY = ["start", *SUM_KEYS]
+SUM_COLUMNS = [*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"]
+ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH new(%s) AS (VALUES %%s) SELECT %d, %s, %s,
+    min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
+    max(new.slowest, coalesce(old.slowest, 0))
+    FROM new LEFT JOIN sums AS old ON old.span = %d AND %s""" % (
+        ", ".join(SUM_COLUMNS), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
+        ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
+                   for name in SUM_COUNTS]),
+        QUARTER, " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
 
 
 # Makes a sum of a longer span from those of shorter ones in it.
@@ -9513,7 +9577,6 @@ FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
 ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
-ADD_TO_SUMS = adding_statement()
 
 
 class SumsOfCalls:
@@ -9528,19 +9591,21 @@ class SumsOfCalls:
 
     def add_up(self, calls: Iterable[Tuple]) -> List[List[Union[int, str]]]:
         """Takes rows of (rowid, *ADDED); returns rows of SUM_COLUMNS."""
-        found = {}
+        groups = collections.defaultdict(list)
         for key, rows in self.grouped(calls).items():
-            numbers, outcomes, waits, *used = zip(*rows)
-            failed = sum([outcome not in PASSED for outcome in outcomes])
-            counts = [len(rows), failed, outcomes.count("limited"), *[
-                min(MOST, sum(filter(None, column))) for column in used]]
-            key = self.named(key, "ok" in outcomes or any(counts[3:]))
-            limits = min(numbers), max(numbers), max(waits)
-            found[key] = self.merged(found[key], counts, limits) if key in found else [
-                *counts, *limits]
+            answered = any(outcome == "ok" or any(used) for _, outcome, _, *used in rows)
+            groups[self.named(key, answered)] += rows
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        return [[*key, *counts] for key, counts in found.items()]
+        return [[*key, *self.counts(rows)] for key, rows in groups.items()]
+
+    @staticmethod
+    def counts(rows):
+        numbers, outcomes, waits, *used = zip(*rows)
+        failed = sum([outcome not in PASSED for outcome in outcomes])
+        return [len(rows), failed, outcomes.count("limited"), *[
+            min(MOST, sum(filter(None, column))) for column in used],
+            min(numbers), max(numbers), max(waits)]
 
     @staticmethod
     def grouped(calls):
@@ -9550,12 +9615,6 @@ class SumsOfCalls:
                    served or model or "-", upstream or "-")
             groups[key].append((number, outcome, ms or 0, *used))
         return groups
-
-    @staticmethod
-    def merged(old, counts, limits):
-        """Adds to a sum what got the same names."""
-        added = [min(MOST, one + other) for one, other in zip(old, counts)]
-        return [*added, *[pick(pair) for pick, pair in zip((min, max, max), zip(old[-3:], limits))]]
 
     def named(self, key, answered):
         """Returns the key of a sum, with names that are told apart."""
@@ -9706,8 +9765,7 @@ class Database:
     def prepare(self):
         """Makes the tables, or adds the columns that an older file lacks."""
         execute = self.connection.execute
-        execute("BEGIN IMMEDIATE")
-        with self.connection:
+        with self.transaction():
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
@@ -9901,8 +9959,7 @@ class Database:
         execute = self.connection.execute
         if not execute("SELECT 1 FROM orders WHERE done = 0 OR ? LIMIT 1", (again,)).fetchall():
             return []
-        execute("BEGIN IMMEDIATE")
-        with self.connection:
+        with self.transaction():
             found = execute(  # and nothing that somebody else has written
                 "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
                 " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
@@ -9926,18 +9983,9 @@ class Database:
         return calls >= self.BATCH or any(others)
 
 
-class Sum(NamedTuple):
+class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
     """What calls came to."""
-    calls: int
-    failed: int
-    limited: int
-    input: int
-    cached: int
-    output: int
-    reasoning: int
-    estimated: int
-    unpriced: int
-    picodollars: int
+    __slots__ = ()
 
     # As they are added up over sums: picodollars in two parts, both of which are exact.
     TOTALS = ", ".join(["total(%s)" % name for name in SUM_COUNTS if name != "picodollars"] + [
@@ -9957,12 +10005,12 @@ class Sum(NamedTuple):
     def tokens(self) -> int:
         return self.input + self.output
 
-    def as_dict(self) -> Dict[str, Union[int, str]]:
+    def as_dict(self) -> JsonObject:
         found = self._asdict()
         found["usd"] = format_usd(found.pop("picodollars"))
         return found
 
-    def as_point(self) -> Dict[str, Union[int, str]]:
+    def as_point(self) -> JsonObject:
         return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
 
 
@@ -10047,7 +10095,7 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
-def call_fields(row: Row, number: Optional[int] = None) -> Dict[str, Union[int, float, str, None]]:
+def call_fields(row: Row, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
     found = {"row": number, **row._asdict()}
     found["usd"] = format_usd(found.pop("picodollars") or 0)
@@ -10091,8 +10139,12 @@ class LedgerReader:
     LOOK = 60_000  # calls that one question looks at
     NAMED = 200    # groups; what is beyond goes by the name of `other`
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, now: float = 0.0,
+                 zone: datetime.tzinfo = datetime.timezone.utc):
+        """`now`, in unix seconds, and `zone` are those of who asks."""
         self.path = path
+        self.now = now
+        self.zone = zone
 
     @contextlib.contextmanager
     def ask(self):
@@ -10103,7 +10155,7 @@ class LedgerReader:
     # -- sums
 
     def add_up(self, by: str, steps: List[Step],
-               filters: Dict[str, str]) -> List[Tuple[int, str, Sum]]:
+               filters: Texts) -> List[Tuple[int, str, Sum]]:
         """Returns (when a step begins, whose, what it comes to), as far as there is something."""
         values = {name: filters[name] for name in SUM_KEYS if filters.get(name)}
         where = " AND ".join(["%s = :%s" % (name, name) for name in values]) or "1"
@@ -10118,37 +10170,41 @@ class LedgerReader:
                     for at, name, *totals in execute(query, values)]
 
     def totals(self, by: str, start: float, end: float,
-               filters: Optional[Dict[str, str]] = None) -> Dict[str, Sum]:
+               filters: Optional[Texts] = None) -> Dict[str, Sum]:
         """Returns sums of a range, which is widened to whole quarters."""
         start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
         return {name: found
                 for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
 
-    def today(self, zone: datetime.tzinfo, now: float) -> Dict[str, Sum]:
-        """Returns the sums of callers since midnight."""
-        return self.totals("caller", midnight(date_in(zone, now), zone), now + 1)
+    def midnight(self, days: int = 0) -> int:
+        """Returns when a day began, so many days ago."""
+        day = date_in(self.zone, self.now) - datetime.timedelta(days)
+        return midnight(day, self.zone)
 
-    def days(self, caller: str, zone: datetime.tzinfo, now: float, count: int = 30):
+    def today(self) -> Dict[str, Sum]:
+        """Returns the sums of callers since midnight."""
+        return self.totals("caller", self.midnight(), self.now + 1)
+
+    def days(self, caller: str, count: int = 30):
         """Returns {"at": midnight, **sum} for each of the last days of a caller."""
-        first = date_in(zone, now) - datetime.timedelta(count - 1)
-        steps = read_steps("day", midnight(first, zone), now + 1, zone)
+        steps = read_steps("day", self.midnight(count - 1), self.now + 1, self.zone)
         found = {at: one for at, _, one in self.add_up("caller", steps, {"caller": caller})}
         return [{"at": at, **found.get(at, NO_SUM).as_dict()} for at, _, _ in steps]
 
-    def hours(self, now: float) -> Dict[str, List[int]]:
+    def hours(self) -> Dict[str, List[int]]:
         """Returns the tokens of the last 24 hours, oldest first, of each caller."""
-        first = int(now // HOUR - 23) * HOUR
+        first = int(self.now // HOUR - 23) * HOUR
         steps = [(at, at, at + HOUR) for at in range(first, first + DAY, HOUR)]
         found = {}
         for at, name, one in self.add_up("caller", steps, {}):
             found.setdefault(name, [0] * 24)[(at - first) // HOUR] = one.tokens()
         return found
 
-    def usage(self, by: str, step: str, start: float, end: float, zone: datetime.tzinfo,
-              filters: Dict[str, str]) -> Dict[str, Any]:
+    def usage(self, by: str, step: str, start: float, end: float,
+              filters: Texts) -> JsonObject:
         """Returns groups, the most expensive first, their total, and a series of them. Raises
         BadRequest."""
-        steps = read_steps(step, start, end, zone)
+        steps = read_steps(step, start, end, self.zone)
         rows = self.add_up(by, steps, filters)
         groups = self.merge(rows)
         if len(groups) > self.NAMED:
@@ -10180,27 +10236,26 @@ class LedgerReader:
         return dict(sorted(found.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
-    def of_callers(self, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+    def of_callers(self) -> Tuple[Any, ...]:
         """Returns today's sums, the tokens of the last hours and when they called last, each by
         caller."""
-        return self.today(zone, now), self.hours(now), self.seen()
+        return self.today(), self.hours(), self.seen()
 
-    def of_one(self, caller: str, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+    def of_one(self, caller: str) -> Tuple[Any, ...]:
         """Returns the last 20 calls of a caller, and its days."""
-        return (self.calls(None, 20, {"caller": caller})["calls"],
-                self.days(caller, zone, now))
+        return self.calls(None, 20, {"caller": caller})["calls"], self.days(caller)
 
-    def audit(self, before: Optional[int], limit: int) -> List[Dict[str, Any]]:
+    def audit(self, before: Optional[int], limit: int) -> List[JsonObject]:
         """Returns who changed what, the latest first, from before the number of a row."""
-        names = ("id", "time", "who", "role", "address", "what", "target", "detail")
-        query = "SELECT %s FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?" % ", ".join(names)
         with self.ask() as execute:
-            rows = execute(query, (MOST if before is None else before, limit)).fetchall()
-        return [dict(zip(names, row)) for row in rows]
+            found = execute("SELECT * FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?",
+                            (MOST if before is None else before, limit))
+            names = [name for name, *_ in found.description]
+            return [dict(zip(names, row)) for row in found]
 
     # -- calls
 
-    def call(self, name: str) -> Optional[Dict[str, Any]]:
+    def call(self, name: str) -> Optional[JsonObject]:
         """Returns the last call of this id."""
         found = self.calls(None, 1, {"id": name})["calls"]
         return found[0] if found else None
@@ -10210,7 +10265,7 @@ class LedgerReader:
         with self.ask() as execute:
             return dict(execute(LAST_CALLS).fetchall())
 
-    def calls(self, before: Optional[int], limit: int, filters: Dict[str, str]) -> Dict[str, Any]:
+    def calls(self, before: Optional[int], limit: int, filters: Texts) -> JsonObject:
         """Returns a page of calls, the newest first, from before a rowid, and from where to go on,
         None at the end. A page may be short, or empty, and not the last: where it had to look at
         very many calls. Raises BadRequest."""
@@ -10336,6 +10391,12 @@ class NoSuchKey(KeyFault):
     """None is stored by a name."""
 
 
+def require_bucket(limits: Limits, callers: Iterable[Caller], unit: str):
+    """Raises KeyFault where these have no bucket of a unit, of which more could be given."""
+    if not any([limits.own_buckets(one, unit) for one in callers]):
+        raise KeyFault("no rule counts %s for this caller alone: it was given nothing" % unit)
+
+
 class Actor(NamedTuple):
     """Who does what the audit keeps."""
     who: str
@@ -10350,7 +10411,7 @@ class NewKey(NamedTuple):
     secret: str
     closes: bool = False
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return {"key": self.secret, **self.key.as_dict()}
 
 
@@ -10391,6 +10452,8 @@ class KeyStore:
         except (ValueError, TypeError):
             raise KeyFault("the key %s cannot be read: remove it, and add it anew" % name) from None
 
+    show = find
+
     def add(self, name: str, **fields: Optional[str]) -> NewKey:
         secret = new_secret()
         self.check_field("name", KEY_NAME, name)
@@ -10411,17 +10474,14 @@ class KeyStore:
                 self.order(execute, name)
             return self.write(execute, name, fields)
 
-    def revoke(self, name: str) -> Key:
+    def disable(self, what: str, disabled: bool, name: str) -> Key:
         """It lets nobody in until it is restored."""
-        return self.set_disabled("revoke key", name, True)
-
-    def restore(self, name: str) -> Key:
-        return self.set_disabled("restore key", name, False)
-
-    def set_disabled(self, what, name, disabled):
         with self.change(what, name) as execute:
             execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
             return self.find(name)
+
+    revoke = functools.partialmethod(disable, "revoke key", True)
+    restore = functools.partialmethod(disable, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -10483,7 +10543,7 @@ class KeyStore:
                 field, KEY_FIELDS[field][0], text)
             execute("UPDATE keys SET %s = %s WHERE name = ?" % (
                 field, self.COLUMNS.get(field, "?")), (
-                    value if field == "expires" else value and text, name))
+                    value if field == "expires" else text or None, name))
         key = self.find(name)
         if key.role == "caller":
             execute(CLOSE_DOOR)
@@ -10650,8 +10710,7 @@ class Ledger(Writer):
         asked = [self.on_read.popleft() for _ in range(len(self.on_read))]
         self.look_at_keys(now)
         for tell in asked:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                tell()
+            tell()
 
     def look_at_keys(self, now):
         """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
@@ -10848,7 +10907,7 @@ class Books:
 # goes out, to addresses that the operator set, goes by threads of their own.
 # --------------------------------------------------------------------------------------------------
 
-def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
+def running_call(entry: Entry, clock: Any) -> JsonObject:
     """Returns what the page shows of a call that runs."""
     call = entry.call
     return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
@@ -10856,7 +10915,7 @@ def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
             "started": wall_time(clock) - (clock.monotonic() - entry.started)}
 
 
-def ended_call(entry: Entry) -> Dict[str, Any]:
+def ended_call(entry: Entry) -> JsonObject:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
     return {**call_fields(entry.as_row()), "key": entry.started}
 
@@ -10865,7 +10924,7 @@ class Event:
     """Something that happened. Its text is made once, for the first who asks."""
     __slots__ = ("number", "name", "about", "text")
 
-    def __init__(self, number: int, name: str, about: Union[Entry, Dict[str, Any]]):
+    def __init__(self, number: int, name: str, about: Union[Entry, JsonObject]):
         self.number = number
         self.name = name
         self.about = about
@@ -10897,7 +10956,7 @@ class Feed(Watcher):
         self.waiting: Set["asyncio.Future[bool]"] = set()
         self.closed = False
 
-    def tell(self, name: str, about: Union[Entry, Dict[str, Any]]):
+    def tell(self, name: str, about: Union[Entry, JsonObject]):
         """Adds an event, and wakes who waits for one."""
         self.number += 1
         self.events.append(Event(self.number, name, about))
@@ -10919,7 +10978,7 @@ class Feed(Watcher):
             self.told += 1
             self.tell("end", entry)
 
-    def pulse(self, payload: Dict[str, Any]):
+    def pulse(self, payload: JsonObject):
         """A second is over."""
         self.told = 0
         if self.listeners:
@@ -10963,13 +11022,12 @@ class Poster(Writer):
         self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
                        **(fields or {})}
         # Makes one body of many items; without it each goes by itself.
-        self.bundle: Optional[Callable[[List[Any]], Dict[str, Any]]] = None
+        self.bundle: Optional[Callable[[List[Any]], JsonObject]] = None
         self.thread.start()
 
     def write_queued(self):
         while self.queue:
-            most = self.MOST if self.bundle else 1
-            batch = [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+            batch = self.take(self.MOST if self.bundle else 1)
             try:
                 taken = self.deliver(self.bundle(batch) if self.bundle else batch[0])
             except Exception:
@@ -11292,7 +11350,7 @@ class Pulse(Watcher):
         self.feed = feed
         self.metrics = metrics
         self.before = metrics.totals()
-        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.seconds: "collections.deque[JsonObject]" = collections.deque(maxlen=self.MINUTE)
         self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
         self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
         self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
@@ -11323,7 +11381,7 @@ class Pulse(Watcher):
                 int(found[len(found) * share // 100] * 1000) if found else None
                 for share in (50, 95)}
 
-    def tick(self, running: int, line: int) -> Dict[str, Any]:
+    def tick(self, running: int, line: int) -> JsonObject:
         """A second is over; returns what was in it."""
         totals = self.metrics.totals()
         calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
@@ -11337,7 +11395,7 @@ class Pulse(Watcher):
             self.callers = dict(lately[-self.MAX_CALLERS // 2:])
         return found
 
-    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+    def bucket(self, rule: Rule, key: BucketKey) -> JsonObject:
         """Returns a bucket as the page shows it."""
         level = self.buckets.level_of(rule, key)
         rule = level.rule  # which knows how long this month is
@@ -11347,14 +11405,14 @@ class Pulse(Watcher):
         runs = rule.unit == RUNNING
         return {"rule": rule.text, "unit": rule.word,
                 "level": format_amount(rule, level.level),
-                "capacity": format_amount(rule, rule.capacity),
+                "capacity": format_amount(rule, max(rule.capacity, level.level)),
                 "refill": 0 if runs else format_amount(rule, refill),
                 "interval": 0 if runs else rule.interval,
                 "refilled": wall - (now - level.refilled),
                 "full_in": 0 if runs else max(
                     0, round(level.refilled + missing * rule.interval - now, 3))}
 
-    def changed_buckets(self) -> List[Dict[str, Any]]:
+    def changed_buckets(self) -> List[JsonObject]:
         """Returns those of the last second."""
         changed = self.changed
         self.changed = {}
@@ -11485,7 +11543,7 @@ class Traces(Watcher):
 
     # -- in the poster's thread
 
-    def bundle(self, entries: List[Entry]) -> Dict[str, Any]:
+    def bundle(self, entries: List[Entry]) -> JsonObject:
         return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
             "scope": {"name": "llm_proxy", "version": VERSION},
             "schemaUrl": "https://opentelemetry.io/schemas/" + SEMANTIC_CONVENTIONS,
@@ -11686,6 +11744,10 @@ class Watchers(NamedTuple):
                 *upstream_families(routes),
                 Family("llm_proxy_dropped_total", "counter",
                        "What could not be written or delivered", dropped),
+                *([Family("llm_proxy_limits_degraded", "gauge",
+                          "Whether Redis is away, so that limits are not shared",
+                          [("", int(buckets.is_degraded))])]
+                  if buckets.is_degraded is not None else ()),
                 Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
                 *process_families()):
             yield from family.lines()
@@ -11696,8 +11758,1174 @@ class Watchers(NamedTuple):
 # REDIS_URL nothing of it is used. It knows no HTTP.
 # --------------------------------------------------------------------------------------------------
 
+# What errors of Redis mean, by their first word, for people.
+REDIS_ERRORS = {
+    "OOM": "is out of memory", "READONLY": "is read-only", "LOADING": "is loading its data",
+    "MASTERDOWN": "has lost its master", "CLUSTERDOWN": "is a cluster that is down",
+    "MOVED": "is a cluster whose keys have moved", "TRYAGAIN": "is a cluster whose keys move",
+    "NOAUTH": "asks for a password", "WRONGPASS": "does not take the user and password",
+    "NOPERM": "does not permit what it is asked for", "NOREPLICAS": "has too few replicas",
+    "MISCONF": "cannot write to its disk", "BUSY": "is busy with a script"}
+
+
 class RedisFault(Exception):
-    """Redis did not do what it was asked to; says why, without an address or a password."""
+    """Redis did not do what it was asked to. Its words, such as 'is out of memory', name no address
+    and no password; `code` is the first word of what Redis said itself."""
+
+    LATE = "late"  # no code of Redis's: the reply may come yet
+
+    def __init__(self, words: str, code: str = "", moved_to: Optional[Tuple[str, int]] = None):
+        super().__init__(words)
+        self.code = code
+        self.moved_to = moved_to
+
+    @classmethod
+    def read(cls, line: bytes) -> "RedisFault":
+        code, _, rest = line.decode("latin-1").partition(" ")
+        found = re.fullmatch(r"[0-9]+ ([A-Za-z0-9._:-]+):([0-9]{1,5})", rest)
+        place = (found[1], int(found[2])) if code == "MOVED" and found else None
+        return cls(REDIS_ERRORS.get(code, "refuses a command"), code, place)
+
+
+RedisReply = Union[bytes, int, None, List["RedisReply"], RedisFault]
+
+
+class RedisReader:
+    """Reads replies of RESP2 as they come, in pieces of any size; it is strict, and bounded
+    (https://redis.io/docs/latest/develop/reference/protocol-spec)."""
+    MOST_BYTES = 16 << 20  # of one reply
+    MOST_DEPTH = 4         # of arrays in arrays
+    LINE_BYTES = 8192
+    COUNT = re.compile(rb"0|[1-9][0-9]{0,8}|-1")
+    NUMBER = re.compile(rb"[+-]?[0-9]{1,19}")
+
+    def __init__(self):
+        self.data = bytearray()
+        self.taken = 0                                      # bytes of the reply that is begun
+        self.open: List[Tuple[List[RedisReply], int]] = []  # arrays with how long they will be
+
+    def feed(self, data: bytes) -> List[RedisReply]:
+        """Returns the replies that are whole now. Raises RedisFault."""
+        self.data += data
+        replies = []
+        place = 0
+        while True:
+            found = self.read_one(place)
+            if found is None:
+                break
+            value, end = found
+            self.taken += end - place
+            place = end
+            if not self.is_begun(value) and self.complete(value, replies):
+                self.taken = 0
+        del self.data[:place]
+        if self.taken + len(self.data) > self.MOST_BYTES:
+            raise RedisFault("sends too long a reply")
+        return replies
+
+    def is_begun(self, value):
+        return self.open and value is self.open[-1][0]
+
+    def complete(self, value, replies):
+        """Puts a value where it belongs, and arrays that it completes; returns whether that was the
+        end of a reply."""
+        while self.open:
+            items, size = self.open[-1]
+            items.append(value)
+            if len(items) < size:
+                return False
+            self.open.pop()
+            value = items
+        replies.append(value)
+        return True
+
+    def read_one(self, place):
+        """Returns (value, its end), None where it has not come whole. An array has only begun."""
+        data = self.data
+        end = data.find(b"\r\n", place, place + self.LINE_BYTES)
+        if end < 0:
+            if len(data) - place >= self.LINE_BYTES:
+                raise RedisFault("sends too long a line")
+            return None
+        kind, line = data[place:place + 1], bytes(data[place + 1:end])
+        end += 2
+        if kind == b"$":
+            return self.read_text(self.count(line), end)
+        if kind == b"*":
+            return self.begin_array(self.count(line)), end
+        if kind == b"-":
+            return RedisFault.read(line), end
+        if kind == b"+":
+            return line, end
+        if kind != b":" or not self.NUMBER.fullmatch(line):
+            raise RedisFault("does not speak RESP2")
+        return int(line), end
+
+    def count(self, line):
+        if not self.COUNT.fullmatch(line):
+            raise RedisFault("does not speak RESP2")
+        return int(line)
+
+    def read_text(self, size, start):
+        if size < 0:
+            return None, start
+        if size > self.MOST_BYTES:
+            raise RedisFault("sends too long a reply")
+        end = start + size
+        if len(self.data) < end + 2:
+            return None
+        if self.data[end:end + 2] != b"\r\n":
+            raise RedisFault("does not speak RESP2")
+        return bytes(self.data[start:end]), end + 2
+
+    def begin_array(self, size):
+        if size <= 0:
+            return [] if size == 0 else None
+        if len(self.open) >= self.MOST_DEPTH:
+            raise RedisFault("sends too deep a reply")
+        self.open.append(([], size))
+        return self.open[-1][0]
+
+
+RedisPart = Union[bytes, str, int]
+
+
+def redis_command(parts: Sequence[RedisPart]) -> bytes:
+    """Returns a command as it is sent."""
+    lines = [b"*%d" % len(parts)]
+    for part in parts:
+        if not isinstance(part, bytes):
+            part = str(part).encode()
+        lines += (b"$%d" % len(part), part)
+    return b"\r\n".join([*lines, b""])
+
+
+class RedisScript:
+    """A Lua script. It goes by its digest where the server has taken it, else as a whole."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.digest = hashlib.sha1(text.encode()).hexdigest()  # Redis's own choice
+        self.is_loaded = False
+
+
+class Asked:
+    """A command on its way. `answer` is told the reply, or a RedisFault; one that is late is told
+    to be, and may come yet. Without `answer` the command is sent again where it may be lost."""
+    __slots__ = ("data", "answer", "sent", "is_late")
+
+    def __init__(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
+        self.data = data
+        self.answer = answer
+        self.sent = 0.0
+        self.is_late = False
+
+    def tell(self, reply):
+        if self.answer:
+            self.answer(reply)
+
+
+class Redis(asyncio.Protocol):
+    """One connection, kept up by a task. What is asked for in one pass of the loop travels in one
+    write, and answers come in that order. It is away from the moment it is refused, cut, silent
+    for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
+    it is `available` again when all of these went well."""
+    ANSWER_SECONDS = 0.07    # until who waits for an answer is told that it is late
+    LATE_SECONDS = 0.05
+    LATE_TIMES = 3
+    SILENT_SECONDS = 0.3
+    LOOK_SECONDS = 0.02      # between two looks at what is not answered
+    CONNECT_SECONDS = 1
+    STEADY_SECONDS = 1       # after which a connection was a good one
+    BACK_OFF_SECONDS = 0, 0.05, 0.1, 0.2, 0.4
+    MOST_ASKED = 10_000      # commands that are not answered
+    MOST_WAITING = 10_000    # that wait until Redis is there
+
+    available = False
+    transport: Optional[asyncio.Transport] = None
+    task: Optional[asyncio.Task] = None
+    lost: Optional[asyncio.Future] = None     # of that the connection is no more,
+    reason: Optional[RedisFault] = None       # and why
+    timer: Optional[asyncio.TimerHandle] = None
+    look_at = 0.0
+    flushing = False
+    late_times = 0
+    failures = 0                              # connections in a row that were no good
+    dropped = 0                               # commands that were never sent
+
+    def __init__(self, url: RedisUrl, tls: Optional[ssl.SSLContext],
+                 loop: asyncio.AbstractEventLoop, name: str):
+        """`name` is what the server lists this client as."""
+        self.url = url
+        self.tls = tls
+        self.loop = loop
+        self.name = name
+        self.scripts: List[RedisScript] = []
+        # Are awaited on each new connection before it is available; they use `ask_first`, and
+        # raise RedisFault.
+        self.greetings: List[Callable[[], Awaitable[None]]] = []
+        self.on_return: List[Callable[[], None]] = []
+        self.on_leave: List[Callable[[RedisFault], None]] = []  # also of each try that failed
+        self.unsent: List[Asked] = []
+        self.asked: "collections.deque[Asked]" = collections.deque()
+        self.waiting: "collections.deque[bytes]" = collections.deque()
+
+    def __repr__(self):
+        return "<Redis %s asked=%d waiting=%d>" % (
+            "available" if self.available else "away", len(self.asked), len(self.waiting))
+
+    # -- for everyone, on the loop
+
+    async def call(self, *parts: RedisPart) -> RedisReply:
+        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
+        the latest."""
+        if not self.available:
+            raise RedisFault("is away")
+        return await self.ask_first(*parts)
+
+    async def run(self, script: RedisScript, keys: Sequence[RedisPart],
+                  *arguments: RedisPart) -> RedisReply:
+        """Returns what a script returns that is one of `scripts`. Raises RedisFault."""
+        try:
+            return await self.call(*self.script_parts(script, keys, arguments))
+        except RedisFault as fault:
+            if fault.code != "NOSCRIPT":  # somebody made the server forget it: SCRIPT FLUSH
+                raise
+        script.is_loaded = False
+        return await self.call(*self.script_parts(script, keys, arguments))
+
+    def send(self, *parts: RedisPart):
+        """Has a command done, now or when Redis is there again; never waits. Where a connection is
+        lost it may be done twice."""
+        if self.available:
+            self.ask(redis_command(parts), None)
+        else:
+            self.keep(redis_command(parts))
+
+    async def ask_first(self, *parts: RedisPart) -> RedisReply:
+        """Does what `call` does, also before it is available."""
+        answered = self.loop.create_future()
+
+        def answer(reply):
+            if not answered.done():
+                answered.set_result(reply)
+
+        self.ask(redis_command(parts), answer)
+        reply = await answered
+        if isinstance(reply, RedisFault):
+            raise reply
+        return reply
+
+    def ask(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
+        """Sends a command at the end of this pass of the loop; `answer` is told of the reply, or of
+        a fault."""
+        one = Asked(data, answer)
+        if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
+            return self.drop([one])
+        self.unsent.append(one)
+        if not self.flushing:
+            self.flushing = True
+            self.loop.call_soon(self.flush)
+
+    @staticmethod
+    def script_parts(script: RedisScript, keys: Sequence[RedisPart],
+                     arguments: Sequence[RedisPart]) -> List[RedisPart]:
+        how = ("EVALSHA", script.digest) if script.is_loaded else ("EVAL", script.text)
+        return [*how, len(keys), *keys, *arguments]
+
+    def leave(self, reason: RedisFault):
+        """Ends the connection; another one is made."""
+        self.available = False
+        self.reason = self.reason or reason
+        if self.transport:
+            self.transport.abort()
+
+    # -- its life
+
+    def start(self):
+        self.task = self.loop.create_task(self.live(), name="redis")
+
+    async def close(self):
+        """Sends what there is, if that is possible at once, and ends."""
+        with contextlib.suppress(RedisFault):
+            await self.call("PING")
+        if self.task:
+            self.task.cancel()
+            await asyncio.wait([self.task])
+
+    async def live(self):
+        place = None
+        while True:
+            self.reason = None
+            self.lost = self.loop.create_future()
+            began = self.loop.time()
+            try:
+                await self.begin(place)
+                self.become_available()
+                await self.lost
+            except RedisFault as fault:
+                self.leave(fault)
+            except Exception as bug:  # of ours: it is said, and tried again
+                self.leave(RedisFault("is answered wrongly"))
+                self.loop.call_exception_handler({"message": "Redis", "exception": bug})
+            finally:
+                self.leave(RedisFault("is away"))
+                if self.transport:
+                    await self.lost
+            for act in self.on_leave:
+                act(self.reason)
+            place = self.reason.moved_to
+            steady = self.loop.time() - began > self.STEADY_SECONDS
+            self.failures = 0 if steady else self.failures + 1
+            pauses = self.BACK_OFF_SECONDS
+            await asyncio.sleep(pauses[min(self.failures, len(pauses) - 1)])
+
+    async def begin(self, place):
+        """Connects and introduces this client. Raises RedisFault."""
+        await self.connect(place)
+        url = self.url
+        if url.password:
+            await self.ask_first("AUTH", *filter(None, (url.user, url.password)))
+        if url.database:
+            await self.ask_first("SELECT", url.database)
+        with contextlib.suppress(RedisFault):  # who may not do this may do all else
+            await self.ask_first("CLIENT", "SETNAME", self.name)
+        for script in self.scripts:
+            script.is_loaded = False
+            with contextlib.suppress(RedisFault):
+                digest = await self.ask_first("SCRIPT", "LOAD", script.text)
+                script.is_loaded = digest == script.digest.encode()
+        for greet in self.greetings:
+            await greet()
+
+    async def connect(self, place):
+        connecting = self.loop.create_task(self.open_connection(place), name="redis connects")
+        try:
+            await asyncio.wait([connecting], timeout=self.CONNECT_SECONDS)
+            if not connecting.done():
+                raise RedisFault("does not answer")
+            connecting.result()
+        except ssl.SSLCertVerificationError:
+            raise RedisFault("has a certificate that is not trusted") from None
+        except (ConnectionError, OSError, ValueError) as failure:
+            is_tls = isinstance(failure, ssl.SSLError)
+            raise RedisFault("does not speak TLS" if is_tls else "is not there") from None
+        finally:
+            connecting.cancel()
+
+    async def open_connection(self, place):
+        url = self.url
+        if not url.host:
+            return await self.loop.create_unix_connection(lambda: self, url.path)
+        host, port = place or (url.host, url.port)
+        await self.loop.create_connection(
+            lambda: self, host or url.host, port, ssl=self.tls,
+            server_hostname=url.host if self.tls else None)
+
+    def become_available(self):
+        if self.reason:
+            raise self.reason
+        self.available = True
+        self.late_times = 0
+        for _ in range(len(self.waiting)):
+            self.ask(self.waiting.popleft(), None)
+        for act in self.on_return:
+            act()
+
+    # -- what the connection says: the names are asyncio's
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.reader = RedisReader()
+        if self.url.host:
+            keep_alive(transport.get_extra_info("socket"))
+
+    def data_received(self, data):
+        try:
+            replies = self.reader.feed(data)
+            if len(replies) > len(self.asked):
+                raise RedisFault("answers what it was not asked")
+        except RedisFault as fault:
+            return self.leave(fault)
+        if replies:
+            self.note_lateness()
+        for reply in replies:
+            self.asked.popleft().tell(reply)
+
+    def connection_lost(self, failure):
+        self.leave(RedisFault("has closed the connection"))
+        self.transport = None
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+        asked, self.asked = self.asked, collections.deque()
+        self.drop([*asked, *self.unsent])
+        self.unsent = []
+        Stream.wake(self.lost)
+
+    # -- what becomes of commands
+
+    def flush(self):
+        """Sends what was asked for in one pass of the loop."""
+        self.flushing = False
+        unsent, self.unsent = self.unsent, []
+        now = self.loop.time()
+        for one in unsent:
+            one.sent = now
+        if unsent:
+            self.asked.extend(unsent)
+            self.transport.write(b"".join([one.data for one in unsent]))
+            if self.timer is None:
+                self.look()
+
+    def note_lateness(self):
+        """Looks at how long the oldest command was on its way. That something held the loop is not
+        Redis's fault."""
+        now = self.loop.time()
+        took = now - self.asked[0].sent - max(0, now - self.look_at)
+        self.late_times = self.late_times + 1 if took > self.LATE_SECONDS else 0
+        if self.late_times >= self.LATE_TIMES:
+            self.leave(RedisFault("answers late"))
+
+    def look(self):
+        """Tells those who have waited for too long, and ends a connection that is silent."""
+        now = self.loop.time()
+        held = max(0, now - self.look_at) if self.timer else 0
+        self.timer = None
+        if not self.asked:
+            return
+        self.look_at = now + self.LOOK_SECONDS
+        self.timer = self.loop.call_at(self.look_at, self.look)
+        late = itertools.takewhile(
+            lambda one: now - one.sent - held > self.ANSWER_SECONDS, list(self.asked))
+        for one in late:
+            if not one.is_late:
+                one.is_late = True
+                one.tell(RedisFault("answers late", RedisFault.LATE))
+        if now - self.asked[0].sent - held > self.SILENT_SECONDS:
+            self.leave(RedisFault("does not answer"))
+
+    def drop(self, asked):
+        """Nothing of it will be answered."""
+        for one in asked:
+            if one.answer:
+                one.tell(RedisFault("is away"))
+            else:
+                self.keep(one.data)
+
+    def keep(self, data):
+        """Keeps a command until Redis is there."""
+        if len(self.waiting) < self.MOST_WAITING:
+            self.waiting.append(data)
+        else:
+            self.dropped += 1
+
+
+# What holds for both scripts: KEYS[1] is the hash of the process that asks, `now` is in microseconds
+# since 2020, which a double holds to a fraction. Amounts are whole numbers below 2^53.
+LUA_TIME = """
+local time = redis.call('TIME')
+local now = (time[1] - 1577836800) * 1000000 + time[2]
+"""
+
+# Takes, charges and settles for a batch of calls, once: batches of a process have numbers, and one
+# that comes again gets its first answer. A number is missing where Redis has lost what it knew. In
+# ARGV[1] are the number, '-' or 'put' or 'last', the kind and figures of each bucket, then what to
+# do. A key's text is 'level stamp (amount until)...', what was given beyond the rule; of running
+# calls '(process count until)...'. No key is a full bucket.
+LUA_BATCH = LUA_TIME + """
+local words = string.gmatch(ARGV[1], '%S+')
+local function number() return tonumber(words()) end
+local sequence, mode = number(), words()
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+if mode == '-' and sequence > last + 1 then return 'gap' end
+if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
+local unpack = unpack or table.unpack
+local found = KEYS[2] and redis.call('MGET', unpack(KEYS, 2)) or {}
+
+local pass = {}
+function pass.b(b)  -- a bucket is refilled by whole intervals
+  local steps = math.floor((now - b.stamp + 2) / b.interval)
+  if steps > 0 then
+    b.level = b.level + steps * b.refill
+    b.stamp = b.stamp + steps * b.interval
+  end
+  if b.level >= b.room then b.level, b.stamp = b.room, now end
+  b.full_in = math.ceil((b.room - b.level) / b.refill) * b.interval + b.stamp - now
+end
+local function begin(b, stamp)
+  b.level, b.stamp = math.min(b.room, math.max(b.level, b.capacity)), stamp
+end
+function pass.w(b)  -- a window begins with its first call
+  if b.level >= b.capacity or now - b.stamp + 2 >= b.interval then begin(b, now) end
+  b.full_in = b.stamp + b.interval - now
+end
+function pass.d(b)  -- a day, a week or a month
+  if b.stamp ~= b.began then begin(b, b.began) end
+  b.full_in = b.ends - now
+end
+
+local function read_running(text)
+  local b = {kind = 'r', capacity = number(), rows = {}, own = 0, stamp = now}
+  b.level = b.capacity
+  for process, count, ends in string.gmatch(text, '(%S+) (%d+) (%d+)') do
+    if tonumber(ends) > now then
+      b.level = b.level - count
+      if process == ARGV[2] then b.own = tonumber(count)
+      else b.rows[#b.rows + 1] = process .. ' ' .. count .. ' ' .. ends end
+    end
+  end
+  return b
+end
+local function read(text)
+  local kind = words()
+  if kind == 'r' then return read_running(text) end
+  local b = {kind = kind, known = text ~= '', capacity = number(), given = {}, extra = 0}
+  if kind == 'b' then b.refill, b.interval = number(), number() end
+  if kind == 'w' then b.interval = number() end
+  if kind == 'd' then
+    local before, began, ends, after = number(), number(), number(), number()
+    if now < began then began, ends = before, began end
+    if now >= ends then began, ends = ends, after end
+    b.began, b.ends = began, ends
+  end
+  local numbers = {}
+  for word in string.gmatch(text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
+  for i = 3, #numbers, 2 do
+    if numbers[i + 1] > now then
+      b.given[#b.given + 1] = {numbers[i], numbers[i + 1]}
+      b.extra = b.extra + numbers[i]
+    end
+  end
+  b.room = b.capacity + b.extra
+  b.level, b.stamp = math.min(b.room, numbers[1] or b.room), numbers[2] or b.began or now
+  pass[kind](b)
+  return b
+end
+local buckets = {}
+for i = 1, #KEYS - 1 do buckets[i] = read(found[i] or '') end
+
+local function charge(b, amount, age)
+  if amount < 0 and (b.kind == 'w' or b.kind == 'd') and now - age + 2 < b.stamp then return end
+  b.changed = true
+  if b.own then
+    amount = math.max(amount, -b.own)
+    b.own = b.own + amount
+    b.level = b.level - amount
+  else
+    b.level = math.min(b.room, b.level - amount)
+  end
+end
+local function take(wanted)
+  for i = 1, #wanted do
+    if wanted[i][1].level < wanted[i][2] then return '0' end
+  end
+  for i = 1, #wanted do
+    if wanted[i][2] ~= 0 then charge(wanted[i][1], wanted[i][2], 0) end
+  end
+  return '1'
+end
+local flags, act = {}, {}
+function act.t()
+  local wanted = {}
+  for i = 1, number() do wanted[i] = {buckets[number()], number()} end
+  flags[#flags + 1] = take(wanted)
+end
+function act.c() charge(buckets[number()], number(), number()) end
+function act.g()
+  local b, amount, length = buckets[number()], number(), number()
+  b.given[#b.given + 1] = {amount, now + length}
+  b.extra, b.room, b.level = b.extra + amount, b.room + amount, b.level + amount
+  b.changed = true
+end
+function act.o()
+  local b, count = buckets[number()], number()
+  charge(b, count - b.own, 0)
+end
+function act.p()
+  local b, level, age, always = buckets[number()], number(), number(), number()
+  if b.known and always == 0 then return end
+  local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
+               began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
+  if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
+  pass[b.kind](put)
+  if put.level < b.level then
+    b.level, b.stamp, b.full_in, b.changed = put.level, put.stamp, put.full_in, true
+  end
+end
+function act.r() buckets[number()].changed = true end
+for word in words do act[word]() end
+
+local function text(value) return string.format('%.0f', value) end
+local function save(b, key)
+  local parts, length = b.rows, 30000000
+  if b.own then
+    local row = {ARGV[2], text(b.own), text(now + length)}
+    if b.own > 0 then parts[#parts + 1] = table.concat(row, ' ') end
+  elseif b.level < b.room or b.extra > 0 then
+    if b.kind == 'b' then pass.b(b) end
+    parts, length = {text(b.level), string.format('%.3f', b.stamp)}, b.full_in
+    for i, one in ipairs(b.given) do
+      parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
+      length = math.max(length, one[2] - now)
+    end
+  else
+    parts = {}
+  end
+  if #parts == 0 then return redis.call('DEL', key) end
+  length = math.min(34560000000, math.floor(length / 1000) + 1000)
+  redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
+end
+local answer = {table.concat(flags) .. '.'}
+for i, b in ipairs(buckets) do
+  if b.changed then save(b, KEYS[i + 1]) end
+  local ends = b.given and b.given[1] and b.given[1][2] - now or 0
+  answer[#answer + 1] = table.concat(
+    {text(b.level), text(now - b.stamp), text(b.extra or 0), text(ends)}, ' ')
+end
+answer = table.concat(answer, ' ')
+if mode == 'put' then return answer end
+redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
+return answer
+"""
+
+# Tells that a process is there. KEYS[2] are all that are; returns whether there were any, how many
+# there are, and the number of the last batch of this one.
+LUA_BEAT = LUA_TIME + """
+local existed = redis.call('EXISTS', KEYS[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 5000000))
+redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
+redis.call('PEXPIRE', KEYS[1], 86400000)
+return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last') or '0'}
+"""
+
+
+class LimitsAway(Refusal):
+    status = 503
+    kind = "server_error"
+    code = "limits_away"
+    message = "The limits cannot be looked up now, try again in a moment"
+    fields = {"Retry-After": 1}
+    nothing_sent = True
+
+
+class Take:
+    """What one call would take of its buckets. `future` is completed when Redis has answered, with
+    `levels`, or is not waited for any more; then `admitted` tells what was decided here, where it
+    was sent: Redis may have taken it."""
+    __slots__ = ("keyed_rules", "costs", "future", "levels", "sent", "admitted")
+
+    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup):
+        self.keyed_rules = keyed_rules
+        self.costs = costs
+        self.future = future
+        self.levels: Optional[List[Level]] = None
+        self.sent = self.admitted = False
+
+
+class Batch(NamedTuple):
+    """What travels together. `charged` is what it charges, by bucket."""
+    number: int
+    pairs: List[Tuple[Rule, BucketKey]]
+    takes: List[Take]
+    charged: Dict[BucketKey, int]
+    keys: List[str]
+    text: str
+
+
+class BatchWriter:
+    """Writes down what a batch does, in the words of LUA_BATCH."""
+
+    def __init__(self, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
+        self.describe = describe
+        self.places: Dict[BucketKey, int] = {}
+        self.pairs: List[Tuple[Rule, BucketKey]] = []
+        self.keys: List[str] = []
+        self.kinds: List[str] = []
+        self.acts: List[str] = []
+        self.takes: List[Take] = []
+        self.charged: Dict[BucketKey, int] = {}
+
+    def place(self, rule, key):
+        found = self.places.get(key)
+        if found is None:
+            found = self.places[key] = len(self.places) + 1
+            name, kind = self.describe(rule, key)
+            self.pairs.append((rule, key))
+            self.keys.append(name)
+            self.kinds.append(kind)
+        return found
+
+    def act(self, word: str, rule: Rule, key: BucketKey, *numbers: int):
+        self.acts.append("%s %d %s" % (word, self.place(rule, key), " ".join(map(str, numbers))))
+
+    def charge(self, rule: Rule, key: BucketKey, amount: int, age: int):
+        self.charged[key] = self.charged.get(key, 0) + amount
+        self.act("c", rule, key, amount, age)
+
+    def take(self, one: Take):
+        self.takes.append(one)
+        one.sent = True
+        wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, one.costs[rule.unit]))
+                  for rule, key in one.keyed_rules]
+        self.acts.append("t %d %s" % (len(wanted), " ".join(wanted)))
+
+    def batch(self, number: int, mode: str = "-") -> Batch:
+        text = " ".join([str(number), mode, *self.kinds, *self.acts])
+        return Batch(number, self.pairs, self.takes, self.charged, self.keys, text)
+
+
+Act = Tuple[Any, ...]  # a word of LUA_BATCH, rule, bucket, numbers
+ONE = ord("1")
+NANODOLLAR = 1000  # picodollars: a double holds 9 million USD of the former
+
+
+def stored_amount(rule: Rule, amount: int) -> int:
+    """Returns an amount as Redis has it: of money in nanodollars, rounded up."""
+    return -(-amount // NANODOLLAR) if rule.unit == USD else amount
+
+
+def since_2020(moment: float) -> int:
+    """Returns microseconds, of a time in unix seconds."""
+    return int((moment - 1577836800) * 1_000_000)
+
+
+def describe_kind(rule: Rule, wall: float) -> str:
+    """Returns the kind of a bucket and its figures, in the words of LUA_BATCH."""
+    scale = NANODOLLAR if rule.unit == USD else 1
+    capacity = rule.capacity // scale
+    if rule.unit == RUNNING:
+        return "r %d" % capacity
+    if rule.zone:
+        now = calendar_rule(rule, wall)
+        ends = now.began + now.interval
+        after = calendar_rule(rule, ends + 1)
+        return "d %d %d %d %d %d" % (capacity, *map(since_2020, (
+            calendar_rule(rule, now.began - 1).began, now.began, ends,
+            after.began + after.interval)))
+    if rule.window:
+        return "w %d %d" % (capacity, rule.interval * 1_000_000)
+    refill = max(1, rule.refill // scale)
+    return "b %d %d %.6f" % (
+        capacity, refill, rule.interval * 1_000_000 * refill * scale / rule.refill)
+
+
+@functools.lru_cache(1000)
+def share_of(rule: Rule, processes: int) -> Rule:
+    """Returns the rule of one process, where so many may take what one rule lets them."""
+    amount, seconds = rule.rate
+    return rule._replace(
+        capacity=max(1, rule.capacity // processes), rate=(max(1, amount // processes), seconds),
+        interval=rule.interval if rule.window else rule.interval * processes)
+
+
+class RedisBuckets(Buckets):
+    """Every bucket of every rule, in Redis. What was last seen of them is kept, too: for headers
+    and pages, to be put back where Redis has lost it, and to go on with while Redis is away.
+
+    Takes and charges of one pass of the loop travel as a batch, which has a number. Batches are
+    sent in order until they are answered, and each is done once. `pending` is what was charged here
+    and has not been answered; what comes back of levels does not have it yet."""
+    MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
+    MOST_ACTS = 200           # in one of them
+    MOST_KEPT = 20_000        # charges that wait, and other acts
+    WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
+    BEAT_SECONDS = 0.5
+    RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
+    state = "returning"       # or "here", or "away"
+    reason = "is not there"
+    number = 1                # of the last batch
+    beats = 0
+    flushing = False
+    fresh = True              # it was never here
+    grace: Optional[asyncio.TimerHandle] = None
+    beat_timer: Optional[asyncio.TimerHandle] = None
+    filling: Optional[asyncio.Task] = None
+
+    def __init__(self, clock: Any, redis: Redis, prefix: str, policy: str, peers: int):
+        super().__init__(clock)
+        self.redis = redis
+        self.policy = policy
+        self.processes = peers
+        self.name = "%08x" % random.getrandbits(32)
+        self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
+        self.process_key = self.prefix + "p:" + self.name
+        self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
+        # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
+        self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
+        self.pending: Dict[BucketKey, int] = collections.Counter()
+        self.own: Dict[BucketKey, int] = collections.Counter()  # calls that run in this process
+        self.rules: Dict[BucketKey, Rule] = {}                  # and the rules that count them
+        self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
+        self.fills: Set[CallerKey] = set()
+        self.takes: "collections.deque[Take]" = collections.deque()
+        self.batches: "collections.deque[Batch]" = collections.deque()
+        self.names: Dict[BucketKey, Tuple[str, str, float]] = {}
+        self.local = Buckets(clock)  # what this process may use while Redis is away
+        self.on_change: Callable[[], None] = lambda: None  # it went away, or came back
+        redis.scripts += [self.batch_script, self.beat_script]
+        redis.greetings.append(self.catch_up)
+        redis.on_return.append(self.come_back)
+        redis.on_leave.append(self.on_leave)
+
+    @property
+    def is_degraded(self) -> bool:
+        return self.state == "away"
+
+    # -- what Buckets does
+
+    async def take(self, keyed_rules, costs):
+        if self.state == "away":
+            return self.take_here(keyed_rules, costs, None)
+        one = Take(keyed_rules, costs, Wakeup(loop=self.redis.loop))
+        self.takes.append(one)
+        self.flush_soon()
+        await one.future
+        if one.levels is None:
+            return self.take_here(keyed_rules, costs, one if one.sent else None)
+        return tightest_of(one.levels), one.levels
+
+    def settle(self, keyed_rules, costs, taken, taken_at):
+        for rule, key in keyed_rules:
+            unit = rule.unit
+            if costs[unit] != taken[unit]:
+                amount = stored_amount(rule, costs[unit]) - stored_amount(rule, taken[unit])
+                self.charge(rule, key, amount, taken_at)
+        tightest = super().settle(keyed_rules, costs, taken, taken_at)
+        if self.state == "away" and self.policy == "share":
+            return self.local.settle(self.local_rules(keyed_rules), costs, taken, taken_at)
+        return tightest
+
+    def give(self, rule, key, amount, until, again=False):
+        super().give(rule, key, amount, until, again)
+        if not again:
+            length = int((until - self.clock.monotonic()) * 1_000_000)
+            self.act("g", rule, key, stored_amount(rule, amount), length)
+
+    def fill(self, owner):
+        super().fill(owner)
+        if len(self.fills) < self.MOST_KEPT:
+            self.fills.add(owner)
+        self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
+
+    def restore(self, rule, key, level, since):
+        if key not in self.levels and self.state == "here":
+            self.act("p", rule, key, stored_amount(rule, level), int(since * 1_000_000), 0)
+        super().restore(rule, key, level, since)
+
+    def drop(self, keys):
+        gone = set(keys)
+        super().drop(gone)
+        self.acts = collections.deque(
+            [act for act in self.acts if act[0] != "p" or act[2] not in gone], self.MOST_KEPT)
+
+    # -- what is asked of Redis
+
+    def act(self, *act):
+        self.acts.append(act)
+        self.flush_soon()
+
+    def charge(self, rule, key, amount, taken_at=0.0):
+        """Has so much charged, in the amounts that Redis has; it may be less than nothing."""
+        place = key, taken_at if rule.window and amount < 0 else 0.0
+        _, before = self.unsent.get(place, (rule, 0))
+        if place not in self.unsent and len(self.unsent) >= self.MOST_KEPT:
+            return
+        self.unsent[place] = rule, before + amount
+        self.pending[key] += amount
+        self.note_running(rule, key, amount)
+        self.flush_soon()
+
+    def note_running(self, rule, key, amount):
+        if rule.unit == RUNNING:
+            self.own[key] += amount
+            self.rules[key] = rule
+            if not self.own[key]:
+                del self.own[key], self.rules[key]
+
+    def flush_soon(self):
+        if not self.flushing:
+            self.flushing = True
+            self.redis.loop.call_soon(self.flush)
+
+    def flush(self):
+        """Sends what there is, as far as not too much is on its way."""
+        self.flushing = False
+        while self.state == "here" and len(self.batches) < self.MOST_BATCHES and (
+                self.takes or self.unsent or self.acts):
+            self.number += 1
+            batch = self.next_batch()
+            self.batches.append(batch)
+            self.redis.ask(self.command(batch), functools.partial(self.on_answer, batch))
+        self.redis.flush()
+
+    def next_batch(self):
+        """Charges stand before takes, so that what is given back can be taken."""
+        writer = BatchWriter(self.describe)
+        for _ in range(min(len(self.acts), self.MOST_ACTS)):
+            writer.act(*self.acts.popleft())
+        now = self.clock.monotonic()
+        for place in list(itertools.islice(self.unsent, self.MOST_ACTS)):
+            rule, amount = self.unsent.pop(place)
+            key, taken_at = place
+            writer.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
+        for _ in range(min(len(self.takes), self.MOST_ACTS)):
+            writer.take(self.takes.popleft())
+        return writer.batch(self.number)
+
+    def describe(self, rule, key):
+        """Returns the name of a bucket in Redis, its kind and figures."""
+        name, kind, until = self.names.get(key, ("", "", 0))
+        wall = wall_time(self.clock)
+        if wall >= until:
+            kind = describe_kind(rule, wall)
+            until = wall + 3600 if rule.zone else math.inf
+            name = "%s%s:%s:%s" % (
+                self.prefix, "r" if rule.unit == RUNNING else "b",
+                ".".join(map(short_digest, key[1:])), short_digest(key[0]))
+            if len(self.names) >= self.room:
+                self.names.clear()
+            self.names[key] = name, kind, until
+        return name, kind
+
+    def command(self, batch):
+        return redis_command(self.redis.script_parts(
+            self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+
+    # -- what Redis answers
+
+    def on_answer(self, batch, reply):
+        if isinstance(reply, RedisFault):
+            if reply.code == RedisFault.LATE:
+                self.decide([*batch.takes, *self.takes])
+                self.takes.clear()
+            elif reply.code:
+                self.redis.leave(reply)
+        elif not self.batches or self.batches[0] is not batch:
+            pass  # it was answered before
+        elif reply == b"gap":
+            self.redis.leave(RedisFault("has lost what it knew"))
+        else:
+            self.batches.popleft()
+            self.read_answer(batch, reply)
+            if self.takes or self.unsent:
+                self.flush_soon()
+
+    def read_answer(self, batch, reply):
+        flags, *numbers = reply.split()
+        numbers = list(map(int, numbers))
+        now = self.clock.monotonic()
+        found = {}
+        for (rule, key), *values in zip(batch.pairs, *[numbers[place::4] for place in range(4)]):
+            found[key] = self.note_level(rule, key, batch.charged.get(key, 0), *values, now)
+        for one, flag in zip(batch.takes, flags):
+            self.finish_take(one, flag == ONE, found, now)
+
+    def note_level(self, rule, key, charged, level, age, given, given_for, now):
+        """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
+        pending = self.pending.pop(key, 0) - charged
+        if pending:
+            self.pending[key] = pending
+        refilled = now - age / 1_000_000
+        if rule.window:
+            rule, refilled = self.window_of(rule, key, refilled, now)
+        self.given.pop(key, None)
+        scale = NANODOLLAR if rule.unit == USD else 1
+        if given:
+            self.given[key] = [(given * scale, now + given_for / 1_000_000)]
+        self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
+        return level * scale, refilled, rule
+
+    def window_of(self, rule, key, began, now):
+        """Returns the rule of a window, and when it began: as that is known already, where the
+        times are nearly the same, because answers take a while."""
+        known = self.levels.get(key)
+        if known and abs(known.refilled - began) < 1:
+            return known.rule, known.refilled
+        if rule.zone:
+            rule = calendar_rule(rule, wall_time(self.clock) - (now - began) + 1)
+        return rule, began
+
+    def finish_take(self, one, taken, found, now):
+        """Tells who waits what Redis has decided. Where that was decided here meanwhile, what was
+        taken in vain is given back, and what was not taken is charged."""
+        levels = []
+        for rule, key in one.keyed_rules:
+            level, refilled, rule = found[key]
+            cost = one.costs[rule.unit]
+            levels.append(Level(level if taken else level - cost, refilled, rule, key, cost, now))
+            if taken:
+                self.note_running(rule, key, cost)
+        if not one.future.done():
+            one.levels = levels
+            one.future.wake()
+        elif taken != one.admitted:
+            for rule, key in one.keyed_rules:
+                amount = stored_amount(rule, one.costs[rule.unit])
+                self.charge(rule, key, -amount if taken else amount, now)
+
+    # -- while Redis is away
+
+    def take_here(self, keyed_rules, costs, one):
+        """Does what `take` does by what is known here. Raises LimitsAway."""
+        if self.policy == "closed":
+            raise LimitsAway()
+        if self.policy == "open":
+            levels = [found._replace(level=max(0, found.level), amount=costs[found.rule.unit])
+                      for found in self.levels_after(keyed_rules, costs, NO_COST)]
+        else:
+            levels = self.local.levels_after(self.local_rules(keyed_rules), costs, NO_COST)
+        tightest = tightest_of(levels)
+        if tightest.level >= 0:
+            self.local.store(levels)
+            if one:
+                one.admitted = True
+            else:
+                super().settle(keyed_rules, costs, NO_COST, 0.0)
+                for rule, key in keyed_rules:
+                    self.charge(rule, key, stored_amount(rule, costs[rule.unit]))
+        return tightest, levels
+
+    def local_rules(self, keyed_rules):
+        """Returns the rules by which this process has its share, whose buckets begin with their
+        share of what was there."""
+        found = []
+        for rule, key in keyed_rules:
+            share = share_of(rule, self.processes)
+            found.append((share, key))
+            if key not in self.local.levels:
+                known = self.level_of(rule, key)
+                level = known.level // self.processes
+                if rule.unit == RUNNING:
+                    level = share.capacity - self.own[key]
+                self.local.store([known._replace(level=level, rule=share._replace(
+                    began=known.rule.began, interval=share.interval))])
+        return found
+
+    def decide(self, takes):
+        """Has calls decided here that wait for Redis."""
+        for one in takes:
+            if not one.future.done():
+                one.future.wake()
+
+    def on_leave(self, fault):
+        """A connection was lost, or could not be had."""
+        self.reason = str(fault)
+        if self.state == "here":
+            self.state = "returning"
+            self.beat_timer.cancel()
+            self.grace = self.redis.loop.call_later(self.WAIT_SECONDS, self.go_away)
+        elif self.state == "returning":
+            self.go_away()
+
+    def go_away(self):
+        self.cancel_grace()
+        self.state = "away"
+        self.on_change()
+        takes = [one for batch in self.batches for one in batch.takes]
+        self.decide([*takes, *self.takes])
+        self.takes.clear()
+
+    def cancel_grace(self):
+        if self.grace:
+            self.grace.cancel()
+            self.grace = None
+
+    # -- when it is back
+
+    async def catch_up(self):
+        """Has all done that was not answered, after what Redis has lost is put back. Raises
+        RedisFault."""
+        existed, count, last = await self.redis.ask_first(*self.beat_parts())
+        self.processes = max(1, count)
+        done = self.batches[0].number - 1 if self.batches else self.number
+        if int(last) < done:
+            await self.put_back(done, [] if self.fresh and existed else self.known_levels())
+        self.fresh = False
+        for batch in list(self.batches):
+            parts = self.redis.script_parts(
+                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name])
+            self.on_answer(batch, await self.redis.ask_first(*parts))
+        for key, count in self.own.items():
+            self.acts.appendleft(("o", self.rules[key], key, count - self.pending.get(key, 0)))
+
+    def known_levels(self):
+        """Returns the acts that put levels back as they were without what is pending."""
+        now, found = self.clock.monotonic(), []
+        for seen in self.seen():
+            rule, key = seen.rule, seen.key
+            level = self.level_of(rule, key)
+            if rule.unit != RUNNING and level.level < rule.capacity:
+                amount = stored_amount(rule, level.level) + self.pending.get(key, 0)
+                found.append(("p", rule, key, amount, int((now - level.refilled) * 1_000_000), 1))
+        return found
+
+    async def put_back(self, number, acts):
+        """Puts levels back, and has Redis know that batches up to this number were done."""
+        while True:
+            writer = BatchWriter(self.describe)
+            for act in acts[:self.MOST_ACTS]:
+                writer.act(*act)
+            acts = acts[self.MOST_ACTS:]
+            batch = writer.batch(number, "put" if acts else "last")
+            await self.redis.ask_first(*self.redis.script_parts(
+                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+            if not acts:
+                break
+
+    def come_back(self):
+        was_away = self.state == "away"
+        self.cancel_grace()
+        self.state = "here"
+        self.local = Buckets(self.clock)
+        if was_away:
+            self.on_change()
+        self.flush()
+        self.beat()
+        if self.fills:
+            self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
+
+    def beat_parts(self):
+        return self.redis.script_parts(
+            self.beat_script, [self.process_key, self.prefix + "processes"], [self.name])
+
+    def beat(self):
+        """Tells that this process is there, and learns whether Redis has lost what it knew."""
+        self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
+        self.beats += 1
+        if self.beats % self.RENEW_BEATS == 0:
+            for key, rule in self.rules.items():
+                self.act("r", rule, key)
+        self.redis.ask(redis_command(self.beat_parts()),
+                       functools.partial(self.on_beat, self.number))
+
+    def on_beat(self, number, reply):
+        if isinstance(reply, RedisFault):
+            if reply.code not in ("", RedisFault.LATE):
+                self.redis.leave(reply)
+            return
+        self.processes = max(1, reply[1])
+        if int(reply[2]) != number:
+            self.redis.leave(RedisFault("has lost what it knew"))
+
+    async def fill_all(self):
+        """Fills the buckets of callers; what Redis does not do now is done when it is back."""
+        with contextlib.suppress(RedisFault):
+            for owner in list(self.fills):
+                pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
+                cursor = b"0"
+                while True:
+                    cursor, names = await self.redis.call(
+                        "SCAN", cursor, "MATCH", pattern_of_names, "COUNT", 1000)
+                    if names:
+                        await self.redis.call("DEL", *names)
+                    if cursor == b"0":
+                        break
+                self.fills.discard(owner)
+
+
+def short_digest(thing: Union[str, CallerKey]) -> str:
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12300,6 +13528,7 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 class Proxy:
     STEP_SECONDS = 0.005  # for which something may hold the loop that can be done in steps
+    redis: Optional[Redis] = None  # where it is set
 
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
@@ -12538,13 +13767,15 @@ class Proxy:
             self.carry_out(order)
         self.watchers.feed.tell("change", {"what": "keys"})
 
+    def known_as(self, label: str) -> Iterable[Caller]:
+        """Returns who has this label, or had it lately."""
+        return {caller.key: caller for caller in [  # as it is now, not when it called
+            *self.watchers.pulse.named(label), *self.callers.named(label)]}.values()
+
     def carry_out(self, order: Order):
         """Fills or adds to the buckets of a caller."""
         found = 0
-        label = order.caller
-        seen = {caller.key: caller for caller in [
-            *self.callers.named(label), *self.watchers.pulse.named(label)]}
-        for caller in seen.values():
+        for caller in self.known_as(order.caller):
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
                 found += 1
@@ -12554,7 +13785,7 @@ class Proxy:
                     caller, order.unit, order.amount, until, bool(order.done))
         if not found:
             self.books.log.say("%s has no bucket in %s: it was given nothing" % (
-                ascii(label)[1:-1], order.unit))
+                ascii(order.caller)[1:-1], order.unit))
 
     def admit(self, upstream, entry, call):
         """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
@@ -12867,20 +14098,25 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
           database: Optional[Database] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory."""
-    log = Log(stream, config.log_format == "json")
+    log = Log(stream, config.log_format == "json", clock)
     secret = database.secret() if database else os.urandom(32)
     keys = stored_keys(database, secret, log.say)
     if keys.closed:
         config.note_stored_keys()
-    limits = build_limits(config, Buckets(clock), keys.rules)
+    loop = new_loop(clock, log)
+    redis = build_redis(config, loop)
+    limits = build_limits(config, build_buckets(config, clock, redis), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
-    proxy = Proxy(config, clock, new_loop(clock, log), build_callers(config, secret, keys), limits,
+    proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
     renew_redaction(proxy)
+    if redis:
+        proxy.redis = redis
+        proxy.limits.buckets.on_change = functools.partial(tell_of_redis, proxy)
     hear_of_keys(proxy)
     if database:
         with contextlib.suppress(sqlite3.Error, ValueError):
@@ -12905,12 +14141,8 @@ def stored_keys(database: Optional[Database], secret: bytes,
 
 def hear_of_keys(proxy: Proxy):
     """Has the ledger tell the loop what it reads of keys and orders."""
-    def tell(keys, orders):
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
-
     if proxy.books.ledger:
-        proxy.books.ledger.on_news = tell
+        proxy.books.ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
 
 
 def go_on(proxy: Proxy, database: Database):
@@ -12954,7 +14186,7 @@ def renew_redaction(proxy: Proxy):
         return
     shapes = shapes_of_keys(
         config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
-    shapes += [Shape(name, "", pattern, re.Match.end)
+    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 13)
                for name, pattern in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
@@ -13029,6 +14261,39 @@ def build_tls(config: Config) -> ssl.SSLContext:
     return tls
 
 
+def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Redis]:
+    url, tls = config.redis_url, None
+    if url is None:
+        return None
+    if url.encrypted:
+        tls = ssl.create_default_context(cafile=config.redis_ca_file)
+    return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
+
+
+def build_buckets(config: Config, clock: Any, redis: Optional[Redis]) -> Buckets:
+    if redis is None:
+        return Buckets(clock)
+    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away, config.peers)
+
+
+WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
+              "open": "there are no limits, for none of %d processes",
+              "closed": "calls are refused by all of %d processes"}
+
+
+def tell_of_redis(proxy: Proxy):
+    """Says that Redis went away, or came back."""
+    buckets = proxy.limits.buckets
+    if buckets.is_degraded:
+        line = "Redis %s: %s" % (
+            buckets.reason, WHILE_AWAY[buckets.policy] % buckets.processes)
+    else:
+        line = "Redis is there again: %d processes share the limits" % buckets.processes
+    proxy.books.log.say(line)
+    proxy.watchers.warnings.tell(
+        "limits_degraded" if buckets.is_degraded else "limits_shared", (), None, text=line)
+
+
 def build_dialects(config: Config) -> Dialects:
     names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
@@ -13051,6 +14316,25 @@ def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Rout
 # Pages: what a person, a browser or a monitor asks us and not the upstream. They charge nothing and
 # name no address. A page is a coroutine that answers by its Reply.
 # --------------------------------------------------------------------------------------------------
+
+Page = Callable[[Request, Reply], Awaitable[None]]
+
+
+async def ask_models(loop: asyncio.AbstractEventLoop, upstream: Upstream,
+                     seconds: float) -> List[Model]:
+    """Returns the models that an upstream lists. Raises Refusal, and ValueError for an answer that
+    is no list."""
+    context = Context(loop)
+    context.until = loop.time() + seconds
+    with contextlib.closing(context):
+        return await upstream.models(context)
+
+
+def with_cause(refusal: Union[Refusal, ValueError]) -> str:
+    """Returns what is known of why an upstream has no list."""
+    cause = getattr(refusal, "cause", None)
+    return "%s (%s)" % (refusal, cause) if cause else str(refusal)
+
 
 class Catalogue:
     """The models of all upstreams. They are asked side by side, and what they say is kept for a
@@ -13095,15 +14379,11 @@ class Catalogue:
 
     async def ask(self, loop, upstream):
         """Returns whether it answered."""
-        context = Context(loop)
-        context.until = loop.time() + self.ASK_SECONDS
         try:
-            self.lists[upstream.name] = await upstream.models(context)
+            self.lists[upstream.name] = await ask_models(loop, upstream, self.ASK_SECONDS)
             return True
         except (Refusal, ValueError):
             return False
-        finally:
-            context.close()
 
 
 class Pages:
@@ -13120,7 +14400,7 @@ class Pages:
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
-    def find(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    def find(self, request: Request) -> Optional[Page]:
         """Returns the page that answers this request, None where it is the upstream's."""
         if request.method == "OPTIONS":
             return self.preflight
@@ -13128,8 +14408,9 @@ class Pages:
             return None
         if request.path in self.PAGES:
             return getattr(self, self.PAGES[request.path])
-        if request.path in self.MODELS_PATHS:
-            return self.models
+        name, path = self.proxy.dialects.split(request.path)
+        if path in self.MODELS_PATHS:
+            return functools.partial(self.models, name)
         return None
 
     def dialect(self, request):
@@ -13165,6 +14446,10 @@ class Pages:
                 "refill_tokens": quota.refill_tokens,
                 "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}
         found["upstreams"] = {one.name: one.stats() for one in proxy.routes.all}
+        if proxy.redis:
+            buckets = proxy.limits.buckets
+            found["limits"] = {"shared_by": buckets.processes, "degraded": buckets.is_degraded,
+                               "redis": buckets.reason if buckets.is_degraded else "is there"}
         ledger = proxy.books.ledger
         if ledger:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
@@ -13197,21 +14482,36 @@ class Pages:
         return [Charge(rule, key, min(rule.capacity, amount)) for rule, key in
                 limits.matching(entry.caller, entry.address, config.base_model)]
 
-    async def models(self, request, reply):
+    async def models(self, name, request, reply):
+        """`name` is that of an upstream whose prefix the path has. It tells its list itself, but
+        that a key sees what it may use alone."""
         proxy = self.proxy
         proxy.identify(request, reply.entry)
         key = reply.entry.caller.stored_key
+        globs = key.globs if key else ()
+        if not name:
+            models = await self.all_models(request, reply, key)
+        elif globs and key.upstream in (None, name):
+            await self.catalogue.ask(proxy.loop, proxy.routes.by_name[name])
+            models = self.catalogue.lists.get(name, ())
+        else:
+            models = None
+        if models is None:
+            return await proxy.serve(request, reply)
+        reply.send(200, self.dialect(request).models([
+            model for model in models if not globs or may_use(globs, model.name)]))
+
+    async def all_models(self, request, reply, key):
+        """Returns None where the list is that of the only upstream."""
         own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
-            return await proxy.serve(request, reply)
+            return None
         models = await self.catalogue.models(reply.context, key and key.upstream)
         if not (own or models or self.lists_models):
-            return await proxy.serve(request, reply)  # it may speak the client's API alone
-        for alias, name in (proxy.config.model_aliases or {}).items():
+            return None  # it may speak the client's API alone
+        for alias, name in (self.proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        found = [model for model in models.values()
-                 if not (key and key.globs) or may_use(key.globs, model.name)]
-        reply.send(200, self.dialect(request).models(found))
+        return models.values()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -13224,39 +14524,42 @@ class AdminPage(NamedTuple):
     """One row of the admin API."""
     method: str
     path: str  # below /admin/api; NAME stands for what varies
-    role: str  # that it takes at least
     handler: str
     does: str  # for people
 
+    @property
+    def role(self) -> str:
+        """The role that it takes at least."""
+        return "viewer" if self.method == "GET" else "admin"
 
-ADMIN_PAGES = [AdminPage(*row) for row in (
-    ("GET", "", "viewer", "contents", "this list, and who you are"),
-    ("GET", "/summary", "viewer", "summary", "today, the last minute, running calls, upstreams"),
-    ("GET", "/events", "viewer", "events", "what happens, as server-sent events"),
-    ("GET", "/calls", "viewer", "calls", "calls, the latest first: ?before= limit= and filters"),
-    ("GET", "/calls/NAME", "viewer", "call", "all that is known of one call, by its id"),
-    ("GET", "/usage", "viewer", "usage", "who used what: ?by= step= from= to= zone= format=csv"),
-    ("GET", "/callers", "viewer", "callers", "who called lately, with their buckets"),
-    ("POST", "/callers/NAME/give", "admin", "give",
-     'more for one caller: {"amount": 2, "unit": "usd", "for": "1d"}'),
-    ("POST", "/callers/NAME/reset", "admin", "reset", "fills the buckets of one caller"),
-    ("GET", "/keys", "viewer", "keys", "stored keys, without their secrets"),
-    ("POST", "/keys", "admin", "add_key", "makes one, and tells its secret this once"),
-    ("GET", "/keys/NAME", "viewer", "key", "one of them"),
-    ("PATCH", "/keys/NAME", "admin", "set_key", "changes fields of it"),
-    ("DELETE", "/keys/NAME", "admin", "remove_key", "removes it"),
-    ("POST", "/keys/NAME/revoke", "admin", "revoke_key", "it is valid no more"),
-    ("POST", "/keys/NAME/restore", "admin", "restore_key", "and is again"),
-    ("POST", "/keys/NAME/rotate", "admin", "rotate_key", "another secret: grace"),
-    ("POST", "/keys/NAME/give", "admin", "give", "more for it, as for a caller"),
-    ("POST", "/keys/NAME/reset", "admin", "reset", "fills its buckets"),
-    ("GET", "/upstreams", "viewer", "upstreams", "upstreams, how they are and how quick"),
-    ("POST", "/upstreams/NAME/enable", "admin", "enable", "calls go there again"),
-    ("POST", "/upstreams/NAME/disable", "admin", "disable", "no more calls go there"),
-    ("POST", "/upstreams/NAME/test", "admin", "test", "asks it for its models"),
-    ("GET", "/limits", "viewer", "limits", "the rules, and how often each refused"),
-    ("GET", "/audit", "viewer", "audit", "who changed what: ?before="),
-    ("GET", "/config", "viewer", "config", "the settings, without secrets"))]
+
+ADMIN_PAGES = [AdminPage(*row.split(None, 3)) for row in """\
+GET    /                       contents    this list, and who you are
+GET    /summary                summary     today, the last minute, running calls, upstreams
+GET    /events                 events      what happens, as server-sent events
+GET    /calls                  calls       calls, the latest first: ?before= limit= and filters
+GET    /calls/NAME             call        all that is known of one call, by its id
+GET    /usage                  usage       who used what: ?by= step= from= to= zone= format=csv
+GET    /callers                callers     who called lately, with their buckets
+POST   /callers/NAME/give      give        gives more: {"amount": 2, "unit": "usd", "for": "1d"}
+POST   /callers/NAME/reset     reset       fills the buckets of one caller
+GET    /keys                   keys        stored keys, without their secrets
+POST   /keys                   add_key     makes one, and tells its secret this once
+GET    /keys/NAME              key         one of them
+PATCH  /keys/NAME              set_key     changes fields of it
+DELETE /keys/NAME              remove_key  removes it
+POST   /keys/NAME/revoke       revoke_key  it is valid no more
+POST   /keys/NAME/restore      restore_key and is again
+POST   /keys/NAME/rotate       rotate_key  another secret: grace
+POST   /keys/NAME/give         give        more for it, as for a caller
+POST   /keys/NAME/reset        reset       fills its buckets
+GET    /upstreams              upstreams   upstreams, how they are and how quick
+POST   /upstreams/NAME/enable  enable      calls go there again
+POST   /upstreams/NAME/disable disable     no more calls go there
+POST   /upstreams/NAME/test    test        asks it for its models
+GET    /limits                 limits      the rules, and how often each refused
+GET    /audit                  audit       who changed what: ?before=
+GET    /config                 config      the settings, without secrets""".splitlines()]
 
 
 class Ask(NamedTuple):
@@ -13265,8 +14568,8 @@ class Ask(NamedTuple):
     reply: Reply
     caller: Caller
     name: str
-    query: Dict[str, str]
-    body: Dict[str, Any]
+    query: Texts
+    body: JsonObject
 
 
 class Jobs:
@@ -13282,22 +14585,21 @@ class Jobs:
     async def run(self, context: Context, owner: CallerKey, act: Callable[..., Any],
                   *arguments: Any) -> Any:
         """Returns what `act` does in a helper thread. A job whose owner has left before it began is
-        dropped. Raises Overloaded, and what `act` raises."""
+        dropped; one that has begun counts until it ends. Raises Overloaded, and what `act`
+        raises."""
         if sum(self.owners.values()) >= self.MOST:
             raise Overloaded(wait=1)
         answered = context.loop.create_future()
 
-        def end(job):
+        def end():
             self.owners[owner] -= 1
             if not self.owners[owner]:
                 del self.owners[owner]
-            if not job.cancelled():
-                job.exception()  # asyncio complains of one that nobody has looked at
             Stream.wake(answered)
 
         self.owners[owner] += 1
-        job = context.loop.run_in_executor(self.pool, act, *arguments)
-        job.add_done_callback(end)
+        job = self.pool.submit(act, *arguments)
+        job.add_done_callback(lambda _: soon(context.loop, end))
         try:
             await context.wait(answered, self.SECONDS, "the database")
             return job.result()
@@ -13324,13 +14626,12 @@ class Admin:
         self.clock = proxy.clock
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
-        self.reader = LedgerReader(self.path) if proxy.books.ledger else None
         self.reading = Jobs(2, "pages")
         self.changing = Jobs(1, "changes")
         self.own_use = Jobs(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
-    def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    def page(self, request: Request) -> Optional[Page]:
         """Returns what answers a request, None where it is not for the admin API."""
         if request.path == "/v1/quota" and request.method in ("GET", "HEAD"):
             return self.quota
@@ -13341,7 +14642,7 @@ class Admin:
         """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
         MethodNotAllowed."""
         found = [(match, row) for shape, row in self.rows
-                 for match in [shape.fullmatch(path)] if match]
+                 for match in [shape.fullmatch(path or "/")] if match]
         if not found:
             raise NoSuchPage()
         for match, row in found:
@@ -13388,16 +14689,18 @@ class Admin:
 
     async def run(self, jobs, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
-        if self.reader is None:
+        if not self.proxy.books.ledger:
             raise BooksAway("Nothing is kept: DATABASE is off")
         try:
             return await jobs.run(reply.context, reply.entry.caller.key, act, *arguments)
         except (sqlite3.Error, DatabaseFault, FileNotFoundError):
             raise BooksAway() from None
 
-    async def read_books(self, reply, act, *arguments):
-        """Returns what a method of LedgerReader does."""
-        return await self.run(self.reading, reply, act, self.reader, *arguments)
+    async def read_books(self, ask, act, *arguments, jobs=None):
+        """Returns what a method of LedgerReader does, for who asks."""
+        zone = read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
+        reader = LedgerReader(self.path, self.proxy.wall(), zone)
+        return await self.run(jobs or self.reading, ask.reply, act, reader, *arguments)
 
     def work_on_keys(self, mode, actor, act, *arguments, **fields):
         """Returns what a method of KeyStore does. By SQLite alone: closing the file that was opened
@@ -13424,19 +14727,14 @@ class Admin:
     async def until_read(self, context):
         """Waits until the ledger has told of keys as they are now. It may be hindered: then what
         was changed is changed all the same."""
-        loop = context.loop
-        told = loop.create_future()
+        told = context.loop.create_future()
         self.proxy.books.ledger.on_read.append(
-            lambda: loop.call_soon_threadsafe(Stream.wake, told))
+            functools.partial(soon, context.loop, Stream.wake, told))
         with contextlib.suppress(TimeoutError):
             await context.wait(told, self.READ_SECONDS, "the ledger")
 
     def pools(self) -> List[concurrent.futures.Executor]:
         return [jobs.pool for jobs in (self.reading, self.changing, self.own_use)]
-
-    @staticmethod
-    def zone(ask):
-        return read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
 
     # -- what happens now
 
@@ -13452,8 +14750,7 @@ class Admin:
     async def summary(self, ask):
         proxy, sums = self.proxy, {}
         with contextlib.suppress(BooksAway):
-            sums = await self.read_books(
-                ask.reply, LedgerReader.today, self.zone(ask), proxy.wall())
+            sums = await self.read_books(ask, LedgerReader.today)
         return {"you": self.you(ask), "version": VERSION, "now": proxy.wall(),
                 "keys_are_asked_for": not proxy.callers.is_open,
                 "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
@@ -13555,13 +14852,14 @@ class Admin:
 
     def upstream(self, name):
         found = self.proxy.routes.by_name.get(name)
-        require(found, "there is no upstream of this name")
+        if not found:
+            raise NoSuchPage("There is no upstream of this name")
         return found
 
     async def switch(self, ask, on):
         """It stays so after a new start, too, where there is a DATABASE."""
         upstream = self.upstream(ask.name)
-        if self.reader:
+        if self.proxy.books.ledger:
             await self.change_keys(ask, KeyStore.switch_upstream, ask.name, on)
         self.proxy.routes.switch(ask.name, on)
         self.feed.tell("change", {"what": "upstreams"})
@@ -13573,17 +14871,13 @@ class Admin:
     async def test(self, ask):
         upstream = copy.copy(self.upstream(ask.name))
         upstream.model = None  # its own list is asked for
-        context = Context(ask.reply.context.loop)
-        context.until = context.loop.time() + 10
         began = self.clock.monotonic()
         try:
-            names = [clean(model.name) for model in await upstream.models(context)]
-            found = {"ok": True, "models": names[:self.MAX_SHOWN], "fault": None}
+            models = await ask_models(self.proxy.loop, upstream, 10)
+            names = [clean(model.name) for model in models[:self.MAX_SHOWN]]
+            found = {"ok": True, "models": names, "fault": None}
         except (Refusal, ValueError) as refusal:
-            found = {"ok": False, "models": [], "fault": "%s (%s)" % (
-                refusal, getattr(refusal, "cause", None) or "no more is known")}
-        finally:
-            context.close()
+            found = {"ok": False, "models": [], "fault": with_cause(refusal)}
         return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
 
     # -- keys
@@ -13623,25 +14917,29 @@ class Admin:
     async def rotate_key(self, ask):
         return await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
 
-    def require_known(self, label):
-        """Raises NoSuchPage where nobody is known by a name: it may be misspelt."""
-        if not (self.proxy.callers.named(label) or self.pulse.named(label)):
+    def known_as(self, label):
+        """Returns who has this name. Raises NoSuchPage where nobody has: it may be misspelt."""
+        found = self.proxy.known_as(label)
+        if not found:
             raise NoSuchPage("Nobody of this name is known here")
+        return found
 
     async def give(self, ask):
-        self.require_known(ask.name)
+        callers = self.known_as(ask.name)
         amount, unit, seconds = map(ask.body.get, ("amount", "unit", "for"))
+        if unit in UNITS:
+            require_bucket(self.proxy.limits, callers, unit)
         if type(amount) in (int, float):
             amount = "%.12g" % amount
         return await self.change_keys(ask, KeyStore.give, ask.name, amount, unit, seconds)
 
     async def reset(self, ask):
-        self.require_known(ask.name)
+        self.known_as(ask.name)
         return await self.change_keys(ask, KeyStore.reset, ask.name)
 
     async def audit(self, ask):
         rows = await self.read_books(
-            ask.reply, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
+            ask, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
         return {"rows": rows, "next": rows[-1]["id"] if len(rows) == self.MAX_SHOWN else None}
 
     # -- the books
@@ -13660,10 +14958,10 @@ class Admin:
         limit = min(self.MAX_SHOWN, self.number(ask, "limit", 50) or 1)
         filters = {name: ask.query[name] for name in ("id", *CALL_FILTERS) if name in ask.query}
         return await self.read_books(
-            ask.reply, LedgerReader.calls, self.number(ask, "before"), limit, filters)
+            ask, LedgerReader.calls, self.number(ask, "before"), limit, filters)
 
     async def call(self, ask):
-        found = await self.read_books(ask.reply, LedgerReader.call, ask.name)
+        found = await self.read_books(ask, LedgerReader.call, ask.name)
         if not found:
             raise NoSuchPage("No call of this id is known")
         return found
@@ -13673,12 +14971,10 @@ class Admin:
         filters = {name: query[name] for name in SUM_KEYS if name in query}
         by, step = query.get("by", "caller"), query.get("step", "day")
         start, end = self.number(ask, "from", now - DAY), self.number(ask, "to", now)
-        found = await self.read_books(
-            ask.reply, LedgerReader.usage, by, step, start, end, self.zone(ask), filters)
+        found = await self.read_books(ask, LedgerReader.usage, by, step, start, end, filters)
         if query.get("format") == "csv":
             return self.send_csv(ask.reply, found["groups"])
-        budgets = [self.budget(one) for one in self.known_callers()
-                   if one.label == filters.get("caller")]
+        budgets = map(self.budget, self.proxy.known_as(filters.get("caller")))
         return {**found, "budget": next(filter(None, budgets), None)}
 
     @staticmethod
@@ -13709,8 +15005,7 @@ class Admin:
     async def callers(self, ask):
         sums = hours = seen = {}
         with contextlib.suppress(BooksAway):
-            sums, hours, seen = await self.read_books(
-                ask.reply, LedgerReader.of_callers, self.zone(ask), self.proxy.wall())
+            sums, hours, seen = await self.read_books(ask, LedgerReader.of_callers)
         not_full = self.proxy.limits.not_full()
         rows = []
         for caller in self.known_callers():
@@ -13733,8 +15028,8 @@ class Admin:
         ask = Ask(request, reply, caller, "", dict(urllib.parse.parse_qsl(request.query)), {})
         calls = days = []
         with contextlib.suppress(BooksAway):
-            calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
-                                         caller.label, self.zone(ask), self.proxy.wall())
+            calls, days = await self.read_books(
+                ask, LedgerReader.of_one, caller.label, jobs=self.own_use)
         buckets = self.buckets_of(caller, self.proxy.limits.not_full())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role,
@@ -13766,9 +15061,7 @@ class Admin:
         rows = []
         for name, text in config.texts.items():
             setting = find_setting(name)
-            hidden = text is not None and setting.secret
-            rows.append({"name": name, "group": groups[setting.name],
-                         "value": "set, not shown" if hidden else text,
+            rows.append({"name": name, "group": groups[setting.name], "value": shown(name, text),
                          "is_default": text == setting.default, "sentence": setting.sentence})
         return {"settings": rows, "warnings": config.warnings()}
 
@@ -14697,7 +15990,7 @@ async def send_dashboard(_, reply: Reply):
     reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
 
 
-def find_dashboard(request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+def find_dashboard(request: Request) -> Optional[Page]:
     """Returns what answers where the page is asked for, all of it or one's own use; else None."""
     is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
     return send_dashboard if is_asked else None
@@ -15090,7 +16383,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection)
         proxy.books.open()
-        for act in (self.loop_watch.tick, self.sweep, self.beat):
+        for act in (self.loop_watch.tick, self.sweep, self.beat,
+                    *([proxy.redis.start] if proxy.redis else ())):
             self.loop.call_soon_threadsafe(act)
 
     def make_parts(self) -> ReplyParts:
@@ -15255,6 +16549,8 @@ class Server(http.server.ThreadingHTTPServer):
             connection.on_client_lost()
         await self.emptying(1)
         await self.part()
+        if self.proxy.redis:
+            await self.proxy.redis.close()
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
         helpers = [address.helpers for address in self.proxy.routes.addresses()]
@@ -15292,20 +16588,21 @@ class Server(http.server.ThreadingHTTPServer):
 
 # --------------------------------------------------------------------------------------------------
 # Demo: a small endpoint on loopback, for the first minute without a model. It stands in for a real
-# one, in threads of its own, and is no part of the proxy.
+# one, on a loop of its own, and is no part of the proxy.
 # --------------------------------------------------------------------------------------------------
 
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Speaks HTTP/1.0: the end of the connection is the end of the answer. A last message that
-    begins with "say: " comes back."""
-    disable_nagle_algorithm = True
+class Demo:
+    """Answers the proxy, on a port of loopback that the system picks. A last message that begins
+    with "say: " comes back."""
+    first_seconds = 0.0  # until an answer begins
     WORD_SECONDS = 0.05
     TEXT = ("This is the built-in demo endpoint of llm_proxy."
             " It answers every call with these words, one after another. ")
     MODELS = ('{"object": "list", "data": ['
               '{"id": "demo", "object": "model", "created": 0, "owned_by": "demo"}]}')
-    FRAME = ('{"id": "demo-1", "object": "%s", "created": %d, "model": "demo",'
+    FRAME = ('{"id": "demo-%d", "object": "%s", "created": %d, "model": "demo",'
              ' "choices": [%s], "usage": %s}')
+    SENT = re.compile(b'"id": "demo-([0-9]{1,19})"')  # in nanoseconds of the loop's time
     USAGE = '{"prompt_tokens": %d, "completion_tokens": %d, "total_tokens": %d}'
     # names of an answer and of an event; the choice with the whole text, at the begin, of a word,
     # at the end
@@ -15322,29 +16619,54 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         '{"index": 0, "text": "%s", "finish_reason": null}',
         '{"index": 0, "text": "", "finish_reason": "stop"}')
 
-    def do_GET(self):
-        if self.path == "/v1/models":
-            self.answer("application/json", self.MODELS)
-        else:
-            self.send_error(404)
+    def __init__(self):
+        self.listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.url = "http://127.0.0.1:%d/v1" % self.listening.getsockname()[1]
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    async def serve(self):
+        # Of a coroutine that is cancelled before it runs Python 3.11 complains; not of a task.
+        async with await asyncio.start_server(
+                lambda *streams: asyncio.ensure_future(self.converse(*streams)),
+                sock=self.listening) as server:
+            await server.serve_forever()
+
+    async def converse(self, reader, writer):
+        """Answer one request after another, as simply as a proxy lets one."""
+        with contextlib.suppress(Exception):  # who asks hung up, or asks what no demo understands
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                length = re.search(r"(?i)\ncontent-length: *([0-9]+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                method, target = head.split(" ")[:2]
+                if method == "POST":
+                    await self.answer_call(writer, body)
+                elif target == "/v1/models":
+                    self.answer(writer, self.MODELS)
+                else:
+                    self.answer(writer, "{}", "404 Not Found")
+        writer.close()
+
+    async def answer_call(self, writer, body):
         call = json.loads(body or b"{}")
         name, event_name, whole, begin, piece, end = (
             self.CHAT if "messages" in call else self.COMPLETION)
         words = self.words_for(call)
         prompt = len(body) // 4
         usage = self.USAGE % (prompt, len(words), prompt + len(words))
-        time.sleep(self.server.first_seconds)
+        await asyncio.sleep(self.first_seconds)
         if not call.get("stream"):
             return self.answer(
-                "application/json", self.frame(name, whole % "".join(words).rstrip(), usage))
-        choices = [begin, *[piece % word for word in words], end]
-        events = [self.frame(event_name, choice) for choice in choices]
+                writer, self.frame(name, whole % "".join(words).rstrip(), usage))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                     b"Transfer-Encoding: chunked\r\n\r\n")
+        await asyncio.sleep(self.WORD_SECONDS * random.random())  # streams are not in one beat
+        for choice in [begin, *[piece % word for word in words], end]:
+            await self.tell(writer, self.frame(event_name, choice))
+            await asyncio.sleep(self.WORD_SECONDS)
         if (call.get("stream_options") or {}).get("include_usage"):
-            events.append(self.frame(event_name, "", usage))
-        self.stream([*events, "[DONE]"])
+            await self.tell(writer, self.frame(event_name, "", usage))
+        await self.tell(writer, "[DONE]")
+        writer.write(b"0\r\n\r\n")
 
     def words_for(self, call):
         """Returns what to say, word by word, as in strings of JSON."""
@@ -15360,38 +16682,255 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         return said[5:] if str(said).startswith("say: ") else self.TEXT
 
     def frame(self, name, choice, usage="null"):
-        return self.FRAME % (name, time.time(), choice, usage)
+        sent = asyncio.get_running_loop().time() * 1e9
+        return self.FRAME % (sent, name, time.time(), choice, usage)
 
-    def stream(self, events):
-        self.answer("text/event-stream")
-        for event in events:
-            time.sleep(self.WORD_SECONDS)
-            self.wfile.write(b"data: %b\n\n" % event.encode())
+    @staticmethod
+    async def tell(writer, data):
+        event = b"data: %b\n\n" % data.encode()
+        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+        await writer.drain()
 
-    def answer(self, content_type, body=""):
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *_):
-        pass
+    @staticmethod
+    def answer(writer, body, status="200 OK"):
+        writer.write((
+            "HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+            % (status, len(body), body)).encode())
 
 
-class DemoServer(http.server.ThreadingHTTPServer):
-    """Answers to loopback only, on a port that the system picks."""
-    first_seconds = 0.0  # until an answer begins
+# --------------------------------------------------------------------------------------------------
+# Bench: calls that are timed as a client sees them, to any URL, or, for the self-test, to a proxy
+# of its own in front of the demo. It uses the parts by which the proxy calls upstreams.
+# --------------------------------------------------------------------------------------------------
+
+SHARES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+
+
+def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
+    """Returns the mean and the percentiles of what is not empty."""
+    found = sorted(seconds)
+    last = len(found) - 1
+    return {"mean": round(1000 * sum(found) / len(found), 3), **{
+        name: round(1000 * found[min(last, len(found) * share // 100)], 3)
+        for name, share in SHARES.items()}}
+
+
+def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
+    """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
+    ConfigFaults."""
+    config = read_config({**environ, "BASE_API_URL": url, "BASE_API_KEY": key or ""})
+    return build_routes(config, time, lambda news: None).base
+
+
+class Bench:
+    """Calls of one kind, some at once. `times` has seconds by what they are of: `upstream` is what
+    the proxy told of it, `proxy` the rest of the time to the head of the answer, `event` the way
+    of an event of the demo's. `statuses` has how often each came, or what went wrong instead."""
+    began = ended = failures = 0
+    leave_after = math.inf  # reads, as a caller who hangs up
+
+    def __init__(self, upstream: Upstream, path: str, payload: JsonObject):
+        lines = ["Content-Type: application/json", "Accept-Encoding: identity"]
+        self.upstream = upstream
+        self.head = functools.partial(
+            upstream.head, "POST", path, "", upstream.dialect, upstream.key, lines)
+        self.body = json.dumps(payload).encode()
+        self.streamed = payload.get("stream")
+        self.statuses = collections.Counter()
+        self.times = {name: array.array("d") for name in (
+            "whole", "upstream", "proxy", "first byte", "jitter", "event")}
+
+    async def run(self, calls: Iterable[int], concurrency: int):
+        """Make a call for each of these."""
+        loop, calls = asyncio.get_running_loop(), iter(calls)
+        self.began = self.ended = loop.time()
+        await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
+        self.upstream.addresses[0].close_stale(everything=True)
+
+    async def work(self, loop, calls):
+        context = Context(loop)
+        with contextlib.closing(context):
+            for _ in calls:
+                try:
+                    status = await self.call(context)
+                    self.failures += status >= 400
+                except Refusal as refusal:
+                    status = refusal.cause or str(refusal)
+                    self.failures += 1
+                self.statuses[str(status)] += 1
+                self.ended = loop.time()
+
+    async def call(self, context):
+        """Returns the status of one call. Raises Refusal."""
+        began = context.loop.time()
+        with await self.upstream.send_once("POST", self.head, self.body, context) as response:
+            answered = context.loop.time()
+            arrivals = await self.read(response, context)
+        self.times["whole"].append(context.loop.time() - began)
+        told = [response.head.get("x-upstream-request-" + name, "") for name in ("start", "stop")]
+        if all(re.fullmatch("[0-9]{1,19}", text) for text in told):
+            upstream = (int(told[1]) - int(told[0])) / 1e9
+            self.times["upstream"].append(upstream)
+            self.times["proxy"].append(answered - began - upstream)
+        if self.streamed:
+            self.times["first byte"].extend([at - began for at in arrivals[:1]])
+            self.times["jitter"].extend([abs(c - 2 * b + a) for a, b, c in zip(
+                arrivals, arrivals[1:], arrivals[2:])])
+        return response.status
+
+    async def read(self, response, context):
+        """Read a body to its end; returns when something of it came, which of a stream is when an
+        event did. Raises UpstreamFailed."""
+        seconds = response.address.transport.read_timeout
+        framing, arrivals, going_on = response.framing, [], True
+        try:
+            while going_on and not framing.ended and len(arrivals) < self.leave_after:
+                payload = framing.feed(response.stream.take_all())[1]
+                now = context.loop.time()
+                arrivals += [now] * bool(payload)
+                self.times["event"].extend([
+                    now - int(sent) / 1e9 for sent in Demo.SENT.findall(payload)])
+                going_on = framing.ended or await response.more(context, now + seconds)
+        except (OSError, Malformed) as failure:
+            raise UpstreamFailed(failure) from None
+        if not going_on and not framing.end_of_stream():
+            raise UpstreamFailed("answer was cut")
+        return arrivals
+
+    def report(self) -> JsonObject:
+        calls = sum(self.statuses.values())
+        return {"requests": calls, "failures": self.failures,
+                "seconds": round(self.ended - self.began, 3),
+                "per_second": round(calls / max(1e-6, self.ended - self.began), 1),
+                "statuses": dict(self.statuses),
+                "milliseconds": {name: in_milliseconds(found)
+                                 for name, found in self.times.items() if found}}
+
+
+class SelfTest:
+    """What a proxy of its own does on this machine, in front of the demo, told line by line."""
+    CALL = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20}
+    STREAM = {**CALL, "stream": True}
+    SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
+                "LIMITS": "each 1000000000 tokens per day"}
+    START_TRIES, CALL_SECONDS = 100, 3  # ten a second
+    CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
+    MEMORY = "process_resident_memory_bytes"
+    OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
+    GOOD = {  # the unit, from where and to where it is good
+        "added to the first byte": ("ms", 0, 5),
+        "calls": ("a second", 200, math.inf),
+        "memory of an idle connection": ("KiB", 0, 64),
+        "added to an event, 10 streams": ("ms", 0, 5),
+        "added to an event, 100 streams": ("ms", 0, 10),
+        "added to an event, 500 streams": ("ms", 0, 50),
+        "memory of a running stream": ("KiB", 0, 256),
+        "delivered of what is billed after 50 hang-ups": ("%", 0, 100)}
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), DemoHandler)
-        threading.Thread(
-            target=self.serve_forever, args=(0.05,), name="demo", daemon=True).start()
+        self.demo = Demo()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = "http://127.0.0.1:%d" % self.port
+        self.key = new_secret()
+        self.all_good = True
 
-    def server_bind(self):
-        Server.server_bind(self)
+    def tell(self, what, value):
+        unit, least, most = self.GOOD[what]
+        good = least <= value <= most
+        self.all_good &= good
+        print("%-46s %8.1f %-9s %s" % (what, value, unit, "good" if good else "POOR"), flush=True)
 
-    def handle_error(self, request, client_address):
-        pass  # the proxy hung up, as it should when its caller does
+    def start(self, folder: str, environ: Texts) -> subprocess.Popen:
+        """Starts the proxy, whose files are in this folder."""
+        own = {name: text for name, text in environ.items() if not find_setting(name)}
+        return subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__)], cwd=folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
+                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.port),
+                "PROXY_API_KEYS": "selftest=" + self.key})
+
+    def scrape(self, name: str) -> float:
+        """Returns the sum of the proxy's metrics of a name. Raises OSError."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, 5)) as asking:
+            asking.request("GET", "/metrics")
+            text = asking.getresponse().read().decode()
+        return sum(map(float, re.findall(r"(?m)^%s(?:\{.*\})? (\S+)$" % name, text)))
+
+    async def run(self, environ: Texts):
+        """Raises OSError, and Refusal where a call fails."""
+        asyncio.get_running_loop().create_task(self.demo.serve())
+        with tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
+            with self.start(folder, environ) as proxy:
+                try:
+                    await self.measure()
+                finally:
+                    proxy.terminate()
+
+    async def measure(self):
+        for _ in range(self.START_TRIES):
+            await asyncio.sleep(0.1)
+            with contextlib.suppress(ConnectionRefusedError):
+                self.scrape(self.MEMORY)
+                break
+        await self.measure_calls()
+        before = self.scrape(self.MEMORY)
+        with contextlib.ExitStack() as idle:
+            for _ in range(self.IDLE):
+                idle.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+            await asyncio.sleep(0.5)
+            more = self.scrape(self.MEMORY) - before
+        self.tell("memory of an idle connection", more / self.IDLE / 1024)
+        for count in self.STREAMS:
+            await self.measure_streams(count, before)
+        await self.measure_hang_ups()
+
+    async def timed(self, url, payload, calls, concurrency, leave_after=math.inf):
+        """Returns the Bench of these calls. Raises Refusal where one fails."""
+        bench = Bench(upstream_at(url, self.key, {}), "/v1/chat/completions", payload)
+        bench.leave_after = leave_after
+        await bench.run(calls, concurrency)
+        if bench.failures:
+            raise UpstreamFailed("calls failed: %s" % dict(bench.statuses))
+        return bench
+
+    async def compared(self, name, payload, calls, concurrency):
+        """Returns how many milliseconds the proxy adds, by the medians of a time."""
+        direct, proxied = [
+            (await self.timed(url, payload, calls, concurrency)).report()["milliseconds"]
+            for url in (self.demo.url, self.url)]
+        return proxied[name]["p50"] - direct[name]["p50"]
+
+    async def measure_calls(self):
+        self.tell("added to the first byte", await self.compared("whole", self.CALL, range(200), 1))
+        clock = asyncio.get_running_loop().time
+        until = clock() + self.CALL_SECONDS
+        calls = itertools.takewhile(lambda _: clock() < until, itertools.count())
+        bench = await self.timed(self.url, self.CALL, calls, self.CALLERS)
+        self.tell("calls", bench.report()["per_second"])
+
+    async def measure_streams(self, count, before):
+        """Two rounds of so many streams; how much memory they take is seen while they run."""
+        comparing = asyncio.ensure_future(
+            self.compared("event", self.STREAM, range(2 * count), count))
+        peak = before
+        while not comparing.done():
+            await asyncio.sleep(0.3)
+            peak = max(peak, self.scrape(self.MEMORY))
+        self.tell("added to an event, %d streams" % count, comparing.result())
+        if count == max(self.STREAMS):
+            self.tell("memory of a running stream", (peak - before) / count / 1024)
+
+    async def measure_hang_ups(self):
+        before = self.scrape(self.OUTPUT)
+        bench = await self.timed(
+            self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=5)
+        while self.scrape("llm_proxy_in_flight"):
+            await asyncio.sleep(0.1)
+        billed = self.scrape(self.OUTPUT) - before
+        # The first of a stream's events has no word.
+        had = len(bench.times["event"]) - self.HANG_UPS
+        self.tell("delivered of what is billed after 50 hang-ups", 100 * had / max(1, billed))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -15447,26 +16986,14 @@ def settings_help():
     return "\n".join(rows)
 
 
-def ask_models(upstream):
-    """Returns the models that an upstream lists. Raises Refusal, and ValueError for an answer that
-    is no list."""
+def ask_at_once(upstream):
+    """Returns the models that an upstream lists. Raises as `ask_models` does."""
     loop = asyncio.SelectorEventLoop()
-    context = Context(loop)
-    context.until = loop.time() + 10
     with contextlib.closing(loop):
         try:
-            return loop.run_until_complete(upstream.models(context))
+            return loop.run_until_complete(ask_models(loop, upstream, 10))
         finally:
             upstream.addresses[0].close_stale(everything=True)
-
-
-def shown(name, text):
-    """Returns the text of a setting on one line, without a secret."""
-    if text is None:
-        return "not set"
-    if is_secret(name):
-        return "set, not shown"
-    return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
 def ask_for_stored_keys(config):
@@ -15481,7 +17008,8 @@ def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     ask_for_stored_keys(config)
     for name, text in config.texts.items():
-        print("%-24s %s" % (name, shown(name, text)))
+        line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
+        print("%-24s %s" % (name, visible(line)))
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
@@ -15493,11 +17021,10 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [clean(model.name) for model in ask_models(upstream)]
+                names = [clean(model.name) for model in ask_at_once(upstream)]
                 models = visible(", ".join(names)) or "none that would be asked of it"
-            except (Refusal, ValueError) as reason:
-                cause = getattr(reason, "cause", None)
-                models = "%s (%s)" % (reason, cause) if cause else reason
+            except (Refusal, ValueError) as refusal:
+                models = with_cause(refusal)
                 code = 1
             print("models of %s at %s: %s" % (upstream.name, address.endpoint.origin, models))
     return code
@@ -15617,7 +17144,7 @@ def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
         ledger = proxy.books.ledger
         if not (ledger and ledger.database):
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
-        path = ledger.path + ".admin-key"
+        path = config.admin_key_file = ledger.path + ".admin-key"
         place = "in " + path
         try:
             write_secret(path, key)
@@ -15656,6 +17183,9 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         return 1
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
+    with contextlib.suppress(OSError):
+        if config.admin_key_file:
+            os.remove(config.admin_key_file)
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
@@ -15754,6 +17284,10 @@ def handle_signals(loop, actions):
             signal.signal(getattr(signal, name), handle)
 
 
+USAGE_OPTIONS = (
+    ("--since", "7d", "only the last minutes (30m), hours (12h) or days (7d)", "99999d"),
+    ("--caller", "NAME", "only the calls of this caller"),
+    ("--id", "REQUEST_ID", "all that is known of one call"))
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
@@ -15764,13 +17298,12 @@ PART_OF_CALLS = """SELECT {start} AS start, outcome, {columns}
     FROM (SELECT *, rowid AS number{missing} FROM calls) WHERE %s"""
 
 
-def read_age(text):
-    """Returns seconds: 30m, 12h, 7d. Raises ConfigFaults."""
-    if text is None:
-        return math.inf
-    if not re.fullmatch("[0-9]{1,6}[smhd]", text):
-        raise ConfigFaults("--since must be such as 30m, 12h or 7d (got %r)" % text)
-    return int(text[:-1]) * DURATIONS[text[-1]]
+def read_option(name, read, text):
+    """Returns the value of an option of the command line. Raises ConfigFaults."""
+    try:
+        return read(text)
+    except ValueError as fault:
+        raise ConfigFaults("%s %s (got %r)" % (name, fault, text)) from None
 
 
 def usage_parts(facts, by, since):
@@ -15805,8 +17338,8 @@ def read_usage(path, options, now):
     """Returns the names of columns, and a row for each group, the most expensive first; with --id
     the one row of that call. Raises DatabaseFault, and FileNotFoundError where there is no
     ledger."""
-    since = max(0, now - read_age(options.since))
-    by = options.by or ["caller"]
+    since = max(0, now - read_option("--since", age, options.since))
+    by = read_option("--by", listed(one_of(*GROUPS)), ",".join(options.by or ["caller"]))
     with contextlib.closing(Database(path, reading=True).connection) as connection:
         execute = connection.execute
         if options.id:
@@ -15958,6 +17491,100 @@ def version_line():
         VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
 
 
+DEFAULT_PAYLOAD = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}'
+BENCH_OPTIONS = (
+    ("--endpoint", "PATH", "/v1/chat/completions", "what to call there"),
+    ("--key", "KEY", None, "a key to call with"),
+    ("--model", "NAME", None, "the model to ask for; else the payload's, or the first listed"),
+    ("--payload", "JSON", None, "what to ask; else a short question"),
+    ("--requests", "N", "1000", "how many calls"),
+    ("--concurrency", "N", "50", "how many at once"))
+
+
+def add_bench_command(commands):
+    """Adds `bench` and `selftest`."""
+    commands.add_parser("selftest", help="tell what this machine can do, in half a minute")
+    bench = commands.add_parser("bench", help="time calls to a URL; see bench --help")
+    bench.add_argument("url", metavar="URL")
+    for flag, name, default, meaning in BENCH_OPTIONS:
+        bench.add_argument(flag, metavar=name, default=default, help=meaning)
+    bench.add_argument("--stream", action="store_true", help="ask for streams")
+    bench.add_argument("--output", choices=("text", "json"), default="text")
+
+
+def bench_of(options, environ):
+    """Returns the Bench, how many calls it is to make, and how many at once. Raises
+    ConfigFaults."""
+    upstream = upstream_at(options.url, options.key, environ)
+    try:
+        requests = number_between(1, 10_000_000)(options.requests)
+        concurrency = number_between(1, 10_000)(options.concurrency)
+        payload = json.loads(options.payload or DEFAULT_PAYLOAD)
+        require(type(payload) is dict, "the payload must be a JSON object")
+        if options.model or "model" not in payload:
+            payload["model"] = options.model or ask_models(upstream)[0].name
+    except (Refusal, ValueError, IndexError) as fault:
+        raise ConfigFaults("bench: %s" % fault) from None
+    if options.stream:
+        payload["stream"] = True
+    return Bench(upstream, options.endpoint, payload), requests, concurrency
+
+
+def run_unless_stopped(work):
+    """Runs a coroutine; returns whether it came to its end, before a signal."""
+    async def run():
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                loop.add_signal_handler(number, task.cancel)
+        await work
+        return True
+
+    with contextlib.suppress(asyncio.CancelledError):
+        return asyncio.run(run())
+
+
+async def run_bench(bench, requests, concurrency):
+    async def tell_progress():
+        while sys.stderr.isatty():
+            print("%d of %d calls, %d failed" % (
+                sum(bench.statuses.values()), requests, bench.failures), end="\r", file=sys.stderr)
+            await asyncio.sleep(0.5)
+
+    telling = asyncio.ensure_future(tell_progress())
+    await bench.run(range(requests), concurrency)
+    telling.cancel()
+
+
+def bench_command(options, environ):
+    """Times calls and prints how long they took, also where a signal stops it; returns the exit
+    code. Raises ConfigFaults."""
+    bench, requests, concurrency = bench_of(options, environ)
+    run_unless_stopped(run_bench(bench, requests, concurrency))
+    found = bench.report()
+    if options.output == "json":
+        print(json.dumps(found, indent=2))
+    else:
+        statuses, times = found.pop("statuses"), found.pop("milliseconds")
+        print_table(list(found), [list(found.values())])
+        print()
+        print_table(("answered", "calls"), statuses.items())
+        print()
+        print_table(("milliseconds", "mean", *SHARES),
+                    [(name, *row.values()) for name, row in times.items()])
+    return int(bool(bench.failures))
+
+
+def selftest_command(_, environ):
+    """Measures this machine; returns the exit code."""
+    test = SelfTest()
+    try:
+        return int(not (run_unless_stopped(test.run(environ)) and test.all_good))
+    except (Refusal, OSError) as fault:
+        print("selftest: %s" % (getattr(fault, "cause", None) or fault), file=sys.stderr)
+        return 1
+
+
 def add_keys_command(commands):
     """Adds `keys`, and what can be done with them."""
     acts = commands.add_parser(
@@ -15991,6 +17618,7 @@ KEY_OPTIONS = (
     ("give", ["amount"], {"metavar": "AMOUNT"}),
     ("give", ["unit"], {"choices": UNITS[:5]}),
     ("give", ["--for"], {"dest": "seconds", "metavar": "1d", "help": "how long; 1d if not said"}))
+NOT_OF_KEYS = "act command check demo json".split()
 CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY_API_KEYS"
           " (PROXY_API_KEYS=anyone lets all in)")
 
@@ -16003,22 +17631,48 @@ def keys_command(options, found, log_stream):
     if not os.path.exists(path):
         print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
-    store = KeyStore(database.connection, time, Actor(
-        found.get("USER", "somebody"), "admin", "command line"))
+    store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
-             if name not in ("act", "command", "check", "demo", "json") and value is not None}
+             if name not in NOT_OF_KEYS and value is not None}
     try:
         with contextlib.closing(database):
             if options.act in ("give", "reset"):
                 require_caller(store, options.name, found)
-            show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
-                **given), found)
+            compare_with_settings(options, found, database)
+            show_keys(options, getattr(store, options.act)(**given), found)
+            if options.act not in ("list", "show"):
+                print("done: %s %s" % (options.act, describe_fields(given)), file=sys.stderr)
     except KeyFault as fault:
         print(fault, file=sys.stderr)
         return 1
     except sqlite3.Error as failure:
         raise Unwritable(path, failure) from None
     return 0
+
+
+def user_name():
+    """Returns who gives the command, by name or, in a container, number."""
+    try:
+        return getpass.getuser()
+    except (ImportError, LookupError, OSError):
+        return "uid %d" % os.getuid()
+
+
+def compare_with_settings(options, found, database):
+    """Warns of an upstream that there is none of. Raises KeyFault where a caller would be given
+    more of what no rule counts."""
+    try:
+        config = read_config(found)
+    except ConfigFaults:
+        return  # the settings of the proxy are elsewhere
+    names = [one.name for one in config.all_upstreams()]
+    if getattr(options, "upstream", None) not in (None, "", *names):
+        print("there is no upstream %s: calls by this key are refused" % ascii(options.upstream),
+              file=sys.stderr)
+    if options.act == "give":
+        callers = build_callers(config, b"", read_keys(database.key_rows(), b""))
+        limits = build_limits(config, Buckets(time), {})
+        require_bucket(limits, callers.named(options.name), options.unit)
 
 
 def require_caller(store, name, found):
@@ -16108,7 +17762,7 @@ def grafana_panel(number, title, unit, shown):
         "targets": targets}
 
 
-def grafana_dashboard() -> Dict[str, Any]:
+def grafana_dashboard() -> JsonObject:
     """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
     panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
     return {
@@ -16130,18 +17784,10 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys | grafana")
+    commands = parser.add_subparsers(
+        dest="command", metavar="usage | prices | keys | grafana | bench | selftest")
     commands.add_parser("grafana", help="print a dashboard of /metrics, to import in Grafana")
-    report = commands.add_parser(
-        "usage", help="print who used what, from DATABASE; see usage --help")
-    report.add_argument("--by", choices=GROUPS, action="append",
-                        help="what to add up by, once or more; caller if it is not said")
-    report.add_argument("--since", metavar="7d",
-                        help="only the last minutes (30m), hours (12h) or days (7d)")
-    report.add_argument("--caller", metavar="NAME", help="only the calls of this caller")
-    report.add_argument("--id", metavar="REQUEST_ID", help="all that is known of one call")
-    for flag in ("--json", "--csv"):
-        report.add_argument(flag, action="store_true")
+    add_usage_command(commands)
     prices = commands.add_parser(
         "prices", help="print the prices that are known, or update a file of them")
     prices.add_argument(
@@ -16149,7 +17795,19 @@ def parse_arguments(arguments):
         help="fetch a list into FILE, by default from " + PRICES_URL)
     prices.add_argument("--json", action="store_true")
     add_keys_command(commands)
+    add_bench_command(commands)
     return parser.parse_args(arguments)
+
+
+def add_usage_command(commands):
+    report = commands.add_parser(
+        "usage", help="print who used what, from DATABASE; see usage --help")
+    report.add_argument("--by", metavar="day,model", action="append",
+                        help="what to add up by, caller if it is not said: " + ", ".join(GROUPS))
+    for option in USAGE_OPTIONS:
+        report.add_argument(option[0], **dict(zip(("metavar", "help", "default"), option[1:])))
+    for flag in ("--json", "--csv"):
+        report.add_argument(flag, action="store_true")
 
 
 def open_standard_files():
@@ -16172,23 +17830,35 @@ def read_dotenv_file():
         raise ConfigFaults(".env cannot be read: %s" % failure) from None
 
 
+def run_other_command(options, found, log_stream):
+    """Does what needs no proxy here; returns the exit code. Raises ConfigFaults and
+    DatabaseFault."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if options.command == "grafana":
+        print(json.dumps(grafana_dashboard(), indent=2))
+        return 0
+    if options.command == "prices":
+        return prices_command(options, found.get("PRICES"))
+    if options.command == "keys":
+        return keys_command(options, found, log_stream)
+    if options.command == "usage":
+        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
+    relax_garbage_collection()
+    raise_descriptor_limit()
+    return (bench_command if options.command == "bench" else selftest_command)(options, found)
+
+
 def run_command(options, environ, log_stream):
     """Does what the options say; returns the exit code. Raises ConfigFaults and DatabaseFault."""
     dotenv = read_dotenv_file()
     if options.command:
-        sys.stdout.reconfigure(errors="backslashreplace")
-        if options.command == "grafana":
-            print(json.dumps(grafana_dashboard(), indent=2))
-            return 0
         found = set_variables(environ, read_dotenv(dotenv)[0])
-        if options.command == "prices":
-            return prices_command(options, found.get("PRICES"))
-        if options.command == "keys":
-            return keys_command(options, found, log_stream)
-        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
-    demo = DemoServer() if options.demo else None
+        return run_other_command(options, found, log_stream)
+    demo = Demo() if options.demo else None
     if demo:
-        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % demo.server_port
+        threading.Thread(
+            target=asyncio.run, args=(demo.serve(),), name="demo", daemon=True).start()
+        environ["BASE_API_URL"] = demo.url
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
     config = read_config(environ, dotenv)
     if options.check:
@@ -16213,8 +17883,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr)
         return 1 if isinstance(fault, InUse) else 2
-    except BrokenPipeError:  # who reads has enough, such as head
+    except OSError as failure:
+        if failure.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter has yet to flush
+        if failure.errno == errno.ENOSPC:  # else who reads has enough, such as head
+            print(failure.strerror, file=sys.stderr)
         return 1
 
 
