@@ -2505,6 +2505,7 @@ class Hold:
         self.costs = costs
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
+        self.taken_at = tightest.now if tightest else 0.0  # on the monotonic clock
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -2522,7 +2523,7 @@ class Hold:
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
                 self.tightest = self.buckets.settle(
-                    self.keyed_rules, costs, taken, self.tightest.now)
+                    self.keyed_rules, costs, taken, self.taken_at)
                 break
 
     def give_back(self):
@@ -14010,6 +14011,7 @@ class Proxy:
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
+        entry.hold.taken_at = bill.hold.taken_at
         entry.hold.settle(tuple(map(int.__sub__, costs, before)))
 
     def fault_costs(self, status):
