@@ -3913,8 +3913,7 @@ class EventFraming(NamedTuple):
 
     def again(self, event: bytes, data: bytes) -> bytes:
         """Returns an event that follows another of the same kind."""
-        event = self.replaced(event, data)
-        return event if self.at_boundary(event) else event.rstrip(b"\r\n") + self.ends[0]
+        return self.replaced(event, data).rstrip(b"\r\n") + self.ends[0]
 
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
@@ -5788,14 +5787,14 @@ class Editor:
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
         self.held = b""
-        self.pieces: List[bytes] = []  # where there are no events
-        self.size = 0
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
-        if self.events is None:
-            return self.gather(payload)
         data = self.held + payload
+        if self.events is None:
+            whole = data.rfind(b'"', 1) if len(data) > self.most_held else 0  # strings
+            self.held = data[max(whole, 0):]
+            return self.edited(data[:whole]) if whole >= 0 else self.flush()
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
@@ -5806,16 +5805,10 @@ class Editor:
             self.held = events.pop()
         return data[:begin] + b"".join(map(self.edited, events))
 
-    def gather(self, payload):
-        self.pieces.append(payload)
-        self.size += len(payload)
-        return self.flush() if self.size > self.most_held else b""
-
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
-        held = b"".join([self.held, *self.pieces])
+        held = self.held
         self.held = b""
-        self.pieces = []
         shown = self.edited(held)
         rest = b"".join([edit.end() for edit in self.edits])
         if not rest or not self.events.payload(held):
@@ -6552,7 +6545,7 @@ class Redaction:
 class Restorer:
     """Puts the values back that the placeholders of a call stand for. With a `redactor`, what the
     model itself says of what must not be seen is masked for good."""
-    MAX_STRINGS = 10_000  # that are changed in one piece of JSON
+    MAX_PLACES = 10_000   # that are looked at in one piece of JSON
     MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
     PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Z]")  # in JSON
     ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
@@ -6573,7 +6566,7 @@ class Restorer:
 
     def restore(self, text: str, is_json: bool = False) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that."""
-        if self.redactor:
+        if self.redactor and text:
             text = self.without_values(text, self.found(text, is_json))
         return self.with_values(text, is_json)
 
@@ -6616,7 +6609,7 @@ class Restorer:
             if quotes % 2:
                 yield one
 
-    def waiting(self, text: str, is_json: bool) -> int:
+    def waiting(self, text: str) -> int:
         """Returns where the end of a text begins that may become something else with what
         follows."""
         begun = self.BEGUN.search(text, max(0, len(text) - self.masks.MAX_PLACEHOLDER))
@@ -6624,11 +6617,7 @@ class Restorer:
         if not self.redactor:
             return begin
         words = self.WORDS.match(text[:-self.MAX_WORDS - 1:-1])
-        begin = min(begin, len(text) - words.end())
-        for start, end, _ in self.found(text, is_json):
-            if start < begin < end:
-                return start if len(text) - start <= self.MAX_WORDS else end
-        return begin
+        return min(begin, len(text) - words.end())
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6640,8 +6629,8 @@ class Restorer:
         plain = without_escapes(data)
         pieces = []
         last = 0
-        for match in self.PLACEHOLDER_AT.finditer(plain):
-            if match.start() < last or len(pieces) > 2 * self.MAX_STRINGS:
+        for match in itertools.islice(self.PLACEHOLDER_AT.finditer(plain), self.MAX_PLACES):
+            if match.start() < last:
                 continue
             start = plain.rfind(b'"', last, match.start()) + 1 or last
             end = plain.find(b'"', start)
@@ -6675,7 +6664,7 @@ class TextBlock:
     def feed(self, text: str, is_end: bool = False) -> str:
         """Returns what goes on: all of it at the end of the block."""
         text = self.held + text
-        begin = len(text) if is_end else self.restorer.waiting(text, self.is_json)
+        begin = len(text) if is_end else self.restorer.waiting(text)
         self.held = text[begin:]
         return self.restorer.restore(text[:begin], self.is_json)
 
@@ -6699,18 +6688,15 @@ class TextBlock:
 def is_beside(block: Block, other: Block) -> bool:
     """Returns whether two blocks of text are of one message, but not two in a list: then one has
     ended where the other goes on."""
-    if block[0] != other[0]:
-        return False
-    for one, two in zip(block[1:], other[1:]):
-        if one != two:
-            return type(one) is type(two) is str
-    return block != other
+    numbers = [[one for one in names if type(one) is not str] for names in (block, other)]
+    return block != other and all(map(operator.eq, *numbers))
 
 
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
     MAX_HELD = 1 << 20
+    MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
 
@@ -6724,9 +6710,8 @@ class Unmasking(Edit):
     def find(self, data: bytes) -> int:
         if self.blocks or self.restorer.redactor:
             return 0
-        size = len(data)  # a bracket may be the last of a text
-        first = data.find(b"[["), data.find(b'["'), data.find(b"\\u005")
-        return size if max(first) < 0 else min([place % (size + 1) for place in first])
+        size = len(data)
+        return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
 
     def apply(self, event: bytes) -> bytes:
         payload = self.events.payload(event) if self.events else {}

@@ -4836,7 +4836,7 @@ class UnmaskingTest(ProxyCase):
             masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
         editor = llm_proxy.Editor(
             events or None, [llm_proxy.Unmasking(dialect, events or None, restorer)])
-        step = step or len(data)
+        step = step or len(data) or 1
         pieces = [data[at:at + step] for at in range(0, len(data), step)]
         return b"".join(map(editor.feed, pieces)) + editor.flush()
 
@@ -5004,6 +5004,23 @@ class UnmaskingTest(ProxyCase):
             for step in (None, 1):
                 found = self.unmask("chat", told.encode(), step, events=False)
                 self.assertEqual(found.decode(), shown)
+
+    def test_what_is_too_large_to_be_awaited_whole_goes_on_in_pieces(self):
+        told = json.dumps({"a": "[[EMAIL_1]]", "b": ["x" * 30, "y[[EMAIL_1]]"], "c": "[[EMAIL_1]]"})
+        with mock.patch.object(llm_proxy.Unmasking, "MAX_HELD", 40):
+            for step in self.each((23, 1, 41)):
+                found = self.unmask("chat", told.encode(), step, events=False)
+                self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
+                for large in (b"x" * 99, b"\"" + b"x" * 99):
+                    self.assertEqual(self.unmask("chat", large, step, events=False), large)
+
+    def test_of_many_blocks_and_large_events_nothing_waits(self):
+        for count, size, waits in self.each(((64, 5, 64), (65, 5, 64), (1, 1 << 17, 0))):
+            said = [delta("x" * size + "[") for _ in range(count)]
+            for number, one in enumerate(said):
+                one["choices"][0]["index"] = number
+            shown = self.payloads("chat", self.unmask("chat", events(*said)))
+            self.assertEqual(len(shown), count + waits)
 
     def test_an_answer_that_says_one_placeholder_again_and_again_does_not_grow_without_end(self):
         with mock.patch.object(llm_proxy.Restorer, "MAX_VALUES", 100):
