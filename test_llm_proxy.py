@@ -1522,8 +1522,7 @@ class CallersTest(ProxyCase):
 
     def test_two_different_credentials_are_refused(self):
         self.start()
-        answered = self.ask(call("a", "X-Api-Key: b"))
-        self.assertEqual(answered.status, 400)
+        answered = self.assert_status(400, call("a", "X-Api-Key: b"))
         self.assertEqual(answered.error()["type"], "invalid_request_error")
         self.assertEqual((self.stub.calls, self.entry()["outcome"]), (0, "refused"))
 
@@ -2410,8 +2409,7 @@ class UsageTest(ProxyCase):
         names = ("max_tokens", "max_completion_tokens", "n_predict", "n")
         values = json.loads('[true, false, "5", 1.5, [], {}, ""]')
         for name, value in self.each(itertools.product(names, values)):
-            answered = self.ask(call(**{name: value}))
-            self.assertEqual(answered.status, 400)
+            answered = self.assert_status(400, call(**{name: value}))
             self.assertEqual(answered.error()["type"], "invalid_request_error")
             self.assertIn(name, answered.error()["message"])
         self.assertEqual((self.stub.calls, self.left()), (0, 1000))
@@ -8732,8 +8730,7 @@ class SettlingTest(LedgerCase):
         self.start()
         paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
         for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
-            answered = self.ask(request("POST", path, chat(stream=value)))
-            self.assertEqual(answered.status, 400)
+            answered = self.assert_status(400, request("POST", path, chat(stream=value)))
         self.assertEqual(self.stub.calls, 0)
         self.assert_status(200, call(stream=None))
 
@@ -9063,8 +9060,7 @@ class KeysTest(KeysCase):
         self.start(MODEL_ALIASES="cheap=gemma-3,dear=gpt-5")
         ann, ben = self.add(models="gemma*,gpt-4o"), self.add("ben")
         for model, status in self.each(self.MODELS):
-            answered = self.ask(call(ann, model=model))
-            self.assertEqual(answered.status, status)
+            answered = self.assert_status(status, call(ann, model=model))
             if status == 403:
                 self.assertEqual(answered.error()["code"], "model_not_allowed")
         called = self.stub.calls
@@ -9976,8 +9972,7 @@ off                             http://localhost        -""")
     def test_where_keys_are_asked_for_any_page_may_call_with_one(self):
         for settings in self.each(({"PROXY_API_KEYS": "sk-1"}, {"BASE_API_KEY": "passthrough"})):
             self.start(**settings)
-            answered = self.ask(call("sk-1", "Origin: https://one.example"))
-            self.assertEqual(answered.status, 200)
+            answered = self.assert_status(200, call("sk-1", "Origin: https://one.example"))
             self.assert_fields(answered, "access-control-allow-origin: *")
 
     def test_every_answer_is_dated_once(self):
