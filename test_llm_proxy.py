@@ -9769,10 +9769,12 @@ class EveryAwaitTest(WaitingCase):
         wait_for(self.is_closed, "the end of sockets")
 
     def is_closed(self):
-        """Whether the proxy has closed all that it opened; the upstream has nothing to say."""
+        """Whether the proxy has closed all that it opened, and the upstream has seen it: else the
+        next call would be taken for this one."""
         for asked in self.stub.requests:
             asked.over.set()
-        return len(os.listdir("/dev/fd")) <= self.descriptors
+        unseen, *_ = select.select([self.stub.listener], [], [], 0)
+        return not unseen and len(os.listdir("/dev/fd")) <= self.descriptors
 
     def spoil_each(self, data, payload, text, **settings):
         self.start(None, reads=False, MAX_BODY_BYTES=1 << 23, BREAKER_FAILURES=100, **settings)
