@@ -7549,7 +7549,7 @@ class KeyStoreTest(KeysCase):
         add -> "ann" -> {} -> stored already
         add -> "a b" -> {} -> name must be
         add -> "" -> {} -> name must be
-        add -> "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" -> {} -> name must
+        add -> "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" -> {} -> name
         add -> null -> {} -> name must be text
         add -> "ben" -> {"role": "root"} -> role must
         add -> "ben" -> {"expires": "soon"} -> expires must be such as
