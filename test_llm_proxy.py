@@ -7076,7 +7076,7 @@ class UploadTest(CallCase):
         self.assertEqual(client.read().status, 200)
 
     def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
-        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=0.5)
+        self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=PATIENCE)
         self.start()
         upload = unsized("/v1/files", CHUNKED) + chunk(b"x") + LAST
         client = self.connect().send(call() + upload)
