@@ -2074,6 +2074,7 @@ class Buckets:
     """Every bucket of every rule, in memory. A full bucket and no bucket are the same thing, so the
     table keeps few full ones."""
     is_degraded: Optional[bool] = None  # whether Redis is away, where it is used
+    processes = 0                       # that share what is there, where they do
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -8732,6 +8733,11 @@ class Database:
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
                     self.is_closed())
 
+    def note_processes(self, count: int):
+        """Writes how many processes share the limits, for a start while Redis is away."""
+        self.connection.execute("INSERT OR REPLACE INTO facts VALUES ('processes', ?)", (count,))
+        self.facts["processes"] = count
+
     def disabled_upstreams(self) -> List[str]:
         """Returns the names of upstreams that an admin has switched off."""
         query = "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %' AND value = 1"
@@ -9563,7 +9569,9 @@ class Ledger(Writer):
         levels = self.recent_levels(entries)
         saved = self.saved
         things = self.stored.unsaved.copy()
-        if not (entries or things) and levels is saved and now < self.forget_at:
+        processes = self.limits.buckets.processes
+        is_known = self.database.facts.get("processes", 0) == processes
+        if is_known and not (entries or things) and levels is saved and now < self.forget_at:
             return
         # The two clocks are not read at once: a hundredth of a second is no difference.
         changed = {key: (level, since) for key, (level, since) in levels.items()
@@ -9574,6 +9582,8 @@ class Ledger(Writer):
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
+            if not is_known:
+                self.database.note_processes(processes)
             if now >= self.forget_at:
                 self.forget_old(now)
         if len(self.database.fresh) < self.ROOM:
@@ -11183,8 +11193,8 @@ return answer
 # there are, and the number of the last batch of this one.
 LUA_BEAT = LUA_TIME + """
 local existed = redis.call('EXISTS', KEYS[2])
+redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 5000000))
-redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
 redis.call('PEXPIRE', KEYS[1], 86400000)
 return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last') or '0'}
 """
@@ -11320,6 +11330,7 @@ class RedisBuckets(Buckets):
     MOST_ACTS = 200           # in one of them
     MOST_KEPT = 20_000        # charges that wait, and other acts
     WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
+    CHARGE_SECONDS = 0.005
     BEAT_SECONDS = 0.5
     RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
     state = "returning"       # or "here", or "away"
@@ -11328,6 +11339,7 @@ class RedisBuckets(Buckets):
     beats = 0
     flushing = False
     fresh = True              # it was never here
+    charging: Optional[asyncio.TimerHandle] = None
     grace: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
     filling: Optional[asyncio.Task] = None
@@ -11337,6 +11349,7 @@ class RedisBuckets(Buckets):
         self.redis = redis
         self.policy = policy
         self.processes = peers
+        self.counts = collections.deque(maxlen=10)
         self.name = "%08x" % random.getrandbits(32)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
         self.process_key = self.prefix + "p:" + self.name
@@ -11424,7 +11437,8 @@ class RedisBuckets(Buckets):
         self.unsent[place] = rule, before + amount
         self.pending[key] += amount
         self.note_running(rule, key, amount)
-        self.flush_soon()
+        if not self.charging:  # nobody waits for it: it goes with the next calls, or alone
+            self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.flush)
 
     def note_running(self, rule, key, amount):
         if rule.unit == RUNNING:
@@ -11441,6 +11455,9 @@ class RedisBuckets(Buckets):
     def flush(self):
         """Sends what there is, as far as not too much is on its way."""
         self.flushing = False
+        if self.charging:
+            self.charging.cancel()
+            self.charging = None
         while self.state == "here" and len(self.batches) < self.MOST_BATCHES and (
                 self.takes or self.unsent or self.acts):
             self.number += 1
@@ -11627,7 +11644,7 @@ class RedisBuckets(Buckets):
         """Has all done that was not answered, after what Redis has lost is put back. Raises
         RedisFault."""
         existed, count, last = await self.redis.ask_first(*self.beat_parts())
-        self.processes = max(1, count)
+        self.note_processes(count)
         done = self.batches[0].number - 1 if self.batches else self.number
         if int(last) < done:
             await self.put_back(done, [] if self.fresh and existed else self.known_levels())
@@ -11689,12 +11706,17 @@ class RedisBuckets(Buckets):
         self.redis.ask(redis_command(self.beat_parts()),
                        functools.partial(self.on_beat, self.number))
 
+    def note_processes(self, count):
+        """Where Redis has lost who is there, the others tell soon."""
+        self.counts.append(count)
+        self.processes = max(self.counts)
+
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
             if reply.code not in ("", RedisFault.LATE):
                 self.redis.leave(reply)
             return
-        self.processes = max(1, reply[1])
+        self.note_processes(reply[1])
         if int(reply[2]) != number:
             self.redis.leave(RedisFault("has lost what it knew"))
 
@@ -12830,7 +12852,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
         config.note_stored_keys()
     loop = new_loop(clock, log)
     redis = build_redis(config, loop)
-    limits = build_limits(config, build_buckets(config, clock, redis), keys.rules)
+    limits = build_limits(config, build_buckets(config, clock, redis, database), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
     proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
@@ -12980,10 +13002,13 @@ def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Red
     return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
 
 
-def build_buckets(config: Config, clock: Any, redis: Optional[Redis]) -> Buckets:
+def build_buckets(config: Config, clock: Any, redis: Optional[Redis],
+                  database: Optional[Database]) -> Buckets:
     if redis is None:
         return Buckets(clock)
-    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away, config.peers)
+    known = database.facts.get("processes") if database else None
+    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away,
+                        known or config.peers)
 
 
 WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",

@@ -9100,8 +9100,8 @@ class SharedLimitsTest(ProxyCase):
 
     def stored(self):
         """The levels in Redis."""
-        names = self.redis.ask("KEYS", "*:b:*")
-        return sorted(int(self.redis.ask("GET", name).split()[0]) for name in names)
+        found = [self.redis.ask("GET", name) for name in self.redis.ask("KEYS", "*:b:*")]
+        return sorted(int(text.split()[0]) for text in found if text)
 
     def test_two_proxies_share_a_bucket(self):
         one = self.start_here()
@@ -9168,8 +9168,101 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.admitted(5), 2)
         wait_for(lambda: self.stored() == [0, 89])
         self.assertEqual(self.redis.ask("KEYS", "*:r:*")[1:], [])
-        asked.send(answer())
+        asked.answer()
         client.head()
+
+    def test_a_server_that_refuses_to_write_is_away_until_it_does_not(self):
+        buckets = self.start_here()
+        wrong, right = [functools.partial(self.redis.ask, "CONFIG", "SET", "maxmemory", size)
+                        for size in ("1", "0")]
+        replica = functools.partial(self.redis.ask, "REPLICAOF")
+        for refuse, stop, words in self.each((
+                (wrong, right, "is out of memory"),
+                (lambda: replica("127.0.0.1", "1"), lambda: replica("NO", "ONE"), "is read-only"))):
+            refuse()
+            self.is_away(buckets)
+            self.assertEqual(buckets.reason, words)
+            self.assertTrue(self.admitted(1))
+            stop()
+            self.is_back(buckets)
+        self.assertEqual(self.stored(), [8])
+
+    def test_a_server_that_stands_still_holds_no_call_for_long(self):
+        buckets = self.start_here()
+        self.assertEqual(self.admitted(1), 1)
+        self.redis.process.send_signal(signal.SIGSTOP)
+        seconds = []
+        for _ in range(9):
+            began = time.monotonic()
+            self.assertEqual(self.admitted(1), 1)
+            seconds.append(time.monotonic() - began)
+        self.assertLess(max(seconds), 0.1 + 0.05)  # of which 50 ms are this machine's
+        self.is_away(buckets)
+        self.redis.process.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        self.is_back(buckets)
+        self.assertLess(time.monotonic() - began, 1)
+        self.assertEqual(self.stored(), [0])  # nothing twice
+        self.assertEqual(self.admitted(1), 0)
+
+    def test_a_take_that_comes_too_late_is_given_back(self):
+        buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
+        with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
+                llm_proxy.Redis, "LOOK_SECONDS", 0), mock.patch.object(
+                    buckets, "policy", "closed"):
+            self.redis.process.send_signal(signal.SIGSTOP)
+            self.assertEqual(self.ask(call()).status, 503)
+            self.redis.process.send_signal(signal.SIGCONT)
+            self.is_back(buckets)
+        wait_for(lambda: not buckets.own and not self.stored())
+
+    def test_what_is_given_and_filled_is_so_for_all(self):
+        rule, key = "each 10 requests per hour", "sk-1"
+        one = self.start_here(PROXY_API_KEYS="ann=" + key)
+        two = self.start_here(PROXY_API_KEYS="ann=" + key)
+        self.assertEqual(self.admitted(12, key), 10)
+        owner = ("key", hashlib.sha256(key.encode()).digest())
+        loop = one.redis.loop
+        loop.call_soon_threadsafe(one.fill, owner)
+        wait_for(lambda: not self.stored())
+        self.assertEqual(self.admitted(12, key), 10)
+        until = time.monotonic() + 60
+        loop.call_soon_threadsafe(one.give, self.proxy.limits.rules[0], (rule, owner), 3, until)
+        wait_for(lambda: self.stored() == [3])
+        self.assertEqual(self.admitted(12, key), 3)
+        self.assertEqual([amount for (amount, _), in two.given.values()], [3])
+
+    def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
+        rules = "each 3 running"
+        one = self.start_here(None, rules)
+        running = [self.ask_stub(call()) for _ in range(2)]
+        self.start_here(None, rules)
+        running.append(self.ask_stub(call()))
+        self.assertIn(b"3 running already", self.ask(call()).body)
+        name, = self.redis.ask("KEYS", "*:r:*")
+        rows = self.redis.ask("GET", name).split()
+        self.assertEqual(sorted(rows[1::3]), [b"1", b"2"])
+        self.assertLessEqual(self.redis.ask("PTTL", name), 31000)
+        for client, asked in running:
+            asked.answer()
+            client.head()
+        wait_for(lambda: not self.redis.ask("KEYS", "*:r:*"))
+        self.redis.ask("SET", name, "dead 3 1")  # it has said nothing for 30 s
+        for client, asked in [self.ask_stub(call()) for _ in range(3)]:
+            asked.answer()
+            client.head()
+
+    def test_a_box_that_starts_while_redis_is_away_knows_how_many_there_were(self):
+        path = new_path(self, "one.db")
+        self.start_here(DATABASE=path)
+        ledger = self.proxy.books.ledger
+        self.start_here()
+        wait_for(lambda: ledger.database.facts.get("processes") == 2)
+        ledger.close(PATIENCE)
+        self.redis.kill()
+        for settings, admitted in self.each((({"DATABASE": path}, 5), ({"PEERS": 3}, 3))):
+            self.is_away(self.start(**settings))
+            self.assertEqual(self.admitted(7), admitted)
 
 
 @NEEDS_REDIS
