@@ -569,10 +569,14 @@ j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
 """  # for 127.0.0.1, until 2119; of no use elsewhere
 
 
-def free_port():
-    """Returns a port that nobody has, for a server that does not pick one itself."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+def free_port(above=0):
+    """Returns a port that nobody has, for a server that does not pick one itself, nor the one so
+    far above it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        if port + above < 65536:
+            return port
 
 
 def new_path(case, name=""):
@@ -9264,6 +9268,20 @@ class SharedLimitsTest(ProxyCase):
             self.is_away(self.start(**settings))
             self.assertEqual(self.admitted(7), admitted)
 
+    def test_a_cluster_of_three_nodes_is_one_store_from_wherever_one_comes(self):
+        nodes = [RedisServer(self, "--cluster-enabled", "yes", port=free_port(10000))
+                 for _ in range(3)]
+        for number, node in enumerate(nodes):
+            slots = range(number * 5462, min(16384, number * 5462 + 5462))
+            node.ask("CLUSTER", "ADDSLOTS", *slots)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+        wait_for(lambda: all(b"cluster_state:ok" in node.ask("CLUSTER", "INFO")
+                             and b"known_nodes:3" in node.ask("CLUSTER", "INFO")
+                             for node in nodes), "the cluster")
+        for node, admitted in zip(nodes, (4, 4, 2)):
+            self.start_here(REDIS_URL=node.url)
+            self.assertEqual(self.admitted(4), admitted)
+
 
 @NEEDS_REDIS
 class BalanceInRedisTest(BalanceTest):
@@ -13521,6 +13539,88 @@ class DoorTest(EnduranceCase):
                 self.assert_last_answer(client, 413)
 
 
+@NEEDS_REDIS
+class ProcessesTest(EnduranceCase):
+    """Several processes whose limits are in one Redis."""
+    RULES = "all 1 requests per 365d burst %d; each 1 tokens per 365d burst 1000000; all 900 running"
+    USED = staticmethod(says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}}))
+
+    def setUp(self):
+        # What it has said is in its file, before it is said: a kill loses nothing.
+        self.redis = RedisServer(self, "--appendonly", "yes", "--appendfsync", "no")
+
+    def launch_all(self, count, room, **settings):
+        """Starts so many; `addresses` are theirs."""
+        self.addresses, self.processes = [], []
+        for _ in range(count):
+            self.processes.append(self.serve(
+                answer=self.USED, REDIS_URL=self.redis.url, LIMITS=self.RULES % room,
+                **settings))
+            self.addresses.append(self.address)
+            wait_for(lambda: self.ask(HEALTH).json()["limits"]["degraded"] is False)
+
+    def call_all(self, calls, workers):
+        """Makes so many calls by so many threads; returns (how many were let in, the seconds that
+        each took)."""
+        outcomes, seconds = [], []
+
+        def act(number):
+            for turn in range(calls // workers):
+                client = Client(self.addresses[(number + turn) % len(self.addresses)])
+                began = time.monotonic()
+                answered = client.exchange(call(max_tokens=5))
+                seconds.append(time.monotonic() - began)
+                outcomes.append(b"usage" in answered.body and b"limit reached" not in answered.body)
+                client.close()
+        with threads(functools.partial(act, number) for number in range(workers)):
+            pass
+        return sum(outcomes), seconds
+
+    def missing(self, room):
+        """What each bucket lacks."""
+        found = []
+        for name in self.redis.ask("KEYS", "*:b:*"):
+            level = int(self.redis.ask("GET", name).split()[0])
+            found.append((room if b":b::" in name else 1000000) - level)  # that of all has no owner
+        return sorted(found)
+
+    def test_as_many_are_let_in_as_there_is_room_for(self):
+        for _ in range(self.size(1, 5)):
+            self.redis.ask("FLUSHALL")
+            self.launch_all(4, 100)
+            admitted, seconds = self.call_all(200, 200)
+            self.assertEqual(admitted, 100)
+            wait_for(lambda: self.missing(100) == [100, 3000], "the balance")
+            self.report("4 processes, 200 calls at 100: %d let in, p99 %.1f ms", admitted,
+                        self.p99_milliseconds(seconds))
+            for process in self.processes:
+                process.close()
+
+    def test_redis_may_be_killed_again_and_again(self):
+        self.launch_all(3, 100000)
+        over, totals, seconds = threading.Event(), [], []
+
+        def load():
+            while not over.is_set():
+                admitted, took = self.call_all(40, 8)
+                totals.append(admitted)
+                seconds.extend(took)
+        with threads([load]):
+            for _ in range(self.size(1, 5)):
+                time.sleep(self.size(0.2, 2))
+                self.redis.kill()
+                wait_for(lambda: all(process.said("goes by its share") for process
+                                     in self.processes))
+                time.sleep(self.size(0.1, 2))
+                self.redis.start()
+                wait_for(lambda: all(process.said("is there again") for process in self.processes))
+            over.set()
+        wait_for(lambda: self.missing(100000) == sorted((sum(totals), 30 * sum(totals))),
+                 "the balance of %d calls" % sum(totals))
+        self.report("%d calls, p99 %.1f ms, longest %.1f ms", len(seconds),
+                    self.p99_milliseconds(seconds), 1000 * max(seconds))
+
+
 class FaultsTest(EnduranceCase):
     """Calls that go wrong once they were let in."""
 
@@ -14673,7 +14773,7 @@ if __name__ == "__main__":
     elif "--soak" in sys.argv:
         EnduranceCase.LONG = True
         BalanceTest.CALLS = 40
-        names = ["BalanceTest", "DoorTest", "FaultsTest", "HostileTest"]
+        names = ["BalanceTest", "BalanceInRedisTest", "ProcessesTest", "DoorTest", "FaultsTest", "HostileTest"]
         if "long" in sys.argv:
             HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
             names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
