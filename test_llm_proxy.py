@@ -571,16 +571,6 @@ j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
 """  # for 127.0.0.1, until 2119; of no use elsewhere
 
 
-def free_port(above=0):
-    """Returns a port that nobody has, for a server that does not pick one itself, nor the one so
-    far above it."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        if port + above < 65536:
-            return port
-
-
 def new_path(case, name=""):
     """Makes a folder of its own for a test; returns it, or the path of a file there."""
     folder = tempfile.TemporaryDirectory()
@@ -9173,26 +9163,35 @@ class WarningsTest(SignalsCase):
 # --------------------------------------------------------------------------------------------------
 
 class RedisServer:
-    """A real redis-server in a folder of its own, on a unix socket, or on a port with `port`."""
+    """A real redis-server in a folder of its own, on a unix socket; with `port`, what the option
+    for a port is called, also on one that nobody has."""
 
-    def __init__(self, case, *options, port=0):
+    def __init__(self, case, *options, port=None):
         self.path = new_path(case, "socket")
-        self.port = port
-        self.url = "redis://127.0.0.1:%d" % port if port else "unix://" + self.path
-        self.options = options
+        self.url = "unix://" + self.path
+        self.options = ["--port", "0", *options]
         self.process = None
         case.addCleanup(self.kill)
-        self.start()
+        for _ in range(5):
+            if self.process:
+                return
+            if port:  # below those that the system gives away; a cluster's has another, 10000 above
+                self.port = random.randrange(12_000, 22_000)
+                self.options = ["--port", "0", *options, port, str(self.port)]
+                self.url = "redis://127.0.0.1:%d" % self.port
+            self.start()
 
-    def start(self, *options):
+    def start(self):
         self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--unixsocket", self.path, "--save", "",
-             "--dir", os.path.dirname(self.path), *self.options, *options],
+            ["redis-server", "--bind", "127.0.0.1", "--unixsocket", self.path, "--save", "",
+             "--dir", os.path.dirname(self.path), *self.options],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(self.answers, "redis-server")
+        wait_for(lambda: self.process.poll() is not None or self.answers(), "redis-server")
+        if self.process.poll() is not None:  # the port was taken
+            self.process = None
 
     def answers(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AssertionError):
             reply = self.ask("PING")  # which may have to be asked for a password first
             return getattr(reply, "code", "") != "LOADING"
 
@@ -9381,7 +9380,7 @@ NEEDS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no red
 class RedisTest(RedisCase):
     def test_user_password_database_and_name_are_told(self):
         server = RedisServer(self, "--user", *"app on >p@ss:w ~* +@all".split(),
-                             port=free_port())
+                             port="--port")
         redis = self.client("redis://app:p%%40ss%%3Aw@127.0.0.1:%d/3" % server.port)
         self.wait_for(lambda: redis.available)
         self.assertEqual(self.run_loop(redis.call("ACL", "WHOAMI")), b"app")
@@ -9390,7 +9389,7 @@ class RedisTest(RedisCase):
         self.assertIn(b" db=3 ", clients)
 
     def test_a_wrong_password_is_said_without_it(self):
-        server = RedisServer(self, "--requirepass", "right", port=free_port())
+        server = RedisServer(self, "--requirepass", "right", port="--port")
         self.client("redis://:hunter2@127.0.0.1:%d" % server.port)
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "does not take the user and password")
@@ -9438,10 +9437,11 @@ class RedisTest(RedisCase):
             self.wait_for(lambda: redis.available)
 
     def test_certificates_are_checked(self):
-        path, port = pem_file(self), free_port()
-        RedisServer(self, "--tls-port", str(port), "--tls-cert-file", path, "--tls-key-file", path,
-                    "--tls-ca-cert-file", path, "--tls-auth-clients", "no")
-        url = "rediss://127.0.0.1:%d" % port
+        path = pem_file(self)
+        server = RedisServer(self, "--tls-cert-file", path, "--tls-key-file", path,
+                             "--tls-ca-cert-file", path, "--tls-auth-clients", "no",
+                             port="--tls-port")
+        url = "rediss://127.0.0.1:%d" % server.port
         self.client(url, ssl.create_default_context())
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "has a certificate that is not trusted")
@@ -9451,6 +9451,12 @@ class RedisTest(RedisCase):
 
 
 # -- the same buckets, in Redis: what holds in memory holds there
+
+def is_done(buckets):
+    """Tells whether all that was charged is in Redis."""
+    return buckets.state == "here" and not (
+        buckets.charges.unsent or buckets.acts or buckets.batches)
+
 
 class SharedClock(Clock):
     """Before time passes, all is done that was asked for."""
@@ -9485,7 +9491,8 @@ class InRedis:
         self.server.ask("FLUSHALL")
         loop = asyncio.new_event_loop()
         self.addCleanup(loop.close)
-        self.redis = redis = llm_proxy.Redis(llm_proxy.redis_url(self.server.url), None, loop, "test")
+        url = llm_proxy.redis_url(self.server.url)
+        self.redis = redis = llm_proxy.Redis(url, None, loop, "test")
         store = llm_proxy.RedisBuckets(self.clock, redis, "test", "share", 1)
         store.room = room
         self.set_time()
@@ -9509,7 +9516,7 @@ class InRedis:
     def buckets(self):
         store = self.store
         self.set_time()
-        self.pass_while(lambda: store.unsent or store.acts or store.batches)
+        self.pass_while(lambda: not is_done(store))
         return store
 
     def awaited(self, coroutine):
@@ -9561,8 +9568,7 @@ class SharedLimitsTest(ProxyCase):
         return buckets
 
     def is_back(self, buckets):
-        wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches,
-                 "Redis")
+        wait_for(lambda: is_done(buckets), "Redis")
 
     def is_away(self, buckets):
         wait_for(lambda: buckets.state == "away", "the absence of Redis")
@@ -9688,7 +9694,7 @@ class SharedLimitsTest(ProxyCase):
             self.assertEqual(self.ask(call()).status, 503)
             self.redis.process.send_signal(signal.SIGCONT)
             self.is_back(buckets)
-        wait_for(lambda: not buckets.own and not self.stored())
+        wait_for(lambda: not buckets.charges.running and not self.stored())
 
     def test_what_is_given_and_filled_is_so_for_all(self):
         rule, key = "each 10 requests per hour", "sk-1"
@@ -9739,7 +9745,7 @@ class SharedLimitsTest(ProxyCase):
             self.assertEqual(self.admitted(7), admitted)
 
     def test_a_cluster_of_three_nodes_is_one_store_from_wherever_one_comes(self):
-        nodes = [RedisServer(self, "--cluster-enabled", "yes", port=free_port(10000))
+        nodes = [RedisServer(self, "--cluster-enabled", "yes", port="--port")
                  for _ in range(3)]
         for number, node in enumerate(nodes):
             slots = range(number * 5462, min(16384, number * 5462 + 5462))
@@ -9802,8 +9808,9 @@ class BalanceInRedisTest(BalanceTest):
         wait_for(lambda: not any(proxy.books.ledger.queue for proxy in proxies))
         for proxy in proxies:
             buckets = proxy.limits.buckets
-            wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches)
-            self.assertEqual((dict(buckets.pending), dict(buckets.own)), ({}, {}))
+            wait_for(lambda: is_done(buckets), "Redis")
+            charges = buckets.charges
+            self.assertEqual((dict(charges.pending), dict(charges.running)), ({}, {}))
             proxy.books.close(PATIENCE)
         self.assert_balance([row for path in paths for row in self.rows(path)],
                             sorted(self.missing()))
@@ -14373,7 +14380,8 @@ class DoorTest(EnduranceCase):
 @NEEDS_REDIS
 class ProcessesTest(EnduranceCase):
     """Several processes whose limits are in one Redis."""
-    RULES = "all 1 requests per 365d burst %d; each 1 tokens per 365d burst 1000000; all 900 running"
+    RULES = ("all 1 requests per 365d burst %d; each 1 tokens per 365d burst 1000000;"
+             "all 900 running")
     USED = staticmethod(says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}}))
 
     def setUp(self):
