@@ -1789,6 +1789,15 @@ class LimitReached(Refusal):
         super().__init__(message, wait, cause=short.rule.text, tightest=short.untaken())
 
 
+class LimitsAway(Refusal):
+    status = 503
+    kind = "server_error"
+    code = "limits_away"
+    message = "The limits cannot be looked up now, try again in a moment"
+    fields = {"Retry-After": 1}
+    nothing_sent = True
+
+
 class CallerGone(Exception):
     """The caller hung up: nobody is left to answer."""
     outcome = "caller_gone"
@@ -12434,15 +12443,6 @@ return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last
 """
 
 
-class LimitsAway(Refusal):
-    status = 503
-    kind = "server_error"
-    code = "limits_away"
-    message = "The limits cannot be looked up now, try again in a moment"
-    fields = {"Retry-After": 1}
-    nothing_sent = True
-
-
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
     `levels`, or is not waited for any more; then `admitted` tells what was decided here, where it
@@ -12758,13 +12758,16 @@ class RedisBuckets(Buckets):
             self.redis.leave(RedisFault("has lost what it knew"))
         else:
             self.batches.popleft()
-            self.read_answer(batch, reply)
+            try:
+                flags, *numbers = reply.split()
+                self.read_answer(batch, flags, list(map(int, numbers)))
+            except (AttributeError, ValueError):  # somebody else has written there
+                self.decide(batch.takes)
+                self.redis.leave(RedisFault("has other things under these names"))
             if self.takes or self.charges.unsent:
                 self.flush_soon()
 
-    def read_answer(self, batch, reply):
-        flags, *numbers = reply.split()
-        numbers = list(map(int, numbers))
+    def read_answer(self, batch, flags, numbers):
         now = self.clock.monotonic()
         found = {}
         for rule, key, *values in zip(
@@ -12886,11 +12889,10 @@ class RedisBuckets(Buckets):
     async def catch_up(self):
         """Has all done that was not answered, after what Redis has lost is put back. Raises
         RedisFault."""
-        existed, count, last = await self.redis.ask_first(*self.beat_parts())
-        self.note_processes(count)
+        existed, last = self.read_beat(await self.redis.ask_first(*self.beat_parts()))
         done = self.batches[0].number - 1 if self.batches else self.number
-        if int(last) < done:
-            await self.put_back(done, [] if self.fresh and existed else self.known_levels())
+        if last < done:
+            await self.put_back(done, () if self.fresh and existed else self.known_levels())
         self.fresh = False
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
@@ -12900,26 +12902,22 @@ class RedisBuckets(Buckets):
                 ("o", charges.rules[key], key, count - charges.pending.get(key, 0)))
 
     def known_levels(self):
-        """Returns the acts that put levels back as they were without what is pending."""
-        now, found = self.clock.monotonic(), []
+        """Yields the acts that put levels back as they were without what is pending."""
         for seen in self.seen():
             rule, key = seen.rule, seen.key
             level = self.level_of(rule, key)
             if rule.unit != RUNNING and level.level < rule.capacity:
                 amount = stored_amount(rule, level.level) + self.charges.pending.get(key, 0)
-                found.append(("p", rule, key, amount, int((now - level.refilled) * 1_000_000), 1))
-        return found
+                yield "p", rule, key, amount, int((level.now - level.refilled) * 1_000_000), 1
 
     async def put_back(self, number, acts):
         """Puts levels back, and has Redis know that batches up to this number were done."""
-        while True:
+        acts, batch = iter(acts), None
+        while batch is None or batch.acts:
             batch = Batch(number, self.describe)
-            for act in acts[:self.MOST_ACTS]:
+            for act in itertools.islice(acts, self.MOST_ACTS):
                 batch.act(*act)
-            acts = acts[self.MOST_ACTS:]
-            await self.redis.ask_first(*self.batch_parts(batch, "put" if acts else "last"))
-            if not acts:
-                break
+            await self.redis.ask_first(*self.batch_parts(batch, "put" if batch.acts else "last"))
 
     def come_back(self):
         was_away = self.state == "away"
@@ -12947,19 +12945,27 @@ class RedisBuckets(Buckets):
         self.redis.ask(redis_command(self.beat_parts()),
                        functools.partial(self.on_beat, self.number))
 
-    def note_processes(self, count):
-        """Where Redis has lost who is there, the others tell soon."""
+    def read_beat(self, reply):
+        """Returns whether anybody was there before, and the last batch that was done. Where Redis
+        has lost who is there, the others tell soon. Raises RedisFault."""
+        try:
+            existed, count, last = map(int, reply)
+        except (TypeError, ValueError):
+            raise RedisFault("answers with nonsense") from None
         self.counts.append(count)
         self.processes = max(self.counts)
+        return existed, last
 
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
             if reply.code not in ("", RedisFault.LATE):
                 self.redis.leave(reply)
             return
-        self.note_processes(reply[1])
-        if int(reply[2]) != number:
-            self.redis.leave(RedisFault("has lost what it knew"))
+        try:
+            if self.read_beat(reply)[1] != number:
+                raise RedisFault("has lost what it knew")
+        except RedisFault as fault:
+            self.redis.leave(fault)
 
     async def fill_all(self):
         """Fills the buckets of callers; what Redis does not do now is done when it is back."""
@@ -16613,6 +16619,7 @@ class Server(http.server.ThreadingHTTPServer):
         await self.emptying(1)
         await self.part()
         if self.proxy.redis:
+            self.proxy.limits.buckets.flush()
             await self.proxy.redis.close()
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
