@@ -573,12 +573,6 @@ j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
 """  # for 127.0.0.1, until 2119; of no use elsewhere
 
 
-def free_port():
-    """Returns a port that nobody has, for a server that does not pick one itself."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 def new_path(case, name=""):
     """Makes a folder of its own for a test; returns it, or the path of a file there."""
     folder = tempfile.TemporaryDirectory()
@@ -9462,27 +9456,37 @@ class WarningsTest(SignalsCase):
 # --------------------------------------------------------------------------------------------------
 
 class RedisServer:
-    """A real redis-server in a folder of its own, on a unix socket, or on a port with `port`."""
+    """A real redis-server in a folder of its own, on a unix socket; with `port`, what the option
+    for a port is called, also on one that nobody has."""
 
-    def __init__(self, case, *options, port=0):
+    def __init__(self, case, *options, port=None):
         self.path = new_path(case, "socket")
-        self.port = port
-        self.url = "redis://127.0.0.1:%d" % port if port else "unix://" + self.path
-        self.options = options
+        self.url = "unix://" + self.path
+        self.options = ["--port", "0", *options]
         self.process = None
         case.addCleanup(self.kill)
-        self.start()
+        for _ in range(5):
+            if self.process:
+                return
+            if port:  # below those that the system gives away; a cluster's has another, 10000 above
+                self.port = random.randrange(12_000, 22_000)
+                self.options = ["--port", "0", *options, port, str(self.port)]
+                self.url = "redis://127.0.0.1:%d" % self.port
+            self.start()
 
-    def start(self, *options):
+    def start(self):
         self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--unixsocket", self.path, "--save", "",
-             "--dir", os.path.dirname(self.path), *self.options, *options],
+            ["redis-server", "--bind", "127.0.0.1", "--unixsocket", self.path, "--save", "",
+             "--dir", os.path.dirname(self.path), *self.options],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(self.answers, "redis-server")
+        wait_for(lambda: self.process.poll() is not None or self.answers(), "redis-server")
+        if self.process.poll() is not None:  # the port was taken
+            self.process = None
 
     def answers(self):
-        with contextlib.suppress(OSError):
-            return self.ask("PING")
+        with contextlib.suppress(OSError, AssertionError):
+            reply = self.ask("PING")  # which may have to be asked for a password first
+            return getattr(reply, "code", "") != "LOADING"
 
     def ask(self, *parts):
         """Returns the reply to one command, on a connection of its own."""
@@ -9669,7 +9673,7 @@ NEEDS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no red
 class RedisTest(RedisCase):
     def test_user_password_database_and_name_are_told(self):
         server = RedisServer(self, "--user", *"app on >p@ss:w ~* +@all".split(),
-                             port=free_port())
+                             port="--port")
         redis = self.client("redis://app:p%%40ss%%3Aw@127.0.0.1:%d/3" % server.port)
         self.wait_for(lambda: redis.available)
         self.assertEqual(self.run_loop(redis.call("ACL", "WHOAMI")), b"app")
@@ -9678,7 +9682,7 @@ class RedisTest(RedisCase):
         self.assertIn(b" db=3 ", clients)
 
     def test_a_wrong_password_is_said_without_it(self):
-        server = RedisServer(self, "--requirepass", "right", port=free_port())
+        server = RedisServer(self, "--requirepass", "right", port="--port")
         self.client("redis://:hunter2@127.0.0.1:%d" % server.port)
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "does not take the user and password")
@@ -9726,10 +9730,11 @@ class RedisTest(RedisCase):
             self.wait_for(lambda: redis.available)
 
     def test_certificates_are_checked(self):
-        path, port = pem_file(self), free_port()
-        RedisServer(self, "--tls-port", str(port), "--tls-cert-file", path, "--tls-key-file", path,
-                    "--tls-ca-cert-file", path, "--tls-auth-clients", "no")
-        url = "rediss://127.0.0.1:%d" % port
+        path = pem_file(self)
+        server = RedisServer(self, "--tls-cert-file", path, "--tls-key-file", path,
+                             "--tls-ca-cert-file", path, "--tls-auth-clients", "no",
+                             port="--tls-port")
+        url = "rediss://127.0.0.1:%d" % server.port
         self.client(url, ssl.create_default_context())
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "has a certificate that is not trusted")
@@ -9739,6 +9744,12 @@ class RedisTest(RedisCase):
 
 
 # -- the same buckets, in Redis: what holds in memory holds there
+
+def is_done(buckets):
+    """Tells whether all that was charged is in Redis."""
+    return buckets.state == "here" and not (
+        buckets.charges.unsent or buckets.acts or buckets.batches)
+
 
 class SharedClock(Clock):
     """Before time passes, all is done that was asked for."""
@@ -9773,7 +9784,8 @@ class InRedis:
         self.server.ask("FLUSHALL")
         loop = asyncio.new_event_loop()
         self.addCleanup(loop.close)
-        self.redis = redis = llm_proxy.Redis(llm_proxy.redis_url(self.server.url), None, loop, "test")
+        url = llm_proxy.redis_url(self.server.url)
+        self.redis = redis = llm_proxy.Redis(url, None, loop, "test")
         store = llm_proxy.RedisBuckets(self.clock, redis, "test", "share", 1)
         store.room = room
         self.set_time()
@@ -9797,7 +9809,7 @@ class InRedis:
     def buckets(self):
         store = self.store
         self.set_time()
-        self.pass_while(lambda: store.unsent or store.acts or store.batches)
+        self.pass_while(lambda: not is_done(store))
         return store
 
     def awaited(self, coroutine):
@@ -9849,8 +9861,7 @@ class SharedLimitsTest(ProxyCase):
         return buckets
 
     def is_back(self, buckets):
-        wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches,
-                 "Redis")
+        wait_for(lambda: is_done(buckets), "Redis")
 
     def is_away(self, buckets):
         wait_for(lambda: buckets.state == "away", "the absence of Redis")
@@ -9862,8 +9873,8 @@ class SharedLimitsTest(ProxyCase):
 
     def stored(self):
         """The levels in Redis."""
-        names = self.redis.ask("KEYS", "*:b:*")
-        return sorted(int(self.redis.ask("GET", name).split()[0]) for name in names)
+        found = [self.redis.ask("GET", name) for name in self.redis.ask("KEYS", "*:b:*")]
+        return sorted(int(text.split()[0]) for text in found if text)
 
     def test_two_proxies_share_a_bucket(self):
         one = self.start_here()
@@ -9930,8 +9941,115 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.admitted(5), 2)
         wait_for(lambda: self.stored() == [0, 89])
         self.assertEqual(self.redis.ask("KEYS", "*:r:*")[1:], [])
-        asked.send(answer())
+        asked.answer()
         client.head()
+
+    def test_a_server_that_refuses_to_write_is_away_until_it_does_not(self):
+        buckets = self.start_here()
+        wrong, right = [functools.partial(self.redis.ask, "CONFIG", "SET", "maxmemory", size)
+                        for size in ("1", "0")]
+        replica = functools.partial(self.redis.ask, "REPLICAOF")
+        for refuse, stop, words in self.each((
+                (wrong, right, "is out of memory"),
+                (lambda: replica("127.0.0.1", "1"), lambda: replica("NO", "ONE"), "is read-only"))):
+            refuse()
+            self.is_away(buckets)
+            self.assertEqual(buckets.reason, words)
+            self.assertTrue(self.admitted(1))
+            stop()
+            self.is_back(buckets)
+        self.assertEqual(self.stored(), [8])
+
+    def test_a_server_that_stands_still_holds_no_call_for_long(self):
+        buckets = self.start_here()
+        self.assertEqual(self.admitted(1), 1)
+        self.redis.process.send_signal(signal.SIGSTOP)
+        seconds = []
+        for _ in range(9):
+            began = time.monotonic()
+            self.assertEqual(self.admitted(1), 1)
+            seconds.append(time.monotonic() - began)
+        self.assertLess(max(seconds), 0.1 + 0.05)  # of which 50 ms are this machine's
+        self.is_away(buckets)
+        self.redis.process.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        self.is_back(buckets)
+        self.assertLess(time.monotonic() - began, 1)
+        self.assertEqual(self.stored(), [0])  # nothing twice
+        self.assertEqual(self.admitted(1), 0)
+
+    def test_a_take_that_comes_too_late_is_given_back(self):
+        buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
+        with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
+                llm_proxy.Redis, "LOOK_SECONDS", 0), mock.patch.object(
+                    buckets, "policy", "closed"):
+            self.redis.process.send_signal(signal.SIGSTOP)
+            self.assertEqual(self.ask(call()).status, 503)
+            self.redis.process.send_signal(signal.SIGCONT)
+            self.is_back(buckets)
+        wait_for(lambda: not buckets.charges.running and not self.stored())
+
+    def test_what_is_given_and_filled_is_so_for_all(self):
+        rule, key = "each 10 requests per hour", "sk-1"
+        one = self.start_here(PROXY_API_KEYS="ann=" + key)
+        two = self.start_here(PROXY_API_KEYS="ann=" + key)
+        self.assertEqual(self.admitted(12, key), 10)
+        owner = ("key", hashlib.sha256(key.encode()).digest())
+        loop = one.redis.loop
+        loop.call_soon_threadsafe(one.fill, owner)
+        wait_for(lambda: not self.stored())
+        self.assertEqual(self.admitted(12, key), 10)
+        until = time.monotonic() + 60
+        loop.call_soon_threadsafe(one.give, self.proxy.limits.rules[0], (rule, owner), 3, until)
+        wait_for(lambda: self.stored() == [3])
+        self.assertEqual(self.admitted(12, key), 3)
+        self.assertEqual([amount for (amount, _), in two.given.values()], [3])
+
+    def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
+        rules = "each 3 running"
+        one = self.start_here(None, rules)
+        running = [self.ask_stub(call()) for _ in range(2)]
+        self.start_here(None, rules)
+        running.append(self.ask_stub(call()))
+        self.assertIn(b"3 running already", self.ask(call()).body)
+        name, = self.redis.ask("KEYS", "*:r:*")
+        rows = self.redis.ask("GET", name).split()
+        self.assertEqual(sorted(rows[1::3]), [b"1", b"2"])
+        self.assertLessEqual(self.redis.ask("PTTL", name), 31000)
+        for client, asked in running:
+            asked.answer()
+            client.head()
+        wait_for(lambda: not self.redis.ask("KEYS", "*:r:*"))
+        self.redis.ask("SET", name, "dead 3 1")  # it has said nothing for 30 s
+        for client, asked in [self.ask_stub(call()) for _ in range(3)]:
+            asked.answer()
+            client.head()
+
+    def test_a_box_that_starts_while_redis_is_away_knows_how_many_there_were(self):
+        path = new_path(self, "one.db")
+        self.start_here(DATABASE=path)
+        ledger = self.proxy.books.ledger
+        self.start_here()
+        wait_for(lambda: ledger.database.facts.get("processes") == 2)
+        ledger.close(PATIENCE)
+        self.redis.kill()
+        for settings, admitted in self.each((({"DATABASE": path}, 5), ({"PEERS": 3}, 3))):
+            self.is_away(self.start(**settings))
+            self.assertEqual(self.admitted(7), admitted)
+
+    def test_a_cluster_of_three_nodes_is_one_store_from_wherever_one_comes(self):
+        nodes = [RedisServer(self, "--cluster-enabled", "yes", port="--port")
+                 for _ in range(3)]
+        for number, node in enumerate(nodes):
+            slots = range(number * 5462, min(16384, number * 5462 + 5462))
+            node.ask("CLUSTER", "ADDSLOTS", *slots)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+        wait_for(lambda: all(b"cluster_state:ok" in node.ask("CLUSTER", "INFO")
+                             and b"known_nodes:3" in node.ask("CLUSTER", "INFO")
+                             for node in nodes), "the cluster")
+        for node, admitted in zip(nodes, (4, 4, 2)):
+            self.start_here(REDIS_URL=node.url)
+            self.assertEqual(self.admitted(4), admitted)
 
 
 @NEEDS_REDIS
@@ -9983,8 +10101,9 @@ class BalanceInRedisTest(BalanceTest):
         wait_for(lambda: not any(proxy.books.ledger.queue for proxy in proxies))
         for proxy in proxies:
             buckets = proxy.limits.buckets
-            wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches)
-            self.assertEqual((dict(buckets.pending), dict(buckets.own)), ({}, {}))
+            wait_for(lambda: is_done(buckets), "Redis")
+            charges = buckets.charges
+            self.assertEqual((dict(charges.pending), dict(charges.running)), ({}, {}))
             proxy.books.close(PATIENCE)
         self.assert_balance([row for path in paths for row in self.rows(path)],
                             sorted(self.missing()))
@@ -14718,6 +14837,89 @@ class DoorTest(EnduranceCase):
                 self.assert_last_answer(client, 413)
 
 
+@NEEDS_REDIS
+class ProcessesTest(EnduranceCase):
+    """Several processes whose limits are in one Redis."""
+    RULES = ("all 1 requests per 365d burst %d; each 1 tokens per 365d burst 1000000;"
+             "all 900 running")
+    USED = staticmethod(says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}}))
+
+    def setUp(self):
+        # What it has said is in its file, before it is said: a kill loses nothing.
+        self.redis = RedisServer(self, "--appendonly", "yes", "--appendfsync", "no")
+
+    def launch_all(self, count, room, **settings):
+        """Starts so many; `addresses` are theirs."""
+        self.addresses, self.processes = [], []
+        for _ in range(count):
+            self.processes.append(self.serve(
+                answer=self.USED, REDIS_URL=self.redis.url, LIMITS=self.RULES % room,
+                **settings))
+            self.addresses.append(self.address)
+            wait_for(lambda: self.ask(HEALTH).json()["limits"]["degraded"] is False)
+
+    def call_all(self, calls, workers):
+        """Makes so many calls by so many threads; returns (how many were let in, the seconds that
+        each took)."""
+        outcomes, seconds = [], []
+
+        def act(number):
+            for turn in range(calls // workers):
+                client = Client(self.addresses[(number + turn) % len(self.addresses)])
+                began = time.monotonic()
+                answered = client.exchange(call(max_tokens=5))
+                seconds.append(time.monotonic() - began)
+                outcomes.append(b"usage" in answered.body and b"limit reached" not in answered.body)
+                client.close()
+        with threads(functools.partial(act, number) for number in range(workers)):
+            pass
+        return sum(outcomes), seconds
+
+    def missing(self, room):
+        """What each bucket lacks."""
+        found = []
+        for name in self.redis.ask("KEYS", "*:b:*"):
+            level = int(self.redis.ask("GET", name).split()[0])
+            found.append((room if b":b::" in name else 1000000) - level)  # that of all has no owner
+        return sorted(found)
+
+    def test_as_many_are_let_in_as_there_is_room_for(self):
+        for _ in range(self.size(1, 5)):
+            self.redis.ask("FLUSHALL")
+            self.launch_all(4, 100)
+            admitted, seconds = self.call_all(200, 200)
+            self.assertEqual(admitted, 100)
+            wait_for(lambda: self.missing(100) == [100, 3000], "the balance")
+            self.report("4 processes, 200 calls at 100: %d let in, p99 %.1f ms", admitted,
+                        self.p99_milliseconds(seconds))
+            for process in self.processes:
+                process.close()
+
+    def test_redis_may_be_killed_again_and_again(self):
+        self.launch_all(3, 100000)
+        over, totals, seconds = threading.Event(), [], []
+
+        def load():
+            while not over.is_set():
+                admitted, took = self.call_all(40, 8)
+                totals.append(admitted)
+                seconds.extend(took)
+        with threads([load]):
+            for _ in range(self.size(1, 5)):
+                time.sleep(self.size(0.2, 2))
+                self.redis.kill()
+                wait_for(lambda: all(process.said("goes by its share") for process
+                                     in self.processes))
+                time.sleep(self.size(0.1, 2))
+                self.redis.start()
+                wait_for(lambda: all(process.said("is there again") for process in self.processes))
+            over.set()
+        wait_for(lambda: self.missing(100000) == sorted((sum(totals), 30 * sum(totals))),
+                 "the balance of %d calls" % sum(totals))
+        self.report("%d calls, p99 %.1f ms, longest %.1f ms", len(seconds),
+                    self.p99_milliseconds(seconds), 1000 * max(seconds))
+
+
 class FaultsTest(EnduranceCase):
     """Calls that go wrong once they were let in."""
 
@@ -15872,7 +16074,8 @@ if __name__ == "__main__":
         EnduranceCase.LONG = True
         BalanceTest.CALLS = 40
         UnmaskingTest.RANDOM_STREAMS = 20_000
-        names = ["UnmaskingTest", "BalanceTest", "DoorTest", "FaultsTest", "HostileTest"]
+        names = ["UnmaskingTest", "BalanceTest", "BalanceInRedisTest", "ProcessesTest", "DoorTest",
+                 "FaultsTest", "HostileTest"]
         if "long" in sys.argv:
             HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
             names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
