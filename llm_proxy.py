@@ -455,12 +455,18 @@ def read_rule(text):
     window = kind.replace("burst", "")
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
-    refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
-    if unit == "usd":  # whole nanodollars, see NANODOLLAR
-        refill = -(-refill // 1000) * 1000
+    refill = choose_refill(rate, interval, unit)
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
                 (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
+
+
+def choose_refill(rate, interval, unit):
+    """Returns what a bucket gains at once, in 1 ms or more: clocks are no finer."""
+    refill = max(1, rate // (interval * 1000))
+    if unit == "usd":  # whole nanodollars, see NANODOLLAR
+        refill = -(-refill // 1000) * 1000
+    return refill
 
 
 def count_units(amount, unit):
