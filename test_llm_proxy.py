@@ -13639,8 +13639,9 @@ class BenchTest(ProcessCase):
         """Returns (exit code, standard output, standard error) of a short one; nothing of it is
         left."""
         folder = new_path(self)
-        self.patch_seconds(SelfTest_STREAMS=(10,), SelfTest_IDLE=10, SelfTest_CALL_SECONDS=0.05,
-                           SelfTest_HANG_UPS=5, Demo_WORD_SECONDS=0.01, **patches)
+        self.patch_seconds(
+            SelfTest_STREAMS=(10,), SelfTest_IDLE=10, SelfTest_CALL_SECONDS=0.05,
+            SelfTest_HANG_UPS=5, SelfTest_PAUSE=0.2, Demo_WORD_SECONDS=0.01, **patches)
         started = []
 
         def start(test, *arguments):
