@@ -13681,7 +13681,8 @@ class BenchTest(ProcessCase):
         self.assertEqual(set(llm_proxy.in_milliseconds([0.002]).values()), {2})
 
     def test_jitter_is_the_change_of_the_time_between_two_events(self):
-        for arrivals, found in self.each((([1, 2, 4, 7, 7.5], [1, 1, 2.5]), ([1, 2], []), ([], []))):
+        rows = ([1, 2, 4, 7, 7.5], [1, 1, 2.5]), ([1, 2], []), ([], [])
+        for arrivals, found in self.each(rows):
             self.assertEqual(llm_proxy.jitter(arrivals), found)
 
     def test_what_goes_wrong_is_counted_by_what_it_was(self):
@@ -13774,8 +13775,9 @@ class BenchTest(ProcessCase):
         """Returns (exit code, standard output, standard error) of a short one; nothing of it is
         left."""
         folder = new_path(self)
-        self.patch_seconds(SelfTest_STREAMS=(10,), SelfTest_IDLE=10, SelfTest_CALL_SECONDS=0.05,
-                           SelfTest_HANG_UPS=5, Demo_WORD_SECONDS=0.01, **patches)
+        self.patch_seconds(
+            SelfTest_STREAMS=(10,), SelfTest_IDLE=10, SelfTest_CALL_SECONDS=0.05,
+            SelfTest_HANG_UPS=5, SelfTest_PAUSE=0.2, Demo_WORD_SECONDS=0.01, **patches)
         started = []
 
         def start(test, *arguments):
