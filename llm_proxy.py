@@ -682,15 +682,6 @@ def parts_within(op, value):
     return []
 
 
-def numbers_in(value):
-    """Yields the numbers in a parsed expression, and so all its characters."""
-    if type(value) is int:
-        yield value
-    elif isinstance(value, (tuple, list, PARSER.SubPattern)):
-        for one in value:
-            yield from numbers_in(one)
-
-
 class LinearPattern:
     """A regular expression that any text is searched for in linear time, judged as Python's parser
     reads it: a search that has begun cannot be stopped, and holds all threads."""
@@ -707,11 +698,11 @@ class LinearPattern:
             self.tree = PARSER.parse(text)
         except (re.error, OverflowError, RecursionError) as fault:
             raise ValueError("must be a regular expression: %s" % fault) from None
+        require(not re.search(r"\\[uUN]", text), "must have letters as they are, for \\u or \\N")
         require(self.tree.getwidth()[0], "must not match an empty text")
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
-        self.alphabet = {*map(chr, range(256)), *[
-            chr(one) for one in numbers_in(self.tree) if 0 <= one <= sys.maxunicode]}
-        self.known: List[int] = []  # repetitions, by identity
+        self.alphabet = {*map(chr, range(256)), *text}
+        self.numbers: Dict[int, int] = {}  # of repetitions, by identity
         self.choices = 0
         self.walk(self.tree, set(), False)
         begin = self.beginning(self.tree)
@@ -787,19 +778,14 @@ class LinearPattern:
             after = self.walk(inner, after, repeated or most > 1)
         if least == most:
             return after
-        found = Repetition(self.number(inner), frozenset().union(*self.sets(inner, False)),
+        number = self.numbers.setdefault(id(inner), len(self.numbers) + 1)
+        found = Repetition(number, frozenset().union(*self.sets(inner, False)),
                            () if single else tuple(self.sets(inner, True)))
         for one in before:
             require(not one.clashes(found), "must not have repetitions, one soon after the other,"
                     " that can take the same: number %d and number %d, as '%s'" % (
-                        one.number, found.number, min(one.takes & found.takes, default="")))
+                        one.number, number, min(one.takes & found.takes, default="")))
         return {*after, *(() if least else before), found}
-
-    def number(self, inner):
-        """Returns which repetition this is, from 1."""
-        if id(inner) not in self.known:
-            self.known.append(id(inner))
-        return self.known.index(id(inner)) + 1
 
     def beginning(self, parts):
         """Returns what it begins with as often as it may, if that takes one character."""
@@ -1254,6 +1240,8 @@ class Config(types.SimpleNamespace):
             if len(key) < 16:
                 yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
                        " characters: it can be guessed")
+        if (self.redact or self.redact_patterns) and not self.redacted_upstreams():
+            yield "REDACT takes nothing out: no upstream is far from here (REDACT_UPSTREAMS)"
         for name in ("ADMIN_KEY", "VIEWER_KEY"):
             if len(getattr(self, name.lower()) or name * 2) < 16:
                 yield name + " has less than 16 characters: it can be guessed"
@@ -4300,7 +4288,7 @@ NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_conte
     thought_signature mimeType mime_type media_type""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
-MANY_VALUES = 64
+HOLD_WORDS = frozenset((str, list, dict))
 
 
 class Words(NamedTuple):
@@ -4337,7 +4325,7 @@ def words_in(payload: JsonObject) -> Iterator[Words]:
                 for name in list(value):
                     yield Words(value, name, name, "key", place)
             keys = [name for name in value if of_tool or is_words(name, value[name])]
-        elif type(value) is list and not is_vector(value):
+        elif type(value) is list and not HOLD_WORDS.isdisjoint(map(type, value)):
             holder[key] = value = list(value)
             keys = range(len(value))
         stack += [(value, name, (place, name), of_tool) for name in reversed(keys)]
@@ -4352,11 +4340,6 @@ def kind_of_words(holder, key):
     if key == "thinking" and "signature" in holder:
         return "echo"
     return "json" if key == "arguments" else "text"
-
-
-def is_vector(values):
-    """Tells whether a list is one of many numbers, such as tokens."""
-    return len(values) > MANY_VALUES and {type(values[0]), type(values[-1])} <= {int, float}
 
 
 def spell_place(place: Tuple[Any, ...]) -> str:
@@ -16981,6 +16964,14 @@ def describe_limits(config):
     return (bucket + COSTS[config.token_cost_mode]).format(config=config)
 
 
+def describe_redaction(config):
+    """Yields a line where something must not leave."""
+    kinds = ", ".join([*(config.redact or ()), *(config.redact_patterns or ())])
+    if kinds:
+        yield "must not leave for %s: %s (%s)" % (
+            ", ".join(sorted(config.redacted_upstreams())) or "nobody", kinds, config.redact_mode)
+
+
 def greeting(config):
     """Returns what the proxy is about to do, in a few lines."""
     host = "[%s]" % config.host if ":" in config.host else config.host
@@ -16988,6 +16979,7 @@ def greeting(config):
         "llm_proxy %s listens on %s://%s:%d" % (VERSION, config.scheme, host, config.port),
         *map(describe_upstream, config.all_upstreams()),
         describe_limits(config),
+        *describe_redaction(config),
         *("warning: " + warning for warning in config.warnings())]
 
 
@@ -17025,6 +17017,8 @@ def check(config):
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-24s %s" % (name, visible(line)))
+    for line in describe_redaction(config):
+        print(line)
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]

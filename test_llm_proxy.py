@@ -11344,6 +11344,17 @@ class RedactedCallsTest(KeysCase):
                               "REDACT": "email", "REDACT_UPSTREAMS": "ne*"})
         self.assertEqual(config.redacted_upstreams(), {"near"})
 
+    def test_a_start_says_what_must_not_leave_and_for_whom(self):
+        settings = {"BASE_API_URL": "http://10.0.0.1", "REDACT": "email",
+                    "REDACT_PATTERNS": "order=O-[0-9]+"}
+        for more, said in self.each((
+                ({}, "must not leave for nobody: email, order (mask)"),
+                ({}, "warning: REDACT takes nothing out: no upstream is far from here"
+                     " (REDACT_UPSTREAMS)"),
+                ({"REDACT_UPSTREAMS": "*", "REDACT_MODE": "block"},
+                 "must not leave for base: email, order (block)"))):
+            self.assertIn(said, llm_proxy.greeting(read_config({**settings, **more})))
+
     def test_a_call_that_is_blocked_at_one_upstream_goes_to_the_next(self):
         far, near = self.start_named(
             "far near", "REDACT=email REDACT_MODE=block REDACT_UPSTREAMS=far BASE_API_URL="
