@@ -6274,15 +6274,18 @@ SHAPES = (
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
         (?![A-Za-z0-9_-]|\.[0-9])""", end_of_card),
-    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]{4}[ -][0-9]{4}[ -].)[0-9]{3}
-        (?=[ -][0-9]{4}[ -][0-9]{4}[ -][0-9])""", end_of_card_groups),
+    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)[0-9]{3}
+        (?:(?<![0-9]{4}[ ][0-9]{4}[ ].{4})(?=(?:[ ][0-9]{4}){2}[ ][0-9])
+        |(?<![0-9]{4}-[0-9]{4}-.{4})(?=(?:-[0-9]{4}){2}-[0-9]))""", end_of_card_groups),
     shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
           end_of_iban),
     shape("phone", PHONES + "(?<=[0-9]{2})(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)
         -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-"),
-    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)(?<![0-9][ ].)[0-9]{2}(?<!000|666)
-        [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}(?![A-Za-z0-9_-]|[ ][0-9])"""),
+    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)  # in no row of short numbers
+        (?<![^0-9][0-9][ ]...)(?<![^0-9][0-9]{2}[ ]...)(?<![^0-9][0-9]{3}[ ]...)
+        [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
+        (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))"""),
     shape("ip", IPV4, mark="."),
     shape("ip", IPV6, end_of_ipv6, ":"),
     shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
@@ -6314,10 +6317,9 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
-    # So many characters are searched at once, and as many more for what begins in them.
-    SLICE = 1 << 16
-    OVERLAP = 1 << 14
+    SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
     BATCH = 1000  # things that look like some
+    LARGE = 4096  # characters: a text of more is searched in steps
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -6337,13 +6339,15 @@ class Redactor:
     def search(self, text: str) -> Iterator[List[Finding]]:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
         end = 0
+        large = len(text) > self.LARGE
         for start in range(0, len(text), self.SLICE):
             found = []
             for one in self.shapes:
-                if text.find(one.mark, start, start + self.SLICE + self.OVERLAP) >= 0:
+                if text.find(one.mark, start, start + self.SLICE * 5 // 4) >= 0:
                     for batch in self.batches(one, text, start):
                         found += batch
-                        yield ()
+                        if large:
+                            yield ()
             if found:
                 found = self.apart(sorted(found), end)
                 end = found[-1].end if found else end
@@ -6353,7 +6357,7 @@ class Redactor:
         """Yields what of a Shape begins in a slice, in parts."""
         for begin in range(start, min(len(text), start + self.SLICE), one.step):
             end = begin + one.step
-            matches = one.search.finditer(text, begin, end + self.OVERLAP)
+            matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
                 some = list(itertools.islice(matches, self.BATCH))
                 found = [(match.start(), one.check(match), one.kind) for match in some]
@@ -6428,6 +6432,7 @@ class Masks:
         what has no placeholder yet."""
         pieces = []
         last = 0
+        yield
         for found in self.redactor.search(text):
             for start, end, kind in found:
                 value = text[start:end]
@@ -15794,7 +15799,7 @@ function charge(text) { // "rule=amount", of money in picodollars
   return h("div", null, / usd /.test(rule) ? usd(amount / 1e12) : count(amount), ": ", rule); }
 // Keys: the table, and one form that makes a key or changes one.
 const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d",
-  models: "gemma*,gpt-4*", team: "", upstream: "", tag: "", note: ""};
+  models: "gemma*,gpt-4*", team: "", upstream: "", redact: "", tag: "", note: ""};
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
 const KEYS = [
   ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
