@@ -4836,7 +4836,7 @@ class UnmaskingTest(ProxyCase):
             masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
         editor = llm_proxy.Editor(
             events or None, [llm_proxy.Unmasking(dialect, events or None, restorer)])
-        step = step or len(data)
+        step = step or len(data) or 1
         pieces = [data[at:at + step] for at in range(0, len(data), step)]
         return b"".join(map(editor.feed, pieces)) + editor.flush()
 
@@ -5004,6 +5004,23 @@ class UnmaskingTest(ProxyCase):
             for step in (None, 1):
                 found = self.unmask("chat", told.encode(), step, events=False)
                 self.assertEqual(found.decode(), shown)
+
+    def test_what_is_too_large_to_be_awaited_whole_goes_on_in_pieces(self):
+        told = json.dumps({"a": "[[EMAIL_1]]", "b": ["x" * 30, "y[[EMAIL_1]]"], "c": "[[EMAIL_1]]"})
+        with mock.patch.object(llm_proxy.Unmasking, "MAX_HELD", 40):
+            for step in self.each((23, 1, 41)):
+                found = self.unmask("chat", told.encode(), step, events=False)
+                self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
+                for large in (b"x" * 99, b"\"" + b"x" * 99):
+                    self.assertEqual(self.unmask("chat", large, step, events=False), large)
+
+    def test_of_many_blocks_and_large_events_nothing_waits(self):
+        for count, size, waits in self.each(((64, 5, 64), (65, 5, 64), (1, 1 << 17, 0))):
+            said = [delta("x" * size + "[") for _ in range(count)]
+            for number, one in enumerate(said):
+                one["choices"][0]["index"] = number
+            shown = self.payloads("chat", self.unmask("chat", events(*said)))
+            self.assertEqual(len(shown), count + waits)
 
     def test_an_answer_that_says_one_placeholder_again_and_again_does_not_grow_without_end(self):
         with mock.patch.object(llm_proxy.Restorer, "MAX_VALUES", 100):
@@ -13538,12 +13555,16 @@ class BenchTest(ProcessCase):
         self.assertEqual([*found.values()], [50.5, 1, 51, 91, 100, 100])
         self.assertEqual(set(llm_proxy.in_milliseconds([0.002]).values()), {2})
 
+    def test_jitter_is_the_change_of_the_time_between_two_events(self):
+        for arrivals, found in self.each((([1, 2, 4, 7, 7.5], [1, 1, 2.5]), ([1, 2], []), ([], []))):
+            self.assertEqual(llm_proxy.jitter(arrivals), found)
+
     def test_what_goes_wrong_is_counted_by_what_it_was(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
         for act, status in self.each((
                 (says(b"{}", "429 Busy"), "429"), (sends(b""), "closed without an answer"),
                 (sends(head + b"half"), "answer was cut"), (sends(b"SSH-2.0\r\n\r\n"), None))):
-            url = Stub(act).url
+            url = self.new_stub(act)
             report = self.bench("--model", "m", "--requests", "3", url=url, code=1)
             self.assertEqual(report["failures"], 3)
             self.assertEqual([*report["statuses"].values()], [3])
@@ -13553,12 +13574,11 @@ class BenchTest(ProcessCase):
         def answer(asked):
             for number in range(3):
                 asked.chunks(event(number), head=b"" if number else STREAM, end=number == 2)
-                time.sleep(0.02)
+                time.sleep(0.05)
         self.start(answer)
         times = self.bench("--stream", "--model", "m", "--requests", "4")["milliseconds"]
         self.assertEqual([*times], ["whole", "upstream", "proxy", "first byte", "jitter"])
-        self.assertLess(times["first byte"]["min"], times["whole"]["min"] - 39)
-        self.assertLess(times["jitter"]["min"], 20)
+        self.assertLess(times["first byte"]["min"], times["whole"]["min"] - 50)
         self.assertTrue(self.stub.requests[-1].json()["stream"])
 
     def test_what_is_asked_is_as_the_options_say(self):
@@ -13648,7 +13668,7 @@ class BenchTest(ProcessCase):
         code, out, err = self.selftest()
         found = re.findall(r"(?m)^(.+?)  +-?[0-9.]+ (ms|KiB|a second|%) +(good|POOR)$", out)
         self.assertEqual([what for what, _, _ in found], [
-            "added to the first byte", "calls", "memory of an idle connection",
+            "memory of an idle connection", "added to the first byte", "calls",
             "added to an event, 10 streams", "memory of a running stream",
             "delivered of what is billed after 50 hang-ups"])
         self.assertEqual((code, err), (int("POOR" in out), ""))
@@ -13663,7 +13683,7 @@ class BenchTest(ProcessCase):
     def test_a_selftest_that_is_stopped_leaves_nothing(self):
         folder = new_path(self)
         process = self.command("selftest", TMPDIR=folder)
-        self.assertIn("first byte", process.process.stdout.readline())
+        self.assertIn("idle connection", process.process.stdout.readline())
         code, _, err = process.stop().finish()
         self.assertEqual((code, err, os.listdir(folder)), (1, "", []))
 
