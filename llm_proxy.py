@@ -687,15 +687,6 @@ def parts_within(op, value):
     return []
 
 
-def numbers_in(value):
-    """Yields the numbers in a parsed expression, and so all its characters."""
-    if type(value) is int:
-        yield value
-    elif isinstance(value, (tuple, list, PARSER.SubPattern)):
-        for one in value:
-            yield from numbers_in(one)
-
-
 class LinearPattern:
     """A regular expression that any text is searched for in linear time, judged as Python's parser
     reads it: a search that has begun cannot be stopped, and holds all threads."""
@@ -712,11 +703,11 @@ class LinearPattern:
             self.tree = PARSER.parse(text)
         except (re.error, OverflowError, RecursionError) as fault:
             raise ValueError("must be a regular expression: %s" % fault) from None
+        require(not re.search(r"\\[uUN]", text), "must have letters as they are, for \\u or \\N")
         require(self.tree.getwidth()[0], "must not match an empty text")
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
-        self.alphabet = {*map(chr, range(256)), *[
-            chr(one) for one in numbers_in(self.tree) if 0 <= one <= sys.maxunicode]}
-        self.known: List[int] = []  # repetitions, by identity
+        self.alphabet = {*map(chr, range(256)), *text}
+        self.numbers: Dict[int, int] = {}  # of repetitions, by identity
         self.choices = 0
         self.walk(self.tree, set(), False)
         begin = self.beginning(self.tree)
@@ -792,19 +783,14 @@ class LinearPattern:
             after = self.walk(inner, after, repeated or most > 1)
         if least == most:
             return after
-        found = Repetition(self.number(inner), frozenset().union(*self.sets(inner, False)),
+        number = self.numbers.setdefault(id(inner), len(self.numbers) + 1)
+        found = Repetition(number, frozenset().union(*self.sets(inner, False)),
                            () if single else tuple(self.sets(inner, True)))
         for one in before:
             require(not one.clashes(found), "must not have repetitions, one soon after the other,"
                     " that can take the same: number %d and number %d, as '%s'" % (
-                        one.number, found.number, min(one.takes & found.takes, default="")))
+                        one.number, number, min(one.takes & found.takes, default="")))
         return {*after, *(() if least else before), found}
-
-    def number(self, inner):
-        """Returns which repetition this is, from 1."""
-        if id(inner) not in self.known:
-            self.known.append(id(inner))
-        return self.known.index(id(inner)) + 1
 
     def beginning(self, parts):
         """Returns what it begins with as often as it may, if that takes one character."""
@@ -1259,6 +1245,8 @@ class Config(types.SimpleNamespace):
             if len(key) < 16:
                 yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
                        " characters: it can be guessed")
+        if (self.redact or self.redact_patterns) and not self.redacted_upstreams():
+            yield "REDACT takes nothing out: no upstream is far from here (REDACT_UPSTREAMS)"
         for name in ("ADMIN_KEY", "VIEWER_KEY"):
             if len(getattr(self, name.lower()) or name * 2) < 16:
                 yield name + " has less than 16 characters: it can be guessed"
@@ -4322,7 +4310,7 @@ NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_conte
     thought_signature mimeType mime_type media_type""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
-MANY_VALUES = 64
+HOLD_WORDS = frozenset((str, list, dict))
 
 
 class Words(NamedTuple):
@@ -4359,7 +4347,7 @@ def words_in(payload: JsonObject) -> Iterator[Words]:
                 for name in list(value):
                     yield Words(value, name, name, "key", place)
             keys = [name for name in value if of_tool or is_words(name, value[name])]
-        elif type(value) is list and not is_vector(value):
+        elif type(value) is list and not HOLD_WORDS.isdisjoint(map(type, value)):
             holder[key] = value = list(value)
             keys = range(len(value))
         stack += [(value, name, (place, name), of_tool) for name in reversed(keys)]
@@ -4374,11 +4362,6 @@ def kind_of_words(holder, key):
     if key == "thinking" and "signature" in holder:
         return "echo"
     return "json" if key == "arguments" else "text"
-
-
-def is_vector(values):
-    """Tells whether a list is one of many numbers, such as tokens."""
-    return len(values) > MANY_VALUES and {type(values[0]), type(values[-1])} <= {int, float}
 
 
 def spell_place(place: Tuple[Any, ...]) -> str:
@@ -6307,15 +6290,18 @@ SHAPES = (
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
         (?![A-Za-z0-9_-]|\.[0-9])""", end_of_card),
-    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]{4}[ -][0-9]{4}[ -].)[0-9]{3}
-        (?=[ -][0-9]{4}[ -][0-9]{4}[ -][0-9])""", end_of_card_groups),
+    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)[0-9]{3}
+        (?:(?<![0-9]{4}[ ][0-9]{4}[ ].{4})(?=(?:[ ][0-9]{4}){2}[ ][0-9])
+        |(?<![0-9]{4}-[0-9]{4}-.{4})(?=(?:-[0-9]{4}){2}-[0-9]))""", end_of_card_groups),
     shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
           end_of_iban),
     shape("phone", PHONES + "(?<=[0-9]{2})(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)
         -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-"),
-    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)(?<![0-9][ ].)[0-9]{2}(?<!000|666)
-        [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}(?![A-Za-z0-9_-]|[ ][0-9])"""),
+    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)  # in no row of short numbers
+        (?<![^0-9][0-9][ ]...)(?<![^0-9][0-9]{2}[ ]...)(?<![^0-9][0-9]{3}[ ]...)
+        [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
+        (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))"""),
     shape("ip", IPV4, mark="."),
     shape("ip", IPV6, end_of_ipv6, ":"),
     shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
@@ -6347,10 +6333,9 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
-    # So many characters are searched at once, and as many more for what begins in them.
-    SLICE = 1 << 16
-    OVERLAP = 1 << 14
+    SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
     BATCH = 1000  # things that look like some
+    LARGE = 4096  # characters: a text of more is searched in steps
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -6370,13 +6355,15 @@ class Redactor:
     def search(self, text: str) -> Iterator[List[Finding]]:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
         end = 0
+        large = len(text) > self.LARGE
         for start in range(0, len(text), self.SLICE):
             found = []
             for one in self.shapes:
-                if text.find(one.mark, start, start + self.SLICE + self.OVERLAP) >= 0:
+                if text.find(one.mark, start, start + self.SLICE * 5 // 4) >= 0:
                     for batch in self.batches(one, text, start):
                         found += batch
-                        yield ()
+                        if large:
+                            yield ()
             if found:
                 found = self.apart(sorted(found), end)
                 end = found[-1].end if found else end
@@ -6386,7 +6373,7 @@ class Redactor:
         """Yields what of a Shape begins in a slice, in parts."""
         for begin in range(start, min(len(text), start + self.SLICE), one.step):
             end = begin + one.step
-            matches = one.search.finditer(text, begin, end + self.OVERLAP)
+            matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
                 some = list(itertools.islice(matches, self.BATCH))
                 found = [(match.start(), one.check(match), one.kind) for match in some]
@@ -6461,6 +6448,7 @@ class Masks:
         what has no placeholder yet."""
         pieces = []
         last = 0
+        yield
         for found in self.redactor.search(text):
             for start, end, kind in found:
                 value = text[start:end]
@@ -15860,7 +15848,7 @@ function charge(text) { // "rule=amount", of money in picodollars
   return h("div", null, / usd /.test(rule) ? usd(amount / 1e12) : count(amount), ": ", rule); }
 // Keys: the table, and one form that makes a key or changes one.
 const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d",
-  models: "gemma*,gpt-4*", team: "", upstream: "", tag: "", note: ""};
+  models: "gemma*,gpt-4*", team: "", upstream: "", redact: "", tag: "", note: ""};
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
 const KEYS = [
   ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
@@ -17033,6 +17021,14 @@ def describe_limits(config):
     return (bucket + COSTS[config.token_cost_mode]).format(config=config)
 
 
+def describe_redaction(config):
+    """Yields a line where something must not leave."""
+    kinds = ", ".join([*(config.redact or ()), *(config.redact_patterns or ())])
+    if kinds:
+        yield "must not leave for %s: %s (%s)" % (
+            ", ".join(sorted(config.redacted_upstreams())) or "nobody", kinds, config.redact_mode)
+
+
 def greeting(config):
     """Returns what the proxy is about to do, in a few lines."""
     host = "[%s]" % config.host if ":" in config.host else config.host
@@ -17040,6 +17036,7 @@ def greeting(config):
         "llm_proxy %s listens on %s://%s:%d" % (VERSION, config.scheme, host, config.port),
         *map(describe_upstream, config.all_upstreams()),
         describe_limits(config),
+        *describe_redaction(config),
         *("warning: " + warning for warning in config.warnings())]
 
 
@@ -17077,6 +17074,8 @@ def check(config):
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-24s %s" % (name, visible(line)))
+    for line in describe_redaction(config):
+        print(line)
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]

@@ -4547,7 +4547,7 @@ phone -> call +49 171 1234567 -> +49 171 1234567
 phone -> +1 (555) 234-5678, -> +1 (555) 234-5678
 phone -> +33.1.23.45.67.89 -> +33.1.23.45.67.89
 ssn -> 078-05-1120 -> 078-05-1120
-ssn -> ssn 219 09 9999. -> 219 09 9999
+ssn -> in 2027 219 09 9999. -> 219 09 9999
 ip -> http://8.8.8.8:80/ -> 8.8.8.8
 ip -> from [2a00:1450:4001:81b::200e] -> 2a00:1450:4001:81b::200e
 secrets -> sk-ant-api03-%(long)s -> sk-ant-api03-%(long)s
@@ -4572,7 +4572,7 @@ DE89370400440532013000A XX89370400440532013000
 1.0.0+4917112345678
 +36450.6 +1234567890 x+4917112345678
 000-12-3456 666-12-3456 912-12-3456 123-00-4567 123-45-0000 1-123-45-6789
-1 219 09 9999 22
+x 1 219 09 9999 22
 192.168.1.1 10.0.0.1 127.0.0.1 203.0.113.9 v8.8.8.8 ==8.8.8.8 1.2.3.4.5 256.1.1.1
 Chrome/8.8.8.8 version 8.8.8.8 "version": "8.8.8.8" 4.0.0.0 08.8.8.8
 2001:db8::1 2024:05:12 dead::beef ::1 12:30:45
@@ -11492,6 +11492,17 @@ class RedactedCallsTest(KeysCase):
         config = read_config({"UPSTREAM_OPENAI_KEY": "k", "UPSTREAM_NEAR_URL": "http://h",
                               "REDACT": "email", "REDACT_UPSTREAMS": "ne*"})
         self.assertEqual(config.redacted_upstreams(), {"near"})
+
+    def test_a_start_says_what_must_not_leave_and_for_whom(self):
+        settings = {"BASE_API_URL": "http://10.0.0.1", "REDACT": "email",
+                    "REDACT_PATTERNS": "order=O-[0-9]+"}
+        for more, said in self.each((
+                ({}, "must not leave for nobody: email, order (mask)"),
+                ({}, "warning: REDACT takes nothing out: no upstream is far from here"
+                     " (REDACT_UPSTREAMS)"),
+                ({"REDACT_UPSTREAMS": "*", "REDACT_MODE": "block"},
+                 "must not leave for base: email, order (block)"))):
+            self.assertIn(said, llm_proxy.greeting(read_config({**settings, **more})))
 
     def test_a_call_that_is_blocked_at_one_upstream_goes_to_the_next(self):
         far, near = self.start_named(
