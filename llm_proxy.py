@@ -379,6 +379,7 @@ shares = listed(pattern(  # '80%' -> 0.8
 
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
+NANODOLLAR = 1000  # picodollars; in Redis, whose numbers are doubles, money is in the former
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 ANEW = 1 << 80  # more than ever is missing of a bucket
@@ -455,9 +456,8 @@ def read_rule(text):
     window = kind.replace("burst", "")
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
-    refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
-    if unit == "usd":  # whole nanodollars, see NANODOLLAR
-        refill = -(-refill // 1000) * 1000
+    grain = NANODOLLAR if unit == "usd" else 1
+    refill = max(1, rate // (interval * 1000 * grain)) * grain  # in 1 ms: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
                 (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
@@ -1789,6 +1789,15 @@ class LimitReached(Refusal):
         super().__init__(message, wait, cause=short.rule.text, tightest=short.untaken())
 
 
+class LimitsAway(Refusal):
+    status = 503
+    kind = "server_error"
+    code = "limits_away"
+    message = "The limits cannot be looked up now, try again in a moment"
+    fields = {"Retry-After": 1}
+    nothing_sent = True
+
+
 class CallerGone(Exception):
     """The caller hung up: nobody is left to answer."""
     outcome = "caller_gone"
@@ -2238,13 +2247,15 @@ class Level(NamedTuple):
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
         left = level if level > 0 else 0
-        capacity = rule.capacity if level <= rule.capacity else level  # more was given
+        capacity = rule.capacity
         if rule.unit == RUNNING:
             return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
         reset = 0
         if level < capacity:
             reset = math.ceil(self.refilled + rule.interval - self.now)
+        elif level > capacity:  # more was given
+            capacity = level
         if rule.unit == USD:
             return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
@@ -2337,6 +2348,8 @@ class Buckets:
     """Every bucket of every rule, in memory. A full bucket and no bucket are the same thing, so the
     table keeps few full ones."""
     is_degraded: Optional[bool] = None  # whether Redis is away, where it is used
+    processes = 0                       # that share what is there, where they do
+    redis: Optional["Redis"] = None
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -2345,6 +2358,10 @@ class Buckets:
             collections.OrderedDict())  # as they were last seen; least recently used first
         # key -> (amount, until) of what a bucket holds beyond its rule
         self.given: Dict[BucketKey, List[Tuple[int, float]]] = {}
+
+    def health(self) -> JsonObject:
+        """Returns what is told of a store outside of this process."""
+        return {}
 
     def given_to(self, key, now):
         """Returns how much more than its rule says a bucket holds, for a time."""
@@ -9943,6 +9960,13 @@ class Database:
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
                     is_closed(execute))
 
+    def note_processes(self, count: int):
+        """Writes how many processes share the limits, for a start while Redis is away."""
+        if count != self.facts.get("processes", 0):
+            self.connection.execute(
+                "INSERT OR REPLACE INTO facts VALUES ('processes', ?)", (count,))
+            self.facts["processes"] = count
+
     def disabled_upstreams(self) -> List[str]:
         """Returns the names of upstreams that an admin has switched off."""
         query = "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %' AND value = 1"
@@ -10676,8 +10700,8 @@ class Ledger(Writer):
         database, wall = self.database, wall_time(self.clock)
         try:
             for _ in range(16):
-                if not (database.add_new() or database.add_older() or database.list_ids()
-                        or database.roll_up(wall)):
+                if not (database.add_new() or database.add_older() or database.roll_up(wall)
+                        or database.list_ids()):
                     self.sum_at = now + self.SUM_SECONDS
                     break
         except sqlite3.Error as failure:
@@ -10735,11 +10759,12 @@ class Ledger(Writer):
         self.on_news(self.keys, orders)
 
     def note_use(self, entries, now):
-        """Writes when keys were used, to the minute."""
+        """Writes when keys were used, to the minute, and how many processes there are."""
         used = {entry.caller.stored_key.name: entry.wall / 1e9 for entry in entries
                 if entry.caller and entry.caller.stored_key}
         try:
             self.database.note_use(used)
+            self.database.note_processes(self.limits.buckets.processes)
         except sqlite3.Error as failure:  # which is no reason to write the calls again
             self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
 
@@ -11978,6 +12003,13 @@ class Redis(asyncio.Protocol):
 
     # -- for everyone, on the loop
 
+    def join(self, greet: Callable[[], Awaitable[None]], come_back: Callable[[], None],
+             on_leave: Callable[[RedisFault], None]):
+        """Has somebody be there on each new connection, when it is available, and at its end."""
+        self.greetings.append(greet)
+        self.on_return.append(come_back)
+        self.on_leave.append(on_leave)
+
     async def call(self, *parts: RedisPart) -> RedisReply:
         """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
         the latest."""
@@ -12223,8 +12255,8 @@ class Redis(asyncio.Protocol):
             self.dropped += 1
 
 
-# What holds for both scripts: KEYS[1] is the hash of the process that asks, `now` is in microseconds
-# since 2020, which a double holds to a fraction. Amounts are whole numbers below 2^53.
+# What holds for both scripts: KEYS[1] is the hash of the process that asks; `now` is in
+# microseconds since 2020, which a double holds to a fraction; amounts are whole, below 2^53.
 LUA_TIME = """
 local time = redis.call('TIME')
 local now = (time[1] - 1577836800) * 1000000 + time[2]
@@ -12395,20 +12427,11 @@ return answer
 # there are, and the number of the last batch of this one.
 LUA_BEAT = LUA_TIME + """
 local existed = redis.call('EXISTS', KEYS[2])
+redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 5000000))
-redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
 redis.call('PEXPIRE', KEYS[1], 86400000)
 return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last') or '0'}
 """
-
-
-class LimitsAway(Refusal):
-    status = 503
-    kind = "server_error"
-    code = "limits_away"
-    message = "The limits cannot be looked up now, try again in a moment"
-    fields = {"Retry-After": 1}
-    nothing_sent = True
 
 
 class Take:
@@ -12425,24 +12448,16 @@ class Take:
         self.sent = self.admitted = False
 
 
-class Batch(NamedTuple):
-    """What travels together. `charged` is what it charges, by bucket."""
-    number: int
-    pairs: List[Tuple[Rule, BucketKey]]
-    takes: List[Take]
-    charged: Dict[BucketKey, int]
-    keys: List[str]
-    text: str
+class Batch:
+    """What travels together, in the words of LUA_BATCH; `number` is its own. `charged` is what it
+    charges, by bucket."""
 
-
-class BatchWriter:
-    """Writes down what a batch does, in the words of LUA_BATCH."""
-
-    def __init__(self, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
+    def __init__(self, number: int, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
+        self.number = number
         self.describe = describe
         self.places: Dict[BucketKey, int] = {}
-        self.pairs: List[Tuple[Rule, BucketKey]] = []
-        self.keys: List[str] = []
+        self.rules: List[Rule] = []
+        self.names: List[str] = []
         self.kinds: List[str] = []
         self.acts: List[str] = []
         self.takes: List[Take] = []
@@ -12453,8 +12468,8 @@ class BatchWriter:
         if found is None:
             found = self.places[key] = len(self.places) + 1
             name, kind = self.describe(rule, key)
-            self.pairs.append((rule, key))
-            self.keys.append(name)
+            self.rules.append(rule)
+            self.names.append(name)
             self.kinds.append(kind)
         return found
 
@@ -12472,16 +12487,12 @@ class BatchWriter:
                   for rule, key in one.keyed_rules]
         self.acts.append("t %d %s" % (len(wanted), " ".join(wanted)))
 
-    def batch(self, number: int, mode: str = "-") -> Batch:
-        text = " ".join([str(number), mode, *self.kinds, *self.acts])
-        return Batch(number, self.pairs, self.takes, self.charged, self.keys, text)
+    def text(self, mode: str) -> str:
+        return " ".join([str(self.number), mode, *self.kinds, *self.acts])
 
 
 Act = Tuple[Any, ...]  # a word of LUA_BATCH, rule, bucket, numbers
 ONE = ord("1")
-NANODOLLAR = 1000  # picodollars: a double holds 9 million USD of the former
-
-
 def stored_amount(rule: Rule, amount: int) -> int:
     """Returns an amount as Redis has it: of money in nanodollars, rounded up."""
     return -(-amount // NANODOLLAR) if rule.unit == USD else amount
@@ -12512,6 +12523,41 @@ def describe_kind(rule: Rule, wall: float) -> str:
         capacity, refill, rule.interval * 1_000_000 * refill * scale / rule.refill)
 
 
+class Charges:
+    """What was charged here, by bucket. `unsent` has yet to go to Redis, `pending` has not been
+    answered; `running` are the calls that run in this process. Amounts are as Redis has them."""
+    MOST = 20_000  # buckets
+
+    def __init__(self):
+        # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
+        self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
+        self.pending: Dict[BucketKey, int] = collections.Counter()
+        self.running: Dict[BucketKey, int] = collections.Counter()
+        self.rules: Dict[BucketKey, Rule] = {}  # those that count running calls
+
+    def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float):
+        place = key, taken_at if rule.window and amount < 0 else 0.0
+        if place in self.unsent or len(self.unsent) < self.MOST:
+            _, before = self.unsent.get(place, (rule, 0))
+            self.unsent[place] = rule, before + amount
+            self.pending[key] += amount
+            self.note_running(rule, key, amount)
+
+    def note_running(self, rule, key, amount):
+        if rule.unit == RUNNING:
+            self.running[key] += amount
+            self.rules[key] = rule
+            if not self.running[key]:
+                del self.running[key], self.rules[key]
+
+    def note_answer(self, key: BucketKey, amount: int) -> int:
+        """So much has arrived; returns what has not."""
+        left = self.pending.pop(key, 0) - amount
+        if left:
+            self.pending[key] = left
+        return left
+
+
 @functools.lru_cache(1000)
 def share_of(rule: Rule, processes: int) -> Rule:
     """Returns the rule of one process, where so many may take what one rule lets them."""
@@ -12530,8 +12576,9 @@ class RedisBuckets(Buckets):
     and has not been answered; what comes back of levels does not have it yet."""
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
-    MOST_KEPT = 20_000        # charges that wait, and other acts
+    MOST_KEPT = 20_000        # acts that wait
     WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
+    CHARGE_SECONDS = 0.005
     BEAT_SECONDS = 0.5
     RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
     state = "returning"       # or "here", or "away"
@@ -12540,6 +12587,7 @@ class RedisBuckets(Buckets):
     beats = 0
     flushing = False
     fresh = True              # it was never here
+    charging: Optional[asyncio.TimerHandle] = None
     grace: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
     filling: Optional[asyncio.Task] = None
@@ -12549,15 +12597,12 @@ class RedisBuckets(Buckets):
         self.redis = redis
         self.policy = policy
         self.processes = peers
+        self.counts = collections.deque(maxlen=10)
         self.name = "%08x" % random.getrandbits(32)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
         self.process_key = self.prefix + "p:" + self.name
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
-        # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
-        self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
-        self.pending: Dict[BucketKey, int] = collections.Counter()
-        self.own: Dict[BucketKey, int] = collections.Counter()  # calls that run in this process
-        self.rules: Dict[BucketKey, Rule] = {}                  # and the rules that count them
+        self.charges = Charges()
         self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
         self.takes: "collections.deque[Take]" = collections.deque()
@@ -12566,13 +12611,16 @@ class RedisBuckets(Buckets):
         self.local = Buckets(clock)  # what this process may use while Redis is away
         self.on_change: Callable[[], None] = lambda: None  # it went away, or came back
         redis.scripts += [self.batch_script, self.beat_script]
-        redis.greetings.append(self.catch_up)
-        redis.on_return.append(self.come_back)
-        redis.on_leave.append(self.on_leave)
+        redis.join(self.catch_up, self.come_back, self.on_leave)
 
     @property
     def is_degraded(self) -> bool:
         return self.state == "away"
+
+    def health(self):
+        words = self.reason if self.is_degraded else "is there"
+        return {"limits": {"shared_by": self.processes, "degraded": self.is_degraded,
+                           "redis": words}}
 
     # -- what Buckets does
 
@@ -12628,22 +12676,10 @@ class RedisBuckets(Buckets):
         self.flush_soon()
 
     def charge(self, rule, key, amount, taken_at=0.0):
-        """Has so much charged, in the amounts that Redis has; it may be less than nothing."""
-        place = key, taken_at if rule.window and amount < 0 else 0.0
-        _, before = self.unsent.get(place, (rule, 0))
-        if place not in self.unsent and len(self.unsent) >= self.MOST_KEPT:
-            return
-        self.unsent[place] = rule, before + amount
-        self.pending[key] += amount
-        self.note_running(rule, key, amount)
-        self.flush_soon()
-
-    def note_running(self, rule, key, amount):
-        if rule.unit == RUNNING:
-            self.own[key] += amount
-            self.rules[key] = rule
-            if not self.own[key]:
-                del self.own[key], self.rules[key]
+        """Has so much charged; nobody waits for it: it goes with the next calls, or alone."""
+        self.charges.add(rule, key, amount, taken_at)
+        if not self.charging:
+            self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.flush)
 
     def flush_soon(self):
         if not self.flushing:
@@ -12653,27 +12689,31 @@ class RedisBuckets(Buckets):
     def flush(self):
         """Sends what there is, as far as not too much is on its way."""
         self.flushing = False
+        if self.charging:
+            self.charging.cancel()
+            self.charging = None
         while self.state == "here" and len(self.batches) < self.MOST_BATCHES and (
-                self.takes or self.unsent or self.acts):
+                self.takes or self.charges.unsent or self.acts):
             self.number += 1
             batch = self.next_batch()
             self.batches.append(batch)
-            self.redis.ask(self.command(batch), functools.partial(self.on_answer, batch))
+            self.redis.ask(redis_command(self.batch_parts(batch)),
+                           functools.partial(self.on_answer, batch))
         self.redis.flush()
 
     def next_batch(self):
         """Charges stand before takes, so that what is given back can be taken."""
-        writer = BatchWriter(self.describe)
+        batch = Batch(self.number, self.describe)
         for _ in range(min(len(self.acts), self.MOST_ACTS)):
-            writer.act(*self.acts.popleft())
+            batch.act(*self.acts.popleft())
         now = self.clock.monotonic()
-        for place in list(itertools.islice(self.unsent, self.MOST_ACTS)):
-            rule, amount = self.unsent.pop(place)
+        for place in list(itertools.islice(self.charges.unsent, self.MOST_ACTS)):
+            rule, amount = self.charges.unsent.pop(place)
             key, taken_at = place
-            writer.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
+            batch.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
         for _ in range(min(len(self.takes), self.MOST_ACTS)):
-            writer.take(self.takes.popleft())
-        return writer.batch(self.number)
+            batch.take(self.takes.popleft())
+        return batch
 
     def describe(self, rule, key):
         """Returns the name of a bucket in Redis, its kind and figures."""
@@ -12690,9 +12730,9 @@ class RedisBuckets(Buckets):
             self.names[key] = name, kind, until
         return name, kind
 
-    def command(self, batch):
-        return redis_command(self.redis.script_parts(
-            self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+    def batch_parts(self, batch, mode="-"):
+        return self.redis.script_parts(
+            self.batch_script, [self.process_key, *batch.names], [batch.text(mode), self.name])
 
     # -- what Redis answers
 
@@ -12709,25 +12749,27 @@ class RedisBuckets(Buckets):
             self.redis.leave(RedisFault("has lost what it knew"))
         else:
             self.batches.popleft()
-            self.read_answer(batch, reply)
-            if self.takes or self.unsent:
+            try:
+                flags, *numbers = reply.split()
+                self.read_answer(batch, flags, list(map(int, numbers)))
+            except (AttributeError, ValueError):  # somebody else has written there
+                self.decide(batch.takes)
+                self.redis.leave(RedisFault("has other things under these names"))
+            if self.takes or self.charges.unsent:
                 self.flush_soon()
 
-    def read_answer(self, batch, reply):
-        flags, *numbers = reply.split()
-        numbers = list(map(int, numbers))
+    def read_answer(self, batch, flags, numbers):
         now = self.clock.monotonic()
         found = {}
-        for (rule, key), *values in zip(batch.pairs, *[numbers[place::4] for place in range(4)]):
+        for rule, key, *values in zip(
+                batch.rules, batch.places, *[numbers[place::4] for place in range(4)]):
             found[key] = self.note_level(rule, key, batch.charged.get(key, 0), *values, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
 
     def note_level(self, rule, key, charged, level, age, given, given_for, now):
         """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
-        pending = self.pending.pop(key, 0) - charged
-        if pending:
-            self.pending[key] = pending
+        pending = self.charges.note_answer(key, charged)
         refilled = now - age / 1_000_000
         if rule.window:
             rule, refilled = self.window_of(rule, key, refilled, now)
@@ -12757,7 +12799,7 @@ class RedisBuckets(Buckets):
             cost = one.costs[rule.unit]
             levels.append(Level(level if taken else level - cost, refilled, rule, key, cost, now))
             if taken:
-                self.note_running(rule, key, cost)
+                self.charges.note_running(rule, key, cost)
         if not one.future.done():
             one.levels = levels
             one.future.wake()
@@ -12799,7 +12841,7 @@ class RedisBuckets(Buckets):
                 known = self.level_of(rule, key)
                 level = known.level // self.processes
                 if rule.unit == RUNNING:
-                    level = share.capacity - self.own[key]
+                    level = share.capacity - self.charges.running[key]
                 self.local.store([known._replace(level=level, rule=share._replace(
                     began=known.rule.began, interval=share.interval))])
         return found
@@ -12838,42 +12880,35 @@ class RedisBuckets(Buckets):
     async def catch_up(self):
         """Has all done that was not answered, after what Redis has lost is put back. Raises
         RedisFault."""
-        existed, count, last = await self.redis.ask_first(*self.beat_parts())
-        self.processes = max(1, count)
+        existed, last = self.read_beat(await self.redis.ask_first(*self.beat_parts()))
         done = self.batches[0].number - 1 if self.batches else self.number
-        if int(last) < done:
-            await self.put_back(done, [] if self.fresh and existed else self.known_levels())
+        if last < done:
+            await self.put_back(done, () if self.fresh and existed else self.known_levels())
         self.fresh = False
         for batch in list(self.batches):
-            parts = self.redis.script_parts(
-                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name])
-            self.on_answer(batch, await self.redis.ask_first(*parts))
-        for key, count in self.own.items():
-            self.acts.appendleft(("o", self.rules[key], key, count - self.pending.get(key, 0)))
+            self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
+        charges = self.charges
+        for key, count in charges.running.items():
+            self.acts.appendleft(
+                ("o", charges.rules[key], key, count - charges.pending.get(key, 0)))
 
     def known_levels(self):
-        """Returns the acts that put levels back as they were without what is pending."""
-        now, found = self.clock.monotonic(), []
+        """Yields the acts that put levels back as they were without what is pending."""
         for seen in self.seen():
             rule, key = seen.rule, seen.key
             level = self.level_of(rule, key)
             if rule.unit != RUNNING and level.level < rule.capacity:
-                amount = stored_amount(rule, level.level) + self.pending.get(key, 0)
-                found.append(("p", rule, key, amount, int((now - level.refilled) * 1_000_000), 1))
-        return found
+                amount = stored_amount(rule, level.level) + self.charges.pending.get(key, 0)
+                yield "p", rule, key, amount, int((level.now - level.refilled) * 1_000_000), 1
 
     async def put_back(self, number, acts):
         """Puts levels back, and has Redis know that batches up to this number were done."""
-        while True:
-            writer = BatchWriter(self.describe)
-            for act in acts[:self.MOST_ACTS]:
-                writer.act(*act)
-            acts = acts[self.MOST_ACTS:]
-            batch = writer.batch(number, "put" if acts else "last")
-            await self.redis.ask_first(*self.redis.script_parts(
-                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
-            if not acts:
-                break
+        acts, batch = iter(acts), None
+        while batch is None or batch.acts:
+            batch = Batch(number, self.describe)
+            for act in itertools.islice(acts, self.MOST_ACTS):
+                batch.act(*act)
+            await self.redis.ask_first(*self.batch_parts(batch, "put" if batch.acts else "last"))
 
     def come_back(self):
         was_away = self.state == "away"
@@ -12896,19 +12931,32 @@ class RedisBuckets(Buckets):
         self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.beats += 1
         if self.beats % self.RENEW_BEATS == 0:
-            for key, rule in self.rules.items():
+            for key, rule in self.charges.rules.items():
                 self.act("r", rule, key)
         self.redis.ask(redis_command(self.beat_parts()),
                        functools.partial(self.on_beat, self.number))
+
+    def read_beat(self, reply):
+        """Returns whether anybody was there before, and the last batch that was done. Where Redis
+        has lost who is there, the others tell soon. Raises RedisFault."""
+        try:
+            existed, count, last = map(int, reply)
+        except (TypeError, ValueError):
+            raise RedisFault("answers with nonsense") from None
+        self.counts.append(count)
+        self.processes = max(self.counts)
+        return existed, last
 
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
             if reply.code not in ("", RedisFault.LATE):
                 self.redis.leave(reply)
             return
-        self.processes = max(1, reply[1])
-        if int(reply[2]) != number:
-            self.redis.leave(RedisFault("has lost what it knew"))
+        try:
+            if self.read_beat(reply)[1] != number:
+                raise RedisFault("has lost what it knew")
+        except RedisFault as fault:
+            self.redis.leave(fault)
 
     async def fill_all(self):
         """Fills the buckets of callers; what Redis does not do now is done when it is back."""
@@ -14107,8 +14155,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     if keys.closed:
         config.note_stored_keys()
     loop = new_loop(clock, log)
-    redis = build_redis(config, loop)
-    limits = build_limits(config, build_buckets(config, clock, redis), keys.rules)
+    limits = build_limits(config, build_buckets(config, clock, loop, database), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
     proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
@@ -14117,9 +14164,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_books(config, clock, log, limits, stored, database, keys, secret),
                   build_watchers(config, clock, log, limits))
     renew_redaction(proxy)
-    if redis:
-        proxy.redis = redis
-        proxy.limits.buckets.on_change = functools.partial(tell_of_redis, proxy)
+    hear_of_redis(proxy)
     hear_of_keys(proxy)
     if database:
         with contextlib.suppress(sqlite3.Error, ValueError):
@@ -14273,10 +14318,22 @@ def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Red
     return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
 
 
-def build_buckets(config: Config, clock: Any, redis: Optional[Redis]) -> Buckets:
+def build_buckets(config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
+                  database: Optional[Database]) -> Buckets:
+    redis = build_redis(config, loop)
     if redis is None:
         return Buckets(clock)
-    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away, config.peers)
+    known = database.facts.get("processes") if database else None
+    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away,
+                        known or config.peers)
+
+
+def hear_of_redis(proxy: Proxy):
+    """Has what is shared say when Redis goes away, and comes back."""
+    buckets = proxy.limits.buckets
+    proxy.redis = buckets.redis
+    if proxy.redis:
+        buckets.on_change = functools.partial(tell_of_redis, proxy)
 
 
 WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
@@ -14441,18 +14498,9 @@ class Pages:
                 entry.outcome, entry.cause = refusal.outcome, refusal.code  # it may be guessing
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
-        charges = self.usual_charges(entry)
-        if charges:
-            quota, wait = proxy.limits.buckets.peek(charges)
-            found["quota"] = {
-                "limit": quota.limit, "remaining": quota.remaining,
-                "refill_tokens": quota.refill_tokens,
-                "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}
+        found.update(self.usual_quota(entry))
         found["upstreams"] = {one.name: one.stats() for one in proxy.routes.all}
-        if proxy.redis:
-            buckets = proxy.limits.buckets
-            found["limits"] = {"shared_by": buckets.processes, "degraded": buckets.is_degraded,
-                               "redis": buckets.reason if buckets.is_degraded else "is there"}
+        found.update(proxy.limits.buckets.health())
         ledger = proxy.books.ledger
         if ledger:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
@@ -14477,6 +14525,16 @@ class Pages:
             if len(lines) % self.MANY_LINES == 0:
                 await asyncio.sleep(0)
         reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
+
+    def usual_quota(self, entry):
+        charges = self.usual_charges(entry)
+        if not charges:
+            return {}
+        quota, wait = self.proxy.limits.buckets.peek(charges)
+        return {"quota": {
+            "limit": quota.limit, "remaining": quota.remaining,
+            "refill_tokens": quota.refill_tokens,
+            "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}}
 
     def usual_charges(self, entry):
         """Returns what a small call would cost, by each rule."""
@@ -15778,13 +15836,12 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
     `${count(output)} tokens of output, ${pace} a second`]]; }
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
-  const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause,
-    Upstream: call.upstream, Status: call.status, Charged: call.charges?.split(";").map(charge),
+  const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause, Status: call.status,
+    Upstream: call.upstream, Charged: call.charges?.split(";").map(charge), Redacted: call.redacted,
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
-    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
@@ -16553,6 +16610,7 @@ class Server(http.server.ThreadingHTTPServer):
         await self.emptying(1)
         await self.part()
         if self.proxy.redis:
+            self.proxy.limits.buckets.flush()
             await self.proxy.redis.close()
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
@@ -16635,7 +16693,8 @@ class Demo:
 
     async def converse(self, reader, writer):
         """Answer one request after another, as simply as a proxy lets one."""
-        with contextlib.suppress(Exception):  # who asks hung up, or asks what no demo understands
+        # Who asks hangs up, or asks what no demo understands.
+        with contextlib.closing(writer), contextlib.suppress(Exception):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 length = re.search(r"(?i)\ncontent-length: *([0-9]+)", head)
@@ -16647,7 +16706,6 @@ class Demo:
                     self.answer(writer, self.MODELS)
                 else:
                     self.answer(writer, "{}", "404 Not Found")
-        writer.close()
 
     async def answer_call(self, writer, body):
         call = json.loads(body or b"{}")
@@ -16718,6 +16776,11 @@ def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
         for name, share in SHARES.items()}}
 
 
+def jitter(arrivals: List[float]) -> List[float]:
+    """Returns by how much each time between two differs from the one before."""
+    return [abs(c - 2 * b + a) for a, b, c in zip(arrivals, arrivals[1:], arrivals[2:])]
+
+
 def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
     """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
     ConfigFaults."""
@@ -16747,8 +16810,10 @@ class Bench:
         """Make a call for each of these."""
         loop, calls = asyncio.get_running_loop(), iter(calls)
         self.began = self.ended = loop.time()
-        await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
-        self.upstream.addresses[0].close_stale(everything=True)
+        try:
+            await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
+        finally:
+            self.upstream.addresses[0].close_stale(everything=True)
 
     async def work(self, loop, calls):
         context = Context(loop)
@@ -16777,8 +16842,7 @@ class Bench:
             self.times["proxy"].append(answered - began - upstream)
         if self.streamed:
             self.times["first byte"].extend([at - began for at in arrivals[:1]])
-            self.times["jitter"].extend([abs(c - 2 * b + a) for a, b, c in zip(
-                arrivals, arrivals[1:], arrivals[2:])])
+            self.times["jitter"].extend(jitter(arrivals))
         return response.status
 
     async def read(self, response, context):
@@ -16816,14 +16880,14 @@ class SelfTest:
     STREAM = {**CALL, "stream": True}
     SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
                 "LIMITS": "each 1000000000 tokens per day"}
-    START_TRIES, CALL_SECONDS = 100, 3  # ten a second
+    START_TRIES, HANG_UP_TRIES, CALL_SECONDS = 100, 50, 3  # ten tries a second
     CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
     GOOD = {  # the unit, from where and to where it is good
+        "memory of an idle connection": ("KiB", 0, 64),
         "added to the first byte": ("ms", 0, 5),
         "calls": ("a second", 200, math.inf),
-        "memory of an idle connection": ("KiB", 0, 64),
         "added to an event, 10 streams": ("ms", 0, 5),
         "added to an event, 100 streams": ("ms", 0, 10),
         "added to an event, 500 streams": ("ms", 0, 50),
@@ -16833,8 +16897,8 @@ class SelfTest:
     def __init__(self):
         self.demo = Demo()
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url = "http://127.0.0.1:%d" % self.port
+            self.place = free.getsockname()
+        self.url = "http://%s:%d" % self.place
         self.key = new_secret()
         self.all_good = True
 
@@ -16850,12 +16914,12 @@ class SelfTest:
         return subprocess.Popen(
             [sys.executable, os.path.abspath(__file__)], cwd=folder, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
-                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.port),
+                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.place[1]),
                 "PROXY_API_KEYS": "selftest=" + self.key})
 
     def scrape(self, name: str) -> float:
         """Returns the sum of the proxy's metrics of a name. Raises OSError."""
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, 5)) as asking:
+        with contextlib.closing(http.client.HTTPConnection(*self.place, timeout=5)) as asking:
             asking.request("GET", "/metrics")
             text = asking.getresponse().read().decode()
         return sum(map(float, re.findall(r"(?m)^%s(?:\{.*\})? (\S+)$" % name, text)))
@@ -16876,14 +16940,15 @@ class SelfTest:
             with contextlib.suppress(ConnectionRefusedError):
                 self.scrape(self.MEMORY)
                 break
-        await self.measure_calls()
+        await self.timed(self.url, self.STREAM, range(self.CALLERS), self.CALLERS)
         before = self.scrape(self.MEMORY)
         with contextlib.ExitStack() as idle:
             for _ in range(self.IDLE):
-                idle.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+                idle.enter_context(socket.create_connection(self.place))
             await asyncio.sleep(0.5)
             more = self.scrape(self.MEMORY) - before
         self.tell("memory of an idle connection", more / self.IDLE / 1024)
+        await self.measure_calls()
         for count in self.STREAMS:
             await self.measure_streams(count, before)
         await self.measure_hang_ups()
@@ -16928,7 +16993,9 @@ class SelfTest:
         before = self.scrape(self.OUTPUT)
         bench = await self.timed(
             self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=5)
-        while self.scrape("llm_proxy_in_flight"):
+        for _ in range(self.HANG_UP_TRIES):
+            if not self.scrape("llm_proxy_in_flight"):
+                break
             await asyncio.sleep(0.1)
         billed = self.scrape(self.OUTPUT) - before
         # The first of a stream's events has no word.
@@ -17525,9 +17592,9 @@ def bench_of(options, environ):
         payload = json.loads(options.payload or DEFAULT_PAYLOAD)
         require(type(payload) is dict, "the payload must be a JSON object")
         if options.model or "model" not in payload:
-            payload["model"] = options.model or ask_models(upstream)[0].name
+            payload["model"] = options.model or ask_at_once(upstream)[0].name
     except (Refusal, ValueError, IndexError) as fault:
-        raise ConfigFaults("bench: %s" % fault) from None
+        raise ConfigFaults("bench: " + with_cause(fault)) from None
     if options.stream:
         payload["stream"] = True
     return Bench(upstream, options.endpoint, payload), requests, concurrency
@@ -17584,7 +17651,7 @@ def selftest_command(_, environ):
     try:
         return int(not (run_unless_stopped(test.run(environ)) and test.all_good))
     except (Refusal, OSError) as fault:
-        print("selftest: %s" % (getattr(fault, "cause", None) or fault), file=sys.stderr)
+        print("selftest: " + with_cause(fault), file=sys.stderr)
         return 1
 
 
