@@ -5124,7 +5124,8 @@ class OpenAI(Dialect):
     DELTAS = """
         choices.text choices.delta.content choices.delta.content.text
         choices.delta.content.thinking.text choices.delta.reasoning_content
-        choices.delta.reasoning choices.delta.reasoning_details.text choices.delta.refusal
+        choices.delta.reasoning choices.delta.reasoning_details.text
+        choices.delta.reasoning_details.summary choices.delta.audio.transcript choices.delta.refusal
         choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta"""
     BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
     BLOCK_END = re.compile(r"\.done$")
