@@ -3166,10 +3166,10 @@ class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
     spelled again. `cuts` are by the mark that stands for each."""
+    cuts: Dict[bytes, slice] = {}
 
     def __init__(self, data: bytes):
         self.data = self.short = data
-        self.cuts: Dict[bytes, slice] = {}
         if len(data) > 2 * MEDIA_BYTES:
             self.short = self.cut_media()
 
@@ -3177,6 +3177,7 @@ class JsonBody:
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
         data = self.data
+        self.cuts = {}
         self.secret = b"%016x" % random.getrandbits(64)
         pieces = []
         taken = 0
@@ -3622,7 +3623,7 @@ class Call(Billable):
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
-            return True in map(self.payload.get, KEPT)
+            return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
         if self.stored and self.endpoint is None:
             made = self.stored.name and self.stored.collection in HAVE_RESULTS
             return self.path.endswith("/" + self.stored.name) if made else not (
@@ -3733,7 +3734,7 @@ def is_small(value):
 
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
-KEPT = (*LATER, "store")  # and at one of these it is stored.
+KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
 BATCH_PATH = re.compile("/batches/*$|:batchGenerateContent$", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
@@ -4415,11 +4416,16 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(?:prompt|completion|total)_tokens"\s*:\s*[0-9]{1,9}(?:\s*,)?'
-EACH_COUNT = b"".join([rb'(?=[^}]*"%b_tokens"\s*:\s*([0-9]+))' % name
-                       for name in (b"prompt", b"completion", b"total")])
-USUAL_END = re.compile(
-    rb'"usage"\s*:\s*\{%b%b\s*\}[^{}]*\}\s*' % (EACH_COUNT, 3 * USUAL_COUNT))
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
+
+
+@functools.lru_cache(KNOWN_MODELS)
+def model_mark(model):
+    """Returns how most servers spell in JSON which model served."""
+    return b'"model":"%b"' % model.encode("utf-8", "replace")
+
+
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -4485,14 +4491,18 @@ class OpenAI(Dialect):
     def usual_usage(self, data, model):
         """Finds three counts, as most servers tell no more, in what then ends the response."""
         if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
-                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) < 0
+                data.find(model_mark(model)) < 0
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
         if not end:
             return None
-        prompt, output, total = map(int, end.groups())
-        return Usage(prompt, output, model=model) if prompt + output == total else None
+        name, count, other, other_count, third, third_count = end.groups()
+        found = {name: int(count), other: int(other_count), third: int(third_count)}
+        prompt, output = found.get(b"prompt"), found.get(b"completion")
+        if len(found) < 3 or prompt + output != found[b"total"]:
+            return None
+        return Usage(prompt, output, 0, 0, 0, False, 0, model)
 
     def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
@@ -5964,7 +5974,7 @@ class Stream:
     waiter: Optional[Wakeup] = None        # of who awaits that more comes,
     write_waiter: Optional[Wakeup] = None  # or that something goes
     source: Optional["Stream"] = None              # the stream to pause while this one is slow
-    poller = None
+    poller = None         # for what can be read
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -6101,7 +6111,8 @@ class Stream:
     def is_silent(self):
         """Tells whether an idle connection can be used again: neither its end came, nor bytes that
         the next call would take for its response."""
-        if self.may_be(READABLE):
+        poller = self.poller = self.poller or self.poller_for(READABLE)
+        if poller is None or poller.poll(0):
             self.on_readable()
         return not self.ended and not self.read_buffer
 
@@ -6109,15 +6120,16 @@ class Stream:
         """Tells whether the other side closed, while nothing is read: the end stands behind what
         nobody has read yet. Where it cannot be told, who sends so far ahead has no business
         here."""
-        return self.may_be(HANG_UP)
+        poller = self.poller_for(HANG_UP)
+        return poller is None or bool(poller.poll(0))
 
-    def may_be(self, event):
-        """Tells whether an event of poll's is there, or cannot be told."""
+    def poller_for(self, event):
+        """Returns what tells whether an event is there, None where nothing can."""
         if not CAN_POLL:
-            return True
-        poller = self.poller = self.poller or select.poll()
+            return None
+        poller = select.poll()
         poller.register(self.descriptor, event)
-        return bool(poller.poll(0))
+        return poller
 
     # -- what goes
 
@@ -9509,13 +9521,13 @@ class Books:
 
     watchers: Sequence[Watcher] = ()
     on_begin: Sequence[Callable[[Entry], None]] = ()
-    on_end: Sequence[Callable[[Entry], None]] = ()
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
+        self.on_end = [one.record for one in (ledger, usage_log) if one]
         self.running: Dict[Entry, None] = {}
 
     def open(self):
@@ -9528,7 +9540,7 @@ class Books:
         """Tells these of calls, what each wants to know."""
         self.watchers = watchers
         self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
-        self.on_end = [one.record for one in watchers if type(one).record is not Watcher.record]
+        self.on_end += [one.record for one in watchers if type(one).record is not Watcher.record]
 
     def begin(self, entry: Entry):
         """A call runs from now on."""
@@ -9537,17 +9549,14 @@ class Books:
             tell(entry)
 
     def record(self, entry: Entry):
-        if entry.call:
+        call = entry.call
+        if call:
             self.running.pop(entry, None)
-        if entry.caller is None and self.refusals.counts_only(entry):
+        elif entry.caller is None and self.refusals.counts_only(entry):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
-        if entry.method and (entry.call or entry.outcome != "ok"):
-            if self.ledger:
-                self.ledger.record(entry)
-            if self.usage_log:
-                self.usage_log.record(entry)
+        if call or (entry.method and entry.outcome != "ok"):
             for tell in self.on_end:
                 tell(entry)
 
@@ -9794,14 +9803,15 @@ class Histogram:
     def __init__(self, bounds: str):
         self.texts = bounds.split()
         self.bounds = list(map(float, self.texts))
-        self.times = []  # those that are yet to be sorted in
+        # Those that are yet to be sorted in; as objects they would crowd the processor's cache.
+        self.times = array.array("d")
         self.counts = [0] * len(self.bounds)
         self.count = 0
         self.total = 0.0
 
     def sort_in(self):
         times = sorted(self.times)
-        self.times.clear()
+        del self.times[:]
         self.count += len(times)
         self.total += math.fsum(times)
         for number, bound in enumerate(self.bounds):
@@ -9869,12 +9879,14 @@ class Metrics(Watcher):
         self.refused: Dict[str, int] = {}
 
     def record(self, entry):
-        call, usage = entry.call, entry.usage
+        call = entry.call
+        usage = entry.usage
         key = (entry.caller.label, call.upstream_model, entry.upstream, call.dialect,
                entry.outcome) if call else (entry.caller, entry.outcome)
         series = self.known.get(key) or self.find(key, entry)
         series.calls += 1
-        times, started, first_byte = series.times, entry.started, entry.first_byte
+        times = series.times
+        started = entry.started
         times.duration.append(entry.ended - started)
         if usage:
             used = series.used
@@ -9886,17 +9898,19 @@ class Metrics(Watcher):
                 used.unpriced += 1
             if usage[DETAILS] != NO_DETAILS:
                 used.add_details(usage)
+        first_byte = entry.first_byte
         if first_byte is not None:
-            times.first_byte.append(first_byte - started)
+            waited = first_byte - started
+            times.first_byte.append(waited)
             if usage:
-                times.overhead.append(first_byte - started - entry.held_up)
+                times.overhead.append(waited - entry.held_up)
                 if call.stream and usage.output > 1:
                     times.token.append((entry.ended - first_byte) / (usage.output - 1))
         if entry.queued is not None:
             times.queue.append(entry.queued / 1000)
 
     def sort_in(self):
-        """Spares memory; to be called every few seconds."""
+        """Takes long where it waits long: a microsecond for each call."""
         for times in self.times.values():
             for one in times.histograms:
                 one.sort_in()
@@ -9997,7 +10011,7 @@ class Pulse(Watcher):
     """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
     which buckets changed, and who called lately."""
     MINUTE = 60
-    MAX_TIMES = 5_000
+    PER_SECOND = 100  # times: percentiles of all would be no truer
     MAX_CALLERS = 1_000
     MAX_SHOWN = 100
 
@@ -10008,7 +10022,9 @@ class Pulse(Watcher):
         self.metrics = metrics
         self.before = metrics.totals()
         self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
-        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
+        self.times = collections.deque(  # (end, seconds, upstream)
+            maxlen=self.MINUTE * self.PER_SECOND)
+        self.room = self.PER_SECOND  # for those of this second
         self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
         self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
 
@@ -10017,7 +10033,8 @@ class Pulse(Watcher):
         if caller is None:
             return
         self.callers[caller.key] = caller, entry.wall
-        if entry.first_byte is not None:
+        if self.room and entry.first_byte is not None:
+            self.room -= 1
             self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
         if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
             for rule, key in entry.hold.keyed_rules:
@@ -10045,6 +10062,7 @@ class Pulse(Watcher):
                  "failed": failed, "in_flight": running, "line": line,
                  "usd": format_usd(picodollars), **self.first_bytes()}
         self.seconds.append(found)
+        self.room = self.PER_SECOND
         if len(self.callers) > self.MAX_CALLERS:
             lately = sorted(self.callers.items(), key=lambda one: one[1][1])
             self.callers = dict(lately[-self.MAX_CALLERS // 2:])
@@ -13653,6 +13671,7 @@ class LoopWatch:
             if now >= self.quiet_until:
                 self.quiet_until = now + self.REPORT_SECONDS
                 self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+        self.metrics.sort_in()
         self.culprit = ""
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
@@ -13849,7 +13868,6 @@ class Server(http.server.ThreadingHTTPServer):
         collect_a_little()
         wall = proxy.clock.time_ns() / 1e9
         proxy.books.save(proxy.limits.buckets.snapshot(wall))
-        proxy.watchers.metrics.sort_in()
         proxy.watchers.warnings.look(
             proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
 
