@@ -4888,6 +4888,10 @@ class Dialects:
     READ_KEYS = frozenset("""
         model models fallbacks stream stream_options options background
         previous_response_id conversation""".split()) | OUTPUT_NUMBERS
+    # What nearly all calls have besides: no other spelling of those.
+    USUAL_KEYS = READ_KEYS.union("""
+        messages input prompt system instructions contents temperature top_p tools tool_choice
+        parallel_tool_calls response_format reasoning_effort stop seed user""".split())
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
@@ -5038,9 +5042,10 @@ class Dialects:
         if len(body.short) > self.max_text:
             raise TextTooLarge()
         call.payload = payload = body.parse()
-        others = payload.keys() - self.READ_KEYS
-        for key in self.READ_KEYS.intersection(map(str.casefold, others)):
-            raise BadRequest("The key %s must be spelled in lower case" % key)
+        if not self.USUAL_KEYS.issuperset(payload):
+            others = payload.keys() - self.READ_KEYS
+            for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+                raise BadRequest("The key %s must be spelled in lower case" % key)
         dialect = call.dialect
         if call.endpoint == UNKNOWN:
             dialect = UNKNOWN_DIALECT
@@ -5943,7 +5948,7 @@ class Wakeup(asyncio.Future):
     """What one task awaits of a socket. `wake` has the task go on at once, within the callback that
     read, where any other future has it go on in the loop's next pass: that costs more than all else
     of a wait, above all on PyPy."""
-    go_on: Optional[Callable[[asyncio.Future], None]] = None  # the task
+    __slots__ = ("go_on",)  # the task's callback, once it waits
 
     def add_done_callback(self, callback, *, context=None):
         self.go_on = callback
@@ -5951,7 +5956,7 @@ class Wakeup(asyncio.Future):
 
     def wake(self):
         """Complete it with True."""
-        go_on = self.go_on
+        go_on = getattr(self, "go_on", None)
         if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
             return self.set_result(True)
         self.remove_done_callback(go_on)
