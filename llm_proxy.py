@@ -1970,19 +1970,20 @@ class Buckets:
         now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            unit, capacity = rule.unit, rule.capacity
+            unit, capacity, refill, interval = rule[2:6]
             if self.given:
                 capacity += self.given_to(key, now)
             known = self.levels.get(key)
             if known is None:
-                level, refilled = capacity, now
+                level = capacity
+                refilled = now
             else:
                 level, refilled, _, _, _, _ = known
                 passed = now - refilled + 1e-6  # a microsecond for what floats lose
-                if passed >= rule.interval:
-                    steps = int(passed / rule.interval)
-                    level += steps * rule.refill
-                    refilled += steps * rule.interval
+                if passed >= interval:
+                    steps = int(passed / interval)
+                    level += steps * refill
+                    refilled += steps * interval
                 if level >= capacity:
                     level = capacity
                     refilled = now
@@ -2777,9 +2778,13 @@ class Habits:
         setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
 
     def note_output(self, tokens: int):
-        self.recent.append(tokens)
-        del self.recent[:-self.MEMORY]
-        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
+        recent = self.recent
+        recent.append(tokens)
+        if len(recent) > self.MEMORY:
+            oldest = recent.pop(0)
+            if tokens == oldest or (tokens <= self.peak and oldest < self.peak):
+                return  # the largest of them are as before
+        self.peak = sorted(recent)[-1 - len(recent) // 20]
 
 
 class ModelHabits:
@@ -2870,11 +2875,11 @@ class CostEstimator:
             prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        prompt = self.tokens_of(length, ratio)
+        own = habits.of(caller)
+        prompt = self.tokens_of(length, own.input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
-            peak = habits.peak(caller) or self.last_peak(caller)
+            peak = own.peak or habits.usual.peak or self.last_peak(caller)
             if peak > output:
                 held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
