@@ -2382,7 +2382,7 @@ class Buckets:
         now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            unit, capacity = rule.unit, rule.capacity
+            unit, capacity, refill, interval = rule[2:6]
             if self.given:
                 capacity += self.given_to(key, now)
             if rule.window:
@@ -2391,14 +2391,15 @@ class Buckets:
                 continue
             known = self.levels.get(key)
             if known is None:
-                level, refilled = capacity, now
+                level = capacity
+                refilled = now
             else:
                 level, refilled, _, _, _, _ = known
                 passed = now - refilled + 1e-6  # a microsecond for what floats lose
-                if passed >= rule.interval:
-                    steps = int(passed / rule.interval)
-                    level += steps * rule.refill
-                    refilled += steps * rule.interval
+                if passed >= interval:
+                    steps = int(passed / interval)
+                    level += steps * refill
+                    refilled += steps * interval
                 if level >= capacity:
                     level = capacity
                     refilled = now
@@ -3225,9 +3226,13 @@ class Habits:
         setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
 
     def note_output(self, tokens: int):
-        self.recent.append(tokens)
-        del self.recent[:-self.MEMORY]
-        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
+        recent = self.recent
+        recent.append(tokens)
+        if len(recent) > self.MEMORY:
+            oldest = recent.pop(0)
+            if tokens == oldest or (tokens <= self.peak and oldest < self.peak):
+                return  # the largest of them are as before
+        self.peak = sorted(recent)[-1 - len(recent) // 20]
 
 
 class ModelHabits:
@@ -3318,11 +3323,11 @@ class CostEstimator:
             prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        prompt = self.tokens_of(length, ratio)
+        own = habits.of(caller)
+        prompt = self.tokens_of(length, own.input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
-            peak = habits.peak(caller) or self.last_peak(caller)
+            peak = own.peak or habits.usual.peak or self.last_peak(caller)
             if peak > output:
                 held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
@@ -3619,10 +3624,10 @@ class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
     spelled again. `cuts` are by the mark that stands for each."""
+    cuts: Dict[bytes, slice] = {}
 
     def __init__(self, data: bytes):
         self.data = self.short = data
-        self.cuts: Dict[bytes, slice] = {}
         if len(data) > 2 * MEDIA_BYTES:
             self.short = self.cut_media()
 
@@ -3630,6 +3635,7 @@ class JsonBody:
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
         data = self.data
+        self.cuts = {}
         self.secret = b"%016x" % random.getrandbits(64)
         pieces = []
         taken = 0
@@ -4113,7 +4119,7 @@ class Call(Billable):
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
-            return True in map(self.payload.get, KEPT)
+            return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
         if self.stored and self.endpoint is None:
             made = self.stored.name and self.stored.collection in HAVE_RESULTS
             return self.path.endswith("/" + self.stored.name) if made else not (
@@ -4235,7 +4241,7 @@ def is_small(value):
 
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
-KEPT = (*LATER, "store")  # and at one of these it is stored.
+KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
 BATCH_PATH = re.compile("/batches/*$|:batchGenerateContent$", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
@@ -5077,11 +5083,16 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(?:prompt|completion|total)_tokens"\s*:\s*[0-9]{1,9}(?:\s*,)?'
-EACH_COUNT = b"".join([rb'(?=[^}]*"%b_tokens"\s*:\s*([0-9]+))' % name
-                       for name in (b"prompt", b"completion", b"total")])
-USUAL_END = re.compile(
-    rb'"usage"\s*:\s*\{%b%b\s*\}[^{}]*\}\s*' % (EACH_COUNT, 3 * USUAL_COUNT))
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
+
+
+@functools.lru_cache(KNOWN_MODELS)
+def model_mark(model):
+    """Returns how most servers spell in JSON which model served."""
+    return b'"model":"%b"' % model.encode("utf-8", "replace")
+
+
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -5156,14 +5167,18 @@ class OpenAI(Dialect):
     def usual_usage(self, data, model):
         """Finds three counts, as most servers tell no more, in what then ends the response."""
         if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
-                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) < 0
+                data.find(model_mark(model)) < 0
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
         if not end:
             return None
-        prompt, output, total = map(int, end.groups())
-        return Usage(prompt, output, model=model) if prompt + output == total else None
+        name, count, other, other_count, third, third_count = end.groups()
+        found = {name: int(count), other: int(other_count), third: int(third_count)}
+        prompt, output = found.get(b"prompt"), found.get(b"completion")
+        if len(found) < 3 or prompt + output != found[b"total"]:
+            return None
+        return Usage(prompt, output, 0, 0, 0, False, 0, model)
 
     def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
@@ -5566,6 +5581,10 @@ class Dialects:
     READ_KEYS = frozenset("""
         model models fallbacks stream stream_options options background
         previous_response_id conversation""".split()) | OUTPUT_NUMBERS
+    # What nearly all calls have besides: no other spelling of those.
+    USUAL_KEYS = READ_KEYS.union("""
+        messages input prompt system instructions contents temperature top_p tools tool_choice
+        parallel_tool_calls response_format reasoning_effort stop seed user""".split())
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
@@ -5717,9 +5736,10 @@ class Dialects:
         if len(body.short) > self.max_text:
             raise TextTooLarge()
         call.payload = payload = body.parse()
-        others = payload.keys() - self.READ_KEYS
-        for key in self.READ_KEYS.intersection(map(str.casefold, others)):
-            raise BadRequest("The key %s must be spelled in lower case" % key)
+        if not self.USUAL_KEYS.issuperset(payload):
+            others = payload.keys() - self.READ_KEYS
+            for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+                raise BadRequest("The key %s must be spelled in lower case" % key)
         dialect = call.dialect
         if call.endpoint == UNKNOWN:
             dialect = UNKNOWN_DIALECT
@@ -7311,7 +7331,7 @@ class Wakeup(asyncio.Future):
     """What one task awaits of a socket. `wake` has the task go on at once, within the callback that
     read, where any other future has it go on in the loop's next pass: that costs more than all else
     of a wait, above all on PyPy."""
-    go_on: Optional[Callable[[asyncio.Future], None]] = None  # the task
+    __slots__ = ("go_on",)  # the task's callback, once it waits
 
     def add_done_callback(self, callback, *, context=None):
         self.go_on = callback
@@ -7319,7 +7339,7 @@ class Wakeup(asyncio.Future):
 
     def wake(self):
         """Complete it with True."""
-        go_on = self.go_on
+        go_on = getattr(self, "go_on", None)
         if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
             return self.set_result(True)
         self.remove_done_callback(go_on)
@@ -7342,7 +7362,7 @@ class Stream:
     waiter: Optional[Wakeup] = None        # of who awaits that more comes,
     write_waiter: Optional[Wakeup] = None  # or that something goes
     source: Optional["Stream"] = None              # the stream to pause while this one is slow
-    poller = None
+    poller = None         # for what can be read
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -7479,7 +7499,8 @@ class Stream:
     def is_silent(self):
         """Tells whether an idle connection can be used again: neither its end came, nor bytes that
         the next call would take for its response."""
-        if self.may_be(READABLE):
+        poller = self.poller = self.poller or self.poller_for(READABLE)
+        if poller is None or poller.poll(0):
             self.on_readable()
         return not self.ended and not self.read_buffer
 
@@ -7487,15 +7508,16 @@ class Stream:
         """Tells whether the other side closed, while nothing is read: the end stands behind what
         nobody has read yet. Where it cannot be told, who sends so far ahead has no business
         here."""
-        return self.may_be(HANG_UP)
+        poller = self.poller_for(HANG_UP)
+        return poller is None or bool(poller.poll(0))
 
-    def may_be(self, event):
-        """Tells whether an event of poll's is there, or cannot be told."""
+    def poller_for(self, event):
+        """Returns what tells whether an event is there, None where nothing can."""
         if not CAN_POLL:
-            return True
-        poller = self.poller = self.poller or select.poll()
+            return None
+        poller = select.poll()
         poller.register(self.descriptor, event)
-        return bool(poller.poll(0))
+        return poller
 
     # -- what goes
 
@@ -10867,13 +10889,13 @@ class Books:
 
     watchers: Sequence[Watcher] = ()
     on_begin: Sequence[Callable[[Entry], None]] = ()
-    on_end: Sequence[Callable[[Entry], None]] = ()
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
+        self.on_end = [one.record for one in (ledger, usage_log) if one]
         self.running: Dict[Entry, None] = {}
 
     def open(self):
@@ -10886,7 +10908,7 @@ class Books:
         """Tells these of calls, what each wants to know."""
         self.watchers = watchers
         self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
-        self.on_end = [one.record for one in watchers if type(one).record is not Watcher.record]
+        self.on_end += [one.record for one in watchers if type(one).record is not Watcher.record]
 
     def begin(self, entry: Entry):
         """A call runs from now on."""
@@ -10895,17 +10917,14 @@ class Books:
             tell(entry)
 
     def record(self, entry: Entry):
-        if entry.call:
+        call = entry.call
+        if call:
             self.running.pop(entry, None)
-        if entry.caller is None and self.refusals.counts_only(entry):
+        elif entry.caller is None and self.refusals.counts_only(entry):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
-        if entry.method and (entry.call or entry.outcome != "ok"):
-            if self.ledger:
-                self.ledger.record(entry)
-            if self.usage_log:
-                self.usage_log.record(entry)
+        if call or (entry.method and entry.outcome != "ok"):
             for tell in self.on_end:
                 tell(entry)
 
@@ -11152,14 +11171,15 @@ class Histogram:
     def __init__(self, bounds: str):
         self.texts = bounds.split()
         self.bounds = list(map(float, self.texts))
-        self.times = []  # those that are yet to be sorted in
+        # Those that are yet to be sorted in; as objects they would crowd the processor's cache.
+        self.times = array.array("d")
         self.counts = [0] * len(self.bounds)
         self.count = 0
         self.total = 0.0
 
     def sort_in(self):
         times = sorted(self.times)
-        self.times.clear()
+        del self.times[:]
         self.count += len(times)
         self.total += math.fsum(times)
         for number, bound in enumerate(self.bounds):
@@ -11232,12 +11252,14 @@ class Metrics(Watcher):
         self.redacted: Dict[str, int] = collections.Counter()
 
     def record(self, entry):
-        call, usage = entry.call, entry.usage
+        call = entry.call
+        usage = entry.usage
         key = (entry.caller.label, call.upstream_model, entry.upstream, call.dialect,
                entry.outcome) if call else (entry.caller, entry.outcome)
         series = self.known.get(key) or self.find(key, entry)
         series.calls += 1
-        times, started, first_byte = series.times, entry.started, entry.first_byte
+        times = series.times
+        started = entry.started
         times.duration.append(entry.ended - started)
         if usage:
             used = series.used
@@ -11249,17 +11271,19 @@ class Metrics(Watcher):
                 used.unpriced += 1
             if usage[DETAILS] != NO_DETAILS:
                 used.add_details(usage)
+        first_byte = entry.first_byte
         if first_byte is not None:
-            times.first_byte.append(first_byte - started)
+            waited = first_byte - started
+            times.first_byte.append(waited)
             if usage:
-                times.overhead.append(first_byte - started - entry.held_up)
+                times.overhead.append(waited - entry.held_up)
                 if call.stream and usage.output > 1:
                     times.token.append((entry.ended - first_byte) / (usage.output - 1))
         if entry.queued is not None:
             times.queue.append(entry.queued / 1000)
 
     def sort_in(self):
-        """Spares memory; to be called every few seconds."""
+        """Takes long where it waits long: a microsecond for each call."""
         for times in self.times.values():
             for one in times.histograms:
                 one.sort_in()
@@ -11360,7 +11384,7 @@ class Pulse(Watcher):
     """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
     which buckets changed, and who called lately."""
     MINUTE = 60
-    MAX_TIMES = 5_000
+    PER_SECOND = 100  # times: percentiles of all would be no truer
     MAX_CALLERS = 1_000
     MAX_SHOWN = 100
 
@@ -11371,7 +11395,9 @@ class Pulse(Watcher):
         self.metrics = metrics
         self.before = metrics.totals()
         self.seconds: "collections.deque[JsonObject]" = collections.deque(maxlen=self.MINUTE)
-        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
+        self.times = collections.deque(  # (end, seconds, upstream)
+            maxlen=self.MINUTE * self.PER_SECOND)
+        self.room = self.PER_SECOND  # for those of this second
         self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
         self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
 
@@ -11382,7 +11408,8 @@ class Pulse(Watcher):
         self.callers[caller.key] = caller, entry.wall
         if entry.found:
             self.metrics.redacted.update(entry.found)
-        if entry.first_byte is not None:
+        if self.room and entry.first_byte is not None:
+            self.room -= 1
             self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
         if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
             for rule, key in entry.hold.keyed_rules:
@@ -11410,6 +11437,7 @@ class Pulse(Watcher):
                  "failed": failed, "in_flight": running, "line": line,
                  "usd": format_usd(picodollars), **self.first_bytes()}
         self.seconds.append(found)
+        self.room = self.PER_SECOND
         if len(self.callers) > self.MAX_CALLERS:
             lately = sorted(self.callers.items(), key=lambda one: one[1][1])
             self.callers = dict(lately[-self.MAX_CALLERS // 2:])
@@ -16365,6 +16393,7 @@ class LoopWatch:
             if now >= self.quiet_until:
                 self.quiet_until = now + self.REPORT_SECONDS
                 self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+        self.metrics.sort_in()
         self.culprit = ""
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
@@ -16561,7 +16590,6 @@ class Server(http.server.ThreadingHTTPServer):
         proxy.routes.close_stale()
         collect_a_little()
         proxy.books.save(proxy.limits.buckets.snapshot(proxy.wall()))
-        proxy.watchers.metrics.sort_in()
         proxy.watchers.warnings.look(
             proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
 

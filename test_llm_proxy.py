@@ -9082,12 +9082,12 @@ class MetricsTest(SignalsCase):
 
     def test_a_histogram_counts_what_is_at_most_its_bound(self):
         histogram = llm_proxy.Histogram("0.1 0.5 1")
-        histogram.times += [.5, .05, .1, .7, 3]
+        histogram.times.extend([.5, .05, .1, .7, 3])
         rows = {labels.partition("le=")[2].strip('"') or end: value
                 for labels, value, end in histogram.samples("a=")}
         self.assertEqual({name: float(value) for name, value in rows.items()}, {
             "0.1": 2, "0.5": 3, "1": 4, "+Inf": 5, "_sum": 4.35, "_count": 5})
-        histogram.times += [.2] * 3
+        histogram.times.extend([.2] * 3)
         self.assertEqual(histogram.samples("a=")[1][1], 6)
 
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
