@@ -50,6 +50,7 @@ Contents, in reading order; a section uses only what stands above it:
     Admin       the admin API: who uses what, keys, upstreams, live events
     Dashboard   the source of the page that shows it
     Server      clients' connections, caps, TLS, draining
+    Workers     several processes on one port, and their parent
     Demo        a small endpoint to try things on
     Commands    the command line
 """
@@ -81,6 +82,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mmap
 import operator
 import os
 import random
@@ -88,7 +90,6 @@ import re
 import select
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import struct
@@ -766,7 +767,11 @@ SETTING_ROWS = {
         ("LOG_FORMAT=text", one_of("text", "json"),
          "form of the lines on stderr, one per call: text for people, json for programs"),
         ("CPU_AFFINITY=auto", cpu_number,
-         "CPU to stay on (Linux): a number, auto (the port picks one) or off"),
+         "CPU to stay on (Linux): a number, auto (the port picks one) or off; workers take those"
+         " that follow"),
+        ("REDIS_URL", printable, "URL of Redis", SECRET),
+        ("WORKERS=1", number_between(1, 64),
+         "processes that share the port; more than one need REDIS_URL, and a system with fork"),
     ),
 }
 SETTINGS = {group: [Setting(*row) for row in rows] for group, rows in SETTING_ROWS.items()}
@@ -1004,6 +1009,9 @@ class Config(types.SimpleNamespace):
                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
         if "{me}" in (self.limit_message or "") and not self.public_url:
             yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        if (self.workers or 1) > 1 and not (self.texts["REDIS_URL"] and hasattr(os, "fork")):
+            yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
+                   % self.workers)
         yield from self.contradictions_of_keys()
         yield from self.contradictions_of_tls()
 
@@ -1625,8 +1633,9 @@ def blinded(credential: bytes, secret: bytes) -> bytes:
 
 class StoredKeys:
     """The keys of DATABASE as they were when they were read: in `rows`. `closed`: nobody else may
-    call. `faults` are sentences about what could not be read."""
+    call. `disabled` are names of upstreams. `faults` are sentences about what could not be read."""
     rows: Optional[Tuple[Any, ...]] = None
+    disabled: Sequence[str] = ()
     faults: Sequence[str] = ()
 
     def __init__(self, secret: bytes, keys: Sequence[Key] = (),
@@ -7725,8 +7734,14 @@ class Routes:
         return found
 
     def switch(self, name: str, on: bool):
-        """Enables or disables an upstream. Raises LookupError."""
-        {one.name: one for one in self.all}[name].disabled = not on
+        """Enables or disables an upstream."""
+        self.disable([one.name for one in self.all
+                      if (one.disabled if one.name != name else not on)])
+
+    def disable(self, names: Collection[str]):
+        """Disables these upstreams, and enables the others."""
+        for one in self.all:
+            one.disabled = one.name in names
         self.some_are_disabled = any(one.disabled for one in self.all)
         self.known.clear()  # the next one of the model's serves it
 
@@ -7831,6 +7846,7 @@ def clean(text: Optional[str]) -> Optional[str]:
     return text
 
 
+PIPE_BUF = getattr(select, "PIPE_BUF", 512)  # bytes that a pipe takes as a whole (POSIX write)
 MAX_AGENT = 120
 UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
 SEEN = bytes(range(ord(" "), 0x7f)) + b"\n"
@@ -8037,17 +8053,32 @@ class Writer:
             self.thread.join(wait)
 
 
+def message_line(text: str, as_json: bool) -> str:
+    """Returns a line of the log that tells of no call."""
+    return json.dumps({"message": text}) if as_json else text
+
+
+def whole_lines(data: memoryview) -> int:
+    """Returns how much to write at once, so that lines of several processes are not mixed where the
+    log is a pipe."""
+    if len(data) <= PIPE_BUF:
+        return len(data)
+    return bytes(data[:PIPE_BUF]).rfind(b"\n") + 1 or bytes(data).index(b"\n") + 1
+
+
 class Log(Writer):
     """Lines on stderr."""
     PAUSE = 0.05
     BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
+    LONGEST = 3000  # characters of what one of several processes says: it fits in PIPE_BUF
     told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
-    def __init__(self, stream: BinaryIO, as_json: bool):
+    def __init__(self, stream: BinaryIO, as_json: bool, speaker: str = ""):
         """`stream` is unbuffered: a buffer has a lock, which a blocked writer would hold when the
-        process ends."""
+        process ends. `speaker` begins all that is said, where several processes have one log."""
         super().__init__("log")
+        self.speaker = speaker
         self.stream = stream
         self.as_json = as_json
         self.thread.start()
@@ -8057,7 +8088,9 @@ class Log(Writer):
         self.record(self.message(text))
 
     def message(self, text):
-        return json.dumps({"message": text}) if self.as_json else text
+        if self.speaker and len(text) > self.LONGEST:
+            text = "%s ... %s" % (text[:self.LONGEST // 2], text[-self.LONGEST // 2:])
+        return message_line(self.speaker + text, self.as_json)
 
     def report(self):
         """Queues the traceback of the exception being handled: a bug of ours."""
@@ -8087,7 +8120,7 @@ class Log(Writer):
         data = whole = memoryview(data)
         try:
             while data:
-                written = self.stream.write(data)
+                written = self.stream.write(data[:whole_lines(data)])
                 # None: a pipe that does not block, and is full
                 if written is None and self.stop.wait(self.PAUSE):
                     break
@@ -8319,11 +8352,14 @@ class Database:
 
     connection: Optional[sqlite3.Connection] = None
 
-    def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False):
-        """`lock` as `lock_for_service` has it. Raises DatabaseFault; FileNotFoundError where there
-        is nothing to read."""
+    def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False,
+                 shared: bool = False):
+        """`lock` as `lock_for_service` has it. `shared`: other processes write calls, too, and the
+        levels of buckets are not here. Raises DatabaseFault; FileNotFoundError where there is
+        nothing to read."""
         self.path = path
         self.lock = lock
+        self.shared = shared
         self.sums = SumsOfCalls()
         self.fresh: List[Tuple] = []  # what is yet to be added up of the last calls,
         self.behind = True            # of which there may be more in the file
@@ -8421,7 +8457,7 @@ class Database:
 
     def add(self, rows) -> List[Tuple]:
         """Inserts calls, a few dozen by one statement: after each, this thread must wait for the
-        interpreter again. Returns what is added up of them."""
+        interpreter again. Returns what is added up of them, where that is not read again."""
         marks = "(%s)" % ",".join("?" * len(COLUMNS))
         for start in range(0, len(rows), self.ROWS):
             batch = rows[start:start + self.ROWS]
@@ -8429,7 +8465,8 @@ class Database:
                                     list(itertools.chain(*batch)))
         (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
         first = (last or 0) - len(rows) + 1
-        return [(number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
+        return [] if self.shared else [
+            (number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
 
     # -- sums, and the list of ids; each of these does a little, and returns whether it did
 
@@ -8438,7 +8475,7 @@ class Database:
         summed = self.facts["summed"]
         if self.behind or self.fresh and self.fresh[0][0] != summed + 1:
             self.fresh = self.added("rowid > ? ORDER BY rowid LIMIT ?", summed, self.BATCH)
-            self.behind = len(self.fresh) == self.BATCH
+            self.behind = self.shared or len(self.fresh) == self.BATCH
         rows, rest = self.fresh[:self.BATCH], self.fresh[self.BATCH:]
         if rows:
             self.add_up(rows, "summed", rows[-1][0])
@@ -8507,6 +8544,8 @@ class Database:
         return True
 
     def save(self, changed, gone):
+        if self.shared:
+            return
         execute = self.connection.executemany
         execute("DELETE FROM buckets WHERE rule = ? AND subject = ?", map(self.spell_key, gone))
         execute("INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)", [
@@ -8532,7 +8571,8 @@ class Database:
     def levels(self) -> Levels:
         """Returns what was saved."""
         found = {}
-        for rule, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
+        for rule, subject, level, since in () if self.shared else self.connection.execute(
+                "SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
                 found[(rule, *self.read_owners(subject))] = int(level), float(since)
@@ -8563,19 +8603,17 @@ class Database:
         return bytes(found)
 
     def key_rows(self) -> Tuple[Any, ...]:
-        """Returns (rows of keys, of their secrets, whether nobody else may call), all of one
-        moment; when a key was used last is left out."""
+        """Returns (rows of keys, of their secrets, whether nobody else may call, names of upstreams
+        that an admin has switched off), all of one moment; when a key was used last is left out."""
         execute = self.connection.execute
         execute("BEGIN")
         with self.connection:
             return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
-                    self.is_closed())
-
-    def disabled_upstreams(self) -> List[str]:
-        """Returns the names of upstreams that an admin has switched off."""
-        query = "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %' AND value = 1"
-        return [name for name, in self.connection.execute(query)]
+                    self.is_closed(),
+                    [name for name, in execute(
+                        "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %'"
+                        " AND value = 1")])
 
     def is_closed(self) -> bool:
         return bool(self.connection.execute(
@@ -8592,20 +8630,19 @@ class Database:
                 "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
                 (wall, name, wall - 60))
 
-    def take_orders(self, now: float, again: bool = False) -> List["Order"]:
-        """Returns what is to be done, which counts as done from then on; `again`: also what was
-        given before and is good still."""
+    def take_orders(self, now: float) -> List["Order"]:
+        """Returns what is to be done, which counts as done from then on, and what was given before
+        and is good still."""
         execute = self.connection.execute
-        if not execute("SELECT 1 FROM orders WHERE done = 0 OR ? LIMIT 1", (again,)).fetchall():
+        if not execute("SELECT 1 FROM orders LIMIT 1").fetchall():
             return []
         execute("BEGIN IMMEDIATE")
         with self.connection:
             found = execute(  # and nothing that somebody else has written
                 "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
-                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
-                (now if again else math.inf,)).fetchall()
+                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id", (now,)).fetchall()
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
-            execute("UPDATE orders SET done = 1")
+            execute("UPDATE orders SET done = 1 WHERE done = 0")
         return list(map(Order._make, found))
 
     def audit(self, who: str, role: str, address: str, what: str, target: str, detail: str):
@@ -9035,7 +9072,7 @@ class Order(NamedTuple):
 
 def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> StoredKeys:
     """Returns the keys of Database.key_rows()."""
-    keys, secrets, is_closed = rows
+    keys, secrets, is_closed, *disabled = rows
     found = []
     faults = []
     for row in keys:
@@ -9047,6 +9084,7 @@ def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> Sto
             for one, name, until in secrets if type(one) is bytes]
     stored = StoredKeys(secret, found, good, closed or is_closed)
     stored.rows = rows
+    stored.disabled = disabled[0] if disabled else ()
     stored.faults = faults
     return stored
 
@@ -9228,16 +9266,17 @@ def lock_name(path: str) -> str:
     return os.path.realpath(path) + ".lock"
 
 
-def lock_for_service(path: str) -> Optional[BinaryIO]:
+def lock_for_service(path: str, shared: bool = False) -> Optional[BinaryIO]:
     """Returns a file that is locked while it stays open, so that one service alone writes the
-    levels of a database; commands may read it. Raises DatabaseFault. Windows has no such lock."""
+    levels of a database; commands may read it. `shared`: for one of its workers. Raises
+    DatabaseFault. Windows has no such lock."""
     try:
         import fcntl
     except ImportError:
         return None
     try:
         file = open(lock_name(path), "ab", opener=lambda *how: os.open(*how, 0o600))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
         file.close()
@@ -9246,12 +9285,18 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
         raise Unwritable(path, failure) from None
 
 
-def open_for_service(path: str, opening: Callable[[str, Optional[BinaryIO]], Database] = Database
-                     ) -> Database:
+def let_workers_in(lock: BinaryIO):
+    """Lets those who ask for it as workers have a lock, too. Raises OSError."""
+    import fcntl
+    fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def open_for_service(path: str, opening: Callable[..., Database] = Database,
+                     shared: bool = False) -> Database:
     """Returns a database that no other service writes while it is open. Raises DatabaseFault."""
-    lock = lock_for_service(path)
+    lock = lock_for_service(path, shared)
     try:
-        return opening(path, lock)
+        return opening(path, lock, shared=shared)
     except DatabaseFault:
         if lock:
             lock.close()
@@ -9273,9 +9318,11 @@ class Ledger(Writer):
     version = -1          # of the database, when keys were read
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
-                 clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes):
+                 clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes,
+                 worker: Optional[int] = None):
         """`secret` is what digests of keys are blinded by. Without a database one is looked for at
-        `path` once in a while."""
+        `path` once in a while. `worker` is the number of one of several processes that have it, of
+        which the first keeps the sums."""
         super().__init__("ledger")
         self.database = database
         self.path = path
@@ -9286,8 +9333,10 @@ class Ledger(Writer):
         self.log = log
         self.keys = keys
         self.secret = secret
+        self.worker = worker
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
+        self.done: Set[Order] = set()  # what is good still, and known here
         self.on_read = collections.deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
@@ -9327,7 +9376,7 @@ class Ledger(Writer):
             self.dropped += len(batch)
         for _ in batch:
             self.queue.popleft()
-        if now >= self.sum_at:
+        if now >= self.sum_at and not self.worker:
             self.add_up(now)
 
     def add_up(self, now):
@@ -9356,7 +9405,7 @@ class Ledger(Writer):
         if self.database is None and now >= self.reopen_at:
             self.reopen_at = now + self.REOPEN_SECONDS
             try:
-                self.database = open_for_service(self.path)
+                self.database = open_for_service(self.path, shared=self.worker is not None)
                 self.saved = {}
                 self.version = -1
                 if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
@@ -9382,7 +9431,7 @@ class Ledger(Writer):
             if version == self.version:
                 return
             rows = self.database.key_rows()
-            orders = self.database.take_orders(self.clock.time_ns() / 1e9)
+            orders = self.new_orders()
         except sqlite3.Error as failure:
             return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
         self.version = version
@@ -9393,6 +9442,14 @@ class Ledger(Writer):
         elif not orders:
             return
         self.on_news(self.keys, orders)
+
+    def new_orders(self) -> List[Order]:
+        """Returns what is yet to be done here; of several workers the first that looks adds what is
+        given, and each must know of it."""
+        found = self.database.take_orders(self.clock.time_ns() / 1e9)
+        new = [one for one in found if one._replace(done=1) not in self.done]
+        self.done = {one._replace(done=1) for one in found}
+        return new
 
     def note_use(self, entries, now):
         """Writes when keys were used, to the minute."""
@@ -10073,17 +10130,21 @@ class Pulse(Watcher):
                 for key, (rule, caller) in changed.items()]
 
 
-def upstream_families(routes: Routes) -> List[Family]:
+def state_family(routes: Routes) -> Family:
     """Returns how the upstreams are; no address is named."""
-    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     states = []
     for one in routes.all:
         known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
         states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
+    return Family("llm_proxy_upstream_state", "gauge",
+                  "How many addresses of an upstream are in this state; closed is well", states)
+
+
+def load_families(routes: Routes) -> List[Family]:
+    """Returns how busy the upstreams are."""
+    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     return [
-        Family("llm_proxy_upstream_state", "gauge",
-               "How many addresses of an upstream are in this state; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
                [(labels, found["in_flight"]) for labels, found in stats]),
         Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
@@ -10379,28 +10440,102 @@ class Watchers(NamedTuple):
     traces: Optional[Traces] = None
     marks: Optional[Marks] = None
 
-    def metric_lines(self, routes: Routes, books: Books, buckets: Buckets) -> Iterable[str]:
-        """Yields what /metrics says."""
+    def families(self, routes: Routes, books: Books) -> List[Family]:
+        """Returns what may be added up over workers."""
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
         dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
-        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
-            sys.implementation.name, *sys.version_info[:3]))
-        for family in (
-                *self.metrics.families(), *self.metrics.bucket_families(buckets),
-                *upstream_families(routes),
+        return [*self.metrics.families(), *load_families(routes),
                 Family("llm_proxy_dropped_total", "counter",
                        "What could not be written or delivered", dropped),
-                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
-                *process_families()):
-            yield from family.lines()
+                *process_families()]
+
+    def own_families(self, routes: Routes, buckets: Buckets) -> List[Family]:
+        """Returns what may not."""
+        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3]))
+        return [*self.metrics.bucket_families(buckets), state_family(routes),
+                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)])]
+
+
+class Tally:
+    """What the workers of one parent have counted, in memory that they share: each writes its part
+    every second, and whoever is asked adds them up. The memory outlives a worker, and its successor
+    goes on from there, so that no count goes back."""
+    HALF = 4 << 20                # bytes, compressed; the system gives only those that are written
+    HEAD = struct.Struct("<QQ")   # the number of the writing, and how long it is
+    number = 0                    # of this worker
+    before: List[List[Any]] = []  # what those before this one have counted
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.memory = mmap.mmap(-1, workers * 2 * self.HALF)
+
+    def begin(self, number: int):
+        """This process is the worker of this number from now on."""
+        self.number = number
+        self.before = [row for row in self.read(number) if row[1] != "gauge"]
+
+    def halves(self, number):
+        """Returns (number of the writing, length, where) of both, the later one first."""
+        starts = [(2 * number + half) * self.HALF for half in range(2)]
+        return sorted([(*self.HEAD.unpack_from(self.memory, at), at + self.HEAD.size)
+                       for at in starts], reverse=True)
+
+    def read(self, number: int) -> List[List[Any]]:
+        """Returns rows of Family, as a worker has written them; where it was killed meanwhile, as
+        it did before."""
+        for _, length, at in self.halves(number):
+            with contextlib.suppress(zlib.error, ValueError):
+                return json.loads(zlib.decompress(self.memory[at:at + length]))
+        return []
+
+    def write(self, families: List[Family]):
+        data = zlib.compress(json.dumps(added_up([*self.before, *families])).encode(), 1)
+        (last, *_), (_, _, at) = self.halves(self.number)
+        if len(data) <= self.HALF - self.HEAD.size:
+            self.memory[at:at + len(data)] = data
+            self.HEAD.pack_into(self.memory, at - self.HEAD.size, last + 1, len(data))
+
+    def families(self) -> List[Family]:
+        """Returns what all have counted."""
+        return added_up(itertools.chain.from_iterable(map(self.read, range(self.workers))))
+
+
+def added_up(rows: Iterable[Sequence[Any]]) -> List[Family]:
+    """Returns one Family of each name, with the sum of its samples."""
+    found: Dict[str, Family] = {}
+    for name, kind, what, samples in rows:
+        family = found.setdefault(name, Family(name, kind, what, {}))
+        for labels, value, *end in samples:
+            key = labels, *end
+            family.samples[key] = plus(family.samples.get(key, 0), value)
+    return [one._replace(samples=[(labels, value, *end) for (labels, *end), value
+                                  in one.samples.items()]) for one in found.values()]
+
+
+def plus(one, other):
+    """Adds values of samples: fractions are written with nine digits at most."""
+    if type(one) is type(other) is int:
+        return one + other
+    return round(float(one) + float(other), 9)
 
 
 # --------------------------------------------------------------------------------------------------
 # Shared: what several processes have in common, in Redis: buckets, keys, sums, slots. Without
 # REDIS_URL nothing of it is used. It knows no HTTP.
 # --------------------------------------------------------------------------------------------------
+
+class Worker(NamedTuple):
+    """One of several processes that serve on one port, and what all have from their parent."""
+    listener: socket.socket
+    lock: Optional[BinaryIO]  # of the database, where there is one
+    secret: bytes             # by which digests of keys are blinded: all have the same labels
+    tally: Tally
+    number: int = 0
+    lifeline: int = -1        # a descriptor that ends with the parent
+
 
 class RedisFault(Exception):
     """Redis did not do what it was asked to; says why, without an address or a password."""
@@ -10982,6 +11117,8 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 
 class Proxy:
+    tally: Optional[Tally] = None  # of all workers, where there are several
+
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
                  dialects: Dialects, stored: Stored, routes: Routes, books: Books,
@@ -11176,11 +11313,13 @@ class Proxy:
             raise ModelNotAllowed()
 
     def take_keys(self, keys: StoredKeys, orders: Sequence[Order]):
-        """Goes by keys as they are now, and does what was ordered."""
+        """Goes by keys, and by what an admin has switched off, as they are now, and does what was
+        ordered."""
         if keys.closed > self.callers.stored.closed and self.config.proxy_api_keys is None:
             self.books.log.say("a key is stored: nobody may call without one from now on")
         self.callers = build_callers(self.config, self.callers.label_secret, keys)
         self.limits.take_keys(keys.rules, self.wall())
+        self.routes.disable(keys.disabled)
         renew_estimator(self)
         for order in orders:
             self.carry_out(order)
@@ -11506,27 +11645,41 @@ def new_loop(clock, log):
 
 
 def build(config: Config, stream: BinaryIO, clock: Any = time,
-          database: Optional[Database] = None) -> Proxy:
+          database: Optional[Database] = None, worker: Optional[Worker] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
-    without a `database` everything is kept in memory."""
-    log = Log(stream, config.log_format == "json")
-    secret = database.secret() if database else os.urandom(32)
-    keys = stored_keys(database, secret, log.say)
-    if keys.closed:
-        config.note_stored_keys()
+    without a `database` everything is kept in memory. A `worker` is one of several processes."""
+    log = Log(stream, config.log_format == "json",
+              "worker %d: " % (worker.number + 1) if worker else "")
+    secret = worker.secret if worker else file_secret(database)
+    keys = keys_to_go_by(config, database, secret, log.say)
     limits = build_limits(config, Buckets(clock), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
     proxy = Proxy(config, clock, new_loop(clock, log), build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
-                  build_books(config, clock, log, limits, stored, database, keys, secret),
+                  build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
     hear_of_keys(proxy)
     if database:
         with contextlib.suppress(sqlite3.Error, ValueError):
-            go_on(proxy, database)
+            go_on(proxy)
     return proxy
+
+
+def file_secret(database: Optional[Database]) -> bytes:
+    """Returns the secret of a database, or one that ends with this process."""
+    return database.secret() if database else os.urandom(32)
+
+
+def keys_to_go_by(config: Config, database: Optional[Database], secret: bytes,
+                  say: Callable[[str], None]) -> StoredKeys:
+    """Returns the keys that are stored, and has the settings go by that there are some."""
+    keys = stored_keys(database, secret, say)
+    keys.closed = keys.closed or config.keys_are_stored
+    if keys.closed:
+        config.note_stored_keys()
+    return keys
 
 
 def stored_keys(database: Optional[Database], secret: bytes,
@@ -11554,14 +11707,12 @@ def hear_of_keys(proxy: Proxy):
         proxy.books.ledger.on_news = tell
 
 
-def go_on(proxy: Proxy, database: Database):
+def go_on(proxy: Proxy):
     """Does again what was ordered before, and holds still, before a call could find it undone.
     Raises sqlite3.Error, ValueError."""
-    for order in database.take_orders(proxy.wall(), again=True):
+    proxy.routes.disable(proxy.callers.stored.disabled)
+    for order in proxy.books.ledger.new_orders():
         proxy.carry_out(order)
-    for name in database.disabled_upstreams():
-        with contextlib.suppress(LookupError):  # it was taken out of the settings
-            proxy.routes.switch(name, False)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -11610,11 +11761,11 @@ def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstim
                          config.image_tokens, limits.units())
 
 
-def build_books(config, clock, log, limits, stored, database, keys, secret):
+def build_books(config, clock, log, limits, stored, database, keys, secret, worker):
     ledger = None
     if config.database != "off":
         ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log,
-                        keys, secret)
+                        keys, secret, worker and worker.number)
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
     return Books(log, ledger, usage_log)
 
@@ -11807,11 +11958,22 @@ class Pages:
         if proxy.config.metrics != "open":
             proxy.require_role(request, reply.entry, "viewer")
         lines = []
-        for line in proxy.watchers.metric_lines(proxy.routes, proxy.books, proxy.limits.buckets):
-            lines.append(line)
-            if len(lines) % self.MANY_LINES == 0:
-                await asyncio.sleep(0)
+        families = self.count()
+        for family in [*families, *proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)]:
+            for line in family.lines():
+                lines.append(line)
+                if len(lines) % self.MANY_LINES == 0:
+                    await asyncio.sleep(0)
         reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
+
+    def count(self) -> List[Family]:
+        """Returns what this process has counted, with other workers what all have."""
+        proxy = self.proxy
+        families = proxy.watchers.families(proxy.routes, proxy.books)
+        if proxy.tally is None:
+            return families
+        proxy.tally.write(families)
+        return proxy.tally.families()
 
     def usual_charges(self, entry):
         """Returns what a small call would cost, by each rule."""
@@ -13693,11 +13855,31 @@ class Handshakes:
 collect_a_little = getattr(gc, "collect_step", lambda: None)
 
 
+REUSE_ADDRESS = os.name == "posix"  # elsewhere it would let two servers share a port
+BACKLOG = 1024  # connections that wait to be accepted
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens. HTTPServer would ask the DNS for our name here, and wait for
+    it. Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if host == "::":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
+        keep_alive(listener)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        # Of several processes that are told of a connection one alone gets it.
+        listener.setblocking(False)
+        return listener
+    except OSError:
+        listener.close()
+        raise
+
+
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-    allow_reuse_port = False
     HANDED_OVER = 4         # new connections that wait for the loop while more are accepted
     UNSENT_BYTES = 65536    # that the system holds for a slow reader, on Linux
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
@@ -13707,7 +13889,9 @@ class Server(http.server.ThreadingHTTPServer):
     draining = False
     emptied = None  # a future of that no connection is open
 
-    def __init__(self, proxy: Proxy, host: str, port: int, most: int):
+    def __init__(self, proxy: Proxy, host: str, port: int, most: int,
+                 listener: Optional[socket.socket] = None):
+        """`listener` is a socket that listens already, for several processes."""
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
@@ -13722,7 +13906,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
-        super().__init__((host, port), ClientConnection)
+        super().__init__((host, port), ClientConnection, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener or listen(host, port)
+        self.server_address = self.socket.getsockname()
         proxy.books.open()
         for act in (self.loop_watch.tick, self.sweep, self.beat):
             self.loop.call_soon_threadsafe(act)
@@ -13733,14 +13920,6 @@ class Server(http.server.ThreadingHTTPServer):
         origins = Origins(config.cors_origins, socket.gethostname())
         return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
                           Turns(self.loop), origins)
-
-    def server_bind(self):
-        """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
-        if self.server_address[0] == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
-        keep_alive(self.socket)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
 
     # -- in the accepting thread
 
@@ -13857,6 +14036,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Runs every second."""
         self.beat_timer = self.loop.call_later(1, self.beat)
         self.admin.beat()
+        if self.proxy.tally:
+            self.pages.count()
 
     def reload(self):
         """Read the certificates again; connections that are open keep theirs. Raises OSError,
@@ -13923,6 +14104,156 @@ class Server(http.server.ThreadingHTTPServer):
             self.emptied = self.loop.create_future()
             with contextlib.suppress(TimeoutError):
                 await Context(self.loop).wait(self.emptied, seconds, "the end of running calls")
+
+
+# --------------------------------------------------------------------------------------------------
+# Workers: the parent of several processes on one port. It starts them, starts those again that die,
+# and hands signals on. It has no thread, no loop and no open database, of which a fork would copy
+# half, and does not know what its workers do.
+# --------------------------------------------------------------------------------------------------
+
+STOP_SIGNALS = "SIGTERM", "SIGINT"
+ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+
+
+def catch_signals(names: Iterable[str], now: Callable[[], float]
+                  ) -> Tuple[socket.socket, socket.socket]:
+    """Returns a socket from which the numbers of these signals can be read, and its other end, to
+    be kept. They come by way of the wake-up descriptor, which works on every system. A second one
+    that says stop ends the process at once, even where something holds it; but `timeout` of GNU
+    sends each to a process and then to its group."""
+    receiver, sender = socket.socketpair()
+    receiver.setblocking(False)
+    sender.setblocking(False)
+    stops = []
+
+    def handle(number, _):
+        if signal.Signals(number).name in STOP_SIGNALS:
+            stops.append(now())
+            if stops[-1] - stops[0] > ONE_SIGNAL_SECONDS:
+                os._exit(1)
+
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    for name in names:
+        if hasattr(signal, name):  # Windows knows two
+            signal.signal(getattr(signal, name), handle)
+    return receiver, sender
+
+
+class Workers:
+    """Keeps processes running, each of which does `work(number, lifeline)` and ends with the code
+    that returns: the lifeline is a descriptor that ends with the parent."""
+    SETTLED_SECONDS = 5  # who lived so long is started again at once;
+    LEAST_SECONDS = 0.2  # who did not, after a pause that doubles each time,
+    MOST_SECONDS = 30    # up to this
+    SIGNALS = (*STOP_SIGNALS, "SIGHUP", "SIGUSR1", "SIGCHLD")
+
+    def __init__(self, count: int, work: Callable[[int, int], int], clock: Any,
+                 say: Callable[[str], None]):
+        self.work = work
+        self.clock = clock
+        self.say = say
+        self.running: Dict[int, Tuple[int, float]] = {}  # process -> its number, when it began
+        self.due = dict.fromkeys(range(count), -math.inf)  # number -> when it is to be started
+        self.pauses: Dict[int, float] = {}  # before that, of those that were started again
+        self.stopping = False
+        self.code = 0
+
+    def run(self, actions: Dict[str, Callable[[], None]]) -> int:
+        """Returns the exit code once all have ended. `actions` are what the parent itself does when
+        a signal comes, by its name, before that is handed on."""
+        self.lifeline = os.pipe()
+        self.signals = catch_signals(self.SIGNALS, self.clock.monotonic)
+        while self.running or not self.stopping:
+            self.start_due()
+            pause = min(self.due.values(), default=math.inf) - self.clock.monotonic()
+            select.select(self.signals[:1], [], [], None if pause == math.inf else max(0, pause))
+            with contextlib.suppress(BlockingIOError):
+                for number in self.signals[0].recv(64):
+                    self.hear(signal.Signals(number), actions)
+            self.bury()
+        return self.code
+
+    def hear(self, number, actions):
+        if number != signal.SIGCHLD:
+            actions.get(number.name, lambda: None)()
+            for process in self.running:
+                os.kill(process, number)
+
+    def stop(self):
+        """Starts no more of them."""
+        self.stopping = True
+        self.due.clear()
+
+    def start_due(self):
+        now = self.clock.monotonic()
+        for number in [number for number, due in self.due.items() if due <= now]:
+            try:
+                process = self.start(number)
+                self.running[process] = number, now
+                del self.due[number]
+            except OSError as failure:
+                self.due[number] = now + 1
+                self.say("worker %d cannot be started: %s" % (number + 1, failure))
+
+    def start(self, number):
+        """Returns the process. Signals wait meanwhile: what handles them is not for a worker."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [
+            getattr(signal, name) for name in self.SIGNALS])
+        try:
+            process = os.fork()
+            if not process:
+                self.be_worker(number, before)
+            return process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def be_worker(self, number, mask):
+        """Does the work in a new process, which ends with it."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for name in self.SIGNALS:
+                stops = name in (*STOP_SIGNALS, "SIGCHLD")
+                signal.signal(getattr(signal, name), signal.SIG_DFL if stops else signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for one in self.signals:
+                one.close()
+            os.close(self.lifeline[1])
+            random.seed()
+            code = self.work(number, self.lifeline[0])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def bury(self):
+        """Looks who has ended, and has them started again."""
+        with contextlib.suppress(ChildProcessError):
+            while self.running:
+                process, status = os.waitpid(-1, os.WNOHANG)
+                if not process:
+                    break
+                number, began = self.running.pop(process)
+                code = os.waitstatus_to_exitcode(status)
+                if self.stopping:
+                    self.code = max(self.code, code)
+                elif code == 2 and number not in self.pauses:  # it was started with what is wrong
+                    self.code = code
+                    self.stop()
+                    self.hear(signal.SIGTERM, {})
+                else:
+                    self.start_again(number, began, code)
+
+    def start_again(self, number, began, code):
+        now = self.clock.monotonic()
+        before = 0 if now - began >= self.SETTLED_SECONDS else self.pauses.get(number, 0)
+        pause = min(2 * before, self.MOST_SECONDS)
+        self.pauses[number] = max(pause, self.LEAST_SECONDS)
+        self.due[number] = now + pause
+        cause = "exit code %d" % code if code >= 0 else signal.Signals(-code).name
+        self.say("worker %d has ended (%s): it is started again%s" % (
+            number + 1, cause, " in %g s" % pause if pause else ""))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -14126,7 +14457,7 @@ def port_faults(config):
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         with socket.socket(family) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, Server.allow_reuse_address)
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
             trial.bind((config.host, config.port))
             trial.listen()
     except OSError as failure:
@@ -14154,20 +14485,20 @@ def database_faults(config):
 CANNOT_LISTEN = "cannot listen on %s port %d: %s; choose another with HOST= or PORT="
 
 
-def take_one_cpu(cpu, port):
+def take_one_cpu(cpu, port, worker=0):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
-    differ. One thread does nearly all the work, and a tenth faster where it stays. Raises
-    ConfigFaults for a CPU that this process may not use."""
+    differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
+    where it stays. Raises ConfigFaults for a CPU that this process may not use."""
     if cpu is None or not hasattr(os, "sched_setaffinity"):
         return
     allowed = sorted(os.sched_getaffinity(0))
-    one = allowed[port % len(allowed)] if cpu < 0 else cpu
+    one = allowed[(port + worker) % len(allowed)] if cpu < 0 else cpu + worker
     try:
         os.sched_setaffinity(0, {one}.intersection(allowed))
     except OSError:
         if cpu >= 0:
             raise ConfigFaults(
-                "CPU_AFFINITY must be a CPU this process may use (got '%d')" % cpu) from None
+                "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one) from None
 
 
 def relax_garbage_collection():
@@ -14208,12 +14539,12 @@ def open_database(config, log_stream, remarks):
         remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
 
 
-def open_patiently(log_stream, path, lock, tries=12):
+def open_patiently(log_stream, path, lock, shared=False, tries=12):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
     while True:
         try:
-            return Database(path, lock)
+            return Database(path, lock, shared=shared)
         except InUse as fault:
             tries -= 1
             if not tries:
@@ -14222,27 +14553,35 @@ def open_patiently(log_stream, path, lock, tries=12):
 
 
 def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
+    """Returns where the page is, and has an admin's key made where there is none."""
+    config, callers, ledger = proxy.config, proxy.callers, proxy.books.ledger
+    path = ledger.path if ledger and ledger.database else None
+    words = offer_dashboard(config, callers.stored.has_admin(proxy.wall()), path, at_terminal)
+    proxy.callers = build_callers(config, callers.label_secret, callers.stored)
+    return words
+
+
+def offer_dashboard(config: Config, has_admin: bool, path: Optional[str],
+                    at_terminal: bool) -> str:
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
-    this process; it is told on a terminal, else written to a file that its owner alone can read."""
-    config = proxy.config
+    this process; it is told on a terminal, else written to a file beside that of the database,
+    which its owner alone can read."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     page = "dashboard: %s/dashboard" % (
         config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
-    if config.admin_key or proxy.callers.stored.has_admin(proxy.wall()):
+    if config.admin_key or has_admin:
         return page
     key = place = new_secret()
     if not at_terminal:
-        ledger = proxy.books.ledger
-        if not (ledger and ledger.database):
+        if path is None:
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
-        path = ledger.path + ".admin-key"
+        path += ".admin-key"
         place = "in " + path
         try:
             write_secret(path, key)
         except OSError as failure:
             return page + " needs ADMIN_KEY to be set: %s" % failure
     config.admin_key = key
-    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
     return "%s with the key %s" % (page, place)
 
 
@@ -14259,8 +14598,10 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         reread: Callable[[], Config]) -> int:
     """Serve until a signal says stop; returns the exit code. `remarks` are for the start of the
     log; `reread` reads the settings again. Raises ConfigFaults and DatabaseFault."""
-    take_one_cpu(config.cpu_affinity, config.port)
     raise_descriptor_limit()
+    if config.workers > 1:
+        return run_workers(config, log_stream, remarks, reread)
+    take_one_cpu(config.cpu_affinity, config.port)
     try:
         proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     except OSError as failure:
@@ -14273,11 +14614,89 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         proxy.books.close(1)
         return 1
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
-    proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
+    return run_loop(server, reread, words)
+
+
+def run_loop(server: Server, reread: Callable[[], Config], words: Sequence[str] = (),
+             lifeline: Optional[int] = None) -> int:
+    """Serve until a signal says stop; returns the exit code."""
+    proxy = server.proxy
+    proxy.loop.run_until_complete(serve(server, reread, words, lifeline))
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
     return 0
+
+
+def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
+                reread: Callable[[], Config]) -> int:
+    """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
+    def take_settings():  # for those that are started from now on
+        with contextlib.suppress(ConfigFaults, OSError, ValueError):
+            config.take(reread())
+
+    def stop():
+        workers.stop()
+        common.listener.close()
+
+    def work(number, lifeline):
+        return run_worker(config, log_stream, reread,
+                          common._replace(number=number, lifeline=lifeline))
+
+    say = functools.partial(say_at_once, log_stream, config.log_format == "json")
+    try:
+        common = prepare_workers(config, log_stream, remarks)
+    except OSError as failure:
+        say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
+        return 1
+    for line in [*greeting(config), *remarks]:
+        say(line)
+    workers = Workers(config.workers, work, time, say)
+    actions = {"SIGTERM": stop, "SIGINT": stop,
+               "SIGHUP": stop if stops_when_hung_up(config) else take_settings}
+    return workers.run(actions)
+
+
+def say_at_once(stream: BinaryIO, as_json: bool, text: str):
+    """Writes a line to the log without a thread, where somebody reads it."""
+    line = visible(message_line(text, as_json)) + "\n"
+    with contextlib.suppress(OSError):
+        if select.select([], [stream], [], 0)[1]:
+            stream.write(line.encode("ascii", "backslashreplace"))
+
+
+def prepare_workers(config: Config, log_stream: BinaryIO, remarks: List[str]) -> Worker:
+    """Does once what all need. The database is made, or brought up to date, and closed again:
+    SQLite's connections must not be carried through a fork
+    (https://www.sqlite.org/howtocorrupt.html, 2.6). Raises DatabaseFault; OSError where it cannot
+    listen."""
+    database = open_database(config, log_stream, remarks)
+    secret = file_secret(database)
+    keys = keys_to_go_by(config, database, secret, lambda text: None)
+    listener = listen(config.host, config.port)
+    remarks.append(offer_dashboard(config, keys.has_admin(time.time()), database and database.path,
+                                   log_stream.isatty()))
+    if database:
+        database.connection.close()
+        let_workers_in(database.lock)
+    return Worker(listener, database and database.lock, secret, Tally(config.workers))
+
+
+def run_worker(config, log_stream, reread, worker):
+    """Serve as one of several processes; returns the exit code."""
+    database = None
+    try:
+        take_one_cpu(config.cpu_affinity, config.port, worker.number)
+        if worker.lock:
+            database = open_patiently(log_stream, config.database, worker.lock, shared=True)
+        proxy = build(config, log_stream, database=database, worker=worker)
+    except (ConfigFaults, DatabaseFault, OSError) as fault:
+        print(fault, file=sys.stderr)
+        return 2
+    proxy.tally = worker.tally
+    proxy.tally.begin(worker.number)
+    server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
+    return run_loop(server, reread, (), worker.lifeline)
 
 
 def reload(server: Server, reread: Callable[[], Config]):
@@ -14295,35 +14714,50 @@ def reload(server: Server, reread: Callable[[], Config]):
         proxy.books.usage_log.reopen()
 
 
-async def serve(server: Server, drain_seconds: float, reread: Callable[[], Config],
-                words: List[str]):
-    """Accept until a signal says stop, then drain. The `words` are said when signals are heard."""
-    say = server.proxy.books.log.say
+async def serve(server: Server, reread: Callable[[], Config], words: Sequence[str] = (),
+                lifeline: Optional[int] = None):
+    """Accept until a signal says stop, or the parent of a worker ends, then drain. The `words` are
+    said when signals are heard."""
+    say, config = server.proxy.books.log.say, server.proxy.config
     stopping = server.loop.create_future()
 
     def stop():
         Stream.wake(stopping)
 
-    def report_calls():
-        calls = server.running_calls()
-        noun = "call is" if len(calls) == 1 else "calls are"
-        for line in ["%d %s running" % (len(calls), noun), *calls]:
-            say(line)
-
-    actions = {"SIGTERM": stop, "SIGINT": stop, "SIGUSR1": report_calls,
-               "SIGHUP": functools.partial(reload, server, reread)}
-    if is_at_a_terminal() and not server.tls:  # which was closed, then
-        actions["SIGHUP"] = stop
-    handle_signals(server.loop, actions)
+    handle_signals(server.loop, {
+        "SIGTERM": stop, "SIGINT": stop, "SIGUSR1": functools.partial(report_calls, server),
+        "SIGHUP": stop if stops_when_hung_up(config) else functools.partial(
+            reload, server, reread)})
+    if lifeline is not None:
+        watch_parent(server, lifeline, stop)
     for line in words:
         say(line)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     probing = server.loop.create_task(probe(server), name="probe")
     await stopping
     probing.cancel()
-    say("stopping: running calls have %g s" % drain_seconds)
-    cut = await server.drain(drain_seconds)
+    say("stopping: running calls have %g s" % config.drain_seconds)
+    cut = await server.drain(config.drain_seconds)
     say("stopped, %d calls cut" % cut if cut else "stopped")
+
+
+def report_calls(server):
+    """Say which calls are running."""
+    calls = server.running_calls()
+    noun = "call is" if len(calls) == 1 else "calls are"
+    for line in ["%d %s running" % (len(calls), noun), *calls]:
+        server.proxy.books.log.say(line)
+
+
+def watch_parent(server, lifeline, stop):
+    """Have a worker stop when its parent ends, at once where that could not wait for the drain."""
+    def end():
+        if server.draining:
+            os._exit(1)
+        server.loop.remove_reader(lifeline)
+        stop()
+
+    server.loop.add_reader(lifeline, end)
 
 
 async def probe(server):
@@ -14338,38 +14772,20 @@ async def probe(server):
     await asyncio.gather(*map(one, server.proxy.routes.addresses()))
 
 
-def is_at_a_terminal():
+def stops_when_hung_up(config):
+    """Tells whether SIGHUP means that the terminal was closed; it is for certificates, too."""
     with contextlib.suppress(AttributeError, ValueError):  # stdin is closed
-        return sys.stdin.isatty()
-
-
-ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+        return sys.stdin.isatty() and not config.tls_cert_file
 
 
 def handle_signals(loop, actions):
-    """Have signals, by name, act on the loop. They come by way of the wake-up descriptor, which
-    works on every system. A second one that says stop ends the process at once, even where
-    something holds the loop; but `timeout` of GNU sends each to a process and then to its group."""
-    receiver, sender = socket.socketpair()
-    receiver.setblocking(False)
-    sender.setblocking(False)
-    stops = []
-
-    def handle(number, _):
-        if number in (signal.SIGTERM, signal.SIGINT):
-            stops.append(loop.time())
-            if stops[-1] - stops[0] > ONE_SIGNAL_SECONDS:
-                os._exit(1)
-
+    """Have signals, by name, act on the loop."""
     def on_signals(_):
         for number in receiver.recv(64):
             actions[signal.Signals(number).name]()
 
+    receiver, sender = catch_signals(actions, loop.time)
     loop.add_reader(receiver, on_signals, sender)  # both ends must stay referenced
-    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    for name in actions:
-        if hasattr(signal, name):  # Windows knows two
-            signal.signal(getattr(signal, name), handle)
 
 
 GROUPS = (*SUM_KEYS, "outcome", "day")
@@ -14806,6 +15222,7 @@ def run_command(options, environ, log_stream):
     if options.demo:
         environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
+        environ["WORKERS"] = "1"  # its endpoint has threads
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
