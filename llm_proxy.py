@@ -248,6 +248,26 @@ def endpoints(text):
     return found
 
 
+class RedisUrl(NamedTuple):
+    """Where Redis is; without a host at the socket `path`."""
+    host: Optional[str] = None
+    port: int = 6379
+    path: str = ""
+    user: str = ""
+    password: str = ""
+    database: int = 0
+    encrypted: bool = False
+
+
+def to_redis_url(match):
+    path, encrypted, user, password, host, port, database = match.groups()
+    if path:
+        return RedisUrl(path=path)
+    user, password = [urllib.parse.unquote(text or "") for text in (user, password)]
+    return RedisUrl(host.strip("[]"), int(port or 6379), "", user, password, int(database or 0),
+                    bool(encrypted))
+
+
 def read_network(text):
     """Returns an address as a network of one, and IPv4 that is written as IPv6 as IPv4."""
     try:
@@ -302,6 +322,10 @@ cpu_number = word_or({"auto": -1, "off": None}, number_between(
 networks = listed(read_network)
 read_tunnel = pattern("(?:http://)?(?:([!-.0-~]*)@)?" + HOST_SHAPE + "/?",
                       "must be http://[USER:PASSWORD@]HOST[:PORT]", to_tunnel)
+redis_url = pattern(
+    "unix://(/[!-~]{1,100})|redis(s?)://(?:([!-9;-?A-~]*):([!-?A-~]*)@)?" + HOST_SHAPE
+    + "(?:/([0-9]{1,3})?)?", "must be redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://... or"
+    " unix:///PATH", to_redis_url)
 field_name = pattern(
     "(?!(?i:%s)$)[A-Za-z0-9-]{1,64}" % HAS_OTHER_MEANING,
     "must be the name of a header field that means nothing else", lambda match: match[0].lower())
@@ -763,15 +787,29 @@ SETTING_ROWS = {
          "header fields for it, as name=value, by commas", SECRET),
         ("OTEL_SERVICE_NAME=llm_proxy", printable, "name of this service there"),
     ),
+    "What several processes share": (
+        ("REDIS_URL", redis_url,
+         "Redis or Valkey that holds the buckets of all: redis://[USER:PASSWORD@]HOST[:PORT][/DB],"
+         " rediss://... by TLS, or unix:///PATH", SECRET),
+        ("REDIS_CA_FILE", ca_file,
+         "certificates (PEM) to check rediss:// against, instead of the system's"),
+        ("REDIS_PREFIX=llm_proxy", pattern(
+            "[A-Za-z0-9_.:-]{1,64}", "must be 1 to 64 letters, digits and _ . : -"),
+         "what the names of its keys begin with: one for each installation"),
+        ("REDIS_AWAY=share", one_of("share", "open", "closed"),
+         "while Redis is away: each process has its share of every limit (share), there are no"
+         " limits (open), or calls get a 503 (closed)"),
+        ("PEERS=1", number_between(1, 10_000),
+         "processes that share the limits, until Redis has told how many there are"),
+        ("WORKERS=1", number_between(1, 64),
+         "processes that share the port; more than one need REDIS_URL, and a system with fork"),
+    ),
     "How it runs": (
         ("LOG_FORMAT=text", one_of("text", "json"),
          "form of the lines on stderr, one per call: text for people, json for programs"),
         ("CPU_AFFINITY=auto", cpu_number,
          "CPU to stay on (Linux): a number, auto (the port picks one) or off; workers take those"
          " that follow"),
-        ("REDIS_URL", printable, "URL of Redis", SECRET),
-        ("WORKERS=1", number_between(1, 64),
-         "processes that share the port; more than one need REDIS_URL, and a system with fork"),
     ),
 }
 SETTINGS = {group: [Setting(*row) for row in rows] for group, rows in SETTING_ROWS.items()}
@@ -10537,8 +10575,462 @@ class Worker(NamedTuple):
     lifeline: int = -1        # a descriptor that ends with the parent
 
 
+# What errors of Redis mean, by their first word, for people.
+REDIS_ERRORS = {
+    "OOM": "is out of memory", "READONLY": "is read-only", "LOADING": "is loading its data",
+    "MASTERDOWN": "has lost its master", "CLUSTERDOWN": "is a cluster that is down",
+    "MOVED": "is a cluster whose keys have moved", "TRYAGAIN": "is a cluster whose keys move",
+    "NOAUTH": "asks for a password", "WRONGPASS": "does not take the user and password",
+    "NOPERM": "does not permit what it is asked for", "NOREPLICAS": "has too few replicas",
+    "MISCONF": "cannot write to its disk", "BUSY": "is busy with a script"}
+
+
 class RedisFault(Exception):
-    """Redis did not do what it was asked to; says why, without an address or a password."""
+    """Redis did not do what it was asked to. Its words, such as 'is out of memory', name no address
+    and no password; `code` is the first word of what Redis said itself."""
+
+    def __init__(self, words: str, code: str = "", moved_to: Optional[Tuple[str, int]] = None):
+        super().__init__(words)
+        self.code = code
+        self.moved_to = moved_to
+
+    @classmethod
+    def read(cls, line: bytes) -> "RedisFault":
+        code, _, rest = line.decode("latin-1").partition(" ")
+        found = re.fullmatch(r"[0-9]+ ([A-Za-z0-9._:-]+):([0-9]{1,5})", rest)
+        place = (found[1], int(found[2])) if code == "MOVED" and found else None
+        return cls(REDIS_ERRORS.get(code, "refuses a command"), code, place)
+
+
+RedisReply = Union[bytes, int, None, List["RedisReply"], RedisFault]
+
+
+class RedisReader:
+    """Reads replies of RESP2 as they come, in pieces of any size; it is strict, and bounded
+    (https://redis.io/docs/latest/develop/reference/protocol-spec)."""
+    MOST_BYTES = 16 << 20  # of one reply
+    MOST_DEPTH = 4         # of arrays in arrays
+    LINE_BYTES = 8192
+    COUNT = re.compile(rb"0|[1-9][0-9]{0,8}|-1")
+    NUMBER = re.compile(rb"[+-]?[0-9]{1,19}")
+
+    def __init__(self):
+        self.data = bytearray()
+        self.taken = 0                                      # bytes of the reply that is begun
+        self.open: List[Tuple[List[RedisReply], int]] = []  # arrays with how long they will be
+
+    def feed(self, data: bytes) -> List[RedisReply]:
+        """Returns the replies that are whole now. Raises RedisFault."""
+        self.data += data
+        replies = []
+        place = 0
+        while True:
+            found = self.read_one(place)
+            if found is None:
+                break
+            value, end = found
+            self.taken += end - place
+            place = end
+            if not self.is_begun(value) and self.complete(value, replies):
+                self.taken = 0
+        del self.data[:place]
+        if self.taken + len(self.data) > self.MOST_BYTES:
+            raise RedisFault("sends too long a reply")
+        return replies
+
+    def is_begun(self, value):
+        return self.open and value is self.open[-1][0]
+
+    def complete(self, value, replies):
+        """Puts a value where it belongs, and arrays that it completes; returns whether that was the
+        end of a reply."""
+        while self.open:
+            items, size = self.open[-1]
+            items.append(value)
+            if len(items) < size:
+                return False
+            self.open.pop()
+            value = items
+        replies.append(value)
+        return True
+
+    def read_one(self, place):
+        """Returns (value, its end), None where it has not come whole. An array has only begun."""
+        data = self.data
+        end = data.find(b"\r\n", place, place + self.LINE_BYTES)
+        if end < 0:
+            if len(data) - place >= self.LINE_BYTES:
+                raise RedisFault("sends too long a line")
+            return None
+        kind, line = data[place:place + 1], bytes(data[place + 1:end])
+        end += 2
+        if kind == b"$":
+            return self.read_text(self.count(line), end)
+        if kind == b"*":
+            return self.begin_array(self.count(line)), end
+        if kind == b"-":
+            return RedisFault.read(line), end
+        if kind == b"+":
+            return line, end
+        if kind != b":" or not self.NUMBER.fullmatch(line):
+            raise RedisFault("does not speak RESP2")
+        return int(line), end
+
+    def count(self, line):
+        if not self.COUNT.fullmatch(line):
+            raise RedisFault("does not speak RESP2")
+        return int(line)
+
+    def read_text(self, size, start):
+        if size < 0:
+            return None, start
+        if size > self.MOST_BYTES:
+            raise RedisFault("sends too long a reply")
+        end = start + size
+        if len(self.data) < end + 2:
+            return None
+        if self.data[end:end + 2] != b"\r\n":
+            raise RedisFault("does not speak RESP2")
+        return bytes(self.data[start:end]), end + 2
+
+    def begin_array(self, size):
+        if size <= 0:
+            return [] if size == 0 else None
+        if len(self.open) >= self.MOST_DEPTH:
+            raise RedisFault("sends too deep a reply")
+        self.open.append(([], size))
+        return self.open[-1][0]
+
+
+RedisPart = Union[bytes, str, int]
+
+
+def redis_command(parts: Sequence[RedisPart]) -> bytes:
+    """Returns a command as it is sent."""
+    lines = [b"*%d" % len(parts)]
+    for part in parts:
+        if not isinstance(part, bytes):
+            part = str(part).encode()
+        lines += (b"$%d" % len(part), part)
+    return b"\r\n".join([*lines, b""])
+
+
+class RedisScript:
+    """A Lua script. It goes by its digest where the server has taken it, else as a whole."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.digest = hashlib.sha1(text.encode()).hexdigest()  # Redis's own choice
+        self.is_loaded = False
+
+
+class Asked:
+    """A command on its way. `answer` is told the reply, or a RedisFault; one that is late is told
+    to be, and may come yet. Without `answer` the command is sent again where it may be lost."""
+    __slots__ = ("data", "answer", "sent", "is_late")
+
+    def __init__(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
+        self.data = data
+        self.answer = answer
+        self.sent = 0.0
+        self.is_late = False
+
+    def tell(self, reply):
+        if self.answer:
+            self.answer(reply)
+
+
+class Redis(asyncio.Protocol):
+    """One connection, kept up by a task. What is asked for in one pass of the loop travels in one
+    write, and answers come in that order. It is away from the moment it is refused, cut, silent
+    for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
+    it is `available` again when all of these went well."""
+    ANSWER_SECONDS = 0.07    # until who waits for an answer is told that it is late
+    LATE_SECONDS = 0.05
+    LATE_TIMES = 3
+    SILENT_SECONDS = 0.3
+    LOOK_SECONDS = 0.02      # between two looks at what is not answered
+    CONNECT_SECONDS = 1
+    STEADY_SECONDS = 1       # after which a connection was a good one
+    BACK_OFF_SECONDS = 0, 0.05, 0.1, 0.2, 0.4
+    MOST_ASKED = 10_000      # commands that are not answered
+    MOST_WAITING = 10_000    # that wait until Redis is there
+
+    available = False
+    transport: Optional[asyncio.Transport] = None
+    task: Optional[asyncio.Task] = None
+    lost: Optional[asyncio.Future] = None     # of that the connection is no more,
+    reason: Optional[RedisFault] = None       # and why
+    timer: Optional[asyncio.TimerHandle] = None
+    look_at = 0.0
+    flushing = False
+    late_times = 0
+    failures = 0                              # connections in a row that were no good
+    dropped = 0                               # commands that were never sent
+
+    def __init__(self, url: RedisUrl, tls: Optional[ssl.SSLContext],
+                 loop: asyncio.AbstractEventLoop, name: str):
+        """`name` is what the server lists this client as."""
+        self.url = url
+        self.tls = tls
+        self.loop = loop
+        self.name = name
+        self.scripts: List[RedisScript] = []
+        # Are awaited on each new connection before it is available; they use `ask_first`, and
+        # raise RedisFault.
+        self.greetings: List[Callable[[], Awaitable[None]]] = []
+        self.on_return: List[Callable[[], None]] = []
+        self.on_leave: List[Callable[[RedisFault], None]] = []  # also of each try that failed
+        self.unsent: List[Asked] = []
+        self.asked: "collections.deque[Asked]" = collections.deque()
+        self.waiting: "collections.deque[bytes]" = collections.deque()
+
+    def __repr__(self):
+        return "<Redis %s asked=%d waiting=%d>" % (
+            "available" if self.available else "away", len(self.asked), len(self.waiting))
+
+    # -- for everyone, on the loop
+
+    async def call(self, *parts: RedisPart) -> RedisReply:
+        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
+        the latest."""
+        if not self.available:
+            raise RedisFault("is away")
+        return await self.ask_first(*parts)
+
+    async def run(self, script: RedisScript, keys: Sequence[RedisPart],
+                  *arguments: RedisPart) -> RedisReply:
+        """Returns what a script returns that is one of `scripts`. Raises RedisFault."""
+        try:
+            return await self.call(*self.script_parts(script, keys, arguments))
+        except RedisFault as fault:
+            if fault.code != "NOSCRIPT":  # somebody made the server forget it: SCRIPT FLUSH
+                raise
+        script.is_loaded = False
+        return await self.call(*self.script_parts(script, keys, arguments))
+
+    def send(self, *parts: RedisPart):
+        """Has a command done, now or when Redis is there again; never waits. Where a connection is
+        lost it may be done twice."""
+        if self.available:
+            self.ask(redis_command(parts), None)
+        else:
+            self.keep(redis_command(parts))
+
+    async def ask_first(self, *parts: RedisPart) -> RedisReply:
+        """Does what `call` does, also before it is available."""
+        answered = self.loop.create_future()
+
+        def answer(reply):
+            if not answered.done():
+                answered.set_result(reply)
+
+        self.ask(redis_command(parts), answer)
+        reply = await answered
+        if isinstance(reply, RedisFault):
+            raise reply
+        return reply
+
+    def ask(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
+        """Sends a command at the end of this pass of the loop; `answer` is told of the reply, or of
+        a fault."""
+        one = Asked(data, answer)
+        if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
+            return self.drop([one])
+        self.unsent.append(one)
+        if not self.flushing:
+            self.flushing = True
+            self.loop.call_soon(self.flush)
+
+    @staticmethod
+    def script_parts(script: RedisScript, keys: Sequence[RedisPart],
+                     arguments: Sequence[RedisPart]) -> List[RedisPart]:
+        how = ("EVALSHA", script.digest) if script.is_loaded else ("EVAL", script.text)
+        return [*how, len(keys), *keys, *arguments]
+
+    def leave(self, reason: RedisFault):
+        """Ends the connection; another one is made."""
+        self.available = False
+        self.reason = self.reason or reason
+        if self.transport:
+            self.transport.abort()
+
+    # -- its life
+
+    def start(self):
+        self.task = self.loop.create_task(self.live(), name="redis")
+
+    async def close(self):
+        """Sends what there is, if that is possible at once, and ends."""
+        with contextlib.suppress(RedisFault):
+            await self.call("PING")
+        if self.task:
+            self.task.cancel()
+            await asyncio.wait([self.task])
+
+    async def live(self):
+        place = None
+        while True:
+            self.reason = None
+            self.lost = self.loop.create_future()
+            began = self.loop.time()
+            try:
+                await self.begin(place)
+                self.become_available()
+                await self.lost
+            except RedisFault as fault:
+                self.leave(fault)
+            finally:
+                self.leave(RedisFault("is away"))
+                if self.transport:
+                    await self.lost
+            for act in self.on_leave:
+                act(self.reason)
+            place = self.reason.moved_to
+            steady = self.loop.time() - began > self.STEADY_SECONDS
+            self.failures = 0 if steady else self.failures + 1
+            pauses = self.BACK_OFF_SECONDS
+            await asyncio.sleep(pauses[min(self.failures, len(pauses) - 1)])
+
+    async def begin(self, place):
+        """Connects and introduces this client. Raises RedisFault."""
+        await self.connect(place)
+        url = self.url
+        if url.password:
+            await self.ask_first("AUTH", *filter(None, (url.user, url.password)))
+        if url.database:
+            await self.ask_first("SELECT", url.database)
+        with contextlib.suppress(RedisFault):  # who may not do this may do all else
+            await self.ask_first("CLIENT", "SETNAME", self.name)
+        for script in self.scripts:
+            script.is_loaded = False
+            with contextlib.suppress(RedisFault):
+                digest = await self.ask_first("SCRIPT", "LOAD", script.text)
+                script.is_loaded = digest == script.digest.encode()
+        for greet in self.greetings:
+            await greet()
+
+    async def connect(self, place):
+        connecting = self.loop.create_task(self.open_connection(place), name="redis connects")
+        try:
+            await asyncio.wait([connecting], timeout=self.CONNECT_SECONDS)
+            if not connecting.done():
+                raise RedisFault("does not answer")
+            connecting.result()
+        except ssl.SSLCertVerificationError:
+            raise RedisFault("has a certificate that is not trusted") from None
+        except (ConnectionError, OSError, ValueError) as failure:
+            is_tls = isinstance(failure, ssl.SSLError)
+            raise RedisFault("does not speak TLS" if is_tls else "is not there") from None
+        finally:
+            connecting.cancel()
+
+    async def open_connection(self, place):
+        url = self.url
+        if not url.host:
+            return await self.loop.create_unix_connection(lambda: self, url.path)
+        host, port = place or (url.host, url.port)
+        await self.loop.create_connection(
+            lambda: self, host or url.host, port, ssl=self.tls,
+            server_hostname=url.host if self.tls else None)
+
+    def become_available(self):
+        if self.reason:
+            raise self.reason
+        self.available = True
+        self.late_times = 0
+        for _ in range(len(self.waiting)):
+            self.ask(self.waiting.popleft(), None)
+        for act in self.on_return:
+            act()
+
+    # -- what the connection says: the names are asyncio's
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.reader = RedisReader()
+        if self.url.host:
+            keep_alive(transport.get_extra_info("socket"))
+
+    def data_received(self, data):
+        try:
+            replies = self.reader.feed(data)
+            if len(replies) > len(self.asked):
+                raise RedisFault("answers what it was not asked")
+        except RedisFault as fault:
+            return self.leave(fault)
+        if replies:
+            self.note_lateness()
+        for reply in replies:
+            self.asked.popleft().tell(reply)
+
+    def connection_lost(self, failure):
+        self.leave(RedisFault("has closed the connection"))
+        self.transport = None
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+        asked, self.asked = self.asked, collections.deque()
+        self.drop([*asked, *self.unsent])
+        self.unsent = []
+        Stream.wake(self.lost)
+
+    # -- what becomes of commands
+
+    def flush(self):
+        """Sends what was asked for in one pass of the loop."""
+        self.flushing = False
+        unsent, self.unsent = self.unsent, []
+        now = self.loop.time()
+        for one in unsent:
+            one.sent = now
+        if unsent:
+            self.asked.extend(unsent)
+            self.transport.write(b"".join([one.data for one in unsent]))
+            if self.timer is None:
+                self.look()
+
+    def note_lateness(self):
+        """Looks at how long the oldest command was on its way. That something held the loop is not
+        Redis's fault."""
+        now = self.loop.time()
+        took = now - self.asked[0].sent - max(0, now - self.look_at)
+        self.late_times = self.late_times + 1 if took > self.LATE_SECONDS else 0
+        if self.late_times >= self.LATE_TIMES:
+            self.leave(RedisFault("answers late"))
+
+    def look(self):
+        """Tells those who have waited for too long, and ends a connection that is silent."""
+        now = self.loop.time()
+        held = max(0, now - self.look_at) if self.timer else 0
+        self.timer = None
+        if not self.asked:
+            return
+        self.look_at = now + self.LOOK_SECONDS
+        self.timer = self.loop.call_at(self.look_at, self.look)
+        late = itertools.takewhile(
+            lambda one: now - one.sent - held > self.ANSWER_SECONDS, list(self.asked))
+        for one in late:
+            if not one.is_late:
+                one.is_late = True
+                one.tell(RedisFault("answers late"))
+        if now - self.asked[0].sent - held > self.SILENT_SECONDS:
+            self.leave(RedisFault("does not answer"))
+
+    def drop(self, asked):
+        """Nothing of it will be answered."""
+        for one in asked:
+            if one.answer:
+                one.tell(RedisFault("is away"))
+            else:
+                self.keep(one.data)
+
+    def keep(self, data):
+        """Keeps a command until Redis is there."""
+        if len(self.waiting) < self.MOST_WAITING:
+            self.waiting.append(data)
+        else:
+            self.dropped += 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11118,6 +11610,7 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 class Proxy:
     tally: Optional[Tally] = None  # of all workers, where there are several
+    redis: Optional[Redis] = None  # where it is set
 
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
@@ -11660,6 +12153,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
+    proxy.redis = build_redis(config, proxy.loop)
     hear_of_keys(proxy)
     if database:
         with contextlib.suppress(sqlite3.Error, ValueError):
@@ -11801,6 +12295,15 @@ def build_tls(config: Config) -> ssl.SSLContext:
         tls.check_hostname = False
         tls.verify_mode = ssl.CERT_NONE
     return tls
+
+
+def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Redis]:
+    url, tls = config.redis_url, None
+    if url is None:
+        return None
+    if url.encrypted:
+        tls = ssl.create_default_context(cafile=config.redis_ca_file)
+    return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
 
 
 def build_dialects(config: Config) -> Dialects:
@@ -13911,7 +14414,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = listener or listen(host, port)
         self.server_address = self.socket.getsockname()
         proxy.books.open()
-        for act in (self.loop_watch.tick, self.sweep, self.beat):
+        for act in (self.loop_watch.tick, self.sweep, self.beat,
+                    *([proxy.redis.start] if proxy.redis else ())):
             self.loop.call_soon_threadsafe(act)
 
     def make_parts(self) -> ReplyParts:
@@ -14071,6 +14575,8 @@ class Server(http.server.ThreadingHTTPServer):
             connection.on_client_lost()
         await self.emptying(1)
         await self.part()
+        if self.proxy.redis:
+            await self.proxy.redis.close()
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
         helpers = [address.helpers for address in self.proxy.routes.addresses()]

@@ -569,6 +569,12 @@ j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
 """  # for 127.0.0.1, until 2119; of no use elsewhere
 
 
+def free_port():
+    """Returns a port that nobody has, for a server that does not pick one itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 def new_path(case, name=""):
     """Makes a folder of its own for a test; returns it, or the path of a file there."""
     folder = tempfile.TemporaryDirectory()
@@ -8485,6 +8491,284 @@ class WarningsTest(SignalsCase):
         wait_for(lambda: "webhook cannot be delivered: status 500" in self.lines.text())
         self.assertEqual(self.hook.calls, 3)
         self.assertEqual(self.sums("dropped_total", 'what="webhook"'), 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Shared: Redis
+# --------------------------------------------------------------------------------------------------
+
+class RedisServer:
+    """A real redis-server in a folder of its own, on a unix socket, or on a port with `port`."""
+
+    def __init__(self, case, *options, port=0):
+        self.path = new_path(case, "socket")
+        self.port = port
+        self.url = "redis://127.0.0.1:%d" % port if port else "unix://" + self.path
+        self.options = options
+        self.process = None
+        case.addCleanup(self.kill)
+        self.start()
+
+    def start(self, *options):
+        self.process = subprocess.Popen(
+            ["redis-server", "--port", str(self.port), "--unixsocket", self.path, "--save", "",
+             "--dir", os.path.dirname(self.path), *self.options, *options],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(self.answers, "redis-server")
+
+    def answers(self):
+        with contextlib.suppress(OSError):
+            return self.ask("PING")
+
+    def ask(self, *parts):
+        """Returns the reply to one command, on a connection of its own."""
+        reader, replies = llm_proxy.RedisReader(), []
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(self.path)
+            sock.sendall(llm_proxy.redis_command(parts))
+            while not replies:
+                replies = reader.feed(sock.recv(65536))
+        return replies[0]
+
+    def kill(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class RedisReaderTest(TableCase):
+    def test_replies_are_read_in_pieces_of_any_size(self):
+        for data, replies in self.each([
+                (b"+OK\r\n", [b"OK"]),
+                (b":-7\r\n:9007199254740993\r\n", [-7, 9007199254740993]),
+                (b"$5\r\na\r\nbc\r\n$0\r\n\r\n$-1\r\n", [b"a\r\nbc", b"", None]),
+                (b"*0\r\n*-1\r\n", [[], None]),
+                (b"*3\r\n:1\r\n*2\r\n*0\r\n$1\r\nx\r\n$-1\r\n+b\r\n",
+                 [[1, [[], b"x"], None], b"b"]),
+        ]):
+            self.assertEqual(llm_proxy.RedisReader().feed(data), replies)
+            for cut in range(len(data)):
+                reader = llm_proxy.RedisReader()
+                self.assertEqual(reader.feed(data[:cut]) + reader.feed(data[cut:]), replies)
+
+    def test_errors_are_told_in_our_words(self):
+        for line, words, place in self.each([
+                (b"-OOM command not allowed", "is out of memory", None),
+                (b"-WRONGPASS invalid pw hunter2", "does not take the user and password", None),
+                (b"-ERR no such thing", "refuses a command", None),
+                (b"-MOVED 866 10.0.0.1:7001", "is a cluster whose keys have moved",
+                 ("10.0.0.1", 7001)),
+                (b"-MOVED 866 a b:7", "is a cluster whose keys have moved", None)]):
+            fault, = llm_proxy.RedisReader().feed(line + b"\r\n")
+            self.assertEqual((str(fault), fault.moved_to), (words, place))
+
+    def test_what_is_not_resp2_or_too_much_is_a_fault(self):
+        for data in self.each([
+                (b"HTTP/1.1 400\r\n",), (b"\r\n",), (b"$x\r\n",), (b"$-2\r\n",), (b":+\r\n",),
+                (b"$01\r\na\r\n",), (b"$1\r\nab\r\n",), (b"*1234567890\r\n",), (b":1_0\r\n",),
+                (b"$99999999\r\n",), (b"*1\r\n" * 5,), (b"+" + b"a" * 9000,),
+                (b"*9\r\n" + b"$4000000\r\n%b\r\n" % bytes(4000000) * 5,)]):
+            with self.assertRaises(llm_proxy.RedisFault):
+                llm_proxy.RedisReader().feed(*data)
+
+
+class RedisCase(TableCase):
+    """A client on a loop of the test's own."""
+
+    def setUp(self):
+        self.loop = asyncio.new_event_loop()
+        self.addCleanup(self.loop.close)
+        self.left = []
+
+    def client(self, url, tls=None):
+        redis = llm_proxy.Redis(llm_proxy.redis_url(url), tls, self.loop, "test")
+        redis.on_leave.append(lambda fault: self.left.append(str(fault)))
+        redis.start()
+        self.addCleanup(lambda: self.run_loop(redis.close()))
+        return redis
+
+    def run_loop(self, coroutine):
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, PATIENCE))
+
+    def wait_for(self, condition):
+        async def wait():
+            while not condition():
+                await asyncio.sleep(0.002)
+        self.run_loop(wait())
+
+    def scripted(self, *answers):
+        """A server whose connections get these answers, each in pieces, one for each read; then it
+        is silent. Returns its URL."""
+        async def serve(reader, writer):
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                for answer in rows.pop(0) if rows else ():
+                    self.seen.append(await reader.read(65536))
+                    writer.write(answer)
+                while await reader.read(65536):
+                    pass
+            writer.close()
+        rows, self.seen = list(answers), []
+        server = self.run_loop(asyncio.start_server(serve, "127.0.0.1", 0))
+        self.addCleanup(server.close)
+        return "redis://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+
+    def faults(self, redis, *parts):
+        """Returns (the words of the fault of a call, its milliseconds)."""
+        began = time.monotonic()
+        with self.assertRaises(llm_proxy.RedisFault) as caught:
+            self.run_loop(redis.call(*parts))
+        return str(caught.exception), 1000 * (time.monotonic() - began)
+
+
+class RedisFaultsTest(RedisCase):
+    """A server that does what no server should."""
+
+    def start(self, *answers):
+        redis = self.client(self.scripted(*answers))
+        self.wait_for(lambda: redis.available)
+        return redis
+
+    def test_nobody_there_is_a_fault_at_once_and_tried_again_and_again(self):
+        redis = self.client("unix:///nowhere/socket")
+        self.assertEqual(self.faults(redis, "PING")[0], "is away")
+        self.wait_for(lambda: len(self.left) > 3)
+        self.assertEqual(set(self.left), {"is not there"})
+
+    def test_silence_and_half_a_reply_hold_nobody_for_long(self):
+        for half in self.each([(b"",), (b"$100\r\nab",), (b"*2\r\n:1\r\n",)]):
+            self.left.clear()
+            redis = self.start([b"+OK\r\n", *half])
+            words, milliseconds = self.faults(redis, "GET", "a")
+            self.assertEqual(words, "answers late")
+            self.assertLess(milliseconds, 100)
+            self.assertTrue(redis.available)  # one that is late says little
+            self.wait_for(lambda: not redis.available)
+            self.assertEqual(set(self.left), {"does not answer"})
+
+    def test_nonsense_ends_the_connection(self):
+        for answer, words in self.each([
+                (b"HTTP/1.1 200 OK\r\n", "does not speak RESP2"),
+                (b":1\r\n:2\r\n", "answers what it was not asked")]):
+            self.left.clear()
+            redis = self.start([b"+OK\r\n", answer])
+            self.assertEqual(self.faults(redis, "GET", "a")[0], "is away")
+            self.assertEqual(self.left[:1] or [str(redis.reason)], [words])
+
+    def test_what_is_asked_for_at_once_travels_at_once(self):
+        redis = self.start([b"+OK\r\n", b":1\r\n:2\r\n"])
+
+        async def both():
+            return await asyncio.gather(redis.call("A"), redis.call("B", 7))
+        self.assertEqual(self.run_loop(both()), [1, 2])
+        self.assertEqual(self.seen[1], b"*1\r\n$1\r\nA\r\n*2\r\n$1\r\nB\r\n$1\r\n7\r\n")
+
+    def test_what_is_sent_meanwhile_goes_when_it_is_there_and_is_bounded(self):
+        url = self.scripted([b"+OK\r\n"])
+        redis = self.client(url)
+        with mock.patch.object(llm_proxy.Redis, "MOST_WAITING", 2):
+            for name in "abc":
+                redis.send("SET", name)
+        self.assertEqual((len(redis.waiting), redis.dropped), (2, 1))
+        self.wait_for(lambda: redis.available)
+        self.wait_for(lambda: not redis.waiting)
+
+    def test_three_late_answers_in_a_row_are_too_many(self):
+        redis = self.start([b"+OK\r\n"] + [b":1\r\n"] * 9)
+        with mock.patch.object(llm_proxy.Redis, "LATE_SECONDS", -1):
+            for _ in range(2):
+                self.run_loop(redis.call("A"))
+            self.assertTrue(redis.available)
+            with self.assertRaises(llm_proxy.RedisFault):
+                for _ in range(2):
+                    self.run_loop(redis.call("A"))
+        self.wait_for(lambda: self.left)
+        self.assertEqual(self.left[0], "answers late")
+
+    def test_a_cluster_says_where_to_go(self):
+        there = self.scripted([b"+OK\r\n", b"+PONG\r\n"])
+        port = int(there.rpartition(":")[2])
+        redis = self.client(self.scripted([b"+OK\r\n", b"-MOVED 1 127.0.0.1:%d\r\n" % port]))
+
+        async def greet():
+            await redis.ask_first("PING")
+        redis.greetings.append(greet)
+        self.wait_for(lambda: redis.available)
+        self.assertEqual(redis.transport.get_extra_info("peername")[1], port)
+
+
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class RedisTest(RedisCase):
+    def test_user_password_database_and_name_are_told(self):
+        server = RedisServer(self, "--user", *"app on >p@ss:w ~* +@all".split(),
+                             port=free_port())
+        redis = self.client("redis://app:p%%40ss%%3Aw@127.0.0.1:%d/3" % server.port)
+        self.wait_for(lambda: redis.available)
+        self.assertEqual(self.run_loop(redis.call("ACL", "WHOAMI")), b"app")
+        clients = self.run_loop(redis.call("CLIENT", "LIST"))
+        self.assertIn(b" name=test ", clients)
+        self.assertIn(b" db=3 ", clients)
+
+    def test_a_wrong_password_is_said_without_it(self):
+        server = RedisServer(self, "--requirepass", "right", port=free_port())
+        self.client("redis://:hunter2@127.0.0.1:%d" % server.port)
+        self.wait_for(lambda: self.left)
+        self.assertEqual(self.left[0], "does not take the user and password")
+
+    def test_it_comes_back_when_the_server_does(self):
+        server = RedisServer(self)
+        redis = self.client(server.url)
+        self.wait_for(lambda: redis.available)
+        server.kill()
+        self.wait_for(lambda: not redis.available)
+        redis.send("SET", "a", "later")
+        server.start()
+        began = time.monotonic()
+        self.wait_for(lambda: redis.available)
+        self.assertLess(time.monotonic() - began, 1)
+        self.assertEqual(self.run_loop(redis.call("GET", "a")), b"later")
+
+    def test_a_script_goes_by_its_digest_until_that_is_forgotten(self):
+        server = RedisServer(self)
+        script = llm_proxy.RedisScript("return KEYS[1] .. ARGV[1]")
+        redis = self.client(server.url)
+        redis.scripts.append(script)
+        self.wait_for(lambda: redis.available)
+        self.assertTrue(script.is_loaded)
+        self.assertEqual(self.run_loop(redis.run(script, ["a"], "b")), b"ab")
+        server.ask("SCRIPT", "FLUSH")
+        self.assertEqual(self.run_loop(redis.run(script, ["a"], "b")), b"ab")
+        self.assertFalse(script.is_loaded)
+
+    def test_a_server_that_stands_still_holds_nobody_for_long(self):
+        server = RedisServer(self)
+        redis = self.client(server.url)
+        self.wait_for(lambda: redis.available)
+        stop, go_on = [functools.partial(server.process.send_signal, number)
+                       for number in (signal.SIGSTOP, signal.SIGCONT)]
+        for stand_still, wake in self.each([
+                (stop, go_on), (lambda: server.ask("CLIENT", "PAUSE", "500"), lambda: None)]):
+            self.left.clear()
+            stand_still()
+            for _ in range(3):
+                self.assertLess(self.faults(redis, "INCR", "a")[1], 100)
+            self.wait_for(lambda: self.left)
+            self.assertEqual(set(self.left), {"does not answer"})
+            wake()
+            self.wait_for(lambda: redis.available)
+
+    def test_certificates_are_checked(self):
+        path, port = pem_file(self), free_port()
+        RedisServer(self, "--tls-port", str(port), "--tls-cert-file", path, "--tls-key-file", path,
+                    "--tls-ca-cert-file", path, "--tls-auth-clients", "no")
+        url = "rediss://127.0.0.1:%d" % port
+        self.client(url, ssl.create_default_context())
+        self.wait_for(lambda: self.left)
+        self.assertEqual(self.left[0], "has a certificate that is not trusted")
+        redis = self.client(url, ssl.create_default_context(cafile=path))
+        self.wait_for(lambda: redis.available)
+        self.assertEqual(self.run_loop(redis.call("PING")), b"PONG")
 
 
 # --------------------------------------------------------------------------------------------------
