@@ -14410,13 +14410,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener or listen(host, port)
-        self.server_address = self.socket.getsockname()
+        self.take_listener(listener or listen(host, port))
         proxy.books.open()
         for act in (self.loop_watch.tick, self.sweep, self.beat,
                     *([proxy.redis.start] if proxy.redis else ())):
             self.loop.call_soon_threadsafe(act)
+
+    def take_listener(self, listener):
+        self.socket.close()
+        self.socket = listener
+        self.server_address = listener.getsockname()
 
     def make_parts(self) -> ReplyParts:
         proxy, config = self.proxy, self.proxy.config

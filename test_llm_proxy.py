@@ -12403,6 +12403,154 @@ class CommandsTest(ProcessCase):
 
 
 
+class WorkersTest(ProcessCase):
+    """Several processes on one port."""
+
+    def start(self, count=4, answer=says(), **settings):
+        if not shutil.which("redis-server"):
+            self.skipTest("there is no redis-server")
+        self.redis = RedisServer(self)
+        self.path = new_path(self, "books.db")
+        self.process = self.serve(answer=answer, **{
+            "WORKERS": count, "REDIS_URL": self.redis.url, "DATABASE": self.path,
+            "MAX_TOKENS": 10 ** 6, "ADMIN_KEY": ADMIN, **settings})
+        wait_for(lambda: len(self.workers()) == count, "the workers")
+        return self.process
+
+    def workers(self):
+        """Returns the processes that the parent has."""
+        pid = self.process.process.pid
+        with open("/proc/%d/task/%d/children" % (pid, pid), encoding="ascii") as file:
+            return list(map(int, file.read().split()))
+
+    def scrape(self, name):
+        text = self.ask(request("GET", "/metrics", key=ADMIN)).body.decode()
+        return sum(float(row.split()[-1]) for row in text.splitlines()
+                   if row.startswith("llm_proxy_" + name))
+
+    def test_a_killed_worker_takes_its_own_calls_along_and_is_started_again(self):
+        self.start(answer=None)
+        streams = [self.begin(event(1)) for _ in range(24)]
+        killed = max(self.workers(), key=lambda pid: len(os.listdir("/proc/%d/fd" % pid)))
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: self.process.said("has ended (SIGKILL): it is started again"))
+        began = time.monotonic()
+        wait_for(lambda: len(self.workers()) == 4 and killed not in self.workers(), "a new one")
+        self.assertLess(time.monotonic() - began, 1)
+        cut = [client for client, _ in streams if self.is_ended(client)]
+        self.assertIn(len(cut), range(1, 24))
+        for client, asked in streams:
+            if client in cut:
+                asked.wait_for_hang_up()
+                self.assertFalse(client.rest().whole)
+            else:
+                asked.chunks(event(2), end=True)
+                self.assertTrue(client.rest().whole)
+        self.assertEqual(self.process.stop().wait(), 0)
+
+    @staticmethod
+    def is_ended(client):
+        poll = select.poll()
+        poll.register(client.sock, select.POLLIN)
+        return bool(poll.poll(200))
+
+    def test_counts_add_up_and_never_go_back(self):
+        self.start()
+        for _ in range(40):
+            self.assertEqual(self.ask(call("k")).status, 200)
+        wait_for(lambda: self.scrape("requests_total") == 40, "all counts")
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            wait_for(lambda: connection.execute("SELECT count(*) FROM calls").fetchall() == [(40,)])
+        before = self.workers()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: pid not in self.workers() and len(self.workers()) == 4)
+            self.assertEqual(self.scrape("requests_total"), 40)
+        self.ask(call("k"))
+        wait_for(lambda: self.scrape("request_duration_seconds_count") == 41)
+        self.process.stop().wait()
+        _, out, _ = self.command("usage", "--csv", DATABASE=self.path).finish()
+        self.assertIn(",41,", out)
+
+    def test_what_one_does_all_go_by(self):
+        process = self.start(PROXY_API_KEYS="first-key-of-all-workers")
+        made = self.ask(request("POST", "/admin/api/keys", b'{"name": "ann"}', key=ADMIN))
+        secret = made.json()["key"]
+
+        def statuses():
+            return {self.ask(call(secret)).status for _ in range(20)}
+        wait_for(lambda: statuses() == {200}, "the key")
+        self.ask(request("POST", "/admin/api/keys/ann/revoke", b"", key=ADMIN))
+        wait_for(lambda: statuses() <= {401, 429}, "its end")
+        for act, status in self.each((("disable", 404), ("enable", 200))):
+            self.ask(request("POST", "/admin/api/upstreams/base/" + act, b"", key=ADMIN))
+            wait_for(lambda: {self.ask(call("first-key-of-all-workers")).status
+                              for _ in range(20)} == {status}, act)
+        for number, said in self.each((
+                (signal.SIGUSR1, ": 0 calls are running"), (signal.SIGHUP, "were read again"))):
+            process.stop(number)
+            wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
+
+    def test_one_signal_drains_all(self):
+        process = self.start(answer=None)
+        streams = [self.begin(event(1)) for _ in range(12)]
+        process.stop()
+        wait_for(self.refuses, "the end of accepting")
+        for client, asked in streams:
+            asked.chunks(event(2), end=True)
+            self.assertTrue(client.rest().whole)
+        self.assertEqual(process.wait(), 0)
+        self.assertEqual(sum(row.endswith(": stopped\n") for row in process.rows), 4)
+
+    def test_workers_end_with_their_parent(self):
+        process = self.start(2)
+        left = self.workers()
+        process.stop(signal.SIGKILL)
+        wait_for(lambda: not any(os.path.exists("/proc/%d" % pid) for pid in left), "their end")
+
+    def test_lines_of_all_are_whole(self):
+        process = self.start(LOG_FORMAT="json")
+        path = "/v1/" + 30 * "\u20ac"
+        target = urllib.parse.quote(path)
+        threads = [threading.Thread(target=lambda: [
+            self.ask(request("POST", target, b"{}", key="k")) for _ in range(50)])
+            for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        process.stop().wait()
+        rows = [json.loads(row) for row in process.rows]
+        self.assertEqual(sum("outcome" in row for row in rows), 400)
+
+    def test_who_cannot_start_is_not_tried_for_ever(self):
+        self.redis = RedisServer(self)
+        code, _, err = self.finish(WORKERS=3, REDIS_URL=self.redis.url, USAGE_LOG="/nowhere/log",
+                                   BASE_API_URL="http://127.0.0.1:1", PORT=free_port())
+        self.assertEqual((code, "/nowhere/log" in err), (2, True), err)
+
+    def test_who_dies_again_and_again_waits_longer_and_longer(self):
+        clock, said = Clock(), []
+        workers = llm_proxy.Workers(1, None, clock, said.append)
+        pauses = []
+        for lives in self.each((0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0)):
+            workers.start_again(0, clock.now - lives, -9)
+            pauses.append(round(workers.due[0] - clock.now, 1))
+        self.assertEqual(pauses, [0, .4, .8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30, 0, .4])
+        self.assertIn("worker 1 has ended (SIGKILL): it is started again in 0.4 s", said)
+
+    def test_what_was_half_written_is_not_read(self):
+        tally = llm_proxy.Tally(2)
+        family = llm_proxy.Family("a", "counter", "A", [("x", 1), ("x", "0.5", "_sum")])
+        for number in (0, 1, 0):
+            tally.begin(number)
+            tally.write([family])
+        self.assertEqual(tally.families()[0].samples, [("x", 3), ("x", 1.5, "_sum")])
+        (_, length, at), _ = tally.halves(0)
+        tally.memory[at + 5:at + length] = bytes(length - 5)
+        self.assertEqual(tally.families()[0].samples, [("x", 2), ("x", 1.0, "_sum")])
+
+
 # --------------------------------------------------------------------------------------------------
 # Endurance: everything at its worst. Each test has a short form here, and those with a `size` have
 # a long one: `python test_llm_proxy.py --soak`, about 15 minutes, prints their figures.
