@@ -10503,17 +10503,27 @@ class Tally:
     goes on from there, so that no count goes back."""
     HALF = 4 << 20                # bytes, compressed; the system gives only those that are written
     HEAD = struct.Struct("<QQ")   # the number of the writing, and how long it is
+    UNEVEN = 4                    # connections that one may have more than another
+    YIELD_SECONDS = 0.005
     number = 0                    # of this worker
     before: List[List[Any]] = []  # what those before this one have counted
 
     def __init__(self, workers: int):
         self.workers = workers
         self.memory = mmap.mmap(-1, workers * 2 * self.HALF)
+        self.open = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")  # connections of each
 
     def begin(self, number: int):
         """This process is the worker of this number from now on."""
         self.number = number
         self.before = [row for row in self.read(number) if row[1] != "gauge"]
+
+    def let_others_first(self, connections: int):
+        """Waits a moment where this worker has more connections than another one, which can accept
+        the next meanwhile: all are told of it, and the same one is often the quickest."""
+        self.open[self.number] = connections
+        if connections > min(self.open) + self.UNEVEN:
+            time.sleep(self.YIELD_SECONDS)
 
     def halves(self, number):
         """Returns (number of the writing, length, where) of both, the later one first."""
@@ -14431,6 +14441,8 @@ class Server(http.server.ThreadingHTTPServer):
     # -- in the accepting thread
 
     def get_request(self):
+        if self.proxy.tally:
+            self.proxy.tally.let_others_first(len(self.open))
         try:
             return super().get_request()
         except OSError as failure:
@@ -14544,6 +14556,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.beat_timer = self.loop.call_later(1, self.beat)
         self.admin.beat()
         if self.proxy.tally:
+            self.proxy.tally.open[self.proxy.tally.number] = len(self.open)
             self.pages.count()
 
     def reload(self):
