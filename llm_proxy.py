@@ -378,11 +378,13 @@ shares = listed(pattern(  # '80%' -> 0.8
 PICODOLLARS = 10 ** 12
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
+ANEW = 1 << 80  # more than ever is missing of a bucket
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
              "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
+ZONE_SHAPE = "[A-Za-z0-9_+/-]{1,64}"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
@@ -390,10 +392,16 @@ RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is 
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
-     "second, minute, hour, day, week, month or such as 30s, 5m, 12h, 7d"),
-    ("(burst)?", "burst N or the end"),
+     "second, minute, hour, day, week, month, such as 30s, 5m, 12h, 7d, or calendar"),
+    ("(burst|window)?", "burst N, window or the end"),
     ("N", "an amount above 0"),
-    ("", "burst N or the end"))
+    ("", "the end"))
+CALENDAR_WORDS = (*RULE_WORDS[:4],
+                  ("calendar", "calendar"),
+                  ("day|week|month", "day, week or month"),
+                  ("(in)?", "in ZONE or the end"),
+                  (ZONE_SHAPE, "a time zone such as Europe/Berlin"),
+                  ("", "the end"))
 JOINED_SCOPES = ("(all|(address)?,?(caller)?),?(model)?,?(team)?,?(upstream)?",
                  "scopes that can be joined")
 
@@ -403,7 +411,9 @@ class Rule(NamedTuple):
     the capacity is None where the rule says `unlimited`. A bucket of calls that are `running` gains
     nothing: its interval is endless. `scopes` are (kind, glob) pairs, `unit` is
     an index into UNITS, and `rate` is (amount, seconds) as the rule has it, for people. Of the
-    rules of one `family` only the first that matches a call counts."""
+    rules of one `family` only the first that matches a call counts. A `window` is one of a fixed
+    length ("window"), or a "day", "week" or "month" in a `zone`: then `refill` is ANEW. In a Level
+    such a calendar's rule has the length of one period, and when it `began`, in unix seconds."""
     text: str
     scopes: Tuple[Tuple[str, str], ...]
     unit: int
@@ -412,6 +422,9 @@ class Rule(NamedTuple):
     interval: float
     rate: Tuple[int, int]
     family: Tuple[Any, ...] = ()
+    window: str = ""
+    zone: str = ""
+    began: int = 0
 
     @property
     def word(self) -> str:
@@ -420,8 +433,8 @@ class Rule(NamedTuple):
 
 
 def rules(text):
-    """'SCOPE AMOUNT UNIT per DURATION [burst N]' or 'SCOPE AMOUNT running', by semicolons or
-    lines."""
+    """'SCOPE AMOUNT UNIT per DURATION [burst N]', '... per DURATION window', '... per calendar
+    PERIOD [in ZONE]' or 'SCOPE AMOUNT running', by semicolons or lines."""
     found = [read_rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
@@ -430,23 +443,40 @@ def rules(text):
 
 def read_rule(text):
     words = text.split(" ") + [""] * 7
-    scope, amount, unit, _, length, _, burst = words[:7]
+    scope, amount, unit, _, length, kind, burst, zone = words[:8]
     scopes = tuple(part.partition(":")[::2] for part in scope.split(","))
     kinds = sorted("caller" if kind in ("each", "key") else kind for kind, _ in scopes)
     check_rule(text, words, ",".join(kinds))
-    # What is unlimited counts as 1: no bucket is made of it.
-    scale = PICODOLLARS if unit == "usd" else 1
-    rate, capacity = [int(decimal.Decimal(word.replace("unlimited", "1")) * scale)
-                      for word in (amount, burst or amount)]
+    if length == "calendar":
+        length, burst, zone = kind, "", zone or "UTC"
+    window = kind.replace("burst", "")
+    rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
-                refill, interval * refill / rate, (rate, interval),
-                (tuple(kinds), unit, interval))
+                ANEW if window else refill, interval if window else interval * refill / rate,
+                (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
+
+
+def count_units(amount, unit):
+    """Returns an amount, of money in picodollars; what is unlimited counts as 1: no bucket is made
+    of it."""
+    scale = PICODOLLARS if unit == "usd" else 1
+    return int(decimal.Decimal(amount.replace("unlimited", "1")) * scale)
 
 
 def read_duration(word):
     return DURATIONS.get(word) or int(word[:-1]) * DURATIONS[word[-1]]
+
+
+def time_zone(name: str) -> Optional[datetime.tzinfo]:
+    """Returns the time zone of this name, None where this machine does not know it."""
+    try:
+        if re.fullmatch(ZONE_SHAPE, name):
+            return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
+    except (OSError, ValueError, LookupError):
+        pass  # no such name, a folder of names, or a file that is none
+    return None
 
 
 age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
@@ -474,11 +504,20 @@ def check_rule(text, words, kinds):
     rows = RULE_WORDS if words[5] else RULE_WORDS[:6]
     if words[2] == "running":
         rows = RULE_WORDS[:3] + RULE_WORDS[-1:]
+    elif words[4] == "calendar":
+        rows = CALENDAR_WORDS if words[6] else CALENDAR_WORDS[:7]
+    elif words[5] == "window":
+        rows = RULE_WORDS[:6] + RULE_WORDS[-1:]
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
                 "must be rules such as 'each 60 requests per minute'; in '%s' %s should be %s" % (
                     text, "the word '%s'" % word if word else "the end", right))
+    if rows is CALENDAR_WORDS:
+        missing = "" if time_zone("Europe/Berlin") else (
+            ": this machine has no time zone data, install its package tzdata")
+        require(time_zone(words[7]), "must name time zones that are known here, which '%s' is not"
+                "%s" % (words[7], missing))
 
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
@@ -740,7 +779,7 @@ SETTING_ROWS = {
         ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
          "tokens to expect of an image, sound or file in a prompt"),
         ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N],"
+         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N or window],"
          " or SCOPE N running; ..."),
         ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
          "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the"
@@ -1874,8 +1913,9 @@ class Origins:
 
 # --------------------------------------------------------------------------------------------------
 # Limits: a bucket holds at most `capacity` tokens, gains `refill` every whole `interval` seconds,
-# and starts full. Taking is all or nothing. All of it belongs to the event loop's thread, so there
-# is no lock. It knows neither HTTP nor what a token stands for.
+# and starts full; a window is full again when it is over. Taking is all or nothing. All of it
+# belongs to the event loop's thread, so there is no lock. It knows neither HTTP nor what a token
+# stands for.
 # --------------------------------------------------------------------------------------------------
 
 USD = UNITS.index("usd")
@@ -1961,6 +2001,11 @@ class Level(NamedTuple):
         refills = -(self.level // self.rule.refill)
         return max(0, self.refilled + refills * self.rule.interval - self.now)
 
+    def refilled_at(self, offset: float) -> float:
+        """Returns the wall-clock time of the last refill; `offset` is how far that clock is ahead
+        of the monotonic one, which may have slept meanwhile."""
+        return self.rule.began or self.refilled + offset
+
     def untaken(self):
         """Returns the same bucket with the amount still in it."""
         return self.less(-self.amount)
@@ -1979,9 +2024,62 @@ def tightest_of(levels):
         one.rule.unit == RUNNING and one.level >= 0, one.level / one.rule.capacity))
 
 
+def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
+    return datetime.datetime.fromtimestamp(moment, zone).date()
+
+
+def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
+    """Returns when a day begins, in unix seconds."""
+    return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
+
+
+def day_after(day, step):
+    """Returns the day after, or that of the next week or the first of the next month."""
+    if step == "month":
+        return (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+    return day + datetime.timedelta(7 if step == "week" else 1)
+
+
+def calendar_rule(rule: Rule, wall: float) -> Rule:
+    """Returns the rule of the day, week (from Monday) or month that it is: some days have 23
+    hours, or 25."""
+    zone = time_zone(rule.zone) or datetime.timezone.utc
+    day = date_in(zone, wall)
+    if rule.window == "week":
+        day -= datetime.timedelta(day.weekday())
+    elif rule.window == "month":
+        day = day.replace(day=1)
+    began = midnight(day, zone)
+    length = midnight(day_after(day, rule.window), zone) - began
+    return rule._replace(began=began, interval=length, rate=(rule.rate[0], length))
+
+
+def window_at(rule: Rule, known: Optional[Level], now: float, wall: float) -> Tuple[Rule, float]:
+    """Returns the rule of the window that it is at `now`, and when that began: one of a fixed
+    length with the call that found the bucket full, or the last window over. `known` is the bucket
+    as it was last seen. A clock that is set back a little begins no period twice."""
+    if not rule.zone:
+        if known and known.level < rule.capacity and now - known.refilled + 1e-6 < rule.interval:
+            return rule, known.refilled
+        return rule, now
+    if known and -3600 < wall - known.rule.began < known.rule.interval:
+        rule = known.rule
+    else:
+        rule = calendar_rule(rule, wall)
+    return rule, rule.began - wall + now
+
+
+def left_in_window(rule: Rule, began: float, known: Level) -> int:
+    """Returns what is in a window that `began` then. With a new one all is as if nothing had been
+    taken, and what was given beyond the rule stays."""
+    same = known.rule.began == rule.began if rule.zone else known.refilled == began
+    return known.level if same else max(known.level, rule.capacity)
+
+
 class Buckets:
     """Every bucket of every rule, in memory. A full bucket and no bucket are the same thing, so the
     table keeps few full ones."""
+    is_degraded: Optional[bool] = None  # whether Redis is away, where it is used
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -2010,7 +2108,7 @@ class Buckets:
         self.drop([found.key for found in self.seen()
                    if owner in found.key[1:] and found.rule.unit != RUNNING])
 
-    def levels_after(self, keyed_rules, costs, taken):
+    def levels_after(self, keyed_rules, costs, taken, taken_at=0.0):
         """Returns what the buckets hold once `costs` are charged instead of what was taken. The
         time of the last refill moves by whole intervals, so nothing drifts. It starts when the
         bucket stops being full."""
@@ -2020,6 +2118,10 @@ class Buckets:
             unit, capacity = rule.unit, rule.capacity
             if self.given:
                 capacity += self.given_to(key, now)
+            if rule.window:
+                levels.append(self.window_after(
+                    rule, key, capacity, costs[unit], taken[unit], taken_at))
+                continue
             known = self.levels.get(key)
             if known is None:
                 level, refilled = capacity, now
@@ -2040,6 +2142,17 @@ class Buckets:
             levels.append(Level(level, refilled, rule, key, cost, now))
         return levels
 
+    def window_after(self, rule, key, capacity, cost, taken, taken_at):
+        """Returns what a window holds once `cost` is charged instead of what was taken. Nothing
+        comes back of what was taken in an earlier one."""
+        now, known = self.clock.monotonic(), self.levels.get(key)
+        rule, began = window_at(rule, known, now, self.clock.time_ns() / 1e9)
+        level = min(capacity, left_in_window(rule, began, known) if known else capacity)
+        change = taken - cost
+        if taken_at + 1e-6 < began:
+            change = min(0, change)
+        return Level(min(capacity, level + change), began, rule, key, cost, now)
+
     def level_of(self, rule, key):
         """Returns what is in a bucket."""
         return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
@@ -2053,10 +2166,11 @@ class Buckets:
             self.store(levels)
         return tightest, levels
 
-    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs) -> Level:
-        """Charges `costs` instead of what was taken; returns the tightest bucket. It never waits:
-        a store outside of this process would have to queue this."""
-        levels = self.levels_after(keyed_rules, costs, taken)
+    def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs,
+               taken_at: float) -> Level:
+        """Charges `costs` instead of what was taken then; returns the tightest bucket. It never
+        waits: a store outside of this process would have to queue this."""
+        levels = self.levels_after(keyed_rules, costs, taken, taken_at)
         self.store(levels)
         return tightest_of(levels)
 
@@ -2093,8 +2207,8 @@ class Buckets:
                  ) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
         not full; running calls are left out, because they end with the process."""
-        now = self.clock.monotonic()
-        return {found.key: (found.level, found.refilled + wall - now)
+        offset = wall - self.clock.monotonic()
+        return {found.key: (found.level, found.refilled_at(offset))
                 for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
@@ -2115,6 +2229,9 @@ class Buckets:
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
         """Puts back a bucket as it was `since` seconds ago."""
         now = self.clock.monotonic()
+        if rule.zone:
+            # A second later: the clocks are not read at once.
+            rule = calendar_rule(rule, self.clock.time_ns() / 1e9 - since + 1)
         self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
@@ -2147,7 +2264,8 @@ class Hold:
         self.costs = costs
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
-                self.tightest = self.buckets.settle(self.keyed_rules, costs, taken)
+                self.tightest = self.buckets.settle(
+                    self.keyed_rules, costs, taken, self.tightest.now)
                 break
 
     def give_back(self):
@@ -2357,7 +2475,8 @@ class Limits:
         found = [rule for rule in now if rule.capacity is not None
                  and rule.text.split(" ")[2] == unit
                  and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        return sorted(found, key=lambda rule: rule.rate[1] != old.rate[1])
+        return sorted(found, key=lambda rule: (
+            rule.rate[1] != old.rate[1], rule.window != old.window))
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
@@ -8771,30 +8890,10 @@ def csv_of(names: Sequence[str], rows: Iterable[Sequence[Union[int, float, str, 
 def read_time_zone(name: str, offset: str = "") -> datetime.tzinfo:
     """Returns the time zone of this name, or, where this machine does not know it, the one that is
     `offset` minutes east of UTC."""
-    try:
-        if re.fullmatch("[A-Za-z0-9_+/-]{1,64}", name):
-            return zoneinfo.ZoneInfo(name)
-    except (OSError, ValueError, LookupError):
-        pass  # no such name, a folder of names, or a file that is none
-    if not re.fullmatch("-?[0-9]{1,4}", offset) or abs(int(offset)) >= 1440:
-        return datetime.timezone.utc
-    return datetime.timezone(datetime.timedelta(minutes=int(offset)))
-
-
-def date_in(zone: datetime.tzinfo, moment: float) -> datetime.date:
-    return datetime.datetime.fromtimestamp(moment, zone).date()
-
-
-def midnight(day: datetime.date, zone: datetime.tzinfo) -> int:
-    """Returns when a day begins, in unix seconds."""
-    return int(datetime.datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
-
-
-def day_after(day, step):
-    """Returns the day after, or the first of the next month."""
-    if step == "month":
-        return (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
-    return day + datetime.timedelta(1)
+    found = time_zone(name)
+    if found is None and re.fullmatch("-?[0-9]{1,4}", offset) and abs(int(offset)) < 1440:
+        found = datetime.timezone(datetime.timedelta(minutes=int(offset)))
+    return found or datetime.timezone.utc
 
 
 MAX_STEPS = 3000
@@ -9508,7 +9607,7 @@ class Ledger(Writer):
         these took is not lost with the process."""
         keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
         offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
-        return {**self.levels, **{one.key: (one.level, one.refilled + offset)
+        return {**self.levels, **{one.key: (one.level, one.refilled_at(offset))
                                   for one in self.limits.buckets.latest(keys)
                                   if one.rule.unit != RUNNING}} if keys else self.levels
 
@@ -10148,13 +10247,15 @@ class Pulse(Watcher):
     def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
         """Returns a bucket as the page shows it."""
         level = self.buckets.level_of(rule, key)
+        rule = level.rule  # which knows how long this month is
         now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
-        missing = -(-(rule.capacity - level.level) // rule.refill)
+        refill = min(rule.refill, rule.capacity - min(0, level.level))
+        missing = -(-(rule.capacity - level.level) // refill)
         runs = rule.unit == RUNNING
         return {"rule": rule.text, "unit": rule.word,
                 "level": format_amount(rule, level.level),
                 "capacity": format_amount(rule, rule.capacity),
-                "refill": 0 if runs else format_amount(rule, rule.refill),
+                "refill": 0 if runs else format_amount(rule, refill),
                 "interval": 0 if runs else rule.interval,
                 "refilled": wall - (now - level.refilled),
                 "full_in": 0 if runs else max(
@@ -10494,6 +10595,10 @@ class Watchers(NamedTuple):
         build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
             sys.implementation.name, *sys.version_info[:3]))
         return [*self.metrics.bucket_families(buckets), state_family(routes),
+                *([Family("llm_proxy_limits_degraded", "gauge",
+                          "Whether Redis is away, so that limits are not shared",
+                          [("", int(buckets.is_degraded))])]
+                  if buckets.is_degraded is not None else ()),
                 Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)])]
 
 
@@ -10598,6 +10703,8 @@ REDIS_ERRORS = {
 class RedisFault(Exception):
     """Redis did not do what it was asked to. Its words, such as 'is out of memory', name no address
     and no password; `code` is the first word of what Redis said itself."""
+
+    LATE = "late"  # no code of Redis's: the reply may come yet
 
     def __init__(self, words: str, code: str = "", moved_to: Optional[Tuple[str, int]] = None):
         super().__init__(words)
@@ -11023,7 +11130,7 @@ class Redis(asyncio.Protocol):
         for one in late:
             if not one.is_late:
                 one.is_late = True
-                one.tell(RedisFault("answers late"))
+                one.tell(RedisFault("answers late", RedisFault.LATE))
         if now - self.asked[0].sent - held > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
 
@@ -11041,6 +11148,706 @@ class Redis(asyncio.Protocol):
             self.waiting.append(data)
         else:
             self.dropped += 1
+
+
+# What holds for both scripts: KEYS[1] is the hash of the process that asks, `now` is in microseconds
+# since 2025, which a double holds to a fraction. Amounts are whole numbers below 2^53.
+LUA_TIME = """
+local time = redis.call('TIME')
+local now = (time[1] - 1735689600) * 1000000 + time[2]
+"""
+
+# Takes, charges and settles for a batch of calls, once: batches of a process have numbers, and one
+# that comes again gets its first answer. A number is missing where Redis has lost what it knew. In
+# ARGV[1] are the number, '-' or 'put' or 'last', the kind and figures of each bucket, then what to
+# do. A key's text is 'level stamp (amount until)...', what was given beyond the rule; of running
+# calls '(process count until)...'. No key is a full bucket.
+LUA_BATCH = LUA_TIME + """
+local words = string.gmatch(ARGV[1], '%S+')
+local function number() return tonumber(words()) end
+local sequence, mode = number(), words()
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+if mode == '-' and sequence > last + 1 then return 'gap' end
+if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
+local unpack = unpack or table.unpack
+local found = KEYS[2] and redis.call('MGET', unpack(KEYS, 2)) or {}
+
+local pass = {}
+function pass.b(b)  -- a bucket is refilled by whole intervals
+  local steps = math.floor((now - b.stamp + 1) / b.interval)
+  if steps > 0 then
+    b.level = b.level + steps * b.refill
+    b.stamp = b.stamp + steps * b.interval
+  end
+  if b.level >= b.room then b.level, b.stamp = b.room, now end
+  b.full_in = math.ceil((b.room - b.level) / b.refill) * b.interval + b.stamp - now
+end
+local function begin(b, stamp)
+  b.level, b.stamp = math.min(b.room, math.max(b.level, b.capacity)), stamp
+end
+function pass.w(b)  -- a window begins with its first call
+  if b.level >= b.capacity or now - b.stamp + 1 >= b.interval then begin(b, now) end
+  b.full_in = b.stamp + b.interval - now
+end
+function pass.d(b)  -- a day, a week or a month
+  if b.stamp ~= b.began then begin(b, b.began) end
+  b.full_in = b.ends - now
+end
+
+local function read_running(text)
+  local b = {kind = 'r', capacity = number(), rows = {}, own = 0, stamp = now}
+  b.level = b.capacity
+  for process, count, ends in string.gmatch(text, '(%S+) (%d+) (%d+)') do
+    if tonumber(ends) > now then
+      b.level = b.level - count
+      if process == ARGV[2] then b.own = tonumber(count)
+      else b.rows[#b.rows + 1] = process .. ' ' .. count .. ' ' .. ends end
+    end
+  end
+  return b
+end
+local function read(text)
+  local kind = words()
+  if kind == 'r' then return read_running(text) end
+  local b = {kind = kind, known = text ~= '', capacity = number(), given = {}, extra = 0}
+  if kind == 'b' then b.refill, b.interval = number(), number() end
+  if kind == 'w' then b.interval = number() end
+  if kind == 'd' then
+    local before, began, ends, after = number(), number(), number(), number()
+    if now < began then began, ends = before, began end
+    if now >= ends then began, ends = ends, after end
+    b.began, b.ends = began, ends
+  end
+  local numbers = {}
+  for word in string.gmatch(text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
+  for i = 3, #numbers, 2 do
+    if numbers[i + 1] > now then
+      b.given[#b.given + 1] = {numbers[i], numbers[i + 1]}
+      b.extra = b.extra + numbers[i]
+    end
+  end
+  b.room = b.capacity + b.extra
+  b.level, b.stamp = math.min(b.room, numbers[1] or b.room), numbers[2] or b.began or now
+  pass[kind](b)
+  return b
+end
+local buckets = {}
+for i = 1, #KEYS - 1 do buckets[i] = read(found[i] or '') end
+
+local function charge(b, amount, age)
+  if amount < 0 and (b.kind == 'w' or b.kind == 'd') and now - age + 1 < b.stamp then return end
+  b.changed = true
+  if b.own then
+    amount = math.max(amount, -b.own)
+    b.own = b.own + amount
+    b.level = b.level - amount
+  else
+    b.level = math.min(b.room, b.level - amount)
+  end
+end
+local function take(wanted)
+  for i = 1, #wanted do
+    if wanted[i][1].level < wanted[i][2] then return '0' end
+  end
+  for i = 1, #wanted do
+    if wanted[i][2] ~= 0 then charge(wanted[i][1], wanted[i][2], 0) end
+  end
+  return '1'
+end
+local flags, act = {}, {}
+function act.t()
+  local wanted = {}
+  for i = 1, number() do wanted[i] = {buckets[number()], number()} end
+  flags[#flags + 1] = take(wanted)
+end
+function act.c() charge(buckets[number()], number(), number()) end
+function act.g()
+  local b, amount, length = buckets[number()], number(), number()
+  b.given[#b.given + 1] = {amount, now + length}
+  b.extra, b.room, b.level = b.extra + amount, b.room + amount, b.level + amount
+  b.changed = true
+end
+function act.o()
+  local b, count = buckets[number()], number()
+  charge(b, count - b.own, 0)
+end
+function act.p()
+  local b, level, age, always = buckets[number()], number(), number(), number()
+  if b.known and always == 0 then return end
+  local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
+               began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
+  if put.began and math.abs(put.stamp - put.began) < 2000000 then put.stamp = put.began end
+  pass[b.kind](put)
+  if put.level < b.level then
+    b.level, b.stamp, b.full_in, b.changed = put.level, put.stamp, put.full_in, true
+  end
+end
+function act.r() buckets[number()].changed = true end
+for word in words do act[word]() end
+
+local function text(value) return string.format('%.0f', value) end
+local function save(b, key)
+  local parts, length = b.rows, 30000000
+  if b.own then
+    local row = {ARGV[2], text(b.own), text(now + length)}
+    if b.own > 0 then parts[#parts + 1] = table.concat(row, ' ') end
+  elseif b.level < b.room or b.extra > 0 then
+    if b.kind == 'b' then pass.b(b) end
+    parts, length = {text(b.level), string.format('%.3f', b.stamp)}, b.full_in
+    for i, one in ipairs(b.given) do
+      parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
+      length = math.max(length, one[2] - now)
+    end
+  else
+    parts = {}
+  end
+  if #parts == 0 then return redis.call('DEL', key) end
+  length = math.min(34560000000, math.floor(length / 1000) + 1000)
+  redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
+end
+local answer = {table.concat(flags) .. '.'}
+for i, b in ipairs(buckets) do
+  if b.changed then save(b, KEYS[i + 1]) end
+  local ends = b.given and b.given[1] and b.given[1][2] - now or 0
+  answer[#answer + 1] = table.concat(
+    {text(b.level), text(now - b.stamp), text(b.extra or 0), text(ends)}, ' ')
+end
+answer = table.concat(answer, ' ')
+if mode == 'put' then return answer end
+redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
+return answer
+"""
+
+# Tells that a process is there. KEYS[2] are all that are; returns whether there were any, how many
+# there are, and the number of the last batch of this one.
+LUA_BEAT = LUA_TIME + """
+local existed = redis.call('EXISTS', KEYS[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 5000000))
+redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
+redis.call('PEXPIRE', KEYS[1], 86400000)
+return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last') or '0'}
+"""
+
+
+class LimitsAway(Refusal):
+    status = 503
+    kind = "server_error"
+    code = "limits_away"
+    message = "The limits cannot be looked up now, try again in a moment"
+    fields = {"Retry-After": 1}
+    nothing_sent = True
+
+
+class Take:
+    """What one call would take of its buckets. `future` is completed when Redis has answered, with
+    `levels`, or is not waited for any more; then `admitted` tells what was decided here."""
+    __slots__ = ("keyed_rules", "costs", "future", "levels", "admitted")
+
+    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup):
+        self.keyed_rules = keyed_rules
+        self.costs = costs
+        self.future = future
+        self.levels: Optional[List[Level]] = None
+        self.admitted = False
+
+
+class Batch(NamedTuple):
+    """What travels together. `charged` is what it charges, by bucket."""
+    number: int
+    pairs: List[Tuple[Rule, BucketKey]]
+    takes: List[Take]
+    charged: Dict[BucketKey, int]
+    keys: List[str]
+    text: str
+
+
+class BatchWriter:
+    """Writes down what a batch does, in the words of LUA_BATCH."""
+
+    def __init__(self, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
+        self.describe = describe
+        self.places: Dict[BucketKey, int] = {}
+        self.pairs: List[Tuple[Rule, BucketKey]] = []
+        self.keys: List[str] = []
+        self.kinds: List[str] = []
+        self.acts: List[str] = []
+        self.takes: List[Take] = []
+        self.charged: Dict[BucketKey, int] = {}
+
+    def place(self, rule, key):
+        found = self.places.get(key)
+        if found is None:
+            found = self.places[key] = len(self.places) + 1
+            name, kind = self.describe(rule, key)
+            self.pairs.append((rule, key))
+            self.keys.append(name)
+            self.kinds.append(kind)
+        return found
+
+    def act(self, word: str, rule: Rule, key: BucketKey, *numbers: int):
+        self.acts.append("%s %d %s" % (word, self.place(rule, key), " ".join(map(str, numbers))))
+
+    def charge(self, rule: Rule, key: BucketKey, amount: int, age: int):
+        self.charged[key] = self.charged.get(key, 0) + amount
+        self.act("c", rule, key, amount, age)
+
+    def take(self, one: Take):
+        self.takes.append(one)
+        wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, one.costs[rule.unit]))
+                  for rule, key in one.keyed_rules]
+        self.acts.append("t %d %s" % (len(wanted), " ".join(wanted)))
+
+    def batch(self, number: int, mode: str = "-") -> Batch:
+        text = " ".join([str(number), mode, *self.kinds, *self.acts])
+        return Batch(number, self.pairs, self.takes, self.charged, self.keys, text)
+
+
+Act = Tuple[Any, ...]  # a word of LUA_BATCH, rule, bucket, numbers
+ONE = ord("1")
+NANODOLLAR = 1000  # picodollars: a double holds 9 million USD of the former
+
+
+def stored_amount(rule: Rule, amount: int) -> int:
+    """Returns an amount as Redis has it: of money in nanodollars, rounded up."""
+    return -(-amount // NANODOLLAR) if rule.unit == USD else amount
+
+
+def since_2025(moment: float) -> int:
+    """Returns microseconds, of a time in unix seconds."""
+    return int((moment - 1735689600) * 1_000_000)
+
+
+def describe_kind(rule: Rule, wall: float) -> str:
+    """Returns the kind of a bucket and its figures, in the words of LUA_BATCH."""
+    scale = NANODOLLAR if rule.unit == USD else 1
+    capacity = rule.capacity // scale
+    if rule.unit == RUNNING:
+        return "r %d" % capacity
+    if rule.zone:
+        now = calendar_rule(rule, wall)
+        ends = now.began + now.interval
+        after = calendar_rule(rule, ends + 1)
+        return "d %d %d %d %d %d" % (capacity, *map(since_2025, (
+            calendar_rule(rule, now.began - 1).began, now.began, ends,
+            after.began + after.interval)))
+    if rule.window:
+        return "w %d %d" % (capacity, rule.interval * 1_000_000)
+    refill = max(1, rule.refill // scale)
+    return "b %d %d %.6f" % (
+        capacity, refill, rule.interval * 1_000_000 * refill * scale / rule.refill)
+
+
+@functools.lru_cache(1000)
+def share_of(rule: Rule, processes: int) -> Rule:
+    """Returns the rule of one process, where so many may take what one rule lets them."""
+    amount, seconds = rule.rate
+    return rule._replace(
+        capacity=max(1, rule.capacity // processes), rate=(max(1, amount // processes), seconds),
+        interval=rule.interval if rule.window else rule.interval * processes)
+
+
+class RedisBuckets(Buckets):
+    """Every bucket of every rule, in Redis. What was last seen of them is kept, too: for headers
+    and pages, to be put back where Redis has lost it, and to go on with while Redis is away.
+
+    Takes and charges of one pass of the loop travel as a batch, which has a number. Batches are
+    sent in order until they are answered, and each is done once. `pending` is what was charged here
+    and has not been answered; what comes back of levels does not have it yet."""
+    MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
+    MOST_ACTS = 200           # in one of them
+    MOST_KEPT = 20_000        # charges that wait, and other acts
+    WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
+    BEAT_SECONDS = 0.5
+    RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
+    state = "returning"       # or "here", or "away"
+    reason = "is not there"
+    number = 1                # of the last batch
+    beats = 0
+    flushing = False
+    fresh = True              # it was never here
+    grace: Optional[asyncio.TimerHandle] = None
+    beat_timer: Optional[asyncio.TimerHandle] = None
+    filling: Optional[asyncio.Task] = None
+
+    def __init__(self, clock: Any, redis: Redis, prefix: str, policy: str, peers: int):
+        super().__init__(clock)
+        self.redis = redis
+        self.policy = policy
+        self.processes = peers
+        self.name = "%08x" % random.getrandbits(32)
+        self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
+        self.process_key = self.prefix + "p:" + self.name
+        self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
+        # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
+        self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
+        self.pending: Dict[BucketKey, int] = collections.Counter()
+        self.own: Dict[BucketKey, int] = collections.Counter()  # calls that run in this process
+        self.rules: Dict[BucketKey, Rule] = {}                  # and the rules that count them
+        self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
+        self.fills: Set[CallerKey] = set()
+        self.takes: "collections.deque[Take]" = collections.deque()
+        self.batches: "collections.deque[Batch]" = collections.deque()
+        self.names: Dict[BucketKey, Tuple[str, str, float]] = {}
+        self.local = Buckets(clock)  # what this process may use while Redis is away
+        self.on_change: Callable[[], None] = lambda: None  # it went away, or came back
+        redis.scripts += [self.batch_script, self.beat_script]
+        redis.greetings.append(self.catch_up)
+        redis.on_return.append(self.come_back)
+        redis.on_leave.append(self.on_leave)
+
+    @property
+    def is_degraded(self) -> bool:
+        return self.state == "away"
+
+    # -- what Buckets does
+
+    async def take(self, keyed_rules, costs):
+        if self.state == "away":
+            return self.take_here(keyed_rules, costs, None)
+        one = Take(keyed_rules, costs, Wakeup(loop=self.redis.loop))
+        self.takes.append(one)
+        self.flush_soon()
+        await one.future
+        if one.levels is None:
+            return self.take_here(keyed_rules, costs, one)
+        return tightest_of(one.levels), one.levels
+
+    def settle(self, keyed_rules, costs, taken, taken_at):
+        for rule, key in keyed_rules:
+            unit = rule.unit
+            if costs[unit] != taken[unit]:
+                amount = stored_amount(rule, costs[unit]) - stored_amount(rule, taken[unit])
+                self.charge(rule, key, amount, taken_at)
+        tightest = super().settle(keyed_rules, costs, taken, taken_at)
+        if self.state == "away" and self.policy == "share":
+            return self.local.settle(self.local_rules(keyed_rules), costs, taken, taken_at)
+        return tightest
+
+    def give(self, rule, key, amount, until, again=False):
+        super().give(rule, key, amount, until, again)
+        if not again:
+            length = int((until - self.clock.monotonic()) * 1_000_000)
+            self.act("g", rule, key, stored_amount(rule, amount), length)
+
+    def fill(self, owner):
+        super().fill(owner)
+        if len(self.fills) < self.MOST_KEPT:
+            self.fills.add(owner)
+        self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
+
+    def restore(self, rule, key, level, since):
+        if key not in self.levels and self.state == "here":
+            self.act("p", rule, key, stored_amount(rule, level), int(since * 1_000_000), 0)
+        super().restore(rule, key, level, since)
+
+    # -- what is asked of Redis
+
+    def act(self, *act):
+        self.acts.append(act)
+        self.flush_soon()
+
+    def charge(self, rule, key, amount, taken_at=0.0):
+        """Has so much charged, in the amounts that Redis has; it may be less than nothing."""
+        place = key, taken_at if rule.window and amount < 0 else 0.0
+        _, before = self.unsent.get(place, (rule, 0))
+        if place not in self.unsent and len(self.unsent) >= self.MOST_KEPT:
+            return
+        self.unsent[place] = rule, before + amount
+        self.pending[key] += amount
+        self.note_running(rule, key, amount)
+        self.flush_soon()
+
+    def note_running(self, rule, key, amount):
+        if rule.unit == RUNNING:
+            self.own[key] += amount
+            self.rules[key] = rule
+            if not self.own[key]:
+                del self.own[key], self.rules[key]
+
+    def flush_soon(self):
+        if not self.flushing:
+            self.flushing = True
+            self.redis.loop.call_soon(self.flush)
+
+    def flush(self):
+        """Sends what there is, as far as not too much is on its way."""
+        self.flushing = False
+        while self.state == "here" and len(self.batches) < self.MOST_BATCHES and (
+                self.takes or self.unsent or self.acts):
+            self.number += 1
+            batch = self.next_batch()
+            self.batches.append(batch)
+            self.redis.ask(self.command(batch), functools.partial(self.on_answer, batch))
+        self.redis.flush()
+
+    def next_batch(self):
+        """Charges stand before takes, so that what is given back can be taken."""
+        writer = BatchWriter(self.describe)
+        for _ in range(min(len(self.acts), self.MOST_ACTS)):
+            writer.act(*self.acts.popleft())
+        now = self.clock.monotonic()
+        for place in list(itertools.islice(self.unsent, self.MOST_ACTS)):
+            rule, amount = self.unsent.pop(place)
+            key, taken_at = place
+            writer.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
+        for _ in range(min(len(self.takes), self.MOST_ACTS)):
+            writer.take(self.takes.popleft())
+        return writer.batch(self.number)
+
+    def describe(self, rule, key):
+        """Returns the name of a bucket in Redis, its kind and figures."""
+        now = self.clock.monotonic()
+        name, kind, until = self.names.get(key, ("", "", 0))
+        if now >= until:
+            wall = self.clock.time_ns() / 1e9
+            kind = describe_kind(rule, wall)
+            until = now + 3600 if rule.zone else math.inf
+            name = "%s%s:%s:%s" % (
+                self.prefix, "r" if rule.unit == RUNNING else "b",
+                ".".join(map(short_digest, key[1:])), short_digest(key[0]))
+            if len(self.names) >= self.room:
+                self.names.clear()
+            self.names[key] = name, kind, until
+        return name, kind
+
+    def command(self, batch):
+        return redis_command(self.redis.script_parts(
+            self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+
+    # -- what Redis answers
+
+    def on_answer(self, batch, reply):
+        if isinstance(reply, RedisFault):
+            if reply.code == RedisFault.LATE:
+                self.decide([*batch.takes, *self.takes])
+                self.takes.clear()
+            elif reply.code:
+                self.redis.leave(reply)
+        elif not self.batches or self.batches[0] is not batch:
+            pass  # it was answered before
+        elif reply == b"gap":
+            self.redis.leave(RedisFault("has lost what it knew"))
+        else:
+            self.batches.popleft()
+            self.read_answer(batch, reply)
+            if self.takes or self.unsent:
+                self.flush_soon()
+
+    def read_answer(self, batch, reply):
+        flags, *numbers = reply.split()
+        numbers = list(map(int, numbers))
+        now = self.clock.monotonic()
+        found = {}
+        for (rule, key), *values in zip(batch.pairs, *[numbers[place::4] for place in range(4)]):
+            found[key] = self.note_level(rule, key, batch.charged.get(key, 0), *values, now)
+        for one, flag in zip(batch.takes, flags):
+            self.finish_take(one, flag == ONE, found, now)
+
+    def note_level(self, rule, key, charged, level, age, given, given_for, now):
+        """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
+        pending = self.pending.pop(key, 0) - charged
+        if pending:
+            self.pending[key] = pending
+        refilled = now - age / 1_000_000
+        if rule.window:
+            rule, refilled = self.window_of(rule, key, refilled, now)
+        self.given.pop(key, None)
+        scale = NANODOLLAR if rule.unit == USD else 1
+        if given:
+            self.given[key] = [(given * scale, now + given_for / 1_000_000)]
+        self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
+        return level * scale, refilled, rule
+
+    def window_of(self, rule, key, began, now):
+        """Returns the rule of a window, and when it began: as that is known already, where the
+        times are nearly the same, because answers take a while."""
+        known = self.levels.get(key)
+        if known and abs(known.refilled - began) < 1:
+            return known.rule, known.refilled
+        if rule.zone:
+            rule = calendar_rule(rule, self.clock.time_ns() / 1e9 - (now - began) + 1)
+        return rule, began
+
+    def finish_take(self, one, taken, found, now):
+        """Tells who waits what Redis has decided. Where that was decided here meanwhile, what was
+        taken in vain is given back, and what was not taken is charged."""
+        levels = []
+        for rule, key in one.keyed_rules:
+            level, refilled, rule = found[key]
+            cost = one.costs[rule.unit]
+            levels.append(Level(level if taken else level - cost, refilled, rule, key, cost, now))
+            if taken:
+                self.note_running(rule, key, cost)
+        if not one.future.done():
+            one.levels = levels
+            one.future.wake()
+        elif taken != one.admitted:
+            for rule, key in one.keyed_rules:
+                amount = stored_amount(rule, one.costs[rule.unit])
+                self.charge(rule, key, -amount if taken else amount, now)
+
+    # -- while Redis is away
+
+    def take_here(self, keyed_rules, costs, one):
+        """Does what `take` does by what is known here. Raises LimitsAway."""
+        if self.policy == "closed":
+            raise LimitsAway()
+        if self.policy == "open":
+            levels = [found._replace(level=max(0, found.level), amount=costs[found.rule.unit])
+                      for found in self.levels_after(keyed_rules, costs, NO_COST)]
+        else:
+            levels = self.local.levels_after(self.local_rules(keyed_rules), costs, NO_COST)
+        tightest = tightest_of(levels)
+        if tightest.level >= 0:
+            self.local.store(levels)
+            if one:
+                one.admitted = True  # Redis may have taken it
+            else:
+                super().settle(keyed_rules, costs, NO_COST, 0.0)
+                for rule, key in keyed_rules:
+                    self.charge(rule, key, stored_amount(rule, costs[rule.unit]))
+        return tightest, levels
+
+    def local_rules(self, keyed_rules):
+        """Returns the rules by which this process has its share, whose buckets begin with their
+        share of what was there."""
+        found = []
+        for rule, key in keyed_rules:
+            share = share_of(rule, self.processes)
+            found.append((share, key))
+            if key not in self.local.levels:
+                known = self.level_of(rule, key)
+                level = known.level // self.processes
+                if rule.unit == RUNNING:
+                    level = share.capacity - self.own[key]
+                self.local.store([known._replace(level=level, rule=share._replace(
+                    began=known.rule.began, interval=share.interval))])
+        return found
+
+    def decide(self, takes):
+        """Has calls decided here that wait for Redis."""
+        for one in takes:
+            if not one.future.done():
+                one.future.wake()
+
+    def on_leave(self, fault):
+        """A connection was lost, or could not be had."""
+        self.reason = str(fault)
+        if self.state == "here":
+            self.state = "returning"
+            self.beat_timer.cancel()
+            self.grace = self.redis.loop.call_later(self.WAIT_SECONDS, self.go_away)
+        elif self.state == "returning":
+            self.go_away()
+
+    def go_away(self):
+        self.cancel_grace()
+        self.state = "away"
+        self.on_change()
+        takes = [one for batch in self.batches for one in batch.takes]
+        self.decide([*takes, *self.takes])
+        self.takes.clear()
+
+    def cancel_grace(self):
+        if self.grace:
+            self.grace.cancel()
+            self.grace = None
+
+    # -- when it is back
+
+    async def catch_up(self):
+        """Has all done that was not answered, after what Redis has lost is put back. Raises
+        RedisFault."""
+        existed, count, last = await self.redis.ask_first(*self.beat_parts())
+        self.processes = max(1, count)
+        done = self.batches[0].number - 1 if self.batches else self.number
+        if int(last) < done:
+            await self.put_back(done, [] if self.fresh and existed else self.known_levels())
+        self.fresh = False
+        for batch in list(self.batches):
+            parts = self.redis.script_parts(
+                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name])
+            self.on_answer(batch, await self.redis.ask_first(*parts))
+        for key, count in self.own.items():
+            self.acts.appendleft(("o", self.rules[key], key, count - self.pending.get(key, 0)))
+
+    def known_levels(self):
+        """Returns the acts that put levels back as they were without what is pending."""
+        now, found = self.clock.monotonic(), []
+        for seen in self.seen():
+            rule, key = seen.rule, seen.key
+            level = self.level_of(rule, key)
+            if rule.unit != RUNNING and level.level < rule.capacity:
+                amount = stored_amount(rule, level.level) + self.pending.get(key, 0)
+                found.append(("p", rule, key, amount, int((now - level.refilled) * 1_000_000), 1))
+        return found
+
+    async def put_back(self, number, acts):
+        """Puts levels back, and has Redis know that batches up to this number were done."""
+        while True:
+            writer = BatchWriter(self.describe)
+            for act in acts[:self.MOST_ACTS]:
+                writer.act(*act)
+            acts = acts[self.MOST_ACTS:]
+            batch = writer.batch(number, "put" if acts else "last")
+            await self.redis.ask_first(*self.redis.script_parts(
+                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+            if not acts:
+                break
+
+    def come_back(self):
+        was_away = self.state == "away"
+        self.cancel_grace()
+        self.state = "here"
+        self.local = Buckets(self.clock)
+        if was_away:
+            self.on_change()
+        self.flush()
+        self.beat()
+        if self.fills:
+            self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
+
+    def beat_parts(self):
+        return self.redis.script_parts(
+            self.beat_script, [self.process_key, self.prefix + "processes"], [self.name])
+
+    def beat(self):
+        """Tells that this process is there, and learns whether Redis has lost what it knew."""
+        self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
+        self.beats += 1
+        if self.beats % self.RENEW_BEATS == 0:
+            for key, rule in self.rules.items():
+                self.act("r", rule, key)
+        self.redis.ask(redis_command(self.beat_parts()),
+                       functools.partial(self.on_beat, self.number))
+
+    def on_beat(self, number, reply):
+        if isinstance(reply, RedisFault):
+            if reply.code not in ("", RedisFault.LATE):
+                self.redis.leave(reply)
+            return
+        self.processes = max(1, reply[1])
+        if int(reply[2]) != number:
+            self.redis.leave(RedisFault("has lost what it knew"))
+
+    async def fill_all(self):
+        """Fills the buckets of callers; what Redis does not do now is done when it is back."""
+        with contextlib.suppress(RedisFault):
+            for owner in list(self.fills):
+                pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
+                cursor = b"0"
+                while True:
+                    cursor, names = await self.redis.call(
+                        "SCAN", cursor, "MATCH", pattern_of_names, "COUNT", 1000)
+                    if names:
+                        await self.redis.call("DEL", *names)
+                    if cursor == b"0":
+                        break
+                self.fills.discard(owner)
+
+
+def short_digest(thing: Union[str, CallerKey]) -> str:
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12129,7 +12936,7 @@ def default_rule(config):
     text = "each %d tokens per %ds burst %d" % (*rate, config.max_tokens)
     unit = units[config.token_cost_mode]
     return Rule(text, (("each", ""),), UNITS.index(unit), config.max_tokens, *rate, rate,
-                (("caller",), unit, rate[1]))
+                (("caller",), unit, rate[1], ""))
 
 
 def new_loop(clock, log):
@@ -12155,15 +12962,19 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
               "worker %d: " % (worker.number + 1) if worker else "")
     secret = worker.secret if worker else file_secret(database)
     keys = keys_to_go_by(config, database, secret, log.say)
-    limits = build_limits(config, Buckets(clock), keys.rules)
+    loop = new_loop(clock, log)
+    redis = build_redis(config, loop)
+    limits = build_limits(config, build_buckets(config, clock, redis), keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = Stored(config.stored)
-    proxy = Proxy(config, clock, new_loop(clock, log), build_callers(config, secret, keys), limits,
+    proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
-    proxy.redis = build_redis(config, proxy.loop)
+    if redis:
+        proxy.redis = redis
+        proxy.limits.buckets.on_change = functools.partial(tell_of_redis, proxy)
     hear_of_keys(proxy)
     if database:
         with contextlib.suppress(sqlite3.Error, ValueError):
@@ -12316,6 +13127,30 @@ def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Red
     return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
 
 
+def build_buckets(config: Config, clock: Any, redis: Optional[Redis]) -> Buckets:
+    if redis is None:
+        return Buckets(clock)
+    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away, config.peers)
+
+
+WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
+              "open": "there are no limits, for none of %d processes",
+              "closed": "calls are refused by all of %d processes"}
+
+
+def tell_of_redis(proxy: Proxy):
+    """Says that Redis went away, or came back."""
+    buckets = proxy.limits.buckets
+    if buckets.is_degraded:
+        line = "Redis %s: %s" % (
+            buckets.reason, WHILE_AWAY[buckets.policy] % buckets.processes)
+    else:
+        line = "Redis is there again: %d processes share the limits" % buckets.processes
+    proxy.books.log.say(line)
+    proxy.watchers.warnings.tell(
+        "limits_degraded" if buckets.is_degraded else "limits_shared", (), None, line=line)
+
+
 def build_dialects(config: Config) -> Dialects:
     names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
@@ -12452,6 +13287,10 @@ class Pages:
                 "refill_tokens": quota.refill_tokens,
                 "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}
         found["upstreams"] = {one.name: one.stats() for one in proxy.routes.all}
+        if proxy.redis:
+            buckets = proxy.limits.buckets
+            found["limits"] = {"shared_by": buckets.processes, "degraded": buckets.is_degraded,
+                               "redis": buckets.reason if buckets.is_degraded else "is there"}
         ledger = proxy.books.ledger
         if ledger:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}

@@ -1333,13 +1333,21 @@ class RulesTest(TableCase):
         all unlimited running -> running None 0
         team:red 2 usd per day -> usd 2000000000000 4.32e-08
         each,team:* 3 tokens per day -> tokens 3 28800
+        each 120 requests per 60s window -> requests 120 60 window
+        team:red 2.5 usd per hour window -> usd 2500000000000 3600 window
+        each 2 usd per calendar day -> usd 2000000000000 86400 day UTC
+        all,model:a* 9 tokens per calendar week in Europe/Berlin -> tokens 9 604800 week \
+Europe/Berlin
+        key:a unlimited tokens per calendar month in UTC -> tokens None 0 month UTC
         """
 
     def test_a_rule_is_a_bucket(self):
         for text, bucket in self.each(self.RULES):
             rule, = llm_proxy.rules(text)
-            seconds = rule.interval / rule.refill if rule.capacity else 0
-            self.assertEqual("%s %s %.6g" % (UNITS[rule.unit], rule.capacity, seconds), bucket)
+            seconds = rule.interval / (1 if rule.window else rule.refill) if rule.capacity else 0
+            found = "%s %s %.6g %s %s" % (
+                UNITS[rule.unit], rule.capacity, seconds, rule.window, rule.zone)
+            self.assertEqual(found.rstrip(), bucket)
             self.assertEqual(rule.text, text)
 
     def test_rules_are_separated_by_semicolons_or_lines(self):
@@ -1370,6 +1378,15 @@ class RulesTest(TableCase):
         each 2 running per day -> 'per'
         each 2.5 running -> '2.5'
         each 2 running burst 3 -> 'burst'
+        each 2 running window -> 'window'
+        each 1 requests per day window 2 -> '2'
+        each 1 requests per window -> 'window'
+        each 1 requests per calendar -> the end
+        each 1 requests per calendar hour -> 'hour'
+        each 1 requests per calendar day burst 2 -> 'burst'
+        each 1 requests per calendar day in -> the end
+        each 1 requests per calendar day in Europe/../Berlin -> 'Europe/../Berlin'
+        each 1 requests per calendar day in UTC now -> 'now'
         """
 
     def test_a_faulty_rule_is_named_with_the_word_that_is_wrong(self):
@@ -1691,6 +1708,17 @@ class TrustTest(ProxyCase):
 # --------------------------------------------------------------------------------------------------
 # Limits
 # --------------------------------------------------------------------------------------------------
+
+    def test_a_zone_that_is_not_known_is_named_and_so_is_a_machine_that_knows_none(self):
+        text = "each 1 requests per calendar day in "
+        for zone in self.each(("Europe/Atlantis", "Europe", "Europe/")):
+            with self.assertRaisesRegex(ConfigFaults, "known here, which '%s' is not$" % zone):
+                read_config({**HERE, "LIMITS": text + zone})
+        with mock.patch("zoneinfo.ZoneInfo", side_effect=zoneinfo.ZoneInfoNotFoundError):
+            read_config({**HERE, "LIMITS": text + "UTC"})
+            with self.assertRaisesRegex(ConfigFaults, "no time zone data, install"):
+                read_config({**HERE, "LIMITS": text + "Europe/Berlin"})
+
 
 class ModelBucket:
     """What Buckets is compared with: the rule in its plainest form, tick by tick, in fractions."""
@@ -2178,6 +2206,142 @@ each 9 tokens per day"""):
         self.assertEqual(self.ask(ann, 1).tightest.level, 1)
 
 
+class WindowsTest(LimitsCase):
+    """Windows of a fixed length, and the calendar's."""
+    TEN = "each 10 tokens per 60s window"
+    CALENDAR = """
+        day -> 2024-02-10T12:00:00 -> 43200 of 86400
+        day in Europe/Berlin -> 2024-03-31T12:00:00 -> 36000 of 82800
+        day in Europe/Berlin -> 2024-10-27T12:00:00 -> 39600 of 90000
+        day in America/Havana -> 2024-11-03T05:30:00 -> 84600 of 90000
+        day in Africa/Cairo -> 2024-04-25T22:00:00 -> 82800 of 82800
+        day in Asia/Kathmandu -> 2024-05-05T18:14:59 -> 1 of 86400
+        week -> 2024-02-25T23:59:59 -> 1 of 604800
+        week in Europe/Berlin -> 2024-03-25T00:00:00 -> 597600 of 601200
+        month -> 2024-02-01T00:00:00 -> 2505600 of 2505600
+        month in America/New_York -> 2024-03-10T12:00:00 -> 1872000 of 2674800
+        month -> 2024-12-31T23:59:59 -> 1 of 2678400
+        """
+
+    def at(self, text):
+        """Sets the clocks to a moment, in UTC."""
+        moment = datetime.datetime.fromisoformat(text + "+00:00").timestamp()
+        self.clock.now = moment - 1700000000
+
+    def steps(self, rows):
+        """Passes seconds, takes an amount, or is refused it; expects what is left, the seconds to
+        the end, and the wait."""
+        for seconds, amount, expected in self.each(rows):
+            self.clock.now += float(seconds)
+            try:
+                level = self.admit(int(amount)).tightest
+                found = "%d left, ends in %d" % (level.remaining, level.quota.reset_seconds)
+            except LimitReached as refusal:
+                found = "wait %g" % refusal.wait
+            self.assertEqual(found, expected)
+
+    def test_a_window_begins_with_its_first_call_and_is_full_again_when_it_is_over(self):
+        self.start(self.TEN)
+        self.steps("""
+            5 -> 4 -> 6 left, ends in 60
+            59.5 -> 6 -> 0 left, ends in 1
+            0 -> 1 -> wait 0.5
+            0.5 -> 9 -> 1 left, ends in 60
+            200 -> 0 -> 10 left, ends in 0
+            30 -> 1 -> 9 left, ends in 60""")
+
+    def test_with_a_window_its_debts_are_over(self):
+        self.start(self.TEN)
+        self.admit(10).settle(costs(95))
+        self.steps("""
+            10 -> 10 -> wait 50
+            49 -> 1 -> wait 1
+            1 -> 10 -> 0 left, ends in 60""")
+
+    def test_nothing_comes_back_of_what_an_earlier_window_gave(self):
+        for cost, left in self.each(((0, 4), (8, 4), (13, 1))):
+            self.start(self.TEN)
+            hold = self.admit(10)
+            self.clock.now += 60
+            self.admit(6)
+            hold.settle(costs(cost))
+            self.assertEqual(self.left(), left)
+
+    def test_a_call_gives_back_to_its_own_window(self):
+        for text in self.each((self.TEN, "each 10 tokens per calendar month in Asia/Tokyo")):
+            self.start(text)
+            hold = self.admit(10)
+            self.clock.now += 59
+            hold.settle(costs(3))
+            self.assertEqual(self.left(), 7)
+
+    def test_a_calendars_period_ends_when_its_zone_says_so(self):
+        for period, moment, expected in self.each(self.CALENDAR):
+            self.start("each 3 tokens per calendar " + period)
+            self.at(moment)
+            quota = self.admit(3).tightest.quota
+            self.assertEqual("%d of %d" % (quota.reset_seconds, quota.refill_seconds), expected)
+            self.assertEqual(quota[:3], (3, 0, 3))
+            self.clock.now += quota.reset_seconds - 0.5
+            self.assertAlmostEqual(self.refused(1).wait, 0.5, 5)
+            self.clock.now += 0.5
+            self.assertEqual(self.admit(1).tightest.level, 2)
+
+    def test_a_clock_that_is_set_begins_no_period_twice_and_one_that_slept_misses_none(self):
+        self.start("each 3 tokens per calendar day")
+        self.at("2024-02-10T23:59:59")
+        self.admit(3)
+        wall = self.clock.time_ns()
+        for seconds, left in self.each((
+                (0.5, 0), (1, 3), (0.9, 0), (2, 0), (86500, 3), (400 * 86400, 3), (90000, 3))):
+            self.clock.time_ns = lambda: wall + int(seconds * 1e9)
+            self.assertEqual(self.left(), left)
+            if left:
+                self.admit(3)
+
+    def test_what_is_given_is_given_once_however_many_windows_begin(self):
+        self.start(self.TEN)
+        self.admit(10)
+        self.assertEqual(self.limits.give(caller("alice"), "tokens", 5, self.clock.now + 300), 1)
+        self.steps("""
+            0 -> 1 -> 4 left, ends in 60
+            60 -> 0 -> 10 left, ends in 0
+            0 -> 10 -> 0 left, ends in 60""")
+
+    def restarted(self, text, seconds):
+        """What is left of 2 of 10 when it was saved, and started again later by another rule."""
+        saved = self.buckets.snapshot(self.clock.time_ns() / 1e9)
+        clock = self.clock
+        self.start(text)
+        self.clock.now = clock.now + seconds
+        self.limits.restore(saved, self.clock.time_ns() / 1e9)
+        return self.left()
+
+    def test_a_window_outlives_a_restart_and_keeps_its_share_where_its_rule_is_changed(self):
+        bucket, window = "each 10 tokens per day", "each 10 tokens per 1d window"
+        utc, berlin = ["each 10 tokens per calendar day in " + zone
+                       for zone in ("UTC", "Europe/Berlin")]
+        for old, new, seconds, left in self.each((
+                (window, window, 3600, 2), (window, window, 86400, 10),
+                (utc, utc, 3600, 2), (utc, utc, 5401, 10),
+                (berlin, berlin, 1799, 2), (berlin, berlin, 1801, 10),
+                (bucket, window, 0, 2), (window, bucket, 0, 2), (bucket, utc, 5000, 2),
+                (utc, berlin, 0, 2), (utc, "each 20 tokens per calendar day", 0, 4),
+                (utc, "each 50 tokens per calendar month in Asia/Tokyo", 60, 10))):
+            self.start(old)
+            self.admit(8)
+            self.assertEqual(self.restarted(new, seconds), left)
+
+    def test_windows_count_beside_buckets_of_their_length(self):
+        self.start("each 9 requests per day; each 8 requests per 24h window;"
+                   "each 7 requests per calendar day;"
+                   "each 6 requests per calendar day in Asia/Tokyo;"
+                   "key:a 5 requests per calendar day in Asia/Tokyo")
+        for name, numbers in self.each((("a", [0, 1, 4]), ("b", [0, 1, 2]))):
+            found = self.limits.matching(caller(name), "1", "")
+            self.assertEqual([self.limits.rules.index(rule) for rule, _ in found], numbers)
+
+
 class LimitsOverHttpTest(ProxyCase):
     def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
         self.start(MAX_TOKENS=50)
@@ -2216,6 +2380,18 @@ class LimitsOverHttpTest(ProxyCase):
             end(client, asked)
             self.entry(2 * number + 1)
             self.assertEqual(self.left(), 1)
+
+    def test_a_limit_reply_tells_the_end_of_the_window(self):
+        clock = Clock(0)  # Tuesday, 14 November 2023, 22:13:20 UTC
+        for rule, wait, fields in self.each("""
+                each 2 requests per 90s window -> 2 min -> 2 0 2 90 90
+                each 2 requests per calendar day in Asia/Tokyo -> 1007 min -> 2 0 2 86400 60400"""):
+            self.start(clock=clock, LIMITS=rule)
+            for _ in range(3):
+                answered = self.ask(call("k"))
+            self.assertIn(b"limit reached, wait %s" % wait.encode(), answered.body)
+            self.assertEqual(" ".join(value for name, value in answered.fields
+                                      if name.startswith("x-ratelimit-")), fields)
 
     def test_a_rule_for_a_name_with_a_colon_holds_for_all_of_it(self):
         self.start(LIMITS="model:llama3:8b 1 requests per hour", LIMIT_REPLY="error")
@@ -7157,6 +7333,19 @@ class LedgerTest(LedgerCase):
         self.assertEqual([*levels(self.proxy).values()], [-50])
         self.assertEqual(self.left("k"), 0)
 
+    def test_what_is_left_of_a_month_survives_a_restart_and_a_clock_that_slept(self):
+        clock, later = Clock(), Clock(0.0)  # Tuesday, 14 November 2023, 22:30 UTC
+        rules = ("each 100 tokens per calendar month in Europe/Berlin;"
+                 "each 100 tokens per calendar day; all 100 tokens per 2h window")
+        self.start(says(completion(140, 10)), clock, LIMITS=rules)
+        self.ask(call("k", max_tokens=1))
+        for hours, lost in self.each(((1, 3), (1.6, 2), (2.1, 1), (16 * 24, 1), (16 * 24 + 1, 0))):
+            wall = clock.time_ns() + int(hours * 3600 * 1e9)
+            self.proxy.books.close(PATIENCE)
+            later.time_ns = functools.partial(int, wall)
+            self.start(clock=later, DATABASE=self.path, LIMITS=rules)
+            self.assertEqual([*levels(self.proxy).values()], [-50] * lost)
+
     def test_a_bucket_keeps_its_share_when_its_rule_is_changed(self):
         act, old = says(completion(60, 0)), "each 100 tokens per day; all 10 requests per 100s"
         for new, expected in self.each((
@@ -10542,6 +10731,27 @@ class AdminBooksTest(AdminCase):
             answered = self.admin(method, path, payload)
             self.assertEqual(answered.status, status)
             self.assertIn(said, answered.error()["message"])
+
+    def test_a_window_is_seen_where_buckets_are(self):
+        clock = Clock()  # Tuesday, 14 November 2023, 22:30 UTC
+        self.start(says(completion(150, 0)), clock, METRICS="open", WARN_AT="80%",
+                   LIMITS="each 200 tokens per calendar month in Europe/Berlin")
+        secret = self.add()["key"]
+        self.ask(call(secret, max_tokens=1))
+        self.admin("PATCH", "/keys/ann", {"limits": "100 tokens per 60s window"})
+        self.ask(call(secret, max_tokens=1))
+        row, = self.look("/callers")["callers"]
+        found = {one["rule"]: (one["level"], one["refill"], one["interval"], one["full_in"])
+                 for one in row["buckets"]}
+        self.assertEqual(found, {
+            "each 200 tokens per calendar month in Europe/Berlin":
+                (-100, 300, 30 * 86400, 16 * 86400 + 1800),
+            "each 100 tokens per 60s window": (-50, 150, 60, 60)})
+        text = self.ask(request("GET", "/metrics")).body.decode()
+        self.assertIn('rule="each 100 tokens per 60s window",caller="ann"} -50', text)
+        self.assertIn("150% of each 100 tokens per 60s window", self.lines.text())
+        self.change("POST", "/keys/ann/reset")
+        self.assertEqual(self.left(secret), 100)
 
     def test_a_caller_is_given_more_and_its_buckets_are_filled(self):
         self.start(LIMITS="each 2 requests per day")
