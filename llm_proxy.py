@@ -840,6 +840,8 @@ SETTING_ROWS = {
          " limits (open), or calls get a 503 (closed)"),
         ("PEERS=1", number_between(1, 10_000),
          "processes that share the limits, until Redis has told how many there are"),
+        ("SHARE_SLOTS", one_of("on", "off"),
+         "on: MAX_CONCURRENCY is that of all processes together; unset: on with WORKERS"),
         ("WORKERS=1", number_between(1, 64),
          "processes that share the port; more than one need REDIS_URL, and a system with fork"),
     ),
@@ -1086,11 +1088,17 @@ class Config(types.SimpleNamespace):
                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
         if "{me}" in (self.limit_message or "") and not self.public_url:
             yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
-        if (self.workers or 1) > 1 and not (self.texts["REDIS_URL"] and hasattr(os, "fork")):
-            yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
-                   % self.workers)
+        yield from self.contradictions_of_processes()
         yield from self.contradictions_of_keys()
         yield from self.contradictions_of_tls()
+
+    def contradictions_of_processes(self):
+        has_redis = self.texts["REDIS_URL"] is not None
+        if self.share_slots == "on" and not has_redis:
+            yield "SHARE_SLOTS must be off without REDIS_URL (got 'on')"
+        if (self.workers or 1) > 1 and not (has_redis and hasattr(os, "fork")):
+            yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
+                   % self.workers)
 
     def contradictions_of_keys(self):
         if self.proxy_api_keys:
@@ -6798,6 +6806,14 @@ class QueueLimits:
         if not self.by_caller[key]:
             del self.by_caller[key]
 
+    def shrink(self):
+        """Turns those away who came when it was not known that they must wait."""
+        for tickets in list(self.by_caller.values()):
+            for ticket in tickets[self.per_caller:]:
+                ticket.turn_away()
+        while self.waiting > self.most:
+            max(self.by_caller.values(), key=len)[-1].turn_away()
+
     def admits(self, key):
         """Returns whether one more call of this caller may wait. Where all places are taken, who
         has most of them loses its last, unless that would only turn the tables."""
@@ -6874,7 +6890,8 @@ class FairQueue:
     callers with calls: a new caller is served before one that was served recently, and newcomers
     cannot starve the others."""
     running = 0
-    now = 0.0  # virtual time
+    now = 0.0     # virtual time
+    short = True  # whether a call that finds no slot must wait, as far as is known
 
     def __init__(self, most: int, limits: QueueLimits, clock: Any):
         self.most = most
@@ -6892,7 +6909,7 @@ class FairQueue:
         owner = self.queues.get(key) or CallerQueue(key, weight, self.now)
         ticket = Ticket(self, owner, next(self.numbers), self.clock.monotonic() - waited)
         full = self.running >= self.most
-        if full and not self.limits.admits(key):
+        if full and self.short and not self.limits.admits(key):
             raise QueueRefused("queue full")
         self.queues[key] = owner
         if not owner.waiting:
@@ -6961,6 +6978,10 @@ class FairQueue:
                 turns = math.ceil((due - one.due) * one.weight + tie)
                 found += min(len(one.waiting), max(0, turns))
         return found
+
+    def slots(self) -> int:
+        """Returns how many calls may run at once."""
+        return self.most
 
     def stats(self) -> Dict[str, int]:
         """Returns the numbers for /health."""
@@ -11850,6 +11871,168 @@ def short_digest(thing: Union[str, CallerKey]) -> str:
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
+# Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that wait
+# for one (since when) and those that asked lately. Who has waited for longer comes first. ARGV are
+# how many slots there are, how long one is taken, the process, how long it has waited, how many of
+# the names that follow are to be given a slot; the others have one. Times are in milliseconds.
+LUA_SLOTS = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+for _, one in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)) do
+  redis.call('ZREM', KEYS[2], one)
+  redis.call('ZREM', KEYS[3], one)
+end
+redis.call('ZREM', KEYS[2], ARGV[3])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+local wanted, given = tonumber(ARGV[5]), 0
+for i = 6 + wanted, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[i]) end
+local since = now - ARGV[4]
+local room = ARGV[1] - redis.call('ZCARD', KEYS[1])
+             - redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. since)
+while given < math.min(wanted, room) do
+  given = given + 1
+  redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[5 + given])
+end
+if given < wanted then
+  redis.call('ZADD', KEYS[2], since, ARGV[3])
+  redis.call('ZADD', KEYS[3], now + 200, ARGV[3])
+end
+for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[2]) end
+return given
+"""
+
+
+class SharedQueue(FairQueue):
+    """A line before slots that all processes share: a call that comes first asks Redis for one.
+    `most` is how many this process has now; while Redis is away, its part of all. A slot is leased,
+    so that those of a process that died come back."""
+    LEASE_MS = 30_000
+    RENEW_SECONDS = 10
+    POLL_SECONDS = 0.02  # between two questions, while calls wait
+    AT_ONCE = 32         # slots that are asked for at once
+    short = False
+    task: Optional[asyncio.Task] = None  # while it asks
+    timer: Optional[asyncio.TimerHandle] = None
+    renew_at = 0.0
+
+    def __init__(self, most: int, limits: QueueLimits, clock: Any, redis: Redis, name: str,
+                 part: Callable[[int], int]):
+        """`name` is what the keys in Redis begin with; `part` tells what this process has of so
+        many while Redis is away."""
+        super().__init__(0, limits, clock)
+        self.all = most
+        self.redis = redis
+        self.part = part
+        self.script = RedisScript(LUA_SLOTS)
+        redis.scripts.append(self.script)
+        redis.on_return.append(self.begin)
+        redis.on_leave.append(lambda fault: self.go_alone())
+        self.keys = [name + end for end in ("", ":line", ":asking")]
+        self.process = os.urandom(8).hex()
+        self.leases: List[str] = []  # one for each slot that this process has
+
+    def slots(self) -> int:
+        return self.all
+
+    def enter(self, key: CallerKey, weight: int, waited: float = 0) -> Ticket:
+        ticket = super().enter(key, weight, waited)
+        if not ticket.running:
+            self.ask_soon()
+        return ticket
+
+    def leave(self, ticket: Ticket):
+        """Gives the slot back first, for whoever has waited longest anywhere."""
+        if ticket.running and self.leases:
+            self.give_back(self.leases[-1:])
+        super().leave(ticket)
+        if self.limits.waiting:
+            self.ask_soon()
+
+    def ask_soon(self):
+        if self.redis.available and self.task is None:
+            self.cancel_timer()
+            self.task = self.redis.loop.create_task(self.ask(), name="asks for slots")
+
+    def cancel_timer(self):
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+    async def ask(self):
+        """Ask for a slot for each call that waits."""
+        await asyncio.sleep(0)  # more may come in this pass of the loop
+        waiting = [ticket for one in self.queues.values() for ticket in one.waiting]
+        names = self.new_names(min(len(waiting), self.AT_ONCE))
+        age = max([ticket.waited() for ticket in waiting], default=0)
+        given = 0
+        try:
+            if names:
+                given = await self.redis.run(
+                    self.script, self.keys, *self.arguments(age, len(names), names))
+        except RedisFault:  # it may have given some
+            self.give_back(names)
+            names = names if self.redis.available else []
+        self.task = None
+        self.short = False
+        self.take(names[:given])
+        if given < len(names):
+            self.be_short()
+
+    def arguments(self, age, wanted, names):
+        return [self.all, self.LEASE_MS, self.process, age, wanted, *names]
+
+    def new_names(self, count):
+        return ["%s:%d" % (self.process, next(self.numbers)) for _ in range(count)]
+
+    def take(self, names):
+        """Starts calls in these slots; whoever wanted one may have left."""
+        self.leases += names
+        self.most = len(self.leases) if self.redis.available else self.part(self.all)
+        for _ in names:
+            self.start_next()
+        if self.redis.available:
+            self.give_back(self.leases[self.running:])
+
+    def be_short(self):
+        """Not all got a slot: now it counts how many may wait. Ask again in a moment."""
+        self.short = True
+        self.limits.shrink()
+        self.timer = self.redis.loop.call_later(self.POLL_SECONDS, self.ask_soon)
+
+    def give_back(self, names):
+        if names:
+            self.redis.send("ZREM", self.keys[0], *names)
+            self.leases = [one for one in self.leases if one not in names]
+            self.most = len(self.leases) if self.redis.available else self.most
+
+    def begin(self):
+        """Redis is there: what runs here has slots, even too many."""
+        self.leases = self.new_names(self.running)
+        self.most = self.running
+        self.short = False
+        self.renew_at = 0.0
+        self.beat()
+        if self.limits.waiting:
+            self.ask_soon()
+
+    def go_alone(self):
+        """Redis is away: this process has its part, beside what it has."""
+        self.cancel_timer()
+        self.leases = []
+        self.most = self.part(self.all)
+        self.short = True
+        for _ in range(self.most - self.running):
+            self.start_next()
+
+    def beat(self):
+        """Renews what is leased; to be called every second."""
+        now = self.clock.monotonic()
+        if self.leases and self.redis.available and now >= self.renew_at:
+            self.renew_at = now + self.RENEW_SECONDS
+            self.redis.send("EVAL", self.script.text, len(self.keys), *self.keys,
+                            *self.arguments(0, 0, self.leases))
+
+
 # --------------------------------------------------------------------------------------------------
 # Reply: the way back to the caller of one request: a head, then a body as it comes from upstream,
 # or an answer of ours. How a call is refused, limited or cut is decided here, and only here. It
@@ -12451,6 +12634,7 @@ class Proxy:
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
+        self.sharers: List[SharedQueue] = []  # what acts every second where there is a Redis
 
     async def serve(self, request: Request, reply: Reply):
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses
@@ -12973,13 +13157,27 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
     if redis:
-        proxy.redis = redis
-        proxy.limits.buckets.on_change = functools.partial(tell_of_redis, proxy)
+        share(proxy, redis)
     hear_of_keys(proxy)
     if database:
-        with contextlib.suppress(sqlite3.Error, ValueError):
-            go_on(proxy)
+        go_on(proxy)
     return proxy
+
+
+def share(proxy: Proxy, redis: Redis):
+    """Has a proxy share with others what is in Redis."""
+    config, buckets = proxy.config, proxy.limits.buckets
+    proxy.redis = redis
+    buckets.on_change = functools.partial(tell_of_redis, proxy)
+    if config.share_slots == "on" or config.share_slots is None and config.workers > 1:
+        for upstream in proxy.routes.all:
+            queue = upstream.queue
+            if queue:
+                upstream.queue = SharedQueue(
+                    queue.most, queue.limits, proxy.clock, redis,
+                    "{%s}:slots:%s" % (config.redis_prefix, upstream.name),
+                    lambda most: max(1, most // buckets.processes))
+                proxy.sharers.append(upstream.queue)
 
 
 def file_secret(database: Optional[Database]) -> bytes:
@@ -13023,11 +13221,11 @@ def hear_of_keys(proxy: Proxy):
 
 
 def go_on(proxy: Proxy):
-    """Does again what was ordered before, and holds still, before a call could find it undone.
-    Raises sqlite3.Error, ValueError."""
+    """Does again what was ordered before, and holds still, before a call could find it undone."""
     proxy.routes.disable(proxy.callers.stored.disabled)
-    for order in proxy.books.ledger.new_orders():
-        proxy.carry_out(order)
+    with contextlib.suppress(sqlite3.Error, ValueError):
+        for order in proxy.books.ledger.new_orders():
+            proxy.carry_out(order)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -13684,7 +13882,7 @@ class Admin:
         return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
                 "models": list(upstream.globs), "model": upstream.model,
                 "known": [clean(model.name) for model in known[:self.MAX_KNOWN]],
-                "max_concurrency": upstream.queue.most if upstream.queue else 0}
+                "max_concurrency": upstream.queue.slots() if upstream.queue else 0}
 
     async def upstreams(self, _):
         return {"upstreams": list(map(self.describe, self.proxy.routes.all))}
@@ -15394,6 +15592,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Runs every second."""
         self.beat_timer = self.loop.call_later(1, self.beat)
         self.admin.beat()
+        for one in self.proxy.sharers:
+            one.beat()
         if self.proxy.tally:
             self.proxy.tally.open[self.proxy.tally.number] = len(self.open)
             self.pages.count()

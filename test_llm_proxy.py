@@ -8960,6 +8960,122 @@ class RedisTest(RedisCase):
         self.assertEqual(self.run_loop(redis.call("PING")), b"PONG")
 
 
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedQueueTest(RedisCase):
+    """Lines of several processes before slots that they share."""
+
+    def setUp(self):
+        super().setUp()
+        self.server = RedisServer(self)
+        self.queues, self.clients = [], []
+
+    def queue(self, most=1, waiting=100, part=lambda most: 1):
+        redis = self.client(self.server.url)
+        self.clients.append(redis)
+        limits = llm_proxy.QueueLimits(waiting, 20, 30)
+        queue = llm_proxy.SharedQueue(most, limits, time, redis, "{t}:slots:x", part)
+        self.queues.append(queue)
+        self.wait_for(lambda: redis.available)
+        return queue
+
+    def running(self):
+        return [queue.running for queue in self.queues]
+
+    def wait_until(self, *running):
+        self.wait_for(lambda: self.running() == list(running))
+
+    def taken(self):
+        return self.server.ask("ZCARD", "{t}:slots:x")
+
+    def rest(self):
+        """Lets what is asked come to its end."""
+        self.run_loop(asyncio.sleep(0.05))
+
+    def test_never_more_run_than_there_are_slots_and_all_come_to_run(self):
+        queues = [self.queue(3) for _ in range(3)]
+        left = [queue.enter("k%d" % (number % 4), 1) for number in range(12) for queue in queues]
+        while left:
+            self.wait_for(lambda: sum(self.running()) == min(3, len(left)))
+            self.assertLessEqual(self.taken(), 3)
+            running = [ticket for ticket in left if ticket.running]
+            self.assertEqual(len(running), min(3, len(left)))
+            running[0].leave()
+            left.remove(running[0])
+        self.wait_for(lambda: not self.taken())
+
+    def test_the_process_that_waited_for_longer_comes_first(self):
+        first, second = self.queue(), self.queue()
+        ticket = first.enter("a", 1)
+        self.wait_until(1, 0)
+        second.enter("b", 1)
+        self.rest()
+        first.enter("a", 1)
+        self.rest()
+        ticket.leave()
+        self.wait_until(0, 1)
+
+    def test_slots_of_a_dead_process_come_back_and_those_of_a_living_one_stay(self):
+        for patch in ({"LEASE_MS": 300}, {"RENEW_SECONDS": 0}):
+            mock.patch.multiple(llm_proxy.SharedQueue, **patch).start()
+        self.addCleanup(mock.patch.stopall)
+        first, second = self.queue(2), self.queue(2)
+        tickets = [one.enter("a", 1) for one in (first, second)]
+        self.wait_until(1, 1)
+        tickets.append(second.enter("b", 1))
+        for _ in range(5):
+            second.beat()  # and the first does not
+            self.run_loop(asyncio.sleep(0.1))
+        self.assertEqual(self.running(), [1, 2])
+        first.beat()  # it was not dead but slow: nobody is cut
+        tickets[1].leave()
+        second.enter("c", 1)
+        self.rest()
+        self.assertEqual(self.running(), [1, 1])
+
+    def test_while_redis_is_away_each_has_its_part(self):
+        first, second = self.queue(4, part=lambda most: most // 2), self.queue(4)
+        tickets = [first.enter("a", 1) for _ in range(6)]
+        self.wait_until(4, 0)
+        self.server.kill()
+        self.wait_for(lambda: not any(one.available for one in self.clients))
+        second.enter("b", 1)
+        self.wait_until(4, 1)
+        for ticket in tickets[:3]:
+            ticket.leave()
+        self.assertEqual(self.running(), [2, 1])
+        self.server.start()
+        self.wait_for(lambda: all(one.available for one in self.clients))
+        self.wait_until(3, 1)
+        self.assertEqual(self.taken(), 4)
+
+    def test_what_redis_forgets_is_told_again(self):
+        queue = self.queue(2)
+        queue.enter("a", 1)
+        self.wait_until(1)
+        self.server.ask("FLUSHALL")
+        queue.renew_at = 0
+        queue.beat()
+        self.wait_for(self.taken)
+
+    def test_who_finds_no_slot_waits_only_where_it_may(self):
+        queue = self.queue(1, waiting=0)
+        tickets = [queue.enter("a", 1) for _ in range(3)]
+        self.wait_for(lambda: [ticket.left for ticket in tickets] == [False, True, True])
+        self.wait_for(lambda: not queue.short)  # which nobody knows for long
+        late = queue.enter("b", 1)
+        self.wait_for(lambda: late.left)
+        tickets[0].leave()
+        self.wait_for(lambda: not queue.short)
+        queue.enter("b", 1)
+        self.wait_until(1)
+
+    def test_who_leaves_while_redis_is_asked_takes_no_slot_along(self):
+        queue = self.queue()
+        queue.enter("a", 1).leave()
+        self.rest()
+        self.assertEqual((self.taken(), self.running(), queue.leases), (0, [0], []))
+
+
 # --------------------------------------------------------------------------------------------------
 # Proxy: what a call costs, and how it ends
 # --------------------------------------------------------------------------------------------------
@@ -12701,6 +12817,17 @@ class WorkersTest(ProcessCase):
             process.stop(number)
             wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
 
+    def test_they_share_the_slots_of_an_upstream(self):
+        self.start(answer=None, MAX_CONCURRENCY=2)
+        clients = [self.connect().send(call()) for _ in range(9)]
+        for _ in clients:
+            asked = self.stub.next()
+            wait_for(lambda: self.redis.ask("ZCARD", "{llm_proxy}:slots:base:line") > 0
+                     or len(self.stub.requests) >= 8, "others to wait")
+            self.assertLessEqual(sum(not one.over.is_set() for one in self.stub.requests), 2)
+            asked.answer()
+        self.assertEqual({client.read().status for client in clients}, {200})
+
     def test_one_signal_drains_all(self):
         process = self.start(answer=None)
         streams = [self.begin(event(1)) for _ in range(12)]
@@ -12736,7 +12863,8 @@ class WorkersTest(ProcessCase):
     def test_who_cannot_start_is_not_tried_for_ever(self):
         self.redis = RedisServer(self)
         code, _, err = self.finish(WORKERS=3, REDIS_URL=self.redis.url, USAGE_LOG="/nowhere/log",
-                                   BASE_API_URL="http://127.0.0.1:1", PORT=free_port())
+                                   BASE_API_URL="http://127.0.0.1:1", HOST="127.0.0.1",
+                                   PORT=free_port())
         self.assertEqual((code, "/nowhere/log" in err), (2, True), err)
 
     def test_who_dies_again_and_again_waits_longer_and_longer(self):
