@@ -453,6 +453,8 @@ def read_rule(text):
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
     refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
+    if unit == "usd":  # whole nanodollars, see NANODOLLAR
+        refill = -(-refill // 1000) * 1000
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
                 (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
@@ -11018,6 +11020,9 @@ class Redis(asyncio.Protocol):
                 await self.lost
             except RedisFault as fault:
                 self.leave(fault)
+            except Exception as bug:  # of ours: it is said, and tried again
+                self.leave(RedisFault("is answered wrongly"))
+                self.loop.call_exception_handler({"message": "Redis", "exception": bug})
             finally:
                 self.leave(RedisFault("is away"))
                 if self.transport:
@@ -11172,10 +11177,10 @@ class Redis(asyncio.Protocol):
 
 
 # What holds for both scripts: KEYS[1] is the hash of the process that asks, `now` is in microseconds
-# since 2025, which a double holds to a fraction. Amounts are whole numbers below 2^53.
+# since 2020, which a double holds to a fraction. Amounts are whole numbers below 2^53.
 LUA_TIME = """
 local time = redis.call('TIME')
-local now = (time[1] - 1735689600) * 1000000 + time[2]
+local now = (time[1] - 1577836800) * 1000000 + time[2]
 """
 
 # Takes, charges and settles for a batch of calls, once: batches of a process have numbers, and one
@@ -11195,7 +11200,7 @@ local found = KEYS[2] and redis.call('MGET', unpack(KEYS, 2)) or {}
 
 local pass = {}
 function pass.b(b)  -- a bucket is refilled by whole intervals
-  local steps = math.floor((now - b.stamp + 1) / b.interval)
+  local steps = math.floor((now - b.stamp + 2) / b.interval)
   if steps > 0 then
     b.level = b.level + steps * b.refill
     b.stamp = b.stamp + steps * b.interval
@@ -11207,7 +11212,7 @@ local function begin(b, stamp)
   b.level, b.stamp = math.min(b.room, math.max(b.level, b.capacity)), stamp
 end
 function pass.w(b)  -- a window begins with its first call
-  if b.level >= b.capacity or now - b.stamp + 1 >= b.interval then begin(b, now) end
+  if b.level >= b.capacity or now - b.stamp + 2 >= b.interval then begin(b, now) end
   b.full_in = b.stamp + b.interval - now
 end
 function pass.d(b)  -- a day, a week or a month
@@ -11256,7 +11261,7 @@ local buckets = {}
 for i = 1, #KEYS - 1 do buckets[i] = read(found[i] or '') end
 
 local function charge(b, amount, age)
-  if amount < 0 and (b.kind == 'w' or b.kind == 'd') and now - age + 1 < b.stamp then return end
+  if amount < 0 and (b.kind == 'w' or b.kind == 'd') and now - age + 2 < b.stamp then return end
   b.changed = true
   if b.own then
     amount = math.max(amount, -b.own)
@@ -11297,7 +11302,7 @@ function act.p()
   if b.known and always == 0 then return end
   local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
                began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
-  if put.began and math.abs(put.stamp - put.began) < 2000000 then put.stamp = put.began end
+  if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
   pass[b.kind](put)
   if put.level < b.level then
     b.level, b.stamp, b.full_in, b.changed = put.level, put.stamp, put.full_in, true
@@ -11361,15 +11366,16 @@ class LimitsAway(Refusal):
 
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
-    `levels`, or is not waited for any more; then `admitted` tells what was decided here."""
-    __slots__ = ("keyed_rules", "costs", "future", "levels", "admitted")
+    `levels`, or is not waited for any more; then `admitted` tells what was decided here, where it
+    was sent: Redis may have taken it."""
+    __slots__ = ("keyed_rules", "costs", "future", "levels", "sent", "admitted")
 
     def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup):
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.future = future
         self.levels: Optional[List[Level]] = None
-        self.admitted = False
+        self.sent = self.admitted = False
 
 
 class Batch(NamedTuple):
@@ -11414,6 +11420,7 @@ class BatchWriter:
 
     def take(self, one: Take):
         self.takes.append(one)
+        one.sent = True
         wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, one.costs[rule.unit]))
                   for rule, key in one.keyed_rules]
         self.acts.append("t %d %s" % (len(wanted), " ".join(wanted)))
@@ -11433,9 +11440,9 @@ def stored_amount(rule: Rule, amount: int) -> int:
     return -(-amount // NANODOLLAR) if rule.unit == USD else amount
 
 
-def since_2025(moment: float) -> int:
+def since_2020(moment: float) -> int:
     """Returns microseconds, of a time in unix seconds."""
-    return int((moment - 1735689600) * 1_000_000)
+    return int((moment - 1577836800) * 1_000_000)
 
 
 def describe_kind(rule: Rule, wall: float) -> str:
@@ -11448,7 +11455,7 @@ def describe_kind(rule: Rule, wall: float) -> str:
         now = calendar_rule(rule, wall)
         ends = now.began + now.interval
         after = calendar_rule(rule, ends + 1)
-        return "d %d %d %d %d %d" % (capacity, *map(since_2025, (
+        return "d %d %d %d %d %d" % (capacity, *map(since_2020, (
             calendar_rule(rule, now.began - 1).began, now.began, ends,
             after.began + after.interval)))
     if rule.window:
@@ -11530,7 +11537,7 @@ class RedisBuckets(Buckets):
         self.flush_soon()
         await one.future
         if one.levels is None:
-            return self.take_here(keyed_rules, costs, one)
+            return self.take_here(keyed_rules, costs, one if one.sent else None)
         return tightest_of(one.levels), one.levels
 
     def settle(self, keyed_rules, costs, taken, taken_at):
@@ -11560,6 +11567,12 @@ class RedisBuckets(Buckets):
         if key not in self.levels and self.state == "here":
             self.act("p", rule, key, stored_amount(rule, level), int(since * 1_000_000), 0)
         super().restore(rule, key, level, since)
+
+    def drop(self, keys):
+        gone = set(keys)
+        super().drop(gone)
+        self.acts = collections.deque(
+            [act for act in self.acts if act[0] != "p" or act[2] not in gone], self.MOST_KEPT)
 
     # -- what is asked of Redis
 
@@ -11617,12 +11630,11 @@ class RedisBuckets(Buckets):
 
     def describe(self, rule, key):
         """Returns the name of a bucket in Redis, its kind and figures."""
-        now = self.clock.monotonic()
         name, kind, until = self.names.get(key, ("", "", 0))
-        if now >= until:
-            wall = self.clock.time_ns() / 1e9
+        wall = self.clock.time_ns() / 1e9
+        if wall >= until:
             kind = describe_kind(rule, wall)
-            until = now + 3600 if rule.zone else math.inf
+            until = wall + 3600 if rule.zone else math.inf
             name = "%s%s:%s:%s" % (
                 self.prefix, "r" if rule.unit == RUNNING else "b",
                 ".".join(map(short_digest, key[1:])), short_digest(key[0]))
@@ -11722,7 +11734,7 @@ class RedisBuckets(Buckets):
         if tightest.level >= 0:
             self.local.store(levels)
             if one:
-                one.admitted = True  # Redis may have taken it
+                one.admitted = True
             else:
                 super().settle(keyed_rules, costs, NO_COST, 0.0)
                 for rule, key in keyed_rules:
@@ -13346,7 +13358,7 @@ def tell_of_redis(proxy: Proxy):
         line = "Redis is there again: %d processes share the limits" % buckets.processes
     proxy.books.log.say(line)
     proxy.watchers.warnings.tell(
-        "limits_degraded" if buckets.is_degraded else "limits_shared", (), None, line=line)
+        "limits_degraded" if buckets.is_degraded else "limits_shared", (), None, text=line)
 
 
 def build_dialects(config: Config) -> Dialects:

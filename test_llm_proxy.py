@@ -1764,18 +1764,30 @@ def awaited(coroutine):
 
 class LimitsCase(TableCase):
     MESSAGE = "limit reached, wait {wait}"
+    LONG = 10 ** 9  # seconds that a call may run
 
     def start(self, text=None, capacity=10, refill=2, interval=300, message=MESSAGE, **options):
         """Limits by these rules, or by one with a bucket for each caller."""
         rule = llm_proxy.Rule("each N tokens", (("each", ""),), UNITS.index("tokens"), capacity,
                               refill, interval, (refill, interval))
         self.clock = Clock()
-        self.buckets = Buckets(self.clock, **options)
-        self.limits = Limits(llm_proxy.rules(text) if text else [rule], self.buckets, message)
+        self.store = self.new_store(**options)
+        self.limits = Limits(llm_proxy.rules(text) if text else [rule], self.store, message)
+
+    def new_store(self, **options):
+        return Buckets(self.clock, **options)
+
+    @property
+    def buckets(self):
+        """The store, once all is in it that was done."""
+        return self.store
+
+    def awaited(self, coroutine):
+        return awaited(coroutine)
 
     def admit(self, *amounts, name="alice", address="1", model=""):
         """Returns the Hold of a call that costs `amounts`, or raises LimitReached."""
-        return awaited(self.limits.admit(caller(name), address, model, costs(*amounts)))
+        return self.awaited(self.limits.admit(caller(name), address, model, costs(*amounts)))
 
     def refused(self, *amounts, **whom):
         """Returns the LimitReached of a call that costs `amounts`."""
@@ -2065,7 +2077,7 @@ class RulesTogetherTest(LimitsCase):
             self.assertEqual(str(refusal), "limit reached: %d running already" % places)
             self.assertEqual((refusal.wait, refusal.fields), (2, {"Retry-After": 2}))
             self.assertEqual(holds[-1].tightest.quota, (places, 0, 0, 0, 0))
-            self.clock.now += 10 ** 9
+            self.clock.now += self.LONG
             self.refused(1, name=name)
             self.assertEqual(self.levels(), [])  # nothing that a restart would find
             holds.pop().settle(costs(1))
@@ -2088,9 +2100,9 @@ class RulesTogetherTest(LimitsCase):
             admission = self.limits.admit(
                 caller("alice"), "1", "", costs(max(cost, least)), "base", costs(least))
             if left is None:
-                self.assertRaises(LimitReached, awaited, admission)
+                self.assertRaises(LimitReached, self.awaited, admission)
                 continue
-            with awaited(admission):
+            with self.awaited(admission):
                 self.assertEqual(self.left(), left)
             self.assertEqual(self.left(), 6)
 
@@ -2107,7 +2119,7 @@ class KeysRulesTest(LimitsCase):
         return llm_proxy.Caller(("key", key.subject), name, stored_key=key)
 
     def ask(self, one, *amounts):
-        return awaited(self.limits.admit(one, "1", "m", costs(*amounts)))
+        return self.awaited(self.limits.admit(one, "1", "m", costs(*amounts)))
 
     def test_a_team_is_charged_beside_its_members(self):
         self.start("each 5 requests per hour; team:r* 3 requests per hour")
@@ -8043,6 +8055,7 @@ class BalanceTest(LedgerCase):
     RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
              "all 1000 running; key:k1 900000 output_tokens per hour; all 5000 usd per month;"
              "address 1000000000 input_tokens per week; model:gpt-4o* 500000 requests per hour")
+    MONEY = "all 5000 usd per month"
     GEMINI = "/v1beta/models/gemini-2.5-pro:"
     CHAT_API = (
         [delta("word " * 20), LAST_DELTA, USAGE_EVENT, "[DONE]"],
@@ -8176,7 +8189,7 @@ class BalanceTest(LedgerCase):
         tokens = sum(amount for (rule, _), amount in charged.items() if " tokens " in rule)
         self.assertEqual(sum(row["input"] + row["output"] for row in rows), tokens)
         picodollars = sum(row["picodollars"] for row in rows)
-        self.assertEqual(picodollars, charged["all 5000 usd per month", None])
+        self.assertEqual(picodollars, charged[self.MONEY, None])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8887,7 +8900,10 @@ class RedisFaultsTest(RedisCase):
         self.assertEqual(redis.transport.get_extra_info("peername")[1], port)
 
 
-@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+NEEDS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+
+
+@NEEDS_REDIS
 class RedisTest(RedisCase):
     def test_user_password_database_and_name_are_told(self):
         server = RedisServer(self, "--user", *"app on >p@ss:w ~* +@all".split(),
@@ -8958,6 +8974,258 @@ class RedisTest(RedisCase):
         redis = self.client(url, ssl.create_default_context(cafile=path))
         self.wait_for(lambda: redis.available)
         self.assertEqual(self.run_loop(redis.call("PING")), b"PONG")
+
+
+# -- the same buckets, in Redis: what holds in memory holds there
+
+class SharedClock(Clock):
+    """Before time passes, all is done that was asked for."""
+    before = staticmethod(lambda: None)
+
+    @property
+    def now(self):
+        return self.seconds
+
+    @now.setter
+    def now(self, seconds):
+        self.before()
+        self.seconds = seconds
+
+
+class InRedis:
+    """Has the tests of a LimitsCase run in Redis, by the same clock."""
+    LONG = 20  # after 30 s one has to say that it runs
+    TIME = "redis.call('TIME')", "redis.call('HVALS', '{test}:now')"
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.server = RedisServer(types.SimpleNamespace(addCleanup=cls.addClassCleanup))
+        for name in ("LUA_BATCH", "LUA_BEAT"):
+            patch = mock.patch.object(llm_proxy, name, getattr(llm_proxy, name).replace(*cls.TIME))
+            patch.start()
+            cls.addClassCleanup(patch.stop)
+
+    def new_store(self, room=10_000):
+        self.clock = SharedClock()
+        self.server.ask("FLUSHALL")
+        loop = asyncio.new_event_loop()
+        self.addCleanup(loop.close)
+        self.redis = redis = llm_proxy.Redis(llm_proxy.redis_url(self.server.url), None, loop, "test")
+        store = llm_proxy.RedisBuckets(self.clock, redis, "test", "share", 1)
+        store.room = room
+        self.set_time()
+        redis.start()
+        self.addCleanup(lambda: loop.run_until_complete(redis.close()))
+        self.pass_while(lambda: store.state != "here")
+        self.clock.before = lambda: self.buckets
+        return store
+
+    def set_time(self):
+        seconds, rest = divmod(self.clock.time_ns(), 10 ** 9)
+        self.server.ask("HSET", "{test}:now", "seconds", seconds, "microseconds", rest // 1000)
+
+    def pass_while(self, condition):
+        async def wait():
+            while condition():
+                await asyncio.sleep(0)
+        self.redis.loop.run_until_complete(asyncio.wait_for(wait(), PATIENCE))
+
+    @property
+    def buckets(self):
+        store = self.store
+        self.set_time()
+        self.pass_while(lambda: store.unsent or store.acts or store.batches)
+        return store
+
+    def awaited(self, coroutine):
+        self.assertEqual(self.buckets.state, "here")
+        return self.redis.loop.run_until_complete(coroutine)
+
+
+@NEEDS_REDIS
+class LimitsInRedisTest(InRedis, LimitsTest):
+    pass
+
+
+@NEEDS_REDIS
+class RulesInRedisTest(InRedis, RulesTogetherTest):
+    pass
+
+
+@NEEDS_REDIS
+class KeysRulesInRedisTest(InRedis, KeysRulesTest):
+    # What was given stays with the old rule's bucket.
+    test_what_was_given_goes_along_when_the_rule_is_changed = None
+
+
+@NEEDS_REDIS
+class WindowsInRedisTest(InRedis, WindowsTest):
+    pass
+
+
+@NEEDS_REDIS
+class SharedLimitsTest(ProxyCase):
+    """Proxies of one process, or of several, that share their limits."""
+    RULE = "each 10 requests per hour"
+
+    def setUp(self):
+        self.redis = RedisServer(self, *self.OPTIONS)
+        self.proxies = []
+
+    OPTIONS = ()
+
+    def start(self, answer=says(), limits=RULE, **settings):
+        settings = {"REDIS_URL": self.redis.url, "LIMITS": limits, "METRICS": "open", **settings}
+        super().start(answer, **settings)
+        self.proxies.append(self.address)
+        return self.proxy.limits.buckets
+
+    def start_here(self, *arguments, **settings):
+        buckets = self.start(*arguments, **settings)
+        self.is_back(buckets)
+        return buckets
+
+    def is_back(self, buckets):
+        wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches,
+                 "Redis")
+
+    def is_away(self, buckets):
+        wait_for(lambda: buckets.state == "away", "the absence of Redis")
+
+    def admitted(self, calls, key=None):
+        """How many of so many calls in a row are let in."""
+        outcomes = [self.ask(call(key)).body == b'{"said": "hi"}' for _ in range(calls)]
+        return sum(outcomes)
+
+    def stored(self):
+        """The levels in Redis."""
+        names = self.redis.ask("KEYS", "*:b:*")
+        return sorted(int(self.redis.ask("GET", name).split()[0]) for name in names)
+
+    def test_two_proxies_share_a_bucket(self):
+        one = self.start_here()
+        self.assertEqual(self.admitted(6), 6)
+        two = self.start_here()
+        self.assertEqual(self.admitted(6), 4)
+        self.assertEqual(self.stored(), [0])
+        self.is_back(one)
+        wait_for(lambda: one.processes == two.processes == 2)
+        health = self.ask(request("GET", "/health")).json()
+        self.assertEqual(health["limits"], {"shared_by": 2, "degraded": False, "redis": "is there"})
+
+    def test_what_a_call_did_not_use_can_be_had_by_the_other(self):
+        told = says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}})
+        for left in ("970", "940"):
+            buckets = self.start_here(told, "each 1000 tokens per hour", RESPONSE_TOKEN_RESERVE=900)
+            self.assertEqual(self.ask(call()).get("x-ratelimit-remaining"), left)
+            self.is_back(buckets)
+
+    def test_while_redis_is_away_each_has_its_share_and_that_is_charged_later(self):
+        one = self.start_here()
+        two = self.start_here()
+        wait_for(lambda: one.processes == two.processes == 2)
+        self.assertEqual(self.admitted(2), 2)
+        self.redis.kill()
+        self.is_away(two)
+        began = time.monotonic()
+        self.assertEqual(self.admitted(6), 4)  # of the 8 that are left
+        self.assertLess(time.monotonic() - began, 1)
+        self.assert_said(": this process goes by its share of the limits, one of 2")
+        self.assertIn("llm_proxy_limits_degraded 1", self.ask(
+            request("GET", "/metrics")).body.decode())
+        self.assertEqual(self.ask(request("GET", "/health")).json()["limits"]["redis"],
+                         "is not there")
+        self.redis.start()
+        began = time.monotonic()
+        self.is_back(one)
+        self.is_back(two)
+        self.assertLess(time.monotonic() - began, 1)
+        self.assert_said("Redis is there again: 2 processes share the limits")
+        wait_for(lambda: self.stored() == [4])
+        self.assertEqual(self.admitted(6), 4)
+
+    def test_open_lets_all_in_meanwhile_and_closed_none(self):
+        for policy, admitted, status, left in self.each((("open", 12, 200, -2),
+                                                         ("closed", 0, 503, None))):
+            buckets = self.start_here(REDIS_AWAY=policy)
+            self.redis.kill()
+            self.is_away(buckets)
+            self.assertEqual(self.admitted(12), admitted)
+            self.assertEqual(self.ask(call("b")).status, status)
+            self.redis.start()
+            self.is_back(buckets)
+            self.assertEqual(self.stored()[:1], [] if left is None else [left])
+
+    def test_flushall_opens_no_gate(self):
+        buckets = self.start_here(limits=self.RULE + "; each 2 running; all 99 requests per day")
+        self.assertEqual(self.admitted(7), 7)
+        self.stub.answer, before = None, self.stub.answer
+        client, asked = self.ask_stub(call())
+        self.stub.answer = before
+        self.is_back(buckets)
+        self.redis.ask("FLUSHALL")
+        self.assertEqual(self.admitted(5), 2)
+        wait_for(lambda: self.stored() == [0, 89])
+        self.assertEqual(self.redis.ask("KEYS", "*:r:*")[1:], [])
+        asked.send(answer())
+        client.head()
+
+
+@NEEDS_REDIS
+class BalanceInRedisTest(BalanceTest):
+    """The same with three proxies, while their connections to Redis are cut again and again: what
+    Redis has is, to the unit, what all ledgers say."""
+    RULES = ("each 1 requests per 365d burst 1000000; each 1 tokens per 365d burst 1000000000;"
+             "all 1000 running; key:k1 1 output_tokens per 365d burst 900000;"
+             "all 0.000001 usd per 365d burst 5000;"
+             "address 1 input_tokens per 365d burst 1000000000;"
+             "model:gpt-4o* 1 requests per 365d burst 500000")
+    MONEY = "all 0.000001 usd per 365d burst 5000"
+
+    def connect(self):
+        self.address = random.choice(self.addresses)
+        return super().connect()
+
+    def missing(self):
+        rules = {llm_proxy.short_digest(rule.text): rule for rule in self.proxy.limits.rules}
+        found = []
+        for name in self.redis.ask("KEYS", "*:b:*"):
+            rule = rules[name.decode().rpartition(":")[2]]
+            level = int(self.redis.ask("GET", name).split()[0])
+            capacity = llm_proxy.stored_amount(rule, rule.capacity)
+            scale = llm_proxy.NANODOLLAR if rule.unit == llm_proxy.USD else 1
+            found.append((rule.text, scale * (capacity - level)))
+        return found
+
+    def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
+        self.redis = RedisServer(self)
+        keys = ",".join("k%d=sk-%d" % (number, number) for number in range(5))
+        paths, proxies, self.addresses = [], [], []
+        for _ in range(3):
+            paths.append(new_path(self, "calls.db"))
+            self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text",
+                       UNPRICED="0.5", DATABASE=paths[-1], REDIS_URL=self.redis.url)
+            proxies.append(self.proxy)
+            self.addresses.append(self.address)
+            wait_for(lambda: self.proxy.limits.buckets.state == "here")
+        over = threading.Event()
+
+        def cut():
+            while not over.wait(0.1):
+                self.redis.ask("CLIENT", "KILL", "TYPE", "normal")
+        with threads([cut]):
+            with threads(functools.partial(self.converse, seed) for seed in range(self.CALLERS)):
+                pass
+            over.set()
+        wait_for(lambda: not any(proxy.books.ledger.queue for proxy in proxies))
+        for proxy in proxies:
+            buckets = proxy.limits.buckets
+            wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches)
+            self.assertEqual((dict(buckets.pending), dict(buckets.own)), ({}, {}))
+            proxy.books.close(PATIENCE)
+        self.assert_balance([row for path in paths for row in self.rows(path)],
+                            sorted(self.missing()))
 
 
 @unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
