@@ -8347,6 +8347,7 @@ class UsageLog(Log):
 
 WAIT_SECONDS = 5  # for another process that writes the database
 Levels = Dict[BucketKey, Tuple[int, float]]  # level, and wall-clock time of the last refill
+KeyRecords = Dict[str, Tuple[float, str]]  # name of a key -> when it was changed, and all of it
 
 
 class DatabaseFault(Exception):
@@ -8794,6 +8795,43 @@ class Database:
                     [name for name, in execute(
                         "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %'"
                         " AND value = 1")])
+
+    def key_records(self) -> KeyRecords:
+        """Returns what other boxes must know of keys, also of those that were removed."""
+        execute, found = self.connection.execute, {}
+        for audit in execute("SELECT max(time), who, role, address, what, target, detail FROM audit"
+                             " WHERE what LIKE '% key' GROUP BY target").fetchall():
+            name = audit[5]
+            columns = ", ".join(Key._fields[:-4])
+            key = execute("SELECT %s, hex(subject) FROM keys WHERE name = ?" % columns, (name,))
+            secrets = execute("SELECT hex(digest), valid_until FROM secrets WHERE name = ?", (name,))
+            found[name] = audit[0], json.dumps([audit, key.fetchall(), secrets.fetchall()])
+        return found
+
+    def take_record(self, record: str):
+        """Goes by what another box has made of a key, where that is newer than what is known here.
+        Raises ValueError, TypeError or LookupError for what no box of ours has written."""
+        (when, *words), keys, secrets = json.loads(record)
+        _, _, _, what, name, _ = words
+        execute = self.connection.execute
+        (known,), = execute("SELECT max(time) FROM audit WHERE target = ? AND what LIKE '% key'",
+                            (name,)).fetchall()
+        require(all([type(one) is str for one in words]) and what.endswith(" key"), "no record")
+        if known and known >= float(when):
+            return
+        read = [read_key(*key[:-1], None, bytes.fromhex(key[-1])) for key in keys]
+        secrets = [(bytes.fromhex(one), name, until and float(until)) for one, until in secrets]
+        with self.transaction():
+            execute("UPDATE secrets SET name = NULL, valid_until = ? WHERE name = ?", (when, name))
+            execute("DELETE FROM keys WHERE name = ?", (name,))
+            for key in read:
+                execute("INSERT INTO keys VALUES (%s)" % ",".join("?" * 13), key[:13])
+                if key.role == "caller":
+                    self.close_door()
+            for row in secrets:
+                execute("INSERT OR REPLACE INTO secrets VALUES (?, ?, ?)", row)
+            execute("INSERT INTO audit (time, who, role, address, what, target, detail)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)", (float(when), *words))
 
     def is_closed(self) -> bool:
         return bool(self.connection.execute(
@@ -9497,6 +9535,10 @@ class Ledger(Writer):
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
         self.done: Set[Order] = set()  # what is good still, and known here
+        # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by
+        # what stands in `records`.
+        self.on_records: Optional[Callable[[KeyRecords], None]] = None
+        self.records: "collections.deque[str]" = collections.deque()
         self.on_read = collections.deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
@@ -9578,6 +9620,10 @@ class Ledger(Writer):
     def read_news(self, now):
         """Looks at keys and orders, and tells those who asked before it looked."""
         asked = [self.on_read.popleft() for _ in range(len(self.on_read))]
+        while self.records:
+            self.version = -1
+            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
+                self.database.take_record(self.records.popleft())
         self.look_at_keys(now)
         for tell in asked:
             with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -9592,6 +9638,8 @@ class Ledger(Writer):
                 return
             rows = self.database.key_rows()
             orders = self.new_orders()
+            if self.on_records and (rows != self.keys.rows or self.version < 0):
+                self.on_records(self.database.key_records())
         except sqlite3.Error as failure:
             return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
         self.version = version
@@ -12045,6 +12093,78 @@ class SharedQueue(FairQueue):
                             *self.arguments(0, 0, self.leases))
 
 
+# Keeps what was changed last: KEYS are a hash and how often that was changed; ARGV a name in it, when
+# it was changed, and the text.
+LUA_NEWER = """
+local old = redis.call('HGET', KEYS[1], ARGV[1])
+if old and tonumber(string.match(old, '%S+')) >= tonumber(ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
+return redis.call('INCR', KEYS[2])
+"""
+
+
+class SharedKeys:
+    """Keeps stored keys alike on all boxes: each has all of them in its DATABASE, by which it goes
+    on while Redis is away. The last change of a key counts, by the clocks of the boxes."""
+    LOOK_SECONDS = 0.3
+    UNKNOWN = b"?"
+    timer: Optional[asyncio.TimerHandle] = None
+    changes: RedisReply = UNKNOWN  # how often the hash was changed when it was read
+
+    def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
+        self.redis = redis
+        self.names = prefix + "keys", prefix + "keys:changes"
+        self.heard = ledger.records
+        self.here: KeyRecords = {}
+        self.there: Dict[str, float] = {}  # when each was changed
+        redis.on_return.append(self.look_anew)
+        ledger.on_records = self.tell
+
+    def tell(self, records: KeyRecords):
+        """Runs in the ledger's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.redis.loop.call_soon_threadsafe(self.offer, records)
+
+    def look_anew(self):
+        """Redis is there: it may have lost all."""
+        self.changes = self.UNKNOWN
+        if self.timer:
+            self.timer.cancel()
+        self.look()
+
+    def look(self):
+        self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
+        if self.redis.available:
+            self.redis.ask(redis_command(("GET", self.names[1])), self.on_changes)
+
+    def on_changes(self, reply):
+        if reply != self.changes and not isinstance(reply, RedisFault):
+            self.redis.ask(redis_command(("HGETALL", self.names[0])),
+                           functools.partial(self.on_keys, reply))
+
+    def on_keys(self, changes, reply):
+        if isinstance(reply, RedisFault):
+            return
+        self.changes = changes
+        self.there = {}
+        for name, text in zip(reply[::2], reply[1::2]):
+            when, _, record = text.decode("utf-8", "replace").partition(" ")
+            with contextlib.suppress(ValueError):
+                name = name.decode("utf-8", "replace")
+                self.there[name] = float(when)
+                if float(when) > self.here.get(name, (0,))[0]:
+                    self.heard.append(record)
+        self.offer(self.here)
+
+    def offer(self, records: KeyRecords):
+        """Tells the others what is newer here."""
+        self.here = records
+        for name, (when, record) in records.items() if self.changes != self.UNKNOWN else ():
+            if when > self.there.get(name, 0):
+                self.there[name] = when
+                self.redis.send("EVAL", LUA_NEWER, 2, *self.names, name, repr(when), record)
+
+
 # --------------------------------------------------------------------------------------------------
 # Reply: the way back to the caller of one request: a head, then a body as it comes from upstream,
 # or an answer of ours. How a call is refused, limited or cut is decided here, and only here. It
@@ -13181,13 +13301,16 @@ def share(proxy: Proxy, redis: Redis):
     config, buckets = proxy.config, proxy.limits.buckets
     proxy.redis = redis
     buckets.on_change = functools.partial(tell_of_redis, proxy)
+    prefix, ledger = "{%s}:" % config.redis_prefix, proxy.books.ledger
+    if ledger and not ledger.worker:
+        SharedKeys(redis, prefix, ledger)
     if config.share_slots == "on" or config.share_slots is None and config.workers > 1:
         for upstream in proxy.routes.all:
             queue = upstream.queue
             if queue:
                 upstream.queue = SharedQueue(
                     queue.most, queue.limits, proxy.clock, redis,
-                    "{%s}:slots:%s" % (config.redis_prefix, upstream.name),
+                    "%sslots:%s" % (prefix, upstream.name),
                     lambda most: max(1, most // buckets.processes))
                 proxy.sharers.append(upstream.queue)
 

@@ -9344,6 +9344,85 @@ class SharedQueueTest(RedisCase):
         self.assertEqual((self.taken(), self.running(), queue.leases), (0, [0], []))
 
 
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedKeysTest(KeysCase):
+    """Keys of several boxes, each with a DATABASE of its own."""
+
+    def setUp(self):
+        self.redis = RedisServer(self)
+        self.boxes = []
+
+    def box(self):
+        path = new_path(self, "box.db")
+        self.start_box(path)
+        return self.boxes[-1]
+
+    def start_box(self, path):
+        self.start(DATABASE=path, REDIS_URL=self.redis.url, PROXY_API_KEYS="x")
+        self.boxes.append((self.proxy, self.address, path))
+
+    def keys(self, path, act, *arguments, **fields):
+        return getattr(self.store(path, time), act)(*arguments, **fields)
+
+    def until(self, secret, *statuses):
+        """Waits until the boxes answer so to calls with a key."""
+        def found():
+            result = []
+            for _, self.address, _ in self.boxes:
+                status = self.ask(call(secret)).status
+                result.append(401 if status == 429 else status)  # which was asked for too often
+            return tuple(result)
+        wait_for(lambda: found() == statuses, "%r of all" % (statuses,))
+
+    def test_what_is_done_with_a_key_on_one_box_holds_on_all_within_a_second(self):
+        (_, _, here), (_, _, there) = self.box(), self.box()
+        wait_for(lambda: all(proxy.redis.available for proxy, _, _ in self.boxes))
+        secret = self.keys(here, "add", "ann", team="red").secret
+        began = time.monotonic()
+        self.until(secret, 200, 200)
+        self.assertLess(time.monotonic() - began, 1.5)
+        for path, act, statuses in self.each((
+                (there, "revoke", (401, 401)), (here, "restore", (200, 200)),
+                (here, "remove", (401, 401)))):
+            self.keys(path, act, "ann")
+            self.until(secret, *statuses)
+        what = [row[0] for row in self.execute("SELECT what FROM audit ORDER BY id", path=there)]
+        self.assertEqual(what, ["add key", "revoke key", "restore key", "remove key"])
+
+    def test_a_box_that_starts_while_redis_is_away_goes_by_its_copy(self):
+        self.box(), self.box()
+        wait_for(lambda: all(proxy.redis.available for proxy, _, _ in self.boxes))
+        secret = self.keys(self.boxes[0][2], "add", "ann").secret
+        self.until(secret, 200, 200)
+        self.redis.kill()
+        path = self.boxes.pop()[2]
+        self.proxy.books.close(PATIENCE)
+        self.start_box(path)
+        self.until(secret, 200, 200)
+        self.keys(path, "revoke", "ann")
+        self.until(secret, 200, 401)
+        self.redis.start()  # and it has forgotten all
+        self.until(secret, 401, 401)
+
+    def test_what_nobody_of_us_has_written_is_no_key(self):
+        proxy, _, path = self.box()
+        wait_for(lambda: proxy.redis.available)
+        good = [9e9, "a", "b", "c", "add key", "ann", ""]
+        row = ["ann", "caller", None, 1.0, None, 0, None, None, None, None, None, "00" * 32]
+        for record in self.each((
+                "", "{", "[]", "[[],[],[]]", json.dumps([good, [["ann"]], []]),
+                json.dumps([[*good[:4], "give", "ann", ""], [row], []]),
+                json.dumps([good, [row[:-1] + ["00"]], []]),
+                json.dumps([good, [["a b", *row[1:]]], []]),
+                json.dumps([good, [row], [["xx", None]]]),
+                json.dumps([[[], *good[1:]], [row], []]))):
+            self.redis.ask("HSET", "{llm_proxy}:keys", "ann", "9000000000.0 " + record)
+            self.redis.ask("INCR", "{llm_proxy}:keys:changes")
+        self.keys(path, "add", "ben")
+        wait_for(lambda: self.redis.ask("HEXISTS", "{llm_proxy}:keys", "ben"))
+        self.assertEqual([key.name for key in self.keys(path, "list")], ["ben"])
+
+
 # --------------------------------------------------------------------------------------------------
 # Proxy: what a call costs, and how it ends
 # --------------------------------------------------------------------------------------------------
