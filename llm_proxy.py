@@ -8813,11 +8813,10 @@ class Database:
         Raises ValueError, TypeError or LookupError for what no box of ours has written."""
         (when, *words), keys, secrets = json.loads(record)
         _, _, _, what, name, _ = words
+        require(set(map(type, words)) == {str} and what.endswith(" key"), "no record")
         execute = self.connection.execute
-        (known,), = execute("SELECT max(time) FROM audit WHERE target = ? AND what LIKE '% key'",
-                            (name,)).fetchall()
-        require(all([type(one) is str for one in words]) and what.endswith(" key"), "no record")
-        if known and known >= float(when):
+        if execute("SELECT 1 FROM audit WHERE target = ? AND time >= ? AND what LIKE '% key'",
+                   (name, float(when))).fetchall():
             return
         read = [read_key(*key[:-1], None, bytes.fromhex(key[-1])) for key in keys]
         secrets = [(bytes.fromhex(one), name, until and float(until)) for one, until in secrets]
@@ -9514,6 +9513,11 @@ class Ledger(Writer):
     complain_at = 0.0
     reopen_at = 0.0
     version = -1          # of the database, when keys were read
+    done: Collection[Order] = ()  # what is good still, and known here
+    # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by what
+    # is put into `records`.
+    on_records: Optional[Callable[[KeyRecords], None]] = None
+    records: Union[Tuple[()], "collections.deque[str]"] = ()
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
                  clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes,
@@ -9534,11 +9538,6 @@ class Ledger(Writer):
         self.worker = worker
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
-        self.done: Set[Order] = set()  # what is good still, and known here
-        # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by
-        # what stands in `records`.
-        self.on_records: Optional[Callable[[KeyRecords], None]] = None
-        self.records: "collections.deque[str]" = collections.deque()
         self.on_read = collections.deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
@@ -12114,7 +12113,7 @@ class SharedKeys:
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
         self.names = prefix + "keys", prefix + "keys:changes"
-        self.heard = ledger.records
+        self.heard = ledger.records = collections.deque()
         self.here: KeyRecords = {}
         self.there: Dict[str, float] = {}  # when each was changed
         redis.on_return.append(self.look_anew)
@@ -12163,6 +12162,90 @@ class SharedKeys:
             if when > self.there.get(name, 0):
                 self.there[name] = when
                 self.redis.send("EVAL", LUA_NEWER, 2, *self.names, name, repr(when), record)
+
+
+TAKE_AWAY = "local found = redis.call('GET', KEYS[1]) redis.call('DEL', KEYS[1]) return found"
+
+
+class SharedStored(Stored, Watcher):
+    """Remembers in Redis, too, so that any process finds what another one has noted. A bill is
+    there, or here while a call runs that asks for its answer: nobody charges it twice."""
+    KEEP_SECONDS = 30 * 86400
+    MOST_NAMES = 200  # that are looked for at once
+
+    def __init__(self, policy: str, redis: Redis, prefix: str, clock: Any):
+        super().__init__(policy)
+        self.redis = redis
+        self.prefix = prefix
+        self.clock = clock
+        self.limits: Optional[Limits] = None  # whose rules bills go by
+
+    def key(self, kind: str, name: str) -> str:
+        return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
+
+    def keep(self, key, found, *words):
+        self.redis.send("SET", key, json.dumps(found), "EX", self.KEEP_SECONDS, *words)
+
+    def note(self, thing, names):
+        new = [name for name in names if name not in self.things]
+        super().note(thing, names)
+        for name in filter(self.things.__contains__, new):
+            owner = Database.spell_owners([thing.owner])
+            self.keep(self.key("thing", name), [owner, thing.upstream, thing.address], "NX")
+
+    async def recall(self, call: Call):
+        """Finds out what is not known here of the things that a call speaks of."""
+        names, path = call.references(), call.stored
+        is_named = path is not None and path.name
+        if is_named:
+            names += path.name, "%s/%s" % path[:2]
+        unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
+        with contextlib.suppress(RedisFault, ValueError, TypeError, LookupError):
+            if unknown:
+                await self.find_things(unknown)
+            if is_named:
+                await self.take_bill(self.full_name(*path[:2]))
+
+    async def find_things(self, names):
+        found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
+        for name, text in zip(names, found):
+            if text:
+                owner, *place = json.loads(text)
+                self.things[name] = Thing(Database.read_owners(owner)[0], *place)
+
+    # -- bills
+
+    def owe(self, name, bill):
+        hold, call = bill.hold, bill.call
+        ago = self.clock.monotonic() - hold.tightest.now if hold.tightest else 0
+        self.keep(self.key("bill", name), [
+            [[key[0], Database.spell_owners(key[1:])] for _, key in hold.keyed_rules],
+            hold.costs, self.clock.time_ns() / 1e9 - ago, call.dialect.name, call.upstream_model,
+            list(call.made), bill.characters])
+
+    async def take_bill(self, name):
+        text = await self.redis.call("EVAL", TAKE_AWAY, 1, self.key("bill", name))
+        if text:
+            self.bills[name] = self.read_bill(*json.loads(text))
+
+    def read_bill(self, keys, costs, taken, dialect, model, made, characters):
+        rules = {rule.text: rule for rule in itertools.chain(
+            self.limits.rules, *self.limits.own.values())}
+        pairs = [(rules[text], (text, *Database.read_owners(owners)))
+                 for text, owners in keys if text in rules]
+        taken = min(0, taken - self.clock.time_ns() / 1e9) + self.clock.monotonic()
+        levels = [Level(0, taken, rule, key, 0, taken) for rule, key in pairs]
+        call = Call(DIALECTS[dialect], None, "", "")
+        call.upstream_model, call.made = model, made
+        buckets = self.limits.buckets
+        return Bill(Hold(buckets, pairs, tuple(costs), (levels or [None])[0]), call, characters)
+
+    def record(self, entry):
+        """What a call has not settled waits for the next one that asks."""
+        call = entry.call
+        name = self.full_name(*call.stored[:2]) if call and call.stored else None
+        if name in self.bills:
+            self.owe(name, self.bills.pop(name))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12756,6 +12839,7 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
+        self.read = dialects.read
         self.stored = stored
         self.routes = routes
         self.books = books
@@ -12774,7 +12858,7 @@ class Proxy:
         entry = reply.entry
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
-        await self.dialects.read(call, request.method, request, reply.read_body)
+        await self.read(call, request.method, request, reply.read_body)
         large = call.body and len(call.body) > Turns.SMALL
         if large:  # others come in between reading it, looking for things and estimating it
             await asyncio.sleep(0)
@@ -13151,9 +13235,9 @@ class Proxy:
 
     def await_usage(self, call, hold):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
+        hold.settle(hold.costs)
         if call.made:
             self.stored.owe(call.made[0], Bill(hold, call))
-        hold.settle(hold.costs)
 
     @staticmethod
     def told_usage(entry, ending):
@@ -13186,6 +13270,7 @@ class Proxy:
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
+        entry.hold.tightest = bill.hold.tightest
         entry.hold.settle(tuple(map(int.__sub__, costs, before)))
 
     def fault_costs(self, status):
@@ -13274,15 +13359,14 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
           database: Optional[Database] = None, worker: Optional[Worker] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory. A `worker` is one of several processes."""
-    log = Log(stream, config.log_format == "json",
-              "worker %d: " % (worker.number + 1) if worker else "")
+    log = build_log(config, stream, worker)
     secret = worker.secret if worker else file_secret(database)
     keys = keys_to_go_by(config, database, secret, log.say)
     loop = new_loop(clock, log)
     redis = build_redis(config, loop)
     limits = build_limits(config, build_buckets(config, clock, redis), keys.rules)
     prices = Prices(config.prices, config.unpriced)
-    stored = Stored(config.stored)
+    stored = build_stored(config, redis, clock)
     proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
@@ -13296,11 +13380,24 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     return proxy
 
 
+def build_stored(config: Config, redis: Optional[Redis], clock: Any) -> Stored:
+    if redis is None:
+        return Stored(config.stored)
+    return SharedStored(config.stored, redis, "{%s}:" % config.redis_prefix, clock)
+
+
 def share(proxy: Proxy, redis: Redis):
     """Has a proxy share with others what is in Redis."""
     config, buckets = proxy.config, proxy.limits.buckets
     proxy.redis = redis
     buckets.on_change = functools.partial(tell_of_redis, proxy)
+    async def read(call, *arguments):
+        await proxy.dialects.read(call, *arguments)
+        proxy.stored.limits = proxy.limits
+        await proxy.stored.recall(call)
+
+    proxy.read = read
+    proxy.books.watch([*proxy.books.watchers, proxy.stored])
     prefix, ledger = "{%s}:" % config.redis_prefix, proxy.books.ledger
     if ledger and not ledger.worker:
         SharedKeys(redis, prefix, ledger)
@@ -13313,6 +13410,11 @@ def share(proxy: Proxy, redis: Redis):
                     "%sslots:%s" % (prefix, upstream.name),
                     lambda most: max(1, most // buckets.processes))
                 proxy.sharers.append(upstream.queue)
+
+
+def build_log(config: Config, stream: BinaryIO, worker: Optional[Worker]) -> Log:
+    return Log(stream, config.log_format == "json",
+               "worker %d: " % (worker.number + 1) if worker else "")
 
 
 def file_secret(database: Optional[Database]) -> bytes:

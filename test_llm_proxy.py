@@ -9423,6 +9423,69 @@ class SharedKeysTest(KeysCase):
         self.assertEqual([key.name for key in self.keys(path, "list")], ["ben"])
 
 
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedStoredTest(ProxyCase):
+    """What one process has noted, another one finds."""
+    KEYS = {"PROXY_API_KEYS": "ann=sk-a,ben=sk-b"}
+
+    def start_two(self, **settings):
+        """Two proxies before one stub."""
+        redis, self.addresses = RedisServer(self), []
+        super().start(**self.KEYS, REDIS_URL=redis.url, **settings)
+        self.addresses.append(self.address)
+        wait_for(lambda: self.proxy.redis.available)
+        self.run_proxy(read_config({
+            name: text for name, text in self.proxy.config.texts.items() if text}), time)
+        self.addresses.append(self.address)
+        wait_for(lambda: self.proxy.redis.available)
+        return redis
+
+    def ask_at(self, place, *arguments, **options):
+        self.address = self.addresses[place]
+        return self.ask(request(*arguments, **options))
+
+    def test_who_made_a_thing_has_it_everywhere_and_nobody_else(self):
+        redis = self.start_two()
+        self.stub.answer = says_json({"id": "file-1"})
+        self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
+        wait_for(lambda: redis.ask("KEYS", "*:thing:*"))
+        for place, key, status in self.each((
+                (1, "sk-b", 404), (1, "sk-a", 200), (0, "sk-b", 404), (0, "sk-a", 200))):
+            self.assertEqual(self.ask_at(place, "GET", "/v1/files/file-1", key=key).status, status)
+        body = b'{"model": "m", "previous_response_id": "resp_1", "input": "hi"}'
+        self.stub.answer = says_json({"id": "resp_1"})
+        self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key="sk-a").status, 404)
+        self.ask_at(0, "POST", "/v1/responses", b'{"model": "m", "input": "hi"}', key="sk-a")
+        wait_for(lambda: len(redis.ask("KEYS", "*:thing:*")) == 2)
+        for key, status in self.each((("sk-b", 404), ("sk-a", 200))):
+            self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key=key).status, status)
+
+    def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
+        redis = self.start_two(LIMITS="each 1000 tokens per day")
+        self.stub.answer = says_json({"id": "resp_1", "usage": None})
+        body = b'{"background": true, "max_output_tokens": 500}'
+        self.ask_at(0, "POST", "/v1/responses", body, key="sk-a")
+        used = {"input_tokens": 20, "output_tokens": 3}
+        for place, told, left in self.each((
+                (1, {"status": "queued"}, 500), (0, {"usage": None}, 500), (1, {"usage": used}, 977),
+                (0, {"usage": used}, 977))):
+            wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 977, "the bill")
+            self.stub.answer = says_json(told)
+            self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
+            wait_for(lambda: [redis.ask("GET", name).split()[0] for name in redis.ask(
+                "KEYS", "*:b:*")] in ([b"%d" % left],), left)
+        self.assertEqual(redis.ask("KEYS", "*:bill:*"), [])
+
+    def test_without_redis_what_is_known_here_is_enough(self):
+        redis = self.start_two()
+        self.stub.answer = says_json({"id": "file-1"})
+        self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
+        redis.kill()
+        for place, status in self.each(((0, 200), (1, 404))):
+            self.assertEqual(
+                self.ask_at(place, "GET", "/v1/files/file-1", key="sk-a").status, status)
+
+
 # --------------------------------------------------------------------------------------------------
 # Proxy: what a call costs, and how it ends
 # --------------------------------------------------------------------------------------------------
