@@ -9904,6 +9904,13 @@ class Feed(Watcher):
             self.told += 1
             self.tell("end", entry)
 
+    def exchange(self, payload: Dict[str, Any]):
+        """Tells other processes, where there are some, what was in a second."""
+
+    def added_up(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns what was in a second of all."""
+        return payload
+
     def pulse(self, payload: Dict[str, Any]):
         """A second is over."""
         self.told = 0
@@ -12028,8 +12035,10 @@ class SharedQueue(FairQueue):
             if names:
                 given = await self.redis.run(
                     self.script, self.keys, *self.arguments(age, len(names), names))
-        except RedisFault:  # it may have given some
+        except RedisFault as fault:  # it may have given some
             self.give_back(names)
+            if fault.code not in ("", fault.LATE):
+                self.redis.leave(fault)
             names = names if self.redis.available else []
         self.task = None
         self.short = False
@@ -12162,6 +12171,116 @@ class SharedKeys:
             if when > self.there.get(name, 0):
                 self.there[name] = when
                 self.redis.send("EVAL", LUA_NEWER, 2, *self.names, name, repr(when), record)
+
+
+class SharedFeed(Feed):
+    """The feed of all processes: each tells the others every second what was in it, and, while
+    anybody looks, what happens."""
+    FRESH_SECONDS = 2.5
+    GONE_SECONDS = 60
+    MOST_READ = 500  # events at once
+    SUMS = "calls", "tokens", "failed", "in_flight", "line"
+    TOLD = "begin", "end", "change", "warning"
+    NOTHING = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}  # of what was counted before
+
+    def __init__(self, clock: Any, redis: Redis, prefix: str):
+        super().__init__(clock)
+        self.redis = redis
+        self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
+        self.process = os.urandom(8).hex()
+        self.others: List[Dict[str, Any]] = []  # what they told of the last second
+        self.counted: Dict[bytes, float] = {}   # and when that was
+        self.elsewhere = False                  # whether pages are open there
+        self.last: Optional[bytes] = None       # event that was read
+
+    def tell(self, name, about):
+        super().tell(name, about)
+        if self.elsewhere and name in self.TOLD and self.redis.available:
+            payload = ended_call(about) if isinstance(about, Entry) else about
+            self.redis.send("XADD", self.events_key, "MAXLEN", "~", self.ROOM, "*",
+                            "from", self.process, name, json.dumps(payload))
+
+    def exchange(self, payload: Dict[str, Any]):
+        """Tells the others what was in this second, and asks what they told."""
+        if not self.redis.available:
+            self.others = []
+            return
+        looking = self.listeners > self.elsewhere
+        self.redis.send("HSET", self.seconds_key, self.process,
+                        json.dumps({**payload, "looking": looking}))
+        self.redis.send("EXPIRE", self.seconds_key, self.GONE_SECONDS)
+        self.redis.ask(redis_command(("HGETALL", self.seconds_key)), self.on_seconds)
+        if not looking:
+            self.last = None
+        elif self.last is None:
+            self.redis.ask(redis_command((
+                "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)), self.on_last_event)
+        else:
+            milliseconds, _, number = self.last.decode().partition("-")
+            self.redis.ask(redis_command((
+                "XRANGE", self.events_key, "%s-%d" % (milliseconds, int(number) + 1), "+",
+                "COUNT", self.MOST_READ)), self.on_events)
+
+    def on_seconds(self, reply):
+        if isinstance(reply, RedisFault):
+            return
+        now = self.clock.time_ns() / 1e9
+        found = []
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            for name, text in zip(reply[::2], reply[1::2]):
+                one = json.loads(text)
+                if one["now"] < now - self.GONE_SECONDS:
+                    self.redis.send("HDEL", self.seconds_key, name)
+                elif one["now"] > now - self.FRESH_SECONDS and name != self.process.encode():
+                    found.append(one)
+                    if self.counted.get(name) == one["now"]:
+                        one.update(self.NOTHING)
+                    self.counted[name] = one["now"]
+        self.others = found
+        elsewhere = any([one["looking"] for one in found if "looking" in one])
+        self.listeners += elsewhere - self.elsewhere  # so that calls tell of their beginning
+        self.elsewhere = elsewhere
+
+    def on_last_event(self, reply):
+        if not isinstance(reply, RedisFault):
+            self.last = reply[0][0] if reply else b"0-0"
+
+    def on_events(self, reply):
+        if not reply or isinstance(reply, RedisFault):
+            return
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            for self.last, (_, process, name, text) in reply:
+                if process != self.process.encode() and name.decode() in self.TOLD:
+                    super().tell(name.decode(), json.loads(text))
+
+    def added_up(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns what was in a second of all."""
+        found = dict(payload)
+        with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
+            for other in self.others:
+                self.add(found, other)
+        return found
+
+    def add(self, found, other):
+        for name, value in found.items():
+            more = other.get(name)
+            if name in self.SUMS:
+                found[name] = value + more
+            elif name == "usd":
+                found[name] = str(decimal.Decimal(value) + decimal.Decimal(more))
+            elif name.startswith("first_"):
+                found[name] = max(value or 0, more or 0) or None
+            elif name in ("running", "buckets"):
+                found[name] = value + (more or [])
+            elif name == "upstreams":
+                found[name] = [busier(one, more or ()) for one in value]
+
+
+def busier(upstream: Dict[str, Any], others: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
+    """Returns how busy an upstream is, with what other processes send there."""
+    same = [one for one in others if one["name"] == upstream["name"]]
+    return {**upstream, **{name: upstream[name] + sum([one[name] for one in same])
+                           for name in ("in_flight", "waiting")}}
 
 
 TAKE_AWAY = "local found = redis.call('GET', KEYS[1]) redis.call('DEL', KEYS[1]) return found"
@@ -13371,7 +13490,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
-                  build_watchers(config, clock, log, limits))
+                  build_watchers(config, clock, log, limits, redis))
     if redis:
         share(proxy, redis)
     hear_of_keys(proxy)
@@ -13520,7 +13639,8 @@ def build_books(config, clock, log, limits, stored, database, keys, secret, work
     return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
+def build_watchers(config: Config, clock: Any, log: Log, limits: Limits,
+                   redis: Optional[Redis]) -> Watchers:
     def poster(name, url, **options):
         tls = None
         if url.startswith("https:"):  # always checked, by the system's certificates or the own ones
@@ -13536,7 +13656,7 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
             fields=config.otel_exporter_otlp_headers))
     if config.webhook_url:
         webhook = poster("webhook", config.webhook_url)
-    feed = Feed(clock)
+    feed = SharedFeed(clock, redis, "{%s}:" % config.redis_prefix) if redis else Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
     marks = Marks(config.warn_at, warnings) if config.warn_at else None
     metrics = Metrics()
@@ -14098,11 +14218,14 @@ class Admin:
         proxy = self.proxy
         queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
         found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        details = {}
         if self.feed.listeners:
-            found = {**found, "buckets": self.pulse.changed_buckets(),
-                     "running": [entry.progress(self.clock) for entry in self.running()],
-                     "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
-        self.feed.pulse(found)
+            details = {"buckets": self.pulse.changed_buckets(),
+                       "running": [entry.progress(self.clock) for entry in self.running()],
+                       "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+        self.feed.exchange({**found, **details})
+        self.pulse.seconds[-1] = found = self.feed.added_up(found)
+        self.feed.pulse({**found, **self.feed.added_up(details)})
 
     @staticmethod
     def upstream_now(upstream):

@@ -11488,6 +11488,54 @@ class EventsTest(AdminCase):
         self.assertLess(time.monotonic() - began, 5)
 
 
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedEventsTest(AdminCase):
+    """What the page of one process shows of all."""
+    listen, hear = EventsTest.listen, staticmethod(EventsTest.hear)
+
+    def start(self, *arguments, **settings):
+        self.redis = RedisServer(self)
+        super().start(*arguments, REDIS_URL=self.redis.url, **settings)
+        wait_for(lambda: self.proxy.redis.available)
+
+    def start_two(self):
+        self.start(clock=time)
+        first = self.proxy, self.address
+        self.run_proxy(read_config({
+            name: text for name, text in self.proxy.config.texts.items() if text}), time)
+        wait_for(lambda: self.proxy.redis.available)
+        return first, (self.proxy, self.address)
+
+    def test_calls_at_another_process_are_told(self):
+        (one, here), (two, there) = self.start_two()
+        self.address = here
+        client = self.listen()
+        wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.last, "the interest")
+        self.address = there
+        self.ask(call("k"))
+        _, begun = self.hear(client, "begin")
+        _, ended = self.hear(client, "end")
+        self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+        pulse = {"calls": 0}
+        while not pulse["calls"]:
+            _, pulse = self.hear(client, "pulse")
+        self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
+        client.close()
+        wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
+        self.assertEqual(two.watchers.feed.listeners, 0)
+
+    def test_what_nobody_of_us_has_told_does_no_harm(self):
+        (one, _), _ = self.start_two()
+        client = self.listen()
+        for text in self.each(("", "[]", "{}", '{"now": "x"}', '{"now": 9e9}',
+                               '{"now": 9e9, "calls": "x", "looking": 1, "usd": "x"}')):
+            self.redis.ask("HSET", "{llm_proxy}:seconds", "x", text)
+            self.redis.ask("XADD", "{llm_proxy}:events", "*", "from", "x", "end", text)
+            self.redis.ask("XADD", "{llm_proxy}:events", "*", "a", text)
+        self.hear(client, "pulse")
+        self.hear(client, "pulse")
+
+
 # --------------------------------------------------------------------------------------------------
 # Dashboard: the page, in a real browser
 # --------------------------------------------------------------------------------------------------
