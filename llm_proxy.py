@@ -52,6 +52,7 @@ Contents, in reading order; a section uses only what stands above it:
     Server      clients' connections, caps, TLS, draining
     Workers     several processes on one port, and their parent
     Demo        a small endpoint to try things on
+    Bench       calls that are timed, and what this machine can do
     Commands    the command line
 """
 import argparse
@@ -72,6 +73,7 @@ import errno
 import fnmatch
 import functools
 import gc
+import getpass
 import hashlib
 import heapq
 import hmac
@@ -93,7 +95,9 @@ import socket
 import sqlite3
 import ssl
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -376,6 +380,7 @@ shares = listed(pattern(  # '80%' -> 0.8
 
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
+NANODOLLAR = 1000  # picodollars; in Redis, whose numbers are doubles, money is in the former
 UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 ANEW = 1 << 80  # more than ever is missing of a bucket
@@ -452,9 +457,8 @@ def read_rule(text):
     window = kind.replace("burst", "")
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
-    refill = max(1, rate // (interval * 1000))  # in 1 ms or more: clocks are no finer
-    if unit == "usd":  # whole nanodollars, see NANODOLLAR
-        refill = -(-refill // 1000) * 1000
+    grain = NANODOLLAR if unit == "usd" else 1
+    refill = max(1, rate // (interval * 1000 * grain)) * grain  # in 1 ms: clocks are no finer
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
                 (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
@@ -555,7 +559,7 @@ class Price(NamedTuple):
         return self.times(found) if found is not None else self
 
 
-def read_price(cost: Dict[str, Any]) -> Price:
+def read_price(cost: JsonObject) -> Price:
     """{input, output, cache_read, cache_write, hour_write}, each in USD per million tokens, above:
     {tokens, input, output ...}, tiers: {name: factor or {input, output ...}} -> Price. A cached
     token costs what any other input does, and one that is kept for an hour twice that, unless the
@@ -646,6 +650,199 @@ VENDORS = {
     "groq": "https://api.groq.com/openai/v1",
     "openrouter": "https://openrouter.ai/api/v1",
     "ollama": "http://localhost:11434"}
+PARSER = getattr(re, "_parser", None) or re.sre_parse  # Python 3.10
+COMPILER = getattr(re, "_compiler", None) or re.sre_compile
+TAKE_ONE = "LITERAL", "NOT_LITERAL", "ANY", "IN"
+REPEAT = "MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"
+ARE_GROUPS = "SUBPATTERN", "ATOMIC_GROUP"
+Characters = FrozenSet[str]
+
+
+class Repetition(NamedTuple):
+    """A part of an expression that may take more or less: the characters of it, those of which each
+    round needs one, and those of which one must follow; `number` tells which part."""
+    number: int
+    takes: Characters
+    needs: Tuple[Characters, ...]
+    then: Tuple[Characters, ...] = ()
+
+    def clashes(self, later: "Repetition") -> bool:
+        """Tells whether it is open how much of a text is this one's, and how much the later's."""
+        ends = [*self.then, *self.needs]
+        return not (self.takes.isdisjoint(later.takes)
+                    or any([one.isdisjoint(later.takes) for one in ends])
+                    or any([one.isdisjoint(self.takes) for one in (*self.then, *later.needs)]))
+
+
+def parts_within(op, value):
+    """Returns the expressions within a part of one, as Python's parser has it."""
+    if op.name == "BRANCH":
+        return value[1]
+    if op.name in REPEAT or op.name in ARE_GROUPS:
+        return [value if isinstance(value, PARSER.SubPattern) else value[-1]]
+    return []
+
+
+def numbers_in(value):
+    """Yields the numbers in a parsed expression, and so all its characters."""
+    if type(value) is int:
+        yield value
+    elif isinstance(value, (tuple, list, PARSER.SubPattern)):
+        for one in value:
+            yield from numbers_in(one)
+
+
+class LinearPattern:
+    """A regular expression that any text is searched for in linear time, judged as Python's parser
+    reads it: a search that has begun cannot be stopped, and holds all threads."""
+    LONGEST = 300        # characters
+    MOST_ROUNDS = 64     # what is unlimited takes so many,
+    MOST_OF_GROUPS = 16  # and of more than one character so many
+    MOST_CHOICES = 3     # whose ways begin alike
+    MOST_OPEN = 200
+
+    def __init__(self, text: str):
+        """Raises ValueError, whose message says what is wrong, and where."""
+        require(len(text) <= self.LONGEST, "must have %d characters at most" % self.LONGEST)
+        try:
+            self.tree = PARSER.parse(text)
+        except (re.error, OverflowError, RecursionError) as fault:
+            raise ValueError("must be a regular expression: %s" % fault) from None
+        require(self.tree.getwidth()[0], "must not match an empty text")
+        self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
+        self.alphabet = {*map(chr, range(256)), *[
+            chr(one) for one in numbers_in(self.tree) if 0 <= one <= sys.maxunicode]}
+        self.known: List[int] = []  # repetitions, by identity
+        self.choices = 0
+        self.walk(self.tree, set(), False)
+        begin = self.beginning(self.tree)
+        self.bound(self.tree)
+        if begin:  # else it would be tried from each character of a long word
+            self.tree.insert(0, (PARSER.ASSERT_NOT, (-1, begin)))
+        self.compiled = COMPILER.compile(self.tree)
+
+    def alone(self, part):
+        return PARSER.SubPattern(self.tree.state, [part])
+
+    def characters(self, part) -> Characters:
+        """Returns which characters a part takes that takes one."""
+        one = COMPILER.compile(self.alone(part), self.flags)
+        return frozenset(filter(one.fullmatch, self.alphabet))
+
+    def sets(self, parts, needed):
+        """Yields the characters of what takes one; `needed`: of what cannot be left out."""
+        for op, value in parts:
+            if op.name in TAKE_ONE:
+                yield self.characters((op, value))
+            elif not needed or op.name in ARE_GROUPS or (op.name in REPEAT and value[0]):
+                for inner in parts_within(op, value):
+                    yield from self.sets(inner, needed)
+
+    def first(self, parts) -> Characters:
+        """Returns the characters that a match may begin with."""
+        found = frozenset()
+        for part in parts:
+            found = found.union(*map(self.first, parts_within(*part)))
+            if part[0].name in TAKE_ONE:
+                found |= self.characters(part)
+            if self.alone(part).getwidth()[0]:
+                break
+        return found
+
+    def walk(self, parts, before, repeated):
+        """Goes along parts; returns the repetitions after them. `repeated`: all this is one."""
+        for op, value in parts:
+            name = op.name
+            inner = parts_within(op, value)
+            if name in TAKE_ONE:
+                taken = self.characters((op, value))
+                before = {one._replace(then=(*one.then, taken)) for one in before}
+            elif name in REPEAT:
+                before = self.repeat(before, repeated, *value)
+            elif inner:
+                before = self.choose(inner, before, repeated)
+            else:
+                require(name == "AT", "must not look around or back: %s" % name.lower())
+            require(len(before) <= self.MOST_OPEN, "must be simpler")
+        return before
+
+    def choose(self, ways, before, repeated):
+        firsts = list(map(self.first, ways))
+        alike = sum(map(len, firsts)) > len(frozenset().union(*firsts))
+        self.choices += alike
+        require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
+        require(self.choices <= self.MOST_CHOICES, "must not have many choices that begin alike")
+        one_is_empty = not all([way.getwidth()[0] for way in ways])
+        return set().union(*[
+            self.repeat(before, repeated, 0, 1, way) if one_is_empty and len(ways) > 1
+            else self.walk(way, before, repeated) for way in ways])
+
+    def repeat(self, before, repeated, least, most, inner):
+        unlimited = most == PARSER.MAXREPEAT
+        require(least <= self.MOST_OF_GROUPS if unlimited else most <= self.MOST_ROUNDS,
+                "must not repeat more than %d times" % self.MOST_ROUNDS)
+        require(most < 2 or inner.getwidth()[0], "must not repeat what may be empty")
+        single = inner.getwidth() == (1, 1)
+        after = before
+        for _ in range(1 if single or most < 2 else 2):  # what a round leaves open meets the next
+            after = self.walk(inner, after, repeated or most > 1)
+        if least == most:
+            return after
+        found = Repetition(self.number(inner), frozenset().union(*self.sets(inner, False)),
+                           () if single else tuple(self.sets(inner, True)))
+        for one in before:
+            require(not one.clashes(found), "must not have repetitions, one soon after the other,"
+                    " that can take the same: number %d and number %d, as '%s'" % (
+                        one.number, found.number, min(one.takes & found.takes, default="")))
+        return {*after, *(() if least else before), found}
+
+    def number(self, inner):
+        """Returns which repetition this is, from 1."""
+        if id(inner) not in self.known:
+            self.known.append(id(inner))
+        return self.known.index(id(inner)) + 1
+
+    def beginning(self, parts):
+        """Returns what it begins with as often as it may, if that takes one character."""
+        op, value = parts[0]
+        inner = parts_within(op, value)
+        if op.name in REPEAT and value[1] == PARSER.MAXREPEAT and inner[0].getwidth() == (1, 1):
+            return inner[0]
+        return self.beginning(inner[0]) if len(inner) == 1 else None
+
+    def bound(self, parts):
+        """Limits what is unlimited, which else takes quadratic time."""
+        for place, (op, value) in enumerate(parts):
+            for inner in parts_within(op, value):
+                self.bound(inner)
+            if op.name in REPEAT:
+                least, most, inner = value
+                parts[place] = op, (least, min(most, self.MOST_ROUNDS if (
+                    inner.getwidth() == (1, 1)) else self.MOST_OF_GROUPS), inner)
+
+
+def linear_patterns(text):
+    """'order=ORD-[0-9]+; ...', or such lines -> {'order': re.Pattern}."""
+    found = {}
+    for row in re.split("\n" if "\n" in text else ";", text):
+        name, equals, expression = map(str.strip, row.partition("="))
+        require(equals and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
+            *REDACTED, *found), "must be name=regex, by lines or ;, each name once")
+        try:
+            found[name] = LinearPattern(expression).compiled
+        except ValueError as fault:
+            raise ValueError("is at fault: %s %s" % (name, fault)) from None
+    return found
+
+
+REDACTED = "email", "card", "iban", "phone", "ssn", "ip", "secrets"
+redacted_kinds = listed(one_of(*REDACTED))
+read_kinds = word_or({"off": ()}, redacted_kinds)
+upstream_globs = listed(pattern(
+    "[a-z0-9_*?]+", "must be names of upstreams such as openai or azure*, by commas"))
+values_allowed = listed(pattern(
+    "[!-+.-~-]+", "must be what may leave, such as *@example.com, by commas, none empty"))
+countries = listed(pattern("[A-Z]{2}", "must be countries such as US or DE, by commas"))
 # The APIs that have their own paths beside /v1, and hosts of Azure.
 BESIDE_V1 = ("azure", "ollama")
 AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\.com", re.I)
@@ -804,6 +1001,28 @@ SETTING_ROWS = {
         ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
          "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
+    "What must not leave": (
+        ("REDACT", redacted_kinds,
+         "what is looked for in calls before they go to a vendor, by commas: %s; unset: nothing"
+         % ", ".join(REDACTED)),
+        ("REDACT_MODE=mask", one_of("mask", "block", "report"),
+         "mask: placeholders stand for it at the vendor, and it stands in the answer again; block:"
+         " the call gets a 400; report: it is only counted"),
+        ("REDACT_UPSTREAMS", upstream_globs,
+         "upstreams that it must not reach, such as openai,azure*; unset: all but those with"
+         " addresses of this machine or a private network"),
+        ("REDACT_PATTERNS", linear_patterns,
+         "what else to look for, as name=regex by lines or ;, without lookaround, back references"
+         " and repetitions of the same, one after or within the other"),
+        ("REDACT_ALLOW", values_allowed, "what may leave all the same, such as *@example.com"),
+        ("REDACT_COUNTRY", countries,
+         "countries, such as US,DE, whose phone numbers are found without +, too"),
+        ("REDACT_ANSWERS=off", one_of("on", "off"),
+         "on: what the answer holds of it, and the call did not, is masked as well"),
+        ("REDACT_OPAQUE=pass", one_of("pass", "refuse"),
+         "what cannot be read, such as a file or a conversation that is kept upstream: pass, or"
+         " refuse by a 400"),
+    ),
     "What is remembered": (
         ("DATABASE=" + DEFAULT_DATABASE, printable,
          "SQLite file of calls and buckets; off: they are kept in memory alone"),
@@ -853,6 +1072,8 @@ SETTING_ROWS = {
         ("CPU_AFFINITY=auto", cpu_number,
          "CPU to stay on (Linux): a number, auto (the port picks one) or off; workers take those"
          " that follow"),
+        ("DEMO_FIRST_MS=0", number_between(0, 86_400_000),
+         "milliseconds until an answer of --demo begins"),
     ),
 }
 SETTINGS = {group: [Setting(*row) for row in rows] for group, rows in SETTING_ROWS.items()}
@@ -873,14 +1094,14 @@ def find_setting(name):
     return SETTINGS_BY_NAME.get(RENAMED.get(general, general))
 
 
-def is_secret(name: str) -> bool:
-    """Tells whether the text of a variable in Config.texts may be shown to nobody."""
-    return find_setting(name).secret
+def shown(name: str, text: Optional[str]) -> Optional[str]:
+    """Returns the text of a variable in Config.texts without a secret."""
+    return "set, not shown" if text is not None and find_setting(name).secret else text
 
 
 # Settings that guard: who misspells one thinks that a door is shut.
 GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CERT_FILE",
-          "TLS_KEY_FILE")
+          "TLS_KEY_FILE", "REDACT", "REDACT_MODE", "REDACT_UPSTREAMS", "REDACT_OPAQUE")
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
@@ -898,14 +1119,17 @@ def unknown_setting(name):
         f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
 
 
+def is_far(host: str) -> bool:
+    """Tells whether a host is none of this machine or its network, as far as its name says."""
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." in host and not host.endswith((".local", ".lan"))
+
+
 def is_hosted(url: Endpoint) -> bool:
     """Tells whether a URL is that of somebody who sells, rather than of a machine nearby."""
-    if url.scheme != "https" or "." not in url.host or url.host.endswith((".local", ".lan")):
-        return False
-    try:
-        return ipaddress.ip_address(url.host).is_global
-    except ValueError:
-        return True
+    return url.scheme == "https" and is_far(url.host)
 
 
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
@@ -915,6 +1139,7 @@ class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
     keys_are_stored = False  # in DATABASE, at the start: nobody else may call
+    admin_key_file: Optional[str] = None  # of a key that was made, and ends with the process
 
     def note_stored_keys(self):
         """Keys of callers are stored, so that no stranger spends the operator's key."""
@@ -933,7 +1158,8 @@ class Config(types.SimpleNamespace):
     RELOADED = frozenset("""
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
         REFILL_TOKENS REFILL_INTERVAL_SECONDS TOKEN_COST_MODE REQUEST_TOKEN_COST
-        RESPONSE_TOKEN_RESERVE IMAGE_TOKENS""".split())
+        RESPONSE_TOKEN_RESERVE IMAGE_TOKENS REDACT REDACT_MODE REDACT_UPSTREAMS REDACT_ALLOW
+        REDACT_PATTERNS REDACT_COUNTRY REDACT_ANSWERS REDACT_OPAQUE""".split())
 
     def take(self, new: "Config") -> List[str]:
         """Takes what may change while it runs; returns the names of what else was changed. Raises
@@ -946,8 +1172,9 @@ class Config(types.SimpleNamespace):
         for name in self.RELOADED:
             self.texts[name] = new.texts.get(name)
             setattr(self, name.lower(), getattr(new, name.lower()))
-        names = sorted({*self.texts, *new.texts})
-        return [name for name in names if self.texts.get(name) != new.texts.get(name)]
+        names = {*self.texts, *new.texts} - {  # nobody has set these, before nor now
+            name.upper() for name in self.chosen if name in new.chosen}
+        return [name for name in sorted(names) if self.texts.get(name) != new.texts.get(name)]
 
     def choose_defaults(self):
         """Sets what depends on other settings."""
@@ -986,6 +1213,19 @@ class Config(types.SimpleNamespace):
         own = self.keys_are_stored if self.proxy_api_keys is None else self.proxy_api_keys
         return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+
+    def own_keys(self) -> FrozenSet[str]:
+        """Returns the keys of ours and of callers that stand in the settings."""
+        return frozenset([*(self.proxy_api_keys or ()), *filter(None, (
+            self.admin_key, self.viewer_key, *[one.key for one in self.all_upstreams()]))]) - {
+                PASSTHROUGH}
+
+    def redacted_upstreams(self) -> FrozenSet[str]:
+        """Returns the names of those that what must not leave does not reach."""
+        globs = self.redact_upstreams
+        return frozenset([one.name for one in self.all_upstreams() if (
+            any([fnmatch.fnmatchcase(one.name, glob) for glob in globs]) if globs
+            else any([is_far(url.host) for url in one.url]))])
 
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
@@ -1285,7 +1525,7 @@ class Refusal(Exception):
     cause: Optional[str] = None       # for the operator alone
     nothing_sent = False              # nothing of the call went upstream: another one may be asked
     body: Optional[bytes] = None      # the upstream's own words, where they are known
-    fields: Dict[str, Any] = {}       # more header fields of the reply
+    fields: JsonObject = {}       # more header fields of the reply
 
     def __init__(self, message: str = "", wait: Optional[float] = None, **attributes: Any):
         """`wait`: in so many seconds it may be asked again."""
@@ -1350,6 +1590,22 @@ class ModelNotAllowed(Forbidden):
 class UpstreamNotAllowed(Forbidden):
     code = "upstream_not_allowed"
     message = "This key may not use the upstream"
+
+
+class MustNotLeave(Refusal):
+    """What was found in the call; another upstream may be told of it."""
+    code = "must_not_leave"
+    nothing_sent = True
+
+    def __init__(self, found: str):
+        super().__init__("The request holds what must not leave (REDACT): " + found)
+
+
+class CannotBeRead(Refusal):
+    code = "cannot_be_read"
+    nothing_sent = True
+    message = ("The request holds, or is about, what cannot be searched for what must not leave"
+               " (REDACT_OPAQUE)")
 
 
 class NothingStored(Refusal):
@@ -1629,6 +1885,7 @@ class Key(NamedTuple):
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
+    redact: Optional[str] = None
     subject: bytes = b""
     globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
@@ -1636,7 +1893,7 @@ class Key(NamedTuple):
     def __hash__(self):
         return hash(self.subject)
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns what may be shown of it."""
         return dict(zip(self._fields[:-3], self))
 
@@ -1658,6 +1915,7 @@ KEY_FIELDS = {
                              " general one of its unit and duration"),
     "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
                  "the only upstream that its calls go to"),
+    "redact": (read_kinds, "what must not leave with its calls, as REDACT, instead of that; off"),
     "tag": (KEY_NAME, "a word to add up usage by"),
     "note": (printable, "a line for people")}
 
@@ -1939,6 +2197,11 @@ BucketKey = Tuple[Union[str, CallerKey], ...]  # the rule's text, then whose buc
 KeyedRules = Sequence[Tuple[Rule, BucketKey]]  # the rules of a call, each with its bucket
 
 
+def wall_time(clock: Any) -> float:
+    """Returns seconds since 1970."""
+    return clock.time_ns() / 1e9
+
+
 @functools.lru_cache(1000)
 def format_usd(picodollars: int) -> str:
     """12_500_000 -> '0.0000125'."""
@@ -1990,8 +2253,8 @@ class Level(NamedTuple):
     @property
     def quota(self) -> Quota:
         level, rule = self.level, self.rule
-        capacity = rule.capacity
         left = level if level > 0 else 0
+        capacity = rule.capacity if level <= rule.capacity else level  # more was given
         if rule.unit == RUNNING:
             return Quota(capacity, left, 0, 0, 0)
         amount, interval = rule.rate
@@ -2090,6 +2353,8 @@ class Buckets:
     """Every bucket of every rule, in memory. A full bucket and no bucket are the same thing, so the
     table keeps few full ones."""
     is_degraded: Optional[bool] = None  # whether Redis is away, where it is used
+    processes = 0                       # that share what is there, where they do
+    redis: Optional["Redis"] = None
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -2098,6 +2363,10 @@ class Buckets:
             collections.OrderedDict())  # as they were last seen; least recently used first
         # key -> (amount, until) of what a bucket holds beyond its rule
         self.given: Dict[BucketKey, List[Tuple[int, float]]] = {}
+
+    def health(self) -> JsonObject:
+        """Returns what is told of a store outside of this process."""
+        return {}
 
     def given_to(self, key, now):
         """Returns how much more than its rule says a bucket holds, for a time."""
@@ -2156,7 +2425,7 @@ class Buckets:
         """Returns what a window holds once `cost` is charged instead of what was taken. Nothing
         comes back of what was taken in an earlier one."""
         now, known = self.clock.monotonic(), self.levels.get(key)
-        rule, began = window_at(rule, known, now, self.clock.time_ns() / 1e9)
+        rule, began = window_at(rule, known, now, wall_time(self.clock))
         level = min(capacity, left_in_window(rule, began, known) if known else capacity)
         change = taken - cost
         if taken_at + 1e-6 < began:
@@ -2241,7 +2510,7 @@ class Buckets:
         now = self.clock.monotonic()
         if rule.zone:
             # A second later: the clocks are not read at once.
-            rule = calendar_rule(rule, self.clock.time_ns() / 1e9 - since + 1)
+            rule = calendar_rule(rule, wall_time(self.clock) - since + 1)
         self.levels[key] = Level(level, now - max(0, since), rule, key, 0, now)
 
 
@@ -2395,19 +2664,33 @@ class Limits:
         return {"each": key, "key": key if key[0] == "key" else None,
                 "address": ("address", address), "team": team and ("team", team)}
 
-    def buckets_of(self, caller: Caller) -> KeyedRules:
-        """Returns the rules of this caller alone, whatever it asks for, and where, as far as there
-        are buckets."""
-        pairs = [*self.matching(caller, "", None), *[
-            (found.rule, found.key) for found in self.buckets.seen()]]
-        return list({key: (rule, key) for rule, key in pairs if key[1:] == (caller.key,)}.values())
+    def not_full(self) -> Dict[CallerKey, Dict[BucketKey, Rule]]:
+        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
+        found = collections.defaultdict(dict)
+        for one in self.buckets.seen():
+            for owner in one.key[1:]:
+                found[owner][one.key] = one.rule
+        return found
+
+    def buckets_of(self, caller: Caller, model: Optional[str],
+                   not_full: Dict[CallerKey, Dict[BucketKey, Rule]]) -> Dict[BucketKey, Rule]:
+        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
+        address = caller.key[1] if caller.key[0] == "address" else None
+        found = {key: rule for rule, key in self.matching(caller, address, model)
+                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
+        return {**found, **not_full.get(caller.key, {})}
+
+    def own_buckets(self, caller: Caller, unit: Optional[str]) -> KeyedRules:
+        """Returns the rules of a unit that count this caller alone, each with its bucket."""
+        return [(rule, key)
+                for key, rule in self.buckets_of(caller, None, self.not_full()).items()
+                if key[1:] == (caller.key,) and unit in (rule.word, rule.text.split(" ")[2])]
 
     def give(self, caller: Caller, unit: str, amount: int, until: float,
              again: bool = False) -> int:
         """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
         returns how many there are."""
-        found = [(rule, key) for rule, key in self.buckets_of(caller)
-                 if unit in (rule.word, rule.text.split(" ")[2])]
+        found = self.own_buckets(caller, unit)
         for rule, key in found:
             self.buckets.give(rule, key, amount, until, again)
         return len(found)
@@ -2612,8 +2895,8 @@ ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
 NUMBERS = frozenset((int, float))
 
 
-def text_length(payload: Dict[str, Any], skip: str, plain: FrozenSet[str], names: FrozenSet[str],
-                media_texts: Callable[[Dict[str, Any]], Optional[List[str]]]
+def text_length(payload: JsonObject, skip: str, plain: FrozenSet[str], names: FrozenSet[str],
+                media_texts: Callable[[JsonObject], Optional[List[str]]]
                 ) -> Tuple[int, List[int], int]:
     """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
     key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
@@ -3325,12 +3608,17 @@ BEFORE_MEDIA = re.compile(
 JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
 
+def without_escapes(data: bytes) -> bytes:
+    """Returns JSON, as long as it was, in which a quote is the begin or the end of a string."""
+    return data.replace(b"\\\\", b"--").replace(b'\\"', b"--")
+
+
 def value_start(data, key):
     """Returns where the value at a key of a JSON object begins, however deep the same key stands
     before it; -1 without one, or where that is spelled with escapes."""
     depth = 0
     name = b'"%b"' % key.encode()
-    for step in JSON_STEP.finditer(data.replace(b"\\\\", b"--").replace(b'\\"', b"--")):
+    for step in JSON_STEP.finditer(without_escapes(data)):
         if step[1] is None:
             depth += 1 if step[0] in b"{[" else -1
         elif depth == 1 and step[1] == name and step[2]:
@@ -3608,7 +3896,7 @@ class EventFraming(NamedTuple):
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
     ends: Tuple[bytes, ...]  # what may end an event, our own first,
-    pairs: Tuple[bytes, ...]  # and two bytes of which one is in each of these
+    pairs: Tuple[bytes, ...]  # and bytes, equally many, of which one is in each of these
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -3644,6 +3932,11 @@ class EventFraming(NamedTuple):
         rest.insert(sum(map(bool, map(bytes.strip, rest))), self.prefix + data + end)
         return b"".join(rest)
 
+    def again(self, event: bytes, data: bytes) -> bytes:
+        """Returns an event that follows another of the same kind."""
+        event = self.replaced(event, data)
+        return event if self.at_boundary(event) else event.rstrip(b"\r\n") + self.ends[0]
+
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
         events = []
@@ -3660,7 +3953,7 @@ class EventFraming(NamedTuple):
     def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
-        return 0 if place < 0 else place + 2
+        return 0 if place < 0 else place + len(self.pairs[0])
 
     def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
@@ -3668,6 +3961,37 @@ class EventFraming(NamedTuple):
         data = self.data(event.splitlines()[-1])
         return data is not None and (data.strip() == LAST_DATA or (
             data.rstrip().endswith(b"}") and bool(self.payload(event))))
+
+
+class ArrayFraming(EventFraming):
+    """Cuts a JSON array into the objects in it; what stands before one belongs to it."""
+    __slots__ = ()
+
+    def at_boundary(self, tail: bytes) -> bool:
+        return not tail or bool(self.payload(tail))
+
+    def last_end(self, data, before):
+        return 0
+
+    def all_data(self, event):
+        return event.lstrip(b"[, \t\r\n")
+
+    def replaced(self, event: bytes, data: bytes) -> bytes:
+        return event[:len(event) - len(self.all_data(event))] + data
+
+    def again(self, event: bytes, data: bytes) -> bytes:
+        return b",\n" + data
+
+    def cut(self, data: bytes) -> List[bytes]:
+        ends = [0]
+        depth = 0
+        for step in JSON_STEP.finditer(without_escapes(data)):
+            if step[0] in b"{}":
+                depth += 1 if step[0] == b"{" else -1
+                if not depth:
+                    ends.append(step.end())
+        events = [data[start:end] for start, end in zip(ends, ends[1:])]
+        return events + [data[ends[-1]:]] if ends[-1] < len(data) else events
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
@@ -3678,6 +4002,7 @@ SSE = EventFraming(
     (b"\n\n", b"\n\r", b"\r\r"))
 # Each line is an event.
 NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
+JSON_ARRAY = ArrayFraming("application/json", b"", (b"}",), (b"}",))
 
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
@@ -3707,10 +4032,13 @@ class Call(Billable):
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
     forgotten = False  # what is large of the payload
+    masked: Optional[JsonObject] = None  # the payload, if what must not leave was taken out
+    masks: Optional["Masks"] = None      # what stands for that
     put_model: Optional[Callable[[str], bytes]] = None
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     trace: Optional["Trace"] = None
+    masks: Optional["Masks"] = None  # where something may not leave with it
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -3738,14 +4066,13 @@ class Call(Billable):
                     rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there, and `rename` the name of another model, None where none may serve."""
-        if self.forgotten:
-            self.payload = self.json_body.parse()
-            self.forgotten = False
+        self.remember()
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         self.models = (model,)
-        payload = self.payload
+        payload = self.masked or self.payload
+        self.masked = None
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
             payload, others = self.dialect.with_other_models(payload, rename)
             self.models += tuple(others)
@@ -3881,6 +4208,17 @@ class Call(Billable):
 
     LARGE = 8192  # bytes of a body whose payload is not kept
 
+    def remember(self):
+        """Undoes `forget`."""
+        if self.forgotten:
+            self.payload = self.json_body.parse()
+            self.forgotten = False
+
+    def is_opaque(self) -> bool:
+        """Returns whether a call with a body holds or continues what cannot be read in it, or has
+        an answer that outlives it."""
+        return not self.json_body or self.runs_in_background() or bool(self.references())
+
     def forget(self):
         """Drops what is large of the payload, once it is known what the call asks for: it takes 40
         times the room of its bytes, and the call may wait long."""
@@ -3973,6 +4311,87 @@ def media_texts(part):
             pairs += value.items()
             texts += [key for key in value if key not in PLAIN_KEYS]
     return texts
+
+
+# What models read before all else, so that its placeholders stay as they are while a talk grows
+READ_FIRST = "tools functions system instructions systemInstruction system_instruction".split()
+# What a tool is given and gives, as an object: there keys are words of somebody, too.
+TOOL_DATA = frozenset("arguments args input response".split())
+# Nobody's words: names by which parts of a call are known, and what upstreams have sealed
+NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_content thoughtSignature
+    thought_signature mimeType mime_type media_type""".split())
+ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
+NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
+MANY_VALUES = 64
+
+
+class Words(NamedTuple):
+    """A text in a payload: it stands at `key` in `holder`, an object or a list, or is that key,
+    which `kind` says, and to which `place` leads: (place of the holder, key)."""
+    holder: Any
+    key: Union[str, int]
+    text: str
+    kind: str  # text; json, in a string; key; or echo, which must come back as the upstream said it
+    place: Tuple[Any, ...]
+
+
+def is_words(key, value):
+    """Tells whether there may be words of somebody at a key of an object that is the API's."""
+    if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
+        return False
+    return type(value) is not str or key not in DATA_KEYS or not NO_PROSE.match(value)
+
+
+def words_in(payload: JsonObject) -> Iterator[Words]:
+    """Yields what persons and tools wrote in a payload, in the order in which it is read. Objects
+    and lists within it are copied before they are looked at, so that they may be changed."""
+    stack = [(payload, key, (None, key), False) for key in reversed(as_read(payload))]
+    while stack:
+        holder, key, place, of_tool = stack.pop()
+        value = holder[key]
+        keys = ()
+        if type(value) is str:
+            yield Words(holder, key, value, kind_of_words(holder, key), place)
+        elif type(value) is dict:
+            holder[key] = value = dict(value)
+            of_tool = of_tool or key in TOOL_DATA
+            if of_tool:
+                for name in list(value):
+                    yield Words(value, name, name, "key", place)
+            keys = [name for name in value if of_tool or is_words(name, value[name])]
+        elif type(value) is list and not is_vector(value):
+            holder[key] = value = list(value)
+            keys = range(len(value))
+        stack += [(value, name, (place, name), of_tool) for name in reversed(keys)]
+
+
+def as_read(payload):
+    keys = [key for key in payload if key not in READ_FIRST and is_words(key, payload[key])]
+    return [key for key in READ_FIRST if key in payload] + keys
+
+
+def kind_of_words(holder, key):
+    if key == "thinking" and "signature" in holder:
+        return "echo"
+    return "json" if key == "arguments" else "text"
+
+
+def is_vector(values):
+    """Tells whether a list is one of many numbers, such as tokens."""
+    return len(values) > MANY_VALUES and {type(values[0]), type(values[-1])} <= {int, float}
+
+
+def spell_place(place: Tuple[Any, ...]) -> str:
+    """Returns where words stand, such as messages.0.content, without keys that may be values."""
+    names = []
+    while place:
+        place, key = place
+        names.append(str(key) if re.fullmatch("[A-Za-z_]{1,20}|[0-9]{1,6}", str(key)) else "*")
+    return ".".join(reversed(names))
+
+
+# A string of JSON, which may be anywhere
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class Model(NamedTuple):
@@ -4097,6 +4516,21 @@ def with_iterations(told, parts):
     return told._replace(others=tuple([part for part in parts if part not in own]))
 
 
+Block = Tuple[Any, ...]  # names a block of text: numbers, a type, and the keys and indexes to it
+Way = List[Tuple[Any, Any]]  # to a value of JSON: what it stands in, and at which key or index
+
+
+def tree_of(paths):
+    """Returns paths of keys as dicts within dicts; "" is a key where one ends."""
+    tree: JsonObject = {}
+    for path in paths.split():
+        level = tree
+        for key in path.split("."):
+            level = level.setdefault(key, {})
+        level[""] = {}
+    return tree
+
+
 class Dialect:
     """Knows the wire names of one API. The base class is that of an upstream of an unknown API, and
     holds what most have in common."""
@@ -4184,6 +4618,8 @@ class Dialect:
     SERVED = "model"
     # Where a response or an event says why the model stopped,
     REASON = ("", "")
+    # at some endpoints at another key: the first of these that is there counts,
+    REASON_KEYS: Dict[str, Tuple[str, ...]] = {}
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
@@ -4197,8 +4633,17 @@ class Dialect:
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
     DELTA_KEYS = {}
+    # Where events have text that goes on in the next one: paths of keys, through lists;
+    DELTAS = ""
+    # what numbers the block of an event, where these are not the indexes on its path;
+    BLOCK_NUMBERS = ()
+    # and the types of events that end one.
+    BLOCK_END = re.compile("(?!)")
+    # The keys of text that is JSON, or the ends of such events' types.
+    JSON_TEXTS = ("arguments", "partial_json", "arguments.delta")
 
     def __init__(self):
+        self.deltas = tree_of(self.DELTAS)
         self.usage_key = self.USAGE_MARK[1:-1].decode()
 
     # -- requests
@@ -4277,7 +4722,53 @@ class Dialect:
         """Reads an upstream's list of models; raises LookupError or TypeError."""
         return [Model(str(row["id"]), self, row) for row in payload["data"]]
 
-    # -- responses
+    # -- responses: text in events
+
+    def texts(self, payload: JsonObject) -> Iterator[Tuple[Block, Way]]:
+        """Yields the texts of an event that go on in the next one: the block that each belongs to,
+        and the way there."""
+        kind = payload.get(self.LAST_KEY) if self.BLOCK_NUMBERS else None
+        begin = self.block_numbers(payload), kind if type(kind) is str else ""
+        values = [(self.deltas, begin, [], payload)]
+        for tree, block, way, value in values:  # the list grows meanwhile
+            if type(value) is dict:
+                values += [(tree[key], (*block, key), [*way, (value, key)], value[key])
+                           for key in tree if key in value]
+            elif type(value) is list:
+                values += [(tree, (*block, self.number(one, place)), [*way, (value, place)], one)
+                           for place, one in enumerate(value)]
+            elif type(value) is str and "" in tree:
+                yield block, way
+
+    def block_numbers(self, payload):
+        found = [payload.get(name) for name in self.BLOCK_NUMBERS]
+        return tuple([number if type(number) is int else None for number in found])
+
+    def number(self, one, place):
+        """Returns the index of what stands at a place in a list."""
+        index = one.get("index") if type(one) is dict else None
+        return index if type(index) is int else place
+
+    def is_json_text(self, block: Block) -> bool:
+        """Returns whether the text of a block is JSON."""
+        return block[-1] in self.JSON_TEXTS or block[1].endswith(self.JSON_TEXTS)
+
+    def ends_block(self, payload: JsonObject, block: Block) -> bool:
+        """Returns whether an event ends a block of text."""
+        kind = payload.get(self.LAST_KEY)
+        if kind in self.LAST_TYPES or payload.get("error"):
+            return True
+        if type(kind) is str and self.BLOCK_END.search(kind):
+            pairs = zip(self.block_numbers(payload), block[0])
+            return all([number in (None, own) for number, own in pairs])
+        holder, reason = self.REASON
+        ones = payload.get(holder)
+        if type(ones) is not list:
+            return bool(dig(ones, reason))
+        return any([block[2:4] == (holder, self.number(one, place)) and dig(one, reason)
+                    for place, one in enumerate(ones)])
+
+    # -- responses: the rest
 
     def is_stream(self, content_type: str) -> bool:
         """Returns whether a response of this type is cut into events."""
@@ -4325,6 +4816,16 @@ class Dialect:
     def has_reason(self, payload):
         holder, reason = self.REASON
         return any([dig(one, reason) for one in as_list(payload.get(holder))])
+
+    def reasons(self, data: bytes, endpoint: str, streamed: bool) -> List[str]:
+        """Returns why the model stopped, as JSON or the last events say: of each choice in JSON, in
+        events, which may say it again, each reason once."""
+        for key in self.REASON_KEYS.get(endpoint, self.REASON[1:]):
+            found = re.findall(REASON_AT % key.encode(), data)
+            if found:
+                once = streamed or endpoint in self.REASON_KEYS
+                return [reason.decode() for reason in (dict.fromkeys(found) if once else found)]
+        return []
 
     def is_last(self, payload):
         """Returns whether an event ends its stream."""
@@ -4528,6 +5029,8 @@ class Dialect:
         return self.events.content_type if call.stream else "application/json"
 
 
+# A word at a key, but for those that say that the model has not stopped
+REASON_AT = rb'"%b"\s*:\s*"(?!in_progress|queued)([A-Za-z_-]{1,40})"'
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
 CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
@@ -4619,6 +5122,7 @@ class OpenAI(Dialect):
         id object created model choices service_tier system_fingerprint provider obfuscation p
         x_groq""".split())
     REASON = ("choices", "finish_reason")
+    REASON_KEYS = {"responses": ("reason", "status")}
     LAST_TYPES = (
         "response.completed", "response.incomplete", "response.failed", "response.cancelled")
     PARSED = {
@@ -4634,6 +5138,13 @@ class OpenAI(Dialect):
     REPLY_PARTS = RESPONSE_PARTS
     TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
     DELTA_KEYS = {"responses": ("delta",)}
+    DELTAS = """
+        choices.text choices.delta.content choices.delta.content.text
+        choices.delta.content.thinking.text choices.delta.reasoning_content
+        choices.delta.reasoning choices.delta.reasoning_details.text choices.delta.refusal
+        choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta"""
+    BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
+    BLOCK_END = re.compile(r"\.done$")
 
     ERROR = """{"error": {"message": %(message)s, "type": "%(kind)s", "param": null, \
 "code": %(code)s}}"""
@@ -4763,6 +5274,9 @@ class Anthropic(Dialect):
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
+    DELTAS = "delta.text delta.thinking delta.partial_json"
+    BLOCK_NUMBERS = ("index",)
+    BLOCK_END = re.compile("_stop$")
     ERROR = '{"type": "error", "error": {"type": "%(kind)s", "message": %(message)s}}'
     ERRORS = {
         401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -4833,6 +5347,7 @@ class Gemini(Google):
     REASON = ("candidates", "finishReason")
     PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
     TEXT_KEYS = ("text",)
+    DELTAS = "candidates.content.parts.text"
     LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
@@ -4859,6 +5374,13 @@ class Gemini(Google):
 
     def is_last(self, payload):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
+
+    def number(self, one, place):
+        """The parts of an event go on where those of the one before ended, of thoughts and of
+        text."""
+        if type(one) is dict and "text" in one:
+            return "thought" if one.get("thought") is True else "said"
+        return super().number(one, 0)
 
     def limit_text(self, call, values):
         """A stream without events is an array."""
@@ -4897,9 +5419,13 @@ class Interactions(Google):
         "response_format": ("", {}, []), "response_mime_type": ("", "text/plain"),
         "generation_config.tool_choice": ("", {}, "auto", "none", "validated"),
         "background": (False,)}
+    REASON_KEYS = {"interactions": ("status",)}
     LAST_KEY = "event_type"
     LAST_TYPES = ("interaction.completed", "interaction.complete")
     TEXT_KEYS = ("text", "arguments")
+    DELTAS = "delta.text delta.arguments delta.content.text"
+    BLOCK_NUMBERS = ("index",)
+    BLOCK_END = re.compile(r"\.stop$")
     LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
     REPLY_PARTS = INTERACTION_PARTS
 
@@ -4937,9 +5463,11 @@ class Ollama(Dialect):
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
     NEEDED_COUNTS = frozenset(("prompt", "output"))
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
+    REASON = ("", "done_reason")
     LAST_KEY = "done"
     LAST_TYPES = (True,)
     TEXT_KEYS = ("content", "response", "thinking")
+    DELTAS = "message.content message.thinking response thinking"
     ERROR = '{"error": %(message)s}'
     LIMIT_REPLIES = OLLAMA_REPLIES
     REPLY_PARTS = OLLAMA_PARTS
@@ -5065,6 +5593,7 @@ class Dialects:
         self.aliases = aliases
         self.names = names
         self.chooses = bool(names.keys() - {"base"})  # by models, which upstream is asked
+        self.reads_counts = self.chooses              # also of calls that only count
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
@@ -5104,7 +5633,7 @@ class Dialects:
         # Counting is read for its model alone, where that chooses the upstream.
         if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
             return None, None if method in FREE_METHODS else UNKNOWN, path
-        if endpoint == "count" and not self.chooses and PLAIN_PATH.fullmatch(path):
+        if endpoint == "count" and not self.reads_counts and PLAIN_PATH.fullmatch(path):
             return None, None, path
         if not path.endswith(end):
             path = "" if dialect.MODEL_IN_PATH.fullmatch(folded) else folded
@@ -5228,8 +5757,25 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
-class HiddenUsage:
-    """An edit of a stream: takes out the usage that we asked for, and its caller did not."""
+class Edit:
+    """A change of a stream, made in its whole events."""
+    MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
+
+    def find(self, data: bytes) -> int:
+        """Returns where there may be something to change, the end where there is nothing."""
+        raise NotImplementedError
+
+    def apply(self, event: bytes) -> bytes:
+        """Returns what goes on for an event."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """Returns what is still to go on when no more events come."""
+        return b""
+
+
+class HiddenUsage(Edit):
+    """Takes out the usage that we asked for, and its caller did not."""
 
     def __init__(self, dialect: Dialect):
         self.dialect = dialect
@@ -5237,14 +5783,13 @@ class HiddenUsage:
         self.search = re.compile(self.mark + rb"\s*:\s*\{").search
 
     def find(self, data: bytes) -> int:
-        """Returns where there may be something to change, the end where there is nothing."""
         found = None
         if data.find(self.mark) >= 0:  # as in `may_be_fault`
             found = self.search(data)
         return found.start() if found else len(data)
 
     def apply(self, event: bytes) -> bytes:
-        """Returns what of an event goes on: it stays as it is where it has more to say."""
+        """An event stays as it is where it has more to say."""
         if not self.search(event) or self.dialect.CONTENT.search(event):
             return event
         payload = self.dialect.events.payload(event)
@@ -5254,18 +5799,74 @@ class HiddenUsage:
         return self.dialect.events.replaced(event, to_json_bytes(rest)) if rest else b""
 
 
+class Editor:
+    """Changes a body on its way to the caller: the one place that may. An event that is not whole
+    waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
+    `events`, all of the body is one."""
+
+    def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
+        self.events = events
+        self.edits = edits  # one after the other
+        self.most_held = max([edit.MAX_HELD for edit in edits])
+        self.held = b""
+        self.pieces: List[bytes] = []  # where there are no events
+        self.size = 0
+
+    def feed(self, payload: bytes) -> bytes:
+        """Returns what goes on."""
+        if self.events is None:
+            return self.gather(payload)
+        data = self.held + payload
+        self.held = b""
+        first = min([edit.find(data) for edit in self.edits])
+        if first == len(data) and self.events.at_boundary(data):  # as nearly always
+            return data
+        begin = self.events.last_end(data, first)
+        events = self.events.cut(data[begin:])
+        if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
+            self.held = events.pop()
+        return data[:begin] + b"".join(map(self.edited, events))
+
+    def gather(self, payload):
+        self.pieces.append(payload)
+        self.size += len(payload)
+        return self.flush() if self.size > self.most_held else b""
+
+    def flush(self) -> bytes:
+        """Returns what is still held back at the end, where a line end may be missing."""
+        held = b"".join([self.held, *self.pieces])
+        self.held = b""
+        self.pieces = []
+        shown = self.edited(held)
+        rest = b"".join([edit.end() for edit in self.edits])
+        if not rest or not self.events.payload(held):
+            return rest + shown
+        return shown + (b"" if self.events.at_boundary(shown) else self.events.ends[0]) + rest
+
+    def edited(self, event):
+        for edit in self.edits:
+            event = edit.apply(event) if event else event
+        return event
+
+    def is_over(self, event):
+        """Returns whether an event need not wait; one that may change does so with all of its
+        end."""
+        if min([edit.find(event) for edit in self.edits]) < len(event):
+            return self.events.at_boundary(event) and not event.endswith(b"\r")
+        return not event.strip() or self.events.at_boundary(event) or (
+            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
+
+
 class UsageReader(UsageSource):
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
-    caller: the one place where a stream may be changed. What came is kept until MAX_KEPT, then
-    searched and dropped, but for the last events; of a line or JSON above MAX_LINE only the end is
-    kept."""
+    caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
+    for the last events; of a line or JSON above MAX_LINE only the end is kept."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
     LAST_EVENTS = 1 << 12
     LAST_LINES = 64
-    MAX_HELD = 1 << 14
     MAX_UNPACKED = 1 << 20
 
     characters = 0
@@ -5281,7 +5882,6 @@ class UsageReader(UsageSource):
     fault = 0             # the status of the error that the response is
     inflater = None
     said_nothing = False  # it is an error, or has no end, and had no text and told of none
-    held = b""
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = None
@@ -5296,10 +5896,9 @@ class UsageReader(UsageSource):
         self.streamed = streamed
         self.readable = readable
         self.packed = packed
-        # What changes events on their way, one after the other. Whoever changes more belongs here.
-        self.edits: List[HiddenUsage] = []
+        self.editor: Optional[Editor] = None
         if call.usage_requested_by_us and streamed and readable and not packed:
-            self.edits.append(HiddenUsage(self.dialect))
+            self.editor = Editor(self.events, [HiddenUsage(self.dialect)])
         self.pieces: List[bytes] = []
         self.counts: JsonObject = {}
 
@@ -5314,7 +5913,7 @@ class UsageReader(UsageSource):
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
             self.compact()
-        return self.edit(payload) if self.edits else payload
+        return self.editor.feed(payload) if self.editor else payload
 
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
@@ -5330,41 +5929,13 @@ class UsageReader(UsageSource):
         self.packed = self.readable = False
         return payload
 
-    # -- what the caller sees
-
     def flush(self) -> bytes:
         """Returns what is still held back at the end."""
-        held = self.held
-        self.held = b""
-        return self.edited(held) if held else held  # its line end may be missing
+        return self.editor.flush() if self.editor else b""
 
-    def edit(self, payload):
-        """Returns what of a stream goes on. An event that is not whole waits for its end, or for
-        that of its JSON: nobody could have used it before."""
-        data = self.held + payload
-        self.held = b""
-        first = min([edit.find(data) for edit in self.edits])
-        if first == len(data) and self.events.at_boundary(data):  # as nearly always
-            return data
-        begin = self.events.last_end(data, first)
-        events = self.events.cut(data[begin:])
-        shown = list(map(self.edited, events))
-        if events and len(events[-1]) <= self.MAX_HELD and not self.is_over(events[-1], shown[-1]):
-            self.held = events[-1]
-            shown.pop()
-        return data[:begin] + b"".join(shown)
-
-    def edited(self, event):
-        for edit in self.edits:
-            event = edit.apply(event) if event else event
-        return event
-
-    def is_over(self, event, shown):
-        """Returns whether an event need not wait; one that is hidden goes with all of its end."""
-        if event != shown:
-            return self.events.at_boundary(event) and not event.endswith(b"\r")
-        return not event.strip() or self.events.at_boundary(event) or (
-            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
+    def add_edit(self, edit: Edit, events: Optional[EventFraming]) -> None:
+        """Has the body changed by one more; `events` as in Editor."""
+        self.editor = Editor(events, [*(self.editor.edits if self.editor else []), edit])
 
     # -- what it says
 
@@ -5554,6 +6125,10 @@ class UsageReader(UsageSource):
         self.size = 0
         return self.characters
 
+    def finish_reasons(self) -> List[str]:
+        """Returns why the model stopped, where what is kept says so."""
+        return self.dialect.reasons(b"".join(self.pieces), self.endpoint, self.streamed)
+
     def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
@@ -5573,6 +6148,649 @@ class Finding(NamedTuple):
     start: int
     end: int
     kind: str
+
+
+class Shape(NamedTuple):
+    """How what must not leave looks: `mark` stands in each text that holds one, `search` takes
+    linear time, and `check` returns where what it found ends, 0 where that is none."""
+    kind: str
+    mark: str
+    search: "re.Pattern[str]"
+    check: Callable[["re.Match[str]"], int]
+
+
+URL_PASSWORD = re.compile(r"//[^\s/@]*:\Z")
+
+
+def end_of_email(match: "re.Match[str]") -> int:
+    """Leaves out a password before the host of a URL, and what Git clones from."""
+    text, start = match.string, match.start()
+    if text.startswith("git@", start) or (text.startswith(":", start - 1) and start and (
+            URL_PASSWORD.search(text, max(0, start - 80), start))):
+        return 0
+    return match.end()
+
+
+DOUBLED = bytes.maketrans(b"0123456789", bytes([48 + n for n in (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)]))
+# Issuers' prefixes, and how many digits their numbers have.
+CARD_NUMBERS = re.compile(
+    rb"4(?:[0-9]{12}|[0-9]{15}|[0-9]{18})"               # Visa
+    rb"|(?:5[1-5][0-9]{2}|222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720)[0-9]{12}"
+    rb"|3[47][0-9]{13}"                                  # American Express
+    rb"|3(?:0[0-59]|[689][0-9])[0-9]{11,16}"             # Diners Club
+    rb"|(?:6011|64[4-9][0-9]|65[0-9]{2})[0-9]{12,15}"    # Discover
+    rb"|35(?:2[89]|[3-8][0-9])[0-9]{12,15}"              # JCB
+    rb"|62[0-9]{14,17}"                                  # UnionPay
+    rb"|(?:50[0-9]{2}|5[6-9][0-9]{2}|6[0-9]{3})[0-9]{9,15}")  # Maestro
+
+
+def is_card(number: str) -> bool:
+    """Tells whether a card can have this number: its last digit is right (ISO/IEC 7812-1)."""
+    digits = number.encode().translate(None, b" -")
+    total = sum(digits[::-2]) + sum(digits[-2::-2].translate(DOUBLED)) - 48 * len(digits)
+    return total % 10 == 0 and CARD_NUMBERS.fullmatch(digits) is not None
+
+
+def end_of_card(match: "re.Match[str]") -> int:
+    return match.end() if is_card(match[0]) else 0
+
+
+# Of four digits each, but not in a row of many
+CARD_GROUPS = [re.compile(
+    r"[0-9]{4}([ -])[0-9]{4}\1[0-9]{4}\1%s(?![A-Za-z0-9_-]|\1[0-9]{4}\1[0-9]{4}(?![0-9]))" % end)
+               for end in (r"[0-9]{4}\1[0-9]{1,3}", "[0-9]{1,4}")]
+
+
+def end_of_card_groups(match: "re.Match[str]") -> int:
+    """Takes the first group for the beginning of a card's number."""
+    for groups in CARD_GROUPS:
+        found = groups.match(match.string, match.start())
+        if found and is_card(found[0]):
+            return found.end()
+    return 0
+
+
+# How many characters an account's number has, by country (SWIFT's IBAN registry).
+IBAN_LENGTHS = """15:NO 16:BE 18:DK,FI,FK,FO,GL,NL,SD 19:MK,SI 20:AT,BA,EE,KZ,LT,LU,MN,XK
+    21:CH,HR,LI,LV 22:BG,BH,CR,DE,GB,GE,IE,ME,RS,VA 23:AE,GI,IL,IQ,OM,SO,TL
+    24:AD,CZ,ES,MD,PK,RO,SA,SE,SK,TN,VG 25:LY,PT,ST 26:IS,TR 27:BI,DJ,FR,GR,IT,MC,MR,SM
+    28:AL,AZ,BY,CY,DO,GT,HN,HU,LB,NI,PL,SV 29:BR,EG,PS,QA,UA 30:JO,KW,MU,YE 31:MT,SC 32:LC 33:RU"""
+LETTER_NUMBERS = {ord(" "): "", ord("-"): "", **{65 + n: str(10 + n) for n in range(26)}}
+
+
+def iban_pattern(length):
+    """Returns what follows a country, in groups of four or in one."""
+    groups, rest = divmod(length - 4, 4)
+    return re.compile("[0-9]{2}(?:[ -]?[A-Z0-9]{4}){%d}%s(?![A-Za-z0-9])" % (
+        groups, "[ -]?[A-Z0-9]{%d}" % rest if rest else ""))
+
+
+IBANS = {country: iban_pattern(int(row[:2]))
+         for row in IBAN_LENGTHS.split() for country in row[3:].split(",")}
+
+
+def end_of_iban(match: "re.Match[str]") -> int:
+    """Wants the country's length, and the right check digits (ISO 7064, mod 97-10)."""
+    country = match[0][:2]
+    rest = country in IBANS and IBANS[country].match(match.string, match.start() + 2)
+    if not rest or int((rest[0][2:] + country + rest[0][:2]).translate(LETTER_NUMBERS)) % 97 != 1:
+        return 0
+    return rest.end()
+
+
+# Country codes (ITU-T E.164), each with what may follow.
+PHONES = r"""\+(?<![A-Za-z0-9_+.].)(?:1[ .-]?\(?[2-9][0-9]{2}\)?[ .-]?[2-9][0-9]{2}[ .-]?[0-9]{4}
+    |7(?:[ ()./-]{0,2}[0-9]){10}
+    |(?:2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58])(?:[ ()./-]{0,2}[0-9]){7,11}
+    |(?:2[1-689][0-9]|3[578][0-9]|42[0-9]|5[09][0-9]|6[789][0-9]|80[08]|85[0-9]|87[08]|88[0-9]
+    |9[679][0-9])(?:[ ()./-]{0,2}[0-9]){6,11})"""
+# How numbers are written at home, by country.
+NATIONAL_PHONES = {
+    "CA PR US": r"(?:\([2-9][0-9]{2}\)\ ?|[2-9][0-9]{2}[.-])[2-9][0-9]{2}[.-][0-9]{4}",
+    "AR AT AU BE BG BR CH DE EG FI FR GB HR ID IE IL IN IT JP KR MY NG NL NZ PH PK RO RS SE SI SK"
+    " TH TR TW UA VN ZA": r"(?![0-9]{2}-[0-9]{2}-[0-9]{4})\(?0[1-9][0-9]{0,4}\)?[ /-]?[0-9]{2,9}"
+                          r"(?:[ -][0-9]{2,5}){0,4}",
+    "CZ ES GR PL PT": r"[2-9][0-9]{2}(?:\ [0-9]{3}){2}|[2-9][0-9]{2}(?:-[0-9]{3}){2}",
+    "DK NO SG": r"[2-9][0-9](?:\ ?[0-9]{2}){3}"}
+
+
+def end_of_phone(match: "re.Match[str]") -> int:
+    """Wants as many digits as a number at home may have."""
+    digits = len(match[0].encode().translate(None, b" ()./-"))
+    return match.end() if 8 <= digits <= 12 else 0
+
+
+# How vendors' keys look, and a JSON Web Token.
+SECRETS = r"""
+    sk-(?:proj|svcacct|admin|ant|or|lf)-[A-Za-z0-9_-]{20,200}
+    sk-(?=[A-Za-z]{0,60}[0-9])[A-Za-z0-9]{20,200}
+    sk-(?=[a-z0-9_-]{0,60}[A-Z])(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{32,200}
+    AIza[A-Za-z0-9_-]{35} ya29\.[A-Za-z0-9_-]{20,500} GOCSPX-[A-Za-z0-9_-]{28}
+    A(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16} gh[pousr]_[A-Za-z0-9]{36,255} github_pat_[A-Za-z0-9_]{22,255}
+    gl(?:pat|dt|rt|cbt|ptt|ft|imt|agent|soat|ffct|oas)-[A-Za-z0-9_-]{20,255}
+    xox[abeoprs]-[A-Za-z0-9-]{10,255} xapp-[0-9]-[A-Za-z0-9-]{20,255}
+    sk_(?:live|test)_[A-Za-z0-9]{16,255} rk_(?:live|test)_[A-Za-z0-9]{16,255}
+    whsec_[A-Za-z0-9+/=]{24,255} hf_[A-Za-z0-9]{30,60} api_org_[A-Za-z]{34} npm_[A-Za-z0-9]{36}
+    pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50,500} dop_v1_[0-9a-f]{64} pplx-[A-Za-z0-9]{40,80}
+    SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43} xai-[A-Za-z0-9]{60,120} gsk_[A-Za-z0-9]{40,80}
+    r8_[A-Za-z0-9]{37} nvapi-[A-Za-z0-9_-]{60,120}
+    eyJ[A-Za-z0-9_-]{10,3000}\.eyJ[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,1000}"""
+PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----
+    (?:(?:\s|\\[nr]){1,4}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}){0,3}
+    [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?"""
+# Global addresses (RFC 6890) that follow no word for a version; of IPv6 those that are given out.
+IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
+    (?<!ersion\ .)(?<!ersion:\ .)(?<!ersion=.)(?<!ersion":\ ".)(?<!ersion\ =\ ".)
+    (?!(?<=1)(?:0|27|69\.254|72\.(?:1[6-9]|2[0-9]|3[01])|92\.(?:168|0\.[02])|98\.(?:1[89]|51\.100)
+        |00\.(?:6[4-9]|[7-9][0-9]|1[01][0-9]|12[0-7]))\.
+    |(?<=2)(?:03\.0\.113|2[4-9]|[3-5][0-9])\.|[0-9]*\.[0-9]+\.0\.0(?![0-9.]))
+    (?:(?<=1)[0-9]{0,2}|(?<=2)(?:[0-4][0-9]?|5[0-5]?|[6-9]?)|(?<=[3-9])[0-9]?)
+    (?:\.(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])){3}(?![A-Za-z0-9_+-]|\.[A-Za-z0-9])"""
+IPV6 = r"""[23](?<![A-Za-z0-9_:.].)
+    (?!(?<=2)(?:001:(?:0?db8|0?[01]?[0-9a-f]{0,2}):|002:)|(?<=3)fff:0)
+    [0-9a-f]{3}(?:(?::[0-9a-f]{1,4}){7}|(?::[0-9a-f]{1,4}){0,5}::
+    (?:[0-9a-f]{1,4}(?::[0-9a-f]{1,4}){0,5})?)(?![A-Za-z0-9_:]|\.[0-9])"""
+
+
+def end_of_ipv6(match: "re.Match[str]") -> int:
+    """Wants no more than eight groups."""
+    return match.end() if match[0].count(":") <= 7 else 0
+
+
+def shape(kind, pattern, check=re.Match.end, mark=""):
+    """Returns a Shape. A search for one character of a set is ten times as fast as one for what
+    looks around: patterns begin with a character, and look back from behind it."""
+    return Shape(kind, mark, re.compile(pattern, re.ASCII | re.VERBOSE), check)
+
+
+SHAPES = (
+    shape("email", r"""
+        [A-Za-z0-9_](?<![A-Za-z0-9_].)[A-Za-z0-9_.%+'-]{0,63}
+        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}
+        (?![A-Za-z0-9(_-]|\.[A-Za-z0-9])""", end_of_email, "@"),
+    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
+        (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
+        (?![A-Za-z0-9_-]|\.[0-9])""", end_of_card),
+    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]{4}[ -][0-9]{4}[ -].)[0-9]{3}
+        (?=[ -][0-9]{4}[ -][0-9]{4}[ -][0-9])""", end_of_card_groups),
+    shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
+          end_of_iban),
+    shape("phone", PHONES + "(?<=[0-9]{2})(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
+    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)
+        -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-"),
+    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)(?<![0-9][ ].)[0-9]{2}(?<!000|666)
+        [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}(?![A-Za-z0-9_-]|[ ][0-9])"""),
+    shape("ip", IPV4, mark="."),
+    shape("ip", IPV6, end_of_ipv6, ":"),
+    shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
+        "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()])),
+    shape("secrets", PRIVATE_KEY, mark="PRIVATE KEY"),
+)
+
+
+# In a word, as keys are, or as the lot of it may be in one
+KEY_WORD = r"[A-Za-z0-9](?<![A-Za-z0-9_-].)[A-Za-z0-9_-]{7,255}"
+SHORTEST_KEY = 8  # characters: a shorter one may be a word of any text
+
+
+def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[Shape]:
+    """Returns those of keys of our own: `keys`, and those of which a word is one if `knows` says
+    so."""
+    lengths = {len(key) for key in keys} | {len(new_secret())}
+
+    def end(match):
+        word = match[0]
+        return match.end() if len(word) in lengths and (word in keys or knows(word)) else 0
+
+    odd = [re.escape(key) for key in sorted(keys, key=len, reverse=True)
+           if len(key) >= SHORTEST_KEY and not re.fullmatch(KEY_WORD, key)]
+    found = [shape("secrets", KEY_WORD, end)]
+    return found + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
+
+
+class Redactor:
+    """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
+    what may leave, and `countries` those whose numbers of phones are known without a code."""
+    # So many characters are searched at once, and as many more for what begins in them.
+    SLICE = 1 << 16
+    OVERLAP = 1 << 14
+    BATCH = 2000  # things that look like some
+
+    def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
+                 allow: Sequence[str] = (), countries: Sequence[str] = ()):
+        """`patterns` stand for what is looked for in any case."""
+        self.shapes = [one for one in SHAPES if one.kind in kinds]
+        self.shapes += [
+            shape("phone", r"(?<![A-Za-z0-9_+.-])(?:%s)(?![A-Za-z0-9_:-])" % pattern, end_of_phone)
+            for names, pattern in NATIONAL_PHONES.items()
+            if "phone" in kinds and not set(countries).isdisjoint(names.split())]
+        self.shapes += patterns
+        self.allow = [glob.lower() for glob in allow]
+
+    def find(self, text: str) -> List[Finding]:
+        """Returns what must not leave of a text, in order; nothing overlaps."""
+        return list(itertools.chain.from_iterable(self.search(text)))
+
+    def search(self, text: str) -> Iterator[List[Finding]]:
+        """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
+        end = 0
+        for start in range(0, len(text), self.SLICE):
+            found = []
+            for one in self.shapes:
+                if text.find(one.mark, start, start + self.SLICE + self.OVERLAP) >= 0:
+                    for batch in self.batches(one, text, start):
+                        found += batch
+                        yield ()
+                    yield ()
+            if found:
+                found = self.apart(sorted(found), end)
+                end = found[-1].end if found else end
+                yield found
+
+    def batches(self, one, text, start):
+        """Yields what of a Shape begins in a slice, in parts."""
+        _, _, shape, check = one
+        matches = shape.finditer(text, start, start + self.SLICE + self.OVERLAP)
+        for match in matches:
+            some = itertools.chain((match,), itertools.islice(matches, self.BATCH))
+            found = [Finding(match.start(), end, one.kind)
+                     for match, end in [(match, check(match)) for match in some] if end]
+            while found and found[-1].start >= start + self.SLICE:
+                found.pop()
+            yield [one for one in found if not self.may_leave(text[one.start:one.end])] if (
+                self.allow) else found
+
+    def may_leave(self, value):
+        return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
+
+    @staticmethod
+    def apart(found, end):
+        """Returns findings from `end` on; of two that overlap the first, or the longer one."""
+        kept = []
+        for one in found:
+            if kept and one.start == kept[-1].start:
+                kept[-1] = one
+                end = one.end
+            elif one.start >= end:
+                kept.append(one)
+                end = one.end
+        return kept
+
+
+def finish(steps: Iterator[None]) -> Any:
+    """Takes all steps at once; returns what the last one returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def read_string(spelled):
+    """Returns a string of JSON; what is no valid one is read as it stands."""
+    if "\\" in spelled:
+        with contextlib.suppress(ValueError):
+            return json.loads(spelled)
+    return spelled[1:-1]
+
+
+class Masks:
+    """The map of one call: which placeholder stands for which value. They are numbered by value, in
+    order of appearance, so that the same history is the same text; numbers that the prompt has of
+    its own are skipped."""
+    PLACEHOLDER = re.compile(r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]")
+    MAX_PLACEHOLDER = 64
+    MAX_PLACES = 5
+
+    def __init__(self, redactor: Redactor):
+        self.redactor = redactor
+        self.places: List[str] = []    # where the first ones stood
+        self.counts: Dict[str, int] = collections.Counter()
+        self.placeholders: Texts = {}  # by value
+        self.values: Texts = {}        # by placeholder
+        self.taken: Set[str] = set()
+        self.numbers: Dict[str, int] = collections.Counter()
+
+    def skip(self, text: str):
+        """Takes no placeholder that a text of the prompt has of its own."""
+        if "[[" in text:
+            self.taken.update([match[0] for match in self.PLACEHOLDER.finditer(text)])
+
+    def mask(self, text: str) -> str:
+        """Returns a text in which placeholders stand for what must not leave."""
+        return finish(self.mask_slowly(text))
+
+    def mask_slowly(self, text: str, anew: bool = True) -> Iterator[None]:
+        """Does so in steps, as Redactor.search does; the last one returns the text. `anew`: also
+        what has no placeholder yet."""
+        pieces = []
+        last = 0
+        for found in self.redactor.search(text):
+            for start, end, kind in found:
+                value = text[start:end]
+                if anew or value in self.placeholders:
+                    pieces += text[last:start], self.placeholder(value, kind)
+                    last = end
+                    self.counts[kind] += 1
+            yield
+        return "".join((*pieces, text[last:])) if pieces else text
+
+    def mask_strings(self, text: str) -> Iterator[None]:
+        """Does so with the strings of JSON, or of a part of it: numbers stay."""
+        pieces = []
+        last = 0
+        for match in JSON_STRING.finditer(text):
+            before = read_string(match[0])
+            after = yield from self.mask_slowly(before)
+            if after is not before:
+                pieces += text[last:match.start()], json.dumps(after, ensure_ascii=text.isascii())
+                last = match.end()
+        return "".join((*pieces, text[last:])) if pieces else text
+
+    def mask_words(self, words: Words) -> Iterator[None]:
+        """Does so where words stand."""
+        if words.kind == "json":
+            after = yield from self.mask_strings(words.text)
+        else:
+            after = yield from self.mask_slowly(words.text, words.kind != "echo")
+        if after is words.text:
+            return
+        if words.kind == "key":
+            words.holder[after] = words.holder.pop(words.key)
+        else:
+            words.holder[words.key] = after
+        if len(self.places) < self.MAX_PLACES:
+            self.places.append(spell_place(words.place))
+
+    def mask_payload(self, payload: JsonObject, body: bytes) -> Iterator[None]:
+        """Does so with a payload, of which the last step returns a copy, None where nothing is
+        changed; `body` is how it came."""
+        if b"[[" in body or b"\\u005" in body:
+            for words in words_in(dict(payload)):
+                self.skip(words.text)
+                yield
+        masked = dict(payload)
+        for words in words_in(masked):
+            yield from self.mask_words(words)
+        return masked if self.places else None
+
+    def placeholder(self, value, kind):
+        found = self.placeholders.get(value)
+        while found is None or found in self.taken:
+            self.numbers[kind] += 1
+            found = "[[%s_%d]]" % (kind.upper(), self.numbers[kind])
+        self.placeholders[value] = found
+        self.values[found] = value
+        return found
+
+    def describe(self) -> str:
+        """Returns what was found, and where; never itself."""
+        more = " and elsewhere" if len(self.places) == self.MAX_PLACES else ""
+        return "%s, at %s%s" % (", ".join(self.counts), ", ".join(self.places), more)
+
+    def value_of(self, placeholder: str) -> Optional[str]:
+        """Returns what a placeholder stands for, None where it is none of this call."""
+        return self.values.get(placeholder)
+
+
+class Redaction:
+    """Says what must not leave, for which upstream and by whose key, and what is done with it."""
+
+    def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Optional[Sequence[str]],
+                 upstreams: FrozenSet[str], mode: str, opaque: str):
+        """`make` returns what finds some kinds, beside patterns of the settings; `kinds` are None
+        where nothing is looked for but by keys that say so. `opaque`: what to do with what cannot
+        be read."""
+        self.make = functools.lru_cache(1000)(make)
+        self.kinds = kinds
+        self.upstreams = upstreams
+        self.mode = mode
+        self.opaque = opaque
+
+    def masks(self, upstream: str, key: Optional[Key]) -> Optional[Masks]:
+        """Returns what takes it out of a call, None where nothing is looked for."""
+        if upstream not in self.upstreams:
+            return None
+        kinds = read_kinds(key.redact) or None if key and key.redact else self.kinds
+        return None if kinds is None else Masks(self.make(kinds))
+
+    def pass_opaque(self, masks: Masks):
+        """Counts what cannot be read. Raises CannotBeRead."""
+        masks.counts["opaque"] += 1
+        if self.opaque == "refuse":
+            raise CannotBeRead()
+
+    def judge(self, call: Call):
+        """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
+        if self.mode == "block" and call.masked:
+            raise MustNotLeave(call.masks.describe())
+        if self.mode != "mask":
+            call.masked = call.masks = None
+
+
+class Restorer:
+    """Puts the values back that the placeholders of a call stand for. With a `redactor`, what the
+    model itself says of what must not be seen is masked for good."""
+    MAX_STRINGS = 10_000  # that are changed in one piece of JSON
+    MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
+    PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Z]")  # in JSON
+    ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
+    # What may become a placeholder, at the end of a text
+    BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
+    # The last word, and groups of a number before it, backwards
+    WORDS = re.compile(r"\S*(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9][0-9A-Z()+.-]{0,33}))*")
+    MAX_WORDS = 320
+
+    def __init__(self, masks: Masks, json_texts: Iterable[str],
+                 redactor: Optional[Redactor] = None):
+        """`json_texts` are the keys of texts that are JSON."""
+        self.masks = masks
+        self.redactor = redactor
+        self.room = self.MAX_VALUES
+        self.before_json = re.compile(
+            b'"(?:%b)"\\s{0,9}:\\s{0,9}"\\Z' % "|".join(json_texts).encode())
+
+    def restore(self, text: str, is_json: bool = False) -> str:
+        """Returns a text with values in it, which are spelled as in JSON where it is that."""
+        if self.redactor:
+            text = self.without_values(text, self.found(text, is_json))
+        return self.with_values(text, is_json)
+
+    def with_values(self, text, is_json):
+        if "[[" not in text:
+            return text
+        return self.masks.PLACEHOLDER.sub(functools.partial(self.value, is_json), text)
+
+    def value(self, is_json, match):
+        value = self.masks.value_of(match[0])
+        if value is None or len(value) > self.room:
+            return match[0]
+        self.room -= len(value)
+        return json.dumps(value)[1:-1] if is_json else value
+
+    def without_values(self, text, found):
+        """Returns a text without what must not be seen, of what was found, and the caller did not
+        say."""
+        pieces = []
+        last = 0
+        for start, end, kind in found:
+            if text[start:end] not in self.masks.placeholders:
+                pieces += text[last:start], "[[%s]]" % kind.upper()
+                last = end
+                self.masks.counts[kind] += 1
+        return "".join((*pieces, text[last:]))
+
+    def found(self, text, is_json):
+        if is_json:  # an escape is no letter of a word
+            text = self.ESCAPE.sub(lambda escape: " " * len(escape[0]), text)
+        return self.redactor.find(text)
+
+    def found_in_strings(self, data):
+        """Yields what is found in JSON, of which each byte is a character: numbers are no text."""
+        plain = without_escapes(data)
+        quotes = last = 0
+        for one in self.found(data.decode("latin-1"), True):
+            quotes += plain.count(b'"', last, one.start)
+            last = one.start
+            if quotes % 2:
+                yield one
+
+    def waiting(self, text: str, is_json: bool) -> int:
+        """Returns where the end of a text begins that may become something else with what
+        follows."""
+        begun = self.BEGUN.search(text, max(0, len(text) - self.masks.MAX_PLACEHOLDER))
+        begin = begun.start() if begun else len(text)
+        if not self.redactor:
+            return begin
+        words = self.WORDS.match(text[:-self.MAX_WORDS - 1:-1])
+        begin = min(begin, len(text) - words.end())
+        for start, end, _ in self.found(text, is_json):
+            if start < begin < end:
+                return start if len(text) - start <= self.MAX_WORDS else end
+        return begin
+
+    def restore_json(self, data: bytes) -> bytes:
+        """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
+        if self.redactor:
+            data = self.without_values(
+                data.decode("latin-1"), self.found_in_strings(data)).encode("latin-1")
+        if data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
+            return data
+        plain = without_escapes(data)
+        pieces = []
+        last = 0
+        for match in self.PLACEHOLDER_AT.finditer(plain):
+            if match.start() < last or len(pieces) > 2 * self.MAX_STRINGS:
+                continue
+            start = plain.rfind(b'"', last, match.start()) + 1 or last
+            end = plain.find(b'"', start)
+            end = len(data) if end < 0 else end
+            is_json = bool(self.before_json.search(data, max(0, start - 64), start))
+            pieces += data[last:start], self.restore_string(data[start:end], is_json)
+            last = end
+        return b"".join((*pieces, data[last:]))
+
+    def restore_string(self, spelled, is_json):
+        """Returns what stands between the quotes of a string of JSON, with values."""
+        try:
+            text = json.loads(b'"%b"' % spelled)
+        except ValueError:
+            return spelled
+        restored = self.with_values(text, is_json)
+        return spelled if restored == text else json.dumps(restored)[1:-1].encode()
+
+
+class TextBlock:
+    """A block of text as it comes: the end that may become a placeholder waits for the next piece,
+    and goes on with it or at the block's end."""
+
+    def __init__(self, restorer: Restorer, is_json: bool = False):
+        self.restorer = restorer
+        self.is_json = is_json
+        self.held = ""
+        self.event = b""    # the last that had text of it,
+        self.way: Way = []  # and where
+
+    def feed(self, text: str, is_end: bool = False) -> str:
+        """Returns what goes on: all of it at the end of the block."""
+        text = self.held + text
+        begin = len(text) if is_end else self.restorer.waiting(text, self.is_json)
+        self.held = text[begin:]
+        return self.restorer.restore(text[:begin], self.is_json)
+
+    def last_event(self, texts: Collection[str]) -> JsonObject:
+        """Returns the payload of an event with the rest, and nothing else of what the last one
+        said, of which clients add up the strings of deltas; `texts` are the keys of texts."""
+        value: Any = self.feed("", True)
+        keys = [key for _, key in self.way]
+        for depth in reversed(range(len(keys))):
+            holder = self.way[depth][0]
+            if type(holder) is list:
+                value = [value]
+                continue
+            dropped = (str, list, dict) if "delta" in keys[:depth] else dict
+            facts = {key: [] if type(one) is list else one for key, one in holder.items()
+                     if key == "type" or not (isinstance(one, dropped) or key in texts)}
+            value = {**facts, keys[depth]: value}
+        return value
+
+
+def is_beside(block: Block, other: Block) -> bool:
+    """Returns whether two blocks of text are of one message, but not two in a list: then one has
+    ended where the other goes on."""
+    if block[0] != other[0]:
+        return False
+    for one, two in zip(block[1:], other[1:]):
+        if one != two:
+            return type(one) is type(two) is str
+    return block != other
+
+
+class Unmasking(Edit):
+    """Puts values back in the events of a stream, though placeholders may be split over several,
+    and in JSON that comes whole. An event in which nothing changes stays as it is."""
+    MAX_HELD = 1 << 20
+    MAX_BLOCKS = 64       # that wait at once,
+    MAX_EVENT = 1 << 16   # each with an event of so many bytes
+
+    def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
+        """`events` is None where the response is no stream."""
+        self.dialect = dialect
+        self.events = events
+        self.restorer = restorer
+        self.blocks: Dict[Block, TextBlock] = {}  # those of which something waits
+
+    def find(self, data: bytes) -> int:
+        if self.blocks or self.restorer.redactor:
+            return 0
+        size = len(data)  # a bracket may be the last of a text
+        first = data.find(b"[["), data.find(b'["'), data.find(b"\\u005")
+        return size if max(first) < 0 else min([place % (size + 1) for place in first])
+
+    def apply(self, event: bytes) -> bytes:
+        payload = self.events.payload(event) if self.events else {}
+        if not payload:
+            is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
+            return (self.end() if is_last else b"") + self.restorer.restore_json(event)
+        texts = list(self.dialect.texts(payload))
+        before = [self.let_go(block) for block in list(self.blocks)
+                  if self.has_ended(block, payload, texts)]
+        changed = [self.put(block, way, payload, event) for block, way in texts]
+        if True in changed:
+            event = self.events.replaced(event, to_json_bytes(payload))
+        if not texts or not self.restorer.redactor:
+            event = self.restorer.restore_json(event)
+        return b"".join((*before, event))
+
+    def has_ended(self, block, payload, texts):
+        """Returns whether an event has no place for the rest of a block that has ended."""
+        if block in [other for other, _ in texts]:
+            return False
+        return self.dialect.ends_block(payload, block) or any(
+            [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
+
+    def put(self, block, way, payload, event):
+        """Puts what goes on of a text into its event; returns whether that is another."""
+        text = self.blocks.pop(block, None) or TextBlock(
+            self.restorer, self.dialect.is_json_text(block))
+        holder, key = way[-1]
+        came = holder[key]
+        is_end = len(event) > self.MAX_EVENT or len(self.blocks) >= self.MAX_BLOCKS or (
+            self.dialect.ends_block(payload, block))
+        holder[key] = text.feed(came, is_end)
+        if text.held:
+            text.event, text.way = event, way
+            self.blocks[block] = text
+        return holder[key] != came
+
+    def let_go(self, block):
+        """Returns an event with the rest of a block."""
+        text = self.blocks.pop(block)
+        payload = text.last_event(self.dialect.TEXT_KEYS)
+        return self.events.again(text.event, to_json_bytes(payload))
+
+    def end(self) -> bytes:
+        return b"".join(map(self.let_go, list(self.blocks)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5940,7 +7158,8 @@ class BodyAdapter:
     __slots__ = ("framing", "style", "reader", "events", "passed", "tail")
     AS_IS, PLAIN, CHUNKED = range(3)
 
-    def __init__(self, framing: Framing, style: int = AS_IS, reader: Optional[UsageReader] = None,
+    def __init__(self, framing: Framing, style: int = AS_IS,
+                 reader: Optional[Union[UsageReader, Editor]] = None,
                  events: Optional[EventFraming] = None):
         self.framing = framing
         self.style = style
@@ -6016,6 +7235,12 @@ def keep_alive(sock: socket.socket):
     for name, value in KEEP_ALIVE_OPTIONS:
         with contextlib.suppress(AttributeError, OSError):  # not every system has each
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def soon(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *arguments: Any):
+    """Has the loop do something, from another thread; a loop that is closed does nothing."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(act, *arguments)
 
 
 class Context:
@@ -7483,10 +8708,15 @@ class Address:
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leave a connection whose caller left."""
+        def end(parting):  # which may be cancelled before it began
+            self.partings.discard(parting)
+            stream.close()
+            slot.leave()
+
         slot.parting = True
         parting = stream.loop.create_task(self.part(stream, slot, method, framing), name="parting")
         self.partings.add(parting)
-        parting.add_done_callback(self.partings.discard)
+        parting.add_done_callback(end)
 
     async def part(self, stream, slot, method, framing):
         """Tell the upstream by the end of our side. It may go on working all the same: the slot of
@@ -7506,8 +8736,6 @@ class Address:
             pass
         finally:
             context.close()
-            stream.close()
-            slot.leave()
 
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
@@ -7780,7 +9008,7 @@ class Upstream:
         now = self.clock.monotonic()
         return any(one.breakers.connections.state(now) != "open" for one in self.addresses)
 
-    def stats(self) -> Dict[str, Any]:
+    def stats(self) -> JsonObject:
         """Returns what /health says of it."""
         states = self.states()
         best = min(states, key=("closed", "half_open", "open").index)
@@ -7984,7 +9212,8 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "stream INTEGER, input INTEGER, cached INTEGER, cache_write INTEGER, output INTEGER, "
     "reasoning INTEGER, estimated INTEGER, usd REAL, picodollars INTEGER, unpriced INTEGER, "
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
-    "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER").split(", "))
+    "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
+    "redacted TEXT").split(", "))
 Row = collections.namedtuple("Row", [name for name, _ in COLUMNS])
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
@@ -8009,7 +9238,7 @@ ADDED = "time caller team tag served model upstream outcome ms".split() + [*SUM_
 MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
-    "cost remaining input output estimated usd bytes").split()
+    "cost remaining input output estimated usd bytes redacted").split()
 
 
 def new_request_id() -> str:
@@ -8054,6 +9283,12 @@ def format_second(second):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
+def format_moment(nanoseconds):
+    """Returns a time since 1970 in UTC, as logs have it."""
+    second, rest = divmod(nanoseconds, 10 ** 9)
+    return f"{format_second(second)}.{rest // 10 ** 6:03d}Z"
+
+
 class Entry:
     """What is written down of one request. `outcome` is one of ok, limited, refused,
     upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
@@ -8079,10 +9314,12 @@ class Entry:
     queued = None       # milliseconds in line; None where there was none
     connect_ms = None   # until there was a connection; None where a spare one served
     agent = None        # what the client calls itself
+    found: Dict[str, int] = {}  # by kind, how much that must not leave
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
     held_up = 0.0       # seconds before that in which others were awaited
-    trace: Optional["Trace"] = None        # where traces are wanted
+    trace: Optional["Trace"] = None        # where traces are wanted,
+    reasons: Sequence[str] = ()            # and with it why the model stopped
     context: Optional[Context] = None      # while it runs, both
     ticket: Optional[Ticket] = None
 
@@ -8104,11 +9341,20 @@ class Entry:
         call = self.call
         if call:
             call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = None
+            call.json_body = call.masked = call.masks = None
         return self
 
     def milliseconds(self, until):
         return None if until is None else int((until - self.started) * 1000)
+
+    @property
+    def redacted(self):
+        """How much was found that must not leave, such as email=2,card=1."""
+        return ",".join(["%s=%d" % row for row in self.found.items()]) or None
+
+    def who(self) -> str:
+        """Returns who calls, as books have it."""
+        return self.caller.label if self.caller else self.address
 
     def as_row(self) -> Row:
         """Returns what the ledger keeps; usage is 0 where there was no answer."""
@@ -8118,7 +9364,7 @@ class Entry:
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         asked = (  # two tuples: CPython makes one of more than 30 item by item
-            self.request_id, self.wall / 1e9, caller.label if caller else self.address,
+            self.request_id, self.wall / 1e9, self.who(),
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
@@ -8129,7 +9375,7 @@ class Entry:
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms))
+            self.connect_ms, self.redacted))
 
     def state(self) -> str:
         """Returns where a running call stands."""
@@ -8143,7 +9389,7 @@ class Entry:
         reader = self.reader
         return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
 
-    def progress(self, clock: Any) -> Dict[str, Any]:
+    def progress(self, clock: Any) -> JsonObject:
         """Returns what changes while it runs; `key` is no other one's, though callers may choose
         one id twice."""
         self.request_id = self.request_id or new_request_id()
@@ -8151,11 +9397,6 @@ class Entry:
         return {"id": self.request_id, "key": self.started, "state": self.state(),
                 "position": place, "tokens": self.tokens_so_far(),
                 "seconds": round(clock.monotonic() - self.started, 3)}
-
-    def moment(self):
-        """Returns the end in UTC, as logs have it."""
-        second, rest = divmod(self.wall, 10 ** 9)
-        return f"{format_second(second)}.{rest // 10 ** 6:03d}Z"
 
     def charged(self, nothing):
         """Returns what was taken of the tightest bucket, and what it holds."""
@@ -8168,7 +9409,7 @@ class Entry:
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
         fields = self.as_row()._asdict()
-        fields["time"] = self.moment()
+        fields["time"] = format_moment(self.wall)
         fields["model"] = fields["model"] and fields["model"][:80]
         fields["usd"] = format_usd(self.picodollars) if self.priced else None
         fields["cost"], fields["remaining"] = self.charged(None)
@@ -8180,7 +9421,6 @@ class Entry:
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
         call = self.call
         usage = self.usage
-        caller = self.caller.label if self.caller else self.address
         first = "-" if self.first_byte is None else f"{self.milliseconds(self.first_byte)}ms"
         cost, left = self.charged("-")
         used = ""
@@ -8191,8 +9431,9 @@ class Entry:
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
         return (
-            f"{self.moment()} {caller} {self.method or '-'} {(self.path or '-')[:200]} "
-            f"{one_word(call and call.model)} {self.status} {self.outcome} "
+            f"{format_moment(self.wall)} {self.who()} {self.method or '-'} "
+            f"{(self.path or '-')[:200]} {one_word(call and call.model)} {self.status} "
+            f"{self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
@@ -8221,6 +9462,10 @@ class Writer:
         else:
             self.queue.append(item)
 
+    def take(self, most):
+        """Returns what has waited longest."""
+        return [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+
     def run(self):
         while not self.stop.wait(self.PAUSE):
             self.write_queued()
@@ -8233,9 +9478,10 @@ class Writer:
             self.thread.join(wait)
 
 
-def message_line(text: str, as_json: bool) -> str:
+def message_line(text: str, as_json: bool, clock: Any) -> str:
     """Returns a line of the log that tells of no call."""
-    return json.dumps({"message": text}) if as_json else text
+    moment = format_moment(clock.time_ns())
+    return json.dumps({"time": moment, "message": text}) if as_json else f"{moment} {text}"
 
 
 def whole_lines(data: memoryview) -> int:
@@ -8254,11 +9500,12 @@ class Log(Writer):
     told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
-    def __init__(self, stream: BinaryIO, as_json: bool, speaker: str = ""):
+    def __init__(self, stream: BinaryIO, as_json: bool, clock: Any = time, speaker: str = ""):
         """`stream` is unbuffered: a buffer has a lock, which a blocked writer would hold when the
         process ends. `speaker` begins all that is said, where several processes have one log."""
         super().__init__("log")
         self.speaker = speaker
+        self.clock = clock
         self.stream = stream
         self.as_json = as_json
         self.thread.start()
@@ -8270,7 +9517,7 @@ class Log(Writer):
     def message(self, text):
         if self.speaker and len(text) > self.LONGEST:
             text = "%s ... %s" % (text[:self.LONGEST // 2], text[-self.LONGEST // 2:])
-        return message_line(self.speaker + text, self.as_json)
+        return message_line(self.speaker + text, self.as_json, self.clock)
 
     def report(self):
         """Queues the traceback of the exception being handled: a bug of ours."""
@@ -8281,7 +9528,7 @@ class Log(Writer):
 
     def write_queued(self):
         while self.queue:
-            batch = [self.queue.popleft() for _ in range(min(len(self.queue), self.BATCH))]
+            batch = self.take(self.BATCH)
             lines = [line if isinstance(line, str) else self.format(line) for line in batch]
             untold = self.dropped - self.told
             if untold:
@@ -8366,11 +9613,6 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
-def listed_columns(columns: Dict[str, str]) -> str:
-    """Returns what SELECT takes."""
-    return ", ".join(["%s AS %s" % (value, name) for name, value in columns.items()])
-
-
 def exact_total(name: str) -> str:
     """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
     is too large, and its total() rounds; money needs more digits than counts."""
@@ -8381,25 +9623,16 @@ def exact_total(name: str) -> str:
 
 
 # Adds SUM_COLUMNS to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
-SUMMING = """INSERT OR REPLACE INTO sums SELECT %d, {keys}, {counts},
-    min(new.column{first}, coalesce(old.first, new.column{first})),
-    max(new.column{last}, coalesce(old.last, 0)),
-    max(new.column{slowest}, coalesce(old.slowest, 0))
-    FROM (VALUES %%s) AS new LEFT JOIN sums AS old ON old.span = %d AND {same}""" % (
-        QUARTER, QUARTER)
-SUM_COLUMNS = ["start", *SUM_KEYS, *SUM_COUNTS, "first", "last", "slowest"]
-
-
-def adding_statement() -> str:
-    """Returns SUMMING with the places of its columns."""
-    places = {name: place for place, name in enumerate(SUM_COLUMNS, 1)}
-    keys = SUM_COLUMNS[:1 + len(SUM_KEYS)]
-    return SUMMING.format(
-        **{name: places[name] for name in ("first", "last", "slowest")},
-        keys=", ".join(["new.column%d" % places[name] for name in keys]),
-        counts=", ".join(["min(new.column%d + coalesce(old.%s, 0), %d)" % (
-            places[name], name, MOST) for name in SUM_COUNTS]),
-        same=" AND ".join(["old.%s = new.column%d" % (name, places[name]) for name in keys]))
+SUMMED_BY = ["start", *SUM_KEYS]
+SUM_COLUMNS = [*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"]
+ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH new(%s) AS (VALUES %%s) SELECT %d, %s, %s,
+    min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
+    max(new.slowest, coalesce(old.slowest, 0))
+    FROM new LEFT JOIN sums AS old ON old.span = %d AND %s""" % (
+        ", ".join(SUM_COLUMNS), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
+        ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
+                   for name in SUM_COUNTS]),
+        QUARTER, " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
 
 
 # Makes a sum of a longer span from those of shorter ones in it.
@@ -8416,7 +9649,6 @@ FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
 ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
-ADD_TO_SUMS = adding_statement()
 
 
 class SumsOfCalls:
@@ -8431,19 +9663,21 @@ class SumsOfCalls:
 
     def add_up(self, calls: Iterable[Tuple]) -> List[List[Union[int, str]]]:
         """Takes rows of (rowid, *ADDED); returns rows of SUM_COLUMNS."""
-        found = {}
+        groups = collections.defaultdict(list)
         for key, rows in self.grouped(calls).items():
-            numbers, outcomes, waits, *used = zip(*rows)
-            failed = sum([outcome not in PASSED for outcome in outcomes])
-            counts = [len(rows), failed, outcomes.count("limited"), *[
-                min(MOST, sum(filter(None, column))) for column in used]]
-            key = self.named(key, "ok" in outcomes or any(counts[3:]))
-            limits = min(numbers), max(numbers), max(waits)
-            found[key] = self.merged(found[key], counts, limits) if key in found else [
-                *counts, *limits]
+            answered = any(outcome == "ok" or any(used) for _, outcome, _, *used in rows)
+            groups[self.named(key, answered)] += rows
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        return [[*key, *counts] for key, counts in found.items()]
+        return [[*key, *self.counts(rows)] for key, rows in groups.items()]
+
+    @staticmethod
+    def counts(rows):
+        numbers, outcomes, waits, *used = zip(*rows)
+        failed = sum([outcome not in PASSED for outcome in outcomes])
+        return [len(rows), failed, outcomes.count("limited"), *[
+            min(MOST, sum(filter(None, column))) for column in used],
+            min(numbers), max(numbers), max(waits)]
 
     @staticmethod
     def grouped(calls):
@@ -8453,12 +9687,6 @@ class SumsOfCalls:
                    served or model or "-", upstream or "-")
             groups[key].append((number, outcome, ms or 0, *used))
         return groups
-
-    @staticmethod
-    def merged(old, counts, limits):
-        """Adds to a sum what got the same names."""
-        added = [min(MOST, one + other) for one, other in zip(old, counts)]
-        return [*added, *[pick(pair) for pick, pair in zip((min, max, max), zip(old[-3:], limits))]]
 
     def named(self, key, answered):
         """Returns the key of a sum, with names that are told apart."""
@@ -8493,14 +9721,21 @@ def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
         "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
 
 
+def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
+    """Tells whether a key of a caller was stored: nobody else may call, for good."""
+    return bool(execute("SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
+
+
+CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
+
+
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
-    ROWS = 999 // len(COLUMNS)  # of a statement: SQLite before 3.32 takes 999 values
+    MOST_VALUES = 999           # of a statement, before SQLite 3.32
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
     CHUNK = 8192                # calls whose ids are listed together, by their order
     BATCH = 500                 # calls that are added up at once
-    SUMS = 999 // len(SUM_COLUMNS)
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -8511,7 +9746,7 @@ class Database:
         address TEXT);
         CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, role TEXT, team TEXT, created REAL,
         expires REAL, disabled INTEGER, models TEXT, upstream TEXT, limits TEXT, tag TEXT,
-        note TEXT, last_used REAL, subject BLOB);
+        note TEXT, last_used REAL, subject BLOB, redact TEXT);
         CREATE TABLE IF NOT EXISTS secrets (digest BLOB PRIMARY KEY, name TEXT, valid_until REAL);
         CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, caller TEXT, unit TEXT,
         amount INTEGER, until REAL, done INTEGER);
@@ -8564,17 +9799,6 @@ class Database:
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
 
-    @classmethod
-    def again(cls, path: str, mode: str) -> "Database":
-        """Opens one that this process has open already: by SQLite alone, because closing the file
-        that was opened otherwise would drop all locks that the process has on it
-        (https://www.sqlite.org/howtocorrupt.html, 2.2). Raises sqlite3.Error."""
-        database = cls.__new__(cls)
-        database.path = path
-        database.lock = None
-        database.connection = connect(path, mode)
-        return database
-
     def close(self):
         self.connection.close()
         if self.lock:
@@ -8616,12 +9840,13 @@ class Database:
     def prepare(self):
         """Makes the tables, or adds the columns that an older file lacks."""
         execute = self.connection.execute
-        execute("BEGIN IMMEDIATE")
-        with self.connection:
+        with self.transaction():
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
             for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
                 execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
+            if "redact" not in [row[1] for row in execute("PRAGMA table_info(keys)")]:
+                execute("ALTER TABLE keys ADD COLUMN redact TEXT")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls").fetchall()
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
@@ -8636,14 +9861,19 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    def add(self, rows) -> List[Tuple]:
-        """Inserts calls, a few dozen by one statement: after each, this thread must wait for the
-        interpreter again. Returns what is added up of them, where that is not read again."""
-        marks = "(%s)" % ",".join("?" * len(COLUMNS))
-        for start in range(0, len(rows), self.ROWS):
-            batch = rows[start:start + self.ROWS]
-            self.connection.execute("INSERT INTO calls VALUES " + ",".join([marks] * len(batch)),
+    def insert(self, statement, rows):
+        """Does this with many rows, a few dozen by one statement: after each, this thread must wait
+        for the interpreter again."""
+        width = len(rows[0]) if rows else 1
+        marks = "(%s)" % ",".join("?" * width)
+        for start in range(0, len(rows), self.MOST_VALUES // width):
+            batch = rows[start:start + self.MOST_VALUES // width]
+            self.connection.execute(statement % ",".join([marks] * len(batch)),
                                     list(itertools.chain(*batch)))
+
+    def add(self, rows) -> List[Tuple]:
+        """Inserts calls; returns what is added up of them."""
+        self.insert("INSERT INTO calls VALUES %s", rows)
         (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
         first = (last or 0) - len(rows) + 1
         return [] if self.shared else [
@@ -8680,10 +9910,7 @@ class Database:
         sums = self.sums.add_up(calls)
         rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
         with self.transaction():
-            for start in range(0, len(sums), self.SUMS):
-                batch = sums[start:start + self.SUMS]
-                marks = ", ".join(["(%s)" % ",".join("?" * len(SUM_COLUMNS))] * len(batch))
-                self.connection.execute(ADD_TO_SUMS % marks, list(itertools.chain(*batch)))
+            self.insert(ADD_TO_SUMS, sums)
             facts = {fact: value}
             if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
                 facts["rolled"] = rolled
@@ -8791,10 +10018,17 @@ class Database:
         with self.connection:
             return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
-                    self.is_closed(),
+                    is_closed(execute),
                     [name for name, in execute(
                         "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %'"
                         " AND value = 1")])
+
+    def note_processes(self, count: int):
+        """Writes how many processes share the limits, for a start while Redis is away."""
+        if count != self.facts.get("processes", 0):
+            self.connection.execute(
+                "INSERT OR REPLACE INTO facts VALUES ('processes', ?)", (count,))
+            self.facts["processes"] = count
 
     def key_records(self) -> KeyRecords:
         """Returns what other boxes must know of keys, also of those that were removed."""
@@ -8832,14 +10066,6 @@ class Database:
             execute("INSERT INTO audit (time, who, role, address, what, target, detail)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?)", (float(when), *words))
 
-    def is_closed(self) -> bool:
-        return bool(self.connection.execute(
-            "SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
-
-    def close_door(self):
-        """Notes that a key of a caller was stored: nobody else may call, for good."""
-        self.connection.execute("INSERT OR IGNORE INTO facts VALUES ('closed', 1)")
-
     def note_use(self, used):
         """{name of a key: when it was used last}"""
         for name, wall in used.items():
@@ -8853,20 +10079,13 @@ class Database:
         execute = self.connection.execute
         if not execute("SELECT 1 FROM orders LIMIT 1").fetchall():
             return []
-        execute("BEGIN IMMEDIATE")
-        with self.connection:
+        with self.transaction():
             found = execute(  # and nothing that somebody else has written
                 "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
                 " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id", (now,)).fetchall()
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1 WHERE done = 0")
         return list(map(Order._make, found))
-
-    def audit(self, who: str, role: str, address: str, what: str, target: str, detail: str):
-        """Notes who did what, from where, to what."""
-        self.connection.execute(
-            "INSERT INTO audit (who, role, address, what, target, detail)"
-            " VALUES (?, ?, ?, ?, ?, ?)", (who, role, address, what, target, detail))
 
     def data_version(self) -> int:
         """Returns a number that changes when another connection has written."""
@@ -8883,18 +10102,9 @@ class Database:
         return calls >= self.BATCH or any(others)
 
 
-class Sum(NamedTuple):
+class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
     """What calls came to."""
-    calls: int
-    failed: int
-    limited: int
-    input: int
-    cached: int
-    output: int
-    reasoning: int
-    estimated: int
-    unpriced: int
-    picodollars: int
+    __slots__ = ()
 
     # As they are added up over sums: picodollars in two parts, both of which are exact.
     TOTALS = ", ".join(["total(%s)" % name for name in SUM_COUNTS if name != "picodollars"] + [
@@ -8914,12 +10124,12 @@ class Sum(NamedTuple):
     def tokens(self) -> int:
         return self.input + self.output
 
-    def as_dict(self) -> Dict[str, Union[int, str]]:
+    def as_dict(self) -> JsonObject:
         found = self._asdict()
         found["usd"] = format_usd(found.pop("picodollars"))
         return found
 
-    def as_point(self) -> Dict[str, Union[int, str]]:
+    def as_point(self) -> JsonObject:
         return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
 
 
@@ -9004,7 +10214,7 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
-def call_fields(row: Row, number: Optional[int] = None) -> Dict[str, Union[int, float, str, None]]:
+def call_fields(row: Row, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
     found = {"row": number, **row._asdict()}
     found["usd"] = format_usd(found.pop("picodollars") or 0)
@@ -9048,8 +10258,12 @@ class LedgerReader:
     LOOK = 60_000  # calls that one question looks at
     NAMED = 200    # groups; what is beyond goes by the name of `other`
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, now: float = 0.0,
+                 zone: datetime.tzinfo = datetime.timezone.utc):
+        """`now`, in unix seconds, and `zone` are those of who asks."""
         self.path = path
+        self.now = now
+        self.zone = zone
 
     @contextlib.contextmanager
     def ask(self):
@@ -9060,7 +10274,7 @@ class LedgerReader:
     # -- sums
 
     def add_up(self, by: str, steps: List[Step],
-               filters: Dict[str, str]) -> List[Tuple[int, str, Sum]]:
+               filters: Texts) -> List[Tuple[int, str, Sum]]:
         """Returns (when a step begins, whose, what it comes to), as far as there is something."""
         values = {name: filters[name] for name in SUM_KEYS if filters.get(name)}
         where = " AND ".join(["%s = :%s" % (name, name) for name in values]) or "1"
@@ -9075,37 +10289,41 @@ class LedgerReader:
                     for at, name, *totals in execute(query, values)]
 
     def totals(self, by: str, start: float, end: float,
-               filters: Optional[Dict[str, str]] = None) -> Dict[str, Sum]:
+               filters: Optional[Texts] = None) -> Dict[str, Sum]:
         """Returns sums of a range, which is widened to whole quarters."""
         start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
         return {name: found
                 for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
 
-    def today(self, zone: datetime.tzinfo, now: float) -> Dict[str, Sum]:
-        """Returns the sums of callers since midnight."""
-        return self.totals("caller", midnight(date_in(zone, now), zone), now + 1)
+    def midnight(self, days: int = 0) -> int:
+        """Returns when a day began, so many days ago."""
+        day = date_in(self.zone, self.now) - datetime.timedelta(days)
+        return midnight(day, self.zone)
 
-    def days(self, caller: str, zone: datetime.tzinfo, now: float, count: int = 30):
+    def today(self) -> Dict[str, Sum]:
+        """Returns the sums of callers since midnight."""
+        return self.totals("caller", self.midnight(), self.now + 1)
+
+    def days(self, caller: str, count: int = 30):
         """Returns {"at": midnight, **sum} for each of the last days of a caller."""
-        first = date_in(zone, now) - datetime.timedelta(count - 1)
-        steps = read_steps("day", midnight(first, zone), now + 1, zone)
+        steps = read_steps("day", self.midnight(count - 1), self.now + 1, self.zone)
         found = {at: one for at, _, one in self.add_up("caller", steps, {"caller": caller})}
         return [{"at": at, **found.get(at, NO_SUM).as_dict()} for at, _, _ in steps]
 
-    def hours(self, now: float) -> Dict[str, List[int]]:
+    def hours(self) -> Dict[str, List[int]]:
         """Returns the tokens of the last 24 hours, oldest first, of each caller."""
-        first = int(now // HOUR - 23) * HOUR
+        first = int(self.now // HOUR - 23) * HOUR
         steps = [(at, at, at + HOUR) for at in range(first, first + DAY, HOUR)]
         found = {}
         for at, name, one in self.add_up("caller", steps, {}):
             found.setdefault(name, [0] * 24)[(at - first) // HOUR] = one.tokens()
         return found
 
-    def usage(self, by: str, step: str, start: float, end: float, zone: datetime.tzinfo,
-              filters: Dict[str, str]) -> Dict[str, Any]:
+    def usage(self, by: str, step: str, start: float, end: float,
+              filters: Texts) -> JsonObject:
         """Returns groups, the most expensive first, their total, and a series of them. Raises
         BadRequest."""
-        steps = read_steps(step, start, end, zone)
+        steps = read_steps(step, start, end, self.zone)
         rows = self.add_up(by, steps, filters)
         groups = self.merge(rows)
         if len(groups) > self.NAMED:
@@ -9137,27 +10355,26 @@ class LedgerReader:
         return dict(sorted(found.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
-    def of_callers(self, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+    def of_callers(self) -> Tuple[Any, ...]:
         """Returns today's sums, the tokens of the last hours and when they called last, each by
         caller."""
-        return self.today(zone, now), self.hours(now), self.seen()
+        return self.today(), self.hours(), self.seen()
 
-    def of_one(self, caller: str, zone: datetime.tzinfo, now: float) -> Tuple[Any, ...]:
+    def of_one(self, caller: str) -> Tuple[Any, ...]:
         """Returns the last 20 calls of a caller, and its days."""
-        return (self.calls(None, 20, {"caller": caller})["calls"],
-                self.days(caller, zone, now))
+        return self.calls(None, 20, {"caller": caller})["calls"], self.days(caller)
 
-    def audit(self, before: Optional[int], limit: int) -> List[Dict[str, Any]]:
+    def audit(self, before: Optional[int], limit: int) -> List[JsonObject]:
         """Returns who changed what, the latest first, from before the number of a row."""
-        names = ("id", "time", "who", "role", "address", "what", "target", "detail")
-        query = "SELECT %s FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?" % ", ".join(names)
         with self.ask() as execute:
-            rows = execute(query, (MOST if before is None else before, limit)).fetchall()
-        return [dict(zip(names, row)) for row in rows]
+            found = execute("SELECT * FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?",
+                            (MOST if before is None else before, limit))
+            names = [name for name, *_ in found.description]
+            return [dict(zip(names, row)) for row in found]
 
     # -- calls
 
-    def call(self, name: str) -> Optional[Dict[str, Any]]:
+    def call(self, name: str) -> Optional[JsonObject]:
         """Returns the last call of this id."""
         found = self.calls(None, 1, {"id": name})["calls"]
         return found[0] if found else None
@@ -9167,7 +10384,7 @@ class LedgerReader:
         with self.ask() as execute:
             return dict(execute(LAST_CALLS).fetchall())
 
-    def calls(self, before: Optional[int], limit: int, filters: Dict[str, str]) -> Dict[str, Any]:
+    def calls(self, before: Optional[int], limit: int, filters: Texts) -> JsonObject:
         """Returns a page of calls, the newest first, from before a rowid, and from where to go on,
         None at the end. A page may be short, or empty, and not the last: where it had to look at
         very many calls. Raises BadRequest."""
@@ -9294,6 +10511,12 @@ class NoSuchKey(KeyFault):
     """None is stored by a name."""
 
 
+def require_bucket(limits: Limits, callers: Iterable[Caller], unit: str):
+    """Raises KeyFault where these have no bucket of a unit, of which more could be given."""
+    if not any([limits.own_buckets(one, unit) for one in callers]):
+        raise KeyFault("no rule counts %s for this caller alone: it was given nothing" % unit)
+
+
 class Actor(NamedTuple):
     """Who does what the audit keeps."""
     who: str
@@ -9308,7 +10531,7 @@ class NewKey(NamedTuple):
     secret: str
     closes: bool = False
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return {"key": self.secret, **self.key.as_dict()}
 
 
@@ -9319,33 +10542,37 @@ class KeyStore:
     KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
     COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
-    def __init__(self, database: Database, clock: Any, actor: Actor):
-        self.database = database
+    def __init__(self, connection: sqlite3.Connection, clock: Any, actor: Optional[Actor]):
+        """`actor` is None where nothing will be changed."""
+        self.connection = connection
         self.clock = clock
         self.actor = actor
 
     @contextlib.contextmanager
     def change(self, what, name, detail=""):
         """One transaction, to which the audit belongs."""
-        execute = self.database.connection.execute
+        execute = self.connection.execute
         execute("BEGIN IMMEDIATE")
-        with self.database.connection:
+        with self.connection:
             yield execute
-            self.database.audit(*self.actor, what, name, detail)
+            execute("INSERT INTO audit (who, role, address, what, target, detail)"
+                    " VALUES (?, ?, ?, ?, ?, ?)", (*self.actor, what, name, detail))
 
     def list(self) -> List[Key]:
         """Returns all that can be read, by name."""
-        rows = self.database.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
+        rows = self.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
         return list(read_keys((rows, (), False), b"").keys.values())
 
     def find(self, name: str) -> Key:
-        rows = self.database.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
+        rows = self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
         if not rows:
             raise NoSuchKey("no key is stored by the name %s" % ascii(name)[1:-1])
         try:
             return read_key(*rows[0])
         except (ValueError, TypeError):
             raise KeyFault("the key %s cannot be read: remove it, and add it anew" % name) from None
+
+    show = find
 
     def add(self, name: str, **fields: Optional[str]) -> NewKey:
         secret = new_secret()
@@ -9356,9 +10583,9 @@ class KeyStore:
             execute("INSERT INTO keys (name, role, created, disabled, subject)"
                     " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
             execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
-            was_closed = self.database.is_closed()
+            was_closed = is_closed(execute)
             key = self.write(execute, name, fields)
-            return NewKey(key, secret, self.database.is_closed() and not was_closed)
+            return NewKey(key, secret, is_closed(execute) and not was_closed)
 
     def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
         """Changes these fields; `reset`: its buckets are full then."""
@@ -9367,17 +10594,14 @@ class KeyStore:
                 self.order(execute, name)
             return self.write(execute, name, fields)
 
-    def revoke(self, name: str) -> Key:
+    def disable(self, what: str, disabled: bool, name: str) -> Key:
         """It lets nobody in until it is restored."""
-        return self.set_disabled("revoke key", name, True)
-
-    def restore(self, name: str) -> Key:
-        return self.set_disabled("restore key", name, False)
-
-    def set_disabled(self, what, name, disabled):
         with self.change(what, name) as execute:
             execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
             return self.find(name)
+
+    revoke = functools.partialmethod(disable, "revoke key", True)
+    restore = functools.partialmethod(disable, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -9424,7 +10648,7 @@ class KeyStore:
     # -- what these have in common
 
     def now(self):
-        return self.clock.time_ns() / 1e9
+        return wall_time(self.clock)
 
     def order(self, execute, name, unit=None, amount=None, until=None):
         execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES (?, ?, ?, ?, 0)",
@@ -9442,7 +10666,7 @@ class KeyStore:
                     value if field == "expires" else value and text, name))
         key = self.find(name)
         if key.role == "caller":
-            self.database.close_door()
+            execute(CLOSE_DOOR)
         return key
 
     @staticmethod
@@ -9541,7 +10765,7 @@ class Ledger(Writer):
         self.on_read = collections.deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
-        ahead = limits.restore(self.saved, clock.time_ns() / 1e9)
+        ahead = limits.restore(self.saved, wall_time(clock))
         if ahead:
             log.say("%d buckets were saved by a clock that was ahead: they are taken as of now"
                     % ahead)
@@ -9582,7 +10806,7 @@ class Ledger(Writer):
 
     def add_up(self, now):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
-        database, wall = self.database, self.clock.time_ns() / 1e9
+        database, wall = self.database, wall_time(self.clock)
         try:
             for _ in range(16):
                 if not (database.add_new() or database.add_older() or database.list_ids()
@@ -9610,7 +10834,7 @@ class Ledger(Writer):
                 self.saved = {}
                 self.version = -1
                 if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
-                    self.database.close_door()
+                    self.database.connection.execute(CLOSE_DOOR)
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
@@ -9625,8 +10849,7 @@ class Ledger(Writer):
                 self.database.take_record(self.records.popleft())
         self.look_at_keys(now)
         for tell in asked:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                tell()
+            tell()
 
     def look_at_keys(self, now):
         """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
@@ -9659,11 +10882,12 @@ class Ledger(Writer):
         return new
 
     def note_use(self, entries, now):
-        """Writes when keys were used, to the minute."""
+        """Writes when keys were used, to the minute, and how many processes there are."""
         used = {entry.caller.stored_key.name: entry.wall / 1e9 for entry in entries
                 if entry.caller and entry.caller.stored_key}
         try:
             self.database.note_use(used)
+            self.database.note_processes(self.limits.buckets.processes)
         except sqlite3.Error as failure:  # which is no reason to write the calls again
             self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
 
@@ -9676,7 +10900,7 @@ class Ledger(Writer):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
         these took is not lost with the process."""
         keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
-        offset = self.clock.time_ns() / 1e9 - self.clock.monotonic()
+        offset = wall_time(self.clock) - self.clock.monotonic()
         return {**self.levels, **{one.key: (one.level, one.refilled_at(offset))
                                   for one in self.limits.buckets.latest(keys)
                                   if one.rule.unit != RUNNING}} if keys else self.levels
@@ -9709,14 +10933,14 @@ class Ledger(Writer):
             self.levels = levels
 
     def forget_old(self, now):
-        now_wall = self.clock.time_ns() / 1e9
+        now_wall = wall_time(self.clock)
         if self.database.facts["unsummed"] or not self.database.forget(
                 now_wall - self.days * 86400, now_wall - max(self.days, self.SUMS_DAYS) * 86400):
             self.forget_at = now + self.FORGET_SECONDS
 
     def close(self, wait: float):
         """Writes what is queued, and the levels as they are now."""
-        self.save(self.limits.buckets.snapshot(self.clock.time_ns() / 1e9))
+        self.save(self.limits.buckets.snapshot(wall_time(self.clock)))
         super().close(wait)
 
 
@@ -9833,15 +11057,15 @@ class Books:
 # goes out, to addresses that the operator set, goes by threads of their own.
 # --------------------------------------------------------------------------------------------------
 
-def running_call(entry: Entry, clock: Any) -> Dict[str, Any]:
+def running_call(entry: Entry, clock: Any) -> JsonObject:
     """Returns what the page shows of a call that runs."""
     call = entry.call
     return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
             "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
-            "started": clock.time_ns() / 1e9 - (clock.monotonic() - entry.started)}
+            "started": wall_time(clock) - (clock.monotonic() - entry.started)}
 
 
-def ended_call(entry: Entry) -> Dict[str, Any]:
+def ended_call(entry: Entry) -> JsonObject:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
     return {**call_fields(entry.as_row()), "key": entry.started}
 
@@ -9850,7 +11074,7 @@ class Event:
     """Something that happened. Its text is made once, for the first who asks."""
     __slots__ = ("number", "name", "about", "text")
 
-    def __init__(self, number: int, name: str, about: Union[Entry, Dict[str, Any]]):
+    def __init__(self, number: int, name: str, about: Union[Entry, JsonObject]):
         self.number = number
         self.name = name
         self.about = about
@@ -9882,7 +11106,7 @@ class Feed(Watcher):
         self.waiting: Set["asyncio.Future[bool]"] = set()
         self.closed = False
 
-    def tell(self, name: str, about: Union[Entry, Dict[str, Any]]):
+    def tell(self, name: str, about: Union[Entry, JsonObject]):
         """Adds an event, and wakes who waits for one."""
         self.number += 1
         self.events.append(Event(self.number, name, about))
@@ -9904,14 +11128,14 @@ class Feed(Watcher):
             self.told += 1
             self.tell("end", entry)
 
-    def exchange(self, payload: Dict[str, Any]):
+    def exchange(self, payload: JsonObject):
         """Tells other processes, where there are some, what was in a second."""
 
-    def added_up(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def added_up(self, payload: JsonObject) -> JsonObject:
         """Returns what was in a second of all."""
         return payload
 
-    def pulse(self, payload: Dict[str, Any]):
+    def pulse(self, payload: JsonObject):
         """A second is over."""
         self.told = 0
         if self.listeners:
@@ -9955,13 +11179,12 @@ class Poster(Writer):
         self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
                        **(fields or {})}
         # Makes one body of many items; without it each goes by itself.
-        self.bundle: Optional[Callable[[List[Any]], Dict[str, Any]]] = None
+        self.bundle: Optional[Callable[[List[Any]], JsonObject]] = None
         self.thread.start()
 
     def write_queued(self):
         while self.queue:
-            most = self.MOST if self.bundle else 1
-            batch = [self.queue.popleft() for _ in range(min(len(self.queue), most))]
+            batch = self.take(self.MOST if self.bundle else 1)
             try:
                 taken = self.deliver(self.bundle(batch) if self.bundle else batch[0])
             except Exception:
@@ -10022,6 +11245,7 @@ COUNTERS = {
     "unpriced_total": "Calls whose price is not known",
     "estimated_total": "Calls whose tokens are guessed, because nobody told them",
     "refused_total": "Calls that a rule refused",
+    "redacted_total": "What was found in calls that must not leave, by kind",
     "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
     ("request_duration_seconds", "From a call's head to its end",
@@ -10122,6 +11346,10 @@ class Series:
         self.times = times
 
 
+def samples_by(label, counts):
+    return [(labels_of(**{label: name}), count) for name, count in counts.items()]
+
+
 class Metrics(Watcher):
     """Counts calls as the ledger does. Callers may invent names, so there are only so many series:
     a model has its own once an upstream has answered for it."""
@@ -10138,6 +11366,7 @@ class Metrics(Watcher):
         self.callers: Dict[CallerKey, str] = {}
         self.models: Set[str] = set()
         self.refused: Dict[str, int] = {}
+        self.redacted: Dict[str, int] = collections.Counter()
 
     def record(self, entry):
         call, usage = entry.call, entry.usage
@@ -10234,8 +11463,8 @@ class Metrics(Watcher):
                           for one in used if one.picodollars),
             "unpriced_total": ((one.labels, one.unpriced) for one in used if one.unpriced),
             "estimated_total": ((one.labels, one.estimated) for one in used if one.estimated),
-            "refused_total": [(labels_of(rule=rule), count)
-                              for rule, count in self.refused.items()],
+            "refused_total": samples_by("rule", self.refused),
+            "redacted_total": samples_by("kind", self.redacted),
             "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
         return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
                 for name, samples in found.items()] + self.histogram_families()
@@ -10278,7 +11507,7 @@ class Pulse(Watcher):
         self.feed = feed
         self.metrics = metrics
         self.before = metrics.totals()
-        self.seconds: "collections.deque[Dict[str, Any]]" = collections.deque(maxlen=self.MINUTE)
+        self.seconds: "collections.deque[JsonObject]" = collections.deque(maxlen=self.MINUTE)
         self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
         self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
         self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
@@ -10288,6 +11517,8 @@ class Pulse(Watcher):
         if caller is None:
             return
         self.callers[caller.key] = caller, entry.wall
+        if entry.found:
+            self.metrics.redacted.update(entry.found)
         if entry.first_byte is not None:
             self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
         if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
@@ -10307,12 +11538,12 @@ class Pulse(Watcher):
                 int(found[len(found) * share // 100] * 1000) if found else None
                 for share in (50, 95)}
 
-    def tick(self, running: int, line: int) -> Dict[str, Any]:
+    def tick(self, running: int, line: int) -> JsonObject:
         """A second is over; returns what was in it."""
         totals = self.metrics.totals()
         calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
         self.before = totals
-        found = {"now": self.clock.time_ns() / 1e9, "calls": calls, "tokens": tokens,
+        found = {"now": wall_time(self.clock), "calls": calls, "tokens": tokens,
                  "failed": failed, "in_flight": running, "line": line,
                  "usd": format_usd(picodollars), **self.first_bytes()}
         self.seconds.append(found)
@@ -10321,24 +11552,24 @@ class Pulse(Watcher):
             self.callers = dict(lately[-self.MAX_CALLERS // 2:])
         return found
 
-    def bucket(self, rule: Rule, key: BucketKey) -> Dict[str, Any]:
+    def bucket(self, rule: Rule, key: BucketKey) -> JsonObject:
         """Returns a bucket as the page shows it."""
         level = self.buckets.level_of(rule, key)
         rule = level.rule  # which knows how long this month is
-        now, wall = self.clock.monotonic(), self.clock.time_ns() / 1e9
+        now, wall = self.clock.monotonic(), wall_time(self.clock)
         refill = min(rule.refill, rule.capacity - min(0, level.level))
         missing = -(-(rule.capacity - level.level) // refill)
         runs = rule.unit == RUNNING
         return {"rule": rule.text, "unit": rule.word,
                 "level": format_amount(rule, level.level),
-                "capacity": format_amount(rule, rule.capacity),
+                "capacity": format_amount(rule, max(rule.capacity, level.level)),
                 "refill": 0 if runs else format_amount(rule, refill),
                 "interval": 0 if runs else rule.interval,
                 "refilled": wall - (now - level.refilled),
                 "full_in": 0 if runs else max(
                     0, round(level.refilled + missing * rule.interval - now, 3))}
 
-    def changed_buckets(self) -> List[Dict[str, Any]]:
+    def changed_buckets(self) -> List[JsonObject]:
         """Returns those of the last second."""
         changed = self.changed
         self.changed = {}
@@ -10400,6 +11631,7 @@ ATTRIBUTES = {
     "gen_ai.provider.name": "provider",
     "gen_ai.request.model": "model",
     "gen_ai.response.model": "served",
+    "gen_ai.response.finish_reasons": "reasons",
     "gen_ai.usage.input_tokens": "input",
     "gen_ai.usage.output_tokens": "output",
     "gen_ai.usage.cache_read.input_tokens": "cached",
@@ -10472,7 +11704,7 @@ class Traces(Watcher):
 
     # -- in the poster's thread
 
-    def bundle(self, entries: List[Entry]) -> Dict[str, Any]:
+    def bundle(self, entries: List[Entry]) -> JsonObject:
         return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
             "scope": {"name": "llm_proxy", "version": VERSION},
             "schemaUrl": "https://opentelemetry.io/schemas/" + SEMANTIC_CONVENTIONS,
@@ -10482,7 +11714,7 @@ class Traces(Watcher):
         facts = self.facts(entry)
         trace = entry.trace or Trace()
         named = {name: facts[fact] for name, fact in ATTRIBUTES.items()
-                 if facts[fact] not in (None, "")}
+                 if facts[fact] not in (None, "", [])}
         took = int((entry.ended - entry.started) * 1e9)
         found = {
             "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
@@ -10498,7 +11730,7 @@ class Traces(Watcher):
 
     def facts(self, entry):
         """Returns the row of a call, and what only spans tell."""
-        facts = {**entry.as_row()._asdict(), **self.kind(entry)}
+        facts = {**entry.as_row()._asdict(), **self.kind(entry), "reasons": list(entry.reasons)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
         if not entry.priced:
@@ -10523,12 +11755,16 @@ class Traces(Watcher):
         return {"route": route, "operation": operation,
                 "provider": PROVIDERS.get(provider, provider)}
 
-    @staticmethod
-    def attributes(values):
+    @classmethod
+    def attributes(cls, values):
+        return [{"key": name, "value": cls.typed(value)} for name, value in values.items()]
+
+    @classmethod
+    def typed(cls, value):
+        if type(value) is list:
+            return {"arrayValue": {"values": list(map(cls.typed, value))}}
         kinds = {str: "stringValue", float: "doubleValue", int: "intValue", bool: "boolValue"}
-        return [{"key": name, "value": {
-            kinds[type(value)]: str(value) if type(value) is int else value}}
-            for name, value in values.items()]
+        return {kinds[type(value)]: str(value) if type(value) is int else value}
 
 
 # -- warnings
@@ -10580,7 +11816,7 @@ class Warnings(Watcher):
         if len(self.quiet_until) >= self.ROOM:
             del self.quiet_until[next(iter(self.quiet_until))]
         self.quiet_until[key] = now + self.QUIET_SECONDS
-        payload = {"event": event, **about, "time": self.clock.time_ns() / 1e9}
+        payload = {"event": event, **about, "time": wall_time(self.clock)}
         self.feed.tell("warning", payload)
         if line:
             self.log.say(line)
@@ -10602,7 +11838,7 @@ class Warnings(Watcher):
         self.look_at_keys(keys)
 
     def look_at_keys(self, keys):
-        now, day = self.clock.time_ns() / 1e9, self.KEY_SECONDS
+        now, day = wall_time(self.clock), self.KEY_SECONDS
         ending = {(key.name, key.expires) for key in keys if key.expires and not key.disabled
                   and now < key.expires < now + day and key.expires - key.created > day}
         for name, expires in ending - self.ending:
@@ -10985,6 +12221,13 @@ class Redis(asyncio.Protocol):
 
     # -- for everyone, on the loop
 
+    def join(self, greet: Callable[[], Awaitable[None]], come_back: Callable[[], None],
+             on_leave: Callable[[RedisFault], None]):
+        """Has somebody be there on each new connection, when it is available, and at its end."""
+        self.greetings.append(greet)
+        self.on_return.append(come_back)
+        self.on_leave.append(on_leave)
+
     async def call(self, *parts: RedisPart) -> RedisReply:
         """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
         the latest."""
@@ -11230,8 +12473,8 @@ class Redis(asyncio.Protocol):
             self.dropped += 1
 
 
-# What holds for both scripts: KEYS[1] is the hash of the process that asks, `now` is in microseconds
-# since 2020, which a double holds to a fraction. Amounts are whole numbers below 2^53.
+# What holds for both scripts: KEYS[1] is the hash of the process that asks; `now` is in
+# microseconds since 2020, which a double holds to a fraction; amounts are whole, below 2^53.
 LUA_TIME = """
 local time = redis.call('TIME')
 local now = (time[1] - 1577836800) * 1000000 + time[2]
@@ -11402,8 +12645,8 @@ return answer
 # there are, and the number of the last batch of this one.
 LUA_BEAT = LUA_TIME + """
 local existed = redis.call('EXISTS', KEYS[2])
+redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 5000000))
-redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
 redis.call('PEXPIRE', KEYS[1], 86400000)
 return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last') or '0'}
 """
@@ -11432,24 +12675,16 @@ class Take:
         self.sent = self.admitted = False
 
 
-class Batch(NamedTuple):
-    """What travels together. `charged` is what it charges, by bucket."""
-    number: int
-    pairs: List[Tuple[Rule, BucketKey]]
-    takes: List[Take]
-    charged: Dict[BucketKey, int]
-    keys: List[str]
-    text: str
+class Batch:
+    """What travels together, in the words of LUA_BATCH; `number` is its own. `charged` is what it
+    charges, by bucket."""
 
-
-class BatchWriter:
-    """Writes down what a batch does, in the words of LUA_BATCH."""
-
-    def __init__(self, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
+    def __init__(self, number: int, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
+        self.number = number
         self.describe = describe
         self.places: Dict[BucketKey, int] = {}
-        self.pairs: List[Tuple[Rule, BucketKey]] = []
-        self.keys: List[str] = []
+        self.rules: List[Rule] = []
+        self.names: List[str] = []
         self.kinds: List[str] = []
         self.acts: List[str] = []
         self.takes: List[Take] = []
@@ -11460,8 +12695,8 @@ class BatchWriter:
         if found is None:
             found = self.places[key] = len(self.places) + 1
             name, kind = self.describe(rule, key)
-            self.pairs.append((rule, key))
-            self.keys.append(name)
+            self.rules.append(rule)
+            self.names.append(name)
             self.kinds.append(kind)
         return found
 
@@ -11479,16 +12714,12 @@ class BatchWriter:
                   for rule, key in one.keyed_rules]
         self.acts.append("t %d %s" % (len(wanted), " ".join(wanted)))
 
-    def batch(self, number: int, mode: str = "-") -> Batch:
-        text = " ".join([str(number), mode, *self.kinds, *self.acts])
-        return Batch(number, self.pairs, self.takes, self.charged, self.keys, text)
+    def text(self, mode: str) -> str:
+        return " ".join([str(self.number), mode, *self.kinds, *self.acts])
 
 
 Act = Tuple[Any, ...]  # a word of LUA_BATCH, rule, bucket, numbers
 ONE = ord("1")
-NANODOLLAR = 1000  # picodollars: a double holds 9 million USD of the former
-
-
 def stored_amount(rule: Rule, amount: int) -> int:
     """Returns an amount as Redis has it: of money in nanodollars, rounded up."""
     return -(-amount // NANODOLLAR) if rule.unit == USD else amount
@@ -11519,6 +12750,41 @@ def describe_kind(rule: Rule, wall: float) -> str:
         capacity, refill, rule.interval * 1_000_000 * refill * scale / rule.refill)
 
 
+class Charges:
+    """What was charged here, by bucket. `unsent` has yet to go to Redis, `pending` has not been
+    answered; `running` are the calls that run in this process. Amounts are as Redis has them."""
+    MOST = 20_000  # buckets
+
+    def __init__(self):
+        # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
+        self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
+        self.pending: Dict[BucketKey, int] = collections.Counter()
+        self.running: Dict[BucketKey, int] = collections.Counter()
+        self.rules: Dict[BucketKey, Rule] = {}  # those that count running calls
+
+    def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float):
+        place = key, taken_at if rule.window and amount < 0 else 0.0
+        if place in self.unsent or len(self.unsent) < self.MOST:
+            _, before = self.unsent.get(place, (rule, 0))
+            self.unsent[place] = rule, before + amount
+            self.pending[key] += amount
+            self.note_running(rule, key, amount)
+
+    def note_running(self, rule, key, amount):
+        if rule.unit == RUNNING:
+            self.running[key] += amount
+            self.rules[key] = rule
+            if not self.running[key]:
+                del self.running[key], self.rules[key]
+
+    def note_answer(self, key: BucketKey, amount: int) -> int:
+        """So much has arrived; returns what has not."""
+        left = self.pending.pop(key, 0) - amount
+        if left:
+            self.pending[key] = left
+        return left
+
+
 @functools.lru_cache(1000)
 def share_of(rule: Rule, processes: int) -> Rule:
     """Returns the rule of one process, where so many may take what one rule lets them."""
@@ -11537,8 +12803,9 @@ class RedisBuckets(Buckets):
     and has not been answered; what comes back of levels does not have it yet."""
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
-    MOST_KEPT = 20_000        # charges that wait, and other acts
+    MOST_KEPT = 20_000        # acts that wait
     WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
+    CHARGE_SECONDS = 0.005
     BEAT_SECONDS = 0.5
     RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
     state = "returning"       # or "here", or "away"
@@ -11547,6 +12814,7 @@ class RedisBuckets(Buckets):
     beats = 0
     flushing = False
     fresh = True              # it was never here
+    charging: Optional[asyncio.TimerHandle] = None
     grace: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
     filling: Optional[asyncio.Task] = None
@@ -11556,15 +12824,12 @@ class RedisBuckets(Buckets):
         self.redis = redis
         self.policy = policy
         self.processes = peers
+        self.counts = collections.deque(maxlen=10)
         self.name = "%08x" % random.getrandbits(32)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
         self.process_key = self.prefix + "p:" + self.name
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
-        # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
-        self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
-        self.pending: Dict[BucketKey, int] = collections.Counter()
-        self.own: Dict[BucketKey, int] = collections.Counter()  # calls that run in this process
-        self.rules: Dict[BucketKey, Rule] = {}                  # and the rules that count them
+        self.charges = Charges()
         self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
         self.takes: "collections.deque[Take]" = collections.deque()
@@ -11573,13 +12838,16 @@ class RedisBuckets(Buckets):
         self.local = Buckets(clock)  # what this process may use while Redis is away
         self.on_change: Callable[[], None] = lambda: None  # it went away, or came back
         redis.scripts += [self.batch_script, self.beat_script]
-        redis.greetings.append(self.catch_up)
-        redis.on_return.append(self.come_back)
-        redis.on_leave.append(self.on_leave)
+        redis.join(self.catch_up, self.come_back, self.on_leave)
 
     @property
     def is_degraded(self) -> bool:
         return self.state == "away"
+
+    def health(self):
+        words = self.reason if self.is_degraded else "is there"
+        return {"limits": {"shared_by": self.processes, "degraded": self.is_degraded,
+                           "redis": words}}
 
     # -- what Buckets does
 
@@ -11635,22 +12903,10 @@ class RedisBuckets(Buckets):
         self.flush_soon()
 
     def charge(self, rule, key, amount, taken_at=0.0):
-        """Has so much charged, in the amounts that Redis has; it may be less than nothing."""
-        place = key, taken_at if rule.window and amount < 0 else 0.0
-        _, before = self.unsent.get(place, (rule, 0))
-        if place not in self.unsent and len(self.unsent) >= self.MOST_KEPT:
-            return
-        self.unsent[place] = rule, before + amount
-        self.pending[key] += amount
-        self.note_running(rule, key, amount)
-        self.flush_soon()
-
-    def note_running(self, rule, key, amount):
-        if rule.unit == RUNNING:
-            self.own[key] += amount
-            self.rules[key] = rule
-            if not self.own[key]:
-                del self.own[key], self.rules[key]
+        """Has so much charged; nobody waits for it: it goes with the next calls, or alone."""
+        self.charges.add(rule, key, amount, taken_at)
+        if not self.charging:
+            self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.flush)
 
     def flush_soon(self):
         if not self.flushing:
@@ -11660,32 +12916,36 @@ class RedisBuckets(Buckets):
     def flush(self):
         """Sends what there is, as far as not too much is on its way."""
         self.flushing = False
+        if self.charging:
+            self.charging.cancel()
+            self.charging = None
         while self.state == "here" and len(self.batches) < self.MOST_BATCHES and (
-                self.takes or self.unsent or self.acts):
+                self.takes or self.charges.unsent or self.acts):
             self.number += 1
             batch = self.next_batch()
             self.batches.append(batch)
-            self.redis.ask(self.command(batch), functools.partial(self.on_answer, batch))
+            self.redis.ask(redis_command(self.batch_parts(batch)),
+                           functools.partial(self.on_answer, batch))
         self.redis.flush()
 
     def next_batch(self):
         """Charges stand before takes, so that what is given back can be taken."""
-        writer = BatchWriter(self.describe)
+        batch = Batch(self.number, self.describe)
         for _ in range(min(len(self.acts), self.MOST_ACTS)):
-            writer.act(*self.acts.popleft())
+            batch.act(*self.acts.popleft())
         now = self.clock.monotonic()
-        for place in list(itertools.islice(self.unsent, self.MOST_ACTS)):
-            rule, amount = self.unsent.pop(place)
+        for place in list(itertools.islice(self.charges.unsent, self.MOST_ACTS)):
+            rule, amount = self.charges.unsent.pop(place)
             key, taken_at = place
-            writer.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
+            batch.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
         for _ in range(min(len(self.takes), self.MOST_ACTS)):
-            writer.take(self.takes.popleft())
-        return writer.batch(self.number)
+            batch.take(self.takes.popleft())
+        return batch
 
     def describe(self, rule, key):
         """Returns the name of a bucket in Redis, its kind and figures."""
         name, kind, until = self.names.get(key, ("", "", 0))
-        wall = self.clock.time_ns() / 1e9
+        wall = wall_time(self.clock)
         if wall >= until:
             kind = describe_kind(rule, wall)
             until = wall + 3600 if rule.zone else math.inf
@@ -11697,9 +12957,9 @@ class RedisBuckets(Buckets):
             self.names[key] = name, kind, until
         return name, kind
 
-    def command(self, batch):
-        return redis_command(self.redis.script_parts(
-            self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+    def batch_parts(self, batch, mode="-"):
+        return self.redis.script_parts(
+            self.batch_script, [self.process_key, *batch.names], [batch.text(mode), self.name])
 
     # -- what Redis answers
 
@@ -11717,7 +12977,7 @@ class RedisBuckets(Buckets):
         else:
             self.batches.popleft()
             self.read_answer(batch, reply)
-            if self.takes or self.unsent:
+            if self.takes or self.charges.unsent:
                 self.flush_soon()
 
     def read_answer(self, batch, reply):
@@ -11725,16 +12985,15 @@ class RedisBuckets(Buckets):
         numbers = list(map(int, numbers))
         now = self.clock.monotonic()
         found = {}
-        for (rule, key), *values in zip(batch.pairs, *[numbers[place::4] for place in range(4)]):
+        for rule, key, *values in zip(
+                batch.rules, batch.places, *[numbers[place::4] for place in range(4)]):
             found[key] = self.note_level(rule, key, batch.charged.get(key, 0), *values, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
 
     def note_level(self, rule, key, charged, level, age, given, given_for, now):
         """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
-        pending = self.pending.pop(key, 0) - charged
-        if pending:
-            self.pending[key] = pending
+        pending = self.charges.note_answer(key, charged)
         refilled = now - age / 1_000_000
         if rule.window:
             rule, refilled = self.window_of(rule, key, refilled, now)
@@ -11752,7 +13011,7 @@ class RedisBuckets(Buckets):
         if known and abs(known.refilled - began) < 1:
             return known.rule, known.refilled
         if rule.zone:
-            rule = calendar_rule(rule, self.clock.time_ns() / 1e9 - (now - began) + 1)
+            rule = calendar_rule(rule, wall_time(self.clock) - (now - began) + 1)
         return rule, began
 
     def finish_take(self, one, taken, found, now):
@@ -11764,7 +13023,7 @@ class RedisBuckets(Buckets):
             cost = one.costs[rule.unit]
             levels.append(Level(level if taken else level - cost, refilled, rule, key, cost, now))
             if taken:
-                self.note_running(rule, key, cost)
+                self.charges.note_running(rule, key, cost)
         if not one.future.done():
             one.levels = levels
             one.future.wake()
@@ -11806,7 +13065,7 @@ class RedisBuckets(Buckets):
                 known = self.level_of(rule, key)
                 level = known.level // self.processes
                 if rule.unit == RUNNING:
-                    level = share.capacity - self.own[key]
+                    level = share.capacity - self.charges.running[key]
                 self.local.store([known._replace(level=level, rule=share._replace(
                     began=known.rule.began, interval=share.interval))])
         return found
@@ -11846,17 +13105,17 @@ class RedisBuckets(Buckets):
         """Has all done that was not answered, after what Redis has lost is put back. Raises
         RedisFault."""
         existed, count, last = await self.redis.ask_first(*self.beat_parts())
-        self.processes = max(1, count)
+        self.note_processes(count)
         done = self.batches[0].number - 1 if self.batches else self.number
         if int(last) < done:
             await self.put_back(done, [] if self.fresh and existed else self.known_levels())
         self.fresh = False
         for batch in list(self.batches):
-            parts = self.redis.script_parts(
-                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name])
-            self.on_answer(batch, await self.redis.ask_first(*parts))
-        for key, count in self.own.items():
-            self.acts.appendleft(("o", self.rules[key], key, count - self.pending.get(key, 0)))
+            self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
+        charges = self.charges
+        for key, count in charges.running.items():
+            self.acts.appendleft(
+                ("o", charges.rules[key], key, count - charges.pending.get(key, 0)))
 
     def known_levels(self):
         """Returns the acts that put levels back as they were without what is pending."""
@@ -11865,20 +13124,18 @@ class RedisBuckets(Buckets):
             rule, key = seen.rule, seen.key
             level = self.level_of(rule, key)
             if rule.unit != RUNNING and level.level < rule.capacity:
-                amount = stored_amount(rule, level.level) + self.pending.get(key, 0)
+                amount = stored_amount(rule, level.level) + self.charges.pending.get(key, 0)
                 found.append(("p", rule, key, amount, int((now - level.refilled) * 1_000_000), 1))
         return found
 
     async def put_back(self, number, acts):
         """Puts levels back, and has Redis know that batches up to this number were done."""
         while True:
-            writer = BatchWriter(self.describe)
+            batch = Batch(number, self.describe)
             for act in acts[:self.MOST_ACTS]:
-                writer.act(*act)
+                batch.act(*act)
             acts = acts[self.MOST_ACTS:]
-            batch = writer.batch(number, "put" if acts else "last")
-            await self.redis.ask_first(*self.redis.script_parts(
-                self.batch_script, [self.process_key, *batch.keys], [batch.text, self.name]))
+            await self.redis.ask_first(*self.batch_parts(batch, "put" if acts else "last"))
             if not acts:
                 break
 
@@ -11903,17 +13160,22 @@ class RedisBuckets(Buckets):
         self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.beats += 1
         if self.beats % self.RENEW_BEATS == 0:
-            for key, rule in self.rules.items():
+            for key, rule in self.charges.rules.items():
                 self.act("r", rule, key)
         self.redis.ask(redis_command(self.beat_parts()),
                        functools.partial(self.on_beat, self.number))
+
+    def note_processes(self, count):
+        """Where Redis has lost who is there, the others tell soon."""
+        self.counts.append(count)
+        self.processes = max(self.counts)
 
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
             if reply.code not in ("", RedisFault.LATE):
                 self.redis.leave(reply)
             return
-        self.processes = max(1, reply[1])
+        self.note_processes(reply[1])
         if int(reply[2]) != number:
             self.redis.leave(RedisFault("has lost what it knew"))
 
@@ -12599,7 +13861,8 @@ class Reply:
         if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY)
+        reader = self.unmasking(response.head) if call.masks else self.entry.reader
+        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
                 adapter.reader, call.dialect.events if streamed else None, call.on_made)
@@ -12631,13 +13894,35 @@ class Reply:
             return call.owes is not None
         return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
-    def adapt(self, response, has_events):
+    def unmasking(self, head):
+        """Returns what reads a body and puts values back for the placeholders of the call, where
+        there are any and the body can be read."""
+        call, masks, reader = self.call, self.call.masks, self.entry.reader
+        streamed, encoding, _ = self.kind_of(head)
+        redactor = masks.redactor if self.parts.config.redact_answers == "on" else None
+        is_text = streamed or "json" in head.get("content-type", "").lower()
+        if not is_text or not (masks.values or redactor):
+            return reader
+        if encoding != IDENTITY:
+            masks.counts["opaque"] += 1
+            if self.parts.config.redact_opaque == "refuse":
+                raise UpstreamFailed("its answer is encoded")
+            return reader
+        events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
+        restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
+        edit = Unmasking(call.dialect, events, restorer)
+        if reader is None:
+            return Editor(events, [edit])
+        reader.add_edit(edit, events)
+        return reader
+
+    def adapt(self, response, has_events, reader):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
-        framing, reader = response.framing, self.entry.reader
-        drops, events, style = False, None, BodyAdapter.AS_IS
+        framing, events, style = response.framing, None, BodyAdapter.AS_IS
+        editor = reader.editor if isinstance(reader, UsageReader) else reader
+        drops = editor is not None and not framing.ended
         if has_events:
-            drops = reader is not None and reader.edits and not framing.ended
             if self.early or self.comment_seconds() < math.inf:
                 events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
@@ -12944,6 +14229,7 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 class Proxy:
     tally: Optional[Tally] = None  # of all workers, where there are several
+    STEP_SECONDS = 0.005  # for which something may hold the loop that can be done in steps
     redis: Optional[Redis] = None  # where it is set
 
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
@@ -12962,10 +14248,12 @@ class Proxy:
         self.stored = stored
         self.routes = routes
         self.books = books
+        self.redaction: Optional[Redaction] = None
         self.watchers = watchers
         self.traces = watchers.traces
         if self.traces:
             self.request_head = self.traced_head
+            self.settle = self.traced_settle
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
@@ -12987,6 +14275,8 @@ class Proxy:
             await asyncio.sleep(0)
         for upstream in upstreams:
             try:
+                if self.redaction:
+                    await self.redact(upstream, reply, call)
                 return await self.serve_by(upstream, reply, entry, call)
             except Refusal as refusal:
                 if not refusal.nothing_sent or upstream is upstreams[-1]:
@@ -13019,6 +14309,34 @@ class Proxy:
                 self.settle(entry, ending)                                          # settle
             if ending != "ok":
                 reply.end(ending)
+
+    async def redact(self, upstream, reply, call):
+        """Takes out of a call what must not leave for an upstream. Raises MustNotLeave,
+        CannotBeRead."""
+        entry = reply.entry
+        entry.upstream = upstream.name
+        masks = call.masks = self.redaction.masks(upstream.name, entry.caller.stored_key)
+        if masks is None:
+            return
+        entry.found = masks.counts
+        if reply.request.length != 0 and call.is_opaque():
+            self.redaction.pass_opaque(masks)
+        if call.json_body:
+            call.remember()
+            call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
+            self.redaction.judge(call)
+
+    async def in_steps(self, steps):
+        """Takes steps, and lets others come in between; returns what the last one returns."""
+        until = self.loop.time() + self.STEP_SECONDS
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            if self.loop.time() > until:
+                await asyncio.sleep(0)
+                until = self.loop.time() + self.STEP_SECONDS
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
@@ -13111,7 +14429,7 @@ class Proxy:
             raise RoleTooLow()
 
     def wall(self) -> float:
-        return self.clock.time_ns() / 1e9
+        return wall_time(self.clock)
 
     def bind(self, call, name):
         """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
@@ -13150,17 +14468,20 @@ class Proxy:
         self.limits.take_keys(keys.rules, self.wall())
         self.routes.disable(keys.disabled)
         renew_estimator(self)
+        renew_redaction(self)
         for order in orders:
             self.carry_out(order)
         self.watchers.feed.tell("change", {"what": "keys"})
 
+    def known_as(self, label: str) -> Iterable[Caller]:
+        """Returns who has this label, or had it lately."""
+        return {caller.key: caller for caller in [  # as it is now, not when it called
+            *self.watchers.pulse.named(label), *self.callers.named(label)]}.values()
+
     def carry_out(self, order: Order):
         """Fills or adds to the buckets of a caller."""
         found = 0
-        label = order.caller
-        seen = {caller.key: caller for caller in [
-            *self.callers.named(label), *self.watchers.pulse.named(label)]}
-        for caller in seen.values():
+        for caller in self.known_as(order.caller):
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
                 found += 1
@@ -13170,7 +14491,7 @@ class Proxy:
                     caller, order.unit, order.amount, until, bool(order.done))
         if not found:
             self.books.log.say("%s has no bucket in %s: it was given nothing" % (
-                ascii(label)[1:-1], order.unit))
+                ascii(order.caller)[1:-1], order.unit))
 
     def admit(self, upstream, entry, call):
         """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
@@ -13326,6 +14647,12 @@ class Proxy:
         estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
+    def traced_settle(self, entry, ending):
+        """Do so, once it is known why the model stopped: what says so is dropped then."""
+        if entry.reader and not entry.reasons:
+            entry.reasons = entry.reader.finish_reasons()
+        Proxy.settle(self, entry, ending)
+
     @staticmethod
     def estimate_to_charge(hold, usage, ending):
         """Of an answer that broke off no more is charged than came."""
@@ -13478,21 +14805,20 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
           database: Optional[Database] = None, worker: Optional[Worker] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory. A `worker` is one of several processes."""
-    log = build_log(config, stream, worker)
+    log = build_log(config, stream, clock, worker)
     secret = worker.secret if worker else file_secret(database)
     keys = keys_to_go_by(config, database, secret, log.say)
     loop = new_loop(clock, log)
-    redis = build_redis(config, loop)
-    limits = build_limits(config, build_buckets(config, clock, redis), keys.rules)
+    limits = build_limits(config, build_buckets(config, clock, loop, database), keys.rules)
     prices = Prices(config.prices, config.unpriced)
-    stored = build_stored(config, redis, clock)
+    stored = build_stored(config, limits.buckets.redis, clock)
     proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
-                  build_watchers(config, clock, log, limits, redis))
-    if redis:
-        share(proxy, redis)
+                  build_watchers(config, clock, log, limits))
+    renew_redaction(proxy)
+    hear_of_redis(proxy)
     hear_of_keys(proxy)
     if database:
         go_on(proxy)
@@ -13506,10 +14832,9 @@ def build_stored(config: Config, redis: Optional[Redis], clock: Any) -> Stored:
 
 
 def share(proxy: Proxy, redis: Redis):
-    """Has a proxy share with others what is in Redis."""
+    """Has a proxy share with others what is in Redis beside buckets."""
     config, buckets = proxy.config, proxy.limits.buckets
-    proxy.redis = redis
-    buckets.on_change = functools.partial(tell_of_redis, proxy)
+
     async def read(call, *arguments):
         await proxy.dialects.read(call, *arguments)
         proxy.stored.limits = proxy.limits
@@ -13531,8 +14856,8 @@ def share(proxy: Proxy, redis: Redis):
                 proxy.sharers.append(upstream.queue)
 
 
-def build_log(config: Config, stream: BinaryIO, worker: Optional[Worker]) -> Log:
-    return Log(stream, config.log_format == "json",
+def build_log(config: Config, stream: BinaryIO, clock: Any, worker: Optional[Worker]) -> Log:
+    return Log(stream, config.log_format == "json", clock,
                "worker %d: " % (worker.number + 1) if worker else "")
 
 
@@ -13568,12 +14893,8 @@ def stored_keys(database: Optional[Database], secret: bytes,
 
 def hear_of_keys(proxy: Proxy):
     """Has the ledger tell the loop what it reads of keys and orders."""
-    def tell(keys, orders):
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            proxy.loop.call_soon_threadsafe(proxy.take_keys, keys, orders)
-
     if proxy.books.ledger:
-        proxy.books.ledger.on_news = tell
+        proxy.books.ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
 
 
 def go_on(proxy: Proxy):
@@ -13595,6 +14916,7 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     proxy.limits.take_over(proxy.wall())
     proxy.prices = Prices(config.prices, config.unpriced)
     renew_estimator(proxy)
+    renew_redaction(proxy)
     return rest
 
 
@@ -13603,6 +14925,23 @@ def renew_estimator(proxy: Proxy):
     models = proxy.estimator.models
     proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
     proxy.estimator.models = models
+
+
+def renew_redaction(proxy: Proxy):
+    """Has that looked for which must not leave, by the settings and the keys that there are."""
+    config, callers = proxy.config, proxy.callers
+    proxy.redaction = None
+    kinds = (config.redact or ()) if config.redact or config.redact_patterns else None
+    if kinds is None and not any([key.redact for key in callers.stored.keys.values()]):
+        return
+    shapes = shapes_of_keys(
+        config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
+    shapes += [Shape(name, "", pattern, re.Match.end)
+               for name, pattern in (config.redact_patterns or {}).items()]
+    proxy.redaction = Redaction(
+        lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
+        kinds, config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
+    proxy.dialects.reads_counts = True
 
 
 def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
@@ -13639,8 +14978,7 @@ def build_books(config, clock, log, limits, stored, database, keys, secret, work
     return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config, clock: Any, log: Log, limits: Limits,
-                   redis: Optional[Redis]) -> Watchers:
+def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
     def poster(name, url, **options):
         tls = None
         if url.startswith("https:"):  # always checked, by the system's certificates or the own ones
@@ -13656,6 +14994,7 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits,
             fields=config.otel_exporter_otlp_headers))
     if config.webhook_url:
         webhook = poster("webhook", config.webhook_url)
+    redis = limits.buckets.redis
     feed = SharedFeed(clock, redis, "{%s}:" % config.redis_prefix) if redis else Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
     marks = Marks(config.warn_at, warnings) if config.warn_at else None
@@ -13682,10 +15021,23 @@ def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Red
     return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
 
 
-def build_buckets(config: Config, clock: Any, redis: Optional[Redis]) -> Buckets:
+def build_buckets(config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
+                  database: Optional[Database]) -> Buckets:
+    redis = build_redis(config, loop)
     if redis is None:
         return Buckets(clock)
-    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away, config.peers)
+    known = database.facts.get("processes") if database else None
+    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away,
+                        known or config.peers)
+
+
+def hear_of_redis(proxy: Proxy):
+    """Has what is shared say when Redis goes away, and comes back."""
+    buckets = proxy.limits.buckets
+    proxy.redis = buckets.redis
+    if proxy.redis:
+        buckets.on_change = functools.partial(tell_of_redis, proxy)
+        share(proxy, proxy.redis)
 
 
 WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
@@ -13728,6 +15080,25 @@ def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Rout
 # Pages: what a person, a browser or a monitor asks us and not the upstream. They charge nothing and
 # name no address. A page is a coroutine that answers by its Reply.
 # --------------------------------------------------------------------------------------------------
+
+Page = Callable[[Request, Reply], Awaitable[None]]
+
+
+async def ask_models(loop: asyncio.AbstractEventLoop, upstream: Upstream,
+                     seconds: float) -> List[Model]:
+    """Returns the models that an upstream lists. Raises Refusal, and ValueError for an answer that
+    is no list."""
+    context = Context(loop)
+    context.until = loop.time() + seconds
+    with contextlib.closing(context):
+        return await upstream.models(context)
+
+
+def with_cause(refusal: Union[Refusal, ValueError]) -> str:
+    """Returns what is known of why an upstream has no list."""
+    cause = getattr(refusal, "cause", None)
+    return "%s (%s)" % (refusal, cause) if cause else str(refusal)
+
 
 class Catalogue:
     """The models of all upstreams. They are asked side by side, and what they say is kept for a
@@ -13772,15 +15143,11 @@ class Catalogue:
 
     async def ask(self, loop, upstream):
         """Returns whether it answered."""
-        context = Context(loop)
-        context.until = loop.time() + self.ASK_SECONDS
         try:
-            self.lists[upstream.name] = await upstream.models(context)
+            self.lists[upstream.name] = await ask_models(loop, upstream, self.ASK_SECONDS)
             return True
         except (Refusal, ValueError):
             return False
-        finally:
-            context.close()
 
 
 class Pages:
@@ -13797,7 +15164,7 @@ class Pages:
         # Without these the list is that of the only upstream, where it speaks the client's API.
         self.lists_models = config.base_model or config.upstreams or config.model_aliases
 
-    def find(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    def find(self, request: Request) -> Optional[Page]:
         """Returns the page that answers this request, None where it is the upstream's."""
         if request.method == "OPTIONS":
             return self.preflight
@@ -13805,8 +15172,9 @@ class Pages:
             return None
         if request.path in self.PAGES:
             return getattr(self, self.PAGES[request.path])
-        if request.path in self.MODELS_PATHS:
-            return self.models
+        name, path = self.proxy.dialects.split(request.path)
+        if path in self.MODELS_PATHS:
+            return functools.partial(self.models, name)
         return None
 
     def dialect(self, request):
@@ -13834,18 +15202,9 @@ class Pages:
                 entry.outcome, entry.cause = refusal.outcome, refusal.code  # it may be guessing
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
-        charges = self.usual_charges(entry)
-        if charges:
-            quota, wait = proxy.limits.buckets.peek(charges)
-            found["quota"] = {
-                "limit": quota.limit, "remaining": quota.remaining,
-                "refill_tokens": quota.refill_tokens,
-                "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}
+        found.update(self.usual_quota(entry))
         found["upstreams"] = {one.name: one.stats() for one in proxy.routes.all}
-        if proxy.redis:
-            buckets = proxy.limits.buckets
-            found["limits"] = {"shared_by": buckets.processes, "degraded": buckets.is_degraded,
-                               "redis": buckets.reason if buckets.is_degraded else "is there"}
+        found.update(proxy.limits.buckets.health())
         ledger = proxy.books.ledger
         if ledger:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
@@ -13882,6 +15241,16 @@ class Pages:
         proxy.tally.write(families)
         return proxy.tally.families()
 
+    def usual_quota(self, entry):
+        charges = self.usual_charges(entry)
+        if not charges:
+            return {}
+        quota, wait = self.proxy.limits.buckets.peek(charges)
+        return {"quota": {
+            "limit": quota.limit, "remaining": quota.remaining,
+            "refill_tokens": quota.refill_tokens,
+            "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}}
+
     def usual_charges(self, entry):
         """Returns what a small call would cost, by each rule."""
         config, limits = self.proxy.config, self.proxy.limits
@@ -13889,21 +15258,36 @@ class Pages:
         return [Charge(rule, key, min(rule.capacity, amount)) for rule, key in
                 limits.matching(entry.caller, entry.address, config.base_model)]
 
-    async def models(self, request, reply):
+    async def models(self, name, request, reply):
+        """`name` is that of an upstream whose prefix the path has. It tells its list itself, but
+        that a key sees what it may use alone."""
         proxy = self.proxy
         proxy.identify(request, reply.entry)
         key = reply.entry.caller.stored_key
+        globs = key.globs if key else ()
+        if not name:
+            models = await self.all_models(request, reply, key)
+        elif globs and key.upstream in (None, name):
+            await self.catalogue.ask(proxy.loop, proxy.routes.by_name[name])
+            models = self.catalogue.lists.get(name, ())
+        else:
+            models = None
+        if models is None:
+            return await proxy.serve(request, reply)
+        reply.send(200, self.dialect(request).models([
+            model for model in models if not globs or may_use(globs, model.name)]))
+
+    async def all_models(self, request, reply, key):
+        """Returns None where the list is that of the only upstream."""
         own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
-            return await proxy.serve(request, reply)
+            return None
         models = await self.catalogue.models(reply.context, key and key.upstream)
         if not (own or models or self.lists_models):
-            return await proxy.serve(request, reply)  # it may speak the client's API alone
-        for alias, name in (proxy.config.model_aliases or {}).items():
+            return None  # it may speak the client's API alone
+        for alias, name in (self.proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        found = [model for model in models.values()
-                 if not (key and key.globs) or may_use(key.globs, model.name)]
-        reply.send(200, self.dialect(request).models(found))
+        return models.values()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -13916,39 +15300,42 @@ class AdminPage(NamedTuple):
     """One row of the admin API."""
     method: str
     path: str  # below /admin/api; NAME stands for what varies
-    role: str  # that it takes at least
     handler: str
     does: str  # for people
 
+    @property
+    def role(self) -> str:
+        """The role that it takes at least."""
+        return "viewer" if self.method == "GET" else "admin"
 
-ADMIN_PAGES = [AdminPage(*row) for row in (
-    ("GET", "", "viewer", "contents", "this list, and who you are"),
-    ("GET", "/summary", "viewer", "summary", "today, the last minute, running calls, upstreams"),
-    ("GET", "/events", "viewer", "events", "what happens, as server-sent events"),
-    ("GET", "/calls", "viewer", "calls", "calls, the latest first: ?before= limit= and filters"),
-    ("GET", "/calls/NAME", "viewer", "call", "all that is known of one call, by its id"),
-    ("GET", "/usage", "viewer", "usage", "who used what: ?by= step= from= to= zone= format=csv"),
-    ("GET", "/callers", "viewer", "callers", "who called lately, with their buckets"),
-    ("POST", "/callers/NAME/give", "admin", "give",
-     'more for one caller: {"amount": 2, "unit": "usd", "for": "1d"}'),
-    ("POST", "/callers/NAME/reset", "admin", "reset", "fills the buckets of one caller"),
-    ("GET", "/keys", "viewer", "keys", "stored keys, without their secrets"),
-    ("POST", "/keys", "admin", "add_key", "makes one, and tells its secret this once"),
-    ("GET", "/keys/NAME", "viewer", "key", "one of them"),
-    ("PATCH", "/keys/NAME", "admin", "set_key", "changes fields of it"),
-    ("DELETE", "/keys/NAME", "admin", "remove_key", "removes it"),
-    ("POST", "/keys/NAME/revoke", "admin", "revoke_key", "it is valid no more"),
-    ("POST", "/keys/NAME/restore", "admin", "restore_key", "and is again"),
-    ("POST", "/keys/NAME/rotate", "admin", "rotate_key", "another secret: grace"),
-    ("POST", "/keys/NAME/give", "admin", "give", "more for it, as for a caller"),
-    ("POST", "/keys/NAME/reset", "admin", "reset", "fills its buckets"),
-    ("GET", "/upstreams", "viewer", "upstreams", "upstreams, how they are and how quick"),
-    ("POST", "/upstreams/NAME/enable", "admin", "enable", "calls go there again"),
-    ("POST", "/upstreams/NAME/disable", "admin", "disable", "no more calls go there"),
-    ("POST", "/upstreams/NAME/test", "admin", "test", "asks it for its models"),
-    ("GET", "/limits", "viewer", "limits", "the rules, and how often each refused"),
-    ("GET", "/audit", "viewer", "audit", "who changed what: ?before="),
-    ("GET", "/config", "viewer", "config", "the settings, without secrets"))]
+
+ADMIN_PAGES = [AdminPage(*row.split(None, 3)) for row in """\
+GET    /                       contents    this list, and who you are
+GET    /summary                summary     today, the last minute, running calls, upstreams
+GET    /events                 events      what happens, as server-sent events
+GET    /calls                  calls       calls, the latest first: ?before= limit= and filters
+GET    /calls/NAME             call        all that is known of one call, by its id
+GET    /usage                  usage       who used what: ?by= step= from= to= zone= format=csv
+GET    /callers                callers     who called lately, with their buckets
+POST   /callers/NAME/give      give        gives more: {"amount": 2, "unit": "usd", "for": "1d"}
+POST   /callers/NAME/reset     reset       fills the buckets of one caller
+GET    /keys                   keys        stored keys, without their secrets
+POST   /keys                   add_key     makes one, and tells its secret this once
+GET    /keys/NAME              key         one of them
+PATCH  /keys/NAME              set_key     changes fields of it
+DELETE /keys/NAME              remove_key  removes it
+POST   /keys/NAME/revoke       revoke_key  it is valid no more
+POST   /keys/NAME/restore      restore_key and is again
+POST   /keys/NAME/rotate       rotate_key  another secret: grace
+POST   /keys/NAME/give         give        more for it, as for a caller
+POST   /keys/NAME/reset        reset       fills its buckets
+GET    /upstreams              upstreams   upstreams, how they are and how quick
+POST   /upstreams/NAME/enable  enable      calls go there again
+POST   /upstreams/NAME/disable disable     no more calls go there
+POST   /upstreams/NAME/test    test        asks it for its models
+GET    /limits                 limits      the rules, and how often each refused
+GET    /audit                  audit       who changed what: ?before=
+GET    /config                 config      the settings, without secrets""".splitlines()]
 
 
 class Ask(NamedTuple):
@@ -13957,8 +15344,8 @@ class Ask(NamedTuple):
     reply: Reply
     caller: Caller
     name: str
-    query: Dict[str, str]
-    body: Dict[str, Any]
+    query: Texts
+    body: JsonObject
 
 
 class Jobs:
@@ -13974,22 +15361,21 @@ class Jobs:
     async def run(self, context: Context, owner: CallerKey, act: Callable[..., Any],
                   *arguments: Any) -> Any:
         """Returns what `act` does in a helper thread. A job whose owner has left before it began is
-        dropped. Raises Overloaded, and what `act` raises."""
+        dropped; one that has begun counts until it ends. Raises Overloaded, and what `act`
+        raises."""
         if sum(self.owners.values()) >= self.MOST:
             raise Overloaded(wait=1)
         answered = context.loop.create_future()
 
-        def end(job):
+        def end():
             self.owners[owner] -= 1
             if not self.owners[owner]:
                 del self.owners[owner]
-            if not job.cancelled():
-                job.exception()  # asyncio complains of one that nobody has looked at
             Stream.wake(answered)
 
         self.owners[owner] += 1
-        job = context.loop.run_in_executor(self.pool, act, *arguments)
-        job.add_done_callback(end)
+        job = self.pool.submit(act, *arguments)
+        job.add_done_callback(lambda _: soon(context.loop, end))
         try:
             await context.wait(answered, self.SECONDS, "the database")
             return job.result()
@@ -14016,13 +15402,12 @@ class Admin:
         self.clock = proxy.clock
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
-        self.reader = LedgerReader(self.path) if proxy.books.ledger else None
         self.reading = Jobs(2, "pages")
         self.changing = Jobs(1, "changes")
         self.own_use = Jobs(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
-    def page(self, request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+    def page(self, request: Request) -> Optional[Page]:
         """Returns what answers a request, None where it is not for the admin API."""
         if request.path == "/v1/quota" and request.method in ("GET", "HEAD"):
             return self.quota
@@ -14033,7 +15418,7 @@ class Admin:
         """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
         MethodNotAllowed."""
         found = [(match, row) for shape, row in self.rows
-                 for match in [shape.fullmatch(path)] if match]
+                 for match in [shape.fullmatch(path or "/")] if match]
         if not found:
             raise NoSuchPage()
         for match, row in found:
@@ -14080,34 +15465,37 @@ class Admin:
 
     async def run(self, jobs, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
-        if self.reader is None:
+        if not self.proxy.books.ledger:
             raise BooksAway("Nothing is kept: DATABASE is off")
         try:
             return await jobs.run(reply.context, reply.entry.caller.key, act, *arguments)
         except (sqlite3.Error, DatabaseFault, FileNotFoundError):
             raise BooksAway() from None
 
-    async def read_books(self, reply, act, *arguments):
-        """Returns what a method of LedgerReader does."""
-        return await self.run(self.reading, reply, act, self.reader, *arguments)
+    async def read_books(self, ask, act, *arguments, jobs=None):
+        """Returns what a method of LedgerReader does, for who asks."""
+        zone = read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
+        reader = LedgerReader(self.path, self.proxy.wall(), zone)
+        return await self.run(jobs or self.reading, ask.reply, act, reader, *arguments)
+
+    def work_on_keys(self, mode, actor, act, *arguments, **fields):
+        """Returns what a method of KeyStore does. By SQLite alone: closing the file that was opened
+        otherwise would drop all locks that this process has on it
+        (https://www.sqlite.org/howtocorrupt.html, 2.2)."""
+        with contextlib.closing(connect(self.path, mode)) as connection:
+            return act(KeyStore(connection, self.clock, actor), *arguments, **fields)
 
     async def read_keys(self, ask, act, *arguments):
-        """Returns what a method of KeyStore does that changes nothing."""
-        def read():
-            with contextlib.closing(Database.again(self.path, "ro")) as database:
-                return act(KeyStore(database, self.clock, None), *arguments)
-
-        return await self.run(self.reading, ask.reply, read)
+        """Returns what one does that changes nothing."""
+        return await self.run(
+            self.reading, ask.reply, self.work_on_keys, "ro", None, act, *arguments)
 
     async def change_keys(self, ask, act, *arguments, **fields):
         """Does something with the stored keys, as KeyStore has it, in the name of who asks; one
         after the other. Returns what is told of it, once the proxy goes by it."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
 
-        def change():
-            with contextlib.closing(Database.again(self.path, "rw")) as database:
-                return act(KeyStore(database, self.clock, actor), *arguments, **fields)
-
+        change = functools.partial(self.work_on_keys, "rw", actor, act, *arguments, **fields)
         found = await self.run(self.changing, ask.reply, change)
         await self.until_read(ask.reply.context)
         return found.as_dict() if found else {}
@@ -14115,19 +15503,14 @@ class Admin:
     async def until_read(self, context):
         """Waits until the ledger has told of keys as they are now. It may be hindered: then what
         was changed is changed all the same."""
-        loop = context.loop
-        told = loop.create_future()
+        told = context.loop.create_future()
         self.proxy.books.ledger.on_read.append(
-            lambda: loop.call_soon_threadsafe(Stream.wake, told))
+            functools.partial(soon, context.loop, Stream.wake, told))
         with contextlib.suppress(TimeoutError):
             await context.wait(told, self.READ_SECONDS, "the ledger")
 
     def pools(self) -> List[concurrent.futures.Executor]:
         return [jobs.pool for jobs in (self.reading, self.changing, self.own_use)]
-
-    @staticmethod
-    def zone(ask):
-        return read_time_zone(ask.query.get("zone", ""), ask.query.get("offset", ""))
 
     # -- what happens now
 
@@ -14143,8 +15526,7 @@ class Admin:
     async def summary(self, ask):
         proxy, sums = self.proxy, {}
         with contextlib.suppress(BooksAway):
-            sums = await self.read_books(
-                ask.reply, LedgerReader.today, self.zone(ask), proxy.wall())
+            sums = await self.read_books(ask, LedgerReader.today)
         return {"you": self.you(ask), "version": VERSION, "now": proxy.wall(),
                 "keys_are_asked_for": not proxy.callers.is_open,
                 "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
@@ -14249,13 +15631,14 @@ class Admin:
 
     def upstream(self, name):
         found = self.proxy.routes.by_name.get(name)
-        require(found, "there is no upstream of this name")
+        if not found:
+            raise NoSuchPage("There is no upstream of this name")
         return found
 
     async def switch(self, ask, on):
         """It stays so after a new start, too, where there is a DATABASE."""
         upstream = self.upstream(ask.name)
-        if self.reader:
+        if self.proxy.books.ledger:
             await self.change_keys(ask, KeyStore.switch_upstream, ask.name, on)
         self.proxy.routes.switch(ask.name, on)
         self.feed.tell("change", {"what": "upstreams"})
@@ -14267,17 +15650,13 @@ class Admin:
     async def test(self, ask):
         upstream = copy.copy(self.upstream(ask.name))
         upstream.model = None  # its own list is asked for
-        context = Context(ask.reply.context.loop)
-        context.until = context.loop.time() + 10
         began = self.clock.monotonic()
         try:
-            names = [clean(model.name) for model in await upstream.models(context)]
-            found = {"ok": True, "models": names[:self.MAX_SHOWN], "fault": None}
+            models = await ask_models(self.proxy.loop, upstream, 10)
+            names = [clean(model.name) for model in models[:self.MAX_SHOWN]]
+            found = {"ok": True, "models": names, "fault": None}
         except (Refusal, ValueError) as refusal:
-            found = {"ok": False, "models": [], "fault": "%s (%s)" % (
-                refusal, getattr(refusal, "cause", None) or "no more is known")}
-        finally:
-            context.close()
+            found = {"ok": False, "models": [], "fault": with_cause(refusal)}
         return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
 
     # -- keys
@@ -14317,25 +15696,29 @@ class Admin:
     async def rotate_key(self, ask):
         return await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
 
-    def require_known(self, label):
-        """Raises NoSuchPage where nobody is known by a name: it may be misspelt."""
-        if not (self.proxy.callers.named(label) or self.pulse.named(label)):
+    def known_as(self, label):
+        """Returns who has this name. Raises NoSuchPage where nobody has: it may be misspelt."""
+        found = self.proxy.known_as(label)
+        if not found:
             raise NoSuchPage("Nobody of this name is known here")
+        return found
 
     async def give(self, ask):
-        self.require_known(ask.name)
+        callers = self.known_as(ask.name)
         amount, unit, seconds = map(ask.body.get, ("amount", "unit", "for"))
+        if unit in UNITS:
+            require_bucket(self.proxy.limits, callers, unit)
         if type(amount) in (int, float):
             amount = "%.12g" % amount
         return await self.change_keys(ask, KeyStore.give, ask.name, amount, unit, seconds)
 
     async def reset(self, ask):
-        self.require_known(ask.name)
+        self.known_as(ask.name)
         return await self.change_keys(ask, KeyStore.reset, ask.name)
 
     async def audit(self, ask):
         rows = await self.read_books(
-            ask.reply, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
+            ask, LedgerReader.audit, self.number(ask, "before"), self.MAX_SHOWN)
         return {"rows": rows, "next": rows[-1]["id"] if len(rows) == self.MAX_SHOWN else None}
 
     # -- the books
@@ -14354,10 +15737,10 @@ class Admin:
         limit = min(self.MAX_SHOWN, self.number(ask, "limit", 50) or 1)
         filters = {name: ask.query[name] for name in ("id", *CALL_FILTERS) if name in ask.query}
         return await self.read_books(
-            ask.reply, LedgerReader.calls, self.number(ask, "before"), limit, filters)
+            ask, LedgerReader.calls, self.number(ask, "before"), limit, filters)
 
     async def call(self, ask):
-        found = await self.read_books(ask.reply, LedgerReader.call, ask.name)
+        found = await self.read_books(ask, LedgerReader.call, ask.name)
         if not found:
             raise NoSuchPage("No call of this id is known")
         return found
@@ -14367,12 +15750,10 @@ class Admin:
         filters = {name: query[name] for name in SUM_KEYS if name in query}
         by, step = query.get("by", "caller"), query.get("step", "day")
         start, end = self.number(ask, "from", now - DAY), self.number(ask, "to", now)
-        found = await self.read_books(
-            ask.reply, LedgerReader.usage, by, step, start, end, self.zone(ask), filters)
+        found = await self.read_books(ask, LedgerReader.usage, by, step, start, end, filters)
         if query.get("format") == "csv":
             return self.send_csv(ask.reply, found["groups"])
-        budgets = [self.budget(one) for one in self.known_callers()
-                   if one.label == filters.get("caller")]
+        budgets = map(self.budget, self.proxy.known_as(filters.get("caller")))
         return {**found, "budget": next(filter(None, budgets), None)}
 
     @staticmethod
@@ -14403,9 +15784,8 @@ class Admin:
     async def callers(self, ask):
         sums = hours = seen = {}
         with contextlib.suppress(BooksAway):
-            sums, hours, seen = await self.read_books(
-                ask.reply, LedgerReader.of_callers, self.zone(ask), self.proxy.wall())
-        not_full = self.buckets_by_owner()
+            sums, hours, seen = await self.read_books(ask, LedgerReader.of_callers)
+        not_full = self.proxy.limits.not_full()
         rows = []
         for caller in self.known_callers():
             label, key = caller.label, caller.stored_key
@@ -14427,9 +15807,9 @@ class Admin:
         ask = Ask(request, reply, caller, "", dict(urllib.parse.parse_qsl(request.query)), {})
         calls = days = []
         with contextlib.suppress(BooksAway):
-            calls, days = await self.run(self.own_use, reply, LedgerReader.of_one, self.reader,
-                                         caller.label, self.zone(ask), self.proxy.wall())
-        buckets = self.buckets_of(caller, self.buckets_by_owner())
+            calls, days = await self.read_books(
+                ask, LedgerReader.of_one, caller.label, jobs=self.own_use)
+        buckets = self.buckets_of(caller, self.proxy.limits.not_full())
         self.send_json(reply, {
             "caller": caller.label, "team": caller.team, "role": caller.role,
             "now": self.proxy.wall(),
@@ -14441,22 +15821,9 @@ class Admin:
                   for one in buckets if one["unit"] not in UNITS_OF_CALLS]
         return warning_text(shares, self.proxy.config.warn_at or ())
 
-    def buckets_by_owner(self):
-        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
-        found = collections.defaultdict(dict)
-        for one in self.proxy.limits.buckets.seen():
-            for owner in one.key[1:]:
-                found[owner][one.key] = one.rule
-        return found
-
     def buckets_of(self, caller, not_full):
-        """Returns a caller's buckets: those of a usual call, and the others that are not full."""
-        address = caller.key[1] if caller.key[0] == "address" else None
-        usual = self.proxy.limits.matching(caller, address, self.proxy.config.base_model)
-        rules = {key: rule for rule, key in usual
-                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
-        rules.update(not_full.get(caller.key, {}))
-        return [self.pulse.bucket(rule, key) for key, rule in rules.items()]
+        found = self.proxy.limits.buckets_of(caller, self.proxy.config.base_model, not_full)
+        return [self.pulse.bucket(rule, key) for key, rule in found.items()]
 
     async def limits(self, _):
         limits, refused = self.proxy.limits, self.proxy.watchers.metrics.refused
@@ -14473,9 +15840,7 @@ class Admin:
         rows = []
         for name, text in config.texts.items():
             setting = find_setting(name)
-            hidden = text is not None and setting.secret
-            rows.append({"name": name, "group": groups[setting.name],
-                         "value": "set, not shown" if hidden else text,
+            rows.append({"name": name, "group": groups[setting.name], "value": shown(name, text),
                          "is_default": text == setting.default, "sentence": setting.sentence})
         return {"settings": rows, "warnings": config.warnings()}
 
@@ -15194,7 +16559,8 @@ function callParts(call) {
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+    Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
+    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
@@ -15403,7 +16769,7 @@ async def send_dashboard(_, reply: Reply):
     reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
 
 
-def find_dashboard(request: Request) -> Optional[Callable[[Request, Reply], Awaitable[None]]]:
+def find_dashboard(request: Request) -> Optional[Page]:
     """Returns what answers where the page is asked for, all of it or one's own use; else None."""
     is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
     return send_dashboard if is_asked else None
@@ -15942,8 +17308,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.sweep_timer = self.loop.call_later(Ledger.SAVE_SECONDS, self.sweep)
         proxy.routes.close_stale()
         collect_a_little()
-        wall = proxy.clock.time_ns() / 1e9
-        proxy.books.save(proxy.limits.buckets.snapshot(wall))
+        proxy.books.save(proxy.limits.buckets.snapshot(proxy.wall()))
         proxy.watchers.metrics.sort_in()
         proxy.watchers.warnings.look(
             proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
@@ -16179,19 +17544,21 @@ class Workers:
 
 # --------------------------------------------------------------------------------------------------
 # Demo: a small endpoint on loopback, for the first minute without a model. It stands in for a real
-# one, in threads of its own, and is no part of the proxy.
+# one, on a loop of its own, and is no part of the proxy.
 # --------------------------------------------------------------------------------------------------
 
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Speaks HTTP/1.0: the end of the connection is the end of the answer."""
-    disable_nagle_algorithm = True
+class Demo:
+    """Answers the proxy, on a port of loopback that the system picks. A last message that begins
+    with "say: " comes back."""
+    first_seconds = 0.0  # until an answer begins
     WORD_SECONDS = 0.05
     TEXT = ("This is the built-in demo endpoint of llm_proxy."
-            " It answers every call with these words, one after another.")
+            " It answers every call with these words, one after another. ")
     MODELS = ('{"object": "list", "data": ['
               '{"id": "demo", "object": "model", "created": 0, "owned_by": "demo"}]}')
-    FRAME = ('{"id": "demo-1", "object": "%s", "created": %d, "model": "demo",'
+    FRAME = ('{"id": "demo-%d", "object": "%s", "created": %d, "model": "demo",'
              ' "choices": [%s], "usage": %s}')
+    SENT = re.compile(b'"id": "demo-([0-9]{1,19})"')  # in nanoseconds of the loop's time
     USAGE = '{"prompt_tokens": %d, "completion_tokens": %d, "total_tokens": %d}'
     # names of an answer and of an event; the choice with the whole text, at the begin, of a word,
     # at the end
@@ -16199,69 +17566,327 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         "chat.completion", "chat.completion.chunk",
         '{"index": 0, "message": {"role": "assistant", "content": "%s"}, "finish_reason": "stop"}',
         '{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null}',
-        '{"index": 0, "delta": {"content": "%s "}, "finish_reason": null}',
+        '{"index": 0, "delta": {"content": "%s"}, "finish_reason": null}',
         '{"index": 0, "delta": {}, "finish_reason": "stop"}')
     COMPLETION = (
         "text_completion", "text_completion",
         '{"index": 0, "text": "%s", "finish_reason": "stop"}',
         '{"index": 0, "text": "", "finish_reason": null}',
-        '{"index": 0, "text": "%s ", "finish_reason": null}',
+        '{"index": 0, "text": "%s", "finish_reason": null}',
         '{"index": 0, "text": "", "finish_reason": "stop"}')
 
-    def do_GET(self):
-        if self.path == "/v1/models":
-            self.answer("application/json", self.MODELS)
-        else:
-            self.send_error(404)
+    def __init__(self):
+        self.listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.url = "http://127.0.0.1:%d/v1" % self.listening.getsockname()[1]
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    async def serve(self):
+        # Of a coroutine that is cancelled before it runs Python 3.11 complains; not of a task.
+        async with await asyncio.start_server(
+                lambda *streams: asyncio.ensure_future(self.converse(*streams)),
+                sock=self.listening) as server:
+            await server.serve_forever()
+
+    async def converse(self, reader, writer):
+        """Answer one request after another, as simply as a proxy lets one."""
+        with contextlib.suppress(Exception):  # who asks hung up, or asks what no demo understands
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                length = re.search(r"(?i)\ncontent-length: *([0-9]+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                method, target = head.split(" ")[:2]
+                if method == "POST":
+                    await self.answer_call(writer, body)
+                elif target == "/v1/models":
+                    self.answer(writer, self.MODELS)
+                else:
+                    self.answer(writer, "{}", "404 Not Found")
+        writer.close()
+
+    async def answer_call(self, writer, body):
         call = json.loads(body or b"{}")
         name, event_name, whole, begin, piece, end = (
             self.CHAT if "messages" in call else self.COMPLETION)
-        words = self.TEXT.split()
+        words = self.words_for(call)
         prompt = len(body) // 4
         usage = self.USAGE % (prompt, len(words), prompt + len(words))
+        await asyncio.sleep(self.first_seconds)
         if not call.get("stream"):
-            return self.answer("application/json", self.frame(name, whole % self.TEXT, usage))
-        choices = [begin, *[piece % word for word in words], end]
-        events = [self.frame(event_name, choice) for choice in choices]
+            return self.answer(
+                writer, self.frame(name, whole % "".join(words).rstrip(), usage))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                     b"Transfer-Encoding: chunked\r\n\r\n")
+        await asyncio.sleep(self.WORD_SECONDS * random.random())  # streams are not in one beat
+        for choice in [begin, *[piece % word for word in words], end]:
+            await self.tell(writer, self.frame(event_name, choice))
+            await asyncio.sleep(self.WORD_SECONDS)
         if (call.get("stream_options") or {}).get("include_usage"):
-            events.append(self.frame(event_name, "", usage))
-        self.stream([*events, "[DONE]"])
+            await self.tell(writer, self.frame(event_name, "", usage))
+        await self.tell(writer, "[DONE]")
+        writer.write(b"0\r\n\r\n")
+
+    def words_for(self, call):
+        """Returns what to say, word by word, as in strings of JSON."""
+        words = re.findall(r"\s*\S+\s*", self.text_for(call))
+        return [json.dumps(word)[1:-1] for word in words]
+
+    def text_for(self, call):
+        said = call.get("prompt")
+        if call.get("messages"):
+            said = call["messages"][-1].get("content")
+        if type(said) is list:
+            said = "".join([str(dig(part, "text") or "") for part in said])
+        return said[5:] if str(said).startswith("say: ") else self.TEXT
 
     def frame(self, name, choice, usage="null"):
-        return self.FRAME % (name, time.time(), choice, usage)
+        sent = asyncio.get_running_loop().time() * 1e9
+        return self.FRAME % (sent, name, time.time(), choice, usage)
 
-    def stream(self, events):
-        self.answer("text/event-stream")
-        for event in events:
-            time.sleep(self.WORD_SECONDS)
-            self.wfile.write(b"data: %b\n\n" % event.encode())
+    @staticmethod
+    async def tell(writer, data):
+        event = b"data: %b\n\n" % data.encode()
+        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+        await writer.drain()
 
-    def answer(self, content_type, body=""):
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *_):
-        pass
+    @staticmethod
+    def answer(writer, body, status="200 OK"):
+        writer.write((
+            "HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+            % (status, len(body), body)).encode())
 
 
-class DemoServer(http.server.ThreadingHTTPServer):
-    """Answers to loopback only, on a port that the system picks."""
+# --------------------------------------------------------------------------------------------------
+# Bench: calls that are timed as a client sees them, to any URL, or, for the self-test, to a proxy
+# of its own in front of the demo. It uses the parts by which the proxy calls upstreams.
+# --------------------------------------------------------------------------------------------------
+
+SHARES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+
+
+def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
+    """Returns the mean and the percentiles of what is not empty."""
+    found = sorted(seconds)
+    last = len(found) - 1
+    return {"mean": round(1000 * sum(found) / len(found), 3), **{
+        name: round(1000 * found[min(last, len(found) * share // 100)], 3)
+        for name, share in SHARES.items()}}
+
+
+def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
+    """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
+    ConfigFaults."""
+    config = read_config({**environ, "BASE_API_URL": url, "BASE_API_KEY": key or ""})
+    return build_routes(config, time, lambda news: None).base
+
+
+class Bench:
+    """Calls of one kind, some at once. `times` has seconds by what they are of: `upstream` is what
+    the proxy told of it, `proxy` the rest of the time to the head of the answer, `event` the way
+    of an event of the demo's. `statuses` has how often each came, or what went wrong instead."""
+    began = ended = failures = 0
+    leave_after = math.inf  # reads, as a caller who hangs up
+
+    def __init__(self, upstream: Upstream, path: str, payload: JsonObject):
+        lines = ["Content-Type: application/json", "Accept-Encoding: identity"]
+        self.upstream = upstream
+        self.head = functools.partial(
+            upstream.head, "POST", path, "", upstream.dialect, upstream.key, lines)
+        self.body = json.dumps(payload).encode()
+        self.streamed = payload.get("stream")
+        self.statuses = collections.Counter()
+        self.times = {name: array.array("d") for name in (
+            "whole", "upstream", "proxy", "first byte", "jitter", "event")}
+
+    async def run(self, calls: Iterable[int], concurrency: int):
+        """Make a call for each of these."""
+        loop, calls = asyncio.get_running_loop(), iter(calls)
+        self.began = self.ended = loop.time()
+        await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
+        self.upstream.addresses[0].close_stale(everything=True)
+
+    async def work(self, loop, calls):
+        context = Context(loop)
+        with contextlib.closing(context):
+            for _ in calls:
+                try:
+                    status = await self.call(context)
+                    self.failures += status >= 400
+                except Refusal as refusal:
+                    status = refusal.cause or str(refusal)
+                    self.failures += 1
+                self.statuses[str(status)] += 1
+                self.ended = loop.time()
+
+    async def call(self, context):
+        """Returns the status of one call. Raises Refusal."""
+        began = context.loop.time()
+        with await self.upstream.send_once("POST", self.head, self.body, context) as response:
+            answered = context.loop.time()
+            arrivals = await self.read(response, context)
+        self.times["whole"].append(context.loop.time() - began)
+        told = [response.head.get("x-upstream-request-" + name, "") for name in ("start", "stop")]
+        if all(re.fullmatch("[0-9]{1,19}", text) for text in told):
+            upstream = (int(told[1]) - int(told[0])) / 1e9
+            self.times["upstream"].append(upstream)
+            self.times["proxy"].append(answered - began - upstream)
+        if self.streamed:
+            self.times["first byte"].extend([at - began for at in arrivals[:1]])
+            self.times["jitter"].extend([abs(c - 2 * b + a) for a, b, c in zip(
+                arrivals, arrivals[1:], arrivals[2:])])
+        return response.status
+
+    async def read(self, response, context):
+        """Read a body to its end; returns when something of it came, which of a stream is when an
+        event did. Raises UpstreamFailed."""
+        seconds = response.address.transport.read_timeout
+        framing, arrivals, going_on = response.framing, [], True
+        try:
+            while going_on and not framing.ended and len(arrivals) < self.leave_after:
+                payload = framing.feed(response.stream.take_all())[1]
+                now = context.loop.time()
+                arrivals += [now] * bool(payload)
+                self.times["event"].extend([
+                    now - int(sent) / 1e9 for sent in Demo.SENT.findall(payload)])
+                going_on = framing.ended or await response.more(context, now + seconds)
+        except (OSError, Malformed) as failure:
+            raise UpstreamFailed(failure) from None
+        if not going_on and not framing.end_of_stream():
+            raise UpstreamFailed("answer was cut")
+        return arrivals
+
+    def report(self) -> JsonObject:
+        calls = sum(self.statuses.values())
+        return {"requests": calls, "failures": self.failures,
+                "seconds": round(self.ended - self.began, 3),
+                "per_second": round(calls / max(1e-6, self.ended - self.began), 1),
+                "statuses": dict(self.statuses),
+                "milliseconds": {name: in_milliseconds(found)
+                                 for name, found in self.times.items() if found}}
+
+
+class SelfTest:
+    """What a proxy of its own does on this machine, in front of the demo, told line by line."""
+    CALL = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20}
+    STREAM = {**CALL, "stream": True}
+    SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
+                "LIMITS": "each 1000000000 tokens per day"}
+    START_TRIES, CALL_SECONDS = 100, 3  # ten a second
+    CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
+    MEMORY = "process_resident_memory_bytes"
+    OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
+    GOOD = {  # the unit, from where and to where it is good
+        "added to the first byte": ("ms", 0, 5),
+        "calls": ("a second", 200, math.inf),
+        "memory of an idle connection": ("KiB", 0, 64),
+        "added to an event, 10 streams": ("ms", 0, 5),
+        "added to an event, 100 streams": ("ms", 0, 10),
+        "added to an event, 500 streams": ("ms", 0, 50),
+        "memory of a running stream": ("KiB", 0, 256),
+        "delivered of what is billed after 50 hang-ups": ("%", 0, 100)}
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), DemoHandler)
-        threading.Thread(
-            target=self.serve_forever, args=(0.05,), name="demo", daemon=True).start()
+        self.demo = Demo()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = "http://127.0.0.1:%d" % self.port
+        self.key = new_secret()
+        self.all_good = True
 
-    def server_bind(self):
-        Server.server_bind(self)
+    def tell(self, what, value):
+        unit, least, most = self.GOOD[what]
+        good = least <= value <= most
+        self.all_good &= good
+        print("%-46s %8.1f %-9s %s" % (what, value, unit, "good" if good else "POOR"), flush=True)
 
-    def handle_error(self, request, client_address):
-        pass  # the proxy hung up, as it should when its caller does
+    def start(self, folder: str, environ: Texts) -> subprocess.Popen:
+        """Starts the proxy, whose files are in this folder."""
+        own = {name: text for name, text in environ.items() if not find_setting(name)}
+        return subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__)], cwd=folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
+                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.port),
+                "PROXY_API_KEYS": "selftest=" + self.key})
+
+    def scrape(self, name: str) -> float:
+        """Returns the sum of the proxy's metrics of a name. Raises OSError."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, 5)) as asking:
+            asking.request("GET", "/metrics")
+            text = asking.getresponse().read().decode()
+        return sum(map(float, re.findall(r"(?m)^%s(?:\{.*\})? (\S+)$" % name, text)))
+
+    async def run(self, environ: Texts):
+        """Raises OSError, and Refusal where a call fails."""
+        asyncio.get_running_loop().create_task(self.demo.serve())
+        with tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
+            with self.start(folder, environ) as proxy:
+                try:
+                    await self.measure()
+                finally:
+                    proxy.terminate()
+
+    async def measure(self):
+        for _ in range(self.START_TRIES):
+            await asyncio.sleep(0.1)
+            with contextlib.suppress(ConnectionRefusedError):
+                self.scrape(self.MEMORY)
+                break
+        await self.measure_calls()
+        before = self.scrape(self.MEMORY)
+        with contextlib.ExitStack() as idle:
+            for _ in range(self.IDLE):
+                idle.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+            await asyncio.sleep(0.5)
+            more = self.scrape(self.MEMORY) - before
+        self.tell("memory of an idle connection", more / self.IDLE / 1024)
+        for count in self.STREAMS:
+            await self.measure_streams(count, before)
+        await self.measure_hang_ups()
+
+    async def timed(self, url, payload, calls, concurrency, leave_after=math.inf):
+        """Returns the Bench of these calls. Raises Refusal where one fails."""
+        bench = Bench(upstream_at(url, self.key, {}), "/v1/chat/completions", payload)
+        bench.leave_after = leave_after
+        await bench.run(calls, concurrency)
+        if bench.failures:
+            raise UpstreamFailed("calls failed: %s" % dict(bench.statuses))
+        return bench
+
+    async def compared(self, name, payload, calls, concurrency):
+        """Returns how many milliseconds the proxy adds, by the medians of a time."""
+        direct, proxied = [
+            (await self.timed(url, payload, calls, concurrency)).report()["milliseconds"]
+            for url in (self.demo.url, self.url)]
+        return proxied[name]["p50"] - direct[name]["p50"]
+
+    async def measure_calls(self):
+        self.tell("added to the first byte", await self.compared("whole", self.CALL, range(200), 1))
+        clock = asyncio.get_running_loop().time
+        until = clock() + self.CALL_SECONDS
+        calls = itertools.takewhile(lambda _: clock() < until, itertools.count())
+        bench = await self.timed(self.url, self.CALL, calls, self.CALLERS)
+        self.tell("calls", bench.report()["per_second"])
+
+    async def measure_streams(self, count, before):
+        """Two rounds of so many streams; how much memory they take is seen while they run."""
+        comparing = asyncio.ensure_future(
+            self.compared("event", self.STREAM, range(2 * count), count))
+        peak = before
+        while not comparing.done():
+            await asyncio.sleep(0.3)
+            peak = max(peak, self.scrape(self.MEMORY))
+        self.tell("added to an event, %d streams" % count, comparing.result())
+        if count == max(self.STREAMS):
+            self.tell("memory of a running stream", (peak - before) / count / 1024)
+
+    async def measure_hang_ups(self):
+        before = self.scrape(self.OUTPUT)
+        bench = await self.timed(
+            self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=5)
+        while self.scrape("llm_proxy_in_flight"):
+            await asyncio.sleep(0.1)
+        billed = self.scrape(self.OUTPUT) - before
+        # The first of a stream's events has no word.
+        had = len(bench.times["event"]) - self.HANG_UPS
+        self.tell("delivered of what is billed after 50 hang-ups", 100 * had / max(1, billed))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -16317,33 +17942,21 @@ def settings_help():
     return "\n".join(rows)
 
 
-def ask_models(upstream):
-    """Returns the models that an upstream lists. Raises Refusal, and ValueError for an answer that
-    is no list."""
+def ask_at_once(upstream):
+    """Returns the models that an upstream lists. Raises as `ask_models` does."""
     loop = asyncio.SelectorEventLoop()
-    context = Context(loop)
-    context.until = loop.time() + 10
     with contextlib.closing(loop):
         try:
-            return loop.run_until_complete(upstream.models(context))
+            return loop.run_until_complete(ask_models(loop, upstream, 10))
         finally:
             upstream.addresses[0].close_stale(everything=True)
-
-
-def shown(name, text):
-    """Returns the text of a setting on one line, without a secret."""
-    if text is None:
-        return "not set"
-    if is_secret(name):
-        return "set, not shown"
-    return visible(re.sub(r";?\s*\n\s*", "; ", text))
 
 
 def ask_for_stored_keys(config):
     """Notes whether keys are stored, as a start would."""
     with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
         with contextlib.closing(Database(config.database, reading=True)) as database:
-            if database.is_closed():
+            if is_closed(database.connection.execute):
                 config.note_stored_keys()
 
 
@@ -16351,7 +17964,8 @@ def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     ask_for_stored_keys(config)
     for name, text in config.texts.items():
-        print("%-24s %s" % (name, shown(name, text)))
+        line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
+        print("%-24s %s" % (name, visible(line)))
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
@@ -16363,11 +17977,10 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [clean(model.name) for model in ask_models(upstream)]
+                names = [clean(model.name) for model in ask_at_once(upstream)]
                 models = visible(", ".join(names)) or "none that would be asked of it"
-            except (Refusal, ValueError) as reason:
-                cause = getattr(reason, "cause", None)
-                models = "%s (%s)" % (reason, cause) if cause else reason
+            except (Refusal, ValueError) as refusal:
+                models = with_cause(refusal)
                 code = 1
             print("models of %s at %s: %s" % (upstream.name, address.endpoint.origin, models))
     return code
@@ -16496,7 +18109,7 @@ def offer_dashboard(config: Config, has_admin: bool, path: Optional[str],
     if not at_terminal:
         if path is None:
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
-        path += ".admin-key"
+        path = config.admin_key_file = path + ".admin-key"
         place = "in " + path
         try:
             write_secret(path, key)
@@ -16535,7 +18148,16 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         proxy.books.close(1)
         return 1
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
-    return run_loop(server, reread, words)
+    code = run_loop(server, reread, words)
+    remove_admin_key(config)
+    return code
+
+
+def remove_admin_key(config):
+    """Removes the file of a key that was made, and ends with this process."""
+    with contextlib.suppress(OSError):
+        if config.admin_key_file:
+            os.remove(config.admin_key_file)
 
 
 def run_loop(server: Server, reread: Callable[[], Config], words: Sequence[str] = (),
@@ -16575,12 +18197,14 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
     workers = Workers(config.workers, work, time, say)
     actions = {"SIGTERM": stop, "SIGINT": stop,
                "SIGHUP": stop if stops_when_hung_up(config) else take_settings}
-    return workers.run(actions)
+    code = workers.run(actions)
+    remove_admin_key(config)
+    return code
 
 
 def say_at_once(stream: BinaryIO, as_json: bool, text: str):
     """Writes a line to the log without a thread, where somebody reads it."""
-    line = visible(message_line(text, as_json)) + "\n"
+    line = visible(message_line(text, as_json, time)) + "\n"
     with contextlib.suppress(OSError):
         if select.select([], [stream], [], 0)[1]:
             stream.write(line.encode("ascii", "backslashreplace"))
@@ -16709,6 +18333,10 @@ def handle_signals(loop, actions):
     loop.add_reader(receiver, on_signals, sender)  # both ends must stay referenced
 
 
+USAGE_OPTIONS = (
+    ("--since", "7d", "only the last minutes (30m), hours (12h) or days (7d)", "99999d"),
+    ("--caller", "NAME", "only the calls of this caller"),
+    ("--id", "REQUEST_ID", "all that is known of one call"))
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
@@ -16719,13 +18347,12 @@ PART_OF_CALLS = """SELECT {start} AS start, outcome, {columns}
     FROM (SELECT *, rowid AS number{missing} FROM calls) WHERE %s"""
 
 
-def read_age(text):
-    """Returns seconds: 30m, 12h, 7d. Raises ConfigFaults."""
-    if text is None:
-        return math.inf
-    if not re.fullmatch("[0-9]{1,6}[smhd]", text):
-        raise ConfigFaults("--since must be such as 30m, 12h or 7d (got %r)" % text)
-    return int(text[:-1]) * DURATIONS[text[-1]]
+def read_option(name, read, text):
+    """Returns the value of an option of the command line. Raises ConfigFaults."""
+    try:
+        return read(text)
+    except ValueError as fault:
+        raise ConfigFaults("%s %s (got %r)" % (name, fault, text)) from None
 
 
 def usage_parts(facts, by, since):
@@ -16752,15 +18379,16 @@ def usage_query(execute, by, since):
     return USAGE_QUERY.format(
         by=", ".join(names), totals=Sum.TOTALS,
         parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
-            missing=missing, start=START, columns=listed_columns({**SUM_KEYS, **SUM_COUNTS})))
+            missing=missing, start=START, columns=", ".join([
+                "%s AS %s" % (value, name) for name, value in {**SUM_KEYS, **SUM_COUNTS}.items()])))
 
 
 def read_usage(path, options, now):
     """Returns the names of columns, and a row for each group, the most expensive first; with --id
     the one row of that call. Raises DatabaseFault, and FileNotFoundError where there is no
     ledger."""
-    since = max(0, now - read_age(options.since))
-    by = options.by or ["caller"]
+    since = max(0, now - read_option("--since", age, options.since))
+    by = read_option("--by", listed(one_of(*GROUPS)), ",".join(options.by or ["caller"]))
     with contextlib.closing(Database(path, reading=True).connection) as connection:
         execute = connection.execute
         if options.id:
@@ -16912,6 +18540,100 @@ def version_line():
         VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
 
 
+DEFAULT_PAYLOAD = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}'
+BENCH_OPTIONS = (
+    ("--endpoint", "PATH", "/v1/chat/completions", "what to call there"),
+    ("--key", "KEY", None, "a key to call with"),
+    ("--model", "NAME", None, "the model to ask for; else the payload's, or the first listed"),
+    ("--payload", "JSON", None, "what to ask; else a short question"),
+    ("--requests", "N", "1000", "how many calls"),
+    ("--concurrency", "N", "50", "how many at once"))
+
+
+def add_bench_command(commands):
+    """Adds `bench` and `selftest`."""
+    commands.add_parser("selftest", help="tell what this machine can do, in half a minute")
+    bench = commands.add_parser("bench", help="time calls to a URL; see bench --help")
+    bench.add_argument("url", metavar="URL")
+    for flag, name, default, meaning in BENCH_OPTIONS:
+        bench.add_argument(flag, metavar=name, default=default, help=meaning)
+    bench.add_argument("--stream", action="store_true", help="ask for streams")
+    bench.add_argument("--output", choices=("text", "json"), default="text")
+
+
+def bench_of(options, environ):
+    """Returns the Bench, how many calls it is to make, and how many at once. Raises
+    ConfigFaults."""
+    upstream = upstream_at(options.url, options.key, environ)
+    try:
+        requests = number_between(1, 10_000_000)(options.requests)
+        concurrency = number_between(1, 10_000)(options.concurrency)
+        payload = json.loads(options.payload or DEFAULT_PAYLOAD)
+        require(type(payload) is dict, "the payload must be a JSON object")
+        if options.model or "model" not in payload:
+            payload["model"] = options.model or ask_models(upstream)[0].name
+    except (Refusal, ValueError, IndexError) as fault:
+        raise ConfigFaults("bench: %s" % fault) from None
+    if options.stream:
+        payload["stream"] = True
+    return Bench(upstream, options.endpoint, payload), requests, concurrency
+
+
+def run_unless_stopped(work):
+    """Runs a coroutine; returns whether it came to its end, before a signal."""
+    async def run():
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                loop.add_signal_handler(number, task.cancel)
+        await work
+        return True
+
+    with contextlib.suppress(asyncio.CancelledError):
+        return asyncio.run(run())
+
+
+async def run_bench(bench, requests, concurrency):
+    async def tell_progress():
+        while sys.stderr.isatty():
+            print("%d of %d calls, %d failed" % (
+                sum(bench.statuses.values()), requests, bench.failures), end="\r", file=sys.stderr)
+            await asyncio.sleep(0.5)
+
+    telling = asyncio.ensure_future(tell_progress())
+    await bench.run(range(requests), concurrency)
+    telling.cancel()
+
+
+def bench_command(options, environ):
+    """Times calls and prints how long they took, also where a signal stops it; returns the exit
+    code. Raises ConfigFaults."""
+    bench, requests, concurrency = bench_of(options, environ)
+    run_unless_stopped(run_bench(bench, requests, concurrency))
+    found = bench.report()
+    if options.output == "json":
+        print(json.dumps(found, indent=2))
+    else:
+        statuses, times = found.pop("statuses"), found.pop("milliseconds")
+        print_table(list(found), [list(found.values())])
+        print()
+        print_table(("answered", "calls"), statuses.items())
+        print()
+        print_table(("milliseconds", "mean", *SHARES),
+                    [(name, *row.values()) for name, row in times.items()])
+    return int(bool(bench.failures))
+
+
+def selftest_command(_, environ):
+    """Measures this machine; returns the exit code."""
+    test = SelfTest()
+    try:
+        return int(not (run_unless_stopped(test.run(environ)) and test.all_good))
+    except (Refusal, OSError) as fault:
+        print("selftest: %s" % (getattr(fault, "cause", None) or fault), file=sys.stderr)
+        return 1
+
+
 def add_keys_command(commands):
     """Adds `keys`, and what can be done with them."""
     acts = commands.add_parser(
@@ -16945,6 +18667,7 @@ KEY_OPTIONS = (
     ("give", ["amount"], {"metavar": "AMOUNT"}),
     ("give", ["unit"], {"choices": UNITS[:5]}),
     ("give", ["--for"], {"dest": "seconds", "metavar": "1d", "help": "how long; 1d if not said"}))
+NOT_OF_KEYS = "act command check demo json".split()
 CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY_API_KEYS"
           " (PROXY_API_KEYS=anyone lets all in)")
 
@@ -16957,22 +18680,48 @@ def keys_command(options, found, log_stream):
     if not os.path.exists(path):
         print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
-    store = KeyStore(database, time, Actor(
-        found.get("USER", "somebody"), "admin", "command line"))
+    store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
-             if name not in ("act", "command", "check", "demo", "json") and value is not None}
+             if name not in NOT_OF_KEYS and value is not None}
     try:
         with contextlib.closing(database):
             if options.act in ("give", "reset"):
                 require_caller(store, options.name, found)
-            show_keys(options, getattr(store, {"show": "find"}.get(options.act, options.act))(
-                **given), found)
+            compare_with_settings(options, found, database)
+            show_keys(options, getattr(store, options.act)(**given), found)
+            if options.act not in ("list", "show"):
+                print("done: %s %s" % (options.act, describe_fields(given)), file=sys.stderr)
     except KeyFault as fault:
         print(fault, file=sys.stderr)
         return 1
     except sqlite3.Error as failure:
         raise Unwritable(path, failure) from None
     return 0
+
+
+def user_name():
+    """Returns who gives the command, by name or, in a container, number."""
+    try:
+        return getpass.getuser()
+    except (ImportError, LookupError, OSError):
+        return "uid %d" % os.getuid()
+
+
+def compare_with_settings(options, found, database):
+    """Warns of an upstream that there is none of. Raises KeyFault where a caller would be given
+    more of what no rule counts."""
+    try:
+        config = read_config(found)
+    except ConfigFaults:
+        return  # the settings of the proxy are elsewhere
+    names = [one.name for one in config.all_upstreams()]
+    if getattr(options, "upstream", None) not in (None, "", *names):
+        print("there is no upstream %s: calls by this key are refused" % ascii(options.upstream),
+              file=sys.stderr)
+    if options.act == "give":
+        callers = build_callers(config, b"", read_keys(database.key_rows(), b""))
+        limits = build_limits(config, Buckets(time), {})
+        require_bucket(limits, callers.named(options.name), options.unit)
 
 
 def require_caller(store, name, found):
@@ -17062,7 +18811,7 @@ def grafana_panel(number, title, unit, shown):
         "targets": targets}
 
 
-def grafana_dashboard() -> Dict[str, Any]:
+def grafana_dashboard() -> JsonObject:
     """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
     panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
     return {
@@ -17084,18 +18833,10 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar="usage | prices | keys | grafana")
+    commands = parser.add_subparsers(
+        dest="command", metavar="usage | prices | keys | grafana | bench | selftest")
     commands.add_parser("grafana", help="print a dashboard of /metrics, to import in Grafana")
-    report = commands.add_parser(
-        "usage", help="print who used what, from DATABASE; see usage --help")
-    report.add_argument("--by", choices=GROUPS, action="append",
-                        help="what to add up by, once or more; caller if it is not said")
-    report.add_argument("--since", metavar="7d",
-                        help="only the last minutes (30m), hours (12h) or days (7d)")
-    report.add_argument("--caller", metavar="NAME", help="only the calls of this caller")
-    report.add_argument("--id", metavar="REQUEST_ID", help="all that is known of one call")
-    for flag in ("--json", "--csv"):
-        report.add_argument(flag, action="store_true")
+    add_usage_command(commands)
     prices = commands.add_parser(
         "prices", help="print the prices that are known, or update a file of them")
     prices.add_argument(
@@ -17103,7 +18844,19 @@ def parse_arguments(arguments):
         help="fetch a list into FILE, by default from " + PRICES_URL)
     prices.add_argument("--json", action="store_true")
     add_keys_command(commands)
+    add_bench_command(commands)
     return parser.parse_args(arguments)
+
+
+def add_usage_command(commands):
+    report = commands.add_parser(
+        "usage", help="print who used what, from DATABASE; see usage --help")
+    report.add_argument("--by", metavar="day,model", action="append",
+                        help="what to add up by, caller if it is not said: " + ", ".join(GROUPS))
+    for option in USAGE_OPTIONS:
+        report.add_argument(option[0], **dict(zip(("metavar", "help", "default"), option[1:])))
+    for flag in ("--json", "--csv"):
+        report.add_argument(flag, action="store_true")
 
 
 def open_standard_files():
@@ -17126,27 +18879,42 @@ def read_dotenv_file():
         raise ConfigFaults(".env cannot be read: %s" % failure) from None
 
 
+def run_other_command(options, found, log_stream):
+    """Does what needs no proxy here; returns the exit code. Raises ConfigFaults and
+    DatabaseFault."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if options.command == "grafana":
+        print(json.dumps(grafana_dashboard(), indent=2))
+        return 0
+    if options.command == "prices":
+        return prices_command(options, found.get("PRICES"))
+    if options.command == "keys":
+        return keys_command(options, found, log_stream)
+    if options.command == "usage":
+        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
+    relax_garbage_collection()
+    raise_descriptor_limit()
+    return (bench_command if options.command == "bench" else selftest_command)(options, found)
+
+
 def run_command(options, environ, log_stream):
     """Does what the options say; returns the exit code. Raises ConfigFaults and DatabaseFault."""
     dotenv = read_dotenv_file()
     if options.command:
-        sys.stdout.reconfigure(errors="backslashreplace")
-        if options.command == "grafana":
-            print(json.dumps(grafana_dashboard(), indent=2))
-            return 0
         found = set_variables(environ, read_dotenv(dotenv)[0])
-        if options.command == "prices":
-            return prices_command(options, found.get("PRICES"))
-        if options.command == "keys":
-            return keys_command(options, found, log_stream)
-        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
-    if options.demo:
-        environ["BASE_API_URL"] = "http://127.0.0.1:%d/v1" % DemoServer().server_port
+        return run_other_command(options, found, log_stream)
+    demo = Demo() if options.demo else None
+    if demo:
+        threading.Thread(
+            target=asyncio.run, args=(demo.serve(),), name="demo", daemon=True).start()
+        environ["BASE_API_URL"] = demo.url
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
         environ["WORKERS"] = "1"  # its endpoint has threads
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
+    if demo:
+        demo.first_seconds = config.demo_first_ms / 1000
     relax_garbage_collection()
     remarks = []
     if options.demo:
@@ -17165,8 +18933,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr)
         return 1 if isinstance(fault, InUse) else 2
-    except BrokenPipeError:  # who reads has enough, such as head
+    except OSError as failure:
+        if failure.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter has yet to flush
+        if failure.errno == errno.ENOSPC:  # else who reads has enough, such as head
+            print(failure.strerror, file=sys.stderr)
         return 1
 
 

@@ -3,6 +3,8 @@
 #
 #   ./smoke.sh              starts `llm_proxy.py --demo` on a free port of loopback, checks it, and stops it
 #   ./smoke.sh URL [KEY]    checks a running proxy, say http://127.0.0.1:8899; KEY may also stand in API_KEY
+#   ./smoke.sh PART         shows one thing on a demo of its own: quota, rate, shed, timeout, redact or stream;
+#                           without arguments all of them follow the checks
 #
 # On a running proxy this makes real calls, 22 at most: they count against the bucket of KEY, or of this address.
 # MODEL names the model to ask for (the first that /v1/models lists); PYTHON the interpreter (python3).
@@ -10,10 +12,14 @@
 set -eu
 
 python=${PYTHON:-python3}
+parts="quota rate shed timeout redact stream"
 url=${1:-} key=${2:-${API_KEY:-}}
+part=
+case " $parts " in *" ${url:--} "*) part=$url url= ;; esac
 url=${url%/} url=${url%/v1}
 most_calls=20
 demo=
+spy=
 NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
 export NO_PROXY
 unset no_proxy
@@ -27,14 +33,18 @@ for tool in curl "$python"; do
 done
 
 dir=$(mktemp -d)
-finish() {
-    code=$?
-    trap - EXIT
+stop_demo() {
     if [ -n "$demo" ]; then
         kill "$demo" 2>/dev/null || :
         wait "$demo" 2>/dev/null || :
-        [ $code != 1 ] || sed 's/^/proxy: /' "$dir/log" >&2
     fi
+    demo=
+}
+finish() {
+    code=$?
+    trap - EXIT
+    stop_demo
+    [ $code != 1 ] || [ ! -f "$dir/log" ] || sed 's/^/proxy: /' "$dir/log" >&2
     rm -rf "$dir"
     exit $code
 }
@@ -57,7 +67,8 @@ request() {
 }
 
 # judge WHAT: looks at the last answer, prints what it found; exit code 0 as it should be, 1 wrong, 3 limited, 4 key asked for.
-cat >"$dir/judge.py" <<'PYTHON'
+judge_py=$dir/judge.py
+cat >"$judge_py" <<'PYTHON'
 import json, sys
 
 def read(name):
@@ -93,6 +104,10 @@ def answer():
 def stream():
     chunks = events()
     return "%d events, %d characters" % (len(chunks), len(streamed(chunks)))
+
+def told():
+    found = json.loads(body)
+    return "%d %s" % (status, found["error"]["message"] if "error" in found else found["choices"][0]["message"]["content"])
 
 def limit():
     need(limited, "not limited")
@@ -140,13 +155,13 @@ if status == 401 and "proxy API key" in body and what != "unauthorized":
 if limited and what in ("answer", "stream"):
     sys.exit(3)
 try:
-    if what not in ("unauthorized", "health"):
+    if what not in ("unauthorized", "health", "told"):
         need(status == 200 or limited, "no answer")
     print(globals()[what]())
 except (ValueError, LookupError, TypeError, AttributeError) as fault:
     need(False, "not what it should be: %r" % fault)
 PYTHON
-judge() { "$python" "$dir/judge.py" "$1" "$dir" "${left-}"; }
+judge() { "$python" "$judge_py" "$1" "$dir" "${left-}"; }
 
 # check NAME WHAT: one line, or the end.
 check() {
@@ -172,23 +187,141 @@ look() {
     left=$(judge remaining)
 }
 
-if [ -z "$url" ]; then
-    port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+# start_demo SETTING=VALUE ...: an environment of its own, in a directory without .env: settings that stand elsewhere do
+# not reach it.
+start_demo() {
+    stop_demo
+    port=$(free_port)
     url=http://127.0.0.1:$port key=smoke-key
-    # An environment of its own, in a directory without .env: settings that stand elsewhere do not reach it.
     interpreter=$("$python" -c 'import sys; print(sys.executable)')
     cd "$dir"
-    env -i PATH="$PATH" HOST=127.0.0.1 PORT="$port" MAX_TOKENS=4 PROXY_API_KEYS="smoke=$key" \
-        "$interpreter" "$here/llm_proxy.py" --demo >"$dir/log" 2>&1 &
+    env -i PATH="$PATH" HOST=127.0.0.1 PORT="$port" PROXY_API_KEYS="smoke=$key" "$@" \
+        "$interpreter" ${spy:+-c "$spy"} "$here/llm_proxy.py" --demo >"$dir/log" 2>&1 &
     demo=$!
     tries=0
     until curl -q -s -o "$dir/body" "$url/health"; do
         kill -0 "$demo" 2>/dev/null || fail "llm_proxy.py --demo did not start"
         tries=$((tries + 1))
         [ $tries -lt 100 ] || fail "llm_proxy.py --demo is not ready after 10 s"
-        sleep 0.1 2>/dev/null || sleep 1
+        nap 0.1
     done
+}
+nap() { sleep "$1" 2>/dev/null || sleep 1; }
+
+# ask TEXT: the body of a call.
+ask() { "$python" -c 'import json, sys
+print(json.dumps({"model": "demo", "messages": [{"role": "user", "content": sys.argv[1]}]}))' "$1"; }
+
+# expect NAME PATTERN TEXT: a call whose answer, its status and text, must look like this.
+expect() {
+    request "$key" /v1/chat/completions "$(ask "$3")"
+    found=$(judge told) || fail "$1: $found"
+    say "$1: $found"
+    case $found in $2) ;; *) fail "$1: that should be $2" ;; esac
+}
+
+part_quota() {
+    start_demo MAX_TOKENS=2
+    expect "quota of 2, call 1" "200 one" "say: one"
+    expect "quota of 2, call 2" "200 two" "say: two"
+    expect "quota of 2, call 3" "200 limit reached*" "say: three"
+}
+
+part_rate() {
+    start_demo LIMITS="each 1 requests per 5s" LIMIT_REPLY=error
+    expect "1 in 5 seconds, call 1" "200 one" "say: one"
+    expect "1 in 5 seconds, call 2" "429 *" "say: two"
+    sleep 5
+    expect "1 in 5 seconds, 5 seconds later" "200 three" "say: three"
+}
+
+part_shed() {
+    start_demo MAX_TOKENS=100 MAX_CONCURRENCY=1 MAX_QUEUE=1 DEMO_FIRST_MS=3000
+    pids=
+    for number in 1 2 3; do
+        ( dir=$dir/$number; mkdir "$dir"; request "$key" /v1/chat/completions "$(ask "say: my turn")"
+          judge told >"$dir/told" ) &
+        pids="$pids $!"
+    done
+    for one in $pids; do wait "$one"; done
+    cat "$dir/1/told" "$dir/2/told" "$dir/3/told" | sort | sed 's/^/3 calls at once, 1 runs and 1 waits: /'
+    [ "$(grep -c "^200 my turn" "$dir"/[123]/told | grep -c ":1")" = 2 ] || fail "shed: that should be 2 answers"
+    rm -rf "$dir"/[123]
+}
+
+part_timeout() {
+    start_demo DEMO_FIRST_MS=5000 FIRST_BYTE_TIMEOUT=0.5
+    expect "no first byte in half a second" "504 *" "say: too late"
+}
+
+# The demo as it is, but for a file that has what it was told to say.
+seen='
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import llm_proxy
+said = llm_proxy.DemoHandler.text_for
+def text_for(handler, call):
+    with open("seen", "w") as file:
+        file.write(said(handler, call))
+    return said(handler, call)
+llm_proxy.DemoHandler.text_for = text_for
+sys.exit(llm_proxy.main(["--demo"]))'
+
+part_redact() {
+    told="ann@example.com pays by 4111 1111 1111 1111"
+    spy=$seen
+    start_demo MAX_TOKENS=100 REDACT=email,card REDACT_UPSTREAMS='*'
+    expect "redact, what came back" "200 $told" "say: $told"
+    say "redact, what was sent: $(cat "$dir/seen")"
+    [ "$(cat "$dir/seen")" = "[[EMAIL_1]] pays by [[CARD_1]]" ] || fail "redact: that should be placeholders"
+    spy=
+    start_demo MAX_TOKENS=100 REDACT=email REDACT_UPSTREAMS='*' REDACT_MODE=block
+    expect "redact, where it is refused" "400 *must not leave*" "say: $told"
+}
+
+part_stream() {
+    start_demo MAX_TOKENS=100
+    printf %s "$(ask "say: word by word as they come" | sed 's/}$/, "stream": true}/')" >"$dir/sent"
+    "$python" -c '
+import json, subprocess, sys, time
+call = subprocess.Popen(["curl", "-q", "-sSN", *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+began, times = time.time(), []
+for line in iter(call.stdout.readline, ""):
+    event = line[5:].strip() if line.startswith("data:") else "[DONE]"
+    word = "" if event == "[DONE]" else json.loads(event)["choices"][0]["delta"].get("content")
+    if word:
+        times.append(time.time() - began)
+        print("stream: after %.2f s: %s" % (times[-1], word))
+sys.exit(len(times) != 6 or times[-1] - times[0] < 0.1)' -H "Authorization: Bearer $key" -H 'Content-Type: application/json' \
+        --data-binary "@$dir/sent" "$url/v1/chat/completions" || fail "stream: that should be six words, one after another"
+}
+
+show() {
+    for one in "$@"; do "part_$one"; done
+    say ok
+}
+
+if [ -n "$part" ]; then
+    show "$part"
+    exit
 fi
+whole=
+if [ -z "$url" ]; then
+    whole=1
+    start_demo MAX_TOKENS=4
+fi
+# end: what follows when a proxy was checked.
+end() {
+    if [ -n "$whole" ]; then
+        # shellcheck disable=SC2086
+        show $parts
+    else
+        say ok
+    fi
+    exit
+}
 
 request "$key" /health
 check health health
@@ -219,13 +352,11 @@ check_call stream stream "$call,\"stream\":true}"
 look
 if [ -z "$left" ]; then
     say "limit reply: skipped, no rule counts for this caller"
-    say ok
-    exit
+    end
 fi
 if [ "$cost" -gt 0 ] && [ "$left" -ge $((most_calls * cost)) ]; then
     say "limit reply: skipped, $left tokens are left and a call costs $cost: more than $most_calls calls to go"
-    say ok
-    exit
+    end
 fi
 calls=0
 while :; do
@@ -236,8 +367,7 @@ while :; do
     calls=$((calls + 1))
     if [ $calls -ge $most_calls ]; then
         say "limit reply: skipped, not reached after $calls more calls"
-        say ok
-        exit
+        end
     fi
 done
 [ $code = 3 ] || fail "limit reply: $found"
@@ -246,4 +376,4 @@ if [ -n "$demo" ]; then
     request "$key" /v1/chat/completions "$call,\"stream\":true}"
     check "limit reply" limit_stream
 fi
-say ok
+end
