@@ -10109,6 +10109,264 @@ class BalanceInRedisTest(BalanceTest):
                             sorted(self.missing()))
 
 
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedQueueTest(RedisCase):
+    """Lines of several processes before slots that they share."""
+
+    def setUp(self):
+        super().setUp()
+        self.server = RedisServer(self)
+        self.queues, self.clients = [], []
+
+    def queue(self, most=1, waiting=100, part=lambda most: 1):
+        redis = self.client(self.server.url)
+        self.clients.append(redis)
+        limits = llm_proxy.QueueLimits(waiting, 20, 30)
+        queue = llm_proxy.SharedQueue(most, limits, time, redis, "{t}:slots:x", part)
+        self.queues.append(queue)
+        self.wait_for(lambda: redis.available)
+        return queue
+
+    def running(self):
+        return [queue.running for queue in self.queues]
+
+    def wait_until(self, *running):
+        self.wait_for(lambda: self.running() == list(running))
+
+    def taken(self):
+        return self.server.ask("ZCARD", "{t}:slots:x")
+
+    def rest(self):
+        """Lets what is asked come to its end."""
+        self.run_loop(asyncio.sleep(0.05))
+
+    def test_never_more_run_than_there_are_slots_and_all_come_to_run(self):
+        queues = [self.queue(3) for _ in range(3)]
+        left = [queue.enter("k%d" % (number % 4), 1) for number in range(12) for queue in queues]
+        while left:
+            self.wait_for(lambda: sum(self.running()) == min(3, len(left)))
+            self.assertLessEqual(self.taken(), 3)
+            running = [ticket for ticket in left if ticket.running]
+            self.assertEqual(len(running), min(3, len(left)))
+            running[0].leave()
+            left.remove(running[0])
+        self.wait_for(lambda: not self.taken())
+
+    def test_the_process_that_waited_for_longer_comes_first(self):
+        first, second = self.queue(), self.queue()
+        ticket = first.enter("a", 1)
+        self.wait_until(1, 0)
+        second.enter("b", 1)
+        self.rest()
+        first.enter("a", 1)
+        self.rest()
+        ticket.leave()
+        self.wait_until(0, 1)
+
+    def test_slots_of_a_dead_process_come_back_and_those_of_a_living_one_stay(self):
+        for patch in ({"LEASE_MS": 300}, {"RENEW_SECONDS": 0}):
+            mock.patch.multiple(llm_proxy.SharedQueue, **patch).start()
+        self.addCleanup(mock.patch.stopall)
+        first, second = self.queue(2), self.queue(2)
+        tickets = [one.enter("a", 1) for one in (first, second)]
+        self.wait_until(1, 1)
+        tickets.append(second.enter("b", 1))
+        for _ in range(5):
+            second.beat()  # and the first does not
+            self.run_loop(asyncio.sleep(0.1))
+        self.assertEqual(self.running(), [1, 2])
+        first.beat()  # it was not dead but slow: nobody is cut
+        tickets[1].leave()
+        second.enter("c", 1)
+        self.rest()
+        self.assertEqual(self.running(), [1, 1])
+
+    def test_while_redis_is_away_each_has_its_part(self):
+        first, second = self.queue(4, part=lambda most: most // 2), self.queue(4)
+        tickets = [first.enter("a", 1) for _ in range(6)]
+        self.wait_until(4, 0)
+        self.server.kill()
+        self.wait_for(lambda: not any(one.available for one in self.clients))
+        second.enter("b", 1)
+        self.wait_until(4, 1)
+        for ticket in tickets[:3]:
+            ticket.leave()
+        self.assertEqual(self.running(), [2, 1])
+        self.server.start()
+        self.wait_for(lambda: all(one.available for one in self.clients))
+        self.wait_until(3, 1)
+        self.assertEqual(self.taken(), 4)
+
+    def test_what_redis_forgets_is_told_again(self):
+        queue = self.queue(2)
+        queue.enter("a", 1)
+        self.wait_until(1)
+        self.server.ask("FLUSHALL")
+        queue.renew_at = 0
+        queue.beat()
+        self.wait_for(self.taken)
+
+    def test_who_finds_no_slot_waits_only_where_it_may(self):
+        queue = self.queue(1, waiting=0)
+        tickets = [queue.enter("a", 1) for _ in range(3)]
+        self.wait_for(lambda: [ticket.left for ticket in tickets] == [False, True, True])
+        self.wait_for(lambda: not queue.short)  # which nobody knows for long
+        late = queue.enter("b", 1)
+        self.wait_for(lambda: late.left)
+        tickets[0].leave()
+        self.wait_for(lambda: not queue.short)
+        queue.enter("b", 1)
+        self.wait_until(1)
+
+    def test_who_leaves_while_redis_is_asked_takes_no_slot_along(self):
+        queue = self.queue()
+        queue.enter("a", 1).leave()
+        self.rest()
+        self.assertEqual((self.taken(), self.running(), queue.leases), (0, [0], []))
+
+
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedKeysTest(KeysCase):
+    """Keys of several boxes, each with a DATABASE of its own."""
+
+    def setUp(self):
+        self.redis = RedisServer(self)
+        self.boxes = []
+
+    def box(self):
+        path = new_path(self, "box.db")
+        self.start_box(path)
+        return self.boxes[-1]
+
+    def start_box(self, path):
+        self.start(DATABASE=path, REDIS_URL=self.redis.url, PROXY_API_KEYS="x")
+        self.boxes.append((self.proxy, self.address, path))
+
+    def keys(self, path, act, *arguments, **fields):
+        return getattr(self.store(path, time), act)(*arguments, **fields)
+
+    def until(self, secret, *statuses):
+        """Waits until the boxes answer so to calls with a key."""
+        def found():
+            result = []
+            for _, self.address, _ in self.boxes:
+                status = self.ask(call(secret)).status
+                result.append(401 if status == 429 else status)  # which was asked for too often
+            return tuple(result)
+        wait_for(lambda: found() == statuses, "%r of all" % (statuses,))
+
+    def test_what_is_done_with_a_key_on_one_box_holds_on_all_within_a_second(self):
+        (_, _, here), (_, _, there) = self.box(), self.box()
+        wait_for(lambda: all(proxy.redis.available for proxy, _, _ in self.boxes))
+        secret = self.keys(here, "add", "ann", team="red").secret
+        began = time.monotonic()
+        self.until(secret, 200, 200)
+        self.assertLess(time.monotonic() - began, 1.5)
+        for path, act, statuses in self.each((
+                (there, "revoke", (401, 401)), (here, "restore", (200, 200)),
+                (here, "remove", (401, 401)))):
+            self.keys(path, act, "ann")
+            self.until(secret, *statuses)
+        what = [row[0] for row in self.execute("SELECT what FROM audit ORDER BY id", path=there)]
+        self.assertEqual(what, ["add key", "revoke key", "restore key", "remove key"])
+
+    def test_a_box_that_starts_while_redis_is_away_goes_by_its_copy(self):
+        self.box(), self.box()
+        wait_for(lambda: all(proxy.redis.available for proxy, _, _ in self.boxes))
+        secret = self.keys(self.boxes[0][2], "add", "ann").secret
+        self.until(secret, 200, 200)
+        self.redis.kill()
+        path = self.boxes.pop()[2]
+        self.proxy.books.close(PATIENCE)
+        self.start_box(path)
+        self.until(secret, 200, 200)
+        self.keys(path, "revoke", "ann")
+        self.until(secret, 200, 401)
+        self.redis.start()  # and it has forgotten all
+        self.until(secret, 401, 401)
+
+    def test_what_nobody_of_us_has_written_is_no_key(self):
+        proxy, _, path = self.box()
+        wait_for(lambda: proxy.redis.available)
+        good = [9e9, "a", "b", "c", "add key", "ann", ""]
+        row = ["ann", "caller", None, 1.0, None, 0, None, None, None, None, None, "00" * 32]
+        for record in self.each((
+                "", "{", "[]", "[[],[],[]]", json.dumps([good, [["ann"]], []]),
+                json.dumps([[*good[:4], "give", "ann", ""], [row], []]),
+                json.dumps([good, [row[:-1] + ["00"]], []]),
+                json.dumps([good, [["a b", *row[1:]]], []]),
+                json.dumps([good, [row], [["xx", None]]]),
+                json.dumps([[[], *good[1:]], [row], []]))):
+            self.redis.ask("HSET", "{llm_proxy}:keys", "ann", "9000000000.0 " + record)
+            self.redis.ask("INCR", "{llm_proxy}:keys:changes")
+        self.keys(path, "add", "ben")
+        wait_for(lambda: self.redis.ask("HEXISTS", "{llm_proxy}:keys", "ben"))
+        self.assertEqual([key.name for key in self.keys(path, "list")], ["ben"])
+
+
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedStoredTest(ProxyCase):
+    """What one process has noted, another one finds."""
+    KEYS = {"PROXY_API_KEYS": "ann=sk-a,ben=sk-b"}
+
+    def start_two(self, **settings):
+        """Two proxies before one stub."""
+        redis, self.addresses = RedisServer(self), []
+        super().start(**self.KEYS, REDIS_URL=redis.url, **settings)
+        self.addresses.append(self.address)
+        wait_for(lambda: self.proxy.redis.available)
+        self.run_proxy(read_config({
+            name: text for name, text in self.proxy.config.texts.items() if text}), time)
+        self.addresses.append(self.address)
+        wait_for(lambda: self.proxy.redis.available)
+        return redis
+
+    def ask_at(self, place, *arguments, **options):
+        self.address = self.addresses[place]
+        return self.ask(request(*arguments, **options))
+
+    def test_who_made_a_thing_has_it_everywhere_and_nobody_else(self):
+        redis = self.start_two()
+        self.stub.answer = says_json({"id": "file-1"})
+        self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
+        wait_for(lambda: redis.ask("KEYS", "*:thing:*"))
+        for place, key, status in self.each((
+                (1, "sk-b", 404), (1, "sk-a", 200), (0, "sk-b", 404), (0, "sk-a", 200))):
+            self.assertEqual(self.ask_at(place, "GET", "/v1/files/file-1", key=key).status, status)
+        body = b'{"model": "m", "previous_response_id": "resp_1", "input": "hi"}'
+        self.stub.answer = says_json({"id": "resp_1"})
+        self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key="sk-a").status, 404)
+        self.ask_at(0, "POST", "/v1/responses", b'{"model": "m", "input": "hi"}', key="sk-a")
+        wait_for(lambda: len(redis.ask("KEYS", "*:thing:*")) == 2)
+        for key, status in self.each((("sk-b", 404), ("sk-a", 200))):
+            self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key=key).status, status)
+
+    def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
+        redis = self.start_two(LIMITS="each 1000 tokens per day")
+        self.stub.answer = says_json({"id": "resp_1", "usage": None})
+        body = b'{"background": true, "max_output_tokens": 500}'
+        self.ask_at(0, "POST", "/v1/responses", body, key="sk-a")
+        used = {"input_tokens": 20, "output_tokens": 3}
+        for place, told, left in self.each((
+                (1, {"status": "queued"}, 500), (0, {"usage": None}, 500), (1, {"usage": used}, 977),
+                (0, {"usage": used}, 977))):
+            wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 977, "the bill")
+            self.stub.answer = says_json(told)
+            self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
+            wait_for(lambda: [redis.ask("GET", name).split()[0] for name in redis.ask(
+                "KEYS", "*:b:*")] in ([b"%d" % left],), left)
+        self.assertEqual(redis.ask("KEYS", "*:bill:*"), [])
+
+    def test_without_redis_what_is_known_here_is_enough(self):
+        redis = self.start_two()
+        self.stub.answer = says_json({"id": "file-1"})
+        self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
+        redis.kill()
+        for place, status in self.each(((0, 200), (1, 404))):
+            self.assertEqual(
+                self.ask_at(place, "GET", "/v1/files/file-1", key="sk-a").status, status)
+
+
 # --------------------------------------------------------------------------------------------------
 # Proxy: what a call costs, and how it ends
 # --------------------------------------------------------------------------------------------------
@@ -12320,6 +12578,54 @@ class EventsTest(AdminCase):
         self.assertLess(time.monotonic() - began, PATIENCE)
 
 
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedEventsTest(AdminCase):
+    """What the page of one process shows of all."""
+    listen, hear = EventsTest.listen, staticmethod(EventsTest.hear)
+
+    def start(self, *arguments, **settings):
+        self.redis = RedisServer(self)
+        super().start(*arguments, REDIS_URL=self.redis.url, **settings)
+        wait_for(lambda: self.proxy.redis.available)
+
+    def start_two(self):
+        self.start(clock=time)
+        first = self.proxy, self.address
+        self.run_proxy(read_config({
+            name: text for name, text in self.proxy.config.texts.items() if text}), time)
+        wait_for(lambda: self.proxy.redis.available)
+        return first, (self.proxy, self.address)
+
+    def test_calls_at_another_process_are_told(self):
+        (one, here), (two, there) = self.start_two()
+        self.address = here
+        client = self.listen()
+        wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.last, "the interest")
+        self.address = there
+        self.ask(call("k"))
+        _, begun = self.hear(client, "begin")
+        _, ended = self.hear(client, "end")
+        self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+        pulse = {"calls": 0}
+        while not pulse["calls"]:
+            _, pulse = self.hear(client, "pulse")
+        self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
+        client.close()
+        wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
+        self.assertEqual(two.watchers.feed.listeners, 0)
+
+    def test_what_nobody_of_us_has_told_does_no_harm(self):
+        (one, _), _ = self.start_two()
+        client = self.listen()
+        for text in self.each(("", "[]", "{}", '{"now": "x"}', '{"now": 9e9}',
+                               '{"now": 9e9, "calls": "x", "looking": 1, "usd": "x"}')):
+            self.redis.ask("HSET", "{llm_proxy}:seconds", "x", text)
+            self.redis.ask("XADD", "{llm_proxy}:events", "*", "from", "x", "end", text)
+            self.redis.ask("XADD", "{llm_proxy}:events", "*", "a", text)
+        self.hear(client, "pulse")
+        self.hear(client, "pulse")
+
+
 # --------------------------------------------------------------------------------------------------
 # Dashboard: the page, in a real browser
 # --------------------------------------------------------------------------------------------------
@@ -14301,6 +14607,166 @@ class CommandsTest(ProcessCase):
         self.assertEqual(spoken.strip(), said)
         self.assertGreater(chunks[-1]["usage"]["completion_tokens"], 0)
 
+
+
+class WorkersTest(ProcessCase):
+    """Several processes on one port."""
+
+    def start(self, count=4, answer=says(), **settings):
+        if not shutil.which("redis-server"):
+            self.skipTest("there is no redis-server")
+        self.redis = RedisServer(self)
+        self.path = new_path(self, "books.db")
+        self.process = self.serve(answer=answer, **{
+            "WORKERS": count, "REDIS_URL": self.redis.url, "DATABASE": self.path,
+            "MAX_TOKENS": 10 ** 6, "ADMIN_KEY": ADMIN, **settings})
+        wait_for(lambda: len(self.workers()) == count, "the workers")
+        return self.process
+
+    def workers(self):
+        """Returns the processes that the parent has."""
+        pid = self.process.process.pid
+        with open("/proc/%d/task/%d/children" % (pid, pid), encoding="ascii") as file:
+            return list(map(int, file.read().split()))
+
+    def scrape(self, name):
+        text = self.ask(request("GET", "/metrics", key=ADMIN)).body.decode()
+        return sum(float(row.split()[-1]) for row in text.splitlines()
+                   if row.startswith("llm_proxy_" + name))
+
+    def test_a_killed_worker_takes_its_own_calls_along_and_is_started_again(self):
+        self.start(answer=None)
+        streams = [self.begin(event(1)) for _ in range(24)]
+        killed = max(self.workers(), key=lambda pid: len(os.listdir("/proc/%d/fd" % pid)))
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: self.process.said("has ended (SIGKILL): it is started again"))
+        began = time.monotonic()
+        wait_for(lambda: len(self.workers()) == 4 and killed not in self.workers(), "a new one")
+        self.assertLess(time.monotonic() - began, 1)
+        cut = [client for client, _ in streams if self.is_ended(client)]
+        self.assertIn(len(cut), range(1, 24))
+        for client, asked in streams:
+            if client in cut:
+                asked.wait_for_hang_up()
+                self.assertFalse(client.rest().whole)
+            else:
+                asked.chunks(event(2), end=True)
+                self.assertTrue(client.rest().whole)
+        self.assertEqual(self.process.stop().wait(), 0)
+
+    @staticmethod
+    def is_ended(client):
+        poll = select.poll()
+        poll.register(client.sock, select.POLLIN)
+        return bool(poll.poll(200))
+
+    def test_counts_add_up_and_never_go_back(self):
+        self.start()
+        for _ in range(40):
+            self.assertEqual(self.ask(call("k")).status, 200)
+        wait_for(lambda: self.scrape("requests_total") == 40, "all counts")
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            wait_for(lambda: connection.execute("SELECT count(*) FROM calls").fetchall() == [(40,)])
+        before = self.workers()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: pid not in self.workers() and len(self.workers()) == 4)
+            self.assertEqual(self.scrape("requests_total"), 40)
+        self.ask(call("k"))
+        wait_for(lambda: self.scrape("request_duration_seconds_count") == 41)
+        self.process.stop().wait()
+        _, out, _ = self.command("usage", "--csv", DATABASE=self.path).finish()
+        self.assertIn(",41,", out)
+
+    def test_what_one_does_all_go_by(self):
+        process = self.start(PROXY_API_KEYS="first-key-of-all-workers")
+        made = self.ask(request("POST", "/admin/api/keys", b'{"name": "ann"}', key=ADMIN))
+        secret = made.json()["key"]
+
+        def statuses():
+            return {self.ask(call(secret)).status for _ in range(20)}
+        wait_for(lambda: statuses() == {200}, "the key")
+        self.ask(request("POST", "/admin/api/keys/ann/revoke", b"", key=ADMIN))
+        wait_for(lambda: statuses() <= {401, 429}, "its end")
+        for act, status in self.each((("disable", 404), ("enable", 200))):
+            self.ask(request("POST", "/admin/api/upstreams/base/" + act, b"", key=ADMIN))
+            wait_for(lambda: {self.ask(call("first-key-of-all-workers")).status
+                              for _ in range(20)} == {status}, act)
+        for number, said in self.each((
+                (signal.SIGUSR1, ": 0 calls are running"), (signal.SIGHUP, "were read again"))):
+            process.stop(number)
+            wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
+
+    def test_they_share_the_slots_of_an_upstream(self):
+        self.start(answer=None, MAX_CONCURRENCY=2)
+        clients = [self.connect().send(call()) for _ in range(9)]
+        for _ in clients:
+            asked = self.stub.next()
+            wait_for(lambda: self.redis.ask("ZCARD", "{llm_proxy}:slots:base:line") > 0
+                     or len(self.stub.requests) >= 8, "others to wait")
+            self.assertLessEqual(sum(not one.over.is_set() for one in self.stub.requests), 2)
+            asked.answer()
+        self.assertEqual({client.read().status for client in clients}, {200})
+
+    def test_one_signal_drains_all(self):
+        process = self.start(answer=None)
+        streams = [self.begin(event(1)) for _ in range(12)]
+        process.stop()
+        wait_for(self.refuses, "the end of accepting")
+        for client, asked in streams:
+            asked.chunks(event(2), end=True)
+            self.assertTrue(client.rest().whole)
+        self.assertEqual(process.wait(), 0)
+        self.assertEqual(sum(row.endswith(": stopped\n") for row in process.rows), 4)
+
+    def test_workers_end_with_their_parent(self):
+        process = self.start(2)
+        left = self.workers()
+        process.stop(signal.SIGKILL)
+        wait_for(lambda: not any(os.path.exists("/proc/%d" % pid) for pid in left), "their end")
+
+    def test_lines_of_all_are_whole(self):
+        process = self.start(LOG_FORMAT="json")
+        path = "/v1/" + 30 * "\u20ac"
+        target = urllib.parse.quote(path)
+        threads = [threading.Thread(target=lambda: [
+            self.ask(request("POST", target, b"{}", key="k")) for _ in range(50)])
+            for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        process.stop().wait()
+        rows = [json.loads(row) for row in process.rows]
+        self.assertEqual(sum("outcome" in row for row in rows), 400)
+
+    def test_who_cannot_start_is_not_tried_for_ever(self):
+        self.redis = RedisServer(self)
+        code, _, err = self.finish(WORKERS=3, REDIS_URL=self.redis.url, USAGE_LOG="/nowhere/log",
+                                   BASE_API_URL="http://127.0.0.1:1", HOST="127.0.0.1",
+                                   PORT=free_port())
+        self.assertEqual((code, "/nowhere/log" in err), (2, True), err)
+
+    def test_who_dies_again_and_again_waits_longer_and_longer(self):
+        clock, said = Clock(), []
+        workers = llm_proxy.Workers(1, None, clock, said.append)
+        pauses = []
+        for lives in self.each((0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0)):
+            workers.start_again(0, clock.now - lives, -9)
+            pauses.append(round(workers.due[0] - clock.now, 1))
+        self.assertEqual(pauses, [0, .4, .8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30, 0, .4])
+        self.assertIn("worker 1 has ended (SIGKILL): it is started again in 0.4 s", said)
+
+    def test_what_was_half_written_is_not_read(self):
+        tally = llm_proxy.Tally(2)
+        family = llm_proxy.Family("a", "counter", "A", [("x", 1), ("x", "0.5", "_sum")])
+        for number in (0, 1, 0):
+            tally.begin(number)
+            tally.write([family])
+        self.assertEqual(tally.families()[0].samples, [("x", 3), ("x", 1.5, "_sum")])
+        (_, length, at), _ = tally.halves(0)
+        tally.memory[at + 5:at + length] = bytes(length - 5)
+        self.assertEqual(tally.families()[0].samples, [("x", 2), ("x", 1.0, "_sum")])
 
 
 # --------------------------------------------------------------------------------------------------
