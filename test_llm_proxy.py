@@ -7987,8 +7987,8 @@ agent         curl/8\\x9b"""))
 class LedgerTest(LedgerCase):
     def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
         path = new_path(self, "llm_proxy.db")
-        schema = llm_proxy.Database.SCHEMA.replace(", connect_ms INTEGER", "")
-        with mock.patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-1]), \
+        schema = llm_proxy.Database.SCHEMA.replace(", connect_ms INTEGER, redacted TEXT", "")
+        with mock.patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-2]), \
                 mock.patch.object(llm_proxy.Database, "SCHEMA", schema):
             database = llm_proxy.Database(path)
         database.connection.execute("INSERT INTO calls (id) VALUES ('old')")
