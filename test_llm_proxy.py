@@ -13163,7 +13163,7 @@ def compiled():
 @functools.lru_cache(None)
 def template():
     """Returns the socket of a process that has read the file and forks one for each message."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", Forked.PROGRAM, str(theirs.fileno()), compiled()],
@@ -13201,8 +13201,9 @@ class Forked:
         if child:
             for file in files[:3]:
                 os.close(file)
-            os.write(files[3], b"%d" % child)
-            os.write(files[3], b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            os.write(files[3], child.to_bytes(4, "big"))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            os.write(files[3], code.to_bytes(4, "big", signed=True))
             os._exit(0)
         for number, file in enumerate(files[:3]):
             os.dup2(file, number)
@@ -13216,7 +13217,7 @@ class Forked:
     returncode = None
 
     def __init__(self, arguments, folder, settings, stdin):
-        self.status, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.status, told = socket.socketpair()
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
         with open(os.devnull) as nothing, told:
             files = nothing.fileno() if stdin is None else stdin, out_end, err_end, told.fileno()
@@ -13224,12 +13225,12 @@ class Forked:
         os.close(out_end)
         os.close(err_end)
         self.stdout, self.stderr = open(out), open(err)
-        self.pid = int(self.status.recv(20))
+        self.pid = int.from_bytes(self.status.recv(4), "big")
 
     def wait(self, seconds):
         """Returns the exit code, None where it has not ended."""
         if self.returncode is None and select.select([self.status], [], [], seconds)[0]:
-            self.returncode = int(self.status.recv(20))
+            self.returncode = int.from_bytes(self.status.recv(4), "big", signed=True)
             self.status.close()
         return self.returncode
 
