@@ -573,12 +573,6 @@ j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
 """  # for 127.0.0.1, until 2119; of no use elsewhere
 
 
-def free_port():
-    """Returns a port that nobody has, for a server that does not pick one itself."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 def new_path(case, name=""):
     """Makes a folder of its own for a test; returns it, or the path of a file there."""
     folder = tempfile.TemporaryDirectory()
@@ -4554,7 +4548,7 @@ phone -> call +49 171 1234567 -> +49 171 1234567
 phone -> +1 (555) 234-5678, -> +1 (555) 234-5678
 phone -> +33.1.23.45.67.89 -> +33.1.23.45.67.89
 ssn -> 078-05-1120 -> 078-05-1120
-ssn -> ssn 219 09 9999. -> 219 09 9999
+ssn -> in 2027 219 09 9999. -> 219 09 9999
 ip -> http://8.8.8.8:80/ -> 8.8.8.8
 ip -> from [2a00:1450:4001:81b::200e] -> 2a00:1450:4001:81b::200e
 secrets -> sk-ant-api03-%(long)s -> sk-ant-api03-%(long)s
@@ -4579,7 +4573,7 @@ DE89370400440532013000A XX89370400440532013000
 1.0.0+4917112345678
 +36450.6 +1234567890 x+4917112345678
 000-12-3456 666-12-3456 912-12-3456 123-00-4567 123-45-0000 1-123-45-6789
-1 219 09 9999 22
+x 1 219 09 9999 22
 192.168.1.1 10.0.0.1 127.0.0.1 203.0.113.9 v8.8.8.8 ==8.8.8.8 1.2.3.4.5 256.1.1.1
 Chrome/8.8.8.8 version 8.8.8.8 "version": "8.8.8.8" 4.0.0.0 08.8.8.8
 2001:db8::1 2024:05:12 dead::beef ::1 12:30:45
@@ -8756,6 +8750,14 @@ class SumsTest(TableCase):
         self.assertEqual((found.calls, found.limited), (36, 0))
         self.assertGreater(min(found.picodollars, found.input), 10 ** 18)
 
+    def test_days_are_added_up_before_ids_are_listed_so_that_pages_are_quick_soon(self):
+        self.add(*({"time": self.DAY + hour * 3600, "id": str(hour)} for hour in range(10)))
+        self.database.CHUNK = 1
+        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9)
+        llm_proxy.Ledger.add_up(types.SimpleNamespace(database=self.database, clock=clock), 0)
+        self.assertEqual((self.database.facts["rolled"], self.database.facts["listed"]),
+                         (self.DAY + 10 * 3600, 6))
+
     def test_old_sums_are_removed_after_old_calls(self):
         now = self.DAY + 500 * 86400
         self.add(*({"time": self.DAY + day * 86400, "id": str(day)} for day in range(500)))
@@ -9081,12 +9083,12 @@ class MetricsTest(SignalsCase):
 
     def test_a_histogram_counts_what_is_at_most_its_bound(self):
         histogram = llm_proxy.Histogram("0.1 0.5 1")
-        histogram.times += [.5, .05, .1, .7, 3]
+        histogram.times.extend([.5, .05, .1, .7, 3])
         rows = {labels.partition("le=")[2].strip('"') or end: value
                 for labels, value, end in histogram.samples("a=")}
         self.assertEqual({name: float(value) for name, value in rows.items()}, {
             "0.1": 2, "0.5": 3, "1": 4, "+Inf": 5, "_sum": 4.35, "_count": 5})
-        histogram.times += [.2] * 3
+        histogram.times.extend([.2] * 3)
         self.assertEqual(histogram.samples("a=")[1][1], 6)
 
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
@@ -9455,27 +9457,37 @@ class WarningsTest(SignalsCase):
 # --------------------------------------------------------------------------------------------------
 
 class RedisServer:
-    """A real redis-server in a folder of its own, on a unix socket, or on a port with `port`."""
+    """A real redis-server in a folder of its own, on a unix socket; with `port`, what the option
+    for a port is called, also on one that nobody has."""
 
-    def __init__(self, case, *options, port=0):
+    def __init__(self, case, *options, port=None):
         self.path = new_path(case, "socket")
-        self.port = port
-        self.url = "redis://127.0.0.1:%d" % port if port else "unix://" + self.path
-        self.options = options
+        self.url = "unix://" + self.path
+        self.options = ["--port", "0", *options]
         self.process = None
         case.addCleanup(self.kill)
-        self.start()
+        for _ in range(5):
+            if self.process:
+                return
+            if port:  # below those that the system gives away; a cluster's has another, 10000 above
+                self.port = random.randrange(12_000, 22_000)
+                self.options = ["--port", "0", *options, port, str(self.port)]
+                self.url = "redis://127.0.0.1:%d" % self.port
+            self.start()
 
-    def start(self, *options):
+    def start(self):
         self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--unixsocket", self.path, "--save", "",
-             "--dir", os.path.dirname(self.path), *self.options, *options],
+            ["redis-server", "--bind", "127.0.0.1", "--unixsocket", self.path, "--save", "",
+             "--dir", os.path.dirname(self.path), *self.options],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(self.answers, "redis-server")
+        wait_for(lambda: self.process.poll() is not None or self.answers(), "redis-server")
+        if self.process.poll() is not None:  # the port was taken
+            self.process = None
 
     def answers(self):
-        with contextlib.suppress(OSError):
-            return self.ask("PING")
+        with contextlib.suppress(OSError, AssertionError):
+            reply = self.ask("PING")  # which may have to be asked for a password first
+            return getattr(reply, "code", "") != "LOADING"
 
     def ask(self, *parts):
         """Returns the reply to one command, on a connection of its own."""
@@ -9662,7 +9674,7 @@ NEEDS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no red
 class RedisTest(RedisCase):
     def test_user_password_database_and_name_are_told(self):
         server = RedisServer(self, "--user", *"app on >p@ss:w ~* +@all".split(),
-                             port=free_port())
+                             port="--port")
         redis = self.client("redis://app:p%%40ss%%3Aw@127.0.0.1:%d/3" % server.port)
         self.wait_for(lambda: redis.available)
         self.assertEqual(self.run_loop(redis.call("ACL", "WHOAMI")), b"app")
@@ -9671,7 +9683,7 @@ class RedisTest(RedisCase):
         self.assertIn(b" db=3 ", clients)
 
     def test_a_wrong_password_is_said_without_it(self):
-        server = RedisServer(self, "--requirepass", "right", port=free_port())
+        server = RedisServer(self, "--requirepass", "right", port="--port")
         self.client("redis://:hunter2@127.0.0.1:%d" % server.port)
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "does not take the user and password")
@@ -9719,10 +9731,11 @@ class RedisTest(RedisCase):
             self.wait_for(lambda: redis.available)
 
     def test_certificates_are_checked(self):
-        path, port = pem_file(self), free_port()
-        RedisServer(self, "--tls-port", str(port), "--tls-cert-file", path, "--tls-key-file", path,
-                    "--tls-ca-cert-file", path, "--tls-auth-clients", "no")
-        url = "rediss://127.0.0.1:%d" % port
+        path = pem_file(self)
+        server = RedisServer(self, "--tls-cert-file", path, "--tls-key-file", path,
+                             "--tls-ca-cert-file", path, "--tls-auth-clients", "no",
+                             port="--tls-port")
+        url = "rediss://127.0.0.1:%d" % server.port
         self.client(url, ssl.create_default_context())
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "has a certificate that is not trusted")
@@ -9732,6 +9745,12 @@ class RedisTest(RedisCase):
 
 
 # -- the same buckets, in Redis: what holds in memory holds there
+
+def is_done(buckets):
+    """Tells whether all that was charged is in Redis."""
+    return buckets.state == "here" and not (
+        buckets.charges.unsent or buckets.acts or buckets.batches)
+
 
 class SharedClock(Clock):
     """Before time passes, all is done that was asked for."""
@@ -9766,7 +9785,8 @@ class InRedis:
         self.server.ask("FLUSHALL")
         loop = asyncio.new_event_loop()
         self.addCleanup(loop.close)
-        self.redis = redis = llm_proxy.Redis(llm_proxy.redis_url(self.server.url), None, loop, "test")
+        url = llm_proxy.redis_url(self.server.url)
+        self.redis = redis = llm_proxy.Redis(url, None, loop, "test")
         store = llm_proxy.RedisBuckets(self.clock, redis, "test", "share", 1)
         store.room = room
         self.set_time()
@@ -9790,7 +9810,7 @@ class InRedis:
     def buckets(self):
         store = self.store
         self.set_time()
-        self.pass_while(lambda: store.unsent or store.acts or store.batches)
+        self.pass_while(lambda: not is_done(store))
         return store
 
     def awaited(self, coroutine):
@@ -9842,8 +9862,7 @@ class SharedLimitsTest(ProxyCase):
         return buckets
 
     def is_back(self, buckets):
-        wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches,
-                 "Redis")
+        wait_for(lambda: is_done(buckets), "Redis")
 
     def is_away(self, buckets):
         wait_for(lambda: buckets.state == "away", "the absence of Redis")
@@ -9855,8 +9874,8 @@ class SharedLimitsTest(ProxyCase):
 
     def stored(self):
         """The levels in Redis."""
-        names = self.redis.ask("KEYS", "*:b:*")
-        return sorted(int(self.redis.ask("GET", name).split()[0]) for name in names)
+        found = [self.redis.ask("GET", name) for name in self.redis.ask("KEYS", "*:b:*")]
+        return sorted(int(text.split()[0]) for text in found if text)
 
     def test_two_proxies_share_a_bucket(self):
         one = self.start_here()
@@ -9923,8 +9942,115 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.admitted(5), 2)
         wait_for(lambda: self.stored() == [0, 89])
         self.assertEqual(self.redis.ask("KEYS", "*:r:*")[1:], [])
-        asked.send(answer())
+        asked.answer()
         client.head()
+
+    def test_a_server_that_refuses_to_write_is_away_until_it_does_not(self):
+        buckets = self.start_here()
+        wrong, right = [functools.partial(self.redis.ask, "CONFIG", "SET", "maxmemory", size)
+                        for size in ("1", "0")]
+        replica = functools.partial(self.redis.ask, "REPLICAOF")
+        for refuse, stop, words in self.each((
+                (wrong, right, "is out of memory"),
+                (lambda: replica("127.0.0.1", "1"), lambda: replica("NO", "ONE"), "is read-only"))):
+            refuse()
+            self.is_away(buckets)
+            self.assertEqual(buckets.reason, words)
+            self.assertTrue(self.admitted(1))
+            stop()
+            self.is_back(buckets)
+        self.assertEqual(self.stored(), [8])
+
+    def test_a_server_that_stands_still_holds_no_call_for_long(self):
+        buckets = self.start_here()
+        self.assertEqual(self.admitted(1), 1)
+        self.redis.process.send_signal(signal.SIGSTOP)
+        seconds = []
+        for _ in range(9):
+            began = time.monotonic()
+            self.assertEqual(self.admitted(1), 1)
+            seconds.append(time.monotonic() - began)
+        self.assertLess(max(seconds), 0.1 + 0.05)  # of which 50 ms are this machine's
+        self.is_away(buckets)
+        self.redis.process.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        self.is_back(buckets)
+        self.assertLess(time.monotonic() - began, 1)
+        self.assertEqual(self.stored(), [0])  # nothing twice
+        self.assertEqual(self.admitted(1), 0)
+
+    def test_a_take_that_comes_too_late_is_given_back(self):
+        buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
+        with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
+                llm_proxy.Redis, "LOOK_SECONDS", 0), mock.patch.object(
+                    buckets, "policy", "closed"):
+            self.redis.process.send_signal(signal.SIGSTOP)
+            self.assertEqual(self.ask(call()).status, 503)
+            self.redis.process.send_signal(signal.SIGCONT)
+            self.is_back(buckets)
+        wait_for(lambda: not buckets.charges.running and not self.stored())
+
+    def test_what_is_given_and_filled_is_so_for_all(self):
+        rule, key = "each 10 requests per hour", "sk-1"
+        one = self.start_here(PROXY_API_KEYS="ann=" + key)
+        two = self.start_here(PROXY_API_KEYS="ann=" + key)
+        self.assertEqual(self.admitted(12, key), 10)
+        owner = ("key", hashlib.sha256(key.encode()).digest())
+        loop = one.redis.loop
+        loop.call_soon_threadsafe(one.fill, owner)
+        wait_for(lambda: not self.stored())
+        self.assertEqual(self.admitted(12, key), 10)
+        until = time.monotonic() + 60
+        loop.call_soon_threadsafe(one.give, self.proxy.limits.rules[0], (rule, owner), 3, until)
+        wait_for(lambda: self.stored() == [3])
+        self.assertEqual(self.admitted(12, key), 3)
+        self.assertEqual([amount for (amount, _), in two.given.values()], [3])
+
+    def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
+        rules = "each 3 running"
+        one = self.start_here(None, rules)
+        running = [self.ask_stub(call()) for _ in range(2)]
+        self.start_here(None, rules)
+        running.append(self.ask_stub(call()))
+        self.assertIn(b"3 running already", self.ask(call()).body)
+        name, = self.redis.ask("KEYS", "*:r:*")
+        rows = self.redis.ask("GET", name).split()
+        self.assertEqual(sorted(rows[1::3]), [b"1", b"2"])
+        self.assertLessEqual(self.redis.ask("PTTL", name), 31000)
+        for client, asked in running:
+            asked.answer()
+            client.head()
+        wait_for(lambda: not self.redis.ask("KEYS", "*:r:*"))
+        self.redis.ask("SET", name, "dead 3 1")  # it has said nothing for 30 s
+        for client, asked in [self.ask_stub(call()) for _ in range(3)]:
+            asked.answer()
+            client.head()
+
+    def test_a_box_that_starts_while_redis_is_away_knows_how_many_there_were(self):
+        path = new_path(self, "one.db")
+        self.start_here(DATABASE=path)
+        ledger = self.proxy.books.ledger
+        self.start_here()
+        wait_for(lambda: ledger.database.facts.get("processes") == 2)
+        ledger.close(PATIENCE)
+        self.redis.kill()
+        for settings, admitted in self.each((({"DATABASE": path}, 5), ({"PEERS": 3}, 3))):
+            self.is_away(self.start(**settings))
+            self.assertEqual(self.admitted(7), admitted)
+
+    def test_a_cluster_of_three_nodes_is_one_store_from_wherever_one_comes(self):
+        nodes = [RedisServer(self, "--cluster-enabled", "yes", port="--port")
+                 for _ in range(3)]
+        for number, node in enumerate(nodes):
+            slots = range(number * 5462, min(16384, number * 5462 + 5462))
+            node.ask("CLUSTER", "ADDSLOTS", *slots)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+        wait_for(lambda: all(b"cluster_state:ok" in node.ask("CLUSTER", "INFO")
+                             and b"known_nodes:3" in node.ask("CLUSTER", "INFO")
+                             for node in nodes), "the cluster")
+        for node, admitted in zip(nodes, (4, 4, 2)):
+            self.start_here(REDIS_URL=node.url)
+            self.assertEqual(self.admitted(4), admitted)
 
 
 @NEEDS_REDIS
@@ -9976,11 +10102,270 @@ class BalanceInRedisTest(BalanceTest):
         wait_for(lambda: not any(proxy.books.ledger.queue for proxy in proxies))
         for proxy in proxies:
             buckets = proxy.limits.buckets
-            wait_for(lambda: buckets.state == "here" and not buckets.unsent and not buckets.batches)
-            self.assertEqual((dict(buckets.pending), dict(buckets.own)), ({}, {}))
+            wait_for(lambda: is_done(buckets), "Redis")
+            charges = buckets.charges
+            self.assertEqual((dict(charges.pending), dict(charges.running)), ({}, {}))
             proxy.books.close(PATIENCE)
         self.assert_balance([row for path in paths for row in self.rows(path)],
                             sorted(self.missing()))
+
+
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedQueueTest(RedisCase):
+    """Lines of several processes before slots that they share."""
+
+    def setUp(self):
+        super().setUp()
+        self.server = RedisServer(self)
+        self.queues, self.clients = [], []
+
+    def queue(self, most=1, waiting=100, part=lambda most: 1):
+        redis = self.client(self.server.url)
+        self.clients.append(redis)
+        limits = llm_proxy.QueueLimits(waiting, 20, 30)
+        queue = llm_proxy.SharedQueue(most, limits, time, redis, "{t}:slots:x", part)
+        self.queues.append(queue)
+        self.wait_for(lambda: redis.available)
+        return queue
+
+    def running(self):
+        return [queue.running for queue in self.queues]
+
+    def wait_until(self, *running):
+        self.wait_for(lambda: self.running() == list(running))
+
+    def taken(self):
+        return self.server.ask("ZCARD", "{t}:slots:x")
+
+    def rest(self):
+        """Lets what is asked come to its end."""
+        self.run_loop(asyncio.sleep(0.05))
+
+    def test_never_more_run_than_there_are_slots_and_all_come_to_run(self):
+        queues = [self.queue(3) for _ in range(3)]
+        left = [queue.enter("k%d" % (number % 4), 1) for number in range(12) for queue in queues]
+        while left:
+            self.wait_for(lambda: sum(self.running()) == min(3, len(left)))
+            self.assertLessEqual(self.taken(), 3)
+            running = [ticket for ticket in left if ticket.running]
+            self.assertEqual(len(running), min(3, len(left)))
+            running[0].leave()
+            left.remove(running[0])
+        self.wait_for(lambda: not self.taken())
+
+    def test_the_process_that_waited_for_longer_comes_first(self):
+        first, second = self.queue(), self.queue()
+        ticket = first.enter("a", 1)
+        self.wait_until(1, 0)
+        second.enter("b", 1)
+        self.rest()
+        first.enter("a", 1)
+        self.rest()
+        ticket.leave()
+        self.wait_until(0, 1)
+
+    def test_slots_of_a_dead_process_come_back_and_those_of_a_living_one_stay(self):
+        for patch in ({"LEASE_MS": 300}, {"RENEW_SECONDS": 0}):
+            mock.patch.multiple(llm_proxy.SharedQueue, **patch).start()
+        self.addCleanup(mock.patch.stopall)
+        first, second = self.queue(2), self.queue(2)
+        tickets = [one.enter("a", 1) for one in (first, second)]
+        self.wait_until(1, 1)
+        tickets.append(second.enter("b", 1))
+        for _ in range(5):
+            second.beat()  # and the first does not
+            self.run_loop(asyncio.sleep(0.1))
+        self.assertEqual(self.running(), [1, 2])
+        first.beat()  # it was not dead but slow: nobody is cut
+        tickets[1].leave()
+        second.enter("c", 1)
+        self.rest()
+        self.assertEqual(self.running(), [1, 1])
+
+    def test_while_redis_is_away_each_has_its_part(self):
+        first, second = self.queue(4, part=lambda most: most // 2), self.queue(4)
+        tickets = [first.enter("a", 1) for _ in range(6)]
+        self.wait_until(4, 0)
+        self.server.kill()
+        self.wait_for(lambda: not any(one.available for one in self.clients))
+        second.enter("b", 1)
+        self.wait_until(4, 1)
+        for ticket in tickets[:3]:
+            ticket.leave()
+        self.assertEqual(self.running(), [2, 1])
+        self.server.start()
+        self.wait_for(lambda: all(one.available for one in self.clients))
+        self.wait_until(3, 1)
+        self.assertEqual(self.taken(), 4)
+
+    def test_what_redis_forgets_is_told_again(self):
+        queue = self.queue(2)
+        queue.enter("a", 1)
+        self.wait_until(1)
+        self.server.ask("FLUSHALL")
+        queue.renew_at = 0
+        queue.beat()
+        self.wait_for(self.taken)
+
+    def test_who_finds_no_slot_waits_only_where_it_may(self):
+        queue = self.queue(1, waiting=0)
+        tickets = [queue.enter("a", 1) for _ in range(3)]
+        self.wait_for(lambda: [ticket.left for ticket in tickets] == [False, True, True])
+        self.wait_for(lambda: not queue.short)  # which nobody knows for long
+        late = queue.enter("b", 1)
+        self.wait_for(lambda: late.left)
+        tickets[0].leave()
+        self.wait_for(lambda: not queue.short)
+        queue.enter("b", 1)
+        self.wait_until(1)
+
+    def test_who_leaves_while_redis_is_asked_takes_no_slot_along(self):
+        queue = self.queue()
+        queue.enter("a", 1).leave()
+        self.rest()
+        self.assertEqual((self.taken(), self.running(), queue.leases), (0, [0], []))
+
+
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedKeysTest(KeysCase):
+    """Keys of several boxes, each with a DATABASE of its own."""
+
+    def setUp(self):
+        self.redis = RedisServer(self)
+        self.boxes = []
+
+    def box(self):
+        path = new_path(self, "box.db")
+        self.start_box(path)
+        return self.boxes[-1]
+
+    def start_box(self, path):
+        self.start(DATABASE=path, REDIS_URL=self.redis.url, PROXY_API_KEYS="x")
+        self.boxes.append((self.proxy, self.address, path))
+
+    def keys(self, path, act, *arguments, **fields):
+        return getattr(self.store(path, time), act)(*arguments, **fields)
+
+    def until(self, secret, *statuses):
+        """Waits until the boxes answer so to calls with a key."""
+        def found():
+            result = []
+            for _, self.address, _ in self.boxes:
+                status = self.ask(call(secret)).status
+                result.append(401 if status == 429 else status)  # which was asked for too often
+            return tuple(result)
+        wait_for(lambda: found() == statuses, "%r of all" % (statuses,))
+
+    def test_what_is_done_with_a_key_on_one_box_holds_on_all_within_a_second(self):
+        (_, _, here), (_, _, there) = self.box(), self.box()
+        wait_for(lambda: all(proxy.redis.available for proxy, _, _ in self.boxes))
+        secret = self.keys(here, "add", "ann", team="red").secret
+        began = time.monotonic()
+        self.until(secret, 200, 200)
+        self.assertLess(time.monotonic() - began, 1.5)
+        for path, act, statuses in self.each((
+                (there, "revoke", (401, 401)), (here, "restore", (200, 200)),
+                (here, "remove", (401, 401)))):
+            self.keys(path, act, "ann")
+            self.until(secret, *statuses)
+        what = [row[0] for row in self.execute("SELECT what FROM audit ORDER BY id", path=there)]
+        self.assertEqual(what, ["add key", "revoke key", "restore key", "remove key"])
+
+    def test_a_box_that_starts_while_redis_is_away_goes_by_its_copy(self):
+        self.box(), self.box()
+        wait_for(lambda: all(proxy.redis.available for proxy, _, _ in self.boxes))
+        secret = self.keys(self.boxes[0][2], "add", "ann").secret
+        self.until(secret, 200, 200)
+        self.redis.kill()
+        path = self.boxes.pop()[2]
+        self.proxy.books.close(PATIENCE)
+        self.start_box(path)
+        self.until(secret, 200, 200)
+        self.keys(path, "revoke", "ann")
+        self.until(secret, 200, 401)
+        self.redis.start()  # and it has forgotten all
+        self.until(secret, 401, 401)
+
+    def test_what_nobody_of_us_has_written_is_no_key(self):
+        proxy, _, path = self.box()
+        wait_for(lambda: proxy.redis.available)
+        good = [9e9, "a", "b", "c", "add key", "ann", ""]
+        row = ["ann", "caller", None, 1.0, None, 0, None, None, None, None, None, "00" * 32]
+        for record in self.each((
+                "", "{", "[]", "[[],[],[]]", json.dumps([good, [["ann"]], []]),
+                json.dumps([[*good[:4], "give", "ann", ""], [row], []]),
+                json.dumps([good, [row[:-1] + ["00"]], []]),
+                json.dumps([good, [["a b", *row[1:]]], []]),
+                json.dumps([good, [row], [["xx", None]]]),
+                json.dumps([[[], *good[1:]], [row], []]))):
+            self.redis.ask("HSET", "{llm_proxy}:keys", "ann", "9000000000.0 " + record)
+            self.redis.ask("INCR", "{llm_proxy}:keys:changes")
+        self.keys(path, "add", "ben")
+        wait_for(lambda: self.redis.ask("HEXISTS", "{llm_proxy}:keys", "ben"))
+        self.assertEqual([key.name for key in self.keys(path, "list")], ["ben"])
+
+
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedStoredTest(ProxyCase):
+    """What one process has noted, another one finds."""
+    KEYS = {"PROXY_API_KEYS": "ann=sk-a,ben=sk-b"}
+
+    def start_two(self, **settings):
+        """Two proxies before one stub."""
+        redis, self.addresses = RedisServer(self), []
+        super().start(**self.KEYS, REDIS_URL=redis.url, **settings)
+        self.addresses.append(self.address)
+        wait_for(lambda: self.proxy.redis.available)
+        self.run_proxy(read_config({
+            name: text for name, text in self.proxy.config.texts.items() if text}), time)
+        self.addresses.append(self.address)
+        wait_for(lambda: self.proxy.redis.available)
+        return redis
+
+    def ask_at(self, place, *arguments, **options):
+        self.address = self.addresses[place]
+        return self.ask(request(*arguments, **options))
+
+    def test_who_made_a_thing_has_it_everywhere_and_nobody_else(self):
+        redis = self.start_two()
+        self.stub.answer = says_json({"id": "file-1"})
+        self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
+        wait_for(lambda: redis.ask("KEYS", "*:thing:*"))
+        for place, key, status in self.each((
+                (1, "sk-b", 404), (1, "sk-a", 200), (0, "sk-b", 404), (0, "sk-a", 200))):
+            self.assertEqual(self.ask_at(place, "GET", "/v1/files/file-1", key=key).status, status)
+        body = b'{"model": "m", "previous_response_id": "resp_1", "input": "hi"}'
+        self.stub.answer = says_json({"id": "resp_1"})
+        self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key="sk-a").status, 404)
+        self.ask_at(0, "POST", "/v1/responses", b'{"model": "m", "input": "hi"}', key="sk-a")
+        wait_for(lambda: len(redis.ask("KEYS", "*:thing:*")) == 2)
+        for key, status in self.each((("sk-b", 404), ("sk-a", 200))):
+            self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key=key).status, status)
+
+    def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
+        redis = self.start_two(LIMITS="each 1000 tokens per day")
+        self.stub.answer = says_json({"id": "resp_1", "usage": None})
+        body = b'{"background": true, "max_output_tokens": 500}'
+        self.ask_at(0, "POST", "/v1/responses", body, key="sk-a")
+        used = {"input_tokens": 20, "output_tokens": 3}
+        for place, told, left in self.each((
+                (1, {"status": "queued"}, 500), (0, {"usage": None}, 500), (1, {"usage": used}, 977),
+                (0, {"usage": used}, 977))):
+            wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 977, "the bill")
+            self.stub.answer = says_json(told)
+            self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
+            wait_for(lambda: [redis.ask("GET", name).split()[0] for name in redis.ask(
+                "KEYS", "*:b:*")] in ([b"%d" % left],), left)
+        self.assertEqual(redis.ask("KEYS", "*:bill:*"), [])
+
+    def test_without_redis_what_is_known_here_is_enough(self):
+        redis = self.start_two()
+        self.stub.answer = says_json({"id": "file-1"})
+        self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
+        redis.kill()
+        for place, status in self.each(((0, 200), (1, 404))):
+            self.assertEqual(
+                self.ask_at(place, "GET", "/v1/files/file-1", key="sk-a").status, status)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11367,6 +11752,17 @@ class RedactedCallsTest(KeysCase):
                               "REDACT": "email", "REDACT_UPSTREAMS": "ne*"})
         self.assertEqual(config.redacted_upstreams(), {"near"})
 
+    def test_a_start_says_what_must_not_leave_and_for_whom(self):
+        settings = {"BASE_API_URL": "http://10.0.0.1", "REDACT": "email",
+                    "REDACT_PATTERNS": "order=O-[0-9]+"}
+        for more, said in self.each((
+                ({}, "must not leave for nobody: email, order (mask)"),
+                ({}, "warning: REDACT takes nothing out: no upstream is far from here"
+                     " (REDACT_UPSTREAMS)"),
+                ({"REDACT_UPSTREAMS": "*", "REDACT_MODE": "block"},
+                 "must not leave for base: email, order (block)"))):
+            self.assertIn(said, llm_proxy.greeting(read_config({**settings, **more})))
+
     def test_a_call_that_is_blocked_at_one_upstream_goes_to_the_next(self):
         far, near = self.start_named(
             "far near", "REDACT=email REDACT_MODE=block REDACT_UPSTREAMS=far BASE_API_URL="
@@ -12181,6 +12577,54 @@ class EventsTest(AdminCase):
         began = time.monotonic()
         self.drain(PATIENCE)
         self.assertLess(time.monotonic() - began, PATIENCE)
+
+
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+class SharedEventsTest(AdminCase):
+    """What the page of one process shows of all."""
+    listen, hear = EventsTest.listen, staticmethod(EventsTest.hear)
+
+    def start(self, *arguments, **settings):
+        self.redis = RedisServer(self)
+        super().start(*arguments, REDIS_URL=self.redis.url, **settings)
+        wait_for(lambda: self.proxy.redis.available)
+
+    def start_two(self):
+        self.start(clock=time)
+        first = self.proxy, self.address
+        self.run_proxy(read_config({
+            name: text for name, text in self.proxy.config.texts.items() if text}), time)
+        wait_for(lambda: self.proxy.redis.available)
+        return first, (self.proxy, self.address)
+
+    def test_calls_at_another_process_are_told(self):
+        (one, here), (two, there) = self.start_two()
+        self.address = here
+        client = self.listen()
+        wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.last, "the interest")
+        self.address = there
+        self.ask(call("k"))
+        _, begun = self.hear(client, "begin")
+        _, ended = self.hear(client, "end")
+        self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+        pulse = {"calls": 0}
+        while not pulse["calls"]:
+            _, pulse = self.hear(client, "pulse")
+        self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
+        client.close()
+        wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
+        self.assertEqual(two.watchers.feed.listeners, 0)
+
+    def test_what_nobody_of_us_has_told_does_no_harm(self):
+        (one, _), _ = self.start_two()
+        client = self.listen()
+        for text in self.each(("", "[]", "{}", '{"now": "x"}', '{"now": 9e9}',
+                               '{"now": 9e9, "calls": "x", "looking": 1, "usd": "x"}')):
+            self.redis.ask("HSET", "{llm_proxy}:seconds", "x", text)
+            self.redis.ask("XADD", "{llm_proxy}:events", "*", "from", "x", "end", text)
+            self.redis.ask("XADD", "{llm_proxy}:events", "*", "a", text)
+        self.hear(client, "pulse")
+        self.hear(client, "pulse")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -13556,7 +14000,8 @@ class BenchTest(ProcessCase):
         self.assertEqual(set(llm_proxy.in_milliseconds([0.002]).values()), {2})
 
     def test_jitter_is_the_change_of_the_time_between_two_events(self):
-        for arrivals, found in self.each((([1, 2, 4, 7, 7.5], [1, 1, 2.5]), ([1, 2], []), ([], []))):
+        rows = ([1, 2, 4, 7, 7.5], [1, 1, 2.5]), ([1, 2], []), ([], [])
+        for arrivals, found in self.each(rows):
             self.assertEqual(llm_proxy.jitter(arrivals), found)
 
     def test_what_goes_wrong_is_counted_by_what_it_was(self):
@@ -13649,8 +14094,9 @@ class BenchTest(ProcessCase):
         """Returns (exit code, standard output, standard error) of a short one; nothing of it is
         left."""
         folder = new_path(self)
-        self.patch_seconds(SelfTest_STREAMS=(10,), SelfTest_IDLE=10, SelfTest_CALL_SECONDS=0.05,
-                           SelfTest_HANG_UPS=5, Demo_WORD_SECONDS=0.01, **patches)
+        self.patch_seconds(
+            SelfTest_STREAMS=(10,), SelfTest_IDLE=10, SelfTest_CALL_SECONDS=0.05,
+            SelfTest_HANG_UPS=5, SelfTest_PAUSE=0.2, Demo_WORD_SECONDS=0.01, **patches)
         started = []
 
         def start(test, *arguments):
@@ -14164,6 +14610,166 @@ class CommandsTest(ProcessCase):
         self.assertEqual(spoken.strip(), said)
         self.assertGreater(chunks[-1]["usage"]["completion_tokens"], 0)
 
+
+
+class WorkersTest(ProcessCase):
+    """Several processes on one port."""
+
+    def start(self, count=4, answer=says(), **settings):
+        if not shutil.which("redis-server"):
+            self.skipTest("there is no redis-server")
+        self.redis = RedisServer(self)
+        self.path = new_path(self, "books.db")
+        self.process = self.serve(answer=answer, **{
+            "WORKERS": count, "REDIS_URL": self.redis.url, "DATABASE": self.path,
+            "MAX_TOKENS": 10 ** 6, "ADMIN_KEY": ADMIN, **settings})
+        wait_for(lambda: len(self.workers()) == count, "the workers")
+        return self.process
+
+    def workers(self):
+        """Returns the processes that the parent has."""
+        pid = self.process.process.pid
+        with open("/proc/%d/task/%d/children" % (pid, pid), encoding="ascii") as file:
+            return list(map(int, file.read().split()))
+
+    def scrape(self, name):
+        text = self.ask(request("GET", "/metrics", key=ADMIN)).body.decode()
+        return sum(float(row.split()[-1]) for row in text.splitlines()
+                   if row.startswith("llm_proxy_" + name))
+
+    def test_a_killed_worker_takes_its_own_calls_along_and_is_started_again(self):
+        self.start(answer=None)
+        streams = [self.begin(event(1)) for _ in range(24)]
+        killed = max(self.workers(), key=lambda pid: len(os.listdir("/proc/%d/fd" % pid)))
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: self.process.said("has ended (SIGKILL): it is started again"))
+        began = time.monotonic()
+        wait_for(lambda: len(self.workers()) == 4 and killed not in self.workers(), "a new one")
+        self.assertLess(time.monotonic() - began, 1)
+        cut = [client for client, _ in streams if self.is_ended(client)]
+        self.assertIn(len(cut), range(1, 24))
+        for client, asked in streams:
+            if client in cut:
+                asked.wait_for_hang_up()
+                self.assertFalse(client.rest().whole)
+            else:
+                asked.chunks(event(2), end=True)
+                self.assertTrue(client.rest().whole)
+        self.assertEqual(self.process.stop().wait(), 0)
+
+    @staticmethod
+    def is_ended(client):
+        poll = select.poll()
+        poll.register(client.sock, select.POLLIN)
+        return bool(poll.poll(200))
+
+    def test_counts_add_up_and_never_go_back(self):
+        self.start()
+        for _ in range(40):
+            self.assertEqual(self.ask(call("k")).status, 200)
+        wait_for(lambda: self.scrape("requests_total") == 40, "all counts")
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            wait_for(lambda: connection.execute("SELECT count(*) FROM calls").fetchall() == [(40,)])
+        before = self.workers()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: pid not in self.workers() and len(self.workers()) == 4)
+            self.assertEqual(self.scrape("requests_total"), 40)
+        self.ask(call("k"))
+        wait_for(lambda: self.scrape("request_duration_seconds_count") == 41)
+        self.process.stop().wait()
+        _, out, _ = self.command("usage", "--csv", DATABASE=self.path).finish()
+        self.assertIn(",41,", out)
+
+    def test_what_one_does_all_go_by(self):
+        process = self.start(PROXY_API_KEYS="first-key-of-all-workers")
+        made = self.ask(request("POST", "/admin/api/keys", b'{"name": "ann"}', key=ADMIN))
+        secret = made.json()["key"]
+
+        def statuses():
+            return {self.ask(call(secret)).status for _ in range(20)}
+        wait_for(lambda: statuses() == {200}, "the key")
+        self.ask(request("POST", "/admin/api/keys/ann/revoke", b"", key=ADMIN))
+        wait_for(lambda: statuses() <= {401, 429}, "its end")
+        for act, status in self.each((("disable", 404), ("enable", 200))):
+            self.ask(request("POST", "/admin/api/upstreams/base/" + act, b"", key=ADMIN))
+            wait_for(lambda: {self.ask(call("first-key-of-all-workers")).status
+                              for _ in range(20)} == {status}, act)
+        for number, said in self.each((
+                (signal.SIGUSR1, ": 0 calls are running"), (signal.SIGHUP, "were read again"))):
+            process.stop(number)
+            wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
+
+    def test_they_share_the_slots_of_an_upstream(self):
+        self.start(answer=None, MAX_CONCURRENCY=2)
+        clients = [self.connect().send(call()) for _ in range(9)]
+        for _ in clients:
+            asked = self.stub.next()
+            wait_for(lambda: self.redis.ask("ZCARD", "{llm_proxy}:slots:base:line") > 0
+                     or len(self.stub.requests) >= 8, "others to wait")
+            self.assertLessEqual(sum(not one.over.is_set() for one in self.stub.requests), 2)
+            asked.answer()
+        self.assertEqual({client.read().status for client in clients}, {200})
+
+    def test_one_signal_drains_all(self):
+        process = self.start(answer=None)
+        streams = [self.begin(event(1)) for _ in range(12)]
+        process.stop()
+        wait_for(self.refuses, "the end of accepting")
+        for client, asked in streams:
+            asked.chunks(event(2), end=True)
+            self.assertTrue(client.rest().whole)
+        self.assertEqual(process.wait(), 0)
+        self.assertEqual(sum(row.endswith(": stopped\n") for row in process.rows), 4)
+
+    def test_workers_end_with_their_parent(self):
+        process = self.start(2)
+        left = self.workers()
+        process.stop(signal.SIGKILL)
+        wait_for(lambda: not any(os.path.exists("/proc/%d" % pid) for pid in left), "their end")
+
+    def test_lines_of_all_are_whole(self):
+        process = self.start(LOG_FORMAT="json")
+        path = "/v1/" + 30 * "\u20ac"
+        target = urllib.parse.quote(path)
+        threads = [threading.Thread(target=lambda: [
+            self.ask(request("POST", target, b"{}", key="k")) for _ in range(50)])
+            for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        process.stop().wait()
+        rows = [json.loads(row) for row in process.rows]
+        self.assertEqual(sum("outcome" in row for row in rows), 400)
+
+    def test_who_cannot_start_is_not_tried_for_ever(self):
+        self.redis = RedisServer(self)
+        code, _, err = self.finish(WORKERS=3, REDIS_URL=self.redis.url, USAGE_LOG="/nowhere/log",
+                                   BASE_API_URL="http://127.0.0.1:1", HOST="127.0.0.1",
+                                   PORT=free_port())
+        self.assertEqual((code, "/nowhere/log" in err), (2, True), err)
+
+    def test_who_dies_again_and_again_waits_longer_and_longer(self):
+        clock, said = Clock(), []
+        workers = llm_proxy.Workers(1, None, clock, said.append)
+        pauses = []
+        for lives in self.each((0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0)):
+            workers.start_again(0, clock.now - lives, -9)
+            pauses.append(round(workers.due[0] - clock.now, 1))
+        self.assertEqual(pauses, [0, .4, .8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30, 0, .4])
+        self.assertIn("worker 1 has ended (SIGKILL): it is started again in 0.4 s", said)
+
+    def test_what_was_half_written_is_not_read(self):
+        tally = llm_proxy.Tally(2)
+        family = llm_proxy.Family("a", "counter", "A", [("x", 1), ("x", "0.5", "_sum")])
+        for number in (0, 1, 0):
+            tally.begin(number)
+            tally.write([family])
+        self.assertEqual(tally.families()[0].samples, [("x", 3), ("x", 1.5, "_sum")])
+        (_, length, at), _ = tally.halves(0)
+        tally.memory[at + 5:at + length] = bytes(length - 5)
+        self.assertEqual(tally.families()[0].samples, [("x", 2), ("x", 1.0, "_sum")])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -14711,6 +15317,89 @@ class DoorTest(EnduranceCase):
                 answered = client.read()
                 self.assertEqual((answered.status, answered.whole), (200, True))
                 self.assert_last_answer(client, 413)
+
+
+@NEEDS_REDIS
+class ProcessesTest(EnduranceCase):
+    """Several processes whose limits are in one Redis."""
+    RULES = ("all 1 requests per 365d burst %d; each 1 tokens per 365d burst 1000000;"
+             "all 900 running")
+    USED = staticmethod(says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}}))
+
+    def setUp(self):
+        # What it has said is in its file, before it is said: a kill loses nothing.
+        self.redis = RedisServer(self, "--appendonly", "yes", "--appendfsync", "no")
+
+    def launch_all(self, count, room, **settings):
+        """Starts so many; `addresses` are theirs."""
+        self.addresses, self.processes = [], []
+        for _ in range(count):
+            self.processes.append(self.serve(
+                answer=self.USED, REDIS_URL=self.redis.url, LIMITS=self.RULES % room,
+                **settings))
+            self.addresses.append(self.address)
+            wait_for(lambda: self.ask(HEALTH).json()["limits"]["degraded"] is False)
+
+    def call_all(self, calls, workers):
+        """Makes so many calls by so many threads; returns (how many were let in, the seconds that
+        each took)."""
+        outcomes, seconds = [], []
+
+        def act(number):
+            for turn in range(calls // workers):
+                client = Client(self.addresses[(number + turn) % len(self.addresses)])
+                began = time.monotonic()
+                answered = client.exchange(call(max_tokens=5))
+                seconds.append(time.monotonic() - began)
+                outcomes.append(b"usage" in answered.body and b"limit reached" not in answered.body)
+                client.close()
+        with threads(functools.partial(act, number) for number in range(workers)):
+            pass
+        return sum(outcomes), seconds
+
+    def missing(self, room):
+        """What each bucket lacks."""
+        found = []
+        for name in self.redis.ask("KEYS", "*:b:*"):
+            level = int(self.redis.ask("GET", name).split()[0])
+            found.append((room if b":b::" in name else 1000000) - level)  # that of all has no owner
+        return sorted(found)
+
+    def test_as_many_are_let_in_as_there_is_room_for(self):
+        for _ in range(self.size(1, 5)):
+            self.redis.ask("FLUSHALL")
+            self.launch_all(4, 100)
+            admitted, seconds = self.call_all(200, 200)
+            self.assertEqual(admitted, 100)
+            wait_for(lambda: self.missing(100) == [100, 3000], "the balance")
+            self.report("4 processes, 200 calls at 100: %d let in, p99 %.1f ms", admitted,
+                        self.p99_milliseconds(seconds))
+            for process in self.processes:
+                process.close()
+
+    def test_redis_may_be_killed_again_and_again(self):
+        self.launch_all(3, 100000)
+        over, totals, seconds = threading.Event(), [], []
+
+        def load():
+            while not over.is_set():
+                admitted, took = self.call_all(40, 8)
+                totals.append(admitted)
+                seconds.extend(took)
+        with threads([load]):
+            for _ in range(self.size(1, 5)):
+                time.sleep(self.size(0.2, 2))
+                self.redis.kill()
+                wait_for(lambda: all(process.said("goes by its share") for process
+                                     in self.processes))
+                time.sleep(self.size(0.1, 2))
+                self.redis.start()
+                wait_for(lambda: all(process.said("is there again") for process in self.processes))
+            over.set()
+        wait_for(lambda: self.missing(100000) == sorted((sum(totals), 30 * sum(totals))),
+                 "the balance of %d calls" % sum(totals))
+        self.report("%d calls, p99 %.1f ms, longest %.1f ms", len(seconds),
+                    self.p99_milliseconds(seconds), 1000 * max(seconds))
 
 
 class FaultsTest(EnduranceCase):
@@ -15867,7 +16556,8 @@ if __name__ == "__main__":
         EnduranceCase.LONG = True
         BalanceTest.CALLS = 40
         UnmaskingTest.RANDOM_STREAMS = 20_000
-        names = ["UnmaskingTest", "BalanceTest", "DoorTest", "FaultsTest", "HostileTest"]
+        names = ["UnmaskingTest", "BalanceTest", "BalanceInRedisTest", "ProcessesTest", "DoorTest",
+                 "FaultsTest", "HostileTest"]
         if "long" in sys.argv:
             HostileTest.SECONDS = int((sys.argv + ["1800"])[sys.argv.index("long") + 1])
             names = [name for name in dir(HostileTest) if name.startswith("test_every_honest_call")]
