@@ -11416,7 +11416,8 @@ class Metrics(Watcher):
         """Takes long where it waits long: a microsecond for each call."""
         for times in self.times.values():
             for one in times.histograms:
-                one.sort_in()
+                if one.times:
+                    one.sort_in()
 
     def note_refusal(self, rule):
         if rule not in self.refused and len(self.refused) >= self.MAX_NAMES:
