@@ -9526,7 +9526,17 @@ class InRedis:
 
 @NEEDS_REDIS
 class LimitsInRedisTest(InRedis, LimitsTest):
-    pass
+    def test_a_batch_that_comes_again_gets_its_first_answer_and_one_too_early_none(self):
+        self.start()
+        self.admit(4)
+        store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
+        batch = llm_proxy.Batch(store.number + 1, store.describe)
+        batch.charge(*pair, 2, 0)
+        batch.take(llm_proxy.Take([pair], costs(3), None))
+        later = llm_proxy.Batch(store.number + 3, store.describe)
+        answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
+                   for one in (batch, batch, later, batch)]
+        self.assertEqual(answers, [b"1. 1 0 0 0", b"1. 1 0 0 0", b"gap", b"1. 1 0 0 0"])
 
 
 @NEEDS_REDIS
@@ -9650,6 +9660,39 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.redis.ask("KEYS", "*:r:*")[1:], [])
         asked.answer()
         client.head()
+
+    def test_what_is_lost_is_put_back_though_nobody_calls(self):
+        one, two = self.start_here(), self.start_here()
+        self.assertEqual(self.admitted(7, "sk-1"), 7)
+        wait_for(lambda: one.processes == two.processes == 2)
+        self.redis.ask("FLUSHALL")
+        wait_for(lambda: self.stored() == [3])
+        self.assertEqual(self.admitted(4, "sk-1"), 3)
+        self.assertFalse(one.is_degraded or two.is_degraded)
+
+    def test_what_others_have_written_there_stops_nothing(self):
+        for text in self.each([("nonsense",), ("inf inf inf",), (bytes(range(256)),), ("1e300 -1",)]):
+            buckets = self.start_here()
+            self.assertEqual(self.admitted(1), 1)
+            self.is_back(buckets)
+            name, = self.redis.ask("KEYS", "*:b:*")
+            self.redis.ask("SET", name, *text)
+            self.assertEqual(self.ask(call()).status, 200)
+            self.redis.ask("DEL", name)
+            self.redis.ask("LPUSH", name, "a list")
+            self.is_back(buckets)
+            self.assertEqual(self.ask(call()).status, 200)
+            self.redis.ask("FLUSHALL")
+
+    def test_a_wrong_password_is_told_and_shown_nowhere(self):
+        self.redis.ask("CONFIG", "SET", "requirepass", "right")
+        buckets = self.start(REDIS_URL="redis://:hunter2@127.0.0.1:1")
+        self.is_away(buckets)
+        with mock.patch.object(buckets.redis, "url", llm_proxy.RedisUrl(
+                path=self.redis.path, password="hunter2")):
+            wait_for(lambda: buckets.reason == "does not take the user and password")
+            self.assertEqual(self.admitted(11), 10)
+        self.assertNotIn("hunter2", self.lines.text() + repr(self.ask(HEALTH).body))
 
     def test_a_server_that_refuses_to_write_is_away_until_it_does_not(self):
         buckets = self.start_here()
