@@ -573,6 +573,12 @@ j8lkO7clW4WdI2z0UzPgGNYkqTefwSnR0kaik4qA
 """  # for 127.0.0.1, until 2119; of no use elsewhere
 
 
+def free_port():
+    """Returns a port that nobody has, for a server that does not pick one itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 def new_path(case, name=""):
     """Makes a folder of its own for a test; returns it, or the path of a file there."""
     folder = tempfile.TemporaryDirectory()
