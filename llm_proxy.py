@@ -10051,10 +10051,12 @@ class Database:
         for audit in execute("SELECT max(time), who, role, address, what, target, detail FROM audit"
                              " WHERE what LIKE '% key' GROUP BY target").fetchall():
             name = audit[5]
-            columns = ", ".join(Key._fields[:-4])
-            key = execute("SELECT %s, hex(subject) FROM keys WHERE name = ?" % columns, (name,))
-            secrets = execute("SELECT hex(digest), valid_until FROM secrets WHERE name = ?", (name,))
-            found[name] = audit[0], json.dumps([audit, key.fetchall(), secrets.fetchall()])
+            keys = execute(KEYS_QUERY.replace("subject", "hex(subject)").replace(
+                "last_used", "NULL") + " WHERE name = ?", (name,)).fetchall()
+            secrets = execute(
+                "SELECT hex(digest), valid_until FROM secrets WHERE name = ?", (name,)).fetchall()
+            found[name] = audit[0], json.dumps(
+                [audit, [dict(zip(Key._fields, key)) for key in keys], secrets])
         return found
 
     def take_record(self, record: str):
@@ -10067,19 +10069,26 @@ class Database:
         if execute("SELECT 1 FROM audit WHERE target = ? AND time >= ? AND what LIKE '% key'",
                    (name, float(when))).fetchall():
             return
-        read = [read_key(*key[:-1], None, bytes.fromhex(key[-1])) for key in keys]
-        secrets = [(bytes.fromhex(one), name, until and float(until)) for one, until in secrets]
         with self.transaction():
             execute("UPDATE secrets SET name = NULL, valid_until = ? WHERE name = ?", (when, name))
             execute("DELETE FROM keys WHERE name = ?", (name,))
-            for key in read:
-                execute("INSERT INTO keys VALUES (%s)" % ",".join("?" * 13), key[:13])
-                if key.role == "caller":
-                    self.close_door()
-            for row in secrets:
-                execute("INSERT OR REPLACE INTO secrets VALUES (?, ?, ?)", row)
+            for key in keys:
+                self.put_key(key)
+            for one, until in secrets:
+                execute("INSERT OR REPLACE INTO secrets VALUES (?, ?, ?)", (
+                    bytes.fromhex(one), name, until and float(until)))
             execute("INSERT INTO audit (time, who, role, address, what, target, detail)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?)", (float(when), *words))
+
+    def put_key(self, fields):
+        """Inserts a key as another box has it, which may know more, or less, of one."""
+        names = Key._fields[:-2]
+        subject = bytes.fromhex(fields["subject"])
+        key = read_key(*map({**fields, "subject": subject}.get, names))
+        self.connection.execute("INSERT INTO keys (%s) VALUES (%s)" % (
+            ", ".join(names), ", ".join("?" * len(names))), key[:len(names)])
+        if key.role == "caller":
+            self.connection.execute(CLOSE_DOOR)
 
     def note_use(self, used):
         """{name of a key: when it was used last}"""
@@ -13218,9 +13227,9 @@ def short_digest(thing: Union[str, CallerKey]) -> str:
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
-# Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that wait
-# for one (since when) and those that asked lately. Who has waited for longer comes first. ARGV are
-# how many slots there are, how long one is taken, the process, how long it has waited, how many of
+# Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
+# wait for one (since when) and those that asked lately. Who has waited for longer comes first. ARGV
+# are how many slots there are, how long one is taken, the process, how long it has waited, how many of
 # the names that follow are to be given a slot; the others have one. Times are in milliseconds.
 LUA_SLOTS = """
 local time = redis.call('TIME')
@@ -13382,8 +13391,8 @@ class SharedQueue(FairQueue):
                             *self.arguments(0, 0, self.leases))
 
 
-# Keeps what was changed last: KEYS are a hash and how often that was changed; ARGV a name in it, when
-# it was changed, and the text.
+# Keeps what was changed last: KEYS are a hash and how often that was changed; ARGV a name in it,
+# when it was changed, and the text.
 LUA_NEWER = """
 local old = redis.call('HGET', KEYS[1], ARGV[1])
 if old and tonumber(string.match(old, '%S+')) >= tonumber(ARGV[2]) then return 0 end
