@@ -1855,10 +1855,10 @@ class Key(NamedTuple):
     models: Optional[str] = None
     upstream: Optional[str] = None
     limits: Optional[str] = None
+    redact: Optional[str] = None
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
-    redact: Optional[str] = None
     subject: bytes = b""
     globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
@@ -15774,9 +15774,8 @@ function callParts(call) {
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
-    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
-  const told = Object.entries(facts).filter(([, value]) => value || value === 0);
+    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)],
+    Redacted: call.redacted}, told = Object.entries(facts).filter(([, one]) => one || one === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
     "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div", {class: "s" + (at + 1),
