@@ -1884,10 +1884,10 @@ class Key(NamedTuple):
     models: Optional[str] = None
     upstream: Optional[str] = None
     limits: Optional[str] = None
+    redact: Optional[str] = None
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
-    redact: Optional[str] = None
     subject: bytes = b""
     globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
@@ -6231,7 +6231,7 @@ IBAN_LENGTHS = """15:NO 16:BE 18:DK,FI,FK,FO,GL,NL,SD 19:MK,SI 20:AT,BA,EE,KZ,LT
     21:CH,HR,LI,LV 22:BG,BH,CR,DE,GB,GE,IE,ME,RS,VA 23:AE,GI,IL,IQ,OM,SO,TL
     24:AD,CZ,ES,MD,PK,RO,SA,SE,SK,TN,VG 25:LY,PT,ST 26:IS,TR 27:BI,DJ,FR,GR,IT,MC,MR,SM
     28:AL,AZ,BY,CY,DO,GT,HN,HU,LB,NI,PL,SV 29:BR,EG,PS,QA,UA 30:JO,KW,MU,YE 31:MT,SC 32:LC 33:RU"""
-LETTER_NUMBERS = {ord(" "): "", ord("-"): "", **{65 + n: str(10 + n) for n in range(26)}}
+LETTER_NUMBERS = {65 + n: str(10 + n) for n in range(26)}
 
 
 def iban_pattern(length):
@@ -6241,17 +6241,21 @@ def iban_pattern(length):
         groups, "[ -]?[A-Z0-9]{%d}" % rest if rest else ""))
 
 
-IBANS = {country: iban_pattern(int(row[:2]))
+IBANS = {country: (iban_pattern(int(row[:2])).match, country.translate(LETTER_NUMBERS).encode())
          for row in IBAN_LENGTHS.split() for country in row[3:].split(",")}
 
 
 def end_of_iban(match: "re.Match[str]") -> int:
     """Wants the country's length, and the right check digits (ISO 7064, mod 97-10)."""
-    country = match[0][:2]
-    rest = country in IBANS and IBANS[country].match(match.string, match.start() + 2)
-    if not rest or int((rest[0][2:] + country + rest[0][:2]).translate(LETTER_NUMBERS)) % 97 != 1:
+    follows, country = IBANS.get(match[0][:2], (None, b""))
+    rest = follows and follows(match.string, match.start() + 2)
+    if not rest:
         return 0
-    return rest.end()
+    spelled = rest[0].encode().translate(None, b" -")
+    number = b"".join((spelled[2:], country, spelled[:2]))
+    if not number.isdigit():
+        number = number.decode().translate(LETTER_NUMBERS)
+    return rest.end() if int(number) % 97 == 1 else 0
 
 
 # Country codes (ITU-T E.164), each with what may follow.
@@ -16586,8 +16590,8 @@ function callParts(call) {
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
-  const told = Object.entries(facts).filter(([, value]) => value || value === 0);
+    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)],
+    Redacted: call.redacted}, told = Object.entries(facts).filter(([, one]) => one || one === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
     "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div", {class: "s" + (at + 1),

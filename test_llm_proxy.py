@@ -4650,6 +4650,8 @@ class RedactionTest(ProxyCase):
             self.assertEqual([one[:2] for one in redactor.find(text)], [(at, at + len(value))])
 
     def test_each_step_of_a_search_is_short(self):
+        gc.disable()  # of what other tests have left
+        self.addCleanup(gc.enable)
         redactor = llm_proxy.Redactor(KINDS)
         for seed in ("a@b.co ", "a@b.b.", "4111 ", "4111111111111112 ", "NO9386011117948 ", "+49 ",
                      "8.8.8.8 ", "2a00::1 ", "sk-", "eyJ", "-----BEGIN PRIVATE KEY-----"):
@@ -7831,7 +7833,8 @@ held          53
 queue_ms      None
 team          None
 tag           None
-agent         curl/8\\x9b"""))
+agent         curl/8\\x9b
+redacted      None"""))
     CHARGES = "each 100000 tokens per day=1020;all 3 usd per day=117000000"
     USAGE = b"""{"usage": {
         "prompt_tokens": 1000, "prompt_tokens_details": {"cached_tokens": 600},
@@ -7995,7 +7998,10 @@ agent         curl/8\\x9b"""))
 class LedgerTest(LedgerCase):
     def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
         path = new_path(self, "llm_proxy.db")
-        schema = llm_proxy.Database.SCHEMA.replace(", connect_ms INTEGER, redacted TEXT", "")
+        schema = llm_proxy.Database.SCHEMA
+        for added in (", connect_ms INTEGER, redacted TEXT", ", redact TEXT"):
+            self.assertIn(added, schema)
+            schema = schema.replace(added, "")
         with mock.patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-2]), \
                 mock.patch.object(llm_proxy.Database, "SCHEMA", schema):
             database = llm_proxy.Database(path)
