@@ -13233,8 +13233,8 @@ def short_digest(thing: Union[str, CallerKey]) -> str:
 
 # Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
 # wait for one (since when) and those that asked lately. Who has waited for longer comes first. ARGV
-# are how many slots there are, how long one is taken, the process, how long it has waited, how many of
-# the names that follow are to be given a slot; the others have one. Times are in milliseconds.
+# are how many slots there are, how long one is taken, the process, how long it has waited, how many
+# of the names that follow are to be given a slot; the others have one. Times are in milliseconds.
 LUA_SLOTS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -16590,8 +16590,8 @@ function callParts(call) {
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
     "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)],
-    Redacted: call.redacted}, told = Object.entries(facts).filter(([, one]) => one || one === 0);
+    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+  const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
     "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div", {class: "s" + (at + 1),

@@ -10068,7 +10068,7 @@ class SharedLimitsTest(ProxyCase):
 
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
-        one = self.start_here(None, rules)
+        self.start_here(None, rules)
         running = [self.ask_stub(call()) for _ in range(2)]
         self.start_here(None, rules)
         running.append(self.ask_stub(call()))
@@ -10595,7 +10595,7 @@ class SettlingTest(LedgerCase):
         self.start()
         paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
         for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
-            answered = self.assert_status(400, request("POST", path, chat(stream=value)))
+            self.assert_status(400, request("POST", path, chat(stream=value)))
         self.assertEqual(self.stub.calls, 0)
         self.assert_status(200, call(stream=None))
 
