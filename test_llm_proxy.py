@@ -10142,12 +10142,12 @@ class BalanceInRedisTest(BalanceTest):
     def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
         self.redis = RedisServer(self)
         keys = ",".join("k%d=sk-%d" % (number, number) for number in range(5))
-        paths, proxies, self.addresses = [], [], []
+        paths, servers, self.addresses = [], [], []
         for _ in range(3):
             paths.append(new_path(self, "calls.db"))
             self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text",
                        UNPRICED="0.5", DATABASE=paths[-1], REDIS_URL=self.redis.url)
-            proxies.append(self.proxy)
+            servers.append(self.server)
             self.addresses.append(self.address)
             wait_for(lambda: self.proxy.limits.buckets.state == "here")
         over = threading.Event()
@@ -10159,8 +10159,8 @@ class BalanceInRedisTest(BalanceTest):
             with threads(functools.partial(self.converse, seed) for seed in range(self.CALLERS)):
                 pass
             over.set()
-        wait_for(lambda: not any(proxy.books.ledger.queue for proxy in proxies))
-        for proxy in proxies:
+        wait_for(lambda: not any(server.open for server in servers), "the end of every call")
+        for proxy in [server.proxy for server in servers]:
             buckets = proxy.limits.buckets
             wait_for(lambda: is_done(buckets), "Redis")
             charges = buckets.charges
