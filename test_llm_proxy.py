@@ -13902,7 +13902,7 @@ class KeysCommandTest(ProcessCase):
         self.keys("add", "ann", "--note", "\x1b[2J" "x")
         self.keys("add", "ann", "--note", "her laptop", "--expires", "30d")
         _, out, _ = self.keys("list")
-        self.assertRegex(out, r"\Aname +role .*\nann +caller +- +20\d\d-.* her laptop +- +-\n\Z")
+        self.assertRegex(out, r"\Aname +role .*\nann +caller +- +20\d\d-.* her laptop +-\n\Z")
         self.assertRegex(self.keys("show", "ann")[1], r"(?m)^note +her laptop$")
         found, = json.loads(self.keys("list", "--json")[1])
         self.assertEqual((found["name"], found["disabled"]), ("ann", False))
