@@ -50,6 +50,7 @@ Contents, in reading order; a section uses only what stands above it:
     Admin       the admin API: who uses what, keys, upstreams, live events
     Dashboard   the source of the page that shows it
     Server      clients' connections, caps, TLS, draining
+    Workers     several processes on one port, and their parent
     Demo        a small endpoint to try things on
     Bench       calls that are timed, and what this machine can do
     Commands    the command line
@@ -83,6 +84,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mmap
 import operator
 import os
 import random
@@ -90,7 +92,6 @@ import re
 import select
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import struct
@@ -456,11 +457,16 @@ def read_rule(text):
     window = kind.replace("burst", "")
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
-    grain = NANODOLLAR if unit == "usd" else 1
-    refill = max(1, rate // (interval * 1000 * grain)) * grain  # in 1 ms: clocks are no finer
+    refill = choose_refill(rate, interval, unit)
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
                 (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
+
+
+def choose_refill(rate, interval, unit):
+    """Returns what a bucket gains at once, in 1 ms or more: clocks are no finer."""
+    grain = NANODOLLAR if unit == "usd" else 1
+    return max(1, rate // (interval * 1000 * grain)) * grain
 
 
 def count_units(amount, unit):
@@ -682,15 +688,6 @@ def parts_within(op, value):
     return []
 
 
-def numbers_in(value):
-    """Yields the numbers in a parsed expression, and so all its characters."""
-    if type(value) is int:
-        yield value
-    elif isinstance(value, (tuple, list, PARSER.SubPattern)):
-        for one in value:
-            yield from numbers_in(one)
-
-
 class LinearPattern:
     """A regular expression that any text is searched for in linear time, judged as Python's parser
     reads it: a search that has begun cannot be stopped, and holds all threads."""
@@ -707,11 +704,11 @@ class LinearPattern:
             self.tree = PARSER.parse(text)
         except (re.error, OverflowError, RecursionError) as fault:
             raise ValueError("must be a regular expression: %s" % fault) from None
+        require(not re.search(r"\\[uUN]", text), "must have letters as they are, for \\u or \\N")
         require(self.tree.getwidth()[0], "must not match an empty text")
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
-        self.alphabet = {*map(chr, range(256)), *[
-            chr(one) for one in numbers_in(self.tree) if 0 <= one <= sys.maxunicode]}
-        self.known: List[int] = []  # repetitions, by identity
+        self.alphabet = {*map(chr, range(256)), *text}
+        self.numbers: Dict[int, int] = {}  # of repetitions, by identity
         self.choices = 0
         self.walk(self.tree, set(), False)
         begin = self.beginning(self.tree)
@@ -787,19 +784,14 @@ class LinearPattern:
             after = self.walk(inner, after, repeated or most > 1)
         if least == most:
             return after
-        found = Repetition(self.number(inner), frozenset().union(*self.sets(inner, False)),
+        number = self.numbers.setdefault(id(inner), len(self.numbers) + 1)
+        found = Repetition(number, frozenset().union(*self.sets(inner, False)),
                            () if single else tuple(self.sets(inner, True)))
         for one in before:
             require(not one.clashes(found), "must not have repetitions, one soon after the other,"
                     " that can take the same: number %d and number %d, as '%s'" % (
-                        one.number, found.number, min(one.takes & found.takes, default="")))
+                        one.number, number, min(one.takes & found.takes, default="")))
         return {*after, *(() if least else before), found}
-
-    def number(self, inner):
-        """Returns which repetition this is, from 1."""
-        if id(inner) not in self.known:
-            self.known.append(id(inner))
-        return self.known.index(id(inner)) + 1
 
     def beginning(self, parts):
         """Returns what it begins with as often as it may, if that takes one character."""
@@ -1060,12 +1052,17 @@ SETTING_ROWS = {
          " limits (open), or calls get a 503 (closed)"),
         ("PEERS=1", number_between(1, 10_000),
          "processes that share the limits, until Redis has told how many there are"),
+        ("SHARE_SLOTS", one_of("on", "off"),
+         "on: MAX_CONCURRENCY is that of all processes together; unset: on with WORKERS"),
+        ("WORKERS=1", number_between(1, 64),
+         "processes that share the port; more than one need REDIS_URL, and a system with fork"),
     ),
     "How it runs": (
         ("LOG_FORMAT=text", one_of("text", "json"),
          "form of the lines on stderr, one per call: text for people, json for programs"),
         ("CPU_AFFINITY=auto", cpu_number,
-         "CPU to stay on (Linux): a number, auto (the port picks one) or off"),
+         "CPU to stay on (Linux): a number, auto (the port picks one) or off; workers take those"
+         " that follow"),
         ("DEMO_FIRST_MS=0", number_between(0, 86_400_000),
          "milliseconds until an answer of --demo begins"),
     ),
@@ -1254,6 +1251,8 @@ class Config(types.SimpleNamespace):
             if len(key) < 16:
                 yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
                        " characters: it can be guessed")
+        if (self.redact or self.redact_patterns) and not self.redacted_upstreams():
+            yield "REDACT takes nothing out: no upstream is far from here (REDACT_UPSTREAMS)"
         for name in ("ADMIN_KEY", "VIEWER_KEY"):
             if len(getattr(self, name.lower()) or name * 2) < 16:
                 yield name + " has less than 16 characters: it can be guessed"
@@ -1324,8 +1323,17 @@ class Config(types.SimpleNamespace):
                    "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
         if "{me}" in (self.limit_message or "") and not self.public_url:
             yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
+        yield from self.contradictions_of_processes()
         yield from self.contradictions_of_keys()
         yield from self.contradictions_of_tls()
+
+    def contradictions_of_processes(self):
+        has_redis = self.texts["REDIS_URL"] is not None
+        if self.share_slots == "on" and not has_redis:
+            yield "SHARE_SLOTS must be off without REDIS_URL (got 'on')"
+        if (self.workers or 1) > 1 and not (has_redis and hasattr(os, "fork")):
+            yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
+                   % self.workers)
 
     def contradictions_of_keys(self):
         if self.proxy_api_keys:
@@ -1876,10 +1884,10 @@ class Key(NamedTuple):
     models: Optional[str] = None
     upstream: Optional[str] = None
     limits: Optional[str] = None
+    redact: Optional[str] = None
     tag: Optional[str] = None
     note: Optional[str] = None
     last_used: Optional[float] = None
-    redact: Optional[str] = None
     subject: bytes = b""
     globs: Sequence[str] = ()
     rules: Tuple[Rule, ...] = ()
@@ -1972,8 +1980,9 @@ def blinded(credential: bytes, secret: bytes) -> bytes:
 
 class StoredKeys:
     """The keys of DATABASE as they were when they were read: in `rows`. `closed`: nobody else may
-    call. `faults` are sentences about what could not be read."""
+    call. `disabled` are names of upstreams. `faults` are sentences about what could not be read."""
     rows: Optional[Tuple[Any, ...]] = None
+    disabled: Sequence[str] = ()
     faults: Sequence[str] = ()
 
     def __init__(self, secret: bytes, keys: Sequence[Key] = (),
@@ -2389,7 +2398,7 @@ class Buckets:
         now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            unit, capacity = rule.unit, rule.capacity
+            unit, capacity, refill, interval = rule[2:6]
             if self.given:
                 capacity += self.given_to(key, now)
             if rule.window:
@@ -2398,14 +2407,15 @@ class Buckets:
                 continue
             known = self.levels.get(key)
             if known is None:
-                level, refilled = capacity, now
+                level = capacity
+                refilled = now
             else:
                 level, refilled, _, _, _, _ = known
                 passed = now - refilled + 1e-6  # a microsecond for what floats lose
-                if passed >= rule.interval:
-                    steps = int(passed / rule.interval)
-                    level += steps * rule.refill
-                    refilled += steps * rule.interval
+                if passed >= interval:
+                    steps = int(passed / interval)
+                    level += steps * refill
+                    refilled += steps * interval
                 if level >= capacity:
                     level = capacity
                     refilled = now
@@ -3232,9 +3242,13 @@ class Habits:
         setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
 
     def note_output(self, tokens: int):
-        self.recent.append(tokens)
-        del self.recent[:-self.MEMORY]
-        self.peak = sorted(self.recent)[-1 - len(self.recent) // 20]
+        recent = self.recent
+        recent.append(tokens)
+        if len(recent) > self.MEMORY:
+            oldest = recent.pop(0)
+            if tokens == oldest or (tokens <= self.peak and oldest < self.peak):
+                return  # the largest of them are as before
+        self.peak = sorted(recent)[-1 - len(recent) // 20]
 
 
 class ModelHabits:
@@ -3325,11 +3339,11 @@ class CostEstimator:
             prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
         habits = self.habits(call)
-        ratio = habits.of(caller).input_ratio or CHARACTERS_PER_TOKEN
-        prompt = self.tokens_of(length, ratio)
+        own = habits.of(caller)
+        prompt = self.tokens_of(length, own.input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
-            peak = habits.peak(caller) or self.last_peak(caller)
+            peak = own.peak or habits.usual.peak or self.last_peak(caller)
             if peak > output:
                 held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
@@ -3626,10 +3640,10 @@ class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
     spelled again. `cuts` are by the mark that stands for each."""
+    cuts: Dict[bytes, slice] = {}
 
     def __init__(self, data: bytes):
         self.data = self.short = data
-        self.cuts: Dict[bytes, slice] = {}
         if len(data) > 2 * MEDIA_BYTES:
             self.short = self.cut_media()
 
@@ -3637,6 +3651,7 @@ class JsonBody:
         """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
         the last look."""
         data = self.data
+        self.cuts = {}
         self.secret = b"%016x" % random.getrandbits(64)
         pieces = []
         taken = 0
@@ -4124,7 +4139,7 @@ class Call(Billable):
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
-            return True in map(self.payload.get, KEPT)
+            return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
         if self.stored and self.endpoint is None:
             made = self.stored.name and self.stored.collection in HAVE_RESULTS
             return self.path.endswith("/" + self.stored.name) if made else not (
@@ -4246,7 +4261,7 @@ def is_small(value):
 
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
-KEPT = (*LATER, "store")  # and at one of these it is stored.
+KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
 BATCH_PATH = re.compile("/batches/*$|:batchGenerateContent$", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
@@ -4321,7 +4336,7 @@ NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_conte
     thought_signature mimeType mime_type media_type""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
-MANY_VALUES = 64
+HOLD_WORDS = frozenset((str, list, dict))
 
 
 class Words(NamedTuple):
@@ -4358,7 +4373,7 @@ def words_in(payload: JsonObject) -> Iterator[Words]:
                 for name in list(value):
                     yield Words(value, name, name, "key", place)
             keys = [name for name in value if of_tool or is_words(name, value[name])]
-        elif type(value) is list and not is_vector(value):
+        elif type(value) is list and not HOLD_WORDS.isdisjoint(map(type, value)):
             holder[key] = value = list(value)
             keys = range(len(value))
         stack += [(value, name, (place, name), of_tool) for name in reversed(keys)]
@@ -4373,11 +4388,6 @@ def kind_of_words(holder, key):
     if key == "thinking" and "signature" in holder:
         return "echo"
     return "json" if key == "arguments" else "text"
-
-
-def is_vector(values):
-    """Tells whether a list is one of many numbers, such as tokens."""
-    return len(values) > MANY_VALUES and {type(values[0]), type(values[-1])} <= {int, float}
 
 
 def spell_place(place: Tuple[Any, ...]) -> str:
@@ -5093,11 +5103,16 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(?:prompt|completion|total)_tokens"\s*:\s*[0-9]{1,9}(?:\s*,)?'
-EACH_COUNT = b"".join([rb'(?=[^}]*"%b_tokens"\s*:\s*([0-9]+))' % name
-                       for name in (b"prompt", b"completion", b"total")])
-USUAL_END = re.compile(
-    rb'"usage"\s*:\s*\{%b%b\s*\}[^{}]*\}\s*' % (EACH_COUNT, 3 * USUAL_COUNT))
+USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
+USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
+
+
+@functools.lru_cache(KNOWN_MODELS)
+def model_mark(model):
+    """Returns how most servers spell in JSON which model served."""
+    return b'"model":"%b"' % model.encode("utf-8", "replace")
+
+
 # POSTs that cost nothing: they count tokens, spell them out, or describe a model.
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
@@ -5172,14 +5187,18 @@ class OpenAI(Dialect):
     def usual_usage(self, data, model):
         """Finds three counts, as most servers tell no more, in what then ends the response."""
         if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
-                data.find(b'"model":"%b"' % model.encode("utf-8", "replace")) < 0
+                data.find(model_mark(model)) < 0
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
         if not end:
             return None
-        prompt, output, total = map(int, end.groups())
-        return Usage(prompt, output, model=model) if prompt + output == total else None
+        name, count, other, other_count, third, third_count = end.groups()
+        found = {name: int(count), other: int(other_count), third: int(third_count)}
+        prompt, output = found.get(b"prompt"), found.get(b"completion")
+        if len(found) < 3 or prompt + output != found[b"total"]:
+            return None
+        return Usage(prompt, output, 0, 0, 0, False, 0, model)
 
     def usage(self, counts, model=None, tier=None):
         prompt, output, total = map(
@@ -5582,6 +5601,10 @@ class Dialects:
     READ_KEYS = frozenset("""
         model models fallbacks stream stream_options options background
         previous_response_id conversation""".split()) | OUTPUT_NUMBERS
+    # What nearly all calls have besides: no other spelling of those.
+    USUAL_KEYS = READ_KEYS.union("""
+        messages input prompt system instructions contents temperature top_p tools tool_choice
+        parallel_tool_calls response_format reasoning_effort stop seed user""".split())
     MAX_MODEL = 256
 
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
@@ -5733,9 +5756,10 @@ class Dialects:
         if len(body.short) > self.max_text:
             raise TextTooLarge()
         call.payload = payload = body.parse()
-        others = payload.keys() - self.READ_KEYS
-        for key in self.READ_KEYS.intersection(map(str.casefold, others)):
-            raise BadRequest("The key %s must be spelled in lower case" % key)
+        if not self.USUAL_KEYS.issuperset(payload):
+            others = payload.keys() - self.READ_KEYS
+            for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+                raise BadRequest("The key %s must be spelled in lower case" % key)
         dialect = call.dialect
         if call.endpoint == UNKNOWN:
             dialect = UNKNOWN_DIALECT
@@ -6212,7 +6236,7 @@ IBAN_LENGTHS = """15:NO 16:BE 18:DK,FI,FK,FO,GL,NL,SD 19:MK,SI 20:AT,BA,EE,KZ,LT
     21:CH,HR,LI,LV 22:BG,BH,CR,DE,GB,GE,IE,ME,RS,VA 23:AE,GI,IL,IQ,OM,SO,TL
     24:AD,CZ,ES,MD,PK,RO,SA,SE,SK,TN,VG 25:LY,PT,ST 26:IS,TR 27:BI,DJ,FR,GR,IT,MC,MR,SM
     28:AL,AZ,BY,CY,DO,GT,HN,HU,LB,NI,PL,SV 29:BR,EG,PS,QA,UA 30:JO,KW,MU,YE 31:MT,SC 32:LC 33:RU"""
-LETTER_NUMBERS = {ord(" "): "", ord("-"): "", **{65 + n: str(10 + n) for n in range(26)}}
+LETTER_NUMBERS = {65 + n: str(10 + n) for n in range(26)}
 
 
 def iban_pattern(length):
@@ -6222,17 +6246,21 @@ def iban_pattern(length):
         groups, "[ -]?[A-Z0-9]{%d}" % rest if rest else ""))
 
 
-IBANS = {country: iban_pattern(int(row[:2]))
+IBANS = {country: (iban_pattern(int(row[:2])).match, country.translate(LETTER_NUMBERS).encode())
          for row in IBAN_LENGTHS.split() for country in row[3:].split(",")}
 
 
 def end_of_iban(match: "re.Match[str]") -> int:
     """Wants the country's length, and the right check digits (ISO 7064, mod 97-10)."""
-    country = match[0][:2]
-    rest = country in IBANS and IBANS[country].match(match.string, match.start() + 2)
-    if not rest or int((rest[0][2:] + country + rest[0][:2]).translate(LETTER_NUMBERS)) % 97 != 1:
+    follows, country = IBANS.get(match[0][:2], (None, b""))
+    rest = follows and follows(match.string, match.start() + 2)
+    if not rest:
         return 0
-    return rest.end()
+    spelled = rest[0].encode().translate(None, b" -")
+    number = b"".join((spelled[2:], country, spelled[:2]))
+    if not number.isdigit():
+        number = number.decode().translate(LETTER_NUMBERS)
+    return rest.end() if int(number) % 97 == 1 else 0
 
 
 # Country codes (ITU-T E.164), each with what may follow.
@@ -6308,15 +6336,18 @@ SHAPES = (
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
         (?![A-Za-z0-9_-]|\.[0-9])""", end_of_card),
-    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]{4}[ -][0-9]{4}[ -].)[0-9]{3}
-        (?=[ -][0-9]{4}[ -][0-9]{4}[ -][0-9])""", end_of_card_groups),
+    shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)[0-9]{3}
+        (?:(?<![0-9]{4}[ ][0-9]{4}[ ].{4})(?=(?:[ ][0-9]{4}){2}[ ][0-9])
+        |(?<![0-9]{4}-[0-9]{4}-.{4})(?=(?:-[0-9]{4}){2}-[0-9]))""", end_of_card_groups),
     shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
           end_of_iban),
     shape("phone", PHONES + "(?<=[0-9]{2})(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)
         -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-"),
-    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)(?<![0-9][ ].)[0-9]{2}(?<!000|666)
-        [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}(?![A-Za-z0-9_-]|[ ][0-9])"""),
+    shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)  # in no row of short numbers
+        (?<![^0-9][0-9][ ]...)(?<![^0-9][0-9]{2}[ ]...)(?<![^0-9][0-9]{3}[ ]...)
+        [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
+        (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))"""),
     shape("ip", IPV4, mark="."),
     shape("ip", IPV6, end_of_ipv6, ":"),
     shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
@@ -6348,10 +6379,9 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
-    # So many characters are searched at once, and as many more for what begins in them.
-    SLICE = 1 << 16
-    OVERLAP = 1 << 14
+    SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
     BATCH = 1000  # things that look like some
+    LARGE = 4096  # characters: a text of more is searched in steps
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -6371,13 +6401,15 @@ class Redactor:
     def search(self, text: str) -> Iterator[List[Finding]]:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
         end = 0
+        large = len(text) > self.LARGE
         for start in range(0, len(text), self.SLICE):
             found = []
             for one in self.shapes:
-                if text.find(one.mark, start, start + self.SLICE + self.OVERLAP) >= 0:
+                if text.find(one.mark, start, start + self.SLICE * 5 // 4) >= 0:
                     for batch in self.batches(one, text, start):
                         found += batch
-                        yield ()
+                        if large:
+                            yield ()
             if found:
                 found = self.apart(sorted(found), end)
                 end = found[-1].end if found else end
@@ -6387,7 +6419,7 @@ class Redactor:
         """Yields what of a Shape begins in a slice, in parts."""
         for begin in range(start, min(len(text), start + self.SLICE), one.step):
             end = begin + one.step
-            matches = one.search.finditer(text, begin, end + self.OVERLAP)
+            matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
                 some = list(itertools.islice(matches, self.BATCH))
                 found = [(match.start(), one.check(match), one.kind) for match in some]
@@ -6462,6 +6494,7 @@ class Masks:
         what has no placeholder yet."""
         pieces = []
         last = 0
+        yield
         for found in self.redactor.search(text):
             for start, end, kind in found:
                 value = text[start:end]
@@ -7323,7 +7356,7 @@ class Wakeup(asyncio.Future):
     """What one task awaits of a socket. `wake` has the task go on at once, within the callback that
     read, where any other future has it go on in the loop's next pass: that costs more than all else
     of a wait, above all on PyPy."""
-    go_on: Optional[Callable[[asyncio.Future], None]] = None  # the task
+    __slots__ = ("go_on",)  # the task's callback, once it waits
 
     def add_done_callback(self, callback, *, context=None):
         self.go_on = callback
@@ -7331,7 +7364,7 @@ class Wakeup(asyncio.Future):
 
     def wake(self):
         """Complete it with True."""
-        go_on = self.go_on
+        go_on = getattr(self, "go_on", None)
         if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
             return self.set_result(True)
         self.remove_done_callback(go_on)
@@ -7354,7 +7387,7 @@ class Stream:
     waiter: Optional[Wakeup] = None        # of who awaits that more comes,
     write_waiter: Optional[Wakeup] = None  # or that something goes
     source: Optional["Stream"] = None              # the stream to pause while this one is slow
-    poller = None
+    poller = None         # for what can be read
     # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
     # paused.
     sink = on_end = on_full = on_write_failed = None
@@ -7491,7 +7524,8 @@ class Stream:
     def is_silent(self):
         """Tells whether an idle connection can be used again: neither its end came, nor bytes that
         the next call would take for its response."""
-        if self.may_be(READABLE):
+        poller = self.poller = self.poller or self.poller_for(READABLE)
+        if poller is None or poller.poll(0):
             self.on_readable()
         return not self.ended and not self.read_buffer
 
@@ -7499,15 +7533,16 @@ class Stream:
         """Tells whether the other side closed, while nothing is read: the end stands behind what
         nobody has read yet. Where it cannot be told, who sends so far ahead has no business
         here."""
-        return self.may_be(HANG_UP)
+        poller = self.poller_for(HANG_UP)
+        return poller is None or bool(poller.poll(0))
 
-    def may_be(self, event):
-        """Tells whether an event of poll's is there, or cannot be told."""
+    def poller_for(self, event):
+        """Returns what tells whether an event is there, None where nothing can."""
         if not CAN_POLL:
-            return True
-        poller = self.poller = self.poller or select.poll()
+            return None
+        poller = select.poll()
         poller.register(self.descriptor, event)
-        return bool(poller.poll(0))
+        return poller
 
     # -- what goes
 
@@ -8022,6 +8057,14 @@ class QueueLimits:
         if not self.by_caller[key]:
             del self.by_caller[key]
 
+    def shrink(self):
+        """Turns those away who came when it was not known that they must wait."""
+        for tickets in list(self.by_caller.values()):
+            for ticket in tickets[self.per_caller:]:
+                ticket.turn_away()
+        while self.waiting > self.most:
+            max(self.by_caller.values(), key=len)[-1].turn_away()
+
     def admits(self, key):
         """Returns whether one more call of this caller may wait. Where all places are taken, who
         has most of them loses its last, unless that would only turn the tables."""
@@ -8098,7 +8141,8 @@ class FairQueue:
     callers with calls: a new caller is served before one that was served recently, and newcomers
     cannot starve the others."""
     running = 0
-    now = 0.0  # virtual time
+    now = 0.0     # virtual time
+    short = True  # whether a call that finds no slot must wait, as far as is known
 
     def __init__(self, most: int, limits: QueueLimits, clock: Any):
         self.most = most
@@ -8116,7 +8160,7 @@ class FairQueue:
         owner = self.queues.get(key) or CallerQueue(key, weight, self.now)
         ticket = Ticket(self, owner, next(self.numbers), self.clock.monotonic() - waited)
         full = self.running >= self.most
-        if full and not self.limits.admits(key):
+        if full and self.short and not self.limits.admits(key):
             raise QueueRefused("queue full")
         self.queues[key] = owner
         if not owner.waiting:
@@ -8185,6 +8229,10 @@ class FairQueue:
                 turns = math.ceil((due - one.due) * one.weight + tie)
                 found += min(len(one.waiting), max(0, turns))
         return found
+
+    def slots(self) -> int:
+        """Returns how many calls may run at once."""
+        return self.most
 
     def stats(self) -> Dict[str, int]:
         """Returns the numbers for /health."""
@@ -9118,8 +9166,14 @@ class Routes:
         return found
 
     def switch(self, name: str, on: bool):
-        """Enables or disables an upstream. Raises LookupError."""
-        {one.name: one for one in self.all}[name].disabled = not on
+        """Enables or disables an upstream."""
+        self.disable([one.name for one in self.all
+                      if (one.disabled if one.name != name else not on)])
+
+    def disable(self, names: Collection[str]):
+        """Disables these upstreams, and enables the others."""
+        for one in self.all:
+            one.disabled = one.name in names
         self.some_are_disabled = any(one.disabled for one in self.all)
         self.known.clear()  # the next one of the model's serves it
 
@@ -9225,6 +9279,7 @@ def clean(text: Optional[str]) -> Optional[str]:
     return text
 
 
+PIPE_BUF = getattr(select, "PIPE_BUF", 512)  # bytes that a pipe takes as a whole (POSIX write)
 MAX_AGENT = 120
 UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
 SEEN = bytes(range(ord(" "), 0x7f)) + b"\n"
@@ -9447,17 +9502,33 @@ class Writer:
             self.thread.join(wait)
 
 
+def message_line(text: str, as_json: bool, clock: Any) -> str:
+    """Returns a line of the log that tells of no call."""
+    moment = format_moment(clock.time_ns())
+    return json.dumps({"time": moment, "message": text}) if as_json else f"{moment} {text}"
+
+
+def whole_lines(data: memoryview) -> int:
+    """Returns how much to write at once, so that lines of several processes are not mixed where the
+    log is a pipe."""
+    if len(data) <= PIPE_BUF:
+        return len(data)
+    return bytes(data[:PIPE_BUF]).rfind(b"\n") + 1 or bytes(data).index(b"\n") + 1
+
+
 class Log(Writer):
     """Lines on stderr."""
     PAUSE = 0.05
     BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
+    LONGEST = 3000  # characters of what one of several processes says: it fits in PIPE_BUF
     told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
-    def __init__(self, stream: BinaryIO, as_json: bool, clock: Any = time):
+    def __init__(self, stream: BinaryIO, as_json: bool, clock: Any = time, speaker: str = ""):
         """`stream` is unbuffered: a buffer has a lock, which a blocked writer would hold when the
-        process ends."""
+        process ends. `speaker` begins all that is said, where several processes have one log."""
         super().__init__("log")
+        self.speaker = speaker
         self.clock = clock
         self.stream = stream
         self.as_json = as_json
@@ -9468,9 +9539,9 @@ class Log(Writer):
         self.record(self.message(text))
 
     def message(self, text):
-        moment = format_moment(self.clock.time_ns())
-        return json.dumps({"time": moment, "message": text}) if self.as_json else (
-            f"{moment} {text}")
+        if self.speaker and len(text) > self.LONGEST:
+            text = "%s ... %s" % (text[:self.LONGEST // 2], text[-self.LONGEST // 2:])
+        return message_line(self.speaker + text, self.as_json, self.clock)
 
     def report(self):
         """Queues the traceback of the exception being handled: a bug of ours."""
@@ -9500,7 +9571,7 @@ class Log(Writer):
         data = whole = memoryview(data)
         try:
             while data:
-                written = self.stream.write(data)
+                written = self.stream.write(data[:whole_lines(data)])
                 # None: a pipe that does not block, and is full
                 if written is None and self.stop.wait(self.PAUSE):
                     break
@@ -9547,6 +9618,7 @@ class UsageLog(Log):
 
 WAIT_SECONDS = 5  # for another process that writes the database
 Levels = Dict[BucketKey, Tuple[int, float]]  # level, and wall-clock time of the last refill
+KeyRecords = Dict[str, Tuple[float, str]]  # name of a key -> when it was changed, and all of it
 
 
 class DatabaseFault(Exception):
@@ -9720,11 +9792,14 @@ class Database:
 
     connection: Optional[sqlite3.Connection] = None
 
-    def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False):
-        """`lock` as `lock_for_service` has it. Raises DatabaseFault; FileNotFoundError where there
-        is nothing to read."""
+    def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False,
+                 shared: bool = False):
+        """`lock` as `lock_for_service` has it. `shared`: other processes write calls, too, and the
+        levels of buckets are not here. Raises DatabaseFault; FileNotFoundError where there is
+        nothing to read."""
         self.path = path
         self.lock = lock
+        self.shared = shared
         self.sums = SumsOfCalls()
         self.fresh: List[Tuple] = []  # what is yet to be added up of the last calls,
         self.behind = True            # of which there may be more in the file
@@ -9825,7 +9900,8 @@ class Database:
         self.insert("INSERT INTO calls VALUES %s", rows)
         (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
         first = (last or 0) - len(rows) + 1
-        return [(number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
+        return [] if self.shared else [
+            (number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
 
     # -- sums, and the list of ids; each of these does a little, and returns whether it did
 
@@ -9834,7 +9910,7 @@ class Database:
         summed = self.facts["summed"]
         if self.behind or self.fresh and self.fresh[0][0] != summed + 1:
             self.fresh = self.added("rowid > ? ORDER BY rowid LIMIT ?", summed, self.BATCH)
-            self.behind = len(self.fresh) == self.BATCH
+            self.behind = self.shared or len(self.fresh) == self.BATCH
         rows, rest = self.fresh[:self.BATCH], self.fresh[self.BATCH:]
         if rows:
             self.add_up(rows, "summed", rows[-1][0])
@@ -9900,6 +9976,8 @@ class Database:
         return True
 
     def save(self, changed, gone):
+        if self.shared:
+            return
         execute = self.connection.executemany
         execute("DELETE FROM buckets WHERE rule = ? AND subject = ?", map(self.spell_key, gone))
         execute("INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)", [
@@ -9925,7 +10003,8 @@ class Database:
     def levels(self) -> Levels:
         """Returns what was saved."""
         found = {}
-        for rule, subject, level, since in self.connection.execute("SELECT * FROM buckets"):
+        for rule, subject, level, since in () if self.shared else self.connection.execute(
+                "SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
                 found[(rule, *self.read_owners(subject))] = int(level), float(since)
@@ -9956,14 +10035,17 @@ class Database:
         return bytes(found)
 
     def key_rows(self) -> Tuple[Any, ...]:
-        """Returns (rows of keys, of their secrets, whether nobody else may call), all of one
-        moment; when a key was used last is left out."""
+        """Returns (rows of keys, of their secrets, whether nobody else may call, names of upstreams
+        that an admin has switched off), all of one moment; when a key was used last is left out."""
         execute = self.connection.execute
         execute("BEGIN")
         with self.connection:
             return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
                     execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
-                    is_closed(execute))
+                    is_closed(execute),
+                    [name for name, in execute(
+                        "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %'"
+                        " AND value = 1")])
 
     def note_processes(self, count: int):
         """Writes how many processes share the limits, for a start while Redis is away."""
@@ -9972,10 +10054,50 @@ class Database:
                 "INSERT OR REPLACE INTO facts VALUES ('processes', ?)", (count,))
             self.facts["processes"] = count
 
-    def disabled_upstreams(self) -> List[str]:
-        """Returns the names of upstreams that an admin has switched off."""
-        query = "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %' AND value = 1"
-        return [name for name, in self.connection.execute(query)]
+    def key_records(self) -> KeyRecords:
+        """Returns what other boxes must know of keys, also of those that were removed."""
+        execute, found = self.connection.execute, {}
+        for audit in execute("SELECT max(time), who, role, address, what, target, detail FROM audit"
+                             " WHERE what LIKE '% key' GROUP BY target").fetchall():
+            name = audit[5]
+            keys = execute(KEYS_QUERY.replace("subject", "hex(subject)").replace(
+                "last_used", "NULL") + " WHERE name = ?", (name,)).fetchall()
+            secrets = execute(
+                "SELECT hex(digest), valid_until FROM secrets WHERE name = ?", (name,)).fetchall()
+            found[name] = audit[0], json.dumps(
+                [audit, [dict(zip(Key._fields, key)) for key in keys], secrets])
+        return found
+
+    def take_record(self, record: str):
+        """Goes by what another box has made of a key, where that is newer than what is known here.
+        Raises ValueError, TypeError or LookupError for what no box of ours has written."""
+        (when, *words), keys, secrets = json.loads(record)
+        _, _, _, what, name, _ = words
+        require(set(map(type, words)) == {str} and what.endswith(" key"), "no record")
+        execute = self.connection.execute
+        if execute("SELECT 1 FROM audit WHERE target = ? AND time >= ? AND what LIKE '% key'",
+                   (name, float(when))).fetchall():
+            return
+        with self.transaction():
+            execute("UPDATE secrets SET name = NULL, valid_until = ? WHERE name = ?", (when, name))
+            execute("DELETE FROM keys WHERE name = ?", (name,))
+            for key in keys:
+                self.put_key(key)
+            for one, until in secrets:
+                execute("INSERT OR REPLACE INTO secrets VALUES (?, ?, ?)", (
+                    bytes.fromhex(one), name, until and float(until)))
+            execute("INSERT INTO audit (time, who, role, address, what, target, detail)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)", (float(when), *words))
+
+    def put_key(self, fields):
+        """Inserts a key as another box has it, which may know more, or less, of one."""
+        names = Key._fields[:-2]
+        subject = bytes.fromhex(fields["subject"])
+        key = read_key(*map({**fields, "subject": subject}.get, names))
+        self.connection.execute("INSERT INTO keys (%s) VALUES (%s)" % (
+            ", ".join(names), ", ".join("?" * len(names))), key[:len(names)])
+        if key.role == "caller":
+            self.connection.execute(CLOSE_DOOR)
 
     def note_use(self, used):
         """{name of a key: when it was used last}"""
@@ -9984,19 +10106,18 @@ class Database:
                 "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
                 (wall, name, wall - 60))
 
-    def take_orders(self, now: float, again: bool = False) -> List["Order"]:
-        """Returns what is to be done, which counts as done from then on; `again`: also what was
-        given before and is good still."""
+    def take_orders(self, now: float) -> List["Order"]:
+        """Returns what is to be done, which counts as done from then on, and what was given before
+        and is good still."""
         execute = self.connection.execute
-        if not execute("SELECT 1 FROM orders WHERE done = 0 OR ? LIMIT 1", (again,)).fetchall():
+        if not execute("SELECT 1 FROM orders LIMIT 1").fetchall():
             return []
         with self.transaction():
             found = execute(  # and nothing that somebody else has written
                 "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
-                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id",
-                (now if again else math.inf,)).fetchall()
+                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id", (now,)).fetchall()
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
-            execute("UPDATE orders SET done = 1")
+            execute("UPDATE orders SET done = 1 WHERE done = 0")
         return list(map(Order._make, found))
 
     def data_version(self) -> int:
@@ -10398,7 +10519,7 @@ class Order(NamedTuple):
 
 def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> StoredKeys:
     """Returns the keys of Database.key_rows()."""
-    keys, secrets, is_closed = rows
+    keys, secrets, is_closed, *disabled = rows
     found = []
     faults = []
     for row in keys:
@@ -10410,6 +10531,7 @@ def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> Sto
             for one, name, until in secrets if type(one) is bytes]
     stored = StoredKeys(secret, found, good, closed or is_closed)
     stored.rows = rows
+    stored.disabled = disabled[0] if disabled else ()
     stored.faults = faults
     return stored
 
@@ -10598,16 +10720,17 @@ def lock_name(path: str) -> str:
     return os.path.realpath(path) + ".lock"
 
 
-def lock_for_service(path: str) -> Optional[BinaryIO]:
+def lock_for_service(path: str, shared: bool = False) -> Optional[BinaryIO]:
     """Returns a file that is locked while it stays open, so that one service alone writes the
-    levels of a database; commands may read it. Raises DatabaseFault. Windows has no such lock."""
+    levels of a database; commands may read it. `shared`: for one of its workers. Raises
+    DatabaseFault. Windows has no such lock."""
     try:
         import fcntl
     except ImportError:
         return None
     try:
         file = open(lock_name(path), "ab", opener=lambda *how: os.open(*how, 0o600))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
         file.close()
@@ -10616,12 +10739,18 @@ def lock_for_service(path: str) -> Optional[BinaryIO]:
         raise Unwritable(path, failure) from None
 
 
-def open_for_service(path: str, opening: Callable[[str, Optional[BinaryIO]], Database] = Database
-                     ) -> Database:
+def let_workers_in(lock: BinaryIO):
+    """Lets those who ask for it as workers have a lock, too. Raises OSError."""
+    import fcntl
+    fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def open_for_service(path: str, opening: Callable[..., Database] = Database,
+                     shared: bool = False) -> Database:
     """Returns a database that no other service writes while it is open. Raises DatabaseFault."""
-    lock = lock_for_service(path)
+    lock = lock_for_service(path, shared)
     try:
-        return opening(path, lock)
+        return opening(path, lock, shared=shared)
     except DatabaseFault:
         if lock:
             lock.close()
@@ -10641,11 +10770,18 @@ class Ledger(Writer):
     complain_at = 0.0
     reopen_at = 0.0
     version = -1          # of the database, when keys were read
+    done: Collection[Order] = ()  # what is good still, and known here
+    # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by what
+    # is put into `records`.
+    on_records: Optional[Callable[[KeyRecords], None]] = None
+    records: Union[Tuple[()], "collections.deque[str]"] = ()
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
-                 clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes):
+                 clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes,
+                 worker: Optional[int] = None):
         """`secret` is what digests of keys are blinded by. Without a database one is looked for at
-        `path` once in a while."""
+        `path` once in a while. `worker` is the number of one of several processes that have it, of
+        which the first keeps the sums."""
         super().__init__("ledger")
         self.database = database
         self.path = path
@@ -10656,6 +10792,7 @@ class Ledger(Writer):
         self.log = log
         self.keys = keys
         self.secret = secret
+        self.worker = worker
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
         self.on_read = collections.deque()  # are called there once both were read the next time
@@ -10697,7 +10834,7 @@ class Ledger(Writer):
             self.dropped += len(batch)
         for _ in batch:
             self.queue.popleft()
-        if now >= self.sum_at:
+        if now >= self.sum_at and not self.worker:
             self.add_up(now)
 
     def add_up(self, now):
@@ -10726,7 +10863,7 @@ class Ledger(Writer):
         if self.database is None and now >= self.reopen_at:
             self.reopen_at = now + self.REOPEN_SECONDS
             try:
-                self.database = open_for_service(self.path)
+                self.database = open_for_service(self.path, shared=self.worker is not None)
                 self.saved = {}
                 self.version = -1
                 if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
@@ -10739,6 +10876,10 @@ class Ledger(Writer):
     def read_news(self, now):
         """Looks at keys and orders, and tells those who asked before it looked."""
         asked = [self.on_read.popleft() for _ in range(len(self.on_read))]
+        while self.records:
+            self.version = -1
+            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
+                self.database.take_record(self.records.popleft())
         self.look_at_keys(now)
         for tell in asked:
             tell()
@@ -10751,7 +10892,9 @@ class Ledger(Writer):
             if version == self.version:
                 return
             rows = self.database.key_rows()
-            orders = self.database.take_orders(wall_time(self.clock))
+            orders = self.new_orders()
+            if self.on_records and (rows != self.keys.rows or self.version < 0):
+                self.on_records(self.database.key_records())
         except sqlite3.Error as failure:
             return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
         self.version = version
@@ -10762,6 +10905,14 @@ class Ledger(Writer):
         elif not orders:
             return
         self.on_news(self.keys, orders)
+
+    def new_orders(self) -> List[Order]:
+        """Returns what is yet to be done here; of several workers the first that looks adds what is
+        given, and each must know of it."""
+        found = self.database.take_orders(self.clock.time_ns() / 1e9)
+        new = [one for one in found if one._replace(done=1) not in self.done]
+        self.done = {one._replace(done=1) for one in found}
+        return new
 
     def note_use(self, entries, now):
         """Writes when keys were used, to the minute, and how many processes there are."""
@@ -10879,13 +11030,13 @@ class Books:
 
     watchers: Sequence[Watcher] = ()
     on_begin: Sequence[Callable[[Entry], None]] = ()
-    on_end: Sequence[Callable[[Entry], None]] = ()
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
+        self.on_end = [one.record for one in (ledger, usage_log) if one]
         self.running: Dict[Entry, None] = {}
 
     def open(self):
@@ -10898,7 +11049,7 @@ class Books:
         """Tells these of calls, what each wants to know."""
         self.watchers = watchers
         self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
-        self.on_end = [one.record for one in watchers if type(one).record is not Watcher.record]
+        self.on_end += [one.record for one in watchers if type(one).record is not Watcher.record]
 
     def begin(self, entry: Entry):
         """A call runs from now on."""
@@ -10907,17 +11058,14 @@ class Books:
             tell(entry)
 
     def record(self, entry: Entry):
-        if entry.call:
+        call = entry.call
+        if call:
             self.running.pop(entry, None)
-        if entry.caller is None and self.refusals.counts_only(entry):
+        elif entry.caller is None and self.refusals.counts_only(entry):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
-        if entry.method and (entry.call or entry.outcome != "ok"):
-            if self.ledger:
-                self.ledger.record(entry)
-            if self.usage_log:
-                self.usage_log.record(entry)
+        if call or (entry.method and entry.outcome != "ok"):
             for tell in self.on_end:
                 tell(entry)
 
@@ -11009,6 +11157,13 @@ class Feed(Watcher):
         if entry.call and self.told < self.PER_SECOND:
             self.told += 1
             self.tell("end", entry)
+
+    def exchange(self, payload: JsonObject):
+        """Tells other processes, where there are some, what was in a second."""
+
+    def added_up(self, payload: JsonObject) -> JsonObject:
+        """Returns what was in a second of all."""
+        return payload
 
     def pulse(self, payload: JsonObject):
         """A second is over."""
@@ -11164,14 +11319,15 @@ class Histogram:
     def __init__(self, bounds: str):
         self.texts = bounds.split()
         self.bounds = list(map(float, self.texts))
-        self.times = []  # those that are yet to be sorted in
+        # Those that are yet to be sorted in; as objects they would crowd the processor's cache.
+        self.times = array.array("d")
         self.counts = [0] * len(self.bounds)
         self.count = 0
         self.total = 0.0
 
     def sort_in(self):
         times = sorted(self.times)
-        self.times.clear()
+        del self.times[:]
         self.count += len(times)
         self.total += math.fsum(times)
         for number, bound in enumerate(self.bounds):
@@ -11244,12 +11400,14 @@ class Metrics(Watcher):
         self.redacted: Dict[str, int] = collections.Counter()
 
     def record(self, entry):
-        call, usage = entry.call, entry.usage
+        call = entry.call
+        usage = entry.usage
         key = (entry.caller.label, call.upstream_model, entry.upstream, call.dialect,
                entry.outcome) if call else (entry.caller, entry.outcome)
         series = self.known.get(key) or self.find(key, entry)
         series.calls += 1
-        times, started, first_byte = series.times, entry.started, entry.first_byte
+        times = series.times
+        started = entry.started
         times.duration.append(entry.ended - started)
         if usage:
             used = series.used
@@ -11261,20 +11419,23 @@ class Metrics(Watcher):
                 used.unpriced += 1
             if usage[DETAILS] != NO_DETAILS:
                 used.add_details(usage)
+        first_byte = entry.first_byte
         if first_byte is not None:
-            times.first_byte.append(first_byte - started)
+            waited = first_byte - started
+            times.first_byte.append(waited)
             if usage:
-                times.overhead.append(first_byte - started - entry.held_up)
+                times.overhead.append(waited - entry.held_up)
                 if call.stream and usage.output > 1:
                     times.token.append((entry.ended - first_byte) / (usage.output - 1))
         if entry.queued is not None:
             times.queue.append(entry.queued / 1000)
 
     def sort_in(self):
-        """Spares memory; to be called every few seconds."""
+        """Takes long where it waits long: a microsecond for each call."""
         for times in self.times.values():
             for one in times.histograms:
-                one.sort_in()
+                if one.times:
+                    one.sort_in()
 
     def note_refusal(self, rule):
         if rule not in self.refused and len(self.refused) >= self.MAX_NAMES:
@@ -11372,7 +11533,7 @@ class Pulse(Watcher):
     """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
     which buckets changed, and who called lately."""
     MINUTE = 60
-    MAX_TIMES = 5_000
+    PER_SECOND = 100  # times: percentiles of all would be no truer
     MAX_CALLERS = 1_000
     MAX_SHOWN = 100
 
@@ -11383,7 +11544,9 @@ class Pulse(Watcher):
         self.metrics = metrics
         self.before = metrics.totals()
         self.seconds: "collections.deque[JsonObject]" = collections.deque(maxlen=self.MINUTE)
-        self.times = collections.deque(maxlen=self.MAX_TIMES)  # (end, seconds, upstream)
+        self.times = collections.deque(  # (end, seconds, upstream)
+            maxlen=self.MINUTE * self.PER_SECOND)
+        self.room = self.PER_SECOND  # for those of this second
         self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
         self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
 
@@ -11394,7 +11557,8 @@ class Pulse(Watcher):
         self.callers[caller.key] = caller, entry.wall
         if entry.found:
             self.metrics.redacted.update(entry.found)
-        if entry.first_byte is not None:
+        if self.room and entry.first_byte is not None:
+            self.room -= 1
             self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
         if self.feed.listeners and entry.hold and len(self.changed) < self.MAX_SHOWN:
             for rule, key in entry.hold.keyed_rules:
@@ -11422,6 +11586,7 @@ class Pulse(Watcher):
                  "failed": failed, "in_flight": running, "line": line,
                  "usd": format_usd(picodollars), **self.first_bytes()}
         self.seconds.append(found)
+        self.room = self.PER_SECOND
         if len(self.callers) > self.MAX_CALLERS:
             lately = sorted(self.callers.items(), key=lambda one: one[1][1])
             self.callers = dict(lately[-self.MAX_CALLERS // 2:])
@@ -11452,17 +11617,21 @@ class Pulse(Watcher):
                 for key, (rule, caller) in changed.items()]
 
 
-def upstream_families(routes: Routes) -> List[Family]:
+def state_family(routes: Routes) -> Family:
     """Returns how the upstreams are; no address is named."""
-    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     states = []
     for one in routes.all:
         known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
         states += [(labels_of(upstream=one.name, state=state), known.count(state))
                    for state in ("closed", "half_open", "open", "disabled")]
+    return Family("llm_proxy_upstream_state", "gauge",
+                  "How many addresses of an upstream are in this state; closed is well", states)
+
+
+def load_families(routes: Routes) -> List[Family]:
+    """Returns how busy the upstreams are."""
+    stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     return [
-        Family("llm_proxy_upstream_state", "gauge",
-               "How many addresses of an upstream are in this state; closed is well", states),
         Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
                [(labels, found["in_flight"]) for labels, found in stats]),
         Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
@@ -11763,32 +11932,116 @@ class Watchers(NamedTuple):
     traces: Optional[Traces] = None
     marks: Optional[Marks] = None
 
-    def metric_lines(self, routes: Routes, books: Books, buckets: Buckets) -> Iterable[str]:
-        """Yields what /metrics says."""
+    def families(self, routes: Routes, books: Books) -> List[Family]:
+        """Returns what may be added up over workers."""
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
         dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
-        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
-            sys.implementation.name, *sys.version_info[:3]))
-        for family in (
-                *self.metrics.families(), *self.metrics.bucket_families(buckets),
-                *upstream_families(routes),
+        return [*self.metrics.families(), *load_families(routes),
                 Family("llm_proxy_dropped_total", "counter",
                        "What could not be written or delivered", dropped),
+                *process_families()]
+
+    def own_families(self, routes: Routes, buckets: Buckets) -> List[Family]:
+        """Returns what may not."""
+        build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
+            sys.implementation.name, *sys.version_info[:3]))
+        return [*self.metrics.bucket_families(buckets), state_family(routes),
                 *([Family("llm_proxy_limits_degraded", "gauge",
                           "Whether Redis is away, so that limits are not shared",
                           [("", int(buckets.is_degraded))])]
                   if buckets.is_degraded is not None else ()),
-                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)]),
-                *process_families()):
-            yield from family.lines()
+                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)])]
+
+
+class Tally:
+    """What the workers of one parent have counted, in memory that they share: each writes its part
+    every second, and whoever is asked adds them up. The memory outlives a worker, and its successor
+    goes on from there, so that no count goes back."""
+    HALF = 4 << 20                # bytes, compressed; the system gives only those that are written
+    HEAD = struct.Struct("<QQ")   # the number of the writing, and how long it is
+    UNEVEN = 4                    # connections that one may have more than another
+    YIELD_SECONDS = 0.005
+    number = 0                    # of this worker
+    before: List[List[Any]] = []  # what those before this one have counted
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.memory = mmap.mmap(-1, workers * 2 * self.HALF)
+        self.open = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")  # connections of each
+
+    def begin(self, number: int):
+        """This process is the worker of this number from now on."""
+        self.number = number
+        self.before = [row for row in self.read(number) if row[1] != "gauge"]
+
+    def let_others_first(self, connections: int):
+        """Waits a moment where this worker has more connections than another one, which can accept
+        the next meanwhile: all are told of it, and the same one is often the quickest."""
+        self.open[self.number] = connections
+        if connections > min(self.open) + self.UNEVEN:
+            time.sleep(self.YIELD_SECONDS)
+
+    def halves(self, number):
+        """Returns (number of the writing, length, where) of both, the later one first."""
+        starts = [(2 * number + half) * self.HALF for half in range(2)]
+        return sorted([(*self.HEAD.unpack_from(self.memory, at), at + self.HEAD.size)
+                       for at in starts], reverse=True)
+
+    def read(self, number: int) -> List[List[Any]]:
+        """Returns rows of Family, as a worker has written them; where it was killed meanwhile, as
+        it did before."""
+        for _, length, at in self.halves(number):
+            with contextlib.suppress(zlib.error, ValueError):
+                return json.loads(zlib.decompress(self.memory[at:at + length]))
+        return []
+
+    def write(self, families: List[Family]):
+        data = zlib.compress(json.dumps(added_up([*self.before, *families])).encode(), 1)
+        (last, *_), (_, _, at) = self.halves(self.number)
+        if len(data) <= self.HALF - self.HEAD.size:
+            self.memory[at:at + len(data)] = data
+            self.HEAD.pack_into(self.memory, at - self.HEAD.size, last + 1, len(data))
+
+    def families(self) -> List[Family]:
+        """Returns what all have counted."""
+        return added_up(itertools.chain.from_iterable(map(self.read, range(self.workers))))
+
+
+def added_up(rows: Iterable[Sequence[Any]]) -> List[Family]:
+    """Returns one Family of each name, with the sum of its samples."""
+    found: Dict[str, Family] = {}
+    for name, kind, what, samples in rows:
+        family = found.setdefault(name, Family(name, kind, what, {}))
+        for labels, value, *end in samples:
+            key = labels, *end
+            family.samples[key] = plus(family.samples.get(key, 0), value)
+    return [one._replace(samples=[(labels, value, *end) for (labels, *end), value
+                                  in one.samples.items()]) for one in found.values()]
+
+
+def plus(one, other):
+    """Adds values of samples: fractions are written with nine digits at most."""
+    if type(one) is type(other) is int:
+        return one + other
+    return round(float(one) + float(other), 9)
 
 
 # --------------------------------------------------------------------------------------------------
 # Shared: what several processes have in common, in Redis: buckets, keys, sums, slots. Without
 # REDIS_URL nothing of it is used. It knows no HTTP.
 # --------------------------------------------------------------------------------------------------
+
+class Worker(NamedTuple):
+    """One of several processes that serve on one port, and what all have from their parent."""
+    listener: socket.socket
+    lock: Optional[BinaryIO]  # of the database, where there is one
+    secret: bytes             # by which digests of keys are blinded: all have the same labels
+    tally: Tally
+    number: int = 0
+    lifeline: int = -1        # a descriptor that ends with the parent
+
 
 # What errors of Redis mean, by their first word, for people.
 REDIS_ERRORS = {
@@ -12983,6 +13236,435 @@ def short_digest(thing: Union[str, CallerKey]) -> str:
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
+# Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
+# wait for one (since when) and those that asked lately. Who has waited for longer comes first. ARGV
+# are how many slots there are, how long one is taken, the process, how long it has waited, how many
+# of the names that follow are to be given a slot; the others have one. Times are in milliseconds.
+LUA_SLOTS = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+for _, one in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)) do
+  redis.call('ZREM', KEYS[2], one)
+  redis.call('ZREM', KEYS[3], one)
+end
+redis.call('ZREM', KEYS[2], ARGV[3])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+local wanted, given = tonumber(ARGV[5]), 0
+for i = 6 + wanted, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[i]) end
+local since = now - ARGV[4]
+local room = ARGV[1] - redis.call('ZCARD', KEYS[1])
+             - redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. since)
+while given < math.min(wanted, room) do
+  given = given + 1
+  redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[5 + given])
+end
+if given < wanted then
+  redis.call('ZADD', KEYS[2], since, ARGV[3])
+  redis.call('ZADD', KEYS[3], now + 200, ARGV[3])
+end
+for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[2]) end
+return given
+"""
+
+
+class SharedQueue(FairQueue):
+    """A line before slots that all processes share: a call that comes first asks Redis for one.
+    `most` is how many this process has now; while Redis is away, its part of all. A slot is leased,
+    so that those of a process that died come back."""
+    LEASE_MS = 30_000
+    RENEW_SECONDS = 10
+    POLL_SECONDS = 0.02  # between two questions, while calls wait
+    AT_ONCE = 32         # slots that are asked for at once
+    short = False
+    task: Optional[asyncio.Task] = None  # while it asks
+    timer: Optional[asyncio.TimerHandle] = None
+    renew_at = 0.0
+
+    def __init__(self, most: int, limits: QueueLimits, clock: Any, redis: Redis, name: str,
+                 part: Callable[[int], int]):
+        """`name` is what the keys in Redis begin with; `part` tells what this process has of so
+        many while Redis is away."""
+        super().__init__(0, limits, clock)
+        self.all = most
+        self.redis = redis
+        self.part = part
+        self.script = RedisScript(LUA_SLOTS)
+        redis.scripts.append(self.script)
+        redis.on_return.append(self.begin)
+        redis.on_leave.append(lambda fault: self.go_alone())
+        self.keys = [name + end for end in ("", ":line", ":asking")]
+        self.process = os.urandom(8).hex()
+        self.leases: List[str] = []  # one for each slot that this process has
+
+    def slots(self) -> int:
+        return self.all
+
+    def enter(self, key: CallerKey, weight: int, waited: float = 0) -> Ticket:
+        ticket = super().enter(key, weight, waited)
+        if not ticket.running:
+            self.ask_soon()
+        return ticket
+
+    def leave(self, ticket: Ticket):
+        """Gives the slot back first, for whoever has waited longest anywhere."""
+        if ticket.running and self.leases:
+            self.give_back(self.leases[-1:])
+        super().leave(ticket)
+        if self.limits.waiting:
+            self.ask_soon()
+
+    def ask_soon(self):
+        if self.redis.available and self.task is None:
+            self.cancel_timer()
+            self.task = self.redis.loop.create_task(self.ask(), name="asks for slots")
+
+    def cancel_timer(self):
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+    async def ask(self):
+        """Ask for a slot for each call that waits."""
+        await asyncio.sleep(0)  # more may come in this pass of the loop
+        waiting = [ticket for one in self.queues.values() for ticket in one.waiting]
+        names = self.new_names(min(len(waiting), self.AT_ONCE))
+        age = max([ticket.waited() for ticket in waiting], default=0)
+        given = 0
+        try:
+            if names:
+                given = await self.redis.run(
+                    self.script, self.keys, *self.arguments(age, len(names), names))
+        except RedisFault as fault:  # it may have given some
+            self.give_back(names)
+            if fault.code not in ("", fault.LATE):
+                self.redis.leave(fault)
+            names = names if self.redis.available else []
+        self.task = None
+        self.short = False
+        self.take(names[:given])
+        if given < len(names):
+            self.be_short()
+
+    def arguments(self, age, wanted, names):
+        return [self.all, self.LEASE_MS, self.process, age, wanted, *names]
+
+    def new_names(self, count):
+        return ["%s:%d" % (self.process, next(self.numbers)) for _ in range(count)]
+
+    def take(self, names):
+        """Starts calls in these slots; whoever wanted one may have left."""
+        self.leases += names
+        self.most = len(self.leases) if self.redis.available else self.part(self.all)
+        for _ in names:
+            self.start_next()
+        if self.redis.available:
+            self.give_back(self.leases[self.running:])
+
+    def be_short(self):
+        """Not all got a slot: now it counts how many may wait. Ask again in a moment."""
+        self.short = True
+        self.limits.shrink()
+        self.timer = self.redis.loop.call_later(self.POLL_SECONDS, self.ask_soon)
+
+    def give_back(self, names):
+        if names:
+            self.redis.send("ZREM", self.keys[0], *names)
+            self.leases = [one for one in self.leases if one not in names]
+            self.most = len(self.leases) if self.redis.available else self.most
+
+    def begin(self):
+        """Redis is there: what runs here has slots, even too many."""
+        self.leases = self.new_names(self.running)
+        self.most = self.running
+        self.short = False
+        self.renew_at = 0.0
+        self.beat()
+        if self.limits.waiting:
+            self.ask_soon()
+
+    def go_alone(self):
+        """Redis is away: this process has its part, beside what it has."""
+        self.cancel_timer()
+        self.leases = []
+        self.most = self.part(self.all)
+        self.short = True
+        for _ in range(self.most - self.running):
+            self.start_next()
+
+    def beat(self):
+        """Renews what is leased; to be called every second."""
+        now = self.clock.monotonic()
+        if self.leases and self.redis.available and now >= self.renew_at:
+            self.renew_at = now + self.RENEW_SECONDS
+            self.redis.send("EVAL", self.script.text, len(self.keys), *self.keys,
+                            *self.arguments(0, 0, self.leases))
+
+
+# Keeps what was changed last: KEYS are a hash and how often that was changed; ARGV a name in it,
+# when it was changed, and the text.
+LUA_NEWER = """
+local old = redis.call('HGET', KEYS[1], ARGV[1])
+if old and tonumber(string.match(old, '%S+')) >= tonumber(ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
+return redis.call('INCR', KEYS[2])
+"""
+
+
+class SharedKeys:
+    """Keeps stored keys alike on all boxes: each has all of them in its DATABASE, by which it goes
+    on while Redis is away. The last change of a key counts, by the clocks of the boxes."""
+    LOOK_SECONDS = 0.3
+    UNKNOWN = b"?"
+    timer: Optional[asyncio.TimerHandle] = None
+    changes: RedisReply = UNKNOWN  # how often the hash was changed when it was read
+
+    def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
+        self.redis = redis
+        self.names = prefix + "keys", prefix + "keys:changes"
+        self.heard = ledger.records = collections.deque()
+        self.here: KeyRecords = {}
+        self.there: Dict[str, float] = {}  # when each was changed
+        redis.on_return.append(self.look_anew)
+        ledger.on_records = self.tell
+
+    def tell(self, records: KeyRecords):
+        """Runs in the ledger's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.redis.loop.call_soon_threadsafe(self.offer, records)
+
+    def look_anew(self):
+        """Redis is there: it may have lost all."""
+        self.changes = self.UNKNOWN
+        if self.timer:
+            self.timer.cancel()
+        self.look()
+
+    def look(self):
+        self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
+        if self.redis.available:
+            self.redis.ask(redis_command(("GET", self.names[1])), self.on_changes)
+
+    def on_changes(self, reply):
+        if reply != self.changes and not isinstance(reply, RedisFault):
+            self.redis.ask(redis_command(("HGETALL", self.names[0])),
+                           functools.partial(self.on_keys, reply))
+
+    def on_keys(self, changes, reply):
+        if isinstance(reply, RedisFault):
+            return
+        self.changes = changes
+        self.there = {}
+        for name, text in zip(reply[::2], reply[1::2]):
+            when, _, record = text.decode("utf-8", "replace").partition(" ")
+            with contextlib.suppress(ValueError):
+                name = name.decode("utf-8", "replace")
+                self.there[name] = float(when)
+                if float(when) > self.here.get(name, (0,))[0]:
+                    self.heard.append(record)
+        self.offer(self.here)
+
+    def offer(self, records: KeyRecords):
+        """Tells the others what is newer here."""
+        self.here = records
+        for name, (when, record) in records.items() if self.changes != self.UNKNOWN else ():
+            if when > self.there.get(name, 0):
+                self.there[name] = when
+                self.redis.send("EVAL", LUA_NEWER, 2, *self.names, name, repr(when), record)
+
+
+class SharedFeed(Feed):
+    """The feed of all processes: each tells the others every second what was in it, and, while
+    anybody looks, what happens."""
+    FRESH_SECONDS = 2.5
+    GONE_SECONDS = 60
+    MOST_READ = 500  # events at once
+    SUMS = "calls", "tokens", "failed", "in_flight", "line"
+    TOLD = "begin", "end", "change", "warning"
+    NOTHING = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}  # of what was counted before
+
+    def __init__(self, clock: Any, redis: Redis, prefix: str):
+        super().__init__(clock)
+        self.redis = redis
+        self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
+        self.process = os.urandom(8).hex()
+        self.others: List[Dict[str, Any]] = []  # what they told of the last second
+        self.counted: Dict[bytes, float] = {}   # and when that was
+        self.elsewhere = False                  # whether pages are open there
+        self.last: Optional[bytes] = None       # event that was read
+
+    def tell(self, name, about):
+        super().tell(name, about)
+        if self.elsewhere and name in self.TOLD and self.redis.available:
+            payload = ended_call(about) if isinstance(about, Entry) else about
+            self.redis.send("XADD", self.events_key, "MAXLEN", "~", self.ROOM, "*",
+                            "from", self.process, name, json.dumps(payload))
+
+    def exchange(self, payload: Dict[str, Any]):
+        """Tells the others what was in this second, and asks what they told."""
+        if not self.redis.available:
+            self.others = []
+            return
+        looking = self.listeners > self.elsewhere
+        self.redis.send("HSET", self.seconds_key, self.process,
+                        json.dumps({**payload, "looking": looking}))
+        self.redis.send("EXPIRE", self.seconds_key, self.GONE_SECONDS)
+        self.redis.ask(redis_command(("HGETALL", self.seconds_key)), self.on_seconds)
+        if not looking:
+            self.last = None
+        elif self.last is None:
+            self.redis.ask(redis_command((
+                "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)), self.on_last_event)
+        else:
+            milliseconds, _, number = self.last.decode().partition("-")
+            self.redis.ask(redis_command((
+                "XRANGE", self.events_key, "%s-%d" % (milliseconds, int(number) + 1), "+",
+                "COUNT", self.MOST_READ)), self.on_events)
+
+    def on_seconds(self, reply):
+        if isinstance(reply, RedisFault):
+            return
+        now = self.clock.time_ns() / 1e9
+        found = []
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            for name, text in zip(reply[::2], reply[1::2]):
+                one = json.loads(text)
+                if one["now"] < now - self.GONE_SECONDS:
+                    self.redis.send("HDEL", self.seconds_key, name)
+                elif one["now"] > now - self.FRESH_SECONDS and name != self.process.encode():
+                    found.append(one)
+                    if self.counted.get(name) == one["now"]:
+                        one.update(self.NOTHING)
+                    self.counted[name] = one["now"]
+        self.others = found
+        elsewhere = any([one["looking"] for one in found if "looking" in one])
+        self.listeners += elsewhere - self.elsewhere  # so that calls tell of their beginning
+        self.elsewhere = elsewhere
+
+    def on_last_event(self, reply):
+        if not isinstance(reply, RedisFault):
+            self.last = reply[0][0] if reply else b"0-0"
+
+    def on_events(self, reply):
+        if not reply or isinstance(reply, RedisFault):
+            return
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            for self.last, (_, process, name, text) in reply:
+                if process != self.process.encode() and name.decode() in self.TOLD:
+                    super().tell(name.decode(), json.loads(text))
+
+    def added_up(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+        """Returns what was in a second of all."""
+        found = dict(payload)
+        with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
+            for other in self.others:
+                self.add(found, other)
+        return found
+
+    def add(self, found, other):
+        for name, value in found.items():
+            more = other.get(name)
+            if name in self.SUMS:
+                found[name] = value + more
+            elif name == "usd":
+                found[name] = str(decimal.Decimal(value) + decimal.Decimal(more))
+            elif name.startswith("first_"):
+                found[name] = max(value or 0, more or 0) or None
+            elif name in ("running", "buckets"):
+                found[name] = value + (more or [])
+            elif name == "upstreams":
+                found[name] = [busier(one, more or ()) for one in value]
+
+
+def busier(upstream: Dict[str, Any], others: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
+    """Returns how busy an upstream is, with what other processes send there."""
+    same = [one for one in others if one["name"] == upstream["name"]]
+    return {**upstream, **{name: upstream[name] + sum([one[name] for one in same])
+                           for name in ("in_flight", "waiting")}}
+
+
+TAKE_AWAY = "local found = redis.call('GET', KEYS[1]) redis.call('DEL', KEYS[1]) return found"
+
+
+class SharedStored(Stored, Watcher):
+    """Remembers in Redis, too, so that any process finds what another one has noted. A bill is
+    there, or here while a call runs that asks for its answer: nobody charges it twice."""
+    KEEP_SECONDS = 30 * 86400
+    MOST_NAMES = 200  # that are looked for at once
+
+    def __init__(self, policy: str, redis: Redis, prefix: str, clock: Any):
+        super().__init__(policy)
+        self.redis = redis
+        self.prefix = prefix
+        self.clock = clock
+        self.limits: Optional[Limits] = None  # whose rules bills go by
+
+    def key(self, kind: str, name: str) -> str:
+        return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
+
+    def keep(self, key, found, *words):
+        self.redis.send("SET", key, json.dumps(found), "EX", self.KEEP_SECONDS, *words)
+
+    def note(self, thing, names):
+        new = [name for name in names if name not in self.things]
+        super().note(thing, names)
+        for name in filter(self.things.__contains__, new):
+            owner = Database.spell_owners([thing.owner])
+            self.keep(self.key("thing", name), [owner, thing.upstream, thing.address], "NX")
+
+    async def recall(self, call: Call):
+        """Finds out what is not known here of the things that a call speaks of."""
+        names, path = call.references(), call.stored
+        is_named = path is not None and path.name
+        if is_named:
+            names += path.name, "%s/%s" % path[:2]
+        unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
+        with contextlib.suppress(RedisFault, ValueError, TypeError, LookupError):
+            if unknown:
+                await self.find_things(unknown)
+            if is_named:
+                await self.take_bill(self.full_name(*path[:2]))
+
+    async def find_things(self, names):
+        found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
+        for name, text in zip(names, found):
+            if text:
+                owner, *place = json.loads(text)
+                self.things[name] = Thing(Database.read_owners(owner)[0], *place)
+
+    # -- bills
+
+    def owe(self, name, bill):
+        hold, call = bill.hold, bill.call
+        ago = self.clock.monotonic() - hold.taken_at
+        self.keep(self.key("bill", name), [
+            [[key[0], Database.spell_owners(key[1:])] for _, key in hold.keyed_rules],
+            hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
+            list(call.made), bill.characters])
+
+    async def take_bill(self, name):
+        text = await self.redis.call("EVAL", TAKE_AWAY, 1, self.key("bill", name))
+        if text:
+            self.bills[name] = self.read_bill(*json.loads(text))
+
+    def read_bill(self, keys, costs, taken, dialect, model, made, characters):
+        rules = {rule.text: rule for rule in itertools.chain(
+            self.limits.rules, *self.limits.own.values())}
+        pairs = [(rules[text], (text, *Database.read_owners(owners)))
+                 for text, owners in keys if text in rules]
+        hold = Hold(self.limits.buckets, pairs, tuple(costs))
+        hold.taken_at = taken - wall_time(self.clock) + self.clock.monotonic()
+        call = Call(DIALECTS[dialect], None, "", "")
+        call.upstream_model, call.made = model, made
+        return Bill(hold, call, characters)
+
+    def record(self, entry):
+        """What a call has not settled waits for the next one that asks."""
+        call = entry.call
+        name = self.full_name(*call.stored[:2]) if call and call.stored else None
+        if name in self.bills:
+            self.owe(name, self.bills.pop(name))
+
+
 # --------------------------------------------------------------------------------------------------
 # Reply: the way back to the caller of one request: a head, then a body as it comes from upstream,
 # or an answer of ours. How a call is refused, limited or cut is decided here, and only here. It
@@ -13582,6 +14264,7 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 
 class Proxy:
+    tally: Optional[Tally] = None  # of all workers, where there are several
     STEP_SECONDS = 0.005  # for which something may hold the loop that can be done in steps
     redis: Optional[Redis] = None  # where it is set
 
@@ -13597,6 +14280,7 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
+        self.read = dialects.read
         self.stored = stored
         self.routes = routes
         self.books = books
@@ -13609,6 +14293,7 @@ class Proxy:
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
+        self.sharers: List[SharedQueue] = []  # what acts every second where there is a Redis
 
     async def serve(self, request: Request, reply: Reply):
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses
@@ -13616,7 +14301,7 @@ class Proxy:
         entry = reply.entry
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
-        await self.dialects.read(call, request.method, request, reply.read_body)
+        await self.read(call, request.method, request, reply.read_body)
         large = call.body and len(call.body) > Turns.SMALL
         if large:  # others come in between reading it, looking for things and estimating it
             await asyncio.sleep(0)
@@ -13811,11 +14496,13 @@ class Proxy:
             raise ModelNotAllowed()
 
     def take_keys(self, keys: StoredKeys, orders: Sequence[Order]):
-        """Goes by keys as they are now, and does what was ordered."""
+        """Goes by keys, and by what an admin has switched off, as they are now, and does what was
+        ordered."""
         if keys.closed > self.callers.stored.closed and self.config.proxy_api_keys is None:
             self.books.log.say("a key is stored: nobody may call without one from now on")
         self.callers = build_callers(self.config, self.callers.label_secret, keys)
         self.limits.take_keys(keys.rules, self.wall())
+        self.routes.disable(keys.disabled)
         renew_estimator(self)
         renew_redaction(self)
         for order in orders:
@@ -14030,9 +14717,9 @@ class Proxy:
 
     def await_usage(self, call, hold):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
+        hold.settle(hold.costs)
         if call.made:
             self.stored.owe(call.made[0], Bill(hold, call))
-        hold.settle(hold.costs)
 
     @staticmethod
     def told_usage(entry, ending):
@@ -14151,30 +14838,78 @@ def new_loop(clock, log):
 
 
 def build(config: Config, stream: BinaryIO, clock: Any = time,
-          database: Optional[Database] = None) -> Proxy:
+          database: Optional[Database] = None, worker: Optional[Worker] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
-    without a `database` everything is kept in memory."""
-    log = Log(stream, config.log_format == "json", clock)
-    secret = database.secret() if database else os.urandom(32)
-    keys = stored_keys(database, secret, log.say)
-    if keys.closed:
-        config.note_stored_keys()
+    without a `database` everything is kept in memory. A `worker` is one of several processes."""
+    log = build_log(config, stream, clock, worker)
+    secret = worker.secret if worker else file_secret(database)
+    keys = keys_to_go_by(config, database, secret, log.say)
     loop = new_loop(clock, log)
     limits = build_limits(config, build_buckets(config, clock, loop, database), keys.rules)
     prices = Prices(config.prices, config.unpriced)
-    stored = Stored(config.stored)
+    stored = build_stored(config, limits.buckets.redis, clock)
     proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
-                  build_books(config, clock, log, limits, stored, database, keys, secret),
+                  build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
     renew_redaction(proxy)
     hear_of_redis(proxy)
     hear_of_keys(proxy)
     if database:
-        with contextlib.suppress(sqlite3.Error, ValueError):
-            go_on(proxy, database)
+        go_on(proxy)
     return proxy
+
+
+def build_stored(config: Config, redis: Optional[Redis], clock: Any) -> Stored:
+    if redis is None:
+        return Stored(config.stored)
+    return SharedStored(config.stored, redis, "{%s}:" % config.redis_prefix, clock)
+
+
+def share(proxy: Proxy, redis: Redis):
+    """Has a proxy share with others what is in Redis beside buckets."""
+    config, buckets = proxy.config, proxy.limits.buckets
+
+    async def read(call, *arguments):
+        await proxy.dialects.read(call, *arguments)
+        proxy.stored.limits = proxy.limits
+        await proxy.stored.recall(call)
+
+    proxy.read = read
+    proxy.books.watch([*proxy.books.watchers, proxy.stored])
+    prefix, ledger = "{%s}:" % config.redis_prefix, proxy.books.ledger
+    if ledger and not ledger.worker:
+        SharedKeys(redis, prefix, ledger)
+    if config.share_slots == "on" or config.share_slots is None and config.workers > 1:
+        for upstream in proxy.routes.all:
+            queue = upstream.queue
+            if queue:
+                upstream.queue = SharedQueue(
+                    queue.most, queue.limits, proxy.clock, redis,
+                    "%sslots:%s" % (prefix, upstream.name),
+                    lambda most: max(1, most // buckets.processes))
+                proxy.sharers.append(upstream.queue)
+
+
+def build_log(config: Config, stream: BinaryIO, clock: Any, worker: Optional[Worker]) -> Log:
+    return Log(stream, config.log_format == "json", clock,
+               "worker %d: " % (worker.number + 1) if worker else "")
+
+
+def file_secret(database: Optional[Database]) -> bytes:
+    """Returns the secret of a database, or one that ends with this process."""
+    return database.secret() if database else os.urandom(32)
+
+
+def keys_to_go_by(config: Config, database: Optional[Database], secret: bytes,
+                  say: Callable[[str], None]) -> StoredKeys:
+    """Returns the keys that are stored, and has the settings go by that there are some."""
+    keys = stored_keys(database, secret, say)
+    keys.closed = keys.closed or config.keys_are_stored
+    if keys.closed:
+        config.note_stored_keys()
+    return keys
 
 
 def stored_keys(database: Optional[Database], secret: bytes,
@@ -14198,14 +14933,12 @@ def hear_of_keys(proxy: Proxy):
         proxy.books.ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
 
 
-def go_on(proxy: Proxy, database: Database):
-    """Does again what was ordered before, and holds still, before a call could find it undone.
-    Raises sqlite3.Error, ValueError."""
-    for order in database.take_orders(proxy.wall(), again=True):
-        proxy.carry_out(order)
-    for name in database.disabled_upstreams():
-        with contextlib.suppress(LookupError):  # it was taken out of the settings
-            proxy.routes.switch(name, False)
+def go_on(proxy: Proxy):
+    """Does again what was ordered before, and holds still, before a call could find it undone."""
+    proxy.routes.disable(proxy.callers.stored.disabled)
+    with contextlib.suppress(sqlite3.Error, ValueError):
+        for order in proxy.books.ledger.new_orders():
+            proxy.carry_out(order)
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
@@ -14272,11 +15005,11 @@ def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstim
                          config.image_tokens, limits.units())
 
 
-def build_books(config, clock, log, limits, stored, database, keys, secret):
+def build_books(config, clock, log, limits, stored, database, keys, secret, worker):
     ledger = None
     if config.database != "off":
         ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log,
-                        keys, secret)
+                        keys, secret, worker and worker.number)
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
     return Books(log, ledger, usage_log)
 
@@ -14297,7 +15030,8 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
             fields=config.otel_exporter_otlp_headers))
     if config.webhook_url:
         webhook = poster("webhook", config.webhook_url)
-    feed = Feed(clock)
+    redis = limits.buckets.redis
+    feed = SharedFeed(clock, redis, "{%s}:" % config.redis_prefix) if redis else Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
     marks = Marks(config.warn_at, warnings) if config.warn_at else None
     metrics = Metrics()
@@ -14339,6 +15073,7 @@ def hear_of_redis(proxy: Proxy):
     proxy.redis = buckets.redis
     if proxy.redis:
         buckets.on_change = functools.partial(tell_of_redis, proxy)
+        share(proxy, proxy.redis)
 
 
 WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
@@ -14525,11 +15260,22 @@ class Pages:
         if proxy.config.metrics != "open":
             proxy.require_role(request, reply.entry, "viewer")
         lines = []
-        for line in proxy.watchers.metric_lines(proxy.routes, proxy.books, proxy.limits.buckets):
-            lines.append(line)
-            if len(lines) % self.MANY_LINES == 0:
-                await asyncio.sleep(0)
+        families = self.count()
+        for family in [*families, *proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)]:
+            for line in family.lines():
+                lines.append(line)
+                if len(lines) % self.MANY_LINES == 0:
+                    await asyncio.sleep(0)
         reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
+
+    def count(self) -> List[Family]:
+        """Returns what this process has counted, with other workers what all have."""
+        proxy = self.proxy
+        families = proxy.watchers.families(proxy.routes, proxy.books)
+        if proxy.tally is None:
+            return families
+        proxy.tally.write(families)
+        return proxy.tally.families()
 
     def usual_quota(self, entry):
         charges = self.usual_charges(entry)
@@ -14890,11 +15636,14 @@ class Admin:
         proxy = self.proxy
         queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
         found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        details = {}
         if self.feed.listeners:
-            found = {**found, "buckets": self.pulse.changed_buckets(),
-                     "running": [entry.progress(self.clock) for entry in self.running()],
-                     "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
-        self.feed.pulse(found)
+            details = {"buckets": self.pulse.changed_buckets(),
+                       "running": [entry.progress(self.clock) for entry in self.running()],
+                       "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+        self.feed.exchange({**found, **details})
+        self.pulse.seconds[-1] = found = self.feed.added_up(found)
+        self.feed.pulse({**found, **self.feed.added_up(details)})
 
     @staticmethod
     def upstream_now(upstream):
@@ -14911,7 +15660,7 @@ class Admin:
         return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
                 "models": list(upstream.globs), "model": upstream.model,
                 "known": [clean(model.name) for model in known[:self.MAX_KNOWN]],
-                "max_concurrency": upstream.queue.most if upstream.queue else 0}
+                "max_concurrency": upstream.queue.slots() if upstream.queue else 0}
 
     async def upstreams(self, _):
         return {"upstreams": list(map(self.describe, self.proxy.routes.all))}
@@ -15861,7 +16610,7 @@ function charge(text) { // "rule=amount", of money in picodollars
   return h("div", null, / usd /.test(rule) ? usd(amount / 1e12) : count(amount), ": ", rule); }
 // Keys: the table, and one form that makes a key or changes one.
 const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d",
-  models: "gemma*,gpt-4*", team: "", upstream: "", tag: "", note: ""};
+  models: "gemma*,gpt-4*", team: "", upstream: "", redact: "", tag: "", note: ""};
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
 const KEYS = [
   ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
@@ -16377,6 +17126,7 @@ class LoopWatch:
             if now >= self.quiet_until:
                 self.quiet_until = now + self.REPORT_SECONDS
                 self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+        self.metrics.sort_in()
         self.culprit = ""
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
@@ -16417,11 +17167,31 @@ class Handshakes:
 collect_a_little = getattr(gc, "collect_step", lambda: None)
 
 
+REUSE_ADDRESS = os.name == "posix"  # elsewhere it would let two servers share a port
+BACKLOG = 1024  # connections that wait to be accepted
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens. HTTPServer would ask the DNS for our name here, and wait for
+    it. Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if host == "::":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
+        keep_alive(listener)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        # Of several processes that are told of a connection one alone gets it.
+        listener.setblocking(False)
+        return listener
+    except OSError:
+        listener.close()
+        raise
+
+
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-    allow_reuse_port = False
     HANDED_OVER = 4         # new connections that wait for the loop while more are accepted
     UNSENT_BYTES = 65536    # that the system holds for a slow reader, on Linux
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
@@ -16431,7 +17201,9 @@ class Server(http.server.ThreadingHTTPServer):
     draining = False
     emptied = None  # a future of that no connection is open
 
-    def __init__(self, proxy: Proxy, host: str, port: int, most: int):
+    def __init__(self, proxy: Proxy, host: str, port: int, most: int,
+                 listener: Optional[socket.socket] = None):
+        """`listener` is a socket that listens already, for several processes."""
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
@@ -16446,11 +17218,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
-        super().__init__((host, port), ClientConnection)
+        super().__init__((host, port), ClientConnection, bind_and_activate=False)
+        self.take_listener(listener or listen(host, port))
         proxy.books.open()
         for act in (self.loop_watch.tick, self.sweep, self.beat,
                     *([proxy.redis.start] if proxy.redis else ())):
             self.loop.call_soon_threadsafe(act)
+
+    def take_listener(self, listener):
+        self.socket.close()
+        self.socket = listener
+        self.server_address = listener.getsockname()
 
     def make_parts(self) -> ReplyParts:
         proxy, config = self.proxy, self.proxy.config
@@ -16459,17 +17237,11 @@ class Server(http.server.ThreadingHTTPServer):
         return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
                           Turns(self.loop), origins)
 
-    def server_bind(self):
-        """As TCPServer does: HTTPServer would ask the DNS for our name here, and wait for it."""
-        if self.server_address[0] == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
-        keep_alive(self.socket)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
     # -- in the accepting thread
 
     def get_request(self):
+        if self.proxy.tally:
+            self.proxy.tally.let_others_first(len(self.open))
         try:
             return super().get_request()
         except OSError as failure:
@@ -16573,7 +17345,6 @@ class Server(http.server.ThreadingHTTPServer):
         proxy.routes.close_stale()
         collect_a_little()
         proxy.books.save(proxy.limits.buckets.snapshot(proxy.wall()))
-        proxy.watchers.metrics.sort_in()
         proxy.watchers.warnings.look(
             proxy.routes, proxy.books.ledger, proxy.callers.stored.keys.values())
 
@@ -16581,6 +17352,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Runs every second."""
         self.beat_timer = self.loop.call_later(1, self.beat)
         self.admin.beat()
+        for one in self.proxy.sharers:
+            one.beat()
+        if self.proxy.tally:
+            self.proxy.tally.open[self.proxy.tally.number] = len(self.open)
+            self.pages.count()
 
     def reload(self):
         """Read the certificates again; connections that are open keep theirs. Raises OSError,
@@ -16653,6 +17429,156 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # --------------------------------------------------------------------------------------------------
+# Workers: the parent of several processes on one port. It starts them, starts those again that die,
+# and hands signals on. It has no thread, no loop and no open database, of which a fork would copy
+# half, and does not know what its workers do.
+# --------------------------------------------------------------------------------------------------
+
+STOP_SIGNALS = "SIGTERM", "SIGINT"
+ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+
+
+def catch_signals(names: Iterable[str], now: Callable[[], float]
+                  ) -> Tuple[socket.socket, socket.socket]:
+    """Returns a socket from which the numbers of these signals can be read, and its other end, to
+    be kept. They come by way of the wake-up descriptor, which works on every system. A second one
+    that says stop ends the process at once, even where something holds it; but `timeout` of GNU
+    sends each to a process and then to its group."""
+    receiver, sender = socket.socketpair()
+    receiver.setblocking(False)
+    sender.setblocking(False)
+    stops = []
+
+    def handle(number, _):
+        if signal.Signals(number).name in STOP_SIGNALS:
+            stops.append(now())
+            if stops[-1] - stops[0] > ONE_SIGNAL_SECONDS:
+                os._exit(1)
+
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    for name in names:
+        if hasattr(signal, name):  # Windows knows two
+            signal.signal(getattr(signal, name), handle)
+    return receiver, sender
+
+
+class Workers:
+    """Keeps processes running, each of which does `work(number, lifeline)` and ends with the code
+    that returns: the lifeline is a descriptor that ends with the parent."""
+    SETTLED_SECONDS = 5  # who lived so long is started again at once;
+    LEAST_SECONDS = 0.2  # who did not, after a pause that doubles each time,
+    MOST_SECONDS = 30    # up to this
+    SIGNALS = (*STOP_SIGNALS, "SIGHUP", "SIGUSR1", "SIGCHLD")
+
+    def __init__(self, count: int, work: Callable[[int, int], int], clock: Any,
+                 say: Callable[[str], None]):
+        self.work = work
+        self.clock = clock
+        self.say = say
+        self.running: Dict[int, Tuple[int, float]] = {}  # process -> its number, when it began
+        self.due = dict.fromkeys(range(count), -math.inf)  # number -> when it is to be started
+        self.pauses: Dict[int, float] = {}  # before that, of those that were started again
+        self.stopping = False
+        self.code = 0
+
+    def run(self, actions: Dict[str, Callable[[], None]]) -> int:
+        """Returns the exit code once all have ended. `actions` are what the parent itself does when
+        a signal comes, by its name, before that is handed on."""
+        self.lifeline = os.pipe()
+        self.signals = catch_signals(self.SIGNALS, self.clock.monotonic)
+        while self.running or not self.stopping:
+            self.start_due()
+            pause = min(self.due.values(), default=math.inf) - self.clock.monotonic()
+            select.select(self.signals[:1], [], [], None if pause == math.inf else max(0, pause))
+            with contextlib.suppress(BlockingIOError):
+                for number in self.signals[0].recv(64):
+                    self.hear(signal.Signals(number), actions)
+            self.bury()
+        return self.code
+
+    def hear(self, number, actions):
+        if number != signal.SIGCHLD:
+            actions.get(number.name, lambda: None)()
+            for process in self.running:
+                os.kill(process, number)
+
+    def stop(self):
+        """Starts no more of them."""
+        self.stopping = True
+        self.due.clear()
+
+    def start_due(self):
+        now = self.clock.monotonic()
+        for number in [number for number, due in self.due.items() if due <= now]:
+            try:
+                process = self.start(number)
+                self.running[process] = number, now
+                del self.due[number]
+            except OSError as failure:
+                self.due[number] = now + 1
+                self.say("worker %d cannot be started: %s" % (number + 1, failure))
+
+    def start(self, number):
+        """Returns the process. Signals wait meanwhile: what handles them is not for a worker."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [
+            getattr(signal, name) for name in self.SIGNALS])
+        try:
+            process = os.fork()
+            if not process:
+                self.be_worker(number, before)
+            return process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def be_worker(self, number, mask):
+        """Does the work in a new process, which ends with it."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for name in self.SIGNALS:
+                stops = name in (*STOP_SIGNALS, "SIGCHLD")
+                signal.signal(getattr(signal, name), signal.SIG_DFL if stops else signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for one in self.signals:
+                one.close()
+            os.close(self.lifeline[1])
+            random.seed()
+            code = self.work(number, self.lifeline[0])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def bury(self):
+        """Looks who has ended, and has them started again."""
+        with contextlib.suppress(ChildProcessError):
+            while self.running:
+                process, status = os.waitpid(-1, os.WNOHANG)
+                if not process:
+                    break
+                number, began = self.running.pop(process)
+                code = os.waitstatus_to_exitcode(status)
+                if self.stopping:
+                    self.code = max(self.code, code)
+                elif code == 2 and number not in self.pauses:  # it was started with what is wrong
+                    self.code = code
+                    self.stop()
+                    self.hear(signal.SIGTERM, {})
+                else:
+                    self.start_again(number, began, code)
+
+    def start_again(self, number, began, code):
+        now = self.clock.monotonic()
+        before = 0 if now - began >= self.SETTLED_SECONDS else self.pauses.get(number, 0)
+        pause = min(2 * before, self.MOST_SECONDS)
+        self.pauses[number] = max(pause, self.LEAST_SECONDS)
+        self.due[number] = now + pause
+        cause = "exit code %d" % code if code >= 0 else signal.Signals(-code).name
+        self.say("worker %d has ended (%s): it is started again%s" % (
+            number + 1, cause, " in %g s" % pause if pause else ""))
+
+
+# --------------------------------------------------------------------------------------------------
 # Demo: a small endpoint on loopback, for the first minute without a model. It stands in for a real
 # one, on a loop of its own, and is no part of the proxy.
 # --------------------------------------------------------------------------------------------------
@@ -16668,7 +17594,8 @@ class Demo:
               '{"id": "demo", "object": "model", "created": 0, "owned_by": "demo"}]}')
     FRAME = ('{"id": "demo-%d", "object": "%s", "created": %d, "model": "demo",'
              ' "choices": [%s], "usage": %s}')
-    SENT = re.compile(b'"id": "demo-([0-9]{1,19})"')  # in nanoseconds of the loop's time
+    # When an event with a word was sent, in nanoseconds of the loop's time
+    SENT = re.compile(b'"id": "demo-([0-9]{1,19})".+"content": "[^"]')
     USAGE = '{"prompt_tokens": %d, "completion_tokens": %d, "total_tokens": %d}'
     # names of an answer and of an event; the choice with the whole text, at the begin, of a word,
     # at the end
@@ -16885,7 +17812,7 @@ class SelfTest:
     STREAM = {**CALL, "stream": True}
     SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
                 "LIMITS": "each 1000000000 tokens per day"}
-    START_TRIES, HANG_UP_TRIES, CALL_SECONDS = 100, 50, 3  # ten tries a second
+    START_TRIES, CALL_SECONDS, PAUSE = 100, 3, 1  # ten tries a second
     CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
@@ -16901,8 +17828,11 @@ class SelfTest:
 
     def __init__(self):
         self.demo = Demo()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.place = free.getsockname()
+        # Nobody else gets the port; the proxy may listen there, as this does not.
+        self.reserved = socket.socket()
+        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.reserved.bind(("127.0.0.1", 0))
+        self.place = self.reserved.getsockname()
         self.url = "http://%s:%d" % self.place
         self.key = new_secret()
         self.all_good = True
@@ -16932,7 +17862,7 @@ class SelfTest:
     async def run(self, environ: Texts):
         """Raises OSError, and Refusal where a call fails."""
         asyncio.get_running_loop().create_task(self.demo.serve())
-        with tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
+        with self.reserved, tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
             with self.start(folder, environ) as proxy:
                 try:
                     await self.measure()
@@ -16950,7 +17880,7 @@ class SelfTest:
         with contextlib.ExitStack() as idle:
             for _ in range(self.IDLE):
                 idle.enter_context(socket.create_connection(self.place))
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(self.PAUSE)
             more = self.scrape(self.MEMORY) - before
         self.tell("memory of an idle connection", more / self.IDLE / 1024)
         await self.measure_calls()
@@ -16983,29 +17913,21 @@ class SelfTest:
         self.tell("calls", bench.report()["per_second"])
 
     async def measure_streams(self, count, before):
-        """Two rounds of so many streams; how much memory they take is seen while they run."""
-        comparing = asyncio.ensure_future(
-            self.compared("event", self.STREAM, range(2 * count), count))
-        peak = before
-        while not comparing.done():
-            await asyncio.sleep(0.3)
-            peak = max(peak, self.scrape(self.MEMORY))
-        self.tell("added to an event, %d streams" % count, comparing.result())
+        """Two rounds of so many streams; their memory is not given back to the system at once."""
+        added = await self.compared("event", self.STREAM, range(2 * count), count)
+        more = self.scrape(self.MEMORY) - before
+        self.tell("added to an event, %d streams" % count, added)
         if count == max(self.STREAMS):
-            self.tell("memory of a running stream", (peak - before) / count / 1024)
+            self.tell("memory of a running stream", more / count / 1024)
 
     async def measure_hang_ups(self):
         before = self.scrape(self.OUTPUT)
         bench = await self.timed(
             self.url, self.STREAM, range(self.HANG_UPS), self.HANG_UPS, leave_after=5)
-        for _ in range(self.HANG_UP_TRIES):
-            if not self.scrape("llm_proxy_in_flight"):
-                break
-            await asyncio.sleep(0.1)
+        await asyncio.sleep(self.PAUSE)
         billed = self.scrape(self.OUTPUT) - before
-        # The first of a stream's events has no word.
-        had = len(bench.times["event"]) - self.HANG_UPS
-        self.tell("delivered of what is billed after 50 hang-ups", 100 * had / max(1, billed))
+        words = len(bench.times["event"])
+        self.tell("delivered of what is billed after 50 hang-ups", 100 * words / max(1, billed))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -17041,6 +17963,14 @@ def describe_limits(config):
     return (bucket + COSTS[config.token_cost_mode]).format(config=config)
 
 
+def describe_redaction(config):
+    """Yields a line where something must not leave."""
+    kinds = ", ".join([*(config.redact or ()), *(config.redact_patterns or ())])
+    if kinds:
+        yield "must not leave for %s: %s (%s)" % (
+            ", ".join(sorted(config.redacted_upstreams())) or "nobody", kinds, config.redact_mode)
+
+
 def greeting(config):
     """Returns what the proxy is about to do, in a few lines."""
     host = "[%s]" % config.host if ":" in config.host else config.host
@@ -17048,6 +17978,7 @@ def greeting(config):
         "llm_proxy %s listens on %s://%s:%d" % (VERSION, config.scheme, host, config.port),
         *map(describe_upstream, config.all_upstreams()),
         describe_limits(config),
+        *describe_redaction(config),
         *("warning: " + warning for warning in config.warnings())]
 
 
@@ -17085,6 +18016,8 @@ def check(config):
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-24s %s" % (name, visible(line)))
+    for line in describe_redaction(config):
+        print(line)
     for warning in config.warnings():
         print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
@@ -17110,7 +18043,7 @@ def port_faults(config):
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         with socket.socket(family) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, Server.allow_reuse_address)
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
             trial.bind((config.host, config.port))
             trial.listen()
     except OSError as failure:
@@ -17138,20 +18071,20 @@ def database_faults(config):
 CANNOT_LISTEN = "cannot listen on %s port %d: %s; choose another with HOST= or PORT="
 
 
-def take_one_cpu(cpu, port):
+def take_one_cpu(cpu, port, worker=0):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
-    differ. One thread does nearly all the work, and a tenth faster where it stays. Raises
-    ConfigFaults for a CPU that this process may not use."""
+    differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
+    where it stays. Raises ConfigFaults for a CPU that this process may not use."""
     if cpu is None or not hasattr(os, "sched_setaffinity"):
         return
     allowed = sorted(os.sched_getaffinity(0))
-    one = allowed[port % len(allowed)] if cpu < 0 else cpu
+    one = allowed[(port + worker) % len(allowed)] if cpu < 0 else cpu + worker
     try:
         os.sched_setaffinity(0, {one}.intersection(allowed))
     except OSError:
         if cpu >= 0:
             raise ConfigFaults(
-                "CPU_AFFINITY must be a CPU this process may use (got '%d')" % cpu) from None
+                "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one) from None
 
 
 def relax_garbage_collection():
@@ -17192,12 +18125,12 @@ def open_database(config, log_stream, remarks):
         remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
 
 
-def open_patiently(log_stream, path, lock, tries=12):
+def open_patiently(log_stream, path, lock, shared=False, tries=12):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
     while True:
         try:
-            return Database(path, lock)
+            return Database(path, lock, shared=shared)
         except InUse as fault:
             tries -= 1
             if not tries:
@@ -17206,27 +18139,35 @@ def open_patiently(log_stream, path, lock, tries=12):
 
 
 def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
+    """Returns where the page is, and has an admin's key made where there is none."""
+    config, callers, ledger = proxy.config, proxy.callers, proxy.books.ledger
+    path = ledger.path if ledger and ledger.database else None
+    words = offer_dashboard(config, callers.stored.has_admin(proxy.wall()), path, at_terminal)
+    proxy.callers = build_callers(config, callers.label_secret, callers.stored)
+    return words
+
+
+def offer_dashboard(config: Config, has_admin: bool, path: Optional[str],
+                    at_terminal: bool) -> str:
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
-    this process; it is told on a terminal, else written to a file that its owner alone can read."""
-    config = proxy.config
+    this process; it is told on a terminal, else written to a file beside that of the database,
+    which its owner alone can read."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     page = "dashboard: %s/dashboard" % (
         config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
-    if config.admin_key or proxy.callers.stored.has_admin(proxy.wall()):
+    if config.admin_key or has_admin:
         return page
     key = place = new_secret()
     if not at_terminal:
-        ledger = proxy.books.ledger
-        if not (ledger and ledger.database):
+        if path is None:
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
-        path = config.admin_key_file = ledger.path + ".admin-key"
+        path = config.admin_key_file = path + ".admin-key"
         place = "in " + path
         try:
             write_secret(path, key)
         except OSError as failure:
             return page + " needs ADMIN_KEY to be set: %s" % failure
     config.admin_key = key
-    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
     return "%s with the key %s" % (page, place)
 
 
@@ -17243,8 +18184,10 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         reread: Callable[[], Config]) -> int:
     """Serve until a signal says stop; returns the exit code. `remarks` are for the start of the
     log; `reread` reads the settings again. Raises ConfigFaults and DatabaseFault."""
-    take_one_cpu(config.cpu_affinity, config.port)
     raise_descriptor_limit()
+    if config.workers > 1:
+        return run_workers(config, log_stream, remarks, reread)
+    take_one_cpu(config.cpu_affinity, config.port)
     try:
         proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     except OSError as failure:
@@ -17257,14 +18200,100 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         proxy.books.close(1)
         return 1
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
-    proxy.loop.run_until_complete(serve(server, config.drain_seconds, reread, words))
+    code = run_loop(server, reread, words)
+    remove_admin_key(config)
+    return code
+
+
+def remove_admin_key(config):
+    """Removes the file of a key that was made, and ends with this process."""
     with contextlib.suppress(OSError):
         if config.admin_key_file:
             os.remove(config.admin_key_file)
+
+
+def run_loop(server: Server, reread: Callable[[], Config], words: Sequence[str] = (),
+             lifeline: Optional[int] = None) -> int:
+    """Serve until a signal says stop; returns the exit code."""
+    proxy = server.proxy
+    proxy.loop.run_until_complete(serve(server, reread, words, lifeline))
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
     return 0
+
+
+def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
+                reread: Callable[[], Config]) -> int:
+    """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
+    def take_settings():  # for those that are started from now on
+        with contextlib.suppress(ConfigFaults, OSError, ValueError):
+            config.take(reread())
+
+    def stop():
+        workers.stop()
+        common.listener.close()
+
+    def work(number, lifeline):
+        return run_worker(config, log_stream, reread,
+                          common._replace(number=number, lifeline=lifeline))
+
+    say = functools.partial(say_at_once, log_stream, config.log_format == "json")
+    try:
+        common = prepare_workers(config, log_stream, remarks)
+    except OSError as failure:
+        say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
+        return 1
+    for line in [*greeting(config), *remarks]:
+        say(line)
+    workers = Workers(config.workers, work, time, say)
+    actions = {"SIGTERM": stop, "SIGINT": stop,
+               "SIGHUP": stop if stops_when_hung_up(config) else take_settings}
+    code = workers.run(actions)
+    remove_admin_key(config)
+    return code
+
+
+def say_at_once(stream: BinaryIO, as_json: bool, text: str):
+    """Writes a line to the log without a thread, where somebody reads it."""
+    line = visible(message_line(text, as_json, time)) + "\n"
+    with contextlib.suppress(OSError):
+        if select.select([], [stream], [], 0)[1]:
+            stream.write(line.encode("ascii", "backslashreplace"))
+
+
+def prepare_workers(config: Config, log_stream: BinaryIO, remarks: List[str]) -> Worker:
+    """Does once what all need. The database is made, or brought up to date, and closed again:
+    SQLite's connections must not be carried through a fork
+    (https://www.sqlite.org/howtocorrupt.html, 2.6). Raises DatabaseFault; OSError where it cannot
+    listen."""
+    database = open_database(config, log_stream, remarks)
+    secret = file_secret(database)
+    keys = keys_to_go_by(config, database, secret, lambda text: None)
+    listener = listen(config.host, config.port)
+    remarks.append(offer_dashboard(config, keys.has_admin(time.time()), database and database.path,
+                                   log_stream.isatty()))
+    if database:
+        database.connection.close()
+        let_workers_in(database.lock)
+    return Worker(listener, database and database.lock, secret, Tally(config.workers))
+
+
+def run_worker(config, log_stream, reread, worker):
+    """Serve as one of several processes; returns the exit code."""
+    database = None
+    try:
+        take_one_cpu(config.cpu_affinity, config.port, worker.number)
+        if worker.lock:
+            database = open_patiently(log_stream, config.database, worker.lock, shared=True)
+        proxy = build(config, log_stream, database=database, worker=worker)
+    except (ConfigFaults, DatabaseFault, OSError) as fault:
+        print(fault, file=sys.stderr)
+        return 2
+    proxy.tally = worker.tally
+    proxy.tally.begin(worker.number)
+    server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
+    return run_loop(server, reread, (), worker.lifeline)
 
 
 def reload(server: Server, reread: Callable[[], Config]):
@@ -17282,35 +18311,50 @@ def reload(server: Server, reread: Callable[[], Config]):
         proxy.books.usage_log.reopen()
 
 
-async def serve(server: Server, drain_seconds: float, reread: Callable[[], Config],
-                words: List[str]):
-    """Accept until a signal says stop, then drain. The `words` are said when signals are heard."""
-    say = server.proxy.books.log.say
+async def serve(server: Server, reread: Callable[[], Config], words: Sequence[str] = (),
+                lifeline: Optional[int] = None):
+    """Accept until a signal says stop, or the parent of a worker ends, then drain. The `words` are
+    said when signals are heard."""
+    say, config = server.proxy.books.log.say, server.proxy.config
     stopping = server.loop.create_future()
 
     def stop():
         Stream.wake(stopping)
 
-    def report_calls():
-        calls = server.running_calls()
-        noun = "call is" if len(calls) == 1 else "calls are"
-        for line in ["%d %s running" % (len(calls), noun), *calls]:
-            say(line)
-
-    actions = {"SIGTERM": stop, "SIGINT": stop, "SIGUSR1": report_calls,
-               "SIGHUP": functools.partial(reload, server, reread)}
-    if is_at_a_terminal() and not server.tls:  # which was closed, then
-        actions["SIGHUP"] = stop
-    handle_signals(server.loop, actions)
+    handle_signals(server.loop, {
+        "SIGTERM": stop, "SIGINT": stop, "SIGUSR1": functools.partial(report_calls, server),
+        "SIGHUP": stop if stops_when_hung_up(config) else functools.partial(
+            reload, server, reread)})
+    if lifeline is not None:
+        watch_parent(server, lifeline, stop)
     for line in words:
         say(line)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     probing = server.loop.create_task(probe(server), name="probe")
     await stopping
     probing.cancel()
-    say("stopping: running calls have %g s" % drain_seconds)
-    cut = await server.drain(drain_seconds)
+    say("stopping: running calls have %g s" % config.drain_seconds)
+    cut = await server.drain(config.drain_seconds)
     say("stopped, %d calls cut" % cut if cut else "stopped")
+
+
+def report_calls(server):
+    """Say which calls are running."""
+    calls = server.running_calls()
+    noun = "call is" if len(calls) == 1 else "calls are"
+    for line in ["%d %s running" % (len(calls), noun), *calls]:
+        server.proxy.books.log.say(line)
+
+
+def watch_parent(server, lifeline, stop):
+    """Have a worker stop when its parent ends, at once where that could not wait for the drain."""
+    def end():
+        if server.draining:
+            os._exit(1)
+        server.loop.remove_reader(lifeline)
+        stop()
+
+    server.loop.add_reader(lifeline, end)
 
 
 async def probe(server):
@@ -17325,38 +18369,20 @@ async def probe(server):
     await asyncio.gather(*map(one, server.proxy.routes.addresses()))
 
 
-def is_at_a_terminal():
+def stops_when_hung_up(config):
+    """Tells whether SIGHUP means that the terminal was closed; it is for certificates, too."""
     with contextlib.suppress(AttributeError, ValueError):  # stdin is closed
-        return sys.stdin.isatty()
-
-
-ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+        return sys.stdin.isatty() and not config.tls_cert_file
 
 
 def handle_signals(loop, actions):
-    """Have signals, by name, act on the loop. They come by way of the wake-up descriptor, which
-    works on every system. A second one that says stop ends the process at once, even where
-    something holds the loop; but `timeout` of GNU sends each to a process and then to its group."""
-    receiver, sender = socket.socketpair()
-    receiver.setblocking(False)
-    sender.setblocking(False)
-    stops = []
-
-    def handle(number, _):
-        if number in (signal.SIGTERM, signal.SIGINT):
-            stops.append(loop.time())
-            if stops[-1] - stops[0] > ONE_SIGNAL_SECONDS:
-                os._exit(1)
-
+    """Have signals, by name, act on the loop."""
     def on_signals(_):
         for number in receiver.recv(64):
             actions[signal.Signals(number).name]()
 
+    receiver, sender = catch_signals(actions, loop.time)
     loop.add_reader(receiver, on_signals, sender)  # both ends must stay referenced
-    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    for name in actions:
-        if hasattr(signal, name):  # Windows knows two
-            signal.signal(getattr(signal, name), handle)
 
 
 USAGE_OPTIONS = (
@@ -17935,6 +18961,7 @@ def run_command(options, environ, log_stream):
             target=asyncio.run, args=(demo.serve(),), name="demo", daemon=True).start()
         environ["BASE_API_URL"] = demo.url
         environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
+        environ["WORKERS"] = "1"  # its endpoint has threads
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
