@@ -3994,7 +3994,7 @@ class ArrayFraming(EventFraming):
 
     def cut(self, data: bytes) -> List[bytes]:
         plain = without_escapes(data)
-        outside = b"".join(plain.split(b'"')[::2])  # of strings; one search for each would take long
+        outside = b"".join(plain.split(b'"')[::2])  # of strings
         if outside.count(b"{") != outside.count(b"}"):
             return [data]
         ends = [0]
