@@ -3968,7 +3968,7 @@ class EventFraming(NamedTuple):
     def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
-        data = self.data(event.splitlines()[-1])
+        data = self.data(event[begin_of_line(event, len(event) - 2):].strip(b"\r\n"))
         return data is not None and (data.strip() == LAST_DATA or (
             data.rstrip().endswith(b"}") and bool(self.payload(event))))
 
@@ -3993,9 +3993,13 @@ class ArrayFraming(EventFraming):
         return b",\n" + data
 
     def cut(self, data: bytes) -> List[bytes]:
+        plain = without_escapes(data)
+        outside = b"".join(plain.split(b'"')[::2])  # of strings
+        if outside.count(b"{") != outside.count(b"}"):
+            return [data]
         ends = [0]
         depth = 0
-        for step in JSON_STEP.finditer(without_escapes(data)):
+        for step in JSON_STEP.finditer(plain):
             if step[0] in b"{}":
                 depth += 1 if step[0] == b"{" else -1
                 if not depth:
@@ -5823,6 +5827,7 @@ class Editor:
     """Changes a body on its way to the caller: the one place that may. An event that is not whole
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
+    MAX_WHOLE = 1 << 20  # bytes of that
 
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
@@ -5834,7 +5839,7 @@ class Editor:
         """Returns what goes on."""
         data = self.held + payload
         if self.events is None:
-            whole = data.rfind(b'"', 1) if len(data) > self.most_held else 0  # strings
+            whole = data.rfind(b'"', 1) if len(data) > self.MAX_WHOLE else 0  # strings
             self.held = data[max(whole, 0):]
             return self.edited(data[:whole]) if whole >= 0 else self.flush()
         self.held = b""
@@ -6746,7 +6751,7 @@ def is_beside(block: Block, other: Block) -> bool:
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
-    MAX_HELD = 1 << 20
+    MAX_HELD = 1 << 16
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes

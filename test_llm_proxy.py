@@ -5028,7 +5028,7 @@ class UnmaskingTest(ProxyCase):
 
     def test_what_is_too_large_to_be_awaited_whole_goes_on_in_pieces(self):
         told = json.dumps({"a": "[[EMAIL_1]]", "b": ["x" * 30, "y[[EMAIL_1]]"], "c": "[[EMAIL_1]]"})
-        with mock.patch.object(llm_proxy.Unmasking, "MAX_HELD", 40):
+        with mock.patch.object(llm_proxy.Editor, "MAX_WHOLE", 40):
             for step in self.each((23, 1, 41)):
                 found = self.unmask("chat", told.encode(), step, events=False)
                 self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
