@@ -13198,8 +13198,8 @@ def short_digest(thing: Union[str, CallerKey]) -> str:
 
 # Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
 # wait for one (since when) and those that asked lately. Who has waited for longer comes first. ARGV
-# are how many slots there are, how long one is taken, the process, how long it has waited, how many of
-# the names that follow are to be given a slot; the others have one. Times are in milliseconds.
+# are how many slots there are, how long one is taken, the process, how long it has waited, how many
+# of the names that follow are to be given a slot; the others have one. Times are in milliseconds.
 LUA_SLOTS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

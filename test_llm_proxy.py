@@ -13971,7 +13971,8 @@ class BenchTest(ProcessCase):
         self.assertEqual(set(llm_proxy.in_milliseconds([0.002]).values()), {2})
 
     def test_jitter_is_the_change_of_the_time_between_two_events(self):
-        for arrivals, found in self.each((([1, 2, 4, 7, 7.5], [1, 1, 2.5]), ([1, 2], []), ([], []))):
+        for arrivals, found in self.each((
+                ([1, 2, 4, 7, 7.5], [1, 1, 2.5]), ([1, 2], []), ([], []))):
             self.assertEqual(llm_proxy.jitter(arrivals), found)
 
     def test_what_goes_wrong_is_counted_by_what_it_was(self):
