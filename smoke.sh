@@ -261,12 +261,12 @@ seen='
 import os, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import llm_proxy
-said = llm_proxy.DemoHandler.text_for
+said = llm_proxy.Demo.text_for
 def text_for(handler, call):
     with open("seen", "w") as file:
         file.write(said(handler, call))
     return said(handler, call)
-llm_proxy.DemoHandler.text_for = text_for
+llm_proxy.Demo.text_for = text_for
 sys.exit(llm_proxy.main(["--demo"]))'
 
 part_redact() {
