@@ -13520,6 +13520,11 @@ class SharedFeed(Feed):
                 "XRANGE", self.events_key, "%s-%d" % (milliseconds, int(number) + 1), "+",
                 "COUNT", self.MOST_READ)), self.on_events)
 
+    def pulse(self, payload):
+        super().pulse(payload)
+        for one in self.others:
+            one.update(self.NOTHING)
+
     def on_seconds(self, reply):
         if isinstance(reply, RedisFault):
             return
@@ -13585,7 +13590,7 @@ def busier(upstream: Dict[str, Any], others: Iterable[Dict[str, Any]]) -> Dict[s
 TAKE_AWAY = "local found = redis.call('GET', KEYS[1]) redis.call('DEL', KEYS[1]) return found"
 
 
-class SharedStored(Stored, Watcher):
+class SharedStored(Stored):
     """Remembers in Redis, too, so that any process finds what another one has noted. A bill is
     there, or here while a call runs that asks for its answer: nobody charges it twice."""
     KEEP_SECONDS = 30 * 86400
@@ -14877,7 +14882,7 @@ def share(proxy: Proxy, redis: Redis):
         await proxy.stored.recall(call)
 
     proxy.read = read
-    proxy.books.watch([*proxy.books.watchers, proxy.stored])
+    proxy.books.on_end.append(proxy.stored.record)
     prefix, ledger = "{%s}:" % config.redis_prefix, proxy.books.ledger
     if ledger and not ledger.worker:
         SharedKeys(redis, prefix, ledger)
