@@ -18293,7 +18293,7 @@ def run_worker(config, log_stream, reread, worker):
             database = open_patiently(log_stream, config.database, worker.lock, shared=True)
         proxy = build(config, log_stream, database=database, worker=worker)
     except (ConfigFaults, DatabaseFault, OSError) as fault:
-        print(fault, file=sys.stderr)
+        print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
     proxy.tally = worker.tally
     proxy.tally.begin(worker.number)
