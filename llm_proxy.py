@@ -17144,7 +17144,7 @@ class LoopWatch:
             while frame and frame.f_code.co_filename != __file__:
                 frame = frame.f_back
             if frame:
-                self.culprit = " by %s, line %d" % (frame.f_code.co_name, frame.f_lineno)
+                self.culprit = " by %s, line %s" % (frame.f_code.co_name, frame.f_lineno)
 
 
 class Handshakes:

@@ -11747,7 +11747,7 @@ class RedactedCallsTest(KeysCase):
     def exchange(self, data, said=b'{"said": "hi"}'):
         """Returns what goes up, and the answer."""
         client, asked = self.ask_stub(data)
-        asked.send(answer(said))
+        asked.answer(said)
         return asked.body, client.read()
 
     def test_a_value_is_hidden_from_the_endpoint_and_told_to_the_caller(self):
