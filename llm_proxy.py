@@ -17622,10 +17622,15 @@ class Demo:
         self.url = "http://127.0.0.1:%d/v1" % self.listening.getsockname()[1]
 
     async def serve(self):
-        # Of a coroutine that is cancelled before it runs Python 3.11 complains; not of a task.
-        async with await asyncio.start_server(
-                lambda *streams: asyncio.ensure_future(self.converse(*streams)),
-                sock=self.listening) as server:
+        tasks = set()  # asyncio keeps none, and one that nobody keeps is collected
+
+        def begin(*streams):
+            # Of a coroutine that is cancelled before it runs Python 3.11 complains; not of a task.
+            task = asyncio.ensure_future(self.converse(*streams))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        async with await asyncio.start_server(begin, sock=self.listening) as server:
             await server.serve_forever()
 
     async def converse(self, reader, writer):

@@ -14173,7 +14173,7 @@ class BenchTest(ProcessCase):
 
     def test_a_selftest_says_a_verdict_a_line_and_leaves_nothing(self):
         code, out, err = self.selftest()
-        self.assertEqual(err, "")
+        self.assertEqual(err, "", err)
         found = re.findall(r"(?m)^(.+?)  +-?[0-9.]+ (ms|KiB|a second|%) +(good|POOR)$", out)
         self.assertEqual([what for what, _, _ in found], [
             "memory of an idle connection", "added to the first byte", "calls",
