@@ -3691,6 +3691,7 @@ class JsonBody:
         return (BEFORE_MEDIA.search(data, max(0, start - 64), start) is not None
                 and sample.isascii() and data[end + 1:end + 64].lstrip()[:1] != b":"
                 and data.find(b",", start + 256, end) < 0  # else it is what stands between strings
+                and not any([data.find(sign, start + 256, end) >= 0 for sign in (b"@", b";")])
                 and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
 
     def with_value(self, key, value, known):
@@ -3908,6 +3909,7 @@ class EventFraming(NamedTuple):
     prefix: bytes            # of the line with an event's JSON
     ends: Tuple[bytes, ...]  # what may end an event, our own first,
     pairs: Tuple[bytes, ...]  # and bytes, equally many, of which one is in each of these
+    MOST_LINES = 16  # of an event that may end without what must end it: each is read anew
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -3953,12 +3955,12 @@ class EventFraming(NamedTuple):
         ended = True
         for line in data.splitlines(keepends=True):
             blank = not line.strip(b"\r\n")
-            if ended or (not blank and self.is_whole(events[-1])):
-                events.append(line)
-            else:
-                events[-1] += line
+            if ended or (not blank and len(events[-1]) <= self.MOST_LINES
+                         and self.is_whole(b"".join(events[-1]))):
+                events.append([])
+            events[-1].append(line)
             ended = blank
-        return events
+        return list(map(b"".join, events))
 
     def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
@@ -3978,7 +3980,7 @@ class ArrayFraming(EventFraming):
     __slots__ = ()
 
     def at_boundary(self, tail: bytes) -> bool:
-        return not tail or bool(self.payload(tail))
+        return not tail or (tail.endswith(b"}") and bool(self.payload(tail)))
 
     def last_end(self, data, before):
         return 0
@@ -4330,12 +4332,14 @@ def media_texts(part):
 # What models read before all else, so that its placeholders stay as they are while a talk grows
 READ_FIRST = "tools functions system instructions systemInstruction system_instruction".split()
 # What a tool is given and gives, as an object: there keys are words of somebody, too.
-TOOL_DATA = frozenset("arguments args input response".split())
+TOOL_DATA = frozenset("arguments args input response result output".split())
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
 NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_content thoughtSignature
     thought_signature mimeType mime_type media_type""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
+MEDIA_OBJECTS = MEDIA_KEYS - {IMAGES_KEY}
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
+SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
 
 
@@ -4351,9 +4355,12 @@ class Words(NamedTuple):
 
 def is_words(key, value):
     """Tells whether there may be words of somebody at a key of an object that is the API's."""
+    if type(value) is dict and key not in MEDIA_OBJECTS:  # such as what a tool calls `id`
+        return True
     if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
         return False
-    return type(value) is not str or key not in DATA_KEYS or not NO_PROSE.match(value)
+    return type(value) is not str or key not in DATA_KEYS or not (
+        NO_PROSE.match(value) and not SPACE.search(value))
 
 
 def words_in(payload: JsonObject) -> Iterator[Words]:
@@ -4397,6 +4404,15 @@ def spell_place(place: Tuple[Any, ...]) -> str:
         place, key = place
         names.append(str(key) if re.fullmatch("[A-Za-z_]{1,20}|[0-9]{1,6}", str(key)) else "*")
     return ".".join(reversed(names))
+
+
+def is_json(text: str) -> bool:
+    """Returns whether a text is JSON as a whole, which arguments that were cut off are not."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 # A string of JSON, which may be anywhere
@@ -5828,6 +5844,8 @@ class Editor:
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
     MAX_WHOLE = 1 << 20  # bytes of that
+    LARGE = 1 << 12      # above this, what is held back is looked at when it has doubled, or ends
+    look_above = 0
 
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
@@ -5839,9 +5857,10 @@ class Editor:
         """Returns what goes on."""
         data = self.held + payload
         if self.events is None:
-            whole = data.rfind(b'"', 1) if len(data) > self.MAX_WHOLE else 0  # strings
-            self.held = data[max(whole, 0):]
-            return self.edited(data[:whole]) if whole >= 0 else self.flush()
+            return self.feed_whole(data)
+        if len(data) < self.look_above and not self.events.at_boundary(data):
+            self.held = data
+            return b""
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
@@ -5850,7 +5869,13 @@ class Editor:
         events = self.events.cut(data[begin:])
         if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
             self.held = events.pop()
+        self.look_above = 2 * len(self.held) if len(self.held) > self.LARGE else 0
         return data[:begin] + b"".join(map(self.edited, events))
+
+    def feed_whole(self, data):
+        whole = data.rfind(b'"', 1) if len(data) > self.MAX_WHOLE else 0  # strings
+        self.held = data[max(whole, 0):]
+        return self.edited(data[:whole]) if whole >= 0 else self.flush()
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
@@ -6180,7 +6205,7 @@ class Shape(NamedTuple):
     step: int = 1 << 16
 
 
-URL_PASSWORD = re.compile(r"//[^\s/@]*:\Z")
+URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
 
 
 def end_of_email(match: "re.Match[str]") -> int:
@@ -6332,10 +6357,10 @@ SHAPES = (
     shape("email", r"""
         [A-Za-z0-9_](?<![A-Za-z0-9_].)[A-Za-z0-9_.%+'-]{0,63}
         @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}
-        (?![A-Za-z0-9(_-]|\.[A-Za-z0-9])""", end_of_email, "@"),
+        (?![A-Za-z0-9(]|[._-][A-Za-z0-9])""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
-        (?![A-Za-z0-9_-]|\.[0-9])""", end_of_card),
+        (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)[0-9]{3}
         (?:(?<![0-9]{4}[ ][0-9]{4}[ ].{4})(?=(?:[ ][0-9]{4}){2}[ ][0-9])
         |(?<![0-9]{4}-[0-9]{4}-.{4})(?=(?:-[0-9]{4}){2}-[0-9]))""", end_of_card_groups),
@@ -6505,13 +6530,21 @@ class Masks:
             yield
         return "".join((*pieces, text[last:])) if pieces else text
 
-    def mask_strings(self, text: str) -> Iterator[None]:
+    def mask_text(self, text: str, levels: int = 3) -> Iterator[None]:
+        """Does so with a text in which JSON may stand that is spelled with escapes, and in that
+        again."""
+        after = yield from self.mask_slowly(text)
+        if levels and "\\u00" in after:
+            after = yield from self.mask_strings(after, levels - 1)
+        return after
+
+    def mask_strings(self, text: str, levels: int = 3) -> Iterator[None]:
         """Does so with the strings of JSON, or of a part of it: numbers stay."""
         pieces = []
         last = 0
         for match in JSON_STRING.finditer(text):
             before = read_string(match[0])
-            after = yield from self.mask_slowly(before)
+            after = yield from self.mask_text(before, levels)
             if after is not before:
                 pieces += text[last:match.start()], json.dumps(after, ensure_ascii=text.isascii())
                 last = match.end()
@@ -6519,10 +6552,12 @@ class Masks:
 
     def mask_words(self, words: Words) -> Iterator[None]:
         """Does so where words stand."""
-        if words.kind == "json":
+        if words.kind == "json" and is_json(words.text):
             after = yield from self.mask_strings(words.text)
+        elif words.kind == "echo":
+            after = yield from self.mask_slowly(words.text, False)
         else:
-            after = yield from self.mask_slowly(words.text, words.kind != "echo")
+            after = yield from self.mask_text(words.text)
         if after is words.text:
             return
         if words.kind == "key":
@@ -15069,7 +15104,7 @@ def build_buckets(config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
         return Buckets(clock)
     known = database.facts.get("processes") if database else None
     return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away,
-                        known or config.peers)
+                        max(known or config.peers, config.workers))
 
 
 def hear_of_redis(proxy: Proxy):

@@ -4715,12 +4715,33 @@ class RedactionTest(ProxyCase):
                 {"n": 4.0,  "x": "a\u0040x.org"} -> {"n": 4.0,  "x": "[[EMAIL_1]]"}
                 {"a": "\"\u00e9\" to a@x.org\n"} -> {"a": "\"\u00e9\" to [[EMAIL_1]]\n"}
                 {"say": "é a@x.org", "path": "C:\\x"} -> {"say": "é [[EMAIL_1]]", "path": "C:\\x"}
-                {"cut": "a@x.org -> {"cut": "a@x.org
+                {"cut": "a@x.org -> {"cut": "[[EMAIL_1]]
+                a@x.org -> [[EMAIL_1]]
+                {"in": "{\"to\": \"a\\u0040x.org\"}"} -> {"in": "{\"to\": \"[[EMAIL_1]]\"}"}
                 {"a@x.org": 1} -> {"[[EMAIL_1]]": 1}"""):
             _, sent = self.masked({"messages": [{"tool_calls": [{"function": {
                 "arguments": before}}]}]})
             got = sent and sent["messages"][0]["tool_calls"][0]["function"]["arguments"]
             self.assertEqual(got or before, after)
+
+    def test_nothing_is_passed_over_because_of_its_name_or_how_it_begins(self):
+        for payload in self.each(r"""
+                {"source": {"type": "text", "data": "https://x.org is it. Mail a@x.org"}}
+                {"tools": [{"parameters": {"properties": {"id": {"description": "a@x.org"}}}}]}
+                {"input": [{"type": "function_result", "result": {"id": "a@x.org"}}]}
+                {"role": "tool", "content": "{\"to\": \"a\\u0040x.org\"}"}
+                {"content": "a@x.org---- original"}
+                {"content": "//contact:a@x.org"}
+                """.split("\n")[1:-1]):
+            masks, sent = self.masked({"messages": [json.loads(payload)]})
+            self.assertEqual(masks.counts, {"email": 1})
+            self.assertNotIn("x.org\"", json.dumps(sent).replace("https://x.org is", ""))
+
+    def test_a_long_list_of_addresses_is_no_picture(self):
+        text = ";".join(["joe%d@acme.com" % number for number in range(5000)])
+        body = json.dumps({"model": "m", "input": ["x", text]}).encode()
+        found = llm_proxy.JsonBody(body).parse()
+        self.assertEqual(found["input"][1], text)
 
     def test_signed_thoughts_hold_what_the_upstream_said(self):
         _, sent = self.masked({"messages": [
@@ -5007,6 +5028,16 @@ class UnmaskingTest(ProxyCase):
         self.assertEqual([one["choices"][0]["delta"] for one in found], [
             {"reasoning": "think "}, {"reasoning": "["}, {"content": "say"}, {"content": " "},
             {"content": "["}, said[-1]])
+
+    def test_no_stream_is_looked_at_again_and_again(self):
+        """Each took seconds that grew with the square of its length."""
+        for data, step in self.each((
+                (b"data: [[\n" + b"data:}\n" * 9000, 1 << 16),
+                (b"data: [[\n" + b"data: x\n" * 8000, 8), (b"[" * 60_000, 10))):
+            began = time.thread_time()
+            for endpoint in ("chat", "array"):
+                self.assertEqual(self.unmask(endpoint, data, step), data)
+            self.assertLess(time.thread_time() - began, 5)
 
     def test_in_whole_json_values_stand_for_placeholders_and_the_rest_is_as_it_was(self):
         for told, shown in self.each(r"""
