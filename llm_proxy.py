@@ -1051,7 +1051,8 @@ SETTING_ROWS = {
          "while Redis is away: each process has its share of every limit (share), there are no"
          " limits (open), or calls get a 503 (closed)"),
         ("PEERS=1", number_between(1, 10_000),
-         "processes that share the limits, until Redis has told how many there are"),
+         "processes that share the limits, until Redis has told how many there are; at least"
+         " WORKERS"),
         ("SHARE_SLOTS", one_of("on", "off"),
          "on: MAX_CONCURRENCY is that of all processes together; unset: on with WORKERS"),
         ("WORKERS=1", number_between(1, 64),

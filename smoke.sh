@@ -28,6 +28,10 @@ here=$(cd -- "$(dirname -- "$0")" && pwd)
 say() { printf '%s\n' "$*"; }
 fail() { say "FAILED: $*" >&2; exit 1; }
 
+case $url in
+    "" | *[.:]* | localhost) ;;
+    *) fail "there is no part $url, and no such URL; the parts are: $parts" ;;
+esac
 for tool in curl "$python"; do
     command -v "$tool" >/dev/null || fail "$tool is not installed"
 done
