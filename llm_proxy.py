@@ -3963,6 +3963,12 @@ class EventFraming(NamedTuple):
             ended = blank
         return list(map(b"".join, events))
 
+    def may_end(self, data, start):
+        """Returns whether an event may have ended after a place: by what must end it, or by a line,
+        which is not believed of one of many lines."""
+        return any([data.find(pair, start) >= 0 for pair in self.pairs]) or (
+            data.endswith((b"}\n", b"}\r\n", b"}\r")) and data.count(b"\n") <= self.MOST_LINES)
+
     def last_end(self, data, before):
         """Returns the place after the last event that ends before another place, 0 without one."""
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
@@ -5845,8 +5851,7 @@ class Editor:
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
     MAX_WHOLE = 1 << 20  # bytes of that
-    LARGE = 1 << 12      # above this, what is held back is looked at when it has doubled, or ends
-    look_above = 0
+    LARGE = 1 << 12      # above this, what is held back is looked at only where it may have ended
 
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
@@ -5859,7 +5864,9 @@ class Editor:
         data = self.held + payload
         if self.events is None:
             return self.feed_whole(data)
-        if len(data) < self.look_above and not self.events.at_boundary(data):
+        start = len(self.held) - 1
+        if start > self.LARGE and len(data) <= self.most_held and (
+                not self.events.may_end(data, start)):
             self.held = data
             return b""
         self.held = b""
@@ -5870,7 +5877,6 @@ class Editor:
         events = self.events.cut(data[begin:])
         if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
             self.held = events.pop()
-        self.look_above = 2 * len(self.held) if len(self.held) > self.LARGE else 0
         return data[:begin] + b"".join(map(self.edited, events))
 
     def feed_whole(self, data):

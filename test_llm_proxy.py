@@ -5029,11 +5029,27 @@ class UnmaskingTest(ProxyCase):
             {"reasoning": "think "}, {"reasoning": "["}, {"content": "say"}, {"content": " "},
             {"content": "["}, said[-1]])
 
+    def test_a_large_event_holds_up_none_after_it(self):
+        masks = self.masks()
+        editor = llm_proxy.Editor(llm_proxy.SSE, [llm_proxy.Unmasking(
+            llm_proxy.OpenAI(), llm_proxy.SSE, llm_proxy.Restorer(masks, ()))])
+        large, small = b'data: {"said": "%s"}\n\n' % (5000 * b"[["), b'data: {"n": "[["}\n\n'
+        for pieces in self.each((
+                (large[:9000], large[9000:] + small + small[:4], small[4:]),
+                (large[:9000], large[9000:], small + small[:4], small[4:]),
+                (large[:9000], large[9000:-1], b"\n" + small + small[:4], small[4:]))):
+            passed = b""
+            for piece in pieces[:-1]:
+                passed += editor.feed(piece)
+            self.assertEqual(passed, large + small)
+            self.assertEqual(editor.feed(pieces[-1]), small)
+
     def test_no_stream_is_looked_at_again_and_again(self):
         """Each took seconds that grew with the square of its length."""
         for data, step in self.each((
                 (b"data: [[\n" + b"data:}\n" * 9000, 1 << 16),
-                (b"data: [[\n" + b"data: x\n" * 8000, 8), (b"[" * 60_000, 10))):
+                (b"data: [[\n" + b"data: x\n" * 8000, 8), (b"[" * 60_000, 10),
+                (b"data: [[\n" + b"data:}\n" * 4000, 7))):
             began = time.thread_time()
             for endpoint in ("chat", "array"):
                 self.assertEqual(self.unmask(endpoint, data, step), data)
