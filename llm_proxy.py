@@ -1519,7 +1519,7 @@ class Refusal(Exception):
     cause: Optional[str] = None       # for the operator alone
     nothing_sent = False              # nothing of the call went upstream: another one may be asked
     body: Optional[bytes] = None      # the upstream's own words, where they are known
-    fields: JsonObject = {}       # more header fields of the reply
+    fields: JsonObject = {}           # more header fields of the reply
 
     def __init__(self, message: str = "", wait: Optional[float] = None, **attributes: Any):
         """`wait`: in so many seconds it may be asked again."""
@@ -2360,6 +2360,7 @@ class Buckets:
     is_degraded: Optional[bool] = None  # whether Redis is away, where it is used
     processes = 0                       # that share what is there, where they do
     redis: Optional["Redis"] = None
+    prefix = ""                         # of the names there
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -2527,13 +2528,14 @@ class Hold:
     ended = False
 
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
-                 costs: Costs = NO_COST, tightest: Optional[Level] = None):
+                 costs: Costs = NO_COST, tightest: Optional[Level] = None,
+                 taken_at: float = 0.0):
         self.buckets = buckets
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
-        self.taken_at = tightest.now if tightest else 0.0  # on the monotonic clock
+        self.taken_at = tightest.now if tightest else taken_at  # on the monotonic clock
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -4061,7 +4063,6 @@ class Call(Billable):
     on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
     made: Sequence[str] = ()                               # and these are they
     trace: Optional["Trace"] = None
-    masks: Optional["Masks"] = None  # where something may not leave with it
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
     stream = False
@@ -4413,7 +4414,7 @@ def spell_place(place: Tuple[Any, ...]) -> str:
     return ".".join(reversed(names))
 
 
-def is_json(text: str) -> bool:
+def is_whole_json(text: str) -> bool:
     """Returns whether a text is JSON as a whole, which arguments that were cut off are not."""
     try:
         json.loads(text)
@@ -6478,15 +6479,6 @@ class Redactor:
         return kept
 
 
-def finish(steps: Iterator[None]) -> Any:
-    """Takes all steps at once; returns what the last one returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-
-
 def read_string(spelled):
     """Returns a string of JSON; what is no valid one is read as it stands."""
     if "\\" in spelled:
@@ -6517,13 +6509,9 @@ class Masks:
         if "[[" in text:
             self.taken.update([match[0] for match in self.PLACEHOLDER.finditer(text)])
 
-    def mask(self, text: str) -> str:
-        """Returns a text in which placeholders stand for what must not leave."""
-        return finish(self.mask_slowly(text))
-
-    def mask_slowly(self, text: str, anew: bool = True) -> Iterator[None]:
-        """Does so in steps, as Redactor.search does; the last one returns the text. `anew`: also
-        what has no placeholder yet."""
+    def mask(self, text: str, anew: bool = True) -> Iterator[None]:
+        """Takes steps, as Redactor.search does, of which the last one returns a text in which
+        placeholders stand for what must not leave. `anew`: also for what has none yet."""
         pieces = []
         last = 0
         yield
@@ -6540,7 +6528,7 @@ class Masks:
     def mask_text(self, text: str, levels: int = 3) -> Iterator[None]:
         """Does so with a text in which JSON may stand that is spelled with escapes, and in that
         again."""
-        after = yield from self.mask_slowly(text)
+        after = yield from self.mask(text)
         if levels and "\\u00" in after:
             after = yield from self.mask_strings(after, levels - 1)
         return after
@@ -6559,10 +6547,10 @@ class Masks:
 
     def mask_words(self, words: Words) -> Iterator[None]:
         """Does so where words stand."""
-        if words.kind == "json" and is_json(words.text):
+        if words.kind == "json" and is_whole_json(words.text):
             after = yield from self.mask_strings(words.text)
         elif words.kind == "echo":
-            after = yield from self.mask_slowly(words.text, False)
+            after = yield from self.mask(words.text, False)
         else:
             after = yield from self.mask_text(words.text)
         if after is words.text:
@@ -8360,14 +8348,18 @@ class Stored:
         if len(self.bills) > self.BILLS:
             self.bills.popitem(last=False)
 
+    def put(self, name, thing):
+        """Keeps a thing, of the last ROOM."""
+        self.things[name] = thing
+        if len(self.things) > self.ROOM:
+            self.things.popitem(last=False)
+
     def note(self, thing, names):
         """Remembers what was made. Who made it first has it: an answer may name older things."""
         for name in names:
             if name in self.things or not self.NAME.fullmatch(name):
                 continue
-            self.things[name] = thing
-            if len(self.things) > self.ROOM:
-                self.things.popitem(last=False)
+            self.put(name, thing)
             if len(self.unsaved) < self.UNSAVED:
                 self.unsaved.append((name, thing))
 
@@ -9909,10 +9901,11 @@ class Database:
         with self.transaction():
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
-            for column in COLUMNS[len(execute("PRAGMA table_info(calls)").fetchall()):]:
-                execute("ALTER TABLE calls ADD COLUMN %s %s" % column)
-            if "redact" not in [row[1] for row in execute("PRAGMA table_info(keys)")]:
-                execute("ALTER TABLE keys ADD COLUMN redact TEXT")
+            for table, columns in ("calls", COLUMNS), ("keys", [("redact", "TEXT")]):
+                known = {row[1] for row in execute("PRAGMA table_info(%s)" % table).fetchall()}
+                for name, kind in columns:
+                    if name not in known:
+                        execute("ALTER TABLE %s ADD COLUMN %s %s" % (table, name, kind))
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls").fetchall()
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
@@ -10951,7 +10944,7 @@ class Ledger(Writer):
     def new_orders(self) -> List[Order]:
         """Returns what is yet to be done here; of several workers the first that looks adds what is
         given, and each must know of it."""
-        found = self.database.take_orders(self.clock.time_ns() / 1e9)
+        found = self.database.take_orders(wall_time(self.clock))
         new = [one for one in found if one._replace(done=1) not in self.done]
         self.done = {one._replace(done=1) for one in found}
         return new
@@ -11070,16 +11063,13 @@ class Books:
     """The log, the ledger and the usage log; each has a thread, so that none waits for another.
     `running` are the entries of calls that run, oldest first."""
 
-    watchers: Sequence[Watcher] = ()
-    on_begin: Sequence[Callable[[Entry], None]] = ()
-
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
-        self.on_end = [one.record for one in (ledger, usage_log) if one]
         self.running: Dict[Entry, None] = {}
+        self.watch(())
 
     def open(self):
         """Begins to write the ledger: called when it is sure that this process will serve, because
@@ -11091,7 +11081,8 @@ class Books:
         """Tells these of calls, what each wants to know."""
         self.watchers = watchers
         self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
-        self.on_end += [one.record for one in watchers if type(one).record is not Watcher.record]
+        told = [*filter(None, (self.ledger, self.usage_log)), *watchers]
+        self.on_end = [one.record for one in told if type(one).record is not Watcher.record]
 
     def begin(self, entry: Entry):
         """A call runs from now on."""
@@ -12793,6 +12784,8 @@ class Batch:
 
 Act = Tuple[Any, ...]  # a word of LUA_BATCH, rule, bucket, numbers
 ONE = ord("1")
+
+
 def stored_amount(rule: Rule, amount: int) -> int:
     """Returns an amount as Redis has it: of money in nanodollars, rounded up."""
     return -(-amount // NANODOLLAR) if rule.unit == USD else amount
@@ -13471,8 +13464,7 @@ class SharedKeys:
 
     def tell(self, records: KeyRecords):
         """Runs in the ledger's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.redis.loop.call_soon_threadsafe(self.offer, records)
+        soon(self.redis.loop, self.offer, records)
 
     def look_anew(self):
         """Redis is there: it may have lost all."""
@@ -13529,7 +13521,7 @@ class SharedFeed(Feed):
         self.redis = redis
         self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
         self.process = os.urandom(8).hex()
-        self.others: List[Dict[str, Any]] = []  # what they told of the last second
+        self.others: List[JsonObject] = []  # what they told of the last second
         self.counted: Dict[bytes, float] = {}   # and when that was
         self.elsewhere = False                  # whether pages are open there
         self.last: Optional[bytes] = None       # event that was read
@@ -13541,7 +13533,7 @@ class SharedFeed(Feed):
             self.redis.send("XADD", self.events_key, "MAXLEN", "~", self.ROOM, "*",
                             "from", self.process, name, json.dumps(payload))
 
-    def exchange(self, payload: Dict[str, Any]):
+    def exchange(self, payload: JsonObject):
         """Tells the others what was in this second, and asks what they told."""
         if not self.redis.available:
             self.others = []
@@ -13570,7 +13562,7 @@ class SharedFeed(Feed):
     def on_seconds(self, reply):
         if isinstance(reply, RedisFault):
             return
-        now = self.clock.time_ns() / 1e9
+        now = wall_time(self.clock)
         found = []
         with contextlib.suppress(ValueError, TypeError, LookupError):
             for name, text in zip(reply[::2], reply[1::2]):
@@ -13599,7 +13591,7 @@ class SharedFeed(Feed):
                 if process != self.process.encode() and name.decode() in self.TOLD:
                     super().tell(name.decode(), json.loads(text))
 
-    def added_up(self, payload: Dict[str, Any]) -> Dict[str, Any]:
+    def added_up(self, payload: JsonObject) -> JsonObject:
         """Returns what was in a second of all."""
         found = dict(payload)
         with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
@@ -13622,7 +13614,7 @@ class SharedFeed(Feed):
                 found[name] = [busier(one, more or ()) for one in value]
 
 
-def busier(upstream: Dict[str, Any], others: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
+def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
     """Returns how busy an upstream is, with what other processes send there."""
     same = [one for one in others if one["name"] == upstream["name"]]
     return {**upstream, **{name: upstream[name] + sum([one[name] for one in same])
@@ -13676,7 +13668,7 @@ class SharedStored(Stored):
         for name, text in zip(names, found):
             if text:
                 owner, *place = json.loads(text)
-                self.things[name] = Thing(Database.read_owners(owner)[0], *place)
+                self.put(name, Thing(Database.read_owners(owner)[0], *place))
 
     # -- bills
 
@@ -13691,15 +13683,15 @@ class SharedStored(Stored):
     async def take_bill(self, name):
         text = await self.redis.call("EVAL", TAKE_AWAY, 1, self.key("bill", name))
         if text:
-            self.bills[name] = self.read_bill(*json.loads(text))
+            super().owe(name, self.read_bill(*json.loads(text)))
 
     def read_bill(self, keys, costs, taken, dialect, model, made, characters):
         rules = {rule.text: rule for rule in itertools.chain(
             self.limits.rules, *self.limits.own.values())}
         pairs = [(rules[text], (text, *Database.read_owners(owners)))
                  for text, owners in keys if text in rules]
-        hold = Hold(self.limits.buckets, pairs, tuple(costs))
-        hold.taken_at = taken - wall_time(self.clock) + self.clock.monotonic()
+        hold = Hold(self.limits.buckets, pairs, tuple(costs), None,
+                    taken - wall_time(self.clock) + self.clock.monotonic())
         call = Call(DIALECTS[dialect], None, "", "")
         call.upstream_model, call.made = model, made
         return Bill(hold, call, characters)
@@ -14313,7 +14305,6 @@ CALLERS_FAULTS = 400, 404, 413, 422
 class Proxy:
     tally: Optional[Tally] = None  # of all workers, where there are several
     STEP_SECONDS = 0.005  # for which something may hold the loop that can be done in steps
-    redis: Optional[Redis] = None  # where it is set
 
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
@@ -14513,6 +14504,10 @@ class Proxy:
 
     def wall(self) -> float:
         return wall_time(self.clock)
+
+    @property
+    def redis(self) -> Optional[Redis]:
+        return self.limits.buckets.redis
 
     def bind(self, call, name):
         """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
@@ -14798,8 +14793,8 @@ class Proxy:
         costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
-        entry.hold = Hold(bill.hold.buckets, bill.hold.keyed_rules)
-        entry.hold.taken_at = bill.hold.taken_at
+        hold = bill.hold
+        entry.hold = Hold(hold.buckets, hold.keyed_rules, taken_at=hold.taken_at)
         entry.hold.settle(tuple(map(int.__sub__, costs, before)))
 
     def fault_costs(self, status):
@@ -14894,7 +14889,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     loop = new_loop(clock, log)
     limits = build_limits(config, build_buckets(config, clock, loop, database), keys.rules)
     prices = Prices(config.prices, config.unpriced)
-    stored = build_stored(config, limits.buckets.redis, clock)
+    stored = build_stored(config, limits.buckets, clock)
     proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
@@ -14908,10 +14903,10 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     return proxy
 
 
-def build_stored(config: Config, redis: Optional[Redis], clock: Any) -> Stored:
-    if redis is None:
+def build_stored(config: Config, buckets: Buckets, clock: Any) -> Stored:
+    if buckets.redis is None:
         return Stored(config.stored)
-    return SharedStored(config.stored, redis, "{%s}:" % config.redis_prefix, clock)
+    return SharedStored(config.stored, buckets.redis, buckets.prefix, clock)
 
 
 def share(proxy: Proxy, redis: Redis):
@@ -14925,7 +14920,7 @@ def share(proxy: Proxy, redis: Redis):
 
     proxy.read = read
     proxy.books.on_end.append(proxy.stored.record)
-    prefix, ledger = "{%s}:" % config.redis_prefix, proxy.books.ledger
+    prefix, ledger = buckets.prefix, proxy.books.ledger
     if ledger and not ledger.worker:
         SharedKeys(redis, prefix, ledger)
     if config.share_slots == "on" or config.share_slots is None and config.workers > 1:
@@ -15077,8 +15072,8 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
             fields=config.otel_exporter_otlp_headers))
     if config.webhook_url:
         webhook = poster("webhook", config.webhook_url)
-    redis = limits.buckets.redis
-    feed = SharedFeed(clock, redis, "{%s}:" % config.redis_prefix) if redis else Feed(clock)
+    buckets = limits.buckets
+    feed = SharedFeed(clock, buckets.redis, buckets.prefix) if buckets.redis else Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
     marks = Marks(config.warn_at, warnings) if config.warn_at else None
     metrics = Metrics()
@@ -15116,10 +15111,8 @@ def build_buckets(config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
 
 def hear_of_redis(proxy: Proxy):
     """Has what is shared say when Redis goes away, and comes back."""
-    buckets = proxy.limits.buckets
-    proxy.redis = buckets.redis
     if proxy.redis:
-        buckets.on_change = functools.partial(tell_of_redis, proxy)
+        proxy.limits.buckets.on_change = functools.partial(tell_of_redis, proxy)
         share(proxy, proxy.redis)
 
 
