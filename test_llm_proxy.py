@@ -815,7 +815,7 @@ class ProxyCase(TableCase):
         """How many bytes of this Client's were not read; None where its connection is not open."""
         for connection in self.server.open.copy():
             sock = connection.client.sock
-            with contextlib.suppress(OSError):  # it is closed by now
+            with contextlib.suppress(OSError, ValueError):  # it is closed by now
                 if sock.getpeername() == client.sock.getsockname():
                     asked = (client.sock, termios.TIOCOUTQ), (sock, termios.FIONREAD)
                     return sum(struct.unpack("i", fcntl.ioctl(*one, bytes(4)))[0] for one in asked)
@@ -2056,10 +2056,10 @@ class RulesTogetherTest(LimitsCase):
         self.assertEqual(self.limits.matching(caller("a"), "10.0.0.1", "llama3:8b"), [])
 
     def test_no_name_is_folded_slowly(self):
-        seconds = time.thread_time()
+        seconds = cpu_seconds()
         for part in ("-v1:0", "-001", "-00000000", "1-v1:0", "@", ":free", "us.", "1.1", "ft:"):
             llm_proxy.fold_model(part * (256 // len(part)) + "!")
-        self.assertLess(time.thread_time() - seconds, 0.5)
+        self.assertLess(cpu_seconds() - seconds, 0.5)
 
     def test_a_call_that_several_models_may_serve_must_pass_the_rules_of_each(self):
         self.start("model:cheap 9 requests per day; model:dear* 2 requests per day;"
@@ -3085,10 +3085,10 @@ class JsonTest(ProxyCase):
                 b'{"a":[' + (b"1" * 4299 + b",") * 1000 + b"1]}",
                 b'{"a":[' + b"1," * 60000 + b"1" * 600 + b"]}",
                 b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
-            began = time.thread_time()
+            began = cpu_seconds()
             with self.assertRaises(llm_proxy.BadRequest):
                 parse_json(body)
-            self.assertLess(time.thread_time() - began, CPU_SECONDS)
+            self.assertLess(cpu_seconds() - began, CPU_SECONDS)
 
     def test_a_key_in_another_case_is_refused_where_we_read_it(self):
         """An upstream in Go would take "MODEL" for "model", and we would have read another one."""
@@ -4659,18 +4659,16 @@ class RedactionTest(ProxyCase):
             self.assertEqual([one[:2] for one in redactor.find(text)], [(at, at + len(value))])
 
     def test_each_step_of_a_search_is_short(self):
-        gc.disable()  # of what other tests have left
-        self.addCleanup(gc.enable)
         redactor = llm_proxy.Redactor(KINDS)
         for seed in ("a@b.co ", "a@b.b.", "4111 ", "4111111111111112 ", "NO9386011117948 ", "+49 ",
                      "8.8.8.8 ", "2a00::1 ", "sk-", "eyJ", "-----BEGIN PRIVATE KEY-----"):
             longest = 0
             steps = iter(redactor.search(seed * (200_000 // len(seed))))
             while longest is not None:
-                start = time.thread_time()
+                start = cpu_seconds()
                 if next(steps, None) is None:
                     break
-                longest = max(longest, time.thread_time() - start)
+                longest = max(longest, cpu_seconds() - start)
             self.assertLess(longest, CPU_SECONDS * 4, seed)
 
     def test_placeholders_are_numbered_in_the_order_in_which_a_prompt_is_read(self):
@@ -4809,9 +4807,9 @@ class RedactionTest(ProxyCase):
         for text in self.each(r"[a-z0-9-]+\.x (?:[a-z0-9-]+\.)+x <[^>]*> \s*a \d+,".split()):
             pattern = llm_proxy.LinearPattern(text).compiled
             for seed in ("a", "1", " ", "<", "a.", "a-"):
-                start = time.thread_time()
+                start = cpu_seconds()
                 list(pattern.finditer(seed * 8192))
-                self.assertLess(time.thread_time() - start, CPU_SECONDS)
+                self.assertLess(cpu_seconds() - start, CPU_SECONDS)
 
     def test_a_fault_says_which_pattern_and_which_part(self):
         for text, said in self.each(r"""
@@ -5059,10 +5057,10 @@ class UnmaskingTest(ProxyCase):
                 (b"data: [[\n" + b"data:}\n" * 9000, 1 << 16),
                 (b"data: [[\n" + b"data: x\n" * 8000, 8), (b"[" * 60_000, 10),
                 (b"data: [[\n" + b"data:}\n" * 4000, 7))):
-            began = time.thread_time()
+            began = cpu_seconds()
             for endpoint in ("chat", "array"):
                 self.assertEqual(self.unmask(endpoint, data, step), data)
-            self.assertLess(time.thread_time() - began, 5)
+            self.assertLess(cpu_seconds() - began, 5)
 
     def test_in_whole_json_values_stand_for_placeholders_and_the_rest_is_as_it_was(self):
         for told, shown in self.each(r"""
