@@ -17237,6 +17237,7 @@ class Server(http.server.ThreadingHTTPServer):
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
+    BEAT_SECONDS = 1        # what is shown or told second by second goes by it
     tls: Optional[ssl.SSLContext] = None
     draining = False
     emptied = None  # a future of that no connection is open
@@ -17390,7 +17391,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def beat(self):
         """Runs every second."""
-        self.beat_timer = self.loop.call_later(1, self.beat)
+        self.beat_timer = self.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.admin.beat()
         for one in self.proxy.sharers:
             one.beat()
