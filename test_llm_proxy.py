@@ -12739,13 +12739,16 @@ class SharedEventsTest(AdminCase):
         client = self.listen()
         wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.last, "the interest")
         self.address = there
-        self.ask(call("k"))
-        _, begun = self.hear(client, "begin")
-        _, ended = self.hear(client, "end")
-        self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
-        pulse = {"calls": 0}
-        while not pulse["calls"]:
-            _, pulse = self.hear(client, "pulse")
+
+        def tell():
+            """Makes a call; returns the pulses that tell of it. Where a process was held up, the
+            next second came before anybody had read that of the call."""
+            self.ask(call("k"))
+            (_, begun), (_, ended) = [self.hear(client, name) for name in ("begin", "end")]
+            self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+            pulses = [self.hear(client, "pulse")[1] for _ in range(9)]
+            return [one for one in pulses if one["calls"]]
+        pulse, = wait_for(tell)
         self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
         client.close()
         wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
