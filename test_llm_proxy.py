@@ -10031,7 +10031,7 @@ class SharedLimitsTest(ProxyCase):
             self.redis.kill()
             self.is_away(buckets)
             self.assertEqual(self.admitted(12), admitted)
-            self.assertEqual(self.ask(call("b")).status, status)
+            self.assert_status(status, call("b"))
             self.redis.start()
             self.is_back(buckets)
             self.assertEqual(self.stored()[:1], [] if left is None else [left])
@@ -10067,11 +10067,11 @@ class SharedLimitsTest(ProxyCase):
             self.is_back(buckets)
             name, = self.redis.ask("KEYS", "*:b:*")
             self.redis.ask("SET", name, *text)
-            self.assertEqual(self.ask(call()).status, 200)
+            self.assert_status(200)
             self.redis.ask("DEL", name)
             self.redis.ask("LPUSH", name, "a list")
             self.is_back(buckets)
-            self.assertEqual(self.ask(call()).status, 200)
+            self.assert_status(200)
             self.redis.ask("FLUSHALL")
 
     def test_a_wrong_password_is_told_and_shown_nowhere(self):
@@ -10125,7 +10125,7 @@ class SharedLimitsTest(ProxyCase):
                 llm_proxy.Redis, "LOOK_SECONDS", 0), mock.patch.object(
                     buckets, "policy", "closed"):
             self.redis.process.send_signal(signal.SIGSTOP)
-            self.assertEqual(self.ask(call()).status, 503)
+            self.assert_status(503)
             self.redis.process.send_signal(signal.SIGCONT)
             self.is_back(buckets)
         wait_for(lambda: not buckets.charges.running and not self.stored())
@@ -11949,7 +11949,7 @@ class RedactedCallsTest(KeysCase):
                       cachedContent="cachedContents/1"))]
         self.redact(says())
         for number, data in enumerate(self.each(opaque)):
-            self.assertEqual(self.ask(data).status, 200)
+            self.assert_status(200, data)
             self.assertEqual(self.row(number)["redacted"], "opaque=1")
         self.redact(says(), REDACT_OPAQUE="refuse")
         for data in self.each(opaque):
@@ -11974,7 +11974,7 @@ class RedactedCallsTest(KeysCase):
     def test_nothing_is_built_where_nothing_is_looked_for(self):
         self.start(says())
         self.assertIsNone(self.proxy.redaction)
-        self.assertEqual(self.ask(call()).status, 200)
+        self.assert_status(200)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -14756,7 +14756,7 @@ class CommandsTest(ProcessCase):
     def test_an_answer_of_the_demo_begins_when_it_is_told_to(self):
         process = self.serve("--demo", DEMO_FIRST_MS=50_000, FIRST_BYTE_TIMEOUT=0.2)
         wait_for(lambda: process.said("curl -N"))
-        self.assertEqual(self.ask(call(stream=True)).status, 504)
+        self.assert_status(504, call(stream=True))
 
     def assert_demo_stream(self, answered, said):
         self.assertTrue(answered.whole)
@@ -14816,7 +14816,7 @@ class WorkersTest(ProcessCase):
     def test_counts_add_up_and_never_go_back(self):
         self.start()
         for _ in range(40):
-            self.assertEqual(self.ask(call("k")).status, 200)
+            self.assert_status(200, call("k"))
         wait_for(lambda: self.scrape("requests_total") == 40, "all counts")
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
             wait_for(lambda: connection.execute("SELECT count(*) FROM calls").fetchall() == [(40,)])
