@@ -13785,7 +13785,8 @@ class Forked:
             for file in files:
                 os.close(file)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        arguments, folder, settings = json.loads(message)
+        arguments, folder, settings, pause = json.loads(message)
+        llm_proxy.Writer.PAUSE = pause or llm_proxy.Writer.PAUSE
         child = os.fork()
         if child:
             for file in files[:3]:
@@ -13805,12 +13806,13 @@ class Forked:
         """)
     returncode = None
 
-    def __init__(self, arguments, folder, settings, stdin):
+    def __init__(self, arguments, folder, settings, stdin, pause):
         self.status, told = socket.socketpair()
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
         with open(os.devnull) as nothing, told:
             files = nothing.fileno() if stdin is None else stdin, out_end, err_end, told.fileno()
-            socket.send_fds(template(), [json.dumps([arguments, folder, settings]).encode()], files)
+            message = json.dumps([arguments, folder, settings, pause])
+            socket.send_fds(template(), [message.encode()], files)
         os.close(out_end)
         os.close(err_end)
         self.stdout, self.stderr = open(out), open(err)
@@ -13838,8 +13840,9 @@ class Forked:
 class Process:
     """`llm_proxy.py` as a process of its own, with no environment but the settings."""
 
-    def __init__(self, *arguments, cwd="/", before=(), stdin=None, **settings):
-        """`before` are words of a command that starts this one."""
+    def __init__(self, *arguments, cwd="/", before=(), stdin=None, pause=None, **settings):
+        """`before` are words of a command that starts this one; `pause` is Writer.PAUSE of one
+        without."""
         settings = {"DATABASE": "off", **settings}
         settings = {name: str(value) for name, value in settings.items()}
         if before:
@@ -13848,7 +13851,7 @@ class Process:
                 env=settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True)
         else:
-            self.process = Forked(arguments, cwd, settings, stdin)
+            self.process = Forked(arguments, cwd, settings, stdin, pause)
         self.rows = []
         self.reader = threading.Thread(
             target=lambda: self.rows.extend(self.process.stderr), daemon=True)
@@ -13881,9 +13884,10 @@ class Process:
 
 class ProcessCase(ServerCase):
     """A proxy in a process of its own, in front of `self.stub`."""
+    PAUSE = None  # of its writers, where a test waits for them
 
     def command(self, *arguments, **settings):
-        process = Process(*arguments, **settings)
+        process = Process(*arguments, pause=self.PAUSE, **settings)
         self.addCleanup(process.close)
         return process
 
@@ -13926,6 +13930,8 @@ class ProcessCase(ServerCase):
 
 
 class KeysCommandTest(ProcessCase):
+    PAUSE = 0.01
+
     def setUp(self):
         self.folder = new_path(self)
         self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
@@ -14772,6 +14778,7 @@ class CommandsTest(ProcessCase):
 
 class WorkersTest(ProcessCase):
     """Several processes on one port."""
+    PAUSE = 0.01
 
     def start(self, count=4, answer=says(), **settings):
         if not shutil.which("redis-server"):
