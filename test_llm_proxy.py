@@ -1,6 +1,6 @@
 """Tests of llm_proxy.py, in the order of its sections.
 
-    python -m unittest                      # all of them, in about a minute
+    python -m unittest                      # all of them, in a minute and a half
     python -m unittest -k limit_reply       # those with this in their name
     python test_llm_proxy.py --soak         # those of the last section for minutes, with figures
     python test_llm_proxy.py --soak long    # attacks at random beside honest callers: half an hour
@@ -14654,47 +14654,49 @@ class CommandsTest(ProcessCase):
         path = pem_file(self)
         process = self.serve(TLS_CERT_FILE=path)
         self.assertTrue(process.said("listens on https://127.0.0.1:"))
-        process.stop(signal.SIGHUP)
-        wait_for(lambda: process.said("settings and certificates were read again"))
+        self.read_again(process, "settings and certificates were read again")
         os.remove(path)
-        process.stop(signal.SIGHUP)
-        wait_for(lambda: process.said("were not read again, the old ones stay: TLS_CERT_FILE"))
+        self.read_again(process, "were not read again, the old ones stay: TLS_CERT_FILE")
         self.assertIsNone(process.process.poll())
 
+    @staticmethod
+    def read_again(process, said):
+        """Has a process read its settings again, and wait until it says this."""
+        seen = len(process.rows)
+        process.stop(signal.SIGHUP)
+        wait_for(lambda: any(said in row for row in process.rows[seen:]), said)
+
+    def serve_dotenv(self, *rows, **settings):
+        """Starts one with these rows in `self.dotenv`, its .env file."""
+        self.dotenv = pathlib.Path(new_path(self, ".env"))
+        self.dotenv.write_text("\n".join(rows), "utf-8")
+        return self.serve(cwd=str(self.dotenv.parent), **settings), self.connect()
+
     def test_a_hang_up_signal_reads_keys_limits_and_prices_again(self):
-        folder = new_path(self)
-        usage_log = pathlib.Path(folder, "usage.jsonl")
-
-        def write(*rows):
-            with open(os.path.join(folder, ".env"), "w", encoding="utf-8") as file:
-                file.write("\n".join(rows))
-
-        def read_again(said):
-            seen = len(process.rows)
-            process.stop(signal.SIGHUP)
-            wait_for(lambda: any(said in row for row in process.rows[seen:]), said)
-
-        write("PROXY_API_KEYS=a", "LIMITS=each 100 requests per day")
-        process = self.serve(cwd=folder, USAGE_LOG=usage_log, DATABASE="off")
-        client = self.connect()
+        usage_log = pathlib.Path(new_path(self, "usage.jsonl"))
+        process, client = self.serve_dotenv(
+            "PROXY_API_KEYS=a", "LIMITS=each 100 requests per day", USAGE_LOG=usage_log)
         self.assertEqual(client.exchange(call("a")).status, 200)
         wait_for(usage_log.read_bytes, "a row")
         usage_log.rename(usage_log.with_suffix(".old"))
-        write("PROXY_API_KEYS=b", "LIMITS=each 10 requests per day", "MAX_QUEUE=7")
-        read_again("MAX_QUEUE was changed: it needs a new start")
+        self.dotenv.write_text(
+            "PROXY_API_KEYS=b\nLIMITS=each 10 requests per day\nMAX_QUEUE=7", "utf-8")
+        self.read_again(process, "MAX_QUEUE was changed: it needs a new start")
         self.assertEqual(client.exchange(call("a")).status, 401)
         answered = client.exchange(call("b"))
         self.assertEqual((answered.status, answered.get("x-ratelimit-limit")), (200, "10"))
         wait_for(lambda: usage_log.exists() and usage_log.read_bytes().count(b"\n") == 2)
-        for rows, said in self.each((
-                (["PROXY_API_KEYS=b", "LIMITS=nonsense"], "the old ones stay: LIMITS must"),
-                (["LIMITS=each 10 requests per day"], "PROXY_API_KEYS must not be unset"),
-                (["PROXY_API_KEYS=anyone"], "were read again; each caller's bucket holds 10"))):
-            write(*rows)
-            read_again(said)
-            self.assertEqual(client.exchange(call("b")).status, 200)
-            self.assertEqual(client.exchange(call("c")).status,
-                             200 if rows[0].endswith("anyone") else 401)
+
+    def test_settings_that_are_wrong_at_a_hang_up_signal_change_nothing(self):
+        process, client = self.serve_dotenv("PROXY_API_KEYS=b")
+        for text, said, status in self.each((
+                ("PROXY_API_KEYS=b\nLIMITS=nonsense", "the old ones stay: LIMITS must", 401),
+                ("LIMITS=each 10 requests per day", "PROXY_API_KEYS must not be unset", 401),
+                ("PROXY_API_KEYS=anyone", "were read again; each caller's bucket holds 10", 200))):
+            self.dotenv.write_text(text, "utf-8")
+            self.read_again(process, said)
+            found = [client.exchange(call(key)).status for key in "bc"]
+            self.assertEqual(found, [200, status])
 
     def test_a_signal_has_each_running_call_told_in_a_line(self):
         process = self.serve(answer=None, MAX_CONCURRENCY=1)
