@@ -8345,14 +8345,17 @@ class LedgerTest(LedgerCase):
             self.assertEqual(len(rows), 61 - dropped)
             self.ask(call("k", "X-Request-ID: the-last"))
             wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
-            lines = pathlib.Path(usage_log).read_text("ascii").splitlines()
-            lost = [int(line.split()[3][1:]) for line in lines if line.endswith('dropped"}')]
-            told = sum(line[:6] == '{"id":' for line in lines) + sum(lost)
-            self.assertIn(told - 62, (0, 1) if lost else (0,))  # one may have been cut
+            self.assert_counted(pathlib.Path(usage_log).read_text("ascii").splitlines(), 62)
             self.proxy.books.close(PATIENCE)
             with contextlib.closing(sqlite3.connect(path)) as connection:
                 found = connection.execute("SELECT level FROM buckets").fetchall()
             self.assertEqual(found, [(10 ** 6 - 62,)])
+
+    def assert_counted(self, lines, calls):
+        """Lines of a USAGE_LOG tell so many calls, or that they were dropped."""
+        lost = [int(line.split()[3][1:]) for line in lines if line.endswith('dropped"}')]
+        told = sum(line[:6] == '{"id":' for line in lines) + sum(lost)
+        self.assertIn(told - calls, (0, 1) if lost else (0,))  # one may have been cut
 
     def test_the_same_entries_go_to_a_file_of_json_lines(self):
         path = new_path(self, "llm_proxy.db") + ".jsonl"
@@ -8740,11 +8743,9 @@ class SumsTest(TableCase):
         self.assertEqual(found.keys(), fields)
         self.assertIs(self.reader.call("two"), None)
 
-    def test_no_question_scans_the_calls(self):
-        """SQLite tells how it would go about each statement."""
-        self.add_many(2_000)
-        self.database.note(unsummed=9, summed=1_900, rolled=self.DAY + 80_000)
-        asked, now = [], self.DAY + 3 * 86400
+    def questions(self, now):
+        """Returns the statements of all that is asked of the calls."""
+        asked = []
         connect = llm_proxy.connect
 
         def traced(*arguments):
@@ -8763,8 +8764,14 @@ class SumsTest(TableCase):
             for by in ("caller", "day"):
                 options = types.SimpleNamespace(since="36h", by=[by], id=None, caller=None)
                 llm_proxy.read_usage(self.path, options, now)
-        questions = [text for text in asked if text not in llm_proxy.Database.PROBES
-                     and not text.startswith("PRAGMA")]
+        return [text for text in asked if text not in llm_proxy.Database.PROBES
+                and not text.startswith("PRAGMA")]
+
+    def test_no_question_scans_the_calls(self):
+        """SQLite tells how it would go about each statement."""
+        self.add_many(2_000)
+        self.database.note(unsummed=9, summed=1_900, rolled=self.DAY + 80_000)
+        questions = self.questions(self.DAY + 3 * 86400)
         self.assertGreater(len(questions), 30)
         for text in self.each(questions):
             plan = self.database.connection.execute("EXPLAIN QUERY PLAN " + text).fetchall()
