@@ -7239,7 +7239,7 @@ class AddressesTest(CallCase):
                 waiting.setblocking(False)
                 waiting.connect_ex(silent.getsockname())
             urls = self.URLS % (silent.getsockname()[1], box.port)
-            self.start(BASE_API_URL=urls, OPEN_TIMEOUT="0.2")
+            self.start(BASE_API_URL=urls, OPEN_TIMEOUT="0.1")
             self.assertEqual([self.came_from(call()) for _ in range(3)], ["box"] * 3)
             self.assertEqual((box.calls, self.left()), (3, 997))
 
@@ -9712,7 +9712,7 @@ class RedisFaultsTest(RedisCase):
             redis = self.start([b"+OK\r\n", *half])
             words, milliseconds = self.faults(redis, "GET", "a")
             self.assertEqual(words, "answers late")
-            self.assertLess(milliseconds, 900)
+            self.assertLess(milliseconds, 2000)
             self.assertTrue(redis.available)  # one that is late says little
             self.wait_for(lambda: not redis.available)
             self.assertEqual(set(self.left), {"does not answer"})
@@ -9826,7 +9826,7 @@ class RedisTest(RedisCase):
             self.left.clear()
             stand_still()
             for _ in range(3):
-                self.assertLess(self.faults(redis, "INCR", "a")[1], 400)
+                self.assertLess(self.faults(redis, "INCR", "a")[1], 2000)
             self.wait_for(lambda: self.left)
             self.assertEqual(set(self.left), {"does not answer"})
             wake()
@@ -15226,7 +15226,7 @@ class DoorTest(EnduranceCase):
             self.assert_last_answer(client, 408)
 
     def test_what_trickles_in_is_closed_at_its_deadline_and_nobody_else_feels_it(self):
-        seconds, number = self.size((0.5, 5), (15, 100))
+        seconds, number = self.size((0.3, 5), (15, 100))
         self.patch_seconds(ClientConnection_HEAD_SECONDS=seconds, RequestBody_FREE_SECONDS=seconds)
         # A body that held a place at the upstream would be missed.
         self.start(MAX_TOKENS=10 ** 9, MAX_CONCURRENCY=1, MAX_QUEUE=0)
