@@ -18575,43 +18575,24 @@ PRICES_URL = "https://models.dev/api.json"
 MAX_PRICES_BYTES = 64 << 20
 
 
-def price_columns(price):
-    """Returns a price in USD per million tokens, by name."""
-    found = {name: format_usd(value * 1_000_000)
-             for name, value in zip(Price._fields[:5], price)}
-    if price.above:
-        above = price_columns(price.above._replace(tiers={}))
-        found["above"] = {"tokens": price.above_tokens, **above}
-    tiers = {name: price_columns(tier) if isinstance(tier, Price) else str(tier)
-             for name, tier in price.tiers.items()}
-    return {**found, "tiers": tiers} if tiers else found
+def price_row(name, origin, price):
+    """Returns a price in USD per million tokens; of what costs more above a number of tokens, or in
+    a tier, input and output alone."""
+    def usd(values):
+        return " ".join([format_usd(value * 1_000_000) for value in values])
+
+    above = price.above and "%d: %s" % (price.above_tokens, usd(price.above[:2]))
+    tiers = ["%s %s" % (tier, usd(other[:1]) if isinstance(other, Price) else other)
+             for tier, other in price.tiers.items()]
+    return (name, origin, *usd(price[:5]).split(" "), above or "", " ".join(tiers))
 
 
 def known_prices(own):
     """Returns rows of the operator's own prices, then of the usual ones that stay."""
     known = Prices(own)
-    rows = [{"model": name, "from": "PRICES", **price_columns(price)}
-            for name, price in known.own.items()]
-    return rows + [
-        {"model": name, "from": "built in", **price_columns(price)}
-        for name, price in usual_prices().items()
+    return [price_row(name, "PRICES", price) for name, price in known.own.items()] + [
+        price_row(name, "built in", price) for name, price in usual_prices().items()
         if known.find(name) is known.usual[known.fold(name)]]
-
-
-def print_prices(rows):
-    """Prints them as a table, and of what costs more above a number of tokens, or in a tier, input
-    and output alone."""
-    names = ("model", "from", *Price._fields[:5], "above", "tiers")
-    texts = []
-    for row in rows:
-        above = row.get("above")
-        tiers = [(name, tier if isinstance(tier, str) else tier["input"])
-                 for name, tier in row.get("tiers", {}).items()]
-        texts.append([
-            *map(row.get, names[:-2]),
-            "{tokens}: {input} {output}".format(**above) if above else "",
-            " ".join(map(" ".join, tiers))])
-    print_table(names, texts)
 
 
 def update_prices(path, url=PRICES_URL):
@@ -18650,11 +18631,7 @@ def prices_command(options, path):
         own = price_file(path) if path else None
     except ValueError as fault:
         raise ConfigFaults("PRICES %s (got %r)" % (fault, path)) from None
-    rows = known_prices(own)
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print_prices(rows)
+    print_table(("model", "from", *Price._fields[:5], "above", "tiers"), known_prices(own))
     return 0
 
 
@@ -18968,7 +18945,6 @@ def parse_arguments(arguments):
     prices.add_argument(
         "--update", nargs="+", metavar=("FILE", "URL"),
         help="fetch a list into FILE, by default from " + PRICES_URL)
-    prices.add_argument("--json", action="store_true")
     add_keys_command(commands)
     add_bench_command(commands)
     return parser.parse_args(arguments)
