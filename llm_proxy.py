@@ -292,15 +292,6 @@ def listen_host(text):
     return printable(text).strip("[]")
 
 
-def pem_file(text):
-    try:
-        with open(text, "rb") as file:
-            file.read(1 << 20).index(b"-----BEGIN ")  # else a ValueError
-    except (OSError, ValueError):
-        raise ValueError("must be a PEM file that can be read") from None
-    return text
-
-
 def ca_file(text):
     try:
         ssl.create_default_context(cafile=text)
@@ -710,9 +701,8 @@ class LinearPattern:
         self.alphabet = {*map(chr, range(256)), *text}
         self.numbers: Dict[int, int] = {}  # of repetitions, by identity
         self.choices = 0
-        self.walk(self.tree, set(), False)
         begin = self.beginning(self.tree)
-        self.bound(self.tree)
+        self.walk(self.tree, set(), False)
         if begin:  # else it would be tried from each character of a long word
             self.tree.insert(0, (PARSER.ASSERT_NOT, (-1, begin)))
         self.compiled = COMPILER.compile(self.tree)
@@ -746,8 +736,9 @@ class LinearPattern:
         return found
 
     def walk(self, parts, before, repeated):
-        """Goes along parts; returns the repetitions after them. `repeated`: all this is one."""
-        for op, value in parts:
+        """Goes along parts; returns the repetitions after them. `repeated`: all this is one. What
+        is unlimited, which else takes quadratic time, has a limit then."""
+        for place, (op, value) in enumerate(parts):
             name = op.name
             inner = parts_within(op, value)
             if name in TAKE_ONE:
@@ -755,6 +746,10 @@ class LinearPattern:
                 before = {one._replace(then=(*one.then, taken)) for one in before}
             elif name in REPEAT:
                 before = self.repeat(before, repeated, *value)
+                if value[1] == PARSER.MAXREPEAT:
+                    is_one = value[2].getwidth() == (1, 1)
+                    most = self.MOST_ROUNDS if is_one else self.MOST_OF_GROUPS
+                    parts[place] = op, (value[0], most, value[2])
             elif inner:
                 before = self.choose(inner, before, repeated)
             else:
@@ -800,16 +795,6 @@ class LinearPattern:
         if op.name in REPEAT and value[1] == PARSER.MAXREPEAT and inner[0].getwidth() == (1, 1):
             return inner[0]
         return self.beginning(inner[0]) if len(inner) == 1 else None
-
-    def bound(self, parts):
-        """Limits what is unlimited, which else takes quadratic time."""
-        for place, (op, value) in enumerate(parts):
-            for inner in parts_within(op, value):
-                self.bound(inner)
-            if op.name in REPEAT:
-                least, most, inner = value
-                parts[place] = op, (least, min(most, self.MOST_ROUNDS if (
-                    inner.getwidth() == (1, 1)) else self.MOST_OF_GROUPS), inner)
 
 
 def linear_patterns(text):
@@ -941,9 +926,9 @@ SETTING_ROWS = {
          "connections of callers at once; more get a 503, or with TLS are closed"),
         ("MAX_CONNECTIONS_PER_ADDRESS", sixteen_bits,
          "those of one address (of IPv6, a /64); unset: 256, and any number from this machine"),
-        ("TLS_CERT_FILE", pem_file,
+        ("TLS_CERT_FILE", printable,
          "certificates (PEM) to serve https with, TLS 1.2 or newer; read again on SIGHUP"),
-        ("TLS_KEY_FILE", pem_file, "their key, if it is not in the same file"),
+        ("TLS_KEY_FILE", printable, "their key, if it is not in the same file"),
         ("TRUSTED_PROXIES", networks,
          "addresses or networks, by commas, whose X-Forwarded-For and CALLER_HEADER are believed"),
         ("CALLER_HEADER", field_name,
@@ -1099,8 +1084,6 @@ OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_F
 
 def guard_meant_by(name: str) -> Optional[str]:
     """Returns the setting that guards and that a misspelt name means."""
-    if name == OPENSSL_FILE:
-        return None
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
     return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
 
@@ -1117,11 +1100,6 @@ def is_far(host: str) -> bool:
         return ipaddress.ip_address(host).is_global
     except ValueError:
         return "." in host and not host.endswith((".local", ".lan"))
-
-
-def is_hosted(url: Endpoint) -> bool:
-    """Tells whether a URL is that of somebody who sells, rather than of a machine nearby."""
-    return url.scheme == "https" and is_far(url.host)
 
 
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
@@ -1191,7 +1169,7 @@ class Config(types.SimpleNamespace):
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
         nobody has said is meant."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
-            upstream.key and is_hosted(url)
+            upstream.key and url.scheme == "https" and is_far(url.host)
             for upstream in self.all_upstreams() for url in upstream.url or ())
 
     @property
@@ -1223,10 +1201,6 @@ class Config(types.SimpleNamespace):
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
                    for upstream in self.all_upstreams() for url in upstream.url or ())
-
-    def has_dialect(self, dialect: str) -> bool:
-        """Tells whether any upstream has this API."""
-        return any(upstream.dialect == dialect for upstream in self.all_upstreams())
 
     def warnings(self) -> List[str]:
         """Returns sentences about what is allowed, but hardly meant."""
@@ -1271,7 +1245,12 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        yield from self.doubts_of_callers()
+        if self.host_is_narrowed:
+            yield ("it listens on this machine alone, because anyone could spend the key of a"
+                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
+        elif self.is_open():
+            yield ("callers are not checked: whoever reaches this port can call, and every invented"
+                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
         if self.unknown_calls == "count" and not self.counts_requests():
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
@@ -1281,14 +1260,6 @@ class Config(types.SimpleNamespace):
                    " sees")
         if not self.limits:
             yield from self.doubts_of_bucket()
-
-    def doubts_of_callers(self):
-        if self.host_is_narrowed:
-            yield ("it listens on this machine alone, because anyone could spend the key of a"
-                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.is_open():
-            yield ("callers are not checked: whoever reaches this port can call, and every invented"
-                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -1398,8 +1369,6 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
 
 def looks_like_a_setting(name):
     """Tells whether a variable of the environment, where most are not ours, is one misspelt."""
-    if name == OPENSSL_FILE:
-        return False
     return name.startswith("UPSTREAM_") or not name.upper().endswith("_PROXY") and (
         difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_meant_by(name))
 
@@ -1486,7 +1455,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
     take_old_names(values, texts, found)
     config = Config(
         texts=texts,
-        unknown=[name for name in found if name not in texts and (
+        unknown=[name for name in found if name not in (OPENSSL_FILE, *texts) and (
             name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
@@ -15060,7 +15029,7 @@ def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
     steering = {config.viewer_key: "viewer", config.admin_key: "admin"}
     steering.pop(None, None)
     return Callers(keys, secret, config.trusted_proxies or (), config.caller_header,
-                   config.has_dialect("azure"), stored, steering)
+                   any(one.dialect == "azure" for one in config.all_upstreams()), stored, steering)
 
 
 def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, ...]]) -> Limits:

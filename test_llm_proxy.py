@@ -4819,6 +4819,14 @@ class RedactionTest(ProxyCase):
             with self.assertRaises(ValueError):
                 llm_proxy.LinearPattern(text)
 
+    def test_a_pattern_that_is_taken_repeats_as_often_as_it_says(self):
+        for shape, least, most in self.each((
+                ("(?:ab){%d}c", 20, 20), ("(?:ab){1,%d}c", 1, 20), ("(?:ab)+c", 1, 16))):
+            pattern = llm_proxy.LinearPattern(shape.replace("%d", "20")).compiled
+            for times in (least, most):
+                self.assertTrue(pattern.fullmatch("ab" * times + "c"))
+            self.assertFalse(pattern.fullmatch("ab" * 21 + "c"))
+
     def test_a_pattern_that_is_taken_holds_nothing_up(self):
         for text in self.each(r"[a-z0-9-]+\.x (?:[a-z0-9-]+\.)+x <[^>]*> \s*a \d+,".split()):
             pattern = llm_proxy.LinearPattern(text).compiled
