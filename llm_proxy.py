@@ -1480,7 +1480,6 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
 class Refusal(Exception):
     """Why a call gets no answer of an upstream."""
     status = 400
-    kind = "invalid_request_error"    # what OpenAI calls the error's type
     outcome = "refused"               # for the log
     code: Optional[str] = None
     close_after = False               # the framing of the connection is lost, or it must end
@@ -1600,7 +1599,6 @@ class UpgradeRequired(Refusal):
 
 class Unauthorized(Refusal):
     status = 401
-    kind = "authentication_error"
     code = "invalid_api_key"
     message = "Missing or invalid proxy API key"
     fields = {"WWW-Authenticate": "Bearer", "x-should-retry": "false"}  # Claude Code asked 11 times
@@ -1609,7 +1607,6 @@ class Unauthorized(Refusal):
 class TooManyGuesses(Refusal):
     """Wrong keys from one address, which may be somebody who tries them all."""
     status = 429
-    kind = "rate_limit_error"
     code = "too_many_wrong_keys"
     message = "Too many wrong keys came from this address, wait a minute"
     fields = {"x-should-retry": "false"}
@@ -1623,7 +1620,6 @@ class ForeignOrigin(Refusal):
 
 class RequestTimeout(Refusal):
     status = 408
-    kind = "timeout_error"
     close_after = True
     message = "The request did not arrive in time"
 
@@ -1639,7 +1635,6 @@ class TextTooLarge(BodyTooLarge):
 
 class Overloaded(Refusal):
     status = 503
-    kind = "server_error"
     close_after = True
     message = "The proxy is busy, try again in a moment"
 
@@ -1651,7 +1646,6 @@ class Stopped(Overloaded):
 
 class InternalError(Refusal):
     status = 500
-    kind = "server_error"
     outcome = "internal_error"
     close_after = True
     message = "The proxy failed to handle this request"
@@ -1664,7 +1658,6 @@ class UpstreamFailed(Refusal):
     """The words of `failure`, or for it if it is an exception, go to the log and never to a caller.
     `broke_before_response` says that the connection ended before a proper response began."""
     status = 502
-    kind = "upstream_error"
     outcome = "upstream_failed"
     message = "The upstream could not be reached or did not answer properly"
 
@@ -1690,7 +1683,6 @@ CAUSES = {
 class KeyRefused(Refusal):
     """The upstream does not take the operator's key, which its caller has nothing to do with."""
     status = 502
-    kind = "upstream_error"
     outcome = "upstream_status"
     code = "upstream_refused_our_key"
     cause = "status 401"
@@ -1699,7 +1691,6 @@ class KeyRefused(Refusal):
 
 class UpstreamTimeout(Refusal):
     status = 504
-    kind = "timeout_error"
     outcome = "upstream_failed"
     cause = "timed out"
     message = "The upstream did not answer in time"
@@ -1708,7 +1699,6 @@ class UpstreamTimeout(Refusal):
 class BreakerOpen(Refusal):
     """Every address that could be asked has failed too often."""
     status = 503
-    kind = "upstream_error"
     outcome = "upstream_failed"
     cause = "breaker open"
     nothing_sent = True
@@ -1719,7 +1709,6 @@ class BreakerOpen(Refusal):
 class QueueRefused(Refusal):
     """The queue before the upstream is too long, or did not move in time."""
     status = 503
-    kind = "server_error"
     nothing_sent = True
     message = "The upstream is busy and the line before it is long, try again in a moment"
 
@@ -1731,7 +1720,7 @@ class QueueRefused(Refusal):
 class NotAStream(Refusal):
     """What came is no stream, and the caller's has begun; `body` is an error as the upstream says
     it."""
-    kind = "upstream_error"
+    status = 502
     outcome = "upstream_status"
     message = "The upstream did not answer with a stream"
 
@@ -1759,7 +1748,6 @@ class LimitReached(Refusal):
     """A bucket is short. Without `wait` the call costs more than the bucket ever holds. `tightest`
     is as in a Hold: the bucket as it is without the call."""
     status = 429
-    kind = "rate_limit_error"
     outcome = "limited"
     code = "rate_limit_exceeded"
 
@@ -1769,7 +1757,6 @@ class LimitReached(Refusal):
 
 class LimitsAway(Refusal):
     status = 503
-    kind = "server_error"
     code = "limits_away"
     message = "The limits cannot be looked up now, try again in a moment"
     fields = {"Retry-After": 1}
@@ -3571,12 +3558,6 @@ def decode_json(data, decoder=PLAIN_JSON):
     raise ValueError("not valid JSON")
 
 
-def parse_json(body: bytes) -> JsonObject:
-    """Reads a JSON object in UTF-8 (RFC 8259); raises BadRequest for anything else that json.loads
-    would take or choke on."""
-    return JsonBody(body).parse()
-
-
 # How long a string without spaces must be to be cut out, where it stands at a key of media.
 MEDIA_BYTES = 1 << 15
 BEFORE_MEDIA = re.compile(
@@ -4082,10 +4063,6 @@ class Call(Billable):
             self.upstream_body = self.json_body.with_value("model", payload["model"], before)
         elif changed:
             self.upstream_body = self.json_body.spell(payload)
-
-    def request_usage(self) -> None:
-        """Asks for the usage of a stream, where the caller did not."""
-        self.dialect.request_usage(self)
 
     def prepare_unknown(self, model, payload, rename):
         """Puts the models where the call names some, which may be a batch of calls."""
@@ -4601,7 +4578,7 @@ class Dialect:
     CONTENT = re.compile(b"(?!)")  # nothing
     # What else stands in events that do no more than that.
     ENVELOPE = frozenset()
-    # Templates of errors, which are named by their status or the refusal's kind
+    # Templates of errors, and their types by status; those of others are below 500, and above.
     ERROR = ""
     ERRORS = {}
     OTHER_ERRORS = ("", "")
@@ -4985,7 +4962,7 @@ class Dialect:
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
-        kind = self.ERRORS.get(status, self.OTHER_ERRORS[status >= 500]) or refusal.kind
+        kind = self.ERRORS.get(status, self.OTHER_ERRORS[status >= 500])
         seconds = refusal.fields.get("Retry-After")
         details = self.RETRY_DETAILS % {"seconds": seconds} if seconds else ""
         return (self.ERROR % {
@@ -5183,6 +5160,9 @@ class OpenAI(Dialect):
     BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
     BLOCK_END = re.compile(r"\.done$")
 
+    ERRORS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error",
+              500: "server_error", 503: "server_error", 504: "timeout_error"}
+    OTHER_ERRORS = ("invalid_request_error", "upstream_error")
     ERROR = """{"error": {"message": %(message)s, "type": "%(kind)s", "param": null, \
 "code": %(code)s}}"""
     MODEL_LIST = '{"object": "list", "data": [%(rows)s]}'
@@ -14688,7 +14668,7 @@ class Proxy:
         """A stream reports its usage only when asked; an upstream that takes the question for an
         error is not asked again."""
         plain = call.upstream_body
-        call.request_usage()
+        call.dialect.request_usage(call)
         response = await upstream.send(method, head, call.upstream_body, context)
         if not call.usage_requested_by_us or response.status not in (400, 422):
             return response
@@ -15316,21 +15296,18 @@ class Pages:
         return proxy.tally.families()
 
     def usual_quota(self, entry):
-        charges = self.usual_charges(entry)
+        """Returns what is left for a small call."""
+        config, limits = self.proxy.config, self.proxy.limits
+        amount = 1 if config.limits else config.request_token_cost
+        charges = [Charge(rule, key, min(rule.capacity, amount)) for rule, key in
+                   limits.matching(entry.caller, entry.address, config.base_model)]
         if not charges:
             return {}
-        quota, wait = self.proxy.limits.buckets.peek(charges)
+        quota, wait = limits.buckets.peek(charges)
         return {"quota": {
             "limit": quota.limit, "remaining": quota.remaining,
             "refill_tokens": quota.refill_tokens,
             "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}}
-
-    def usual_charges(self, entry):
-        """Returns what a small call would cost, by each rule."""
-        config, limits = self.proxy.config, self.proxy.limits
-        amount = 1 if config.limits else config.request_token_cost
-        return [Charge(rule, key, min(rule.capacity, amount)) for rule, key in
-                limits.matching(entry.caller, entry.address, config.base_model)]
 
     async def models(self, name, request, reply):
         """`name` is that of an upstream whose prefix the path has. It tells its list itself, but
@@ -15535,7 +15512,7 @@ class Admin:
         content = await reply.read_body()
         if len(content) > self.MAX_BODY:
             raise BodyTooLarge()
-        return parse_json(content) if content.strip() else {}
+        return JsonBody(content).parse() if content.strip() else {}
 
     async def run(self, jobs, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
@@ -18429,9 +18406,9 @@ def handle_signals(loop, actions):
 
 
 USAGE_OPTIONS = (
-    ("--since", "7d", "only the last minutes (30m), hours (12h) or days (7d)", "99999d"),
-    ("--caller", "NAME", "only the calls of this caller"),
-    ("--id", "REQUEST_ID", "all that is known of one call"))
+    ("--since", "7d", "99999d", "only the last minutes (30m), hours (12h) or days (7d)"),
+    ("--caller", "NAME", None, "only the calls of this caller"),
+    ("--id", "REQUEST_ID", None, "all that is known of one call"))
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
@@ -18622,13 +18599,17 @@ BENCH_OPTIONS = (
     ("--concurrency", "N", "50", "how many at once"))
 
 
+def add_options(parser, rows):
+    for flag, name, default, meaning in rows:
+        parser.add_argument(flag, metavar=name, default=default, help=meaning)
+
+
 def add_bench_command(commands):
     """Adds `bench` and `selftest`."""
     commands.add_parser("selftest", help="tell what this machine can do, in half a minute")
     bench = commands.add_parser("bench", help="time calls to a URL; see bench --help")
     bench.add_argument("url", metavar="URL")
-    for flag, name, default, meaning in BENCH_OPTIONS:
-        bench.add_argument(flag, metavar=name, default=default, help=meaning)
+    add_options(bench, BENCH_OPTIONS)
     bench.add_argument("--stream", action="store_true", help="ask for streams")
     bench.add_argument("--output", choices=("text", "json"), default="text")
 
@@ -18924,8 +18905,7 @@ def add_usage_command(commands):
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", metavar="day,model", action="append",
                         help="what to add up by, caller if it is not said: " + ", ".join(GROUPS))
-    for option in USAGE_OPTIONS:
-        report.add_argument(option[0], **dict(zip(("metavar", "help", "default"), option[1:])))
+    add_options(report, USAGE_OPTIONS)
     for flag in ("--json", "--csv"):
         report.add_argument(flag, action="store_true")
 

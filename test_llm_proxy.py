@@ -69,7 +69,7 @@ from unittest import mock
 
 import llm_proxy
 from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults, Limits,
-                       LimitReached, Malformed, build, parse_json, read_config)
+                       LimitReached, Malformed, build, read_config)
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
@@ -1521,16 +1521,12 @@ class PriceFileTest(TableCase):
 # --------------------------------------------------------------------------------------------------
 
 class RefusalsTest(TableCase):
-    KINDS = """invalid_request_error authentication_error upstream_error timeout_error
-        rate_limit_error server_error""".split()
-
-    def test_every_refusal_has_a_status_and_one_of_the_documented_types(self):
+    def test_every_refusal_has_a_status_of_an_error(self):
         found = [llm_proxy.Refusal]
         for refusal in found:  # which grows meanwhile
             found += refusal.__subclasses__()
         self.assertGreater(len(found), 10)
         for refusal in self.each(found):
-            self.assertIn(refusal.kind, self.KINDS)
             self.assertIn(refusal.status, range(400, 600))
 
 
@@ -3025,15 +3021,15 @@ class JsonTest(ProxyCase):
                 '{}', ' {"a": [1, -2.5e3, true, null, "\\u00e4"]} ',
                 '{"a": [%s-1]}' % ("12, 3," * 50000),
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
-            self.assertEqual(parse_json(text.encode()), json.loads(text))
+            self.assertEqual(llm_proxy.JsonBody(text.encode()).parse(), json.loads(text))
 
     def test_json_is_read_as_strictly_where_no_c_code_reads_it(self):
         with mock.patch.object(llm_proxy, "HAS_SCANNER", False):
-            self.assertEqual(parse_json(b'{"a": "\\": ", "b": {"a": 1.5}}'),
+            self.assertEqual(llm_proxy.JsonBody(b'{"a": "\\": ", "b": {"a": 1.5}}').parse(),
                              {"a": '": ', "b": {"a": 1.5}})
             for body in self.each(self.REFUSED):
                 with self.assertRaises(llm_proxy.BadRequest):
-                    parse_json(body)
+                    llm_proxy.JsonBody(body).parse()
 
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
         self.start()
@@ -3103,7 +3099,7 @@ class JsonTest(ProxyCase):
                 b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
             began = cpu_seconds()
             with self.assertRaises(llm_proxy.BadRequest):
-                parse_json(body)
+                llm_proxy.JsonBody(body).parse()
             self.assertLess(cpu_seconds() - began, CPU_SECONDS)
 
     def test_a_key_in_another_case_is_refused_where_we_read_it(self):
