@@ -1008,7 +1008,8 @@ SETTING_ROWS = {
     "Who may look and steer": (
         ("ADMIN_KEY", visible_ascii,
          "key of /dashboard and /admin/api, which may change things; unset, and no stored key of"
-         " that role: a new one at each start, told where it starts", SECRET),
+         " that role: a new one at each start, told on the terminal or in a file beside DATABASE",
+         SECRET),
         ("VIEWER_KEY", visible_ascii, "key that may look at them, and change nothing", SECRET),
         ("METRICS=keys", one_of("keys", "open"),
          "keys: /metrics asks for a viewer's or an admin's key; open: for none"),
@@ -2173,7 +2174,10 @@ def format_amount(rule, amount):
 
 
 def format_wait(wait):
-    """300 -> '5 min', 61 -> '2 min', 12 -> '12s'."""
+    """12 -> '12s', 61 -> '2 min', 60_000 -> '17 hours', 200_000 -> '3 days'."""
+    for seconds, word in ((86400, "days"), (3600, "hours")):
+        if wait > 2 * seconds:
+            return "%d %s" % (math.ceil(wait / seconds), word)
     return "%ds" % math.ceil(wait) if wait <= 59 else "%d min" % math.ceil(wait / 60)
 
 
