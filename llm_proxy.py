@@ -9435,7 +9435,7 @@ class Entry:
         self.request_id = self.request_id or new_request_id()
         place = self.ticket.queue.position(self.ticket) if self.ticket else None
         return {"id": self.request_id, "key": self.started, "state": self.state(),
-                "position": place, "tokens": self.tokens_so_far(),
+                "position": place, "upstream": self.upstream, "tokens": self.tokens_so_far(),
                 "seconds": round(clock.monotonic() - self.started, 3)}
 
     def charged(self, nothing):
@@ -11106,7 +11106,7 @@ def running_call(entry: Entry, clock: Any) -> JsonObject:
     """Returns what the page shows of a call that runs."""
     call = entry.call
     return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
-            "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
+            "model": clean(call.model), "stream": bool(call.stream),
             "started": wall_time(clock) - (clock.monotonic() - entry.started)}
 
 
@@ -15978,7 +15978,7 @@ tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(
   box-shadow: inset 0 0 0 1px var(--lines); overflow: hidden; }
 .level { height: 100%; background: var(--accent); transform-origin: left;
   transition: transform 900ms linear; } .low .level { background: var(--warn); }
-.big .track { flex-basis: 100%; height: 16px; margin-top: 12px; }
+.big .bucket { margin-top: 8px; } .big .track { flex-basis: min(100%, 480px); height: 16px; }
 .columns { grid-template-columns: minmax(0, 1fr) 440px; } .chart { position: relative; }
 .columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart text { fill: var(--muted); }
 .chart svg { width: 100%; height: 300px; touch-action: pan-y; }
@@ -16020,7 +16020,9 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
   .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
   .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
     margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
-  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; } }
+  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
+  .bucket { margin: 4px 0 8px; } .cards td.number { white-space: nowrap; }
+  #bar button { padding: 7px 20px 7px 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
@@ -16170,8 +16172,7 @@ const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
   try {
-    const result = await act();
-    if (done) notice(done);
+    const result = await act(); if (done) notice(done);
     return result ?? {};
   } catch (fault) {
     if (fault.status === 401) leave(FAULTS[401]);
@@ -16187,8 +16188,7 @@ async function listen() {
   stream?.abort(); const mine = stream = new AbortController();
   for (let wait = 1; !mine.signal.aborted; wait = Math.min(wait * 2, 15)) {
     const since = heardAt, fault = await follow(mine.signal).catch(fault => fault);
-    if (mine.signal.aborted) return;
-    if (fault?.status === 401) return leave(FAULTS[401]);
+    if (mine.signal.aborted) return; if (fault?.status === 401) return leave(FAULTS[401]);
     if (heardAt > since) wait = 1;
     showLost(true); await new Promise(resolve => setTimeout(resolve, wait * 1000)); }}
 async function follow(end) {
@@ -16200,8 +16200,7 @@ async function follow(end) {
     const timer = setTimeout(() => silence.abort(), 10000); // a pulse comes each second
     const {done, value} = await reader.read().finally(() => clearTimeout(timer));
     if (done) return;
-    const events = (rest + value).split("\n\n");
-    rest = events.pop(); events.forEach(takeEvent); }}
+    const events = (rest + value).split("\n\n"); rest = events.pop(); events.forEach(takeEvent); }}
 function takeEvent(text) {
   const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
   lastId = id ?? lastId;
@@ -16213,19 +16212,16 @@ function showLost(isLost) {
 const EVENTS = {
   begin(call) { model.running.set(call.key, call); }, end(call) {
     Object.assign(model.running.get(call.key) ?? {}, {ended: now(), call}); model.has_calls = true;
-    view.ended?.(call);
-  }, pulse(pulse) {
+    view.ended?.(call); }, pulse(pulse) {
     skew = pulse.now - Date.now() / 1000; model.pulses = [...model.pulses, pulse].slice(-60);
     model.today.usd = Number(model.today.usd) + Number(pulse.usd); takeRunning(pulse.running);
     for (const told of pulse.upstreams)
       Object.assign(model.upstreams.find(({name}) => name === told.name) ?? {}, told);
     for (const bucket of pulse.buckets) {
       takeBucket(model.near.filter(({caller}) => caller === bucket.caller), bucket);
-      view.bucket?.(bucket); }
-  }, warning({event, ...told}) {
+      view.bucket?.(bucket); } }, warning({event, ...told}) {
     const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean);
-    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60); renew();
-  }, change({what}) {
+    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60); renew(); }, change({what}) {
     if (what === "upstreams") renew();
     view.changed?.(what); }, lost: () => renew(), };
 const takeBucket = (all, one) => Object.assign(all?.find(({rule}) => rule === one.rule) ?? {}, one);
@@ -16274,9 +16270,10 @@ function minuteLine(values) { // what is null is a gap
   const top = Math.max(...values, 1), first = 60 - values.length;
   return values.map((value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
     + ((first + at) * 72 / 59).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join(""); }
-const WAITS = {line: "in line", "first byte": "waits for first byte"};
-const stateOf = call => call.ended ? "ended: " + words(call.call.outcome) : (WAITS[call.state]
-  ?? call.state) + (call.position ? ", place " + call.position : "");
+const WAITS = {"first byte": () => "waits for first byte",
+  line: ({position}) => "in line, " + (position ? position + " ahead" : "next")};
+const stateOf = call => call.ended ? "ended: " + words(call.call.outcome)
+  : WAITS[call.state]?.(call) ?? call.state;
 const callerOf = call => [call.caller, call.team && small(" ", call.team)];
 const RUNNING = [
   ["Caller", callerOf], ["Model", "model"], ["Upstream", "upstream"], ["State", stateOf],
@@ -16286,12 +16283,14 @@ const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act
   onkeydown: event => event.key === "Enter" && act()});
 const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", call.ended
   ? {id: call.id} : {caller: call.caller})));
-const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller)],
+const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller), "whole"],
   ["Left", bucket => bucketBar(bucket), "whole"]];
 function openNow(view) {
   view.draw = () => {
-    const calls = [...model.running.values()].sort((a, b) => b.started - a.started);
-    const running = plural(calls.filter(call => !call.ended).length, "running call");
+    const all = [...model.running.values()].sort((a, b) => b.started - a.started);
+    const gone = all.filter(call => call.ended), since = gone[4]?.started ?? 0;
+    const calls = all.filter(call => !call.ended || call.started >= since);
+    const running = plural(all.length - gone.length, "running call");
     return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null, running), calls.length
       || model.has_calls ? table(RUNNING, calls.slice(0, 50).map(runningRow)) : firstCall(),
       h("p", null, calls.length > 50 && `and ${calls.length - 50} more`), model.near.length > 0 && [
@@ -16322,11 +16321,12 @@ function bucketBar(bucket) {
     h("span", null, words(bucketText(bucket, found)))); }
 // Callers: their buckets, what they used today, and what may be done about it.
 const CALLERS = [
-  ["Caller", ({name, team}) => [link("calls", {caller: name}, name), team && small(" ", team)]],
+  ["Caller", ({name, team}) => [link("calls", {caller: name}, name), team && small(" ", team)],
+    "whole"],
   ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar) : small("no limit"), "whole"],
   ["Tokens today", ({today}) => short(tokensOf(today)), "number"],
   ["USD today", ({today}) => money(today, 2), "number"],
-  ["Last 24 hours", ({hours}) => hourBars(hours)],
+  ["Last 24 h", ({hours}) => hourBars(hours)],
   ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"), "actions whole"]];
 const RULES = [["Rule", "text"], ["Refused since the start", "refused", "number"]];
 async function openCallers(view, query) {

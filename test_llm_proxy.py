@@ -12971,7 +12971,7 @@ class PageTest(AdminCase):
         self.log_in()
         self.see("0 running calls", "No call has come yet")
         client, asked = self.begin(event(1), key="ann", model="gemma")
-        self.see("1 running call", "gemma", "streaming")
+        self.see("1 running call", "gemma", "base\tstreaming")
         asked.send(chunk(b"data: [DONE]\n\n") + LAST)
         client.rest()
         self.see("ended: ok", "0 running calls")
