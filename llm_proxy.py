@@ -1725,9 +1725,6 @@ class NotAStream(Refusal):
     outcome = "upstream_status"
     message = "The upstream did not answer with a stream"
 
-    def __init__(self, status: int, body: Optional[bytes]):
-        super().__init__(cause="status %d" % status, body=body)
-
 
 class NoRoute(Refusal):
     status = 404
@@ -5326,13 +5323,16 @@ GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role
 "candidatesTokenCount": 0, "totalTokenCount": 0}, "modelVersion": %(model)s, \
 "responseId": "limit-%(number)s"}"""
 # Google takes each key in two spellings, and mixed.
-GEMINI_FORMATS = dict.fromkeys(map(".".join, itertools.product(
-    ("generationConfig", "generation_config"),
-    ("responseMimeType", "response_mime_type", "responseSchema", "response_schema",
-     "responseJsonSchema", "response_json_schema"))), ("", {}, "text/plain"))
-GEMINI_CHOICES = dict.fromkeys(map(".".join, itertools.product(
-    ("toolConfig", "tool_config"), ("functionCallingConfig", "function_calling_config"),
-    ("mode",))), ("", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))
+GEMINI_FORMATS = """
+    generationConfig.responseMimeType generation_config.responseMimeType
+    generationConfig.response_mime_type generation_config.response_mime_type
+    generationConfig.responseSchema generation_config.responseSchema
+    generationConfig.response_schema generation_config.response_schema
+    generationConfig.responseJsonSchema generation_config.responseJsonSchema
+    generationConfig.response_json_schema generation_config.response_json_schema"""
+GEMINI_CHOICES = """
+    toolConfig.functionCallingConfig.mode tool_config.functionCallingConfig.mode
+    toolConfig.function_calling_config.mode tool_config.function_calling_config.mode"""
 # The place of OpenAI's API at Gemini: https://ai.google.dev/gemini-api/docs/openai
 OPENAI_AT_GEMINI = "/v1beta/openai/"
 
@@ -5370,7 +5370,10 @@ class Gemini(Google):
     USAGE_MARK = b'"usageMetadata"'
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
-    PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
+    PARSED = {
+        **dict.fromkeys(GEMINI_FORMATS.split(), ("", {}, "text/plain")),
+        **dict.fromkeys(GEMINI_CHOICES.split(), (
+            "", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))}
     TEXT_KEYS = ("text",)
     DELTAS = "candidates.content.parts.text"
     LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
@@ -5701,7 +5704,7 @@ class Dialects:
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.aliases.get(model, model)
+            call.resolved_model = self.resolve(model)
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -14040,7 +14043,8 @@ class Reply:
         except ValueError:
             found = None
         is_error = isinstance(found, dict) and response.status >= 400
-        raise NotAStream(response.status, to_json_bytes(found) if is_error else None)
+        raise NotAStream(cause="status %d" % response.status,
+                         body=to_json_bytes(found) if is_error else None)
 
     def begin(self, response: Response):
         """Send the head of a response, together with what has come of its body."""
