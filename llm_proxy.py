@@ -1171,7 +1171,7 @@ class Config(types.SimpleNamespace):
         nobody has said is meant."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
             upstream.key and url.scheme == "https" and is_far(url.host)
-            for upstream in self.all_upstreams() for url in upstream.url or ())
+            for upstream in self.all_upstreams() for url in upstream.url)
 
     @property
     def scheme(self) -> str:
@@ -1201,7 +1201,7 @@ class Config(types.SimpleNamespace):
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
-                   for upstream in self.all_upstreams() for url in upstream.url or ())
+                   for upstream in self.all_upstreams() for url in upstream.url)
 
     def warnings(self) -> List[str]:
         """Returns sentences about what is allowed, but hardly meant."""
@@ -1220,7 +1220,7 @@ class Config(types.SimpleNamespace):
     def mistakes(self):
         """Yields the warnings that speak of one value."""
         for upstream in self.all_upstreams():
-            for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url or ()]):
+            for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url]):
                 yield (f"the URL of {upstream.name} has {match[0]} in its path: a base is what"
                        " stands before that, such as http://127.0.0.1:8000/v1")
         for key, name in (self.proxy_api_keys or {}).items():
@@ -1423,7 +1423,7 @@ def named_upstream(name, options):
     if name in VENDORS:
         options.setdefault("url", endpoints(VENDORS[name]))
     require("url" in options, "URL is not set; only these need none: " + ", ".join(VENDORS))
-    urls = options["url"] or ()
+    urls = options["url"] = options["url"] or ()
     dialect = options.setdefault("dialect", usual_dialect(name, urls) or "openai")
     require(dialect not in BESIDE_V1 or not any(
         url.path.endswith(("/v1", "/openai")) for url in urls),
@@ -4563,6 +4563,7 @@ class Dialect:
     MODELS_PATH = "/v1/models"
     # Asks for a list of models that is whole.
     MODELS_QUERY = ""
+    LISTED = ("data", "id")  # at which keys the rows are, and in each the name
     # Where clients ask for it, and whether a lone upstream's own is passed on, or made over.
     LIST_PATHS = ()
     OWN_LIST = False
@@ -4729,7 +4730,8 @@ class Dialect:
 
     def listed_models(self, payload: Any) -> List["Model"]:
         """Reads an upstream's list of models; raises LookupError or TypeError."""
-        return [Model(str(row["id"]), self, row) for row in payload["data"]]
+        rows, name = self.LISTED
+        return [Model(str(row[name]), self, row) for row in payload[rows]]
 
     # -- responses: text in events
 
@@ -5484,6 +5486,7 @@ class Ollama(Dialect):
         "/api/embeddings": "embed", "/api/show": "count"}
     STREAMS = ("/chat", "/generate")
     MODELS_PATH = "/api/tags"
+    LISTED = ("models", "name")
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
     events = NDJSON
@@ -5520,9 +5523,6 @@ class Ollama(Dialect):
         """It tells no count of a prompt that it has in its cache."""
         told = super().usage(counts, model, tier)
         return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
-
-    def listed_models(self, payload):
-        return [Model(str(row["name"]), self, row) for row in payload["models"]]
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
