@@ -724,13 +724,11 @@ class LinearPattern:
                 for inner in parts_within(op, value):
                     yield from self.sets(inner, needed)
 
-    def first(self, parts) -> Characters:
-        """Returns the characters that a match may begin with."""
-        found = frozenset()
+    def first(self, parts) -> Set[str]:
+        """Returns the characters that a match may begin with, and of a group all others in it."""
+        found = set()
         for part in parts:
-            found = found.union(*map(self.first, parts_within(*part)))
-            if part[0].name in TAKE_ONE:
-                found |= self.characters(part)
+            found.update(*self.sets([part], False))
             if self.alone(part).getwidth()[0]:
                 break
         return found
@@ -759,7 +757,7 @@ class LinearPattern:
 
     def choose(self, ways, before, repeated):
         firsts = list(map(self.first, ways))
-        alike = sum(map(len, firsts)) > len(frozenset().union(*firsts))
+        alike = sum(map(len, firsts)) > len(set().union(*firsts))
         self.choices += alike
         require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
         require(self.choices <= self.MOST_CHOICES, "must not have many choices that begin alike")
@@ -5164,7 +5162,8 @@ class OpenAI(Dialect):
     BLOCK_END = re.compile(r"\.done$")
 
     ERRORS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error",
-              500: "server_error", 503: "server_error", 504: "timeout_error"}
+              500: "server_error", 501: "invalid_request_error", 503: "server_error",
+              504: "timeout_error"}
     OTHER_ERRORS = ("invalid_request_error", "upstream_error")
     ERROR = """{"error": {"message": %(message)s, "type": "%(kind)s", "param": null, \
 "code": %(code)s}}"""
