@@ -5162,9 +5162,9 @@ class OpenAI(Dialect):
     BLOCK_END = re.compile(r"\.done$")
 
     ERRORS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error",
-              500: "server_error", 501: "invalid_request_error", 503: "server_error",
+              500: "server_error", 502: "upstream_error", 503: "server_error",
               504: "timeout_error"}
-    OTHER_ERRORS = ("invalid_request_error", "upstream_error")
+    OTHER_ERRORS = ("invalid_request_error", "invalid_request_error")
     ERROR = """{"error": {"message": %(message)s, "type": "%(kind)s", "param": null, \
 "code": %(code)s}}"""
     MODEL_LIST = '{"object": "list", "data": [%(rows)s]}'
