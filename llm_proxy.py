@@ -18043,10 +18043,8 @@ def check(config):
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-24s %s" % (name, visible(line)))
-    for line in describe_redaction(config):
+    for line in greeting(config)[1:]:
         print(line)
-    for warning in config.warnings():
-        print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
     for fault in faults:
         print("fault:", fault)
@@ -18551,8 +18549,7 @@ def known_prices(own):
 def update_prices(path, url=PRICES_URL):
     """Fetches a list of prices into a file, which stays as it was if that fails. Raises
     ConfigFaults."""
-    if not re.match("https?://", url):
-        raise ConfigFaults("URL must be http://... or https://... (got %r)" % url)
+    read_option("URL", web_address, url)
     part = path + ".part"
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "llm_proxy/" + VERSION})
@@ -18580,10 +18577,7 @@ def prices_command(options, path):
             raise ConfigFaults("--update takes a file and a URL at most")
         update_prices(*options.update)
         return 0
-    try:
-        own = price_file(path) if path else None
-    except ValueError as fault:
-        raise ConfigFaults("PRICES %s (got %r)" % (fault, path)) from None
+    own = read_option("PRICES", price_file, path) if path else None
     print_table(("model", "from", *Price._fields[:5], "above", "tiers"), known_prices(own))
     return 0
 
