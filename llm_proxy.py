@@ -196,7 +196,7 @@ def listed(read, separator=","):
     return read_all
 
 
-def mapping(shape, message, convert=re.Match.groups, repeated=None):
+def mapping(shape, message, convert, repeated=None):
     """Returns a reader of 'a=b, c=d' -> {'a': 'b', 'c': 'd'}; no name may be repeated."""
     def read(text):
         found = listed(pattern(shape, message, convert))(text)
@@ -5982,7 +5982,7 @@ class UsageReader(UsageSource):
         end = begin_of_line(data, len(data) - self.LAST_EVENTS) if self.streamed else 0
         if len(data) - end > self.MAX_LINE:
             if not self.streamed and not self.cut:
-                self.note(self.front(data[:self.MAX_KEPT]))
+                self.note(self.front(data))
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
@@ -5997,7 +5997,7 @@ class UsageReader(UsageSource):
 
     def front(self, data: bytes) -> JsonObject:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
-        found = {}
+        data, found = data[:self.MAX_KEPT], {}
         for key in (self.dialect.usage_key, "model"):
             start = value_start(data, key)
             if start >= 0 and not is_too_complex(data):
@@ -6104,7 +6104,7 @@ class UsageReader(UsageSource):
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
-                payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
+                payload = {**self.front(data), **payload} if payload else (
                     object_in(data))
         if payload:
             found = self.dialect.counts_in(payload)
@@ -15587,8 +15587,7 @@ class Admin:
             sums = await self.read_books(ask, LedgerReader.today)
         return {"you": self.you(ask), "version": VERSION, "now": proxy.wall(),
                 "keys_are_asked_for": not proxy.callers.is_open,
-                "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
-                    sums or self.pulse.callers),
+                "has_calls": bool(sums or self.pulse.callers),
                 "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
                 "running": [running_call(entry, self.clock) for entry in self.running()],
                 "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
@@ -15894,12 +15893,8 @@ class Admin:
 
     async def config(self, _):
         config = self.proxy.config
-        groups = {setting.name: group for group, rows in SETTINGS.items() for setting in rows}
-        rows = []
-        for name, text in config.texts.items():
-            setting = find_setting(name)
-            rows.append({"name": name, "group": groups[setting.name], "value": shown(name, text),
-                         "is_default": text == setting.default, "sentence": setting.sentence})
+        rows = [{"name": name, "value": shown(name, text), "default": find_setting(name).default}
+                for name, text in config.texts.items()]
         return {"settings": rows, "warnings": config.warnings()}
 
 

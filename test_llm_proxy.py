@@ -12400,7 +12400,7 @@ class AdminTest(AdminCase):
         rows = {row["name"]: row for row in answered.json()["settings"]}
         self.assertEqual(rows["ADMIN_KEY"]["value"], "set, not shown")
         self.assertEqual(rows["MAX_TOKENS"]["value"], "1000")
-        self.assertTrue(rows["PORT"]["is_default"])
+        self.assertEqual(rows["PORT"]["value"], rows["PORT"]["default"])
         for secret in (ADMIN, VIEWER, "sk-of-the-upstream"):
             self.assertNotIn(secret.encode(), answered.body)
 
