@@ -9291,8 +9291,6 @@ SUM_COUNTS = {
     "calls": "1", "failed": FAILED, "limited": "outcome = 'limited'",
     **{name: name for name in (
         "input cached output reasoning estimated unpriced picodollars").split()}}
-# The columns of calls that this needs.
-ADDED = "time caller team tag served model upstream outcome ms".split() + [*SUM_COUNTS][3:]
 MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
@@ -9680,19 +9678,25 @@ def exact_total(name: str) -> str:
     return "CAST(min(total(%s), 4e18) AS INTEGER)" % name
 
 
-# Adds SUM_COLUMNS to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+# Adds up calls. Of each sum it tells last whether an upstream has answered one of them.
 SUMMED_BY = ["start", *SUM_KEYS]
-SUM_COLUMNS = [*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"]
-ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH new(%s) AS (VALUES %%s) SELECT %d, %s, %s,
+SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0)),
+    max(outcome = 'ok' OR %s) FROM calls WHERE rowid > ? AND rowid <= ? GROUP BY %s""" % (
+        START, ", ".join(SUM_KEYS.values()), ", ".join(map(exact_total, SUM_COUNTS.values())),
+        " OR ".join([name + " > 0" for name in [*SUM_COUNTS][3:]]),
+        ", ".join([str(number) for number, _ in enumerate(SUMMED_BY, 1)]))
+# Adds such to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+SUM_COLUMNS = ", ".join([*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"])
+ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%s) AS (
+    SELECT %s, %s, min(first), max(last), max(slowest) FROM few GROUP BY %s) SELECT %d, %s, %s,
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
     FROM new LEFT JOIN sums AS old ON old.span = %d AND %s""" % (
-        ", ".join(SUM_COLUMNS), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
+        SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), ", ".join(map(exact_total, SUM_COUNTS)),
+        ", ".join(SUMMED_BY), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
         ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
                    for name in SUM_COUNTS]),
         QUARTER, " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
-
-
 # Makes a sum of a longer span from those of shorter ones in it.
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
@@ -9705,46 +9709,25 @@ FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
     AND chunk < (SELECT min(rowid) FROM calls) / %d"""
 FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
-ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
 
 
-class SumsOfCalls:
-    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models that got no answer go
-    by the name of `other`: whoever is refused may make up as many as they like. Beyond MOST_NAMES
-    all do."""
+class SumNames:
+    """Whose sums have names of their own. Beyond NAMES a quarter, callers and models that got no
+    answer go by the name of `other`: whoever is refused may make up as many as they like. Beyond
+    MOST_NAMES all do."""
     NAMES = 200
     MOST_NAMES = 2000
 
     def __init__(self):
         self.names = collections.defaultdict(set)  # by quarter and what they are of
 
-    def add_up(self, calls: Iterable[Tuple]) -> List[List[Union[int, str]]]:
-        """Takes rows of (rowid, *ADDED); returns rows of SUM_COLUMNS."""
-        groups = collections.defaultdict(list)
-        for key, rows in self.grouped(calls).items():
-            answered = any(outcome == "ok" or any(used) for _, outcome, _, *used in rows)
-            groups[self.named(key, answered)] += rows
+    def put(self, sums: Iterable[Sequence]) -> List[List[Union[int, str]]]:
+        """Takes rows of SUMS_OF_CALLS; returns rows of SUM_COLUMNS."""
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        return [[*key, *self.counts(rows)] for key, rows in groups.items()]
-
-    @staticmethod
-    def counts(rows):
-        numbers, outcomes, waits, *used = zip(*rows)
-        failed = sum([outcome not in PASSED for outcome in outcomes])
-        return [len(rows), failed, outcomes.count("limited"), *[
-            min(MOST, sum(filter(None, column))) for column in used],
-            min(numbers), max(numbers), max(waits)]
-
-    @staticmethod
-    def grouped(calls):
-        groups = collections.defaultdict(list)
-        for number, end, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
-            key = (int((end or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
-                   served or model or "-", upstream or "-")
-            groups[key].append((number, outcome, ms or 0, *used))
-        return groups
+        key = len(SUMMED_BY)
+        return [[*self.named(row[:key], answered), *row[key:]] for *row, answered in sums]
 
     def named(self, key, answered):
         """Returns the key of a sum, with names that are told apart."""
@@ -9793,7 +9776,9 @@ class Database:
     MOST_VALUES = 999           # of a statement, before SQLite 3.32
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
     CHUNK = 8192                # calls whose ids are listed together, by their order
-    BATCH = 500                 # calls that are added up at once
+    MOST_ROWS = 400             # of a statement, less than SQLite's most arms of a compound one
+    BATCH = 5000                # calls that are added up at once,
+    FORGOTTEN = 500             # and that are removed
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -9834,9 +9819,7 @@ class Database:
         self.path = path
         self.lock = lock
         self.shared = shared
-        self.sums = SumsOfCalls()
-        self.fresh: List[Tuple] = []  # what is yet to be added up of the last calls,
-        self.behind = True            # of which there may be more in the file
+        self.names = SumNames()
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -9920,57 +9903,56 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    def insert(self, statement, rows):
+    def insert(self, statement, rows, *values):
         """Does this with many rows, a few dozen by one statement: after each, this thread must wait
-        for the interpreter again."""
+        for the interpreter again. `values` are for its marks before the rows."""
         width = len(rows[0]) if rows else 1
         marks = "(%s)" % ",".join("?" * width)
-        for start in range(0, len(rows), self.MOST_VALUES // width):
-            batch = rows[start:start + self.MOST_VALUES // width]
-            self.connection.execute(statement % ",".join([marks] * len(batch)),
-                                    list(itertools.chain(*batch)))
+        most = min((self.MOST_VALUES - len(values)) // width, self.MOST_ROWS)
+        for start in range(0, len(rows), most):
+            batch = rows[start:start + most]
+            self.connection.execute(statement.replace("%s", ",".join([marks] * len(batch))),
+                                    [*values, *itertools.chain.from_iterable(batch)])
 
-    def add(self, rows) -> List[Tuple]:
-        """Inserts calls; returns what is added up of them."""
-        self.insert("INSERT INTO calls VALUES %s", rows)
-        (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
-        first = (last or 0) - len(rows) + 1
-        return [] if self.shared else [
-            (number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
+    def add(self, rows: Sequence[Row]):
+        """Inserts calls. What is the same in all of them is given once, because each value costs
+        more than its place in the row."""
+        same, names, columns = {}, [], []
+        for name, column in zip(Row._fields, zip(*rows)):
+            if name != "id" and column.count(column[0]) == len(column):
+                same[name] = column[0]
+            else:
+                names.append(name)
+                columns.append(column)
+        self.insert("INSERT INTO calls (%s) SELECT %s* FROM (VALUES %%s)" % (
+            ", ".join([*same, *names]), "?, " * len(same)), list(zip(*columns)), *same.values())
 
     # -- sums, and the list of ids; each of these does a little, and returns whether it did
 
     def add_new(self) -> bool:
         """Adds calls to the sums that came since the last time."""
         summed = self.facts["summed"]
-        if self.behind or self.fresh and self.fresh[0][0] != summed + 1:
-            self.fresh = self.added("rowid > ? ORDER BY rowid LIMIT ?", summed, self.BATCH)
-            self.behind = self.shared or len(self.fresh) == self.BATCH
-        rows, rest = self.fresh[:self.BATCH], self.fresh[self.BATCH:]
-        if rows:
-            self.add_up(rows, "summed", rows[-1][0])
-        self.fresh = rest
-        return bool(rows)
+        (last,), = self.connection.execute(
+            "SELECT max(rowid) FROM (SELECT rowid FROM calls WHERE rowid > ? ORDER BY rowid"
+            " LIMIT ?)", (summed, self.BATCH)).fetchall()
+        if last is not None:
+            self.add_up(summed, last, summed=last)
+        return last is not None
 
     def add_older(self) -> bool:
         """Adds calls of an older version, which had no sums, the newest first."""
         last = self.facts["unsummed"]
         if last:
             first = max(0, last - self.BATCH)
-            self.add_up(self.added("rowid > ? AND rowid <= ?", first, last), "unsummed", first)
+            self.add_up(first, last, unsummed=first)
         return bool(last)
 
-    def added(self, where, *values):
-        return self.connection.execute("SELECT rowid, %s FROM calls WHERE %s" % (
-            ", ".join(ADDED), where), values).fetchall()
-
-    def add_up(self, calls, fact, value):
-        """Adds calls to the sums, and notes that."""
-        sums = self.sums.add_up(calls)
+    def add_up(self, first, last, **facts):
+        """Adds the calls after `first`, up to `last`, to the sums, and notes that."""
+        sums = self.names.put(self.connection.execute(SUMS_OF_CALLS, (first, last)).fetchall())
         rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
         with self.transaction():
             self.insert(ADD_TO_SUMS, sums)
-            facts = {fact: value}
             if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
                 facts["rolled"] = rolled
             self.note(**facts)
@@ -10164,10 +10146,10 @@ class Database:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
         whether there may be more."""
         execute = self.connection.execute
-        calls = execute(FORGET_CALLS % self.BATCH, (before,)).rowcount
+        calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
         others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
             execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
-        return calls >= self.BATCH or any(others)
+        return calls >= self.FORGOTTEN or any(others)
 
 
 class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
@@ -10986,14 +10968,12 @@ class Ledger(Writer):
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
         with self.database.transaction():
-            added = self.database.add([entry.as_row() for entry in entries])
+            self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 self.forget_old(now)
-        if len(self.database.fresh) < self.ROOM:
-            self.database.fresh += added
         self.saved = levels
         for _ in things:
             self.stored.unsaved.popleft()

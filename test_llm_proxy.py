@@ -8540,7 +8540,7 @@ class SumsTest(TableCase):
     def add(self, *rows):
         """Adds calls, and these to the sums."""
         with self.database.transaction():
-            self.database.fresh += self.database.add(list(map(columns_of, rows)))
+            self.database.add(list(map(columns_of, rows)))
         while self.database.add_new():
             pass
 
@@ -8771,7 +8771,7 @@ class SumsTest(TableCase):
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
-        with mock.patch.object(llm_proxy.SumsOfCalls, "NAMES", 5):
+        with mock.patch.object(llm_proxy.SumNames, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
                           "input": 0, "cached": 0, "output": 0, "picodollars": 0,
@@ -8782,7 +8782,7 @@ class SumsTest(TableCase):
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
 
-        with mock.patch.object(llm_proxy.SumsOfCalls, "MOST_NAMES", 8):
+        with mock.patch.object(llm_proxy.SumNames, "MOST_NAMES", 8):
             self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
         found = self.reader.totals("model", self.DAY, self.DAY + 900)
         self.assertEqual((len(found), found["other"].calls), (9, 22))
