@@ -2567,8 +2567,12 @@ class Hold:
 
     def describe_charges(self) -> str:
         """Returns what every bucket was charged, for the books."""
-        return ";".join([f"{rule.text}={self.costs[rule.unit]}" for rule, _ in self.keyed_rules
-                         if self.costs[rule.unit]])
+        text = ""  # a list would cost as much again
+        for rule, _ in self.keyed_rules:
+            cost = self.costs[rule.unit]
+            if cost:
+                text += f";{rule.text}={cost}"
+        return text[1:]
 
     def __enter__(self):
         return self
@@ -9272,7 +9276,7 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
     "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
     "redacted TEXT").split(", "))
-Row = collections.namedtuple("Row", [name for name, _ in COLUMNS])
+COLUMN_NAMES = tuple([name for name, _ in COLUMNS])
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
@@ -9406,14 +9410,14 @@ class Entry:
     @property
     def redacted(self):
         """How much was found that must not leave, such as email=2,card=1."""
-        return ",".join(["%s=%d" % row for row in self.found.items()]) or None
+        return ",".join(["%s=%d" % row for row in self.found.items()]) if self.found else None
 
     def who(self) -> str:
         """Returns who calls, as books have it."""
         return self.caller.label if self.caller else self.address
 
-    def as_row(self) -> Row:
-        """Returns what the ledger keeps; usage is 0 where there was no answer."""
+    def as_row(self) -> Tuple:
+        """Returns what the ledger keeps, by COLUMNS; usage is 0 where there was no answer."""
         call = self.call
         hold = self.hold
         usage = self.usage or NO_USAGE
@@ -9424,14 +9428,18 @@ class Entry:
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
-        return Row._make(asked + (
+        return asked + (
             usage.input, usage.cached, usage.cache_write, usage.output,
             usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms, self.redacted))
+            self.connect_ms, self.redacted)
+
+    def as_fields(self) -> JsonObject:
+        """Returns the row by the names of its columns."""
+        return dict(zip(COLUMN_NAMES, self.as_row()))
 
     def state(self) -> str:
         """Returns where a running call stands."""
@@ -9459,12 +9467,11 @@ class Entry:
         tightest = self.hold and self.hold.tightest
         if not tightest:
             return nothing, nothing
-        cost = tightest.amount
-        return format_usd(cost) if tightest.rule.unit == USD else cost, tightest.remaining
+        return format_amount(tightest.rule, tightest.amount), tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
-        fields = self.as_row()._asdict()
+        fields = self.as_fields()
         fields["time"] = format_moment(self.wall)
         fields["model"] = fields["model"] and fields["model"][:80]
         fields["usd"] = format_usd(self.picodollars) if self.priced else None
@@ -9628,7 +9635,7 @@ class UsageLog(Log):
         super().__init__(open(file, "ab", buffering=0, closefd=path != "-"), as_json=True)
 
     def format(self, entry):
-        return json.dumps(entry.as_row()._asdict())
+        return json.dumps(entry.as_fields())
 
     def reopen(self):
         """Has the next lines go to a new file, where somebody has moved the old one."""
@@ -9874,7 +9881,7 @@ class Database:
                 if "unable to open" in str(failure) or "locked" in str(failure):
                     raise
                 columns = ()
-        if not columns or columns != Row._fields[:len(columns)]:
+        if not columns or columns != COLUMN_NAMES[:len(columns)]:
             raise DatabaseFault("%s is damaged, or of another version; it was left as it is"
                                 % self.path)
 
@@ -9914,11 +9921,11 @@ class Database:
             self.connection.execute(statement.replace("%s", ",".join([marks] * len(batch))),
                                     [*values, *itertools.chain.from_iterable(batch)])
 
-    def add(self, rows: Sequence[Row]):
+    def add(self, rows: Sequence[Tuple]):
         """Inserts calls. What is the same in all of them is given once, because each value costs
         more than its place in the row."""
         same, names, columns = {}, [], []
-        for name, column in zip(Row._fields, zip(*rows)):
+        for name, column in zip(COLUMN_NAMES, zip(*rows)):
             if name != "id" and column.count(column[0]) == len(column):
                 same[name] = column[0]
             else:
@@ -10264,9 +10271,9 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
-def call_fields(row: Row, number: Optional[int] = None) -> JsonObject:
+def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
-    found = {"row": number, **row._asdict()}
+    found = {"row": number, **fields}
     found["usd"] = format_usd(found.pop("picodollars") or 0)
     for name in ("stream", "estimated", "unpriced"):
         found[name] = bool(found[name])
@@ -10451,8 +10458,8 @@ class LedgerReader:
                 ranges = self.all_calls(execute)
             where = " AND ".join([where for _, where in conditions]) or "1"
             rows, following = self.look(execute, ranges, values, where, limit)
-        return {"calls": [call_fields(Row._make(row), number) for number, *row in rows],
-                "next": following}
+        return {"calls": [call_fields(dict(zip(COLUMN_NAMES, row)), number)
+                          for number, *row in rows], "next": following}
 
     @staticmethod
     def read_filters(filters):
@@ -11110,7 +11117,7 @@ def running_call(entry: Entry, clock: Any) -> JsonObject:
 
 def ended_call(entry: Entry) -> JsonObject:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
-    return {**call_fields(entry.as_row()), "key": entry.started}
+    return {**call_fields(entry.as_fields()), "key": entry.started}
 
 
 class Event:
@@ -11783,7 +11790,7 @@ class Traces(Watcher):
 
     def facts(self, entry):
         """Returns the row of a call, and what only spans tell."""
-        facts = {**entry.as_row()._asdict(), **self.kind(entry), "reasons": list(entry.reasons)}
+        facts = {**entry.as_fields(), **self.kind(entry), "reasons": list(entry.reasons)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
         if not entry.priced:
@@ -18469,7 +18476,7 @@ def read_usage(path, options, now):
     with contextlib.closing(Database(path, reading=True).connection) as connection:
         execute = connection.execute
         if options.id:
-            return Row._fields, find_call(execute, options.id)
+            return COLUMN_NAMES, find_call(execute, options.id)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
     found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))

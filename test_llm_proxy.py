@@ -8710,7 +8710,7 @@ class SumsTest(TableCase):
         found = self.reader.call("one")
         self.assertEqual((found["row"], found["usd"], found["team"]), (1, "0.5", "t"))
         self.assertEqual((found["estimated"], found["stream"]), (True, False))
-        fields = {"row", *llm_proxy.Row._fields} - {"picodollars"}
+        fields = {"row", *llm_proxy.COLUMN_NAMES} - {"picodollars"}
         self.assertEqual(found.keys(), fields)
         self.assertIs(self.reader.call("two"), None)
 
