@@ -10865,11 +10865,11 @@ class Ledger(Writer):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
         database, wall = self.database, wall_time(self.clock)
         try:
-            for _ in range(16):
-                if not (database.add_new() or database.add_older() or database.roll_up(wall)
-                        or database.list_ids()):
-                    self.sum_at = now + self.SUM_SECONDS
-                    break
+            while (database.add_new() or database.add_older() or database.roll_up(wall)
+                   or database.list_ids()):
+                if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
+                    return  # calls are to be written, too
+            self.sum_at = now + self.SUM_SECONDS
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
@@ -17130,13 +17130,14 @@ class ClientConnection:
 
 class LoopWatch:
     """Notices when something held the loop, and says so once a minute at most. The accepting thread
-    looks meanwhile at what that is."""
+    looks meanwhile at what that is. Where the process had hardly any CPU, it was the machine."""
     PERIOD = 0.25          # seconds, of looks at the loop, and what is too long
     REPORT_SECONDS = 60
 
     culprit = ""
     quiet_until = -math.inf
     thread = 0  # that of the loop, once it runs
+    used = 0.0  # seconds of CPU, until the last look
 
     def __init__(self, proxy: Proxy):
         self.loop = proxy.loop
@@ -17152,9 +17153,11 @@ class LoopWatch:
             self.metrics.held += late
             if now >= self.quiet_until:
                 self.quiet_until = now + self.REPORT_SECONDS
-                self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+                self.say("the event loop was held for %.2f s%s: the process had %.2f s of CPU" % (
+                    late, self.culprit, time.process_time() - self.used))
         self.metrics.sort_in()
         self.culprit = ""
+        self.used = time.process_time()
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
         self.timer = self.loop.call_at(self.due, self.tick)
