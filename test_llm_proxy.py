@@ -8705,6 +8705,17 @@ class SumsTest(TableCase):
         with self.assertRaises(llm_proxy.BadRequest):
             self.reader.calls(None, 5, {"slow": "1 OR 1"})
 
+    def test_calls_are_kept_in_order_whatever_they_have_in_common(self):
+        kept = []
+        for count in self.each((1, 2, 29, 1000)):
+            rows = [columns_of({"id": "one", "agent": "x" * count, "queue_ms": number or None,
+                                "team": "ab"[number % 2]}) for number in range(count)]
+            with self.database.transaction():
+                self.database.add(rows)
+            kept += rows
+            self.assertEqual(
+                self.database.connection.execute("SELECT * FROM calls").fetchall(), kept)
+
     def test_a_call_is_told_as_the_ledger_has_it_but_for_its_money(self):
         self.add({"id": "one", "estimated": 1, "picodollars": 5 * 10 ** 11, "team": "t"})
         found = self.reader.call("one")
