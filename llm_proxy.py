@@ -2522,8 +2522,12 @@ class Hold:
 
     def describe_charges(self) -> str:
         """Returns what every bucket was charged, for the books."""
-        return ";".join([f"{rule.text}={self.costs[rule.unit]}" for rule, _ in self.keyed_rules
-                         if self.costs[rule.unit]])
+        text = ""  # a list would cost as much again
+        for rule, _ in self.keyed_rules:
+            cost = self.costs[rule.unit]
+            if cost:
+                text += f";{rule.text}={cost}"
+        return text[1:]
 
     def __enter__(self):
         return self
@@ -9256,7 +9260,7 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
     "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
     "redacted TEXT").split(", "))
-Row = collections.namedtuple("Row", [name for name, _ in COLUMNS])
+COLUMN_NAMES = tuple([name for name, _ in COLUMNS])
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
@@ -9275,8 +9279,6 @@ SUM_COUNTS = {
     "calls": "1", "failed": FAILED, "limited": "outcome = 'limited'",
     **{name: name for name in (
         "input cached output reasoning estimated unpriced picodollars").split()}}
-# The columns of calls that this needs.
-ADDED = "time caller team tag served model upstream outcome ms".split() + [*SUM_COUNTS][3:]
 MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
@@ -9392,14 +9394,14 @@ class Entry:
     @property
     def redacted(self):
         """How much was found that must not leave, such as email=2,card=1."""
-        return ",".join(["%s=%d" % row for row in self.found.items()]) or None
+        return ",".join(["%s=%d" % row for row in self.found.items()]) if self.found else None
 
     def who(self) -> str:
         """Returns who calls, as books have it."""
         return self.caller.label if self.caller else self.address
 
-    def as_row(self) -> Row:
-        """Returns what the ledger keeps; usage is 0 where there was no answer."""
+    def as_row(self) -> Tuple:
+        """Returns what the ledger keeps, by COLUMNS; usage is 0 where there was no answer."""
         call = self.call
         hold = self.hold
         usage = self.usage or NO_USAGE
@@ -9410,14 +9412,18 @@ class Entry:
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
-        return Row._make(asked + (
+        return asked + (
             usage.input, usage.cached, usage.cache_write, usage.output,
             usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms, self.redacted))
+            self.connect_ms, self.redacted)
+
+    def as_fields(self) -> JsonObject:
+        """Returns the row by the names of its columns."""
+        return dict(zip(COLUMN_NAMES, self.as_row()))
 
     def state(self) -> str:
         """Returns where a running call stands."""
@@ -9445,12 +9451,11 @@ class Entry:
         tightest = self.hold and self.hold.tightest
         if not tightest:
             return nothing, nothing
-        cost = tightest.amount
-        return format_usd(cost) if tightest.rule.unit == USD else cost, tightest.remaining
+        return format_amount(tightest.rule, tightest.amount), tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
-        fields = self.as_row()._asdict()
+        fields = self.as_fields()
         fields["time"] = format_moment(self.wall)
         fields["model"] = fields["model"] and fields["model"][:80]
         fields["usd"] = format_usd(self.picodollars) if self.priced else None
@@ -9614,7 +9619,7 @@ class UsageLog(Log):
         super().__init__(open(file, "ab", buffering=0, closefd=path != "-"), as_json=True)
 
     def format(self, entry):
-        return json.dumps(entry.as_row()._asdict())
+        return json.dumps(entry.as_fields())
 
     def reopen(self):
         """Has the next lines go to a new file, where somebody has moved the old one."""
@@ -9664,19 +9669,25 @@ def exact_total(name: str) -> str:
     return "CAST(min(total(%s), 4e18) AS INTEGER)" % name
 
 
-# Adds SUM_COLUMNS to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+# Adds up calls. Of each sum it tells last whether an upstream has answered one of them.
 SUMMED_BY = ["start", *SUM_KEYS]
-SUM_COLUMNS = [*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"]
-ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH new(%s) AS (VALUES %%s) SELECT %d, %s, %s,
+SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0)),
+    max(outcome = 'ok' OR %s) FROM calls WHERE rowid > ? AND rowid <= ? GROUP BY %s""" % (
+        START, ", ".join(SUM_KEYS.values()), ", ".join(map(exact_total, SUM_COUNTS.values())),
+        " OR ".join([name + " > 0" for name in [*SUM_COUNTS][3:]]),
+        ", ".join([str(number) for number, _ in enumerate(SUMMED_BY, 1)]))
+# Adds such to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+SUM_COLUMNS = ", ".join([*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"])
+ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%s) AS (
+    SELECT %s, %s, min(first), max(last), max(slowest) FROM few GROUP BY %s) SELECT %d, %s, %s,
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
     FROM new LEFT JOIN sums AS old ON old.span = %d AND %s""" % (
-        ", ".join(SUM_COLUMNS), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
+        SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), ", ".join(map(exact_total, SUM_COUNTS)),
+        ", ".join(SUMMED_BY), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
         ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
                    for name in SUM_COUNTS]),
         QUARTER, " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
-
-
 # Makes a sum of a longer span from those of shorter ones in it.
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
@@ -9689,46 +9700,25 @@ FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
     AND chunk < (SELECT min(rowid) FROM calls) / %d"""
 FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
-ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
 
 
-class SumsOfCalls:
-    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models that got no answer go
-    by the name of `other`: whoever is refused may make up as many as they like. Beyond MOST_NAMES
-    all do."""
+class SumNames:
+    """Whose sums have names of their own. Beyond NAMES a quarter, callers and models that got no
+    answer go by the name of `other`: whoever is refused may make up as many as they like. Beyond
+    MOST_NAMES all do."""
     NAMES = 200
     MOST_NAMES = 2000
 
     def __init__(self):
         self.names = collections.defaultdict(set)  # by quarter and what they are of
 
-    def add_up(self, calls: Iterable[Tuple]) -> List[List[Union[int, str]]]:
-        """Takes rows of (rowid, *ADDED); returns rows of SUM_COLUMNS."""
-        groups = collections.defaultdict(list)
-        for key, rows in self.grouped(calls).items():
-            answered = any(outcome == "ok" or any(used) for _, outcome, _, *used in rows)
-            groups[self.named(key, answered)] += rows
+    def put(self, sums: Iterable[Sequence]) -> List[List[Union[int, str]]]:
+        """Takes rows of SUMS_OF_CALLS; returns rows of SUM_COLUMNS."""
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        return [[*key, *self.counts(rows)] for key, rows in groups.items()]
-
-    @staticmethod
-    def counts(rows):
-        numbers, outcomes, waits, *used = zip(*rows)
-        failed = sum([outcome not in PASSED for outcome in outcomes])
-        return [len(rows), failed, outcomes.count("limited"), *[
-            min(MOST, sum(filter(None, column))) for column in used],
-            min(numbers), max(numbers), max(waits)]
-
-    @staticmethod
-    def grouped(calls):
-        groups = collections.defaultdict(list)
-        for number, end, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
-            key = (int((end or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
-                   served or model or "-", upstream or "-")
-            groups[key].append((number, outcome, ms or 0, *used))
-        return groups
+        key = len(SUMMED_BY)
+        return [[*self.named(row[:key], answered), *row[key:]] for *row, answered in sums]
 
     def named(self, key, answered):
         """Returns the key of a sum, with names that are told apart."""
@@ -9777,7 +9767,9 @@ class Database:
     MOST_VALUES = 999           # of a statement, before SQLite 3.32
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
     CHUNK = 8192                # calls whose ids are listed together, by their order
-    BATCH = 500                 # calls that are added up at once
+    MOST_ROWS = 400             # of a statement, less than SQLite's most arms of a compound one
+    BATCH = 5000                # calls that are added up at once,
+    FORGOTTEN = 500             # and that are removed
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -9818,9 +9810,7 @@ class Database:
         self.path = path
         self.lock = lock
         self.shared = shared
-        self.sums = SumsOfCalls()
-        self.fresh: List[Tuple] = []  # what is yet to be added up of the last calls,
-        self.behind = True            # of which there may be more in the file
+        self.names = SumNames()
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -9875,7 +9865,7 @@ class Database:
                 if "unable to open" in str(failure) or "locked" in str(failure):
                     raise
                 columns = ()
-        if not columns or columns != Row._fields[:len(columns)]:
+        if not columns or columns != COLUMN_NAMES[:len(columns)]:
             raise DatabaseFault("%s is damaged, or of another version; it was left as it is"
                                 % self.path)
 
@@ -9904,57 +9894,56 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    def insert(self, statement, rows):
+    def insert(self, statement, rows, *values):
         """Does this with many rows, a few dozen by one statement: after each, this thread must wait
-        for the interpreter again."""
+        for the interpreter again. `values` are for its marks before the rows."""
         width = len(rows[0]) if rows else 1
         marks = "(%s)" % ",".join("?" * width)
-        for start in range(0, len(rows), self.MOST_VALUES // width):
-            batch = rows[start:start + self.MOST_VALUES // width]
-            self.connection.execute(statement % ",".join([marks] * len(batch)),
-                                    list(itertools.chain(*batch)))
+        most = min((self.MOST_VALUES - len(values)) // width, self.MOST_ROWS)
+        for start in range(0, len(rows), most):
+            batch = rows[start:start + most]
+            self.connection.execute(statement.replace("%s", ",".join([marks] * len(batch))),
+                                    [*values, *itertools.chain.from_iterable(batch)])
 
-    def add(self, rows) -> List[Tuple]:
-        """Inserts calls; returns what is added up of them."""
-        self.insert("INSERT INTO calls VALUES %s", rows)
-        (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
-        first = (last or 0) - len(rows) + 1
-        return [] if self.shared else [
-            (number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
+    def add(self, rows: Sequence[Tuple]):
+        """Inserts calls. What is the same in all of them is given once, because each value costs
+        more than its place in the row."""
+        same, names, columns = {}, [], []
+        for name, column in zip(COLUMN_NAMES, zip(*rows)):
+            if name != "id" and column.count(column[0]) == len(column):
+                same[name] = column[0]
+            else:
+                names.append(name)
+                columns.append(column)
+        self.insert("INSERT INTO calls (%s) SELECT %s* FROM (VALUES %%s)" % (
+            ", ".join([*same, *names]), "?, " * len(same)), list(zip(*columns)), *same.values())
 
     # -- sums, and the list of ids; each of these does a little, and returns whether it did
 
     def add_new(self) -> bool:
         """Adds calls to the sums that came since the last time."""
         summed = self.facts["summed"]
-        if self.behind or self.fresh and self.fresh[0][0] != summed + 1:
-            self.fresh = self.added("rowid > ? ORDER BY rowid LIMIT ?", summed, self.BATCH)
-            self.behind = self.shared or len(self.fresh) == self.BATCH
-        rows, rest = self.fresh[:self.BATCH], self.fresh[self.BATCH:]
-        if rows:
-            self.add_up(rows, "summed", rows[-1][0])
-        self.fresh = rest
-        return bool(rows)
+        (last,), = self.connection.execute(
+            "SELECT max(rowid) FROM (SELECT rowid FROM calls WHERE rowid > ? ORDER BY rowid"
+            " LIMIT ?)", (summed, self.BATCH)).fetchall()
+        if last is not None:
+            self.add_up(summed, last, summed=last)
+        return last is not None
 
     def add_older(self) -> bool:
         """Adds calls of an older version, which had no sums, the newest first."""
         last = self.facts["unsummed"]
         if last:
             first = max(0, last - self.BATCH)
-            self.add_up(self.added("rowid > ? AND rowid <= ?", first, last), "unsummed", first)
+            self.add_up(first, last, unsummed=first)
         return bool(last)
 
-    def added(self, where, *values):
-        return self.connection.execute("SELECT rowid, %s FROM calls WHERE %s" % (
-            ", ".join(ADDED), where), values).fetchall()
-
-    def add_up(self, calls, fact, value):
-        """Adds calls to the sums, and notes that."""
-        sums = self.sums.add_up(calls)
+    def add_up(self, first, last, **facts):
+        """Adds the calls after `first`, up to `last`, to the sums, and notes that."""
+        sums = self.names.put(self.connection.execute(SUMS_OF_CALLS, (first, last)).fetchall())
         rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
         with self.transaction():
             self.insert(ADD_TO_SUMS, sums)
-            facts = {fact: value}
             if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
                 facts["rolled"] = rolled
             self.note(**facts)
@@ -10148,10 +10137,10 @@ class Database:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
         whether there may be more."""
         execute = self.connection.execute
-        calls = execute(FORGET_CALLS % self.BATCH, (before,)).rowcount
+        calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
         others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
             execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
-        return calls >= self.BATCH or any(others)
+        return calls >= self.FORGOTTEN or any(others)
 
 
 class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
@@ -10266,9 +10255,9 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
-def call_fields(row: Row, number: Optional[int] = None) -> JsonObject:
+def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
-    found = {"row": number, **row._asdict()}
+    found = {"row": number, **fields}
     found["usd"] = format_usd(found.pop("picodollars") or 0)
     for name in ("stream", "estimated", "unpriced"):
         found[name] = bool(found[name])
@@ -10453,8 +10442,8 @@ class LedgerReader:
                 ranges = self.all_calls(execute)
             where = " AND ".join([where for _, where in conditions]) or "1"
             rows, following = self.look(execute, ranges, values, where, limit)
-        return {"calls": [call_fields(Row._make(row), number) for number, *row in rows],
-                "next": following}
+        return {"calls": [call_fields(dict(zip(COLUMN_NAMES, row)), number)
+                          for number, *row in rows], "next": following}
 
     @staticmethod
     def read_filters(filters):
@@ -10860,11 +10849,11 @@ class Ledger(Writer):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
         database, wall = self.database, wall_time(self.clock)
         try:
-            for _ in range(16):
-                if not (database.add_new() or database.add_older() or database.roll_up(wall)
-                        or database.list_ids()):
-                    self.sum_at = now + self.SUM_SECONDS
-                    break
+            while (database.add_new() or database.add_older() or database.roll_up(wall)
+                   or database.list_ids()):
+                if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
+                    return  # calls are to be written, too
+            self.sum_at = now + self.SUM_SECONDS
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
@@ -10970,14 +10959,12 @@ class Ledger(Writer):
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
         with self.database.transaction():
-            added = self.database.add([entry.as_row() for entry in entries])
+            self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 self.forget_old(now)
-        if len(self.database.fresh) < self.ROOM:
-            self.database.fresh += added
         self.saved = levels
         for _ in things:
             self.stored.unsaved.popleft()
@@ -11114,7 +11101,7 @@ def running_call(entry: Entry, clock: Any) -> JsonObject:
 
 def ended_call(entry: Entry) -> JsonObject:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
-    return {**call_fields(entry.as_row()), "key": entry.started}
+    return {**call_fields(entry.as_fields()), "key": entry.started}
 
 
 class Event:
@@ -11787,7 +11774,7 @@ class Traces(Watcher):
 
     def facts(self, entry):
         """Returns the row of a call, and what only spans tell."""
-        facts = {**entry.as_row()._asdict(), **self.kind(entry), "reasons": list(entry.reasons)}
+        facts = {**entry.as_fields(), **self.kind(entry), "reasons": list(entry.reasons)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
         if not entry.priced:
@@ -17120,13 +17107,14 @@ class ClientConnection:
 
 class LoopWatch:
     """Notices when something held the loop, and says so once a minute at most. The accepting thread
-    looks meanwhile at what that is."""
+    looks meanwhile at what that is. Where the process had hardly any CPU, it was the machine."""
     PERIOD = 0.25          # seconds, of looks at the loop, and what is too long
     REPORT_SECONDS = 60
 
     culprit = ""
     quiet_until = -math.inf
     thread = 0  # that of the loop, once it runs
+    used = 0.0  # seconds of CPU, until the last look
 
     def __init__(self, proxy: Proxy):
         self.loop = proxy.loop
@@ -17142,9 +17130,11 @@ class LoopWatch:
             self.metrics.held += late
             if now >= self.quiet_until:
                 self.quiet_until = now + self.REPORT_SECONDS
-                self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+                self.say("the event loop was held for %.2f s%s: the process had %.2f s of CPU" % (
+                    late, self.culprit, time.process_time() - self.used))
         self.metrics.sort_in()
         self.culprit = ""
+        self.used = time.process_time()
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
         self.timer = self.loop.call_at(self.due, self.tick)
@@ -18465,7 +18455,7 @@ def read_usage(path, options, now):
     with contextlib.closing(Database(path, reading=True).connection) as connection:
         execute = connection.execute
         if options.id:
-            return Row._fields, find_call(execute, options.id)
+            return COLUMN_NAMES, find_call(execute, options.id)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
     found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))

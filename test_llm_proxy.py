@@ -8578,7 +8578,7 @@ class SumsTest(TableCase):
     def add(self, *rows):
         """Adds calls, and these to the sums."""
         with self.database.transaction():
-            self.database.fresh += self.database.add(list(map(columns_of, rows)))
+            self.database.add(list(map(columns_of, rows)))
         while self.database.add_new():
             pass
 
@@ -8743,12 +8743,23 @@ class SumsTest(TableCase):
         with self.assertRaises(llm_proxy.BadRequest):
             self.reader.calls(None, 5, {"slow": "1 OR 1"})
 
+    def test_calls_are_kept_in_order_whatever_they_have_in_common(self):
+        kept = []
+        for count in self.each((1, 2, 29, 1000)):
+            rows = [columns_of({"id": "one", "agent": "x" * count, "queue_ms": number or None,
+                                "team": "ab"[number % 2]}) for number in range(count)]
+            with self.database.transaction():
+                self.database.add(rows)
+            kept += rows
+            self.assertEqual(
+                self.database.connection.execute("SELECT * FROM calls").fetchall(), kept)
+
     def test_a_call_is_told_as_the_ledger_has_it_but_for_its_money(self):
         self.add({"id": "one", "estimated": 1, "picodollars": 5 * 10 ** 11, "team": "t"})
         found = self.reader.call("one")
         self.assertEqual((found["row"], found["usd"], found["team"]), (1, "0.5", "t"))
         self.assertEqual((found["estimated"], found["stream"]), (True, False))
-        fields = {"row", *llm_proxy.Row._fields} - {"picodollars"}
+        fields = {"row", *llm_proxy.COLUMN_NAMES} - {"picodollars"}
         self.assertEqual(found.keys(), fields)
         self.assertIs(self.reader.call("two"), None)
 
@@ -8809,7 +8820,7 @@ class SumsTest(TableCase):
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
-        with mock.patch.object(llm_proxy.SumsOfCalls, "NAMES", 5):
+        with mock.patch.object(llm_proxy.SumNames, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
                           "input": 0, "cached": 0, "output": 0, "picodollars": 0,
@@ -8820,7 +8831,7 @@ class SumsTest(TableCase):
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
 
-        with mock.patch.object(llm_proxy.SumsOfCalls, "MOST_NAMES", 8):
+        with mock.patch.object(llm_proxy.SumNames, "MOST_NAMES", 8):
             self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
         found = self.reader.totals("model", self.DAY, self.DAY + 900)
         self.assertEqual((len(found), found["other"].calls), (9, 22))
@@ -8858,8 +8869,10 @@ class SumsTest(TableCase):
     def test_days_are_added_up_before_ids_are_listed_so_that_pages_are_quick_soon(self):
         self.add(*({"time": self.DAY + hour * 3600, "id": str(hour)} for hour in range(10)))
         self.database.CHUNK = 1
-        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9)
-        llm_proxy.Ledger.add_up(types.SimpleNamespace(database=self.database, clock=clock), 0)
+        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9,
+                                      monotonic=itertools.count(1).__next__)
+        llm_proxy.Ledger.add_up(types.SimpleNamespace(
+            database=self.database, clock=clock, PAUSE=16, stop=threading.Event()), 0)
         self.assertEqual((self.database.facts["rolled"], self.database.facts["listed"]),
                          (self.DAY + 10 * 3600, 6))
 
@@ -13618,7 +13631,8 @@ class ServerTest(ServerCase):
         self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
-        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d")
+        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d+:"
+                          r" the process had 0\.\d\d s of CPU")
 
         def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
