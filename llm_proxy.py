@@ -4773,6 +4773,10 @@ class Dialect:
             elif type(value) is str and "" in tree:
                 yield block, way
 
+    def block_keys(self) -> Collection[str]:
+        """Returns the keys of what says to which block a text belongs, and whether that ends."""
+        return ("index", "type", "error", self.LAST_KEY, self.REASON[1], *self.BLOCK_NUMBERS)
+
     def block_numbers(self, payload):
         found = [payload.get(name) for name in self.BLOCK_NUMBERS]
         return tuple([number if type(number) is int else None for number in found])
@@ -5874,6 +5878,10 @@ class Editor:
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
             return data
+        end = self.events.ends[0]
+        if data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
+                self.events.at_boundary(data)):
+            return self.edited(data)  # one event, as nearly always
         begin = self.events.last_end(data, first)
         events = self.events.cut(data[begin:])
         if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
@@ -6203,14 +6211,15 @@ class Finding(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How what must not leave looks: `mark` stands in each text that holds one, `search` takes
-    linear time, and `check` returns where what it found ends, 0 where that is none. In so many
-    characters as `step` says it is searched for at once."""
+    """How what must not leave looks: `mark` stands in each text that holds one, and so does a match
+    of `hint`; `search` takes linear time, and `check` returns where what it found ends, 0 where
+    that is none. In so many characters as `step` says it is searched for at once."""
     kind: str
     mark: str
     search: "re.Pattern[str]"
     check: Callable[["re.Match[str]"], int]
     step: int = 1 << 16
+    hint: str = ""
 
 
 URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
@@ -6355,12 +6364,14 @@ def end_of_ipv6(match: "re.Match[str]") -> int:
     return match.end() if match[0].count(":") <= 7 else 0
 
 
-def shape(kind, pattern, check=re.Match.end, mark=""):
+def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
     """Returns a Shape. A search for one character of a set is ten times as fast as one for what
     looks around: patterns begin with a character, and look back from behind it."""
-    return Shape(kind, mark, re.compile(pattern, re.ASCII | re.VERBOSE), check)
+    search = re.compile(pattern, re.ASCII | re.VERBOSE)
+    return Shape(kind, mark, search, check, hint=hint or re.escape(mark))
 
 
+LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
     shape("email", r"""
         [A-Za-z0-9_](?<![A-Za-z0-9_].)[A-Za-z0-9_.%+'-]{0,63}
@@ -6368,23 +6379,25 @@ SHAPES = (
         (?![A-Za-z0-9(]|[._-][A-Za-z0-9])""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
-        (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card),
+        (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card, hint="[0-9]{4}"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)[0-9]{3}
         (?:(?<![0-9]{4}[ ][0-9]{4}[ ].{4})(?=(?:[ ][0-9]{4}){2}[ ][0-9])
-        |(?<![0-9]{4}-[0-9]{4}-.{4})(?=(?:-[0-9]{4}){2}-[0-9]))""", end_of_card_groups),
+        |(?<![0-9]{4}-[0-9]{4}-.{4})(?=(?:-[0-9]{4}){2}-[0-9]))""", end_of_card_groups,
+          hint="[0-9]{4}"),
     shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
-          end_of_iban),
+          end_of_iban, hint="[A-Z]{2}[0-9]{2}"),
     shape("phone", PHONES + "(?<=[0-9]{2})(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)
-        -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-"),
+        -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-",
+          hint="[0-9]{4}"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)  # in no row of short numbers
         (?<![^0-9][0-9][ ]...)(?<![^0-9][0-9]{2}[ ]...)(?<![^0-9][0-9]{3}[ ]...)
         [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
-        (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))"""),
-    shape("ip", IPV4, mark="."),
-    shape("ip", IPV6, end_of_ipv6, ":"),
+        (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))""", hint="[0-9]{4}"),
+    shape("ip", IPV4, mark=".", hint=r"[0-9]\.[0-9]"),
+    shape("ip", IPV6, end_of_ipv6, ":", "[0-9a-f]:"),
     shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
-        "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()])),
+        "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()]), hint=LONG_WORD),
     shape("secrets", PRIVATE_KEY, mark="PRIVATE KEY"),
 )
 
@@ -6405,7 +6418,7 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 
     odd = [re.escape(key) for key in sorted(keys, key=len, reverse=True)
            if len(key) >= SHORTEST_KEY and not re.fullmatch(KEY_WORD, key)]
-    found = [shape("secrets", KEY_WORD, end)]
+    found = [shape("secrets", KEY_WORD, end, hint=LONG_WORD)]
     return found + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
 
 
@@ -6421,11 +6434,14 @@ class Redactor:
         """`patterns` stand for what is looked for in any case."""
         self.shapes = [one for one in SHAPES if one.kind in kinds]
         self.shapes += [
-            shape("phone", r"(?<![A-Za-z0-9_+.-])(?:%s)(?![A-Za-z0-9_:-])" % pattern, end_of_phone)
+            shape("phone", r"(?<![A-Za-z0-9_+.-])(?:%s)(?![A-Za-z0-9_:-])" % pattern, end_of_phone,
+                  hint="[0-9]{2}")
             for names, pattern in NATIONAL_PHONES.items()
             if "phone" in kinds and not set(countries).isdisjoint(names.split())]
         self.shapes += patterns
         self.allow = [glob.lower() for glob in allow]
+        hints = {one.hint for one in self.shapes}
+        self.may_hold = re.compile("" if "" in hints else "|".join(sorted(hints)) or "(?!)").search
 
     def find(self, text: str) -> List[Finding]:
         """Returns what must not leave of a text, in order; nothing overlaps."""
@@ -6435,6 +6451,8 @@ class Redactor:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
         end = 0
         large = len(text) > self.LARGE
+        if not (large or self.may_hold(text)):  # as nearly always
+            return
         for start in range(0, len(text), self.SLICE):
             found = []
             for one in self.shapes:
@@ -6637,8 +6655,10 @@ class Restorer:
     ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
     # What may become a placeholder, at the end of a text
     BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
-    # The last word, and groups of a number before it, backwards
-    WORDS = re.compile(r"\S*(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9][0-9A-Z()+.-]{0,33}))*")
+    # The last word, of ASCII or of any letters, and groups of a number before it, backwards
+    WORDS, ANY_WORDS = [
+        re.compile(r"%s*(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9][0-9A-Z()+.-]{0,33}))*" % letter)
+        for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
@@ -6647,6 +6667,8 @@ class Restorer:
         self.masks = masks
         self.redactor = redactor
         self.room = self.MAX_VALUES
+        may_hold_all = redactor and redactor.may_hold("")
+        self.words = self.ANY_WORDS if may_hold_all else self.WORDS
         self.before_json = re.compile(
             b'"(?:%b)"\\s{0,9}:\\s{0,9}"\\Z' % "|".join(json_texts).encode())
 
@@ -6655,6 +6677,11 @@ class Restorer:
         if self.redactor and text:
             text = self.without_values(text, self.found(text, is_json))
         return self.with_values(text, is_json)
+
+    def may_change(self, text: str, is_json: bool) -> bool:
+        """Returns whether `restore` may return another text."""
+        return "[[" in text or bool(
+            self.redactor.may_hold(text) and self.found(text, is_json))
 
     def with_values(self, text, is_json):
         if "[[" not in text:
@@ -6702,7 +6729,7 @@ class Restorer:
         begin = begun.start() if begun else len(text)
         if not self.redactor:
             return begin
-        words = self.WORDS.match(text[:-self.MAX_WORDS - 1:-1])
+        words = self.words.match(text[:-self.MAX_WORDS - 1:-1])
         return min(begin, len(text) - words.end())
 
     def restore_json(self, data: bytes) -> bytes:
@@ -6737,38 +6764,69 @@ class Restorer:
 
 
 class TextBlock:
-    """A block of text as it comes: the end that may become a placeholder waits for the next piece,
+    """A block of text as it comes: the end that may become something else waits for the next piece,
     and goes on with it or at the block's end."""
 
-    def __init__(self, restorer: Restorer, is_json: bool = False):
-        self.restorer = restorer
-        self.is_json = is_json
+    def __init__(self, edit: "Unmasking", block: Block):
+        self.edit = edit
+        self.block = block
+        self.restorer = edit.restorer
+        self.is_json = edit.dialect.is_json_text(block)
         self.held = ""
-        self.event = b""    # the last that had text of it,
-        self.way: Way = []  # and where
+        self.whole: List[Tuple[bytes, str]] = []  # events that wait with it, and their texts,
+        self.event = b""                          # or the last that had text of it
 
-    def feed(self, text: str, is_end: bool = False) -> str:
-        """Returns what goes on: all of it at the end of the block."""
-        text = self.held + text
+    def wait(self, event: bytes, came: str) -> Optional[bytes]:
+        """Has an event wait as a whole that has no more than a word; returns what goes on as it
+        came, None where more than that must be changed."""
+        before = len(self.held)
+        text = self.held + came
+        begin = self.restorer.waiting(text)
+        passed = b""
+        if len(came.split()) > 1 or len(event) * len(self.whole) > self.edit.MAX_EVENT:
+            return None
+        if (self.held and not self.whole) or self.restorer.may_change(text[:begin], self.is_json):
+            if begin < before or text[before:begin].strip():
+                return None
+            passed = self.rest()
+            text = came
+            begin -= before
+            self.whole = []
+        self.whole.append((event, came))
+        while self.whole and len(self.whole[0][1]) <= begin:
+            event, came = self.whole.pop(0)
+            begin -= len(came)
+            text = text[len(came):]
+            passed += event
+        self.held = text
+        return passed
+
+    def feed(self, event: bytes, came: str, is_end: bool) -> str:
+        """Returns what of the text goes on in this event: all of it at the end of the block."""
+        text = self.held + came
         begin = len(text) if is_end else self.restorer.waiting(text)
         self.held = text[begin:]
+        self.event = event
         return self.restorer.restore(text[:begin], self.is_json)
 
-    def last_event(self, texts: Collection[str]) -> JsonObject:
-        """Returns the payload of an event with the rest, and nothing else of what the last one
-        said, of which clients add up the strings of deltas; `texts` are the keys of texts."""
-        value: Any = self.feed("", True)
-        keys = [key for _, key in self.way]
-        for depth in reversed(range(len(keys))):
-            holder = self.way[depth][0]
-            if type(holder) is list:
-                value = [value]
-                continue
-            dropped = (str, list, dict) if "delta" in keys[:depth] else dict
-            facts = {key: [] if type(one) is list else one for key, one in holder.items()
-                     if key == "type" or not (isinstance(one, dropped) or key in texts)}
-            value = {**facts, keys[depth]: value}
-        return value
+    def emptied(self) -> bytes:
+        """Returns the events that wait, to go on before another one; the text waits without
+        them."""
+        events = [event for event, _ in self.whole]
+        self.event = events[-1] if events else self.event
+        self.whole = []
+        return b"".join([self.edit.with_text(event, self.block, "") for event in events])
+
+    def rest(self) -> bytes:
+        """Returns what waits, as events."""
+        text = self.restorer.restore(self.held, self.is_json)
+        if not self.whole:
+            return self.edit.with_text(self.event, self.block, text, True)
+        if text == self.held:
+            return b"".join([event for event, _ in self.whole])
+        texts = [text] + [""] * len(self.whole)
+        return b"".join([self.edit.with_text(event, self.block, text)
+                         for (event, _), text in zip(self.whole, texts)])
 
 
 def is_beside(block: Block, other: Block) -> bool:
@@ -6778,13 +6836,72 @@ def is_beside(block: Block, other: Block) -> bool:
     return block != other and all(map(operator.eq, *numbers))
 
 
+def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
+    """Returns the payload of an event with a value, and nothing else of what the one said that had
+    it, of which clients add up the strings of deltas; `texts` are the keys of texts."""
+    keys = [key for _, key in way]
+    for depth in reversed(range(len(keys))):
+        holder = way[depth][0]
+        if type(holder) is list:
+            value = [value]
+            continue
+        dropped = (str, list, dict) if "delta" in keys[:depth] else dict
+        facts = {key: [] if type(one) is list else one for key, one in holder.items()
+                 if key == "type" or not (isinstance(one, dropped) or key in texts)}
+        value = {**facts, keys[depth]: value}
+    return value
+
+
+def value_at(way):
+    holder, key = way[-1]
+    return holder[key]
+
+
+UsualEvent = Callable[[bytes], Optional[str]]
+SPELLED = rb'"(?:[^"\\]|\\.)*"'
+# A key and a value of JSON which may be another one in the next event
+FACT = re.compile(rb'"([^"\\]*)"\s*:\s*("[^"\\]+"|[0-9][0-9.]*)')
+
+
+def usual_event(event: bytes, key: str, fixed: Collection[str]) -> Optional[UsualEvent]:
+    """Returns what reads the text at a key in events that say the same as this one does, but for
+    ids, times and counts, without reading their JSON: it returns None for others. At the keys
+    `fixed` stands what is the same."""
+    places = list(re.finditer(rb'"%b"\s*:\s*(%b)' % (key.encode(), SPELLED), event))
+    around = [event[:places[0].start(1)], event[places[0].end(1):]] if len(places) == 1 else []
+    if not around or b"\\" in b"".join(around):
+        return None
+    pattern = b"(%b)" % SPELLED
+    match = re.compile(pattern.join([varied(data, fixed) for data in around])).fullmatch
+
+    def read(event):
+        found = match(event)
+        with contextlib.suppress(ValueError):
+            return found and json.loads(found[1])
+
+    return read
+
+
+def varied(data, fixed):
+    """Returns an expression for a part of an event, of which the facts may be others."""
+    pieces = []
+    last = 0
+    for fact in FACT.finditer(data):
+        if fact[1].decode() not in fixed:
+            other = rb'"[^"\\]+"' if fact[2][:1] == b'"' else b"[0-9][0-9.]*"
+            pieces += re.escape(data[last:fact.start(2)]), other
+            last = fact.end(2)
+    return b"".join((*pieces, re.escape(data[last:])))
+
+
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
     MAX_HELD = 1 << 16
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
-    MAX_EVENT = 1 << 16   # each with an event of so many bytes
+    MAX_EVENT = 1 << 16   # each with events of so many bytes
+    MAX_LEARNED = 4       # usual events: a new one takes half a millisecond
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -6792,6 +6909,9 @@ class Unmasking(Edit):
         self.events = events
         self.restorer = restorer
         self.blocks: Dict[Block, TextBlock] = {}  # those of which something waits
+        self.usual: Optional[UsualEvent] = None
+        self.usual_block: Block = ()
+        self.left_to_learn = self.MAX_LEARNED
 
     def find(self, data: bytes) -> int:
         if self.blocks or self.restorer.redactor:
@@ -6800,46 +6920,86 @@ class Unmasking(Edit):
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
 
     def apply(self, event: bytes) -> bytes:
+        came = self.usual and self.usual(event)
+        passed = self.wait(self.usual_block, event, came) if came else None
+        return self.apply_slowly(event) if passed is None else passed
+
+    def apply_slowly(self, event):
         payload = self.events.payload(event) if self.events else {}
-        if not payload:
-            is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
-            return (self.end() if is_last else b"") + self.restorer.restore_json(event)
         texts = list(self.dialect.texts(payload))
-        before = [self.let_go(block) for block in list(self.blocks)
-                  if self.has_ended(block, payload, texts)]
-        changed = [self.put(block, way, payload, event) for block, way in texts]
-        if True in changed:
+        before = b"".join([self.let_go(block) for block in list(self.blocks)
+                           if self.has_ended(block, payload, texts)])
+        said = [value_at(way) for _, way in texts]
+        if len(said) == 1 and self.restorer.redactor and (
+                not self.dialect.ends_block(payload, texts[0][0])):
+            passed = self.wait(texts[0][0], event, said[0])
+            if passed is not None:
+                self.learn(event, *texts[0])
+                return before + passed
+        if not payload and self.events and self.events.all_data(event).strip() == LAST_DATA:
+            before += self.end()
+        before += b"".join([text.emptied() for text in self.blocks.values()])
+        for block, way in texts:
+            self.put(block, way, payload, event)
+        if said != [value_at(way) for _, way in texts]:
             event = self.events.replaced(event, to_json_bytes(payload))
         if not texts or not self.restorer.redactor:
             event = self.restorer.restore_json(event)
-        return b"".join((*before, event))
+        return before + event
+
+    def learn(self, event, block, way):
+        """Takes an event for the usual one."""
+        if self.left_to_learn:
+            self.left_to_learn -= 1
+            self.usual = usual_event(event, way[-1][1], self.dialect.block_keys())
+            self.usual_block = block
+
+    def wait(self, block, event, came):
+        """Does so with the text of an event, where no other block waits; returns as TextBlock."""
+        if len(self.blocks) > (block in self.blocks):
+            return None
+        text = self.blocks.get(block) or TextBlock(self, block)
+        passed = text.wait(event, came)
+        if text.held:
+            self.blocks[block] = text
+        else:
+            self.blocks.pop(block, None)
+        return passed
 
     def has_ended(self, block, payload, texts):
         """Returns whether an event has no place for the rest of a block that has ended."""
         if block in [other for other, _ in texts]:
             return False
         return self.dialect.ends_block(payload, block) or any(
-            [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
+            [is_beside(block, other) and value_at(way) for other, way in texts])
 
     def put(self, block, way, payload, event):
-        """Puts what goes on of a text into its event; returns whether that is another."""
-        text = self.blocks.pop(block, None) or TextBlock(
-            self.restorer, self.dialect.is_json_text(block))
+        """Puts what goes on of a text into its event."""
+        text = self.blocks.pop(block, None) or TextBlock(self, block)
         holder, key = way[-1]
-        came = holder[key]
         is_end = len(event) > self.MAX_EVENT or len(self.blocks) >= self.MAX_BLOCKS or (
             self.dialect.ends_block(payload, block))
-        holder[key] = text.feed(came, is_end)
+        holder[key] = text.feed(event, holder[key], is_end)
         if text.held:
-            text.event, text.way = event, way
             self.blocks[block] = text
-        return holder[key] != came
+
+    def with_text(self, event: bytes, block: Block, text: str, again: bool = False) -> bytes:
+        """Returns an event with another text of a block; `again`: with what clients want of it for
+        that, if it has passed."""
+        payload = self.events.payload(event)
+        ways = [way for other, way in self.dialect.texts(payload) if other == block]
+        if not ways:
+            return b""
+        holder, key = ways[0][-1]
+        holder[key] = text
+        if again:
+            payload = rest_of_event(text, ways[0], self.dialect.TEXT_KEYS)
+            return self.events.again(event, to_json_bytes(payload))
+        return self.events.replaced(event, to_json_bytes(payload))
 
     def let_go(self, block):
-        """Returns an event with the rest of a block."""
-        text = self.blocks.pop(block)
-        payload = text.last_event(self.dialect.TEXT_KEYS)
-        return self.events.again(text.event, to_json_bytes(payload))
+        """Returns events with the rest of a block."""
+        return self.blocks.pop(block).rest()
 
     def end(self) -> bytes:
         return b"".join(map(self.let_go, list(self.blocks)))
