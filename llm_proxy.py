@@ -6657,7 +6657,7 @@ class Restorer:
     BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
     WORDS, ANY_WORDS = [
-        re.compile(r"%s*(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9][0-9A-Z()+.-]{0,33}))*" % letter)
+        re.compile("{0}*(?: (?:[A-Z]{{4}}|[A-Z().-]{{0,3}}[0-9]){0}*)*".format(letter))
         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
 
