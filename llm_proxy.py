@@ -6656,9 +6656,9 @@ class Restorer:
     # What may become a placeholder, at the end of a text
     BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
-    WORDS, ANY_WORDS = [
-        re.compile("{0}*(?: (?:[A-Z]{{4}}|[A-Z().-]{{0,3}}[0-9]){0}*)*".format(letter))
-        for letter in ("[!-~]", r"\S")]
+    WORDS, ANY_WORDS = [re.compile(
+        "%s*(?:(?<![a-z])(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9])[!-`{-~]*)+%s*)?" % (letter, letter))
+                        for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
@@ -6674,14 +6674,9 @@ class Restorer:
 
     def restore(self, text: str, is_json: bool = False) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that."""
-        if self.redactor and text:
+        if self.redactor and self.redactor.may_hold(text):
             text = self.without_values(text, self.found(text, is_json))
         return self.with_values(text, is_json)
-
-    def may_change(self, text: str, is_json: bool) -> bool:
-        """Returns whether `restore` may return another text."""
-        return "[[" in text or bool(
-            self.redactor.may_hold(text) and self.found(text, is_json))
 
     def with_values(self, text, is_json):
         if "[[" not in text:
@@ -6764,76 +6759,23 @@ class Restorer:
 
 
 class TextBlock:
-    """A block of text as it comes: the end that may become something else waits for the next piece,
+    """A block of text as it comes: the end that may become a placeholder waits for the next piece,
     and goes on with it or at the block's end."""
 
-    def __init__(self, edit: "Unmasking", block: Block):
-        self.edit = edit
-        self.block = block
-        self.restorer = edit.restorer
-        self.is_json = edit.dialect.is_json_text(block)
+    def __init__(self, restorer: Restorer, is_json: bool = False):
+        self.restorer = restorer
+        self.is_json = is_json
         self.held = ""
-        self.whole: List[Tuple[bytes, str]] = []  # events that wait with it, and their texts,
-        self.event = b""                          # or the last that had text of it
+        self.event = b""  # the last that had text of it
 
-    def wait(self, event: bytes, came: str) -> Optional[bytes]:
-        """Has an event wait as a whole that has no more than a word; returns what goes on as it
-        came, None where more than that must be changed."""
-        before = len(self.held)
-        text = self.held + came
-        begin = self.restorer.waiting(text)
-        passed = b""
-        if len(came.split()) > 1 or len(event) * len(self.whole) > self.edit.MAX_EVENT:
-            return None
-        if (self.held and not self.whole) or self.restorer.may_change(text[:begin], self.is_json):
-            if begin < before or text[before:begin].strip():
-                return None
-            passed = self.rest()
-            text = came
-            begin -= before
-            self.whole = []
-        self.whole.append((event, came))
-        while self.whole and len(self.whole[0][1]) <= begin:
-            event, came = self.whole.pop(0)
-            begin -= len(came)
-            text = text[len(came):]
-            passed += event
-        self.held = text
-        return passed
-
-    def feed(self, event: bytes, came: str, is_end: bool) -> str:
-        """Returns what of the text goes on in this event: all of it at the end of the block."""
-        text = self.held + came
+    def feed(self, text: str, event: bytes, is_end: bool = False) -> str:
+        """Returns what goes on in an event that has more text: all of it at the end of the
+        block."""
+        text = self.held + text
         begin = len(text) if is_end else self.restorer.waiting(text)
         self.held = text[begin:]
         self.event = event
         return self.restorer.restore(text[:begin], self.is_json)
-
-    def emptied(self) -> bytes:
-        """Returns the events that wait, to go on before another one; the text waits without
-        them."""
-        events = [event for event, _ in self.whole]
-        self.event = events[-1] if events else self.event
-        self.whole = []
-        return b"".join([self.edit.with_text(event, self.block, "") for event in events])
-
-    def rest(self) -> bytes:
-        """Returns what waits, as events."""
-        text = self.restorer.restore(self.held, self.is_json)
-        if not self.whole:
-            return self.edit.with_text(self.event, self.block, text, True)
-        if text == self.held:
-            return b"".join([event for event, _ in self.whole])
-        texts = [text] + [""] * len(self.whole)
-        return b"".join([self.edit.with_text(event, self.block, text)
-                         for (event, _), text in zip(self.whole, texts)])
-
-
-def is_beside(block: Block, other: Block) -> bool:
-    """Returns whether two blocks of text are of one message, but not two in a list: then one has
-    ended where the other goes on."""
-    numbers = [[one for one in names if type(one) is not str] for names in (block, other)]
-    return block != other and all(map(operator.eq, *numbers))
 
 
 def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
@@ -6852,34 +6794,20 @@ def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
     return value
 
 
-def value_at(way):
-    holder, key = way[-1]
-    return holder[key]
-
-
-UsualEvent = Callable[[bytes], Optional[str]]
-SPELLED = rb'"(?:[^"\\]|\\.)*"'
-# A key and a value of JSON which may be another one in the next event
+STRING = rb'"(?:[^"\\]|\\.)*"'
+# A key and a value of JSON that may be another one in the next event
 FACT = re.compile(rb'"([^"\\]*)"\s*:\s*("[^"\\]+"|[0-9][0-9.]*)')
 
 
-def usual_event(event: bytes, key: str, fixed: Collection[str]) -> Optional[UsualEvent]:
-    """Returns what reads the text at a key in events that say the same as this one does, but for
-    ids, times and counts, without reading their JSON: it returns None for others. At the keys
-    `fixed` stands what is the same."""
-    places = list(re.finditer(rb'"%b"\s*:\s*(%b)' % (key.encode(), SPELLED), event))
+def usual_event(event: bytes, key: str, fixed: Collection[str]) -> Optional["re.Pattern[bytes]"]:
+    """Returns an expression for events that say the same as one does, but for the text at a key,
+    which is its group, and for ids, times and counts; None where there is none that is sure. At
+    the keys `fixed` stands what is the same."""
+    places = list(re.finditer(rb'"%b"\s*:\s*(%b)' % (key.encode(), STRING), event))
     around = [event[:places[0].start(1)], event[places[0].end(1):]] if len(places) == 1 else []
     if not around or b"\\" in b"".join(around):
         return None
-    pattern = b"(%b)" % SPELLED
-    match = re.compile(pattern.join([varied(data, fixed) for data in around])).fullmatch
-
-    def read(event):
-        found = match(event)
-        with contextlib.suppress(ValueError):
-            return found and json.loads(found[1])
-
-    return read
+    return re.compile((b"(%b)" % STRING).join([varied(data, fixed) for data in around]))
 
 
 def varied(data, fixed):
@@ -6894,14 +6822,22 @@ def varied(data, fixed):
     return b"".join((*pieces, re.escape(data[last:])))
 
 
+def is_beside(block: Block, other: Block) -> bool:
+    """Returns whether two blocks of text are of one message, but not two in a list: then one has
+    ended where the other goes on."""
+    numbers = [[one for one in names if type(one) is not str] for names in (block, other)]
+    return block != other and all(map(operator.eq, *numbers))
+
+
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
     MAX_HELD = 1 << 16
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
-    MAX_EVENT = 1 << 16   # each with events of so many bytes
-    MAX_LEARNED = 4       # usual events: a new one takes half a millisecond
+    MAX_EVENT = 1 << 16   # each with an event of so many bytes
+    MAX_USUAL = 1 << 12   # bytes of an event like most,
+    MAX_LEARNED = 4       # of which a new sort takes half a millisecond
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -6909,8 +6845,8 @@ class Unmasking(Edit):
         self.events = events
         self.restorer = restorer
         self.blocks: Dict[Block, TextBlock] = {}  # those of which something waits
-        self.usual: Optional[UsualEvent] = None
-        self.usual_block: Block = ()
+        self.usual: Optional["re.Pattern[bytes]"] = None  # how most events are spelled,
+        self.usual_block: Block = ()                      # and of what they have text
         self.left_to_learn = self.MAX_LEARNED
 
     def find(self, data: bytes) -> int:
@@ -6920,86 +6856,76 @@ class Unmasking(Edit):
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
 
     def apply(self, event: bytes) -> bytes:
-        came = self.usual and self.usual(event)
-        passed = self.wait(self.usual_block, event, came) if came else None
-        return self.apply_slowly(event) if passed is None else passed
+        match = self.usual and self.usual.fullmatch(event)
+        if match and self.blocks.keys() <= {self.usual_block}:
+            with contextlib.suppress(ValueError):
+                return self.apply_usual(event, json.loads(match[1]), *match.span(1))
+        return self.apply_any(event)
 
-    def apply_slowly(self, event):
+    def apply_usual(self, event, came, start, end):
+        """Does so with one that is spelled as most are, without reading its JSON: all of a long
+        answer is made of these."""
+        goes = self.feed(self.usual_block, came, event)
+        return event if goes == came else b"".join((
+            event[:start], json.dumps(goes).encode(), event[end:]))
+
+    def apply_any(self, event):
         payload = self.events.payload(event) if self.events else {}
+        if not payload:
+            is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
+            return (self.end() if is_last else b"") + self.restorer.restore_json(event)
         texts = list(self.dialect.texts(payload))
-        before = b"".join([self.let_go(block) for block in list(self.blocks)
-                           if self.has_ended(block, payload, texts)])
-        said = [value_at(way) for _, way in texts]
-        if len(said) == 1 and self.restorer.redactor and (
-                not self.dialect.ends_block(payload, texts[0][0])):
-            passed = self.wait(texts[0][0], event, said[0])
-            if passed is not None:
-                self.learn(event, *texts[0])
-                return before + passed
-        if not payload and self.events and self.events.all_data(event).strip() == LAST_DATA:
-            before += self.end()
-        before += b"".join([text.emptied() for text in self.blocks.values()])
-        for block, way in texts:
-            self.put(block, way, payload, event)
-        if said != [value_at(way) for _, way in texts]:
+        before = [self.let_go(block) for block in list(self.blocks)
+                  if self.has_ended(block, payload, texts)]
+        changed = [self.put(block, way, payload, event) for block, way in texts]
+        if len(texts) == 1 and self.restorer.redactor and not self.dialect.ends_block(
+                payload, texts[0][0]):
+            self.learn(event, *texts[0])
+        if True in changed:
             event = self.events.replaced(event, to_json_bytes(payload))
         if not texts or not self.restorer.redactor:
             event = self.restorer.restore_json(event)
-        return before + event
-
-    def learn(self, event, block, way):
-        """Takes an event for the usual one."""
-        if self.left_to_learn:
-            self.left_to_learn -= 1
-            self.usual = usual_event(event, way[-1][1], self.dialect.block_keys())
-            self.usual_block = block
-
-    def wait(self, block, event, came):
-        """Does so with the text of an event, where no other block waits; returns as TextBlock."""
-        if len(self.blocks) > (block in self.blocks):
-            return None
-        text = self.blocks.get(block) or TextBlock(self, block)
-        passed = text.wait(event, came)
-        if text.held:
-            self.blocks[block] = text
-        else:
-            self.blocks.pop(block, None)
-        return passed
+        return b"".join((*before, event))
 
     def has_ended(self, block, payload, texts):
         """Returns whether an event has no place for the rest of a block that has ended."""
         if block in [other for other, _ in texts]:
             return False
         return self.dialect.ends_block(payload, block) or any(
-            [is_beside(block, other) and value_at(way) for other, way in texts])
+            [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
+
+    def learn(self, event, block, way):
+        """Takes an event for the usual one."""
+        if self.left_to_learn and len(event) <= self.MAX_USUAL:
+            self.left_to_learn -= 1
+            self.usual = usual_event(event, way[-1][1], self.dialect.block_keys())
+            self.usual_block = block
 
     def put(self, block, way, payload, event):
-        """Puts what goes on of a text into its event."""
-        text = self.blocks.pop(block, None) or TextBlock(self, block)
+        """Puts what goes on of a text into its event; returns whether that is another."""
         holder, key = way[-1]
-        is_end = len(event) > self.MAX_EVENT or len(self.blocks) >= self.MAX_BLOCKS or (
-            self.dialect.ends_block(payload, block))
-        holder[key] = text.feed(event, holder[key], is_end)
+        came = holder[key]
+        is_end = len(event) > self.MAX_EVENT or self.dialect.ends_block(payload, block)
+        holder[key] = self.feed(block, came, event, is_end)
+        return holder[key] != came
+
+    def feed(self, block, came, event, is_end=False):
+        """Returns what goes on of a text in its event."""
+        text = self.blocks.pop(block, None) or TextBlock(
+            self.restorer, self.dialect.is_json_text(block))
+        goes = text.feed(came, event, is_end or len(self.blocks) >= self.MAX_BLOCKS)
         if text.held:
             self.blocks[block] = text
-
-    def with_text(self, event: bytes, block: Block, text: str, again: bool = False) -> bytes:
-        """Returns an event with another text of a block; `again`: with what clients want of it for
-        that, if it has passed."""
-        payload = self.events.payload(event)
-        ways = [way for other, way in self.dialect.texts(payload) if other == block]
-        if not ways:
-            return b""
-        holder, key = ways[0][-1]
-        holder[key] = text
-        if again:
-            payload = rest_of_event(text, ways[0], self.dialect.TEXT_KEYS)
-            return self.events.again(event, to_json_bytes(payload))
-        return self.events.replaced(event, to_json_bytes(payload))
+        return goes
 
     def let_go(self, block):
-        """Returns events with the rest of a block."""
-        return self.blocks.pop(block).rest()
+        """Returns an event with the rest of a block."""
+        text = self.blocks.pop(block)
+        payload = self.events.payload(text.event)
+        ways = [way for other, way in self.dialect.texts(payload) if other == block]
+        rest = self.restorer.restore(text.held, text.is_json)
+        return self.events.again(text.event, to_json_bytes(
+            rest_of_event(rest, ways[0], self.dialect.TEXT_KEYS))) if ways else b""
 
     def end(self) -> bytes:
         return b"".join(map(self.let_go, list(self.blocks)))
