@@ -6720,8 +6720,10 @@ class Restorer:
     def waiting(self, text: str) -> int:
         """Returns where the end of a text begins that may become something else with what
         follows."""
-        begun = self.BEGUN.search(text, max(0, len(text) - self.masks.MAX_PLACEHOLDER))
-        begin = begun.start() if begun else len(text)
+        begin = len(text)
+        if "[" in text:
+            begun = self.BEGUN.search(text, max(0, begin - self.masks.MAX_PLACEHOLDER))
+            begin = begun.start() if begun else begin
         if not self.redactor:
             return begin
         words = self.words.match(text[:-self.MAX_WORDS - 1:-1])
@@ -6805,7 +6807,7 @@ def usual_event(event: bytes, key: str, fixed: Collection[str]) -> Optional["re.
     the keys `fixed` stands what is the same."""
     places = list(re.finditer(rb'"%b"\s*:\s*(%b)' % (key.encode(), STRING), event))
     around = [event[:places[0].start(1)], event[places[0].end(1):]] if len(places) == 1 else []
-    if not around or b"\\" in b"".join(around):
+    if not around or places[0][1] == b'""' or b"\\" in b"".join(around):
         return None
     return re.compile((b"(%b)" % STRING).join([varied(data, fixed) for data in around]))
 
@@ -6857,17 +6859,14 @@ class Unmasking(Edit):
 
     def apply(self, event: bytes) -> bytes:
         match = self.usual and self.usual.fullmatch(event)
-        if match and self.blocks.keys() <= {self.usual_block}:
-            with contextlib.suppress(ValueError):
-                return self.apply_usual(event, json.loads(match[1]), *match.span(1))
-        return self.apply_any(event)
-
-    def apply_usual(self, event, came, start, end):
-        """Does so with one that is spelled as most are, without reading its JSON: all of a long
-        answer is made of these."""
+        if not match or len(self.blocks) > (self.usual_block in self.blocks):
+            return self.apply_any(event)
+        start, end = match.span(1)
+        came = read_string(event[start:end].decode("utf-8", "replace"))
         goes = self.feed(self.usual_block, came, event)
-        return event if goes == came else b"".join((
-            event[:start], json.dumps(goes).encode(), event[end:]))
+        if goes == came:
+            return event
+        return b"".join((event[:start], json.dumps(goes).encode(), event[end:]))
 
     def apply_any(self, event):
         payload = self.events.payload(event) if self.events else {}
