@@ -4595,6 +4595,9 @@ class Dialect:
     TAKES_COMMENTS = True
     # Characters of a model's name in a limit reply, which repeats it in each event.
     REPLY_MODEL_LENGTH = 64
+    # Spell a text once more, token by token; and where they do
+    LOGPROBS_KEYS = frozenset(("logprobs", "logprobsResult"))
+    LOGPROBS = re.compile(rb'"logprobs(?:Result)?"\s*:\s*[\[{]\s*[^\]}\s]')
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
@@ -5856,13 +5859,16 @@ class Editor:
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
     MAX_WHOLE = 1 << 20  # bytes of that
-    LARGE = 1 << 12      # above this, what is held back is looked at only where it may have ended
+    LARGE = 1 << 12      # above this, what is held back is looked at only where it may have ended,
+    MAX_LOOKS = 64       # and after so many times only where it has grown
 
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
         self.held = b""
+        self.looks = 0      # at one that is large,
+        self.next_look = 0  # and how large it must be for another one
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -5870,23 +5876,35 @@ class Editor:
         if self.events is None:
             return self.feed_whole(data)
         start = len(self.held) - 1
-        if start > self.LARGE and len(data) <= self.most_held and (
-                not self.events.may_end(data, start)):
+        if start > self.LARGE and len(data) <= self.most_held and self.must_wait(data, start):
             self.held = data
             return b""
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
             return data
-        end = self.events.ends[0]
-        if data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
-                self.events.at_boundary(data)):
-            return self.edited(data)  # one event, as nearly always
+        if self.is_one(data):  # as nearly always
+            return self.edited(data)
         begin = self.events.last_end(data, first)
         events = self.events.cut(data[begin:])
         if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
             self.held = events.pop()
+        if len(self.held) <= self.LARGE:
+            self.looks = self.next_look = 0
         return data[:begin] + b"".join(map(self.edited, events))
+
+    def must_wait(self, data, start):
+        """Returns whether a large event goes on, or was looked at so often that this may wait."""
+        if len(data) < self.next_look or not self.events.may_end(data, start):
+            return True
+        self.looks += 1
+        self.next_look = len(data) * 9 // 8 if self.looks > self.MAX_LOOKS else 0
+        return False
+
+    def is_one(self, data):
+        end = self.events.ends[0]
+        return data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
+            self.events.at_boundary(data))
 
     def feed_whole(self, data):
         whole = data.rfind(b'"', 1) if len(data) > self.MAX_WHOLE else 0  # strings
@@ -6203,11 +6221,8 @@ class UsageReader(UsageSource):
 # model answers. It knows no sockets, no buckets and no wire names.
 # --------------------------------------------------------------------------------------------------
 
-class Finding(NamedTuple):
-    """What must not leave, in a text: from `start` to `end`, and what it is, as REDACT names it."""
-    start: int
-    end: int
-    kind: str
+# What must not leave, in a text: where it begins and ends, and what it is, as REDACT names it
+Finding = Tuple[int, int, str]
 
 
 class Shape(NamedTuple):
@@ -6375,8 +6390,9 @@ LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
     shape("email", r"""
         [A-Za-z0-9_](?<![A-Za-z0-9_].)[A-Za-z0-9_.%+'-]{0,63}
-        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}
-        (?![A-Za-z0-9(]|[._-][A-Za-z0-9])""", end_of_email, "@"),
+        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
+        (?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
+        |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
         (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card, hint="[0-9]{4}"),
@@ -6463,7 +6479,7 @@ class Redactor:
                             yield ()
             if found:
                 found = self.apart(sorted(found), end)
-                end = found[-1].end if found else end
+                end = found[-1][1] if found else end
                 yield found
 
     def batches(self, one, text, start):
@@ -6473,27 +6489,29 @@ class Redactor:
             matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
                 some = list(itertools.islice(matches, self.BATCH))
-                found = [(match.start(), one.check(match), one.kind) for match in some]
-                yield [Finding(*row) for row in found
-                       if row[1] and row[0] < end and not self.may_leave(text[row[0]:row[1]])]
-                if len(some) < self.BATCH or found[-1][0] >= end:
+                ends = list(map(one.check, some))
+                yield [(match.start(), last, one.kind) for match, last in zip(some, ends)
+                       if last and match.start() < end
+                       and not (self.allow and self.may_leave(match.string[match.start():last]))]
+                if len(some) < self.BATCH or some[-1].start() >= end:
                     break
 
     def may_leave(self, value):
-        return bool(self.allow) and any([
-            fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
+        return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
 
     @staticmethod
     def apart(found, end):
         """Returns findings from `end` on; of two that overlap the first, or the longer one."""
         kept = []
+        begin = -1
         for one in found:
-            if kept and one.start == kept[-1].start:
+            if one[0] == begin:
                 kept[-1] = one
-                end = one.end
-            elif one.start >= end:
+            elif one[0] < end:
+                continue
+            else:
                 kept.append(one)
-                end = one.end
+            begin, end, _ = one
         return kept
 
 
@@ -6513,8 +6531,10 @@ class Masks:
     MAX_PLACEHOLDER = 64
     MAX_PLACES = 5
 
-    def __init__(self, redactor: Redactor):
+    def __init__(self, redactor: Redactor, opaque: str = "pass"):
+        """`opaque`: what to do with what cannot be read."""
         self.redactor = redactor
+        self.opaque = opaque
         self.places: List[str] = []    # where the first ones stood
         self.counts: Dict[str, int] = collections.Counter()
         self.placeholders: Texts = {}  # by value
@@ -6606,6 +6626,12 @@ class Masks:
         more = " and elsewhere" if len(self.places) == self.MAX_PLACES else ""
         return "%s, at %s%s" % (", ".join(self.counts), ", ".join(self.places), more)
 
+    def pass_opaque(self, refusal: Refusal):
+        """Counts what cannot be read; raises the refusal where it may not pass."""
+        self.counts["opaque"] += 1
+        if self.opaque == "refuse":
+            raise refusal
+
     def value_of(self, placeholder: str) -> Optional[str]:
         """Returns what a placeholder stands for, None where it is none of this call."""
         return self.values.get(placeholder)
@@ -6617,8 +6643,7 @@ class Redaction:
     def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Optional[Sequence[str]],
                  upstreams: FrozenSet[str], mode: str, opaque: str):
         """`make` returns what finds some kinds, beside patterns of the settings; `kinds` are None
-        where nothing is looked for but by keys that say so. `opaque`: what to do with what cannot
-        be read."""
+        where nothing is looked for but by keys that say so; `opaque` as in Masks."""
         self.make = functools.lru_cache(1000)(make)
         self.kinds = kinds
         self.upstreams = upstreams
@@ -6630,13 +6655,7 @@ class Redaction:
         if upstream not in self.upstreams:
             return None
         kinds = read_kinds(key.redact) or None if key and key.redact else self.kinds
-        return None if kinds is None else Masks(self.make(kinds))
-
-    def pass_opaque(self, masks: Masks):
-        """Counts what cannot be read. Raises CannotBeRead."""
-        masks.counts["opaque"] += 1
-        if self.opaque == "refuse":
-            raise CannotBeRead()
+        return None if kinds is None else Masks(self.make(kinds), self.opaque)
 
     def judge(self, call: Call):
         """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
@@ -6712,8 +6731,8 @@ class Restorer:
         plain = without_escapes(data)
         quotes = last = 0
         for one in self.found(data.decode("latin-1"), True):
-            quotes += plain.count(b'"', last, one.start)
-            last = one.start
+            quotes += plain.count(b'"', last, one[0])
+            last = one[0]
             if quotes % 2:
                 yield one
 
@@ -6756,28 +6775,13 @@ class Restorer:
             text = json.loads(b'"%b"' % spelled)
         except ValueError:
             return spelled
-        restored = self.with_values(text, is_json)
+        restored = self.with_values(text, is_json or may_be_object(text))
         return spelled if restored == text else json.dumps(restored)[1:-1].encode()
 
 
-class TextBlock:
-    """A block of text as it comes: the end that may become a placeholder waits for the next piece,
-    and goes on with it or at the block's end."""
-
-    def __init__(self, restorer: Restorer, is_json: bool = False):
-        self.restorer = restorer
-        self.is_json = is_json
-        self.held = ""
-        self.event = b""  # the last that had text of it
-
-    def feed(self, text: str, event: bytes, is_end: bool = False) -> str:
-        """Returns what goes on in an event that has more text: all of it at the end of the
-        block."""
-        text = self.held + text
-        begin = len(text) if is_end else self.restorer.waiting(text)
-        self.held = text[begin:]
-        self.event = event
-        return self.restorer.restore(text[:begin], self.is_json)
+def may_be_object(text):
+    """Returns whether a text begins as JSON does."""
+    return text.lstrip().startswith("{")
 
 
 def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
@@ -6846,10 +6850,13 @@ class Unmasking(Edit):
         self.dialect = dialect
         self.events = events
         self.restorer = restorer
-        self.blocks: Dict[Block, TextBlock] = {}  # those of which something waits
+        # The ends of texts that may become a placeholder: they wait for the next piece, and go on
+        # with it or at the block's end; and the last events that had text of these blocks
+        self.blocks: Dict[Block, Tuple[str, bytes]] = {}
         self.usual: Optional["re.Pattern[bytes]"] = None  # how most events are spelled,
         self.usual_block: Block = ()                      # and of what they have text
         self.left_to_learn = self.MAX_LEARNED
+        self.begun: Dict[Block, bool] = {}  # whether these are JSON
 
     def find(self, data: bytes) -> int:
         if self.blocks or self.restorer.redactor:
@@ -6860,7 +6867,7 @@ class Unmasking(Edit):
     def apply(self, event: bytes) -> bytes:
         match = self.usual and self.usual.fullmatch(event)
         if not match or len(self.blocks) > (self.usual_block in self.blocks):
-            return self.apply_any(event)
+            return self.apply_any(self.without_logprobs(event))
         start, end = match.span(1)
         came = read_string(event[start:end].decode("utf-8", "replace"))
         goes = self.feed(self.usual_block, came, event)
@@ -6893,6 +6900,20 @@ class Unmasking(Edit):
         return self.dialect.ends_block(payload, block) or any(
             [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
 
+    def without_logprobs(self, event):
+        """Returns an event, or JSON, that does not tell a text once more, token by token, where some
+        of it may be masked."""
+        if not self.restorer.redactor or not self.dialect.LOGPROBS.search(event):
+            return event
+        payload = self.events.payload(event) if self.events else object_in(event)
+        if not payload:
+            return event
+        for one in objects_in(payload):
+            for key in self.dialect.LOGPROBS_KEYS.intersection(one):
+                one[key] = [] if type(one[key]) is list else None
+        data = to_json_bytes(payload)
+        return self.events.replaced(event, data) if self.events else data
+
     def learn(self, event, block, way):
         """Takes an event for the usual one."""
         if self.left_to_learn and len(event) <= self.MAX_USUAL:
@@ -6909,22 +6930,30 @@ class Unmasking(Edit):
         return holder[key] != came
 
     def feed(self, block, came, event, is_end=False):
-        """Returns what goes on of a text in its event."""
-        text = self.blocks.pop(block, None) or TextBlock(
-            self.restorer, self.dialect.is_json_text(block))
-        goes = text.feed(came, event, is_end or len(self.blocks) >= self.MAX_BLOCKS)
-        if text.held:
-            self.blocks[block] = text
-        return goes
+        """Returns what goes on of a text in an event that has more of it: all of it at the end of
+        the block."""
+        text = self.blocks.pop(block, ("", b""))[0] + came
+        is_end = is_end or len(self.blocks) >= self.MAX_BLOCKS
+        begin = len(text) if is_end else self.restorer.waiting(text)
+        if begin < len(text):
+            self.blocks[block] = text[begin:], event
+        return self.restorer.restore(text[:begin], self.is_json(block, text))
+
+    def is_json(self, block, text):
+        """Returns whether a text is JSON: where its API says so, or where it begins as such."""
+        if block not in self.begun and len(self.begun) < self.MAX_BLOCKS and text.strip():
+            self.begun[block] = self.dialect.is_json_text(block) or may_be_object(text)
+        return self.begun.get(block, False)
 
     def let_go(self, block):
         """Returns an event with the rest of a block."""
-        text = self.blocks.pop(block)
-        payload = self.events.payload(text.event)
-        ways = [way for other, way in self.dialect.texts(payload) if other == block]
-        rest = self.restorer.restore(text.held, text.is_json)
-        return self.events.again(text.event, to_json_bytes(
-            rest_of_event(rest, ways[0], self.dialect.TEXT_KEYS))) if ways else b""
+        held, event = self.blocks.pop(block)
+        rest = self.restorer.restore(held, self.is_json(block, held))
+        for other, way in self.dialect.texts(self.events.payload(event)):
+            if other == block:
+                return self.events.again(event, to_json_bytes(
+                    rest_of_event(rest, way, self.dialect.TEXT_KEYS)))
+        return b""
 
     def end(self) -> bytes:
         return b"".join(map(self.let_go, list(self.blocks)))
@@ -9573,6 +9602,7 @@ class Entry:
         usd = " usd=" + format_usd(self.picodollars) if self.priced else ""
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
+        redacted = f" redacted={sum(self.found.values())}" if self.found else ""
         return (
             f"{format_moment(self.wall)} {self.who()} {self.method or '-'} "
             f"{(self.path or '-')[:200]} {one_word(call and call.model)} {self.status} "
@@ -9581,7 +9611,7 @@ class Entry:
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
-            f"id={self.request_id or '-'}{queue}{cause}")
+            f"id={self.request_id or '-'}{queue}{cause}{redacted}")
 
 
 class Writer:
@@ -14064,9 +14094,7 @@ class Reply:
         if not is_text or not (masks.values or redactor):
             return reader
         if encoding != IDENTITY:
-            masks.counts["opaque"] += 1
-            if self.parts.config.redact_opaque == "refuse":
-                raise UpstreamFailed("its answer is encoded")
+            masks.pass_opaque(UpstreamFailed("its answer is encoded"))
             return reader
         events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
         restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
@@ -14479,7 +14507,7 @@ class Proxy:
             return
         entry.found = masks.counts
         if reply.request.length != 0 and call.is_opaque():
-            self.redaction.pass_opaque(masks)
+            masks.pass_opaque(CannotBeRead())
         if call.json_body:
             call.remember()
             call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
