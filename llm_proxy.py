@@ -4574,6 +4574,9 @@ class Dialect:
     TAKES_COMMENTS = True
     # Characters of a model's name in a limit reply, which repeats it in each event.
     REPLY_MODEL_LENGTH = 64
+    # Spell a text once more, token by token; and where they do
+    LOGPROBS_KEYS = frozenset(("logprobs", "logprobsResult"))
+    LOGPROBS = re.compile(rb'"logprobs(?:Result)?"\s*:\s*[\[{]\s*[^\]}\s]')
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
@@ -4752,6 +4755,10 @@ class Dialect:
                            for place, one in enumerate(value)]
             elif type(value) is str and "" in tree:
                 yield block, way
+
+    def block_keys(self) -> Collection[str]:
+        """Returns the keys of what says to which block a text belongs, and whether that ends."""
+        return ("index", "type", "error", self.LAST_KEY, self.REASON[1], *self.BLOCK_NUMBERS)
 
     def block_numbers(self, payload):
         found = [payload.get(name) for name in self.BLOCK_NUMBERS]
@@ -5840,13 +5847,16 @@ class Editor:
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
     MAX_WHOLE = 1 << 20  # bytes of that
-    LARGE = 1 << 12      # above this, what is held back is looked at only where it may have ended
+    LARGE = 1 << 12      # above this, what is held back is looked at only where it may have ended,
+    MAX_LOOKS = 64       # and after so many times only where it has grown
 
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
         self.held = b""
+        self.looks = 0      # at one that is large,
+        self.next_look = 0  # and how large it must be for another one
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -5854,19 +5864,35 @@ class Editor:
         if self.events is None:
             return self.feed_whole(data)
         start = len(self.held) - 1
-        if start > self.LARGE and len(data) <= self.most_held and (
-                not self.events.may_end(data, start)):
+        if start > self.LARGE and len(data) <= self.most_held and self.must_wait(data, start):
             self.held = data
             return b""
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
             return data
+        if self.is_one(data):  # as nearly always
+            return self.edited(data)
         begin = self.events.last_end(data, first)
         events = self.events.cut(data[begin:])
         if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
             self.held = events.pop()
+        if len(self.held) <= self.LARGE:
+            self.looks = self.next_look = 0
         return data[:begin] + b"".join(map(self.edited, events))
+
+    def must_wait(self, data, start):
+        """Returns whether a large event goes on, or was looked at so often that this may wait."""
+        if len(data) < self.next_look or not self.events.may_end(data, start):
+            return True
+        self.looks += 1
+        self.next_look = len(data) * 9 // 8 if self.looks > self.MAX_LOOKS else 0
+        return False
+
+    def is_one(self, data):
+        end = self.events.ends[0]
+        return data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
+            self.events.at_boundary(data))
 
     def feed_whole(self, data):
         whole = data.rfind(b'"', 1) if len(data) > self.MAX_WHOLE else 0  # strings
@@ -6183,22 +6209,20 @@ class UsageReader(UsageSource):
 # model answers. It knows no sockets, no buckets and no wire names.
 # --------------------------------------------------------------------------------------------------
 
-class Finding(NamedTuple):
-    """What must not leave, in a text: from `start` to `end`, and what it is, as REDACT names it."""
-    start: int
-    end: int
-    kind: str
+# What must not leave, in a text: where it begins and ends, and what it is, as REDACT names it
+Finding = Tuple[int, int, str]
 
 
 class Shape(NamedTuple):
-    """How what must not leave looks: `mark` stands in each text that holds one, `search` takes
-    linear time, and `check` returns where what it found ends, 0 where that is none. In so many
-    characters as `step` says it is searched for at once."""
+    """How what must not leave looks: `mark` stands in each text that holds one, and so does a match
+    of `hint`; `search` takes linear time, and `check` returns where what it found ends, 0 where
+    that is none. In so many characters as `step` says it is searched for at once."""
     kind: str
     mark: str
     search: "re.Pattern[str]"
     check: Callable[["re.Match[str]"], int]
     step: int = 1 << 16
+    hint: str = ""
 
 
 URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
@@ -6343,36 +6367,41 @@ def end_of_ipv6(match: "re.Match[str]") -> int:
     return match.end() if match[0].count(":") <= 7 else 0
 
 
-def shape(kind, pattern, check=re.Match.end, mark=""):
+def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
     """Returns a Shape. A search for one character of a set is ten times as fast as one for what
     looks around: patterns begin with a character, and look back from behind it."""
-    return Shape(kind, mark, re.compile(pattern, re.ASCII | re.VERBOSE), check)
+    search = re.compile(pattern, re.ASCII | re.VERBOSE)
+    return Shape(kind, mark, search, check, hint=hint or re.escape(mark))
 
 
+LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
     shape("email", r"""
         [A-Za-z0-9_](?<![A-Za-z0-9_].)[A-Za-z0-9_.%+'-]{0,63}
-        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}
-        (?![A-Za-z0-9(]|[._-][A-Za-z0-9])""", end_of_email, "@"),
+        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
+        (?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
+        |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
-        (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card),
+        (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card, hint="[0-9]{4}"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)[0-9]{3}
         (?:(?<![0-9]{4}[ ][0-9]{4}[ ].{4})(?=(?:[ ][0-9]{4}){2}[ ][0-9])
-        |(?<![0-9]{4}-[0-9]{4}-.{4})(?=(?:-[0-9]{4}){2}-[0-9]))""", end_of_card_groups),
+        |(?<![0-9]{4}-[0-9]{4}-.{4})(?=(?:-[0-9]{4}){2}-[0-9]))""", end_of_card_groups,
+          hint="[0-9]{4}"),
     shape("iban", """[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}""",
-          end_of_iban),
+          end_of_iban, hint="[A-Z]{2}[0-9]{2}"),
     shape("phone", PHONES + "(?<=[0-9]{2})(?![A-Za-z0-9_]|[.-][0-9])", mark="+"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)
-        -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-"),
+        -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-",
+          hint="[0-9]{4}"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)  # in no row of short numbers
         (?<![^0-9][0-9][ ]...)(?<![^0-9][0-9]{2}[ ]...)(?<![^0-9][0-9]{3}[ ]...)
         [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
-        (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))"""),
-    shape("ip", IPV4, mark="."),
-    shape("ip", IPV6, end_of_ipv6, ":"),
+        (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))""", hint="[0-9]{4}"),
+    shape("ip", IPV4, mark=".", hint=r"[0-9]\.[0-9]"),
+    shape("ip", IPV6, end_of_ipv6, ":", "[0-9a-f]:"),
     shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
-        "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()])),
+        "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()]), hint=LONG_WORD),
     shape("secrets", PRIVATE_KEY, mark="PRIVATE KEY"),
 )
 
@@ -6393,7 +6422,7 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 
     odd = [re.escape(key) for key in sorted(keys, key=len, reverse=True)
            if len(key) >= SHORTEST_KEY and not re.fullmatch(KEY_WORD, key)]
-    found = [shape("secrets", KEY_WORD, end)]
+    found = [shape("secrets", KEY_WORD, end, hint=LONG_WORD)]
     return found + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
 
 
@@ -6409,11 +6438,14 @@ class Redactor:
         """`patterns` stand for what is looked for in any case."""
         self.shapes = [one for one in SHAPES if one.kind in kinds]
         self.shapes += [
-            shape("phone", r"(?<![A-Za-z0-9_+.-])(?:%s)(?![A-Za-z0-9_:-])" % pattern, end_of_phone)
+            shape("phone", r"(?<![A-Za-z0-9_+.-])(?:%s)(?![A-Za-z0-9_:-])" % pattern, end_of_phone,
+                  hint="[0-9]{2}")
             for names, pattern in NATIONAL_PHONES.items()
             if "phone" in kinds and not set(countries).isdisjoint(names.split())]
         self.shapes += patterns
         self.allow = [glob.lower() for glob in allow]
+        hints = {one.hint for one in self.shapes}
+        self.may_hold = re.compile("" if "" in hints else "|".join(sorted(hints)) or "(?!)").search
 
     def find(self, text: str) -> List[Finding]:
         """Returns what must not leave of a text, in order; nothing overlaps."""
@@ -6423,6 +6455,8 @@ class Redactor:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
         end = 0
         large = len(text) > self.LARGE
+        if not (large or self.may_hold(text)):  # as nearly always
+            return
         for start in range(0, len(text), self.SLICE):
             found = []
             for one in self.shapes:
@@ -6433,7 +6467,7 @@ class Redactor:
                             yield ()
             if found:
                 found = self.apart(sorted(found), end)
-                end = found[-1].end if found else end
+                end = found[-1][1] if found else end
                 yield found
 
     def batches(self, one, text, start):
@@ -6443,27 +6477,29 @@ class Redactor:
             matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
                 some = list(itertools.islice(matches, self.BATCH))
-                found = [(match.start(), one.check(match), one.kind) for match in some]
-                yield [Finding(*row) for row in found
-                       if row[1] and row[0] < end and not self.may_leave(text[row[0]:row[1]])]
-                if len(some) < self.BATCH or found[-1][0] >= end:
+                ends = list(map(one.check, some))
+                yield [(match.start(), last, one.kind) for match, last in zip(some, ends)
+                       if last and match.start() < end
+                       and not (self.allow and self.may_leave(match.string[match.start():last]))]
+                if len(some) < self.BATCH or some[-1].start() >= end:
                     break
 
     def may_leave(self, value):
-        return bool(self.allow) and any([
-            fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
+        return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
 
     @staticmethod
     def apart(found, end):
         """Returns findings from `end` on; of two that overlap the first, or the longer one."""
         kept = []
+        begin = -1
         for one in found:
-            if kept and one.start == kept[-1].start:
+            if one[0] == begin:
                 kept[-1] = one
-                end = one.end
-            elif one.start >= end:
+            elif one[0] < end:
+                continue
+            else:
                 kept.append(one)
-                end = one.end
+            begin, end, _ = one
         return kept
 
 
@@ -6483,8 +6519,10 @@ class Masks:
     MAX_PLACEHOLDER = 64
     MAX_PLACES = 5
 
-    def __init__(self, redactor: Redactor):
+    def __init__(self, redactor: Redactor, opaque: str = "pass"):
+        """`opaque`: what to do with what cannot be read."""
         self.redactor = redactor
+        self.opaque = opaque
         self.places: List[str] = []    # where the first ones stood
         self.counts: Dict[str, int] = collections.Counter()
         self.placeholders: Texts = {}  # by value
@@ -6576,6 +6614,12 @@ class Masks:
         more = " and elsewhere" if len(self.places) == self.MAX_PLACES else ""
         return "%s, at %s%s" % (", ".join(self.counts), ", ".join(self.places), more)
 
+    def pass_opaque(self, refusal: Refusal):
+        """Counts what cannot be read; raises the refusal where it may not pass."""
+        self.counts["opaque"] += 1
+        if self.opaque == "refuse":
+            raise refusal
+
     def value_of(self, placeholder: str) -> Optional[str]:
         """Returns what a placeholder stands for, None where it is none of this call."""
         return self.values.get(placeholder)
@@ -6587,8 +6631,7 @@ class Redaction:
     def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Optional[Sequence[str]],
                  upstreams: FrozenSet[str], mode: str, opaque: str):
         """`make` returns what finds some kinds, beside patterns of the settings; `kinds` are None
-        where nothing is looked for but by keys that say so. `opaque`: what to do with what cannot
-        be read."""
+        where nothing is looked for but by keys that say so; `opaque` as in Masks."""
         self.make = functools.lru_cache(1000)(make)
         self.kinds = kinds
         self.upstreams = upstreams
@@ -6600,13 +6643,7 @@ class Redaction:
         if upstream not in self.upstreams:
             return None
         kinds = read_kinds(key.redact) or None if key and key.redact else self.kinds
-        return None if kinds is None else Masks(self.make(kinds))
-
-    def pass_opaque(self, masks: Masks):
-        """Counts what cannot be read. Raises CannotBeRead."""
-        masks.counts["opaque"] += 1
-        if self.opaque == "refuse":
-            raise CannotBeRead()
+        return None if kinds is None else Masks(self.make(kinds), self.opaque)
 
     def judge(self, call: Call):
         """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
@@ -6625,8 +6662,10 @@ class Restorer:
     ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
     # What may become a placeholder, at the end of a text
     BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
-    # The last word, and groups of a number before it, backwards
-    WORDS = re.compile(r"\S*(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9][0-9A-Z()+.-]{0,33}))*")
+    # The last word, of ASCII or of any letters, and groups of a number before it, backwards
+    WORDS, ANY_WORDS = [re.compile(
+        "%s*(?:(?<![a-z])(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9])[!-`{-~]*)+%s*)?" % (letter, letter))
+                        for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
@@ -6635,12 +6674,14 @@ class Restorer:
         self.masks = masks
         self.redactor = redactor
         self.room = self.MAX_VALUES
+        may_hold_all = redactor and redactor.may_hold("")
+        self.words = self.ANY_WORDS if may_hold_all else self.WORDS
         self.before_json = re.compile(
             b'"(?:%b)"\\s{0,9}:\\s{0,9}"\\Z' % "|".join(json_texts).encode())
 
     def restore(self, text: str, is_json: bool = False) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that."""
-        if self.redactor and text:
+        if self.redactor and self.redactor.may_hold(text):
             text = self.without_values(text, self.found(text, is_json))
         return self.with_values(text, is_json)
 
@@ -6678,19 +6719,21 @@ class Restorer:
         plain = without_escapes(data)
         quotes = last = 0
         for one in self.found(data.decode("latin-1"), True):
-            quotes += plain.count(b'"', last, one.start)
-            last = one.start
+            quotes += plain.count(b'"', last, one[0])
+            last = one[0]
             if quotes % 2:
                 yield one
 
     def waiting(self, text: str) -> int:
         """Returns where the end of a text begins that may become something else with what
         follows."""
-        begun = self.BEGUN.search(text, max(0, len(text) - self.masks.MAX_PLACEHOLDER))
-        begin = begun.start() if begun else len(text)
+        begin = len(text)
+        if "[" in text:
+            begun = self.BEGUN.search(text, max(0, begin - self.masks.MAX_PLACEHOLDER))
+            begin = begun.start() if begun else begin
         if not self.redactor:
             return begin
-        words = self.WORDS.match(text[:-self.MAX_WORDS - 1:-1])
+        words = self.words.match(text[:-self.MAX_WORDS - 1:-1])
         return min(begin, len(text) - words.end())
 
     def restore_json(self, data: bytes) -> bytes:
@@ -6720,43 +6763,57 @@ class Restorer:
             text = json.loads(b'"%b"' % spelled)
         except ValueError:
             return spelled
-        restored = self.with_values(text, is_json)
+        restored = self.with_values(text, is_json or may_be_object(text))
         return spelled if restored == text else json.dumps(restored)[1:-1].encode()
 
 
-class TextBlock:
-    """A block of text as it comes: the end that may become a placeholder waits for the next piece,
-    and goes on with it or at the block's end."""
+def may_be_object(text):
+    """Returns whether a text begins as JSON does."""
+    return text.lstrip().startswith("{")
 
-    def __init__(self, restorer: Restorer, is_json: bool = False):
-        self.restorer = restorer
-        self.is_json = is_json
-        self.held = ""
-        self.event = b""    # the last that had text of it,
-        self.way: Way = []  # and where
 
-    def feed(self, text: str, is_end: bool = False) -> str:
-        """Returns what goes on: all of it at the end of the block."""
-        text = self.held + text
-        begin = len(text) if is_end else self.restorer.waiting(text)
-        self.held = text[begin:]
-        return self.restorer.restore(text[:begin], self.is_json)
+def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
+    """Returns the payload of an event with a value, and nothing else of what the one said that had
+    it, of which clients add up the strings of deltas; `texts` are the keys of texts."""
+    keys = [key for _, key in way]
+    for depth in reversed(range(len(keys))):
+        holder = way[depth][0]
+        if type(holder) is list:
+            value = [value]
+            continue
+        dropped = (str, list, dict) if "delta" in keys[:depth] else dict
+        facts = {key: [] if type(one) is list else one for key, one in holder.items()
+                 if key == "type" or not (isinstance(one, dropped) or key in texts)}
+        value = {**facts, keys[depth]: value}
+    return value
 
-    def last_event(self, texts: Collection[str]) -> JsonObject:
-        """Returns the payload of an event with the rest, and nothing else of what the last one
-        said, of which clients add up the strings of deltas; `texts` are the keys of texts."""
-        value: Any = self.feed("", True)
-        keys = [key for _, key in self.way]
-        for depth in reversed(range(len(keys))):
-            holder = self.way[depth][0]
-            if type(holder) is list:
-                value = [value]
-                continue
-            dropped = (str, list, dict) if "delta" in keys[:depth] else dict
-            facts = {key: [] if type(one) is list else one for key, one in holder.items()
-                     if key == "type" or not (isinstance(one, dropped) or key in texts)}
-            value = {**facts, keys[depth]: value}
-        return value
+
+STRING = rb'"(?:[^"\\]|\\.)*"'
+# A key and a value of JSON that may be another one in the next event
+FACT = re.compile(rb'"([^"\\]*)"\s*:\s*("[^"\\]+"|[0-9][0-9.]*)')
+
+
+def usual_event(event: bytes, key: str, fixed: Collection[str]) -> Optional["re.Pattern[bytes]"]:
+    """Returns an expression for events that say the same as one does, but for the text at a key,
+    which is its group, and for ids, times and counts; None where there is none that is sure. At
+    the keys `fixed` stands what is the same."""
+    places = list(re.finditer(rb'"%b"\s*:\s*(%b)' % (key.encode(), STRING), event))
+    around = [event[:places[0].start(1)], event[places[0].end(1):]] if len(places) == 1 else []
+    if not around or places[0][1] == b'""' or b"\\" in b"".join(around):
+        return None
+    return re.compile((b"(%b)" % STRING).join([varied(data, fixed) for data in around]))
+
+
+def varied(data, fixed):
+    """Returns an expression for a part of an event, of which the facts may be others."""
+    pieces = []
+    last = 0
+    for fact in FACT.finditer(data):
+        if fact[1].decode() not in fixed:
+            other = rb'"[^"\\]+"' if fact[2][:1] == b'"' else b"[0-9][0-9.]*"
+            pieces += re.escape(data[last:fact.start(2)]), other
+            last = fact.end(2)
+    return b"".join((*pieces, re.escape(data[last:])))
 
 
 def is_beside(block: Block, other: Block) -> bool:
@@ -6773,13 +6830,21 @@ class Unmasking(Edit):
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
+    MAX_USUAL = 1 << 12   # bytes of an event like most,
+    MAX_LEARNED = 4       # of which a new sort takes half a millisecond
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
         self.dialect = dialect
         self.events = events
         self.restorer = restorer
-        self.blocks: Dict[Block, TextBlock] = {}  # those of which something waits
+        # The ends of texts that may become a placeholder: they wait for the next piece, and go on
+        # with it or at the block's end; and the last events that had text of these blocks
+        self.blocks: Dict[Block, Tuple[str, bytes]] = {}
+        self.usual: Optional["re.Pattern[bytes]"] = None  # how most events are spelled,
+        self.usual_block: Block = ()                      # and of what they have text
+        self.left_to_learn = self.MAX_LEARNED
+        self.begun: Dict[Block, bool] = {}  # whether these are JSON
 
     def find(self, data: bytes) -> int:
         if self.blocks or self.restorer.redactor:
@@ -6788,6 +6853,17 @@ class Unmasking(Edit):
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
 
     def apply(self, event: bytes) -> bytes:
+        match = self.usual and self.usual.fullmatch(event)
+        if not match or len(self.blocks) > (self.usual_block in self.blocks):
+            return self.apply_any(self.without_logprobs(event))
+        start, end = match.span(1)
+        came = read_string(event[start:end].decode("utf-8", "replace"))
+        goes = self.feed(self.usual_block, came, event)
+        if goes == came:
+            return event
+        return b"".join((event[:start], json.dumps(goes).encode(), event[end:]))
+
+    def apply_any(self, event):
         payload = self.events.payload(event) if self.events else {}
         if not payload:
             is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
@@ -6796,6 +6872,9 @@ class Unmasking(Edit):
         before = [self.let_go(block) for block in list(self.blocks)
                   if self.has_ended(block, payload, texts)]
         changed = [self.put(block, way, payload, event) for block, way in texts]
+        if len(texts) == 1 and self.restorer.redactor and not self.dialect.ends_block(
+                payload, texts[0][0]):
+            self.learn(event, *texts[0])
         if True in changed:
             event = self.events.replaced(event, to_json_bytes(payload))
         if not texts or not self.restorer.redactor:
@@ -6809,25 +6888,60 @@ class Unmasking(Edit):
         return self.dialect.ends_block(payload, block) or any(
             [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
 
+    def without_logprobs(self, event):
+        """Returns an event, or JSON, that does not tell a text once more, token by token, where some
+        of it may be masked."""
+        if not self.restorer.redactor or not self.dialect.LOGPROBS.search(event):
+            return event
+        payload = self.events.payload(event) if self.events else object_in(event)
+        if not payload:
+            return event
+        for one in objects_in(payload):
+            for key in self.dialect.LOGPROBS_KEYS.intersection(one):
+                one[key] = [] if type(one[key]) is list else None
+        data = to_json_bytes(payload)
+        return self.events.replaced(event, data) if self.events else data
+
+    def learn(self, event, block, way):
+        """Takes an event for the usual one."""
+        if self.left_to_learn and len(event) <= self.MAX_USUAL:
+            self.left_to_learn -= 1
+            self.usual = usual_event(event, way[-1][1], self.dialect.block_keys())
+            self.usual_block = block
+
     def put(self, block, way, payload, event):
         """Puts what goes on of a text into its event; returns whether that is another."""
-        text = self.blocks.pop(block, None) or TextBlock(
-            self.restorer, self.dialect.is_json_text(block))
         holder, key = way[-1]
         came = holder[key]
-        is_end = len(event) > self.MAX_EVENT or len(self.blocks) >= self.MAX_BLOCKS or (
-            self.dialect.ends_block(payload, block))
-        holder[key] = text.feed(came, is_end)
-        if text.held:
-            text.event, text.way = event, way
-            self.blocks[block] = text
+        is_end = len(event) > self.MAX_EVENT or self.dialect.ends_block(payload, block)
+        holder[key] = self.feed(block, came, event, is_end)
         return holder[key] != came
+
+    def feed(self, block, came, event, is_end=False):
+        """Returns what goes on of a text in an event that has more of it: all of it at the end of
+        the block."""
+        text = self.blocks.pop(block, ("", b""))[0] + came
+        is_end = is_end or len(self.blocks) >= self.MAX_BLOCKS
+        begin = len(text) if is_end else self.restorer.waiting(text)
+        if begin < len(text):
+            self.blocks[block] = text[begin:], event
+        return self.restorer.restore(text[:begin], self.is_json(block, text))
+
+    def is_json(self, block, text):
+        """Returns whether a text is JSON: where its API says so, or where it begins as such."""
+        if block not in self.begun and len(self.begun) < self.MAX_BLOCKS and text.strip():
+            self.begun[block] = self.dialect.is_json_text(block) or may_be_object(text)
+        return self.begun.get(block, False)
 
     def let_go(self, block):
         """Returns an event with the rest of a block."""
-        text = self.blocks.pop(block)
-        payload = text.last_event(self.dialect.TEXT_KEYS)
-        return self.events.again(text.event, to_json_bytes(payload))
+        held, event = self.blocks.pop(block)
+        rest = self.restorer.restore(held, self.is_json(block, held))
+        for other, way in self.dialect.texts(self.events.payload(event)):
+            if other == block:
+                return self.events.again(event, to_json_bytes(
+                    rest_of_event(rest, way, self.dialect.TEXT_KEYS)))
+        return b""
 
     def end(self) -> bytes:
         return b"".join(map(self.let_go, list(self.blocks)))
@@ -9477,6 +9591,7 @@ class Entry:
         usd = " usd=" + format_usd(self.picodollars) if self.priced else ""
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
+        redacted = f" redacted={sum(self.found.values())}" if self.found else ""
         return (
             f"{format_moment(self.wall)} {self.who()} {self.method or '-'} "
             f"{(self.path or '-')[:200]} {one_word(call and call.model)} {self.status} "
@@ -9485,7 +9600,7 @@ class Entry:
             f"{'stream' if call and call.stream else '-'} first={first} "
             f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
-            f"id={self.request_id or '-'}{queue}{cause}")
+            f"id={self.request_id or '-'}{queue}{cause}{redacted}")
 
 
 class Writer:
@@ -13950,9 +14065,7 @@ class Reply:
         if not is_text or not (masks.values or redactor):
             return reader
         if encoding != IDENTITY:
-            masks.counts["opaque"] += 1
-            if self.parts.config.redact_opaque == "refuse":
-                raise UpstreamFailed("its answer is encoded")
+            masks.pass_opaque(UpstreamFailed("its answer is encoded"))
             return reader
         events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
         restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
@@ -14366,7 +14479,7 @@ class Proxy:
             return
         entry.found = masks.counts
         if reply.request.length != 0 and call.is_opaque():
-            self.redaction.pass_opaque(masks)
+            masks.pass_opaque(CannotBeRead())
         if call.json_body:
             call.remember()
             call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))

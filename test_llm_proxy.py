@@ -4632,7 +4632,7 @@ class RedactionTest(ProxyCase):
 
     def found(self, text, kinds=KINDS, **options):
         redactor = llm_proxy.Redactor(kinds, **options)
-        return [(one.kind, text[one.start:one.end]) for one in redactor.find(text)]
+        return [(kind, text[start:end]) for start, end, kind in redactor.find(text)]
 
     def masked(self, payload, kinds=("email", "card")):
         """Returns the Masks of a payload, and what goes up of it."""
