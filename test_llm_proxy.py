@@ -68,7 +68,7 @@ from unittest import mock
 
 import llm_proxy
 from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults, Limits,
-                       LimitReached, Malformed, build, parse_json, read_config)
+                       LimitReached, Malformed, build, read_config)
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
@@ -1365,6 +1365,12 @@ class ConfigTest(TableCase):
         for rows in readme_rows():
             self.assertIn("\n%s\n\n" % "\n".join(rows), readme)
 
+    def test_readme_is_short_but_for_its_tables(self):
+        readme = source(os.path.join(FOLDER, "README.md")).splitlines()
+        prose = [line for line in readme if not line.startswith("|")]
+        self.assertLessEqual(len(prose), 300)
+        self.assertEqual([line for line in prose if len(line) > 110], [])
+
     def test_the_examples_of_readme_are_without_a_fault(self):
         readme = source(os.path.join(FOLDER, "README.md"))
 
@@ -1531,16 +1537,12 @@ class PriceFileTest(TableCase):
 # --------------------------------------------------------------------------------------------------
 
 class RefusalsTest(TableCase):
-    KINDS = """invalid_request_error authentication_error upstream_error timeout_error
-        rate_limit_error server_error""".split()
-
-    def test_every_refusal_has_a_status_and_one_of_the_documented_types(self):
+    def test_every_refusal_has_a_status_of_an_error(self):
         found = [llm_proxy.Refusal]
         for refusal in found:  # which grows meanwhile
             found += refusal.__subclasses__()
         self.assertGreater(len(found), 10)
         for refusal in self.each(found):
-            self.assertIn(refusal.kind, self.KINDS)
             self.assertIn(refusal.status, range(400, 600))
 
 
@@ -1976,9 +1978,11 @@ class LimitsTest(LimitsCase):
         self.assertEqual(str(refusal), "5 min, {please}: 100%")
         self.assertEqual(refusal.fields, {"Retry-After": 300})
 
-    def test_waits_are_in_seconds_below_a_minute_and_in_minutes_rounded_up_above(self):
-        texts = [llm_proxy.format_wait(wait) for wait in (0.2, 12, 59, 59.5, 61, 300, 300.1)]
-        self.assertEqual(", ".join(texts), "1s, 12s, 59s, 1 min, 2 min, 5 min, 6 min")
+    def test_waits_are_rounded_up_in_the_words_of_people(self):
+        texts = [llm_proxy.format_wait(wait) for wait in (
+            0.2, 12, 59, 59.5, 61, 300, 300.1, 7200, 7201, 172800, 172801)]
+        self.assertEqual(", ".join(texts), "1s, 12s, 59s, 1 min, 2 min, 5 min, 6 min, 120 min,"
+                                           " 3 hours, 48 hours, 3 days")
 
     def test_any_number_of_keys_fits_into_a_bounded_table(self):
         self.start()
@@ -2463,7 +2467,7 @@ class LimitsOverHttpTest(ProxyCase):
         clock = Clock(0)  # Tuesday, 14 November 2023, 22:13:20 UTC
         for rule, wait, fields in self.each("""
                 each 2 requests per 90s window -> 2 min -> 2 0 2 90 90
-                each 2 requests per calendar day in Asia/Tokyo -> 1007 min -> 2 0 2 86400 60400"""):
+                each 2 requests per calendar day in Asia/Tokyo -> 17 hours -> 2 0 2 86400 60400"""):
             self.start(clock=clock, LIMITS=rule)
             for _ in range(3):
                 answered = self.ask(call("k"))
@@ -3035,15 +3039,15 @@ class JsonTest(ProxyCase):
                 '{}', ' {"a": [1, -2.5e3, true, null, "\\u00e4"]} ',
                 '{"a": [%s-1]}' % ("12, 3," * 50000),
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
-            self.assertEqual(parse_json(text.encode()), json.loads(text))
+            self.assertEqual(llm_proxy.JsonBody(text.encode()).parse(), json.loads(text))
 
     def test_json_is_read_as_strictly_where_no_c_code_reads_it(self):
         with mock.patch.object(llm_proxy, "HAS_SCANNER", False):
-            self.assertEqual(parse_json(b'{"a": "\\": ", "b": {"a": 1.5}}'),
+            self.assertEqual(llm_proxy.JsonBody(b'{"a": "\\": ", "b": {"a": 1.5}}').parse(),
                              {"a": '": ', "b": {"a": 1.5}})
             for body in self.each(self.REFUSED):
                 with self.assertRaises(llm_proxy.BadRequest):
-                    parse_json(body)
+                    llm_proxy.JsonBody(body).parse()
 
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
         self.start()
@@ -3113,7 +3117,7 @@ class JsonTest(ProxyCase):
                 b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
             began = cpu_seconds()
             with self.assertRaises(llm_proxy.BadRequest):
-                parse_json(body)
+                llm_proxy.JsonBody(body).parse()
             self.assertLess(cpu_seconds() - began, CPU_SECONDS)
 
     def test_a_key_in_another_case_is_refused_where_we_read_it(self):
@@ -4628,7 +4632,7 @@ class RedactionTest(ProxyCase):
 
     def found(self, text, kinds=KINDS, **options):
         redactor = llm_proxy.Redactor(kinds, **options)
-        return [(one.kind, text[one.start:one.end]) for one in redactor.find(text)]
+        return [(kind, text[start:end]) for start, end, kind in redactor.find(text)]
 
     def masked(self, payload, kinds=("email", "card")):
         """Returns the Masks of a payload, and what goes up of it."""
@@ -4828,6 +4832,14 @@ class RedactionTest(ProxyCase):
         for text in self.each(patterns):
             with self.assertRaises(ValueError):
                 llm_proxy.LinearPattern(text)
+
+    def test_a_pattern_that_is_taken_repeats_as_often_as_it_says(self):
+        for shape, least, most in self.each((
+                ("(?:ab){%d}c", 20, 20), ("(?:ab){1,%d}c", 1, 20), ("(?:ab)+c", 1, 16))):
+            pattern = llm_proxy.LinearPattern(shape.replace("%d", "20")).compiled
+            for times in (least, most):
+                self.assertTrue(pattern.fullmatch("ab" * times + "c"))
+            self.assertFalse(pattern.fullmatch("ab" * 21 + "c"))
 
     def test_a_pattern_that_is_taken_holds_nothing_up(self):
         for text in self.each(r"[a-z0-9-]+\.x (?:[a-z0-9-]+\.)+x <[^>]*> \s*a \d+,".split()):
@@ -8569,7 +8581,7 @@ class SumsTest(TableCase):
     def add(self, *rows):
         """Adds calls, and these to the sums."""
         with self.database.transaction():
-            self.database.fresh += self.database.add(list(map(columns_of, rows)))
+            self.database.add(list(map(columns_of, rows)))
         while self.database.add_new():
             pass
 
@@ -8734,12 +8746,23 @@ class SumsTest(TableCase):
         with self.assertRaises(llm_proxy.BadRequest):
             self.reader.calls(None, 5, {"slow": "1 OR 1"})
 
+    def test_calls_are_kept_in_order_whatever_they_have_in_common(self):
+        kept = []
+        for count in self.each((1, 2, 29, 1000)):
+            rows = [columns_of({"id": "one", "agent": "x" * count, "queue_ms": number or None,
+                                "team": "ab"[number % 2]}) for number in range(count)]
+            with self.database.transaction():
+                self.database.add(rows)
+            kept += rows
+            self.assertEqual(
+                self.database.connection.execute("SELECT * FROM calls").fetchall(), kept)
+
     def test_a_call_is_told_as_the_ledger_has_it_but_for_its_money(self):
         self.add({"id": "one", "estimated": 1, "picodollars": 5 * 10 ** 11, "team": "t"})
         found = self.reader.call("one")
         self.assertEqual((found["row"], found["usd"], found["team"]), (1, "0.5", "t"))
         self.assertEqual((found["estimated"], found["stream"]), (True, False))
-        fields = {"row", *llm_proxy.Row._fields} - {"picodollars"}
+        fields = {"row", *llm_proxy.COLUMN_NAMES} - {"picodollars"}
         self.assertEqual(found.keys(), fields)
         self.assertIs(self.reader.call("two"), None)
 
@@ -8804,7 +8827,7 @@ class SumsTest(TableCase):
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
-        with mock.patch.object(llm_proxy.SumsOfCalls, "NAMES", 5):
+        with mock.patch.object(llm_proxy.SumNames, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
                           "input": 0, "cached": 0, "output": 0, "picodollars": 0,
@@ -8815,7 +8838,7 @@ class SumsTest(TableCase):
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
 
-        with mock.patch.object(llm_proxy.SumsOfCalls, "MOST_NAMES", 8):
+        with mock.patch.object(llm_proxy.SumNames, "MOST_NAMES", 8):
             self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
         found = self.reader.totals("model", self.DAY, self.DAY + 900)
         self.assertEqual((len(found), found["other"].calls), (9, 22))
@@ -8853,8 +8876,10 @@ class SumsTest(TableCase):
     def test_days_are_added_up_before_ids_are_listed_so_that_pages_are_quick_soon(self):
         self.add(*({"time": self.DAY + hour * 3600, "id": str(hour)} for hour in range(10)))
         self.database.CHUNK = 1
-        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9)
-        llm_proxy.Ledger.add_up(types.SimpleNamespace(database=self.database, clock=clock), 0)
+        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9,
+                                      monotonic=itertools.count(1).__next__)
+        llm_proxy.Ledger.add_up(types.SimpleNamespace(
+            database=self.database, clock=clock, PAUSE=16, stop=threading.Event()), 0)
         self.assertEqual((self.database.facts["rolled"], self.database.facts["listed"]),
                          (self.DAY + 10 * 3600, 6))
 
@@ -9533,7 +9558,7 @@ class WarningsTest(SignalsCase):
         told, = self.told()
         found = told["event"], told["key"], told["expires"]
         self.assertEqual(found, ("key_expires", "soon", end))
-        self.assert_said("the key soon expires in 300 min")
+        self.assert_said("the key soon expires in 5 hours")
 
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
@@ -12418,7 +12443,7 @@ class AdminTest(AdminCase):
         rows = {row["name"]: row for row in answered.json()["settings"]}
         self.assertEqual(rows["ADMIN_KEY"]["value"], "set, not shown")
         self.assertEqual(rows["MAX_TOKENS"]["value"], "1000")
-        self.assertTrue(rows["PORT"]["is_default"])
+        self.assertEqual(rows["PORT"]["value"], rows["PORT"]["default"])
         for secret in (ADMIN, VIEWER, "sk-of-the-upstream"):
             self.assertNotIn(secret.encode(), answered.body)
 
@@ -12998,7 +13023,7 @@ class PageTest(AdminCase):
         self.log_in()
         self.see("0 running calls", "No call has come yet")
         client, asked = self.begin(event(1), key="ann", model="gemma")
-        self.see("1 running call", "gemma", "streaming")
+        self.see("1 running call", "gemma", "base\tstreaming")
         asked.send(chunk(b"data: [DONE]\n\n") + LAST)
         client.rest()
         self.see("ended: ok", "0 running calls")
@@ -13609,7 +13634,8 @@ class ServerTest(ServerCase):
         self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
-        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d")
+        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d+:"
+                          r" the process had 0\.\d\d s of CPU")
 
         def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
@@ -14404,9 +14430,6 @@ class CommandsTest(ProcessCase):
         self.assertEqual(rows[2], "m PRICES 1 2 1 1 2 9: 3 0 fast 5 us 1.5".split())
         self.assertNotIn(["gpt-5.5", "built"], [row[:2] for row in rows])
         self.assertIn(["gpt-4o", "built", "in", "2.5", "10"], [row[:5] for row in rows])
-        _, out, _ = self.finish("prices", "--json", PRICES=path)
-        found = {row["model"]: row for row in json.loads(out)}
-        self.assertEqual((found["m"]["above"]["tokens"], found["m"]["tiers"]["us"]), (9, "1.5"))
         self.assert_fails(2, 1, "PRICES must be", "prices", PRICES=path + "x")
 
     def test_prices_are_fetched_into_a_file_when_asked_and_what_fails_leaves_it(self):
