@@ -10586,10 +10586,12 @@ class SharedStoredTest(ProxyCase):
         redis, self.addresses = RedisServer(self), []
         super().start(**self.KEYS, REDIS_URL=redis.url, **settings)
         self.addresses.append(self.address)
+        self.proxies = [self.proxy]
         wait_for(lambda: self.proxy.redis.available)
         self.run_proxy(read_config({
             name: text for name, text in self.proxy.config.texts.items() if text}), time)
         self.addresses.append(self.address)
+        self.proxies.append(self.proxy)
         wait_for(lambda: self.proxy.redis.available)
         return redis
 
@@ -10614,13 +10616,21 @@ class SharedStoredTest(ProxyCase):
             self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key=key).status, status)
 
     def test_that_a_limit_is_near_is_told_by_one_alone(self):
-        redis = self.start_two(LIMITS="each 10 tokens per day", WARN_AT="80%")
-        one = self.proxy
-        self.stub.answer = says_json({"usage": {"prompt_tokens": 8, "completion_tokens": 1}})
-        self.ask_at(1, "POST", CHAT, b'{"max_tokens": 1}', key="sk-a")
-        wait_for(lambda: redis.ask("KEYS", "*:told:*"))
-        self.assert_said("ann has used 90% of each 10 tokens per day")
-        self.lines.text()
+        redis = self.start_two(LIMITS="each 400 tokens per day", WARN_AT="20%,60%",
+                               TOKEN_COST_MODE="usage", MAX_TOKENS=1)
+        self.stub.answer = says(completion(80, 5))
+        for place, told in self.each(((0, [1, 0]), (1, [1, 0]), (0, [2, 0]), (1, [2, 1]))):
+            self.ask_at(place, "POST", CHAT, b'{"max_tokens": 1}', key="sk-a")
+            wait_for(lambda: [sum(one.name == "warning" and one.about["event"] == "limit_near"
+                                  for one in list(proxy.watchers.feed.events))
+                              for proxy in self.proxies] == told)
+            wait_for(lambda: redis.process is None or all(
+                is_done(proxy.limits.buckets) for proxy in self.proxies))
+            if told == [2, 0]:
+                self.assertEqual([0 < redis.ask("TTL", name) <= 3600 for name in redis.ask(
+                    "KEYS", "*:told:*")], [True] * 2)
+                redis.kill()
+                wait_for(lambda: not self.proxies[1].redis.available)
 
     def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
         redis = self.start_two(LIMITS="each 1000 tokens per day")
