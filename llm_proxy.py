@@ -15292,11 +15292,11 @@ WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d"
 def tell_of_redis(proxy: Proxy):
     """Says that Redis is there, went away, or came back."""
     buckets = proxy.limits.buckets
-    if buckets.beats == buckets.START_BEATS:
-        return proxy.books.log.say("Redis is there, shared by %d processes" % buckets.processes)
     if buckets.is_degraded:
         line = "Redis %s: %s" % (
             buckets.reason, WHILE_AWAY[buckets.policy] % buckets.processes)
+    elif buckets.beats == buckets.START_BEATS:
+        return proxy.books.log.say("Redis is there, shared by %d processes" % buckets.processes)
     else:
         line = "Redis is there again: %d processes share the limits" % buckets.processes
     proxy.books.log.say(line)

@@ -15028,6 +15028,22 @@ class WorkersTest(ProcessCase):
         self.assertEqual(told[0], told[1])  # one that has not begun to serve says nothing
         self.assertGreater(told[0], 0)
 
+    def test_one_that_dies_while_redis_is_away_gives_no_more_than_its_share(self):
+        process = self.start(3, LIMITS="all 9 requests per day")
+        self.assertTrue(process.said("3 workers share the port"))
+        wait_for(lambda: sum(": Redis is there, shared by " in row
+                             for row in process.rows) == 3, "the others")
+        self.redis.kill()
+        wait_for(lambda: sum("goes by its share of the limits, one of 3" in row
+                             for row in process.rows) == 3, "the absence of Redis")
+        admitted = itertools.accumulate(
+            self.ask(call()).body == b'{"said": "hi"}' for _ in itertools.count())
+        wait_for(lambda: next(admitted) == 9, "all that there is")
+        for pid in self.workers():
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: sum(": it serves again" in row for row in process.rows) == 3, "others")
+        self.assertEqual([next(admitted) for _ in range(30)], [9] * 30)
+
     def test_workers_end_with_their_parent(self):
         process = self.start(2)
         left = self.workers()
