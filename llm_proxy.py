@@ -9791,17 +9791,11 @@ def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
         "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
 
 
-def other_boxes(facts: Dict[str, int]) -> int:
-    """Returns how many other boxes have told what is in the sums."""
-    return sum(name.startswith(HEARD_OF) for name in facts)
-
-
 def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
     """Tells whether a key of a caller was stored: nobody else may call, for good."""
     return bool(execute("SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
 
 
-HEARD_OF = "heard of "  # a box: the fact of which number of its sums came last
 CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
 
 
@@ -9842,8 +9836,6 @@ class Database:
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
         SELECT max(time) FROM calls;
         SELECT * FROM calls ORDER BY rowid DESC LIMIT 1;"""
-
-    MOST_UNTOLD = 100_000       # sums that wait for other boxes
 
     connection: Optional[sqlite3.Connection] = None
     tells = False               # other boxes of these sums
@@ -9994,9 +9986,13 @@ class Database:
     def add_sums(self, sums, facts, told):
         """Adds to the sums, with those that other boxes are to be told."""
         rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
+        execute = self.connection.execute
         with self.transaction():
             self.insert(ADD_TO_SUMS, sums)
-            self.insert("INSERT INTO untold(sum) VALUES %s", [[json.dumps(row)] for row in told])
+            if told:  # of which so many may wait
+                self.insert("INSERT INTO untold(sum) VALUES %s",
+                            [[json.dumps(row)] for row in told])
+                execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
             if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
                 facts["rolled"] = rolled
             self.note(**facts)
@@ -10018,16 +10014,14 @@ class Database:
         told up to this number. A sum is (box, its number there, text)."""
         found, facts = [], {"heard": moment}
         for box, number, text in sums:
-            name = HEARD_OF + box
+            name = "heard of " + box
             if number > facts.get(name, self.facts.get(name, 0)):
                 facts[name] = number
                 with contextlib.suppress(ValueError):
                     found.append(read_sum(text))
         if len(facts) > 1:
             self.add_sums(found, facts, ())
-        self.connection.execute(
-            "DELETE FROM untold WHERE id <= max(?, (SELECT max(id) FROM untold) - ?)",
-            (told, self.MOST_UNTOLD))
+        self.connection.execute("DELETE FROM untold WHERE id <= ?", (told,))
 
     def roll_up(self, now: float) -> bool:
         """Makes the sums of the next hour that is over, and of its day as far as that has come."""
@@ -10441,15 +10435,13 @@ class LedgerReader:
         BadRequest."""
         steps = read_steps(step, start, end, self.zone)
         rows = self.add_up(by, steps, filters)
-        with self.ask() as execute:
-            boxes = 1 + other_boxes(read_facts(execute))
         groups = self.merge(rows)
         if len(groups) > self.NAMED:
             named = {*list(groups)[:self.NAMED]}
             rows = [(at, name if name in named else "other", one) for at, name, one in rows]
             groups = self.merge(rows)
         return {
-            "from": steps[0][1], "to": steps[-1][2], "step": step, "by": by, "boxes": boxes,
+            "from": steps[0][1], "to": steps[-1][2], "step": step, "by": by,
             "groups": [{"name": name, **one.as_dict()} for name, one in groups.items()],
             "total": Sum.of(groups.values()).as_dict(), "series": self.series(steps, rows)}
 
@@ -11928,8 +11920,8 @@ class Warnings(Watcher):
         self.log = log
         self.feed = feed
         self.webhook = webhook
-        # Calls what tells of a subject, unless another process has told of it.
-        self.once: Callable[[Tuple[Any, ...], Callable[[], Any]], None] = lambda what, tell: tell()
+        # Calls what tells of a subject that several processes see, in one of them.
+        self.once: Callable[[Any, Callable[[], bool]], None] = lambda subject, tell: tell()
         self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
         self.down: Set[str] = set()  # the upstreams that are said to be
         self.dropped = 0             # calls that the ledger is said to have lost
@@ -11954,10 +11946,6 @@ class Warnings(Watcher):
             self.webhook.record(payload)
         return True
 
-    def tell_once(self, event: str, subject: Tuple[Any, ...], line: str, **about: Any):
-        """Tells what other processes may see as well."""
-        self.once((event, *subject), functools.partial(self.tell, event, subject, line, **about))
-
     def look(self, routes: Routes, ledger: Optional[Ledger], keys: Iterable[Key]):
         """Look for what no call tells; to be called every few seconds."""
         for upstream in routes.all:
@@ -11977,7 +11965,7 @@ class Warnings(Watcher):
                   and now < key.expires < now + day and key.expires - key.created > day}
         for name, expires in ending - self.ending:
             line = "the key %s expires in %s" % (name, format_wait(expires - now))
-            self.tell_once("key_expires", (name,), line, key=name, expires=expires)
+            self.tell("key_expires", (name,), line, key=name, expires=expires)
         self.ending = ending
 
     def close(self, wait):
@@ -12011,10 +11999,11 @@ class Marks(Watcher):
     def warn(self, entry, share, level, passed):
         rule, caller = level.rule, entry.caller.label
         line = "%s has used %d%% of %s" % (caller, 100 * share, rule.text)
-        self.warnings.tell_once(
-            "limit_near", (level.key, passed), line, caller=caller, rule=rule.text,
+        subject = level.key, passed
+        self.warnings.once(subject, functools.partial(
+            self.warnings.tell, "limit_near", subject, line, caller=caller, rule=rule.text,
             level=format_amount(rule, level.level), capacity=format_amount(rule, rule.capacity),
-            share=round(share, 4))
+            share=round(share, 4)))
 
 
 class Watchers(NamedTuple):
@@ -12141,13 +12130,20 @@ class Worker(NamedTuple):
 
 
 # What errors of Redis mean, by their first word, for people.
-REDIS_ERRORS = {
-    "OOM": "is out of memory", "READONLY": "is read-only", "LOADING": "is loading its data",
-    "MASTERDOWN": "has lost its master", "CLUSTERDOWN": "is a cluster that is down",
-    "MOVED": "is a cluster whose keys have moved", "TRYAGAIN": "is a cluster whose keys move",
-    "NOAUTH": "asks for a password", "WRONGPASS": "does not take the user and password",
-    "NOPERM": "does not permit what it is asked for", "NOREPLICAS": "has too few replicas",
-    "MISCONF": "cannot write to its disk", "BUSY": "is busy with a script"}
+REDIS_ERRORS = dict(row.split(" ", 1) for row in """\
+OOM is out of memory
+READONLY is read-only
+LOADING is loading its data
+MASTERDOWN has lost its master
+CLUSTERDOWN is a cluster that is down
+MOVED is a cluster whose keys have moved
+TRYAGAIN is a cluster whose keys move
+NOAUTH asks for a password
+WRONGPASS does not take the user and password
+NOPERM does not permit what it is asked for
+NOREPLICAS has too few replicas
+MISCONF cannot write to its disk
+BUSY is busy with a script""".splitlines())
 
 
 class RedisFault(Exception):
@@ -13535,6 +13531,12 @@ class SharedQueue(FairQueue):
                             *self.arguments(0, 0, self.leases))
 
 
+# Returns a hash and how often that was changed, where that is not as often as ARGV[1] says.
+LUA_CHANGED = """
+local changes = redis.call('GET', KEYS[2]) or ''
+return changes ~= ARGV[1] and {changes, redis.call('HGETALL', KEYS[1])}
+"""
+
 # Keeps what was changed last: KEYS are a hash and how often that was changed; ARGV a name in it,
 # when it was changed, and the text.
 LUA_NEWER = """
@@ -13551,7 +13553,7 @@ class SharedKeys:
     LOOK_SECONDS = 0.3
     UNKNOWN = b"?"
     timer: Optional[asyncio.TimerHandle] = None
-    changes: RedisReply = UNKNOWN  # how often the hash was changed when it was read
+    changes = UNKNOWN  # how often the hash was changed when it was read
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
@@ -13576,19 +13578,15 @@ class SharedKeys:
     def look(self):
         self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
         if self.redis.available:
-            self.redis.ask(redis_command(("GET", self.names[1])), self.on_changes)
+            self.redis.ask(redis_command(
+                ("EVAL", LUA_CHANGED, 2, *self.names, self.changes)), self.on_keys)
 
-    def on_changes(self, reply):
-        if reply != self.changes and not isinstance(reply, RedisFault):
-            self.redis.ask(redis_command(("HGETALL", self.names[0])),
-                           functools.partial(self.on_keys, reply))
-
-    def on_keys(self, changes, reply):
-        if isinstance(reply, RedisFault):
+    def on_keys(self, reply):
+        if type(reply) is not list:  # nothing new, or a fault
             return
-        self.changes = changes
+        self.changes, rows = reply
         self.there = {}
-        for name, text in zip(reply[::2], reply[1::2]):
+        for name, text in zip(rows[::2], rows[1::2]):
             when, _, record = text.decode("utf-8", "replace").partition(" ")
             with contextlib.suppress(ValueError):
                 name = name.decode("utf-8", "replace")
@@ -13666,7 +13664,7 @@ class SharedSums:
                 yield box.decode("latin-1"), int(found[1]), found[2]
 
 
-def tell_first(redis: Redis, prefix: str, subject: Tuple[Any, ...], tell: Callable[[], Any]):
+def tell_first(redis: Redis, prefix: str, subject: Any, tell: Callable[[], bool]):
     """Has one process alone tell what several see; more than one may while Redis is away."""
     redis.ask(redis_command(
         ("SET", "%stold:%s" % (prefix, short_digest(subject)), 1, "NX", "EX",
@@ -18662,14 +18660,19 @@ def read_usage(path, options, now):
         execute = connection.execute
         if options.id:
             return Row._fields, find_call(execute, options.id)
-        others = other_boxes(read_facts(execute))
-        if others:
-            print("with what %d other boxes have told" % others, file=sys.stderr)
+        tell_of_boxes(execute)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
     found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
     rows = [(names, one.as_dict()) for names, one in found]
     return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
+
+
+def tell_of_boxes(execute):
+    """Says that not only the calls of this box are added up, where that is so."""
+    (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'").fetchall()
+    if others:
+        print("with what %d other boxes have told" % others, file=sys.stderr)
 
 
 def find_call(execute, name):
