@@ -2496,6 +2496,22 @@ class UsageTest(ProxyCase):
                                           llm_proxy.PLAIN_KEYS, llm_proxy.media_texts)
             self.assertEqual(found[:2], (int(length), []))
 
+    def test_plain_messages_are_as_long_as_any_way_to_count_them_says(self):
+        """What is not plain is left to the other way."""
+        plain = [{"role": "user", "content": "hello"}, {"content": CHINESE, "role": "system"}]
+        rows = [
+            (plain, True), ([], True), (plain + [{"role": "user", "content": []}], False),
+            ([{"role": "user", "text": "a"}], False), ([{"role": 1, "content": "a"}], False),
+            ([{"role": "user", "content": "a", "x": 1}, {"role": "user"}], False),
+            (None, False), ("text", False), (["role"], False)]
+        for messages, is_plain in self.each(rows):
+            found = llm_proxy.chat_length(messages)
+            self.assertEqual(found is not None, is_plain)
+            if is_plain:
+                self.assertEqual(found, llm_proxy.text_length(
+                    {"messages": messages}, "model", llm_proxy.TEXT_KEYS, llm_proxy.PLAIN_KEYS,
+                    llm_proxy.media_texts))
+
     def test_prose_and_code_and_other_scripts_are_three_kinds_of_text(self):
         rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 1), ("a = b[key]", 1),
                 ("\u4e2d\u6587 etc.", 2), ("\ud800", 2), (ENGLISH * 9 + CHINESE * 99, 0)]
