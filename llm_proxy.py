@@ -11950,7 +11950,8 @@ class Warnings(Watcher):
         self.feed = feed
         self.webhook = webhook
         # Calls what tells of a subject that several processes see, in one of them.
-        self.once: Callable[[Any, Callable[[], bool]], None] = lambda subject, tell: tell()
+        self.once: Callable[[Tuple[BucketKey, int], Callable[[], bool]], None] = (
+            lambda subject, tell: tell())
         self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
         self.down: Set[str] = set()  # the upstreams that are said to be
         self.dropped = 0             # calls that the ledger is said to have lost
@@ -13693,7 +13694,7 @@ class SharedSums:
                 yield box.decode("latin-1"), int(found[1]), found[2]
 
 
-def tell_first(redis: Redis, prefix: str, subject: Any, tell: Callable[[], bool]):
+def tell_first(redis: Redis, prefix: str, subject: Tuple[BucketKey, int], tell: Callable[[], bool]):
     """Has one process alone tell what several see; more than one may while Redis is away."""
     redis.ask(redis_command(
         ("SET", "%stold:%s" % (prefix, short_digest(subject)), 1, "NX", "EX",
@@ -15876,7 +15877,7 @@ class Admin:
         details = {}
         if self.feed.listeners:
             details = {"buckets": self.pulse.changed_buckets(),
-                       "running": [entry.progress(self.clock) for entry in self.running()],
+                       "running": [running_call(entry, self.clock) for entry in self.running()],
                        "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
         self.feed.exchange({**found, **details})
         self.pulse.seconds[-1] = found = self.feed.added_up(found)
@@ -16450,6 +16451,8 @@ const takeBucket = (all, one) => Object.assign(all?.find(({rule}) => rule === on
 // A call that the pulse does not tell of any more has ended unseen.
 function takeRunning(told) {
   const states = new Map(told.map(call => [call.key, call]));
+  for (const call of told)  // also what other processes began before this page was opened
+    if (!model.running.has(call.key)) model.running.set(call.key, call);
   for (const [key, call] of model.running) {
     const isUnseen = told.length < 200 && !states.has(key);
     if (now() - (call.ended ?? (isUnseen ? call.started : now())) > 3) model.running.delete(key);

@@ -12922,6 +12922,20 @@ class SharedEventsTest(AdminCase):
         wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
         self.assertEqual(two.watchers.feed.listeners, 0)
 
+    def test_calls_that_ran_elsewhere_before_anybody_looked_are_told_whole(self):
+        (_, here), (_, there) = self.start_two()
+        self.stub.answer, self.address = None, there
+        running, asked = self.ask_stub(call("k", model="m"))
+        self.address = here
+        client, rows = self.listen(), []
+        while not rows:
+            _, pulse = self.hear(client, "pulse")
+            rows = pulse["running"]
+        self.assertEqual([(row["model"], row["state"], row["upstream"]) for row in rows],
+                         [("m", "first byte", "base")])
+        asked.answer()
+        running.read()
+
     def test_what_nobody_of_us_has_told_does_no_harm(self):
         (one, _), _ = self.start_two()
         client = self.listen()
