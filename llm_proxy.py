@@ -16495,9 +16495,7 @@ const takeBucket = (all, one) => Object.assign(all?.find(({rule}) => rule === on
 // A call that the pulse does not tell of any more has ended unseen.
 function takeRunning(told) {
   const states = new Map(told.map(call => [call.key, call]));
-  for (const call of told)  // also what other processes began before this page was opened
-    if (!model.running.has(call.key)) model.running.set(call.key, call);
-  for (const [key, call] of model.running) {
+  for (const [key, call] of (model.running = new Map([...states, ...model.running]))) {
     const isUnseen = told.length < 200 && !states.has(key);
     if (now() - (call.ended ?? (isUnseen ? call.started : now())) > 3) model.running.delete(key);
     else if (!call.ended) Object.assign(call, states.get(key)); }}

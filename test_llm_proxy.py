@@ -8872,7 +8872,8 @@ class SumsTest(TableCase):
         clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9,
                                       monotonic=itertools.count(1).__next__)
         llm_proxy.Ledger.add_up(types.SimpleNamespace(
-            database=self.database, clock=clock, PAUSE=16, stop=threading.Event()), 0)
+            database=self.database, clock=clock, PAUSE=16, stop=threading.Event(),
+            trade=None), 0)
         self.assertEqual((self.database.facts["rolled"], self.database.facts["listed"]),
                          (self.DAY + 10 * 3600, 6))
 
