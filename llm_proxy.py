@@ -6889,8 +6889,8 @@ class Unmasking(Edit):
             [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
 
     def without_logprobs(self, event):
-        """Returns an event, or JSON, that does not tell a text once more, token by token, where some
-        of it may be masked."""
+        """Returns an event, or JSON, that does not tell a text once more, token by token, where
+        some of it may be masked."""
         if not self.restorer.redactor or not self.dialect.LOGPROBS.search(event):
             return event
         payload = self.events.payload(event) if self.events else object_in(event)

@@ -7386,11 +7386,11 @@ class BreakerTest(CallCase):
             for data in (call("sk-caller"), call("sk-caller"), request("GET", "/v1/models")):
                 answered = self.ask(data)
                 self.assertEqual((answered.status, self.left("sk-caller")), (status, 1000))
-            said = self.lines.text().count("UPSTREAM base REFUSES ITS KEY (status 401)")
-            self.assertEqual(said, status == 502)
-            if said:
+            if status == 502:
+                self.assert_said("UPSTREAM base REFUSES ITS KEY (status 401)")
                 self.assertEqual(answered.json()["error"]["code"], "upstream_refused_our_key")
                 self.assertNotIn(b"hush", answered.body + self.lines.data)
+            self.assertEqual(self.lines.text().count("REFUSES ITS KEY"), status == 502)
 
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
         self.start(None, Clock(), BREAKER_FAILURES=2)
